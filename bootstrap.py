@@ -1,0 +1,288 @@
+"""Run onepeace_fast from a checkout: python3 bootstrap.py COMMAND [ARGUMENTS]
+
+  demo   the demonstration; arguments go to `onepeace-fast demo`
+  test   ruff, then the tests with their coverage; arguments go to pytest and leave the coverage out
+         --slow: the slow tests instead
+  bench  the benchmarks; arguments go to pytest
+  gpu    the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
+
+demo, test and bench run in .venv beside this file. The first run builds it and says what it downloads; a torch that
+this Python already has is used if it is recent enough. gpu runs in this Python as it is, installs only this checkout
+into it, and downloads nothing.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections import namedtuple
+from importlib.util import find_spec
+from pathlib import Path
+
+# Before any annotation below is evaluated, so that an old Python says this line and no stack trace.
+if sys.version_info < (3, 10):  # noqa: UP036
+    sys.exit("onepeace_fast needs Python 3.10 or later; {} is {}.{}".format(sys.executable, *sys.version_info[:2]))
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = VENV / "onepeace_fast.json"
+
+OLDEST_TORCH = (2, 8)
+PINNED_TORCH = "2.13.0"
+INCLUDED = {"demo": ["demo"], "dev": ["demo", "dev"]}
+DOWNLOADS = {
+    "base": "triton (about 300 MB, only on Linux), numpy, safetensors, PyYAML (about 20 MB)",
+    "demo": "scikit-learn with SciPy, tqdm (about 50 MB)",
+    "dev": "pytest and plugins, hypothesis, ruff, build, setuptools (about 20 MB)",
+}
+TORCH_DOWNLOAD = f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides)"
+PROBE = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.__path__[0], sep='|')"
+
+Torch = namedtuple("Torch", ["version", "cuda", "folder"])
+
+
+class Stop(Exception):
+    """Ends the command with one line for the user and an exit code."""
+
+    def __init__(self, line: str, code: int = 1) -> None:
+        super().__init__(line)
+        self.code = code
+
+
+def say(line: str) -> None:
+    """Print a heading at once, before the output of the command it announces."""
+    print(f"==> {line}", flush=True)
+
+
+def run(command: list[str], **environment: str) -> int:
+    """Run a command in the checkout and return its exit code."""
+    return subprocess.call(command, cwd=ROOT, env={**os.environ, **environment})
+
+
+def pip(python: Path | str, *arguments: str) -> int:
+    """Run pip of an interpreter as pip is configured, less what would disturb an installation into an environment."""
+    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_USER": "0"}
+    return run([str(python), "-m", "pip", "install", "--no-input", *arguments], **quiet)
+
+
+def probe_torch(python: Path | str) -> Torch | None:
+    """Return the torch that an interpreter imports, or None."""
+    result = subprocess.run([str(python), "-c", PROBE], cwd=ROOT, capture_output=True, text=True)
+    if result.returncode != 0:
+        return None
+    version, cuda, folder = result.stdout.strip().splitlines()[-1].split("|", 2)
+    return Torch(version, cuda == "True", folder)
+
+
+def fits(torch: Torch | None) -> bool:
+    """Tell whether a torch is there and recent enough."""
+    return torch is not None and tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2]) >= OLDEST_TORCH
+
+
+def identity() -> dict[str, str]:
+    """Describe what an environment cannot outlive: another interpreter, another place of the checkout."""
+    return {"python": platform.python_version(), "prefix": sys.base_prefix, "checkout": str(ROOT)}
+
+
+def inputs() -> str:
+    """Return a digest of the files that decide what is installed."""
+    return hashlib.sha256(b"\0".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "setup.py"))).hexdigest()
+
+
+def read_stamp() -> dict | None:
+    """Return what the stamp in .venv says, {} for a damaged one, None without .venv; refuse a .venv made by others."""
+    if not VENV.exists() or (VENV.is_dir() and not any(VENV.iterdir())):
+        return None
+    if not STAMP.exists():
+        raise Stop(f"{VENV} was not made by this script and stays as it is: move or delete it, then run this again.")
+    try:
+        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
+    except ValueError:
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def write_stamp(stamp: dict) -> None:
+    """Write the stamp in one step."""
+    draft = STAMP.with_suffix(".new")
+    draft.write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
+    draft.replace(STAMP)
+
+
+def usable(stamp: dict | None) -> bool:
+    """Tell whether the environment is whole and still belongs to this interpreter and checkout."""
+    if not stamp or not stamp.get("complete") or stamp.get("identity") != identity():
+        return False
+    return PYTHON.exists() and Path(stamp.get("host_torch") or ROOT).exists()
+
+
+def current(stamp: dict | None, extra: str) -> bool:
+    """Tell whether the environment already holds what an extra needs, so that pip has nothing to do."""
+    return usable(stamp) and stamp["inputs"] == inputs() and extra in stamp["extras"]
+
+
+def creation_commands(*flags: str) -> list[list[str]]:
+    """Return the commands that make .venv with a pip in it, in whichever way this machine offers."""
+    target = [*flags, str(VENV)]
+    host_pip = find_spec("pip")
+    if find_spec("venv") and find_spec("ensurepip"):
+        return [[sys.executable, "-m", "venv", *target]]
+    if find_spec("venv") and host_pip and host_pip.origin:
+        # Debian without python3-venv: this Python's pip, run by the new interpreter, brings the new one its own.
+        folder = str(Path(host_pip.origin).parent)
+        return [[sys.executable, "-m", "venv", "--without-pip", *target], [str(PYTHON), folder, "install", "pip"]]
+    if find_spec("virtualenv"):
+        return [[sys.executable, "-m", "virtualenv", *target]]
+    if shutil.which("virtualenv"):
+        return [["virtualenv", "--python", sys.executable, *target]]
+    if shutil.which("uv"):
+        return [["uv", "venv", "--seed", "--allow-existing", "--python", sys.executable, *target]]
+    raise Stop("This Python cannot make virtual environments: `sudo apt install python3-venv`, then run this again.")
+
+
+def share_folder(folder: Path) -> None:
+    """Let .venv see a folder of packages that belongs to another virtual environment."""
+    library = VENV / "Lib" if os.name == "nt" else VENV / "lib" / "python{}.{}".format(*sys.version_info[:2])
+    (library / "site-packages" / "host_torch.pth").write_text(f"{folder}\n", encoding="utf-8")
+
+
+def create() -> dict:
+    """Make .venv anew and return its stamp, not yet complete."""
+    if Path(sys.prefix).resolve() == VENV.resolve():
+        raise Stop("The environment .venv must be built anew and is active: type `deactivate`, then run this again.")
+    torch = probe_torch(sys.executable)
+    reused = fits(torch)
+    nested = sys.prefix != sys.base_prefix
+    commands = creation_commands(*(["--system-site-packages"] if reused and not nested else []))
+    if VENV.exists():
+        shutil.rmtree(VENV)
+    VENV.mkdir()
+    stamp = {"complete": False, "identity": identity(), "extras": [], "host_torch": torch.folder if reused else None}
+    write_stamp(stamp)
+    say(f"Making {VENV}" + (f", which shares torch {torch.version} of {sys.executable}" if reused else ""))
+    for command in commands:
+        code = run(command)
+        if code != 0:
+            raise Stop(f"Making .venv failed at `{' '.join(command)}`: its lines above say why.", code)
+    if reused and nested:  # the system's packages would be those below that environment, not its own
+        share_folder(Path(torch.folder).parent)
+    return stamp
+
+
+def install(stamp: dict, extra: str) -> None:
+    """Install the checkout and an extra into .venv; the stamp is complete only once that has succeeded."""
+    torch = probe_torch(PYTHON)
+    pins = [] if fits(torch) else [f"torch=={PINNED_TORCH}"]
+    downloads = [TORCH_DOWNLOAD] * len(pins) + [DOWNLOADS[name] for name in ["base", *INCLUDED[extra]]]
+    say("Installing into .venv; pip downloads what is not there or in its cache:")
+    print(*(f"      {line}" for line in downloads), sep="\n", flush=True)
+    write_stamp({**stamp, "complete": False})
+    code = pip(PYTHON, *pins, "--editable", f".[{extra}]")
+    if code != 0:
+        write_stamp(stamp)  # pip resolves and downloads first: an environment that was whole still is
+        raise Stop("pip failed: see its lines above. Offline? Or a proxy to set (`pip config`)? Run this again.", code)
+    extras = sorted({*stamp["extras"], *INCLUDED[extra]})
+    write_stamp({**stamp, "complete": True, "inputs": inputs(), "extras": extras})
+
+
+def prepare(extra: str) -> None:
+    """Bring .venv to the state that an extra needs, without calling pip where it is there already."""
+    stamp = read_stamp()
+    if current(stamp, extra):
+        return
+    if stamp is not None and not usable(stamp):
+        say("The environment .venv is unfinished or belongs to another Python or folder: building it anew")
+    install(stamp if usable(stamp) else create(), extra)
+
+
+def pytest(*arguments: str) -> int:
+    """Run pytest from .venv."""
+    return run([str(PYTHON), "-m", "pytest", *arguments])
+
+
+def demo(arguments: list[str]) -> int:
+    """Run the demonstration."""
+    prepare("demo")
+    say("Running the demonstration")
+    return run([str(PYTHON), "-m", "onepeace_fast.cli", "demo", *arguments])
+
+
+def test(arguments: list[str]) -> int:
+    """Run the linter and the tests, or the slow tests."""
+    prepare("dev")
+    chosen = [argument for argument in arguments if argument != "--slow"]
+    if len(chosen) < len(arguments):
+        say("Running the slow tests")
+        return pytest("-m", "slow and not gpu", *chosen)
+    say("Checking the code with ruff")
+    code = run([str(PYTHON), "-m", "ruff", "check", "."])
+    if code != 0:
+        return code
+    say("Running the tests that are neither slow nor need a GPU")
+    coverage = ["--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
+    return pytest("-m", "not slow and not gpu", *(chosen or coverage))
+
+
+def bench(arguments: list[str]) -> int:
+    """Run the benchmarks."""
+    prepare("dev")
+    say("Running the benchmarks")
+    return pytest("benchmarks", "-o", "python_files=bench_*.py", *arguments)
+
+
+def gpu(arguments: list[str]) -> int:
+    """Run the GPU's tests and benchmarks in this interpreter; both run, whatever the first one says."""
+    torch = probe_torch(sys.executable)
+    if torch is None:
+        raise Stop(f"gpu needs a torch with CUDA, and {sys.executable} cannot import torch.", 2)
+    if not torch.cuda:
+        raise Stop(f"gpu needs a CUDA device, and torch {torch.version} of {sys.executable} sees none.", 2)
+    say(f"Installing this checkout into {sys.executable}, with no download")
+    user = [] if os.access(sysconfig.get_path("purelib"), os.W_OK) else ["--user"]
+    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
+    code = pip(sys.executable, "--quiet", *offline, *user, "--editable", ".")
+    if code != 0:
+        raise Stop("pip could not install the checkout: see its lines above (setuptools 77 or later is needed).", code)
+    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    say(f"Running the tests that need a GPU; results in {results}")
+    junit = f"--junitxml={results / 'gpu-tests.xml'}"
+    tests = run([sys.executable, "-m", "pytest", "-m", "gpu", "tests", junit, *arguments])
+    say("Running the GPU benchmarks")
+    benchmarks = run([sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(results)])
+    return tests or benchmarks
+
+
+COMMANDS = {"demo": demo, "test": test, "bench": bench, "gpu": gpu}
+
+
+def main(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    command, *rest = arguments or ["--help"]
+    if {"-h", "--help"} & {command, *rest[:1]}:
+        print(__doc__.strip())
+        return 0
+    if command not in COMMANDS:
+        print(f"There is no command {command!r}: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[command](rest)
+    except Stop as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
+    except OSError as error:
+        print(f"{command} stopped: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Interrupted; run the same command again to go on.", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

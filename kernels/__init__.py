@@ -1,0 +1,27 @@
+"""Triton kernels and their launchers, and nothing else.
+
+No kernel stands here yet: every op runs its specification, the eager code in `onepeace_fast.ops`, on every device.
+This folder installs as `onepeace_fast.kernels`.
+"""
+
+import functools
+import platform
+import re
+
+OLDEST_TRITON = (3, 4)
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Return None where Triton can be imported and is recent enough, otherwise the reason in one line."""
+    try:
+        import triton
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return f"Triton is not installed (its wheels are for Linux; this: {platform.system()} {platform.machine()})"
+        return f"Triton lacks a module: {error.name}"
+    except Exception as error:  # a damaged installation raises more than ImportError
+        return f"Triton cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+    if tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2]) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is too old ({'.'.join(map(str, OLDEST_TRITON))} or later is needed)"
+    return None

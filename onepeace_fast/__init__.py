@@ -1,0 +1,21 @@
+"""Fused GPU operations for modality-routed transformers such as ONE-PEACE."""
+
+from onepeace_fast.backend import use_backend
+from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.models import OnePeacePretrain
+from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.route_plan import RoutePlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "OnePeaceConfig",
+    "OnePeacePretrain",
+    "RoutePlan",
+    "layer_norm",
+    "relative_bias_attention",
+    "residual",
+    "residual_layer_norm",
+    "routed_ffn",
+    "use_backend",
+]

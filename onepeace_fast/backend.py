@@ -1,0 +1,45 @@
+"""Which implementation a model runs: ``reference`` (padded, eager) or ``fused`` (packed, over the four ops)."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Iterator
+
+import torch
+
+BACKENDS = ("reference", "fused")
+ENVIRONMENT_VARIABLE = "ONEPEACE_FAST_BACKEND"
+_override: contextvars.ContextVar[str | None] = contextvars.ContextVar("onepeace_fast_backend", default=None)
+
+
+def check_backend(name: str, source: str = "backend") -> str:
+    """Return ``name`` if it is a backend, else raise ``ValueError``."""
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: got {name!r}, takes one of {', '.join(BACKENDS)}")
+    return name
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every model inside the ``with`` block by this backend, whatever it was built with."""
+    token = _override.set(check_backend(name))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def resolve_backend(argument: str | None, device: torch.device) -> str:
+    """The backend in force: ``use_backend``, else the model's argument, else the environment, else by device.
+
+    The automatic choice is ``fused`` on a CPU, and ``reference`` on a GPU for as long as no kernel has run on one.
+    """
+    if (name := _override.get()) is not None:
+        return name
+    if argument is not None:
+        return argument
+    if name := os.environ.get(ENVIRONMENT_VARIABLE):
+        return check_backend(name, ENVIRONMENT_VARIABLE)
+    return "fused" if device.type == "cpu" else "reference"

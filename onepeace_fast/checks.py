@@ -1,0 +1,45 @@
+"""Checks of arguments: each failure is one line with what came, what is taken and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def describe(value: object) -> str:
+    """Dtype, shape and device of a tensor, or the type and value of anything else, on one line."""
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ``ValueError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layout: str, rank: int) -> None:
+    """Raise unless ``value`` is a tensor of one of ``dtypes`` with ``rank`` dimensions, described as ``layout``."""
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or value.dim() != rank:
+        raise ValueError(f"{name}: got {describe(value)}, takes {names} {layout}")
+
+
+def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
+    """Raise unless ``value`` lies on ``device``."""
+    require(
+        value.device == device, f"{name}: got a tensor on {value.device}, takes {device}; move it with .to('{device}')"
+    )
+
+
+def require_vector(name: str, value: torch.Tensor | None, length: int, device: torch.device) -> None:
+    """Raise unless ``value`` is absent or a floating-point vector of ``length`` entries on ``device``."""
+    if value is not None:
+        require(
+            value.is_floating_point() and value.shape == (length,),
+            f"{name}: got {describe(value)}, takes a floating-point [{length}]",
+        )
+        require_device(name, value, device)

@@ -1,0 +1,292 @@
+"""Configuration of ONE-PEACE. The defaults are the public 4 B model's; lengths are in tokens, sizes in elements."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+MODALITIES = ("text", "image", "audio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextAdapterConfig:
+    """Token embedding, learned positions and, with ``use_bias``, a 1-D relative position bias."""
+
+    bucket_size: int = 256
+    use_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageAdapterConfig:
+    """hMLP stem over 16 x 16 patches, learned positions of a square grid and a bias table of another."""
+
+    position_grid: int = 16
+    bias_grid: int = 16
+    use_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class AudioAdapterConfig:
+    """Convolutional extractor over 16 kHz samples; ``feature_layers`` holds (channels, kernel, stride) of each layer."""
+
+    feature_layers: tuple[tuple[int, int, int], ...] = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
+    position_layers: int = 5
+    position_width: int = 95
+    position_groups: int = 16
+    bucket_size: int = 512
+    use_bias: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """One stack of modality-routed layers and its adapters; a modality without an adapter is not in the model.
+
+    ``sub_layer_norm`` normalises before the attention's output projection, ``attention_layer_norm`` after it,
+    ``ffn_layer_norm`` before the FFN's second projection. ``layer_scale`` is LayerScale's initial value, None for none.
+    """
+
+    embed_dim: int = 1536
+    ffn_embed_dim: int = 6144
+    layers: int = 40
+    attention_heads: int = 24
+    drop_path_rate: float = 0.0
+    dropout: float = 0.0
+    sub_layer_norm: bool = True
+    attention_layer_norm: bool = False
+    ffn_layer_norm: bool = True
+    head_scale: bool = False
+    layer_scale: float | None = 1e-6
+    bias_table_per_layer: bool = False
+    checkpoint_activations: bool = False
+    text: TextAdapterConfig | None = field(default_factory=TextAdapterConfig)
+    image: ImageAdapterConfig | None = field(default_factory=ImageAdapterConfig)
+    audio: AudioAdapterConfig | None = field(default_factory=AudioAdapterConfig)
+
+    def __post_init__(self) -> None:
+        if self.embed_dim % self.attention_heads:
+            raise ValueError(
+                f"embed_dim: got {self.embed_dim}, takes a multiple of attention_heads ({self.attention_heads})"
+            )
+        if not self.modalities:
+            raise ValueError("text, image, audio: got no adapter, takes at least one")
+        if len({getattr(self, name).use_bias for name in self.modalities}) > 1:
+            raise ValueError("use_bias: got both True and False, takes the same value in every adapter of a stack")
+        for name in ("drop_path_rate", "dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}: got {getattr(self, name)}, takes a probability in [0, 1)")
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Modalities of this stack in the order of a sequence."""
+        return tuple(name for name in MODALITIES if getattr(self, name) is not None)
+
+    @property
+    def use_bias(self) -> bool:
+        """Whether attention has a relative position bias."""
+        return getattr(self, self.modalities[0]).use_bias
+
+    @property
+    def bias_tables(self) -> int:
+        """Bias tables per modality: one for the stack, one per layer, or none."""
+        return (self.layers if self.bias_table_per_layer else 1) if self.use_bias else 0
+
+
+def _small_decoder() -> TransformerConfig:
+    return TransformerConfig(
+        embed_dim=768,
+        ffn_embed_dim=2048,
+        layers=2,
+        attention_heads=12,
+        layer_scale=None,
+        text=TextAdapterConfig(use_bias=False),
+        image=ImageAdapterConfig(use_bias=False),
+        audio=AudioAdapterConfig(use_bias=False),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePeaceConfig:
+    """ONE-PEACE: an encoder, and the light decoder of the denoising task. ``vocab_size`` counts the 4 specials."""
+
+    encoder: TransformerConfig = field(default_factory=TransformerConfig)
+    decoder: TransformerConfig = field(default_factory=_small_decoder)
+    vocab_size: int = 50264
+
+    def __post_init__(self) -> None:
+        if not self.encoder.use_bias:
+            raise ValueError("encoder: got use_bias False, takes True: upstream masks an encoder's padding by its bias")
+        if extra := set(self.decoder.modalities) - set(self.encoder.modalities):
+            raise ValueError(f"decoder: got modalities {sorted(extra)} that the encoder lacks, takes a subset of its own")
+        if self.vocab_size < 4:
+            raise ValueError(f"vocab_size: got {self.vocab_size}, takes at least the 4 specials")
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as JSON."""
+        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> OnePeaceConfig:
+        """Read what ``save`` wrote; raises ``ValueError`` on an unknown field."""
+        return _build(cls, json.loads(Path(path).read_text()), "config")
+
+    @classmethod
+    def from_upstream(cls, encoder: Mapping[str, Any], decoder: Mapping[str, Any], vocab_size: int) -> OnePeaceConfig:
+        """Read the ``encoder`` and ``decoder`` sections of an upstream model YAML; absent keys take upstream's defaults.
+
+        Raises ``ValueError`` naming every key whose value this library does not implement.
+        """
+        return cls(
+            encoder=_transformer_from_upstream(encoder, "encoder"),
+            decoder=_transformer_from_upstream(decoder, "decoder"),
+            vocab_size=vocab_size,
+        )
+
+
+_NESTED = {
+    "encoder": TransformerConfig,
+    "decoder": TransformerConfig,
+    "text": TextAdapterConfig,
+    "image": ImageAdapterConfig,
+    "audio": AudioAdapterConfig,
+}
+
+
+def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    known = {item.name for item in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - known):
+        raise ValueError(f"{where}: got unknown fields {unknown}, takes {sorted(known)}")
+    arguments = {}
+    for name, value in values.items():
+        if name in _NESTED and value is not None:
+            value = _build(_NESTED[name], value, name)
+        elif name == "feature_layers":
+            value = tuple(tuple(layer) for layer in value)
+        arguments[name] = value
+    return cls(**arguments)
+
+
+# Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
+_ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
+_REQUIRED = {
+    "": {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu"},
+    "text_adapter": _ADAPTER_REQUIRED,
+    "image_adapter": _ADAPTER_REQUIRED,
+    "audio_adapter": {**_ADAPTER_REQUIRED, "conv_pos_pre_ln": False, "conv_bias": False},
+}
+_UPSTREAM_DEFAULTS = {
+    "": {
+        "embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8, "drop_path_rate": 0.0,
+        "dropout": 0.1, "magneto_scale_attn": False, "scale_attn": True, "scale_fc": True, "scale_heads": True,
+        "use_layer_scale": True, "layer_scale_init_value": 1e-2, "copy_rel_pos_table": False,
+        "checkpoint_activations": False, "use_text_moe": True, "use_image_moe": True, "use_audio_moe": True,
+        "text_adapter": {}, "image_adapter": {}, "audio_adapter": {},
+    },
+    "text_adapter": {"bucket_size": 256, "use_attn_bias": False},
+    "image_adapter": {"bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False},
+    "audio_adapter": {
+        "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+        "abs_pos_type": "conv", "conv_pos_depth": 5, "conv_pos_width": 95, "conv_pos_groups": 16, "bucket_size": 256,
+        "use_attn_bias": False,
+    },
+}  # fmt: skip
+_NO_EFFECT = {
+    "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
+         "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency"},
+    "text_adapter": set(),
+    "image_adapter": set(),
+    "audio_adapter": {"feature_embed_dim", "freeze_extractor"},
+}  # fmt: skip
+
+
+def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
+    defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
+    if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
+        raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")
+    if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
+        raise ValueError(f"{where}: got {refused}, takes {({k: required[k] for k in refused})}")
+    return {**defaults, **values}
+
+
+def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
+    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4" without evaluating code."""
+
+    def read(node: ast.expr) -> list[tuple[int, int, int]]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return read(node.left) + read(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            return read(node.left) * ast.literal_eval(node.right)
+        return ast.literal_eval(node)
+
+    try:
+        layers = tuple((int(channels), int(kernel), int(stride)) for channels, kernel, stride in read(_parse(spec)))
+    except (SyntaxError, TypeError, ValueError):
+        layers = ()
+    if not layers:
+        raise ValueError(f"feature_encoder_spec: got {spec!r}, takes lists of (channels, kernel, stride) joined by + or *")
+    return layers
+
+
+def _parse(spec: str) -> ast.expr:
+    return ast.parse(spec, mode="eval").body
+
+
+def _transformer_from_upstream(values: Mapping[str, Any], where: str) -> TransformerConfig:
+    top = _read_section(values, "", where)
+    adapters: dict[str, Any] = {}
+    for name in MODALITIES:
+        section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter")
+        adapters[name] = _ADAPTER_READERS[name](section, where) if top[f"use_{name}_moe"] else None
+    return TransformerConfig(
+        embed_dim=top["embed_dim"],
+        ffn_embed_dim=top["ffn_embed_dim"],
+        layers=top["layers"],
+        attention_heads=top["attention_heads"],
+        drop_path_rate=top["drop_path_rate"],
+        dropout=top["dropout"],
+        sub_layer_norm=top["magneto_scale_attn"],
+        attention_layer_norm=top["scale_attn"],
+        ffn_layer_norm=top["scale_fc"],
+        head_scale=top["scale_heads"],
+        layer_scale=top["layer_scale_init_value"] if top["use_layer_scale"] else None,
+        bias_table_per_layer=top["copy_rel_pos_table"],
+        checkpoint_activations=top["checkpoint_activations"],
+        **adapters,
+    )
+
+
+def _text_from_upstream(section: Mapping[str, Any], where: str) -> TextAdapterConfig:
+    return TextAdapterConfig(bucket_size=section["bucket_size"], use_bias=section["use_attn_bias"])
+
+
+def _image_from_upstream(section: Mapping[str, Any], where: str) -> ImageAdapterConfig:
+    kind, expected = section["vision_encoder_type"], "hmlp" if where == "encoder" else "none"
+    if kind != expected:
+        raise ValueError(f"{where}.image_adapter.vision_encoder_type: got {kind!r}, takes {expected!r}")
+    return ImageAdapterConfig(
+        position_grid=section["bucket_size"], bias_grid=section["rel_bucket_size"], use_bias=section["use_attn_bias"]
+    )
+
+
+def _audio_from_upstream(section: Mapping[str, Any], where: str) -> AudioAdapterConfig:
+    kind, expected = section["abs_pos_type"], "conv" if where == "encoder" else "fixed"
+    if kind != expected:
+        raise ValueError(f"{where}.audio_adapter.abs_pos_type: got {kind!r}, takes {expected!r}")
+    extractor = {}
+    if where == "encoder":
+        extractor["feature_layers"] = _feature_layers(section["feature_encoder_spec"])
+    return AudioAdapterConfig(
+        position_layers=section["conv_pos_depth"],
+        position_width=section["conv_pos_width"],
+        position_groups=section["conv_pos_groups"],
+        bucket_size=section["bucket_size"],
+        use_bias=section["use_attn_bias"],
+        **extractor,
+    )
+
+
+_ADAPTER_READERS = {"text": _text_from_upstream, "image": _image_from_upstream, "audio": _audio_from_upstream}

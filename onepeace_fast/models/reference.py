@@ -1,0 +1,170 @@
+"""The baseline: ONE-PEACE as upstream computes it, on padded batches, with plain PyTorch.
+
+Sequences are padded and concatenated, the [batch, heads, length, length] bias is materialised once per forward pass,
+every layer slices the sequence by modality for its FFNs and concatenates the results. Later comparisons rest on this
+file: it does upstream's work, no more and no less. Extended beyond upstream to any set of modalities per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.transformer import SelfAttention, Transformer, TransformerLayer
+
+
+class PaddedTokens(NamedTuple):
+    """One modality's embedded tokens: x [rows, length, dim], CLS first, and what is known of them.
+
+    ``valid`` bool [rows, length] marks real tokens; ``ids`` int64 [rows, length] are their position ids where they are
+    a kept subset, else None; ``width`` is the number of positions before any was hidden.
+    """
+
+    x: Tensor
+    valid: Tensor
+    ids: Tensor | None
+    width: int
+
+
+Spans = Sequence[tuple[str, int, int]]
+
+
+def encode_padded(
+    transformer: Transformer,
+    adapters: Mapping[str, Adapter],
+    tokens: Mapping[str, PaddedTokens],
+    samples: Mapping[str, Sequence[int]] | None,
+    keep: Tensor | None,
+) -> dict[str, Tensor]:
+    """Every layer over the padded batch: {modality: [rows, length, dim]}; rows at padding mean nothing."""
+    if samples is not None:
+        tokens = {name: _spread(part, samples[name], samples) for name, part in tokens.items()}
+    x = torch.cat([part.x for part in tokens.values()], dim=1)
+    padding = ~torch.cat([part.valid for part in tokens.values()], dim=1)
+    has_padding = bool(padding.any())
+    if has_padding:
+        x = x * (1 - padding.unsqueeze(-1).to(x.dtype))
+    spans, start = [], 0
+    for name, part in tokens.items():
+        spans.append((name, start, start + part.x.shape[1]))
+        start += part.x.shape[1]
+    biases = _dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
+
+    x = x.transpose(0, 1)
+    seeds_needed = transformer.training and transformer.config.dropout
+    for i, layer in enumerate(transformer.layers):
+        bias = biases[i if len(biases) > 1 else 0] if biases else None
+        arguments = (layer, x, bias, spans, None if keep is None else keep[i], layer.dropout if seeds_needed else 0.0)
+        if transformer.config.checkpoint_activations and torch.is_grad_enabled():
+            x = checkpoint(encode_layer, *arguments, use_reentrant=False)
+        else:
+            x = encode_layer(*arguments)
+    outputs = {name: transformer.final_norm(name)(x[start:stop]) for name, start, stop in spans}
+    if len(outputs) > 1:
+        x = torch.cat(list(outputs.values()))
+        outputs = {name: x[start:stop] for name, start, stop in spans}
+    result = {name: output.transpose(0, 1) for name, output in outputs.items()}
+    if samples is None:
+        return result
+    rows = {name: torch.tensor(list(samples[name]), device=x.device) for name in result}
+    return {name: output[rows[name]] for name, output in result.items()}
+
+
+def _spread(part: PaddedTokens, rows: Sequence[int], samples: Mapping[str, Sequence[int]]) -> PaddedTokens:
+    """Put a modality's rows at their samples; samples without it are padding."""
+    count = len(set().union(*map(set, samples.values())))
+    index = torch.tensor(list(rows), dtype=torch.int64, device=part.x.device)
+
+    def at(value: Tensor) -> Tensor:
+        return value.new_zeros(count, *value.shape[1:]).index_copy(0, index, value)
+
+    return PaddedTokens(at(part.x), at(part.valid), None if part.ids is None else at(part.ids), part.width)
+
+
+def _dense_biases(
+    transformer: Transformer,
+    adapters: Mapping[str, Adapter],
+    tokens: Mapping[str, PaddedTokens],
+    spans: Spans,
+    padding: Tensor | None,
+    x: Tensor,
+) -> list[Tensor]:
+    """The bias of every table, [batch, heads, length, length], minus infinity where the key is padding."""
+    batch, length, _ = x.shape
+    heads = transformer.config.attention_heads
+    tables = transformer.config.bias_tables
+    if not tables and padding is None:
+        return []
+    result = []
+    for table in range(max(tables, 1)):
+        bias = x.new_zeros(batch, heads, length, length)
+        for name, start, stop in spans if tables else ():
+            bias[:, :, start:stop, start:stop] += _modality_bias(adapters[name], table, tokens[name], batch)
+        if padding is not None:
+            bias.masked_fill_(padding.view(batch, 1, 1, length), float("-inf"))
+        result.append(bias)
+    return result
+
+
+def _modality_bias(adapter: Adapter, table: int, part: PaddedTokens, batch: int) -> Tensor:
+    """One modality's bias [batch, heads, length, length], gathered twice where its tokens are a kept subset."""
+    index = adapter.dense_table_index(part.width)
+    bias = adapter.rel_pos_table_list[table](index).unsqueeze(0).expand(batch, -1, -1, -1).permute(0, 3, 1, 2)
+    if part.ids is not None:
+        heads, kept = bias.shape[1], part.ids.shape[1]
+        bias = bias.gather(2, part.ids[:, None, :, None].expand(-1, heads, -1, part.width))
+        bias = bias.gather(3, part.ids[:, None, None, :].expand(-1, heads, kept, -1))
+    return bias
+
+
+def encode_layer(
+    layer: TransformerLayer, x: Tensor, bias: Tensor | None, spans: Spans, keep: Tensor | None, dropout: float
+) -> Tensor:
+    """One layer over [length, batch, dim]."""
+    keeps = (None, None) if keep is None else keep[:, :, None].to(x.dtype)
+    attended = attend(layer.self_attn, layer.self_attn_layer_norm(x), bias)
+    if layer.attn_ln is not None:
+        attended = layer.attn_ln(attended)
+    x = add_branch(x, attended, layer.gamma_1, keeps[0], dropout)
+    z = layer.final_layer_norm(x)
+    if len(spans) == 1:
+        y = layer.ffn(spans[0][0])(z)
+    else:
+        y = torch.cat([layer.ffn(name)(z[start:stop]) for name, start, stop in spans])
+    return add_branch(x, y, layer.gamma_2, keeps[1], dropout)
+
+
+def add_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, dropout: float) -> Tensor:
+    """x + keep * gamma * dropout(y)."""
+    y = F.dropout(y, dropout) if dropout else y
+    y = y if gamma is None else gamma * y
+    return x + (y if keep is None else y * keep)
+
+
+def attend(attention: SelfAttention, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Attention by batched products over [length, batch, dim], softmax in float32."""
+    length, batch, dim = x.shape
+    heads, head_dim = attention.heads, dim // attention.heads
+
+    def split(projection: torch.nn.Linear) -> Tensor:
+        return projection(x).view(length, batch * heads, head_dim).transpose(0, 1)
+
+    q, k, v = split(attention.q_proj), split(attention.k_proj), split(attention.v_proj)
+    q = q * head_dim**-0.5
+    weights = torch.bmm(q, k.transpose(1, 2))
+    if bias is not None:
+        weights += bias.view(-1, length, length)
+    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(torch.float32, weights.dtype)).type_as(weights)
+    attended = torch.bmm(weights, v).transpose(0, 1).reshape(length, batch, dim)
+    if attention.c_attn is not None:
+        attended = torch.einsum("nbhd,h->nbhd", attended.view(length, batch, heads, head_dim), attention.c_attn)
+        attended = attended.reshape(length, batch, dim)
+    if attention.ln is not None:
+        attended = attention.ln(attended)
+    return attention.out_proj(attended)

@@ -1,0 +1,67 @@
+"""Upstream's state dicts: strict loading, with the buffers and old names that public checkpoints also carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
+from onepeace_fast.relative_position import MAX_POSITIONS
+
+_OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
+
+
+def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Copy every parameter from ``state_dict``; raises ``ValueError`` listing all that does not fit, weights untouched."""
+    given = {_rename(name): value for name, value in state_dict.items()}
+    parameters = dict(model.named_parameters())
+    buffers = {name: value for name, value in given.items() if name not in parameters and _is_buffer(name)}
+    missing = sorted(set(parameters) - set(given))
+    unexpected = sorted(set(given) - set(parameters) - set(buffers))
+    misshaped = [
+        f"{name} {list(given[name].shape)} instead of {list(parameter.shape)}"
+        for name, parameter in parameters.items()
+        if name in given and given[name].shape != parameter.shape
+    ]
+    misshaped += [reason for name, value in buffers.items() if (reason := _check_buffer(model, name, value))]
+    problems = {"missing": missing, "unexpected": unexpected, "misshaped or different": misshaped}
+    found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
+    if found:
+        raise ValueError(f"state_dict: got keys that do not fit, takes exactly this model's. {found}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(given[name])
+    for module in model.modules():
+        if isinstance(module, Adapter):
+            module.reset_tables()
+
+
+def _rename(name: str) -> str:
+    return name.removesuffix(_OLD_TABLE) + _NEW_TABLE if name.endswith("." + _OLD_TABLE) else name
+
+
+def _is_buffer(name: str) -> bool:
+    return name.rsplit(".", 1)[-1] in ("rp_bucket", "position_idx", "version")
+
+
+def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
+    """Why a buffer of a checkpoint contradicts this model, or None."""
+    owner, _, kind = name.rpartition(".")
+    try:
+        module = model.get_submodule(owner)
+    except AttributeError:
+        return f"{name} belongs to no part of this model"
+    if kind == "version":
+        return None if value.tolist() == [3.0] else f"{name} {value.tolist()} instead of [3.0]"
+    if kind == "position_idx" and isinstance(module, ImageAdapter):
+        expected = torch.arange(module.position_grid**2 + 1)
+    elif kind == "rp_bucket" and isinstance(module, Adapter) and hasattr(module, "rel_pos_table_list"):
+        module.reset_tables()
+        width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else module.bias_grid**2 + 1
+        expected = module.dense_table_index(width).cpu()
+    else:
+        return f"{name} belongs to no part of this model"
+    same = value.shape == expected.shape and torch.equal(value.cpu().long(), expected)
+    return None if same else f"{name} differs from the one that follows from the configuration"

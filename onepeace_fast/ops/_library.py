@@ -1,0 +1,60 @@
+"""How every op is registered: schema, implementation, fake and gradient under ``torch.ops.onepeace_fast``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "onepeace_fast"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(name: str, signature: str, specification: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define ``onepeace_fast::name`` with ``specification`` as its implementation on every device; return the op."""
+    _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, specification, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def register_gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register ``backward`` as the gradient of ``name``, and refuse to differentiate ``name``_backward again."""
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
+
+    def refuse(ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name} is differentiable once: got a request for its second derivative; "
+            "use the reference backend for it"
+        )
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_LIBRARY)
+
+
+def no_gradient(integers: Sequence[int]) -> list | None:
+    """What a gradient returns for a list of integers: torch takes an empty list for a list of tensors."""
+    return None if integers else []
+
+
+def row_slices(offsets: Tensor, row_counts: Sequence[int]) -> Iterator[slice]:
+    """Row range of each modality. Only without ``row_counts`` are the offsets read on the host."""
+    bounds = [0]
+    if row_counts:
+        for count in row_counts:
+            bounds.append(bounds[-1] + count)
+    else:
+        bounds = offsets.tolist()
+    return (slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Statistics and scores are float32 for half precision, else the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which autocast runs matrix products on this tensor's device, else the tensor's own."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype

@@ -1,0 +1,284 @@
+"""Self-attention over packed segments with a relative position bias in code form.
+
+For every sample, over all of its tokens of all modalities, and every head h:
+
+    score[i, j] = scale * q_i . k_j + bias[h, i, j],   out_i = c_h * sum_j softmax_j(score[i, :]) v_j
+
+bias is zero between modalities; within modality m it is entry ``code_i - code_j + code_offsets[m]`` of the vector
+``bias[m][h]``, whose last three entries are those of CLS as query, CLS as key, and both (ONE-PEACE, arXiv 2305.11172;
+head scale c: NormFormer, arXiv 2110.09456). No [length, length] tensor exists outside this op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, register_gradient
+from onepeace_fast.ops.layer_norm import only_needed
+from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
+
+
+class Group(NamedTuple):
+    """Samples of one length: the rows of their tokens, int64 [N, L], and which are real, bool [N, L]."""
+
+    rows: Tensor
+    valid: Tensor
+
+
+def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
+    """On a CPU one sample after another at its own length; elsewhere all at ``max_length``, so that nothing is read."""
+    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
+    if cu_seqlens.device.type == "cpu":
+        for sample_starts, sample_lengths in zip(starts.t().tolist(), lengths.t().tolist(), strict=True):
+            parts = [torch.arange(s, s + n) for s, n in zip(sample_starts, sample_lengths, strict=True)]
+            rows = torch.cat(parts)[None]
+            yield Group(rows, torch.ones_like(rows, dtype=torch.bool))
+        return
+    max_length = max_length or int(lengths.sum(0).max())
+    place = torch.arange(max_length, device=cu_seqlens.device)
+    before = lengths.cumsum(0) - lengths
+    rows = torch.zeros(lengths.shape[1], max_length, dtype=torch.int64, device=cu_seqlens.device)
+    for start, length, first in zip(starts, lengths, before, strict=True):
+        within = place - first[:, None]
+        rows = torch.where((within >= 0) & (within < length[:, None]), start[:, None] + within, rows)
+    yield Group(rows, place < lengths.sum(0)[:, None])
+
+
+class BiasIndex(NamedTuple):
+    """All modalities' vectors side by side [heads, entries], a zero entry last, and where each one starts."""
+
+    vectors: Tensor
+    starts: list[int]
+
+
+def join_vectors(bias: Sequence[Tensor]) -> BiasIndex:
+    """Join the vectors of all modalities so that one index reaches any of them."""
+    starts = [0]
+    for vector in bias:
+        starts.append(starts[-1] + vector.shape[1])
+    return BiasIndex(torch.cat([*bias, bias[0].new_zeros(bias[0].shape[0], 1)], dim=1), starts)
+
+
+def pair_index(
+    rows: Tensor, joined: BiasIndex, modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
+) -> Tensor:
+    """Entry of the joined vectors for every pair of tokens of a sample: int64 [N, L, L]."""
+    zero_entry = joined.starts[-1]
+    modality, code, is_cls = modality[rows], code[rows], is_cls[rows]
+    index = torch.full((*rows.shape, rows.shape[1]), zero_entry, device=rows.device)
+    for m, offset in enumerate(code_offsets):
+        entries = joined.starts[m + 1] - joined.starts[m]
+        inside = (modality == m).unsqueeze(-1) & (modality == m).unsqueeze(-2)
+        index = torch.where(inside, joined.starts[m] + dense_index(code, is_cls, offset, entries), index)
+    return index
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor | None, valid: Tensor, scale: float) -> Tensor:
+    """scale q k^T + bias, minus infinity where the key is padding: [N, heads, L, L] from [N, heads, L, head_dim]."""
+    result = torch.matmul(q * scale, k.transpose(-1, -2))
+    if bias is not None:
+        result += bias
+    if valid.device.type != "cpu":
+        result.masked_fill_(~valid[:, None, None, :], float("-inf"))
+    return result
+
+
+def _heads(qkv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
+    return qkv[rows].to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+
+
+def _bias(joined: BiasIndex | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if joined is None:
+        return None
+    return joined.vectors.to(dtype)[:, index].movedim(0, 1)
+
+
+def relative_bias_attention_specification(
+    qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
+    code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Returns out [rows, heads, head_dim] in qkv's dtype and the scores' log-sum-exp [rows, heads]."""
+    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
+    log_sum_exp = qkv.new_zeros(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype))
+    joined = join_vectors(bias) if bias else None
+    for rows, valid in sample_groups(cu_seqlens, max_length):
+        q, k, v = _heads(qkv, rows)
+        index = None if joined is None else pair_index(rows, joined, modality, code, is_cls, code_offsets)
+        score = scores(q, k, _bias(joined, index, q.dtype), valid, scale)
+        total = score.logsumexp(-1)
+        attended = torch.matmul(score.sub_(total.unsqueeze(-1)).exp_(), v)
+        if head_scale is not None:
+            attended = attended * head_scale.to(q.dtype)[:, None, None]
+        out[rows[valid]] = attended.transpose(1, 2)[valid].to(out.dtype)
+        log_sum_exp[rows[valid]] = total.transpose(1, 2)[valid]
+    return out, log_sum_exp
+
+
+def relative_bias_attention_backward_specification(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor,
+    bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
+    max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """With p = exp(score - log_sum_exp), o = p v, do = c grad:
+
+    dv = p^T do,  dp = do v^T,  ds = p (dp - sum(do o)),  dq = scale ds k,  dk = scale ds^T q,
+    dc = sum(grad o),  dbias[entry] = sum of ds over the pairs that take the entry.
+
+    Returns dqkv, the vectors' gradients and the head scale's, empty where none is needed.
+    """
+    dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    joined = join_vectors(bias) if bias else None
+    dvectors = None if joined is None or not any(bias_needs) else torch.zeros_like(joined.vectors, dtype=log_sum_exp.dtype)
+    dscale = None if not head_scale_need else torch.zeros_like(head_scale, dtype=log_sum_exp.dtype)
+    for rows, valid in sample_groups(cu_seqlens, max_length):
+        q, k, v = _heads(qkv, rows)
+        index = None if joined is None else pair_index(rows, joined, modality, code, is_cls, code_offsets)
+        p = scores(q, k, _bias(joined, index, q.dtype), valid, scale)
+        p = p.sub_(log_sum_exp[rows].transpose(1, 2).unsqueeze(-1)).exp_()
+        dout = grad[rows].to(q.dtype).transpose(1, 2)
+        if not rows.device.type == "cpu":
+            p, dout = (tensor * valid[:, None, :, None] for tensor in (p, dout))
+        o = torch.matmul(p, v)
+        if dscale is not None:
+            dscale += (dout * o).sum((0, 2, 3))
+        if head_scale is not None:
+            dout = dout * head_scale.to(q.dtype)[:, None, None]
+        dv = torch.matmul(p.transpose(-1, -2), dout)
+        ds = torch.matmul(dout, v.transpose(-1, -2)).sub_((dout * o).sum(-1, keepdim=True)).mul_(p)
+        if dvectors is not None:
+            dvectors += sum_by_index(ds.movedim(1, 0).flatten(1), index.flatten(), dvectors.shape[1])
+        dq, dk = torch.matmul(ds, k).mul_(scale), torch.matmul(ds.transpose(-1, -2), q).mul_(scale)
+        dqkv[rows[valid]] = torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4)[valid].to(qkv.dtype)
+    gradients = []
+    for m, (vector, need) in enumerate(zip(bias, bias_needs, strict=True)):
+        part = dvectors[:, joined.starts[m] : joined.starts[m + 1]] if need else vector.new_empty(0)
+        gradients.append(part.to(vector.dtype, copy=True))
+    return dqkv, gradients, qkv.new_empty(0) if dscale is None else dscale.to(head_scale.dtype, copy=True)
+
+
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sum [heads, pairs] into [heads, size] by the pairs' index, in the same order every time on every device."""
+    if values.device.type == "cpu":
+        return values.new_zeros(values.shape[0], size).scatter_add_(1, index.expand_as(values), values)
+    # On a GPU scatter_add is atomic; an accumulating index_put sorts first.
+    return values.new_zeros(size, values.shape[0]).index_put_((index,), values.t(), accumulate=True).t()
+
+
+def _fake(qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length):
+    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+    return out, qkv.new_empty(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype))
+
+
+def _fake_backward(
+    grad, qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
+    bias_needs, head_scale_need,
+):  # fmt: skip
+    gradients = [torch.empty_like(b) if n else b.new_empty(0) for b, n in zip(bias, bias_needs, strict=True)]
+    dscale = torch.empty_like(head_scale) if head_scale_need else qkv.new_empty(0)
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format), gradients, dscale
+
+
+_PLAN = "Tensor cu_seqlens, Tensor modality, Tensor code, Tensor is_cls, Tensor[] bias, SymInt[] code_offsets"
+_op = define(
+    "relative_bias_attention",
+    f"(Tensor qkv, {_PLAN}, Tensor? head_scale, float scale, SymInt max_length) -> (Tensor, Tensor)",
+    relative_bias_attention_specification,
+    _fake,
+)
+_backward_op = define(
+    "relative_bias_attention_backward",
+    f"(Tensor grad, Tensor qkv, {_PLAN}, Tensor? head_scale, Tensor log_sum_exp, float scale, SymInt max_length,"
+    " bool[] bias_needs, bool head_scale_need) -> (Tensor, Tensor[], Tensor)",
+    relative_bias_attention_backward_specification,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length = inputs
+    _, log_sum_exp = output
+    ctx.mark_non_differentiable(log_sum_exp)
+    ctx.code_offsets, ctx.scale, ctx.max_length = code_offsets, scale, max_length
+    ctx.save_for_backward(qkv, cu_seqlens, modality, code, is_cls, head_scale, log_sum_exp, *bias)
+
+
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
+    qkv, cu_seqlens, modality, code, is_cls, head_scale, log_sum_exp, *bias = ctx.saved_tensors
+    bias_needs, scale_need = list(ctx.needs_input_grad[5] or ()), ctx.needs_input_grad[7]
+    dqkv, dbias, dscale = _backward_op(
+        grad, qkv, cu_seqlens, modality, code, is_cls, bias, ctx.code_offsets, head_scale, log_sum_exp, ctx.scale,
+        ctx.max_length, bias_needs, scale_need,
+    )  # fmt: skip
+    dscale = dscale if scale_need else None
+    return dqkv, None, None, None, None, only_needed(dbias, bias_needs), no_gradient(ctx.code_offsets), dscale, None, None
+
+
+register_gradient("relative_bias_attention", _setup_context, _backward)
+
+
+def relative_bias_attention(
+    qkv: Tensor,
+    *,
+    cu_seqlens: Tensor,
+    modality: Tensor,
+    code: Tensor,
+    is_cls: Tensor,
+    bias: Sequence[Tensor] = (),
+    code_offsets: Sequence[int] = (),
+    head_scale: Tensor | None = None,
+    scale: float | None = None,
+    max_length: int = 0,
+) -> Tensor:
+    """Self-attention of every sample over all its tokens, with a relative position bias in code form.
+
+    Args:
+        qkv: floating point [rows, 3, heads, head_dim], queries, keys and values of packed rows, any strides.
+        cu_seqlens: int32 [G, S + 1]; rows cu_seqlens[m, s] to cu_seqlens[m, s + 1] are sample s's of modality m.
+        modality, code: int32 [rows], the plan's.
+        is_cls: bool [rows], the plan's.
+        bias: one [heads, entries] per modality, the expanded vectors with their three CLS entries last; empty for none.
+        code_offsets: per modality, the entry that belongs to equal codes.
+        head_scale: [heads], or None.
+        scale: of q . k; by default head_dim ** -0.5.
+        max_length: longest sample, where the host knows it.
+
+    Returns:
+        [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
+
+    Raises:
+        ValueError: a dtype, shape or device that does not fit.
+    """
+    floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+    require_tensor("qkv", qkv, floats, "[rows, 3, heads, head_dim]", 4)
+    require(qkv.shape[1] == 3, f"qkv: got {describe(qkv)}, takes 3 in dimension 1: query, key, value")
+    rows, _, heads, head_dim = qkv.shape
+    require_tensor("cu_seqlens", cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
+    for name, value in (("modality", modality), ("code", code), ("is_cls", is_cls)):
+        dtype = torch.bool if name == "is_cls" else torch.int32
+        require_tensor(name, value, (dtype,), "[rows]", 1)
+        require(value.shape[0] == rows, f"{name}: got {describe(value)}, takes one entry per row, [{rows}]")
+    for name, value in (("cu_seqlens", cu_seqlens), ("modality", modality), ("code", code), ("is_cls", is_cls)):
+        require_device(name, value, qkv.device)
+    groups = cu_seqlens.shape[0]
+    bias, code_offsets = list(bias), list(code_offsets)
+    require(len(bias) in (0, groups), f"bias: got {len(bias)} vectors, takes one per modality, {groups}, or none")
+    require(
+        not bias or len(code_offsets) == groups,
+        f"code_offsets: got {len(code_offsets)}, takes one per modality, {groups}",
+    )
+    for m, vector in enumerate(bias):
+        fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
+        require(
+            fits and vector.shape[1] > CLS_ENTRIES,
+            f"bias[{m}]: got {describe(vector)}, takes floating point [{heads} heads, more than {CLS_ENTRIES} entries]",
+        )
+        require_device(f"bias[{m}]", vector, qkv.device)
+    require_vector("head_scale", head_scale, heads, qkv.device)
+    scale = head_dim**-0.5 if scale is None else scale
+    return _op(qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length)[0]

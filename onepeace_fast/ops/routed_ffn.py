@@ -1,0 +1,274 @@
+"""One gated feed-forward network per modality, on contiguous row ranges of packed tokens.
+
+    h = gelu(z W0^T) * (z W1^T),   y = LayerNorm(h) W2^T + b2,   out = residual + keep * gamma * y
+
+with W0, W1, W2, b2 and the Sub-LayerNorm of the row's modality (GeGLU: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang et
+al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). GELU is exact (erf).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.ops._library import (
+    accumulation_dtype,
+    autocast_dtype,
+    define,
+    no_gradient,
+    register_gradient,
+    row_slices,
+)
+from onepeace_fast.ops.layer_norm import normalize, normalize_backward, only_needed
+from onepeace_fast.ops.residual import check_keep, row_factor
+
+def routed_ffn_specification(
+    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
+    w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], residual: Tensor | None,
+    gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Returns out and what the backward pass reads: u = z W0^T, v = z W1^T, y (for gamma), mean and rstd of h."""
+    rows_total, hidden = z.shape[0], w0[0].shape[0]
+    y = z.new_zeros(rows_total, w2[0].shape[0])
+    u, v = z.new_empty(rows_total, hidden), z.new_empty(rows_total, hidden)
+    mean, rstd = (_statistics(z) for _ in range(2))
+    for m, rows in enumerate(row_slices(offsets, row_counts)):
+        u[rows] = z[rows] @ w0[m].t()
+        v[rows] = z[rows] @ w1[m].t()
+        h = F.gelu(u[rows]) * v[rows]
+        if norm_weight:
+            h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], norm_bias[m], eps)
+        y[rows] = F.linear(h, w2[m], b2[m] if b2 else None)
+    if residual is None:
+        return y, u, v, z.new_empty(0), mean, rstd
+    factor = row_factor(y, gamma, keep, sample, 0.0, None)
+    out = (residual + (y if factor is None else y * factor)).to(residual.dtype)
+    return out, u, v, z.new_empty(0) if gamma is None else y, mean, rstd
+
+
+def routed_ffn_backward_specification(
+    grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor,
+    row_counts: Sequence[int], gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, u: Tensor, v: Tensor,
+    y: Tensor, mean: Tensor, rstd: Tensor, eps: float, needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """With dy = grad * keep * gamma and n = LayerNorm(h):
+
+    db2 = sum dy, dW2 = dy^T n, dh = LayerNorm'(dy W2), du = gelu'(u) dh v, dv = dh gelu(u), dW0 = du^T z, dW1 = dv^T z,
+    dz = du W0 + dv W1, dgamma = sum grad * keep * y.
+
+    ``needs`` is one flag per parameter in the order of the lists, then gamma's. Returns dz, the parameters' gradients in
+    that order and dgamma, empty where none is needed.
+    """
+    lists = (w0, w1, norm_weight, norm_bias, w2, b2)
+    parameters = [parameter for group in lists for parameter in group]
+    gradients = [torch.zeros_like(p) if n else p.new_empty(0) for p, n in zip(parameters, needs, strict=False)]
+    starts = [sum(len(group) for group in lists[:i]) for i in range(len(lists))]
+
+    def store(which: int, m: int, value: Callable[[], Tensor]) -> None:
+        if lists[which] and needs[starts[which] + m]:
+            gradients[starts[which] + m].copy_(value())
+
+    factor = row_factor(z, gamma, keep, sample, 0.0, None)
+    dy_all = (grad if factor is None else grad * factor).to(z.dtype)
+    dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    for m, rows in enumerate(row_slices(offsets, row_counts)):
+        dy, z_m, u_m, v_m = dy_all[rows], z[rows], u[rows], v[rows]
+        gelu = F.gelu(u_m)
+        h = n = gelu * v_m
+        if norm_weight:
+            n = normalize(h, norm_weight[m], norm_bias[m], eps)[0]
+        store(5, m, lambda dy=dy: dy.sum(0))
+        store(4, m, lambda dy=dy, n=n: dy.t() @ n)
+        dh = dy @ w2[m]
+        if norm_weight:
+            norm_needs = [bool(needs[starts[i] + m]) for i in (2, 3)]
+            dh, dweight, dbias = normalize_backward(dh, h, mean[rows], rstd[rows], norm_weight[m], (True, *norm_needs))
+            store(2, m, lambda dweight=dweight: dweight)
+            store(3, m, lambda dbias=dbias: dbias)
+            dh = dh.to(z.dtype)
+        dv = dh * gelu
+        du = torch.ops.aten.gelu_backward(dh * v_m, u_m)
+        store(0, m, lambda du=du, z_m=z_m: du.t() @ z_m)
+        store(1, m, lambda dv=dv, z_m=z_m: dv.t() @ z_m)
+        dz[rows] = torch.addmm(du @ w0[m], dv, w1[m])
+    dgamma = z.new_empty(0)
+    if needs[-1]:
+        scaled = row_factor(y, None, keep, sample, 0.0, None)
+        dgamma = (grad * (y if scaled is None else y * scaled)).sum(0).to(gamma.dtype)
+    return dz, gradients, dgamma
+
+
+def _statistics(z: Tensor) -> Tensor:
+    return z.new_zeros((z.shape[0], 1), dtype=accumulation_dtype(z.dtype))
+
+
+def _fake(z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, eps):
+    y = z.new_empty(z.shape[0], w2[0].shape[0])
+    u, v = (z.new_empty(z.shape[0], w0[0].shape[0]) for _ in range(2))
+    saved_y = z.new_empty(0) if residual is None or gamma is None else y
+    out = y if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    return out, u, v, saved_y, _statistics(z), _statistics(z)
+
+
+def _fake_backward(
+    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, u, v, y, mean, rstd, eps,
+    needs,
+):  # fmt: skip
+    parameters = (*w0, *w1, *norm_weight, *norm_bias, *w2, *b2)
+    gradients = [torch.empty_like(p) if n else p.new_empty(0) for p, n in zip(parameters, needs, strict=False)]
+    dgamma = torch.empty_like(gamma) if needs[-1] else z.new_empty(0)
+    return torch.empty_like(z, memory_format=torch.contiguous_format), gradients, dgamma
+
+
+_LISTS = "Tensor[] w0, Tensor[] w1, Tensor[] norm_weight, Tensor[] norm_bias, Tensor[] w2, Tensor[] b2"
+_op = define(
+    "routed_ffn",
+    f"(Tensor z, {_LISTS}, Tensor offsets, SymInt[] row_counts, Tensor? residual, Tensor? gamma, Tensor? keep,"
+    " Tensor? sample, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    routed_ffn_specification,
+    _fake,
+)
+_backward_op = define(
+    "routed_ffn_backward",
+    f"(Tensor grad, Tensor z, {_LISTS}, Tensor offsets, SymInt[] row_counts, Tensor? gamma, Tensor? keep,"
+    " Tensor? sample, Tensor u, Tensor v, Tensor y, Tensor mean, Tensor rstd, float eps, bool[] needs)"
+    " -> (Tensor, Tensor[], Tensor)",
+    routed_ffn_backward_specification,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    z, *lists, offsets, row_counts, residual, gamma, keep, sample, eps = inputs
+    _, u, v, y, mean, rstd = output
+    ctx.mark_non_differentiable(u, v, y, mean, rstd)
+    ctx.row_counts, ctx.eps, ctx.has_residual = row_counts, eps, residual is not None
+    ctx.list_lengths = [len(group) for group in lists]
+    parameters = [parameter for group in lists for parameter in group]
+    ctx.save_for_backward(z, offsets, gamma, keep, sample, u, v, y, mean, rstd, *parameters)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
+    z, offsets, gamma, keep, sample, u, v, y, mean, rstd, *parameters = ctx.saved_tensors
+    list_needs = [list(ctx.needs_input_grad[1 + i] or ()) for i in range(len(ctx.list_lengths))]
+    needs = [*(need for group in list_needs for need in group), ctx.needs_input_grad[10]]
+    dz, gradients, dgamma = _backward_op(
+        grad, z, *_regroup(parameters, ctx.list_lengths), offsets, ctx.row_counts, gamma, keep, sample,
+        u, v, y, mean, rstd, ctx.eps, needs,
+    )  # fmt: skip
+    grouped = _regroup(gradients, ctx.list_lengths)
+    return (
+        dz,
+        *(only_needed(group, need) for group, need in zip(grouped, list_needs, strict=True)),
+        None,
+        no_gradient(ctx.row_counts),
+        grad if ctx.has_residual else None,
+        dgamma if needs[-1] else None,
+        None,
+        None,
+        None,
+    )
+
+
+def _regroup(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+    groups, start = [], 0
+    for length in lengths:
+        groups.append(list(flat[start : start + length]))
+        start += length
+    return groups
+
+
+register_gradient("routed_ffn", _setup_context, _backward)
+
+
+def routed_ffn(
+    z: Tensor,
+    w0: Sequence[Tensor],
+    w1: Sequence[Tensor],
+    w2: Sequence[Tensor],
+    b2: Sequence[Tensor] | None = None,
+    *,
+    offsets: Tensor,
+    row_counts: Sequence[int] = (),
+    norm_weight: Sequence[Tensor] | None = None,
+    norm_bias: Sequence[Tensor] | None = None,
+    residual: Tensor | None = None,
+    gamma: Tensor | None = None,
+    keep: Tensor | None = None,
+    sample: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """The GeGLU feed-forward network of each row's modality, with Sub-LayerNorm, LayerScale, DropPath and residual.
+
+    Args:
+        z: floating point [rows, width], modality-major: rows offsets[m] to offsets[m + 1] are those of modality m.
+        w0, w1: one [hidden, width] per modality; gate and value projections.
+        w2: one [width, hidden] per modality; output projections.
+        b2: one [width] per modality, or None.
+        offsets: int32 [G + 1], the plan's.
+        row_counts: the plan's row counts, where the host knows them.
+        norm_weight, norm_bias: one [hidden] per modality, Sub-LayerNorm; None for none.
+        residual: floating point [rows, width], added to the scaled result; without it gamma and keep are refused.
+        gamma, keep, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
+        eps: of the Sub-LayerNorm.
+
+    Returns:
+        [rows, width] in the residual's dtype, else z's. Rows past offsets[G] get the residual, else zero.
+        Under autocast the matrix products run in autocast's dtype. A parameter without rows gets a zero gradient, a
+        frozen one none.
+
+    Raises:
+        ValueError: a dtype, shape or device that does not fit.
+    """
+    dtype = autocast_dtype(z)
+    z, w0, w1, w2, b2 = (_cast(value, dtype) for value in (z, w0, w1, w2, b2 or ()))
+    norm_weight, norm_bias = list(norm_weight or ()), list(norm_bias or ())
+    _check(z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, residual, gamma, keep, sample)
+    return _op(
+        z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, eps
+    )[0]  # fmt: skip
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) else [item.to(dtype) for item in value]
+
+
+def _check(
+    z: Tensor, w0: list, w1: list, norm_weight: list, norm_bias: list, w2: list, b2: list, offsets: Tensor,
+    residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None,
+) -> None:  # fmt: skip
+    require_tensor("z", z, (torch.float32, torch.float64, torch.float16, torch.bfloat16), "[rows, width]", 2)
+    require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
+    groups, width, hidden = offsets.shape[0] - 1, z.shape[1], w0[0].shape[0] if w0 else 0
+    shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden), "b2": (width,)}
+    shapes |= {"norm_weight": (hidden,), "norm_bias": (hidden,)}
+    optional = ("b2", "norm_weight", "norm_bias")
+    lists = {"w0": w0, "w1": w1, "norm_weight": norm_weight, "norm_bias": norm_bias, "w2": w2, "b2": b2}
+    for name, tensors in lists.items():
+        fits = len(tensors) == groups or (name in optional and not tensors)
+        require(fits, f"{name}: got {len(tensors)} tensors, takes one per modality, {groups}")
+        for m, tensor in enumerate(tensors):
+            good = tensor.shape == shapes[name] and (name.startswith("norm") or tensor.dtype == z.dtype)
+            require(
+                good, f"{name}[{m}]: got {describe(tensor)}, takes {describe(z).split()[0]} {list(shapes[name])} as z has"
+            )
+            require_device(f"{name}[{m}]", tensor, z.device)
+    require(len(norm_weight) == len(norm_bias), "norm_weight, norm_bias: got one of them, takes both or none")
+    require(
+        residual is not None or (gamma is None and keep is None),
+        "residual: got none with gamma or keep, takes the tensor that the scaled result is added to",
+    )
+    if residual is not None:
+        require(
+            residual.is_floating_point() and residual.shape == z.shape,
+            f"residual: got {describe(residual)}, takes floating point {list(z.shape)}",
+        )
+        require_device("residual", residual, z.device)
+    require_vector("gamma", gamma, width, z.device)
+    check_keep(keep, sample, z)

@@ -1,0 +1,52 @@
+"""What every test relies on: an editable install of this checkout, and skips that name what the machine lacks."""
+
+import os
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = {"onepeace_fast": ROOT / "onepeace_fast", "onepeace_fast.kernels": ROOT / "kernels"}
+
+
+def shadowed() -> str | None:
+    """Say in one line how the packages that Python finds differ from those of this checkout, or return None."""
+    for name, folder in PACKAGES.items():
+        try:
+            spec = find_spec(name)
+        except ModuleNotFoundError as error:
+            return f"onepeace_fast needs the module {error.name}, which is not installed"
+        if spec is None or spec.origin is None:
+            return f"{name} is not installed"
+        if Path(spec.origin).resolve().parent != folder:
+            return f"{name} comes from {Path(spec.origin).parent} instead of this checkout"
+    return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """End the run in one line where it would test something else than this checkout."""
+    if reason := shadowed():
+        pytest.exit(f"{reason}: type `pip install -e .` in {ROOT}, or run `make test`.", returncode=4)
+
+
+def missing_compiler() -> bool:
+    """Tell whether no C++ compiler is to be found, by torch.compile's own rule: CXX, else the usual names."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
+    return not any(shutil.which(name) for name in names)
+
+
+def missing_gpu() -> bool:
+    """Tell whether torch sees no CUDA device."""
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what this machine cannot run, and say why."""
+    if item.get_closest_marker("gpu") and missing_gpu():
+        pytest.skip("torch sees no CUDA device")
+    if item.get_closest_marker("requires_compiler") and missing_compiler():
+        pytest.skip("no C++ compiler is found (set CXX, or install g++)")

@@ -1,0 +1,380 @@
+"""What bootstrap.py does with an environment, without a network: every command that it would start is recorded."""
+
+import ast
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "bootstrap.py"
+LINT = "-m ruff check ."
+
+
+class Machine:
+    """Stands in for processes: records each command, fails those it is told to, and makes what `venv` would make."""
+
+    def __init__(self, bootstrap) -> None:
+        self.bootstrap = bootstrap
+        self.commands: list[str] = []
+        self.codes: dict[str, int] = {}
+        self.interrupted_at = ""
+        self.torches: dict[str, tuple] = {}
+
+    def run(self, command: list[str], **environment: str) -> int:
+        line = " ".join(command).replace(str(self.bootstrap.PYTHON), "VENV").replace(sys.executable, "HOST")
+        self.commands.append(line)
+        if self.interrupted_at and self.interrupted_at in line:
+            raise KeyboardInterrupt
+        code = next((code for part, code in self.codes.items() if part in line), 0)
+        if code == 0 and " -m venv " in line:
+            library = "lib/python{}.{}".format(*sys.version_info) if os.name != "nt" else "Lib"
+            (self.bootstrap.VENV / library / "site-packages").mkdir(parents=True)
+            self.bootstrap.PYTHON.parent.mkdir()
+            self.bootstrap.PYTHON.touch()
+        return code
+
+    def probe(self, python: Path | str):
+        torch = self.torches.get(str(python))
+        return self.bootstrap.Torch(*torch) if torch else None
+
+    def started(self, *arguments: str, code: int = 0) -> list[str]:
+        """Run bootstrap.py with arguments, check its exit code and return the commands that it started."""
+        self.commands.clear()
+        assert self.bootstrap.main(list(arguments)) == code
+        return list(self.commands)
+
+
+@pytest.fixture
+def bootstrap(tmp_path):
+    """bootstrap.py as a module, standing in a checkout of its own."""
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    shutil.copy(SCRIPT, checkout)
+    (checkout / "pyproject.toml").write_text("[project]\n")
+    (checkout / "setup.py").write_text("setup()\n")
+    specification = importlib.util.spec_from_file_location("bootstrap_under_test", checkout / "bootstrap.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def machine(bootstrap, monkeypatch):
+    """A machine with ensurepip, no torch, and no active virtual environment."""
+    machine = Machine(bootstrap)
+    monkeypatch.setattr(bootstrap, "run", machine.run)
+    monkeypatch.setattr(bootstrap, "probe_torch", machine.probe)
+    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
+    offer(bootstrap, monkeypatch, "venv", "ensurepip")
+    return machine
+
+
+def offer(bootstrap, monkeypatch, *modules: str, programs: tuple[str, ...] = ()) -> None:
+    """Let bootstrap.py find these modules and programs alone."""
+    monkeypatch.setattr(bootstrap, "find_spec", lambda name: importlib.util.find_spec(name) if name in modules else 0)
+    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: name if name in programs else None)
+
+
+def one_line(text: str) -> str:
+    """Return a text that must be one line."""
+    assert len(text.strip().splitlines()) == 1, text
+    return text.strip()
+
+
+PIP = "VENV -m pip install --no-input"
+NEW = ["HOST -m venv {venv}", PIP + " torch==2.13.0 --editable .[demo]", "VENV -m onepeace_fast.cli demo"]
+
+
+def new(bootstrap) -> list[str]:
+    """Return the commands of a first `demo`."""
+    return [command.format(venv=bootstrap.VENV) for command in NEW]
+
+
+def test_first_demo_builds_an_environment_installs_the_pinned_torch_and_runs_from_it(bootstrap, machine, capsys):
+    commands = machine.started("demo", "--steps", "3")
+    assert commands == [*new(bootstrap)[:2], "VENV -m onepeace_fast.cli demo --steps 3"]
+    said = capsys.readouterr().out
+    assert "torch 2.13.0 (200 MB for CPUs, gigabytes with CUDA" in said and "scikit-learn" in said
+
+
+def test_second_demo_calls_no_pip(bootstrap, machine):
+    machine.started("demo")
+    assert machine.started("demo") == ["VENV -m onepeace_fast.cli demo"]
+
+
+def test_demo_after_test_calls_no_pip_and_test_after_demo_adds_its_tools_to_the_same_environment(bootstrap, machine):
+    machine.started("demo")
+    machine.torches[str(bootstrap.PYTHON)] = ("2.13.0+cpu", False, "site-packages/torch")
+    assert machine.started("test")[:2] == [PIP + " --editable .[dev]", f"VENV {LINT}"]
+    assert machine.started("demo") == ["VENV -m onepeace_fast.cli demo"]
+    assert machine.started("test")[0] == f"VENV {LINT}"
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py"])
+def test_changed_packaging_installs_again_into_the_same_environment(bootstrap, machine, name):
+    machine.started("demo")
+    (bootstrap.ROOT / name).write_text("# changed\n")
+    assert machine.started("demo") == new(bootstrap)[1:]
+    assert machine.started("demo") == new(bootstrap)[2:]
+
+
+@pytest.mark.parametrize("key", ["python", "prefix", "checkout"])
+def test_environment_of_another_python_or_another_folder_is_built_anew(bootstrap, machine, key):
+    machine.started("demo")
+    stamp = json.loads(bootstrap.STAMP.read_text())
+    stamp["identity"][key] = "another"
+    bootstrap.STAMP.write_text(json.dumps(stamp))
+    assert machine.started("demo") == new(bootstrap)
+
+
+def test_environment_with_a_damaged_stamp_is_built_anew(bootstrap, machine):
+    machine.started("demo")
+    bootstrap.STAMP.write_text('{"complete": tr')
+    assert machine.started("demo") == new(bootstrap)
+
+
+def test_environment_without_its_interpreter_is_built_anew(bootstrap, machine):
+    machine.started("demo")
+    bootstrap.PYTHON.unlink()
+    assert machine.started("demo") == new(bootstrap)
+
+
+@pytest.mark.parametrize("step", ["-m venv", "pip install"])
+def test_interruption_prints_one_line_and_the_next_run_builds_anew(bootstrap, machine, capsys, step):
+    machine.interrupted_at = step
+    machine.started("demo", code=130)
+    assert one_line(capsys.readouterr().err) == "Interrupted; run the same command again to go on."
+    leftover = bootstrap.VENV / "leftover"
+    leftover.touch()
+    machine.interrupted_at = ""
+    assert machine.started("demo") == new(bootstrap)
+    assert not leftover.exists()
+
+
+def test_failing_pip_ends_in_one_line_with_its_code_and_the_next_run_tries_again(bootstrap, machine, capsys):
+    machine.codes["pip install"] = 7
+    assert machine.started("demo", code=7) == new(bootstrap)[:2]
+    assert one_line(capsys.readouterr().err).startswith("pip failed")
+    machine.codes.clear()
+    assert machine.started("demo") == new(bootstrap)
+
+
+def test_failing_pip_leaves_a_whole_environment_whole(bootstrap, machine):
+    machine.started("demo")
+    machine.codes["pip install"] = 1
+    machine.started("test", code=1)
+    assert machine.started("demo") == new(bootstrap)[2:]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_environment_made_by_others_is_refused_and_left_alone(bootstrap, machine, capsys, kind):
+    mine = bootstrap.VENV / "pyvenv.cfg" if kind == "folder" else bootstrap.VENV
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
+    assert machine.started("demo", code=1) == []
+    assert "was not made by this script" in one_line(capsys.readouterr().err)
+    assert mine.read_text() == "mine"
+
+
+def test_torch_of_this_python_is_shared_if_it_is_recent_enough(bootstrap, machine):
+    torch = ("2.10.1+cu130", True, str(bootstrap.ROOT))
+    machine.torches = {sys.executable: torch, str(bootstrap.PYTHON): torch}
+    commands = machine.started("demo")
+    assert commands[:2] == [f"HOST -m venv --system-site-packages {bootstrap.VENV}", PIP + " --editable .[demo]"]
+
+
+def test_torch_of_this_python_that_is_too_old_is_not_shared(bootstrap, machine):
+    machine.torches[sys.executable] = ("2.7.1", True, str(bootstrap.ROOT))
+    assert machine.started("demo") == new(bootstrap)
+
+
+def test_torch_of_an_active_environment_is_shared_by_its_folder(bootstrap, machine, monkeypatch, tmp_path):
+    packages = tmp_path / "other" / "site-packages"
+    (packages / "torch").mkdir(parents=True)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "other"))
+    torch = ("2.11.0", True, str(packages / "torch"))
+    machine.torches = {sys.executable: torch, str(bootstrap.PYTHON): torch}
+    assert machine.started("demo")[:2] == [f"HOST -m venv {bootstrap.VENV}", PIP + " --editable .[demo]"]
+    (shared,) = bootstrap.VENV.rglob("host_torch.pth")
+    assert shared.read_text() == f"{packages}\n"
+
+
+def test_environment_whose_shared_torch_is_gone_is_built_anew(bootstrap, machine, tmp_path):
+    folder = tmp_path / "torch"
+    folder.mkdir()
+    torch = ("2.11.0", True, str(folder))
+    machine.torches = {sys.executable: torch, str(bootstrap.PYTHON): torch}
+    machine.started("demo")
+    folder.rmdir()
+    machine.torches.clear()
+    assert machine.started("demo") == new(bootstrap)
+
+
+def test_active_environment_is_not_deleted_under_its_own_interpreter(bootstrap, machine, monkeypatch, capsys):
+    machine.interrupted_at = "pip install"
+    machine.started("demo", code=130)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "prefix", str(bootstrap.VENV))
+    assert machine.started("demo", code=1) == []
+    assert "`deactivate`" in one_line(capsys.readouterr().err) and bootstrap.PYTHON.exists()
+
+
+def test_without_ensurepip_the_pip_of_this_python_fills_the_environment(bootstrap, monkeypatch):
+    offer(bootstrap, monkeypatch, "venv", "pip")
+    make, fill = bootstrap.creation_commands()
+    assert subprocess.run(make).returncode == 0 and fill[2:] == ["install", "pip"]
+    version = subprocess.run([*fill[:2], "--version"], capture_output=True, text=True)
+    assert version.returncode == 0 and version.stdout.startswith("pip "), version.stderr
+    assert Path(fill[0]) == bootstrap.PYTHON
+
+
+@pytest.mark.parametrize(
+    ("modules", "programs", "expected"),
+    [
+        (["venv", "virtualenv"], (), [sys.executable, "-m", "virtualenv"]),
+        (["venv"], ("virtualenv", "uv"), ["virtualenv", "--python", sys.executable]),
+        ([], ("uv",), ["uv", "venv", "--seed"]),
+    ],
+)
+def test_without_ensurepip_and_pip_another_tool_makes_the_environment(
+    bootstrap, monkeypatch, modules, programs, expected
+):
+    monkeypatch.setattr(bootstrap, "find_spec", lambda name: name in modules)
+    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: name if name in programs else None)
+    (command,) = bootstrap.creation_commands("--system-site-packages")
+    assert command[:3] == expected and command[-2:] == ["--system-site-packages", str(bootstrap.VENV)]
+
+
+def test_without_any_way_to_make_an_environment_one_line_says_what_to_type(bootstrap, machine, monkeypatch, capsys):
+    offer(bootstrap, monkeypatch, "venv")
+    assert machine.started("demo", code=1) == []
+    assert "`sudo apt install python3-venv`" in one_line(capsys.readouterr().err)
+    assert not bootstrap.VENV.exists()
+
+
+def test_test_runs_ruff_and_then_the_fast_tests_with_a_coverage_threshold(bootstrap, machine):
+    *_, lint, tests = machine.started("test")
+    assert lint == f"VENV {LINT}"
+    assert tests.startswith("VENV -m pytest -m not slow and not gpu --cov ") and "--cov-fail-under=90" in tests
+
+
+def test_explicit_pytest_arguments_are_passed_on_without_coverage(bootstrap, machine):
+    assert machine.started("test", "tests/ops", "-k", "norm")[-1] == (
+        "VENV -m pytest -m not slow and not gpu tests/ops -k norm"
+    )
+
+
+def test_slow_tests_are_chosen_by_slow(bootstrap, machine):
+    assert machine.started("test", "--slow", "-x")[-1] == "VENV -m pytest -m slow and not gpu -x"
+
+
+def test_ruff_that_complains_ends_test_with_its_code(bootstrap, machine):
+    machine.codes[LINT] = 5
+    assert machine.started("test", code=5)[-1] == f"VENV {LINT}"
+
+
+@pytest.mark.parametrize(
+    ("command", "part"), [("demo", "cli demo"), ("test", "-m pytest"), ("bench", "-m pytest benchmarks")]
+)
+def test_exit_code_of_the_command_is_passed_through(bootstrap, machine, command, part):
+    machine.codes[part] = 42
+    machine.started(command, code=42)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["test", "--help"], ["demo", "-h"]])
+def test_help_names_every_command_and_starts_nothing(bootstrap, machine, capsys, arguments):
+    assert machine.started(*arguments) == []
+    said = capsys.readouterr().out
+    assert all(f"\n  {command} " in said for command in bootstrap.COMMANDS)
+
+
+def test_unknown_command_ends_in_one_line(bootstrap, machine, capsys):
+    assert machine.started("tset", code=2) == []
+    assert "choose one of demo, test, bench, gpu" in one_line(capsys.readouterr().err)
+
+
+def test_old_python_gets_one_line():
+    pretend = f"import runpy, sys; sys.version_info = (3, 9, 1); runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    result = subprocess.run([sys.executable, "-c", pretend], capture_output=True, text=True)
+    assert result.returncode == 1 and result.stdout == ""
+    assert one_line(result.stderr) == f"onepeace_fast needs Python 3.10 or later; {sys.executable} is 3.9"
+
+
+def test_old_python_can_parse_the_script():
+    ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize(
+    ("torch", "said"),
+    [
+        ("raise ImportError('libcudart')", "cannot import torch"),
+        ("__version__ = '2.13.0'\nclass cuda:\n    is_available = lambda: False", f"torch 2.13.0 of {sys.executable} sees"),
+    ],
+)
+def test_gpu_without_a_gpu_exits_2_with_one_line(tmp_path, torch, said):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(torch)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run([sys.executable, SCRIPT, "gpu"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2 and result.stdout == ""
+    assert said in one_line(result.stderr)
+
+
+@pytest.fixture
+def gpu(bootstrap, machine, monkeypatch, tmp_path):
+    """A machine with a GPU, whose results are to go into tmp_path / "out"."""
+    machine.torches[sys.executable] = ("2.11.0+cu130", True, "torch")
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(bootstrap.os, "access", lambda *_: True)
+    return machine
+
+
+GPU_PIP = "HOST -m pip install --no-input --quiet --no-build-isolation --no-deps --no-index"
+
+
+def test_gpu_installs_offline_and_runs_tests_and_benchmarks_in_this_python(bootstrap, gpu, tmp_path):
+    out = tmp_path / "out"
+    assert gpu.started("gpu", "-x") == [
+        f"{GPU_PIP} --editable .",
+        f"HOST -m pytest -m gpu tests --junitxml={out / 'gpu-tests.xml'} -x",
+        f"HOST {bootstrap.ROOT / 'benchmarks' / 'gpu.py'} --out {out}",
+    ]
+    assert out.is_dir() and not bootstrap.VENV.exists()
+
+
+def test_gpu_results_go_to_the_benchmarks_without_out(bootstrap, gpu, monkeypatch):
+    monkeypatch.delenv("OUT")
+    assert gpu.started("gpu")[-1].endswith(f"--out {bootstrap.ROOT / 'benchmarks' / 'results'}")
+
+
+def test_gpu_installs_for_the_user_where_site_packages_is_not_writable(bootstrap, gpu, monkeypatch):
+    monkeypatch.setattr(bootstrap.os, "access", lambda *_: False)
+    assert gpu.started("gpu")[0] == f"{GPU_PIP} --user --editable ."
+
+
+@pytest.mark.parametrize("failing", ["-m pytest", "gpu.py --out"])
+def test_gpu_runs_tests_and_benchmarks_and_fails_if_either_fails(gpu, failing):
+    gpu.codes[failing] = 3
+    assert len(gpu.started("gpu", code=3)) == 3
+
+
+def test_gpu_stops_where_the_checkout_cannot_be_installed(gpu, capsys):
+    gpu.codes["pip install"] = 4
+    assert gpu.started("gpu", code=4) == [f"{GPU_PIP} --editable ."]
+    assert one_line(capsys.readouterr().err).startswith("pip could not install the checkout")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(
+    ("target", "command"),
+    [(name, name) for name in ("demo", "test", "bench", "gpu")] + [("test-slow", "test --slow"), ("help", "--help")],
+)
+def test_make_targets_only_call_bootstrap(target, command):
+    call = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", target]
+    lines = subprocess.run(call, cwd=SCRIPT.parent, capture_output=True, text=True, check=True).stdout
+    assert one_line(lines) == f"python3 bootstrap.py {command}"

@@ -1,0 +1,121 @@
+"""What is built and installed from this checkout: the right packages, outside the source tree, and nothing else."""
+
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import onepeace_fast
+import onepeace_fast.kernels
+
+pytest.importorskip("build")
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results")
+IMPORT_ELSEWHERE = """
+import sys, torch
+before = set(sys.modules)
+sys.path.insert(0, sys.argv[1])
+import onepeace_fast, onepeace_fast.kernels
+print(onepeace_fast.__file__)
+print(onepeace_fast.kernels.__file__)
+print(onepeace_fast.__version__)
+print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before}))
+"""
+
+
+def quietly(*command: str | Path, folder: Path) -> str:
+    """Run a command in a folder, show its output only if it fails, and return it."""
+    result = subprocess.run([str(part) for part in command], cwd=folder, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build an sdist of this checkout's files and from it a wheel; return their folder."""
+    folder = tmp_path_factory.mktemp("package")
+    shutil.copytree(ROOT, folder / "checkout", ignore=NOT_SOURCE)
+    quietly(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", "checkout", folder=folder)
+    return folder / "dist"
+
+
+@pytest.fixture(scope="module")
+def wheel(built: Path) -> zipfile.ZipFile:
+    """The wheel, opened."""
+    (path,) = built.glob("*.whl")
+    with zipfile.ZipFile(path) as opened:
+        yield opened
+
+
+def test_wheel_holds_the_library_with_its_kernels_inside_and_no_other_top_level_package(wheel):
+    names = set(wheel.namelist())
+    information = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
+    assert {"onepeace_fast/__init__.py", "onepeace_fast/kernels/__init__.py", "onepeace_fast/py.typed"} <= names
+    assert {f"{information}/licenses/LICENSE", f"{information}/licenses/NOTICE"} <= names
+    assert {name.partition("/")[0] for name in names} == {"onepeace_fast", information}
+
+
+def test_wheel_holds_every_module_of_the_checkout(wheel):
+    library = {path.relative_to(ROOT).as_posix() for path in (ROOT / "onepeace_fast").rglob("*.py")}
+    kernels = {f"onepeace_fast/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "kernels").rglob("*.py")}
+    assert {name for name in wheel.namelist() if name.endswith(".py")} == library | kernels
+
+
+def test_sdist_holds_what_the_library_and_its_tests_are_built_from(built):
+    (path,) = built.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"setup.py", "pyproject.toml", "LICENSE", "NOTICE", "README.md", "bootstrap.py", "Makefile"} <= names
+    assert {"csrc/README.md", "kernels/__init__.py", "onepeace_fast/py.typed", "tests/conftest.py"} <= names
+
+
+def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wheel):
+    information = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
+    metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
+    assert metadata["Version"] == onepeace_fast.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "peers", "dev"}
+    assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{information}/entry_points.txt")
+
+
+def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_packages(built, tmp_path):
+    (path,) = built.glob("*.whl")
+    target = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, path]
+    quietly(*pip, folder=tmp_path)
+    output = quietly(sys.executable, "-I", "-c", IMPORT_ELSEWHERE, target, folder=tmp_path)
+    library, kernels, version, imported = output.splitlines()[-4:]
+    assert Path(library) == target / "onepeace_fast" / "__init__.py"
+    assert Path(kernels) == target / "onepeace_fast" / "kernels" / "__init__.py"
+    assert version == onepeace_fast.__version__
+    assert not {"sklearn", "tqdm", "pytest", "hypothesis", "setuptools"} & set(imported.split())
+
+
+def test_missing_triton_is_reported_in_one_line_and_not_raised(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = onepeace_fast.kernels.unavailable_reason.__wrapped__()
+    assert reason.startswith("Triton is not installed") and "\n" not in reason
+
+
+@pytest.mark.parametrize(
+    ("version", "reason"),
+    [("3.3.1", "Triton 3.3.1 is too old (3.4 or later is needed)"), ("3.4.0", None), ("3.10.0", None)],
+)
+def test_triton_is_usable_from_3_4_on(monkeypatch, version, reason):
+    monkeypatch.setitem(sys.modules, "triton", type(sys)("triton"))
+    monkeypatch.setattr(sys.modules["triton"], "__version__", version, raising=False)
+    assert onepeace_fast.kernels.unavailable_reason.__wrapped__() == reason
+
+
+def test_damaged_triton_is_reported_in_one_line_and_not_raised(monkeypatch, tmp_path):
+    (tmp_path / "triton.py").write_text("raise OSError('libtriton.so:\\n cannot open')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    reason = onepeace_fast.kernels.unavailable_reason.__wrapped__()
+    assert reason == "Triton cannot be imported: OSError: libtriton.so: cannot open"
