@@ -37,7 +37,7 @@ OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "dev"]}
 DOWNLOADS = {
-    "base": "triton (about 300 MB, only on Linux), numpy, safetensors, PyYAML (about 20 MB)",
+    "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
     "demo": "scikit-learn with SciPy, tqdm (about 50 MB)",
     "dev": "pytest and plugins, hypothesis, ruff, build, setuptools (about 20 MB)",
 }
@@ -80,9 +80,21 @@ def probe_torch(python: Path | str) -> Torch | None:
     return Torch(version, cuda == "True", folder)
 
 
+def release(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+
+
 def fits(torch: Torch | None) -> bool:
     """Tell whether a torch is there and recent enough."""
-    return torch is not None and tuple(int(part) for part in re.findall(r"\d+", torch.version)[:2]) >= OLDEST_TORCH
+    return torch is not None and release(torch.version) >= OLDEST_TORCH
+
+
+def setuptools_version() -> str:
+    """Return the version of this Python's setuptools, "0" where it has none."""
+    from importlib import metadata  # here, since the oldest Pythons, which get their one line above, lack it
+
+    return next((found.version for found in metadata.distributions(name="setuptools")), "0")
 
 
 def identity() -> dict[str, str]:
@@ -117,9 +129,8 @@ def write_stamp(stamp: dict) -> None:
 
 def usable(stamp: dict | None) -> bool:
     """Tell whether the environment is whole and still belongs to this interpreter and checkout."""
-    if not stamp or not stamp.get("complete") or stamp.get("identity") != identity():
-        return False
-    return PYTHON.exists() and Path(stamp.get("host_torch") or ROOT).exists()
+    whole = bool(stamp) and stamp.get("complete") is True and stamp.get("identity") == identity()
+    return whole and PYTHON.exists() and Path(stamp.get("host_torch") or ROOT).exists()
 
 
 def current(stamp: dict | None, extra: str) -> bool:
@@ -135,8 +146,8 @@ def creation_commands(*flags: str) -> list[list[str]]:
         return [[sys.executable, "-m", "venv", *target]]
     if find_spec("venv") and host_pip and host_pip.origin:
         # Debian without python3-venv: this Python's pip, run by the new interpreter, brings the new one its own.
-        folder = str(Path(host_pip.origin).parent)
-        return [[sys.executable, "-m", "venv", "--without-pip", *target], [str(PYTHON), folder, "install", "pip"]]
+        fill = [str(PYTHON), str(Path(host_pip.origin).parent), "install", "--ignore-installed", "pip"]
+        return [[sys.executable, "-m", "venv", "--without-pip", *target], fill]
     if find_spec("virtualenv"):
         return [[sys.executable, "-m", "virtualenv", *target]]
     if shutil.which("virtualenv"):
@@ -181,7 +192,7 @@ def install(stamp: dict, extra: str) -> None:
     pins = [] if fits(torch) else [f"torch=={PINNED_TORCH}"]
     downloads = [TORCH_DOWNLOAD] * len(pins) + [DOWNLOADS[name] for name in ["base", *INCLUDED[extra]]]
     say("Installing into .venv; pip downloads what is not there or in its cache:")
-    print(*(f"      {line}" for line in downloads), sep="\n", flush=True)
+    print("      " + "\n      ".join(downloads), flush=True)
     write_stamp({**stamp, "complete": False})
     code = pip(PYTHON, *pins, "--editable", f".[{extra}]")
     if code != 0:
@@ -243,17 +254,19 @@ def gpu(arguments: list[str]) -> int:
         raise Stop(f"gpu needs a torch with CUDA, and {sys.executable} cannot import torch.", 2)
     if not torch.cuda:
         raise Stop(f"gpu needs a CUDA device, and torch {torch.version} of {sys.executable} sees none.", 2)
+    if release(setuptools_version()) < (77, 0):
+        raise Stop(f"gpu installs this checkout without a download and needs setuptools 77 in {sys.executable}.", 2)
     say(f"Installing this checkout into {sys.executable}, with no download")
-    user = [] if os.access(sysconfig.get_path("purelib"), os.W_OK) else ["--user"]
-    offline = ["--no-build-isolation", "--no-deps", "--no-index"]
-    code = pip(sys.executable, "--quiet", *offline, *user, "--editable", ".")
+    options = ["--no-build-isolation", "--no-deps", "--no-index"]
+    options += [] if os.access(sysconfig.get_path("purelib"), os.W_OK) else ["--user"]
+    code = pip(sys.executable, "--quiet", *options, "--editable", ".")
     if code != 0:
-        raise Stop("pip could not install the checkout: see its lines above (setuptools 77 or later is needed).", code)
+        raise Stop("pip could not install the checkout: its lines above say why.", code)
     results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
     results.mkdir(parents=True, exist_ok=True)
     say(f"Running the tests that need a GPU; results in {results}")
-    junit = f"--junitxml={results / 'gpu-tests.xml'}"
-    tests = run([sys.executable, "-m", "pytest", "-m", "gpu", "tests", junit, *arguments])
+    chosen = ["-m", "gpu", "tests", f"--junitxml={results / 'gpu-tests.xml'}"]
+    tests = run([sys.executable, "-m", "pytest", *chosen, *arguments])
     say("Running the GPU benchmarks")
     benchmarks = run([sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(results)])
     return tests or benchmarks
@@ -268,20 +281,18 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {command, *rest[:1]}:
         print(__doc__.strip())
         return 0
-    if command not in COMMANDS:
-        print(f"There is no command {command!r}: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
-        return 2
     try:
+        if command not in COMMANDS:
+            raise Stop(f"There is no command {command!r}: choose one of {', '.join(COMMANDS)}.", 2)
         return COMMANDS[command](rest)
     except Stop as stop:
-        print(stop, file=sys.stderr)
-        return stop.code
+        line, code = str(stop), stop.code
     except OSError as error:
-        print(f"{command} stopped: {error}", file=sys.stderr)
-        return 1
+        line, code = f"{command} stopped: {error}", 1
     except KeyboardInterrupt:
-        print("Interrupted; run the same command again to go on.", file=sys.stderr)
-        return 130
+        line, code = "Interrupted; run the same command again to go on.", 130
+    print(line, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

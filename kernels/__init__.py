@@ -5,8 +5,8 @@ This folder installs as `onepeace_fast.kernels`.
 """
 
 import functools
-import platform
 import re
+import sys
 
 OLDEST_TRITON = (3, 4)
 
@@ -18,7 +18,7 @@ def unavailable_reason() -> str | None:
         import triton
     except ModuleNotFoundError as error:
         if error.name == "triton":
-            return f"Triton is not installed (its wheels are for Linux; this: {platform.system()} {platform.machine()})"
+            return "Triton is not installed" + ("" if sys.platform == "linux" else f" (none exists for {sys.platform})")
         return f"Triton lacks a module: {error.name}"
     except Exception as error:  # a damaged installation raises more than ImportError
         return f"Triton cannot be imported: {' '.join(f'{type(error).__name__}: {error}'.split())}"

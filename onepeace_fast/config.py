@@ -32,7 +32,7 @@ class ImageAdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AudioAdapterConfig:
-    """Convolutional extractor over 16 kHz samples; ``feature_layers`` holds (channels, kernel, stride) of each layer."""
+    """Convolutional extractor of 16 kHz audio; ``feature_layers`` holds (channels, kernel, stride) of each layer."""
 
     feature_layers: tuple[tuple[int, int, int], ...] = ((512, 10, 5), *((512, 3, 2),) * 4, *((512, 2, 2),) * 2)
     position_layers: int = 5
@@ -121,7 +121,9 @@ class OnePeaceConfig:
         if not self.encoder.use_bias:
             raise ValueError("encoder: got use_bias False, takes True: upstream masks an encoder's padding by its bias")
         if extra := set(self.decoder.modalities) - set(self.encoder.modalities):
-            raise ValueError(f"decoder: got modalities {sorted(extra)} that the encoder lacks, takes a subset of its own")
+            raise ValueError(
+                f"decoder: got modalities {sorted(extra)} that the encoder lacks, takes a subset of its own"
+            )
         if self.vocab_size < 4:
             raise ValueError(f"vocab_size: got {self.vocab_size}, takes at least the 4 specials")
 
@@ -136,7 +138,7 @@ class OnePeaceConfig:
 
     @classmethod
     def from_upstream(cls, encoder: Mapping[str, Any], decoder: Mapping[str, Any], vocab_size: int) -> OnePeaceConfig:
-        """Read the ``encoder`` and ``decoder`` sections of an upstream model YAML; absent keys take upstream's defaults.
+        """Read the ``encoder`` and ``decoder`` sections of an upstream YAML; absent keys take upstream's defaults.
 
         Raises ``ValueError`` naming every key whose value this library does not implement.
         """
@@ -208,7 +210,7 @@ def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[s
     if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
         raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")
     if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
-        raise ValueError(f"{where}: got {refused}, takes {({k: required[k] for k in refused})}")
+        raise ValueError(f"{where}: got {refused}, takes { ({k: required[k] for k in refused}) }")
     return {**defaults, **values}
 
 
@@ -227,7 +229,9 @@ def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
     except (SyntaxError, TypeError, ValueError):
         layers = ()
     if not layers:
-        raise ValueError(f"feature_encoder_spec: got {spec!r}, takes lists of (channels, kernel, stride) joined by + or *")
+        raise ValueError(
+            f"feature_encoder_spec: got {spec!r}, takes lists of (channels, kernel, stride) joined by + or *"
+        )
     return layers
 
 

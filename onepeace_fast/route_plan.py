@@ -255,7 +255,7 @@ class RoutePlan:
         """Scatter rows: [C, d] to {modality: [B_m, L_m, d]}, CLS first, padding zero."""
         parts = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
         return {
-            name: part.view(rows, length, -1)
+            name: part.view(rows, length, packed.shape[1])
             for name, part, (rows, length) in zip(self.modalities, parts, self.padded_shapes, strict=True)
         }
 

@@ -27,7 +27,7 @@ class SelfAttention(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim = config.embed_dim
-        self.heads = config.attention_heads
+        self.heads, self.head_dim = config.attention_heads, dim // config.attention_heads
         self.q_proj = nn.Linear(dim, dim)
         self.k_proj = nn.Linear(dim, dim, bias=False)
         self.v_proj = nn.Linear(dim, dim)
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         """Queries, keys and values in one product: [rows, dim] to [rows, 3, heads, head_dim]."""
         weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
         bias = torch.cat([self.q_proj.bias, torch.zeros_like(self.q_proj.bias), self.v_proj.bias])
-        return F.linear(z, weight, bias).view(z.shape[0], 3, self.heads, -1)
+        return F.linear(z, weight, bias).view(z.shape[0], 3, self.heads, self.head_dim)
 
 
 class GeGLU(nn.Module):
@@ -87,7 +87,12 @@ class TransformerLayer(nn.Module):
         return self.get_submodule(f"{modality}_ffn")
 
     def forward(
-        self, x: Tensor, plan: RoutePlan, bias: Sequence[Tensor], keep: Tensor | None = None, seeds: Tensor | None = None
+        self,
+        x: Tensor,
+        plan: RoutePlan,
+        bias: Sequence[Tensor],
+        keep: Tensor | None = None,
+        seeds: Tensor | None = None,
     ) -> Tensor:
         """Packed rows [C, dim] to the same shape.
 

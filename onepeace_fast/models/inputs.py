@@ -160,7 +160,9 @@ def _check_image(image: Tensor, adapter: nn.Module, dtype: torch.dtype) -> Tenso
     fits = image.shape[1] == 3 and side == image.shape[3] and side > 0 and side % PATCH == 0
     require(fits, f"image: got {describe(image)}, takes a square [rows, 3, side, side] with side a multiple of {PATCH}")
     bounded = not hasattr(adapter, "rel_pos_table_list") or side <= largest
-    require(bounded, f"image: got side {side}, takes at most {largest}: the bias table covers {adapter.bias_grid} patches")
+    require(
+        bounded, f"image: got side {side}, takes at most {largest}: the bias table covers {adapter.bias_grid} patches"
+    )
     length = 1 + (side // PATCH) ** 2
     return torch.ones(image.shape[0], length, dtype=torch.bool, device=image.device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from onepeace_fast.models.inputs import Batch, Hidden, read_batch
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss
 from onepeace_fast.models.reference import PaddedTokens
 from onepeace_fast.models.stack import Encoded, Stack
+from onepeace_fast.route_plan import RoutePlan
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
@@ -136,7 +137,10 @@ class OnePeacePretrain(nn.Module):
             self.encoder_wrapper.adapters,
             text=text,
             image=image,
-            hidden=[{"text": masks["text"], "image": masks["image"]}, {"text": masks["vl_text"], "image": masks["vl_image"]}],
+            hidden=[
+                {"text": masks["text"], "image": masks["image"]},
+                {"text": masks["vl_text"], "image": masks["vl_image"]},
+            ],
         )
         _require_hidden({"text": alone, "image": alone, "vl_text": pair, "vl_image": pair})
         text_teacher, image_teacher = (self._encode(batch.select(name)) for name in ("text", "image"))
@@ -147,7 +151,12 @@ class OnePeacePretrain(nn.Module):
         )
         students = {
             "dcl_text_loss": (self._reconstruct(batch.select("text"), alone), text_teacher.unpacked(), "text", alone),
-            "dcl_image_loss": (self._reconstruct(batch.select("image"), alone), image_teacher.unpacked(), "image", alone),
+            "dcl_image_loss": (
+                self._reconstruct(batch.select("image"), alone),
+                image_teacher.unpacked(),
+                "image",
+                alone,
+            ),
         }
         pair_student = self._reconstruct(batch, pair)
         for name in ("text", "image"):
@@ -226,6 +235,19 @@ class OnePeacePretrain(nn.Module):
     def to_upstream_state_dict(self, grads: bool = False) -> dict[str, Tensor | None]:
         """Parameters, or with ``grads`` their gradients (None where there is none), under upstream's names."""
         return {name: p.grad if grads else p.detach() for name, p in self.named_parameters()}
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (upstream's names); each file is replaced in one step."""
+        upstream.save(self, Path(directory))
+
+    @classmethod
+    def load(cls, directory: str | Path, backend: str | None = None) -> OnePeacePretrain:
+        """Build the model that ``save`` wrote, on the CPU.
+
+        Raises:
+            ValueError: a file that is missing or does not fit.
+        """
+        return upstream.restore(cls, Path(directory), backend)
 
     def _logit_scale_exp(self) -> Tensor:
         """exp(s), s clamped in place to [0, ln 100]."""
@@ -332,7 +354,7 @@ def _starts(values: Sequence[int]) -> list[int]:
     return [sum(values[:i]) for i in range(len(values))]
 
 
-def _rows_in(full: Any, kept: Any) -> Tensor:
+def _rows_in(full: RoutePlan, kept: RoutePlan) -> Tensor:
     """Row of the full plan that each row of the kept plan belongs to: int64 [kept rows]."""
     device = full.source.device
     row_of = torch.empty(full.padded_rows + 1, dtype=torch.int64, device=device)
@@ -346,7 +368,7 @@ def _rows_in(full: Any, kept: Any) -> Tensor:
     return row_of[full_starts[modality] + row * full_widths[modality] + kept.position]
 
 
-def _position_index(plan: Any, decoder: Stack) -> tuple[Tensor, Tensor]:
+def _position_index(plan: RoutePlan, decoder: Stack) -> tuple[Tensor, Tensor]:
     """Index into, and the concatenation of, the decoder's position tables of the plan's modalities."""
     widths = [width for _, width in plan.padded_shapes]
     tables = [decoder.adapter(n).position_table(w) for n, w in zip(plan.modalities, widths, strict=True)]

@@ -1,20 +1,30 @@
-"""Upstream's state dicts: strict loading, with the buffers and old names that public checkpoints also carry."""
+"""Upstream's state dicts: strict loading, with the buffers and old names that public checkpoints carry; files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from onepeace_fast.checks import require
+from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.relative_position import MAX_POSITIONS
 
+if TYPE_CHECKING:
+    from onepeace_fast.models.pretrain import OnePeacePretrain
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
 
 def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    """Copy every parameter from ``state_dict``; raises ``ValueError`` listing all that does not fit, weights untouched."""
+    """Copy every parameter; raises ``ValueError`` listing all that does not fit, weights untouched."""
     given = {_rename(name): value for name, value in state_dict.items()}
     parameters = dict(model.named_parameters())
     buffers = {name: value for name, value in given.items() if name not in parameters and _is_buffer(name)}
@@ -36,6 +46,29 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     for module in model.modules():
         if isinstance(module, Adapter):
             module.reset_tables()
+
+
+def save(model: OnePeacePretrain, directory: Path) -> None:
+    """Write the weights and the configuration, each under another name first, then in its place in one step."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.contiguous() for name, value in model.to_upstream_state_dict().items()}
+    writers: dict[str, Callable[[Path], None]] = {
+        WEIGHTS_FILE: lambda path: save_file(tensors, path),
+        CONFIG_FILE: model.config.save,
+    }
+    for name, write in writers.items():
+        draft = directory / f"{name}.new"
+        write(draft)
+        os.replace(draft, directory / name)
+
+
+def restore(cls: type[OnePeacePretrain], directory: Path, backend: str | None) -> OnePeacePretrain:
+    """Build a model from what ``save`` wrote."""
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
+    model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend)
+    load(model, load_file(directory / WEIGHTS_FILE))
+    return model
 
 
 def _rename(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ NAMESPACE = "onepeace_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def define(name: str, signature: str, specification: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def define(
+    name: str, signature: str, specification: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
     """Define ``onepeace_fast::name`` with ``specification`` as its implementation on every device; return the op."""
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, specification, "CompositeExplicitAutograd")
@@ -46,7 +49,7 @@ def row_slices(offsets: Tensor, row_counts: Sequence[int]) -> Iterator[slice]:
             bounds.append(bounds[-1] + count)
     else:
         bounds = offsets.tolist()
-    return (slice(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True))
+    return (slice(start, stop) for start, stop in pairwise(bounds))
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -20,25 +20,47 @@ from torch import Tensor
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
 from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, register_gradient
 from onepeace_fast.ops.layer_norm import only_needed
-from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
+from onepeace_fast.relative_position import CLS_ENTRIES
 
 
 class Group(NamedTuple):
-    """Samples of one length: the rows of their tokens, int64 [N, L], and which are real, bool [N, L]."""
+    """Samples of one length L, N of them: their rows, int64 [N, L], or one slice of rows, and which are real [N, L]."""
 
-    rows: Tensor
-    valid: Tensor
+    rows: Tensor | slice
+    valid: Tensor | None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [N, L, ...]."""
+        return x[self.rows].unsqueeze(0) if isinstance(self.rows, slice) else x[self.rows]
+
+    def scatter(self, x: Tensor, value: Tensor) -> None:
+        """Store [N, L, ...] at its rows of x, padding apart."""
+        if isinstance(self.rows, slice):
+            x[self.rows] = value[0]
+        elif self.valid is None:
+            x[self.rows] = value.to(x.dtype)
+        else:
+            # Padding points at row 0 of the extra last rows: nothing is read back to leave it out.
+            target = torch.where(self.valid, self.rows, x.shape[0])
+            extended = torch.cat([x, x[:1]])
+            extended[target.flatten()] = value.to(x.dtype).flatten(0, 1)
+            x.copy_(extended[:-1])
 
 
 def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
     """On a CPU one sample after another at its own length; elsewhere all at ``max_length``, so that nothing is read."""
-    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
-    if cu_seqlens.device.type == "cpu":
-        for sample_starts, sample_lengths in zip(starts.t().tolist(), lengths.t().tolist(), strict=True):
-            parts = [torch.arange(s, s + n) for s, n in zip(sample_starts, sample_lengths, strict=True)]
-            rows = torch.cat(parts)[None]
-            yield Group(rows, torch.ones_like(rows, dtype=torch.bool))
+    if cu_seqlens.shape[1] == 1:
         return
+    if cu_seqlens.device.type == "cpu":
+        bounds = cu_seqlens.tolist()
+        for sample in range(cu_seqlens.shape[1] - 1):
+            parts = [(row[sample], row[sample + 1]) for row in bounds if row[sample + 1] > row[sample]]
+            if len(parts) == 1:
+                yield Group(slice(*parts[0]), None)
+            elif parts:
+                yield Group(torch.cat([torch.arange(*part) for part in parts])[None], None)
+        return
+    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
     max_length = max_length or int(lengths.sum(0).max())
     place = torch.arange(max_length, device=cu_seqlens.device)
     before = lengths.cumsum(0) - lengths
@@ -49,54 +71,73 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
     yield Group(rows, place < lengths.sum(0)[:, None])
 
 
-class BiasIndex(NamedTuple):
-    """All modalities' vectors side by side [heads, entries], a zero entry last, and where each one starts."""
+class PairBias(NamedTuple):
+    """All modalities' vectors side by side, [heads, entries], a zero last, and each row's way into them, [rows]."""
 
     vectors: Tensor
     starts: list[int]
+    modality: Tensor
+    is_cls: Tensor
+    code: Tensor
+    equal_code_entry: Tensor
+    cls_entry: Tensor
+
+    def index(self, group: Group) -> Tensor:
+        """Entry of every pair of tokens, queries before keys: int64 [N, L, L]."""
+        code, is_cls, modality = (group.gather(x) for x in (self.code, self.is_cls, self.modality))
+        entry, cls_entry = group.gather(self.equal_code_entry), group.gather(self.cls_entry)
+        index = (code + entry).unsqueeze(-1) - code.unsqueeze(-2)
+        as_query = torch.where(is_cls, cls_entry + 2, cls_entry)
+        index = torch.where(is_cls.unsqueeze(-2), (cls_entry + 1).unsqueeze(-1), index)
+        index = torch.where(is_cls.unsqueeze(-1), as_query.unsqueeze(-2), index)
+        if len(self.starts) > 2:
+            index = torch.where(modality.unsqueeze(-1) == modality.unsqueeze(-2), index, self.starts[-1])
+        return index
+
+    def values(self, index: Tensor) -> Tensor:
+        """The bias of every pair: [N, heads, L, L]."""
+        heads = self.vectors.shape[0]
+        return self.vectors.index_select(1, index.flatten()).view(heads, *index.shape).movedim(0, 1)
 
 
-def join_vectors(bias: Sequence[Tensor]) -> BiasIndex:
-    """Join the vectors of all modalities so that one index reaches any of them."""
+def pair_bias(
+    bias: Sequence[Tensor],
+    modality: Tensor,
+    code: Tensor,
+    is_cls: Tensor,
+    code_offsets: Sequence[int],
+    dtype: torch.dtype,
+) -> PairBias | None:
+    """Join the vectors of all modalities so that one index reaches any of them; None without a bias."""
+    if not bias:
+        return None
     starts = [0]
     for vector in bias:
         starts.append(starts[-1] + vector.shape[1])
-    return BiasIndex(torch.cat([*bias, bias[0].new_zeros(bias[0].shape[0], 1)], dim=1), starts)
+    zero = bias[0].new_zeros(bias[0].shape[0], 1)
+    # Inert rows have modality G: a last entry of no meaning keeps their look-up in range.
+    equal = [start + offset for start, offset in zip(starts[:-1], code_offsets, strict=True)]
+    cls = [stop - CLS_ENTRIES for stop in starts[1:]]
+    group = modality.long()
+    look_up = [torch.tensor([*entries, 0], device=modality.device)[group] for entries in (equal, cls)]
+    return PairBias(torch.cat([*bias, zero], dim=1).to(dtype), starts, modality, is_cls, code.long(), *look_up)
 
 
-def pair_index(
-    rows: Tensor, joined: BiasIndex, modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
-) -> Tensor:
-    """Entry of the joined vectors for every pair of tokens of a sample: int64 [N, L, L]."""
-    zero_entry = joined.starts[-1]
-    modality, code, is_cls = modality[rows], code[rows], is_cls[rows]
-    index = torch.full((*rows.shape, rows.shape[1]), zero_entry, device=rows.device)
-    for m, offset in enumerate(code_offsets):
-        entries = joined.starts[m + 1] - joined.starts[m]
-        inside = (modality == m).unsqueeze(-1) & (modality == m).unsqueeze(-2)
-        index = torch.where(inside, joined.starts[m] + dense_index(code, is_cls, offset, entries), index)
-    return index
-
-
-def scores(q: Tensor, k: Tensor, bias: Tensor | None, valid: Tensor, scale: float) -> Tensor:
-    """scale q k^T + bias, minus infinity where the key is padding: [N, heads, L, L] from [N, heads, L, head_dim]."""
-    result = torch.matmul(q * scale, k.transpose(-1, -2))
+def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + bias) over the real keys [N, heads, L, L], and the scores' log-sum-exp [N, heads, L]."""
+    score = torch.matmul(q * scale, k.transpose(-1, -2))
     if bias is not None:
-        result += bias
-    if valid.device.type != "cpu":
-        result.masked_fill_(~valid[:, None, None, :], float("-inf"))
-    return result
+        score += bias
+    if group.valid is not None:
+        score.masked_fill_(~group.valid[:, None, None, :], float("-inf"))
+    p = score.softmax(-1)
+    # The largest probability is exp(largest score - log-sum-exp).
+    return p, score.amax(-1) - p.amax(-1).log()
 
 
-def _heads(qkv: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
-    return qkv[rows].to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
-
-
-def _bias(joined: BiasIndex | None, index: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if joined is None:
-        return None
-    return joined.vectors.to(dtype)[:, index].movedim(0, 1)
+    return group.gather(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def relative_bias_attention_specification(
@@ -104,19 +145,18 @@ def relative_bias_attention_specification(
     code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns out [rows, heads, head_dim] in qkv's dtype and the scores' log-sum-exp [rows, heads]."""
+    dtype = accumulation_dtype(qkv.dtype)
     out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
-    log_sum_exp = qkv.new_zeros(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype))
-    joined = join_vectors(bias) if bias else None
-    for rows, valid in sample_groups(cu_seqlens, max_length):
-        q, k, v = _heads(qkv, rows)
-        index = None if joined is None else pair_index(rows, joined, modality, code, is_cls, code_offsets)
-        score = scores(q, k, _bias(joined, index, q.dtype), valid, scale)
-        total = score.logsumexp(-1)
-        attended = torch.matmul(score.sub_(total.unsqueeze(-1)).exp_(), v)
+    log_sum_exp = qkv.new_zeros(qkv.shape[:1] + qkv.shape[2:3], dtype=dtype)
+    pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
+    for group in sample_groups(cu_seqlens, max_length):
+        q, k, v = _heads(qkv, group)
+        p, total = probabilities(q, k, pairs and pairs.values(pairs.index(group)), group, scale)
+        attended = torch.matmul(p, v)
         if head_scale is not None:
-            attended = attended * head_scale.to(q.dtype)[:, None, None]
-        out[rows[valid]] = attended.transpose(1, 2)[valid].to(out.dtype)
-        log_sum_exp[rows[valid]] = total.transpose(1, 2)[valid]
+            attended = attended * head_scale.to(dtype)[:, None, None]
+        group.scatter(out, attended.transpose(1, 2))
+        group.scatter(log_sum_exp, total.transpose(1, 2))
     return out, log_sum_exp
 
 
@@ -125,39 +165,40 @@ def relative_bias_attention_backward_specification(
     bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
     max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """With p = exp(score - log_sum_exp), o = p v, do = c grad:
+    """With p the probabilities, o = p v and do = c grad:
 
-    dv = p^T do,  dp = do v^T,  ds = p (dp - sum(do o)),  dq = scale ds k,  dk = scale ds^T q,
+    dv = p^T do,  dp = do v^T,  ds = p (dp - sum_j p dp),  dq = scale ds k,  dk = scale ds^T q,
     dc = sum(grad o),  dbias[entry] = sum of ds over the pairs that take the entry.
 
-    Returns dqkv, the vectors' gradients and the head scale's, empty where none is needed.
+    Returns dqkv, the vectors' gradients and the head scale's, empty where none is needed. A kernel reads
+    ``log_sum_exp`` to repeat p block by block; here whole rows are at hand.
     """
+    dtype = accumulation_dtype(qkv.dtype)
     dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
-    joined = join_vectors(bias) if bias else None
-    dvectors = None if joined is None or not any(bias_needs) else torch.zeros_like(joined.vectors, dtype=log_sum_exp.dtype)
-    dscale = None if not head_scale_need else torch.zeros_like(head_scale, dtype=log_sum_exp.dtype)
-    for rows, valid in sample_groups(cu_seqlens, max_length):
-        q, k, v = _heads(qkv, rows)
-        index = None if joined is None else pair_index(rows, joined, modality, code, is_cls, code_offsets)
-        p = scores(q, k, _bias(joined, index, q.dtype), valid, scale)
-        p = p.sub_(log_sum_exp[rows].transpose(1, 2).unsqueeze(-1)).exp_()
-        dout = grad[rows].to(q.dtype).transpose(1, 2)
-        if not rows.device.type == "cpu":
-            p, dout = (tensor * valid[:, None, :, None] for tensor in (p, dout))
-        o = torch.matmul(p, v)
+    pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
+    dvectors = torch.zeros_like(pairs.vectors) if any(bias_needs) else None
+    dscale = torch.zeros_like(head_scale, dtype=dtype) if head_scale_need else None
+    for group in sample_groups(cu_seqlens, max_length):
+        q, k, v = _heads(qkv, group)
+        index = pairs and pairs.index(group)
+        p, _ = probabilities(q, k, pairs and pairs.values(index), group, scale)
+        dout = group.gather(grad).to(dtype).transpose(1, 2)
+        if group.valid is not None:
+            p, dout = (tensor * group.valid[:, None, :, None] for tensor in (p, dout))
         if dscale is not None:
-            dscale += (dout * o).sum((0, 2, 3))
+            dscale += (dout * torch.matmul(p, v)).sum((0, 2, 3))
         if head_scale is not None:
-            dout = dout * head_scale.to(q.dtype)[:, None, None]
+            dout = dout * head_scale.to(dtype)[:, None, None]
         dv = torch.matmul(p.transpose(-1, -2), dout)
-        ds = torch.matmul(dout, v.transpose(-1, -2)).sub_((dout * o).sum(-1, keepdim=True)).mul_(p)
+        ds = torch.ops.aten._softmax_backward_data(torch.matmul(dout, v.transpose(-1, -2)), p, -1, dtype)
         if dvectors is not None:
             dvectors += sum_by_index(ds.movedim(1, 0).flatten(1), index.flatten(), dvectors.shape[1])
-        dq, dk = torch.matmul(ds, k).mul_(scale), torch.matmul(ds.transpose(-1, -2), q).mul_(scale)
-        dqkv[rows[valid]] = torch.stack([dq, dk, dv]).permute(1, 3, 0, 2, 4)[valid].to(qkv.dtype)
+        dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
+        for which, gradient in enumerate((dq, dk, dv)):
+            group.scatter(dqkv[:, which], gradient.transpose(1, 2))
     gradients = []
     for m, (vector, need) in enumerate(zip(bias, bias_needs, strict=True)):
-        part = dvectors[:, joined.starts[m] : joined.starts[m + 1]] if need else vector.new_empty(0)
+        part = dvectors[:, pairs.starts[m] : pairs.starts[m + 1]] if need else vector.new_empty(0)
         gradients.append(part.to(vector.dtype, copy=True))
     return dqkv, gradients, qkv.new_empty(0) if dscale is None else dscale.to(head_scale.dtype, copy=True)
 
@@ -216,7 +257,18 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
         ctx.max_length, bias_needs, scale_need,
     )  # fmt: skip
     dscale = dscale if scale_need else None
-    return dqkv, None, None, None, None, only_needed(dbias, bias_needs), no_gradient(ctx.code_offsets), dscale, None, None
+    return (
+        dqkv,
+        None,
+        None,
+        None,
+        None,
+        only_needed(dbias, bias_needs),
+        no_gradient(ctx.code_offsets),
+        dscale,
+        None,
+        None,
+    )
 
 
 register_gradient("relative_bias_attention", _setup_context, _backward)

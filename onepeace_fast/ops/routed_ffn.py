@@ -2,13 +2,13 @@
 
     h = gelu(z W0^T) * (z W1^T),   y = LayerNorm(h) W2^T + b2,   out = residual + keep * gamma * y
 
-with W0, W1, W2, b2 and the Sub-LayerNorm of the row's modality (GeGLU: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang et
-al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). GELU is exact (erf).
+with W0, W1, W2, b2 and the Sub-LayerNorm of the row's modality (GeGLU: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang
+et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). GELU is exact (erf).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from onepeace_fast.ops._library import (
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward, only_needed
 from onepeace_fast.ops.residual import check_keep, row_factor
 
+
 def routed_ffn_specification(
     z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
     w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], residual: Tensor | None,
@@ -38,9 +39,9 @@ def routed_ffn_specification(
     u, v = z.new_empty(rows_total, hidden), z.new_empty(rows_total, hidden)
     mean, rstd = (_statistics(z) for _ in range(2))
     for m, rows in enumerate(row_slices(offsets, row_counts)):
-        u[rows] = z[rows] @ w0[m].t()
-        v[rows] = z[rows] @ w1[m].t()
-        h = F.gelu(u[rows]) * v[rows]
+        torch.mm(z[rows], w0[m].t(), out=u[rows])
+        torch.mm(z[rows], w1[m].t(), out=v[rows])
+        h = F.gelu(u[rows]).mul_(v[rows])
         if norm_weight:
             h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], norm_bias[m], eps)
         y[rows] = F.linear(h, w2[m], b2[m] if b2 else None)
@@ -62,17 +63,18 @@ def routed_ffn_backward_specification(
     db2 = sum dy, dW2 = dy^T n, dh = LayerNorm'(dy W2), du = gelu'(u) dh v, dv = dh gelu(u), dW0 = du^T z, dW1 = dv^T z,
     dz = du W0 + dv W1, dgamma = sum grad * keep * y.
 
-    ``needs`` is one flag per parameter in the order of the lists, then gamma's. Returns dz, the parameters' gradients in
-    that order and dgamma, empty where none is needed.
+    ``needs`` is one flag per parameter in the order of the lists, then gamma's. Returns dz, the parameters' gradients
+    in that order and dgamma, empty where none is needed.
     """
     lists = (w0, w1, norm_weight, norm_bias, w2, b2)
-    parameters = [parameter for group in lists for parameter in group]
-    gradients = [torch.zeros_like(p) if n else p.new_empty(0) for p, n in zip(parameters, needs, strict=False)]
+    gradients = [parameter.new_empty(0) for group in lists for parameter in group]
     starts = [sum(len(group) for group in lists[:i]) for i in range(len(lists))]
 
-    def store(which: int, m: int, value: Callable[[], Tensor]) -> None:
-        if lists[which] and needs[starts[which] + m]:
-            gradients[starts[which] + m].copy_(value())
+    def needed(which: int, m: int) -> bool:
+        return bool(lists[which]) and needs[starts[which] + m]
+
+    def store(which: int, m: int, value: Tensor) -> None:
+        gradients[starts[which] + m] = value.to(lists[which][m].dtype)
 
     factor = row_factor(z, gamma, keep, sample, 0.0, None)
     dy_all = (grad if factor is None else grad * factor).to(z.dtype)
@@ -80,23 +82,27 @@ def routed_ffn_backward_specification(
     for m, rows in enumerate(row_slices(offsets, row_counts)):
         dy, z_m, u_m, v_m = dy_all[rows], z[rows], u[rows], v[rows]
         gelu = F.gelu(u_m)
-        h = n = gelu * v_m
-        if norm_weight:
-            n = normalize(h, norm_weight[m], norm_bias[m], eps)[0]
-        store(5, m, lambda dy=dy: dy.sum(0))
-        store(4, m, lambda dy=dy, n=n: dy.t() @ n)
+        h = gelu * v_m
+        if needed(5, m):
+            store(5, m, dy.sum(0))
+        if needed(4, m):
+            n = normalize(h, norm_weight[m], norm_bias[m], eps)[0] if norm_weight else h
+            store(4, m, dy.t() @ n)
         dh = dy @ w2[m]
         if norm_weight:
-            norm_needs = [bool(needs[starts[i] + m]) for i in (2, 3)]
+            norm_needs = (needed(2, m), needed(3, m))
             dh, dweight, dbias = normalize_backward(dh, h, mean[rows], rstd[rows], norm_weight[m], (True, *norm_needs))
-            store(2, m, lambda dweight=dweight: dweight)
-            store(3, m, lambda dbias=dbias: dbias)
+            for which, need, value in zip((2, 3), norm_needs, (dweight, dbias), strict=True):
+                if need:
+                    store(which, m, value)
             dh = dh.to(z.dtype)
-        dv = dh * gelu
         du = torch.ops.aten.gelu_backward(dh * v_m, u_m)
-        store(0, m, lambda du=du, z_m=z_m: du.t() @ z_m)
-        store(1, m, lambda dv=dv, z_m=z_m: dv.t() @ z_m)
-        dz[rows] = torch.addmm(du @ w0[m], dv, w1[m])
+        dv = dh.mul_(gelu)
+        if needed(0, m):
+            store(0, m, du.t() @ z_m)
+        if needed(1, m):
+            store(1, m, dv.t() @ z_m)
+        torch.addmm(du @ w0[m], dv, w1[m], out=dz[rows])
     dgamma = z.new_empty(0)
     if needs[-1]:
         scaled = row_factor(y, None, keep, sample, 0.0, None)
@@ -256,7 +262,8 @@ def _check(
         for m, tensor in enumerate(tensors):
             good = tensor.shape == shapes[name] and (name.startswith("norm") or tensor.dtype == z.dtype)
             require(
-                good, f"{name}[{m}]: got {describe(tensor)}, takes {describe(z).split()[0]} {list(shapes[name])} as z has"
+                good,
+                f"{name}[{m}]: got {describe(tensor)}, takes {describe(z).split()[0]} {list(shapes[name])} as z has",
             )
             require_device(f"{name}[{m}]", tensor, z.device)
     require(len(norm_weight) == len(norm_bias), "norm_weight, norm_bias: got one of them, takes both or none")

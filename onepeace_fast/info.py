@@ -1,0 +1,132 @@
+"""What `onepeace-fast info` prints: versions, the GPU, and what works on this machine and why the rest does not."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+import onepeace_fast
+from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
+
+OPERATIONS = ("layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+DEMO_PACKAGES = {"scikit-learn": "sklearn", "tqdm": "tqdm"}
+DEMO_INSTALL = "pip install 'onepeace-fast[demo]'"
+_BACKEND_NOTES = {
+    "reference": "padded tokens, plain PyTorch: what the fused backend is measured against",
+    "fused": "packed tokens, through the four operations below",
+}
+
+
+def missing_demo_packages() -> list[str]:
+    """The packages that the demo needs and that are not installed."""
+    return [package for package, module in DEMO_PACKAGES.items() if not _installed(module)]
+
+
+def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
+    """Align columns of text: all but the last are padded to their widest entry."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(f"{indent}{line}".rstrip() for line in lines)
+
+
+def describe() -> str:
+    """The whole report; a part that cannot be found out says so in its place."""
+    versions = [
+        ("onepeace_fast", onepeace_fast.__version__),
+        ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("CUDA of torch", _attempt(lambda: torch.version.cuda or "none (a build for CPUs)")),
+        ("Triton", _attempt(_triton_version)),
+        ("NVIDIA driver", _attempt(_driver)),
+        ("GPU", _attempt(_gpu)),
+    ]
+    parts = [("What", "Here", "Why"), *_backends()]
+    parts += [
+        (f"operation {name}", "works", "its specification (eager PyTorch) on every device; no kernel exists yet")
+        for name in OPERATIONS
+    ]
+    parts += [
+        ("Triton kernels", "no", _attempt(_why_no_triton_kernel)),
+        ("CUDA extension", "no", "not built: no source exists yet"),
+        ("torch.compile on a CPU", *_compiler()),
+        ("onepeace-fast demo", *_demo()),
+    ]
+    return f"Versions\n{format_table(versions)}\n\nWhat works here\n{format_table(parts)}"
+
+
+def _attempt(find_out: Callable[[], str]) -> str:
+    try:
+        return find_out()
+    except Exception as error:  # a damaged installation raises anything, and this report is what shows it
+        return f"cannot be found out: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+
+
+def _installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _triton_version() -> str:
+    return importlib.import_module("triton").__version__ if _installed("triton") else "none"
+
+
+def _driver() -> str:
+    if program := shutil.which("nvidia-smi"):
+        query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        if answer.returncode == 0 and answer.stdout.strip():
+            return answer.stdout.split()[0]
+    version = Path("/proc/driver/nvidia/version")
+    return version.read_text().splitlines()[0] if version.exists() else "none found"
+
+
+def _gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append(f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}")
+    return "; ".join(found)
+
+
+def _backends() -> list[tuple[str, str, str]]:
+    """A row for each backend; the one that runs where nothing is chosen is marked."""
+    rows = []
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = _attempt(lambda: resolve_backend(None, torch.device(kind)))
+    reason = f"chosen by {ENVIRONMENT_VARIABLE}" if os.environ.get(ENVIRONMENT_VARIABLE) else "automatic here"
+    for name in BACKENDS:
+        here = f"works, {reason}" if name == chosen else "works"
+        rows.append((f"backend {name}", here, _BACKEND_NOTES[name]))
+    if chosen not in BACKENDS:
+        rows.append(("automatic backend", "no", chosen))
+    return rows
+
+
+def _why_no_triton_kernel() -> str:
+    kernels = importlib.import_module("onepeace_fast.kernels")
+    return kernels.unavailable_reason() or "Triton itself is usable; no kernel exists yet"
+
+
+def _compiler() -> tuple[str, str]:
+    """Whether torch.compile finds a C++ compiler, by its own rule: CXX, else the usual names."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++", "cl"]
+    found = next((path for name in names if (path := shutil.which(name))), None)
+    return ("works", f"C++ compiler {found}") if found else ("no", f"no C++ compiler found ({', '.join(names)})")
+
+
+def _demo() -> tuple[str, str]:
+    if missing := missing_demo_packages():
+        return "no", f"{' and '.join(missing)} not installed: {DEMO_INSTALL}"
+    return "works", "scikit-learn and tqdm found"
