@@ -5,12 +5,27 @@ from __future__ import annotations
 import ast
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MODALITIES = ("text", "image", "audio")
+
+
+def _is_positive_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require_positive_integers(config: object, *names: str) -> None:
+    for name in names:
+        if not _is_positive_integer(value := getattr(config, name)):
+            raise ValueError(f"{name}: got {value!r}, takes a positive integer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +35,9 @@ class TextAdapterConfig:
     bucket_size: int = 256
     use_bias: bool = True
 
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "bucket_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAdapterConfig:
@@ -28,6 +46,9 @@ class ImageAdapterConfig:
     position_grid: int = 16
     bias_grid: int = 16
     use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "position_grid", "bias_grid")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +61,14 @@ class AudioAdapterConfig:
     position_groups: int = 16
     bucket_size: int = 512
     use_bias: bool = True
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "bucket_size", "position_layers", "position_width", "position_groups")
+        layers = self.feature_layers
+        if not layers or not all(len(layer) == 3 and all(map(_is_positive_integer, layer)) for layer in layers):
+            raise ValueError(
+                f"feature_layers: got {layers!r}, takes (channels, kernel, stride) of each layer, positive"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +97,9 @@ class TransformerConfig:
     audio: AudioAdapterConfig | None = field(default_factory=AudioAdapterConfig)
 
     def __post_init__(self) -> None:
+        _require_positive_integers(self, "embed_dim", "ffn_embed_dim", "layers", "attention_heads")
+        if self.layer_scale is not None and not _is_number(self.layer_scale):
+            raise ValueError(f"layer_scale: got {self.layer_scale!r}, takes a number or None")
         if self.embed_dim % self.attention_heads:
             raise ValueError(
                 f"embed_dim: got {self.embed_dim}, takes a multiple of attention_heads ({self.attention_heads})"
@@ -77,8 +109,8 @@ class TransformerConfig:
         if len({getattr(self, name).use_bias for name in self.modalities}) > 1:
             raise ValueError("use_bias: got both True and False, takes the same value in every adapter of a stack")
         for name in ("drop_path_rate", "dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, takes a probability in [0, 1)")
+            if not (_is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
+                raise ValueError(f"{name}: got {value!r}, takes a probability in [0, 1)")
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -221,16 +253,17 @@ def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             return read(node.left) + read(node.right)
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            return read(node.left) * ast.literal_eval(node.right)
+            times = ast.literal_eval(node.right)
+            return read(node.left) * (times if times in range(1, 100) else 0)
         return ast.literal_eval(node)
 
     try:
         layers = tuple((int(channels), int(kernel), int(stride)) for channels, kernel, stride in read(_parse(spec)))
     except (SyntaxError, TypeError, ValueError):
         layers = ()
-    if not layers:
+    if not layers or min(map(min, layers)) < 1:
         raise ValueError(
-            f"feature_encoder_spec: got {spec!r}, takes lists of (channels, kernel, stride) joined by + or *"
+            f"feature_encoder_spec: got {spec!r}, takes lists of positive (channels, kernel, stride) joined by + or *"
         )
     return layers
 
@@ -256,11 +289,19 @@ def _transformer_from_upstream(values: Mapping[str, Any], where: str) -> Transfo
         attention_layer_norm=top["scale_attn"],
         ffn_layer_norm=top["scale_fc"],
         head_scale=top["scale_heads"],
-        layer_scale=top["layer_scale_init_value"] if top["use_layer_scale"] else None,
+        layer_scale=_float(top["layer_scale_init_value"]) if top["use_layer_scale"] else None,
         bias_table_per_layer=top["copy_rel_pos_table"],
         checkpoint_activations=top["checkpoint_activations"],
         **adapters,
     )
+
+
+def _float(value: Any) -> Any:
+    """PyYAML reads 1e-6, as upstream's files have it, as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def _text_from_upstream(section: Mapping[str, Any], where: str) -> TextAdapterConfig:

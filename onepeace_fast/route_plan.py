@@ -309,7 +309,7 @@ def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] 
     require(
         set(samples) == set(rows), f"samples: got {sorted(samples)}, takes exactly the modalities given, {sorted(rows)}"
     )
-    result = {name: [int(value) for value in samples[name]] for name in rows}
+    result = {name: list(samples[name]) for name in rows}
     for name, values in result.items():
         require(
             len(values) == rows[name], f"samples[{name!r}]: got {len(values)} entries, takes one per row, {rows[name]}"

@@ -29,6 +29,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """End the run in one line where it would test something else than this checkout."""
     if reason := shadowed():
         pytest.exit(f"{reason}: type `pip install -e .` in {ROOT}, or run `make test`.", returncode=4)
+    import torch
+
+    torch.set_num_threads(1)  # matrices here are tiny: more threads would only wait for each other
 
 
 def missing_compiler() -> bool:

@@ -29,7 +29,7 @@ def run(seed: int = 0, steps: int | None = None, device: str | None = None) -> i
         raise NoSuchDevice("--device cuda: torch sees no CUDA device here; leave the option out, or take cpu")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    with _one_thread():
+    with one_thread():
         agree = _run(seed, steps or STEPS, device)
     print(f"\nThe demo took {time.perf_counter() - start:.0f} seconds.")
     return 0 if agree else 1
@@ -58,8 +58,8 @@ def _run(seed: int, steps: int, device: str) -> bool:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    # Tensors this small gain nothing from more threads, and lose much where other programs run.
+def one_thread() -> Iterator[None]:
+    """One CPU thread: tensors this small gain nothing from more, and lose much where other programs run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -71,14 +71,16 @@ def _one_thread() -> Iterator[None]:
 def _print_setup(model: OnePeacePretrain, images: int, held_out: int, steps: int, seed: int, device: str) -> None:
     encoder = model.config.encoder
     count = sum(parameter.numel() for parameter in model.encoder_wrapper.parameters())
+    example = f'"{data.caption(data.TRAINING_TEMPLATES[4], 3)}"'
     rows = [
-        ("Images", f"{images:,} handwritten digits to learn from; {held_out} held out, the last three forms in the file"),
-        ("Captions", f"{len(data.TRAINING_TEMPLATES)} sentences to learn from, such as"),
-        ("", f'"{data.caption(data.TRAINING_TEMPLATES[4], 3)}"; {len(data.HELD_OUT_TEMPLATES)} other ones held out'),
-        ("Model", f"{encoder.layers} layers of width {encoder.embed_dim}, {count:,} parameters: words and image patches"),
-        ("", "share attention and have feed-forward weights of their own"),
+        ("Images", f"{images:,} handwritten digits to learn from; {held_out} held out: the last three of the"),
+        ("", "fourteen forms that people filled in"),
+        ("Captions", f"{len(data.TRAINING_TEMPLATES)} sentences to learn from, such as {example};"),
+        ("", f"{len(data.HELD_OUT_TEMPLATES)} other ones held out"),
+        ("Model", f"{encoder.layers} layers of width {encoder.embed_dim}, {count:,} parameters: words and image"),
+        ("", "patches share attention and have feed-forward weights of their own"),
         ("Task", "among the ten digits, find each image's caption and each caption's image"),
-        ("Training", f"{steps} steps on {device}, seed {seed}, reference backend"),
+        ("Training", f"{steps} steps on {device}, seed {seed}, reference backend, one CPU thread"),
     ]
     print("A small ONE-PEACE learns to match handwritten digits with written captions.\n")
     print(format_table(rows) + "\n", flush=True)
@@ -116,7 +118,7 @@ def _print_comparison(comparisons: dict[str, experiment.Comparison], tokens: tup
 
 def _print_conclusion(accuracy: float, agree: bool, comparisons: dict[str, experiment.Comparison]) -> None:
     print("\nWhat this shows")
-    print(f"  The model names {accuracy:.0%} of digits from forms it has never seen, by sentences it has never read.")
+    print(f"  It names {accuracy:.1%} of digits from forms it never saw, by sentences it never read; chance is 10%.")
     if agree:
         print("  Both backends compute the same function and the same gradients, up to float32 rounding.")
     else:
@@ -124,8 +126,8 @@ def _print_conclusion(accuracy: float, agree: bool, comparisons: dict[str, exper
     for kind, result in comparisons.items():
         ratio = result.seconds["fused"] / result.seconds["reference"]
         print(f"  On {kind} the fused backend takes {ratio:.1f} times the reference's time.")
-    print("  No GPU kernel exists yet: fused runs readable PyTorch code on packed tokens, on a CPU sample by sample.")
+    print("  No GPU kernel exists yet: today fused is plain PyTorch on packed tokens, and its speed proves nothing.")
     print("\nWhat to try next")
-    print("  onepeace-fast info            what works on this machine, and why the rest does not")
-    print("  onepeace-fast demo --seed 1   other weights, other batches")
-    print("  with onepeace_fast.use_backend(\"fused\"): ...   your own OnePeacePretrain, by either backend")
+    print("  onepeace-fast info                   what works on this machine, and why the rest does not")
+    print("  onepeace-fast demo --seed 1          other weights, other batches")
+    print('  onepeace_fast.use_backend("fused")   in Python, as a `with` block around your own OnePeacePretrain')

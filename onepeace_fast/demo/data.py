@@ -1,7 +1,8 @@
 """The demo's data: scikit-learn's 1,797 handwritten digits, and captions written from templates.
 
 The 8 x 8 images (Alpaydin and Kaynak, 1998; shipped inside scikit-learn, nothing is downloaded) stand in the file form
-after form: fourteen forms of about 130 digits, filled in by thirteen people. The last three forms are held out.
+after form, as their recurring order shows: fourteen forms of about 130 digits, filled in by thirteen people. The last
+three forms are held out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ TRAINING_TEMPLATES = (
     "this is a scan of a form with the number {figure} written on it",
     "here a person has written the digit {name}",
 )
-EXAMPLE = TRAINING_TEMPLATES[4]
 HELD_OUT_TEMPLATES = (
     "a handwritten {figure}",
     "the digit {name} on a paper form",

@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from onepeace_fast.backend import BACKENDS, use_backend
 from onepeace_fast.config import ImageAdapterConfig, OnePeaceConfig, TextAdapterConfig, TransformerConfig
-from onepeace_fast.demo.data import HELD_OUT_TEMPLATES as HELD_OUT
-from onepeace_fast.demo.data import END, PADDING, SIDE, TRAINING_TEMPLATES, Digits, Vocabulary, caption, draw_batch
+from onepeace_fast.demo import data
+from onepeace_fast.demo.data import END, PADDING, SIDE, Digits, Vocabulary, caption, draw_batch
 from onepeace_fast.models.losses import contrastive_loss
-from onepeace_fast.models.pretrain import MAX_LOGIT_SCALE, OnePeacePretrain
+from onepeace_fast.models.pretrain import OnePeacePretrain
 
 WIDTH = 128
 GROUPS = 4  # of ten digits each in a training batch
@@ -55,10 +55,9 @@ def build(vocabulary_size: int) -> OnePeacePretrain:
 
 def contrast(model: OnePeacePretrain, text: Tensor, image: Tensor) -> Tensor:
     """Image-text contrast inside each group of ten pairs, averaged over the groups."""
-    with torch.no_grad():
-        model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    scale = model.logit_scale_exp()
     groups = zip(model.embed(image=image).split(10), model.embed(text=text).split(10), strict=True)
-    return torch.stack([contrastive_loss(a, b, model.logit_scale.exp())[0] for a, b in groups]).mean()
+    return torch.stack([contrastive_loss(a, b, scale)[0] for a, b in groups]).mean()
 
 
 def train(model: OnePeacePretrain, digits: Digits, vocabulary: Vocabulary, steps: int, seed: int) -> list[float]:
@@ -95,7 +94,7 @@ def accuracies(model: OnePeacePretrain, digits: Digits, vocabulary: Vocabulary) 
     device = model.logit_scale.device
     images = torch.cat([model.embed(image=part) for part in digits.images.to(device).split(ROWS)])
     result = {}
-    for template in HELD_OUT:
+    for template in data.HELD_OUT_TEMPLATES:
         captions = vocabulary.encode([caption(template, digit) for digit in range(10)])
         nearest = (images @ model.embed(text=captions.to(device)).t()).argmax(1).cpu()
         result[template] = (nearest == digits.labels).float().mean().item()
@@ -104,7 +103,7 @@ def accuracies(model: OnePeacePretrain, digits: Digits, vocabulary: Vocabulary) 
 
 def pair_batches(digits: Digits, vocabulary: Vocabulary) -> list[Pair]:
     """Every image with a caption of its own, templates in turn: batches of texts and images."""
-    templates = TRAINING_TEMPLATES + HELD_OUT
+    templates = data.TRAINING_TEMPLATES + data.HELD_OUT_TEMPLATES
     captions = [caption(templates[row % len(templates)], d) for row, d in enumerate(digits.labels.tolist())]
     starts = range(0, len(captions), ROWS)
     return [(vocabulary.encode(captions[i : i + ROWS]), digits.images[i : i + ROWS]) for i in starts]

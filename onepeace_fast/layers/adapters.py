@@ -223,7 +223,9 @@ class PositionConvolutions(nn.Module):
             self.add_module(str(layer), nn.Sequential(convolution))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, frames, embed_dim] to the same shape."""
+        """[batch, frames, embed_dim] to the same shape; no frames at all stay none."""
+        if not x.shape[1]:
+            return x
         for layer in range(1, self.layers + 1):
             frames = x.shape[1]
             x = self.get_submodule(str(layer))(x.transpose(1, 2))[..., :frames].transpose(1, 2)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onepeace_fast.checks import describe, require, require_device, require_tensor
 from onepeace_fast.layers.adapters import PADDING_TOKEN, PATCH, Adapter
 from onepeace_fast.relative_position import MAX_POSITIONS
-from onepeace_fast.route_plan import check_samples
+from onepeace_fast.route_plan import INTEGERS, check_samples
 
 
 class HostRead:
@@ -28,7 +28,8 @@ class HostRead:
 
     def fetch(self) -> None:
         """Copy everything registered: the only synchronisation."""
-        flat = torch.cat(self._tensors).tolist()
+        device = next((tensor.device for tensor in self._tensors if tensor.device.type != "cpu"), None)
+        flat = torch.cat([tensor.to(device) for tensor in self._tensors]).tolist()
         for tensor in self._tensors:
             self._values.append(flat[: tensor.numel()])
             del flat[: tensor.numel()]
@@ -79,11 +80,12 @@ def read_batch(
     audio: Tensor | None = None,
     audio_padding: Tensor | None = None,
     samples: Mapping[str, Tensor | Sequence[int]] | None = None,
-    hidden: Sequence[Mapping[str, Tensor]] = (),
+    masks: Mapping[str, Tensor] | None = None,
+    passes: Sequence[Mapping[str, str]] = (),
 ) -> tuple[Batch, list[Hidden]]:
     """Check everything and read the device once; raises ``ValueError`` before any work.
 
-    ``hidden`` holds the masks of the denoising passes, True where a token is hidden from the encoder.
+    ``passes`` says of each denoising pass which of ``masks`` (True where a token is hidden) each modality takes.
     """
     inputs = {n: v for n, v in (("text", text), ("image", image), ("audio", audio)) if v is not None}
     require(bool(inputs), "text, image, audio: got none, takes at least one modality")
@@ -95,50 +97,59 @@ def read_batch(
     checks = {
         "text": lambda: _check_text(text, adapters["text"]),
         "image": lambda: _check_image(image, adapters["image"], dtype),
-        "audio": lambda: _check_audio(audio, audio_padding, adapters["audio"], dtype),
+        "audio": lambda: _check_audio(audio, audio_padding, adapters["audio"], dtype, device),
     }
     valid = {name: checks[name]() for name in inputs}
     for name, value in inputs.items():
         require_device(name, value, device)
-    require(audio_padding is None or audio_padding.device == device, f"audio_padding: got another device than {device}")
-    for masks in hidden:
-        _check_hidden(masks, valid)
+    rows = {name: value.shape[0] for name, value in inputs.items()}
+    places = [(modality, name) for names in passes for modality, name in names.items()]
+    for modality, name in places:
+        _check_mask(name, masks[name], valid[modality])
+    if samples is None:
+        check_samples(rows, None)
+    else:
+        _check_sample_rows(samples, device)
 
     read = HostRead()
     lengths_at = {name: read.add(mask.sum(1)) for name, mask in valid.items()}
     ids_at = None if text is None else read.add(((text < 0) | (text >= adapters["text"].vocab_size)).sum())
     cls_at = None if audio_padding is None else read.add(audio_padding[:, 0].sum())
-    samples_at = {
-        name: read.add(value) for name, value in (samples or {}).items() if isinstance(value, Tensor)
-    }  # fmt: skip
-    kept = [{name: valid[name] & ~mask for name, mask in masks.items()} for masks in hidden]
-    kept_at = [{name: read.add(mask.sum(1)) for name, mask in masks.items()} for masks in kept]
-    hidden_cls_at = [{name: read.add(mask[:, 0].sum()) for name, mask in masks.items()} for masks in hidden]
+    samples_at = {name: read.add(value) for name, value in (samples or {}).items() if isinstance(value, Tensor)}
+    kept = {name: valid[modality] & ~masks[name] for modality, name in places}
+    kept_at = {name: read.add(mask.sum(1)) for name, mask in kept.items()}
+    hidden_cls_at = {name: read.add(masks[name][:, 0].sum()) for name in kept}
     read.fetch()
 
     if text is not None and read[ids_at][0]:
         limit = adapters["text"].vocab_size
         raise ValueError(f"text: got {read[ids_at][0]} token ids outside the vocabulary, takes 0 to {limit - 1}")
     require(cls_at is None or not read[cls_at][0], "audio_padding: got True at CLS, column 0, takes False there")
+    for name, place in hidden_cls_at.items():
+        require(not read[place][0], f"masks[{name!r}]: got True at CLS, column 0, takes False there")
     lengths = {name: read[place] for name, place in lengths_at.items()}
     sample_of = None
-    rows = {name: value.shape[0] for name, value in inputs.items()}
     if samples is not None:
-        lists = {n: read[samples_at[n]] if n in samples_at else list(v) for n, v in samples.items()}
+        lists = {name: read[samples_at[name]] if name in samples_at else value for name, value in samples.items()}
         sample_of = check_samples(rows, lists)
-    else:
-        check_samples(rows, None)
-    passes = []
-    for i, masks in enumerate(hidden):
-        for name in masks:
-            require(
-                not read[hidden_cls_at[i][name]][0], f"masks[{name!r}]: got True at CLS, column 0, takes False there"
-            )
-        kept_lengths = {name: read[place] for name, place in kept_at[i].items()}
-        counts = {name: sum(lengths[name]) - sum(kept_lengths[name]) for name in masks}
-        hidden_masks = {name: mask & valid[name] for name, mask in masks.items()}
-        passes.append(Hidden(hidden_masks, counts, Subset(kept[i], kept_lengths)))
-    return Batch(inputs, Subset(valid, lengths), sample_of), passes
+    hidden = []
+    for names in passes:
+        kept_lengths = {modality: read[kept_at[name]] for modality, name in names.items()}
+        counts = {modality: sum(lengths[modality]) - sum(kept_lengths[modality]) for modality in names}
+        hidden_masks = {modality: masks[name] & valid[modality] for modality, name in names.items()}
+        subset = Subset({modality: kept[name] for modality, name in names.items()}, kept_lengths)
+        hidden.append(Hidden(hidden_masks, counts, subset))
+    return Batch(inputs, Subset(valid, lengths), sample_of), hidden
+
+
+def _check_sample_rows(samples: object, device: torch.device) -> None:
+    require(isinstance(samples, Mapping), f"samples: got {describe(samples)}, takes {{modality: int64 [rows]}}")
+    for name, value in samples.items():
+        if isinstance(value, Tensor):
+            fits = value.dtype in INTEGERS and value.dim() == 1 and value.device.type in ("cpu", device.type)
+        else:
+            fits = isinstance(value, Sequence) and all(type(item) is int for item in value)
+        require(fits, f"samples[{name!r}]: got {describe(value)}, takes int64 [rows] or a list of integers")
 
 
 def _check_text(text: Tensor, adapter: nn.Module) -> Tensor:
@@ -167,7 +178,9 @@ def _check_image(image: Tensor, adapter: nn.Module, dtype: torch.dtype) -> Tenso
     return torch.ones(image.shape[0], length, dtype=torch.bool, device=image.device)
 
 
-def _check_audio(audio: Tensor, padding: Tensor | None, adapter: nn.Module, dtype: torch.dtype) -> Tensor:
+def _check_audio(
+    audio: Tensor, padding: Tensor | None, adapter: nn.Module, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     require_tensor("audio", audio, _floats(dtype, adapter.cls_embedding.device), "[rows, samples]", 2)
     frames = adapter.frames(audio.shape[1])
     require(frames > 0, f"audio: got {audio.shape[1]} samples, takes enough for one frame of the extractor")
@@ -177,17 +190,15 @@ def _check_audio(audio: Tensor, padding: Tensor | None, adapter: nn.Module, dtyp
         return torch.ones(audio.shape[0], frames + 1, dtype=torch.bool, device=audio.device)
     shape = (audio.shape[0], frames + 1)
     require(
-        padding.dtype == torch.bool and padding.shape == shape,
+        isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.shape == shape,
         f"audio_padding: got {describe(padding)}, takes bool {list(shape)}, CLS and {frames} frames, True at padding",
     )
+    require_device("audio_padding", padding, device)
     return ~padding
 
 
-def _check_hidden(masks: Mapping[str, Tensor], valid: Mapping[str, Tensor]) -> None:
-    unknown = sorted(set(masks) ^ set(valid))
-    require(not unknown, f"masks: got {sorted(masks)}, takes exactly one for each of {sorted(valid)}")
-    for name, mask in masks.items():
-        require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
-        shape = list(valid[name].shape)
-        require(list(mask.shape) == shape, f"masks[{name!r}]: got {describe(mask)}, takes bool {shape}, CLS first")
-        require_device(f"masks[{name!r}]", mask, valid[name].device)
+def _check_mask(name: str, mask: Tensor, valid: Tensor) -> None:
+    require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
+    shape = list(valid.shape)
+    require(list(mask.shape) == shape, f"masks[{name!r}]: got {describe(mask)}, takes bool {shape}, CLS first")
+    require_device(f"masks[{name!r}]", mask, valid.device)

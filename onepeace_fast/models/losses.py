@@ -17,7 +17,7 @@ def smoothed_nll(log_probabilities: Tensor, target: Tensor, smoothing: float) ->
     """
     nll = -log_probabilities.gather(1, target[:, None]).squeeze(1)
     if smoothing:
-        share = smoothing / (log_probabilities.shape[1] - 1)
+        share = smoothing / max(log_probabilities.shape[1] - 1, 1)
         nll = (1.0 - smoothing - share) * nll - share * log_probabilities.sum(1)
     return nll.mean()
 

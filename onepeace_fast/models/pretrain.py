@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.backend import check_backend
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapters import init_truncated_normal
 from onepeace_fast.models import upstream
@@ -110,9 +110,12 @@ class OnePeacePretrain(nn.Module):
         ``masks`` is {modality: bool [rows, length]}, CLS first, True where a token is hidden from the encoder; the rest
         is as in ``encode``. Returns {modality: [rows, length, embed_dim]}.
         """
+        given = {name for name, value in (("text", text), ("image", image), ("audio", audio)) if value is not None}
+        self._require_decoded(given)
+        _require_masks(masks, given)
         batch, (hidden,) = read_batch(
-            self.encoder_wrapper.adapters,
-            text=text, image=image, audio=audio, audio_padding=audio_padding, samples=samples, hidden=[masks],
+            self.encoder_wrapper.adapters, text=text, image=image, audio=audio, audio_padding=audio_padding,
+            samples=samples, masks=masks, passes=[{name: name for name in masks}],
         )  # fmt: skip
         return self._reconstruct(batch, hidden)
 
@@ -132,22 +135,20 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
         """
-        masks = _split_masks(masks, ("text", "image", "vl_text", "vl_image"))
+        self._require_decoded({"text", "image"})
+        _require_masks(masks, {"text", "image", "vl_text", "vl_image"})
+        _require_pairs("image", image, text)
+        _require_smoothing(label_smoothing)
         batch, (alone, pair) = read_batch(
-            self.encoder_wrapper.adapters,
-            text=text,
-            image=image,
-            hidden=[
-                {"text": masks["text"], "image": masks["image"]},
-                {"text": masks["vl_text"], "image": masks["vl_image"]},
-            ],
-        )
+            self.encoder_wrapper.adapters, text=text, image=image, masks=masks,
+            passes=[{"text": "text", "image": "image"}, {"text": "vl_text", "image": "vl_image"}],
+        )  # fmt: skip
         _require_hidden({"text": alone, "image": alone, "vl_text": pair, "vl_image": pair})
         text_teacher, image_teacher = (self._encode(batch.select(name)) for name in ("text", "image"))
         with torch.no_grad():
             pair_teacher = self._encode(batch).unpacked()
         itc, i2t, t2i = contrastive_loss(
-            self._project(image_teacher), self._project(text_teacher), self._logit_scale_exp()
+            self._project(image_teacher), self._project(text_teacher), self.logit_scale_exp()
         )
         students = {
             "dcl_text_loss": (self._reconstruct(batch.select("text"), alone), text_teacher.unpacked(), "text", alone),
@@ -170,7 +171,7 @@ class OnePeacePretrain(nn.Module):
         )
         return {
             "loss": total, "itc_loss": itc, **losses, "i2t_ncorrect": i2t, "t2i_ncorrect": t2i,
-            "logit_scale_exp": self._logit_scale_exp(),
+            "logit_scale_exp": self.logit_scale_exp(),
         }  # fmt: skip
 
     def audio_language_loss(
@@ -196,21 +197,20 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
         """
-        masks = _split_masks(masks, ("audio", "al_text", "al_audio"))
-        nothing = torch.zeros_like(masks["al_text"])
+        self._require_decoded({"text", "audio"})
+        _require_masks(masks, {"audio", "al_text", "al_audio"})
+        _require_pairs("audio", audio, text)
+        _require_smoothing(label_smoothing)
         batch, (alone, pair) = read_batch(
-            self.encoder_wrapper.adapters,
-            text=text,
-            audio=audio,
-            audio_padding=audio_padding,
-            hidden=[{"text": nothing, "audio": masks["audio"]}, {"text": masks["al_text"], "audio": masks["al_audio"]}],
-        )
+            self.encoder_wrapper.adapters, text=text, audio=audio, audio_padding=audio_padding, masks=masks,
+            passes=[{"audio": "audio"}, {"text": "al_text", "audio": "al_audio"}],
+        )  # fmt: skip
         _require_hidden({"audio": alone, "al_text": pair, "al_audio": pair})
         with torch.no_grad():
             text_embedding = self._project(self._encode(batch.select("text")))
             pair_teacher = self._encode(batch).unpacked()
         audio_embedding = self._project(self._encode(batch.select("audio")))
-        atc, a2t, t2a = contrastive_loss(audio_embedding, text_embedding, self._logit_scale_exp())
+        atc, a2t, t2a = contrastive_loss(audio_embedding, text_embedding, self.logit_scale_exp())
         pair_student = self._reconstruct(batch, pair)
         audio_student = self._reconstruct(batch.select("audio"), alone)
         losses = {
@@ -221,7 +221,7 @@ class OnePeacePretrain(nn.Module):
         total = atc + losses["dcl_audio_loss"] + 0.5 * (losses["dcl_al_text_loss"] + losses["dcl_al_audio_loss"])
         return {
             "loss": total, "atc_loss": atc, **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a,
-            "logit_scale_exp": self._logit_scale_exp(),
+            "logit_scale_exp": self.logit_scale_exp(),
         }  # fmt: skip
 
     def load_upstream_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -249,7 +249,12 @@ class OnePeacePretrain(nn.Module):
         """
         return upstream.restore(cls, Path(directory), backend)
 
-    def _logit_scale_exp(self) -> Tensor:
+    def _require_decoded(self, names: set[str]) -> None:
+        for name in sorted(names & set(self.config.encoder.modalities)):
+            decoded = name in self.config.decoder.modalities
+            require(decoded, f"{name}: got a tensor to reconstruct, takes none: the decoder lacks this modality")
+
+    def logit_scale_exp(self) -> Tensor:
         """exp(s), s clamped in place to [0, ln 100]."""
         with torch.no_grad():
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
@@ -328,9 +333,18 @@ def _linear(inputs: int, outputs: int) -> nn.Linear:
     return linear
 
 
-def _split_masks(masks: Mapping[str, Tensor], names: Sequence[str]) -> Mapping[str, Tensor]:
-    require(set(masks) == set(names), f"masks: got {sorted(masks)}, takes exactly {sorted(names)}")
-    return masks
+def _require_masks(masks: Mapping[str, Tensor], names: set[str]) -> None:
+    got = sorted(masks) if isinstance(masks, Mapping) else describe(masks)
+    require(got == sorted(names), f"masks: got {got}, takes exactly one for each of {sorted(names)}")
+
+
+def _require_pairs(name: str, value: Tensor, text: Tensor) -> None:
+    rows = [len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0 for tensor in (text, value)]
+    require(rows[0] == rows[1], f"text, {name}: got {rows[0]} and {rows[1]} rows, takes a pair in every row")
+
+
+def _require_smoothing(smoothing: float) -> None:
+    require(0.0 <= smoothing < 1.0, f"label_smoothing: got {smoothing}, takes a probability in [0, 1)")
 
 
 def _require_hidden(terms: Mapping[str, Hidden]) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.relative_position import MAX_POSITIONS
@@ -26,9 +26,12 @@ _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy every parameter; raises ``ValueError`` listing all that does not fit, weights untouched."""
     given = {_rename(name): value for name, value in state_dict.items()}
+    twice = [name for name in state_dict if _rename(name) != name and _rename(name) in state_dict]
+    uncopyable = [f"{name} {describe(value)}" for name, value in given.items() if not _holds_data(value)]
+    given = {name: value for name, value in given.items() if _holds_data(value)}
     parameters = dict(model.named_parameters())
     buffers = {name: value for name, value in given.items() if name not in parameters and _is_buffer(name)}
-    missing = sorted(set(parameters) - set(given))
+    missing = sorted(set(parameters) - set(map(_rename, state_dict)))
     unexpected = sorted(set(given) - set(parameters) - set(buffers))
     misshaped = [
         f"{name} {list(given[name].shape)} instead of {list(parameter.shape)}"
@@ -36,7 +39,13 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         if name in given and given[name].shape != parameter.shape
     ]
     misshaped += [reason for name, value in buffers.items() if (reason := _check_buffer(model, name, value))]
-    problems = {"missing": missing, "unexpected": unexpected, "misshaped or different": misshaped}
+    problems = {
+        "missing": missing,
+        "unexpected": unexpected,
+        "misshaped or different": misshaped,
+        "no tensors with data": uncopyable,
+        "also there under the new name": twice,
+    }
     found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     if found:
         raise ValueError(f"state_dict: got keys that do not fit, takes exactly this model's. {found}")
@@ -73,6 +82,10 @@ def restore(cls: type[OnePeacePretrain], directory: Path, backend: str | None) -
 
 def _rename(name: str) -> str:
     return name.removesuffix(_OLD_TABLE) + _NEW_TABLE if name.endswith("." + _OLD_TABLE) else name
+
+
+def _holds_data(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type != "meta"
 
 
 def _is_buffer(name: str) -> bool:

@@ -22,53 +22,78 @@ from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, 
 from onepeace_fast.ops.layer_norm import only_needed
 from onepeace_fast.relative_position import CLS_ENTRIES
 
+PAIRS_OF_A_GROUP = 2**13
+
 
 class Group(NamedTuple):
-    """Samples of one length L, N of them: their rows, int64 [N, L], or one slice of rows, and which are real [N, L]."""
+    """N samples side by side: the rows of their tokens, int64 [N, L], or one slice of rows where N is 1.
+
+    ``valid`` bool [N, L] marks real tokens, None where all are; padding is written to a spare row.
+    """
 
     rows: Tensor | slice
     valid: Tensor | None
 
     def gather(self, x: Tensor) -> Tensor:
-        """[rows, ...] to [N, L, ...]."""
+        """[rows, ...] to [N, L, ...]; padding repeats row 0."""
         return x[self.rows].unsqueeze(0) if isinstance(self.rows, slice) else x[self.rows]
 
+    def read(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [N, L, ...]; padding is zero, so that a NaN in row 0 stays in its own sample."""
+        tokens = self.gather(x)
+        if self.valid is None:
+            return tokens
+        return tokens.masked_fill(~self.valid.view(*self.valid.shape, *(1,) * (x.dim() - 1)), 0)
+
     def scatter(self, x: Tensor, value: Tensor) -> None:
-        """Store [N, L, ...] at its rows of x, padding apart."""
+        """Store [N, L, ...] at its rows of x, whose last row is spare."""
         if isinstance(self.rows, slice):
             x[self.rows] = value[0]
-        elif self.valid is None:
-            x[self.rows] = value.to(x.dtype)
         else:
-            # Padding points at row 0 of the extra last rows: nothing is read back to leave it out.
-            target = torch.where(self.valid, self.rows, x.shape[0])
-            extended = torch.cat([x, x[:1]])
-            extended[target.flatten()] = value.to(x.dtype).flatten(0, 1)
-            x.copy_(extended[:-1])
+            rows = self.rows if self.valid is None else torch.where(self.valid, self.rows, x.shape[0] - 1)
+            x[rows] = value.to(x.dtype)
 
 
 def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
-    """On a CPU one sample after another at its own length; elsewhere all at ``max_length``, so that nothing is read."""
+    """Samples to compute at once: on a CPU by length, elsewhere all, at ``max_length``, so that nothing is read."""
+    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
+    totals = lengths.sum(0)
     if cu_seqlens.shape[1] == 1:
         return
-    if cu_seqlens.device.type == "cpu":
-        bounds = cu_seqlens.tolist()
-        for sample in range(cu_seqlens.shape[1] - 1):
-            parts = [(row[sample], row[sample + 1]) for row in bounds if row[sample + 1] > row[sample]]
-            if len(parts) == 1:
-                yield Group(slice(*parts[0]), None)
-            elif parts:
-                yield Group(torch.cat([torch.arange(*part) for part in parts])[None], None)
+    if cu_seqlens.device.type != "cpu":
+        yield Group(*_padded_rows(starts, lengths, max_length or int(totals.max())))
         return
-    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
-    max_length = max_length or int(lengths.sum(0).max())
-    place = torch.arange(max_length, device=cu_seqlens.device)
+    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), totals.tolist()
+    for samples in _by_length(host_totals):
+        first, longest = samples[0], host_totals[samples[-1]]
+        parts = [(start, start + n) for start, n in zip(host_starts[first], host_lengths[first], strict=True) if n]
+        if len(samples) == 1 and len(parts) == 1:
+            yield Group(slice(*parts[0]), None)
+        elif longest:
+            rows, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
+            yield Group(rows, None if host_totals[first] == longest else valid)
+
+
+def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
+    """Samples in groups of similar length; a group has so few pairs that padding costs less than a step of Python."""
+    group: list[int] = []
+    for sample in sorted(range(len(totals)), key=totals.__getitem__):
+        if group and (len(group) + 1) * totals[sample] ** 2 > PAIRS_OF_A_GROUP:
+            yield group
+            group = []
+        group.append(sample)
+    yield group
+
+
+def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Rows of each sample's tokens, its modalities one after another, and which are real: [samples, longest] each."""
+    place = torch.arange(longest, device=starts.device)
     before = lengths.cumsum(0) - lengths
-    rows = torch.zeros(lengths.shape[1], max_length, dtype=torch.int64, device=cu_seqlens.device)
+    rows = torch.zeros(lengths.shape[1], longest, dtype=torch.int64, device=starts.device)
     for start, length, first in zip(starts, lengths, before, strict=True):
         within = place - first[:, None]
         rows = torch.where((within >= 0) & (within < length[:, None]), start[:, None] + within, rows)
-    yield Group(rows, place < lengths.sum(0)[:, None])
+    return rows, place < lengths.sum(0)[:, None]
 
 
 class PairBias(NamedTuple):
@@ -137,7 +162,7 @@ def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale
 
 def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
-    return group.gather(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+    return group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
 
 
 def relative_bias_attention_specification(
@@ -146,8 +171,9 @@ def relative_bias_attention_specification(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Returns out [rows, heads, head_dim] in qkv's dtype and the scores' log-sum-exp [rows, heads]."""
     dtype = accumulation_dtype(qkv.dtype)
-    out = qkv.new_zeros(qkv.shape[0], *qkv.shape[2:])
-    log_sum_exp = qkv.new_zeros(qkv.shape[:1] + qkv.shape[2:3], dtype=dtype)
+    rows, _, heads, head_dim = qkv.shape
+    out = qkv.new_zeros(rows + 1, heads, head_dim)
+    log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
     for group in sample_groups(cu_seqlens, max_length):
         q, k, v = _heads(qkv, group)
@@ -157,7 +183,7 @@ def relative_bias_attention_specification(
             attended = attended * head_scale.to(dtype)[:, None, None]
         group.scatter(out, attended.transpose(1, 2))
         group.scatter(log_sum_exp, total.transpose(1, 2))
-    return out, log_sum_exp
+    return out[:rows], log_sum_exp[:rows]
 
 
 def relative_bias_attention_backward_specification(
@@ -174,7 +200,8 @@ def relative_bias_attention_backward_specification(
     ``log_sum_exp`` to repeat p block by block; here whole rows are at hand.
     """
     dtype = accumulation_dtype(qkv.dtype)
-    dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
+    rows = qkv.shape[0]
+    dqkv = qkv.new_zeros(rows + 1, *qkv.shape[1:])
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
     dvectors = torch.zeros_like(pairs.vectors) if any(bias_needs) else None
     dscale = torch.zeros_like(head_scale, dtype=dtype) if head_scale_need else None
@@ -182,9 +209,9 @@ def relative_bias_attention_backward_specification(
         q, k, v = _heads(qkv, group)
         index = pairs and pairs.index(group)
         p, _ = probabilities(q, k, pairs and pairs.values(index), group, scale)
-        dout = group.gather(grad).to(dtype).transpose(1, 2)
+        dout = group.read(grad).to(dtype).transpose(1, 2)
         if group.valid is not None:
-            p, dout = (tensor * group.valid[:, None, :, None] for tensor in (p, dout))
+            p = p * group.valid[:, None, :, None]
         if dscale is not None:
             dscale += (dout * torch.matmul(p, v)).sum((0, 2, 3))
         if head_scale is not None:
@@ -200,7 +227,7 @@ def relative_bias_attention_backward_specification(
     for m, (vector, need) in enumerate(zip(bias, bias_needs, strict=True)):
         part = dvectors[:, pairs.starts[m] : pairs.starts[m + 1]] if need else vector.new_empty(0)
         gradients.append(part.to(vector.dtype, copy=True))
-    return dqkv, gradients, qkv.new_empty(0) if dscale is None else dscale.to(head_scale.dtype, copy=True)
+    return dqkv[:rows], gradients, qkv.new_empty(0) if dscale is None else dscale.to(head_scale.dtype, copy=True)
 
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:

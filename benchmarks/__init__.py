@@ -1,0 +1,1 @@
+"""Benchmarks: timed with pytest-benchmark on a CPU, and by gpu.py on a GPU."""

@@ -1,0 +1,84 @@
+"""Forward and backward of the transformer stack from embedded tokens: the packed layout against the baseline.
+
+The adapters are left out: they are the same code in both backends, and their time would only dilute the ratio. The
+fused backend's time includes its route plan, packing and the bias vectors, the baseline's its dense bias.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import pytest
+
+from benchmarks.support.encoder import SAMPLES, SIZES, EncoderCase, inputs
+from benchmarks.support.report import Report
+from benchmarks.support.timing import paired
+
+GOAL = 0.9
+TITLE = (
+    f"Encoder, forward + backward: {SIZES.layers} layers, width {SIZES.width}, hidden {SIZES.hidden}, {SIZES.heads}"
+    f" heads, batch {SAMPLES}, float32, without adapters"
+)
+NOISY = 1.25
+
+
+@pytest.mark.parametrize("name", inputs())
+def bench_encoder(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
+    """One input: a timed baseline step before every timed step of the fused backend."""
+    case = EncoderCase(inputs()[name])
+    case.check()
+    fused, reference = paired(benchmark, case.fused_step, case.reference_step, seconds=case_seconds, rounds=15)
+    add_row(report, benchmark.extra_info, case, fused, reference, threads)
+
+
+def add_row(report: Report, extra_info: dict[str, Any], case: EncoderCase, fused, reference, threads: int) -> None:
+    """Compare both timings with the goal; the row goes into the table and into ``extra_info``."""
+    shape = case.shape
+    speed_up, goal = reference.median / fused.median, GOAL * shape.ratio
+    verdict = "met" if speed_up >= goal else ("missed" if speed_up >= 1 else "slower")
+    measured = {
+        "input": shape.name,
+        "lengths": {name: list(lengths) for name, lengths in shape.lengths.items()},
+        "padded_tokens": shape.padded_tokens,
+        "real_tokens": shape.real_tokens,
+        "ratio": round(shape.ratio, 4),
+        "threads": threads,
+        "reference": reference.record(),
+        "fused": fused.record(),
+        "speed_up": round(speed_up, 4),
+        "speed_up_by_cpu_time": round(statistics.median(reference.cpu) / statistics.median(fused.cpu), 4),
+        "goal": round(goal, 4),
+        "verdict": verdict,
+    }
+    extra_info.update(measured)
+    spreads = [max(timing.seconds) / min(timing.seconds) for timing in (reference, fused)]
+    measured["spread"] = round(max(spreads), 3)
+    shown = {
+        "input": shape.name,
+        "padded": str(shape.padded_tokens),
+        "real": str(shape.real_tokens),
+        "padded/real": f"{shape.ratio:.2f}",
+        "reference ms": _milliseconds(reference),
+        "fused ms": _milliseconds(fused),
+        "rounds": str(len(fused.seconds)),
+        "speed-up": f"{speed_up:.2f}",
+        "by CPU time": f"{measured['speed_up_by_cpu_time']:.2f}",
+        "goal": f"{goal:.2f}",
+        "": verdict,
+    }
+    report.add(TITLE, shown, measured)
+    worst = max(row["measured"]["spread"] for row in report.rows[TITLE])
+    report.footers[TITLE] = _footer(worst, threads)
+
+
+def _milliseconds(timing) -> str:
+    values = [1e3 * value for value in timing.seconds]
+    return f"{timing.median * 1e3:.0f} ({min(values):.0f}-{max(values):.0f})"
+
+
+def _footer(spread: float, threads: int) -> str:
+    text = f"Wall-clock medians (min-max), {threads} threads, both backends in turn. Goal: 0.9 x padded/real."
+    if spread > NOISY:
+        text += f"\nNoisy: the slowest run of a case took up to {spread:.1f} times its fastest; the machine was shared."
+    return text

@@ -1,0 +1,95 @@
+"""Memory of a training step, forward and backward of the stack: what autograd saves, and the allocator's peak.
+
+Saved: unique storages that the forward pass keeps for the backward pass, parameters excluded, embedded tokens included.
+Peak: the largest sum of allocations above what stood before the step, gradients of parameters included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.support.encoder import SAMPLES, SIZES, EncoderCase, inputs
+from benchmarks.support.report import Report
+
+INPUTS = ("text+image", "audio")
+TITLE = f"Memory of a step: {SIZES.layers} layers, width {SIZES.width}, batch {SAMPLES}, float32, per real token"
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def bench_memory(name: str, report: Report) -> None:
+    """Both backends' bytes for one input; exact, not timed."""
+    add_rows(report, EncoderCase(inputs()[name]))
+
+
+def add_rows(report: Report, case: EncoderCase) -> None:
+    """Measure both backends and add one row for each measure."""
+    shape = case.shape
+    measures = {"saved": saved_bytes, "peak": peak_bytes}
+    for measure, function in measures.items():
+        found = {backend: function(case, backend) for backend in ("reference", "fused")}
+        ratio = found["fused"] / found["reference"]
+        shown = {
+            "input": shape.name,
+            "measure": measure,
+            "padded/real": f"{shape.ratio:.2f}",
+            "reference KiB": f"{found['reference'] / shape.real_tokens / 1024:.1f}",
+            "fused KiB": f"{found['fused'] / shape.real_tokens / 1024:.1f}",
+            "fused/reference": f"{ratio:.3f}",
+            "": "smaller" if ratio < 1 else "larger",
+        }
+        measured = {
+            "input": shape.name,
+            "measure": measure,
+            "real_tokens": shape.real_tokens,
+            "padded_tokens": shape.padded_tokens,
+            **{f"{backend}_bytes": value for backend, value in found.items()},
+            **{f"{backend}_bytes_per_token": round(value / shape.real_tokens, 1) for backend, value in found.items()},
+            "ratio": round(ratio, 4),
+        }
+        report.add(TITLE, shown, measured)
+
+
+def saved_bytes(case: EncoderCase, backend: str) -> int:
+    """Bytes of the unique storages that the forward pass saves, parameters excluded."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in case.stack.parameters()}
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []  # an address counts once only while its storage lives
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+            kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        encoded = case.forward(backend)
+    del encoded
+    return sum(storages.values())
+
+
+def peak_bytes(case: EncoderCase, backend: str) -> int:
+    """The profiler's highest sum of allocations of a step."""
+    case.step(backend)
+    for parameter in case.stack.parameters():
+        parameter.grad = None
+    for part in case.tokens.values():
+        part.x.grad = None
+    return peak_of(lambda: case.step(backend))
+
+
+def peak_of(call: Callable[[], object]) -> int:
+    """The highest sum of a call's allocations less what it freed, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+    if not len(sizes):
+        raise RuntimeError("the profiler recorded no allocation")
+    return int(sizes.cumsum(0).max())

@@ -1,0 +1,69 @@
+"""Options of the benchmarks, their threads, and the tables that are printed after them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.support import machine  # noqa: E402
+from benchmarks.support.report import Report, write_json  # noqa: E402
+
+REPORT = pytest.StashKey[Report]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add this suite's options."""
+    group = parser.getgroup("onepeace_fast benchmarks")
+    group.addoption("--threads", type=int, default=2, help="threads of torch (default: 2)")
+    group.addoption("--case-seconds", type=float, default=35.0, help="time for each timed case (default: 35)")
+    group.addoption("--results", type=Path, help="also write what was measured to a JSON file in this folder")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start an empty report."""
+    config.stash[REPORT] = Report()
+
+
+@pytest.fixture
+def report(pytestconfig: pytest.Config) -> Report:
+    """Where a benchmark puts its rows."""
+    return pytestconfig.stash[REPORT]
+
+
+@pytest.fixture
+def case_seconds(pytestconfig: pytest.Config) -> float:
+    """About how long one case may take."""
+    return pytestconfig.getoption("--case-seconds")
+
+
+@pytest.fixture(autouse=True)
+def threads(pytestconfig: pytest.Config) -> Iterator[int]:
+    """Run with a fixed number of threads."""
+    before, chosen = torch.get_num_threads(), pytestconfig.getoption("--threads")
+    torch.set_num_threads(chosen)
+    yield chosen
+    torch.set_num_threads(before)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the tables, and write them where that was asked for."""
+    report = config.stash[REPORT]
+    if not report.rows:
+        return
+    terminalreporter.section("onepeace_fast", sep="=")
+    terminalreporter.write_line(report.text())
+    if folder := config.getoption("--results"):
+        found, date = machine.describe(torch.device("cpu")), machine.now()
+        found["threads"] = config.getoption("--threads")
+        found["load_average"] = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
+        path = folder / machine.file_name("cpu", found, date)
+        write_json(path, {"date": date, "machine": found, "measured": report.measured(), "table": report.text()})
+        terminalreporter.write_line(f"\nWritten to {path}")

@@ -1,0 +1,97 @@
+"""The transformer stack from embedded tokens, forward and backward, by both backends."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from benchmarks.support import shapes
+from benchmarks.support.shapes import Shape, Sizes
+from onepeace_fast.models.reference import PaddedTokens
+from onepeace_fast.models.stack import Encoded, Stack
+
+SIZES = Sizes(width=512, hidden=2048, heads=8, layers=4)
+SAMPLES = 8
+
+
+def inputs(samples: int = SAMPLES) -> dict[str, Shape]:
+    """The inputs of the CPU benchmarks."""
+    text, image, audio = shapes.text(samples), shapes.image(samples), shapes.audio(samples)
+    lengths = (
+        {"text": text},
+        {"image": image},
+        {"audio": audio},
+        {"text": text, "image": image},
+        {"text": text, "audio": audio},
+    )
+    return {"+".join(item): Shape("+".join(item), item) for item in lengths}
+
+
+class EncoderCase:
+    """A stack and a batch of embedded tokens; the output's gradient is the same in both backends, zero at padding."""
+
+    def __init__(self, shape: Shape, sizes: Sizes = SIZES) -> None:
+        generator = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        self.shape, self.sizes = shape, sizes
+        self.stack = Stack(sizes.config(list(shape.lengths)), None).train()
+        with torch.no_grad():
+            for adapter in self.stack.adapters.values():
+                for bias_table in adapter.rel_pos_table_list:
+                    bias_table.weight.normal_(generator=generator)
+        self.tokens, self.gradients = {}, {}
+        for name, lengths in shape.lengths.items():
+            size = (len(lengths), max(lengths), sizes.width)
+            valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+            x = torch.randn(size, generator=generator).requires_grad_()
+            self.tokens[name] = PaddedTokens(x, valid, None, max(lengths))
+            self.gradients[name] = torch.randn(size, generator=generator) * valid[..., None]
+        self.plan = self.stack.plan(self.tokens, shape.lengths, None)
+        self.packed_gradient = self.plan.pack(self.gradients)
+
+    def forward(self, backend: str) -> Encoded:
+        """Encode with a backend; the fused one builds its route plan and packs."""
+        self.stack.backend = backend
+        return self.stack(self.tokens, self.shape.lengths)
+
+    def step(self, backend: str) -> None:
+        """Forward and backward to the tokens, the bias tables and all weights."""
+        for tensor in (*self.stack.parameters(), *(part.x for part in self.tokens.values())):
+            tensor.grad = None
+        encoded = self.forward(backend)
+        if encoded.padded is None:
+            torch.autograd.backward([encoded.packed], [self.packed_gradient])
+        else:
+            torch.autograd.backward(list(encoded.padded.values()), [self.gradients[name] for name in encoded.padded])
+
+    def reference_step(self) -> None:
+        """The baseline: padded, eager."""
+        self.step("reference")
+
+    def fused_step(self) -> None:
+        """The packed layout."""
+        self.step("fused")
+
+    def results(self, backend: str) -> dict[str, Tensor]:
+        """Packed outputs and every gradient of a step, by name."""
+        self.step(backend)
+        with torch.no_grad():
+            encoded = self.forward(backend)
+            output = encoded.packed if encoded.padded is None else self.plan.pack(encoded.padded)
+        found = {f"gradient of {name} tokens": part.x.grad.clone() for name, part in self.tokens.items()}
+        found |= {
+            f"gradient of {name}": parameter.grad.clone()
+            for name, parameter in self.stack.named_parameters()
+            if parameter.grad is not None
+        }
+        return {"output": output, **found}
+
+    def check(self) -> None:
+        """Raise unless both backends compute the same: a time of something else is worth nothing."""
+        expected, found = self.results("reference"), self.results("fused")
+        if missing := sorted(set(expected) - set(found)):
+            raise AssertionError(f"the fused backend gives no {', '.join(missing)}")
+        for name, value in expected.items():
+            error = (found[name] - value).norm() / value.norm().clamp(min=1e-30)
+            if not error < 1e-4:
+                raise AssertionError(f"the backends differ in the {name}: relative error {error.item():.1e}")

@@ -1,0 +1,136 @@
+"""One layer of ONE-PEACE: the baseline, the baseline compiled, and the fused backend."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from benchmarks.support import products
+from benchmarks.support.shapes import Shape, Sizes
+from benchmarks.support.variants import Factory, Variant, compiled, trained
+from onepeace_fast.models.reference import PaddedTokens, _dense_biases, encode_layer
+from onepeace_fast.models.stack import Stack
+
+MODEL_LAYERS = 40
+
+
+class LayerCase:
+    """A layer, a batch in both layouts and its bias; the same numbers in every variant."""
+
+    def __init__(self, shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, sets: int) -> None:
+        torch.manual_seed(0)
+        self.shape, self.sizes, self.device, self.dtype, self.sets = shape, sizes, device, dtype, sets
+        self.stack = Stack(sizes.config(list(shape.lengths)), None).to(device, dtype).train()
+        self._fill_parameters()
+        self.layer = self.stack.fusion_model.layers[0]
+        self.widths = {name: max(lengths) for name, lengths in shape.lengths.items()}
+        self.tokens = {}
+        for name, lengths in shape.lengths.items():
+            valid = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+            empty = torch.zeros(len(lengths), max(lengths), sizes.width, device=device, dtype=dtype)
+            self.tokens[name] = PaddedTokens(empty, valid, None, max(lengths))
+        self.plan = self.stack.plan(self.tokens, shape.lengths, None)
+        self.packed = [self._random() for _ in range(sets)]
+        self.gradients = [self._random() for _ in range(sets)]
+        self.parameters = list(self.layer.parameters())
+
+    def _random(self) -> Tensor:
+        return torch.randn(self.shape.real_tokens, self.sizes.width, device=self.device).to(self.dtype)
+
+    def _fill_parameters(self) -> None:
+        """Norms, biases and tables as after some training; projections keep their initial deviation."""
+        with torch.no_grad():
+            for name, parameter in self.stack.named_parameters():
+                if "rel_pos_table" in name:
+                    parameter.normal_()
+                elif parameter.dim() == 1:
+                    parameter.add_(0.02 * torch.randn_like(parameter))
+
+    @property
+    def spans(self) -> list[tuple[str, int, int]]:
+        """Each modality's place in the padded sequence."""
+        spans, start = [], 0
+        for name, width in self.widths.items():
+            spans.append((name, start, start + width))
+            start += width
+        return spans
+
+    def padded(self, packed: Tensor) -> Tensor:
+        """Packed rows as the baseline's [batch, length, width], padding zero."""
+        return torch.cat(list(self.plan.unpack(packed).values()), dim=1).contiguous()
+
+    def to_rows(self, output: Tensor) -> Tensor:
+        """The baseline's [length, batch, width] as packed rows."""
+        return self.plan.pack({name: output[start:stop].transpose(0, 1) for name, start, stop in self.spans})
+
+    def dense_bias(self) -> Tensor:
+        """The baseline's bias of the whole batch, minus infinity at padding."""
+        padding = ~torch.cat([part.valid for part in self.tokens.values()], dim=1)
+        x = torch.zeros(*padding.shape, self.sizes.width, device=self.device, dtype=self.dtype)
+        has_padding = self.shape.padded_tokens > self.shape.real_tokens
+        adapters, model = self.stack.adapters, self.stack.fusion_model
+        return _dense_biases(model, adapters, self.tokens, self.spans, padding if has_padding else None, x)[0]
+
+    def bias_vectors(self) -> list[Tensor]:
+        """The packed layout's bias, one vector for each modality."""
+        return self.stack.bias(self.widths)[0]
+
+    def baseline(self, compile_it: bool = False) -> Variant:
+        """Upstream's layer over the padded batch with its materialised bias."""
+        spans, layer = self.spans, self.layer
+
+        def run(x: Tensor, bias: Tensor) -> Tensor:
+            return encode_layer(layer, x.transpose(0, 1), bias, spans, None, 0.0)
+
+        bias = self.dense_bias().detach().requires_grad_()
+        sets = [(self.padded(packed).requires_grad_(), bias) for packed in self.packed]
+        gradients = [self.padded(gradient).transpose(0, 1) for gradient in self.gradients]
+        function = torch.compile(run, dynamic=False) if compile_it else run
+        return trained(function, sets, gradients, self.parameters, rows=self.to_rows)
+
+    def fused(self) -> Variant:
+        """The packed layer as the library runs it today."""
+        vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]
+        sets = [(packed.clone().requires_grad_(), *vectors) for packed in self.packed]
+
+        def run(x: Tensor, *bias: Tensor) -> Tensor:
+            return self.layer(x, self.plan, bias)
+
+        note = "specifications: eager PyTorch over the packed layout, no kernel yet"
+        return trained(run, sets, self.gradients, self.parameters, rows=lambda output: output, note=note)
+
+    def products(self, joined: bool = False) -> products.BareProducts:
+        """The layer's bare products."""
+        linears = products.projections(self.shape, self.sizes, joined)
+        linears += products.feed_forward(self.shape, self.sizes, joined)
+        groups = products.attention(self.shape, self.sizes)
+        return products.BareProducts(linears, groups, self.device, self.dtype, self.sets)
+
+    def factories(self) -> dict[str, Factory]:
+        """Everything that is measured of a whole layer."""
+        joined = "queries, keys and values as one product, gate and value projection as one: a stricter denominator"
+        return {
+            "products": lambda: self.products().variant(),
+            "products_joined": lambda: self.products(joined=True).variant(joined),
+            "baseline": self.baseline,
+            "baseline_compiled": compiled(lambda: self.baseline(compile_it=True)),
+            "fused": self.fused,
+        }
+
+    def bias_factories(self) -> dict[str, Factory]:
+        """Building the bias once for all layers, and the gradient of its tables, in both layouts."""
+        tables = [table.weight for a in self.stack.adapters.values() for table in a.rel_pos_table_list]
+
+        def built(build) -> Factory:
+            def factory() -> Variant:
+                gradients = [torch.randn_like(tensor) for tensor in build()]
+                return Variant(lambda _: build(), lambda _: torch.autograd.grad(build(), tables, gradients))
+
+            return factory
+
+        def dense() -> Sequence[Tensor]:
+            return [self.dense_bias()]
+
+        return {"baseline": built(dense), "fused": built(self.bias_vectors)}

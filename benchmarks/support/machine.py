@@ -1,0 +1,93 @@
+"""What the machine is: processor or GPU, versions, clocks as they are found; nothing is ever set."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import onepeace_fast
+
+QUERY = (
+    "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit",
+    "temperature.gpu", "clocks_throttle_reasons.active",
+)  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's model."""
+    information = Path("/proc/cpuinfo")
+    if information.exists() and (found := re.search(r"model name\s*: (.*)", information.read_text())):
+        return found[1]
+    return platform.processor() or platform.machine()
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Clocks, driver and power as nvidia-smi reads them, each value apart; an ``error`` where it cannot be asked."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return {"error": "nvidia-smi is not found"}
+    readings = {}
+    try:
+        for name in QUERY:
+            command = [program, f"--query-gpu={name}", "--format=csv,noheader", "--id=0"]
+            answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            readings[name] = (answer.stdout or answer.stderr).strip()
+    except (OSError, subprocess.TimeoutExpired) as error:
+        readings["error"] = str(error)
+    return readings
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"none: {error}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that decides a time."""
+    return {
+        "onepeace_fast": onepeace_fast.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda_of_torch": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": _triton_version(),
+    }
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine and its versions; on a GPU also its name, capability and clocks."""
+    machine = {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = properties.name
+        machine["capability"] = f"{properties.major}.{properties.minor}"
+        machine["gpu_memory_bytes"] = properties.total_memory
+        machine["nvidia_smi"] = nvidia_smi()
+    return machine
+
+
+def now() -> str:
+    """The time of day in UTC, fit for a file's name."""
+    return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%MZ")
+
+
+def file_name(kind: str, machine: dict[str, Any], date: str) -> str:
+    """Name of a results file: kind, GPU or processor, date."""
+    model = re.sub(r"[^A-Za-z0-9]+", "-", machine.get("gpu") or machine["processor"]).strip("-")
+    return f"{kind}_{model}_{date}.json"

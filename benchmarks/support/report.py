@@ -1,0 +1,57 @@
+"""Tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Align columns, the first to the left, the others to the right; the first row is the heading."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
+    lines = []
+    for row in texts:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number of a table, a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+class Report:
+    """Collects the rows of several tables, each row a dictionary of what was measured and how to print it."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.footers: dict[str, str] = {}
+
+    def add(self, title: str, shown: dict[str, str], measured: dict[str, Any], footer: str = "") -> None:
+        """Add a row: ``shown`` by heading for the table, ``measured`` for the JSON."""
+        self.rows.setdefault(title, []).append({"shown": shown, "measured": measured})
+        self.footers[title] = footer
+
+    def text(self) -> str:
+        """All tables."""
+        parts = []
+        for title, rows in self.rows.items():
+            body = table([list(rows[0]["shown"]), *(list(row["shown"].values()) for row in rows)])
+            parts.append("\n".join(filter(None, (title, body, self.footers[title]))))
+        return "\n\n".join(parts)
+
+    def measured(self) -> dict[str, list[dict[str, Any]]]:
+        """Everything that was measured, by title."""
+        return {title: [row["measured"] for row in rows] for title, rows in self.rows.items()}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a results file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_suffix(".new")
+    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.replace(path)

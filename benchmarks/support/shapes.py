@@ -1,0 +1,87 @@
+"""Batches of ragged lengths, and the sizes of a layer."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onepeace_fast.config import MODALITIES, TransformerConfig
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Width, hidden width and heads of a layer; ``layers`` of a stack."""
+
+    width: int
+    hidden: int
+    heads: int
+    layers: int = 1
+
+    def config(self, modalities: Sequence[str], layer_scale: float = 0.1) -> TransformerConfig:
+        """The configuration of a stack that knows these modalities alone."""
+        absent = {name: None for name in MODALITIES if name not in modalities}
+        return TransformerConfig(
+            embed_dim=self.width,
+            ffn_embed_dim=self.hidden,
+            attention_heads=self.heads,
+            layers=self.layers,
+            layer_scale=layer_scale,
+            **absent,
+        )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch: per modality, in the order of a sequence, the tokens of each sample, CLS included."""
+
+    name: str
+    lengths: Mapping[str, list[int]]
+
+    @property
+    def samples(self) -> int:
+        """Samples of the batch; every modality has a row for each."""
+        return len(next(iter(self.lengths.values())))
+
+    @property
+    def real_tokens(self) -> int:
+        """Tokens of the packed layout."""
+        return sum(map(sum, self.lengths.values()))
+
+    @property
+    def padded_tokens(self) -> int:
+        """Tokens of the padded layout: every sample as long as the longest, for each modality."""
+        return sum(len(row) * max(row) for row in self.lengths.values())
+
+    @property
+    def ratio(self) -> float:
+        """Padded tokens for each real one."""
+        return self.padded_tokens / self.real_tokens
+
+    @property
+    def sample_lengths(self) -> list[int]:
+        """Real tokens of each sample, all modalities together."""
+        return [sum(column) for column in zip(*self.lengths.values(), strict=True)]
+
+
+def spread(low: int, high: int, count: int, seed: int) -> list[int]:
+    """``count`` lengths evenly spread from ``low`` to ``high``, both included, in an order drawn from the seed."""
+    step = (high - low) / max(count - 1, 1)
+    lengths = [round(low + i * step) for i in range(count)]
+    random.Random(seed).shuffle(lengths)
+    return lengths
+
+
+def text(samples: int, low: int = 5, high: int = 70) -> list[int]:
+    """Text tokens, EOS and CLS included."""
+    return [length + 2 for length in spread(low, high, samples, seed=1)]
+
+
+def image(samples: int, grid: int = 16) -> list[int]:
+    """A square grid of patches, CLS included."""
+    return [grid * grid + 1] * samples
+
+
+def audio(samples: int, low: int = 149, high: int = 749) -> list[int]:
+    """Audio frames, CLS included; 149 to 749 frames are 3 to 15 s."""
+    return [length + 1 for length in spread(low, high, samples, seed=2)]

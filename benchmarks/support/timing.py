@@ -1,0 +1,176 @@
+"""The one place where time is taken: variants in turn, medians, and the two clocks."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+Call = Callable[[int], object]
+LONGEST_LEAD = 0.03
+
+
+@dataclass
+class Timing:
+    """Times of one variant, in seconds; ``cpu`` is the process's own time over all threads where it was taken."""
+
+    seconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """The figure that is reported."""
+        return statistics.median(self.seconds)
+
+    def record(self) -> dict[str, Any]:
+        """Median, extremes and number of runs, in milliseconds."""
+        milliseconds = [1e3 * value for value in self.seconds]
+        record = {
+            "median_ms": round(statistics.median(milliseconds), 4),
+            "min_ms": round(min(milliseconds), 4),
+            "max_ms": round(max(milliseconds), 4),
+            "runs": len(milliseconds),
+        }
+        for name, values in (("host_median_ms", self.host), ("cpu_median_ms", self.cpu)):
+            if values:
+                record[name] = round(1e3 * statistics.median(values), 4)
+        return record
+
+
+class Clock(Protocol):
+    """Times one call; ``lead`` is how long the host needed last time to start its work."""
+
+    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
+        """Run ``call(index)``; returns its time and the host's, in seconds."""
+
+    def recover(self) -> None:
+        """Bring the device back to order after a call that failed."""
+
+
+class HostClock:
+    """Wall-clock time, for a device whose work is done when the call returns."""
+
+    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
+        """The call's wall-clock time, twice."""
+        start = time.perf_counter()
+        call(index)
+        seconds = time.perf_counter() - start
+        return seconds, seconds
+
+    def recover(self) -> None:
+        """Nothing to do."""
+
+
+class EventClock:
+    """Device time between two CUDA events.
+
+    Before the first event the device sleeps for about as long as the host needs to start the call's kernels, so that
+    they queue up and gaps between launches do not count, as in a captured graph. A call that waits for the device
+    itself keeps its gaps: they are its own.
+    """
+
+    def __init__(self) -> None:
+        self.cycles_per_second = self._calibrate()
+
+    @staticmethod
+    def _calibrate() -> float:
+        cycles = 20_000_000
+        torch.cuda._sleep(cycles)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        torch.cuda._sleep(cycles)
+        stop.record()
+        torch.cuda.synchronize()
+        return cycles / (start.elapsed_time(stop) / 1e3)
+
+    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
+        """The device's time, and the host's to start the work."""
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(int(self.cycles_per_second * min(max(1.5 * lead, 2e-4), LONGEST_LEAD)))
+        begin = time.perf_counter()
+        start.record()
+        result = call(index)
+        stop.record()
+        host = time.perf_counter() - begin
+        torch.cuda.synchronize()
+        del result
+        return start.elapsed_time(stop) / 1e3, host
+
+    def recover(self) -> None:
+        """Give memory back; the failed call may have run out of it."""
+        torch.cuda.empty_cache()
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of a device."""
+    return EventClock() if device.type == "cuda" else HostClock()
+
+
+def describe_error(error: BaseException) -> str:
+    """An exception as one line of at most 500 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def interleaved(
+    calls: Mapping[str, Call], clock: Clock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Time every call in turn, round after round; ``call(round)`` picks its inputs by the round.
+
+    A call that has taken ``seconds_each`` in all is left out of later rounds once it has run 3 times. One that raises
+    is left out from then on, its times with it.
+
+    Returns the timings, and the errors of the calls that raised.
+    """
+    timings = {name: Timing() for name in calls}
+    errors: dict[str, str] = {}
+    leads = dict.fromkeys(calls, 0.0)
+    for turn in range(-warmups, rounds):
+        for name, call in calls.items():
+            timing = timings[name]
+            if name in errors or (len(timing.seconds) >= 3 and sum(timing.seconds) > seconds_each):
+                continue
+            try:
+                seconds, leads[name] = clock.time(call, turn + warmups, leads[name])
+            except Exception as error:
+                errors[name] = describe_error(error)
+                clock.recover()
+                continue
+            if turn >= 0:
+                timing.seconds.append(seconds)
+                timing.host.append(leads[name])
+    return {name: timing for name, timing in timings.items() if name not in errors}, errors
+
+
+def paired(
+    benchmark: Any, measured: Callable[[], object], against: Callable[[], object], *, seconds: float, rounds: int
+) -> tuple[Timing, Timing]:
+    """Time ``measured`` by pytest-benchmark, with a timed run of ``against`` before each of its rounds.
+
+    As many rounds as fit into about ``seconds``, 3 at least and ``rounds`` at most. Returns both timings.
+    """
+    timings = Timing(), Timing()
+
+    def timed(call: Callable[[], object], timing: Timing) -> None:
+        cpu, start = time.process_time(), time.perf_counter()
+        call()
+        timing.seconds.append(time.perf_counter() - start)
+        timing.cpu.append(time.process_time() - cpu)
+
+    warm = Timing()
+    for call in (against, measured, against, measured):
+        timed(call, warm)
+    fitting = int(seconds / max(sum(warm.seconds[2:]), 1e-9))
+    benchmark.pedantic(
+        lambda: timed(measured, timings[0]),
+        setup=lambda: timed(against, timings[1]),
+        rounds=max(3, min(rounds, fitting)),
+        iterations=1,
+    )
+    return timings

@@ -1,0 +1,163 @@
+"""Running variants of one piece of work against each other, so that a failing one stops no other."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.support.timing import Clock, describe_error, interleaved
+
+MODES = ("forward", "forward_backward")
+
+
+@dataclass
+class Variant:
+    """One way to do the work. Both calls take the number of a round, by which they choose among the input sets.
+
+    ``rows`` brings the output of ``forward`` into packed order, to compare it with the other variants' outputs.
+    """
+
+    forward: Callable[[int], Any]
+    forward_backward: Callable[[int], Any]
+    rows: Callable[[Tensor], Tensor] | None = None
+    compiled: bool = False
+    note: str = ""
+
+
+Factory = Callable[[], Variant]
+
+
+def trained(
+    function: Callable[..., Tensor],
+    sets: Sequence[tuple[Tensor, ...]],
+    gradients: Sequence[Tensor],
+    parameters: Sequence[Tensor],
+    **attributes: Any,
+) -> Variant:
+    """A variant of a differentiable function: ``sets`` are its arguments in turn, ``gradients`` those of its output.
+
+    The forward pass alone is that of training: it keeps what the backward pass needs.
+    """
+
+    def forward(index: int) -> Tensor:
+        return function(*sets[index % len(sets)])
+
+    def forward_backward(index: int) -> tuple[Tensor, ...]:
+        arguments = sets[index % len(sets)]
+        needed = [argument for argument in arguments if argument.requires_grad]
+        return torch.autograd.grad(function(*arguments), [*needed, *parameters], gradients[index % len(sets)])
+
+    return Variant(forward, forward_backward, **attributes)
+
+
+def compiled(variant: Factory) -> Factory:
+    """Mark what a factory makes as compiled, so that its compilation is held against the time budget."""
+
+    @functools.wraps(variant)
+    def build() -> Variant:
+        made = variant()
+        made.compiled = True
+        return made
+
+    build.is_compiled = True
+    return build
+
+
+class Budget:
+    """The time that a whole run may take, shared out among its sections."""
+
+    def __init__(self, seconds: float, no_compile: str | None = None) -> None:
+        self.stop = self.section_stop = time.perf_counter() + seconds
+        self.no_compile = no_compile
+        self.longest_compile = 0.0
+
+    def section(self, left: int) -> None:
+        """Begin a section; ``left`` counts it and those that follow."""
+        now = time.perf_counter()
+        self.section_stop = now + max(self.stop - now, 0.0) / left
+
+    def refusal(self, is_compiled: bool) -> str | None:
+        """Why a variant must be left out, or None."""
+        now = time.perf_counter()
+        if now > self.stop:
+            return "left out: the time budget was used up"
+        if is_compiled and self.no_compile:
+            return self.no_compile
+        if is_compiled and now + self.longest_compile > self.section_stop:
+            return f"left out: compiling took up to {self.longest_compile:.0f} s and its share of the time budget less"
+        return None
+
+
+@dataclass
+class Runner:
+    """Measures variants: builds, warms and compiles each, compares their outputs, then times them in turn."""
+
+    clock: Clock
+    budget: Budget
+    rounds: int
+    tolerance: float
+
+    def measure(self, factories: Mapping[str, Factory], base: str | None = None) -> dict[str, dict[str, Any]]:
+        """The record of every variant: its times by mode, or an ``error``, or why it was ``skipped``.
+
+        A variant whose output differs from that of ``base`` by more than the tolerance is an error, not a time.
+        """
+        records: dict[str, dict[str, Any]] = {name: {} for name in factories}
+        variants: dict[str, Variant] = {}
+        expected: Tensor | None = None
+        for name in sorted(factories, key=lambda name: name != base):  # the base first, else in order
+            record = records[name]
+            if reason := self.budget.refusal(getattr(factories[name], "is_compiled", False)):
+                record["skipped"] = reason
+                continue
+            try:
+                variant = factories[name]()
+                output = self._first_run(variant, record)
+                if name == base:
+                    expected = output
+                elif expected is not None and output is not None:
+                    self._compare(output, expected, record)
+            except Exception as error:
+                record["error"] = describe_error(error)
+                self.clock.recover()
+                continue
+            if variant.note:
+                record["note"] = variant.note
+            variants[name] = variant
+        calls = {
+            (name, mode): getattr(variant, mode)
+            for name, variant in variants.items()
+            for mode in MODES
+        }  # fmt: skip
+        timings, errors = interleaved(calls, self.clock, rounds=self.rounds)
+        for (name, mode), timing in timings.items():
+            records[name][mode] = timing.record()
+        for (name, mode), error in errors.items():
+            records[name]["error"] = f"{mode}: {error}"
+        return records
+
+    def _first_run(self, variant: Variant, record: dict[str, Any]) -> Tensor | None:
+        """Run both modes once, which compiles what must be compiled; returns the output in packed order."""
+        start = time.perf_counter()
+        output = variant.forward(0)
+        rows = None if variant.rows is None else variant.rows(output.detach()).float()
+        del output
+        variant.forward_backward(0)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if variant.compiled:
+            record["compile_seconds"] = round(time.perf_counter() - start, 2)
+            self.budget.longest_compile = max(self.budget.longest_compile, record["compile_seconds"])
+        return rows
+
+    def _compare(self, output: Tensor, expected: Tensor, record: dict[str, Any]) -> None:
+        difference = ((output - expected).norm() / expected.norm()).item()
+        record["relative_difference"] = difference
+        if not difference <= self.tolerance:
+            raise AssertionError(f"its output differs from the base's by {difference:.1e}, more than {self.tolerance}")

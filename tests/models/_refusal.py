@@ -1,0 +1,26 @@
+"""What every refusal of a model owes its caller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from onepeace_fast.models.stack import Stack
+
+
+def refuse(expected: str, call: Callable[[], object], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The call raises one line that starts with or holds ``expected``, and embeds nothing before."""
+
+    def work(*_):
+        raise AssertionError("work began before the arguments were checked")
+
+    monkeypatch.setattr(Stack, "_embed", work)
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert expected in message
+    assert ": got " in message
+    assert "takes" in message
+    return message

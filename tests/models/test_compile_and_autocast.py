@@ -1,0 +1,115 @@
+"""A layer under torch.compile, and models under autocast and in other dtypes."""
+
+import pytest
+import torch
+from models._small import (
+    BACKENDS,
+    assert_close,
+    at_tokens,
+    batch_of,
+    gradients_of,
+    small_model,
+    valid_tokens,
+    weighted_sum,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from onepeace_fast.models.inputs import read_batch
+
+
+def layer_inputs(model, batch):
+    """Packed rows, plan and bias vectors of a batch, as the stack gives them to a layer."""
+    stack = model.encoder_wrapper
+    read, _ = read_batch(stack.adapters, **batch)
+    tokens = stack.embed(read)
+    plan = stack.plan(tokens, read.valid.lengths, None)
+    x = plan.pack({name: part.x for name, part in tokens.items()})
+    bias = stack.bias({name: part.width for name, part in tokens.items()})[0]
+    leaves = [value.detach().clone().requires_grad_() for value in (x, *bias)]
+    return leaves[0], plan, leaves[1:]
+
+
+@pytest.mark.parametrize("drop_path", [False, True])
+def test_compiled_layer_and_its_gradients_equal_the_eager_ones(drop_path):
+    torch.compiler.reset()
+    model = small_model("fused", dtype=torch.float32)
+    layer = model.encoder_wrapper.fusion_model.layers[0]
+    batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6], dtype=torch.float32)
+    keep = torch.tensor([[0.0, 1.25, 1.25], [1.25, 0.0, 1.25]]) if drop_path else None
+    results = []
+    for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        x, plan, bias = layer_inputs(model, batch)
+        model.zero_grad(set_to_none=True)
+        out = run(x, plan, bias, keep)
+        (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+        results.append({"out": out.detach(), "x": x.grad, **{f"bias {i}": v.grad for i, v in enumerate(bias)}})
+        results[-1] |= {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
+    assert len(results[0]) > 20
+    assert_close(results[1], results[0], 1e-6)
+
+
+def half_precision_error(kind, backend, want, batch, valid):
+    """Largest error of outputs and gradients against float32, relative to each tensor's largest magnitude."""
+    model = small_model(backend, dtype=torch.float32)
+    if kind == "autocast":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model.encode(**batch)
+    else:
+        model = model.bfloat16()
+        outputs = model.encode(**{k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()})
+    outputs = {name: value.float() for name, value in outputs.items()}
+    got = {**at_tokens(outputs, valid), **gradients_of(model, weighted_sum(outputs, valid))}
+    assert set(got) == set(want)
+    return {
+        name: ((got[name].float() - value).abs().max() / value.abs().max().clamp(min=1e-6)).item()
+        for name, value in want.items()
+    }
+
+
+@pytest.mark.parametrize("kind", ["autocast", "bfloat16 model"])
+def test_bfloat16_is_as_near_to_float32_packed_as_padded(kind):
+    batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6], dtype=torch.float32)
+    valid, model = valid_tokens(batch), small_model("reference", dtype=torch.float32)
+    outputs = model.encode(**batch)
+    want = {**at_tokens(outputs, valid), **gradients_of(model, weighted_sum(outputs, valid))}
+    reference, fused = (half_precision_error(kind, backend, want, batch, valid) for backend in BACKENDS)
+    epsilon = torch.finfo(torch.bfloat16).eps
+    worse = {n: (fused[n], reference[n]) for n in want if not fused[n] <= 2 * reference[n] + 4 * epsilon}
+    assert not worse, worse
+    assert max(fused.values()) > 1e-4, "nothing ran in bfloat16"
+
+
+class Dtypes(TorchDispatchMode):
+    """Dtype of the first argument of every call of the library's ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "onepeace_fast":
+            self.seen.setdefault(func._opname, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_autocast_runs_attention_and_ffn_in_bfloat16_and_keeps_the_residual_stream():
+    model, batch = small_model("fused", dtype=torch.float32), batch_of(text=[7, 2], dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = weighted_sum(model.encode(**batch), valid_tokens(batch))
+        with Dtypes() as dtypes:
+            model.encode(**batch)
+    assert dtypes.seen["routed_ffn"] == dtypes.seen["relative_bias_attention"] == {torch.bfloat16}
+    assert dtypes.seen["residual"] == {torch.float32}
+    assert {gradient.dtype for gradient in gradients_of(model, loss).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_in_another_dtype_keeps_it_from_input_to_gradient(backend, dtype):
+    model = small_model(backend, dtype=dtype)
+    batch = batch_of(text=[7, 2], image=(2, 3), audio=[5, 3], dtype=dtype)
+    outputs = model.encode(**batch)
+    assert {value.dtype for value in outputs.values()} == {dtype}
+    gradients = gradients_of(model, weighted_sum(outputs, valid_tokens(batch)))
+    assert {value.dtype for value in gradients.values()} == {dtype}
+    assert {value.dtype for value in model.to_upstream_state_dict().values()} == {dtype}

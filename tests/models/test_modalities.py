@@ -1,0 +1,132 @@
+"""Any set of modalities per sample: packed against padded, and against every sample encoded alone."""
+
+import pytest
+import torch
+from models._small import (
+    BACKENDS,
+    assert_close,
+    at_tokens,
+    batch_of,
+    encode_with_gradients,
+    gradients_of,
+    hide,
+    small_config,
+    small_model,
+    valid_tokens,
+    weighted_sum,
+)
+
+VARIANTS = {
+    "default": {},
+    "head scale, norm after attention, no LayerScale": {
+        "head_scale": True, "sub_layer_norm": False, "attention_layer_norm": True, "layer_scale": None,
+    },
+    "a table per layer, no FFN norm": {"bias_table_per_layer": True, "ffn_layer_norm": False},
+}  # fmt: skip
+SAMPLES = {"text": [2, 0, 3], "image": [2, 1], "audio": [3, 0, 1]}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_three_modalities_in_every_sample_agree_packed_and_padded(variant):
+    batch = batch_of(text=[7, 2, 5], image=(3, 4), audio=[9, 4, 6])
+    config = small_config(**VARIANTS[variant])
+    results = [encode_with_gradients(small_model(backend, config), batch) for backend in BACKENDS]
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want)
+    gradients = results[1][1]
+    for name in ("text", "image", "audio"):
+        table = next(v for k, v in gradients.items() if f"{name}_adapter.rel_pos_table" in k)
+        assert bool((table[-3:] != 0).all()), f"CLS entries of {name}'s table got no gradient"
+
+
+def test_three_modalities_are_reconstructed_alike_packed_and_padded():
+    batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6])
+    masks, valid, results = hide(batch), valid_tokens(batch), []
+    for backend in BACKENDS:
+        model = small_model(backend)
+        outputs = model.reconstruct(**batch, masks=masks)
+        results.append((at_tokens(outputs, valid), gradients_of(model, weighted_sum(outputs, valid))))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want)
+
+
+def test_both_pretraining_tasks_agree_packed_and_padded():
+    batch = batch_of(text=[7, 2, 5], image=(3, 4), audio=[9, 4, 6])
+    alone, pair = hide(batch, seed=1), hide(batch, seed=2)
+    pairs = {"vl": ("text", "image"), "al": ("text", "audio", "audio_padding")}
+    results = []
+    for backend in BACKENDS:
+        model = small_model(backend)
+        inputs = {kind: {name: batch[name] for name in names} for kind, names in pairs.items()}
+        vl = {"text": alone["text"], "image": alone["image"], "vl_text": pair["text"], "vl_image": pair["image"]}
+        al = {"audio": alone["audio"], "al_text": pair["text"], "al_audio": pair["audio"]}
+        vision = model.vision_language_loss(**inputs["vl"], masks=vl)
+        audio = model.audio_language_loss(**inputs["al"], masks=al)
+        losses = {f"{kind} {k}": v.detach() for kind, part in (("vl", vision), ("al", audio)) for k, v in part.items()}
+        results.append((losses, gradients_of(model, vision["loss"] + audio["loss"])))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_samples_with_different_modalities_agree_packed_and_padded(as_tensor):
+    batch = batch_of(text=[7, 2, 5], image=(2, 3), audio=[9, 4, 6])
+    samples = {name: torch.tensor(rows) for name, rows in SAMPLES.items()} if as_tensor else SAMPLES
+    results = [encode_with_gradients(small_model(backend), batch, samples=samples) for backend in BACKENDS]
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_samples_with_different_modalities_equal_each_sample_encoded_alone(backend):
+    lengths = [7, 2, 5]
+    batch = batch_of(text=lengths, image=(2, 3), audio=[6, 6, 6])  # a clip depends on its padding: none here
+    model = small_model(backend)
+    with torch.no_grad():
+        together = model.encode(**batch, samples=SAMPLES)
+        for sample in range(4):
+            rows = {name: members.index(sample) for name, members in SAMPLES.items() if sample in members}
+            inputs = {name: batch[name][row : row + 1] for name, row in rows.items()}
+            if "text" in rows:
+                inputs["text"] = inputs["text"][:, : lengths[rows["text"]]]
+            alone = model.encode(**inputs)
+            got = {name: together[name][row : row + 1, : alone[name].shape[1]] for name, row in rows.items()}
+            assert_close(got, alone)
+
+
+def test_samples_given_in_order_change_nothing():
+    batch, model = batch_of(text=[7, 2, 5], image=(3, 3)), small_model("fused")
+    with torch.no_grad():
+        plain, listed = model.encode(**batch), model.encode(**batch, samples={"text": [0, 1, 2], "image": [0, 1, 2]})
+    for name, value in plain.items():
+        assert torch.equal(listed[name], value)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_wrong_pairing_of_samples_changes_the_result(backend):
+    batch, model = batch_of(text=[7, 2, 5], image=(3, 3)), small_model(backend)
+    with torch.no_grad():
+        right, wrong = model.encode(**batch), model.encode(**batch, samples={"text": [1, 0, 2], "image": [0, 1, 2]})
+    assert (right["text"][:2] - wrong["text"][:2]).abs().max() > 1e-3
+    assert_close({"third": wrong["text"][2, :6]}, {"third": right["text"][2, :6]})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("names", [("text",), ("image",), ("audio",), ("text", "image", "audio")])
+def test_an_empty_batch_gives_empty_results(backend, names):
+    empty = batch_of(text=[], image=(0, 3), audio=[])
+    model = small_model(backend)
+    batch = {key: value for key, value in empty.items() if key.removesuffix("_padding") in names}
+    encoded = model.encode(**batch)
+    assert {name: value.shape[0] for name, value in encoded.items()} == dict.fromkeys(names, 0)
+    if len(names) == 1:
+        assert list(model.embed(**batch).shape) == [0, 48]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_embedding_is_the_projected_cls_of_unit_length(backend):
+    batch, model = batch_of(text=[7, 2]), small_model(backend)
+    with torch.no_grad():
+        cls = model.encode(**batch)["text"][:, 0]
+        want = model.text_proj(cls)
+        assert_close({"embedding": model.embed(**batch)}, {"embedding": want / want.norm(dim=1, keepdim=True)})

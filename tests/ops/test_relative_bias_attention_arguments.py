@@ -1,0 +1,77 @@
+"""What ``relative_bias_attention`` refuses."""
+
+import pytest
+import torch
+from support.contract import refused
+from support.plans import naive_layout, whole_rows
+
+from onepeace_fast import relative_bias_attention
+
+LAYOUT = naive_layout(whole_rows({"text": [3, 2], "image": [4, 1]}))
+ROWS, HEADS = LAYOUT.capacity, 2
+
+
+def arguments(**changes) -> dict:
+    values = {
+        "qkv": torch.zeros(ROWS, 3, HEADS, 4),
+        "bias": [torch.zeros(HEADS, 8), torch.zeros(HEADS, 10)],
+        "code_offsets": [2, 3],
+        "head_scale": torch.ones(HEADS),
+        **LAYOUT.attention_arguments(),
+    }
+    return values | changes
+
+
+def test_good_input_passes():
+    assert relative_bias_attention(**arguments()).shape == (ROWS, HEADS, 4)
+
+
+@pytest.mark.parametrize(
+    "name, bad",
+    [
+        ("qkv", torch.zeros(ROWS, 3 * HEADS * 4)),
+        ("qkv", torch.zeros(ROWS, 2, HEADS, 4)),
+        ("qkv", torch.zeros(ROWS, 3, HEADS, 4, dtype=torch.int32)),
+        ("cu_seqlens", LAYOUT.cu_seqlens.long()),
+        ("cu_seqlens", LAYOUT.cu_seqlens[0]),
+        ("cu_seqlens", LAYOUT.cu_seqlens.to("meta")),
+        ("modality", torch.zeros(ROWS)),
+        ("modality", torch.zeros(ROWS, dtype=torch.int64)),
+        ("modality", torch.zeros(ROWS - 1, dtype=torch.int32)),
+        ("modality", torch.zeros(ROWS, dtype=torch.int32, device="meta")),
+        ("code", torch.zeros(ROWS, dtype=torch.int64)),
+        ("code", torch.zeros(ROWS, 1, dtype=torch.int32)),
+        ("code", torch.zeros(ROWS, dtype=torch.int32, device="meta")),
+        ("is_cls", torch.zeros(ROWS, dtype=torch.int32)),
+        ("is_cls", torch.zeros(ROWS + 1, dtype=torch.bool)),
+        ("is_cls", torch.zeros(ROWS, dtype=torch.bool, device="meta")),
+        ("bias", [torch.zeros(HEADS, 8)]),
+        ("bias", [torch.zeros(HEADS, 8)] * 3),
+        ("bias[1]", [torch.zeros(HEADS, 8), torch.zeros(HEADS + 1, 8)]),
+        ("bias[0]", [torch.zeros(HEADS, 3), torch.zeros(HEADS, 8)]),
+        ("bias[0]", [torch.zeros(8), torch.zeros(HEADS, 8)]),
+        ("bias[1]", [torch.zeros(HEADS, 8), torch.zeros(HEADS, 8, dtype=torch.int32)]),
+        ("bias[1]", [torch.zeros(HEADS, 8), torch.zeros(HEADS, 8, device="meta")]),
+        ("code_offsets", [2]),
+        ("code_offsets", [2, 3, 4]),
+        ("head_scale", torch.ones(HEADS + 1)),
+        ("head_scale", torch.ones(HEADS, 1)),
+        ("head_scale", torch.ones(HEADS, dtype=torch.int32)),
+        ("head_scale", torch.ones(HEADS, device="meta")),
+    ],
+)
+def test_wrong_arguments_are_refused(name, bad):
+    refused(name, relative_bias_attention, **arguments(**{name.split("[")[0]: bad}))
+
+
+@pytest.mark.parametrize("offsets", ([0, 3], [2, 1], [5, 3], [2, 5]), ids=str)
+def test_codes_whose_difference_lies_outside_the_vector_are_refused(offsets):
+    """Text codes 1 and 2 need offsets 1 to 3 in five entries, image codes 1 to 3 offsets 2 to 4 in seven."""
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        relative_bias_attention(**arguments(code_offsets=offsets))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("offsets", ([1, 2], [3, 4]), ids=str)
+def test_codes_at_the_edge_of_the_vector_are_taken(offsets):
+    relative_bias_attention(**arguments(code_offsets=offsets))

@@ -1,0 +1,276 @@
+"""``routed_ffn``: one GeGLU network per modality, with Sub-LayerNorm, bias, LayerScale, DropPath and residual."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+import torch
+from support import contract, naive
+from support.contract import normal
+from support.plans import ragged_offsets
+from support.tolerance import DTYPES
+
+from onepeace_fast import routed_ffn
+
+KEEP = torch.tensor([1.25, 0.0, 1.25])
+OPTIONS = ("bias", "norm", "residual", "gamma", "keep")
+ALL = frozenset(OPTIONS)
+GROUPS = (("w0", "w1", "w2"), ("b2",), ("norm_weight", "norm_bias"))
+
+
+def sample_of(counts: Sequence[int], inert: int = 0) -> torch.Tensor:
+    """Three samples in every modality, one after another."""
+    parts = [torch.arange(count) * 3 // max(count, 1) for count in counts]
+    return torch.cat([*parts, torch.zeros(inert)]).int()
+
+
+def leaves_of(counts: Sequence[int], width: int, hidden: int, options: frozenset = ALL, inert: int = 0) -> dict:
+    rows = sum(counts) + inert
+    leaves = {"z": normal(rows, width, seed=1)}
+    for m in range(len(counts)):
+        leaves |= {
+            f"w0_{m}": normal(hidden, width, seed=10 + m) * width**-0.5 * 1.5,
+            f"w1_{m}": normal(hidden, width, seed=20 + m) * width**-0.5 * 1.5,
+            f"w2_{m}": normal(width, hidden, seed=30 + m) * hidden**-0.5,
+        }
+        leaves |= {f"b2_{m}": normal(width, seed=40 + m)} if "bias" in options else {}
+        if "norm" in options:
+            leaves |= {f"norm_weight_{m}": 1 + 0.5 * normal(hidden, seed=50 + m)}
+            leaves |= {f"norm_bias_{m}": 0.5 * normal(hidden, seed=60 + m)}
+    leaves |= {"residual": 2 * normal(rows, width, seed=2)} if "residual" in options else {}
+    return leaves | ({"gamma": 0.5 + normal(width, seed=3)} if "gamma" in options else {})
+
+
+def lists_of(parameters: dict, groups: int) -> dict[str, list[torch.Tensor]]:
+    names = [name for group in GROUPS for name in group if f"{name}_0" in parameters]
+    return {name: [parameters.pop(f"{name}_{m}") for m in range(groups)] for name in names}
+
+
+def op(counts: Sequence[int], options: frozenset = ALL, host: bool = True, inert: int = 0, eps: float = 1e-5):
+    def call(z, residual=None, gamma=None, **parameters):
+        lists = lists_of(parameters, len(counts))
+        keep = {"keep": KEEP, "sample": sample_of(counts, inert)} if "keep" in options else {}
+        rows = list(counts) if host else ()
+        return routed_ffn(
+            z, offsets=ragged_offsets(counts), row_counts=rows, residual=residual, gamma=gamma, eps=eps, **lists, **keep
+        )
+
+    return call
+
+
+def plain(counts: Sequence[int], options: frozenset = ALL, inert: int = 0, eps: float = 1e-5):
+    def call(z, residual=None, gamma=None, **parameters):
+        lists = lists_of(parameters, len(counts))
+        parts, start = [], 0
+        for m, count in enumerate(counts):
+            norm = (lists["norm_weight"][m], lists["norm_bias"][m]) if "norm_weight" in lists else None
+            w0, w1, w2 = (lists[name][m] for name in ("w0", "w1", "w2"))
+            b2 = lists["b2"][m] if "b2" in lists else None
+            parts.append(naive.feed_forward(z[start : start + count], w0, w1, w2, b2, norm, eps))
+            start += count
+        y = torch.cat([*parts, torch.zeros_like(z[start:])])
+        if residual is None:
+            return y
+        return naive.residual(residual, y, gamma, KEEP if "keep" in options else None, sample_of(counts, inert))
+
+    return call
+
+
+def slices_of(counts: Sequence[int]) -> dict[str, list[slice]]:
+    bounds = ragged_offsets(counts).tolist()
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    return dict.fromkeys(("out0", "z", "residual"), parts)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize(
+    "counts, width, hidden, inert",
+    [([5, 0, 7], 16, 40, 0), ([1], 63, 64, 0), ([7, 65], 64, 200, 3), ([300, 1, 7], 8, 16, 2), ([0, 0], 8, 16, 1),
+     ([7, 1], 1, 63, 0)],
+    ids=str,
+)  # fmt: skip
+def test_values_and_gradients_follow_the_naive_ones(counts, width, hidden, inert, dtype):
+    leaves = leaves_of(counts, width, hidden, inert=inert)
+    contract.check_against_naive(op(counts, inert=inert), plain(counts, inert=inert), leaves, dtype, slices_of(counts))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+def test_every_combination_of_options_follows_the_naive_one(dtype):
+    counts = [5, 0, 7]
+    for number in range(2 ** len(OPTIONS)):
+        options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
+        if "residual" in options or not options & {"gamma", "keep"}:
+            leaves = leaves_of(counts, 6, 10, options, 1)
+            contract.check_against_naive(
+                op(counts, options, inert=1, eps=0.1), plain(counts, options, inert=1, eps=0.1), leaves, dtype,
+                slices_of(counts),
+            )  # fmt: skip
+
+
+def test_the_residual_may_be_float32_over_half_precision_products():
+    counts, leaves = [7, 12], leaves_of([7, 12], 64, 96)
+    dtypes = {name: torch.float32 if name in ("residual", "gamma") else torch.bfloat16 for name in leaves}
+    contract.check_against_naive(op(counts), plain(counts), leaves, dtypes, slices_of(counts))
+
+
+def test_autocast_runs_the_products_in_its_dtype_and_returns_parameter_gradients_in_theirs():
+    counts = [7, 12]
+    leaves = {name: leaf.float() for name, leaf in leaves_of(counts, 64, 96).items()}
+    products = ("z", "w0", "w1", "w2", "b2")
+
+    def autocast(**mine):
+        with torch.autocast("cpu", torch.bfloat16):
+            return op(counts)(**mine)
+
+    def by_hand(**mine):
+        return op(counts)(**{k: v.bfloat16() if k.startswith(products) else v for k, v in mine.items()})
+
+    actual = contract.run(autocast, leaves)
+    contract.assert_same(actual, contract.run(by_hand, leaves), "autocast")
+    assert {gradient.dtype for gradient in actual[1].values()} == {torch.float32}
+
+
+def test_offsets_alone_and_host_counts_give_the_same_bits():
+    counts, leaves = [5, 0, 7], leaves_of([5, 0, 7], 16, 24, inert=2)
+    contract.assert_same(
+        contract.run(op(counts, host=False, inert=2), leaves), contract.run(op(counts, inert=2), leaves), "host counts"
+    )
+
+
+def test_dropped_rows_keep_x_bitwise_and_kept_rows_add_the_scaled_branch():
+    counts = [6, 9]
+    for dtype in DTYPES:
+        leaves = {name: leaf.to(dtype) for name, leaf in leaves_of(counts, 32, 48).items()}
+        outputs, gradients = contract.run(op(counts), leaves)
+        dropped = KEEP[sample_of(counts).long()] == 0
+        assert dropped.any() and not dropped.all()
+        assert torch.equal(outputs[0][dropped], leaves["residual"][dropped])
+        assert not gradients["z"][dropped].any() and gradients["z"][~dropped].any(1).all()
+        branch = {name: leaf for name, leaf in leaves.items() if name not in ("residual", "gamma")}
+        y = op(counts, ALL - {"keep"})(**branch).float()
+        kept = (leaves["residual"].float() + y * (leaves["gamma"].float() * 1.25)).to(dtype)
+        assert torch.equal(outputs[0][~dropped], kept[~dropped])
+
+
+def test_dropped_samples_leave_no_trace_in_parameter_gradients():
+    counts, leaves = [6, 9], leaves_of([6, 9], 16, 24)
+    expected = contract.run(op(counts), leaves)[1]
+    dropped = KEEP[sample_of(counts).long()] == 0
+    leaves["z"] = torch.where(dropped[:, None], 7 * leaves["z"].flip(0), leaves["z"])
+    actual = contract.run(op(counts), leaves)[1]
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, rtol=1e-12, atol=1e-12, msg=name)
+
+
+def test_finite_differences_agree():
+    contract.check_gradcheck(op([2, 0, 2]), leaves_of([2, 0, 2], 2, 3))
+    bare = frozenset()
+    contract.check_gradcheck(op([2, 1], bare, inert=1), leaves_of([2, 1], 2, 3, bare, 1))
+
+
+def test_registration():
+    contract.check_registration(op([3, 0, 2]), leaves_of([3, 0, 2], 4, 6), "routed_ffn")
+    bare = frozenset()
+    contract.check_registration(op([3, 2], bare, host=False), leaves_of([3, 2], 4, 6, bare), "routed_ffn")
+
+
+def test_strides_of_inputs_and_gradients_do_not_matter():
+    counts, leaves = [3, 4], leaves_of([3, 4], 6, 8)
+    contract.check_input_layouts(op(counts), leaves, ["z", "residual", "w0_0", "w2_1"])
+    contract.check_gradient_layouts(op(counts), leaves)
+    bare = leaves_of(counts, 6, 8, frozenset())
+    contract.check_gradient_layouts(op(counts, frozenset()), bare)
+    contract.check_gradient_layouts(op(counts, frozenset()), {name: leaf.bfloat16() for name, leaf in bare.items()})
+
+
+def test_nan_in_one_modality_leaves_the_others_alone():
+    counts, leaves = [5, 4, 7], leaves_of([5, 4, 7], 16, 24, ALL - {"gamma"})
+    expected = contract.run(op(counts, ALL - {"gamma"}), leaves)
+    for name in ("z", "residual"):
+        leaves[name][5:9] = torch.nan
+    leaves["w0_1"][:] = torch.nan
+    actual = contract.run(op(counts, ALL - {"gamma"}), leaves)
+    real = [*range(5), *range(9, 16)]
+    assert torch.equal(actual[0][0][real], expected[0][0][real])
+    for name, gradient in expected[1].items():
+        if name in ("z", "residual"):
+            assert torch.equal(actual[1][name][real], gradient[real]), name
+        elif not name.endswith("_1"):
+            assert torch.equal(actual[1][name], gradient), name
+
+
+def test_nan_in_one_row_leaves_the_other_rows_alone():
+    counts, leaves = [5, 4], leaves_of([5, 4], 16, 24)
+    expected = contract.run(op(counts), leaves)
+    leaves["z"][2] = torch.nan
+    actual = contract.run(op(counts), leaves)
+    others = torch.arange(9) != 2
+    assert torch.equal(actual[0][0][others], expected[0][0][others])
+    assert torch.equal(actual[1]["z"][others], expected[1]["z"][others])
+
+
+@pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
+def test_nan_in_inert_rows_reaches_nothing(poisoned):
+    counts, inert = [5, 0, 7], 3
+    leaves = leaves_of(counts, 16, 24, inert=inert)
+    given = [normal(15, 16, seed=9)]
+    given[0][-inert:] = 0
+    expected = contract.run(op(counts, inert=inert), leaves, given)
+    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
+    actual = contract.run(op(counts, inert=inert), leaves, given)
+    assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
+    for name, gradient in expected[1].items():
+        rows = slice(0, 12) if name in ("z", "residual") else slice(None)
+        assert torch.equal(actual[1][name][rows], gradient[rows]), name
+    assert not actual[1]["z"][-inert:].any()
+
+
+def test_inert_rows_keep_the_residual_and_are_zero_without_one():
+    counts, leaves = [5, 2], leaves_of([5, 2], 16, 24, inert=3)
+    assert torch.equal(op(counts, inert=3)(**leaves)[-3:], leaves["residual"][-3:])
+    bare = {name: leaf for name, leaf in leaves.items() if name not in ("residual", "gamma")}
+    assert not op(counts, frozenset(), inert=3)(**bare)[-3:].any()
+
+
+def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
+    counts, leaves = [3, 0, 2], leaves_of([3, 0, 2], 4, 6)
+    contract.check_frozen(op(counts), leaves)
+    gradients = contract.run(op(counts), leaves)[1]
+    idle = [name for name in leaves if name.endswith("_1")]
+    assert len(idle) == 6
+    for name in idle:
+        assert torch.equal(gradients[name], torch.zeros_like(leaves[name])), name
+    for name in ("w0_0", "w1_2", "w2_0", "b2_2", "norm_weight_0", "norm_bias_2"):
+        assert gradients[name].any(), name
+
+
+def test_second_derivative_is_refused():
+    contract.check_second_derivative(op([3, 2]), leaves_of([3, 2], 4, 6))
+
+
+def test_repeats_are_bitwise_equal():
+    counts = [65, 0, 67]
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = {name: leaf.to(dtype) for name, leaf in leaves_of(counts, 31, 33, inert=3).items()}
+        contract.check_deterministic(op(counts, inert=3), leaves)
+
+
+def test_compiled_equals_eager():
+    contract.check_compiled(op([3, 0, 4], inert=1), leaves_of([3, 0, 4], 8, 12, inert=1))
+    bare = frozenset()
+    contract.check_compiled(op([3, 4], bare), leaves_of([3, 4], 8, 12, bare))
+
+
+def test_one_dynamic_graph_serves_every_number_of_rows():
+    def call(z, residual, gamma, offsets, first, second, sample, **parameters):
+        lists = lists_of(parameters, 2)
+        rows = [first, second]
+        return routed_ffn(
+            z, offsets=offsets, row_counts=rows, residual=residual, gamma=gamma, keep=KEEP, sample=sample, **lists
+        )
+
+    cases = []
+    for counts in ([5, 4], [2, 9], [7, 6]):
+        arguments = {"offsets": ragged_offsets(counts), "first": counts[0], "second": counts[1]}
+        cases.append((leaves_of(counts, 8, 12), arguments | {"sample": sample_of(counts)}))
+    contract.check_compiled_once(cases, call)

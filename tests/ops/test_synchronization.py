@@ -1,0 +1,178 @@
+"""Between the plan and the end of the backward pass nothing makes the host wait for the device.
+
+Shown without a device, on fake tensors: see ``support.synchronization``. Under fake tensors an op runs its fake, so the
+specifications, which are what runs on a device as long as no kernel does, are run by themselves as well.
+"""
+
+import dataclasses
+import importlib
+
+import pytest
+import torch
+from support.plans import naive_layout, whole_rows
+from support.synchronization import DEVICE, SYNCHRONIZED, no_synchronization
+from torch._subclasses.fake_tensor import FakeTensor
+
+from onepeace_fast import RoutePlan
+from onepeace_fast.config import TransformerConfig
+from onepeace_fast.layers import transformer
+from onepeace_fast.route_plan import draw_keep
+
+LENGTHS = {"text": [5, 7, 3], "image": [4, 10], "audio": [6]}
+SAMPLES = {"text": [0, 1, 2], "image": [2, 0], "audio": [1]}
+CONFIG = TransformerConfig(
+    embed_dim=8, ffn_embed_dim=12, layers=2, attention_heads=2, drop_path_rate=0.4, dropout=0.1, head_scale=True
+)
+
+
+def make_plan() -> RoutePlan:
+    plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, capacity=40)
+    return plan.with_keep(draw_keep([0.0, 0.4], plan.samples, DEVICE))
+
+
+def make_model(dropout: bool = True) -> transformer.Transformer:
+    """Two layers on the device, not initialised: drawing weights may wait."""
+    config = CONFIG if dropout else dataclasses.replace(CONFIG, dropout=0.0)
+    with pytest.MonkeyPatch.context() as patch, DEVICE:
+        patch.setattr(transformer, "init_truncated_normal", lambda weight: weight)
+        return transformer.Transformer(config)
+
+
+def step(model: transformer.Transformer, plan: RoutePlan) -> list[torch.Tensor]:
+    """Pack, a stack of two layers, unpack, a loss, and the gradients of everything."""
+    padded = {
+        name: torch.randn(*shape, 8, device=DEVICE, requires_grad=True)
+        for name, shape in zip(plan.modalities, plan.padded_shapes, strict=True)
+    }
+    bias = [torch.randn(2, 2 * offset + 4, device=DEVICE, requires_grad=True) for offset in plan.code_offsets]
+    out = plan.unpack(model(plan.pack(padded), plan, [bias]))
+    sum(tensor.square().sum() for tensor in out.values()).backward()
+    return [*padded.values(), *bias, *model.parameters()]
+
+
+@pytest.mark.parametrize("dropout", (True, False))
+def test_a_stack_of_layers_from_host_lengths_never_waits(dropout):
+    with no_synchronization():
+        leaves = step(make_model(dropout), make_plan())
+        assert sum(leaf.grad is not None for leaf in leaves) == len(leaves)
+        assert all(leaf.grad.device == DEVICE and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+def test_a_plan_from_modality_ids_never_waits():
+    with no_synchronization():
+        ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
+        plan = RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids, samples=2)
+        assert plan.unpack_interleaved(plan.pack(torch.zeros(6, 4, device=DEVICE))).shape == (6, 4)
+
+
+def test_a_plan_from_masks_on_the_device_waits_exactly_once(monkeypatch):
+    counts = [5, 7, 3, 4, 10, 6]
+    widths = {name: max(lengths) for name, lengths in LENGTHS.items()}
+    reads = []
+    monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self.shape) or counts)
+    with no_synchronization():
+        masks = {
+            name: torch.ones(len(lengths), widths[name], dtype=torch.bool, device=DEVICE)
+            for name, lengths in LENGTHS.items()
+        }
+        plan = RoutePlan.from_masks(masks, samples=SAMPLES)
+    assert reads == [(6,)] and plan.row_counts == (15, 14, 6) and plan.max_length == 15
+
+
+def specification(name: str):
+    module = importlib.import_module(f"onepeace_fast.ops.{name}")
+    return getattr(module, f"{name}_specification"), getattr(module, f"{name}_backward_specification")
+
+
+def run_specifications(plan: RoutePlan) -> None:
+    """All four specifications and their backward ones on the plan, with every option."""
+    rows, groups, width, heads = plan.capacity, len(plan.modalities), 8, 2
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=DEVICE)
+
+    x, y, gamma = random(rows, width), random(rows, width), random(width)
+    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    weights, keep = [random(width) for _ in range(groups)], random(plan.samples)
+    forward, backward = specification("layer_norm")
+    _, mean, rstd = forward(x, weights, weights, plan.offsets, plan.row_counts, 1e-5)
+    needs = [True] * groups
+    backward(x, x, mean, rstd, weights, weights, plan.offsets, plan.row_counts, needs, needs)
+
+    forward, backward = specification("residual")
+    scaling = (gamma, keep, plan.sample, 0.1, seed)
+    out, normed, mean, rstd = forward(x, y, *scaling, gamma, gamma, 1e-5)
+    backward(out, normed, y, *scaling, out, gamma, gamma, mean, rstd, [True] * 3)
+
+    forward, backward = specification("routed_ffn")
+    shapes = ((12, width), (12, width), (12,), (12,), (width, 12), (width,))
+    lists = [[random(*shape) for _ in range(groups)] for shape in shapes]
+    extents = (plan.offsets, plan.row_counts)
+    out, *saved = forward(x, *lists, *extents, y, gamma, keep, plan.sample, 1e-5)
+    backward(out, x, *lists, *extents, gamma, keep, plan.sample, *saved, 1e-5, [True] * (6 * groups + 1))
+
+    forward, backward = specification("relative_bias_attention")
+    qkv, head_scale = random(rows, 3, heads, 4), random(heads)
+    bias = [random(heads, 2 * offset + 4) for offset in plan.code_offsets]
+    places = (plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, bias, plan.code_offsets, head_scale)
+    out, total = forward(qkv, *places, 0.5, plan.max_length)
+    dqkv, *_ = backward(out, qkv, *places, total, 0.5, plan.max_length, needs, True)
+    assert dqkv.shape == qkv.shape and dqkv.device == DEVICE
+
+
+def test_the_specifications_never_wait():
+    with no_synchronization():
+        run_specifications(make_plan())
+
+
+@pytest.mark.parametrize("missing", ({"row_counts": ()}, {"max_length": 0}), ids=str)
+def test_without_the_host_s_numbers_the_specifications_do_wait(missing):
+    with no_synchronization():
+        plan = dataclasses.replace(make_plan(), **missing)
+        with pytest.raises(SYNCHRONIZED):
+            run_specifications(plan)
+
+
+WAITS = {
+    "item": lambda x: x.sum().item(),
+    "tolist": lambda x: x.flatten().tolist(),
+    "bool": lambda x: bool((x > 0).any()),
+    "int": lambda x: int(x.sum()),
+    "boolean mask": lambda x: x[x > 0],
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "cpu": lambda x: x.cpu(),
+    "copy_": lambda x: torch.empty(x.shape).copy_(x),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS)
+@pytest.mark.parametrize("where", ("forward", "backward"))
+def test_a_wait_that_is_put_into_a_layer_is_noticed(monkeypatch, where, wait):
+    original = transformer.residual_layer_norm
+
+    def waiting(x, *args, **kwargs):
+        if where == "forward":
+            WAITS[wait](x.detach())
+        else:
+            x.register_hook(lambda gradient: WAITS[wait](gradient) and None)
+        return original(x, *args, **kwargs)
+
+    monkeypatch.setattr(transformer, "residual_layer_norm", waiting)
+    with no_synchronization():
+        model, plan = make_model(), make_plan()
+        with pytest.raises(SYNCHRONIZED):
+            step(model, plan)
+
+
+def test_device_plans_have_the_shapes_and_dtypes_of_host_plans():
+    host = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, capacity=40)
+    assert host.max_length == naive_layout(whole_rows(LENGTHS), SAMPLES).max_length
+    with no_synchronization():
+        plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, capacity=40)
+    for item in dataclasses.fields(RoutePlan):
+        mine, theirs = getattr(plan, item.name), getattr(host, item.name)
+        if isinstance(mine, torch.Tensor):
+            assert (mine.shape, mine.dtype, mine.device) == (theirs.shape, theirs.dtype, DEVICE), item.name
+        else:
+            assert mine == theirs, item.name

@@ -1,0 +1,137 @@
+"""Batches for attention: a layout, the bias tables' rows by the textbook formula, and the same in code form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from onepeace_fast import relative_bias_attention
+from onepeace_fast.relative_position import (
+    grid_code_offset,
+    grid_codes,
+    grid_table_rows,
+    series_index,
+    series_table_rows,
+    series_vector_index,
+)
+from support import naive
+from support.contract import normal
+from support.plans import Layout, Token, kept_positions, naive_layout, whole_rows
+
+
+@dataclass(frozen=True)
+class Table:
+    """The bias table of one modality: rows of it for a pair of tokens, and the entries of its vector in code form."""
+
+    rows: int
+    row: Callable[[Token, Token], int]
+    entries: Tensor
+    offset: int
+
+
+def series(buckets: int, width: int) -> Table:
+    """A 1-D table for positions below ``width``."""
+    entries = series_vector_index(series_index(buckets), buckets, width)
+    return Table(series_table_rows(buckets), naive.series_row(buckets), entries, width - 1)
+
+
+def grid(table_grid: int, side: int) -> Table:
+    """The table of a square grid, used by an image of ``side`` x ``side`` patches."""
+    rows = grid_table_rows(table_grid)
+    return Table(rows, naive.grid_row(table_grid, side), torch.arange(rows), grid_code_offset(table_grid))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A layout and its tables; ``call`` runs the op on tables, ``plain`` the naive attention."""
+
+    layout: Layout
+    tables: tuple[Table, ...]
+    scale: float | None = None
+
+    @cached_property
+    def arguments(self) -> dict[str, object]:
+        return self.layout.attention_arguments()
+
+    def leaves(self, heads: int = 2, dim: int = 4, bias: bool = True, head_scale: bool = True) -> dict[str, Tensor]:
+        """Inputs of unlike sizes: scores spread enough that a softmax is far from uniform."""
+        leaves = {"qkv": 1.5 * normal(self.layout.capacity, 3, heads, dim, seed=1)}
+        if bias:
+            for m, table in enumerate(self.tables):
+                leaves[f"table{m}"] = normal(table.rows, heads, seed=10 + m)
+        return leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=2)} if head_scale else {})
+
+    def call(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
+        """The op on vectors expanded from the tables."""
+        bias = [tables[f"table{m}"][table.entries].t() for m, table in enumerate(self.tables) if tables]
+        return relative_bias_attention(
+            qkv, bias=bias, code_offsets=[table.offset for table in self.tables] if bias else (),
+            head_scale=head_scale, scale=self.scale, **self.arguments,
+        )  # fmt: skip
+
+    def plain(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
+        """The naive attention on dense biases."""
+        dense = [tables[f"table{m}"] for m in range(len(self.tables)) if tables]
+        rows = [table.row for table in self.tables][: len(dense)]
+        return naive.attention(qkv, self.layout, dense, rows, head_scale, self.scale)
+
+    def slices(self, heads: int = 2) -> dict[str, list[object]]:
+        """Every modality's rows of every head; every head of the tables, their CLS rows apart."""
+        parts = self.layout.modality_slices
+        each = range(heads)
+        result = {"out0": [(p, h) for p in parts for h in each]}
+        result["qkv"] = [(p, i, h) for p in parts for i in range(3) for h in each]
+        for m in range(len(self.tables)):
+            result[f"table{m}"] = [(part, h) for h in each for part in (slice(None, -3), slice(-3, None))]
+        return result
+
+
+def text_only() -> Batch:
+    """Lengths 5, 1 and 7 and a table of few buckets, so that some distances are logarithmic."""
+    return Batch(naive_layout(whole_rows({"text": [5, 1, 7]})), (series(4, 7),))
+
+
+def kept_text() -> Batch:
+    """Kept subsets whose position ids reach 1023."""
+    positions = kept_positions([5, 9], 1023, seed=1)
+    positions[1][-1] = 1023
+    kept = whole_rows({"text": [5, 9]})
+    return Batch(naive_layout(kept, positions={"text": positions}), (series(8, 1024),))
+
+
+def kept_grid(side: int = 3, table_grid: int = 3) -> Batch:
+    """Images of which some patches are kept, one with all of them; inert rows at the end."""
+    total = side * side + 1
+    positions = {"image": [list(range(total)), *kept_positions([4, 2], total - 1, seed=2)]}
+    kept = whole_rows({"image": [total, 4, 2]})
+    codes = {"image": grid_codes(side, table_grid).tolist()}
+    count = total + 6
+    layout = naive_layout(kept, positions=positions, codes=codes, capacity=count + 2)
+    return Batch(layout, (grid(table_grid, side),))
+
+
+def mixed(long: bool = False) -> Batch:
+    """Three modalities that samples have some of, in any order, with kept subsets; one modality is empty."""
+    lengths = {"text": [4, 6, 1], "image": [5, 10], "audio": [7, 3], "video": []}
+    if long:
+        lengths = {"text": [65, 7, 1], "image": [10, 10], "audio": [300, 64], "video": []}
+    samples = {"text": [2, 0, 3], "image": [3, 1], "audio": [0, 1], "video": []}
+    image = [*kept_positions(lengths["image"][:1], 9, seed=3), list(range(10))]
+    positions = {"image": image, "audio": kept_positions(lengths["audio"], 400, seed=4)}
+    layout = naive_layout(
+        whole_rows(lengths), samples, positions, {"image": grid_codes(3, 3).tolist()},
+        capacity=sum(map(sum, lengths.values())) + 3,
+    )  # fmt: skip
+    width = max(lengths["text"])
+    return Batch(layout, (series(4, width), grid(3, 3), series(16, 401), series(4, 2)))
+
+
+def random_codes(counts: Sequence[int] = (4, 1, 3), entries: int = 9) -> tuple[Layout, int, int]:
+    """Codes that are no positions at all: a layout, the vector's entries and its offset."""
+    kept = whole_rows({"text": list(counts)})
+    codes = {"text": [0, 3, 1, 2]}
+    return naive_layout(kept, codes=codes, capacity=sum(counts) + 1), entries + 3, 4

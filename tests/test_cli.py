@@ -1,0 +1,132 @@
+"""What the command `onepeace-fast` prints and returns."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import onepeace_fast
+from onepeace_fast import cli, info, ops
+
+KERNELS = Path(__file__).resolve().parent.parent / "kernels"
+
+
+def row_of(report: str, name: str) -> str:
+    """The one row of a report that begins with a name."""
+    (row,) = (line.strip() for line in report.splitlines() if line.strip().startswith(name))
+    return row
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.strip() == f"onepeace_fast {onepeace_fast.__version__}"
+
+
+def test_help_names_every_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--help"])
+    assert ended.value.code == 0
+    output = capsys.readouterr().out
+    assert "demo" in output and "info" in output
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["demo", "--steps", "0"], ["demo", "--steps", "-3"], ["demo", "--device", "abacus"]]
+)
+def test_arguments_that_do_not_fit_end_with_usage_and_code_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: onepeace-fast" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("tqdm", "tqdm")])
+def test_demo_without_its_packages_names_the_missing_one_and_what_to_install(monkeypatch, capsys, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    assert cli.main(["demo"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err == f"The demo needs {package}: pip install 'onepeace-fast[demo]'\n"
+
+
+def test_importing_the_library_and_the_command_loads_neither_the_demo_nor_its_packages():
+    # torch itself loads tqdm where it finds it.
+    code = "import sys, torch; before = {*sys.modules}; import onepeace_fast.cli; print(*{*sys.modules} - before)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(result.stdout.split())
+    assert "onepeace_fast.info" in loaded
+    assert not {"sklearn", "tqdm", "onepeace_fast.demo"} & loaded
+
+
+def test_command_runs_as_a_module():
+    command = [sys.executable, "-m", "onepeace_fast.cli", "info"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stderr == ""
+    assert row_of(result.stdout, "torch ").split()[1] == torch.__version__
+
+
+def test_info_lists_every_operation_of_the_library():
+    assert {"residual" if name == "residual_layer_norm" else name for name in ops.__all__} == set(info.OPERATIONS)
+
+
+def test_info_calls_every_operation_a_specification_only_as_long_as_no_kernel_exists():
+    assert [path.name for path in KERNELS.rglob("*.py")] == ["__init__.py"]
+
+
+@pytest.mark.parametrize("name", ["reference", "fused"])
+def test_info_marks_the_backend_that_the_environment_chooses(monkeypatch, name):
+    monkeypatch.setenv("ONEPEACE_FAST_BACKEND", name)
+    report = info.describe()
+    marked = [line for line in report.splitlines() if "chosen by ONEPEACE_FAST_BACKEND" in line]
+    assert marked == [f"  {row_of(report, f'backend {name}')}"]
+
+
+def test_info_marks_the_automatic_backend_of_a_cpu(monkeypatch):
+    monkeypatch.delenv("ONEPEACE_FAST_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    report = info.describe()
+    assert "automatic here" in row_of(report, "backend fused")
+    assert "automatic here" not in row_of(report, "backend reference")
+    assert row_of(report, "GPU").split() == ["GPU", "none"]
+
+
+def test_info_shows_a_backend_name_that_does_not_exist_instead_of_failing(monkeypatch):
+    monkeypatch.setenv("ONEPEACE_FAST_BACKEND", "quick")
+    assert "got 'quick'" in row_of(info.describe(), "automatic backend")
+
+
+def test_info_says_why_there_are_no_triton_kernels_where_triton_is_not_usable(monkeypatch):
+    from onepeace_fast import kernels
+
+    monkeypatch.setattr(kernels, "unavailable_reason", lambda: "Triton is not installed")
+    assert row_of(info.describe(), "Triton kernels").endswith("Triton is not installed")
+
+
+def test_info_survives_an_installation_that_lacks_or_breaks_nearly_everything(monkeypatch, tmp_path):
+    (tmp_path / "triton.py").write_text("raise OSError('libtriton.so:\\n cannot open')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
+    for module in ("onepeace_fast.kernels", "sklearn"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    report = info.describe()
+    assert "OSError: libtriton.so: cannot open" in row_of(report, "Triton  ")
+    assert "cannot be found out: ModuleNotFoundError" in row_of(report, "Triton kernels")
+    assert "no C++ compiler found" in row_of(report, "torch.compile")
+    assert row_of(report, "onepeace-fast demo").endswith(f"scikit-learn not installed: {info.DEMO_INSTALL}")
+
+
+def test_info_follows_the_compiler_that_the_environment_names(monkeypatch, tmp_path):
+    compiler = tmp_path / "compiler"
+    compiler.touch(mode=0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert row_of(info.describe(), "torch.compile").endswith(f"C++ compiler {compiler}")
+
+
+def test_table_columns_line_up():
+    assert info.format_table([("a", "bb", "c"), ("aaa", "b", "c")]) == "  a    bb  c\n  aaa  b   c"

@@ -1,0 +1,244 @@
+"""``RoutePlan`` from masks, lengths and modality ids, against the same layout built token by token."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.contract import refused
+from support.plans import kept_positions, naive_layout, whole_rows
+
+from onepeace_fast import RoutePlan
+from onepeace_fast.route_plan import check_samples
+
+NAMES = ("text", "image", "audio", "video")
+FEW = settings(max_examples=60, deadline=None)
+
+
+@st.composite
+def ragged_batches(draw) -> dict[str, Any]:
+    """Masks of one to four modalities that lack samples, in any order, and position ids and codes for some."""
+    samples = draw(st.integers(1, 4))
+    names = draw(st.permutations(NAMES))[: draw(st.integers(1, 4))]
+    present = {name: [s for s in range(samples) if draw(st.booleans())] for name in names}
+    missing = set(range(samples)) - set().union(*map(set, present.values()))
+    present[names[-1]] += sorted(missing)
+    rows = {name: draw(st.permutations(values)) for name, values in present.items()}
+    masks, positions, codes = {}, {}, {}
+    for name in names:
+        width = draw(st.integers(1, 6))
+        masks[name] = [[draw(st.booleans()) for _ in range(width)] for _ in rows[name]]
+        if draw(st.booleans()):
+            seeds = st.integers(0, 2**16)
+            positions[name] = [kept_positions([width], 3 * width, draw(seeds))[0] for _ in rows[name]]
+        if draw(st.booleans()):
+            codes[name] = draw(st.permutations(range(3 * width + 1)))
+        masks[name] = torch.tensor(masks[name], dtype=torch.bool).view(len(rows[name]), width)
+    return {"masks": masks, "samples": rows, "positions": positions, "codes": codes, "extra": draw(st.integers(0, 3))}
+
+
+def build(batch: dict[str, Any], **changes: Any) -> RoutePlan:
+    arguments = {
+        "samples": batch["samples"],
+        "positions": {
+            name: torch.tensor(value).view(-1, batch["masks"][name].shape[1])
+            for name, value in batch["positions"].items()
+        },
+        "codes": {name: torch.tensor(value) for name, value in batch["codes"].items()},
+        "capacity": sum(int(mask.sum()) for mask in batch["masks"].values()) + batch["extra"],
+    }
+    return RoutePlan.from_masks(batch["masks"], **arguments | changes)
+
+
+def naive_of(batch: dict[str, Any]):
+    kept = {name: [row.nonzero().flatten().tolist() for row in mask] for name, mask in batch["masks"].items()}
+    count = sum(map(len, (row for rows in kept.values() for row in rows)))
+    return naive_layout(kept, batch["samples"], batch["positions"], batch["codes"], count + batch["extra"])
+
+
+def same_tensors(a: RoutePlan, b: RoutePlan) -> bool:
+    pairs = [(getattr(a, item.name), getattr(b, item.name)) for item in dataclasses.fields(RoutePlan)]
+    return all(torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else x == y for x, y in pairs)
+
+
+@FEW
+@given(ragged_batches())
+def test_every_tensor_is_that_of_the_naive_layout(batch):
+    plan, naive = build(batch), naive_of(batch)
+    assert plan.modalities == tuple(batch["masks"]) and plan.samples == naive.samples
+    assert plan.capacity == naive.capacity
+    assert torch.equal(plan.offsets, naive.offsets) and plan.offsets.dtype == torch.int32
+    assert torch.equal(plan.cu_seqlens, naive.cu_seqlens) and plan.cu_seqlens.dtype == torch.int32
+    assert torch.equal(plan.modality, naive.column("modality", naive.modalities))
+    for name in ("sample", "position", "code", "order"):
+        assert torch.equal(getattr(plan, name), naive.column(name)), name
+        assert getattr(plan, name).dtype == torch.int32
+    assert torch.equal(plan.is_cls, naive.column("is_cls").bool()) and plan.is_cls.dtype == torch.bool
+    assert plan.row_counts == tuple(naive.row_counts) and plan.max_length == naive.max_length
+    shapes = [tuple(mask.shape) for mask in batch["masks"].values()]
+    assert plan.padded_shapes == tuple(shapes) and plan.code_offsets == tuple(width - 1 for _, width in shapes)
+    starts = [sum(rows * width for rows, width in shapes[:m]) for m in range(len(shapes) + 1)]
+    expected = [starts[t.modality] + t.row * shapes[t.modality][1] + t.column for t in naive.tokens]
+    assert plan.source[: len(expected)].tolist() == expected
+    assert (plan.source[len(expected) :] >= starts[-1]).all()
+
+
+@FEW
+@given(ragged_batches())
+def test_pack_and_unpack_are_inverse(batch):
+    plan, naive = build(batch), naive_of(batch)
+    padded = {name: torch.randn(*mask.shape, 3) for name, mask in batch["masks"].items()}
+    packed = plan.pack(padded)
+    assert packed.shape == (plan.capacity, 3)
+    names = plan.modalities
+    for row, token in enumerate(naive.tokens):
+        assert torch.equal(packed[row], padded[names[token.modality]][token.row, token.column])
+    packed[len(naive.tokens) :] = torch.nan
+    for name, tensor in plan.unpack(packed).items():
+        assert torch.equal(tensor, torch.where(batch["masks"][name][..., None], padded[name], 0.0))
+
+
+@FEW
+@given(ragged_batches())
+def test_the_gradient_of_pack_and_unpack_is_zero_at_padding(batch):
+    plan = build(batch)
+    padded = {name: torch.randn(*mask.shape, 2, requires_grad=True) for name, mask in batch["masks"].items()}
+    weights = {name: torch.randn_like(tensor) for name, tensor in padded.items()}
+    unpacked = plan.unpack(plan.pack(padded))
+    sum((unpacked[name] * weights[name]).sum() for name in padded).backward()
+    for name, mask in batch["masks"].items():
+        expected = torch.where(mask[..., None], weights[name], 0.0)
+        assert torch.equal(padded[name].grad, expected)
+
+
+@FEW
+@given(ragged_batches(), st.data())
+def test_host_lengths_give_the_plan_of_masks(batch, data):
+    kept = {name: mask.sum(1).tolist() for name, mask in batch["masks"].items()}
+    assert same_tensors(build(batch, lengths=kept), build(batch))
+    widths = {name: mask.shape[1] for name, mask in batch["masks"].items()}
+    lengths = {name: [data.draw(st.integers(0, widths[name])) for _ in rows] for name, rows in kept.items()}
+    masks = {
+        name: torch.arange(widths[name]) < torch.tensor(values, dtype=torch.int64)[:, None]
+        for name, values in lengths.items()
+    }
+    from_lengths = RoutePlan.from_lengths(lengths, widths=widths, samples=batch["samples"])
+    assert same_tensors(from_lengths, RoutePlan.from_masks(masks, samples=batch["samples"]))
+
+
+def test_widths_are_the_longest_rows_by_default():
+    plan = RoutePlan.from_lengths({"text": [2, 5], "audio": [1, 3]})
+    assert plan.padded_shapes == ((2, 5), (2, 3)) and plan.code_offsets == (4, 2)
+
+
+def test_cls_is_the_last_row_of_its_segment_and_comes_first_in_public():
+    plan = RoutePlan.from_lengths({"text": [3, 1], "image": [2, 4]})
+    assert plan.cu_seqlens.tolist() == [[0, 3, 4], [4, 6, 10]]
+    assert plan.is_cls.nonzero().flatten().tolist() == [2, 3, 5, 9]
+    assert plan.position.tolist() == [1, 2, 0, 0, 1, 0, 1, 2, 3, 0]
+    assert plan.order.tolist() == [0, 1, 2, 0, 3, 4, 1, 2, 3, 4]
+
+
+def test_grid_codes_and_code_offsets_are_taken():
+    codes = torch.tensor([0, 0, 1, 3, 4], dtype=torch.int32)
+    plan = RoutePlan.from_lengths({"image": [5, 5]}, codes={"image": codes}, code_offsets={"image": 4})
+    assert plan.code.tolist() == [0, 1, 3, 4, 0] * 2 and plan.code_offsets == (4,)
+
+
+@pytest.mark.parametrize(
+    "lengths, samples",
+    [
+        ({"text": []}, None),
+        ({"text": [], "image": []}, None),
+        ({"text": [2, 3], "audio": []}, {"text": [1, 0], "audio": []}),
+        ({"text": [0, 3]}, None),
+        ({"text": [0, 0]}, None),
+    ],
+)
+def test_empty_batches_modalities_and_rows(lengths, samples):
+    plan = RoutePlan.from_lengths(lengths, samples=samples, capacity=7)
+    naive = naive_layout(whole_rows(lengths), samples, capacity=7)
+    assert torch.equal(plan.offsets, naive.offsets) and torch.equal(plan.cu_seqlens, naive.cu_seqlens)
+    padded = {name: torch.randn(*shape, 2) for name, shape in zip(lengths, plan.padded_shapes, strict=True)}
+    packed = plan.pack(padded)
+    assert packed.shape == (7, 2)
+    for name, tensor in plan.unpack(packed).items():
+        for row, length in enumerate(lengths[name]):
+            assert torch.equal(tensor[row, :length], padded[name][row, :length]) and not tensor[row, length:].any()
+
+
+def test_a_capacity_that_is_too_small_is_refused():
+    lengths = {"text": [2, 3]}
+    assert RoutePlan.from_lengths(lengths, capacity=5).capacity == 5
+    refused("capacity", RoutePlan.from_lengths, lengths, capacity=4)
+    refused("capacity", RoutePlan.from_masks, {"text": torch.ones(2, 3, dtype=torch.bool)}, capacity=5)
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [{"text": [0, 0], "image": [1]}, {"text": [0, 2], "image": [0]}, {"text": [1, 2], "image": [2]},
+     {"text": [0, -1], "image": [0]}, {"text": [0, 1]}, {"text": [0, 1], "image": [0], "audio": []},
+     {"text": [0], "image": [0]}, {"text": [0, 1, 2], "image": [0]}, None],
+    ids=str,
+)  # fmt: skip
+def test_samples_that_repeat_leave_gaps_or_disagree_are_refused(samples):
+    refused("samples", RoutePlan.from_lengths, {"text": [2, 3], "image": [4]}, samples=samples)
+    refused("samples", check_samples, {"text": 2, "image": 1}, samples)
+
+
+def test_bad_masks_widths_and_lengths_are_refused():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    refused("masks", RoutePlan.from_masks, {})
+    refused("masks['text']", RoutePlan.from_masks, {"text": mask.int()})
+    refused("masks['text']", RoutePlan.from_masks, {"text": mask[0]})
+    refused("masks['image']", RoutePlan.from_masks, {"text": mask, "image": mask.to("meta")})
+    refused("widths['text']", RoutePlan.from_lengths, {"text": [2, 3]}, widths={"text": 2})
+    for lengths in ({"text": [3]}, {"text": [3, 3, 3]}, {"image": [3, 3]}, {"text": [4, 3]}, {"text": [-1, 3]}):
+        refused("lengths", RoutePlan.from_masks, {"text": mask}, lengths=lengths)
+
+
+def test_bad_positions_are_refused():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    refused("positions['text']", RoutePlan.from_masks, {"text": mask}, positions={"text": torch.zeros(2, 4).int()})
+    refused("positions['text']", RoutePlan.from_masks, {"text": mask}, positions={"text": torch.zeros(2, 3)})
+
+
+def test_pack_refuses_other_padded_sizes():
+    plan = RoutePlan.from_lengths({"text": [2, 3]})
+    refused("padded", plan.pack, {"text": torch.zeros(2, 4, 1)})
+
+
+def test_refilling_keeps_the_storage():
+    masks = torch.ones(2, 4, dtype=torch.bool)
+    first = RoutePlan.from_masks({"text": masks}, capacity=9).with_keep(torch.ones(1, 2, 2))
+    masks = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    second = RoutePlan.from_masks({"text": masks}, capacity=9).with_keep(torch.zeros(1, 2, 2))
+    tensors = {i.name: getattr(first, i.name) for i in dataclasses.fields(first)}
+    tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
+    assert len(tensors) == 10
+    pointers = {name: value.data_ptr() for name, value in tensors.items()}
+    assert first.copy_(second) is first
+    for name, pointer in pointers.items():
+        assert getattr(first, name).data_ptr() == pointer and torch.equal(getattr(first, name), getattr(second, name))
+        assert getattr(second, name).data_ptr() != pointer
+
+
+def test_refilling_from_another_kind_of_plan_is_refused():
+    lengths, keep = {"text": [2, 3]}, torch.ones(1, 2, 2)
+    plan = RoutePlan.from_lengths(lengths, capacity=8)
+    before = dataclasses.replace(plan, sample=plan.sample.clone())
+    others = {
+        "modalities": RoutePlan.from_lengths({"image": [2, 3]}, capacity=8),
+        "cu_seqlens": RoutePlan.from_lengths({"text": [2, 2, 1]}, capacity=8),
+        "capacity": RoutePlan.from_lengths(lengths, capacity=7),
+        "padded_shapes": RoutePlan.from_lengths(lengths, widths={"text": 4}, capacity=8),
+        "code_offsets": RoutePlan.from_lengths(lengths, code_offsets={"text": 9}, capacity=8),
+        "keep": plan.with_keep(keep),
+    }
+    for other in others.values():
+        refused("other", plan.copy_, other)
+    refused("other", plan.with_keep(keep).copy_, plan)
+    refused("other", plan.with_keep(keep).copy_, plan.with_keep(torch.ones(2, 2, 2)))
+    assert same_tensors(plan, before)

@@ -1,0 +1,147 @@
+"""Plans from a modality id per token, and DropPath's factors that travel in a plan."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.contract import refused
+
+from onepeace_fast import RoutePlan
+from onepeace_fast.route_plan import draw_keep
+
+FEW = settings(max_examples=60, deadline=None)
+NAMES = ("text", "image", "audio")
+
+
+@st.composite
+def interleaved(draw) -> dict[str, list[int]]:
+    count, samples = draw(st.integers(0, 20)), draw(st.integers(1, 3))
+    tokens = [
+        (draw(st.integers(0, 2)), draw(st.integers(0, samples - 1)), draw(st.integers(0, 30)), draw(st.booleans()))
+        for _ in range(count)
+    ]
+    return {"tokens": tokens, "samples": samples}
+
+
+def build(case: dict, dtype: torch.dtype = torch.int64) -> RoutePlan:
+    modality, sample, position, is_cls = (torch.tensor([t[i] for t in case["tokens"]], dtype=dtype) for i in range(4))
+    return RoutePlan.from_modality_ids(
+        modality, NAMES, sample_ids=sample, samples=case["samples"], positions=position, is_cls=is_cls.bool(),
+        max_position=30,
+    )  # fmt: skip
+
+
+@FEW
+@given(interleaved(), st.sampled_from((torch.int32, torch.int64)))
+def test_rows_are_grouped_by_modality_and_sample_with_cls_last(case, dtype):
+    plan, tokens, samples = build(case, dtype), case["tokens"], case["samples"]
+    order = []
+    for m in range(3):
+        for s in range(samples):
+            mine = [i for i, token in enumerate(tokens) if token[:2] == (m, s)]
+            order += [i for i in mine if not tokens[i][3]] + [i for i in mine if tokens[i][3]]
+    assert plan.source.tolist() == order
+    for i, name in enumerate(("modality", "sample", "position", "is_cls")):
+        assert getattr(plan, name).tolist() == [tokens[row][i] for row in order], name
+    assert torch.equal(plan.code, plan.position) and plan.code_offsets == (30,) * 3
+    counts = [[sum(t[:2] == (m, s) for t in tokens) for s in range(samples)] for m in range(3)]
+    firsts = [sum(map(sum, counts[:m])) for m in range(4)]
+    assert plan.offsets.tolist() == firsts and plan.offsets.dtype == torch.int32
+    assert plan.cu_seqlens.tolist() == [[firsts[m] + sum(counts[m][:s]) for s in range(samples + 1)] for m in range(3)]
+    assert plan.cu_seqlens.dtype == torch.int32
+    assert (plan.capacity, plan.samples) == (len(tokens), samples)
+    for s in range(samples):
+        assert plan.order[plan.sample == s].tolist() == list(range(sum(t[1] == s for t in tokens)))
+
+
+@FEW
+@given(interleaved())
+def test_the_permutation_and_its_inverse(case):
+    plan = build(case)
+    x = torch.randn(len(case["tokens"]), 3, requires_grad=True)
+    packed = plan.pack(x)
+    assert torch.equal(packed, x[plan.source])
+    restored = plan.unpack_interleaved(packed)
+    assert torch.equal(restored, x)
+    if case["tokens"]:
+        weight = torch.randn_like(x)
+        (restored * weight).sum().backward()
+        assert torch.equal(x.grad, weight)
+
+
+def test_defaults_are_one_sample_without_cls_at_the_tokens_own_places():
+    plan = RoutePlan.from_modality_ids(torch.tensor([1, 0, 1, 0, 0]), ("text", "image"))
+    assert plan.source.tolist() == [1, 3, 4, 0, 2] == plan.position.tolist()
+    assert plan.samples == 1 and not plan.is_cls.any() and not plan.sample.any()
+    assert plan.offsets.tolist() == [0, 3, 5] and plan.cu_seqlens.tolist() == [[0, 3], [3, 5]]
+    assert plan.code_offsets == (4, 4) and plan.row_counts == () and plan.max_length == 0
+
+
+@pytest.mark.parametrize("ids", ([0, 2], [-1, 0]), ids=str)
+def test_ids_out_of_range_are_refused(ids):
+    good, bad = torch.tensor([0, 1]), torch.tensor(ids)
+    refused("modality_ids", RoutePlan.from_modality_ids, bad, ("text", "image"))
+    refused("sample_ids", RoutePlan.from_modality_ids, good, ("text", "image"), sample_ids=bad, samples=2)
+    RoutePlan.from_modality_ids(good, ("text", "image"), sample_ids=good, samples=2)
+
+
+def test_position_ids_past_the_largest_are_refused():
+    ids = torch.tensor([0, 1])
+    for bad in ([0, 6], [-1, 0]):
+        options = {"positions": torch.tensor(bad), "max_position": 5}
+        refused("positions", RoutePlan.from_modality_ids, ids, ("text", "image"), **options)
+
+
+def test_bad_tensors_are_refused():
+    ids = torch.tensor([0, 1])
+    refused("modality_ids", RoutePlan.from_modality_ids, ids.float(), NAMES)
+    refused("modality_ids", RoutePlan.from_modality_ids, ids[None], NAMES)
+    for name in ("sample_ids", "positions", "is_cls"):
+        good = torch.zeros(2, dtype=torch.bool if name == "is_cls" else torch.int64)
+        refused(name, RoutePlan.from_modality_ids, ids, NAMES, **{name: good[:1]})
+        refused(name, RoutePlan.from_modality_ids, ids, NAMES, **{name: good.to("meta")})
+        refused(name, RoutePlan.from_modality_ids, ids, NAMES, **{name: good.float()})
+
+
+def test_keep_is_zero_or_the_reciprocal_of_the_rate_of_kept_samples():
+    rates, samples = [0.0, 0.1, 0.4], 4000
+    keep = draw_keep(rates, samples, torch.device("cpu"), torch.Generator().manual_seed(1))
+    assert keep.shape == (3, 2, samples) and keep.dtype == torch.float32
+    assert (keep[0] == 1).all()
+    for layer, rate in enumerate(rates):
+        kept = keep[layer] != 0
+        assert torch.equal(keep[layer][kept], torch.full_like(keep[layer][kept], 1 / (1 - rate)))
+        deviation = math.sqrt(rate * (1 - rate) / samples)
+        for branch in range(2):
+            assert abs(kept[branch].float().mean().item() - (1 - rate)) <= 4.5 * deviation
+
+
+def test_branches_layers_and_samples_are_drawn_independently():
+    kept = draw_keep([0.5, 0.5], 4000, torch.device("cpu"), torch.Generator().manual_seed(2)) != 0
+    flat = kept.flatten(0, 1).float() - 0.5
+    correlation = flat @ flat.t() / 4000 * 4
+    assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 4.5 / math.sqrt(4000)
+    assert ((flat[:, 1:] * flat[:, :-1]).mean(1) * 4).abs().max() < 4.5 / math.sqrt(4000)
+
+
+def test_a_generator_repeats_its_draw():
+    draws = [draw_keep([0.5], 50, torch.device("cpu"), torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_a_rate_of_one_gives_no_nan():
+    try:
+        keep = draw_keep([1.0], 10, torch.device("cpu"))
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not keep.any()
+
+
+def test_with_keep_changes_nothing_else():
+    plan = RoutePlan.from_lengths({"text": [2, 3]})
+    keep = draw_keep([0.5], 2, torch.device("cpu"))
+    other = plan.with_keep(keep)
+    assert plan.keep is None and other.keep is keep and other.source is plan.source
