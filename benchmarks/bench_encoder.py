@@ -24,7 +24,7 @@ NOISY = 1.25
 
 
 @pytest.mark.parametrize("name", inputs())
-def bench_encoder(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
+def test_encoder(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
     """One input: a timed baseline step before every timed step of the fused backend."""
     case = EncoderCase(inputs()[name])
     case.check()

@@ -22,7 +22,7 @@ TITLE = f"Memory of a step: {SIZES.layers} layers, width {SIZES.width}, batch {S
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def bench_memory(name: str, report: Report) -> None:
+def test_memory(name: str, report: Report) -> None:
     """Both backends' bytes for one input; exact, not timed."""
     add_rows(report, EncoderCase(inputs()[name]))
 

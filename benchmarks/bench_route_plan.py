@@ -58,7 +58,7 @@ def layer_call(case: EncoderCase) -> Callable[[], torch.Tensor]:
 
 @pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("tokens", [1000, 3000, 10000])
-def bench_route_plan(tokens: int, name: str, benchmark: Any, report: Report, case_seconds: float) -> None:
+def test_route_plan(tokens: int, name: str, benchmark: Any, report: Report, case_seconds: float) -> None:
     """One way to build a plan, with a timed layer before every round."""
     case = EncoderCase(shape_of(tokens), SIZES)
     plan, layer = paired(benchmark, builder(name, case), layer_call(case), seconds=case_seconds / 6, rounds=30)

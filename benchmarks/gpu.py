@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ def measure_shape(shape: Shape, sizes: Sizes, runner: Runner, device: torch.devi
         "real_tokens": shape.real_tokens,
         "padded_tokens": shape.padded_tokens,
     }
-    torch._dynamo.reset()  # every shape compiles anew, dynamic=False, and none runs into the limit of recompilations
+    torch.compiler.reset()  # every shape compiles anew, dynamic=False, and none runs into the limit of recompilations
     try:
         case = LayerCase(shape, sizes, device, dtype, sets)
         result["layer"] = with_tax(runner.measure(case.factories(), base="baseline"))
@@ -129,7 +130,9 @@ def summary(result: dict[str, Any]) -> str:
                 rows.append((f"{shape['name']}, {part}, {name}", *times, *taxes, runs))
     copy, product = (result["ceilings"][name] for name in ("copy", "product"))
     lines = [table(rows)]
-    lines += [f"left out: {line}" for line in result["skipped"]] + [f"ERROR {line}" for line in result["errors"]]
+    reasons = Counter(line.split(": ", 1)[1] for line in result["skipped"])
+    lines += [f"{count} variants {reason}" for reason, count in reasons.items()]
+    lines += [f"ERROR {line}" for line in result["errors"]]
     lines.append(
         f"{result['machine'].get('gpu', result['machine']['processor'])}, torch {torch.__version__}; measured ceilings:"
         f" copy {number(copy.get('GB_per_second'), 0)} GB/s, {product['side']}^3 {product['dtype']} product"

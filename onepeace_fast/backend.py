@@ -39,7 +39,7 @@ def resolve_backend(argument: str | None, device: torch.device) -> str:
     if (name := _override.get()) is not None:
         return name
     if argument is not None:
-        return argument
+        return check_backend(argument)
     if name := os.environ.get(ENVIRONMENT_VARIABLE):
         return check_backend(name, ENVIRONMENT_VARIABLE)
     return "fused" if device.type == "cpu" else "reference"

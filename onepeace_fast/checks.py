@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,23 +15,27 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ``ValueError(message)`` unless ``condition`` holds."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ``ValueError`` with the message unless ``condition`` holds.
+
+    A message that describes tensors is a function: building it would tie a compiled graph to these very sizes.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layout: str, rank: int) -> None:
     """Raise unless ``value`` is a tensor of one of ``dtypes`` with ``rank`` dimensions, described as ``layout``."""
-    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or value.dim() != rank:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: got {describe(value)}, takes {names} {layout}")
 
 
 def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``value`` lies on ``device``."""
     require(
-        value.device == device, f"{name}: got a tensor on {value.device}, takes {device}; move it with .to('{device}')"
+        value.device == device,
+        lambda: f"{name}: got a tensor on {value.device}, takes {device}; move it with .to('{device}')",
     )
 
 
@@ -39,7 +43,7 @@ def require_vector(name: str, value: torch.Tensor | None, length: int, device: t
     """Raise unless ``value`` is absent or a floating-point vector of ``length`` entries on ``device``."""
     if value is not None:
         require(
-            value.is_floating_point() and value.shape == (length,),
-            f"{name}: got {describe(value)}, takes a floating-point [{length}]",
+            value.is_floating_point() and value.dim() == 1 and value.shape[0] == length,
+            lambda: f"{name}: got {describe(value)}, takes a floating-point [{length}]",
         )
         require_device(name, value, device)

@@ -18,9 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onepeace_fast._routing import (
+    INTEGERS,
+    check_ids,
+    check_lengths,
+    check_masks,
+    check_positions,
+    check_samples,
+    codes_of,
+    compact_index,
+    cumulative_rows,
+    full_column,
+    order_in_sample,
+    per_row,
+    segment_lengths,
+    split_counts,
+)
 from onepeace_fast.checks import describe, require, require_device, require_tensor
-
-INTEGERS = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,24 +110,34 @@ class RoutePlan:
             code_offsets: see the attribute; by default L_m - 1, for codes 0 to L_m - 1.
             samples: the sample of each row; by default rows are samples 0 to B_m - 1.
             lengths: number of True in each row, where the host knows it; otherwise one synchronisation reads them all.
-            capacity: rows to allocate, at least the number of real rows, which is the default.
+            capacity: rows to allocate, at least the number of real rows, which is the default; with it the plan may be
+                refilled by ``copy_``, so it holds no ``row_counts``, and ``max_length`` bounds every batch.
 
         Raises:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
         """
         names = tuple(masks)
-        _check_masks(masks)
+        check_masks(masks)
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
-        if lengths is None:
+        for name, value in (positions or {}).items():
+            check_positions(name, value, masks)
+        if lengths is not None:
+            check_lengths(lengths, shapes, names)
+        else:
             counts = torch.cat([mask.sum(1) for mask in masks.values()]).tolist()
-            lengths = dict(zip(names, _split(counts, [rows for rows, _ in shapes]), strict=True))
+            lengths = dict(zip(names, split_counts(counts, [rows for rows, _ in shapes]), strict=True))
         sample_of = check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
-        segments, row_order = _segments(names, lengths, sample_of)
+        segments, row_order = segment_lengths(names, lengths, sample_of)
         row_counts = tuple(sum(row) for row in segments)
+        max_length = max((sum(column) for column in zip(*segments, strict=True)), default=0)
         total = sum(row_counts)
-        capacity = total if capacity is None else capacity
-        require(total <= capacity, f"capacity: got {capacity}, takes at least the {total} rows of this batch")
+        if capacity is None:
+            capacity = total
+        else:
+            require(total <= capacity, f"capacity: got {capacity}, takes at least the {total} rows of this batch")
+            # A plan to refill must not carry what holds for its first batch alone.
+            row_counts, max_length = (), sum(length for _, length in shapes)
 
         flat, base = [], 0
         for name, (rows, length) in zip(names, shapes, strict=True):
@@ -122,9 +146,9 @@ class RoutePlan:
                 index = index[torch.tensor(row_order[name], device=device)]
             flat.append(index.roll(-1, 1).flatten())
             base += rows * length
-        source = _compact(torch.cat([m.flatten() for m in masks.values()]), torch.cat(flat), capacity, base)
+        source = compact_index(torch.cat([m.flatten() for m in masks.values()]), torch.cat(flat), capacity, base)
 
-        position = _per_token(
+        position = per_row(
             source,
             [
                 positions[name].to(torch.int32) if positions and name in positions
@@ -132,15 +156,15 @@ class RoutePlan:
                 for name, (rows, length) in zip(names, shapes, strict=True)
             ],
         )  # fmt: skip
-        modality = _per_token(source, [_full(g, shape, device) for g, shape in enumerate(shapes)], len(names))
-        sample = _per_token(
+        modality = per_row(source, [full_column(g, shape, device) for g, shape in enumerate(shapes)], len(names))
+        sample = per_row(
             source,
             [
                 torch.tensor(sample_of[name], dtype=torch.int32, device=device)[:, None].expand(shape)
                 for name, shape in zip(names, shapes, strict=True)
             ],
         )
-        cu_seqlens = _cumulative(segments, device)
+        cu_seqlens = cumulative_rows(segments, device)
         return cls(
             modalities=names,
             offsets=torch.cat([cu_seqlens[:, 0], cu_seqlens[-1:, -1]]),
@@ -148,14 +172,14 @@ class RoutePlan:
             modality=modality,
             sample=sample,
             position=position,
-            code=_codes(names, codes or {}, position, modality),
-            order=_order(cu_seqlens, modality, sample),
+            code=codes_of(names, codes or {}, position, modality),
+            order=order_in_sample(cu_seqlens, modality, sample),
             is_cls=(position == 0) & (modality < len(names)),
             source=source,
             code_offsets=tuple((code_offsets or {}).get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
             padded_shapes=shapes,
             row_counts=row_counts,
-            max_length=max((sum(column) for column in zip(*segments, strict=True)), default=0),
+            max_length=max_length,
         )
 
     @classmethod
@@ -213,15 +237,17 @@ class RoutePlan:
         for name, value in (("sample_ids", sample_ids), ("positions", positions), ("is_cls", is_cls)):
             require(value.shape == (count,), f"{name}: got {describe(value)}, takes one entry per token, [{count}]")
             require_device(name, value, device)
-        _check_ids("modality_ids", modality_ids, groups)
-        _check_ids("sample_ids", sample_ids, samples)
+        limit = count - 1 if max_position is None else max_position
+        check_ids("modality_ids", modality_ids, groups)
+        check_ids("sample_ids", sample_ids, samples)
+        check_ids("positions", positions, limit + 1)
+        require_tensor("is_cls", is_cls, (torch.bool,), "[tokens]", 1)
         key = modality_ids.long() * samples + sample_ids.long()
         source = torch.argsort(key * 2 + is_cls, stable=True)
         starts = torch.searchsorted(key[source], torch.arange(groups * samples + 1, device=device)).int()
         segment_starts = starts[:-1].view(groups, samples)
         cu_seqlens = torch.cat([segment_starts, starts[samples::samples, None]], dim=1)
         modality, sample = modality_ids[source].int(), sample_ids[source].int()
-        limit = count - 1 if max_position is None else max_position
         return cls(
             modalities=tuple(modalities),
             offsets=torch.cat([starts[:-1:samples], starts[-1:]]),
@@ -230,7 +256,7 @@ class RoutePlan:
             sample=sample,
             position=positions[source].int(),
             code=positions[source].int(),
-            order=_order(cu_seqlens, modality, sample),
+            order=order_in_sample(cu_seqlens, modality, sample),
             is_cls=is_cls[source],
             source=source,
             code_offsets=(limit,) * groups,
@@ -272,20 +298,24 @@ class RoutePlan:
         return dataclasses.replace(self, keep=keep)
 
     def copy_(self, other: RoutePlan) -> RoutePlan:
-        """Refill this plan in place from another of the same modalities, samples and capacity (for a captured graph).
+        """Refill this plan in place, for a captured graph; both must be built with the same ``capacity``.
 
-        The host's integers must not be needed any more: they are those of the batch that this plan was built from.
+        Raises:
+            ValueError: a plan of other modalities, shapes or capacity, or one without capacity; nothing is changed.
         """
-        for item in dataclasses.fields(self):
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+        require(
+            not self.row_counts and not other.row_counts, "other: got a plan without capacity, takes two built with it"
+        )
+        pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in dataclasses.fields(self)}
+        for name, (mine, theirs) in pairs.items():
             if isinstance(mine, Tensor) and isinstance(theirs, Tensor):
                 same = mine.shape == theirs.shape
             else:
-                same = item.name in ("row_counts", "max_length") or (type(mine) is type(theirs) and mine == theirs)
-            require(same, f"other: its {item.name} differs, takes a plan of the same modalities, samples and capacity")
-        for item in dataclasses.fields(self):
-            if isinstance(mine := getattr(self, item.name), Tensor):
-                mine.copy_(getattr(other, item.name))
+                same = type(mine) is type(theirs) and mine == theirs
+            require(same, f"other: its {name} differs, takes a plan of the same modalities, samples and capacity")
+        for mine, theirs in pairs.values():
+            if isinstance(mine, Tensor):
+                mine.copy_(theirs)
         return self
 
 
@@ -293,120 +323,7 @@ def draw_keep(
     rates: Sequence[float], samples: int, device: torch.device, generator: torch.Generator | None = None
 ) -> Tensor:
     """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples], drawn independently."""
+    require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
     kept = 1.0 - torch.tensor(list(rates), dtype=torch.float32, device=device)[:, None, None]
     uniform = torch.rand(len(rates), 2, samples, device=device, generator=generator)
     return (uniform < kept).float() / kept
-
-
-def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
-    """The sample of each row of each modality; raises unless samples are distinct in a modality and leave no gap."""
-    if samples is None:
-        require(
-            len(set(rows.values())) <= 1,
-            f"samples: got none with {rows} rows, takes the sample of each row where modalities differ in rows",
-        )
-        return {name: list(range(count)) for name, count in rows.items()}
-    require(
-        set(samples) == set(rows), f"samples: got {sorted(samples)}, takes exactly the modalities given, {sorted(rows)}"
-    )
-    result = {name: list(samples[name]) for name in rows}
-    for name, values in result.items():
-        require(
-            len(values) == rows[name], f"samples[{name!r}]: got {len(values)} entries, takes one per row, {rows[name]}"
-        )
-        repeated = sorted({value for value in values if values.count(value) > 1})
-        require(not repeated, f"samples[{name!r}]: got {repeated} more than once, takes each sample once per modality")
-    used = set().union(*map(set, result.values()))
-    gaps = sorted(set(range(len(used))) - used)
-    require(not gaps, f"samples: got no row for {gaps[:5]}, takes every sample from 0 on in at least one modality")
-    return result
-
-
-def _check_masks(masks: Mapping[str, Tensor]) -> None:
-    require(len(masks) > 0, "masks: got none, takes at least one modality")
-    device = next(iter(masks.values())).device
-    for name, mask in masks.items():
-        require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
-        require_device(f"masks[{name!r}]", mask, device)
-
-
-def _check_ids(name: str, ids: Tensor, limit: int) -> None:
-    require_tensor(name, ids, INTEGERS, "[tokens]", 1)
-    message = f"{name}: got an id out of range, takes 0 to {limit - 1}"
-    inside = ((ids >= 0) & (ids < limit)).all()
-    if ids.device.type == "cpu":
-        require(bool(inside), message)
-    else:
-        torch._assert_async(inside, message)
-
-
-def _split(values: list[int], counts: Sequence[int]) -> list[list[int]]:
-    parts, start = [], 0
-    for count in counts:
-        parts.append(values[start : start + count])
-        start += count
-    return parts
-
-
-def _segments(
-    names: Sequence[str], lengths: Mapping[str, Sequence[int]], sample_of: Mapping[str, Sequence[int]]
-) -> tuple[list[list[int]], dict[str, list[int]]]:
-    """Segment length of each (modality, sample), and each modality's rows in the order of their samples."""
-    samples = len(set().union(*map(set, sample_of.values())))
-    segments, row_order = [], {}
-    for name in names:
-        row = [0] * samples
-        for sample, length in zip(sample_of[name], lengths[name], strict=True):
-            row[sample] = int(length)
-        segments.append(row)
-        row_order[name] = sorted(range(len(sample_of[name])), key=sample_of[name].__getitem__)
-    return segments, row_order
-
-
-def _cumulative(segments: list[list[int]], device: torch.device) -> Tensor:
-    rows, start = [], 0
-    for row in segments:
-        bounds = [start]
-        for length in row:
-            bounds.append(bounds[-1] + length)
-        rows.append(bounds)
-        start = bounds[-1]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
-def _compact(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tensor:
-    """The entries of ``index`` whose ``mask[index]`` is True, in order, padded with ``fill``: int64 [capacity]."""
-    chosen = mask[index]
-    target = torch.where(chosen, chosen.cumsum(0) - 1, capacity)
-    return index.new_full((capacity + 1,), fill).scatter_(0, target, index)[:capacity]
-
-
-def _full(value: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    return torch.full((1, 1), value, dtype=torch.int32, device=device).expand(shape)
-
-
-def _per_token(source: Tensor, padded: list[Tensor], inert: int = 0) -> Tensor:
-    """Gather an int32 value of each row from its padded form; inert rows get ``inert``."""
-    tail = torch.full((1,), inert, dtype=torch.int32, device=source.device)
-    return torch.cat([*(tensor.reshape(-1) for tensor in padded), tail])[source]
-
-
-def _codes(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:
-    result = position
-    for group, name in enumerate(names):
-        if name in codes:
-            table = codes[name].to(torch.int32)
-            chosen = table[position.clamp(max=table.shape[0] - 1).long()]
-            result = torch.where(modality == group, chosen, result)
-    return result
-
-
-def _order(cu_seqlens: Tensor, modality: Tensor, sample: Tensor) -> Tensor:
-    """Place of each row in its sample, the modalities one after another."""
-    starts, lengths = cu_seqlens[:, :-1], cu_seqlens.diff(dim=1)
-    shift = (lengths.cumsum(0) - lengths - starts).to(torch.int32)
-    table = torch.cat([shift.flatten(), shift.new_zeros(1)])
-    inert = modality >= cu_seqlens.shape[0]
-    segment = torch.where(inert, shift.numel(), modality * shift.shape[1] + sample)
-    rows = torch.arange(modality.shape[0], dtype=torch.int32, device=modality.device)
-    return torch.where(inert, 0, rows + table[segment.long()])

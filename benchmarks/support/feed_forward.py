@@ -30,13 +30,14 @@ class FeedForwardCase:
         sets = self.case.packed if order is None else [x[order] for x in self.case.packed]
         gradients = self.case.gradients if order is None else [x[order] for x in self.case.gradients]
         back = None if order is None else order.argsort()
-        return trained(
+        variant = trained(
             torch.compile(function, dynamic=False) if compile_it else function,
             [(x.clone().requires_grad_(),) for x in sets],
             gradients,
             self.parameters,
-            rows=(lambda y: y) if back is None else (lambda y: y[back]),
         )
+        variant.rows = variant.gradient_rows = (lambda rows: rows) if back is None else (lambda rows: rows[back])
+        return variant
 
     def sliced(self, compile_it: bool = False) -> Variant:
         """Contiguous slices by modality, each through its own modules, and a concatenation."""
@@ -95,6 +96,7 @@ class FeedForwardCase:
             [spaced(x) for x in self.case.gradients],
             [w0, w1, norm_weight, norm_bias, w2, b2],
             rows=lambda y: y[rows],
+            gradient_rows=lambda gradient: gradient[rows],
             note=f"weights stacked once beforehand, rows padded to multiples of {ALIGNMENT} for each modality",
         )
 

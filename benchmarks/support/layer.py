@@ -59,7 +59,7 @@ class LayerCase:
 
     def padded(self, packed: Tensor) -> Tensor:
         """Packed rows as the baseline's [batch, length, width], padding zero."""
-        return torch.cat(list(self.plan.unpack(packed).values()), dim=1).contiguous()
+        return torch.cat(list(self.plan.unpack(packed).values()), dim=1)
 
     def to_rows(self, output: Tensor) -> Tensor:
         """The baseline's [length, batch, width] as packed rows."""
@@ -88,7 +88,14 @@ class LayerCase:
         sets = [(self.padded(packed).requires_grad_(), bias) for packed in self.packed]
         gradients = [self.padded(gradient).transpose(0, 1) for gradient in self.gradients]
         function = torch.compile(run, dynamic=False) if compile_it else run
-        return trained(function, sets, gradients, self.parameters, rows=self.to_rows)
+        return trained(
+            function,
+            sets,
+            gradients,
+            self.parameters,
+            rows=self.to_rows,
+            gradient_rows=lambda gradient: self.to_rows(gradient.transpose(0, 1)),
+        )
 
     def fused(self) -> Variant:
         """The packed layer as the library runs it today."""
@@ -99,7 +106,9 @@ class LayerCase:
             return self.layer(x, self.plan, bias)
 
         note = "specifications: eager PyTorch over the packed layout, no kernel yet"
-        return trained(run, sets, self.gradients, self.parameters, rows=lambda output: output, note=note)
+        variant = trained(run, sets, self.gradients, self.parameters, note=note)
+        variant.rows = variant.gradient_rows = lambda rows: rows
+        return variant
 
     def products(self, joined: bool = False) -> products.BareProducts:
         """The layer's bare products."""

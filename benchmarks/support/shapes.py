@@ -18,7 +18,7 @@ class Sizes:
     heads: int
     layers: int = 1
 
-    def config(self, modalities: Sequence[str], layer_scale: float = 0.1) -> TransformerConfig:
+    def config(self, modalities: Sequence[str], layer_scale: float = 1.0) -> TransformerConfig:
         """The configuration of a stack that knows these modalities alone."""
         absent = {name: None for name in MODALITIES if name not in modalities}
         return TransformerConfig(

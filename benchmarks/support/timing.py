@@ -164,9 +164,9 @@ def paired(
         timing.cpu.append(time.process_time() - cpu)
 
     warm = Timing()
-    for call in (against, measured, against, measured):
+    for call in (against, measured):
         timed(call, warm)
-    fitting = int(seconds / max(sum(warm.seconds[2:]), 1e-9))
+    fitting = int(seconds / max(sum(warm.seconds), 1e-9))
     benchmark.pedantic(
         lambda: timed(measured, timings[0]),
         setup=lambda: timed(against, timings[1]),

@@ -20,12 +20,14 @@ MODES = ("forward", "forward_backward")
 class Variant:
     """One way to do the work. Both calls take the number of a round, by which they choose among the input sets.
 
-    ``rows`` brings the output of ``forward`` into packed order, to compare it with the other variants' outputs.
+    ``rows`` brings the output of ``forward`` into packed order, to compare it with the other variants' outputs, and
+    ``gradient_rows`` the first gradient of ``forward_backward``, that of the tokens.
     """
 
     forward: Callable[[int], Any]
     forward_backward: Callable[[int], Any]
     rows: Callable[[Tensor], Tensor] | None = None
+    gradient_rows: Callable[[Tensor], Tensor] | None = None
     compiled: bool = False
     note: str = ""
 
@@ -106,11 +108,12 @@ class Runner:
     def measure(self, factories: Mapping[str, Factory], base: str | None = None) -> dict[str, dict[str, Any]]:
         """The record of every variant: its times by mode, or an ``error``, or why it was ``skipped``.
 
-        A variant whose output differs from that of ``base`` by more than the tolerance is an error, not a time.
+        A variant whose output or gradient of the tokens differs from that of ``base`` by more than the tolerance is an
+        error, not a time.
         """
         records: dict[str, dict[str, Any]] = {name: {} for name in factories}
         variants: dict[str, Variant] = {}
-        expected: Tensor | None = None
+        expected: dict[str, Tensor] = {}
         for name in sorted(factories, key=lambda name: name != base):  # the base first, else in order
             record = records[name]
             if reason := self.budget.refusal(getattr(factories[name], "is_compiled", False)):
@@ -118,11 +121,11 @@ class Runner:
                 continue
             try:
                 variant = factories[name]()
-                output = self._first_run(variant, record)
+                found = self._first_run(variant, record)
                 if name == base:
-                    expected = output
-                elif expected is not None and output is not None:
-                    self._compare(output, expected, record)
+                    expected = found
+                else:
+                    self._compare(found, expected, record)
             except Exception as error:
                 record["error"] = describe_error(error)
                 self.clock.recover()
@@ -142,22 +145,29 @@ class Runner:
             records[name]["error"] = f"{mode}: {error}"
         return records
 
-    def _first_run(self, variant: Variant, record: dict[str, Any]) -> Tensor | None:
-        """Run both modes once, which compiles what must be compiled; returns the output in packed order."""
-        start = time.perf_counter()
+    def _first_run(self, variant: Variant, record: dict[str, Any]) -> dict[str, Tensor]:
+        """Run both modes once, which compiles what must be compiled; returns what can be compared, in packed order."""
+        start, found = time.perf_counter(), {}
         output = variant.forward(0)
-        rows = None if variant.rows is None else variant.rows(output.detach()).float()
+        if variant.rows is not None:
+            found["output"] = variant.rows(output.detach()).float()
         del output
-        variant.forward_backward(0)
+        gradients = variant.forward_backward(0)
+        if variant.gradient_rows is not None:
+            found["gradient"] = variant.gradient_rows(gradients[0]).float()
+        del gradients
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if variant.compiled:
             record["compile_seconds"] = round(time.perf_counter() - start, 2)
             self.budget.longest_compile = max(self.budget.longest_compile, record["compile_seconds"])
-        return rows
+        return found
 
-    def _compare(self, output: Tensor, expected: Tensor, record: dict[str, Any]) -> None:
-        difference = ((output - expected).norm() / expected.norm()).item()
-        record["relative_difference"] = difference
-        if not difference <= self.tolerance:
-            raise AssertionError(f"its output differs from the base's by {difference:.1e}, more than {self.tolerance}")
+    def _compare(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], record: dict[str, Any]) -> None:
+        for what in (what for what in found if what in expected):
+            difference = ((found[what] - expected[what]).norm() / expected[what].norm()).item()
+            record[f"{what}_relative_difference"] = difference
+            if not difference <= self.tolerance:
+                raise AssertionError(
+                    f"its {what} differs from the base's by {difference:.1e}, more than {self.tolerance}"
+                )

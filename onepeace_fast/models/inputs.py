@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from onepeace_fast._routing import INTEGERS, check_samples
 from onepeace_fast.checks import describe, require, require_device, require_tensor
 from onepeace_fast.layers.adapters import PADDING_TOKEN, PATCH, Adapter
 from onepeace_fast.relative_position import MAX_POSITIONS
-from onepeace_fast.route_plan import INTEGERS, check_samples
 
 
 class HostRead:

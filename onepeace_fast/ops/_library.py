@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast.checks import require, require_device, require_tensor
+
 NAMESPACE = "onepeace_fast"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -57,7 +59,22 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype:
-    """The dtype in which autocast runs matrix products on this tensor's device, else the tensor's own."""
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast runs this tensor's matrix products, None where it leaves them alone."""
     kind = tensor.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled and tensor.dtype != torch.float64 else None
+
+
+def check_routing(offsets: Tensor, row_counts: Sequence[int], x: Tensor) -> None:
+    """Raise unless a plan's ``offsets`` and ``row_counts`` fit x's rows and device."""
+    require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
+    require_device("offsets", offsets, x.device)
+    groups = offsets.shape[0] - 1
+    fits = not row_counts or (len(row_counts) == groups and sum(row_counts) <= x.shape[0])
+    require(
+        fits,
+        lambda: (
+            f"row_counts: got {list(row_counts)}, takes one per modality, {groups}, in all at most {x.shape[0]} rows"
+        ),
+    )

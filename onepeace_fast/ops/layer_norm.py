@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_tensor, require_vector
-from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, register_gradient, row_slices
+from onepeace_fast.checks import require, require_tensor, require_vector
+from onepeace_fast.ops._library import (
+    accumulation_dtype,
+    check_routing,
+    define,
+    no_gradient,
+    register_gradient,
+    row_slices,
+)
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,7 +43,7 @@ def normalize_backward(
     weight = None if weight is None else weight.to(dtype)
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad.to(dtype).contiguous(), x.to(dtype), x.shape[-1:], mean, rstd, weight,
-        torch.zeros_like(weight) if needs[2] else None, [True, *needs[1:]],
+        x.new_zeros(x.shape[-1], dtype=dtype) if needs[2] else None, [True, *needs[1:]],
     )  # fmt: skip
     return dx, dweight, dbias
 
@@ -49,10 +56,10 @@ def layer_norm_specification(
     if offsets is None:
         return normalize(x, _first(weights), _first(biases), eps)
     y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = x.new_zeros((2, x.shape[0], 1), dtype=accumulation_dtype(x.dtype)).unbind()
+    mean, rstd = (x.new_zeros((x.shape[0], 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     for group, rows in enumerate(row_slices(offsets, row_counts)):
         y[rows], mean[rows], rstd[rows] = normalize(x[rows], _at(weights, group), _at(biases, group), eps)
-    return y, mean.clone(), rstd
+    return y, mean, rstd
 
 
 def layer_norm_backward_specification(
@@ -173,16 +180,20 @@ def layer_norm(
     """
     floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     require_tensor("x", x, floats, "[rows, width]", 2)
+    if offsets is not None:
+        check_routing(offsets, row_counts, x)
     groups = 1 if offsets is None else offsets.shape[0] - 1
     parameters = []
     for name, value in (("weight", weight), ("bias", bias)):
         values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
         require(
-            len(values) in (0, groups),
-            f"{name}: got {len(values)} tensors, takes {'one' if offsets is None else f'one per modality, {groups}'}",
+            not values or len(values) == groups,
+            lambda name=name, values=values: (
+                f"{name}: got {len(values)} tensors, takes {groups}, one per modality of offsets"
+            ),
         )
         for item in values:
             require_vector(name, item, x.shape[1], x.device)
         parameters.append(values)
-    require(eps > 0, f"eps: got {describe(eps)}, takes a positive number")
+    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
     return _op(x, *parameters, offsets, row_counts, eps)[0]

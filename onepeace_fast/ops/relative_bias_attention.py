@@ -69,7 +69,7 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
         parts = [(start, start + n) for start, n in zip(host_starts[first], host_lengths[first], strict=True) if n]
         if len(samples) == 1 and len(parts) == 1:
             yield Group(slice(*parts[0]), None)
-        elif longest:
+        else:
             rows, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
             yield Group(rows, None if host_totals[first] == longest else valid)
 
@@ -77,12 +77,13 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
 def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
     """Samples in groups of similar length; a group has so few pairs that padding costs less than a step of Python."""
     group: list[int] = []
-    for sample in sorted(range(len(totals)), key=totals.__getitem__):
+    for sample in sorted((s for s, total in enumerate(totals) if total), key=totals.__getitem__):
         if group and (len(group) + 1) * totals[sample] ** 2 > PAIRS_OF_A_GROUP:
             yield group
             group = []
         group.append(sample)
-    yield group
+    if group:
+        yield group
 
 
 def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +140,8 @@ def pair_bias(
     starts = [0]
     for vector in bias:
         starts.append(starts[-1] + vector.shape[1])
+    if code.device.type == "cpu":
+        _check_codes(bias, modality, code, is_cls, code_offsets)
     zero = bias[0].new_zeros(bias[0].shape[0], 1)
     # Inert rows have modality G: a last entry of no meaning keeps their look-up in range.
     equal = [start + offset for start, offset in zip(starts[:-1], code_offsets, strict=True)]
@@ -148,13 +151,30 @@ def pair_bias(
     return PairBias(torch.cat([*bias, zero], dim=1).to(dtype), starts, modality, is_cls, code.long(), *look_up)
 
 
+def _check_codes(
+    bias: Sequence[Tensor], modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
+) -> None:
+    """Raise where two codes of a modality differ by more than its vector covers; the host can read them on a CPU."""
+    for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
+        codes = code[(modality == m) & ~is_cls]
+        span = int(codes.max() - codes.min()) if codes.numel() else 0
+        covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
+        require(
+            span <= covered,
+            lambda m=m, span=span, covered=covered: (
+                f"code: got codes of modality {m} that differ by {span}, takes at most {covered}, what bias[{m}] covers"
+            ),
+        )
+
+
 def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + bias) over the real keys [N, heads, L, L], and the scores' log-sum-exp [N, heads, L]."""
     score = torch.matmul(q * scale, k.transpose(-1, -2))
     if bias is not None:
         score += bias
     if group.valid is not None:
-        score.masked_fill_(~group.valid[:, None, None, :], float("-inf"))
+        # Not minus infinity: a sample without tokens would be 0 / 0.
+        score.masked_fill_(~group.valid[:, None, None, :], torch.finfo(score.dtype).min)
     p = score.softmax(-1)
     # The largest probability is exp(largest score - log-sum-exp).
     return p, score.amax(-1) - p.amax(-1).log()
@@ -335,27 +355,35 @@ def relative_bias_attention(
     """
     floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     require_tensor("qkv", qkv, floats, "[rows, 3, heads, head_dim]", 4)
-    require(qkv.shape[1] == 3, f"qkv: got {describe(qkv)}, takes 3 in dimension 1: query, key, value")
+    require(qkv.shape[1] == 3, lambda: f"qkv: got {describe(qkv)}, takes 3 in dimension 1: query, key, value")
     rows, _, heads, head_dim = qkv.shape
     require_tensor("cu_seqlens", cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
     for name, value in (("modality", modality), ("code", code), ("is_cls", is_cls)):
         dtype = torch.bool if name == "is_cls" else torch.int32
         require_tensor(name, value, (dtype,), "[rows]", 1)
-        require(value.shape[0] == rows, f"{name}: got {describe(value)}, takes one entry per row, [{rows}]")
+        require(
+            value.shape[0] == rows,
+            lambda name=name, value=value: f"{name}: got {describe(value)}, takes one entry per row, [{rows}]",
+        )
     for name, value in (("cu_seqlens", cu_seqlens), ("modality", modality), ("code", code), ("is_cls", is_cls)):
         require_device(name, value, qkv.device)
     groups = cu_seqlens.shape[0]
     bias, code_offsets = list(bias), list(code_offsets)
-    require(len(bias) in (0, groups), f"bias: got {len(bias)} vectors, takes one per modality, {groups}, or none")
+    require(
+        not bias or len(bias) == groups,
+        lambda: f"bias: got {len(bias)} vectors, takes one per modality, {groups}, or none",
+    )
     require(
         not bias or len(code_offsets) == groups,
-        f"code_offsets: got {len(code_offsets)}, takes one per modality, {groups}",
+        lambda: f"code_offsets: got {len(code_offsets)}, takes one per modality, {groups}",
     )
     for m, vector in enumerate(bias):
         fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
         require(
             fits and vector.shape[1] > CLS_ENTRIES,
-            f"bias[{m}]: got {describe(vector)}, takes floating point [{heads} heads, more than {CLS_ENTRIES} entries]",
+            lambda m=m, vector=vector: (
+                f"bias[{m}]: got {describe(vector)}, takes floating point [{heads}, {CLS_ENTRIES + 1} or more]"
+            ),
         )
         require_device(f"bias[{m}]", vector, qkv.device)
     require_vector("head_scale", head_scale, heads, qkv.device)

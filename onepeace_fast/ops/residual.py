@@ -195,6 +195,8 @@ def residual_layer_norm(
     ``norm_weight`` and ``norm_bias`` are [width]; everything else is as in ``residual``.
     """
     _check(x, y, gamma, keep, sample, dropout, seed)
+    require(norm_weight is not None, "norm_weight: got None, takes a floating-point vector; see residual() for none")
+    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
     require_vector("norm_weight", norm_weight, x.shape[1], x.device)
     require_vector("norm_bias", norm_bias, x.shape[1], x.device)
     return _op(x, y, gamma, keep, sample, dropout, seed, norm_weight, norm_bias, eps)[:2]
@@ -207,12 +209,12 @@ def _check(
     floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     require_tensor("x", x, floats, "[rows, width]", 2)
     require_tensor("y", y, floats, "[rows, width]", 2)
-    require(y.shape == x.shape, f"y: got {describe(y)}, takes x's shape, {list(x.shape)}")
+    require(y.shape == x.shape, lambda: f"y: got {describe(y)}, takes x's shape, {list(x.shape)}")
     require_device("y", y, x.device)
     require_vector("gamma", gamma, x.shape[1], x.device)
     check_keep(keep, sample, x)
-    require(0.0 <= dropout < 1.0, f"dropout: got {describe(dropout)}, takes a probability in [0, 1)")
-    require(not dropout or seed is not None, f"seed: got none with dropout {dropout}, takes an int64 []")
+    require(0.0 <= dropout < 1.0, lambda: f"dropout: got {dropout}, takes a probability in [0, 1)")
+    require(not dropout or seed is not None, lambda: f"seed: got none with dropout {dropout}, takes an int64 []")
     if seed is not None:
         require_tensor("seed", seed, (torch.int64,), "[]", 0)
         require_device("seed", seed, x.device)
@@ -224,6 +226,8 @@ def check_keep(keep: Tensor | None, sample: Tensor | None, x: Tensor) -> None:
     if keep is not None:
         require_tensor("keep", keep, (torch.float32, torch.float64), "[samples]", 1)
         require_tensor("sample", sample, (torch.int32, torch.int64), "[rows]", 1)
-        require(sample.shape[0] == x.shape[0], f"sample: got {describe(sample)}, takes one per row, [{x.shape[0]}]")
+        require(
+            sample.shape[0] == x.shape[0], lambda: f"sample: got {describe(sample)}, takes one per row, [{x.shape[0]}]"
+        )
         for name, value in (("keep", keep), ("sample", sample)):
             require_device(name, value, x.device)

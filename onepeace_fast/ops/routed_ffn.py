@@ -19,6 +19,7 @@ from onepeace_fast.checks import describe, require, require_device, require_tens
 from onepeace_fast.ops._library import (
     accumulation_dtype,
     autocast_dtype,
+    check_routing,
     define,
     no_gradient,
     register_gradient,
@@ -79,8 +80,12 @@ def routed_ffn_backward_specification(
     factor = row_factor(z, gamma, keep, sample, 0.0, None)
     dy_all = (grad if factor is None else grad * factor).to(z.dtype)
     dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    scaled = row_factor(z, None, keep, sample, 0.0, None) if needs[-1] else None
+    dgamma = gamma.new_zeros(gamma.shape, dtype=torch.promote_types(torch.float32, z.dtype)) if needs[-1] else None
     for m, rows in enumerate(row_slices(offsets, row_counts)):
         dy, z_m, u_m, v_m = dy_all[rows], z[rows], u[rows], v[rows]
+        if dgamma is not None:
+            dgamma += (grad[rows] * (y[rows] if scaled is None else y[rows] * scaled[rows])).sum(0)
         gelu = F.gelu(u_m)
         h = gelu * v_m
         if needed(5, m):
@@ -103,11 +108,7 @@ def routed_ffn_backward_specification(
         if needed(1, m):
             store(1, m, dv.t() @ z_m)
         torch.addmm(du @ w0[m], dv, w1[m], out=dz[rows])
-    dgamma = z.new_empty(0)
-    if needs[-1]:
-        scaled = row_factor(y, None, keep, sample, 0.0, None)
-        dgamma = (grad * (y if scaled is None else y * scaled)).sum(0).to(gamma.dtype)
-    return dz, gradients, dgamma
+    return dz, gradients, z.new_empty(0) if dgamma is None else dgamma.to(gamma.dtype)
 
 
 def _statistics(z: Tensor) -> Tensor:
@@ -232,25 +233,23 @@ def routed_ffn(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    dtype = autocast_dtype(z)
-    z, w0, w1, w2, b2 = (_cast(value, dtype) for value in (z, w0, w1, w2, b2 or ()))
-    norm_weight, norm_bias = list(norm_weight or ()), list(norm_bias or ())
-    _check(z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, residual, gamma, keep, sample)
+    w0, w1, w2, b2, norm_weight, norm_bias = (list(v or ()) for v in (w0, w1, w2, b2, norm_weight, norm_bias))
+    if (dtype := autocast_dtype(z)) is not None:
+        z = z.to(dtype)
+        w0, w1, w2, b2 = ([tensor.to(dtype) for tensor in tensors] for tensors in (w0, w1, w2, b2))
+    _check(z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample)
     return _op(
         z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, eps
     )[0]  # fmt: skip
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) else [item.to(dtype) for item in value]
-
-
 def _check(
     z: Tensor, w0: list, w1: list, norm_weight: list, norm_bias: list, w2: list, b2: list, offsets: Tensor,
-    residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None,
+    row_counts: Sequence[int], residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
+    sample: Tensor | None,
 ) -> None:  # fmt: skip
     require_tensor("z", z, (torch.float32, torch.float64, torch.float16, torch.bfloat16), "[rows, width]", 2)
-    require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
+    check_routing(offsets, row_counts, z)
     groups, width, hidden = offsets.shape[0] - 1, z.shape[1], w0[0].shape[0] if w0 else 0
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden), "b2": (width,)}
     shapes |= {"norm_weight": (hidden,), "norm_bias": (hidden,)}
@@ -258,13 +257,12 @@ def _check(
     lists = {"w0": w0, "w1": w1, "norm_weight": norm_weight, "norm_bias": norm_bias, "w2": w2, "b2": b2}
     for name, tensors in lists.items():
         fits = len(tensors) == groups or (name in optional and not tensors)
-        require(fits, f"{name}: got {len(tensors)} tensors, takes one per modality, {groups}")
+        require(
+            fits,
+            lambda name=name, tensors=tensors: f"{name}: got {len(tensors)} tensors, takes one per modality, {groups}",
+        )
         for m, tensor in enumerate(tensors):
-            good = tensor.shape == shapes[name] and (name.startswith("norm") or tensor.dtype == z.dtype)
-            require(
-                good,
-                f"{name}[{m}]: got {describe(tensor)}, takes {describe(z).split()[0]} {list(shapes[name])} as z has",
-            )
+            _check_parameter(f"{name}[{m}]", tensor, shapes[name], None if name.startswith("norm") else z.dtype)
             require_device(f"{name}[{m}]", tensor, z.device)
     require(len(norm_weight) == len(norm_bias), "norm_weight, norm_bias: got one of them, takes both or none")
     require(
@@ -274,8 +272,18 @@ def _check(
     if residual is not None:
         require(
             residual.is_floating_point() and residual.shape == z.shape,
-            f"residual: got {describe(residual)}, takes floating point {list(z.shape)}",
+            lambda: f"residual: got {describe(residual)}, takes floating point {list(z.shape)}",
         )
         require_device("residual", residual, z.device)
     require_vector("gamma", gamma, width, z.device)
     check_keep(keep, sample, z)
+
+
+def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Norms may have any floating-point dtype (``dtype`` None), the others z's."""
+    fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
+    require(
+        fits and tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
+        lambda: f"{name}: got {describe(tensor)}, takes {wanted} {list(shape)}",
+    )

@@ -26,7 +26,7 @@ CONFIG = TransformerConfig(
 
 
 def make_plan() -> RoutePlan:
-    plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, capacity=40)
+    plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE)
     return plan.with_keep(draw_keep([0.0, 0.4], plan.samples, DEVICE))
 
 
@@ -166,10 +166,10 @@ def test_a_wait_that_is_put_into_a_layer_is_noticed(monkeypatch, where, wait):
 
 
 def test_device_plans_have_the_shapes_and_dtypes_of_host_plans():
-    host = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, capacity=40)
+    host = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES)
     assert host.max_length == naive_layout(whole_rows(LENGTHS), SAMPLES).max_length
     with no_synchronization():
-        plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, capacity=40)
+        plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE)
     for item in dataclasses.fields(RoutePlan):
         mine, theirs = getattr(plan, item.name), getattr(host, item.name)
         if isinstance(mine, torch.Tensor):

@@ -1,0 +1,148 @@
+"""What a route plan is built with: checks of its arguments, and the index arithmetic of packed rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require, require_device, require_tensor
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
+    """The sample of each row of each modality; raises unless samples are distinct in a modality and leave no gap."""
+    if samples is None:
+        require(
+            len(set(rows.values())) <= 1,
+            f"samples: got none with {rows} rows, takes the sample of each row where modalities differ in rows",
+        )
+        return {name: list(range(count)) for name, count in rows.items()}
+    require(
+        set(samples) == set(rows), f"samples: got {sorted(samples)}, takes exactly the modalities given, {sorted(rows)}"
+    )
+    result = {name: list(samples[name]) for name in rows}
+    for name, values in result.items():
+        require(
+            len(values) == rows[name], f"samples[{name!r}]: got {len(values)} entries, takes one per row, {rows[name]}"
+        )
+        repeated = sorted(value for value, count in Counter(values).items() if count > 1)
+        require(not repeated, f"samples[{name!r}]: got {repeated} more than once, takes each sample once per modality")
+    used = set().union(*map(set, result.values()))
+    gaps = sorted(set(range(len(used))) - used)
+    require(not gaps, f"samples: got no row for {gaps[:5]}, takes every sample from 0 on in at least one modality")
+    return result
+
+
+def check_masks(masks: Mapping[str, Tensor]) -> None:
+    require(len(masks) > 0, "masks: got none, takes at least one modality")
+    device = next(iter(masks.values())).device
+    for name, mask in masks.items():
+        require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
+        require_device(f"masks[{name!r}]", mask, device)
+
+
+def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> None:
+    require(name in masks, f"positions: got {name!r}, takes modalities of the masks, {list(masks)}")
+    require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
+    shape = list(masks[name].shape)
+    require(list(value.shape) == shape, f"positions[{name!r}]: got {describe(value)}, takes its mask's shape, {shape}")
+    require_device(f"positions[{name!r}]", value, masks[name].device)
+
+
+def check_lengths(
+    lengths: Mapping[str, Sequence[int]], shapes: Sequence[tuple[int, int]], names: Sequence[str]
+) -> None:
+    require(
+        set(lengths) == set(names), f"lengths: got {list(lengths)}, takes the modalities of the masks, {list(names)}"
+    )
+    for name, (rows, width) in zip(names, shapes, strict=True):
+        fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
+        require(
+            fits, f"lengths[{name!r}]: got {list(lengths[name])}, takes one of 0 to {width} for each of {rows} rows"
+        )
+
+
+def check_ids(name: str, ids: Tensor, limit: int) -> None:
+    require_tensor(name, ids, INTEGERS, "[tokens]", 1)
+    message = f"{name}: got an id out of range, takes 0 to {limit - 1}"
+    inside = ((ids >= 0) & (ids < limit)).all()
+    if ids.device.type == "cpu":
+        require(bool(inside), message)
+    else:
+        torch._assert_async(inside, message)
+
+
+def split_counts(values: list[int], counts: Sequence[int]) -> list[list[int]]:
+    parts, start = [], 0
+    for count in counts:
+        parts.append(values[start : start + count])
+        start += count
+    return parts
+
+
+def segment_lengths(
+    names: Sequence[str], lengths: Mapping[str, Sequence[int]], sample_of: Mapping[str, Sequence[int]]
+) -> tuple[list[list[int]], dict[str, list[int]]]:
+    """Segment length of each (modality, sample), and each modality's rows in the order of their samples."""
+    samples = len(set().union(*map(set, sample_of.values())))
+    segments, row_order = [], {}
+    for name in names:
+        row = [0] * samples
+        for sample, length in zip(sample_of[name], lengths[name], strict=True):
+            row[sample] = int(length)
+        segments.append(row)
+        row_order[name] = sorted(range(len(sample_of[name])), key=sample_of[name].__getitem__)
+    return segments, row_order
+
+
+def cumulative_rows(segments: list[list[int]], device: torch.device) -> Tensor:
+    rows, start = [], 0
+    for row in segments:
+        bounds = [start]
+        for length in row:
+            bounds.append(bounds[-1] + length)
+        rows.append(bounds)
+        start = bounds[-1]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
+
+
+def compact_index(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tensor:
+    """The entries of ``index`` whose ``mask[index]`` is True, in order, padded with ``fill``: int64 [capacity]."""
+    chosen = mask[index]
+    target = torch.where(chosen, chosen.cumsum(0) - 1, capacity)
+    return index.new_full((capacity + 1,), fill).scatter_(0, target, index)[:capacity]
+
+
+def full_column(value: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    return torch.full((1, 1), value, dtype=torch.int32, device=device).expand(shape)
+
+
+def per_row(source: Tensor, padded: list[Tensor], inert: int = 0) -> Tensor:
+    """Gather an int32 value of each row from its padded form; inert rows get ``inert``."""
+    tail = torch.full((1,), inert, dtype=torch.int32, device=source.device)
+    return torch.cat([*(tensor.reshape(-1) for tensor in padded), tail])[source]
+
+
+def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:
+    result = position
+    for group, name in enumerate(names):
+        if name in codes:
+            table = codes[name].to(torch.int32)
+            chosen = table[position.clamp(max=table.shape[0] - 1).long()]
+            result = torch.where(modality == group, chosen, result)
+    return result
+
+
+def order_in_sample(cu_seqlens: Tensor, modality: Tensor, sample: Tensor) -> Tensor:
+    """Place of each row in its sample, the modalities one after another."""
+    starts, lengths = cu_seqlens[:, :-1], cu_seqlens.diff(dim=1)
+    shift = (lengths.cumsum(0) - lengths - starts).to(torch.int32)
+    table = torch.cat([shift.flatten(), shift.new_zeros(1)])
+    inert = modality >= cu_seqlens.shape[0]
+    segment = torch.where(inert, shift.numel(), modality * shift.shape[1] + sample)
+    rows = torch.arange(modality.shape[0], dtype=torch.int32, device=modality.device)
+    return torch.where(inert, 0, rows + table[segment.long()])
