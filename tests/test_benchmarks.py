@@ -22,7 +22,7 @@ from benchmarks.support.encoder import EncoderCase, inputs  # noqa: E402
 from benchmarks.support.layer import LayerCase  # noqa: E402
 from benchmarks.support.report import Report  # noqa: E402
 from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
-from benchmarks.support.timing import HostClock, Timing, interleaved, paired  # noqa: E402
+from benchmarks.support.timing import EventClock, HostClock, Timing, interleaved, paired  # noqa: E402
 from benchmarks.support.variants import Budget, Runner, Variant, compiled, trained  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -152,6 +152,29 @@ class TestTiming:
         assert called == ["a", "m"] * 6
         assert len(measured.seconds) == len(against.seconds) == len(measured.cpu) == 5
 
+    def test_events_enclose_the_call_alone(self, monkeypatch):
+        log = []
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                log.append("record")
+
+            def elapsed_time(self, other):
+                return 20.0
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(cycles))
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+        clock = EventClock()
+        log.clear()
+        seconds, host = clock.time(lambda index: log.append(f"call {index}"), 7, lead=0.01)
+        cycles = 15_000_000  # 1.5 x 10 ms at the 1e9 cycles a second that were calibrated
+        assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
+        assert seconds == 0.02 and 0 < host < 1
+
 
 class TestVariants:
     def runner(self, seconds: float = 60.0, no_compile: str | None = None) -> Runner:
@@ -186,7 +209,7 @@ class TestVariants:
         records = self.runner(no_compile="not today").measure(factories)
         assert records["compiled"] == {"skipped": "not today"} and "forward" in records["eager"]
         runner = self.runner()
-        runner.budget.longest_compile = 1000.0
+        runner.budget.compile_seconds["compiled"] = 1000.0
         records = runner.measure(factories)
         assert "budget" in records["compiled"]["skipped"] and "forward" in records["eager"]
         assert all("budget" in record["skipped"] for record in self.runner(-1.0).measure(factories).values())
