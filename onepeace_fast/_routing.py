@@ -13,6 +13,12 @@ from onepeace_fast.checks import describe, require, require_device, require_tens
 INTEGERS = (torch.int32, torch.int64)
 
 
+def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of host values; the copy to a GPU is queued from pinned memory, so that the host does not wait."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:
     """The sample of each row of each modality; raises unless samples are distinct in a modality and leave no gap."""
     if samples is None:
@@ -107,7 +113,7 @@ def cumulative_rows(segments: list[list[int]], device: torch.device) -> Tensor:
             bounds.append(bounds[-1] + length)
         rows.append(bounds)
         start = bounds[-1]
-    return torch.tensor(rows, dtype=torch.int32, device=device)
+    return copy_to_device(rows, torch.int32, device)
 
 
 def compact_index(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tensor:

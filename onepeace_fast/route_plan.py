@@ -27,6 +27,7 @@ from onepeace_fast._routing import (
     check_samples,
     codes_of,
     compact_index,
+    copy_to_device,
     cumulative_rows,
     full_column,
     order_in_sample,
@@ -143,7 +144,7 @@ class RoutePlan:
         for name, (rows, length) in zip(names, shapes, strict=True):
             index = torch.arange(base, base + rows * length, device=device).view(rows, length)
             if row_order[name] != list(range(rows)):
-                index = index[torch.tensor(row_order[name], device=device)]
+                index = index[copy_to_device(row_order[name], torch.int64, device)]
             flat.append(index.roll(-1, 1).flatten())
             base += rows * length
         source = compact_index(torch.cat([m.flatten() for m in masks.values()]), torch.cat(flat), capacity, base)
@@ -160,7 +161,7 @@ class RoutePlan:
         sample = per_row(
             source,
             [
-                torch.tensor(sample_of[name], dtype=torch.int32, device=device)[:, None].expand(shape)
+                copy_to_device(sample_of[name], torch.int32, device)[:, None].expand(shape)
                 for name, shape in zip(names, shapes, strict=True)
             ],
         )
@@ -200,7 +201,7 @@ class RoutePlan:
             longest = max(row_lengths, default=1)
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: got {width}, takes at least the longest row, {longest}")
-            limit = torch.tensor(list(row_lengths), device=device)[:, None]
+            limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
         return cls.from_masks(masks, lengths=lengths, **keywords)
 
@@ -324,6 +325,6 @@ def draw_keep(
 ) -> Tensor:
     """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples], drawn independently."""
     require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
-    kept = 1.0 - torch.tensor(list(rates), dtype=torch.float32, device=device)[:, None, None]
+    kept = 1.0 - copy_to_device(list(rates), torch.float32, device)[:, None, None]
     uniform = torch.rand(len(rates), 2, samples, device=device, generator=generator)
     return (uniform < kept).float() / kept

@@ -34,8 +34,14 @@ def init_truncated_normal(tensor: Tensor) -> Tensor:
 
 
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids."""
-    return x if ids is None else x.gather(1, ids[..., None].expand(-1, -1, x.shape[-1]))
+    """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids.
+
+    An embedding, since its gradient is summed in a fixed order on every device, also where ids repeat.
+    """
+    if ids is None:
+        return x
+    starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return F.embedding(ids + starts, x.flatten(0, 1))
 
 
 class Adapter(nn.Module):
@@ -175,9 +181,10 @@ class ImageAdapter(Adapter):
         if grid == own:
             return self.pos_embed
         cls, patches = self.pos_embed[:1], self.pos_embed[1:]
-        square = patches.reshape(1, own, own, -1).permute(0, 3, 1, 2)
-        square = F.interpolate(square.float(), size=(grid, grid), mode="bicubic").to(patches.dtype)
-        return torch.cat([cls, square.permute(0, 2, 3, 1).reshape(grid * grid, -1)])
+        # As a matrix, since the gradient of interpolate is not summed in a fixed order on a GPU.
+        unit = torch.eye(own * own, device=patches.device).view(1, own * own, own, own)
+        weights = F.interpolate(unit, size=(grid, grid), mode="bicubic").view(own * own, grid * grid)
+        return torch.cat([cls, (weights.t() @ patches.float()).to(patches.dtype)])
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embed [batch, 3, side, side] to [batch, 1 + (side / 16)**2, embed_dim]; with ``ids`` only those positions."""

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onepeace_fast._routing import copy_to_device
 from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
@@ -373,10 +374,10 @@ def _rows_in(full: RoutePlan, kept: RoutePlan) -> Tensor:
     device = full.source.device
     row_of = torch.empty(full.padded_rows + 1, dtype=torch.int64, device=device)
     row_of[full.source] = torch.arange(full.capacity, device=device)
-    kept_starts = torch.tensor(_starts([r * w for r, w in kept.padded_shapes]), device=device)
-    full_starts = torch.tensor(_starts([r * w for r, w in full.padded_shapes]), device=device)
-    kept_widths = torch.tensor([w for _, w in kept.padded_shapes], device=device)
-    full_widths = torch.tensor([w for _, w in full.padded_shapes], device=device)
+    kept_starts = copy_to_device(_starts([r * w for r, w in kept.padded_shapes]), torch.int64, device)
+    full_starts = copy_to_device(_starts([r * w for r, w in full.padded_shapes]), torch.int64, device)
+    kept_widths = copy_to_device([w for _, w in kept.padded_shapes], torch.int64, device)
+    full_widths = copy_to_device([w for _, w in full.padded_shapes], torch.int64, device)
     modality = kept.modality.long()
     row = (kept.source - kept_starts[modality]) // kept_widths[modality]
     return row_of[full_starts[modality] + row * full_widths[modality] + kept.position]
@@ -386,5 +387,5 @@ def _position_index(plan: RoutePlan, decoder: Stack) -> tuple[Tensor, Tensor]:
     """Index into, and the concatenation of, the decoder's position tables of the plan's modalities."""
     widths = [width for _, width in plan.padded_shapes]
     tables = [decoder.adapter(n).position_table(w) for n, w in zip(plan.modalities, widths, strict=True)]
-    starts = torch.tensor(_starts(widths), dtype=torch.int32, device=plan.source.device)
+    starts = copy_to_device(_starts(widths), torch.int32, plan.source.device)
     return starts[plan.modality.long()] + plan.position, torch.cat(tables)

@@ -1,0 +1,170 @@
+"""What attention's specification walks: packed samples in groups, and the bias entry of every pair of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import require
+from onepeace_fast.relative_position import CLS_ENTRIES
+
+PAIRS_OF_A_GROUP = 2**13
+
+
+class Group(NamedTuple):
+    """N samples side by side: the rows of their tokens, int64 [N, L], or one slice of rows where N is 1.
+
+    ``valid`` bool [N, L] marks real tokens, None where all are; padding is written to a spare row.
+    """
+
+    rows: Tensor | slice
+    valid: Tensor | None
+
+    def gather(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [N, L, ...]; padding repeats row 0."""
+        return x[self.rows].unsqueeze(0) if isinstance(self.rows, slice) else x[self.rows]
+
+    def read(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [N, L, ...]; padding is zero, so that a NaN in row 0 stays in its own sample."""
+        tokens = self.gather(x)
+        if self.valid is None:
+            return tokens
+        return tokens.masked_fill(~self.valid.view(*self.valid.shape, *(1,) * (x.dim() - 1)), 0)
+
+    def scatter(self, x: Tensor, value: Tensor) -> None:
+        """Store [N, L, ...] at its rows of x, whose last row is spare."""
+        if isinstance(self.rows, slice):
+            x[self.rows] = value[0]
+        else:
+            rows = self.rows if self.valid is None else torch.where(self.valid, self.rows, x.shape[0] - 1)
+            x[rows] = value.to(x.dtype)
+
+
+def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
+    """Samples to compute at once: on a CPU by length, elsewhere all, at ``max_length``, so that nothing is read."""
+    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
+    totals = lengths.sum(0)
+    if cu_seqlens.shape[1] == 1:
+        return
+    if cu_seqlens.device.type != "cpu":
+        yield Group(*_padded_rows(starts, lengths, max_length or int(totals.max())))
+        return
+    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), totals.tolist()
+    for samples in _by_length(host_totals):
+        first, longest = samples[0], host_totals[samples[-1]]
+        parts = [(start, start + n) for start, n in zip(host_starts[first], host_lengths[first], strict=True) if n]
+        if len(samples) == 1 and len(parts) == 1:
+            yield Group(slice(*parts[0]), None)
+        else:
+            rows, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
+            yield Group(rows, None if host_totals[first] == longest else valid)
+
+
+def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
+    """Samples in groups of similar length; a group has so few pairs that padding costs less than a step of Python."""
+    group: list[int] = []
+    for sample in sorted((s for s, total in enumerate(totals) if total), key=totals.__getitem__):
+        if group and (len(group) + 1) * totals[sample] ** 2 > PAIRS_OF_A_GROUP:
+            yield group
+            group = []
+        group.append(sample)
+    if group:
+        yield group
+
+
+def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """Rows of each sample's tokens, its modalities one after another, and which are real: [samples, longest] each."""
+    place = torch.arange(longest, device=starts.device)
+    before = lengths.cumsum(0) - lengths
+    rows = torch.zeros(lengths.shape[1], longest, dtype=torch.int64, device=starts.device)
+    for start, length, first in zip(starts, lengths, before, strict=True):
+        within = place - first[:, None]
+        rows = torch.where((within >= 0) & (within < length[:, None]), start[:, None] + within, rows)
+    return rows, place < lengths.sum(0)[:, None]
+
+
+class PairBias(NamedTuple):
+    """All modalities' vectors side by side, [heads, entries], a zero last, and each row's way into them, [rows]."""
+
+    vectors: Tensor
+    starts: list[int]
+    modality: Tensor
+    is_cls: Tensor
+    code: Tensor
+    equal_code_entry: Tensor
+    cls_entry: Tensor
+
+    def index(self, group: Group) -> Tensor:
+        """Entry of every pair of tokens, queries before keys: int64 [N, L, L]."""
+        code, is_cls, modality = (group.gather(x) for x in (self.code, self.is_cls, self.modality))
+        entry, cls_entry = group.gather(self.equal_code_entry), group.gather(self.cls_entry)
+        index = (code + entry).unsqueeze(-1) - code.unsqueeze(-2)
+        as_query = torch.where(is_cls, cls_entry + 2, cls_entry)
+        index = torch.where(is_cls.unsqueeze(-2), (cls_entry + 1).unsqueeze(-1), index)
+        index = torch.where(is_cls.unsqueeze(-1), as_query.unsqueeze(-2), index)
+        if len(self.starts) > 2:
+            index = torch.where(modality.unsqueeze(-1) == modality.unsqueeze(-2), index, self.starts[-1])
+        return index
+
+    def values(self, index: Tensor) -> Tensor:
+        """The bias of every pair: [N, heads, L, L]."""
+        heads = self.vectors.shape[0]
+        return self.vectors.index_select(1, index.flatten()).view(heads, *index.shape).movedim(0, 1)
+
+
+def pair_bias(
+    bias: Sequence[Tensor],
+    modality: Tensor,
+    code: Tensor,
+    is_cls: Tensor,
+    code_offsets: Sequence[int],
+    dtype: torch.dtype,
+) -> PairBias | None:
+    """Join the vectors of all modalities so that one index reaches any of them; None without a bias."""
+    if not bias:
+        return None
+    starts = [0]
+    for vector in bias:
+        starts.append(starts[-1] + vector.shape[1])
+    if code.device.type == "cpu":
+        _check_codes(bias, modality, code, is_cls, code_offsets)
+    zero = bias[0].new_zeros(bias[0].shape[0], 1)
+    equal = [start + offset for start, offset in zip(starts[:-1], code_offsets, strict=True)]
+    cls = [stop - CLS_ENTRIES for stop in starts[1:]]
+    look_up = [_by_modality(modality, entries) for entries in (equal, cls)]
+    return PairBias(torch.cat([*bias, zero], dim=1).to(dtype), starts, modality, is_cls, code.long(), *look_up)
+
+
+def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
+    """The value of each row's modality, int64 [rows]; inert rows get 0. No table is copied to the device."""
+    result = torch.zeros_like(modality, dtype=torch.int64)
+    for m, value in enumerate(values):
+        result = torch.where(modality == m, value, result)
+    return result
+
+
+def _check_codes(
+    bias: Sequence[Tensor], modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
+) -> None:
+    """Raise where two codes of a modality differ by more than its vector covers; the host can read them on a CPU."""
+    for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
+        codes = code[(modality == m) & ~is_cls]
+        span = int(codes.max() - codes.min()) if codes.numel() else 0
+        covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
+        require(
+            span <= covered,
+            lambda m=m, span=span, covered=covered: (
+                f"code: got codes of modality {m} that differ by {span}, takes at most {covered}, what bias[{m}] covers"
+            ),
+        )
+
+
+def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
+    """Sum [heads, pairs] into [heads, size] by the pairs' index, in the same order every time on every device."""
+    if values.device.type == "cpu":
+        return values.new_zeros(values.shape[0], size).scatter_add_(1, index.expand_as(values), values)
+    # On a GPU scatter_add is atomic; an accumulating index_put sorts first.
+    return values.new_zeros(size, values.shape[0]).index_put_((index,), values.t(), accumulate=True).t()
