@@ -54,6 +54,11 @@ class GeGLU(nn.Module):
         return F.gelu(self.wi_0(z)) * self.wi_1(z)
 
 
+def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm of packed rows by the parameters of a module."""
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+
+
 def feed_forward(config: TransformerConfig) -> nn.Sequential:
     """One modality's FFN; the identity keeps upstream's numbering: GeGLU 0, Sub-LayerNorm 2, output projection 3."""
     norm = nn.LayerNorm(config.ffn_embed_dim) if config.ffn_layer_norm else nn.Identity()
@@ -99,12 +104,13 @@ class TransformerLayer(nn.Module):
         ``bias`` holds the modalities' expanded vectors, ``keep`` float32 [2, S] DropPath's factors of the two branches,
         ``seeds`` int64 [2] those of dropout.
         """
-        attention, norm = self.self_attn, self.self_attn_layer_norm
-        keeps, seeds = keep if keep is not None else (None, None), seeds if seeds is not None else (None, None)
-        sample = plan.sample if keep is not None else None
-        dropout = self.dropout if seeds[0] is not None else 0.0
+        attention = self.self_attn
+        keeps = (None, None) if keep is None else keep
+        seeds = (None, None) if seeds is None else seeds
+        sample = None if keep is None else plan.sample
+        dropout = 0.0 if seeds[0] is None else self.dropout
 
-        z = layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+        z = normalized(x, self.self_attn_layer_norm)
         attended = relative_bias_attention(
             attention.project(z),
             cu_seqlens=plan.cu_seqlens,
@@ -116,11 +122,11 @@ class TransformerLayer(nn.Module):
             head_scale=attention.c_attn,
             max_length=plan.max_length,
         ).flatten(1)
-        for sub_norm, projection in ((attention.ln, attention.out_proj), (self.attn_ln, None)):
-            if sub_norm is not None:
-                attended = layer_norm(attended, sub_norm.weight, sub_norm.bias, eps=sub_norm.eps)
-            if projection is not None:
-                attended = projection(attended)
+        if attention.ln is not None:
+            attended = normalized(attended, attention.ln)
+        attended = attention.out_proj(attended)
+        if self.attn_ln is not None:
+            attended = normalized(attended, self.attn_ln)
 
         norm = self.final_layer_norm
         x, z = residual_layer_norm(

@@ -1,0 +1,52 @@
+"""Models as files: what is written is read back, and what cannot be read is refused in one line."""
+
+import pytest
+import torch
+from models._small import small_model
+
+from onepeace_fast import OnePeacePretrain
+from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
+
+
+def same(a: OnePeacePretrain, b: OnePeacePretrain) -> bool:
+    pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
+    return all(m == n and torch.equal(p, q) for (m, p), (n, q) in pairs)
+
+
+def test_a_saved_model_is_loaded_unchanged(tmp_path):
+    model = small_model("fused", dtype=torch.float32)
+    model.save(tmp_path / "new" / "folder")
+    loaded = OnePeacePretrain.load(tmp_path / "new" / "folder", backend="reference")
+    assert loaded.config == model.config and same(loaded, model)
+    assert loaded.encoder_wrapper.resolved_backend == "reference"
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
+
+
+def test_saving_again_replaces_the_files(tmp_path):
+    first, second = (small_model("fused", dtype=torch.float32, seed=seed) for seed in (1, 2))
+    first.save(tmp_path)
+    second.save(tmp_path)
+    assert same(OnePeacePretrain.load(tmp_path), second)
+
+
+def test_a_save_that_fails_leaves_the_last_one_whole(tmp_path, monkeypatch):
+    model = small_model("fused", dtype=torch.float32)
+    model.save(tmp_path)
+
+    def full_disk(tensors, path):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("onepeace_fast.models.upstream.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        small_model("fused", dtype=torch.float32, seed=3).save(tmp_path)
+    assert same(OnePeacePretrain.load(tmp_path), model)
+
+
+@pytest.mark.parametrize("missing", [CONFIG_FILE, WEIGHTS_FILE])
+def test_a_folder_that_save_did_not_write_is_refused(missing, tmp_path):
+    small_model("fused", dtype=torch.float32).save(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(ValueError, match=f"^directory: got .* without {missing}, takes one that save") as caught:
+        OnePeacePretrain.load(tmp_path)
+    assert "\n" not in str(caught.value)
