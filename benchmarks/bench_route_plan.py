@@ -61,7 +61,7 @@ def layer_call(case: EncoderCase) -> Callable[[], torch.Tensor]:
 def test_route_plan(tokens: int, name: str, benchmark: Any, report: Report, case_seconds: float) -> None:
     """One way to build a plan, with a timed layer before every round."""
     case = EncoderCase(shape_of(tokens), SIZES)
-    plan, layer = paired(benchmark, builder(name, case), layer_call(case), seconds=case_seconds / 6, rounds=30)
+    plan, layer = paired(benchmark, builder(name, case), layer_call(case), seconds=case_seconds / 6, rounds=30, least=7)
     share = plan.median / layer.median
     verdict = "met" if share < GOAL else "missed"
     measured = {

@@ -67,7 +67,9 @@ def tiny_shapes() -> list[Shape]:
     ]
 
 
-def measure_shape(shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int):
+def measure_shape(
+    shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int
+) -> dict[str, Any]:
     """Everything of one shape: the layer, the routed FFN, the bias."""
     result: dict[str, Any] = {
         "name": shape.name,

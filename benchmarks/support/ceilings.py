@@ -9,7 +9,9 @@ import torch
 from benchmarks.support.timing import Clock, interleaved
 
 
-def ceilings(device: torch.device, dtype: torch.dtype, clock: Clock, *, side: int, copy_bytes: int, rounds: int):
+def ceilings(
+    device: torch.device, dtype: torch.dtype, clock: Clock, *, side: int, copy_bytes: int, rounds: int
+) -> dict[str, dict[str, Any]]:
     """Bandwidth of a device copy, bytes read plus bytes written, and the rate of a square product; errors as text."""
     calls, amounts = {}, {}
 

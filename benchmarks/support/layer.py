@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ class LayerCase:
         """Building the bias once for all layers, and the gradient of its tables, in both layouts."""
         tables = [table.weight for a in self.stack.adapters.values() for table in a.rel_pos_table_list]
 
-        def built(build) -> Factory:
+        def built(build: Callable[[], Sequence[Tensor]]) -> Factory:
             def factory() -> Variant:
                 gradients = [torch.randn_like(tensor) for tensor in build()]
                 return Variant(lambda _: build(), lambda _: torch.autograd.grad(build(), tables, gradients))

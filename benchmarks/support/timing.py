@@ -149,11 +149,17 @@ def interleaved(
 
 
 def paired(
-    benchmark: Any, measured: Callable[[], object], against: Callable[[], object], *, seconds: float, rounds: int
+    benchmark: Any,
+    measured: Callable[[], object],
+    against: Callable[[], object],
+    *,
+    seconds: float,
+    rounds: int,
+    least: int = 3,
 ) -> tuple[Timing, Timing]:
     """Time ``measured`` by pytest-benchmark, with a timed run of ``against`` before each of its rounds.
 
-    As many rounds as fit into about ``seconds``, 3 at least and ``rounds`` at most. Returns both timings.
+    As many rounds as fit into about ``seconds``, ``least`` at least and ``rounds`` at most. Returns both timings.
     """
     timings = Timing(), Timing()
 
@@ -170,7 +176,7 @@ def paired(
     benchmark.pedantic(
         lambda: timed(measured, timings[0]),
         setup=lambda: timed(against, timings[1]),
-        rounds=max(3, min(rounds, fitting)),
+        rounds=max(least, min(rounds, fitting)),
         iterations=1,
     )
     return timings

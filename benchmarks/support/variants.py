@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.support.timing import Clock, describe_error, interleaved
 
 MODES = ("forward", "forward_backward")
+FIRST_COMPILE_SECONDS = 20.0  # what a variant that was never compiled is taken to need
 
 
 @dataclass
@@ -77,22 +78,25 @@ class Budget:
     def __init__(self, seconds: float, no_compile: str | None = None) -> None:
         self.stop = self.section_stop = time.perf_counter() + seconds
         self.no_compile = no_compile
-        self.longest_compile = 0.0
+        self.compile_seconds: dict[str, float] = {}
 
     def section(self, left: int) -> None:
         """Begin a section; ``left`` counts it and those that follow."""
         now = time.perf_counter()
         self.section_stop = now + max(self.stop - now, 0.0) / left
 
-    def refusal(self, is_compiled: bool) -> str | None:
-        """Why a variant must be left out, or None."""
+    def refusal(self, name: str, is_compiled: bool) -> str | None:
+        """Why a variant must be left out, or None; it is taken to compile as long as it did for the last shape."""
         now = time.perf_counter()
         if now > self.stop:
             return "left out: the time budget was used up"
         if is_compiled and self.no_compile:
             return self.no_compile
-        if is_compiled and now + self.longest_compile > self.section_stop:
-            return f"left out: compiling took up to {self.longest_compile:.0f} s and its share of the time budget less"
+        expected = self.compile_seconds.get(name, FIRST_COMPILE_SECONDS)
+        if is_compiled and now + expected > self.section_stop:
+            return (
+                f"left out: compiling may take {expected:.0f} s, and this shape's share of the time budget is used up"
+            )
         return None
 
 
@@ -116,12 +120,12 @@ class Runner:
         expected: dict[str, Tensor] = {}
         for name in sorted(factories, key=lambda name: name != base):  # the base first, else in order
             record = records[name]
-            if reason := self.budget.refusal(getattr(factories[name], "is_compiled", False)):
+            if reason := self.budget.refusal(name, getattr(factories[name], "is_compiled", False)):
                 record["skipped"] = reason
                 continue
             try:
                 variant = factories[name]()
-                found = self._first_run(variant, record)
+                found = self._first_run(name, variant, record)
                 if name == base:
                     expected = found
                 else:
@@ -145,7 +149,7 @@ class Runner:
             records[name]["error"] = f"{mode}: {error}"
         return records
 
-    def _first_run(self, variant: Variant, record: dict[str, Any]) -> dict[str, Tensor]:
+    def _first_run(self, name: str, variant: Variant, record: dict[str, Any]) -> dict[str, Tensor]:
         """Run both modes once, which compiles what must be compiled; returns what can be compared, in packed order."""
         start, found = time.perf_counter(), {}
         output = variant.forward(0)
@@ -160,7 +164,7 @@ class Runner:
             torch.cuda.synchronize()
         if variant.compiled:
             record["compile_seconds"] = round(time.perf_counter() - start, 2)
-            self.budget.longest_compile = max(self.budget.longest_compile, record["compile_seconds"])
+            self.budget.compile_seconds[name] = record["compile_seconds"]
         return found
 
     def _compare(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], record: dict[str, Any]) -> None:

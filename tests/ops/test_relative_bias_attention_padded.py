@@ -34,7 +34,7 @@ def padded(monkeypatch):
         asked |= elsewhere != source
         copy = types.ModuleType(full_name)
         monkeypatch.setitem(sys.modules, full_name, copy)
-        exec(compile(elsewhere, full_name, "exec"), copy.__dict__)
+        exec(compile(elsewhere, f"<{full_name}>", "exec"), copy.__dict__)
     assert asked, "the specification no longer asks for the CPU: test what it asks for instead"
     return copy
 
