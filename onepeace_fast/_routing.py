@@ -13,9 +13,9 @@ from onepeace_fast.checks import describe, require, require_device, require_tens
 INTEGERS = (torch.int32, torch.int64)
 
 
-def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A tensor of host values; the copy to a GPU is queued from pinned memory, so that the host does not wait."""
-    tensor = torch.tensor(values, dtype=dtype)
+    device, tensor = torch.device(device), torch.tensor(values, dtype=dtype)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
@@ -44,6 +44,7 @@ def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] 
 
 
 def check_masks(masks: Mapping[str, Tensor]) -> None:
+    """Raise unless masks are bool matrices on one device, at least one of them."""
     require(len(masks) > 0, "masks: got none, takes at least one modality")
     device = next(iter(masks.values())).device
     for name, mask in masks.items():
@@ -52,6 +53,7 @@ def check_masks(masks: Mapping[str, Tensor]) -> None:
 
 
 def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> None:
+    """Raise unless position ids are a matrix of integers of their mask's shape."""
     require(name in masks, f"positions: got {name!r}, takes modalities of the masks, {list(masks)}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
@@ -62,6 +64,7 @@ def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> No
 def check_lengths(
     lengths: Mapping[str, Sequence[int]], shapes: Sequence[tuple[int, int]], names: Sequence[str]
 ) -> None:
+    """Raise unless lengths fit the masks row by row."""
     require(
         set(lengths) == set(names), f"lengths: got {list(lengths)}, takes the modalities of the masks, {list(names)}"
     )
@@ -73,6 +76,7 @@ def check_lengths(
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
+    """Raise unless ids are integers from 0 to ``limit`` - 1; off the CPU the device asserts it."""
     require_tensor(name, ids, INTEGERS, "[tokens]", 1)
     message = f"{name}: got an id out of range, takes 0 to {limit - 1}"
     inside = ((ids >= 0) & (ids < limit)).all()
@@ -83,6 +87,7 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
 
 
 def split_counts(values: list[int], counts: Sequence[int]) -> list[list[int]]:
+    """Cut a list into parts of these lengths."""
     parts, start = [], 0
     for count in counts:
         parts.append(values[start : start + count])
@@ -106,6 +111,7 @@ def segment_lengths(
 
 
 def cumulative_rows(segments: list[list[int]], device: torch.device) -> Tensor:
+    """First row of every segment and, last in each row, the end: int32 [modalities, samples + 1]."""
     rows, start = [], 0
     for row in segments:
         bounds = [start]
@@ -124,6 +130,7 @@ def compact_index(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tens
 
 
 def full_column(value: int, shape: tuple[int, int], device: torch.device) -> Tensor:
+    """A value for every token of a padded shape, without memory of its own."""
     return torch.full((1, 1), value, dtype=torch.int32, device=device).expand(shape)
 
 
@@ -134,6 +141,7 @@ def per_row(source: Tensor, padded: list[Tensor], inert: int = 0) -> Tensor:
 
 
 def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:
+    """Code of each row: its position, or the entry of its modality's table of codes."""
     result = position
     for group, name in enumerate(names):
         if name in codes:

@@ -28,6 +28,12 @@ def _require_positive_integers(config: object, *names: str) -> None:
             raise ValueError(f"{name}: got {value!r}, takes a positive integer")
 
 
+def _require_bucket_size(config: object) -> None:
+    _require_positive_integers(config, "bucket_size")
+    if config.bucket_size < 2:
+        raise ValueError(f"bucket_size: got {config.bucket_size}, takes at least 2")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextAdapterConfig:
     """Token embedding, learned positions and, with ``use_bias``, a 1-D relative position bias."""
@@ -36,7 +42,7 @@ class TextAdapterConfig:
     use_bias: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive_integers(self, "bucket_size")
+        _require_bucket_size(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +69,8 @@ class AudioAdapterConfig:
     use_bias: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive_integers(self, "bucket_size", "position_layers", "position_width", "position_groups")
+        _require_bucket_size(self)
+        _require_positive_integers(self, "position_layers", "position_width", "position_groups")
         layers = self.feature_layers
         if not layers or not all(len(layer) == 3 and all(map(_is_positive_integer, layer)) for layer in layers):
             raise ValueError(
@@ -156,7 +163,7 @@ class OnePeaceConfig:
             raise ValueError(
                 f"decoder: got modalities {sorted(extra)} that the encoder lacks, takes a subset of its own"
             )
-        if self.vocab_size < 4:
+        if not _is_positive_integer(self.vocab_size) or self.vocab_size < 4:
             raise ValueError(f"vocab_size: got {self.vocab_size}, takes at least the 4 specials")
 
     def save(self, path: str | Path) -> None:
@@ -238,6 +245,8 @@ _NO_EFFECT = {
 
 
 def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: got {values!r}, takes a section of upstream's model YAML")
     defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
     if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
         raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")

@@ -112,7 +112,8 @@ class RoutePlan:
             samples: the sample of each row; by default rows are samples 0 to B_m - 1.
             lengths: number of True in each row, where the host knows it; otherwise one synchronisation reads them all.
             capacity: rows to allocate, at least the number of real rows, which is the default; with it the plan may be
-                refilled by ``copy_``, so it holds no ``row_counts``, and ``max_length`` bounds every batch.
+                refilled by ``copy_``, so it holds no ``row_counts``, and ``max_length`` bounds every batch. Capturing
+                it in a graph needs kernels: the specifications read the counts on the host.
 
         Raises:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
@@ -228,9 +229,11 @@ class RoutePlan:
             is_cls: bool [T]; by default none is CLS.
             max_position: largest position id, where it is not T - 1.
 
-        Ids are checked here on a CPU, and by an assertion on the device elsewhere.
+        Ids are checked here on a CPU, and by an assertion on the device elsewhere. The plan holds no host counts: the
+        specifications, which serve until kernels read ``offsets`` on the device, read them on the host in every op.
         """
         require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
+        require(samples > 0, f"samples: got {samples}, takes a positive number")
         count, device, groups = modality_ids.shape[0], modality_ids.device, len(modalities)
         sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
         positions = torch.arange(count, device=device) if positions is None else positions
@@ -265,18 +268,17 @@ class RoutePlan:
         )
 
     def pack(self, padded: Mapping[str, Tensor] | Tensor) -> Tensor:
-        """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows hold any token."""
+        """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows are zero."""
         tensors = [padded] if isinstance(padded, Tensor) else [padded[name] for name in self.modalities]
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-        matrix = flat[0] if len(flat) == 1 else torch.cat(flat)
+        count = sum(part.shape[0] for part in flat)
         require(
-            matrix.shape[0] == self.padded_rows,
-            f"padded: got {matrix.shape[0]} tokens, takes the {self.padded_rows} that the plan was built from",
+            count == self.padded_rows,
+            lambda: f"padded: got {count} tokens, takes the {self.padded_rows} that the plan was built from",
         )
-        if not self.padded_rows:
-            return matrix.new_zeros(self.capacity, matrix.shape[1])
+        matrix = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])
         # The gradient of an embedding is summed in a fixed order on every device; that of index_select is not.
-        return F.embedding(self.source.clamp(max=self.padded_rows - 1), matrix)
+        return F.embedding(self.source, matrix)
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Scatter rows: [C, d] to {modality: [B_m, L_m, d]}, CLS first, padding zero."""

@@ -33,6 +33,14 @@ def init_truncated_normal(tensor: Tensor) -> Tensor:
     return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
 
 
+def init_linear(linear: nn.Linear) -> nn.Linear:
+    """Truncated normal weights, zero bias."""
+    init_truncated_normal(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
     """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids.
 
@@ -50,6 +58,7 @@ class Adapter(nn.Module):
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
         super().__init__()
         self.cls_embedding = nn.Parameter(init_truncated_normal(torch.empty(1, 1, embed_dim)))
+        self._dense_index: Tensor | None = None
         if tables:
             self.rel_pos_table_list = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(tables))
             for table in self.rel_pos_table_list:
@@ -77,15 +86,28 @@ class Adapter(nn.Module):
         return [F.embedding(index, table.weight).t().contiguous() for table in self.rel_pos_table_list]
 
     def dense_table_index(self, width: int) -> Tensor:
-        """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width]."""
+        """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].
+
+        The last one is kept, as upstream keeps its largest.
+        """
         index = self.vector_index(width)
+        kept = self._dense_index
+        if kept is not None and kept.shape[0] == width and kept.device == index.device:
+            return kept
         position = torch.arange(width, device=index.device)
         codes = self.codes(width)
         code = position if codes is None else codes
-        return index[dense_index(code, position == 0, self.code_offset(width), index.shape[0])]
+        self._dense_index = index[dense_index(code, position == 0, self.code_offset(width), index.shape[0])]
+        return self._dense_index
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether this modality has a relative position bias."""
+        return hasattr(self, "rel_pos_table_list")
 
     def reset_tables(self) -> None:
         """Recompute what follows from the configuration alone and no checkpoint holds."""
+        self._dense_index = None
 
 
 class SeriesAdapter(Adapter):
@@ -100,6 +122,7 @@ class SeriesAdapter(Adapter):
         return series_vector_index(self.series_index, self.bucket_size, width)
 
     def reset_tables(self) -> None:
+        super().reset_tables()
         self.series_index.copy_(series_index(self.bucket_size))
 
 
@@ -184,7 +207,9 @@ class ImageAdapter(Adapter):
         # As a matrix, since the gradient of interpolate is not summed in a fixed order on a GPU.
         unit = torch.eye(own * own, device=patches.device).view(1, own * own, own, own)
         weights = F.interpolate(unit, size=(grid, grid), mode="bicubic").view(own * own, grid * grid)
-        return torch.cat([cls, (weights.t() @ patches.float()).to(patches.dtype)])
+        with torch._C._DisableAutocast():
+            resampled = weights.t() @ patches.float()
+        return torch.cat([cls, resampled.to(patches.dtype)])
 
     def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embed [batch, 3, side, side] to [batch, 1 + (side / 16)**2, embed_dim]; with ``ids`` only those positions."""
@@ -255,7 +280,7 @@ class AudioAdapter(SeriesAdapter):
                 FeatureExtractor(self.feature_layers),
                 nn.Identity(),
                 nn.LayerNorm(channels),
-                nn.Linear(channels, embed_dim),
+                init_linear(nn.Linear(channels, embed_dim)),
             )
             self.embed_positions = PositionConvolutions(
                 embed_dim, config.position_layers, config.position_width, config.position_groups

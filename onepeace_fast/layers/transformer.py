@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.adapters import init_truncated_normal
+from onepeace_fast.layers.adapters import init_linear
+from onepeace_fast.layers.padded_layer import Spans, encode_layer
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan
 
@@ -94,16 +95,28 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        plan: RoutePlan,
-        bias: Sequence[Tensor],
+        route: RoutePlan | Spans,
+        bias: Sequence[Tensor] | Tensor | None,
         keep: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
-        """Packed rows [C, dim] to the same shape.
+        """One layer over packed rows [C, dim], or over a padded batch [length, batch, dim]; the same shape comes out.
 
-        ``bias`` holds the modalities' expanded vectors, ``keep`` float32 [2, S] DropPath's factors of the two branches,
-        ``seeds`` int64 [2] those of dropout.
+        Args:
+            x: the tokens.
+            route: the plan of packed rows, or the spans of a padded sequence.
+            bias: the modalities' expanded vectors, or the dense bias [batch, heads, length, length].
+            keep: float32 [2, S], DropPath's factors of the two branches.
+            seeds: int64 [2], dropout's seeds of the two branches of packed rows.
         """
+        if isinstance(route, RoutePlan):
+            return self.packed(x, route, bias, keep, seeds)
+        return encode_layer(self, x, bias, route, keep, self.dropout if self.training else 0.0)
+
+    def packed(
+        self, x: Tensor, plan: RoutePlan, bias: Sequence[Tensor], keep: Tensor | None, seeds: Tensor | None
+    ) -> Tensor:
+        """The layer over packed rows, by the four ops."""
         attention = self.self_attn
         keeps = (None, None) if keep is None else keep
         seeds = (None, None) if seeds is None else seeds
@@ -168,14 +181,13 @@ class Transformer(nn.Module):
             self.add_module(f"{modality}_layer_norm", nn.LayerNorm(config.embed_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init_truncated_normal(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+                init_linear(module)
 
     @property
     def drop_path_rates(self) -> list[float]:
         """DropPath's probability of each layer, growing linearly from 0 to the configured rate."""
-        return torch.linspace(0, self.config.drop_path_rate, len(self.layers), device="cpu").tolist()
+        last = max(len(self.layers) - 1, 1)
+        return [self.config.drop_path_rate * layer / last for layer in range(len(self.layers))]
 
     def final_norm(self, modality: str) -> nn.LayerNorm:
         """The final LayerNorm of a modality."""

@@ -28,11 +28,11 @@ class HostRead:
 
     def fetch(self) -> None:
         """Copy everything registered: the only synchronisation."""
-        device = next((tensor.device for tensor in self._tensors if tensor.device.type != "cpu"), None)
-        flat = torch.cat([tensor.to(device) for tensor in self._tensors]).tolist()
+        away = [tensor for tensor in self._tensors if tensor.device.type != "cpu"]
+        flat = iter(torch.cat(away).tolist() if away else ())
         for tensor in self._tensors:
-            self._values.append(flat[: tensor.numel()])
-            del flat[: tensor.numel()]
+            here = tensor.device.type == "cpu"
+            self._values.append(tensor.tolist() if here else [next(flat) for _ in range(tensor.numel())])
 
     def __getitem__(self, place: int) -> list[int]:
         return self._values[place]
@@ -170,7 +170,7 @@ def _check_image(image: Tensor, adapter: nn.Module, dtype: torch.dtype) -> Tenso
     side, largest = image.shape[2], adapter.bias_grid * PATCH
     fits = image.shape[1] == 3 and side == image.shape[3] and side > 0 and side % PATCH == 0
     require(fits, f"image: got {describe(image)}, takes a square [rows, 3, side, side] with side a multiple of {PATCH}")
-    bounded = not hasattr(adapter, "rel_pos_table_list") or side <= largest
+    bounded = not adapter.has_bias or side <= largest
     require(
         bounded, f"image: got side {side}, takes at most {largest}: the bias table covers {adapter.bias_grid} patches"
     )

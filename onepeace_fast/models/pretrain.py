@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from onepeace_fast._routing import copy_to_device
 from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapters import init_truncated_normal
+from onepeace_fast.layers.adapters import init_linear, init_truncated_normal
 from onepeace_fast.models import upstream
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss
@@ -24,6 +25,7 @@ from onepeace_fast.route_plan import RoutePlan
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
+TASKS = ("encode", "embed", "reconstruct", "vision_language_loss", "audio_language_loss")
 
 
 class OnePeacePretrain(nn.Module):
@@ -44,12 +46,17 @@ class OnePeacePretrain(nn.Module):
         self.decoder_wrapper = Stack(decoder, backend)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         for name in encoder.modalities:
-            self.add_module(f"{name}_proj", _linear(encoder.embed_dim, encoder.embed_dim))
+            self.add_module(f"{name}_proj", init_linear(nn.Linear(encoder.embed_dim, encoder.embed_dim)))
             if name in decoder.modalities:
-                self.add_module(f"decoder_{name}_embed", _linear(encoder.embed_dim, decoder.embed_dim))
+                self.add_module(f"decoder_{name}_embed", init_linear(nn.Linear(encoder.embed_dim, decoder.embed_dim)))
                 token = nn.Parameter(init_truncated_normal(torch.empty(1, decoder.embed_dim)))
                 self.register_parameter(f"{name}_mask_token", token)
-                self.add_module(f"{name}_mask_head", _linear(decoder.embed_dim, encoder.embed_dim))
+                self.add_module(f"{name}_mask_head", init_linear(nn.Linear(decoder.embed_dim, encoder.embed_dim)))
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        """Call a method by its name, one of ``TASKS``, so that DistributedDataParallel and hooks see it."""
+        require(task in TASKS, f"task: got {task!r}, takes one of {', '.join(TASKS)}")
+        return getattr(self, task)(**inputs)
 
     def encode(
         self,
@@ -297,10 +304,13 @@ class OnePeacePretrain(nn.Module):
             visible = self.get_submodule(f"decoder_{name}_embed")(encoded[name])
             rows, width, dim = visible.shape[0], part.width, visible.shape[2]
             x = self.get_parameter(f"{name}_mask_token").to(visible.dtype).repeat(rows * width, 1)
-            places = part.ids + torch.arange(rows, device=x.device)[:, None] * width
-            x = x.index_copy(0, places[part.valid], visible[part.valid]).view(rows, width, dim)
-            x = x + decoder.adapter(name).position_table(width)
-            embedded[name] = x * batch.valid.masks[name][..., None].to(x.dtype)
+            real = part.valid.flatten().nonzero().squeeze(1)
+            places = (part.ids + torch.arange(rows, device=x.device)[:, None] * width).flatten()[real]
+            x[places] = visible.flatten(0, 1)[real]
+            x = x.view(rows, width, dim) + decoder.adapter(name).position_table(width)
+            if sum(batch.valid.lengths[name]) < rows * width:
+                x = x * batch.valid.masks[name][..., None].to(x.dtype)
+            embedded[name] = x
         decoded = decoder(*self._decoder_tokens(batch, embedded), batch.samples).unpacked()
         return {name: self.get_submodule(f"{name}_mask_head")(x) for name, x in decoded.items()}
 
@@ -325,13 +335,6 @@ class OnePeacePretrain(nn.Module):
         parts = x.split(list(row_counts))
         outputs = [self.get_submodule(pattern.format(n))(part) for n, part in zip(names, parts, strict=True)]
         return torch.cat(outputs)
-
-
-def _linear(inputs: int, outputs: int) -> nn.Linear:
-    linear = nn.Linear(inputs, outputs)
-    init_truncated_normal(linear.weight)
-    nn.init.zeros_(linear.bias)
-    return linear
 
 
 def _require_masks(masks: Mapping[str, Tensor], names: set[str]) -> None:

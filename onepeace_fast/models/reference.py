@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast.layers.adapters import Adapter
-from onepeace_fast.layers.transformer import SelfAttention, Transformer, TransformerLayer
+from onepeace_fast.layers.padded_layer import Spans
+from onepeace_fast.layers.transformer import Transformer
 
 
 class PaddedTokens(NamedTuple):
@@ -30,9 +30,6 @@ class PaddedTokens(NamedTuple):
     valid: Tensor
     ids: Tensor | None
     width: int
-
-
-Spans = Sequence[tuple[str, int, int]]
 
 
 def encode_padded(
@@ -57,14 +54,13 @@ def encode_padded(
     biases = _dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
 
     x = x.transpose(0, 1)
-    seeds_needed = transformer.training and transformer.config.dropout
     for i, layer in enumerate(transformer.layers):
         bias = biases[i if len(biases) > 1 else 0] if biases else None
-        arguments = (layer, x, bias, spans, None if keep is None else keep[i], layer.dropout if seeds_needed else 0.0)
+        arguments = (x, spans, bias, None if keep is None else keep[i])
         if transformer.config.checkpoint_activations and torch.is_grad_enabled():
-            x = checkpoint(encode_layer, *arguments, use_reentrant=False)
+            x = checkpoint(layer, *arguments, use_reentrant=False)
         else:
-            x = encode_layer(*arguments)
+            x = layer(*arguments)
     outputs = {name: transformer.final_norm(name)(x[start:stop]) for name, start, stop in spans}
     if len(outputs) > 1:
         x = torch.cat(list(outputs.values()))
@@ -121,50 +117,3 @@ def _modality_bias(adapter: Adapter, table: int, part: PaddedTokens, batch: int)
         bias = bias.gather(2, part.ids[:, None, :, None].expand(-1, heads, -1, part.width))
         bias = bias.gather(3, part.ids[:, None, None, :].expand(-1, heads, kept, -1))
     return bias
-
-
-def encode_layer(
-    layer: TransformerLayer, x: Tensor, bias: Tensor | None, spans: Spans, keep: Tensor | None, dropout: float
-) -> Tensor:
-    """One layer over [length, batch, dim]."""
-    keeps = (None, None) if keep is None else keep[:, :, None].to(x.dtype)
-    attended = attend(layer.self_attn, layer.self_attn_layer_norm(x), bias)
-    if layer.attn_ln is not None:
-        attended = layer.attn_ln(attended)
-    x = add_branch(x, attended, layer.gamma_1, keeps[0], dropout)
-    z = layer.final_layer_norm(x)
-    if len(spans) == 1:
-        y = layer.ffn(spans[0][0])(z)
-    else:
-        y = torch.cat([layer.ffn(name)(z[start:stop]) for name, start, stop in spans])
-    return add_branch(x, y, layer.gamma_2, keeps[1], dropout)
-
-
-def add_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, dropout: float) -> Tensor:
-    """x + keep * gamma * dropout(y)."""
-    y = F.dropout(y, dropout) if dropout else y
-    y = y if gamma is None else gamma * y
-    return x + (y if keep is None else y * keep)
-
-
-def attend(attention: SelfAttention, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Attention by batched products over [length, batch, dim], softmax in float32."""
-    length, batch, dim = x.shape
-    heads, head_dim = attention.heads, dim // attention.heads
-
-    def split(projection: torch.nn.Linear) -> Tensor:
-        return projection(x).view(length, batch * heads, head_dim).transpose(0, 1)
-
-    q, k, v = split(attention.q_proj), split(attention.k_proj), split(attention.v_proj)
-    q = q * head_dim**-0.5
-    weights = torch.bmm(q, k.transpose(1, 2))
-    if bias is not None:
-        weights += bias.view(-1, length, length)
-    weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(torch.float32, weights.dtype)).type_as(weights)
-    attended = torch.bmm(weights, v).transpose(0, 1).reshape(length, batch, dim)
-    if attention.c_attn is not None:
-        attended = torch.einsum("nbhd,h->nbhd", attended.view(length, batch, heads, head_dim), attention.c_attn)
-        attended = attended.reshape(length, batch, dim)
-    if attention.ln is not None:
-        attended = attention.ln(attended)
-    return attention.out_proj(attended)

@@ -25,6 +25,10 @@ _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
 def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy every parameter; raises ``ValueError`` listing all that does not fit, weights untouched."""
+    require(
+        not any(parameter.is_meta for parameter in model.parameters()),
+        "model: got parameters without memory, takes a model on a device; call to_empty(device=...) first",
+    )
     given = {_rename(name): value for name, value in state_dict.items()}
     twice = [name for name in state_dict if _rename(name) != name and _rename(name) in state_dict]
     uncopyable = [f"{name} {describe(value)}" for name, value in given.items() if not _holds_data(value)]
@@ -85,7 +89,7 @@ def _rename(name: str) -> str:
 
 
 def _holds_data(value: object) -> bool:
-    return isinstance(value, Tensor) and value.device.type != "meta"
+    return isinstance(value, Tensor) and value.device.type != "meta" and value.layout == torch.strided
 
 
 def _is_buffer(name: str) -> bool:
@@ -103,7 +107,7 @@ def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
         return None if value.tolist() == [3.0] else f"{name} {value.tolist()} instead of [3.0]"
     if kind == "position_idx" and isinstance(module, ImageAdapter):
         expected = torch.arange(module.position_grid**2 + 1)
-    elif kind == "rp_bucket" and isinstance(module, Adapter) and hasattr(module, "rel_pos_table_list"):
+    elif kind == "rp_bucket" and isinstance(module, Adapter) and module.has_bias:
         module.reset_tables()
         width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else module.bias_grid**2 + 1
         expected = module.dense_table_index(width).cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -20,7 +21,14 @@ def define(
 ) -> Callable[..., Any]:
     """Define ``onepeace_fast::name`` with ``specification`` as its implementation on every device; return the op."""
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, specification, "CompositeExplicitAutograd")
+
+    @functools.wraps(specification)
+    def implementation(*arguments: Any) -> Any:
+        # The public function has chosen the dtypes: autocast must not change what is inside, as compiled it does not.
+        with torch._C._DisableAutocast():
+            return specification(*arguments)
+
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -36,6 +44,11 @@ def register_gradient(name: str, setup_context: Callable[..., None], backward: C
         )
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", refuse, lib=_LIBRARY)
+
+
+def only_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """A frozen parameter's gradient is None."""
+    return [gradient if need else None for gradient, need in zip(gradients, needs or (), strict=True)]
 
 
 def no_gradient(integers: Sequence[int]) -> list | None:

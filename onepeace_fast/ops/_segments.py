@@ -129,8 +129,6 @@ def pair_bias(
     starts = [0]
     for vector in bias:
         starts.append(starts[-1] + vector.shape[1])
-    if code.device.type == "cpu":
-        _check_codes(bias, modality, code, is_cls, code_offsets)
     zero = bias[0].new_zeros(bias[0].shape[0], 1)
     equal = [start + offset for start, offset in zip(starts[:-1], code_offsets, strict=True)]
     cls = [stop - CLS_ENTRIES for stop in starts[1:]]
@@ -146,7 +144,7 @@ def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
     return result
 
 
-def _check_codes(
+def check_codes(
     bias: Sequence[Tensor], modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
 ) -> None:
     """Raise where two codes of a modality differ by more than its vector covers; the host can read them on a CPU."""

@@ -19,6 +19,7 @@ from onepeace_fast.ops._library import (
     check_routing,
     define,
     no_gradient,
+    only_needed,
     register_gradient,
     row_slices,
 )
@@ -144,11 +145,6 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
         no_gradient(ctx.row_counts),
         None,
     )
-
-
-def only_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
-    """A frozen parameter's gradient is None."""
-    return [gradient if need else None for gradient, need in zip(gradients, needs or (), strict=True)]
 
 
 register_gradient("layer_norm", _setup_context, _backward)

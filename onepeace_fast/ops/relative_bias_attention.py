@@ -18,23 +18,20 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
-from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, register_gradient
-from onepeace_fast.ops._segments import Group, pair_bias, sample_groups, sum_by_index
-from onepeace_fast.ops.layer_norm import only_needed
+from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, only_needed, register_gradient
+from onepeace_fast.ops._segments import Group, check_codes, pair_bias, sample_groups, sum_by_index
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 
-def probabilities(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + bias) over the real keys [N, heads, L, L], and the scores' log-sum-exp [N, heads, L]."""
+def scores(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float) -> Tensor:
+    """scale q k^T + bias, the smallest number where the key is padding: [N, heads, L, L]."""
     score = torch.matmul(q * scale, k.transpose(-1, -2))
     if bias is not None:
         score += bias
     if group.valid is not None:
         # Not minus infinity: a sample without tokens would be 0 / 0.
         score.masked_fill_(~group.valid[:, None, None, :], torch.finfo(score.dtype).min)
-    p = score.softmax(-1)
-    # The largest probability is exp(largest score - log-sum-exp).
-    return p, score.amax(-1) - p.amax(-1).log()
+    return score
 
 
 def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,10 +48,15 @@ def relative_bias_attention_specification(
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
+    if bias and code.device.type == "cpu":
+        check_codes(bias, modality, code, is_cls, code_offsets)
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
     for group in sample_groups(cu_seqlens, max_length):
         q, k, v = _heads(qkv, group)
-        p, total = probabilities(q, k, pairs and pairs.values(pairs.index(group)), group, scale)
+        score = scores(q, k, pairs and pairs.values(pairs.index(group)), group, scale)
+        p = score.softmax(-1)
+        # The largest probability is exp(largest score - log-sum-exp).
+        total = score.amax(-1) - p.amax(-1).log()
         attended = torch.matmul(p, v)
         if head_scale is not None:
             attended = attended * head_scale.to(dtype)[:, None, None]
@@ -85,7 +87,7 @@ def relative_bias_attention_backward_specification(
     for group in sample_groups(cu_seqlens, max_length):
         q, k, v = _heads(qkv, group)
         index = pairs and pairs.index(group)
-        p, _ = probabilities(q, k, pairs and pairs.values(index), group, scale)
+        p = scores(q, k, pairs and pairs.values(index), group, scale).softmax(-1)
         dout = group.read(grad).to(dtype).transpose(1, 2)
         if group.valid is not None:
             p = p * group.valid[:, None, :, None]

@@ -40,11 +40,11 @@ def residual_specification(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns out in x's dtype and, with a norm, normed in y's dtype, mean and rstd; otherwise empty tensors."""
     factor = row_factor(y, gamma, keep, sample, dropout, seed)
-    out = (x + (y if factor is None else y * factor)).to(x.dtype)
+    out = (x + (y if factor is None else y * factor)).to(x.dtype).contiguous()
     if norm_weight is None:
         return out, *(x.new_empty(0) for _ in range(3))
     normed, mean, rstd = normalize(out, norm_weight, norm_bias, eps)
-    return out, normed.to(y.dtype, copy=normed is out), mean, rstd
+    return out, normed.to(y.dtype), mean, rstd
 
 
 def residual_backward_specification(
@@ -68,7 +68,7 @@ def residual_backward_specification(
         scaled = row_factor(y, None, keep, sample, dropout, seed)
         dgamma = (total * (y if scaled is None else y * scaled)).sum(0).to(gamma.dtype)
     empty = y.new_empty(0)
-    dx, dy = total.to(out.dtype), dy.to(y.dtype)
+    dx, dy = total.to(out.dtype).contiguous(), dy.to(y.dtype).contiguous()
     return (
         dx.clone() if dx is grad else dx,
         dy.clone() if dy is dx or dy is grad else dy,

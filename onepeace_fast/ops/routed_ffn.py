@@ -22,10 +22,11 @@ from onepeace_fast.ops._library import (
     check_routing,
     define,
     no_gradient,
+    only_needed,
     register_gradient,
     row_slices,
 )
-from onepeace_fast.ops.layer_norm import normalize, normalize_backward, only_needed
+from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.residual import check_keep, row_factor
 
 
@@ -49,7 +50,7 @@ def routed_ffn_specification(
     if residual is None:
         return y, u, v, z.new_empty(0), mean, rstd
     factor = row_factor(y, gamma, keep, sample, 0.0, None)
-    out = (residual + (y if factor is None else y * factor)).to(residual.dtype)
+    out = (residual + (y if factor is None else y * factor)).to(residual.dtype).contiguous()
     return out, u, v, z.new_empty(0) if gamma is None else y, mean, rstd
 
 

@@ -34,7 +34,7 @@ def make_model(dropout: bool = True) -> transformer.Transformer:
     """Two layers on the device, not initialised: drawing weights may wait."""
     config = CONFIG if dropout else dataclasses.replace(CONFIG, dropout=0.0)
     with pytest.MonkeyPatch.context() as patch, DEVICE:
-        patch.setattr(transformer, "init_truncated_normal", lambda weight: weight)
+        patch.setattr(transformer, "init_linear", lambda linear: linear)
         return transformer.Transformer(config)
 
 
