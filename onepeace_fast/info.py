@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,11 +19,20 @@ from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backen
 
 OPERATIONS = ("layer_norm", "relative_bias_attention", "residual", "routed_ffn")
 DEMO_PACKAGES = {"scikit-learn": "sklearn", "tqdm": "tqdm"}
-DEMO_INSTALL = "pip install 'onepeace-fast[demo]'"
+DEMO_INSTALL = "pip install scikit-learn tqdm"
 _BACKEND_NOTES = {
-    "reference": "padded tokens, plain PyTorch: what the fused backend is measured against",
-    "fused": "packed tokens, through the four operations below",
+    "reference": "padded tokens, plain PyTorch: the baseline",
+    "fused": "packed tokens, by the four operations",
 }
+
+
+def command(arguments: str) -> str:
+    """How to type ``onepeace-fast`` here: with its folder where that is not on the PATH."""
+    program = Path(sys.executable).parent / "onepeace-fast"
+    if shutil.which("onepeace-fast") or not program.exists():
+        return f"onepeace-fast {arguments}"
+    inside = program.is_relative_to(Path.cwd())
+    return f"{program.relative_to(Path.cwd()) if inside else program} {arguments}"
 
 
 def missing_demo_packages() -> list[str]:
@@ -50,8 +60,7 @@ def describe() -> str:
     ]
     parts = [("What", "Here", "Why"), *_backends()]
     parts += [
-        (f"operation {name}", "works", "its specification (eager PyTorch) on every device; no kernel exists yet")
-        for name in OPERATIONS
+        (f"operation {name}", "works", "specification (eager PyTorch); no kernel exists yet") for name in OPERATIONS
     ]
     parts += [
         ("Triton kernels", "no", _attempt(_why_no_triton_kernel)),

@@ -50,7 +50,7 @@ def test_demo_without_its_packages_names_the_missing_one_and_what_to_install(mon
     assert cli.main(["demo"]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert printed.err == f"The demo needs {package}: pip install 'onepeace-fast[demo]'\n"
+    assert printed.err == f"The demo needs {package}: {info.DEMO_INSTALL}\n"
 
 
 def test_importing_the_library_and_the_command_loads_neither_the_demo_nor_its_packages():

@@ -87,7 +87,7 @@ class EncoderCase:
         return {"output": output, **found}
 
     def check(self) -> None:
-        """Raise unless both backends compute the same: a time of something else is worth nothing."""
+        """Raise unless both backends compute the same output and gradients."""
         expected, found = self.results("reference"), self.results("fused")
         if missing := sorted(set(expected) - set(found)):
             raise AssertionError(f"the fused backend gives no {', '.join(missing)}")

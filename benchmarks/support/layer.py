@@ -10,7 +10,7 @@ from torch import Tensor
 from benchmarks.support import products
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Factory, Variant, compiled, trained
-from onepeace_fast.models.reference import PaddedTokens, _dense_biases, encode_layer
+from onepeace_fast.models.reference import PaddedTokens, dense_biases
 from onepeace_fast.models.stack import Stack
 
 MODEL_LAYERS = 40
@@ -71,7 +71,7 @@ class LayerCase:
         x = torch.zeros(*padding.shape, self.sizes.width, device=self.device, dtype=self.dtype)
         has_padding = self.shape.padded_tokens > self.shape.real_tokens
         adapters, model = self.stack.adapters, self.stack.fusion_model
-        return _dense_biases(model, adapters, self.tokens, self.spans, padding if has_padding else None, x)[0]
+        return dense_biases(model, adapters, self.tokens, self.spans, padding if has_padding else None, x)[0]
 
     def bias_vectors(self) -> list[Tensor]:
         """The packed layout's bias, one vector for each modality."""
@@ -82,7 +82,7 @@ class LayerCase:
         spans, layer = self.spans, self.layer
 
         def run(x: Tensor, bias: Tensor) -> Tensor:
-            return encode_layer(layer, x.transpose(0, 1), bias, spans, None, 0.0)
+            return layer(x.transpose(0, 1), spans, bias)
 
         bias = self.dense_bias().detach().requires_grad_()
         sets = [(self.padded(packed).requires_grad_(), bias) for packed in self.packed]

@@ -12,7 +12,7 @@ import torch
 
 from onepeace_fast.backend import BACKENDS, use_backend
 from onepeace_fast.demo import data, experiment
-from onepeace_fast.info import format_table
+from onepeace_fast.info import command, format_table
 from onepeace_fast.models.pretrain import OnePeacePretrain
 
 STEPS = 300
@@ -46,7 +46,7 @@ def _run(seed: int, steps: int, device: str) -> bool:
         losses = experiment.train(model, training, vocabulary, steps, seed)
         found = experiment.accuracies(model, held_out, vocabulary)
     last = statistics.mean(losses[-10:])
-    print(f"Loss: {losses[0]:.2f} at first, {last:.2f} at last; guessing among ten gives {math.log(10):.2f}.")
+    print(f"Training loss: {losses[0]:.2f} at first, {last:.2f} at last; guessing among ten gives {math.log(10):.2f}.")
     accuracy = _print_accuracies(found)
 
     batches = experiment.pair_batches(held_out, vocabulary)
@@ -122,12 +122,17 @@ def _print_conclusion(accuracy: float, agree: bool, comparisons: dict[str, exper
     if agree:
         print("  Both backends compute the same function and the same gradients, up to float32 rounding.")
     else:
-        print("  THE BACKENDS DISAGREE by more than rounding. Please report this, with `onepeace-fast info`.")
+        print("  THE BACKENDS DISAGREE by more than rounding. Please report this, with the output of")
+        print(f"  {command('info')}")
     for kind, result in comparisons.items():
         ratio = result.seconds["fused"] / result.seconds["reference"]
         print(f"  On {kind} the fused backend takes {ratio:.1f} times the reference's time.")
-    print("  No GPU kernel exists yet: today fused is plain PyTorch on packed tokens, and its speed proves nothing.")
+    print("  Sequences this short cost more Python than arithmetic: `make bench` measures sizes where packing pays.")
+    print("  No GPU kernel exists yet: today fused is plain PyTorch on packed tokens, on every device.")
     print("\nWhat to try next")
-    print("  onepeace-fast info                   what works on this machine, and why the rest does not")
-    print("  onepeace-fast demo --seed 1          other weights, other batches")
-    print('  onepeace_fast.use_backend("fused")   in Python, as a `with` block around your own OnePeacePretrain')
+    rows = [
+        (command("info"), "what works on this machine, and why the rest does not"),
+        (command("demo --seed 1"), "other weights, other batches"),
+        ("README.md", "ten lines with your own training loop"),
+    ]
+    print(format_table(rows))

@@ -51,7 +51,7 @@ def encode_padded(
     for name, part in tokens.items():
         spans.append((name, start, start + part.x.shape[1]))
         start += part.x.shape[1]
-    biases = _dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
+    biases = dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
 
     x = x.transpose(0, 1)
     for i, layer in enumerate(transformer.layers):
@@ -83,7 +83,7 @@ def _spread(part: PaddedTokens, rows: Sequence[int], samples: Mapping[str, Seque
     return PaddedTokens(at(part.x), at(part.valid), None if part.ids is None else at(part.ids), part.width)
 
 
-def _dense_biases(
+def dense_biases(
     transformer: Transformer,
     adapters: Mapping[str, Adapter],
     tokens: Mapping[str, PaddedTokens],
