@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.relative_position import MAX_POSITIONS
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -52,13 +53,40 @@ def check_masks(masks: Mapping[str, Tensor]) -> None:
         require_device(f"masks[{name!r}]", mask, device)
 
 
-def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor]) -> None:
-    """Raise unless position ids are a matrix of integers of their mask's shape."""
+def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor], codes: Tensor | None) -> None:
+    """Raise unless position ids are a matrix of integers of their mask's shape, and each has a code."""
     require(name in masks, f"positions: got {name!r}, takes modalities of the masks, {list(masks)}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
     require(list(value.shape) == shape, f"positions[{name!r}]: got {describe(value)}, takes its mask's shape, {shape}")
     require_device(f"positions[{name!r}]", value, masks[name].device)
+    limit = MAX_POSITIONS if codes is None else codes.shape[0]
+    require_values(
+        ((value >= 0) & (value < limit)).all(),
+        f"positions[{name!r}]: got a position out of range, takes 0 to {limit - 1}",
+    )
+
+
+def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]], total: int) -> None:
+    """Raise unless lengths count the masks' True entries: row by row on a CPU, in all elsewhere."""
+    for name, mask in masks.items():
+        if mask.device.type == "cpu":
+            counted = mask.sum(1).tolist()
+            require(
+                counted == list(lengths[name]),
+                f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes what its mask counts, {describe(counted)}",
+            )
+    if next(iter(masks.values())).device.type != "cpu":
+        counted = sum(mask.sum() for mask in masks.values())
+        require_values(counted == total, "lengths: got another total than the masks count, takes what they count")
+
+
+def require_values(condition: Tensor, message: str) -> None:
+    """Raise where a tensor on a CPU is False; elsewhere the device asserts it, and the host does not wait."""
+    if condition.device.type == "cpu":
+        require(bool(condition), message)
+    else:
+        torch._assert_async(condition, message)
 
 
 def check_lengths(
@@ -71,19 +99,16 @@ def check_lengths(
     for name, (rows, width) in zip(names, shapes, strict=True):
         fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
         require(
-            fits, f"lengths[{name!r}]: got {list(lengths[name])}, takes one of 0 to {width} for each of {rows} rows"
+            fits,
+            f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes one of 0 to {width} for each of {rows} rows",
         )
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
-    """Raise unless ids are integers from 0 to ``limit`` - 1; off the CPU the device asserts it."""
+    """Raise unless ids are integers from 0 to ``limit`` - 1."""
     require_tensor(name, ids, INTEGERS, "[tokens]", 1)
-    message = f"{name}: got an id out of range, takes 0 to {limit - 1}"
     inside = ((ids >= 0) & (ids < limit)).all()
-    if ids.device.type == "cpu":
-        require(bool(inside), message)
-    else:
-        torch._assert_async(inside, message)
+    require_values(inside, f"{name}: got an id out of range, takes 0 to {limit - 1}")
 
 
 def split_counts(values: list[int], counts: Sequence[int]) -> list[list[int]]:

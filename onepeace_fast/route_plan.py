@@ -25,6 +25,7 @@ from onepeace_fast._routing import (
     check_masks,
     check_positions,
     check_samples,
+    check_total,
     codes_of,
     compact_index,
     copy_to_device,
@@ -123,8 +124,9 @@ class RoutePlan:
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
-            check_positions(name, value, masks)
-        if lengths is not None:
+            check_positions(name, value, masks, (codes or {}).get(name))
+        given_lengths = lengths is not None
+        if given_lengths:
             check_lengths(lengths, shapes, names)
         else:
             counts = torch.cat([mask.sum(1) for mask in masks.values()]).tolist()
@@ -148,6 +150,8 @@ class RoutePlan:
                 index = index[copy_to_device(row_order[name], torch.int64, device)]
             flat.append(index.roll(-1, 1).flatten())
             base += rows * length
+        if given_lengths:
+            check_total(masks, lengths, total)
         source = compact_index(torch.cat([m.flatten() for m in masks.values()]), torch.cat(flat), capacity, base)
 
         position = per_row(

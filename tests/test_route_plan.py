@@ -214,6 +214,21 @@ def test_bad_positions_are_refused():
     refused("positions['text']", RoutePlan.from_masks, {"text": mask}, positions={"text": torch.zeros(2, 3)})
 
 
+def test_lengths_that_the_masks_do_not_count_are_refused():
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    for lengths in ([2, 2], [3, 1], [1, 2], [2, 0]):
+        refused("lengths['text']", RoutePlan.from_masks, {"text": mask}, lengths={"text": lengths})
+    assert RoutePlan.from_masks({"text": mask}, lengths={"text": [2, 1]}).row_counts == (3,)
+
+
+def test_positions_without_a_code_are_refused():
+    mask, codes = torch.ones(1, 2, dtype=torch.bool), {"image": torch.arange(5)}
+    for bad in ([[0, 5]], [[-1, 0]]):
+        refused("positions['image']", RoutePlan.from_masks, {"image": mask}, positions={"image": torch.tensor(bad)},
+                codes=codes)  # fmt: skip
+    refused("positions['text']", RoutePlan.from_masks, {"text": mask}, positions={"text": torch.tensor([[0, 1024]])})
+
+
 def test_pack_refuses_other_padded_sizes():
     plan = RoutePlan.from_lengths({"text": [2, 3]})
     refused("padded", plan.pack, {"text": torch.zeros(2, 4, 1)})

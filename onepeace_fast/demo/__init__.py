@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from onepeace_fast.backend import BACKENDS, use_backend
+from onepeace_fast.backend import BACKENDS
 from onepeace_fast.demo import data, experiment
 from onepeace_fast.info import command, format_table
 from onepeace_fast.models.pretrain import OnePeacePretrain
@@ -42,9 +42,8 @@ def _run(seed: int, steps: int, device: str) -> bool:
     model = experiment.build(len(vocabulary)).to(device)
     _print_setup(model, len(training.labels), len(held_out.labels), steps, seed, device)
 
-    with use_backend("reference"):
-        losses = experiment.train(model, training, vocabulary, steps, seed)
-        found = experiment.accuracies(model, held_out, vocabulary)
+    losses = experiment.train(model, training, vocabulary, steps, seed)
+    found = experiment.accuracies(model, held_out, vocabulary)
     last = statistics.mean(losses[-10:])
     print(f"Training loss: {losses[0]:.2f} at first, {last:.2f} at last; guessing among ten gives {math.log(10):.2f}.")
     accuracy = _print_accuracies(found)
@@ -71,6 +70,7 @@ def one_thread() -> Iterator[None]:
 def _print_setup(model: OnePeacePretrain, images: int, held_out: int, steps: int, seed: int, device: str) -> None:
     encoder = model.config.encoder
     count = sum(parameter.numel() for parameter in model.encoder_wrapper.parameters())
+    backend = model.encoder_wrapper.resolved_backend
     example = f'"{data.caption(data.TRAINING_TEMPLATES[4], 3)}"'
     rows = [
         ("Images", f"{images:,} handwritten digits to learn from; {held_out} held out: the last three of the"),
@@ -80,7 +80,7 @@ def _print_setup(model: OnePeacePretrain, images: int, held_out: int, steps: int
         ("Model", f"{encoder.layers} layers of width {encoder.embed_dim}, {count:,} parameters: words and image"),
         ("", "patches share attention and have feed-forward weights of their own"),
         ("Task", "among the ten digits, find each image's caption and each caption's image"),
-        ("Training", f"{steps} steps on {device}, seed {seed}, reference backend, one CPU thread"),
+        ("Training", f"{steps} steps on {device}, seed {seed}, {backend} backend, one CPU thread"),
     ]
     print("A small ONE-PEACE learns to match handwritten digits with written captions.\n")
     print(format_table(rows) + "\n", flush=True)
