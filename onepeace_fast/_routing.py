@@ -74,7 +74,7 @@ def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]
             counted = mask.sum(1).tolist()
             require(
                 counted == list(lengths[name]),
-                f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes what its mask counts, {describe(counted)}",
+                f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes its mask's counts, {describe(counted)}",
             )
     if next(iter(masks.values())).device.type != "cpu":
         counted = sum(mask.sum() for mask in masks.values())
@@ -100,7 +100,7 @@ def check_lengths(
         fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
         require(
             fits,
-            f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes one of 0 to {width} for each of {rows} rows",
+            f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes 0 to {width} for each of {rows} rows",
         )
 
 

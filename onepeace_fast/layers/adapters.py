@@ -6,6 +6,8 @@ section 3.1; hMLP stem: Touvron et al., arXiv 2203.09795; convolutional position
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,7 +54,7 @@ def take(x: Tensor, ids: Tensor | None) -> Tensor:
     return F.embedding(ids + starts, x.flatten(0, 1))
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """What all adapters share: a CLS embedding and the bias tables; ``tables`` of them, ``rows`` x ``heads`` each."""
 
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
@@ -64,9 +66,9 @@ class Adapter(nn.Module):
             for table in self.rel_pos_table_list:
                 nn.init.zeros_(table.weight)
 
+    @abstractmethod
     def vector_index(self, width: int) -> Tensor:
         """Table row of each entry of the bias vector for ``width`` positions: int64 [entries]."""
-        raise NotImplementedError
 
     def codes(self, width: int) -> Tensor | None:
         """Code of each position, int32 [width], or None where it is the position itself."""
@@ -76,9 +78,9 @@ class Adapter(nn.Module):
         """Entry of the bias vector that belongs to equal codes."""
         return width - 1
 
+    @abstractmethod
     def position_table(self, width: int) -> Tensor:
         """Learned position embeddings [width, embed_dim]."""
-        raise NotImplementedError
 
     def bias_vectors(self, width: int) -> list[Tensor]:
         """Every table expanded for ``width`` positions: [heads, entries] each, three CLS entries last."""
