@@ -63,24 +63,22 @@ def residual_backward_specification(
         total = total if grad is None else total.add_(grad)
     factor = row_factor(y, gamma, keep, sample, dropout, seed)
     dy = total if factor is None else total * factor
-    dgamma = None
+    dgamma = y.new_empty(0)
     if needs[0]:
         scaled = row_factor(y, None, keep, sample, dropout, seed)
         dgamma = (total * (y if scaled is None else y * scaled)).sum(0).to(gamma.dtype)
-    empty = y.new_empty(0)
     dx, dy = total.to(out.dtype).contiguous(), dy.to(y.dtype).contiguous()
     return (
         dx.clone() if dx is grad else dx,
         dy.clone() if dy is dx or dy is grad else dy,
-        empty if dgamma is None else dgamma,
-        _parameter_gradient(norm_weight, dweight, needs[1], empty),
-        _parameter_gradient(norm_bias, dbias, needs[2], empty.clone()),
+        dgamma,
+        _parameter_gradient(norm_weight, dweight) if needs[1] else y.new_empty(0),
+        _parameter_gradient(norm_bias, dbias) if needs[2] else y.new_empty(0),
     )
 
 
-def _parameter_gradient(parameter: Tensor | None, gradient: Tensor | None, need: bool, empty: Tensor) -> Tensor:
-    if not need:
-        return empty.clone()
+def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
+    """A norm whose output received no gradient still owes zeros."""
     return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
 
 
