@@ -6,12 +6,14 @@ import ast
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 MODALITIES = ("text", "image", "audio")
+_NAME = re.compile("[a-z][a-z0-9_]*")
 
 
 def _is_positive_integer(value: object) -> bool:
@@ -84,6 +86,7 @@ class TransformerConfig:
 
     ``sub_layer_norm`` normalises before the attention's output projection, ``attention_layer_norm`` after it,
     ``ffn_layer_norm`` before the FFN's second projection. ``layer_scale`` is LayerScale's initial value, None for none.
+    ``added`` names the modalities that ``OnePeacePretrain.add_modality`` added, whose adapters are the user's own.
     """
 
     embed_dim: int = 1536
@@ -102,6 +105,7 @@ class TransformerConfig:
     text: TextAdapterConfig | None = field(default_factory=TextAdapterConfig)
     image: ImageAdapterConfig | None = field(default_factory=ImageAdapterConfig)
     audio: AudioAdapterConfig | None = field(default_factory=AudioAdapterConfig)
+    added: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_positive_integers(self, "embed_dim", "ffn_embed_dim", "layers", "attention_heads")
@@ -111,9 +115,16 @@ class TransformerConfig:
             raise ValueError(
                 f"embed_dim: got {self.embed_dim}, takes a multiple of attention_heads ({self.attention_heads})"
             )
-        if not self.modalities:
+        built_in = self.modalities[: len(self.modalities) - len(self.added)]
+        if not built_in:
             raise ValueError("text, image, audio: got no adapter, takes at least one")
-        if len({getattr(self, name).use_bias for name in self.modalities}) > 1:
+        names = [*MODALITIES, *self.added]
+        if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names) or len(set(names)) < len(names):
+            raise ValueError(
+                f"added: got {list(self.added)}, takes names of lower-case letters, digits and underscores, each once "
+                f"and none of {list(MODALITIES)}"
+            )
+        if len({getattr(self, name).use_bias for name in built_in}) > 1:
             raise ValueError("use_bias: got both True and False, takes the same value in every adapter of a stack")
         for name in ("drop_path_rate", "dropout"):
             if not (_is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
@@ -122,7 +133,7 @@ class TransformerConfig:
     @property
     def modalities(self) -> tuple[str, ...]:
         """Modalities of this stack in the order of a sequence."""
-        return tuple(name for name in MODALITIES if getattr(self, name) is not None)
+        return (*(name for name in MODALITIES if getattr(self, name) is not None), *self.added)
 
     @property
     def use_bias(self) -> bool:
@@ -159,6 +170,10 @@ class OnePeaceConfig:
     def __post_init__(self) -> None:
         if not self.encoder.use_bias:
             raise ValueError("encoder: got use_bias False, takes True: upstream masks an encoder's padding by its bias")
+        if self.decoder.added:
+            raise ValueError(
+                f"decoder: got added {list(self.decoder.added)}, takes none: only an encoder can have some"
+            )
         if extra := set(self.decoder.modalities) - set(self.encoder.modalities):
             raise ValueError(
                 f"decoder: got modalities {sorted(extra)} that the encoder lacks, takes a subset of its own"
@@ -207,6 +222,8 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
             value = _build(_NESTED[name], value, name)
         elif name == "feature_layers":
             value = tuple(tuple(layer) for layer in value)
+        elif name == "added":
+            value = tuple(value)
         arguments[name] = value
     return cls(**arguments)
 

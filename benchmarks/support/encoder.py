@@ -7,8 +7,8 @@ from torch import Tensor
 
 from benchmarks.support import shapes
 from benchmarks.support.shapes import Shape, Sizes
-from onepeace_fast.models.reference import PaddedTokens
-from onepeace_fast.models.stack import Encoded, Stack
+from onepeace_fast.models.passes import Encoded, PaddedTokens
+from onepeace_fast.models.stack import Stack
 
 SIZES = Sizes(width=512, hidden=2048, heads=8, layers=4)
 SAMPLES = 8
@@ -44,15 +44,16 @@ class EncoderCase:
             size = (len(lengths), max(lengths), sizes.width)
             valid = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
             x = torch.randn(size, generator=generator).requires_grad_()
-            self.tokens[name] = PaddedTokens(x, valid, None, max(lengths))
+            self.tokens[name] = PaddedTokens(x, valid, list(lengths), None, max(lengths))
             self.gradients[name] = torch.randn(size, generator=generator) * valid[..., None]
-        self.plan = self.stack.plan(self.tokens, shape.lengths, None)
-        self.packed_gradient = self.plan.pack(self.gradients)
+        self.plan = self.stack.plan(self.tokens)
+        self.packed_gradients = self.plan.pack(self.gradients).split(self.plan.row_counts)
 
     def forward(self, backend: str) -> Encoded:
         """Encode with a backend; the fused one builds its route plan and packs."""
         self.stack.backend = backend
-        return self.stack(self.tokens, self.shape.lengths)
+        (encoded,) = self.stack([self.tokens])
+        return encoded
 
     def step(self, backend: str) -> None:
         """Forward and backward to the tokens, the bias tables and all weights."""
@@ -60,7 +61,7 @@ class EncoderCase:
             tensor.grad = None
         encoded = self.forward(backend)
         if encoded.padded is None:
-            torch.autograd.backward([encoded.packed], [self.packed_gradient])
+            torch.autograd.backward(encoded.tensors(), self.packed_gradients)
         else:
             torch.autograd.backward(list(encoded.padded.values()), [self.gradients[name] for name in encoded.padded])
 
@@ -77,7 +78,7 @@ class EncoderCase:
         self.step(backend)
         with torch.no_grad():
             encoded = self.forward(backend)
-            output = encoded.packed if encoded.padded is None else self.plan.pack(encoded.padded)
+            output = torch.cat(encoded.tensors()) if encoded.padded is None else self.plan.pack(encoded.padded)
         found = {f"gradient of {name} tokens": part.x.grad.clone() for name, part in self.tokens.items()}
         found |= {
             f"gradient of {name}": parameter.grad.clone()

@@ -10,7 +10,8 @@ from torch import Tensor
 from benchmarks.support import products
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Factory, Variant, compiled, trained
-from onepeace_fast.models.reference import PaddedTokens, dense_biases
+from onepeace_fast.models.passes import PaddedTokens
+from onepeace_fast.models.reference import dense_biases
 from onepeace_fast.models.stack import Stack
 
 MODEL_LAYERS = 40
@@ -30,8 +31,8 @@ class LayerCase:
         for name, lengths in shape.lengths.items():
             valid = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
             empty = torch.zeros(len(lengths), max(lengths), sizes.width, device=device, dtype=dtype)
-            self.tokens[name] = PaddedTokens(empty, valid, None, max(lengths))
-        self.plan = self.stack.plan(self.tokens, shape.lengths, None)
+            self.tokens[name] = PaddedTokens(empty, valid, list(lengths), None, max(lengths))
+        self.plan = self.stack.plan(self.tokens)
         self.packed = [self._random() for _ in range(sets)]
         self.gradients = [self._random() for _ in range(sets)]
         self.parameters = list(self.layer.parameters())

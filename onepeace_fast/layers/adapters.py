@@ -1,4 +1,4 @@
-"""Adapters: what turns a modality's input into tokens of the model's width, CLS first, with its positions and bias.
+"""The adapters of text, image and audio: what turns a modality's input into tokens of the model's width, CLS first.
 
 In a decoder an adapter holds positions alone. Parameter names are upstream's. Source: ONE-PEACE (arXiv 2305.11172),
 section 3.1; hMLP stem: Touvron et al., arXiv 2203.09795; convolutional positions: data2vec (arXiv 2202.03555).
@@ -6,23 +6,22 @@ section 3.1; hMLP stem: Touvron et al., arXiv 2203.09795; convolutional position
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onepeace_fast.checks import describe, require, require_tensor
 from onepeace_fast.config import AudioAdapterConfig, ImageAdapterConfig, TextAdapterConfig
-from onepeace_fast.relative_position import (
-    MAX_POSITIONS,
-    dense_index,
-    grid_code_offset,
-    grid_codes,
-    grid_table_rows,
-    series_index,
-    series_table_rows,
-    series_vector_index,
+from onepeace_fast.layers.adapter import (
+    Adapter,
+    Fault,
+    SeriesAdapter,
+    init_linear,
+    init_truncated_normal,
+    take,
+    valid_from_padding,
 )
+from onepeace_fast.relative_position import MAX_POSITIONS, grid_code_offset, grid_codes, grid_table_rows
 
 PADDING_TOKEN = 1
 TEXT_POSITIONS = 514
@@ -30,102 +29,11 @@ DECODER_AUDIO_POSITIONS = 1026
 PATCH = 16
 
 
-def init_truncated_normal(tensor: Tensor) -> Tensor:
-    """Normal of deviation 0.02, cut at one deviation."""
-    return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
-
-
-def init_linear(linear: nn.Linear) -> nn.Linear:
-    """Truncated normal weights, zero bias."""
-    init_truncated_normal(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-    return linear
-
-
-def take(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids.
-
-    An embedding, since its gradient is summed in a fixed order on every device, also where ids repeat.
-    """
-    if ids is None:
-        return x
-    starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
-    return F.embedding(ids + starts, x.flatten(0, 1))
-
-
-class Adapter(nn.Module, ABC):
-    """What all adapters share: a CLS embedding and the bias tables; ``tables`` of them, ``rows`` x ``heads`` each."""
-
-    def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
-        super().__init__()
-        self.cls_embedding = nn.Parameter(init_truncated_normal(torch.empty(1, 1, embed_dim)))
-        self._dense_index: Tensor | None = None
-        if tables:
-            self.rel_pos_table_list = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(tables))
-            for table in self.rel_pos_table_list:
-                nn.init.zeros_(table.weight)
-
-    @abstractmethod
-    def vector_index(self, width: int) -> Tensor:
-        """Table row of each entry of the bias vector for ``width`` positions: int64 [entries]."""
-
-    def codes(self, width: int) -> Tensor | None:
-        """Code of each position, int32 [width], or None where it is the position itself."""
-        return None
-
-    def code_offset(self, width: int) -> int:
-        """Entry of the bias vector that belongs to equal codes."""
-        return width - 1
-
-    @abstractmethod
-    def position_table(self, width: int) -> Tensor:
-        """Learned position embeddings [width, embed_dim]."""
-
-    def bias_vectors(self, width: int) -> list[Tensor]:
-        """Every table expanded for ``width`` positions: [heads, entries] each, three CLS entries last."""
-        index = self.vector_index(width)
-        return [F.embedding(index, table.weight).t().contiguous() for table in self.rel_pos_table_list]
-
-    def dense_table_index(self, width: int) -> Tensor:
-        """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].
-
-        The last one is kept, as upstream keeps its largest.
-        """
-        index = self.vector_index(width)
-        kept = self._dense_index
-        if kept is not None and kept.shape[0] == width and kept.device == index.device:
-            return kept
-        position = torch.arange(width, device=index.device)
-        codes = self.codes(width)
-        code = position if codes is None else codes
-        self._dense_index = index[dense_index(code, position == 0, self.code_offset(width), index.shape[0])]
-        return self._dense_index
-
-    @property
-    def has_bias(self) -> bool:
-        """Whether this modality has a relative position bias."""
-        return hasattr(self, "rel_pos_table_list")
-
-    def reset_tables(self) -> None:
-        """Recompute what follows from the configuration alone and no checkpoint holds."""
-        self._dense_index = None
-
-
-class SeriesAdapter(Adapter):
-    """An adapter of a 1-D series: distances are bucketed, exact up to half the bucket size, logarithmic beyond."""
-
-    def __init__(self, embed_dim: int, heads: int, tables: int, bucket_size: int) -> None:
-        super().__init__(embed_dim, heads, tables, series_table_rows(bucket_size))
-        self.bucket_size = bucket_size
-        self.register_buffer("series_index", series_index(bucket_size), persistent=False)
-
-    def vector_index(self, width: int) -> Tensor:
-        return series_vector_index(self.series_index, self.bucket_size, width)
-
-    def reset_tables(self) -> None:
-        super().reset_tables()
-        self.series_index.copy_(series_index(self.bucket_size))
+def accepted_floats(parameter: Tensor) -> tuple[torch.dtype, ...]:
+    """Dtypes that a convolution takes: its weights', and under autocast the other ones too."""
+    autocast = torch.is_autocast_enabled(parameter.device.type)
+    others = (torch.float32, torch.float16, torch.bfloat16) if autocast else ()
+    return tuple(dict.fromkeys((parameter.dtype, *others)))
 
 
 class TextAdapter(SeriesAdapter):
@@ -149,12 +57,25 @@ class TextAdapter(SeriesAdapter):
     def position_table(self, width: int) -> Tensor:
         return self.embed_positions.weight[:width]
 
-    def forward(self, tokens: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed int64 [batch, length] to [batch, 1 + length, embed_dim]; with ``ids`` only those positions."""
-        rows, length = tokens.shape
-        embedded = torch.cat([self.cls_embedding.expand(rows, -1, -1), self.embed_tokens(tokens)], dim=1)
-        position = torch.arange(length + 1, device=tokens.device).expand(rows, -1) if ids is None else ids
-        return take(embedded, ids) + self.embed_positions(position)
+    def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
+        require_tensor(name, value, (torch.int64, torch.int32), "[rows, length]", 2)
+        limit = self.max_positions - 1
+        require(value.shape[1] <= limit, f"{name}: got {value.shape[1]} tokens a row, takes at most {limit} beside CLS")
+        return torch.cat([value.new_ones(value.shape[0], 1, dtype=torch.bool), value != PADDING_TOKEN], dim=1)
+
+    def faults(self, name: str, value: Tensor, padding: Tensor | None) -> list[Fault]:
+        limit = self.vocab_size
+        outside = ((value < 0) | (value >= limit)).sum()
+        return [(outside, lambda n: f"{name}: got {n} token ids outside the vocabulary, takes 0 to {limit - 1}")]
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """Embed int64 [rows, length] to [rows, 1 + length, embed_dim]."""
+        return torch.cat([self.cls_embedding.expand(value.shape[0], -1, -1), self.embed_tokens(value)], dim=1)
+
+    def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
+        rows, length, _ = tokens.shape
+        position = torch.arange(length, device=tokens.device).expand(rows, -1) if ids is None else ids
+        return take(tokens, ids) + self.embed_positions(position)
 
 
 class ChannelLayerNorm(nn.Module):
@@ -213,13 +134,23 @@ class ImageAdapter(Adapter):
             resampled = weights.t() @ patches.float()
         return torch.cat([cls, resampled.to(patches.dtype)])
 
-    def forward(self, images: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed [batch, 3, side, side] to [batch, 1 + (side / 16)**2, embed_dim]; with ``ids`` only those positions."""
-        patches = self.embed_images(images).flatten(2).transpose(1, 2)
-        rows = images.shape[0]
-        embedded = torch.cat([self.cls_embedding.to(patches.dtype).expand(rows, -1, -1), patches], dim=1)
-        positions = self.position_table(embedded.shape[1]).expand(rows, -1, -1)
-        return take(embedded, ids) + take(positions, ids)
+    def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
+        require_tensor(name, value, accepted_floats(self.cls_embedding), "[rows, 3, side, side]", 4)
+        side, largest = value.shape[2], self.bias_grid * PATCH
+        require(
+            value.shape[1] == 3 and side == value.shape[3] and side > 0 and side % PATCH == 0,
+            f"{name}: got {describe(value)}, takes a square [rows, 3, side, side] with side a multiple of {PATCH}",
+        )
+        require(
+            not self.has_bias or side <= largest,
+            f"{name}: got side {side}, takes at most {largest}: the bias table covers {self.bias_grid} patches",
+        )
+        return torch.ones(value.shape[0], 1 + (side // PATCH) ** 2, dtype=torch.bool, device=value.device)
+
+    def tokens(self, value: Tensor) -> Tensor:
+        """Embed [rows, 3, side, side] to [rows, 1 + patches, embed_dim]."""
+        patches = self.embed_images(value).flatten(2).transpose(1, 2)
+        return torch.cat([self.cls_embedding.to(patches.dtype).expand(value.shape[0], -1, -1), patches], dim=1)
 
 
 class FeatureExtractor(nn.Module):
@@ -270,6 +201,8 @@ class PositionConvolutions(nn.Module):
 class AudioAdapter(SeriesAdapter):
     """Convolutional features plus convolutional positions; without ``extractor`` learned positions, for a decoder."""
 
+    takes_padding = True
+
     def __init__(self, config: AudioAdapterConfig, embed_dim: int, heads: int, tables: int, extractor: bool) -> None:
         super().__init__(embed_dim, heads, tables, config.bucket_size)
         self.feature_layers = config.feature_layers
@@ -301,14 +234,26 @@ class AudioAdapter(SeriesAdapter):
     def position_table(self, width: int) -> Tensor:
         return self.embed_positions.weight[:width]
 
-    def forward(self, waveforms: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed [batch, samples] to [batch, 1 + frames, embed_dim]; with ``ids`` only those positions, CLS first.
+    def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
+        require_tensor(name, value, accepted_floats(self.cls_embedding), "[rows, samples]", 2)
+        frames = self.frames(value.shape[1])
+        require(frames > 0, f"{name}: got {value.shape[1]} samples, takes enough for one frame of the extractor")
+        limit = min(self.max_positions, MAX_POSITIONS) - 1
+        require(frames <= limit, f"{name}: got {value.shape[1]} samples, {frames} frames, takes at most {limit} frames")
+        device = self.cls_embedding.device
+        return valid_from_padding(name, padding, value.shape[0], frames + 1, device, tokens="frames")
 
-        The position convolutions see the padded batch, or the kept frames side by side, as upstream's do: a clip's
-        embedding depends on its padding.
+    def tokens(self, value: Tensor) -> Tensor:
+        """Embed waveforms [rows, samples] to [rows, 1 + frames, embed_dim]; CLS has its own position already."""
+        frames = self.embed_audios(value)
+        cls = (self.cls_embedding + self.cls_pos_embed).to(frames.dtype).expand(value.shape[0], -1, -1)
+        return torch.cat([cls, frames], dim=1)
+
+    def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
+        """Add the position convolutions over the padded batch, or over the kept frames side by side, as upstream does.
+
+        A clip's embedding therefore depends on its padding.
         """
-        rows = waveforms.shape[0]
-        frames = take(self.embed_audios(waveforms), None if ids is None else ids[:, 1:] - 1)
-        positions = self.embed_positions(frames)
-        cls = (self.cls_embedding + self.cls_pos_embed).to(frames.dtype).expand(rows, -1, -1)
-        return torch.cat([cls, frames + positions], dim=1)
+        kept = take(tokens, ids)
+        cls, frames = kept[:, :1], kept[:, 1:]
+        return torch.cat([cls, frames + self.embed_positions(frames)], dim=1)

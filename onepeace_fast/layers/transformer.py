@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.adapters import init_linear
+from onepeace_fast.layers.adapter import init_linear
 from onepeace_fast.layers.padded_layer import Spans, encode_layer
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan

@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from onepeace_fast._routing import INTEGERS, check_samples
 from onepeace_fast.checks import describe, require, require_device, require_tensor
-from onepeace_fast.layers.adapters import PADDING_TOKEN, PATCH, Adapter
-from onepeace_fast.relative_position import MAX_POSITIONS
+from onepeace_fast.layers.adapter import Adapter
 
 
 class HostRead:
@@ -74,35 +73,23 @@ class Hidden:
 
 def read_batch(
     adapters: Mapping[str, Adapter],
+    inputs: Mapping[str, Tensor | None],
     *,
-    text: Tensor | None = None,
-    image: Tensor | None = None,
-    audio: Tensor | None = None,
-    audio_padding: Tensor | None = None,
     samples: Mapping[str, Tensor | Sequence[int]] | None = None,
     masks: Mapping[str, Tensor] | None = None,
     passes: Sequence[Mapping[str, str]] = (),
 ) -> tuple[Batch, list[Hidden]]:
     """Check everything and read the device once; raises ``ValueError`` before any work.
 
+    ``inputs`` holds tensors under the modalities' names and padding under ``{name}_padding``; None is as absent.
     ``passes`` says of each denoising pass which of ``masks`` (True where a token is hidden) each modality takes.
     """
-    inputs = {n: v for n, v in (("text", text), ("image", image), ("audio", audio)) if v is not None}
-    require(bool(inputs), "text, image, audio: got none, takes at least one modality")
-    for name in inputs:
-        require(name in adapters, f"{name}: got a tensor, takes none: the model was built without this modality")
-    require(audio is not None or audio_padding is None, "audio_padding: got a tensor without audio, takes both")
-    adapter = next(iter(adapters.values()))
-    device, dtype = adapter.cls_embedding.device, adapter.cls_embedding.dtype
-    checks = {
-        "text": lambda: _check_text(text, adapters["text"]),
-        "image": lambda: _check_image(image, adapters["image"], dtype),
-        "audio": lambda: _check_audio(audio, audio_padding, adapters["audio"], dtype, device),
-    }
-    valid = {name: checks[name]() for name in inputs}
-    for name, value in inputs.items():
+    values, paddings = _sort_inputs(adapters, inputs)
+    device = next(iter(adapters.values())).cls_embedding.device
+    valid = {name: adapters[name].valid(name, value, paddings[name]) for name, value in values.items()}
+    for name, value in values.items():
         require_device(name, value, device)
-    rows = {name: value.shape[0] for name, value in inputs.items()}
+    rows = {name: value.shape[0] for name, value in values.items()}
     places = [(modality, name) for names in passes for modality, name in names.items()]
     for modality, name in places:
         _check_mask(name, masks[name], valid[modality])
@@ -113,18 +100,17 @@ def read_batch(
 
     read = HostRead()
     lengths_at = {name: read.add(mask.sum(1)) for name, mask in valid.items()}
-    ids_at = None if text is None else read.add(((text < 0) | (text >= adapters["text"].vocab_size)).sum())
-    cls_at = None if audio_padding is None else read.add(audio_padding[:, 0].sum())
+    faults = [fault for name, value in values.items() for fault in adapters[name].faults(name, value, paddings[name])]
+    faults_at = [read.add(count) for count, _ in faults]
     samples_at = {name: read.add(value) for name, value in (samples or {}).items() if isinstance(value, Tensor)}
     kept = {name: valid[modality] & ~masks[name] for modality, name in places}
     kept_at = {name: read.add(mask.sum(1)) for name, mask in kept.items()}
     hidden_cls_at = {name: read.add(masks[name][:, 0].sum()) for name in kept}
     read.fetch()
 
-    if text is not None and read[ids_at][0]:
-        limit = adapters["text"].vocab_size
-        raise ValueError(f"text: got {read[ids_at][0]} token ids outside the vocabulary, takes 0 to {limit - 1}")
-    require(cls_at is None or not read[cls_at][0], "audio_padding: got True at CLS, column 0, takes False there")
+    for place, (_, message) in zip(faults_at, faults, strict=True):
+        (count,) = read[place]
+        require(not count, lambda message=message, count=count: message(count))
     for name, place in hidden_cls_at.items():
         require(not read[place][0], f"masks[{name!r}]: got True at CLS, column 0, takes False there")
     lengths = {name: read[place] for name, place in lengths_at.items()}
@@ -139,7 +125,26 @@ def read_batch(
         hidden_masks = {modality: masks[name] & valid[modality] for modality, name in names.items()}
         subset = Subset({modality: kept[name] for modality, name in names.items()}, kept_lengths)
         hidden.append(Hidden(hidden_masks, counts, subset))
-    return Batch(inputs, Subset(valid, lengths), sample_of), hidden
+    return Batch(values, Subset(valid, lengths), sample_of), hidden
+
+
+def _sort_inputs(
+    adapters: Mapping[str, Adapter], inputs: Mapping[str, Tensor | None]
+) -> tuple[dict[str, Tensor], dict[str, Tensor | None]]:
+    """The modalities' tensors in the order of a sequence, and the padding of each, None for none."""
+    known = ", ".join(adapters)
+    given = {name: value for name, value in inputs.items() if value is not None}
+    padded = {f"{name}_padding": name for name, adapter in adapters.items() if adapter.takes_padding}
+    for name in given:
+        require(
+            name in adapters or name in padded,
+            f"{name}: got a tensor, takes none: the model was built without this modality; it has {known}",
+        )
+    values = {name: given[name] for name in adapters if name in given}
+    for key, name in padded.items():
+        require(name in values or key not in given, f"{key}: got a tensor without {name}, takes both")
+    require(bool(values), f"{known}: got none, takes at least one modality")
+    return values, {name: given.get(f"{name}_padding") for name in values}
 
 
 def _check_sample_rows(samples: object, device: torch.device) -> None:
@@ -150,51 +155,6 @@ def _check_sample_rows(samples: object, device: torch.device) -> None:
         else:
             fits = isinstance(value, Sequence) and all(type(item) is int for item in value)
         require(fits, f"samples[{name!r}]: got {describe(value)}, takes int64 [rows] or a list of integers")
-
-
-def _check_text(text: Tensor, adapter: nn.Module) -> Tensor:
-    require_tensor("text", text, (torch.int64, torch.int32), "[rows, length]", 2)
-    limit = adapter.max_positions - 1
-    require(text.shape[1] <= limit, f"text: got {text.shape[1]} tokens a row, takes at most {limit} beside CLS")
-    return torch.cat([text.new_ones(text.shape[0], 1, dtype=torch.bool), text != PADDING_TOKEN], dim=1)
-
-
-def _floats(dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
-    """Dtypes that a convolution takes: its weights', and under autocast the other ones too."""
-    others = (torch.float32, torch.float16, torch.bfloat16) if torch.is_autocast_enabled(device.type) else ()
-    return tuple(dict.fromkeys((dtype, *others)))
-
-
-def _check_image(image: Tensor, adapter: nn.Module, dtype: torch.dtype) -> Tensor:
-    require_tensor("image", image, _floats(dtype, adapter.cls_embedding.device), "[rows, 3, side, side]", 4)
-    side, largest = image.shape[2], adapter.bias_grid * PATCH
-    fits = image.shape[1] == 3 and side == image.shape[3] and side > 0 and side % PATCH == 0
-    require(fits, f"image: got {describe(image)}, takes a square [rows, 3, side, side] with side a multiple of {PATCH}")
-    bounded = not adapter.has_bias or side <= largest
-    require(
-        bounded, f"image: got side {side}, takes at most {largest}: the bias table covers {adapter.bias_grid} patches"
-    )
-    length = 1 + (side // PATCH) ** 2
-    return torch.ones(image.shape[0], length, dtype=torch.bool, device=image.device)
-
-
-def _check_audio(
-    audio: Tensor, padding: Tensor | None, adapter: nn.Module, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    require_tensor("audio", audio, _floats(dtype, adapter.cls_embedding.device), "[rows, samples]", 2)
-    frames = adapter.frames(audio.shape[1])
-    require(frames > 0, f"audio: got {audio.shape[1]} samples, takes enough for one frame of the extractor")
-    limit = min(adapter.max_positions, MAX_POSITIONS) - 1
-    require(frames <= limit, f"audio: got {audio.shape[1]} samples, {frames} frames, takes at most {limit} frames")
-    if padding is None:
-        return torch.ones(audio.shape[0], frames + 1, dtype=torch.bool, device=audio.device)
-    shape = (audio.shape[0], frames + 1)
-    require(
-        isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.shape == shape,
-        f"audio_padding: got {describe(padding)}, takes bool {list(shape)}, CLS and {frames} frames, True at padding",
-    )
-    require_device("audio_padding", padding, device)
-    return ~padding
 
 
 def _check_mask(name: str, mask: Tensor, valid: Tensor) -> None:

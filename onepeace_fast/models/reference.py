@@ -8,34 +8,21 @@ file: it does upstream's work, no more and no less. Extended beyond upstream to 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.adapter import Adapter
 from onepeace_fast.layers.padded_layer import Spans
 from onepeace_fast.layers.transformer import Transformer
-
-
-class PaddedTokens(NamedTuple):
-    """One modality's embedded tokens: x [rows, length, dim], CLS first, and what is known of them.
-
-    ``valid`` bool [rows, length] marks real tokens; ``ids`` int64 [rows, length] are their position ids where they are
-    a kept subset, else None; ``width`` is the number of positions before any was hidden.
-    """
-
-    x: Tensor
-    valid: Tensor
-    ids: Tensor | None
-    width: int
+from onepeace_fast.models.passes import PaddedTokens, Part
 
 
 def encode_padded(
     transformer: Transformer,
     adapters: Mapping[str, Adapter],
-    tokens: Mapping[str, PaddedTokens],
+    tokens: Part,
     samples: Mapping[str, Sequence[int]] | None,
     keep: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -80,13 +67,14 @@ def _spread(part: PaddedTokens, rows: Sequence[int], samples: Mapping[str, Seque
     def at(value: Tensor) -> Tensor:
         return value.new_zeros(count, *value.shape[1:]).index_copy(0, index, value)
 
-    return PaddedTokens(at(part.x), at(part.valid), None if part.ids is None else at(part.ids), part.width)
+    ids = None if part.ids is None else at(part.ids)
+    return PaddedTokens(at(part.x), at(part.valid), part.lengths, ids, part.width)
 
 
 def dense_biases(
     transformer: Transformer,
     adapters: Mapping[str, Adapter],
-    tokens: Mapping[str, PaddedTokens],
+    tokens: Part,
     spans: Spans,
     padding: Tensor | None,
     x: Tensor,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,34 +10,26 @@ from torch import Tensor, nn
 from onepeace_fast.backend import resolve_backend
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
-from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.adapter import Adapter
 from onepeace_fast.models.inputs import Batch, Subset
-from onepeace_fast.models.reference import PaddedTokens, encode_padded
+from onepeace_fast.models.passes import Encoded, PaddedTokens, Part, Samples, join, sample_count, split
+from onepeace_fast.models.reference import encode_padded
 from onepeace_fast.route_plan import RoutePlan, draw_keep
 
 
-class Encoded(NamedTuple):
-    """A stack's output: padded {modality: [rows, length, dim]}, or packed rows with their plan."""
-
-    padded: dict[str, Tensor] | None
-    packed: Tensor | None
-    plan: RoutePlan | None
-
-    def unpacked(self) -> dict[str, Tensor]:
-        """{modality: [rows, length, dim]}, CLS first; packed padding comes out as zero."""
-        return self.padded if self.padded is not None else self.plan.unpack(self.packed)
-
-    def cls(self, modality: str) -> Tensor:
-        """The CLS rows of the only modality, [rows, dim]."""
-        if self.padded is not None:
-            return self.padded[modality][:, 0]
-        return self.packed[self.plan.cu_seqlens[0, 1:].long() - 1]
-
-
 class Stack(nn.Module):
-    """Adapters and transformer under upstream's names. A decoder's adapters hold positions alone."""
+    """Adapters and transformer under upstream's names. A decoder's adapters hold positions alone.
 
-    def __init__(self, config: TransformerConfig, backend: str | None, vocab_size: int | None = None) -> None:
+    ``adapters`` are those of the configuration's added modalities.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        backend: str | None,
+        vocab_size: int | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.backend = backend
@@ -50,6 +41,8 @@ class Stack(nn.Module):
             self.image_adapter = ImageAdapter(config.image, *shared, stem=encoder)
         if config.audio is not None:
             self.audio_adapter = AudioAdapter(config.audio, *shared, extractor=encoder)
+        for name in config.added:
+            self.add_module(f"{name}_adapter", adapters[name])
         self.fusion_model = Transformer(config)
 
     def adapter(self, modality: str) -> Adapter:
@@ -66,17 +59,30 @@ class Stack(nn.Module):
         """The backend in force for this stack's device."""
         return resolve_backend(self.backend, next(self.parameters()).device)
 
-    def embed(self, batch: Batch, kept: Subset | None = None) -> dict[str, PaddedTokens]:
-        """Embed every modality; with ``kept`` only those tokens, side by side."""
-        return {name: self._embed(name, batch, kept) for name in self.config.modalities if name in batch.inputs}
+    def tokens(self, batch: Batch) -> dict[str, Tensor] | None:
+        """Embeddings of every modality, which all passes of a step share; no positions yet.
 
-    def _embed(self, name: str, batch: Batch, kept: Subset | None) -> PaddedTokens:
-        valid, value = batch.valid.masks[name], batch.inputs[name]
-        if kept is None:
-            return PaddedTokens(self.adapter(name)(value), valid, None, valid.shape[1])
-        width = max(kept.lengths[name], default=1)
-        present, ids = kept_ids(kept.masks[name], width)
-        return PaddedTokens(self.adapter(name)(value, ids), present, ids, valid.shape[1])
+        None with the reference backend, which embeds for every pass anew, as upstream does.
+        """
+        if self.resolved_backend == "reference":
+            return None
+        return {name: self.adapter(name).tokens(value) for name, value in batch.inputs.items()}
+
+    def embed(self, batch: Batch, kept: Subset | None = None, tokens: Mapping[str, Tensor] | None = None) -> Part:
+        """Embed every modality of the batch with positions; with ``kept`` only those tokens, side by side."""
+        part = {}
+        for name, value in batch.inputs.items():
+            adapter, valid = self.adapter(name), batch.valid.masks[name]
+            x = adapter.tokens(value) if tokens is None else tokens[name]
+            if kept is None:
+                part[name] = PaddedTokens(
+                    adapter.place(x, None), valid, batch.valid.lengths[name], None, valid.shape[1]
+                )
+            else:
+                lengths = kept.lengths[name]
+                present, ids = kept_ids(kept.masks[name], max(lengths, default=1))
+                part[name] = PaddedTokens(adapter.place(x, ids), present, lengths, ids, valid.shape[1])
+        return part
 
     def draw_drop_path(self, samples: int, device: torch.device) -> Tensor | None:
         """DropPath's factors of one pass, or None where nothing is dropped."""
@@ -84,12 +90,7 @@ class Stack(nn.Module):
             return None
         return draw_keep(self.fusion_model.drop_path_rates, samples, device)
 
-    def plan(
-        self,
-        tokens: Mapping[str, PaddedTokens],
-        lengths: Mapping[str, Sequence[int]],
-        samples: Mapping[str, Sequence[int]] | None,
-    ) -> RoutePlan:
+    def plan(self, tokens: Part, samples: Samples | None = None) -> RoutePlan:
         """The route plan of padded tokens; nothing is read back from the device."""
         widths = {name: part.width for name, part in tokens.items()}
         codes = {name: self.adapter(name).codes(width) for name, width in widths.items()}
@@ -99,7 +100,7 @@ class Stack(nn.Module):
             codes={name: code for name, code in codes.items() if code is not None},
             code_offsets={name: self.adapter(name).code_offset(width) for name, width in widths.items()},
             samples=samples,
-            lengths=lengths,
+            lengths={name: part.lengths for name, part in tokens.items()},
         )
 
     def bias(self, widths: Mapping[str, int]) -> list[list[Tensor]]:
@@ -109,28 +110,34 @@ class Stack(nn.Module):
         vectors = [self.adapter(name).bias_vectors(width) for name, width in widths.items()]
         return [list(table) for table in zip(*vectors, strict=True)]
 
-    def forward(
-        self,
-        tokens: Mapping[str, PaddedTokens],
-        lengths: Mapping[str, Sequence[int]],
-        samples: Mapping[str, Sequence[int]] | None = None,
-    ) -> Encoded:
-        """Encode embedded tokens; ``lengths`` counts each row's real tokens on the host."""
-        first = next(iter(tokens.values()))
-        count = first.x.shape[0] if samples is None else len(set().union(*map(set, samples.values())))
-        keep = self.draw_drop_path(count, first.x.device)
+    def forward(self, passes: Sequence[Part], samples: Samples | None = None) -> list[Encoded]:
+        """Encode the embedded tokens of each pass: packed as one call of the transformer, padded one after another."""
         if self.resolved_backend == "reference":
-            return Encoded(encode_padded(self.fusion_model, self.adapters, tokens, samples, keep), None, None)
-        plan = self.plan(tokens, lengths, samples)
-        return self.encode_packed(plan.pack({name: part.x for name, part in tokens.items()}), plan, keep, tokens)
+            keeps = self._draw_drop_paths(passes, samples)
+            return [
+                Encoded(padded=encode_padded(self.fusion_model, self.adapters, part, samples, keep))
+                for part, keep in zip(passes, keeps, strict=True)
+            ]
+        joined, sample_of = join(passes, samples, self.config.modalities)
+        plan = self.plan(joined, sample_of)
+        x = plan.pack({name: part.x for name, part in joined.items()})
+        return self.encode_packed(x, plan, passes, samples)
 
     def encode_packed(
-        self, x: Tensor, plan: RoutePlan, keep: Tensor | None, tokens: Mapping[str, PaddedTokens]
-    ) -> Encoded:
-        """Run packed rows through the transformer."""
-        plan = plan if keep is None else plan.with_keep(keep)
-        bias = self.bias({name: part.width for name, part in tokens.items()})
-        return Encoded(None, self.fusion_model(x, plan, bias), plan)
+        self, x: Tensor, plan: RoutePlan, passes: Sequence[Part], samples: Samples | None = None
+    ) -> list[Encoded]:
+        """Run the packed rows [C, dim] of joined passes through the transformer."""
+        keeps = self._draw_drop_paths(passes, samples)
+        if keeps[0] is not None:
+            plan = plan.with_keep(torch.cat(keeps, dim=2))
+        widths = {name: part.width for one in passes for name, part in one.items()}
+        packed = self.fusion_model(x, plan, self.bias({name: widths[name] for name in plan.modalities}))
+        return split(packed, plan, passes, samples)
+
+    def _draw_drop_paths(self, passes: Sequence[Part], samples: Samples | None) -> list[Tensor | None]:
+        """DropPath's factors of each pass, all drawn before the first runs."""
+        device = next(iter(passes[0].values())).valid.device
+        return [self.draw_drop_path(sample_count(part, samples), device) for part in passes]
 
 
 def kept_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
+from onepeace_fast.layers.adapter import Adapter, SeriesAdapter
+from onepeace_fast.layers.adapters import ImageAdapter
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 if TYPE_CHECKING:
@@ -75,11 +76,13 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
         os.replace(draft, directory / name)
 
 
-def restore(cls: type[OnePeacePretrain], directory: Path, backend: str | None) -> OnePeacePretrain:
+def restore(
+    cls: type[OnePeacePretrain], directory: Path, backend: str | None, adapters: Mapping[str, Adapter] | None
+) -> OnePeacePretrain:
     """Build a model from what ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
-    model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend)
+    model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend, adapters)
     load(model, load_file(directory / WEIGHTS_FILE))
     return model
 

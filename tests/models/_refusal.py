@@ -15,7 +15,8 @@ def refuse(expected: str, call: Callable[[], object], monkeypatch: pytest.Monkey
     def work(*_):
         raise AssertionError("work began before the arguments were checked")
 
-    monkeypatch.setattr(Stack, "_embed", work)
+    monkeypatch.setattr(Stack, "embed", work)
+    monkeypatch.setattr(Stack, "tokens", work)
     with pytest.raises(ValueError) as caught:
         call()
     message = str(caught.value)

@@ -20,9 +20,9 @@ from onepeace_fast.models.inputs import read_batch
 def layer_inputs(model, batch):
     """Packed rows, plan and bias vectors of a batch, as the stack gives them to a layer."""
     stack = model.encoder_wrapper
-    read, _ = read_batch(stack.adapters, **batch)
+    read, _ = read_batch(stack.adapters, batch)
     tokens = stack.embed(read)
-    plan = stack.plan(tokens, read.valid.lengths, None)
+    plan = stack.plan(tokens)
     x = plan.pack({name: part.x for name, part in tokens.items()})
     bias = stack.bias({name: part.width for name, part in tokens.items()})[0]
     leaves = [value.detach().clone().requires_grad_() for value in (x, *bias)]

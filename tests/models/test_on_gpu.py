@@ -55,15 +55,15 @@ def test_nothing_waits_between_the_one_read_and_the_end_of_the_backward_pass():
     stack = model.encoder_wrapper
     batch = on_gpu(batch_of(text=[9, 4, 1], image=(3, 2)))
     batch["image"] = batch["image"].float()
-    read, _ = read_batch(stack.adapters, **batch)
+    read, _ = read_batch(stack.adapters, batch)
     for _ in range(2):  # the first round loads libraries, which may wait
-        encoded = stack(stack.embed(read), read.valid.lengths, read.samples)
-        encoded.packed.square().mean().backward()
+        (encoded,) = stack([stack.embed(read)], read.samples)
+        sum(output.square().mean() for output in encoded.tensors()).backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        encoded = stack(stack.embed(read), read.valid.lengths, read.samples)
-        encoded.packed.square().mean().backward()
+        (encoded,) = stack([stack.embed(read)], read.samples)
+        sum(output.square().mean() for output in encoded.tensors()).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

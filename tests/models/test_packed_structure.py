@@ -53,7 +53,7 @@ def record(backend: str, backward: bool) -> Recorder:
     model = small_model(backend, small_config(layers=LAYERS, image=ImageAdapterConfig(position_grid=3, bias_grid=6)))
     inputs = batch_of(text=TEXT_LENGTHS, image=(ROWS, 5))
     stack = model.encoder_wrapper
-    batch, _ = read_batch(stack.adapters, **inputs)
+    batch, _ = read_batch(stack.adapters, inputs)
     tokens = stack.embed(batch)
     assert {name: part.x.shape[1] for name, part in tokens.items()} == {"text": TEXT_WIDTH, "image": IMAGE_LENGTH}
     recorder = Recorder()
@@ -65,13 +65,13 @@ def record(backend: str, backward: bool) -> Recorder:
             with recorder:
                 loss.backward()
         return recorder
-    plan = stack.plan(tokens, batch.valid.lengths, None)
+    plan = stack.plan(tokens)
     x = plan.pack({name: part.x for name, part in tokens.items()}).detach().requires_grad_()
     assert x.shape[0] == TOTAL
     with recorder:
-        packed = stack.encode_packed(x, plan, None, tokens).packed
+        (encoded,) = stack.encode_packed(x, plan, [tokens])
         if backward:
-            packed.backward(torch.ones_like(packed))
+            sum(output.sum() for output in encoded.tensors()).backward()
     return recorder
 
 

@@ -1,0 +1,179 @@
+"""What every modality's adapter is: tokens of the model's width with CLS first, their positions, codes and bias tables.
+
+A new modality is a subclass of ``Adapter``, or of ``SeriesAdapter`` where its tokens stand in a row, given to
+``OnePeacePretrain.add_modality``. It says four things:
+
+    valid(name, value, padding)   which tokens an input has, bool [rows, length]; column 0 is CLS
+    tokens(value)                 their embeddings without positions, [rows, length, embed_dim]
+    position_table(width)         the embeddings of positions 0 to width - 1, CLS at 0
+    codes, vector_index           the relative position bias: a code per position, and the table row of each distance
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onepeace_fast.checks import describe, require, require_device
+from onepeace_fast.relative_position import dense_index, series_index, series_table_rows, series_vector_index
+
+Fault = tuple[Tensor, Callable[[int], str]]
+
+
+def init_truncated_normal(tensor: Tensor) -> Tensor:
+    """Normal of deviation 0.02, cut at one deviation."""
+    return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
+
+
+def init_linear(linear: nn.Linear) -> nn.Linear:
+    """Truncated normal weights, zero bias."""
+    init_truncated_normal(linear.weight)
+    if linear.bias is not None:
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
+def take(x: Tensor, ids: Tensor | None) -> Tensor:
+    """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids.
+
+    An embedding, since its gradient is summed in a fixed order on every device, also where ids repeat.
+    """
+    if ids is None:
+        return x
+    starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
+    return F.embedding(ids + starts, x.flatten(0, 1))
+
+
+def valid_from_padding(
+    name: str, padding: Tensor | None, rows: int, length: int, device: torch.device, tokens: str = "tokens"
+) -> Tensor:
+    """Real tokens, bool [rows, length], of a modality whose padding is given apart (None: nothing is padding).
+
+    Raises:
+        ValueError: padding that is not bool [rows, length] on ``device``.
+    """
+    if padding is None:
+        return torch.ones(rows, length, dtype=torch.bool, device=device)
+    require(
+        isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.shape == (rows, length),
+        f"{name}_padding: got {describe(padding)}, takes bool {[rows, length]}, CLS and {length - 1} {tokens}, "
+        "True at padding",
+    )
+    require_device(f"{name}_padding", padding, device)
+    return ~padding
+
+
+class Adapter(nn.Module, ABC):
+    """A CLS embedding and the bias tables, ``tables`` of them, ``rows`` x ``heads`` each; the rest is a subclass's.
+
+    Args:
+        embed_dim, heads: the model's ``config.encoder.embed_dim`` and ``attention_heads``.
+        tables: its ``config.encoder.bias_tables``.
+        rows: entries of a bias table for one head.
+    """
+
+    takes_padding = False
+
+    def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
+        super().__init__()
+        self.cls_embedding = nn.Parameter(init_truncated_normal(torch.empty(1, 1, embed_dim)))
+        self._dense_index: Tensor | None = None
+        if tables:
+            self.rel_pos_table_list = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(tables))
+            for table in self.rel_pos_table_list:
+                nn.init.zeros_(table.weight)
+
+    @abstractmethod
+    def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
+        """Check the shapes and dtypes of an input and say which tokens are real: bool [rows, length], CLS first.
+
+        ``name`` is the modality's, for messages; ``padding`` comes only where ``takes_padding`` is True. Reads nothing
+        back from the device. Raises ``ValueError`` in one line.
+        """
+
+    def faults(self, name: str, value: Tensor, padding: Tensor | None) -> list[Fault]:
+        """Checks of values: counts on the device, read together with all others, and the line for one above zero."""
+        if padding is None:
+            return []
+        return [(padding[:, 0].sum(), lambda _: f"{name}_padding: got True at CLS, column 0, takes False there")]
+
+    @abstractmethod
+    def tokens(self, value: Tensor) -> Tensor:
+        """Embed an input without positions: [rows, length, embed_dim], CLS first."""
+
+    @abstractmethod
+    def position_table(self, width: int) -> Tensor:
+        """Position embeddings [width, embed_dim], CLS at 0."""
+
+    def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
+        """Add positions to ``tokens``; with ``ids`` int64 [rows, kept] only those tokens, side by side."""
+        positions = self.position_table(tokens.shape[1]).expand(tokens.shape[0], -1, -1)
+        return take(tokens, ids) + take(positions, ids)
+
+    def forward(self, value: Tensor, ids: Tensor | None = None) -> Tensor:
+        """Embed an input with positions; with ``ids`` only those tokens."""
+        return self.place(self.tokens(value), ids)
+
+    @abstractmethod
+    def vector_index(self, width: int) -> Tensor:
+        """Table row of each entry of the bias vector for ``width`` positions: int64 [entries]."""
+
+    def codes(self, width: int) -> Tensor | None:
+        """Code of each position, int32 [width], or None where it is the position itself."""
+        return None
+
+    def code_offset(self, width: int) -> int:
+        """Entry of the bias vector that belongs to equal codes."""
+        return width - 1
+
+    def bias_vectors(self, width: int) -> list[Tensor]:
+        """Every table expanded for ``width`` positions: [heads, entries] each, three CLS entries last."""
+        index = self.vector_index(width)
+        return [F.embedding(index, table.weight).t().contiguous() for table in self.rel_pos_table_list]
+
+    def dense_table_index(self, width: int) -> Tensor:
+        """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].
+
+        The last one is kept, as upstream keeps its largest.
+        """
+        index = self.vector_index(width)
+        kept = self._dense_index
+        if kept is not None and kept.shape[0] == width and kept.device == index.device:
+            return kept
+        position = torch.arange(width, device=index.device)
+        codes = self.codes(width)
+        code = position if codes is None else codes
+        self._dense_index = index[dense_index(code, position == 0, self.code_offset(width), index.shape[0])]
+        return self._dense_index
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether this modality has a relative position bias."""
+        return hasattr(self, "rel_pos_table_list")
+
+    def reset_tables(self) -> None:
+        """Recompute what follows from the configuration alone and no checkpoint holds."""
+        self._dense_index = None
+
+
+class SeriesAdapter(Adapter):
+    """An adapter of a 1-D series: distances are bucketed, exact up to half the bucket size, logarithmic beyond.
+
+    At most 1,024 positions, CLS included.
+    """
+
+    def __init__(self, embed_dim: int, heads: int, tables: int, bucket_size: int) -> None:
+        super().__init__(embed_dim, heads, tables, series_table_rows(bucket_size))
+        self.bucket_size = bucket_size
+        self.register_buffer("series_index", series_index(bucket_size), persistent=False)
+
+    def vector_index(self, width: int) -> Tensor:
+        return series_vector_index(self.series_index, self.bucket_size, width)
+
+    def reset_tables(self) -> None:
+        super().reset_tables()
+        self.series_index.copy_(series_index(self.bucket_size))

@@ -1,0 +1,95 @@
+"""More modalities for a model that exists, and the freezing that trains one of them alone (stage 2)."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.config import TransformerConfig
+from onepeace_fast.layers.adapter import Adapter, init_linear
+from onepeace_fast.layers.transformer import feed_forward
+
+if TYPE_CHECKING:
+    from onepeace_fast.models.pretrain import OnePeacePretrain
+
+
+def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from: str | None) -> None:
+    """See ``OnePeacePretrain.add_modality``."""
+    encoder = model.config.encoder
+    known = encoder.modalities
+    require(name not in known, f"name: got {name!r}, takes one that the model does not have yet: it has {list(known)}")
+    # The configuration checks the name; nothing of the model is touched before all checks have passed.
+    config = dataclasses.replace(model.config, encoder=dataclasses.replace(encoder, added=(*encoder.added, name)))
+    require(
+        init_from is None or init_from in known, f"init_from: got {init_from!r}, takes None or one of {list(known)}"
+    )
+    check_adapter(encoder, name, adapter)
+    taken = [part for part in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, part)]
+    require(not taken, f"name: got {name!r}, takes another: the model has a {', '.join(taken)} already")
+
+    stack, transformer, like = model.encoder_wrapper, model.encoder_wrapper.fusion_model, model.logit_scale
+    reference = next(transformer.parameters())
+
+    def placed(module: nn.Module) -> nn.Module:
+        module = module.to(device=like.device, dtype=reference.dtype)
+        return module.train(model.training).requires_grad_()
+
+    def new(kind: str, owner: nn.Module, fresh: nn.Module) -> nn.Module:
+        return placed(fresh if init_from is None else copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
+
+    stack.add_module(f"{name}_adapter", placed(adapter))
+    for layer in transformer.layers:
+        fresh = feed_forward(encoder)
+        for module in fresh.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module)
+        layer.add_module(f"{name}_ffn", new("ffn", layer, fresh))
+    transformer.add_module(f"{name}_layer_norm", new("layer_norm", transformer, nn.LayerNorm(encoder.embed_dim)))
+    projection = init_linear(nn.Linear(encoder.embed_dim, encoder.embed_dim))
+    model.add_module(f"{name}_proj", new("proj", model, projection))
+    model.config, stack.config, transformer.config = config, config.encoder, config.encoder
+
+
+def train_only(model: OnePeacePretrain, name: str) -> None:
+    """See ``OnePeacePretrain.train_only``."""
+    known = model.config.encoder.modalities
+    require(name in known, f"name: got {name!r}, takes one of {list(known)}")
+    encoder, transformer = model.encoder_wrapper, model.encoder_wrapper.fusion_model
+    model.requires_grad_()
+    encoder.requires_grad_(False)
+    own = [layer.ffn(name) for layer in transformer.layers]
+    for module in (encoder.adapter(name), transformer.final_norm(name), *own):
+        module.requires_grad_()
+    for other in known:
+        model.get_submodule(f"{other}_proj").requires_grad_(other == name)
+    model.reset_logit_scale()
+
+
+def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) -> None:
+    """Raise unless there is a fitting adapter for exactly the added modalities."""
+    require(
+        set(adapters) == set(encoder.added),
+        f"adapters: got {sorted(adapters)}, takes one for each added modality of the configuration, "
+        f"{list(encoder.added)}",
+    )
+    for name, adapter in adapters.items():
+        check_adapter(encoder, name, adapter)
+
+
+def check_adapter(encoder: TransformerConfig, name: str, adapter: Adapter) -> None:
+    """Raise unless an adapter has the width, heads and bias tables of an encoder."""
+    require(isinstance(adapter, Adapter), f"adapter {name}: got {describe(adapter)}, takes a subclass of Adapter")
+    width = adapter.cls_embedding.shape[-1]
+    require(width == encoder.embed_dim, f"adapter {name}: got embed_dim {width}, takes {encoder.embed_dim}")
+    tables = list(adapter.rel_pos_table_list) if adapter.has_bias else []
+    heads = {table.embedding_dim for table in tables} or {encoder.attention_heads}
+    require(
+        len(tables) == encoder.bias_tables and heads == {encoder.attention_heads},
+        f"adapter {name}: got {len(tables)} bias tables of {sorted(heads)} heads, takes {encoder.bias_tables} of "
+        f"{encoder.attention_heads}",
+    )
