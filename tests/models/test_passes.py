@@ -1,0 +1,154 @@
+"""A pretraining step as one packed call: how often each part runs, and that joining passes changes nothing."""
+
+import pytest
+import torch
+from models._small import (
+    BACKENDS,
+    assert_close,
+    assert_same_bits,
+    batch_of,
+    gradients_of,
+    hide,
+    small_config,
+    small_model,
+)
+
+from onepeace_fast.layers.adapters import AudioAdapter
+from onepeace_fast.models import stack as stack_module
+from onepeace_fast.models.inputs import read_batch
+from onepeace_fast.models.objectives import vision_language_loss
+
+TEXT = [7, 2, 5]
+
+
+def vision_language(seed=1):
+    batch = batch_of(text=TEXT, image=(3, 3))
+    alone, pair = hide(batch, seed=seed), hide(batch, seed=seed + 1)
+    masks = {"text": alone["text"], "image": alone["image"], "vl_text": pair["text"], "vl_image": pair["image"]}
+    return "vision_language_loss", {**batch, "masks": masks}
+
+
+def audio_language(seed=1):
+    batch = batch_of(text=TEXT, audio=[9, 4, 6])
+    alone, pair = hide(batch, seed=seed), hide(batch, seed=seed + 1)
+    masks = {"audio": alone["audio"], "al_text": pair["text"], "al_audio": pair["audio"]}
+    return "audio_language_loss", {**batch, "masks": masks}
+
+
+TASKS = pytest.mark.parametrize("task", [vision_language, audio_language], ids=["vision language", "audio language"])
+
+
+def count_calls(model, name, inputs):
+    """How often the encoder's and the decoder's transformers run, with gradient and without."""
+    calls = []
+    for which in ("encoder", "decoder"):
+        transformer = model.get_submodule(f"{which}_wrapper.fusion_model")
+        transformer.register_forward_pre_hook(lambda *_, which=which: calls.append((which, torch.is_grad_enabled())))
+    loss = model(name, **inputs)["loss"]
+    return calls, loss
+
+
+@TASKS
+def test_a_step_is_one_gradient_carrying_call_of_the_encoder_and_one_of_the_decoder(task):
+    calls, _ = count_calls(small_model("fused"), *task())
+    assert sorted(calls) == [("decoder", True), ("encoder", False), ("encoder", True)]
+
+
+def test_the_waveforms_are_convolved_once_in_a_step(monkeypatch):
+    calls, tokens = [], AudioAdapter.tokens
+    monkeypatch.setattr(AudioAdapter, "tokens", lambda self, value: (calls.append(1), tokens(self, value))[1])
+    name, inputs = audio_language()
+    small_model("fused")(name, **inputs)
+    assert len(calls) == 1
+    calls.clear()
+    small_model("reference")(name, **inputs)
+    assert len(calls) == 4  # upstream's passes: audio, the pair as teacher, and both with hidden frames
+
+
+@TASKS
+def test_both_backends_draw_the_same_drop_path_in_every_pass_of_a_step(task):
+    config = small_config(decoder={"drop_path_rate": 0.4, "layers": 3}, drop_path_rate=0.4, layers=3)
+    name, inputs = task()
+    results = []
+    for backend in BACKENDS:
+        model = small_model(backend, config).train()
+        torch.manual_seed(7)
+        losses = model(name, **inputs)
+        results.append(({k: v.detach() for k, v in losses.items()}, gradients_of(model, losses["loss"])))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want)
+
+
+def test_drop_path_is_drawn_for_every_sample_of_every_pass(monkeypatch):
+    drawn = []
+    draw = stack_module.draw_keep
+    monkeypatch.setattr(
+        stack_module, "draw_keep", lambda rates, samples, *a: (drawn.append(samples), draw(rates, samples, *a))[1]
+    )
+    name, inputs = vision_language()
+    small_model("fused", small_config(drop_path_rate=0.4)).train()(name, **inputs)
+    assert drawn == [3] * 6  # text, image, both hidden, the pair hidden, and the pair as teacher
+
+
+def test_joined_passes_give_each_sample_what_it_has_alone():
+    batch = batch_of(text=TEXT, image=(3, 3))
+    model = small_model("fused")
+    encoder = model.encoder_wrapper
+    masks = hide(batch, seed=4)
+    read, (hidden,) = read_batch(encoder.adapters, batch, masks=masks, passes=[{name: name for name in masks}])
+    parts = [
+        encoder.embed(read.select("text")),
+        encoder.embed(read.select("image"), hidden.kept),
+        encoder.embed(read, hidden.kept),
+        encoder.embed(read),
+    ]
+    joined = encoder(parts)
+    for together, part in zip(joined, parts, strict=True):
+        (alone,) = encoder([part])
+        assert_close(together.unpacked(), alone.unpacked(), 1e-12)
+        for name, rows in together.packed.items():
+            assert torch.equal(rows.row, alone.packed[name].row)
+            assert torch.equal(rows.position, alone.packed[name].position)
+            assert torch.equal(rows.cls, alone.packed[name].cls)
+            assert rows.position[rows.cls].eq(0).all()
+
+
+def test_joined_passes_keep_each_rows_sample():
+    batch = batch_of(text=[7, 2], image=(3, 3))
+    samples = {"text": [2, 0], "image": [1, 0, 2]}
+    model = small_model("fused")
+    encoder = model.encoder_wrapper
+    read, _ = read_batch(encoder.adapters, batch, samples=samples)
+    part = encoder.embed(read)
+    (alone,) = encoder([part], read.samples)
+    for together in encoder([part, part, part], read.samples):
+        assert_close(together.unpacked(), alone.unpacked(), 1e-12)
+
+
+@TASKS
+def test_a_step_is_bitwise_the_same_when_repeated(task):
+    name, inputs = task()
+    model = small_model("fused", dtype=torch.float32)
+    inputs = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
+    results = []
+    for _ in range(2):
+        losses = model(name, **inputs)
+        results.append({**gradients_of(model, losses["loss"]), "loss": losses["loss"].detach()})
+    assert_same_bits(results[1], results[0])
+
+
+def test_the_text_side_of_audio_contrast_gets_no_gradient():
+    name, inputs = audio_language()
+    model = small_model("fused")
+    parts = model(name, **inputs)
+    gradients = gradients_of(model, parts["atc_loss"])
+    assert not any(
+        key.startswith(("text_proj", "encoder_wrapper.text_adapter")) for key in gradients if gradients[key].any()
+    )
+    assert any(key.startswith("audio_proj") for key in gradients)
+
+
+def test_the_checks_of_a_step_come_before_any_work():
+    _, inputs = vision_language()
+    with pytest.raises(ValueError, match="text, image: got 3 and 2 rows"):
+        vision_language_loss(small_model("fused"), inputs["text"], inputs["image"][:2], inputs["masks"], 0.1)
