@@ -35,10 +35,11 @@ STAMP = VENV / "onepeace_fast.json"
 
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
-INCLUDED = {"demo": ["demo"], "dev": ["demo", "dev"]}
+INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "dev"]}
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
-    "demo": "scikit-learn with SciPy, tqdm (about 50 MB)",
+    "demo": "scikit-learn with SciPy, matplotlib, eSpeak NG (GPL-3), soundfile (about 80 MB)",
+    "train": "pyarrow, tokenizers, TensorBoard, Pillow (about 90 MB)",
     "dev": "pytest and plugins, hypothesis, ruff, build, setuptools (about 20 MB)",
 }
 TORCH_DOWNLOAD = f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides)"
@@ -194,7 +195,7 @@ def install(stamp: dict, extra: str) -> None:
     say("Installing into .venv; pip downloads what is not there or in its cache:")
     print("      " + "\n      ".join(downloads), flush=True)
     write_stamp({**stamp, "complete": False})
-    code = pip(PYTHON, *pins, "--editable", f".[{extra}]")
+    code = pip(PYTHON, *pins, "--editable", f".[{','.join(INCLUDED[extra])}]")
     if code != 0:
         write_stamp(stamp)  # pip resolves and downloads first: an environment that was whole still is
         raise Stop("pip failed: see its lines above. Offline? Or a proxy to set (`pip config`)? Run this again.", code)

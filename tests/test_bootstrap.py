@@ -116,7 +116,7 @@ def test_second_demo_calls_no_pip(bootstrap, machine):
 def test_demo_after_test_calls_no_pip_and_test_after_demo_adds_its_tools_to_the_same_environment(bootstrap, machine):
     machine.started("demo")
     machine.torches[str(bootstrap.PYTHON)] = ("2.13.0+cpu", False, "site-packages/torch")
-    assert machine.started("test")[:2] == [PIP + " --editable .[dev]", f"VENV {LINT}"]
+    assert machine.started("test")[:2] == [PIP + " --editable .[demo,train,dev]", f"VENV {LINT}"]
     assert machine.started("demo") == ["VENV -m onepeace_fast.cli demo"]
     assert machine.started("test")[0] == f"VENV {LINT}"
 

@@ -81,8 +81,16 @@ def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wh
     metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
     assert metadata["Version"] == onepeace_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "bench", "peers", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "train", "bench", "peers", "dev"}
     assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{information}/entry_points.txt")
+
+
+def test_the_gpl_synthesiser_is_needed_by_the_demo_alone_and_is_in_no_wheel(wheel):
+    information = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
+    metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
+    needs = [need for need in metadata.get_all("Requires-Dist") if "espeak" in need or "[demo]" in need]
+    assert [need.replace(" ", "") for need in needs] == ['espeakng-loader;extra=="demo"']
+    assert not [name for name in wheel.namelist() if "espeak" in name.lower()]
 
 
 def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_packages(built, tmp_path):
@@ -90,7 +98,7 @@ def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_pa
     target = tmp_path / "site"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", target, path]
     quietly(*pip, folder=tmp_path)
-    absent = ["sklearn", "tqdm", "pytest", "hypothesis", "setuptools"]
+    absent = ["sklearn", "scipy", "tqdm", "yaml", "PIL", "soundfile", "pytest", "hypothesis", "setuptools"]
     output = quietly(sys.executable, "-I", "-c", IMPORT_ELSEWHERE, target, *absent, folder=tmp_path)
     library, kernels, version = output.splitlines()
     assert Path(library) == target / "onepeace_fast" / "__init__.py"
