@@ -1,0 +1,1 @@
+"""Pretraining of ONE-PEACE: masks of the denoising task, optimizer and learning rate."""
