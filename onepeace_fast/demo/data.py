@@ -1,4 +1,4 @@
-"""The demo's data: scikit-learn's 1,797 handwritten digits, and captions written from templates.
+"""The demo's images and captions: scikit-learn's 1,797 handwritten digits, and sentences written from templates.
 
 The 8 x 8 images (Alpaydin and Kaynak, 1998; shipped inside scikit-learn, nothing is downloaded) stand in the file form
 after form, as their recurring order shows: fourteen forms of about 130 digits, filled in by thirteen people. The last
@@ -17,12 +17,20 @@ from torch import Tensor
 
 FIRST_HELD_OUT = 1415  # here the twelfth form begins
 SIDE = 32
+DARKEST = 16
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 PADDING, END, UNKNOWN, SPECIALS = 1, 2, 3, 4
-TRAINING_TEMPLATES = (
+BOTH_TEMPLATES = (
     "{name}",
     "{figure}",
+    "the number {name}",
+    "the digit {figure}",
+    "this is the number {figure}",
+    "this is the digit {name}",
+)
+IMAGE_TEMPLATES = (
+    *BOTH_TEMPLATES,
     "a handwritten {name}",
     "the number {figure} on paper",
     "the digit {figure} written by hand",
@@ -36,6 +44,16 @@ TRAINING_TEMPLATES = (
     "this is a scan of a form with the number {figure} written on it",
     "here a person has written the digit {name}",
 )
+SOUND_TEMPLATES = (
+    *BOTH_TEMPLATES,
+    "a spoken {name}",
+    "a voice says {name}",
+    "somebody says the number {figure}",
+    "the digit {figure} said by a voice",
+    "a recording of the number {name}",
+    "here a person says the digit {name}",
+    "this is a recording of somebody who says {figure}",
+)
 HELD_OUT_TEMPLATES = (
     "a handwritten {figure}",
     "the digit {name} on a paper form",
@@ -44,22 +62,32 @@ HELD_OUT_TEMPLATES = (
 
 
 class Digits(NamedTuple):
-    """Images, float32 [rows, 3, SIDE, SIDE], and the digit that each one shows, int64 [rows]."""
+    """Images, float32 [rows, 8, 8] from 0 (paper) to 16 (ink), and the digit that each one shows, int64 [rows]."""
 
     images: Tensor
     labels: Tensor
 
 
 def load() -> tuple[Digits, Digits]:
-    """The digits for training and those held out, upscaled and normalised by the training images."""
+    """The digits for training and those held out."""
     bunch = load_digits()
-    small = torch.from_numpy(bunch.images).float()[:, None]
-    training = small[:FIRST_HELD_OUT]
-    small = (small - training.mean()) / training.std()
-    images = F.interpolate(small, size=(SIDE, SIDE), mode="bilinear").repeat(1, 3, 1, 1)
-    labels = torch.from_numpy(bunch.target).long()
+    images, labels = torch.from_numpy(bunch.images).float(), torch.from_numpy(bunch.target).long()
     training, held_out = slice(FIRST_HELD_OUT), slice(FIRST_HELD_OUT, None)
     return Digits(images[training], labels[training]), Digits(images[held_out], labels[held_out])
+
+
+def enlarge(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """What the model sees of images [rows, 8, 8]: [rows, 3, SIDE, SIDE], from -1 (paper) to 1 (ink).
+
+    With ``generator`` each is a little shifted, turned and stretched, as other handwriting would be.
+    """
+    placing = torch.eye(2, 3).repeat(len(images), 1, 1)
+    if generator is not None:
+        scale = torch.tensor([0.075, 0.075, 0.1])
+        placing += scale * (2 * torch.rand(placing.shape, generator=generator) - 1)
+    grid = F.affine_grid(placing, [len(images), 1, SIDE, SIDE], align_corners=False)
+    large = F.grid_sample(images[:, None], grid, align_corners=False)
+    return (large * (2 / DARKEST) - 1).repeat(1, 3, 1, 1)
 
 
 def caption(template: str, digit: int) -> str:
@@ -71,7 +99,7 @@ class Vocabulary:
     """Words of the training captions; ids 0 to 3 are special: 0 unused, 1 padding, 2 end, 3 unknown word."""
 
     def __init__(self) -> None:
-        captions = [caption(template, digit) for template in TRAINING_TEMPLATES for digit in range(10)]
+        captions = [caption(t, digit) for t in (*IMAGE_TEMPLATES, *SOUND_TEMPLATES) for digit in range(10)]
         words = dict.fromkeys(word for text in captions for word in text.split())
         self.ids = {word: SPECIALS + place for place, word in enumerate(words)}
 
@@ -84,16 +112,19 @@ class Vocabulary:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
 
 
-def draw_batch(digits: Digits, groups: int, words: Vocabulary, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``groups`` times the digits 0 to 9, each with a random image and caption: texts and images, 10 * groups rows.
+def draw_rows(labels: Tensor, groups: int, generator: torch.Generator) -> Tensor:
+    """``groups`` times the digits 0 to 9, each by a random row of ``labels``: int64 [10 * groups].
 
     No group holds a digit twice: a second three would count as a wrong answer to the caption of the first.
     """
     chosen = []
     for digit in range(10):
-        rows = (digits.labels == digit).nonzero().squeeze(1)
+        rows = (labels == digit).nonzero().squeeze(1)
         chosen.append(rows[torch.randperm(len(rows), generator=generator)[:groups]])
-    rows = torch.stack(chosen, dim=1).flatten()
-    which = torch.randint(len(TRAINING_TEMPLATES), (len(rows),), generator=generator).tolist()
-    captions = [caption(TRAINING_TEMPLATES[t], d) for t, d in zip(which, digits.labels[rows].tolist(), strict=True)]
-    return words.encode(captions), digits.images[rows]
+    return torch.stack(chosen, dim=1).flatten()
+
+
+def draw_captions(templates: Sequence[str], digits: Tensor, generator: torch.Generator) -> list[str]:
+    """For each digit a caption from a random template."""
+    which = torch.randint(len(templates), (len(digits),), generator=generator).tolist()
+    return [caption(templates[t], digit) for t, digit in zip(which, digits.tolist(), strict=True)]

@@ -1,51 +1,78 @@
-"""What the demo does: train a small ONE-PEACE by image-text contrast, name held-out digits, compare the backends."""
+"""What the demo does: train a small ONE-PEACE in two stages, and measure the retrieval that no stage trained for.
+
+Stage 1 learns from images and captions. Stage 2 learns from sounds and captions, while attention and all that belongs to
+text and image are frozen. (ONE-PEACE, arXiv 2305.11172, section 3.3.) No image is ever paired with a sound.
+"""
 
 from __future__ import annotations
 
-import math
 import statistics
-import time
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from onepeace_fast.backend import BACKENDS, use_backend
-from onepeace_fast.config import ImageAdapterConfig, OnePeaceConfig, TextAdapterConfig, TransformerConfig
+from onepeace_fast.config import (
+    AudioAdapterConfig,
+    ImageAdapterConfig,
+    OnePeaceConfig,
+    TextAdapterConfig,
+    TransformerConfig,
+)
 from onepeace_fast.demo import data
-from onepeace_fast.demo.data import END, PADDING, SIDE, Digits, Vocabulary, caption, draw_batch
+from onepeace_fast.demo.data import SIDE, Digits, Vocabulary, caption, draw_captions, draw_rows, enlarge
+from onepeace_fast.demo.speech import Speech
+from onepeace_fast.demo.waveform import WINDOW, waveforms
+from onepeace_fast.layers.adapters import PATCH
 from onepeace_fast.models.losses import contrastive_loss
 from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
+from onepeace_fast.training.optimizer import adamw, learning_rate
 
 WIDTH = 128
 GROUPS = 4  # of ten digits each in a training batch
-LEARNING_RATE = 1e-3
-ROWS = 60  # image-caption pairs in a batch of the comparison
-ROUNDS = 5
-PATCHES = (SIDE // 16) ** 2
-
-Pair = tuple[Tensor, Tensor]
+PEAKS = {"image-text": 1e-3, "audio-text": 1e-3}
+ROWS = 100  # in a batch that is only embedded
+# A few wide strides in place of ONE-PEACE's seven layers: as many frames, a quarter of the time.
+FEATURE_LAYERS = ((32, 32, 16), (64, 4, 4), (128, 5, 5))
 
 
-def configuration(vocabulary_size: int) -> OnePeaceConfig:
-    """A ONE-PEACE of text and image, small enough for a CPU. The decoder, of no use to contrast, is tiny."""
-    image = ImageAdapterConfig(position_grid=SIDE // 16, bias_grid=SIDE // 16)
+@dataclass(frozen=True)
+class Steps:
+    """Training steps of both stages."""
+
+    image_text: int = 600
+    audio_text: int = 400
+
+
+def configuration(vocabulary_size: int, denoise: bool = False) -> OnePeaceConfig:
+    """A ONE-PEACE small enough for a CPU. Its decoder, of no use to contrast, is tiny unless it is to denoise."""
+    grid = SIDE // PATCH
+    audio = AudioAdapterConfig(
+        feature_layers=FEATURE_LAYERS, position_layers=1, position_width=9, position_groups=16, bucket_size=64
+    )
     encoder = TransformerConfig(
         embed_dim=WIDTH, ffn_embed_dim=2 * WIDTH, layers=4, attention_heads=4, drop_path_rate=0.1, layer_scale=None,
-        image=image, audio=None,
+        text=TextAdapterConfig(bucket_size=32), image=ImageAdapterConfig(position_grid=grid, bias_grid=grid),
+        audio=audio,
     )  # fmt: skip
+    width = WIDTH // 2 if denoise else 16
     decoder = TransformerConfig(
-        embed_dim=16, ffn_embed_dim=16, layers=1, attention_heads=1, layer_scale=None,
-        text=TextAdapterConfig(use_bias=False), image=None, audio=None,
+        embed_dim=width, ffn_embed_dim=2 * width, layers=2 if denoise else 1, attention_heads=2, layer_scale=None,
+        text=TextAdapterConfig(use_bias=False),
+        image=ImageAdapterConfig(position_grid=grid, bias_grid=grid, use_bias=False) if denoise else None,
+        audio=AudioAdapterConfig(use_bias=False) if denoise else None,
     )  # fmt: skip
     return OnePeaceConfig(encoder=encoder, decoder=decoder, vocab_size=vocabulary_size)
 
 
-def build(vocabulary_size: int) -> OnePeacePretrain:
+def build(vocabulary_size: int, seed: int, denoise: bool = False) -> OnePeacePretrain:
     """The untrained model. Its initial weights suit the width of 1536; a narrow one needs larger ones to start."""
-    model = OnePeacePretrain(configuration(vocabulary_size))
+    torch.manual_seed(seed)
+    model = OnePeacePretrain(configuration(vocabulary_size, denoise))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
@@ -53,119 +80,140 @@ def build(vocabulary_size: int) -> OnePeacePretrain:
     return model
 
 
-def contrast(model: OnePeacePretrain, text: Tensor, image: Tensor) -> Tensor:
-    """Image-text contrast inside each group of ten pairs, averaged over the groups."""
+def group_contrast(model: OnePeacePretrain, a: Tensor, b: Tensor) -> Tensor:
+    """Contrast of embeddings [10 * groups, dim] inside each group of ten pairs, averaged over the groups."""
     scale = model.logit_scale_exp()
-    groups = zip(model.embed(image=image).split(10), model.embed(text=text).split(10), strict=True)
-    return torch.stack([contrastive_loss(a, b, scale)[0] for a, b in groups]).mean()
+    return torch.stack([contrastive_loss(x, y, scale)[0] for x, y in zip(a.split(10), b.split(10), strict=True)]).mean()
 
 
-def train(model: OnePeacePretrain, digits: Digits, vocabulary: Vocabulary, steps: int, seed: int) -> list[float]:
-    """Train in place and return the loss of every step."""
+def train_image_text(
+    model: OnePeacePretrain, digits: Digits, vocabulary: Vocabulary, steps: int, seed: int, denoise: bool = False
+) -> list[float]:
+    """Stage 1, in place; returns the contrast of every step."""
     generator = torch.Generator().manual_seed(seed)
     device = model.logit_scale.device
-    matrices = [p for p in model.parameters() if p.dim() > 1]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    parameters = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    warm_up = max(1, steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-    )
-    losses = []
+
+    def losses() -> tuple[Tensor, Tensor]:
+        rows = draw_rows(digits.labels, GROUPS, generator)
+        text = vocabulary.encode(draw_captions(data.IMAGE_TEMPLATES, digits.labels[rows], generator))
+        image = enlarge(digits.images[rows], generator)
+        if denoise:
+            return _denoised(model, "vision_language_loss", "itc_loss", text, image, generator)
+        contrast = group_contrast(model, model.embed(image=image.to(device)), model.embed(text=text.to(device)))
+        return contrast, contrast
+
+    return _train(model, losses, steps, "image-text")
+
+
+def train_audio_text(
+    model: OnePeacePretrain, speech: Speech, vocabulary: Vocabulary, steps: int, seed: int, denoise: bool = False
+) -> list[float]:
+    """Stage 2, in place: of the encoder only what belongs to audio trains. Returns the contrast of every step."""
+    generator = torch.Generator().manual_seed(seed)
+    device = model.logit_scale.device
+    model.train_only("audio")
+    labels = torch.tensor(speech.labels)
+    captions = caption_embeddings(model, data.SOUND_TEMPLATES, vocabulary)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        rows = draw_rows(labels, GROUPS, generator)
+        audio = waveforms([speech.sounds[row] for row in rows.tolist()], generator)
+        if denoise:
+            text = vocabulary.encode(draw_captions(data.SOUND_TEMPLATES, labels[rows], generator))
+            return _denoised(model, "audio_language_loss", "atc_loss", text, audio, generator)
+        which = torch.randint(len(captions), (len(rows),), generator=generator)
+        # Text is frozen, so its embeddings need computing only once.
+        contrast = group_contrast(model, model.embed(audio=audio.to(device)), captions[which, labels[rows]])
+        return contrast, contrast
+
+    return _train(model, losses, steps, "audio-text")
+
+
+def _denoised(
+    model: OnePeacePretrain, task: str, contrast: str, text: Tensor, other: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The total of ONE-PEACE's objective and its contrast, each averaged over the groups of ten."""
+    device = model.logit_scale.device
+    totals, contrasts = [], []
+    for text, other in zip(text.split(10), other.split(10), strict=True):
+        starts = text > data.END
+        if task == "vision_language_loss":
+            name, masks = "image", vision_language_masks(text, starts, (SIDE // PATCH) ** 2, generator)
+        else:
+            frames = model.encoder_wrapper.audio_adapter.frames(WINDOW)
+            name, masks = "audio", audio_language_masks(text, starts, [frames] * len(text), generator)
+        masks = {term: mask.to(device) for term, mask in masks.items()}
+        found = model(task, text=text.to(device), masks=masks, **{name: other.to(device)})
+        totals.append(found["loss"])
+        contrasts.append(found[contrast])
+    return torch.stack(totals).mean(), torch.stack(contrasts).mean()
+
+
+def _train(
+    model: OnePeacePretrain, losses: Callable[[], tuple[Tensor, Tensor]], steps: int, stage: str
+) -> list[float]:
+    """Step by the first of ``losses()`` and note the second, the contrast."""
+    optimizer = adamw(model, PEAKS[stage])
+    contrasts = []
     model.train()
-    for _ in (progress := tqdm(range(steps), desc="Training", unit="step", mininterval=1.0)):
-        text, image = draw_batch(digits, GROUPS, vocabulary, generator)
-        loss = contrast(model, text.to(device), image.to(device))
+    for step in (progress := tqdm(range(steps), desc=stage, unit="step", mininterval=1.0)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, peak=PEAKS[stage], warm_up=steps // 10, total=steps)
+        loss, contrast = losses()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{statistics.mean(losses[-20:]):.3f}", refresh=False)
+        contrasts.append(contrast.item())
+        progress.set_postfix(loss=f"{statistics.mean(contrasts[-20:]):.3f}", refresh=False)
     model.eval()
-    return losses
+    return contrasts
 
 
 @torch.no_grad()
-def accuracies(model: OnePeacePretrain, digits: Digits, vocabulary: Vocabulary) -> dict[str, float]:
-    """For each held-out template: how many digits find, among its ten captions, their own as the nearest by cosine."""
+def caption_embeddings(model: OnePeacePretrain, templates: Sequence[str], vocabulary: Vocabulary) -> Tensor:
+    """Every template filled in for every digit: [templates, 10, dim]."""
     device = model.logit_scale.device
-    images = torch.cat([model.embed(image=part) for part in digits.images.to(device).split(ROWS)])
-    result = {}
-    for template in data.HELD_OUT_TEMPLATES:
-        captions = vocabulary.encode([caption(template, digit) for digit in range(10)])
-        nearest = (images @ model.embed(text=captions.to(device)).t()).argmax(1).cpu()
-        result[template] = (nearest == digits.labels).float().mean().item()
-    return result
-
-
-def pair_batches(digits: Digits, vocabulary: Vocabulary) -> list[Pair]:
-    """Every image with a caption of its own, templates in turn: batches of texts and images."""
-    templates = data.TRAINING_TEMPLATES + data.HELD_OUT_TEMPLATES
-    captions = [caption(templates[row % len(templates)], d) for row, d in enumerate(digits.labels.tolist())]
-    starts = range(0, len(captions), ROWS)
-    return [(vocabulary.encode(captions[i : i + ROWS]), digits.images[i : i + ROWS]) for i in starts]
-
-
-def token_counts(batches: Sequence[Pair]) -> tuple[int, int]:
-    """Tokens that the padded layout computes, and real ones, CLS of each modality included."""
-    padded = sum(len(text) * (1 + text.shape[1] + 1 + PATCHES) for text, _ in batches)
-    real = sum(int((text != PADDING).sum()) + len(text) * (2 + PATCHES) for text, _ in batches)
-    return padded, real
-
-
-class Comparison(NamedTuple):
-    """The two backends on one device: largest differences, largest values they belong to, and seconds of each."""
-
-    differences: dict[str, float]
-    magnitudes: dict[str, float]
-    seconds: dict[str, float]
-
-
-def compare(model: OnePeacePretrain, batches: Sequence[Pair], rounds: int = ROUNDS) -> Comparison:
-    """Run the same pairs through both backends: embeddings, pair outputs, gradients, and the time of the outputs."""
-    device = model.logit_scale.device
-    batches = [(text.to(device), image.to(device)) for text, image in batches]
-    results = {name: _results(model, batches, name) for name in BACKENDS}
-    differences, magnitudes = {}, {}
-    for what, expected in results["reference"].items():
-        got = results["fused"][what]
-        differences[what] = max((a - b).abs().max().item() for a, b in zip(expected, got, strict=True))
-        magnitudes[what] = max(a.abs().max().item() for a in expected)
-    times: dict[str, list[float]] = {name: [] for name in BACKENDS}
-    for _ in range(rounds):
-        for name in BACKENDS:
-            times[name].append(_seconds(model, batches, name))
-    return Comparison(differences, magnitudes, {name: statistics.median(values) for name, values in times.items()})
-
-
-def _results(model: OnePeacePretrain, batches: Sequence[Pair], backend: str) -> dict[str, list[Tensor]]:
-    embeddings, outputs = [], []
-    with use_backend(backend):
-        for text, image in batches:
-            with torch.no_grad():
-                embeddings += [model.embed(text=text), model.embed(image=image)]
-                encoded = model.encode(text=text, image=image)
-            # What stands at padding means nothing; column 0 is CLS.
-            real = torch.cat([torch.full_like(text[:, :1], END), text], dim=1) != PADDING
-            outputs += [encoded["text"][real], encoded["image"]]
-        model.zero_grad()
-        text, image = batches[0]
-        # Each image against its neighbour's caption: on the right pairs a trained model's gradients are next to zero.
-        contrast(model, text.roll(1, 0), image).backward()
-    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
-    return {"embeddings": embeddings, "encoder outputs": outputs, "gradients": gradients}
+    texts = [vocabulary.encode([caption(template, digit) for digit in range(10)]) for template in templates]
+    return torch.stack([model.embed(text=text.to(device)) for text in texts])
 
 
 @torch.no_grad()
-def _seconds(model: OnePeacePretrain, batches: Sequence[Pair], backend: str) -> float:
-    wait = torch.cuda.synchronize if model.logit_scale.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    with use_backend(backend):
-        for text, image in batches:
-            model.encode(text=text, image=image)
-    wait()
-    return time.perf_counter() - start
+def image_embeddings(model: OnePeacePretrain, images: Tensor) -> Tensor:
+    """Images [rows, 8, 8] embedded one modality alone: [rows, dim] on the CPU."""
+    device = model.logit_scale.device
+    return torch.cat([model.embed(image=enlarge(part).to(device)).cpu() for part in images.split(ROWS)])
+
+
+@torch.no_grad()
+def sound_embeddings(model: OnePeacePretrain, sounds: Sequence[np.ndarray]) -> Tensor:
+    """Sounds embedded alone: [rows, dim] on the CPU."""
+    device = model.logit_scale.device
+    parts = [sounds[i : i + ROWS] for i in range(0, len(sounds), ROWS)]
+    return torch.cat([model.embed(audio=waveforms(part).to(device)).cpu() for part in parts])
+
+
+def similarity(sounds: Tensor, images: Tensor) -> np.ndarray:
+    """Cosines of normalised embeddings: [sounds, images]."""
+    return (sounds @ images.t()).numpy()
+
+
+def image_text_accuracy(
+    model: OnePeacePretrain, images: Tensor, labels: Tensor, vocabulary: Vocabulary
+) -> dict[str, float]:
+    """For each held-out template: how many image embeddings find, among its ten captions, their own as the nearest."""
+    captions = caption_embeddings(model, data.HELD_OUT_TEMPLATES, vocabulary).cpu()
+    nearest = (captions @ images.t()).argmax(1)
+    return {t: (row == labels).float().mean().item() for t, row in zip(data.HELD_OUT_TEMPLATES, nearest, strict=True)}
+
+
+@torch.no_grad()
+def bias_vectors(model: OnePeacePretrain, vocabulary: Vocabulary) -> dict[str, np.ndarray]:
+    """Each modality's learned bias over distance, its CLS entries left out; see ``Result.bias_vectors``."""
+    encoder = model.encoder_wrapper
+    longest = max(len(caption(template, 0).split()) for template in data.IMAGE_TEMPLATES)
+    grid = SIDE // PATCH
+    widths = {"text": 2 + longest, "image": 1 + grid**2, "audio": 1 + encoder.audio_adapter.frames(WINDOW)}
+    vectors = {name: encoder.adapter(name).bias_vectors(width)[0][:, :-3] for name, width in widths.items()}
+    heads, side = len(vectors["image"]), 2 * grid - 1
+    return {**vectors, "image": vectors["image"].view(heads, side, side)} | {}

@@ -21,16 +21,27 @@ def vision_batch():
     return batch, masks | {f"vl_{name}": mask for name, mask in masks.items()}
 
 
+def audio_batch():
+    batch = batch_of(text=[9, 4, 1], audio=[7, 12, 3])
+    masks = hide(batch)
+    return batch, {"audio": masks["audio"], "al_audio": masks["audio"], "al_text": masks["text"]}
+
+
+BATCHES = pytest.mark.parametrize("make_batch", [vision_batch, audio_batch], ids=["vision language", "audio language"])
+
+
 def loss_and_gradients(model, batch, masks):
     model.zero_grad(set_to_none=True)
-    loss = model.vision_language_loss(**batch, masks=masks)["loss"]
+    task = "audio_language_loss" if "audio" in batch else "vision_language_loss"
+    loss = model(task, **batch, masks=masks)["loss"]
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **gradients}
 
 
-def test_the_fused_backend_gives_the_cpus_loss_and_gradients():
-    model, (batch, masks) = small_model("fused"), vision_batch()
+@BATCHES
+def test_the_fused_backend_gives_the_cpus_loss_and_gradients(make_batch):
+    model, (batch, masks) = small_model("fused"), make_batch()
     expected = {name: value.clone() for name, value in loss_and_gradients(model, batch, masks).items()}
     got = loss_and_gradients(model.cuda(), on_gpu(batch), on_gpu(masks))
     assert set(got) == set(expected)
@@ -38,11 +49,12 @@ def test_the_fused_backend_gives_the_cpus_loss_and_gradients():
         torch.testing.assert_close(got[name].cpu(), value, rtol=1e-8, atol=1e-10, msg=name)
 
 
+@BATCHES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_step_repeats_bit_for_bit(dtype):
+def test_a_step_repeats_bit_for_bit(dtype, make_batch):
     model = small_model("fused", small_config(), dtype=torch.float32).cuda()
-    batch, masks = (on_gpu(values) for values in vision_batch())
-    batch["image"] = batch["image"].float()
+    batch, masks = (on_gpu(values) for values in make_batch())
+    batch = {name: value.float() if value.is_floating_point() else value for name, value in batch.items()}
     with torch.autocast("cuda", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         first = {name: value.clone() for name, value in loss_and_gradients(model, batch, masks).items()}
         for _ in range(REPEATS - 1):
