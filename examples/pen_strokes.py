@@ -143,27 +143,25 @@ def image_accuracy(model: OnePeacePretrain, paths: Sequence[Tensor], images: Ten
 
 def main(folder: Path, steps: int = 300, held_out: int = 200) -> dict[str, float]:
     """Add pens to the model in ``folder``, train, and print what they find; returns the figures."""
-    from sklearn.datasets import load_digits
-
     from onepeace_fast.demo import data
 
     torch.set_num_threads(1)  # tensors this small gain nothing from more
     torch.manual_seed(0)
     model = OnePeacePretrain.load(folder).eval()
     training, test = data.load()
-    paths = [pen_path(image) for image in torch.from_numpy(load_digits().images)]
     vocabulary = data.Vocabulary()
-    templates = [[data.caption(t, digit) for t in data.TRAINING_TEMPLATES] for digit in range(10)]
+    sentences = [[data.caption(template, digit) for template in data.IMAGE_TEMPLATES] for digit in range(10)]
     with torch.no_grad():
-        captions = torch.stack([model.embed(text=vocabulary.encode(texts)) for texts in templates])
-    images, labels = test.images[:held_out], test.labels[:held_out]
-    test_paths = paths[len(training.labels) :][:held_out]
+        captions = torch.stack([model.embed(text=vocabulary.encode(texts)) for texts in sentences])
+    images, labels = data.enlarge(test.images[:held_out]), test.labels[:held_out]
+    test_paths = [pen_path(image) for image in test.images[:held_out]]
     texts = vocabulary.encode([data.caption(data.HELD_OUT_TEMPLATES[0], digit) for digit in range(10)])
 
     before = others(model, images, texts)
     add_pen(model)
     untrained = image_accuracy(model.eval(), test_paths, images, labels)
-    losses = train(model, paths[: len(training.labels)], training.labels, captions, steps, seed=0)
+    training_paths = [pen_path(image) for image in training.images]
+    losses = train(model, training_paths, training.labels, captions, steps, seed=0)
     found = image_accuracy(model, test_paths, images, labels)
     same = all(torch.equal(a, b) for a, b in zip(before, others(model, images, texts), strict=True))
     print(

@@ -1,0 +1,1 @@
+"""A user's own files for pretraining: manifests, captions, images, audio, and the batches made of them."""

@@ -1,0 +1,115 @@
+"""Audio files: decoded to mono at 16 kHz, normalised, cut or tiled, padded to a batch."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.data._optional import optional
+
+SAMPLE_RATE = 16000
+_HIGHEST_RATE = 768_000  # beyond it resampling's filter alone would fill memory
+_UNKNOWN_FRAMES = 2**62  # libsndfile's count for a header without a length is about 2**63
+_BLOCK_FRAMES = 1 << 18
+
+
+def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Tensor:
+    """Decode a file of any sample rate, channels (averaged) and sample format: float32 [samples], mono at 16 kHz.
+
+    A header that says more than ``max_seconds`` is refused before anything is decoded.
+
+    Raises:
+        ValueError: no such file, not audio, broken, empty, silent, not finite, or too long; one line naming the file.
+        ImportError: soundfile or scipy is missing.
+    """
+    soundfile, signal = optional("soundfile"), optional("scipy.signal")
+    path = os.fspath(path)
+    require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an audio file")
+    try:
+        with soundfile.SoundFile(path) as file:
+            rate = file.samplerate
+            _check_header(path, file.frames, rate, max_seconds)
+            # In blocks, so that many channels are never held at once.
+            blocks = [block.mean(axis=1) for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)]
+    except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
+        reason = " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
+        raise ValueError(
+            f"{path}: got a file that does not decode as audio ({reason}), takes WAV, FLAC, OGG, MP3 or AIFF"
+        ) from error
+    mono = torch.cat([torch.from_numpy(block) for block in blocks]) if blocks else torch.empty(0)
+    _check_sound(path, mono)
+    if rate != SAMPLE_RATE:
+        common = math.gcd(rate, SAMPLE_RATE)
+        mono = torch.from_numpy(signal.resample_poly(mono.numpy(), SAMPLE_RATE // common, rate // common))
+    return mono
+
+
+def prepare_waveform(
+    waveform: Tensor,
+    *,
+    crop_seconds: float = 15.0,
+    minimum_seconds: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Normalise a clip as a whole, then crop a long one or tile a short one: float32 [samples].
+
+    Args:
+        waveform: float32 [samples] at 16 kHz.
+        crop_seconds: a longer clip is cropped to this, at a random place with ``generator``, else from the start.
+        minimum_seconds: a shorter clip is repeated up to this.
+
+    Mean and variance are the whole clip's; 1e-5 is added to the variance, as in upstream, so that a clip of nearly
+    nothing is not blown up. (ONE-PEACE's public code; it always crops from the start.)
+
+    Raises:
+        ValueError: not float32 [samples]; empty, silent or not finite.
+    """
+    require(
+        isinstance(waveform, Tensor) and waveform.dtype == torch.float32 and waveform.dim() == 1,
+        lambda: f"waveform: got {describe(waveform)}, takes float32 [samples]",
+    )
+    _check_sound("waveform", waveform)
+    waveform = F.layer_norm(waveform, waveform.shape)
+    crop, minimum = round(crop_seconds * SAMPLE_RATE), round(minimum_seconds * SAMPLE_RATE)
+    surplus = len(waveform) - crop
+    if surplus > 0:
+        start = 0 if generator is None else int(torch.randint(surplus + 1, (), generator=generator))
+        waveform = waveform[start : start + crop].clone()  # a view would keep the whole clip alive
+    if len(waveform) < minimum:
+        waveform = waveform.repeat(math.ceil(minimum / len(waveform)))[:minimum]
+    return waveform
+
+
+def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
+    """Pad clips with zeros at the end: float32 [rows, samples of the longest], and the samples of each."""
+    return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True), [len(clip) for clip in waveforms]
+
+
+def _check_header(path: str, frames: int, rate: int, max_seconds: float) -> None:
+    require(
+        0 < rate <= _HIGHEST_RATE, lambda: f"{path}: got a sample rate of {rate} Hz, takes at most {_HIGHEST_RATE} Hz"
+    )
+    require(
+        frames < _UNKNOWN_FRAMES,
+        lambda: f"{path}: got a header without a length, takes one that has it: write the file anew, as WAV or FLAC",
+    )
+    require(
+        frames <= max_seconds * rate,
+        lambda: f"{path}: got {frames / rate:,.1f} s of audio, takes at most {max_seconds:g} s: cut it into clips",
+    )
+
+
+def _check_sound(name: str, waveform: Tensor) -> None:
+    require(len(waveform) > 0, lambda: f"{name}: got 0 samples of audio, takes at least one")
+    low, high = waveform.aminmax()
+    require(
+        bool(torch.isfinite(torch.var(waveform, correction=0))),
+        lambda: f"{name}: got samples that are not finite or too large, takes finite ones",
+    )
+    require(bool(low < high), lambda: f"{name}: got silence, every sample is {float(low):g}, takes sound")

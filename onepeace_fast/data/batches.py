@@ -1,0 +1,215 @@
+"""Batches of pairs: which samples belong to a step, reading them, and putting them together.
+
+    sampler = BatchSampler(len(dataset), batch_size, seed, rank, world_size, start_step)
+    DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, frames=adapter.frames), num_workers=4)
+
+What a step holds follows from the seed and its number alone: not from workers, ranks or where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.data._optional import optional
+from onepeace_fast.data.audio import pad_waveforms, prepare_waveform, read_audio
+from onepeace_fast.data.image import prepare_image, read_image
+from onepeace_fast.data.manifest import Entry
+from onepeace_fast.data.text import MAX_TOKENS, TokenizedCaptions, Tokenizer, pad_tokens
+
+BROKEN = ("fatal", "skip")
+MAX_BROKEN_IN_A_ROW = 100
+_PACKAGES = {"image": ("PIL.Image",), "audio": ("soundfile", "scipy.signal")}
+
+_log = logging.getLogger(__name__)
+
+
+class BrokenFile(ValueError):
+    """A file that cannot be used; its message stays one line when a DataLoader's worker hands it on."""
+
+    def __init__(self, message: str) -> None:
+        # The loader makes a new one out of the worker's whole traceback, whose last line is the message.
+        super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{type(self).__module__}.BrokenFile: "))
+
+
+class PairDataset(Dataset):
+    """Captions and their images or clips; ``dataset[epoch, index]`` is a sample, ready for ``collate``.
+
+    Augmentation is a function of ``seed``, epoch and index alone. Captions are encoded once, at the start.
+
+    Args:
+        entries: of ``read_manifest``.
+        tokenizer: for the captions; only needed here.
+        modality: "image" or "audio".
+        side: of the images, in pixels; None for audio.
+        seed: of the augmentation; None: no augmentation, for samples held out.
+        broken: about a file that does not decode. "fatal": ``BrokenFile``; "skip": the next sample takes its place, and
+            one line is logged for each such file.
+        max_tokens: a longer caption is cut; how many were is logged.
+
+    Raises:
+        ValueError: an argument that does not fit, or a caption without text.
+        ImportError: a package that reads these files is missing.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        tokenizer: Tokenizer,
+        modality: str,
+        *,
+        side: int | None,
+        seed: int | None,
+        broken: str = "fatal",
+        max_tokens: int = MAX_TOKENS,
+    ) -> None:
+        require(modality in _PACKAGES, lambda: f"modality: got {modality!r}, takes one of {', '.join(_PACKAGES)}")
+        require(broken in BROKEN, lambda: f"broken: got {broken!r}, takes one of {', '.join(BROKEN)}")
+        image = modality == "image"
+        require(
+            type(side) is int and side > 0 if image else side is None,
+            lambda: f"side: got {side!r}, takes {'a positive number of pixels' if image else 'None'} for {modality}",
+        )
+        require(len(entries) > 0, "entries: got none, takes at least one")
+        for package in _PACKAGES[modality]:
+            optional(package)
+        self.modality, self.side, self.seed = modality, side, seed
+        self._entries = entries
+        self._captions = TokenizedCaptions([entry.caption for entry in entries], tokenizer, max_tokens=max_tokens)
+        # Shared by a loader's workers, so that each file is reported once.
+        self._reported = torch.zeros(len(entries), dtype=torch.bool).share_memory_() if broken == "skip" else None
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def truncated(self) -> int:
+        """The number of captions that were cut."""
+        return self._captions.truncated
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
+        """The sample ``index`` in an epoch: "text" int64 [length], "word_starts" bool [length], and either "image"
+        float32 [3, side, side] or "audio" float32 [samples].
+
+        Raises:
+            BrokenFile: a file that does not decode, with broken="fatal"; with "skip" a hundred of them in a row.
+        """
+        require(
+            isinstance(key, tuple) and len(key) == 2 and 0 <= key[1] < len(self),
+            lambda: f"key: got {key!r}, takes (epoch, index), an index below {len(self)}: a BatchSampler gives them",
+        )
+        epoch, index = key
+        attempts = min(MAX_BROKEN_IN_A_ROW, len(self))
+        for place in (step % len(self) for step in range(index, index + attempts)):
+            try:
+                media = self._read(epoch, place)
+            except ValueError as error:
+                if self._reported is None:
+                    raise BrokenFile(str(error)) from error
+                if not self._reported[place]:
+                    self._reported[place] = True
+                    _log.warning("%s; the next sample takes its place", error)
+                continue
+            text, word_starts = self._captions[place]
+            return {"text": text, "word_starts": word_starts, self.modality: media}
+        first = self._entries[index].path
+        raise BrokenFile(f"{first}: got {attempts} broken files in a row from this one on, takes fewer")
+
+    def _read(self, epoch: int, index: int) -> Tensor:
+        path = self._entries[index].path
+        generator = None if self.seed is None else generator_of(self.seed, "augmentation", epoch, index)
+        if self.modality == "image":
+            return prepare_image(read_image(path), self.side, generator=generator)
+        return prepare_waveform(read_audio(path), generator=generator)
+
+
+def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], int] | None = None) -> dict[str, Any]:
+    """Put samples of one modality together.
+
+    Args:
+        items: samples of a ``PairDataset``.
+        frames: for audio, the frames that a number of samples gives, such as ``AudioAdapter.frames``.
+
+    Returns:
+        "text" int64 [rows, length] and "word_starts" bool [rows, length], neither with CLS; END is inside and begins no
+        word, padding is token 1. Then "image" float32 [rows, 3, side, side], or "audio" float32 [rows, samples],
+        "audio_padding" bool [rows, 1 + frames], CLS first, True at padding, and "frames", each row's, as a list.
+    """
+    text, word_starts = pad_tokens([(item["text"], item["word_starts"]) for item in items])
+    batch = {"text": text, "word_starts": word_starts}
+    if "image" in items[0]:
+        return {**batch, "image": torch.stack([item["image"] for item in items])}
+    require(frames is not None, "frames: got None, takes a function from samples to frames, as AudioAdapter.frames")
+    audio, samples = pad_waveforms([item["audio"] for item in items])
+    lengths = [frames(count) for count in samples]
+    padding = torch.arange(1 + max(lengths)) > torch.tensor(lengths)[:, None]
+    return {**batch, "audio": audio, "audio_padding": padding, "frames": lengths}
+
+
+class BatchSampler(Sampler[list[tuple[int, int]]]):
+    """The (epoch, index) pairs of one rank's batches, step after step without end.
+
+    Every epoch is a new permutation of all samples; what is left over after its last whole batch waits for another
+    epoch. All ranks together take the same samples at a step as one rank would with their batch sizes added up.
+
+    Args:
+        count: samples in the dataset.
+        batch_size: samples of one rank at a step.
+        seed: of the permutations.
+        rank, world_size: this process and how many there are.
+        start_step: the first step, counted from 0, to resume at.
+
+    Raises:
+        ValueError: an argument that does not fit, or fewer samples than all ranks take at one step.
+    """
+
+    def __init__(
+        self, count: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, start_step: int = 0
+    ) -> None:
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("world_size", world_size, 1),
+            ("start_step", start_step, 0),
+        ):
+            require(
+                type(value) is int and value >= least,
+                lambda name=name, value=value, least=least: f"{name}: got {describe(value)}, takes {least} or more",
+            )
+        require(0 <= rank < world_size, lambda: f"rank: got {rank}, takes 0 to {world_size - 1}")
+        require(
+            batch_size * world_size <= count,
+            lambda: (
+                f"batch_size: got {batch_size} on each of {world_size} ranks, takes at most {count} samples in all, "
+                "those of the dataset: make it smaller"
+            ),
+        )
+        self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rank, self.world_size, self.start_step = rank, world_size, start_step
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Whole batches of all ranks in one epoch."""
+        return self.count // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch, step = divmod(self.start_step, self.steps_per_epoch)
+        while True:
+            order = torch.randperm(self.count, generator=generator_of(self.seed, "order", epoch))
+            for place in range(step, self.steps_per_epoch):
+                first = (place * self.world_size + self.rank) * self.batch_size
+                yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            epoch, step = epoch + 1, 0
+
+
+def generator_of(seed: int, purpose: str, *numbers: int) -> torch.Generator:
+    """A CPU generator that depends on these arguments alone, and on each of them."""
+    key = " ".join([purpose, *(str(int(number)) for number in (seed, *numbers))])
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))

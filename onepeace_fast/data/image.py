@@ -1,0 +1,133 @@
+"""Image files: decoded to RGB, cropped to a square, normalised."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.data._optional import optional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MAX_PIXELS = 89_000_000  # Pillow itself speaks of a decompression bomb from 89.5 million on
+CROP_SCALE = (0.5, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+# CLIP's statistics, as in ONE-PEACE's public code.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+DEVIATION = (0.26862954, 0.26130258, 0.27577711)
+
+
+def read_image(path: str | os.PathLike[str]) -> Image:
+    """Decode a file to an RGB Pillow image, turned as its EXIF orientation says; of an animation the first frame.
+
+    Transparency is laid on white; 16-bit grey keeps its upper 8 bits. The size is checked before anything is decoded.
+
+    Raises:
+        ValueError: no such file, not an image, broken, truncated or huge; one line naming the file.
+        ImportError: Pillow is missing.
+    """
+    pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
+    path = os.fspath(path)
+    require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an image file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about damaged EXIF, and about sizes, which are checked here
+        with _decoding(path):
+            image = pillow.open(path)
+        with image:
+            width, height = image.size
+            require(
+                width * height <= MAX_PIXELS,
+                lambda: f"{path}: got {width} x {height} pixels, takes at most {MAX_PIXELS:,} of them: make it smaller",
+            )
+            with _decoding(path):
+                upright = operations.exif_transpose(image)
+            _check_depth(path, upright)
+            with _decoding(path):
+                return _to_rgb(upright)
+
+
+def prepare_image(image: Image, side: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Crop to a square, resample bicubically and normalise: float32 [3, side, side].
+
+    With ``generator`` the crop is random: half of the area to all of it, aspect ratio 3:4 to 4:3, of a very long image
+    less area. It is never mirrored, since captions speak of left and right. Without, it is the centre, as wide as the
+    shorter side.
+
+    Raises:
+        ValueError: an image that is not RGB, or a side that is no positive integer.
+    """
+    pillow = optional("PIL.Image")
+    require(type(side) is int and side > 0, lambda: f"side: got {side!r}, takes a positive number of pixels")
+    require(
+        isinstance(image, pillow.Image) and image.mode == "RGB",
+        lambda: f"image: got {describe(image)}, takes an RGB Pillow image: read_image gives one",
+    )
+    box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
+    resized = image.resize((side, side), pillow.Resampling.BICUBIC, box=box)
+    pixels = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).float() / 255
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return (pixels - mean) / deviation
+
+
+def _centre_box(width: int, height: int) -> tuple[float, float, float, float]:
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2
+    return left, top, left + shorter, top + shorter
+
+
+def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[float, float, float, float]:
+    area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    area = width * height * (CROP_SCALE[0] + area * (CROP_SCALE[1] - CROP_SCALE[0]))
+    ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
+    # The aspect ratio gives way to the area as far as it may; only of a long image is the crop smaller then.
+    ratio = min(max(ratio, area / height**2), width**2 / area)
+    ratio = min(max(ratio, CROP_RATIO[0]), CROP_RATIO[1])
+    crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+    fit = min(1.0, width / crop_width, height / crop_height)
+    crop_width, crop_height = min(crop_width * fit, width), min(crop_height * fit, height)
+    left, top = across * (width - crop_width), down * (height - crop_height)
+    return left, top, min(left + crop_width, width), min(top + crop_height, height)
+
+
+@contextmanager
+def _decoding(path: str) -> Iterator[None]:
+    pillow = optional("PIL.Image")
+    try:
+        yield
+    except pillow.DecompressionBombError as error:
+        raise ValueError(f"{path}: got too large an image ({error}), takes at most {MAX_PIXELS:,} pixels") from error
+    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+        reason = "not an image" if isinstance(error, pillow.UnidentifiedImageError) else " ".join(str(error).split())
+        raise ValueError(
+            f"{path}: got a file that does not decode as an image ({reason or type(error).__name__}), takes JPEG, PNG, "
+            "WebP or another format that Pillow reads"
+        ) from error
+
+
+def _check_depth(path: str, image: Image) -> None:
+    if image.mode == "F" or image.mode.startswith("I"):
+        low, high = image.getextrema()
+        require(
+            image.mode != "F" and low >= 0 and high <= 65535,
+            lambda: f"{path}: got pixels from {low} to {high} (mode {image.mode}), takes 8 or 16 bits, unsigned",
+        )
+
+
+def _to_rgb(image: Image) -> Image:
+    pillow = optional("PIL.Image")
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
+        return pillow.fromarray((numpy.asarray(image) >> 8).astype("uint8")).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return pillow.alpha_composite(pillow.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,149 @@
+"""Manifests: which file belongs to which caption, as TSV or Parquet; docs/manifests.md describes both."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from onepeace_fast.checks import require
+from onepeace_fast.data._optional import optional
+
+COLUMNS = ("image", "audio")
+MISSING = ("fatal", "list", "skip")
+_SHOWN = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Entry(NamedTuple):
+    """A file and its caption; ``line`` of the TSV, counted from 1, or row of the Parquet file, also from 1."""
+
+    path: Path
+    caption: str
+    line: int
+
+
+def read_manifest(path: str | os.PathLike[str], modality: str, *, missing: str = "fatal") -> list[Entry]:
+    """Read the pairs of a manifest in order and see that every file is there and every caption has text.
+
+    Args:
+        path: a TSV file, or Parquet where the name ends in ``.parquet``.
+        modality: "image" or "audio", the column with the files.
+        missing: what to do about lines whose file is missing or whose caption is empty. "fatal": stop, name the first
+            few and how many; "list": log each one, then stop; "skip": leave them out and log how many.
+
+    Raises:
+        ValueError: as above, or no such manifest, broken UTF-8, missing columns, a line with another number of columns,
+            no pairs at all; one line that names the manifest.
+        ImportError: a Parquet file, and pyarrow is missing.
+    """
+    require(modality in COLUMNS, lambda: f"modality: got {modality!r}, takes one of {', '.join(COLUMNS)}")
+    require(missing in MISSING, lambda: f"missing: got {missing!r}, takes one of {', '.join(MISSING)}")
+    manifest = Path(path)
+    require(manifest.is_file(), lambda: f"{manifest}: got no file there, takes a manifest, TSV or Parquet")
+    parquet = manifest.suffix.lower() == ".parquet"
+    entries, problems = [], []
+    for line, file, caption in (_parquet_rows if parquet else _tsv_rows)(manifest, modality):
+        entry = Entry(manifest.parent / file, caption, line)
+        if problem := _problem(entry, file):
+            problems.append(f"{'row' if parquet else 'line'} {line}: {problem}")
+        else:
+            entries.append(entry)
+    total = len(entries) + len(problems)
+    require(total > 0, lambda: f"{manifest}: got no pairs below the header, takes at least one")
+    if problems:
+        _report(manifest, problems, total, missing)
+    require(bool(entries), lambda: f"{manifest}: got {total} pairs, none of them usable, takes at least one")
+    return entries
+
+
+def _problem(entry: Entry, file: str) -> str | None:
+    if not entry.caption.strip():
+        return f"empty caption of {file!r}"
+    if not file:
+        return "no path"
+    return None if os.path.isfile(entry.path) else f"no file {entry.path}"
+
+
+def _report(manifest: Path, problems: list[str], total: int, missing: str) -> None:
+    found = f"{manifest}: got {len(problems)} of {total} pairs without a file or a caption"
+    if missing == "skip":
+        _log.warning("%s; they are left out", found)
+        return
+    if missing == "list":
+        for problem in problems:
+            _log.error("%s, %s", manifest, problem)
+        raise ValueError(f"{found}, takes all with both; they are listed above")
+    shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
+    raise ValueError(f"{found} ({shown}), takes all with both: missing='list' shows all, 'skip' leaves them out")
+
+
+def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
+    header = None
+    # As bytes, since a caption may hold characters that str.splitlines takes for the end of a line.
+    with manifest.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            try:
+                text = raw.decode("utf-8-sig" if line == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{manifest}: got bytes that are not UTF-8 in line {line} ({error.reason}), takes UTF-8: save it so"
+                ) from None
+            if not text:
+                continue
+            cells = text.split("\t")
+            if header is None:
+                header = cells
+                _check_columns(manifest, header, modality, f" in line {line}")
+                places = header.index(modality), header.index("caption")
+                continue
+            if len(cells) != len(header):
+                raise ValueError(
+                    f"{manifest}: got {len(cells)} columns in line {line}, takes {len(header)} as in the header, one "
+                    "tab between them"
+                )
+            yield line, cells[places[0]], cells[places[1]]
+    require(
+        header is not None, lambda: f"{manifest}: got an empty file, takes a header with {modality!r} and 'caption'"
+    )
+
+
+def _parquet_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
+    arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
+    columns = [modality, "caption"]
+    row = 0
+    try:
+        with parquet.ParquetFile(manifest) as file:
+            schema = file.schema_arrow
+            _check_columns(manifest, schema.names, modality, "")
+            for name in columns:
+                kind = schema.field(name).type
+                require(
+                    arrow.types.is_string(kind) or arrow.types.is_large_string(kind),
+                    lambda name=name, kind=kind: f"{manifest}: got a column {name!r} of {kind}, takes strings",
+                )
+            for batch in file.iter_batches(columns=columns):
+                for file_name, caption in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                    row += 1
+                    yield row, file_name or "", caption or ""
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{manifest}: got bytes that are not UTF-8 after row {row} ({error.reason}), takes UTF-8"
+        ) from None
+    except (arrow.ArrowException, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{manifest}: got no Parquet ({reason}), takes a Parquet file") from error
+
+
+def _check_columns(manifest: Path, names: list[str], modality: str, place: str) -> None:
+    for name in (modality, "caption"):
+        require(
+            names.count(name) == 1,
+            lambda name=name: (
+                f"{manifest}: got {names.count(name)} columns {name!r}{place} (its columns are "
+                f"{', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}), takes exactly one"
+            ),
+        )

@@ -1,0 +1,200 @@
+"""Captions: byte-pair encoding with upstream's special tokens, the starts of words, padding."""
+
+from __future__ import annotations
+
+import logging
+import os
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.data._optional import optional
+from onepeace_fast.layers.adapters import PADDING_TOKEN
+
+BEGIN, END, UNKNOWN = 0, 2, 3
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+MAX_TOKENS = 70
+_BYTES = 256
+
+_log = logging.getLogger(__name__)
+
+
+class Tokenizer:
+    """A Hugging Face ``tokenizers`` model whose special tokens have the ids of upstream's dictionary.
+
+    ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3. Runs of whitespace in a caption count as one space, as in upstream.
+    A trained one also puts captions in lower case; one from a file does what its normaliser says.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        model.no_padding()
+        model.no_truncation()
+        model.encode_special_tokens = True  # "<pad>" in a caption is five characters, not padding
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Tokenizer:
+        """Read a ``tokenizer.json``.
+
+        Raises:
+            ValueError: no such file, not a tokenizer, or special tokens with other ids; one line naming the file.
+            ImportError: tokenizers is missing.
+        """
+        tokenizers = optional("tokenizers")
+        path = os.fspath(path)
+        require(os.path.isfile(path), lambda: f"{path}: got no file there, takes a tokenizer.json")
+        try:
+            model = tokenizers.Tokenizer.from_file(path)
+        except Exception as error:  # its own kind is Exception itself
+            reason = " ".join(str(error).split())
+            raise ValueError(f"{path}: got no tokenizer ({reason}), takes a tokenizer.json of tokenizers") from error
+        ids = {token: model.token_to_id(token) for token in SPECIAL_TOKENS}
+        takes = {token: place for place, token in enumerate(SPECIAL_TOKENS)}
+        require(ids == takes, lambda: f"{path}: got special tokens {ids}, takes {takes}")
+        return cls(model)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
+        """Train byte-level byte-pair encoding (Sennrich et al., arXiv 1508.07909) on captions, in lower case.
+
+        Every text can be encoded: no token is unknown. Captions with few different words give fewer than ``vocab_size``
+        tokens; read ``vocab_size`` afterwards. The same captions give the same tokenizer.
+
+        Raises:
+            ValueError: no captions, or a ``vocab_size`` below 260, the special tokens and bytes.
+            ImportError: tokenizers is missing.
+        """
+        tokenizers = optional("tokenizers")
+        smallest = len(SPECIAL_TOKENS) + _BYTES
+        require(
+            type(vocab_size) is int and vocab_size >= smallest,
+            lambda: (
+                f"vocab_size: got {vocab_size!r}, takes at least {smallest}: {len(SPECIAL_TOKENS)} special tokens "
+                f"and {_BYTES} bytes"
+            ),
+        )
+        cleaned = [text for caption in captions if (text := _one_line(caption))]
+        require(bool(cleaned), "captions: got none with text, takes at least one")
+        byte_level = tokenizers.pre_tokenizers.ByteLevel
+        model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIAL_TOKENS[UNKNOWN]))
+        model.normalizer = tokenizers.normalizers.Lowercase()
+        model.pre_tokenizer = byte_level(add_prefix_space=True)
+        model.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=list(SPECIAL_TOKENS),
+            initial_alphabet=byte_level.alphabet(),
+            show_progress=False,
+        )
+        model.train_from_iterator(cleaned, trainer)
+        return cls(model)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a ``tokenizer.json``."""
+        Path(path).write_text(self._model.to_str(pretty=True), encoding="utf-8")
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows that an embedding needs: the largest id plus one."""
+        return max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+
+    def tokens(self, caption: str) -> tuple[list[int], list[bool]]:
+        """All tokens of a caption without END, and whether each one begins a word.
+
+        A word begins at the first token and behind whitespace, so punctuation belongs to the word before it.
+
+        Raises:
+            ValueError: a caption without text, or one of whose tokens is special, which would hide or end the rest.
+        """
+        text = _one_line(caption)
+        require(bool(text), lambda: f"caption: got {caption!r}, takes some text")
+        encoding = self._model.encode(text, add_special_tokens=False)
+        ids = encoding.ids
+        require(bool(ids), lambda: f"caption: got {describe(text)} without a token, takes what the tokenizer knows")
+        require(
+            not {BEGIN, PADDING_TOKEN, END} & set(ids),
+            lambda: (
+                f"caption: got {describe(text)} with a special token, takes text without "
+                f"{', '.join(SPECIAL_TOKENS[:UNKNOWN])}"
+            ),
+        )
+        # A space counts as part of the word behind it: some tokenizers give it to the token, some leave it out.
+        word_of = list(accumulate(character == " " for character in text))
+        words = [word_of[min(start, len(text) - 1)] for start, _ in encoding.offsets]
+        return ids, [True, *(word != before for before, word in pairwise(words))]
+
+    def encode(self, caption: str, *, max_tokens: int = MAX_TOKENS) -> tuple[list[int], list[bool]]:
+        """The first ``max_tokens`` tokens of a caption and END, and whether each begins a word; END does not.
+
+        Raises:
+            ValueError: as ``tokens``.
+        """
+        ids, starts = self.tokens(caption)
+        return [*ids[:max_tokens], END], [*starts[:max_tokens], False]
+
+
+class TokenizedCaptions:
+    """Captions encoded once, kept in two flat tensors; how many were cut is logged in one line.
+
+    Args:
+        captions, tokenizer: every caption is encoded at once.
+        max_tokens: a longer caption loses its end.
+
+    Attributes:
+        truncated: the number of captions that were cut.
+
+    Raises:
+        ValueError: as ``Tokenizer.tokens``; the line says which caption, from 0.
+    """
+
+    def __init__(self, captions: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int = MAX_TOKENS) -> None:
+        self.truncated = 0
+        ids, starts, self._ends = array("i"), bytearray(), array("q")
+        for place, caption in enumerate(captions):
+            try:
+                tokens, words = tokenizer.tokens(caption)
+            except ValueError as error:
+                raise ValueError(f"captions[{place}]: {error}") from None
+            self.truncated += len(tokens) > max_tokens
+            ids.extend([*tokens[:max_tokens], END])
+            starts.extend([*words[:max_tokens], False])
+            self._ends.append(len(ids))
+        self._ids = torch.from_numpy(numpy.array(ids, dtype=numpy.int32))
+        self._starts = torch.from_numpy(numpy.array(starts, dtype=bool))
+        if self.truncated:
+            _log.warning(
+                "captions: %d of %d have more than %d tokens; each of these loses its end",
+                self.truncated,
+                len(self),
+                max_tokens,
+            )
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        """Ids, int64 [length] with END last, and the starts of words, bool [length]."""
+        begin, end = self._ends[place - 1] if place else 0, self._ends[place]
+        return self._ids[begin:end].long(), self._starts[begin:end]
+
+
+def pad_tokens(rows: Sequence[tuple[Sequence[int] | Tensor, Sequence[bool] | Tensor]]) -> tuple[Tensor, Tensor]:
+    """Pad what ``Tokenizer.encode`` returns, row by row: text int64 [rows, length] and word starts bool [rows, length].
+
+    Padding is token 1 and begins no word.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids = [torch.as_tensor(ids, dtype=torch.int64) for ids, _ in rows]
+    starts = [torch.as_tensor(starts, dtype=torch.bool) for _, starts in rows]
+    return pad(ids, batch_first=True, padding_value=PADDING_TOKEN), pad(starts, batch_first=True)
+
+
+def _one_line(caption: str) -> str:
+    return " ".join(caption.split())

@@ -1,0 +1,221 @@
+"""The configuration of a pretraining run: a YAML file, read into a frozen dataclass; a mistake is one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from onepeace_fast.backend import BACKENDS
+from onepeace_fast.checks import describe, require
+from onepeace_fast.config import OnePeaceConfig, _build
+from onepeace_fast.data.batches import BROKEN
+from onepeace_fast.data.manifest import MISSING
+
+STAGES = {"vision_language": "image", "audio_language": "audio"}
+PRECISIONS = ("float32", "bfloat16")
+DEVICES = ("cpu", "cuda")
+
+
+class Kind(NamedTuple):
+    """What a key takes: a test of its value, and its description."""
+
+    fits: Callable[[Any], bool]
+    takes: str
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _one_of(names: Any) -> Kind:
+    return Kind(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
+
+
+_COUNT = Kind(lambda value: type(value) is int and value > 0, "a positive integer")
+_SIZE = Kind(lambda value: type(value) is int and value >= 0, "an integer from 0 on")
+_POSITIVE = Kind(lambda value: _is_number(value) and value > 0, "a positive number")
+_NUMBER = Kind(lambda value: _is_number(value) and value >= 0, "a number from 0 on")
+_PATH = Kind(lambda value: isinstance(value, str) and value.strip() != "", "a path")
+_MODEL = Kind(
+    lambda value: isinstance(value, Mapping) or _PATH.fits(value), "fields of a model configuration, or a config.json"
+)
+
+
+def _key(kind: Kind, default: Any = dataclasses.MISSING, *, changes_result: bool = True) -> Any:
+    return field(default=default, metadata={"kind": kind, "changes_result": changes_result})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """One pretraining run. Paths are relative to the configuration's folder; ``docs/training.md`` explains every key.
+
+    ``batch_size`` is per process; an optimizer step takes ``accumulation`` batches of every process. ``steps`` and
+    ``warm_up`` count optimizer steps.
+    """
+
+    stage: str = _key(_one_of(STAGES))
+    manifest: str = _key(_PATH, changes_result=False)
+    output: str = _key(_PATH, changes_result=False)
+    tokenizer: str | None = _key(_PATH, None, changes_result=False)
+    init: str | None = _key(_PATH, None)
+    model: Mapping[str, Any] | str | None = _key(_MODEL, None, changes_result=False)
+    batch_size: int = _key(_COUNT)
+    accumulation: int = _key(_COUNT, 1)
+    steps: int = _key(_COUNT)
+    learning_rate: float = _key(_POSITIVE)
+    minimum_learning_rate: float = _key(_NUMBER, 0.0)
+    warm_up: int = _key(_SIZE, 0)
+    weight_decay: float = _key(_NUMBER, 0.05)
+    clip: float = _key(_POSITIVE, 3.0)
+    precision: str = _key(_one_of(PRECISIONS), "float32")
+    seed: int = _key(_SIZE, 0)
+    missing: str = _key(_one_of(MISSING), "fatal", changes_result=False)
+    broken: str = _key(_one_of(BROKEN), "fatal")
+    device: str | None = _key(_one_of(DEVICES), None, changes_result=False)
+    backend: str | None = _key(_one_of(BACKENDS), None)
+    workers: int = _key(_SIZE, 2, changes_result=False)
+    checkpoint_every: int = _key(_COUNT, 1000, changes_result=False)
+    keep: int = _key(_COUNT, 2, changes_result=False)
+    log_every: int = _key(_COUNT, 10, changes_result=False)
+
+    folder: Path = field(default=Path(), repr=False)
+
+    def __post_init__(self) -> None:
+        for item in _keys():
+            value, kind = getattr(self, item.name), item.metadata["kind"]
+            optional = item.default is None and value is None
+            require(optional or kind.fits(value), f"{item.name}: got {describe(value)}, takes {kind.takes}")
+        require(self.warm_up < self.steps, f"warm_up: got {self.warm_up}, takes fewer than steps ({self.steps})")
+        require(
+            self.minimum_learning_rate <= self.learning_rate,
+            f"minimum_learning_rate: got {self.minimum_learning_rate}, takes at most learning_rate "
+            f"({self.learning_rate})",
+        )
+        require(
+            self.stage == "vision_language" or self.init is not None,
+            "init: got none, takes the model folder of a finished vision_language run where stage is audio_language",
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrainingConfig:
+        """Read a YAML file.
+
+        Raises:
+            ValueError: a file that cannot be read, or a key that is unknown, missing, doubled or does not fit.
+        """
+        path = Path(path)
+        values = _read_yaml(path)
+        require(isinstance(values, Mapping), f"{path}: got {describe(values)}, takes a mapping of keys to values")
+        known = [item.name for item in _keys()]
+        for name in values:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            require(name in known, f"{path}: got unknown key {name!r}, takes {', '.join(known)}{hint}")
+        missing = [item.name for item in _keys() if item.default is dataclasses.MISSING and item.name not in values]
+        require(not missing, f"{path}: got no {', '.join(missing)}, takes a value for each")
+        try:
+            return cls(**values, folder=path.parent)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    @property
+    def modality(self) -> str:
+        """What the stage pairs with text: image or audio."""
+        return STAGES[self.stage]
+
+    def path(self, name: str) -> Path | None:
+        """The path that a key holds, taken from the configuration's folder; None where there is none."""
+        value = getattr(self, name)
+        return None if value is None else self.folder / value
+
+    def model_config(self, base: OnePeaceConfig) -> OnePeaceConfig:
+        """The configuration of the model: ``base`` with the fields that the key ``model`` gives instead.
+
+        Raises:
+            ValueError: a field that is unknown or does not fit.
+        """
+        try:
+            return _build(OnePeaceConfig, _merged(dataclasses.asdict(base), self.model_fields(), ""), "model")
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model: {error}") from None
+
+    def model_fields(self) -> Any:
+        """What the key ``model`` holds, or the file that it names; empty where there is neither."""
+        return _read_json(self.path("model")) if isinstance(self.model, str) else self.model or {}
+
+    def settings(self) -> dict[str, Any]:
+        """The keys that change what training computes, but for those whose files do."""
+        return {item.name: getattr(self, item.name) for item in _keys() if item.metadata["changes_result"]}
+
+
+def _keys() -> list[dataclasses.Field]:
+    return [item for item in dataclasses.fields(TrainingConfig) if item.metadata]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-4 is a number, as in YAML 1.2, and no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names: set[object] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in names:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands twice", key.start_mark)
+                names.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_FLOAT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise ValueError(f"{path}: cannot be read: {reason}") from None
+
+
+def _read_yaml(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        reason = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ValueError(f"{path}{where}: not valid YAML: {reason}") from None
+
+
+def _read_json(path: Path) -> Any:
+    text = _read_text(path)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
+
+
+def _merged(base: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]:
+    """``base`` with the entries of ``changes``, section by section; a section that was None starts empty."""
+    require(isinstance(changes, Mapping), f"{where or 'model'}: got {describe(changes)}, takes a section of fields")
+    result = dict(base)
+    for name, value in changes.items():
+        old, place = base.get(name), f"{where}.{name}" if where else str(name)
+        if isinstance(old, Mapping) and value is not None:
+            result[name] = _merged(old, value, place)
+        elif isinstance(old, bool):
+            require(isinstance(value, bool), f"{place}: got {describe(value)}, takes true or false")
+            result[name] = value
+        else:
+            result[name] = value
+    return result

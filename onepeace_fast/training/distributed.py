@@ -1,0 +1,146 @@
+"""The processes of a training run: one, or several under torchrun with the model sharded over them by FSDP2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from onepeace_fast.checks import require
+from onepeace_fast.layers.transformer import TransformerLayer
+
+Result = TypeVar("Result")
+
+
+class MainFailed(Exception):
+    """The main process failed and says why; this one only has to stop."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of the run. ``with`` ends their communication where all went well."""
+
+    rank: int
+    count: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str | None) -> Processes:
+        """Join the other processes that torchrun started, gloo on a CPU and NCCL on a GPU; or be the only one.
+
+        Args:
+            device: "cpu" or "cuda"; None takes a GPU where torch sees one.
+
+        Raises:
+            ValueError: "cuda" where torch sees no GPU, or fewer than the processes of this machine need.
+        """
+        kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        rank, count, local = (int(os.environ.get(n, v)) for n, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        if kind == "cuda":
+            found = torch.cuda.device_count()
+            require(found > local, f"device: got cuda for process {local + 1} of this machine, torch sees {found} GPUs")
+            torch.cuda.set_device(local)
+        if count > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        return cls(rank, count, torch.device(kind, local if kind == "cuda" else None))
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.count > 1 and kind is None:  # after a failure the others may never answer; torchrun ends them
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and lines."""
+        return self.rank == 0
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Run ``function`` in the main process; all processes get what it returns.
+
+        Raises:
+            MainFailed: in the other processes, where it raises an ``Exception`` in the main one.
+        """
+        if self.count == 1:
+            return function()
+        outcome: list[object] = [False, None]
+        if self.is_main:
+            try:
+                outcome = [True, function()]
+            except Exception:
+                dist.broadcast_object_list(outcome, src=0)
+                raise
+        dist.broadcast_object_list(outcome, src=0)
+        if not outcome[0]:
+            raise MainFailed
+        return outcome[1]
+
+    def of_all(self, value: Result) -> list[Result]:
+        """Every process's value, by rank."""
+        values = [value] * self.count
+        if self.count > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def average(self, value: Tensor) -> Tensor:
+        """The mean of every process's tensor."""
+        if self.count > 1:
+            dist.all_reduce(value)
+            value /= self.count
+        return value
+
+    def place(self, model: nn.Module) -> None:
+        """Move a model to its device, sharded over all processes where there are several.
+
+        Each layer gathers its weights when it runs, all others belong to the root. The scalar ``logit_scale`` cannot be
+        sharded: every process has it whole.
+        """
+        if self.count == 1:
+            model.to(self.device)
+            return
+        mesh = init_device_mesh(self.device.type, (self.count,))
+        model.logit_scale.data = model.logit_scale.data.to(self.device)
+        layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+        for module in (*layers, model):
+            fully_shard(module, mesh=mesh, ignored_params={model.logit_scale})
+            # gloo in older releases of torch sums where it is asked for an average.
+            module.set_force_sum_reduction_for_comms(True)
+
+    def clip_gradients(self, parameters: Iterable[Tensor], maximum: float) -> Tensor:
+        """Scale the gradients of all processes to a total norm of at most ``maximum``; returns the norm before that.
+
+        FSDP2 has averaged the gradients of what it shards; those of whole parameters are averaged here.
+        """
+        parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        sharded = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+        whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+        if self.count > 1:
+            for parameter in whole:
+                self.average(parameter.grad)
+        groups = [group for group in (sharded, whole) if group]
+        norms = [full(nn.utils.get_total_norm([parameter.grad for parameter in group])) for group in groups]
+        norm = torch.linalg.vector_norm(torch.stack(norms))
+        for group in groups:
+            nn.utils.clip_grads_with_norm_(group, maximum, norm)
+        return norm
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor whole, on its device; every process must ask for it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_like(value: Tensor, like: Tensor) -> Tensor:
+    """A copy of this process's part of a tensor that every process has whole, sharded as ``like`` is; scalars whole."""
+    if not isinstance(like, DTensor) or not value.dim():
+        return value.clone()
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

@@ -1,0 +1,134 @@
+"""One optimizer step of pretraining, and the state that makes the next one the same after a restart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.layers.adapters import PATCH
+from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.training.config import TrainingConfig
+from onepeace_fast.training.distributed import Processes, full, shard_like
+from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
+from onepeace_fast.training.optimizer import adamw, learning_rate
+
+INPUTS = ("text", "image", "audio", "audio_padding")
+
+
+class NotFinite(Exception):
+    """The loss or the gradient is infinite or not a number; the weights are as before this step."""
+
+
+class Trainer:
+    """A model on its device, its optimizer and its generators; ``step_number`` counts the optimizer steps done.
+
+    Under several processes every method is to be called by all of them.
+    """
+
+    def __init__(self, model: OnePeacePretrain, config: TrainingConfig, processes: Processes) -> None:
+        self.model, self.config, self.processes = model.train(), config, processes
+        processes.place(model)
+        self.optimizer = adamw(model, config.learning_rate, config.weight_decay)
+        self.step_number = 0
+        self.masks = torch.Generator()
+        seed = torch.Generator().manual_seed(config.seed)
+        seeds = torch.randint(2**62, (2, processes.count), generator=seed)[:, processes.rank].tolist()
+        torch.manual_seed(seeds[0])
+        self.masks.manual_seed(seeds[1])
+
+    def step(self, batches: Iterator[Mapping[str, Any]]) -> dict[str, float]:
+        """Take the next batches, update the weights once, and return the step's numbers, averaged over all processes.
+
+        Raises:
+            NotFinite: before anything is updated.
+            ValueError: a batch that the model does not take.
+        """
+        config = self.config
+        rate = learning_rate(
+            self.step_number,
+            peak=config.learning_rate,
+            warm_up=config.warm_up,
+            total=config.steps,
+            minimum=config.minimum_learning_rate,
+        )
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
+        for _ in range(config.accumulation):
+            parts = self._loss(next(batches))
+            (parts["loss"] / config.accumulation).backward()
+            for name, value in parts.items():
+                sums[name] = sums.get(name, 0.0) + value.detach()
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        norm = self.processes.clip_gradients(parameters, config.clip)
+        values = self.processes.average(torch.stack([value.float() for value in sums.values()]) / config.accumulation)
+        *values, norm = torch.cat([values, norm.float().view(1)]).tolist()  # the step's only wait for the device
+        result = dict(zip(sums, values, strict=True)) | {"gradient_norm": norm, "learning_rate": rate}
+        if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
+            numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+            raise NotFinite(f"step {self.step_number + 1} is not finite ({numbers})")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.step_number += 1
+        return result
+
+    def _loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        device, config = self.processes.device, self.config
+        masks = self._draw_masks(batch)
+        inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
+        masks = {name: mask.to(device, non_blocking=True) for name, mask in masks.items()}
+        # Without the cache: older torch loses the gradients of weights that a pass without gradient was first to cast.
+        with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16", cache_enabled=False):
+            return self.model(f"{config.stage}_loss", **inputs, masks=masks)
+
+    def _draw_masks(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        text, word_starts = batch["text"], batch["word_starts"]
+        if self.config.modality == "image":
+            patches = (batch["image"].shape[-1] // PATCH) ** 2
+            return vision_language_masks(text, word_starts, patches, self.masks)
+        width = batch["audio_padding"].shape[1] - 1
+        return audio_language_masks(text, word_starts, batch["frames"], self.masks, width)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters whole, on the CPU, in the main process; empty in the others."""
+        return self._gather({name: parameter.detach() for name, parameter in self.model.named_parameters()})
+
+    def state(self) -> dict[str, Any]:
+        """What besides the weights the next step depends on; the optimizer's part is empty but in the main process."""
+        generators = {"cpu": torch.get_rng_state(), "masks": self.masks.get_state()}
+        if self.processes.device.type == "cuda":
+            generators["cuda"] = torch.cuda.get_rng_state(self.processes.device)
+        optimizer = {}
+        for name, parameter in self.model.named_parameters():
+            if state := self.optimizer.state.get(parameter):
+                optimizer[name] = self._gather(state)
+        return {"step": self.step_number, "optimizer": optimizer, "generators": self.processes.of_all(generators)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what ``state`` returned in the main process."""
+        self.step_number = state["step"]
+        parameters = dict(self.model.named_parameters())
+        place = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
+        entries = {
+            place[id(parameters[name])]: {key: shard_like(value, parameters[name]) for key, value in entry.items()}
+            for name, entry in state["optimizer"].items()
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        generators = state["generators"][self.processes.rank]
+        torch.set_rng_state(generators["cpu"])
+        self.masks.set_state(generators["masks"])
+        if "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], self.processes.device)
+
+    def _gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        result = {}
+        for name, tensor in tensors.items():
+            whole = full(tensor)
+            if self.processes.is_main:
+                result[name] = whole.cpu()
+        return result

@@ -1,0 +1,161 @@
+"""The YAML of a run: what it takes, and one line for everything else."""
+
+import json
+
+import pytest
+
+pytest.importorskip("yaml")
+
+from onepeace_fast import OnePeaceConfig
+from onepeace_fast.training.config import TrainingConfig
+
+SMALLEST = """\
+stage: vision_language
+manifest: pairs.tsv
+output: run
+steps: 20
+batch_size: 4
+learning_rate: 1e-3
+"""
+
+
+def load(folder, text):
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return TrainingConfig.load(path)
+
+
+def refusal(folder, text):
+    with pytest.raises(ValueError) as caught:
+        load(folder, text)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_short_file_takes_the_papers_defaults_and_paths_beside_itself(tmp_path):
+    config = load(tmp_path, SMALLEST)
+    assert (config.weight_decay, config.clip, config.precision, config.accumulation) == (0.05, 3.0, "float32", 1)
+    assert config.path("manifest") == tmp_path / "pairs.tsv"
+    assert config.path("tokenizer") is None
+    assert config.modality == "image"
+
+
+def test_numbers_with_an_exponent_are_numbers(tmp_path):
+    assert load(tmp_path, SMALLEST).learning_rate == 1e-3
+    assert load(tmp_path, SMALLEST.replace("1e-3", "2E+1")).learning_rate == 20.0
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("stepz: 3", ["unknown key 'stepz'", "did you mean steps?"]),
+        ("3: 3", ["unknown key 3", "takes stage, manifest"]),
+        ("accumulation: 0", ["accumulation: got int 0", "takes a positive integer"]),
+        ("accumulation: true", ["accumulation: got bool True", "takes a positive integer"]),
+        ("accumulation: 1.5", ["accumulation: got float 1.5"]),
+        ("weight_decay: -0.1", ["weight_decay: got float -0.1", "takes a number from 0 on"]),
+        ("clip: .inf", ["clip: got float inf", "takes a positive number"]),
+        ("clip: much", ["clip: got str 'much'", "takes a positive number"]),
+        ("precision: float16", ["precision: got str 'float16'", "takes one of float32, bfloat16"]),
+        ("precision: [float32]", ["precision: got list", "takes one of float32, bfloat16"]),
+        ("missing: ignore", ["missing: got str 'ignore'", "takes one of fatal, list, skip"]),
+        ("broken: list", ["broken: got str 'list'", "takes one of fatal, skip"]),
+        ("backend: fast", ["backend: got str 'fast'", "takes one of reference, fused"]),
+        ("device: tpu", ["device: got str 'tpu'", "takes one of cpu, cuda"]),
+        ("seed: -1", ["seed: got int -1", "takes an integer from 0 on"]),
+        ("tokenizer: 3", ["tokenizer: got int 3", "takes a path"]),
+        ("model: 3", ["model: got int 3", "takes fields of a model configuration"]),
+        ("warm_up: 20", ["warm_up: got 20", "fewer than steps (20)"]),
+        ("minimum_learning_rate: 0.1", ["minimum_learning_rate: got 0.1", "at most learning_rate (0.001)"]),
+        ("keep: 0", ["keep: got int 0", "takes a positive integer"]),
+        ("steps: 30", ["line 7", "steps stands twice"]),
+        ("clip: [", ["not valid YAML"]),
+        ("clip:\n\t- 3", ["line 8", "not valid YAML"]),
+    ],
+)
+def test_a_wrong_line_is_refused_by_its_key(tmp_path, line, parts):
+    message = refusal(tmp_path, SMALLEST + line + "\n")
+    assert message.startswith(str(tmp_path / "run.yaml"))
+    for part in parts:
+        assert part in message
+
+
+def test_missing_keys_are_named_together(tmp_path):
+    message = refusal(tmp_path, "stage: vision_language\noutput: run\nsteps: 3\n")
+    assert "got no manifest, batch_size, learning_rate" in message
+
+
+@pytest.mark.parametrize("text", ["", "3\n", "- stage\n"])
+def test_a_file_without_keys_is_refused(tmp_path, text):
+    assert "takes a mapping of keys to values" in refusal(tmp_path, text)
+
+
+def test_an_unknown_stage_is_refused_and_the_second_needs_a_model(tmp_path):
+    assert "takes one of vision_language, audio_language" in refusal(tmp_path, SMALLEST.replace("vision", "video"))
+    assert "init: got none" in refusal(tmp_path, SMALLEST.replace("vision", "audio"))
+    second = load(tmp_path, SMALLEST.replace("vision", "audio") + "init: first/step-00000020\n")
+    assert second.path("init") == tmp_path / "first/step-00000020"
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
+        with pytest.raises(ValueError, match=f"cannot be read: {reason}"):
+            TrainingConfig.load(path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="cannot be read: not a text file"):
+        TrainingConfig.load(tmp_path / "binary.yaml")
+
+
+def test_model_fields_replace_those_of_the_base_one_by_one(tmp_path):
+    text = SMALLEST + "model:\n  vocab_size: 99\n  encoder: {layers: 3, layer_scale: 1e-2, audio: null}\n"
+    text += "  decoder: {audio: null, dropout: 0.1}\n"
+    config = load(tmp_path, text).model_config(OnePeaceConfig())
+    assert (config.vocab_size, config.encoder.layers, config.encoder.layer_scale) == (99, 3, 0.01)
+    assert (config.encoder.embed_dim, config.decoder.embed_dim, config.decoder.dropout) == (1536, 768, 0.1)
+    assert config.encoder.modalities == config.decoder.modalities == ("text", "image")
+    text = SMALLEST + "model: {encoder: {audio: {bucket_size: 8}}, decoder: {audio: {use_bias: false}}}"
+    added = load(tmp_path, text).model_config(config)
+    assert added.encoder.audio.bucket_size == 8
+    assert added.encoder.audio.position_layers == 5
+
+
+def test_a_model_may_be_a_config_file(tmp_path):
+    saved = OnePeaceConfig(vocab_size=77)
+    saved.save(tmp_path / "sizes.json")
+    assert load(tmp_path, SMALLEST + "model: sizes.json\n").model_config(OnePeaceConfig()) == saved
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"broken.json, line 1: not valid JSON"):
+        load(tmp_path, SMALLEST + "model: broken.json\n").model_config(OnePeaceConfig())
+    with pytest.raises(ValueError, match=r"none.json: cannot be read"):
+        load(tmp_path, SMALLEST + "model: none.json\n").model_config(OnePeaceConfig())
+
+
+@pytest.mark.parametrize(
+    ("model", "part"),
+    [
+        ({"layers": 3}, "unknown fields ['layers']"),
+        ({"encoder": {"layer": 3}}, "unknown fields ['layer']"),
+        ({"encoder": {"layers": "three"}}, "layers: got 'three', takes a positive integer"),
+        ({"encoder": 3}, "encoder: got int 3, takes a section"),
+        ({"encoder": {"text": 3}}, "encoder.text: got int 3, takes a section"),
+        ({"encoder": {"sub_layer_norm": 1}}, "encoder.sub_layer_norm: got int 1, takes true or false"),
+        ({"encoder": {"drop_path_rate": 1.0}}, "drop_path_rate: got 1.0, takes a probability"),
+        ({"encoder": {"audio": {"feature_layers": 3}}}, ""),
+    ],
+)
+def test_model_fields_that_do_not_fit_are_refused(tmp_path, model, part):
+    config = load(tmp_path, SMALLEST + f"model: {json.dumps(model)}\n")
+    with pytest.raises(ValueError) as caught:
+        config.model_config(OnePeaceConfig())
+    assert str(caught.value).startswith("model: ")
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_hold_what_changes_the_result_and_nothing_else(tmp_path):
+    first = load(tmp_path, SMALLEST).settings()
+    same = load(tmp_path, SMALLEST + "keep: 9\nlog_every: 1\ncheckpoint_every: 3\nworkers: 0\n").settings()
+    assert same == first
+    other = load(tmp_path, SMALLEST + "accumulation: 2\n").settings()
+    assert {name for name in first if other[name] != first[name]} == {"accumulation"}
