@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import json
 import math
@@ -22,6 +21,10 @@ def _is_positive_integer(value: object) -> bool:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_layer(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_positive_integer, value))
 
 
 def _require_positive_integers(config: object, *names: str) -> None:
@@ -74,7 +77,7 @@ class AudioAdapterConfig:
         _require_bucket_size(self)
         _require_positive_integers(self, "position_layers", "position_width", "position_groups")
         layers = self.feature_layers
-        if not layers or not all(len(layer) == 3 and all(map(_is_positive_integer, layer)) for layer in layers):
+        if not layers or not all(map(_is_layer, layers)):
             raise ValueError(
                 f"feature_layers: got {layers!r}, takes (channels, kernel, stride) of each layer, positive"
             )
@@ -187,8 +190,24 @@ class OnePeaceConfig:
 
     @classmethod
     def load(cls, path: str | Path) -> OnePeaceConfig:
-        """Read what ``save`` wrote; raises ``ValueError`` on an unknown field."""
-        return _build(cls, json.loads(Path(path).read_text()), "config")
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: no JSON, or as ``from_dict``.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: got no JSON ({error}), takes a configuration that save() wrote") from None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OnePeaceConfig:
+        """Build from nested fields, absent ones taking their defaults.
+
+        Raises:
+            ValueError: a field that is unknown or does not fit, or a section that is none.
+        """
+        return _build(cls, values, "config")
 
     @classmethod
     def from_upstream(cls, encoder: Mapping[str, Any], decoder: Mapping[str, Any], vocab_size: int) -> OnePeaceConfig:
@@ -196,9 +215,11 @@ class OnePeaceConfig:
 
         Raises ``ValueError`` naming every key whose value this library does not implement.
         """
+        from onepeace_fast.upstream_config import read_transformer  # which itself imports this module
+
         return cls(
-            encoder=_transformer_from_upstream(encoder, "encoder"),
-            decoder=_transformer_from_upstream(decoder, "decoder"),
+            encoder=read_transformer(encoder, "encoder"),
+            decoder=read_transformer(decoder, "decoder"),
             vocab_size=vocab_size,
         )
 
@@ -212,7 +233,9 @@ _NESTED = {
 }
 
 
-def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def _build(cls: type, values: Any, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: got {values!r}, takes a section of fields")
     known = {item.name for item in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
         raise ValueError(f"{where}: got unknown fields {unknown}, takes {sorted(known)}")
@@ -221,143 +244,14 @@ def _build(cls: type, values: Mapping[str, Any], where: str) -> Any:
         if name in _NESTED and value is not None:
             value = _build(_NESTED[name], value, name)
         elif name == "feature_layers":
-            value = tuple(tuple(layer) for layer in value)
+            value = _tuples(name, value, "a list of [channels, kernel, stride]")
         elif name == "added":
-            value = tuple(value)
+            value = _tuples(name, value, "a list of names")
         arguments[name] = value
     return cls(**arguments)
 
 
-# Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
-_ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
-_REQUIRED = {
-    "": {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu"},
-    "text_adapter": _ADAPTER_REQUIRED,
-    "image_adapter": _ADAPTER_REQUIRED,
-    "audio_adapter": {**_ADAPTER_REQUIRED, "conv_pos_pre_ln": False, "conv_bias": False},
-}
-_UPSTREAM_DEFAULTS = {
-    "": {
-        "embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8, "drop_path_rate": 0.0,
-        "dropout": 0.1, "magneto_scale_attn": False, "scale_attn": True, "scale_fc": True, "scale_heads": True,
-        "use_layer_scale": True, "layer_scale_init_value": 1e-2, "copy_rel_pos_table": False,
-        "checkpoint_activations": False, "use_text_moe": True, "use_image_moe": True, "use_audio_moe": True,
-        "text_adapter": {}, "image_adapter": {}, "audio_adapter": {},
-    },
-    "text_adapter": {"bucket_size": 256, "use_attn_bias": False},
-    "image_adapter": {"bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False},
-    "audio_adapter": {
-        "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
-        "abs_pos_type": "conv", "conv_pos_depth": 5, "conv_pos_width": 95, "conv_pos_groups": 16, "bucket_size": 256,
-        "use_attn_bias": False,
-    },
-}  # fmt: skip
-_NO_EFFECT = {
-    "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
-         "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency"},
-    "text_adapter": set(),
-    "image_adapter": set(),
-    "audio_adapter": {"feature_embed_dim", "freeze_extractor"},
-}  # fmt: skip
-
-
-def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: got {values!r}, takes a section of upstream's model YAML")
-    defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
-    if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
-        raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")
-    if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
-        raise ValueError(f"{where}: got {refused}, takes { ({k: required[k] for k in refused}) }")
-    return {**defaults, **values}
-
-
-def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
-    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4" without evaluating code."""
-
-    def read(node: ast.expr) -> list[tuple[int, int, int]]:
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            return read(node.left) + read(node.right)
-        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
-            times = ast.literal_eval(node.right)
-            return read(node.left) * (times if times in range(1, 100) else 0)
-        return ast.literal_eval(node)
-
-    try:
-        layers = tuple((int(channels), int(kernel), int(stride)) for channels, kernel, stride in read(_parse(spec)))
-    except (SyntaxError, TypeError, ValueError):
-        layers = ()
-    if not layers or min(map(min, layers)) < 1:
-        raise ValueError(
-            f"feature_encoder_spec: got {spec!r}, takes lists of positive (channels, kernel, stride) joined by + or *"
-        )
-    return layers
-
-
-def _parse(spec: str) -> ast.expr:
-    return ast.parse(spec, mode="eval").body
-
-
-def _transformer_from_upstream(values: Mapping[str, Any], where: str) -> TransformerConfig:
-    top = _read_section(values, "", where)
-    adapters: dict[str, Any] = {}
-    for name in MODALITIES:
-        section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter")
-        adapters[name] = _ADAPTER_READERS[name](section, where) if top[f"use_{name}_moe"] else None
-    return TransformerConfig(
-        embed_dim=top["embed_dim"],
-        ffn_embed_dim=top["ffn_embed_dim"],
-        layers=top["layers"],
-        attention_heads=top["attention_heads"],
-        drop_path_rate=top["drop_path_rate"],
-        dropout=top["dropout"],
-        sub_layer_norm=top["magneto_scale_attn"],
-        attention_layer_norm=top["scale_attn"],
-        ffn_layer_norm=top["scale_fc"],
-        head_scale=top["scale_heads"],
-        layer_scale=_float(top["layer_scale_init_value"]) if top["use_layer_scale"] else None,
-        bias_table_per_layer=top["copy_rel_pos_table"],
-        checkpoint_activations=top["checkpoint_activations"],
-        **adapters,
-    )
-
-
-def _float(value: Any) -> Any:
-    """PyYAML reads 1e-6, as upstream's files have it, as text."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return value
-
-
-def _text_from_upstream(section: Mapping[str, Any], where: str) -> TextAdapterConfig:
-    return TextAdapterConfig(bucket_size=section["bucket_size"], use_bias=section["use_attn_bias"])
-
-
-def _image_from_upstream(section: Mapping[str, Any], where: str) -> ImageAdapterConfig:
-    kind, expected = section["vision_encoder_type"], "hmlp" if where == "encoder" else "none"
-    if kind != expected:
-        raise ValueError(f"{where}.image_adapter.vision_encoder_type: got {kind!r}, takes {expected!r}")
-    return ImageAdapterConfig(
-        position_grid=section["bucket_size"], bias_grid=section["rel_bucket_size"], use_bias=section["use_attn_bias"]
-    )
-
-
-def _audio_from_upstream(section: Mapping[str, Any], where: str) -> AudioAdapterConfig:
-    kind, expected = section["abs_pos_type"], "conv" if where == "encoder" else "fixed"
-    if kind != expected:
-        raise ValueError(f"{where}.audio_adapter.abs_pos_type: got {kind!r}, takes {expected!r}")
-    extractor = {}
-    if where == "encoder":
-        extractor["feature_layers"] = _feature_layers(section["feature_encoder_spec"])
-    return AudioAdapterConfig(
-        position_layers=section["conv_pos_depth"],
-        position_width=section["conv_pos_width"],
-        position_groups=section["conv_pos_groups"],
-        bucket_size=section["bucket_size"],
-        use_bias=section["use_attn_bias"],
-        **extractor,
-    )
-
-
-_ADAPTER_READERS = {"text": _text_from_upstream, "image": _image_from_upstream, "audio": _audio_from_upstream}
+def _tuples(name: str, value: Any, takes: str) -> tuple[Any, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name}: got {value!r}, takes {takes}")
+    return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)

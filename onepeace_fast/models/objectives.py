@@ -80,11 +80,12 @@ def audio_language_loss(
     texts, audios = batch.select("text"), batch.select("audio")
     encoder = model.encoder_wrapper
     tokens = encoder.tokens(batch)
+    visible = [encoder.embed(b, h.kept, tokens) for b, h in ((audios, alone), (batch, pair))]
+    audio_teacher, *students = encoder([encoder.embed(audios, None, tokens), *visible])
+    # After the passes with gradient: older torch's autocast keeps casts made without one, and gradients would be lost.
     with torch.no_grad():
         text_teacher, pair_teacher = encoder([encoder.embed(one, None, tokens) for one in (texts, batch)])
         text_embedding = model.project(text_teacher)
-    visible = [encoder.embed(b, h.kept, tokens) for b, h in ((audios, alone), (batch, pair))]
-    audio_teacher, *students = encoder([encoder.embed(audios, None, tokens), *visible])
     contrast, a2t, t2a = contrastive_loss(model.project(audio_teacher), text_embedding, model.logit_scale_exp())
     audio_rebuilt, pair_rebuilt = decode(model, [audios, batch], visible, students)
     together = pair_teacher.unpacked()

@@ -16,7 +16,7 @@ import yaml
 
 from onepeace_fast.backend import BACKENDS
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import OnePeaceConfig, _build
+from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.data.batches import BROKEN
 from onepeace_fast.data.manifest import MISSING
 
@@ -144,7 +144,7 @@ class TrainingConfig:
             ValueError: a field that is unknown or does not fit.
         """
         try:
-            return _build(OnePeaceConfig, _merged(dataclasses.asdict(base), self.model_fields(), ""), "model")
+            return OnePeaceConfig.from_dict(_merged(dataclasses.asdict(base), self.model_fields(), ""))
         except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
 

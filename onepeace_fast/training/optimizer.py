@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from onepeace_fast.checks import describe, require
 
@@ -40,13 +41,16 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
 def adamw(model: nn.Module, peak: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
     """AdamW over ``parameter_groups(model, weight_decay)``, betas (0.9, 0.98) and eps 1e-8 as upstream pretrains.
 
-    On a GPU it is torch's fused kernel, elsewhere it runs tensor by tensor: the same bits from the same input, and no
-    second copy of all parameters. ``peak`` is its learning rate until the caller sets each group's "lr" from
-    ``learning_rate``. Clip gradients before a step with ``torch.nn.utils.clip_grad_norm_`` (upstream: 3.0).
+    It is torch's fused kernel, which takes no mixture of sharded and whole tensors: these stand in groups of their own.
+    ``peak`` is its learning rate until the caller sets each group's "lr" from ``learning_rate``. Clip gradients before
+    a step with ``torch.nn.utils.clip_grad_norm_`` (upstream: 3.0).
     """
-    groups = parameter_groups(model, weight_decay)
-    fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8, foreach=False, fused=fused)
+    groups = []
+    for group in parameter_groups(model, weight_decay):
+        for sharded in (True, False):
+            chosen = [parameter for parameter in group["params"] if isinstance(parameter, DTensor) is sharded]
+            groups += [{**group, "params": chosen}] if chosen else []
+    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, *, peak: float, warm_up: int, total: int, minimum: float = 0.0) -> float:

@@ -51,7 +51,8 @@ def count_calls(model, name, inputs):
 @TASKS
 def test_a_step_is_one_gradient_carrying_call_of_the_encoder_and_one_of_the_decoder(task):
     calls, _ = count_calls(small_model("fused"), *task())
-    assert sorted(calls) == [("decoder", True), ("encoder", False), ("encoder", True)]
+    # In this order, since older torch's autocast would lose gradients of weights that it cast without one first.
+    assert calls == [("encoder", True), ("encoder", False), ("decoder", True)]
 
 
 def test_the_waveforms_are_convolved_once_in_a_step(monkeypatch):

@@ -99,13 +99,13 @@ def test_frozen_parameters_are_left_out():
     assert not any(name.startswith(f"{ENCODER}.text_adapter") for name in names)
 
 
-def test_one_group_may_be_empty():
+def test_a_group_without_parameters_is_left_out():
     model = nn.Linear(3, 2)
     model.weight.requires_grad_(False)
     optimizer = adamw(model, 0.1)
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
-    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 1]
+    assert [(len(group["params"]), group["weight_decay"]) for group in optimizer.param_groups] == [(1, 0.0)]
 
 
 def test_a_step_is_adams_after_decay_of_the_decayed_alone():

@@ -42,7 +42,7 @@ def test_two_steps_are_those_of_a_plain_loop(stage):
     ]  # fmt: skip
     spared = [p for p in parameters.values() if not any(p is other for other in decayed)]
     groups = [{"params": decayed, "weight_decay": 0.2}, {"params": spared, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=False)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
     for step in range(2):
         losses = []
         for number in (2 * step, 2 * step + 1):

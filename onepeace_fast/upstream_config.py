@@ -1,0 +1,154 @@
+"""Reads the model sections of upstream's YAML files into this library's configuration."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from typing import Any
+
+from onepeace_fast.config import (
+    MODALITIES,
+    AudioAdapterConfig,
+    ImageAdapterConfig,
+    TextAdapterConfig,
+    TransformerConfig,
+)
+
+# Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
+_ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
+_REQUIRED = {
+    "": {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu"},
+    "text_adapter": _ADAPTER_REQUIRED,
+    "image_adapter": _ADAPTER_REQUIRED,
+    "audio_adapter": {**_ADAPTER_REQUIRED, "conv_pos_pre_ln": False, "conv_bias": False},
+}
+_UPSTREAM_DEFAULTS = {
+    "": {
+        "embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8, "drop_path_rate": 0.0,
+        "dropout": 0.1, "magneto_scale_attn": False, "scale_attn": True, "scale_fc": True, "scale_heads": True,
+        "use_layer_scale": True, "layer_scale_init_value": 1e-2, "copy_rel_pos_table": False,
+        "checkpoint_activations": False, "use_text_moe": True, "use_image_moe": True, "use_audio_moe": True,
+        "text_adapter": {}, "image_adapter": {}, "audio_adapter": {},
+    },
+    "text_adapter": {"bucket_size": 256, "use_attn_bias": False},
+    "image_adapter": {"bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False},
+    "audio_adapter": {
+        "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
+        "abs_pos_type": "conv", "conv_pos_depth": 5, "conv_pos_width": 95, "conv_pos_groups": 16, "bucket_size": 256,
+        "use_attn_bias": False,
+    },
+}  # fmt: skip
+_NO_EFFECT = {
+    "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
+         "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency"},
+    "text_adapter": set(),
+    "image_adapter": set(),
+    "audio_adapter": {"feature_embed_dim", "freeze_extractor"},
+}  # fmt: skip
+
+
+def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: got {values!r}, takes a section of upstream's model YAML")
+    defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
+    if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
+        raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")
+    if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
+        raise ValueError(f"{where}: got {refused}, takes { ({k: required[k] for k in refused}) }")
+    return {**defaults, **values}
+
+
+def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
+    """Read "[(512, 10, 5)] + [(512, 3, 2)] * 4" without evaluating code."""
+
+    def read(node: ast.expr) -> list[tuple[int, int, int]]:
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            return read(node.left) + read(node.right)
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult):
+            times = ast.literal_eval(node.right)
+            return read(node.left) * (times if times in range(1, 100) else 0)
+        return ast.literal_eval(node)
+
+    try:
+        layers = tuple((int(channels), int(kernel), int(stride)) for channels, kernel, stride in read(_parse(spec)))
+    except (SyntaxError, TypeError, ValueError):
+        layers = ()
+    if not layers or min(map(min, layers)) < 1:
+        raise ValueError(
+            f"feature_encoder_spec: got {spec!r}, takes lists of positive (channels, kernel, stride) joined by + or *"
+        )
+    return layers
+
+
+def _parse(spec: str) -> ast.expr:
+    return ast.parse(spec, mode="eval").body
+
+
+def read_transformer(values: Mapping[str, Any], where: str) -> TransformerConfig:
+    """Read the section of one stack, "encoder" or "decoder"; absent keys take upstream's defaults.
+
+    Raises:
+        ValueError: keys that are unknown, or whose value this library does not implement.
+    """
+    top = _read_section(values, "", where)
+    adapters: dict[str, Any] = {}
+    for name in MODALITIES:
+        section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter")
+        adapters[name] = _ADAPTER_READERS[name](section, where) if top[f"use_{name}_moe"] else None
+    return TransformerConfig(
+        embed_dim=top["embed_dim"],
+        ffn_embed_dim=top["ffn_embed_dim"],
+        layers=top["layers"],
+        attention_heads=top["attention_heads"],
+        drop_path_rate=top["drop_path_rate"],
+        dropout=top["dropout"],
+        sub_layer_norm=top["magneto_scale_attn"],
+        attention_layer_norm=top["scale_attn"],
+        ffn_layer_norm=top["scale_fc"],
+        head_scale=top["scale_heads"],
+        layer_scale=_float(top["layer_scale_init_value"]) if top["use_layer_scale"] else None,
+        bias_table_per_layer=top["copy_rel_pos_table"],
+        checkpoint_activations=top["checkpoint_activations"],
+        **adapters,
+    )
+
+
+def _float(value: Any) -> Any:
+    """PyYAML reads 1e-6, as upstream's files have it, as text."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
+
+
+def _text_from_upstream(section: Mapping[str, Any], where: str) -> TextAdapterConfig:
+    return TextAdapterConfig(bucket_size=section["bucket_size"], use_bias=section["use_attn_bias"])
+
+
+def _image_from_upstream(section: Mapping[str, Any], where: str) -> ImageAdapterConfig:
+    kind, expected = section["vision_encoder_type"], "hmlp" if where == "encoder" else "none"
+    if kind != expected:
+        raise ValueError(f"{where}.image_adapter.vision_encoder_type: got {kind!r}, takes {expected!r}")
+    return ImageAdapterConfig(
+        position_grid=section["bucket_size"], bias_grid=section["rel_bucket_size"], use_bias=section["use_attn_bias"]
+    )
+
+
+def _audio_from_upstream(section: Mapping[str, Any], where: str) -> AudioAdapterConfig:
+    kind, expected = section["abs_pos_type"], "conv" if where == "encoder" else "fixed"
+    if kind != expected:
+        raise ValueError(f"{where}.audio_adapter.abs_pos_type: got {kind!r}, takes {expected!r}")
+    extractor = {}
+    if where == "encoder":
+        extractor["feature_layers"] = _feature_layers(section["feature_encoder_spec"])
+    return AudioAdapterConfig(
+        position_layers=section["conv_pos_depth"],
+        position_width=section["conv_pos_width"],
+        position_groups=section["conv_pos_groups"],
+        bucket_size=section["bucket_size"],
+        use_bias=section["use_attn_bias"],
+        **extractor,
+    )
+
+
+_ADAPTER_READERS = {"text": _text_from_upstream, "image": _image_from_upstream, "audio": _audio_from_upstream}
