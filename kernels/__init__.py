@@ -1,14 +1,17 @@
 """Triton kernels and their launchers, and nothing else.
 
-No kernel stands here yet: every op runs its specification, the eager code in `onepeace_fast.ops`, on every device.
+A module here is imported when an op of `onepeace_fast.ops` first runs its kernel, so that a CPU never imports Triton.
 This folder installs as `onepeace_fast.kernels`.
 """
 
 import functools
+import os
 import re
 import sys
 
 OLDEST_TRITON = (3, 4)
+# Read once: Triton decides at a kernel's import whether it is interpreted.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @functools.cache

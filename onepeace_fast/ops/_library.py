@@ -1,8 +1,13 @@
-"""How every op is registered: schema, implementation, fake and gradient under ``torch.ops.onepeace_fast``."""
+"""How every op is registered: schema, implementation, fake and gradient under ``torch.ops.onepeace_fast``.
+
+An op that has a kernel runs it on CUDA tensors, and on CPU tensors where Triton's interpreter was asked for by
+``TRITON_INTERPRET=1`` before the start. float64, which is for checks, runs the specification everywhere.
+"""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -10,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast import kernels
 from onepeace_fast.checks import require, require_device, require_tensor
 
 NAMESPACE = "onepeace_fast"
@@ -17,20 +23,49 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def define(
-    name: str, signature: str, specification: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    signature: str,
+    specification: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    kernel: str | None = None,
 ) -> Callable[..., Any]:
-    """Define ``onepeace_fast::name`` with ``specification`` as its implementation on every device; return the op."""
+    """Define ``onepeace_fast::name`` and return the op.
+
+    ``specification`` is its implementation wherever no kernel runs. ``kernel`` names the module of
+    ``onepeace_fast.kernels`` whose function ``name`` takes the same arguments; it is imported when it first runs.
+    """
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
 
     @functools.wraps(specification)
     def implementation(*arguments: Any) -> Any:
         # The public function has chosen the dtypes: autocast must not change what is inside, as compiled it does not.
         with torch._C._DisableAutocast():
-            return specification(*arguments)
+            first = next(value for value in arguments if isinstance(value, Tensor))
+            if kernel is None or not runs_kernel(name, first):
+                return specification(*arguments)
+            return _launcher(kernel, name)(*arguments)
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def runs_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether an op's kernel runs on its first tensor; raise where it should and Triton cannot."""
+    if tensor.dtype == torch.float64 or not (tensor.is_cuda or (kernels.INTERPRETED and tensor.device.type == "cpu")):
+        return False
+    if (reason := kernels.unavailable_reason()) is not None:
+        raise RuntimeError(
+            f"{name}: got a tensor on {tensor.device}, takes Triton for it: {reason}; install it, or use "
+            "backend='reference'"
+        )
+    return True
+
+
+@functools.cache
+def _launcher(module: str, name: str) -> Callable[..., Any]:
+    return getattr(importlib.import_module(f"{kernels.__name__}.{module}"), name)
 
 
 def register_gradient(name: str, setup_context: Callable[..., None], backward: Callable[..., Any]) -> None:

@@ -112,6 +112,7 @@ _op = define(
     " -> (Tensor, Tensor, Tensor)",
     layer_norm_specification,
     _fake,
+    kernel="layer_norm",
 )
 _backward_op = define(
     "layer_norm_backward",

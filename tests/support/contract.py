@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor
 
 def cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
     """A fixed random gradient for every output, rounded to its dtype."""
-    return [normal(*output.shape, seed=1000 + i, dtype=output.dtype) for i, output in enumerate(outputs)]
+    return [normal(*o.shape, seed=1000 + i, dtype=o.dtype).to(o.device) for i, o in enumerate(outputs)]
 
 
 def run(

@@ -1,0 +1,37 @@
+"""Tests of the Triton kernels, through the ops that run them: the same tests in Triton's interpreter and on a GPU.
+
+Triton decides when it is imported whether it interprets its kernels, so the interpreter needs a process of its own:
+
+    TRITON_INTERPRET=1 python -m pytest tests/kernels       on a CPU: small sizes, float32 and float16
+    python -m pytest -m gpu tests/kernels                   on a GPU: real sizes too, bfloat16 as well
+
+`tests/test_kernels.py` runs the first line inside the ordinary suite and prints how many tests passed; `make gpu` runs
+the second. Where neither holds, nothing here is collected: there are no kernels to test.
+
+A test takes the device, the dtypes and the numbers of rows from `support.kernels`. Memory that torch.empty hands out is
+filled with NaN, so that an element that a kernel should have written and did not is seen.
+"""
+
+import pytest
+import torch
+from support.kernels import DEVICE, INTERPRETED
+
+collect_ignore_glob = [] if INTERPRETED or DEVICE == "cuda" else ["test_*.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU these are GPU tests, which `make gpu` runs."""
+    if DEVICE == "cuda":
+        for item in items:
+            if item.path.parent.name == "kernels":
+                item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """Fill what torch.empty hands out: NaN, and the largest number for integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # that fills what is not initialised
+    yield
+    torch.use_deterministic_algorithms(before)
