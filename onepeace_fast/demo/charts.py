@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 WIDTH = 3.6  # inches
 DIGITS = 10
@@ -189,7 +189,7 @@ def grid_bias(modality: str, values: np.ndarray) -> Picture:
         axes.set(title=f"head {head + 1}", xticks=[-reach, 0, reach], yticks=[-reach, 0, reach])
     figure.supxlabel("patches to the right, query \N{MINUS SIGN} key", fontsize=9)
     figure.supylabel("patches down", fontsize=9)
-    figure.colorbar(drawn, ax=panels, location="top", aspect=40, label="bias added to the score")
+    figure.colorbar(drawn, ax=panels, location="top", aspect=40, label="bias added to the score", ticks=MaxNLocator(5))
     steps = range(-reach, reach + 1)
     places = [f"{_signed(down, 0)} down, {_signed(right, 0)} right" for down in steps for right in steps]
     title = _bias_title(modality, values.reshape(heads, -1), places)

@@ -8,13 +8,11 @@ from pathlib import Path
 
 from onepeace_fast.info import DEMO_INSTALL, DEMO_PACKAGES, missing
 
-FIRST_STAGE = 0.6  # of the steps
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default 0)")
-    parser.add_argument("--steps", type=_positive(2), help="training steps of both stages together (default 1000)")
+    parser.add_argument("--steps", type=_positive(2), help="training steps of both stages together (default 1200)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if torch sees one)")
     parser.add_argument("--denoise", action="store_true", help="train by denoising contrast too, as the paper: slower")
     parser.add_argument("--output", type=Path, default=Path("report"), help="folder for what it makes (default report)")
@@ -36,20 +34,18 @@ def run(arguments: argparse.Namespace) -> int:
 
     from onepeace_fast.demo.error import DemoError
     from onepeace_fast.demo.experiment import Steps
-    from onepeace_fast.demo.run import Options, few_threads, rank, run, run_seeds
+    from onepeace_fast.demo.run import Options, one_thread, rank, run, run_seeds
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
         return _stop("--device: got cuda and torch sees no CUDA device here; leave the option out, or take cpu", 2)
-    steps = Steps()
-    if arguments.steps is not None:
-        first = max(1, round(FIRST_STAGE * arguments.steps))
-        steps = Steps(first, max(1, arguments.steps - first))
+    half = (arguments.steps or 0) // 2
+    steps = Steps(half, arguments.steps - half) if half else Steps()
     device = arguments.device or ("cuda" if gpu else "cpu")
     options = Options(arguments.seed, steps, arguments.denoise, device, arguments.output)
     try:
         options.output.mkdir(parents=True, exist_ok=True)  # now rather than after minutes of training
-        with few_threads():
+        with one_thread():
             if arguments.wav is not None:
                 return rank(arguments.wav, options)
             return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)

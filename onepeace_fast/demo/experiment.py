@@ -45,7 +45,7 @@ class Steps:
     """Training steps of both stages."""
 
     image_text: int = 600
-    audio_text: int = 400
+    audio_text: int = 600
 
 
 def configuration(vocabulary_size: int, denoise: bool = False) -> OnePeaceConfig:

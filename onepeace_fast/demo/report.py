@@ -82,7 +82,7 @@ def write(result: Result, folder: Path) -> Path:
         stages=STAGES,
         pictures=_pictures(result),
         captions=[(f'"{caption(key, 3)}"', f"{value:.1%}") for key, value in result.image_text_accuracy.items()],
-        agreement=agreement(result.comparisons),
+        agreement=" ".join(agreement(result.comparisons)),
         differences=[
             (row.device, f"{row.largest_difference:.1e}", f"{row.largest_value:.3g}", "yes" if row.agree else "NO")
             for row in result.comparisons
@@ -136,8 +136,8 @@ def verdict(result: Result) -> tuple[str, str]:
     return title, "Both modalities were paired with captions only: they meet in the encoder that they share."
 
 
-def agreement(comparisons: Sequence[Comparison]) -> str:
-    """Where the backends agree, and how fast the fused one is beside the reference."""
+def agreement(comparisons: Sequence[Comparison]) -> list[str]:
+    """Sentences: where the backends agree, and how fast the fused one is beside the reference."""
     disagreeing = [row.device for row in comparisons if not row.agree]
     if disagreeing:
         parts = [f"THE BACKENDS DISAGREE by more than rounding on {' and '.join(disagreeing)}."]
@@ -146,7 +146,7 @@ def agreement(comparisons: Sequence[Comparison]) -> str:
     for row in comparisons:
         ratio = row.tokens_per_second["fused"] / row.tokens_per_second["reference"]
         parts.append(f"On {row.device} the fused backend is {ratio:.2f} times as fast as the reference.")
-    return " ".join(parts)
+    return parts
 
 
 def choose(labels: Sequence[int], voices: Sequence[str]) -> list[int]:

@@ -23,7 +23,6 @@ from onepeace_fast.demo.waveform import WINDOW, loudest_second, trim
 from onepeace_fast.info import command, format_table
 from onepeace_fast.models.pretrain import OnePeacePretrain
 
-THREADS = 4  # matrices this small gain nothing from more
 MODEL = "model"
 SEEDS = "seeds.json"
 NEAREST = 10
@@ -148,10 +147,10 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
 
 
 @contextmanager
-def few_threads() -> Iterator[None]:
-    """At most ``THREADS`` threads of torch inside the ``with`` block."""
+def one_thread() -> Iterator[None]:
+    """One CPU thread: matrices this small gain little from a second, and lose much where other programs run."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(min(threads, THREADS))
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -197,7 +196,7 @@ def _print_setup(
         ("Stage 2", f"{steps.audio_text} steps, sounds with captions; attention, text and images are frozen"),
         ("Task", "contrast and denoising" if options.denoise else "contrast"),
         ("Run", f"on {_device_name(options.device)}, seed {options.seed}, "
-                f"{model.encoder_wrapper.resolved_backend} backend, {torch.get_num_threads()} CPU threads"),
+                f"{model.encoder_wrapper.resolved_backend} backend, one CPU thread"),
     ]  # fmt: skip
     print("A small ONE-PEACE learns handwritten digits and spoken digits by captions alone: no image is ever paired")
     print("with a sound. Then each sound looks for its image.\n")
@@ -213,9 +212,11 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
     ]
     worst = min(result.accuracy_per_voice.items(), key=lambda item: item[1])
     print(f"\n{format_table(rows)}\n")
-    print(f"  Images find their caption in {statistics.mean(result.image_text_accuracy.values()):.1%} of cases, with")
-    print(f"  captions never trained with. The hardest voice is {worst[0]}, {worst[1]:.0%}.")
-    print(f"  {report.agreement(result.comparisons)}")
+    named = statistics.mean(result.image_text_accuracy.values())
+    print(f"  {named:.1%} of the images find their caption, in words never trained with.")
+    print(f"  The hardest voice is {worst[0]}: {worst[1]:.0%}.")
+    for sentence in report.agreement(result.comparisons):
+        print(f"  {sentence}")
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
     where = [] if output == Path("report") else [f"--output {output}"]
     rows = [
@@ -236,7 +237,6 @@ def _write_spread(results: Sequence[Result], options: Options) -> Path:
             "sound_to_image_before": result.sound_to_image_before,
             "image_to_sound_before": result.image_to_sound_before,
             "image_text": statistics.mean(result.image_text_accuracy.values()),
-            "seconds": result.seconds,
         }
         for result in results
     ]
@@ -250,10 +250,10 @@ def _write_spread(results: Sequence[Result], options: Options) -> Path:
 
 def _print_spread(results: Sequence[Result], path: Path) -> None:
     figures = [(result.sound_to_image, result.image_to_sound) for result in results]
-    rows = [("seed", "sound finds image", "image finds sound", "seconds")]
+    rows = [("seed", "sound finds image", "image finds sound")]
     for result, (forward, back) in zip(results, figures, strict=True):
-        rows.append((str(result.seed), f"{forward:.1%}", f"{back:.1%}", f"{sum(result.seconds.values()):.0f}"))
+        rows.append((str(result.seed), f"{forward:.1%}", f"{back:.1%}"))
     for name, summary in (("lowest", min), ("median", statistics.median), ("highest", max)):
         forward, back = (summary(values) for values in zip(*figures, strict=True))
-        rows.append((name, f"{forward:.1%}", f"{back:.1%}", ""))
+        rows.append((name, f"{forward:.1%}", f"{back:.1%}"))
     print(f"\n{format_table(rows)}\n\nKept in {path}.")

@@ -102,11 +102,12 @@ def cache_file(clips: Sequence[Clip]) -> Path:
     """The file of these clips; its name is a digest of everything that decides them."""
     sources = [Path(synthesis.__file__), Path(synthesis.espeak.__file__)]
     packages = {name: version(name) for name in ("espeakng-loader", "scipy", "numpy")}
-    decisive = [_requests(clips), packages, platform.platform(), *(path.read_text() for path in sources)]
+    decisive = [requests(clips), packages, platform.platform(), *(path.read_text() for path in sources)]
     return cache_folder() / f"speech-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}.npz"
 
 
-def _requests(clips: Sequence[Clip]) -> list[tuple[str, int, int, str]]:
+def requests(clips: Sequence[Clip]) -> list[tuple[str, int, int, str]]:
+    """The clips as ``synthesis.synthesise`` takes them."""
     return [(f"{clip.accent}+{clip.voice}", clip.speed, clip.pitch, NAMES[clip.digit]) for clip in clips]
 
 
@@ -118,7 +119,7 @@ def _cached(clips: Sequence[Clip]) -> list[np.ndarray]:
             return _read(path, len(clips))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             print(f"The spoken digits kept in {path} are damaged ({error}): they are made anew.")
-    sounds = synthesis.synthesise(_requests(clips))
+    sounds = synthesis.synthesise(requests(clips))
     try:
         _write(path, sounds)
     except OSError as error:

@@ -196,7 +196,7 @@ def test_without_a_mistake_the_report_says_so(tmp_path):
 
 def test_disagreeing_backends_are_shouted(result, tmp_path):
     agreeing = result.comparisons[0]
-    assert "up to rounding. On cpu the fused backend is 1.27 times as fast" in report.agreement([agreeing])
+    assert "up to rounding. On cpu the fused backend is 1.27 times as fast" in " ".join(report.agreement([agreeing]))
     broken = Comparison("cuda", False, {"reference": 200.0, "fused": 100.0}, 0.5, 4.0)
     page = written(dataclasses.replace(result, comparisons=[agreeing, broken]), tmp_path)
     assert "THE BACKENDS DISAGREE by more than rounding on cuda." in page.text
