@@ -331,7 +331,7 @@ class TestBenchFiles:
     def test_the_check_sees_a_difference(self):
         case = EncoderCase(tiny_shape(), SIZES)
         case.check()
-        case.packed_gradient = case.packed_gradient * 1.001
+        case.packed_gradients = [gradient * 1.001 for gradient in case.packed_gradients]
         with pytest.raises(AssertionError, match="backends differ in the gradient"):
             case.check()
 
