@@ -15,9 +15,22 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A tensor of host values; the copy to a GPU is queued from pinned memory, so that the host does not wait."""
-    device, tensor = torch.device(device), torch.tensor(values, dtype=dtype)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """A tensor of host values on a device."""
+    return tensor_to_device(torch.tensor(values, dtype=dtype), torch.device(device))
+
+
+def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; the copy to a GPU is queued from pinned memory, so that the host does not wait."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def kept_rows(keep: Tensor, segment_lengths: Sequence[Sequence[int]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Rows of each modality that every branch keeps, from factors [layers, 2, S] on the CPU: [layers][2][G]."""
+    lengths = torch.tensor(segment_lengths, dtype=torch.float64)
+    counts = ((keep != 0).double() @ lengths.t()).long().tolist()
+    return tuple(tuple(map(tuple, layer)) for layer in counts)
 
 
 def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] | None) -> dict[str, list[int]]:

@@ -31,10 +31,12 @@ from onepeace_fast._routing import (
     copy_to_device,
     cumulative_rows,
     full_column,
+    kept_rows,
     order_in_sample,
     per_row,
     segment_lengths,
     split_counts,
+    tensor_to_device,
 )
 from onepeace_fast.checks import describe, require, require_device, require_tensor
 
@@ -56,8 +58,11 @@ class RoutePlan:
         padded_shapes: per modality, [rows, length] of the padded input that rows are packed from.
         row_counts: rows of each modality where the host knows them, else empty.
         max_length: longest sample, all modalities together, where the host knows it, else 0.
+        segment_lengths: per modality, the rows of each sample where the host knows them, else empty.
         keep: float32 [layers, 2, S] or None: DropPath's factor of each sample, 0 or 1 / (1 - p), for the attention
             and for the FFN branch of each layer.
+        kept_row_counts: per layer and branch, the rows of each modality that ``keep`` keeps, where the host knows them,
+            else empty.
     """
 
     modalities: tuple[str, ...]
@@ -74,7 +79,9 @@ class RoutePlan:
     padded_shapes: tuple[tuple[int, int], ...]
     row_counts: tuple[int, ...] = ()
     max_length: int = 0
+    segment_lengths: tuple[tuple[int, ...], ...] = ()
     keep: Tensor | None = None
+    kept_row_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -142,6 +149,7 @@ class RoutePlan:
             require(total <= capacity, f"capacity: got {capacity}, takes at least the {total} rows of this batch")
             # A plan to refill must not carry what holds for its first batch alone.
             row_counts, max_length = (), sum(length for _, length in shapes)
+        known = tuple(map(tuple, segments)) if row_counts else ()
 
         flat, base = [], 0
         for name, (rows, length) in zip(names, shapes, strict=True):
@@ -186,6 +194,7 @@ class RoutePlan:
             padded_shapes=shapes,
             row_counts=row_counts,
             max_length=max_length,
+            segment_lengths=known,
         )
 
     @classmethod
@@ -301,8 +310,14 @@ class RoutePlan:
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
 
     def with_keep(self, keep: Tensor) -> RoutePlan:
-        """The same plan with DropPath's factors, float32 [layers, 2, S]; ``draw_keep`` draws them."""
-        return dataclasses.replace(self, keep=keep)
+        """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_keep`` draws.
+
+        On the CPU they are counted here, where the plan knows its segments' lengths, and copied to the plan's device.
+        """
+        counts = ()
+        if keep.device.type == "cpu" and self.segment_lengths:
+            counts = kept_rows(keep, self.segment_lengths)
+        return dataclasses.replace(self, keep=tensor_to_device(keep, self.offsets.device), kept_row_counts=counts)
 
     def copy_(self, other: RoutePlan) -> RoutePlan:
         """Refill this plan in place, for a captured graph; both must be built with the same ``capacity``.
@@ -324,13 +339,3 @@ class RoutePlan:
             if isinstance(mine, Tensor):
                 mine.copy_(theirs)
         return self
-
-
-def draw_keep(
-    rates: Sequence[float], samples: int, device: torch.device, generator: torch.Generator | None = None
-) -> Tensor:
-    """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples], drawn independently."""
-    require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
-    kept = 1.0 - copy_to_device(list(rates), torch.float32, device)[:, None, None]
-    uniform = torch.rand(len(rates), 2, samples, device=device, generator=generator)
-    return (uniform < kept).float() / kept

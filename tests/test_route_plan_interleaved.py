@@ -1,7 +1,5 @@
 """Plans from a modality id per token, and DropPath's factors that travel in a plan."""
 
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from support.contract import refused
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.route_plan import draw_keep
+from onepeace_fast.drop_path import draw_keep
 
 FEW = settings(max_examples=60, deadline=None)
 NAMES = ("text", "image", "audio")
@@ -105,43 +103,8 @@ def test_bad_tensors_are_refused():
         refused(name, RoutePlan.from_modality_ids, ids, NAMES, **{name: good.float()})
 
 
-def test_keep_is_zero_or_the_reciprocal_of_the_rate_of_kept_samples():
-    rates, samples = [0.0, 0.1, 0.4], 4000
-    keep = draw_keep(rates, samples, torch.device("cpu"), torch.Generator().manual_seed(1))
-    assert keep.shape == (3, 2, samples) and keep.dtype == torch.float32
-    assert (keep[0] == 1).all()
-    for layer, rate in enumerate(rates):
-        kept = keep[layer] != 0
-        assert torch.equal(keep[layer][kept], torch.full_like(keep[layer][kept], 1 / (1 - rate)))
-        deviation = math.sqrt(rate * (1 - rate) / samples)
-        for branch in range(2):
-            assert abs(kept[branch].float().mean().item() - (1 - rate)) <= 4.5 * deviation
-
-
-def test_branches_layers_and_samples_are_drawn_independently():
-    kept = draw_keep([0.5, 0.5], 4000, torch.device("cpu"), torch.Generator().manual_seed(2)) != 0
-    flat = kept.flatten(0, 1).float() - 0.5
-    correlation = flat @ flat.t() / 4000 * 4
-    assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 4.5 / math.sqrt(4000)
-    assert ((flat[:, 1:] * flat[:, :-1]).mean(1) * 4).abs().max() < 4.5 / math.sqrt(4000)
-
-
-def test_a_generator_repeats_its_draw():
-    draws = [draw_keep([0.5], 50, torch.device("cpu"), torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
-    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
-
-
-def test_a_rate_of_one_gives_no_nan():
-    try:
-        keep = draw_keep([1.0], 10, torch.device("cpu"))
-    except ValueError as error:
-        assert "\n" not in str(error)
-    else:
-        assert not keep.any()
-
-
 def test_with_keep_changes_nothing_else():
     plan = RoutePlan.from_lengths({"text": [2, 3]})
-    keep = draw_keep([0.5], 2, torch.device("cpu"))
+    keep = draw_keep([0.5], 2)
     other = plan.with_keep(keep)
     assert plan.keep is None and other.keep is keep and other.source is plan.source

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
+from onepeace_fast.drop_path import Branch, Branches, branches
 from onepeace_fast.layers.adapter import init_linear
 from onepeace_fast.layers.padded_layer import Spans, encode_layer
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
@@ -55,9 +57,10 @@ class GeGLU(nn.Module):
         return F.gelu(self.wi_0(z)) * self.wi_1(z)
 
 
-def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """LayerNorm of packed rows by the parameters of a module."""
-    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
+    """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
+    index = {} if branch is None or branch.rows is None else {"rows": branch.rows, "offsets": branch.offsets}
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
 
 def feed_forward(config: TransformerConfig) -> nn.Sequential:
@@ -69,6 +72,14 @@ def feed_forward(config: TransformerConfig) -> nn.Sequential:
         norm,
         nn.Linear(config.ffn_embed_dim, config.embed_dim),
     )
+
+
+def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Tensor | float | None]:
+    """How a branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
+    return {
+        "keep": branch.keep, "sample": branch.sample, "rows": branch.rows, "offsets": branch.offsets,
+        "dropout": dropout, "seed": seed,
+    }  # fmt: skip
 
 
 class TransformerLayer(nn.Module):
@@ -95,7 +106,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        route: RoutePlan | Spans,
+        route: RoutePlan | Branches | Spans,
         bias: Sequence[Tensor] | Tensor | None,
         keep: Tensor | None = None,
         seeds: Tensor | None = None,
@@ -104,28 +115,31 @@ class TransformerLayer(nn.Module):
 
         Args:
             x: the tokens.
-            route: the plan of packed rows, or the spans of a padded sequence.
+            route: the plan of packed rows, or with DropPath what each branch computes of them; or the spans of a padded
+                sequence.
             bias: the modalities' expanded vectors, or the dense bias [batch, heads, length, length].
-            keep: float32 [2, S], DropPath's factors of the two branches.
+            keep: float32 [2, S], DropPath's factors of the two branches of a padded batch.
             seeds: int64 [2], dropout's seeds of the two branches of packed rows.
         """
         if isinstance(route, RoutePlan):
-            return self.packed(x, route, bias, keep, seeds)
+            route = Branches(Branch(route), Branch(route))
+        if isinstance(route, Branches):
+            require(
+                keep is None, "keep: got factors with packed rows, takes them in route: branches(plan.with_keep(...))"
+            )
+            return self.packed(x, *route, bias, seeds)
         return encode_layer(self, x, bias, route, keep, self.dropout if self.training else 0.0)
 
     def packed(
-        self, x: Tensor, plan: RoutePlan, bias: Sequence[Tensor], keep: Tensor | None, seeds: Tensor | None
+        self, x: Tensor, attend: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
     ) -> Tensor:
-        """The layer over packed rows, by the four ops."""
-        attention = self.self_attn
-        keeps = (None, None) if keep is None else keep
+        """The layer over packed rows, by the four ops; each branch computes the rows that it keeps."""
+        attention, plan = self.self_attn, attend.plan
         seeds = (None, None) if seeds is None else seeds
-        sample = None if keep is None else plan.sample
         dropout = 0.0 if seeds[0] is None else self.dropout
 
-        z = normalized(x, self.self_attn_layer_norm)
         attended = relative_bias_attention(
-            attention.project(z),
+            attention.project(normalized(x, self.self_attn_layer_norm, attend)),
             cu_seqlens=plan.cu_seqlens,
             modality=plan.modality,
             code=plan.code,
@@ -142,14 +156,18 @@ class TransformerLayer(nn.Module):
             attended = normalized(attended, self.attn_ln)
 
         norm = self.final_layer_norm
-        x, z = residual_layer_norm(
-            x, attended, self.gamma_1, norm.weight, norm.bias,
-            keep=keeps[0], sample=sample, dropout=dropout, seed=seeds[0], eps=norm.eps,
-        )  # fmt: skip
-        if dropout:
-            y = self.route(z, plan)
-            return residual(x, y, self.gamma_2, keep=keeps[1], sample=sample, dropout=dropout, seed=seeds[1])
-        return self.route(z, plan, residual=x, gamma=self.gamma_2, keep=keeps[1], sample=sample)
+        arrive = _arrival(attend, dropout, seeds[0])
+        if feed_forward.rows is None:
+            x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
+        else:
+            x = residual(x, attended, self.gamma_1, **arrive)
+            z = normalized(x, norm, feed_forward)
+        if feed_forward.rows is None and not dropout:
+            scaled_residual = {"residual": x, "gamma": self.gamma_2}
+            scaled_residual |= {"keep": feed_forward.keep, "sample": feed_forward.sample}
+            return self.route(z, feed_forward.plan, **scaled_residual)
+        y = self.route(z, feed_forward.plan)
+        return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
 
     def route(self, z: Tensor, plan: RoutePlan, **scaled_residual: Tensor | None) -> Tensor:
         """Every row through the FFN of its modality."""
@@ -208,14 +226,10 @@ class Transformer(nn.Module):
             bias: per table (one for the stack or one per layer), the modalities' vectors [heads, entries].
         """
         seeds = self.draw_seeds(x.device)
+        routes = [plan] * len(self.layers) if plan.keep is None else branches(plan)
         for i, layer in enumerate(self.layers):
-            arguments = (
-                x,
-                plan,
-                bias[i if len(bias) > 1 else 0] if bias else (),
-                None if plan.keep is None else plan.keep[i],
-                None if seeds is None else seeds[i],
-            )
+            tables = bias[i if len(bias) > 1 else 0] if bias else ()
+            arguments = (x, routes[i], tables, None, None if seeds is None else seeds[i])
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:

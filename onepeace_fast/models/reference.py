@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from onepeace_fast._routing import tensor_to_device
 from onepeace_fast.layers.adapter import Adapter
 from onepeace_fast.layers.padded_layer import Spans
 from onepeace_fast.layers.transformer import Transformer
@@ -41,6 +42,7 @@ def encode_padded(
     biases = dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
 
     x = x.transpose(0, 1)
+    keep = None if keep is None else tensor_to_device(keep, x.device)
     for i, layer in enumerate(transformer.layers):
         bias = biases[i if len(biases) > 1 else 0] if biases else None
         arguments = (x, spans, bias, None if keep is None else keep[i])

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from onepeace_fast.backend import resolve_backend
 from onepeace_fast.config import TransformerConfig
+from onepeace_fast.drop_path import draw_keep
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
 from onepeace_fast.layers.adapter import Adapter
 from onepeace_fast.models.inputs import Batch, Subset
 from onepeace_fast.models.passes import Encoded, PaddedTokens, Part, Samples, join, sample_count, split
 from onepeace_fast.models.reference import encode_padded
-from onepeace_fast.route_plan import RoutePlan, draw_keep
+from onepeace_fast.route_plan import RoutePlan
 
 
 class Stack(nn.Module):
@@ -84,11 +85,11 @@ class Stack(nn.Module):
                 part[name] = PaddedTokens(adapter.place(x, ids), present, lengths, ids, valid.shape[1])
         return part
 
-    def draw_drop_path(self, samples: int, device: torch.device) -> Tensor | None:
-        """DropPath's factors of one pass, or None where nothing is dropped."""
+    def draw_drop_path(self, samples: int) -> Tensor | None:
+        """DropPath's factors of one pass, on the CPU, or None where nothing is dropped."""
         if not (self.training and self.config.drop_path_rate):
             return None
-        return draw_keep(self.fusion_model.drop_path_rates, samples, device)
+        return draw_keep(self.fusion_model.drop_path_rates, samples)
 
     def plan(self, tokens: Part, samples: Samples | None = None) -> RoutePlan:
         """The route plan of padded tokens; nothing is read back from the device."""
@@ -136,8 +137,7 @@ class Stack(nn.Module):
 
     def _draw_drop_paths(self, passes: Sequence[Part], samples: Samples | None) -> list[Tensor | None]:
         """DropPath's factors of each pass, all drawn before the first runs."""
-        device = next(iter(passes[0].values())).valid.device
-        return [self.draw_drop_path(sample_count(part, samples), device) for part in passes]
+        return [self.draw_drop_path(sample_count(part, samples)) for part in passes]
 
 
 def kept_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:

@@ -65,8 +65,8 @@ def test_drop_path_of_encoder_and_decoder_agrees_in_the_denoising_task():
 def test_a_sample_dropped_in_every_layer_passes_unchanged_and_leaves_the_others_alone(backend, monkeypatch):
     dropped = 1
 
-    def draw(rates, samples, device, generator=None):
-        keep = torch.full((len(rates), 2, samples), 1.25, device=device)
+    def draw(rates, samples):
+        keep = torch.full((len(rates), 2, samples), 1.25)
         keep[:, :, dropped] = 0
         return keep
 
@@ -84,7 +84,7 @@ def test_a_sample_dropped_in_every_layer_passes_unchanged_and_leaves_the_others_
     assert not any(grad.any() for grad in inside.values())
     rest = model.encode(text=batch["text"][[0, 2]])["text"]
     assert (rest[1] - got[2]).abs().max() > 1e-3  # there the dropped row of the two is row 1
-    monkeypatch.setattr(stack, "draw_keep", lambda rates, samples, *_: torch.full((len(rates), 2, samples), 1.25))
+    monkeypatch.setattr(stack, "draw_keep", lambda rates, samples: torch.full((len(rates), 2, samples), 1.25))
     kept = model.encode(**batch)["text"]
     assert_close({"others": got[[0, 2]][valid[[0, 2]]]}, {"others": kept[[0, 2]][valid[[0, 2]]]}, 1e-12)
 

@@ -1,0 +1,209 @@
+"""DropPath as skipped work: how factors are drawn, what each branch then computes, and what stays as it is."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models._small import assert_close, batch_of, small_config, small_model
+from support.plans import naive_layout, whole_rows
+
+from onepeace_fast import RoutePlan
+from onepeace_fast.drop_path import Branch, Branches, branches, draw_keep
+from onepeace_fast.layers import transformer
+from onepeace_fast.models.inputs import read_batch
+
+LENGTHS = {"text": [5, 2, 7, 3], "image": [4, 4], "audio": [6, 0, 3]}
+SAMPLES = {"text": [0, 1, 2, 3], "image": [3, 1], "audio": [0, 1, 2]}
+KEEP = torch.tensor(
+    [
+        [[1.0, 1, 1, 1], [1, 1, 1, 1]],
+        [[0, 1.25, 1.25, 0], [1.25, 0, 1.25, 1.25]],
+        [[0, 0, 0, 0], [0, 2, 0, 0]],
+    ]
+)
+FIELDS = ("modality", "sample", "position", "code", "order", "is_cls", "source")
+
+
+def whole_plan(**keywords):
+    return RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, **keywords)
+
+
+def on_the_device(plan):
+    """The same plan, of which the host knows nothing."""
+    return dataclasses.replace(plan, kept_row_counts=())
+
+
+def test_keep_is_zero_or_the_reciprocal_of_the_rate_of_kept_samples():
+    rates, samples = [0.0, 0.1, 0.4], 4000
+    keep = draw_keep(rates, samples, torch.Generator().manual_seed(1))
+    assert keep.shape == (3, 2, samples) and keep.dtype == torch.float32
+    assert (keep[0] == 1).all()
+    for layer, rate in enumerate(rates):
+        kept = keep[layer] != 0
+        assert torch.equal(keep[layer][kept], torch.full_like(keep[layer][kept], 1 / (1 - rate)))
+        deviation = math.sqrt(rate * (1 - rate) / samples)
+        for branch in range(2):
+            assert abs(kept[branch].float().mean().item() - (1 - rate)) <= 4.5 * deviation
+
+
+def test_branches_layers_and_samples_are_drawn_independently():
+    kept = draw_keep([0.5, 0.5], 4000, torch.Generator().manual_seed(2)) != 0
+    flat = kept.flatten(0, 1).float() - 0.5
+    correlation = flat @ flat.t() / 4000 * 4
+    assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 4.5 / math.sqrt(4000)
+    assert ((flat[:, 1:] * flat[:, :-1]).mean(1) * 4).abs().max() < 4.5 / math.sqrt(4000)
+
+
+def test_a_generator_repeats_its_draw():
+    draws = [draw_keep([0.5], 50, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+
+def test_a_rate_of_one_gives_no_nan():
+    try:
+        keep = draw_keep([1.0], 10)
+    except ValueError as error:
+        assert "\n" not in str(error)
+    else:
+        assert not keep.any()
+
+
+@pytest.mark.parametrize("capacity", [None, 50])
+@pytest.mark.parametrize("known", [True, False], ids=["rows known", "rows on the device"])
+def test_a_branch_is_the_plan_of_its_kept_samples(known, capacity):
+    plan = whole_plan(capacity=capacity).with_keep(KEEP)
+    known = known and capacity is None
+    layout = naive_layout(whole_rows(LENGTHS), SAMPLES)
+    for layer, pair in enumerate(branches(plan if known else on_the_device(plan))):
+        for which, branch in enumerate(pair):
+            kept = [s for s in range(4) if KEEP[layer, which, s]]
+            rows = [i for i, token in enumerate(layout.tokens) if token.sample in kept]
+            counts = [sum(layout.tokens[i].modality == m for i in rows) for m in range(3)]
+            part = branch.plan
+            assert part.offsets.tolist() == [sum(counts[:m]) for m in range(4)]
+            assert torch.equal(branch.keep, KEEP[layer, which]) and branch.sample is plan.sample
+            for m in range(3):
+                segments = [(layout.tokens[i].modality, layout.tokens[i].sample) for i in rows]
+                lengths = [segments.count((m, s)) for s in range(4)]
+                assert part.cu_seqlens[m].diff().tolist() == lengths
+            if known and len(kept) == 4:
+                assert branch.rows is None and part is plan
+                continue
+            assert part.row_counts == (tuple(counts) if known else ())
+            assert branch.rows.dtype == torch.int32 and branch.rows[: len(rows)].tolist() == rows
+            assert len(branch.rows) == len(part.sample) == (len(rows) if known else plan.capacity)
+            assert branch.rows.unique().numel() == len(branch.rows)
+            for name in FIELDS:
+                mine, whole = getattr(part, name), getattr(plan, name)
+                assert mine.dtype == whole.dtype and torch.equal(mine[: len(rows)], whole[rows]), name
+            inert = {name: getattr(part, name)[len(rows) :].unique().tolist() for name in FIELDS}
+            assert all(value == [] for value in inert.values()) or inert == {
+                "modality": [3], "sample": [0], "position": [0], "code": [0], "order": [0], "is_cls": [False],
+                "source": [plan.padded_rows],
+            }  # fmt: skip
+
+
+def stack_inputs(dtype=torch.float64, **encoder):
+    """A layer's inputs: packed rows of four samples, their plan and bias vectors, and a stack without DropPath."""
+    model = small_model("fused", small_config(layers=1, **encoder), dtype=dtype)
+    stack = model.encoder_wrapper
+    batch, _ = read_batch(stack.adapters, batch_of(text=[7, 2, 5, 4], image=(4, 3), audio=[9, 4, 6, 5], dtype=dtype))
+    tokens = stack.embed(batch)
+    plan = stack.plan(tokens)
+    x = plan.pack({name: part.x for name, part in tokens.items()}).detach()
+    bias = [value.detach() for value in stack.bias({name: part.width for name, part in tokens.items()})[0]]
+    return stack.fusion_model.layers[0].train(), x, plan, bias
+
+
+def run(layer, x, route, bias):
+    """Output and all gradients of a layer."""
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    out = layer(x, route, bias)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out).cos()).sum().backward()
+    return {"out": out.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in layer.named_parameters()}}
+
+
+def unskipped(plan, keep):
+    """The same factors with every row computed."""
+    return Branches(*(Branch(plan, None, factors, plan.sample) for factors in keep))
+
+
+CHOICES = {
+    "mixed": [[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 1.25, 0.0]],
+    "all kept": [[1.25] * 4, [2.0] * 4],
+    "none kept": [[0.0] * 4, [0.0] * 4],
+    "one branch": [[1.0] * 4, [0.0, 0.0, 2.0, 0.0]],
+    "other branch": [[0.0, 0.0, 2.0, 0.0], [1.0] * 4],
+}
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["rows known", "rows on the device"])
+@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("encoder", [{}, {"head_scale": True, "layer_scale": None}], ids=["plain", "head scale"])
+def test_skipping_gives_what_multiplying_by_zero_gives(choice, known, encoder):
+    layer, x, plan, bias = stack_inputs(**encoder)
+    keep = torch.tensor(CHOICES[choice])
+    given = plan.with_keep(keep[None])
+    (route,) = branches(given if known else on_the_device(given))
+    expected, got = run(layer, x, unskipped(plan, keep), bias), run(layer, x, route, bias)
+    assert set(got) == set(expected) and len(got) > 20
+    assert_close(got, expected, 1e-12)
+    dropped = (keep == 0).all(0)[plan.sample.long()]
+    assert torch.equal(got["out"][dropped], x[dropped])
+
+
+def test_dropped_rows_are_not_read_and_reach_no_gradient():
+    layer, x, plan, bias = stack_inputs()
+    keep = torch.tensor([[0.0, 1.25, 1.25, 0.0]] * 2)
+    (route,) = branches(plan.with_keep(keep[None]))
+    expected = run(layer, x, route, bias)
+    spoiled = x.clone()
+    dropped = (keep[0] == 0)[plan.sample.long()]
+    spoiled[dropped] = math.nan
+    got = run(layer, spoiled, route, bias)
+    assert got["out"][dropped].isnan().all()
+    for name in set(got) - {"out", "x"}:
+        assert torch.equal(got[name], expected[name]), name
+    for name in ("out", "x"):
+        assert torch.equal(got[name][~dropped], expected[name][~dropped]), name
+
+
+def test_products_run_on_the_kept_rows_alone(monkeypatch):
+    layer, x, plan, bias = stack_inputs()
+    keep = torch.tensor([[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 0.0, 0.0]])
+    (route,) = branches(plan.with_keep(keep[None]))
+    seen = []
+    linear, ffn = F.linear, transformer.routed_ffn
+    monkeypatch.setattr(F, "linear", lambda z, *rest: (seen.append(len(z)), linear(z, *rest))[1])
+    monkeypatch.setattr(transformer, "routed_ffn", lambda z, *rest, **k: (seen.append(len(z)), ffn(z, *rest, **k))[1])
+    layer(x, route, bias)
+    rows = [int((factors != 0)[plan.sample.long()].sum()) for factors in keep]
+    assert seen[:2] == [rows[0], rows[0]] and seen[2] == rows[1] and 0 < rows[1] < rows[0] < len(x)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_dropout_of_a_kept_row_does_not_depend_on_what_is_skipped(dropout):
+    layer, x, plan, bias = stack_inputs(dropout=dropout)
+    keep = torch.tensor([[0.0, 1.25, 1.25, 1.25], [1.25, 0.0, 1.25, 1.25]])
+    seeds = torch.tensor([5, 6])
+    (route,) = branches(plan.with_keep(keep[None]))
+    results = [layer(x, r, bias, None, seeds if dropout else None) for r in (route, unskipped(plan, keep))]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_a_refilled_plan_takes_its_new_factors_along():
+    plan = whole_plan(capacity=60).with_keep(KEEP)
+    other = whole_plan(capacity=60).with_keep(KEEP.flip(0))
+    plan.copy_(other)
+    for got, want in zip(branches(plan), branches(other), strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.rows, b.rows) and torch.equal(a.plan.offsets, b.plan.offsets)
+
+
+def test_factors_beside_packed_rows_are_refused():
+    layer, x, plan, bias = stack_inputs()
+    with pytest.raises(ValueError, match=r"^keep: got factors with packed rows, takes them in route"):
+        layer(x, plan, bias, torch.ones(2, 4))
