@@ -27,16 +27,16 @@ class Parameters(NamedTuple):
     """An entry of the table, and the width of the class it stands for.
 
     ``block_rows`` rows of ``block_width`` columns are in registers at a time; a launch has at most
-    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows.
-    ``partial_sums`` says where a backward pass keeps a program's sums over rows: in "registers", or in "memory" where
-    rows are so wide that registers do not hold them as well.
+    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows; None:
+    a program for every block of rows. ``held_in`` says where a program keeps the parameters and its sums over rows: in
+    "registers", or in "memory" where rows are so wide that registers do not hold these as well.
     """
 
     block_width: int
     block_rows: int
     num_warps: int
-    programs_per_multiprocessor: int
-    partial_sums: str = "registers"
+    programs_per_multiprocessor: int | None
+    held_in: str = "registers"
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,9 @@ def parameters_for(kernel: str, x: Tensor, rows: int) -> tuple[Parameters, int]:
     """The parameters of a kernel for row tensors like ``x``, and the number of programs for so many rows."""
     architecture, multiprocessors = architecture_and_multiprocessors(x.device)
     parameters = table_entry(kernel, architecture, x.element_size(), x.shape[1])
-    tiles = -(-rows // parameters.block_rows)
-    return parameters, max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
+    blocks = -(-rows // parameters.block_rows)
+    resident = multiprocessors * (parameters.programs_per_multiprocessor or blocks)
+    return parameters, max(1, min(blocks, resident))
 
 
 def unit_columns(x: Tensor) -> Tensor:
