@@ -127,9 +127,9 @@ def _backward(
         start, stop = group_rows(offsets, group, 1, first, last)
         if start < stop:
             partial = (group * tl.num_programs(0) + program).to(tl.int64) * width
-            if weight is not None:
+            if weight is not None and not IN_MEMORY:
                 w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
-            if n is not None and bias is not None:
+            if bias is not None and not IN_MEMORY:
                 b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
             w_total = ()
             b_total = ()
@@ -141,6 +141,10 @@ def _backward(
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
+                if weight is not None and IN_MEMORY:
+                    w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
+                if bias is not None and IN_MEMORY:
+                    b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
                 if weight is not None:
                     mu = tl.load(mean + row, mask=live, other=0)[:, None]
                     r = tl.load(rstd + row, mask=live, other=0)[:, None]
@@ -197,6 +201,8 @@ def _backward(
                     if v is not None:
                         _store_rows(dv, row, live, width, dh * activated[part], part, BLOCK_WIDTH)
                     _store_rows(du, row, live, width, dh * slope[part], part, BLOCK_WIDTH)
+                if IN_MEMORY:
+                    tl.debug_barrier()
                 tile += BLOCK_ROWS
             if not IN_MEMORY:
                 for part in tl.static_range(PARTS):
@@ -262,7 +268,7 @@ def gated_sub_ln_backward(
         "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0), "groups": groups,
     }  # fmt: skip
     constants = {
-        "ACTIVATION": activation, "IN_MEMORY": parameters.partial_sums == "memory",
+        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory",
         "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
         "BLOCK_WIDTH": parameters.block_width // parameters.parts,
     }  # fmt: skip

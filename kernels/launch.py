@@ -27,18 +27,18 @@ class Parameters(NamedTuple):
     """An entry of the table, and the width of the class it stands for.
 
     ``block_rows`` rows of ``block_width`` columns are in registers at a time, in ``parts`` of a power of two of columns
-    each, so that a class may be 6144 wide; a launch has at most
-    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows.
-    ``partial_sums`` says where a backward pass keeps a program's sums over rows: in "registers", or in "memory" where
-    rows are so wide that registers do not hold them as well. ``max_registers`` bounds a thread's registers, so that a
-    multiprocessor holds more programs.
+    each, so that a class may be 6144 wide; a launch has at most ``programs_per_multiprocessor`` programs for each
+    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows. ``held_in`` says
+    where a program keeps the parameters and its sums over rows: in "registers", or in "memory" where rows are so wide
+    that registers do not hold these as well. ``max_registers`` bounds a thread's registers, so that a multiprocessor
+    holds more programs.
     """
 
     block_width: int
     block_rows: int
     num_warps: int
-    programs_per_multiprocessor: int
-    partial_sums: str = "registers"
+    programs_per_multiprocessor: int | None
+    held_in: str = "registers"
     parts: int = 1
     max_registers: int | None = None
 
@@ -54,11 +54,6 @@ class Configuration:
     max_registers: int | None = None
 
     @property
-    def options(self) -> dict[str, Any]:
-        """What the compiler is told beside the arguments."""
-        return {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": True}
-
-    @property
     def name(self) -> str:
         """The kernel's name and what tells this configuration from its others."""
         tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
@@ -66,11 +61,17 @@ class Configuration:
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.kernel.__name__} {dtypes} {constants} num_warps={self.num_warps}"
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What the kernel is called with; FP fusion is set since Triton's default for it depends on the version."""
+        options = {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": True}
+        return {**self.arguments, **self.constants, **options}
+
     def launch(self, grid: tuple[int, ...]) -> None:
         """Launch a grid of programs on the device and the current stream of the first tensor."""
         device = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(device):
-            self.kernel[grid](**self.arguments, **self.constants, **self.options)
+            self.kernel[grid](**self.keywords)
 
 
 class _Recorder(NamedTuple):
@@ -143,8 +144,9 @@ def parameters_for(kernel: str, x: Tensor, rows: int) -> tuple[Parameters, int]:
     """The parameters of a kernel for row tensors like ``x``, and the number of programs for so many rows."""
     architecture, multiprocessors = architecture_and_multiprocessors(x.device)
     parameters = table_entry(kernel, architecture, x.element_size(), x.shape[1])
-    tiles = -(-rows // parameters.block_rows)
-    return parameters, max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
+    blocks = -(-rows // parameters.block_rows)
+    resident = multiprocessors * (parameters.programs_per_multiprocessor or blocks)
+    return parameters, max(1, min(blocks, resident))
 
 
 def unit_columns(x: Tensor) -> Tensor:
