@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,12 @@ INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no
 class Parameters(NamedTuple):
     """An entry of the table, and the width of the class it stands for.
 
-    ``block_rows`` rows of ``block_width`` columns are in registers at a time; a launch has at most
-    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows; None:
-    a program for every block of rows. ``held_in`` says where a program keeps the parameters and its sums over rows: in
-    "registers", or in "memory" where rows are so wide that registers do not hold these as well.
+    ``block_rows`` rows of ``block_width`` columns are in registers at a time, in ``parts`` of a power of two of columns
+    each, so that a class may be 6144 wide; a launch has at most ``programs_per_multiprocessor`` programs for each
+    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows. ``held_in`` says
+    where a program keeps the parameters and its sums over rows: in "registers", or in "memory" where rows are so wide
+    that registers do not hold these as well. ``max_registers`` bounds a thread's registers, so that a multiprocessor
+    holds more programs.
     """
 
     block_width: int
@@ -37,6 +39,8 @@ class Parameters(NamedTuple):
     num_warps: int
     programs_per_multiprocessor: int | None
     held_in: str = "registers"
+    parts: int = 1
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class Configuration:
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -56,11 +61,17 @@ class Configuration:
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.kernel.__name__} {dtypes} {constants} num_warps={self.num_warps}"
 
+    @property
+    def keywords(self) -> dict[str, Any]:
+        """What the kernel is called with; FP fusion is set since Triton's default for it depends on the version."""
+        options = {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": True}
+        return {**self.arguments, **self.constants, **options}
+
     def launch(self, grid: tuple[int, ...]) -> None:
         """Launch a grid of programs on the device and the current stream of the first tensor."""
         device = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(device):
-            self.kernel[grid](**self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=True)
+            self.kernel[grid](**self.keywords)
 
 
 class _Recorder(NamedTuple):
@@ -86,10 +97,15 @@ def recording(architecture: str) -> Iterator[list[Configuration]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any], num_warps: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    max_registers: int | None = None,
 ) -> None:
     """Launch a kernel; every launch of this package comes through here."""
-    configuration = Configuration(kernel, arguments, constants, num_warps)
+    configuration = Configuration(kernel, arguments, constants, num_warps, max_registers)
     if (recorder := _recorder.get()) is not None:
         recorder.configurations.append(configuration)
     else:
@@ -141,3 +157,8 @@ def unit_columns(x: Tensor) -> Tensor:
 def compact(x: Tensor | None) -> Tensor | None:
     """A tensor whose elements lie side by side, None where there is none."""
     return None if x is None else x.contiguous()
+
+
+def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
+    """The vectors of all groups one after another in memory, None without any."""
+    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
