@@ -24,10 +24,11 @@ from benchmarks.support import machine, shapes  # noqa: E402
 from benchmarks.support.ceilings import ceilings  # noqa: E402
 from benchmarks.support.feed_forward import FeedForwardCase  # noqa: E402
 from benchmarks.support.layer import MODEL_LAYERS, LayerCase  # noqa: E402
+from benchmarks.support.pointwise import GOAL, PointwiseCase, operations  # noqa: E402
 from benchmarks.support.report import number, table, write_json  # noqa: E402
 from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
 from benchmarks.support.timing import clock_for, describe_error  # noqa: E402
-from benchmarks.support.variants import MODES, Budget, Runner  # noqa: E402
+from benchmarks.support.variants import HOW_FUSED_RUNS, MODES, Budget, Runner  # noqa: E402
 
 FULL = Sizes(width=1536, hidden=6144, heads=24)
 TINY = Sizes(width=64, hidden=128, heads=2)
@@ -41,6 +42,8 @@ METHOD = {
     "products": "torch.mm for every projection and FFN product of each modality's rows, torch.bmm for QK^T and PV with"
     " one batch for each length of a sample; backward: two products for each",
     "tax": "median of a variant / median of the bare products of the same run",
+    "pointwise": "bytes are those of row tensors, each once each way, whatever a variant moves; the share is of the"
+    " copy measured in this run; residual: stream in float32",
     "bias": "built once for all layers and not in the layer's time; per_layer_ms is its share of one of"
     f" {MODEL_LAYERS} layers; summing the layers' gradients of the bias is in neither",
 }
@@ -93,6 +96,25 @@ def measure_shape(
     return result
 
 
+def measure_pointwise(
+    shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int,
+    copy_bytes_per_second: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Every operation between the products alone, at one shape."""
+    torch.compiler.reset()
+    results: dict[str, Any] = {}
+    case = PointwiseCase(shape, sizes, device, dtype, sets, stream=torch.float32)
+    for name, make in operations(case).items():
+        try:
+            operation = make()
+            records = runner.measure(operation.factories, base="eager")
+            results[name] = operation.with_shares(records, copy_bytes_per_second)
+        except Exception as error:
+            results[name] = {"error": describe_error(error), "variants": {}}
+            runner.clock.recover()
+    return {"shape": shape.name, "rows": shape.real_tokens, "operations": results}
+
+
 def with_tax(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add to every variant its time over that of the bare products, for each mode."""
     base = records["products"]
@@ -106,6 +128,10 @@ def problems(result: dict[str, Any]) -> tuple[list[str], list[str]]:
     """One line for every error and for every variant that was left out."""
     errors, skipped = [], []
     parts = [("ceilings", result["ceilings"])]
+    for name, operation in result["pointwise"]["operations"].items():
+        parts.append((name, operation["variants"]))
+        if "error" in operation:
+            errors.append(f"{name}: {operation['error']}")
     for shape in result["shapes"]:
         if "error" in shape:
             errors.append(f"{shape['name']}: {shape['error']}")
@@ -131,16 +157,30 @@ def summary(result: dict[str, Any]) -> str:
                 runs = str(record["forward_backward"]["runs"]) if "forward_backward" in record else "-"
                 rows.append((f"{shape['name']}, {part}, {name}", *times, *taxes, runs))
     copy, product = (result["ceilings"][name] for name in ("copy", "product"))
-    lines = [table(rows)]
+    lines = [table(rows), "", pointwise_summary(result["pointwise"])]
     reasons = Counter(line.split(": ", 1)[1] for line in result["skipped"])
     lines += [f"{count} variants {reason}" for reason, count in reasons.items()]
     lines += [f"ERROR {line}" for line in result["errors"]]
     lines.append(
         f"{result['machine'].get('gpu', result['machine']['processor'])}, torch {torch.__version__}; measured ceilings:"
         f" copy {number(copy.get('GB_per_second'), 0)} GB/s, {product['side']}^3 {product['dtype']} product"
-        f" {number(product.get('TFLOP_per_second'))} TFLOP/s; fused = specifications; {result['seconds']:.0f} s"
+        f" {number(product.get('TFLOP_per_second'))} TFLOP/s; {result['seconds']:.0f} s"
     )
     return "\n".join(lines)
+
+
+def pointwise_summary(pointwise: dict[str, Any]) -> str:
+    """The table of the operations between the products."""
+    heads = (f"{pointwise['rows']} rows: operation, variant", "forward ms", "of copy", "fwd+bwd ms", "of copy")
+    rows = [heads]
+    for name, operation in pointwise["operations"].items():
+        for variant, record in operation["variants"].items():
+            cells = []
+            for mode in MODES:
+                timed = record.get(mode, {})
+                cells += [number(timed.get("median_ms"), 4), number(timed.get("share_of_copy"), 2)]
+            rows.append((f"{name}, {variant}", *cells))
+    return f"{table(rows)}\n(goal: {GOAL:.0%} of a copy's bandwidth)"
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -162,12 +202,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "quick": quick,
         "sizes": vars(sizes),
         "method": METHOD,
-        "fused": "specifications (eager PyTorch over the packed layout): no kernel exists yet",
+        "fused": HOW_FUSED_RUNS,
         "input_sets": sets,
         "budget_seconds": arguments.budget_seconds,
     }
     side, copy_bytes = (128, 2**20) if quick else (8192, 2**30)
     result["ceilings"] = ceilings(device, dtype, clock, side=side, copy_bytes=copy_bytes, rounds=rounds)
+    copy_rate = result["ceilings"]["copy"].get("GB_per_second")
+    runner.budget.section(left=len(batches) + 1)
+    print(f"pointwise operations at {batches[0].name}: {batches[0].real_tokens} rows", flush=True)
+    result["pointwise"] = measure_pointwise(
+        batches[0], sizes, runner, device, dtype, sets, copy_rate and copy_rate * 1e9
+    )
     result["shapes"] = []
     for i, shape in enumerate(batches):
         runner.budget.section(left=len(batches) - i)
@@ -184,6 +230,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def failed(result: dict[str, Any]) -> bool:
     """Tell whether the library or what it is compared with could not be measured; a failing peer does not count."""
+    pointwise = result["pointwise"]["operations"].values()
+    if any("forward_backward" not in operation["variants"].get("fused", {}) for operation in pointwise):
+        return True
     return any(
         "forward_backward" not in shape.get(part, {}).get(name, {})
         for shape in result["shapes"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks.support import products
 from benchmarks.support.layer import LayerCase
-from benchmarks.support.variants import Factory, Variant, compiled, trained
+from benchmarks.support.variants import HOW_FUSED_RUNS, Factory, Variant, compiled, trained
 
 ALIGNMENT = 16
 Function = Callable[[Tensor], Tensor]
@@ -103,7 +103,7 @@ class FeedForwardCase:
     def fused(self) -> Variant:
         """The library's op as it runs today."""
         variant = self._variant(lambda z: self.layer.route(z, self.plan), False)
-        variant.note = "specification: eager PyTorch over the packed layout, no kernel yet"
+        variant.note = HOW_FUSED_RUNS
         return variant
 
     def products(self, joined: bool = False) -> Variant:

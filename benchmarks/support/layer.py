@@ -9,12 +9,15 @@ from torch import Tensor
 
 from benchmarks.support import products
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.variants import Factory, Variant, compiled, trained
+from benchmarks.support.variants import HOW_FUSED_RUNS, Factory, Variant, compiled, trained
+from onepeace_fast.drop_path import Branches, branches
 from onepeace_fast.models.passes import PaddedTokens
 from onepeace_fast.models.reference import dense_biases
 from onepeace_fast.models.stack import Stack
+from onepeace_fast.route_plan import RoutePlan
 
 MODEL_LAYERS = 40
+DROP_PATH = 0.4
 
 
 class LayerCase:
@@ -98,17 +101,22 @@ class LayerCase:
             gradient_rows=lambda gradient: self.to_rows(gradient.transpose(0, 1)),
         )
 
-    def fused(self) -> Variant:
-        """The packed layer as the library runs it today."""
+    def fused(self, drop_path: float = 0.0) -> Variant:
+        """The packed layer as the library runs it today; with DropPath it skips that share of the samples."""
+        route: RoutePlan | Branches = self.plan
+        if drop_path:
+            dropped = torch.arange(self.plan.samples) < round(drop_path * self.plan.samples)
+            keep = (~dropped).float().expand(1, 2, -1) / (1 - drop_path)
+            (route,) = branches(self.plan.with_keep(keep))
         vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]
         sets = [(packed.clone().requires_grad_(), *vectors) for packed in self.packed]
 
         def run(x: Tensor, *bias: Tensor) -> Tensor:
-            return self.layer(x, self.plan, bias)
+            return self.layer(x, route, bias)
 
-        note = "specifications: eager PyTorch over the packed layout, no kernel yet"
-        variant = trained(run, sets, self.gradients, self.parameters, note=note)
-        variant.rows = variant.gradient_rows = lambda rows: rows
+        variant = trained(run, sets, self.gradients, self.parameters, note=HOW_FUSED_RUNS)
+        if not drop_path:  # else it computes something else
+            variant.rows = variant.gradient_rows = lambda rows: rows
         return variant
 
     def products(self, joined: bool = False) -> products.BareProducts:
@@ -127,6 +135,7 @@ class LayerCase:
             "baseline": self.baseline,
             "baseline_compiled": compiled(lambda: self.baseline(compile_it=True)),
             "fused": self.fused,
+            f"fused_drop_path_{DROP_PATH}": lambda: self.fused(DROP_PATH),
         }
 
     def bias_factories(self) -> dict[str, Factory]:

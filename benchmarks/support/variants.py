@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.support.timing import Clock, describe_error, interleaved
 
 MODES = ("forward", "forward_backward")
+HOW_FUSED_RUNS = "on a GPU Triton kernels between the vendor's products, attention by its specification; else eager"
 FIRST_COMPILE_SECONDS = 20.0  # what a variant that was never compiled is taken to need
 
 
@@ -130,6 +131,9 @@ class Runner:
                     expected = found
                 else:
                     self._compare(found, expected, record)
+            except ModuleNotFoundError as error:
+                record["skipped"] = f"left out: {error.name} is not installed"
+                continue
             except Exception as error:
                 record["error"] = describe_error(error)
                 self.clock.recover()
@@ -154,7 +158,7 @@ class Runner:
         start, found = time.perf_counter(), {}
         output = variant.forward(0)
         if variant.rows is not None:
-            found["output"] = variant.rows(output.detach()).float()
+            found["output"] = variant.rows(output).detach().float()
         del output
         gradients = variant.forward_backward(0)
         if variant.gradient_rows is not None:

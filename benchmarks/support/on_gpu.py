@@ -1,0 +1,53 @@
+"""The operations between the products under pytest-benchmark, on a GPU: `make bench` there, or one file by its name."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.support import shapes
+from benchmarks.support.pointwise import Operation, PointwiseCase, operations
+from benchmarks.support.shapes import Shape, Sizes
+from benchmarks.support.variants import MODES, Variant
+
+SHAPE = Shape("vision-language 32", {"text": shapes.text(32), "image": shapes.image(32)})
+SIZES = Sizes(width=1536, hidden=6144, heads=24)
+VARIANTS = {
+    "layer_norm": ("eager", "compiled", "liger", "apex", "flash-attn", "fused"),
+    "residual": ("eager", "compiled", "fused"),
+    "gated_sub_ln": ("eager", "compiled", "liger, tanh", "fused"),
+}
+ROUNDS, WARM_UP, SETS = 50, 5, 4
+skip_without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+
+__all__ = ["MODES", "VARIANTS", "run_pointwise", "skip_without_gpu"]
+
+
+@functools.cache
+def operation(name: str) -> Operation:
+    """An operation with its inputs, made once for all its variants."""
+    torch.manual_seed(0)
+    case = PointwiseCase(SHAPE, SIZES, torch.device("cuda"), torch.bfloat16, SETS, stream=torch.float32)
+    return operations(case)[name]()
+
+
+def run_pointwise(name: str, variant: str, mode: str, benchmark: Any) -> None:
+    """Time one variant: from a quiet device until it is quiet again, so launches count, as in eager training."""
+    measured = operation(name)
+    try:
+        made: Variant = measured.factories[variant]()
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error.name} is not installed")
+    call, rounds = getattr(made, mode), itertools.count()
+
+    def timed() -> None:
+        call(next(rounds))
+        torch.cuda.synchronize()
+
+    benchmark.group = f"{name}, {mode}, {SHAPE.real_tokens} rows"
+    benchmark.pedantic(timed, setup=torch.cuda.synchronize, rounds=ROUNDS, warmup_rounds=WARM_UP, iterations=1)
+    benchmark.extra_info["GB_per_second"] = measured.bytes[mode] / benchmark.stats.stats.median / 1e9
