@@ -1,4 +1,4 @@
-"""LayerScale, DropPath's factor, residual stream and LayerNorm in one: the kernel against eager and compiled, 9.5k tokens."""
+"""LayerScale, DropPath's factor, residual stream and LayerNorm in one: the kernel against eager and compiled."""
 
 from __future__ import annotations
 
