@@ -17,12 +17,12 @@ import torch
 import onepeace_fast
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 
-OPERATIONS = ("layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
 DEMO_PACKAGES = {"scikit-learn": "sklearn", "tqdm": "tqdm"}
 DEMO_INSTALL = "pip install scikit-learn tqdm"
 _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",
-    "fused": "packed tokens, by the four operations",
+    "fused": "packed tokens, by the fused operations",
 }
 
 
