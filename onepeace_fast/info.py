@@ -17,7 +17,7 @@ import torch
 import onepeace_fast
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 
-OPERATIONS = ("layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
 DEMO_PACKAGES = {
     "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
     "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
@@ -29,7 +29,7 @@ TRAINING_PACKAGES = {
 TRAINING_INSTALL = "pip install 'onepeace_fast[train]'"
 _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",
-    "fused": "packed tokens, by the four operations",
+    "fused": "packed tokens, by the fused operations",
 }
 
 
