@@ -21,6 +21,7 @@ from benchmarks import gpu  # noqa: E402
 from benchmarks.support import shapes  # noqa: E402
 from benchmarks.support.encoder import EncoderCase, inputs  # noqa: E402
 from benchmarks.support.layer import LayerCase  # noqa: E402
+from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.report import Report  # noqa: E402
 from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
 from benchmarks.support.timing import EventClock, HostClock, Timing, interleaved, paired  # noqa: E402
@@ -271,7 +272,32 @@ class TestGpuScript:
             left_out = [name for part in ("layer", "ffn") for name, r in shape[part].items() if "skipped" in r]
             names = ["sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled"]
             assert left_out == ["baseline_compiled", *names]
-        assert len(result["skipped"]) == 16 and all("--quick" in line for line in result["skipped"])
+        skipped = [line for line in result["skipped"] if "is not installed" not in line]
+        assert len(skipped) == 16 + 3 and all("--quick" in line for line in skipped)
+
+    def test_operations_between_the_products_are_measured_against_a_copy(self, quick_run):
+        _, result = quick_run
+        pointwise = result["pointwise"]
+        assert set(pointwise["operations"]) == {"layer_norm", "residual", "gated_sub_ln"}
+        for name, operation in pointwise["operations"].items():
+            assert [n for n, r in operation["variants"].items() if "error" in r] == []
+            record = operation["variants"]["fused"]
+            assert record["output_relative_difference"] < 1e-5 and record["gradient_relative_difference"] < 1e-5
+            for mode, must_move in operation["bytes"].items():
+                rate = must_move / record[mode]["median_ms"] / 1e6
+                assert record[mode]["GB_per_second"] == pytest.approx(rate, rel=0.05, abs=0.1)
+                copied = result["ceilings"]["copy"]["GB_per_second"]
+                assert record[mode]["share_of_copy"] == pytest.approx(rate / copied, rel=0.05, abs=1e-3)
+            assert f"{name}, fused" in gpu.summary(result)
+
+    def test_bytes_are_those_of_every_row_tensor_once_each_way(self):
+        case = PointwiseCase(tiny_shape(), Sizes(32, 48, 2), CPU, torch.bfloat16, sets=1, stream=torch.float32)
+        rows = tiny_shape().real_tokens
+        expected = {"layer_norm": (2 * 2 * 32, 3 * 2 * 32), "gated_sub_ln": (3 * 2 * 48, 5 * 2 * 48)}
+        expected["residual"] = ((4 + 2 + 4 + 2) * 32, (4 + 2 + 4 + 2 + 4 + 2) * 32)
+        for name, (forward, backward) in expected.items():
+            found = operations(case)[name]().bytes
+            assert found == {"forward": rows * forward, "forward_backward": rows * (forward + backward)}
 
     def test_taxes_are_ratios_of_medians(self, quick_run):
         _, result = quick_run
@@ -298,6 +324,9 @@ class TestGpuScript:
     def test_only_the_library_and_its_baseline_decide_the_exit_code(self, quick_run):
         _, result = quick_run
         assert not gpu.failed(result)
+        broken = copy.deepcopy(result)
+        del broken["pointwise"]["operations"]["residual"]["variants"]["fused"]["forward_backward"]
+        assert gpu.failed(broken)
         broken = copy.deepcopy(result)
         del broken["shapes"][2]["layer"]["fused"]["forward_backward"]
         assert gpu.failed(broken)
