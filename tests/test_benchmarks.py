@@ -21,7 +21,7 @@ from benchmarks import gpu  # noqa: E402
 from benchmarks.support import shapes  # noqa: E402
 from benchmarks.support.encoder import EncoderCase, inputs  # noqa: E402
 from benchmarks.support.layer import LayerCase  # noqa: E402
-from benchmarks.support.pointwise import PointwiseCase, operations
+from benchmarks.support.pointwise import PointwiseCase, operations  # noqa: E402
 from benchmarks.support.report import Report  # noqa: E402
 from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
 from benchmarks.support.timing import EventClock, HostClock, Timing, interleaved, paired  # noqa: E402
