@@ -8,7 +8,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,8 +18,15 @@ import onepeace_fast
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 
 OPERATIONS = ("layer_norm", "relative_bias_attention", "residual", "routed_ffn")
-DEMO_PACKAGES = {"scikit-learn": "sklearn", "tqdm": "tqdm"}
-DEMO_INSTALL = "pip install scikit-learn tqdm"
+DEMO_PACKAGES = {
+    "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
+    "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
+}  # fmt: skip
+DEMO_INSTALL = "pip install 'onepeace_fast[demo]'"
+TRAINING_PACKAGES = {
+    "pyyaml": "yaml", "tokenizers": "tokenizers", "tensorboard": "tensorboard", "tqdm": "tqdm",
+}  # fmt: skip
+TRAINING_INSTALL = "pip install 'onepeace_fast[train]'"
 _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",
     "fused": "packed tokens, by the four operations",
@@ -35,9 +42,9 @@ def command(arguments: str) -> str:
     return f"{program.relative_to(Path.cwd()) if inside else program} {arguments}"
 
 
-def missing_demo_packages() -> list[str]:
-    """The packages that the demo needs and that are not installed."""
-    return [package for package, module in DEMO_PACKAGES.items() if not _installed(module)]
+def missing(packages: Mapping[str, str]) -> list[str]:
+    """Those packages, given with their modules, that are not installed."""
+    return [package for package, module in packages.items() if not _installed(module)]
 
 
 def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
@@ -66,7 +73,8 @@ def describe() -> str:
         ("Triton kernels", "no", _attempt(_why_no_triton_kernel)),
         ("CUDA extension", "no", "not built: no source exists yet"),
         ("torch.compile on a CPU", *_compiler()),
-        ("onepeace-fast demo", *_demo()),
+        ("onepeace-fast demo", *_command(DEMO_PACKAGES, DEMO_INSTALL)),
+        ("onepeace-fast train", *_command(TRAINING_PACKAGES, TRAINING_INSTALL)),
     ]
     return f"Versions\n{format_table(versions)}\n\nWhat works here\n{format_table(parts)}"
 
@@ -135,7 +143,7 @@ def _compiler() -> tuple[str, str]:
     return ("works", f"C++ compiler {found}") if found else ("no", f"no C++ compiler found ({', '.join(names)})")
 
 
-def _demo() -> tuple[str, str]:
-    if missing := missing_demo_packages():
-        return "no", f"{' and '.join(missing)} not installed: {DEMO_INSTALL}"
-    return "works", "scikit-learn and tqdm found"
+def _command(packages: Mapping[str, str], install: str) -> tuple[str, str]:
+    if absent := missing(packages):
+        return "no", f"{', '.join(absent)} not installed: {install}"
+    return "works", "its packages are installed"

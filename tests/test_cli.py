@@ -28,12 +28,10 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    assert "demo" in output and "info" in output
+    assert all(name in output for name in ("demo", "train", "info"))
 
 
-@pytest.mark.parametrize(
-    "arguments", [[], ["train"], ["demo", "--steps", "0"], ["demo", "--steps", "-3"], ["demo", "--device", "abacus"]]
-)
+@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--steps", "0"], ["abacus"]])
 def test_arguments_that_do_not_fit_end_with_usage_and_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -41,13 +39,10 @@ def test_arguments_that_do_not_fit_end_with_usage_and_code_2(arguments, capsys):
     assert "usage: onepeace-fast" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("module", "package"), [("sklearn", "scikit-learn"), ("tqdm", "tqdm")])
-def test_demo_without_its_packages_names_the_missing_one_and_what_to_install(monkeypatch, capsys, module, package):
-    monkeypatch.setitem(sys.modules, module, None)
-    assert cli.main(["demo"]) == 2
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err == f"The demo needs {package}: {info.DEMO_INSTALL}\n"
+def test_train_runs_the_configuration_that_it_is_given(monkeypatch):
+    given = []
+    monkeypatch.setattr(cli.training, "run", lambda path: given.append(path) or 7)
+    assert cli.main(["train", "run.yaml"]) == 7 and given == ["run.yaml"]
 
 
 def test_importing_the_library_and_the_command_loads_neither_the_demo_nor_its_packages():
@@ -56,7 +51,9 @@ def test_importing_the_library_and_the_command_loads_neither_the_demo_nor_its_pa
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(result.stdout.split())
     assert "onepeace_fast.info" in loaded
-    assert not {"sklearn", "tqdm", "onepeace_fast.demo"} & loaded
+    assert (
+        not {"sklearn", "tqdm", "matplotlib", "yaml", "onepeace_fast.demo.run", "onepeace_fast.training.train"} & loaded
+    )
 
 
 def test_command_runs_as_a_module():

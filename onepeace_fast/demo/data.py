@@ -18,6 +18,7 @@ from torch import Tensor
 FIRST_HELD_OUT = 1415  # here the twelfth form begins
 SIDE = 32
 DARKEST = 16
+LEFT_OUT = 0.2  # of the words beside the digit
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 PADDING, END, UNKNOWN, SPECIALS = 1, 2, 3, 4
@@ -125,6 +126,11 @@ def draw_rows(labels: Tensor, groups: int, generator: torch.Generator) -> Tensor
 
 
 def draw_captions(templates: Sequence[str], digits: Tensor, generator: torch.Generator) -> list[str]:
-    """For each digit a caption from a random template."""
-    which = torch.randint(len(templates), (len(digits),), generator=generator).tolist()
-    return [caption(templates[t], digit) for t, digit in zip(which, digits.tolist(), strict=True)]
+    """For each digit a caption from a random template, of whose other words some are left out."""
+    captions = []
+    for digit in digits.tolist():
+        words = templates[int(torch.randint(len(templates), (), generator=generator))].split()
+        left_out = (torch.rand(len(words), generator=generator) < LEFT_OUT).tolist()
+        kept = [word for word, out in zip(words, left_out, strict=True) if "{" in word or not out]
+        captions.append(caption(" ".join(kept), digit))
+    return captions

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 
-PACKAGES = {"pyyaml": "yaml", "tensorboard": "tensorboard", "tqdm": "tqdm", "tokenizers": "tokenizers"}
+from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, missing
 
 
 def run(path: str) -> int:
@@ -16,8 +15,8 @@ def run(path: str) -> int:
         0: done. 1: stopped by a loss that is no number, or the last checkpoint could not be written. 2: something is
         missing or does not fit. 130: interrupted. Each but 0 comes with a line on the standard error.
     """
-    if missing := [package for package, module in PACKAGES.items() if find_spec(module) is None]:
-        return _stop(f"train needs {', '.join(missing)}; type: pip install 'onepeace_fast[train]'", 2)
+    if absent := missing(TRAINING_PACKAGES):
+        return _stop(f"train needs {', '.join(absent)}; type: {TRAINING_INSTALL}", 2)
     from onepeace_fast.training.config import TrainingConfig
     from onepeace_fast.training.distributed import MainFailed, Processes
     from onepeace_fast.training.train import last_checkpoint, train

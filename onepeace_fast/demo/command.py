@@ -1,0 +1,71 @@
+"""What ``onepeace-fast demo`` does: run, and turn everything that can go wrong into one line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from onepeace_fast.info import DEMO_INSTALL, DEMO_PACKAGES, missing
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the demo."""
+    parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default 0)")
+    parser.add_argument("--steps", type=_positive(2), help="training steps of both stages together (default 1200)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if torch sees one)")
+    parser.add_argument("--denoise", action="store_true", help="train by denoising contrast too, as the paper: slower")
+    parser.add_argument("--output", type=Path, default=Path("report"), help="folder for what it makes (default report)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--seeds", type=_positive(1), help="run this many seeds and print the spread, without a report")
+    what.add_argument("--wav", metavar="FILE", help="rank images for a digit that you say in English, a second or two")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run as the options say.
+
+    Returns:
+        0: done. 1: the two backends disagree. 2: something is missing or does not fit. 130: interrupted. Each but 0
+        comes with a line that says why.
+    """
+    if absent := missing(DEMO_PACKAGES):
+        return _stop(f"demo needs {', '.join(absent)}; type: {DEMO_INSTALL}", 2)
+    import torch
+
+    from onepeace_fast.demo.error import DemoError
+    from onepeace_fast.demo.experiment import Steps
+    from onepeace_fast.demo.run import Options, one_thread, rank, run, run_seeds
+
+    gpu = torch.cuda.is_available()
+    if arguments.device == "cuda" and not gpu:
+        return _stop("--device: got cuda and torch sees no CUDA device here; leave the option out, or take cpu", 2)
+    half = (arguments.steps or 0) // 2
+    steps = Steps(half, arguments.steps - half) if half else Steps()
+    device = arguments.device or ("cuda" if gpu else "cpu")
+    options = Options(arguments.seed, steps, arguments.denoise, device, arguments.output)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)  # now rather than after minutes of training
+        with one_thread():
+            if arguments.wav is not None:
+                return rank(arguments.wav, options)
+            return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)
+    except (DemoError, ValueError) as error:
+        return _stop(str(error), 2)
+    except OSError as error:
+        return _stop(f"{error.filename or options.output}: {error.strerror or error}", 2)
+    except KeyboardInterrupt:
+        return _stop("\nStopped.", 130)
+
+
+def _positive(least: int):
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, takes a whole number from {least} on")
+        return int(text)
+
+    return parse
+
+
+def _stop(line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    return code

@@ -1,0 +1,108 @@
+"""The trained model through both backends: whether they agree, and how fast each is."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.backend import BACKENDS, use_backend
+from onepeace_fast.demo import data
+from onepeace_fast.demo.data import Digits, Vocabulary, caption, enlarge
+from onepeace_fast.demo.experiment import contrast
+from onepeace_fast.demo.result import Comparison
+from onepeace_fast.demo.speech import Speech
+from onepeace_fast.demo.waveform import waveforms
+from onepeace_fast.models.pretrain import OnePeacePretrain
+
+AGREEMENT = 1e-4  # of the largest value: float32 rounding stays far below, a mistake far above
+ROWS = 60  # pairs in a batch
+PAIRS = 120
+ROUNDS = 5
+
+Inputs = dict[str, Tensor]
+
+
+def pair_batches(digits: Digits, speech: Speech, vocabulary: Vocabulary, pairs: int = PAIRS) -> list[Inputs]:
+    """The first images, and the first sounds, each with a caption of its own, templates in turn."""
+    texts = _captions(data.IMAGE_TEMPLATES + data.HELD_OUT_TEMPLATES, digits.labels[:pairs].tolist())
+    spoken = _captions(data.SOUND_TEMPLATES, speech.labels[:pairs])
+    batches: list[Inputs] = []
+    for start in range(0, len(texts), ROWS):
+        rows = slice(start, start + ROWS)
+        batches.append({"text": vocabulary.encode(texts[rows]), "image": enlarge(digits.images[:pairs][rows])})
+    for start in range(0, len(spoken), ROWS):
+        rows = slice(start, start + ROWS)
+        batches.append({"text": vocabulary.encode(spoken[rows]), "audio": waveforms(speech.sounds[:pairs][rows])})
+    return batches
+
+
+def _captions(templates: Sequence[str], labels: Sequence[int]) -> list[str]:
+    return [caption(templates[row % len(templates)], digit) for row, digit in enumerate(labels)]
+
+
+def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs], rounds: int = ROUNDS) -> Comparison:
+    """Run the same pairs through both backends on a device: embeddings, outputs, all gradients, and the speed."""
+    model.to(device).requires_grad_()
+    batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
+    results = {name: _results(model, batches, name) for name in BACKENDS}
+    parts = [_difference(results["reference"][what], results["fused"][what]) for what in results["reference"]]
+    times: dict[str, list[float]] = {name: [] for name in BACKENDS}
+    for _ in range(rounds):
+        for name in BACKENDS:
+            times[name].append(_seconds(model, batches, name))
+    tokens = sum(int(mask.sum()) for batch in batches for mask in _real(model, batch).values())
+    speeds = {name: tokens / statistics.median(values) for name, values in times.items()}
+    # Not "greater than", so that NaN disagrees and is the largest.
+    agree = all(difference <= AGREEMENT * value for difference, value in parts)
+    worst = max(parts, key=lambda part: math.inf if math.isnan(part[0]) else part[0] / max(part[1], 1e-30))
+    return Comparison(device, agree, speeds, *worst)
+
+
+def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, float]:
+    """The largest difference and the largest value of two lists of tensors; NaN wherever one is."""
+    largest = [[(a - b).abs().max(), a.abs().max()] for a, b in zip(expected, got, strict=True)]
+    difference, value = torch.tensor(largest).numpy().max(0).tolist()
+    return difference, value
+
+
+def _results(model: OnePeacePretrain, batches: Sequence[Inputs], backend: str) -> dict[str, list[Tensor]]:
+    embeddings, outputs = [], []
+    model.zero_grad()
+    with use_backend(backend):
+        for batch in batches:
+            with torch.no_grad():
+                embeddings += [model.embed(**{name: value}) for name, value in batch.items()]
+                encoded = model.encode(**batch)
+            # What stands at padding means nothing.
+            outputs += [encoded[name][mask] for name, mask in _real(model, batch).items()]
+        for kind in ("image", "audio"):
+            batch = next(batch for batch in batches if kind in batch)
+            # Each against its neighbour's caption: on the right pairs a trained model's gradients are next to zero.
+            text, other = batch["text"].roll(1, 0), batch[kind]
+            contrast(model, model.embed(**{kind: other}), model.embed(text=text)).backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return {"embeddings": embeddings, "encoder outputs": outputs, "gradients": gradients}
+
+
+def _real(model: OnePeacePretrain, batch: Inputs) -> dict[str, Tensor]:
+    """Which tokens are real, CLS first: bool [rows, length] of each modality."""
+    adapters = model.encoder_wrapper.adapters
+    return {name: adapters[name].valid(name, value, None) for name, value in batch.items()}
+
+
+@torch.no_grad()
+def _seconds(model: OnePeacePretrain, batches: Sequence[Inputs], backend: str) -> float:
+    wait = torch.cuda.synchronize if model.logit_scale.is_cuda else lambda: None
+    wait()
+    start = time.perf_counter()
+    with use_backend(backend):
+        for batch in batches:
+            model.encode(**batch)
+    wait()
+    return time.perf_counter() - start

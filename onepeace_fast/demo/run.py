@@ -1,0 +1,259 @@
+"""One run of the demo, what it prints, and what it leaves in its folder: the report and the trained model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from onepeace_fast.data.audio import read_audio
+from onepeace_fast.demo import comparison, data, experiment, report, speech
+from onepeace_fast.demo.error import DemoError
+from onepeace_fast.demo.experiment import Steps
+from onepeace_fast.demo.result import Result
+from onepeace_fast.demo.waveform import WINDOW, loudest_second, trim
+from onepeace_fast.info import command, format_table
+from onepeace_fast.models.pretrain import OnePeacePretrain
+
+MODEL = "model"
+SEEDS = "seeds.json"
+NEAREST = 10
+LOUD = 0.9 * 32767  # the peak of a visitor's sound on its page
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What of a run can be chosen: the seed, the steps, the denoising task, "cpu" or "cuda", and where to write."""
+
+    seed: int
+    steps: Steps
+    denoise: bool
+    device: str
+    output: Path
+
+
+def run(options: Options) -> int:
+    """Train, measure, print and write the report; returns 0, or 1 where the two backends disagree."""
+    result, model = measure(options)
+    model.save(options.output / MODEL)
+    page = report.write(result, options.output)
+    _print_result(result, page, options.output)
+    return 0 if all(row.agree for row in result.comparisons) else 1
+
+
+def run_seeds(options: Options, seeds: int) -> int:
+    """The same run for each of several seeds: prints every figure and their spread, and keeps them as JSON."""
+    results = []
+    for seed in range(options.seed, options.seed + seeds):
+        results.append(measure(dataclasses.replace(options, seed=seed))[0])
+        path = _write_spread(results, options)
+    _print_spread(results, path)
+    return 0 if all(row.agree for result in results for row in result.comparisons) else 1
+
+
+def rank(wav: str, options: Options) -> int:
+    """Rank the held-out images for a visitor's sound by the model of the last run, which is made where there is none.
+
+    Raises:
+        ValueError: a file that is not sound, in one line.
+        DemoError: a model of another version.
+    """
+    heard = read_audio(wav).numpy()
+    folder = options.output / MODEL
+    if not (folder / "config.json").exists():
+        print(f"There is no trained model in {folder} yet: the demo runs first.\n", flush=True)
+        if code := run(options):
+            return code
+        print()
+    heard = trim(heard)
+    start = loudest_second(heard)
+    sound = heard[start : start + WINDOW]
+    model = _restore(folder).to(options.device)
+    _, held_out = data.load()
+    cosines = experiment.similarity(
+        experiment.sound_embeddings(model, [sound]), experiment.image_embeddings(model, held_out.images)
+    )[0]
+    labels = held_out.labels.numpy()
+    # A digit stands where its nearest image stands, so the first digit is that of the nearest image of all.
+    scores = sorted(((float(cosines[labels == digit].max()), digit) for digit in range(10)), reverse=True)
+    nearest = np.argsort(-cosines, kind="stable")[:NEAREST]
+    page = report.write_ranking(
+        wav,
+        np.round(sound / np.abs(sound).max() * LOUD).astype(np.int16),
+        [(digit, score) for score, digit in scores],
+        [(held_out.images[i].numpy(), int(labels[i]), float(cosines[i])) for i in nearest],
+        options.output,
+    )
+    rows = [("digit", "cosine of its nearest image")]
+    rows += [(f"{digit} {data.NAMES[digit]}", f"{score:+.3f}") for score, digit in scores]
+    seconds = f", its loudest second of {len(heard) / WINDOW:.1f}" if len(heard) > WINDOW else ""
+    print(f"Heard in {wav}{seconds}:\n\n{format_table(rows)}\n\nThe images, nearest first: {page}")
+    return 0
+
+
+def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
+    """Both stages and everything that the report shows; returns the trained model too."""
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "sounds"):
+        spoken, spoken_held_out = speech.load(speech.plan())
+    written, written_held_out = data.load()
+    vocabulary = data.Vocabulary()
+    model = experiment.build(len(vocabulary), options.seed, options.denoise).to(options.device)
+    _print_setup(model, written, written_held_out, spoken, spoken_held_out, options)
+    training = (vocabulary, options.seed, options.denoise)
+    losses, steps = {}, options.steps
+    with _timed(seconds, "stage 1"):
+        losses["image-text"] = experiment.train_image_text(model, written, steps.image_text, *training)
+    images = experiment.image_embeddings(model, written_held_out.images)
+    before = experiment.similarity(experiment.sound_embeddings(model, spoken_held_out.sounds), images)
+    with _timed(seconds, "stage 2"):
+        losses["audio-text"] = experiment.train_audio_text(model, spoken, steps.audio_text, *training)
+    with _timed(seconds, "evaluation"):
+        after = experiment.similarity(experiment.sound_embeddings(model, spoken_held_out.sounds), images)
+        captions = experiment.image_text_accuracy(model, images, written_held_out.labels, vocabulary)
+        vectors = experiment.bias_vectors(model, vocabulary)
+    with _timed(seconds, "backends"):
+        comparisons = [
+            comparison.compare(model, device, comparison.pair_batches(written_held_out, spoken_held_out, vocabulary))
+            for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+        ]
+    result = Result(
+        seed=options.seed,
+        device=_device_name(options.device),
+        steps={"image-text": steps.image_text, "audio-text": steps.audio_text},
+        seconds=seconds,
+        losses=losses,
+        images=written_held_out.images.numpy(),
+        image_labels=written_held_out.labels.tolist(),
+        sounds=spoken_held_out.sounds,
+        sound_labels=spoken_held_out.labels,
+        sound_voices=[clip.voice for clip in spoken_held_out.clips],
+        similarity=after,
+        similarity_before=before,
+        image_text_accuracy=captions,
+        bias_vectors=vectors,
+        comparisons=comparisons,
+        parameters=_parameters(model),
+    )
+    return result, model
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread: matrices this small gain little from a second, and lose much where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[phase] = time.perf_counter() - start
+
+
+def _restore(folder: Path) -> OnePeacePretrain:
+    model = OnePeacePretrain.load(folder).eval()
+    if model.config.encoder != experiment.configuration(len(data.Vocabulary())).encoder:
+        raise DemoError(f"{folder}: got a model of another version of the demo; type: {command('demo')}")
+    return model
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def _parameters(model: OnePeacePretrain) -> int:
+    return sum(parameter.numel() for parameter in model.encoder_wrapper.parameters())
+
+
+def _print_setup(
+    model: OnePeacePretrain, written: data.Digits, written_held_out: data.Digits, spoken: speech.Speech,
+    spoken_held_out: speech.Speech, options: Options,
+) -> None:  # fmt: skip
+    encoder, steps = model.config.encoder, options.steps
+    held_out_voices = ", ".join(dict.fromkeys(clip.voice for clip in spoken_held_out.clips))
+    example = data.caption(data.IMAGE_TEMPLATES[10], 3)
+    rows = [
+        ("Images", f"{len(written.labels):,} digits in real handwriting; {len(written_held_out.labels)} more held out"),
+        ("Sounds", f"{len(spoken.sounds):,} digits in synthetic speech; {len(spoken_held_out.sounds)} more, held out,"),
+        ("", f"by voices never trained with: {held_out_voices}"),
+        ("Captions", f'from templates: "{example}"'),
+        ("Model", f"{encoder.layers} layers of width {encoder.embed_dim}, {_parameters(model):,} parameters"),
+        ("Stage 1", f"{steps.image_text} steps, images with captions"),
+        ("Stage 2", f"{steps.audio_text} steps, sounds with captions; attention, text and images are frozen"),
+        ("Task", "contrast and denoising" if options.denoise else "contrast"),
+        ("Run", f"on {_device_name(options.device)}, seed {options.seed}, "
+                f"{model.encoder_wrapper.resolved_backend} backend, one CPU thread"),
+    ]  # fmt: skip
+    print("A small ONE-PEACE learns handwritten digits and spoken digits by captions alone: no image is ever paired")
+    print("with a sound. Then each sound looks for its image.\n")
+    print(format_table(rows) + "\n", flush=True)
+
+
+def _print_result(result: Result, page: Path, output: Path) -> None:
+    rows = [
+        ("right digit first, of what was held out", "before stage 2", "now"),
+        ("sound finds image", f"{result.sound_to_image_before:.1%}", f"{result.sound_to_image:.1%}"),
+        ("image finds sound", f"{result.image_to_sound_before:.1%}", f"{result.image_to_sound:.1%}"),
+        ("a blind guess", "10.0%", "10.0%"),
+    ]
+    worst = min(result.accuracy_per_voice.items(), key=lambda item: item[1])
+    print(f"\n{format_table(rows)}\n")
+    named = statistics.mean(result.image_text_accuracy.values())
+    print(f"  {named:.1%} of the images find their caption, in words never trained with.")
+    print(f"  The hardest voice is {worst[0]}: {worst[1]:.0%}.")
+    for sentence in report.agreement(result.comparisons):
+        print(f"  {sentence}")
+    print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
+    where = [] if output == Path("report") else [f"--output {output}"]
+    rows = [
+        (str(page), "hear the sounds, see what they found: open it in a browser"),
+        (command(" ".join(["demo", *where, "--wav mine.wav"])), "the images for a digit that you say, in English"),
+        (command("demo --seeds 5"), "how much of this is luck"),
+    ]
+    print(format_table(rows))
+
+
+def _write_spread(results: Sequence[Result], options: Options) -> Path:
+    """What is known after each seed, so that an interruption loses one run at most."""
+    runs = [
+        {
+            "seed": result.seed,
+            "sound_to_image": result.sound_to_image,
+            "image_to_sound": result.image_to_sound,
+            "sound_to_image_before": result.sound_to_image_before,
+            "image_to_sound_before": result.image_to_sound_before,
+            "image_text": statistics.mean(result.image_text_accuracy.values()),
+        }
+        for result in results
+    ]
+    machine = {name: value for name, value in report.machine(results[0]) if name not in ("Seed", "Seconds")}
+    path = options.output / SEEDS
+    draft = path.with_name(path.name + ".new")
+    draft.write_text(json.dumps({"denoise": options.denoise, "machine": machine, "runs": runs}, indent=1) + "\n")
+    os.replace(draft, path)
+    return path
+
+
+def _print_spread(results: Sequence[Result], path: Path) -> None:
+    figures = [(result.sound_to_image, result.image_to_sound) for result in results]
+    rows = [("seed", "sound finds image", "image finds sound")]
+    for result, (forward, back) in zip(results, figures, strict=True):
+        rows.append((str(result.seed), f"{forward:.1%}", f"{back:.1%}"))
+    for name, summary in (("lowest", min), ("median", statistics.median), ("highest", max)):
+        forward, back = (summary(values) for values in zip(*figures, strict=True))
+        rows.append((name, f"{forward:.1%}", f"{back:.1%}"))
+    print(f"\n{format_table(rows)}\n\nKept in {path}.")

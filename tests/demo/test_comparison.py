@@ -1,0 +1,65 @@
+"""The demo's comparison of the backends: that it finds them equal, and would tell where they differ."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("scipy")
+
+from onepeace_fast.demo import comparison
+from onepeace_fast.ops import _library
+
+
+@pytest.fixture(scope="module")
+def batches(digits, spoken, vocabulary):
+    return comparison.pair_batches(digits[1], spoken[1], vocabulary, pairs=8)
+
+
+def test_pairs_hold_each_kind_with_its_caption(digits, spoken, vocabulary, monkeypatch):
+    monkeypatch.setattr(comparison, "ROWS", 6)
+    batches = comparison.pair_batches(digits[1], spoken[1], vocabulary, pairs=10)
+    kinds = [("image", 6), ("image", 4), ("audio", 6), ("audio", 4)]
+    assert [(next(name for name in batch if name != "text"), len(batch["text"])) for batch in batches] == kinds
+
+
+def test_both_backends_agree_and_are_timed(model, batches):
+    found = comparison.compare(model, "cpu", batches, rounds=1)
+    assert found.agree and found.device == "cpu"
+    assert 0 < found.largest_difference <= comparison.AGREEMENT * found.largest_value
+    assert set(found.tokens_per_second) == {"reference", "fused"} and min(found.tokens_per_second.values()) > 0
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_fault_in_a_gradient_alone_is_found(model, batches, monkeypatch):
+    kernel = torch.ops.onepeace_fast.residual_backward.default
+    faulty = _library.torch.library.Library("onepeace_fast", "IMPL")
+
+    from onepeace_fast.ops.residual import residual_backward_specification
+
+    def scaled(*arguments):
+        dx, dy, *rest = residual_backward_specification(*arguments)
+        return (dx, dy * 1.01, *rest)
+
+    faulty.impl("residual_backward", scaled, "CPU")
+    try:
+        found = comparison.compare(model, "cpu", batches, rounds=1)
+    finally:
+        faulty._destroy()
+    assert not found.agree and found.largest_difference > comparison.AGREEMENT * found.largest_value
+    assert kernel is torch.ops.onepeace_fast.residual_backward.default
+
+
+def test_a_value_that_is_no_number_disagrees(model, batches, monkeypatch):
+    results = comparison._results
+
+    def spoiled(model, batches, backend):
+        found = results(model, batches, backend)
+        if backend == "fused":
+            found["encoder outputs"][0][0, 0] = math.nan
+        return found
+
+    monkeypatch.setattr(comparison, "_results", spoiled)
+    found = comparison.compare(model, "cpu", batches, rounds=1)
+    assert not found.agree and math.isnan(found.largest_difference)
