@@ -56,13 +56,11 @@ class Configuration:
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
         return f"{self.kernel.__name__} {dtypes} {constants} num_warps={self.num_warps}"
 
-    def launch(self, programs: int) -> None:
-        """Launch so many programs on the device and the current stream of the first tensor."""
+    def launch(self, grid: tuple[int, ...]) -> None:
+        """Launch a grid of programs on the device and the current stream of the first tensor."""
         device = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(device):
-            self.kernel[(programs,)](
-                **self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=True
-            )
+            self.kernel[grid](**self.arguments, **self.constants, num_warps=self.num_warps, enable_fp_fusion=True)
 
 
 class _Recorder(NamedTuple):
@@ -88,14 +86,14 @@ def recording(architecture: str) -> Iterator[list[Configuration]]:
 
 
 def launch(
-    kernel: Any, programs: int, arguments: Mapping[str, Any], constants: Mapping[str, Any], num_warps: int
+    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any], num_warps: int
 ) -> None:
     """Launch a kernel; every launch of this package comes through here."""
     configuration = Configuration(kernel, arguments, constants, num_warps)
     if (recorder := _recorder.get()) is not None:
         recorder.configurations.append(configuration)
     else:
-        configuration.launch(programs)
+        configuration.launch(grid)
 
 
 @functools.cache
@@ -137,3 +135,8 @@ def parameters_for(kernel: str, x: Tensor, rows: int) -> tuple[Parameters, int]:
 def unit_columns(x: Tensor) -> Tensor:
     """``x`` itself where its columns lie side by side, whatever the distance of its rows, else a copy that does."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+
+
+def compact(x: Tensor | None) -> Tensor | None:
+    """A tensor whose elements lie side by side, None where there is none."""
+    return None if x is None else x.contiguous()

@@ -1,19 +1,27 @@
 """How the rows of a matrix are shared out among programs: device functions of every kernel that walks over rows.
 
 Program p takes the rows [p * share, (p + 1) * share) of those below the extent, modality by modality. Its order of
-summation depends on the rows alone, so sums over rows are repeatable bit by bit.
+summation depends on the numbers of rows alone, so sums over rows are repeatable bit by bit.
 """
 
+from __future__ import annotations
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from onepeace_fast.kernels.launch import launch
+
+BLOCK_INDEX = 256
 
 
 @triton.jit
-def row_extent(offsets, groups, rows):
-    """Rows that are not inert: the plan's last offset, read on the device, all rows without a plan."""
+def row_extent(offsets, modalities, rows):
+    """Rows that are not inert: the plan's last offset, read on the device, or all rows without a plan."""
     extent = rows
     if offsets is not None:
-        extent = tl.minimum(tl.load(offsets + groups), rows)
+        extent = tl.minimum(tl.load(offsets + modalities), rows)
     return extent
 
 
@@ -45,6 +53,41 @@ def store_zeros(out, first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: 
     tile = first + tl.program_id(0) * BLOCK_ROWS
     while tile < last:
         row = tile + tl.arange(0, BLOCK_ROWS)
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(out + place, zeros, mask=(row < last)[:, None] & (column < width)[None, :])
+        cell = row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(out + cell, zeros, mask=(row < last)[:, None] & (column < width)[None, :])
         tile += tl.num_programs(0) * BLOCK_ROWS
+
+
+@triton.jit
+def store_zeros_unplaced(out, place, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Zeros into this program's share of the rows of a contiguous matrix that have no place."""
+    column = tl.arange(0, BLOCK_WIDTH)
+    zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
+    tile = tl.program_id(0) * BLOCK_ROWS
+    while tile < rows:
+        row = tile + tl.arange(0, BLOCK_ROWS)
+        idle = tl.load(place + row, mask=row < rows, other=0) < 0
+        cell = row.to(tl.int64)[:, None] * width + column[None, :]
+        tl.store(out + cell, zeros, mask=idle[:, None] & (column < width)[None, :])
+        tile += tl.num_programs(0) * BLOCK_ROWS
+
+
+@triton.jit(do_not_specialize=["entries"])
+def _place_rows(index, place, offsets, modalities, entries, BLOCK: tl.constexpr):
+    entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    live = entry < row_extent(offsets, modalities, entries)
+    tl.store(place + tl.load(index + entry, mask=live, other=0), entry, mask=live)
+
+
+def row_places(index: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
+    """The inverse of a row index: each of so many rows' place in it, -1 for those that it leaves out; int32 [rows].
+
+    Entries past the last of ``offsets`` do not count.
+    """
+    place = torch.full((rows,), -1, dtype=torch.int32, device=index.device)
+    entries = index.shape[0]
+    modalities = 0 if offsets is None else offsets.shape[0] - 1
+    arguments = {"index": index, "place": place, "offsets": offsets, "modalities": modalities, "entries": entries}
+    if entries:
+        launch(_place_rows, (triton.cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
+    return place

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from onepeace_fast import kernels
-from onepeace_fast.checks import require, require_device, require_tensor
+from onepeace_fast.checks import describe, require, require_device, require_tensor
 
 NAMESPACE = "onepeace_fast"
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_WIDTH = 16384
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
@@ -125,4 +127,27 @@ def check_routing(offsets: Tensor, row_counts: Sequence[int], x: Tensor) -> None
         lambda: (
             f"row_counts: got {list(row_counts)}, takes one per modality, {groups}, in all at most {x.shape[0]} rows"
         ),
+    )
+
+
+def require_rows(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a floating-point matrix whose rows a kernel can hold."""
+    require_tensor(name, x, FLOATS, "[rows, width]", 2)
+    require(
+        x.shape[1] <= MAX_WIDTH,
+        lambda: f"{name}: got {describe(x)}, takes rows of at most {MAX_WIDTH} columns; split them",
+    )
+
+
+def check_row_index(rows: Tensor, x: Tensor) -> None:
+    """Raise unless ``rows``, where the host can read them, are distinct rows of x."""
+    if rows.device.type != "cpu" or not rows.numel():
+        return
+    least, most = rows.min().item(), rows.max().item()
+    require(
+        least >= 0 and most < x.shape[0],
+        lambda: f"rows: got an index from {least} to {most}, takes 0 to {x.shape[0] - 1}, the rows of x",
+    )
+    require(
+        rows.unique().numel() == rows.numel(), lambda: "rows: got an index that repeats a row, takes distinct rows"
     )

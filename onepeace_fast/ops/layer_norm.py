@@ -1,8 +1,9 @@
 """LayerNorm of packed rows, with one weight and bias for all rows or one per modality.
 
-    y = (x - mean) * rstd * weight + bias,   mean and rstd = 1 / sqrt(variance + eps) of each row
+    y = (c * x - mean) * rstd * weight + bias,   mean and rstd = 1 / sqrt(variance + eps) of each row of c * x
 
-(Ba et al., arXiv 1607.06450). Rows past the last modality are inert and come out as zero when the weights are routed.
+(Ba et al., arXiv 1607.06450), c the scale of the column's head where there is one. Rows past the last modality are
+inert and come out as zero.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require, require_tensor, require_vector
+from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
 from onepeace_fast.ops._library import (
     accumulation_dtype,
+    check_row_index,
     check_routing,
     define,
     no_gradient,
     only_needed,
     register_gradient,
+    require_rows,
     row_slices,
 )
 
@@ -50,98 +53,138 @@ def normalize_backward(
 
 
 def layer_norm_specification(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], offsets: Tensor | None, row_counts: Sequence[int],
-    eps: float,
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], head_scale: Tensor | None, rows: Tensor | None,
+    offsets: Tensor | None, row_counts: Sequence[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y [rows, width] in x's dtype, and mean and rstd [rows, 1]."""
-    if offsets is None:
-        return normalize(x, _first(weights), _first(biases), eps)
-    y = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    mean, rstd = (x.new_zeros((x.shape[0], 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    for group, rows in enumerate(row_slices(offsets, row_counts)):
-        y[rows], mean[rows], rstd[rows] = normalize(x[rows], _at(weights, group), _at(biases, group), eps)
+    """Returns y in x's dtype, mean and rstd [rows, 1]; ``rows`` are those of x that are read, all where it is None."""
+    count = x.shape[0] if rows is None else rows.shape[0]
+    y = x.new_zeros(count, x.shape[1])
+    mean, rstd = (x.new_zeros((count, 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
+    for group, part in enumerate(_groups(weights, biases, offsets, row_counts, count)):
+        scaled = _scaled(x[_source(rows, part, x)], head_scale)
+        y[part], mean[part], rstd[part] = normalize(scaled, _at(weights, group), _at(biases, group), eps)
     return y, mean, rstd
 
 
 def layer_norm_backward_specification(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-    offsets: Tensor | None, row_counts: Sequence[int], weight_needs: Sequence[bool], bias_needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
-    """Returns dx and the gradients of the weights and biases, empty where none is needed."""
+    head_scale: Tensor | None, rows: Tensor | None, offsets: Tensor | None, row_counts: Sequence[int],
+    weight_needs: Sequence[bool], bias_needs: Sequence[bool], head_scale_needed: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """With d the gradient of c * x: dx = c d, zero in rows that were not read, and dc = sum(x d) over rows and heads.
+
+    Returns dx and the gradients of the weights, the biases and the head scale c, empty where none is needed.
+    """
     dweights = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, weight_needs, strict=True)]
     dbiases = [torch.zeros_like(b) if n else b.new_empty(0) for b, n in zip(biases, bias_needs, strict=True)]
-    ranges = [slice(None)] if offsets is None else row_slices(offsets, row_counts)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    for group, rows in enumerate(ranges):
+    dscale = mean.new_zeros(head_scale.shape) if head_scale_needed else x.new_empty(0)
+    for group, part in enumerate(_groups(weights, biases, offsets, row_counts, grad.shape[0])):
+        source = _source(rows, part, x)
         needs = (True, bool(weights) and weight_needs[group], bool(biases) and bias_needs[group])
-        part, dweight, dbias = normalize_backward(
-            grad[rows], x[rows], mean[rows], rstd[rows], _at(weights, group), needs
+        dscaled, dweight, dbias = normalize_backward(
+            grad[part], _scaled(x[source], head_scale), mean[part], rstd[part], _at(weights, group), needs
         )
-        dx[rows] = part
+        dx[source] = _scaled(dscaled, head_scale).to(x.dtype)
+        if head_scale_needed:
+            dscale += (dscaled * x[source]).unflatten(1, (head_scale.shape[0], -1)).sum((0, 2))
         if needs[1]:
             dweights[group].copy_(dweight)
         if needs[2]:
             dbiases[group].copy_(dbias)
-    return dx, dweights, dbiases
+    return dx, dweights, dbiases, dscale.to(head_scale.dtype) if head_scale_needed else dscale
 
 
-def _first(tensors: Sequence[Tensor]) -> Tensor | None:
-    return tensors[0] if tensors else None
+def _groups(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], offsets: Tensor | None, row_counts: Sequence[int], count: int
+) -> Sequence[slice]:
+    """The row range of each modality, or one of all real rows where the modalities share their parameters."""
+    if offsets is None:
+        return [slice(0, count)]
+    ranges = list(row_slices(offsets, row_counts))
+    shared = max(len(weights), len(biases)) <= 1
+    return [slice(0, ranges[-1].stop if ranges else 0)] if shared else ranges
+
+
+def _source(rows: Tensor | None, part: slice, x: Tensor) -> slice | Tensor:
+    """Where the rows of a range come from."""
+    if rows is None:
+        return part
+    source = rows[part].long()
+    check_row_index(source, x)
+    return source
+
+
+def _scaled(x: Tensor, head_scale: Tensor | None) -> Tensor:
+    """Every head's columns times its scale, in at least float32."""
+    if head_scale is None:
+        return x
+    dtype = accumulation_dtype(x.dtype)
+    heads = x.to(dtype).unflatten(1, (head_scale.shape[0], -1))
+    return (heads * head_scale.to(dtype)[:, None]).flatten(1)
 
 
 def _at(tensors: Sequence[Tensor], group: int) -> Tensor | None:
     return tensors[group] if tensors else None
 
 
-def _fake(x, weights, biases, offsets, row_counts, eps):
-    statistics = x.new_empty((x.shape[0], 1), dtype=accumulation_dtype(x.dtype))
-    return torch.empty_like(x, memory_format=torch.contiguous_format), statistics, torch.empty_like(statistics)
+def _fake(x, weights, biases, head_scale, rows, offsets, row_counts, eps):
+    count = x.shape[0] if rows is None else rows.shape[0]
+    statistics = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
+    return x.new_empty(count, x.shape[1]), statistics, torch.empty_like(statistics)
 
 
 def _fake_backward(
-    grad, x, mean, rstd, weights, biases, offsets, row_counts, weight_needs, bias_needs
+    grad, x, mean, rstd, weights, biases, head_scale, rows, offsets, row_counts, weight_needs, bias_needs,
+    head_scale_needed,
 ):  # fmt: skip
     dweights = [torch.empty_like(w) if n else w.new_empty(0) for w, n in zip(weights, weight_needs, strict=True)]
     dbiases = [torch.empty_like(b) if n else b.new_empty(0) for b, n in zip(biases, bias_needs, strict=True)]
-    return torch.empty_like(x, memory_format=torch.contiguous_format), dweights, dbiases
+    dscale = torch.empty_like(head_scale) if head_scale_needed else x.new_empty(0)
+    return torch.empty_like(x, memory_format=torch.contiguous_format), dweights, dbiases, dscale
 
 
 _op = define(
     "layer_norm",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? offsets, SymInt[] row_counts, float eps)"
-    " -> (Tensor, Tensor, Tensor)",
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? head_scale, Tensor? rows, Tensor? offsets,"
+    " SymInt[] row_counts, float eps) -> (Tensor, Tensor, Tensor)",
     layer_norm_specification,
     _fake,
     kernel="layer_norm",
 )
 _backward_op = define(
     "layer_norm_backward",
-    "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor[] weights, Tensor[] biases, Tensor? offsets,"
-    " SymInt[] row_counts, bool[] weight_needs, bool[] bias_needs) -> (Tensor, Tensor[], Tensor[])",
+    "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor[] weights, Tensor[] biases, Tensor? head_scale,"
+    " Tensor? rows, Tensor? offsets, SymInt[] row_counts, bool[] weight_needs, bool[] bias_needs,"
+    " bool head_scale_needed) -> (Tensor, Tensor[], Tensor[], Tensor)",
     layer_norm_backward_specification,
     _fake_backward,
+    kernel="layer_norm",
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weights, biases, offsets, row_counts, _ = inputs
+    x, weights, biases, head_scale, rows, offsets, row_counts, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.groups, ctx.row_counts = len(weights), row_counts
-    ctx.save_for_backward(x, mean, rstd, offsets, *weights, *biases)
+    ctx.save_for_backward(x, mean, rstd, head_scale, rows, offsets, *weights, *biases)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    x, mean, rstd, offsets, *parameters = ctx.saved_tensors
+    x, mean, rstd, head_scale, rows, offsets, *parameters = ctx.saved_tensors
     weights, biases = parameters[: ctx.groups], parameters[ctx.groups :]
-    _, weight_needs, bias_needs, *_ = ctx.needs_input_grad
-    dx, dweights, dbiases = _backward_op(
-        grad, x, mean, rstd, weights, biases, offsets, ctx.row_counts, list(weight_needs or ()), list(bias_needs or ())
-    )
+    _, weight_needs, bias_needs, head_scale_needed, *_ = ctx.needs_input_grad
+    dx, dweights, dbiases, dscale = _backward_op(
+        grad, x, mean, rstd, weights, biases, head_scale, rows, offsets, ctx.row_counts, list(weight_needs or ()),
+        list(bias_needs or ()), head_scale_needed,
+    )  # fmt: skip
     return (
         dx,
         only_needed(dweights, weight_needs),
         only_needed(dbiases, bias_needs),
+        dscale if head_scale_needed else None,
+        None,
         None,
         no_gradient(ctx.row_counts),
         None,
@@ -156,41 +199,58 @@ def layer_norm(
     weight: Tensor | Sequence[Tensor] | None = None,
     bias: Tensor | Sequence[Tensor] | None = None,
     *,
+    head_scale: Tensor | None = None,
+    rows: Tensor | None = None,
     offsets: Tensor | None = None,
     row_counts: Sequence[int] = (),
     eps: float = 1e-5,
 ) -> Tensor:
-    """LayerNorm over the last dimension (Ba et al., arXiv 1607.06450).
+    """LayerNorm over the last dimension (Ba et al., arXiv 1607.06450), of all rows or of some.
 
     Args:
-        x: floating point [rows, width], any row stride.
-        weight, bias: [width], or with ``offsets`` a sequence of one per modality; None for none.
-        offsets: int32 [G + 1], a plan's offsets, where weights are per modality.
-        row_counts: the plan's row counts, where the host knows them.
+        x: floating point [rows, width], any row stride, at most 16,384 wide.
+        weight, bias: [width] for all rows, or with ``offsets`` a sequence of one per modality; None for none.
+        head_scale: [heads], a factor of each head's width / heads columns in front of the norm (the head scale of
+            NormFormer, Shleifer et al., arXiv 2110.09456).
+        rows: int32 [N], distinct rows of x: row i of the result is the norm of x[rows[i]], and no other is read.
+        offsets: int32 [G + 1], first row of each modality in the result; rows of the result past the last are zero.
+        row_counts: rows of each modality in the result, where the host knows them.
         eps: added to the variance.
 
     Returns:
-        [rows, width] in x's dtype; statistics are float32 for half precision.
+        [rows, width], or [N, width] with ``rows``, in x's dtype; statistics are float32 for half precision.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    require_tensor("x", x, floats, "[rows, width]", 2)
-    if offsets is not None:
-        check_routing(offsets, row_counts, x)
-    groups = 1 if offsets is None else offsets.shape[0] - 1
-    parameters = []
-    for name, value in (("weight", weight), ("bias", bias)):
-        values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
-        require(
-            not values or len(values) == groups,
-            lambda name=name, values=values: (
-                f"{name}: got {len(values)} tensors, takes {groups}, one per modality of offsets"
-            ),
-        )
-        for item in values:
-            require_vector(name, item, x.shape[1], x.device)
-        parameters.append(values)
+    require_rows("x", x)
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
-    return _op(x, *parameters, offsets, row_counts, eps)[0]
+    if rows is not None:
+        require_tensor("rows", rows, (torch.int32,), "[N]", 1)
+        require_device("rows", rows, x.device)
+    if offsets is not None:
+        check_routing(offsets, row_counts, x if rows is None else rows)
+    groups = 1 if offsets is None else offsets.shape[0] - 1
+    weights, biases = _per_group("weight", weight, groups, x), _per_group("bias", bias, groups, x)
+    if weights and biases and len(weights) != len(biases):  # one is shared and the other is not
+        weights, biases = (values * groups if len(values) == 1 else values for values in (weights, biases))
+    if head_scale is not None:
+        heads = head_scale.shape[0] if head_scale.dim() == 1 else 0
+        require(
+            head_scale.is_floating_point() and heads > 0 and x.shape[1] % heads == 0,
+            lambda: f"head_scale: got {describe(head_scale)}, takes a floating-point [heads] that divides {x.shape[1]}",
+        )
+        require_device("head_scale", head_scale, x.device)
+    return _op(x, weights, biases, head_scale, rows, offsets, row_counts, eps)[0]
+
+
+def _per_group(name: str, value: Tensor | Sequence[Tensor] | None, groups: int, x: Tensor) -> list[Tensor]:
+    """The given vectors: none, one for all rows, or one of each modality."""
+    values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+    require(
+        isinstance(value, Tensor) or not values or len(values) == groups,
+        lambda: f"{name}: got {len(values)} tensors, takes {groups}, one per modality of offsets, or one tensor for all",
+    )
+    for item in values:
+        require_vector(name, item, x.shape[1], x.device)
+    return values

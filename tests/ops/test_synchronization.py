@@ -95,9 +95,10 @@ def run_specifications(plan: RoutePlan) -> None:
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     weights, keep = [random(width) for _ in range(groups)], random(plan.samples)
     forward, backward = specification("layer_norm")
-    _, mean, rstd = forward(x, weights, weights, plan.offsets, plan.row_counts, 1e-5)
+    scale, index = random(heads), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    _, mean, rstd = forward(x, weights, weights, scale, index, plan.offsets, plan.row_counts, 1e-5)
     needs = [True] * groups
-    backward(x, x, mean, rstd, weights, weights, plan.offsets, plan.row_counts, needs, needs)
+    backward(x, x, mean, rstd, weights, weights, scale, index, plan.offsets, plan.row_counts, needs, needs, True)
 
     forward, backward = specification("residual")
     scaling = (gamma, keep, plan.sample, 0.1, seed)

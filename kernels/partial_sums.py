@@ -1,0 +1,87 @@
+"""Gradients of vectors that all rows share: a program's sums over its rows, and their sum in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepeace_fast.kernels.launch import Parameters, launch
+from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program
+
+BLOCK_PROGRAMS, BLOCK_COLUMNS = 16, 64
+
+
+@triton.jit
+def add_in_memory(pointer, value, mask, started):
+    """Add to a sum that this program keeps in memory; the first time it holds nothing yet."""
+    tl.debug_barrier()
+    before = tl.load(pointer, mask=mask & started, other=0)
+    tl.debug_barrier()
+    tl.store(pointer, before + value, mask=mask)
+
+
+@triton.jit
+def _sum_vector(
+    partial, out, first, last, width, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    total = tl.zeros((BLOCK_PROGRAMS, BLOCK_COLUMNS), dtype=tl.float32)
+    tile = first
+    while tile < last:
+        program = tile + tl.arange(0, BLOCK_PROGRAMS)
+        cell = program.to(tl.int64)[:, None] * width + column[None, :]
+        total += tl.load(partial + cell, mask=(program < last)[:, None] & (column < width)[None, :], other=0)
+        tile += BLOCK_PROGRAMS
+    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < width)
+
+
+@triton.jit(do_not_specialize=["rows", "group"])
+def _sum_partials(
+    partial_0, partial_1, partial_2, out_0, out_1, out_2, offsets, rows, width, group, groups, step, programs,
+    BLOCK_ROWS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    extent = row_extent(offsets, groups * step, rows)
+    share = rows_per_program(extent, programs, BLOCK_ROWS)
+    start, stop = group_rows(offsets, group, step, 0, extent)
+    first = start // share
+    last = tl.where(start < stop, tl.cdiv(stop, share), first)  # programs that had rows of the group
+    before = group.to(tl.int64) * programs * width
+    vector = tl.program_id(1)
+    if vector == 0:
+        _sum_vector(partial_0 + before, out_0, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
+    if partial_1 is not None:
+        if vector == 1:
+            _sum_vector(partial_1 + before, out_1, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
+    if partial_2 is not None:
+        if vector == 2:
+            _sum_vector(partial_2 + before, out_2, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
+
+
+def sum_partials(
+    sums: Sequence[tuple[Tensor, Tensor]],
+    offsets: Tensor | None,
+    rows: int,
+    group: int,
+    groups: int,
+    parameters: Parameters,
+) -> None:
+    """Sum up to three float32 [groups, programs, width] into vectors [width], those of one group of modalities.
+
+    ``sums`` are pairs of what is summed and where the result goes. ``parameters`` are those of the kernel that left the
+    partial sums; a program that had no row of the group has left none.
+    """
+    partials, outs = zip(*sums, strict=True)
+    _, programs, width = partials[0].shape
+    arguments = {
+        **{f"partial_{i}": partials[i] if i < len(partials) else None for i in range(3)},
+        **{f"out_{i}": outs[i] if i < len(outs) else None for i in range(3)},
+        "offsets": offsets, "rows": rows, "width": width, "group": group, "groups": groups,
+        "step": 0 if offsets is None else (offsets.shape[0] - 1) // groups, "programs": programs,
+    }  # fmt: skip
+    constants = {
+        "BLOCK_ROWS": parameters.block_rows, "BLOCK_PROGRAMS": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS,
+    }  # fmt: skip
+    launch(_sum_partials, (triton.cdiv(width, BLOCK_COLUMNS), len(sums)), arguments, constants, num_warps=4)
