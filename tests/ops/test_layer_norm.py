@@ -7,9 +7,9 @@ import torch
 from support import contract, naive
 from support.contract import normal
 from support.plans import ragged_offsets
-from support.tolerance import DTYPES
 
 from onepeace_fast import layer_norm
+from onepeace_fast.tolerance import DTYPES
 
 ROWS, WIDTHS = (0, 1, 7, 65, 300), (63, 64, 200)
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from support import contract, naive
 from support.contract import normal
-from support.tolerance import DTYPES
 
 from onepeace_fast import residual, residual_layer_norm
+from onepeace_fast.tolerance import DTYPES
 
 KEEP = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0])
 SEED = 2**40 + 12345

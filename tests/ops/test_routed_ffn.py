@@ -8,9 +8,9 @@ import torch
 from support import contract, naive
 from support.contract import normal
 from support.plans import ragged_offsets
-from support.tolerance import DTYPES
 
 from onepeace_fast import routed_ffn
+from onepeace_fast.tolerance import DTYPES
 
 KEEP = torch.tensor([1.25, 0.0, 1.25])
 OPTIONS = ("bias", "norm", "residual", "gamma", "keep")
