@@ -52,10 +52,10 @@ def _sum_partials(
     vector = tl.program_id(1)
     if vector == 0:
         _sum_vector(partial_0 + before, out_0, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
-    if partial_1 is not None:
+    if partial_1 is not None:  # noqa: SIM102, decided when compiled
         if vector == 1:
             _sum_vector(partial_1 + before, out_1, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
-    if partial_2 is not None:
+    if partial_2 is not None:  # noqa: SIM102, decided when compiled
         if vector == 2:
             _sum_vector(partial_2 + before, out_2, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
 

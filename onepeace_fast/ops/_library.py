@@ -153,15 +153,21 @@ def require_rows(name: str, x: Tensor) -> None:
     )
 
 
-def check_row_index(rows: Tensor, x: Tensor) -> None:
-    """Raise unless ``rows``, where the host can read them, are distinct rows of x."""
-    if rows.device.type != "cpu" or not rows.numel():
+def require_row_index(rows: Tensor | None, x: Tensor) -> None:
+    """Raise unless ``rows`` is absent or a row index on x's device."""
+    if rows is not None:
+        require_tensor("rows", rows, (torch.int32,), "[N]", 1)
+        require_device("rows", rows, x.device)
+
+
+def check_row_index(rows: Tensor, offsets: Tensor | None, x: Tensor) -> None:
+    """Raise unless ``rows``, up to the last of ``offsets``, are distinct rows of x; the host can read them on a CPU."""
+    if rows.device.type != "cpu":
         return
-    least, most = rows.min().item(), rows.max().item()
+    rows = rows if offsets is None else rows[: int(offsets[-1])]
+    least, most = (int(rows.min()), int(rows.max())) if rows.numel() else (0, -1)
     require(
         least >= 0 and most < x.shape[0],
         lambda: f"rows: got an index from {least} to {most}, takes 0 to {x.shape[0] - 1}, the rows of x",
     )
-    require(
-        rows.unique().numel() == rows.numel(), lambda: "rows: got an index that repeats a row, takes distinct rows"
-    )
+    require(rows.unique().numel() == rows.numel(), lambda: "rows: got an index that repeats a row, takes distinct rows")

@@ -14,15 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.ops._library import (
     accumulation_dtype,
-    check_row_index,
     check_routing,
+    check_row_index,
     define,
     no_gradient,
     only_needed,
     register_gradient,
+    require_row_index,
     require_rows,
     row_slices,
 )
@@ -110,9 +111,8 @@ def _source(rows: Tensor | None, part: slice, x: Tensor) -> slice | Tensor:
     """Where the rows of a range come from."""
     if rows is None:
         return part
-    source = rows[part].long()
-    check_row_index(source, x)
-    return source
+    check_row_index(rows[part], None, x)
+    return rows[part].long()
 
 
 def _scaled(x: Tensor, head_scale: Tensor | None) -> Tensor:
@@ -225,9 +225,7 @@ def layer_norm(
     """
     require_rows("x", x)
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
-    if rows is not None:
-        require_tensor("rows", rows, (torch.int32,), "[N]", 1)
-        require_device("rows", rows, x.device)
+    require_row_index(rows, x)
     if offsets is not None:
         check_routing(offsets, row_counts, x if rows is None else rows)
     groups = 1 if offsets is None else offsets.shape[0] - 1
@@ -249,7 +247,7 @@ def _per_group(name: str, value: Tensor | Sequence[Tensor] | None, groups: int, 
     values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
     require(
         isinstance(value, Tensor) or not values or len(values) == groups,
-        lambda: f"{name}: got {len(values)} tensors, takes {groups}, one per modality of offsets, or one tensor for all",
+        lambda: f"{name}: got {len(values)} tensors, takes {groups}, one per modality, or a tensor for all",
     )
     for item in values:
         require_vector(name, item, x.shape[1], x.device)

@@ -49,7 +49,7 @@ def routed_ffn_specification(
         y[rows] = F.linear(h, w2[m], b2[m] if b2 else None)
     if residual is None:
         return y, u, v, z.new_empty(0), mean, rstd
-    factor = row_factor(y, gamma, keep, sample, 0.0, None)
+    factor = row_factor(y, y.dtype, gamma, keep, sample, 0.0, None)
     out = (residual + (y if factor is None else y * factor)).to(residual.dtype).contiguous()
     return out, u, v, z.new_empty(0) if gamma is None else y, mean, rstd
 
@@ -78,10 +78,10 @@ def routed_ffn_backward_specification(
     def store(which: int, m: int, value: Tensor) -> None:
         gradients[starts[which] + m] = value.to(lists[which][m].dtype)
 
-    factor = row_factor(z, gamma, keep, sample, 0.0, None)
+    factor = row_factor(z, z.dtype, gamma, keep, sample, 0.0, None)
     dy_all = (grad if factor is None else grad * factor).to(z.dtype)
     dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
-    scaled = row_factor(z, None, keep, sample, 0.0, None) if needs[-1] else None
+    scaled = row_factor(z, z.dtype, None, keep, sample, 0.0, None) if needs[-1] else None
     dgamma = gamma.new_zeros(gamma.shape, dtype=torch.promote_types(torch.float32, z.dtype)) if needs[-1] else None
     for m, rows in enumerate(row_slices(offsets, row_counts)):
         dy, z_m, u_m, v_m = dy_all[rows], z[rows], u[rows], v[rows]

@@ -102,8 +102,10 @@ def run_specifications(plan: RoutePlan) -> None:
 
     forward, backward = specification("residual")
     scaling = (gamma, keep, plan.sample, 0.1, seed)
-    out, normed, mean, rstd = forward(x, y, *scaling, gamma, gamma, 1e-5)
-    backward(out, normed, y, *scaling, out, gamma, gamma, mean, rstd, [True] * 3)
+    for places in ((None, None), (index, plan.offsets)):
+        out, normed, mean, rstd = forward(x, y, *scaling, *places, gamma, gamma, 1e-5)
+        saved = (out, gamma, gamma, mean, rstd)
+        backward(out, normed, y, *scaling, *places, *saved, y.dtype, [True] * 3)
 
     forward, backward = specification("routed_ffn")
     shapes = ((12, width), (12, width), (12,), (12,), (width, 12), (width,))
