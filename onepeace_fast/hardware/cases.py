@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -62,34 +63,34 @@ class Rows:
     rows: int
     device: torch.device
 
-    @property
+    @cached_property
     def counts(self) -> list[int]:
         """Rows of each modality."""
         real = max(self.rows - INERT_ROWS, 0)
         return [real // 3, 0, real - real // 3]
 
-    @property
+    @cached_property
     def offsets(self) -> Tensor:
         """The plan's."""
         return _integers([sum(self.counts[:m]) for m in range(MODALITIES + 1)], self.device)
 
-    @property
+    @cached_property
     def modalities(self) -> list[slice]:
         """The rows of each modality."""
         first = [sum(self.counts[:m]) for m in range(MODALITIES + 1)]
         return [slice(*bounds) for bounds in pairwise(first)]
 
-    @property
+    @cached_property
     def some(self) -> Tensor:
         """A row index: four rows of five, the last of them first."""
         return _integers([row for row in reversed(range(self.rows)) if row % 5], self.device)
 
-    @property
+    @cached_property
     def sample(self) -> Tensor:
         """Sample of each row, of five samples."""
         return torch.arange(self.rows, dtype=torch.int32, device=self.device) % 5
 
-    @property
+    @cached_property
     def keep(self) -> Tensor:
         """DropPath's factor of each sample; one is dropped."""
         return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], device=self.device)
@@ -168,9 +169,14 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         def normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             return residual_layer_norm(x, y, gamma, weight, bias, keep=batch.keep, sample=batch.sample)
 
+        def of_some(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, rows=batch.some)
+
         yield Case("residual", f"gamma, keep{of_stream}", scaled, {**rows, **gamma})
         yield Case("residual", f"plain{of_stream}", residual, rows)
         yield Case("residual", f"gamma, keep, dropout{of_stream}", dropped, {**rows, **gamma})
+        some = {"x": rows["x"], "y": make(len(batch.some), width, dtype=dtype)}
+        yield Case("residual", f"row index{of_stream}", of_some, {**some, **gamma})
         norm = _norm_parameters(width, torch.float32, make)
         yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm})
 
