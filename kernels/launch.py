@@ -97,8 +97,9 @@ def parameters_for(kernel: str, x: Tensor, rows: int) -> tuple[Parameters, int]:
     """The parameters of a kernel for row tensors like ``x``, and the number of programs for so many rows."""
     architecture, multiprocessors = architecture_and_multiprocessors(x.device)
     parameters = table_entry(kernel, architecture, x.element_size(), x.shape[1])
-    tiles = -(-rows // parameters.block_rows)
-    return parameters, max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
+    blocks = -(-rows // parameters.block_rows)
+    resident = multiprocessors * (parameters.programs_per_multiprocessor or blocks)
+    return parameters, max(1, min(blocks, resident))
 
 
 def unit_columns(x: Tensor) -> Tensor:

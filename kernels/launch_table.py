@@ -25,16 +25,16 @@ class Parameters(NamedTuple):
     """An entry of the table, and the width of the class it stands for.
 
     ``block_rows`` rows of ``block_width`` columns are in registers at a time; a launch has at most
-    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows.
-    ``partial_sums`` says where a backward pass keeps a program's sums over rows: in "registers", or in "memory" where
-    rows are so wide that registers do not hold them as well.
+    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows; None:
+    a program for every block of rows. ``held_in`` says where a program keeps the parameters and its sums over rows: in
+    "registers", or in "memory" where rows are so wide that registers do not hold these as well.
     """
 
     block_width: int
     block_rows: int
     num_warps: int
-    programs_per_multiprocessor: int
-    partial_sums: str = "registers"
+    programs_per_multiprocessor: int | None
+    held_in: str = "registers"
 
 
 def measured_path() -> Path:
@@ -74,11 +74,12 @@ def _check(entry: Mapping[str, Any]) -> None:
         parameters = Parameters(0, **entry)
     except TypeError:
         raise ValueError(f"got {entry!r}, takes {', '.join(Parameters._fields[1:])}") from None
-    blocks = (parameters.block_rows, parameters.num_warps)
-    fits = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in blocks) and parameters.num_warps <= 32
-    fits = fits and isinstance(parameters.programs_per_multiprocessor, int)
-    if not fits or parameters.programs_per_multiprocessor < 1 or parameters.partial_sums not in ("registers", "memory"):
-        raise ValueError(f"got {entry!r}, takes powers of two and partial_sums 'registers' or 'memory'")
+    programs = parameters.programs_per_multiprocessor
+    powers = (parameters.block_rows, parameters.num_warps)
+    fits = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in powers) and parameters.num_warps <= 32
+    fits = fits and (programs is None or (isinstance(programs, int) and programs > 0))
+    if not fits or parameters.held_in not in ("registers", "memory"):
+        raise ValueError(f"got {entry!r}, takes powers of two, at most 32 warps, held_in 'registers' or 'memory'")
 
 
 def _number(architecture: str) -> int:

@@ -28,7 +28,7 @@ from onepeace_fast.kernels.rows import (
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, y, mean, rstd, weight, bias, scale, index, offsets, rows, width, x_stride, groups, step, head_dim, eps,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IN_MEMORY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_WIDTH)
     inside = column < width
@@ -36,15 +36,15 @@ def _forward(
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, extent)
-    if scale is not None:
+    if scale is not None and not IN_MEMORY:
         c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
     group = 0
     while group < groups:
         tile, stop = group_rows(offsets, group, step, first, last)
         if tile < stop:
-            if weight is not None:
+            if weight is not None and not IN_MEMORY:
                 w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
-            if bias is not None:
+            if bias is not None and not IN_MEMORY:
                 b = tl.load(bias + group * width + column, mask=inside, other=0).to(tl.float32)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
@@ -56,14 +56,20 @@ def _forward(
                 cell = source.to(tl.int64)[:, None] * x_stride + column[None, :]
                 value = tl.load(x + cell, mask=mask, other=0).to(tl.float32)
                 if scale is not None:
+                    if IN_MEMORY:
+                        c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
                     value = value * c[None, :]
                 mu = tl.sum(value, 1) / width
                 centred = tl.where(inside[None, :], value - mu[:, None], 0)
                 r = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
                 result = centred * r[:, None]
                 if weight is not None:
+                    if IN_MEMORY:
+                        w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
                     result = result * w[None, :]
                 if bias is not None:
+                    if IN_MEMORY:
+                        b = tl.load(bias + group * width + column, mask=inside, other=0).to(tl.float32)
                     result = result + b[None, :]
                 cell = row.to(tl.int64)[:, None] * width + column[None, :]
                 tl.store(y + cell, result.to(y.dtype.element_ty), mask=mask)
@@ -91,7 +97,7 @@ def _backward(
     first = program * share
     last = tl.minimum(first + share, extent)
     scale_sum = dscale + program.to(tl.int64) * width + column if dscale is not None else column
-    if scale is not None:
+    if scale is not None and not IN_MEMORY:
         c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
     if dscale is not None and not IN_MEMORY:
         c_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
@@ -100,7 +106,7 @@ def _backward(
         start, stop = group_rows(offsets, group, step, first, last)
         if start < stop:
             partial = (group * tl.num_programs(0) + program).to(tl.int64) * width + column
-            if weight is not None:
+            if weight is not None and not IN_MEMORY:
                 w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
             if not IN_MEMORY:
                 w_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
@@ -121,10 +127,14 @@ def _backward(
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
                 scaled = value
                 if scale is not None:
+                    if IN_MEMORY:
+                        c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
                     scaled = value * c[None, :]
                 xhat = tl.where(inside[None, :], (scaled - mu) * r, 0)
                 g = dy
                 if weight is not None:
+                    if IN_MEMORY:
+                        w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
                     g = dy * w[None, :]
                 g_mean = (tl.sum(g, 1) / width)[:, None]
                 g_xhat_mean = (tl.sum(g * xhat, 1) / width)[:, None]
@@ -148,6 +158,8 @@ def _backward(
                     result = result * c[None, :]
                 cell = source.to(tl.int64)[:, None] * width + column[None, :]
                 tl.store(dx + cell, result.to(dx.dtype.element_ty), mask=mask)
+                if IN_MEMORY:
+                    tl.debug_barrier()
                 tile += BLOCK_ROWS
             if not IN_MEMORY:
                 if dweight is not None:
@@ -178,14 +190,17 @@ def layer_norm(
     groups = max(len(weights), len(biases), 1)
     y = torch.empty((count, width), dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
-    parameters, programs = parameters_for("layer_norm", x, count)
+    parameters, programs = parameters_for(_table_name("layer_norm", head_scale), x, count)
     arguments = {
         "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(weights), "bias": stacked(biases),
         "scale": compact(head_scale), "index": rows, "offsets": offsets, "rows": count, "width": width,
         "x_stride": x.stride(0), "groups": groups, "step": _step(offsets, groups),
         "head_dim": _head_dim(width, head_scale), "eps": eps,
     }  # fmt: skip
-    constants = {"BLOCK_ROWS": parameters.block_rows, "BLOCK_WIDTH": parameters.block_width}
+    constants = {
+        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
+        "BLOCK_WIDTH": parameters.block_width,
+    }  # fmt: skip
     launch(_forward, (programs,), arguments, constants, parameters.num_warps)
     return y, mean, rstd
 
@@ -199,7 +214,7 @@ def layer_norm_backward(
     grad, x, rows, offsets = unit_columns(grad), unit_columns(x), compact(rows), compact(offsets)
     width, count = x.shape[1], grad.shape[0]
     groups = max(len(weights), len(biases), 1)
-    parameters, programs = parameters_for("layer_norm_backward", x, count)
+    parameters, programs = parameters_for(_table_name("layer_norm_backward", head_scale), x, count)
 
     def partials(needed: bool, groups: int) -> Tensor | None:
         return torch.empty((groups, programs, width), dtype=torch.float32, device=x.device) if needed else None
@@ -215,7 +230,7 @@ def layer_norm_backward(
         "groups": groups, "step": _step(offsets, groups), "head_dim": _head_dim(width, head_scale),
     }  # fmt: skip
     constants = {
-        "IN_MEMORY": parameters.partial_sums == "memory", "BLOCK_ROWS": parameters.block_rows,
+        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
         "BLOCK_WIDTH": parameters.block_width,
     }  # fmt: skip
     launch(_backward, (programs,), arguments, constants, parameters.num_warps)
@@ -231,6 +246,10 @@ def layer_norm_backward(
     by_column = torch.empty(width, dtype=torch.float32, device=x.device)
     sum_partials([(dscale, by_column)], offsets, count, 0, 1, parameters)
     return dx, dweights, dbiases, by_column.view(head_scale.shape[0], -1).sum(1).to(head_scale.dtype)
+
+
+def _table_name(name: str, head_scale: Tensor | None) -> str:
+    return name if head_scale is None else f"{name}_head_scale"
 
 
 def _step(offsets: Tensor | None, groups: int) -> int:

@@ -16,10 +16,11 @@ BLOCK_PROGRAMS, BLOCK_COLUMNS = 16, 64
 
 @triton.jit
 def add_in_memory(pointer, value, mask, started):
-    """Add to a sum that this program keeps in memory; the first time it holds nothing yet."""
-    tl.debug_barrier()
+    """Add to a sum that this program keeps in memory; the first time it holds nothing yet.
+
+    A barrier must stand between two calls: other threads may read an element than wrote it.
+    """
     before = tl.load(pointer, mask=mask & started, other=0)
-    tl.debug_barrier()
     tl.store(pointer, before + value, mask=mask)
 
 

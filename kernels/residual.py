@@ -38,7 +38,7 @@ def _row_factor(keep, sample, seed, row, live, column, width, drop_below, kept_f
 def _forward(
     x, y, out, normed, mean, rstd, gamma, keep, sample, seed, place, offsets, norm_weight, norm_bias, rows, width,
     x_stride, y_stride, modalities, drop_below, kept_factor, eps,
-    BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IN_MEMORY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, BLOCK_WIDTH)
     inside = column < width
@@ -47,11 +47,11 @@ def _forward(
     stop = tl.minimum(tile + share, rows)
     branch_extent = row_extent(offsets, modalities, rows)
     if tile < stop:
-        if gamma is not None:
+        if gamma is not None and not IN_MEMORY:
             scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
-        if norm_weight is not None:
+        if norm_weight is not None and not IN_MEMORY:
             weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
-        if norm_bias is not None:
+        if norm_bias is not None and not IN_MEMORY:
             bias = tl.load(norm_bias + column, mask=inside, other=0).to(tl.float32)
         while tile < stop:
             row = tile + tl.arange(0, BLOCK_ROWS)
@@ -68,6 +68,8 @@ def _forward(
             branch = tl.load(y + cell, mask=placed[:, None] & inside[None, :], other=0).to(tl.float32)
             factor = _row_factor(keep, sample, seed, row, placed, column, width, drop_below, kept_factor)
             if gamma is not None:
+                if IN_MEMORY:
+                    scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
                 factor = factor * scale[None, :]
             total = tl.where(placed[:, None], stream + branch * factor, stream).to(out.dtype.element_ty)
             cell = row.to(tl.int64)[:, None] * width + column[None, :]
@@ -77,8 +79,12 @@ def _forward(
                 mu = tl.sum(value, 1) / width
                 centred = tl.where(inside[None, :], value - mu[:, None], 0)
                 r = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
+                if IN_MEMORY:
+                    weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
                 result = centred * r[:, None] * weight[None, :]
                 if norm_bias is not None:
+                    if IN_MEMORY:
+                        bias = tl.load(norm_bias + column, mask=inside, other=0).to(tl.float32)
                     result = result + bias[None, :]
                 tl.store(normed + cell, result.to(normed.dtype.element_ty), mask=mask)
                 tl.store(mean + row, mu, mask=live)
@@ -103,9 +109,9 @@ def _backward(
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
     if start < stop:
         partial = program.to(tl.int64) * width + column
-        if gamma is not None:
+        if gamma is not None and not IN_MEMORY:
             scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
-        if grad_normed is not None:
+        if grad_normed is not None and not IN_MEMORY:
             weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
         if not IN_MEMORY:
             gamma_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
@@ -137,6 +143,8 @@ def _backward(
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
                 xhat = tl.where(inside[None, :], (value - mu) * r, 0)
+                if IN_MEMORY:
+                    weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
                 g = dn * weight[None, :]
                 g_mean = (tl.sum(g, 1) / width)[:, None]
                 g_xhat_mean = (tl.sum(g * xhat, 1) / width)[:, None]
@@ -164,9 +172,13 @@ def _backward(
                 else:
                     gamma_total += product
             if gamma is not None:
+                if IN_MEMORY:
+                    scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
                 scaled = scaled * scale[None, :]
             cell = branch_row.to(tl.int64)[:, None] * width + column[None, :]
             tl.store(dy + cell, scaled.to(dy.dtype.element_ty), mask=placed_mask)
+            if IN_MEMORY:
+                tl.debug_barrier()
             tile += BLOCK_ROWS
         if not IN_MEMORY:
             if dgamma is not None:
@@ -198,7 +210,7 @@ def residual(
     if norm_weight is not None:
         normed = torch.empty(x.shape, dtype=y.dtype, device=x.device)
         mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
-    parameters, programs = parameters_for("residual", x, count)
+    parameters, programs = parameters_for("residual" if normed is None else "residual_layer_norm", x, count)
     arguments = {
         "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd, "gamma": compact(gamma),
         "keep": compact(keep), "sample": compact(sample),
@@ -207,7 +219,10 @@ def residual(
         "norm_bias": compact(norm_bias), "rows": count, "width": width, "x_stride": x.stride(0),
         "y_stride": y.stride(0), "modalities": _modalities(offsets), "eps": eps, **_dropout_arguments(dropout, seed),
     }  # fmt: skip
-    constants = {"BLOCK_ROWS": parameters.block_rows, "BLOCK_WIDTH": parameters.block_width}
+    constants = {
+        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
+        "BLOCK_WIDTH": parameters.block_width,
+    }  # fmt: skip
     launch(_forward, (programs,), arguments, constants, parameters.num_warps)
     return out, *(x.new_empty(0) if result is None else result for result in (normed, mean, rstd))
 
@@ -229,7 +244,7 @@ def residual_backward(
     stream_rows, width = like.shape
     branch_rows = stream_rows if rows is None else rows.shape[0]
     walked, walk_offsets = (stream_rows, None) if normed else (branch_rows, offsets)
-    parameters, programs = parameters_for("residual_backward", like, walked)
+    parameters, programs = parameters_for(f"residual{'_layer_norm' * normed}_backward", like, walked)
     vectors = (gamma, norm_weight, norm_bias)
     gradients = [like.new_empty(0) if not n else v.new_empty(v.shape) for v, n in zip(vectors, needs, strict=True)]
     computed = [needs[0], needs[1] and normed, needs[2] and normed]
@@ -253,7 +268,7 @@ def residual_backward(
         "modalities": _modalities(offsets), **_dropout_arguments(dropout, seed),
     }  # fmt: skip
     constants = {
-        "IN_MEMORY": parameters.partial_sums == "memory", "BLOCK_ROWS": parameters.block_rows,
+        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
         "BLOCK_WIDTH": parameters.block_width,
     }  # fmt: skip
     launch(_backward, (programs,), arguments, constants, parameters.num_warps)
