@@ -126,13 +126,13 @@ def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
     from tools.cubin import CHIPS
 
     cpu = torch.device("cpu")
-    with use_table(SHIPPED), force_kernels(True):
-        with recording(architecture, CHIPS[architecture].multiprocessors) as found:
-            for case in kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu):
-                leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
-                outputs = case.call(**leaves)
-                outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-                torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
+    chip = recording(architecture, CHIPS[architecture].multiprocessors)
+    with use_table(SHIPPED), force_kernels(True), chip as found:
+        for case in kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu):
+            leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
+            outputs = case.call(**leaves)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
     return found
 
 
@@ -149,20 +149,21 @@ def work(job: tuple[str, int, str]) -> list[Result]:
     return list(results.values())
 
 
-def jobs() -> list[tuple[str, int, str]]:
+def jobs(widths: Sequence[int] = WIDTHS) -> list[tuple[str, int, str]]:
     """Architectures, widths and dtypes; float16 has bfloat16's parameters, and is compiled at one width."""
     from tools.cubin import CHIPS
 
-    dtypes = [(width, dtype) for width in WIDTHS for dtype in ("bfloat16", "float32")] + [(1536, "float16")]
-    return [(architecture, width, dtype) for width, dtype in reversed(dtypes) for architecture in CHIPS]
+    chosen = [(width, dtype) for width in reversed(widths) for dtype in ("bfloat16", "float32")]
+    chosen += [(width, "float16") for width in widths if width == 1536]
+    return [(architecture, width, dtype) for width, dtype in chosen for architecture in CHIPS]
 
 
-def compile_all(workers: int) -> list[Result]:
+def compile_all(workers: int, widths: Sequence[int] = WIDTHS) -> list[Result]:
     """Every configuration once, compiled by processes of their own into a folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            found = {result.key: result for part in pool.imap_unordered(work, jobs()) for result in part}
+            found = {result.key: result for part in pool.imap_unordered(work, jobs(widths)) for result in part}
     return sorted(found.values(), key=lambda result: (result.kernel, result.architecture, result.width, result.form))
 
 
@@ -205,6 +206,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make kernels", description="Compile every kernel for sm_80 and sm_90.")
     parser.add_argument("--all", action="store_true", help="a row for every configuration")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--width", type=int, action="append", choices=WIDTHS, help="only rows of this width; repeat it")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("make kernels: got TRITON_INTERPRET=1, takes a process without it: the interpreter compiles nothing")
@@ -214,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (reason := kernels.unavailable_reason()) is not None:
         print(f"make kernels: {reason}")
         return 2
-    return report(compile_all(options.workers), options.all)
+    return report(compile_all(options.workers, options.width or WIDTHS), options.all)
 
 
 if __name__ == "__main__":

@@ -73,13 +73,15 @@ def pointer_parameters(compiled: Any) -> dict[int, str]:
 
 _STATEMENT = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);\s*$")
 _WIDE_REGISTER = re.compile(r"%rd\d+")
+_SHARED = "shared"
 _SIZE = re.compile(r"[bfus](\d+)$")
 
 
 def accesses(ptx: str, names: Mapping[int, str]) -> list[Access]:
     """Every ``ld.global`` and ``st.global``, its address followed back to the pointers that it is computed from.
 
-    The tensor is "?" where that is not exactly one.
+    Addresses may pass through shared memory, which counts as one register. The tensor is "?" where there is not
+    exactly one pointer.
     """
     pointers: dict[str, set[int]] = {}
     moves: list[tuple[str, list[str]]] = []
@@ -96,6 +98,10 @@ def accesses(ptx: str, names: Mapping[int, str]) -> list[Access]:
         elif operation.startswith("ld.param") and registers:
             number = int(re.search(r"_param_(\d+)", operands)[1])
             pointers[registers[0]] = {number} & names.keys()
+        elif operation.startswith("st.shared"):
+            moves.append((_SHARED, registers))
+        elif operation.startswith("ld.shared"):
+            moves += [(register, [_SHARED]) for register in registers]
         elif registers and operands.startswith(registers[0]):
             moves.append((registers[0], registers[1:]))
     _follow(pointers, moves)

@@ -1,7 +1,7 @@
 """Calls of every operation, in each form that is worth telling apart.
 
-selftest compares them with the specification, tune times the first of each operation that has kernels, `make kernels`
-compiles what they launch, and the tests count the bytes that they move.
+selftest compares them with the specification, tune times the first of each entry of the table of launch parameters,
+`make kernels` compiles what they launch, and the tests count the bytes that they move.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ Make = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """``call(**leaves)`` is the operation; every leaf takes a gradient. ``slices`` are rows of a modality, by leaf."""
+    """``call(**leaves)`` is the operation; every leaf takes a gradient.
+
+    ``entries`` are the launch parameters of its forward and its backward kernel in the table; ``slices`` those parts of
+    outputs and leaves that are looked at one by one.
+    """
 
     operation: str
     variant: str
     call: Callable[..., Any]
     leaves: Mapping[str, Tensor]
+    entries: tuple[str, ...] = ()
     slices: Mapping[str, Sequence[object]] = field(default_factory=dict)
 
 
@@ -138,16 +143,17 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
     def of_some(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return layer_norm(x, weight, bias, rows=batch.some)
 
-    shared = _norm_parameters(width, torch.float32, make)
-    yield Case("layer_norm", "weight, bias", layer_norm, {"x": x(), **shared})
-    yield Case("layer_norm", "no parameters", layer_norm, {"x": x()})
+    shared, entries = _norm_parameters(width, torch.float32, make), ("layer_norm", "layer_norm_backward")
+    yield Case("layer_norm", "weight, bias", layer_norm, {"x": x(), **shared}, entries)
+    yield Case("layer_norm", "no parameters", layer_norm, {"x": x()}, entries)
     leaves = _vectors("weight", width, dtype, make) | _vectors("bias", width, dtype, make, 0.0)
     slices = {"out0": batch.modalities, "x": batch.modalities}
-    yield Case("layer_norm", "per modality", per_modality, {"x": x(), **leaves}, slices)
-    yield Case("layer_norm", "row index", of_some, {"x": x(), **shared})
+    yield Case("layer_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
+    yield Case("layer_norm", "row index", of_some, {"x": x(), **shared}, entries)
     if width % HEADS == 0:
+        entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")
         scale = {"head_scale": make(HEADS, dtype=torch.float32, scale=0.5, shift=1.0)}
-        yield Case("layer_norm", "head scale", layer_norm, {"x": x(), **shared, **scale})
+        yield Case("layer_norm", "head scale", layer_norm, {"x": x(), **shared, **scale}, entries)
 
 
 def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
@@ -172,13 +178,15 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         def of_some(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
             return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, rows=batch.some)
 
-        yield Case("residual", f"gamma, keep{of_stream}", scaled, {**rows, **gamma})
-        yield Case("residual", f"plain{of_stream}", residual, rows)
-        yield Case("residual", f"gamma, keep, dropout{of_stream}", dropped, {**rows, **gamma})
+        entries = ("residual", "residual_backward")
+        yield Case("residual", f"gamma, keep{of_stream}", scaled, {**rows, **gamma}, entries)
+        yield Case("residual", f"plain{of_stream}", residual, rows, entries)
+        yield Case("residual", f"gamma, keep, dropout{of_stream}", dropped, {**rows, **gamma}, entries)
         some = {"x": rows["x"], "y": make(len(batch.some), width, dtype=dtype)}
-        yield Case("residual", f"row index{of_stream}", of_some, {**some, **gamma})
+        yield Case("residual", f"row index{of_stream}", of_some, {**some, **gamma}, entries)
         norm = _norm_parameters(width, torch.float32, make)
-        yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm})
+        entries = ("residual_layer_norm", "residual_layer_norm_backward")
+        yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm}, entries)
 
 
 def _routed_ffn(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
@@ -197,7 +205,7 @@ def _routed_ffn(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
             residual=residual, gamma=gamma, keep=batch.keep, sample=batch.sample,
         )  # fmt: skip
 
-    yield Case("routed_ffn", "Sub-LN, gamma, keep, residual", call, leaves, {"out0": batch.modalities})
+    yield Case("routed_ffn", "Sub-LN, gamma, keep, residual", call, leaves, slices={"out0": batch.modalities})
 
 
 def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
@@ -224,7 +232,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
 
     slices = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
     slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in _entries()] for m in range(MODALITIES)}
-    yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices)
+    yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices=slices)
 
 
 def _entries() -> list[slice]:

@@ -1,7 +1,7 @@
 """What ``onepeace-fast tune`` does: time a few launch parameters of every kernel, and write the fastest down.
 
 Candidates of an entry of the table are itself, half and twice its rows in a block, half and twice its warps, half and
-twice its programs for each multiprocessor, and a backward pass's sums in the other place. Each is timed by the median
+twice its programs for each multiprocessor, and parameters and sums held in the other place. Each is timed by the median
 device time of calls in turn, over inputs that together are several times the L2 cache.
 """
 
@@ -68,17 +68,14 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def candidates(kernel: str, entry: Entry) -> Iterator[Entry]:
+def candidates(entry: Entry) -> Iterator[Entry]:
     """What is tried in place of an entry, itself first."""
     yield dict(entry)
     bounds = {"block_rows": 64, "num_warps": MOST_WARPS, "programs_per_multiprocessor": MOST_PROGRAMS}
     for name, most in bounds.items():
-        for value in (entry[name] // 2, entry[name] * 2):
-            if 1 <= value <= most:
-                yield {**entry, name: value}
-    if kernel.endswith("_backward"):
-        other = "registers" if entry.get("partial_sums") == "memory" else "memory"
-        yield {**entry, "partial_sums": other}
+        if entry[name] is not None:
+            yield from ({**entry, name: n} for n in (entry[name] // 2, entry[name] * 2) if 1 <= n <= most)
+    yield {**entry, "held_in": "registers" if entry.get("held_in") == "memory" else "memory"}
 
 
 def with_entry(table: Table, path: tuple[str, str, str, str], entry: Entry) -> Table:
@@ -110,7 +107,7 @@ def _fastest(path: tuple[str, str, str, str], time: Timer) -> Measurement:
     kernel, architecture, size, width = path
     shipped = _shipped_entry(path)
     times: list[tuple[float, Entry]] = []
-    for entry in candidates(kernel, shipped):
+    for entry in candidates(shipped):
         try:
             times.append((time(kernel, size, int(width), with_entry(SHIPPED, path, entry)), entry))
         except RuntimeError as error:  # more shared memory or registers than there are
@@ -133,27 +130,21 @@ def device_time(kernel: str, size: str, width: int, table: Table) -> float:
         return _median_time(calls)
 
 
-def operation_of(kernel: str) -> tuple[str, bool]:
-    """The operation of a kernel of the table, and whether it is its backward pass."""
-    return kernel.removesuffix("_backward"), kernel.endswith("_backward")
-
-
 def rotated_calls(
     kernel: str, dtype: torch.dtype, width: int, device: torch.device, cache: int | None = None
 ) -> Iterator[Callable[[], object]]:
     """Calls of a kernel on inputs of their own, which together are several times the L2 cache."""
-    operation, backward = operation_of(kernel)
-    sizes = _first(operation, width, dtype, empty_tensors(torch.device("meta")), torch.device("cpu")).leaves
+    sizes = case_of(kernel, width, dtype, empty_tensors(torch.device("meta")), torch.device("cpu")).leaves
     bytes_of_one = sum(leaf.numel() * leaf.element_size() for leaf in sizes.values())
     cache = torch.cuda.get_device_properties(device).L2_cache_size if cache is None else cache
     for seed in range(max(2, -(-L2_MULTIPLE * cache // bytes_of_one))):
-        case = _first(operation, width, dtype, random_tensors(device, seed), device)
-        yield _backward_call(case) if backward else _forward_call(case)
+        case = case_of(kernel, width, dtype, random_tensors(device, seed), device)
+        yield _forward_call(case) if kernel == case.entries[0] else _backward_call(case)
 
 
-def _first(operation: str, width: int, dtype: torch.dtype, make: Callable[..., Tensor], device: torch.device) -> Case:
-    """The first case of an operation; the others' tensors are not made."""
-    return next(case for case in kernel_cases(ROWS, width, dtype, make, device) if case.operation == operation)
+def case_of(kernel: str, width: int, dtype: torch.dtype, make: Callable[..., Tensor], device: torch.device) -> Case:
+    """The case that times an entry of the table: the first that is launched by it."""
+    return next(case for case in kernel_cases(ROWS, width, dtype, make, device) if kernel in case.entries)
 
 
 def _forward_call(case: Case) -> Callable[[], object]:
