@@ -154,7 +154,7 @@ def jobs(widths: Sequence[int] = WIDTHS) -> list[tuple[str, int, str]]:
     from tools.cubin import CHIPS
 
     chosen = [(width, dtype) for width in reversed(widths) for dtype in ("bfloat16", "float32")]
-    chosen += [(width, "float16") for width in widths if width == 1536]
+    chosen += [(width, "float16") for width in widths if width == 768]
     return [(architecture, width, dtype) for width, dtype in chosen for architecture in CHIPS]
 
 
