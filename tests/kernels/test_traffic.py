@@ -49,11 +49,12 @@ def kind_of(tensor: torch.Tensor, batch: Rows, width: int) -> str:
     return "column" if by_row and tensor.numel() == tensor.shape[0] else "vector"
 
 
-def rows_read(case, batch: Rows, tensor: torch.Tensor) -> list[int]:
-    """The rows that an operation has to read of a row tensor."""
+def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
+    """The rows that an operation has to read of a row tensor: with a row index all only of the residual stream."""
     if case.variant == "per modality":
         return list(range(batch.rows - INERT_ROWS))
-    if case.operation == "layer_norm" and case.variant == "row index" and tensor.shape[0] == batch.rows:
+    whole = tensor.shape[0] != batch.rows or (case.operation, name) == ("residual", "x")
+    if case.variant.startswith("row index") and not whole:
         return sorted(batch.some.tolist())
     return list(range(tensor.shape[0]))
 
@@ -81,7 +82,7 @@ def check(launch: Launch, case, batch: Rows, size: tuple[int, int], moved: dict[
         if kind == "rows":
             times = launch.times(way, name)
             expected = torch.zeros(tensor.shape, dtype=times.dtype)
-            expected[rows_read(case, batch, tensor) if way == "loads" else slice(None)] = 1
+            expected[rows_read(case, batch, name, tensor) if way == "loads" else slice(None)] = 1
             assert torch.equal(times, expected), f"{what}: {times.sum(1).tolist()} elements of the rows"
         elif kind == "column":
             assert launch.times(way, name).max() == 1, what
