@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +25,7 @@ class Configuration:
     arguments: Mapping[str, Any]
     constants: Mapping[str, Any]
     num_warps: int
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -37,7 +38,8 @@ class Configuration:
     @property
     def keywords(self) -> dict[str, Any]:
         """What the kernel is called with; FP fusion is set since Triton's default for it depends on the version."""
-        return {**self.arguments, **self.constants, "num_warps": self.num_warps, "enable_fp_fusion": True}
+        options = {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": True}
+        return {**self.arguments, **self.constants, **options}
 
     def launch(self, grid: tuple[int, ...]) -> None:
         """Launch a grid of programs on the device and the current stream of the first tensor."""
@@ -70,10 +72,15 @@ def recording(architecture: str, multiprocessors: int) -> Iterator[list[Configur
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], constants: Mapping[str, Any], num_warps: int
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+    num_warps: int,
+    max_registers: int | None = None,
 ) -> None:
     """Launch a kernel; every launch of this package comes through here."""
-    configuration = Configuration(kernel, arguments, constants, num_warps)
+    configuration = Configuration(kernel, arguments, constants, num_warps, max_registers)
     if (recorder := _recorder.get()) is not None:
         recorder.configurations.append(configuration)
     else:
@@ -110,3 +117,8 @@ def unit_columns(x: Tensor) -> Tensor:
 def compact(x: Tensor | None) -> Tensor | None:
     """A tensor whose elements lie side by side, None where there is none."""
     return None if x is None else x.contiguous()
+
+
+def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
+    """The vectors of all groups one after another in memory, None without any."""
+    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None

@@ -24,10 +24,12 @@ Table = dict[str, dict[str, dict[str, dict[str, dict[str, Any]]]]]
 class Parameters(NamedTuple):
     """An entry of the table, and the width of the class it stands for.
 
-    ``block_rows`` rows of ``block_width`` columns are in registers at a time; a launch has at most
-    ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the rows; None:
-    a program for every block of rows. ``held_in`` says where a program keeps the parameters and its sums over rows: in
-    "registers", or in "memory" where rows are so wide that registers do not hold these as well.
+    ``block_rows`` rows of ``block_width`` columns are in registers at a time, in ``parts`` of a power of two of columns
+    each, so that a class may be 6144 wide; a launch has at most ``programs_per_multiprocessor`` programs for each
+    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows. ``held_in`` says
+    where a program keeps the parameters and its sums over rows: in "registers", or in "memory" where rows are so wide
+    that registers do not hold these as well. ``max_registers`` bounds a thread's registers, so that a multiprocessor
+    holds more programs.
     """
 
     block_width: int
@@ -35,6 +37,8 @@ class Parameters(NamedTuple):
     num_warps: int
     programs_per_multiprocessor: int | None
     held_in: str = "registers"
+    parts: int = 1
+    max_registers: int | None = None
 
 
 def measured_path() -> Path:
@@ -74,12 +78,14 @@ def _check(entry: Mapping[str, Any]) -> None:
         parameters = Parameters(0, **entry)
     except TypeError:
         raise ValueError(f"got {entry!r}, takes {', '.join(Parameters._fields[1:])}") from None
-    programs = parameters.programs_per_multiprocessor
     powers = (parameters.block_rows, parameters.num_warps)
-    fits = all(isinstance(n, int) and n > 0 and n & (n - 1) == 0 for n in powers) and parameters.num_warps <= 32
-    fits = fits and (programs is None or (isinstance(programs, int) and programs > 0))
-    if not fits or parameters.held_in not in ("registers", "memory"):
-        raise ValueError(f"got {entry!r}, takes powers of two, at most 32 warps, held_in 'registers' or 'memory'")
+    counts = (parameters.parts, parameters.programs_per_multiprocessor or 1, parameters.max_registers or 1)
+    fits = all(isinstance(n, int) and n > 0 for n in (*powers, *counts)) and parameters.num_warps <= 32
+    if not fits or any(n & (n - 1) for n in powers) or parameters.held_in not in ("registers", "memory"):
+        raise ValueError(
+            f"got {entry!r}, takes whole numbers, rows and warps powers of two, at most 32 warps, held_in 'registers' "
+            "or 'memory'"
+        )
 
 
 def _number(architecture: str) -> int:

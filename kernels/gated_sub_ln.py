@@ -1,0 +1,284 @@
+"""Gate and Sub-LayerNorm of packed rows, forward and backward: the formulas stand in ``onepeace_fast/ops/gated_sub_ln.py``.
+
+A row of u and v is in registers as a whole, so both are read once; h lives in registers alone, in float32. A program
+keeps the norm of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepeace_fast.kernels.activation import activation_and_slope
+from onepeace_fast.kernels.launch import compact, launch, parameters_for, stacked, unit_columns
+from onepeace_fast.kernels.partial_sums import add_in_memory, sum_partials
+from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program
+
+
+@triton.jit
+def _load_vector(vector, width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]  # a row of one, so that it lies as rows do
+        parts = parts + (tl.load(vector + column, mask=column < width, other=0).to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def _load_rows(matrix, stride, row, live, width, part: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    cell = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(matrix + cell, mask=live[:, None] & (column < width)[None, :], other=0).to(tl.float32)
+
+
+@triton.jit
+def _store_rows(matrix, row, live, width, value, part: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    cell = row.to(tl.int64)[:, None] * width + column[None, :]
+    mask = live[:, None] & (column < width)[None, :]
+    tl.store(matrix + cell, value.to(matrix.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_zero_rows(matrix, first, last, width, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    tile = first + tl.program_id(0) * BLOCK_ROWS
+    zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    while tile < last:
+        row = tile + tl.arange(0, BLOCK_ROWS)
+        for part in tl.static_range(PARTS):
+            _store_rows(matrix, row, row < last, width, zeros, part, BLOCK_WIDTH)
+        tile += tl.num_programs(0) * BLOCK_ROWS
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward(
+    u, v, n, mean, rstd, weight, bias, offsets, rows, width, u_stride, v_stride, groups, eps,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    extent = row_extent(offsets, groups, rows)
+    _store_zero_rows(n, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    if weight is not None:
+        _store_zero_rows(mean, extent, rows, 1, 1, BLOCK_ROWS, 1)
+        _store_zero_rows(rstd, extent, rows, 1, 1, BLOCK_ROWS, 1)
+    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
+    first = tl.program_id(0) * share
+    last = tl.minimum(first + share, extent)
+    group = 0
+    while group < groups:
+        tile, stop = group_rows(offsets, group, 1, first, last)
+        if tile < stop:
+            if weight is not None:
+                w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
+                b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
+            while tile < stop:
+                row = tile + tl.arange(0, BLOCK_ROWS)
+                live = row < stop
+                h = ()
+                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                for part in tl.static_range(PARTS):
+                    gate = _load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH)
+                    hidden, _ = activation_and_slope(gate, ACTIVATION)
+                    if v is not None:
+                        hidden = hidden * _load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
+                    h = h + (hidden,)
+                    total += hidden
+                if weight is not None:
+                    mu = tl.sum(total, 1) / width
+                    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    for part in tl.static_range(PARTS):
+                        inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
+                        centred = tl.where(inside[None, :], h[part] - mu[:, None], 0)
+                        total += centred * centred
+                    r = tl.rsqrt(tl.sum(total, 1) / width + eps)
+                    tl.store(mean + row, mu, mask=live)
+                    tl.store(rstd + row, r, mask=live)
+                for part in tl.static_range(PARTS):
+                    result = h[part]
+                    if weight is not None:
+                        result = (result - mu[:, None]) * r[:, None] * w[part] + b[part]
+                    _store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
+                tile += BLOCK_ROWS
+        group += 1
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _backward(
+    grad, u, v, du, dv, n, mean, rstd, weight, bias, dweight, dbias, offsets, rows, width, grad_stride, u_stride,
+    v_stride, groups,
+    ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    extent = row_extent(offsets, groups, rows)
+    _store_zero_rows(du, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    if v is not None:
+        _store_zero_rows(dv, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    if n is not None:
+        _store_zero_rows(n, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
+    first = program * share
+    last = tl.minimum(first + share, extent)
+    group = 0
+    while group < groups:
+        start, stop = group_rows(offsets, group, 1, first, last)
+        if start < stop:
+            partial = (group * tl.num_programs(0) + program).to(tl.int64) * width
+            if weight is not None and not IN_MEMORY:
+                w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
+            if bias is not None and not IN_MEMORY:
+                b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
+            w_total = ()
+            b_total = ()
+            if not IN_MEMORY:
+                for part in tl.static_range(PARTS):
+                    w_total = w_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+                    b_total = b_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+            tile = start
+            while tile < stop:
+                row = tile + tl.arange(0, BLOCK_ROWS)
+                live = row < stop
+                if weight is not None and IN_MEMORY:
+                    w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
+                if bias is not None and IN_MEMORY:
+                    b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
+                if weight is not None:
+                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
+                    r = tl.load(rstd + row, mask=live, other=0)[:, None]
+                dn = ()
+                activated = ()  # dh/dv
+                slope = ()  # dh/du
+                h = ()  # with a norm, normalised
+                w_before = w_total
+                b_before = b_total
+                w_total = ()
+                b_total = ()
+                g_sum = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                g_h_sum = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                for part in tl.static_range(PARTS):
+                    d = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                    dn = dn + (d,)
+                    gate = _load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH)
+                    hidden, derivative = activation_and_slope(gate, ACTIVATION)
+                    activated = activated + (hidden,)
+                    if v is not None:
+                        value = _load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
+                        hidden = hidden * value
+                        derivative = derivative * value
+                    slope = slope + (derivative,)
+                    if weight is not None:
+                        hidden = (hidden - mu) * r  # past the width grad and weight are zero, and so is all that it takes part in
+                        g = d * w[part]
+                        g_sum += g
+                        g_h_sum += g * hidden
+                    h = h + (hidden,)
+                    if IN_MEMORY:
+                        column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+                        cell = partial + column
+                        if dweight is not None:
+                            sums = tl.sum(d * hidden, 0)
+                            add_in_memory(dweight + cell, sums, column < width, tile > start)
+                        if dbias is not None:
+                            add_in_memory(dbias + cell, tl.sum(d, 0), column < width, tile > start)
+                    else:
+                        w_total = w_total + (w_before[part] + d * hidden,)
+                        b_total = b_total + (b_before[part] + d,)
+                if weight is not None:
+                    g_mean = (tl.sum(g_sum, 1) / width)[:, None]
+                    g_h_mean = (tl.sum(g_h_sum, 1) / width)[:, None]
+                for part in tl.static_range(PARTS):
+                    dh = dn[part]
+                    hidden = h[part]
+                    if weight is not None:
+                        dh = (dh * w[part] - g_mean - hidden * g_h_mean) * r
+                    if n is not None:
+                        if weight is not None:
+                            hidden = hidden * w[part] + b[part]
+                        _store_rows(n, row, live, width, hidden, part, BLOCK_WIDTH)
+                    if v is not None:
+                        _store_rows(dv, row, live, width, dh * activated[part], part, BLOCK_WIDTH)
+                    _store_rows(du, row, live, width, dh * slope[part], part, BLOCK_WIDTH)
+                if IN_MEMORY:
+                    tl.debug_barrier()
+                tile += BLOCK_ROWS
+            if not IN_MEMORY:
+                for part in tl.static_range(PARTS):
+                    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+                    if dweight is not None:
+                        sums = tl.sum(w_total[part], 0, keep_dims=True)
+                        tl.store(dweight + partial + column, sums, mask=column < width)
+                    if dbias is not None:
+                        sums = tl.sum(b_total[part], 0, keep_dims=True)
+                        tl.store(dbias + partial + column, sums, mask=column < width)
+        group += 1
+
+
+def gated_sub_ln(
+    u: Tensor, v: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], offsets: Tensor,
+    row_counts: Sequence[int], activation: str, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Launch ``_forward``: what ``gated_sub_ln_specification`` returns."""
+    u, v, offsets = unit_columns(u), None if v is None else unit_columns(v), compact(offsets)
+    rows, width = u.shape
+    n = torch.empty((rows, width), dtype=u.dtype, device=u.device)
+    mean, rstd = (
+        torch.empty((rows, 1) if norm_weight else (0,), dtype=torch.float32, device=u.device) for _ in range(2)
+    )
+    parameters, programs = parameters_for("gated_sub_ln", u, rows)
+    arguments = {
+        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(norm_weight), "bias": stacked(norm_bias),
+        "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
+        "v_stride": 0 if v is None else v.stride(0), "groups": offsets.shape[0] - 1, "eps": eps,
+    }  # fmt: skip
+    constants = {
+        "ACTIVATION": activation, "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
+        "BLOCK_WIDTH": parameters.block_width // parameters.parts,
+    }  # fmt: skip
+    launch(_forward, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
+    return n, mean, rstd
+
+
+def gated_sub_ln_backward(
+    grad: Tensor, u: Tensor, v: Tensor | None, mean: Tensor, rstd: Tensor, norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], activation: str,
+    weight_needs: Sequence[bool], bias_needs: Sequence[bool], n_needed: bool,
+) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+    """Launch ``_backward``, and a sum for each modality that needs one: what the specification returns."""
+    grad, u, v = unit_columns(grad), unit_columns(u), None if v is None else unit_columns(v)
+    offsets = compact(offsets)
+    rows, width = u.shape
+    groups = offsets.shape[0] - 1
+    parameters, programs = parameters_for("gated_sub_ln_backward", u, rows)
+
+    def like_u(needed: bool) -> Tensor | None:
+        return torch.empty((rows, width), dtype=u.dtype, device=u.device) if needed else None
+
+    def partials(needed: bool) -> Tensor | None:
+        return torch.empty((groups, programs, width), dtype=torch.float32, device=u.device) if needed else None
+
+    du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
+    dweight, dbias = partials(any(weight_needs)), partials(any(bias_needs))
+    arguments = {
+        "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": mean, "rstd": rstd,
+        "weight": stacked(norm_weight), "bias": stacked(norm_bias) if n_needed else None, "dweight": dweight,
+        "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "grad_stride": grad.stride(0),
+        "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0), "groups": groups,
+    }  # fmt: skip
+    constants = {
+        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory",
+        "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
+        "BLOCK_WIDTH": parameters.block_width // parameters.parts,
+    }  # fmt: skip
+    launch(_backward, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
+    dweights = [w.new_empty(width if need else 0) for w, need in zip(norm_weight, weight_needs, strict=True)]
+    dbiases = [b.new_empty(width if need else 0) for b, need in zip(norm_bias, bias_needs, strict=True)]
+    for group in range(groups if norm_weight else 0):
+        sums = [(dweight, dweights[group])] if weight_needs[group] else []
+        sums += [(dbias, dbiases[group])] if bias_needs[group] else []
+        if sums:
+            sum_partials(sums, offsets, rows, group, groups, parameters)
+    nothing = u.new_empty(0)
+    return du, nothing if dv is None else dv, dweights, dbiases, nothing if n is None else n
