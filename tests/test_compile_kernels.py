@@ -42,9 +42,9 @@ def test_every_shipped_configuration_keeps_within_both_chips():
     from onepeace_fast.kernels.launch_table import SHIPPED
     from tools.compile_kernels import WIDTHS
 
-    tables = [sizes for kernel in SHIPPED.values() for gpu in kernel.values() for sizes in gpu.values()]
-    classes = {int(width) for sizes in tables for width in sizes}
-    assert {min(block for block in classes if block >= width) for width in WIDTHS} == classes
+    for by_width in (sizes for kernel in SHIPPED.values() for gpu in kernel.values() for sizes in gpu.values()):
+        classes = {int(width) for width in by_width}
+        assert {min(block for block in classes if block >= width) for width in WIDTHS} == classes
 
 
 def test_the_interpreter_is_refused_since_it_compiles_nothing():

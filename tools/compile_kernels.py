@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-WIDTHS = (256, 384, 768, 1536, 3072, 6144, 12288)  # one in each width class
+WIDTHS = (256, 384, 768, 1536, 3072, 6144, 7168, 12288)  # one in each width class of each kernel
 ROWS = 9500  # a batch of 32 pairs: enough for as many programs as a launch may have
 FULL_ACCESS = 16
 HEADINGS = ("kernel", "GPU", "width", "compiled", "registers", "shared", "programs/SM", "B/element", "faults")

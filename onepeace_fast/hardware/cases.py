@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops.gated_sub_ln import gated_sub_ln
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 MODALITIES = 3
@@ -110,6 +111,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: 
     batch = Rows(rows, device)
     yield from _layer_norm(batch, width, dtype, make)
     yield from _residual(batch, width, dtype, make)
+    yield from _gated_sub_ln(batch, width, dtype, make)
 
 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
@@ -187,6 +189,23 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         norm = _norm_parameters(width, torch.float32, make)
         entries = ("residual_layer_norm", "residual_layer_norm_backward")
         yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm}, entries)
+
+
+def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    def call(activation: str) -> Callable[..., Tensor]:
+        def run(u: Tensor, v: Tensor | None = None, **leaves: Tensor) -> Tensor:
+            weights, biases = _listed("weight", leaves) or None, _listed("bias", leaves) or None
+            return gated_sub_ln(u, v, weights, biases, offsets=batch.offsets, activation=activation)
+
+        return run
+
+    entries, slices = ("gated_sub_ln", "gated_sub_ln_backward"), {"out0": batch.modalities}
+    gate = {"u": make(batch.rows, width, dtype=dtype)}
+    gated = {**gate, "v": make(batch.rows, width, dtype=dtype)}
+    norm = _vectors("weight", width, torch.float32, make) | _vectors("bias", width, torch.float32, make, 0.0)
+    yield Case("gated_sub_ln", "gelu, gate, norm", call("gelu"), {**gated, **norm}, entries, slices)
+    yield Case("gated_sub_ln", "silu, gate", call("silu"), gated, entries)
+    yield Case("gated_sub_ln", "gelu_tanh, norm", call("gelu_tanh"), {**gate, **norm}, entries, slices)
 
 
 def _routed_ffn(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:

@@ -51,7 +51,7 @@ def kind_of(tensor: torch.Tensor, batch: Rows, width: int) -> str:
 
 def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
     """The rows that an operation has to read of a row tensor: with a row index all only of the residual stream."""
-    if case.variant == "per modality":
+    if case.variant == "per modality" or case.operation == "gated_sub_ln":
         return list(range(batch.rows - INERT_ROWS))
     whole = tensor.shape[0] != batch.rows or (case.operation, name) == ("residual", "x")
     if case.variant.startswith("row index") and not whole:
