@@ -7,7 +7,7 @@ from support import contract, naive
 from support.contract import normal
 from support.kernels import DEVICE, DTYPES, MANY_ROWS, REPEATS, far_apart, int32, on_device
 
-from onepeace_fast import residual, residual_layer_norm
+from onepeace_fast import layer_norm, residual, residual_layer_norm
 from onepeace_fast.ops._dropout import dropout_factor
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
@@ -102,6 +102,13 @@ def test_the_stream_may_be_float32_over_a_half_precision_branch(norm):
         contract.check_against_naive(op(65), plain(65), leaves, dtypes)
         outputs = contract.run(op(65), {name: leaf.to(dtypes[name]) for name, leaf in leaves.items()})[0]
         assert [output.dtype for output in outputs] == [torch.float32, half][: len(outputs)]
+
+
+def test_the_norm_is_that_of_the_stream_as_it_is_stored():
+    leaves = on_device(leaves_of(30, 64, True), DTYPES[-1])
+    out, normed = op(30)(**leaves)
+    expected = layer_norm(out, leaves["norm_weight"], leaves["norm_bias"])
+    assert (normed != expected).float().mean() < 0.01  # not before it is rounded
 
 
 @NORM
