@@ -15,17 +15,14 @@ from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.launch import compact, launch, parameters_for, stacked, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, sum_partials
-from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
+from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program, store_zeros
 
 
 @triton.jit
-def _load_vector(vector, width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    parts = ()
-    for part in tl.static_range(PARTS):
-        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]  # a row of one, so that it lies as rows do
-        parts = parts + (tl.load(vector + column, mask=column < width, other=0).to(tl.float32),)
-    return parts
+def _load_vector(vector, width, part: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]  # a row of one, so that it lies as rows do
+    return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -44,26 +41,31 @@ def _store_rows(matrix, row, live, width, value, part: tl.constexpr, BLOCK_WIDTH
 
 
 @triton.jit
-def _store_zero_rows(matrix, first, last, width, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    tile = first + tl.program_id(0) * BLOCK_ROWS
-    zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-    while tile < last:
-        row = tile + tl.arange(0, BLOCK_ROWS)
-        for part in tl.static_range(PARTS):
-            _store_rows(matrix, row, row < last, width, zeros, part, BLOCK_WIDTH)
-        tile += tl.num_programs(0) * BLOCK_ROWS
+def _hidden(
+    u, v, u_stride, v_stride, row, live, width, part: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """h, and its derivatives by v and u."""
+    activated, slope = activation_and_slope(_load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH), ACTIVATION)
+    h = activated
+    if v is not None:
+        value = _load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
+        h = activated * value
+        slope = slope * value
+    return h, activated, slope
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
     u, v, n, mean, rstd, weight, bias, offsets, rows, width, u_stride, v_stride, groups, eps,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, groups, rows)
-    _store_zero_rows(n, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if weight is not None:
-        _store_zero_rows(mean, extent, rows, 1, 1, BLOCK_ROWS, 1)
-        _store_zero_rows(rstd, extent, rows, 1, 1, BLOCK_ROWS, 1)
+        store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, extent)
@@ -71,35 +73,41 @@ def _forward(
     while group < groups:
         tile, stop = group_rows(offsets, group, 1, first, last)
         if tile < stop:
-            if weight is not None:
-                w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
-                b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
+            w = ()
+            b = ()
+            if weight is not None and not IN_MEMORY:
+                for part in tl.static_range(PARTS):
+                    w = w + (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    b = b + (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 h = ()
                 total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
-                    gate = _load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH)
-                    hidden, _ = activation_and_slope(gate, ACTIVATION)
-                    if v is not None:
-                        hidden = hidden * _load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
+                    hidden, _, _ = _hidden(u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH)
                     h = h + (hidden,)
                     total += hidden
                 if weight is not None:
-                    mu = tl.sum(total, 1) / width
+                    mu = (tl.sum(total, 1) / width)[:, None]
                     total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                     for part in tl.static_range(PARTS):
                         inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
-                        centred = tl.where(inside[None, :], h[part] - mu[:, None], 0)
+                        centred = tl.where(inside[None, :], h[part] - mu, 0)
                         total += centred * centred
-                    r = tl.rsqrt(tl.sum(total, 1) / width + eps)
-                    tl.store(mean + row, mu, mask=live)
-                    tl.store(rstd + row, r, mask=live)
+                    r = tl.rsqrt(tl.sum(total, 1) / width + eps)[:, None]
+                    _store_rows(mean, row, live, 1, mu, 0, 1)
+                    _store_rows(rstd, row, live, 1, r, 0, 1)
                 for part in tl.static_range(PARTS):
                     result = h[part]
                     if weight is not None:
-                        result = (result - mu[:, None]) * r[:, None] * w[part] + b[part]
+                        if IN_MEMORY:
+                            w_part = _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                            b_part = _load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                        else:
+                            w_part = w[part]
+                            b_part = b[part]
+                        result = (result - mu) * r * w_part + b_part
                     _store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
         group += 1
@@ -114,11 +122,11 @@ def _backward(
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, groups, rows)
-    _store_zero_rows(du, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    store_zeros(du, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if v is not None:
-        _store_zero_rows(dv, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dv, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if n is not None:
-        _store_zero_rows(n, extent, rows, width, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = program * share
     last = tl.minimum(first + share, extent)
@@ -127,84 +135,86 @@ def _backward(
         start, stop = group_rows(offsets, group, 1, first, last)
         if start < stop:
             partial = (group * tl.num_programs(0) + program).to(tl.int64) * width
-            if weight is not None and not IN_MEMORY:
-                w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
-            if bias is not None and not IN_MEMORY:
-                b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
+            w = ()
+            b = ()
             w_total = ()
             b_total = ()
-            if not IN_MEMORY:
+            if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
+                    w = w + (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    if bias is not None:
+                        b = b + (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
                     w_total = w_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
                     b_total = b_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             tile = start
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
-                if weight is not None and IN_MEMORY:
-                    w = _load_vector(weight + group * width, width, PARTS, BLOCK_WIDTH)
-                if bias is not None and IN_MEMORY:
-                    b = _load_vector(bias + group * width, width, PARTS, BLOCK_WIDTH)
                 if weight is not None:
                     mu = tl.load(mean + row, mask=live, other=0)[:, None]
                     r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                dn = ()
-                activated = ()  # dh/dv
-                slope = ()  # dh/du
-                h = ()  # with a norm, normalised
-                w_before = w_total
-                b_before = b_total
-                w_total = ()
-                b_total = ()
-                g_sum = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                g_h_sum = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    held = ()
+                    w_sums = ()
+                    b_sums = ()
+                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    for part in tl.static_range(PARTS):
+                        dn = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                        h, activated, slope = _hidden(
+                            u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
+                        )
+                        hhat = (h - mu) * r  # past the width dn and w are zero, and what hhat takes part in with them
+                        if IN_MEMORY:
+                            g = dn * _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                            column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+                            if dweight is not None:
+                                sums = tl.sum(dn * hhat, 0, keep_dims=True)
+                                add_in_memory(dweight + partial + column, sums, column < width)
+                            if dbias is not None:
+                                sums = tl.sum(dn, 0, keep_dims=True)
+                                add_in_memory(dbias + partial + column, sums, column < width)
+                        else:
+                            g = dn * w[part]
+                            w_sums = w_sums + (w_total[part] + dn * hhat,)
+                            b_sums = b_sums + (b_total[part] + dn,)
+                            held = held + ((dn, hhat, activated, slope),)
+                        g_total += g
+                        g_hhat_total += g * hhat
+                        if IN_MEMORY:
+                            tl.debug_barrier()  # sums of the next row; and loads of the next part stay behind
+                    w_total = w_sums
+                    b_total = b_sums
+                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                    g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
                 for part in tl.static_range(PARTS):
-                    d = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                    dn = dn + (d,)
-                    gate = _load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH)
-                    hidden, derivative = activation_and_slope(gate, ACTIVATION)
-                    activated = activated + (hidden,)
-                    if v is not None:
-                        value = _load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
-                        hidden = hidden * value
-                        derivative = derivative * value
-                    slope = slope + (derivative,)
+                    if weight is None or IN_MEMORY:
+                        dh = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                        h, activated, slope = _hidden(
+                            u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
+                        )
                     if weight is not None:
-                        hidden = (hidden - mu) * r  # past the width grad and weight are zero, and so is all that it takes part in
-                        g = d * w[part]
-                        g_sum += g
-                        g_h_sum += g * hidden
-                    h = h + (hidden,)
-                    if IN_MEMORY:
-                        column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-                        cell = partial + column
-                        if dweight is not None:
-                            sums = tl.sum(d * hidden, 0)
-                            add_in_memory(dweight + cell, sums, column < width, tile > start)
-                        if dbias is not None:
-                            add_in_memory(dbias + cell, tl.sum(d, 0), column < width, tile > start)
-                    else:
-                        w_total = w_total + (w_before[part] + d * hidden,)
-                        b_total = b_total + (b_before[part] + d,)
-                if weight is not None:
-                    g_mean = (tl.sum(g_sum, 1) / width)[:, None]
-                    g_h_mean = (tl.sum(g_h_sum, 1) / width)[:, None]
-                for part in tl.static_range(PARTS):
-                    dh = dn[part]
-                    hidden = h[part]
-                    if weight is not None:
-                        dh = (dh * w[part] - g_mean - hidden * g_h_mean) * r
+                        if IN_MEMORY:
+                            hhat = (h - mu) * r
+                            w_part = _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                        else:
+                            dh, hhat, activated, slope = held[part]
+                            w_part = w[part]
+                        dh = (dh * w_part - g_mean - hhat * g_hhat_mean) * r
+                        h = hhat * w_part
+                        if bias is not None:
+                            if IN_MEMORY:
+                                h += _load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                            else:
+                                h += b[part]
                     if n is not None:
-                        if weight is not None:
-                            hidden = hidden * w[part] + b[part]
-                        _store_rows(n, row, live, width, hidden, part, BLOCK_WIDTH)
+                        _store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
                     if v is not None:
-                        _store_rows(dv, row, live, width, dh * activated[part], part, BLOCK_WIDTH)
-                    _store_rows(du, row, live, width, dh * slope[part], part, BLOCK_WIDTH)
-                if IN_MEMORY:
-                    tl.debug_barrier()
+                        _store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
+                    _store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
+                    if IN_MEMORY:
+                        tl.debug_barrier()
                 tile += BLOCK_ROWS
-            if not IN_MEMORY:
+            if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
                     column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
                     if dweight is not None:
@@ -224,9 +234,8 @@ def gated_sub_ln(
     u, v, offsets = unit_columns(u), None if v is None else unit_columns(v), compact(offsets)
     rows, width = u.shape
     n = torch.empty((rows, width), dtype=u.dtype, device=u.device)
-    mean, rstd = (
-        torch.empty((rows, 1) if norm_weight else (0,), dtype=torch.float32, device=u.device) for _ in range(2)
-    )
+    normed_rows = rows if norm_weight else 0
+    mean, rstd = (torch.empty((normed_rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
     parameters, programs = parameters_for("gated_sub_ln", u, rows)
     arguments = {
         "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(norm_weight), "bias": stacked(norm_bias),
@@ -234,7 +243,7 @@ def gated_sub_ln(
         "v_stride": 0 if v is None else v.stride(0), "groups": offsets.shape[0] - 1, "eps": eps,
     }  # fmt: skip
     constants = {
-        "ACTIVATION": activation, "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
+        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory", "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
         "BLOCK_WIDTH": parameters.block_width // parameters.parts,
     }  # fmt: skip
     launch(_forward, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
@@ -257,7 +266,7 @@ def gated_sub_ln_backward(
         return torch.empty((rows, width), dtype=u.dtype, device=u.device) if needed else None
 
     def partials(needed: bool) -> Tensor | None:
-        return torch.empty((groups, programs, width), dtype=torch.float32, device=u.device) if needed else None
+        return new_partials(groups, programs, u, parameters) if needed else None
 
     du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
     dweight, dbias = partials(any(weight_needs)), partials(any(bias_needs))

@@ -48,13 +48,16 @@ def group_rows(offsets, group, step, first, last):
 @triton.jit
 def store_zeros(out, first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Zeros into this program's share of the rows from ``first`` to ``last`` of a contiguous matrix."""
-    column = tl.arange(0, BLOCK_WIDTH)
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = first + tl.program_id(0) * BLOCK_ROWS
     while tile < last:
         row = tile + tl.arange(0, BLOCK_ROWS)
-        cell = row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(out + cell, zeros, mask=(row < last)[:, None] & (column < width)[None, :])
+        start = 0
+        while start < width:
+            column = start + tl.arange(0, BLOCK_WIDTH)
+            cell = row.to(tl.int64)[:, None] * width + column[None, :]
+            tl.store(out + cell, zeros, mask=(row < last)[:, None] & (column < width)[None, :])
+            start += BLOCK_WIDTH
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 

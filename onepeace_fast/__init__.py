@@ -3,7 +3,14 @@
 from onepeace_fast.backend import use_backend
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.models import OnePeacePretrain
-from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops import (
+    gated_sub_ln,
+    layer_norm,
+    relative_bias_attention,
+    residual,
+    residual_layer_norm,
+    routed_ffn,
+)
 from onepeace_fast.route_plan import RoutePlan
 
 __version__ = "0.1.0"
@@ -12,6 +19,7 @@ __all__ = [
     "OnePeaceConfig",
     "OnePeacePretrain",
     "RoutePlan",
+    "gated_sub_ln",
     "layer_norm",
     "relative_bias_attention",
     "residual",

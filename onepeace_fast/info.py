@@ -17,7 +17,7 @@ import torch
 import onepeace_fast
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 
-OPERATIONS = ("layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
 DEMO_PACKAGES = {
     "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
     "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
@@ -29,7 +29,7 @@ TRAINING_PACKAGES = {
 TRAINING_INSTALL = "pip install 'onepeace_fast[train]'"
 _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",
-    "fused": "packed tokens, by the four operations",
+    "fused": "packed tokens, by the fused operations",
 }
 
 
@@ -69,6 +69,7 @@ def describe() -> str:
     parts += [(f"operation {name}", "works", _implementation(name)) for name in OPERATIONS]
     parts += [
         ("Triton kernels", *_triton_kernels()),
+        ("launch parameters", *_launch_parameters()),
         ("CUDA extension", "no", "not built: no source exists yet"),
         ("torch.compile on a CPU", *_compiler()),
         ("onepeace-fast demo", *_command(DEMO_PACKAGES, DEMO_INSTALL)),
@@ -135,6 +136,12 @@ def _implementation(operation: str) -> str:
     if not _installed(f"onepeace_fast.kernels.{operation}"):
         return f"{specification}; no kernel exists yet"
     return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
+
+
+def _launch_parameters() -> tuple[str, str]:
+    """Which table the kernels are launched by."""
+    found = _attempt(lambda: importlib.import_module("onepeace_fast.kernels.launch_table").table_in_force())
+    return ("no" if found.startswith("cannot") else "works"), found
 
 
 def _triton_kernels() -> tuple[str, str]:

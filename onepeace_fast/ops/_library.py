@@ -32,12 +32,13 @@ def define(
     specification: Callable[..., Any],
     fake: Callable[..., Any],
     *,
-    kernel: str | None = None,
+    kernel: str | Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define ``onepeace_fast::name`` and return the op.
 
     ``specification`` is its implementation wherever no kernel runs. ``kernel`` names the module of
-    ``onepeace_fast.kernels`` whose function ``name`` takes the same arguments; it is imported when it first runs.
+    ``onepeace_fast.kernels`` whose function ``name`` takes the same arguments; it is imported when it first runs. Or it
+    is a function that composes ops that have kernels.
     """
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -48,7 +49,7 @@ def define(
             first = next(value for value in arguments if isinstance(value, Tensor))
             if kernel is None or not runs_kernel(name, first):
                 return specification(*arguments)
-            return _launcher(kernel, name)(*arguments)
+            return (_launcher(kernel, name) if isinstance(kernel, str) else kernel)(*arguments)
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)

@@ -47,7 +47,7 @@ def gated_sub_ln_specification(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns n in u's dtype, and mean and rstd [rows, 1] of h, empty without a norm."""
     n = torch.zeros_like(u, memory_format=torch.contiguous_format)
-    mean, rstd = (_statistics(u, norm_weight).zero_() for _ in range(2))
+    mean, rstd = (statistics(u, norm_weight) for _ in range(2))
     for m, rows in enumerate(row_slices(offsets, row_counts)):
         u_m, v_m = _accumulable(u, v, rows)
         h = ACTIVATIONS[activation](u_m)
@@ -99,9 +99,9 @@ def _accumulable(u: Tensor, v: Tensor | None, rows: slice) -> tuple[Tensor, Tens
     return u[rows].to(dtype), None if v is None else v[rows].to(dtype)
 
 
-def _statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor:
-    """Memory for a number per row where there is a norm."""
-    return u.new_empty((u.shape[0], 1) if norm_weight else (0,), dtype=accumulation_dtype(u.dtype))
+def statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor:
+    """A zero per row where there is a norm: [rows, 1], else [0, 1]."""
+    return u.new_zeros((u.shape[0] if norm_weight else 0, 1), dtype=accumulation_dtype(u.dtype))
 
 
 def _gradients(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
@@ -113,7 +113,7 @@ def _gradients(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]
 
 def _fake(u, v, norm_weight, norm_bias, offsets, row_counts, activation, eps):
     n = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return n, _statistics(u, norm_weight), _statistics(u, norm_weight)
+    return n, statistics(u, norm_weight), statistics(u, norm_weight)
 
 
 def _fake_backward(
@@ -125,7 +125,7 @@ def _fake_backward(
     return du, dv, dweights, dbiases, torch.empty_like(du) if n_needed else u.new_empty(0)
 
 
-gated_sub_ln_op = define(
+_op = define(
     "gated_sub_ln",
     "(Tensor u, Tensor? v, Tensor[] norm_weight, Tensor[] norm_bias, Tensor offsets, SymInt[] row_counts,"
     " str activation, float eps) -> (Tensor, Tensor, Tensor)",
@@ -133,7 +133,7 @@ gated_sub_ln_op = define(
     _fake,
     kernel="gated_sub_ln",
 )
-gated_sub_ln_backward_op = define(
+_backward_op = define(
     "gated_sub_ln_backward",
     "(Tensor grad, Tensor u, Tensor? v, Tensor mean, Tensor rstd, Tensor[] norm_weight, Tensor[] norm_bias,"
     " Tensor offsets, SymInt[] row_counts, str activation, bool[] weight_needs, bool[] bias_needs, bool n_needed)"
@@ -156,7 +156,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     u, v, mean, rstd, offsets, *parameters = ctx.saved_tensors
     groups = len(parameters) // 2
     weight_needs, bias_needs = (list(ctx.needs_input_grad[i] or ()) for i in (2, 3))
-    du, dv, dweights, dbiases, _ = gated_sub_ln_backward_op(
+    du, dv, dweights, dbiases, _ = _backward_op(
         grad, u, v, mean, rstd, parameters[:groups], parameters[groups:], offsets, ctx.row_counts, ctx.activation,
         weight_needs, bias_needs, False,
     )  # fmt: skip
@@ -228,4 +228,4 @@ def gated_sub_ln(
         activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}"
     )
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
-    return gated_sub_ln_op(u, v, norm_weight, norm_bias, offsets, row_counts, activation, eps)[0]
+    return _op(u, v, norm_weight, norm_bias, offsets, row_counts, activation, eps)[0]

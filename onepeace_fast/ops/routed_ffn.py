@@ -15,19 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.ops._library import (
-    accumulation_dtype,
+    MAX_WIDTH,
     autocast_dtype,
     check_routing,
     define,
     no_gradient,
     only_needed,
     register_gradient,
+    require_rows,
     row_slices,
 )
+from onepeace_fast.ops.gated_sub_ln import statistics
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.residual import check_keep, row_factor
+
+_ops = torch.ops.onepeace_fast
 
 
 def routed_ffn_specification(
@@ -39,7 +43,7 @@ def routed_ffn_specification(
     rows_total, hidden = z.shape[0], w0[0].shape[0]
     y = z.new_zeros(rows_total, w2[0].shape[0])
     u, v = z.new_empty(rows_total, hidden), z.new_empty(rows_total, hidden)
-    mean, rstd = (_statistics(z) for _ in range(2))
+    mean, rstd = (statistics(z, norm_weight) for _ in range(2))
     for m, rows in enumerate(row_slices(offsets, row_counts)):
         torch.mm(z[rows], w0[m].t(), out=u[rows])
         torch.mm(z[rows], w1[m].t(), out=v[rows])
@@ -112,8 +116,76 @@ def routed_ffn_backward_specification(
     return dz, gradients, z.new_empty(0) if dgamma is None else dgamma.to(gamma.dtype)
 
 
-def _statistics(z: Tensor) -> Tensor:
-    return z.new_zeros((z.shape[0], 1), dtype=accumulation_dtype(z.dtype))
+def routed_ffn_fused(
+    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
+    w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], residual: Tensor | None,
+    gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """What the specification returns, by a matrix product per modality and one kernel over all rows between them."""
+    groups = list(row_slices(offsets, row_counts))
+    u, v = (z.new_empty(z.shape[0], w0[0].shape[0]) for _ in range(2))
+    y = z.new_empty(z.shape[0], w2[0].shape[0])
+    for m, rows in enumerate(groups):
+        torch.mm(z[rows], w0[m].t(), out=u[rows])
+        torch.mm(z[rows], w1[m].t(), out=v[rows])
+    n, mean, rstd = _ops.gated_sub_ln(u, v, norm_weight, norm_bias, offsets, row_counts, "gelu", eps)
+    for m, rows in enumerate(groups):
+        if b2:
+            torch.addmm(b2[m], n[rows], w2[m].t(), out=y[rows])
+        else:
+            torch.mm(n[rows], w2[m].t(), out=y[rows])
+    if residual is None:
+        y[groups[-1].stop :] = 0
+        return y, u, v, z.new_empty(0), mean, rstd
+    out, *_ = _ops.residual(residual, y, gamma, keep, sample, 0.0, None, None, offsets, None, None, eps)
+    return out, u, v, z.new_empty(0) if gamma is None else y, mean, rstd
+
+
+def routed_ffn_backward_fused(
+    grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
+    norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor,
+    row_counts: Sequence[int], gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, u: Tensor, v: Tensor,
+    y: Tensor, mean: Tensor, rstd: Tensor, eps: float, needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """What the backward specification returns, by the same formulas: products, and one kernel over all rows between."""
+    groups = list(row_slices(offsets, row_counts))
+    lists = (w0, w1, norm_weight, norm_bias, w2, b2)
+    w0_needs, w1_needs, weight_needs, bias_needs, w2_needs, b2_needs = _regroup(needs, [len(group) for group in lists])
+    if gamma is None and keep is None:
+        dy = grad.to(z.dtype)
+    else:
+        _, dy, dgamma, *_ = _ops.residual_backward(
+            grad, None, y if needs[-1] else None, gamma, keep, sample, 0.0, None, None, offsets, None, None, None,
+            None, None, z.dtype, [needs[-1], False, False],
+        )  # fmt: skip
+    dn = torch.empty_like(u)
+    for m, rows in enumerate(groups):
+        torch.mm(dy[rows], w2[m], out=dn[rows])
+    du, dv, dweights, dbiases, n = _ops.gated_sub_ln_backward(
+        dn, u, v, mean, rstd, norm_weight, norm_bias, offsets, row_counts, "gelu", weight_needs, bias_needs,
+        any(w2_needs),
+    )  # fmt: skip
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    for m, rows in enumerate(groups):
+        torch.mm(du[rows], w0[m], out=dz[rows])
+        dz[rows].addmm_(dv[rows], w1[m])
+    dz[groups[-1].stop :] = 0
+    gradients = [
+        *_products(du, z, groups, w0_needs),
+        *_products(dv, z, groups, w1_needs),
+        *dweights,
+        *dbiases,
+        *_products(dy, n, groups, w2_needs),
+        *(dy[groups[m]].sum(0) if need else dy.new_empty(0) for m, need in enumerate(b2_needs)),
+    ]
+    return dz, gradients, dgamma if needs[-1] else z.new_empty(0)
+
+
+def _products(left: Tensor, right: Tensor, groups: Sequence[slice], needs: Sequence[bool]) -> list[Tensor]:
+    """left^T right over the rows of each modality that needs it: the gradient of its weight."""
+    return [
+        left[rows].t() @ right[rows] if need else left.new_empty(0) for rows, need in zip(groups, needs, strict=True)
+    ]
 
 
 def _fake(z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, eps):
@@ -121,7 +193,7 @@ def _fake(z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residu
     u, v = (z.new_empty(z.shape[0], w0[0].shape[0]) for _ in range(2))
     saved_y = z.new_empty(0) if residual is None or gamma is None else y
     out = y if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-    return out, u, v, saved_y, _statistics(z), _statistics(z)
+    return out, u, v, saved_y, statistics(z, norm_weight), statistics(z, norm_weight)
 
 
 def _fake_backward(
@@ -141,6 +213,7 @@ _op = define(
     " Tensor? sample, float eps) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     routed_ffn_specification,
     _fake,
+    kernel=routed_ffn_fused,
 )
 _backward_op = define(
     "routed_ffn_backward",
@@ -149,6 +222,7 @@ _backward_op = define(
     " -> (Tensor, Tensor[], Tensor)",
     routed_ffn_backward_specification,
     _fake_backward,
+    kernel=routed_ffn_backward_fused,
 )
 
 
@@ -184,7 +258,7 @@ def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
     )
 
 
-def _regroup(flat: Sequence[Tensor], lengths: Sequence[int]) -> list[list[Tensor]]:
+def _regroup(flat: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
     groups, start = [], 0
     for length in lengths:
         groups.append(list(flat[start : start + length]))
@@ -220,7 +294,8 @@ def routed_ffn(
         w2: one [width, hidden] per modality; output projections.
         b2: one [width] per modality, or None.
         offsets: int32 [G + 1], the plan's.
-        row_counts: the plan's row counts, where the host knows them.
+        row_counts: the plan's row counts, where the host knows them; without them offsets are read on the host, since
+            each modality's products are launched from there.
         norm_weight, norm_bias: one [hidden] per modality, Sub-LayerNorm; None for none.
         residual: floating point [rows, width], added to the scaled result; without it gamma and keep are refused.
         gamma, keep, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
@@ -249,9 +324,10 @@ def _check(
     row_counts: Sequence[int], residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
     sample: Tensor | None,
 ) -> None:  # fmt: skip
-    require_tensor("z", z, (torch.float32, torch.float64, torch.float16, torch.bfloat16), "[rows, width]", 2)
+    require_rows("z", z)
     check_routing(offsets, row_counts, z)
     groups, width, hidden = offsets.shape[0] - 1, z.shape[1], w0[0].shape[0] if w0 else 0
+    require(hidden <= MAX_WIDTH, lambda: f"w0: got {hidden} hidden columns, takes at most {MAX_WIDTH}")
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden), "b2": (width,)}
     shapes |= {"norm_weight": (hidden,), "norm_bias": (hidden,)}
     optional = ("b2", "norm_weight", "norm_bias")

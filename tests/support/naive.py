@@ -1,4 +1,4 @@
-"""The four ops and the bias tables, written the obvious way: loops over samples, dense biases, plain autograd."""
+"""The ops and the bias tables, written the obvious way: loops over samples, dense biases, plain autograd."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ def residual(
         branch = branch if gamma is None else gamma * branch
         rows.append(x[i] + (branch if keep is None else keep[int(sample[i])].to(branch.dtype) * branch))
     return torch.stack(rows).to(x.dtype) if rows else (x + (y if gamma is None else gamma * y)).to(x.dtype)
+
+
+def gated_sub_ln(
+    u: Tensor,
+    v: Tensor | None,
+    counts: Sequence[int],
+    norms: Sequence[tuple[Tensor, Tensor]],
+    activation: str = "gelu",
+    eps: float = 1e-5,
+) -> Tensor:
+    """activation(u) * v, and one ``F.layer_norm`` per modality if there are norms; rows past them are zero."""
+    h = F.silu(u) if activation == "silu" else F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+    h = h if v is None else h * v
+    if not norms:
+        return torch.cat([h[: sum(counts)], torch.zeros_like(h[sum(counts) :])])
+    weights, biases = ([norm[i].to(h.dtype) for norm in norms] for i in range(2))
+    return layer_norm(h, counts, weights, biases, eps)
 
 
 def feed_forward(

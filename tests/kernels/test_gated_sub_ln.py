@@ -1,0 +1,161 @@
+"""The kernels of ``gated_sub_ln`` against the naive code, and ``routed_ffn`` through them."""
+
+import pytest
+import torch
+from support import contract
+from support.contract import normal
+from support.gated_cases import leaves_of, op, plain, slices_of
+from support.kernels import DEVICE, DTYPES, MANY_ROWS, REPEATS, WIDTHS
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
+MODALITIES = ([7], [5, 0, 7], [0, 1, 2, 0, 9, 3, 1])
+
+
+def on_device(leaves: dict) -> dict:
+    return {name: leaf.to(DEVICE) for name, leaf in leaves.items()}
+
+
+def check(counts, width, dtype, activation="gelu", **form) -> None:
+    contract.check_against_naive(
+        op(counts, activation), plain(counts, activation), on_device(leaves_of(counts, width, **form)), dtype,
+        slices_of(counts),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS[1:])
+def test_values_and_gradients_follow_the_naive_ones(width, dtype):
+    for counts, inert in (([0], 0), ([0, 0], 3), ([1], 0), ([5, 0, 2], 2)):
+        check(counts, width, dtype, inert=inert)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", MODALITIES, ids=str)
+def test_one_modality_and_many_follow_the_naive_code(counts, dtype):
+    for width in WIDTHS[1:3]:
+        check(counts, width, dtype, inert=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS[2:] if DEVICE == "cuda" else (64, 768))
+def test_many_rows_follow_the_naive_code(width, dtype):
+    check([MANY_ROWS - 313, 0, 300], width, dtype, inert=13)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("absent", ({}, {"gate": False}, {"norm": False}, {"gate": False, "norm": False}), ids=str)
+def test_every_activation_follows_the_naive_one_with_and_without_gate_and_norm(activation, absent):
+    for dtype in DTYPES:
+        for width in (63, 6144):
+            check([3, 0, 2], width, dtype, activation, inert=1, **absent)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_too_wide_for_registers_follow_the_naive_code(dtype):
+    for width in (8192, 10000, 16384):
+        for absent in ({}, {"norm": False}):
+            check([3, 0, 2], width, dtype, inert=1, **absent)
+
+
+def test_rows_of_one_element_have_nothing_left_but_the_bias():
+    for dtype in DTYPES:
+        counts, leaves = [5, 0, 3], on_device({k: v.to(dtype) for k, v in leaves_of([5, 0, 3], 1).items()})
+        outputs, gradients = contract.run(op(counts), leaves)
+        expected = torch.cat([leaves["bias0"].expand(5), leaves["bias2"].expand(3)])
+        assert torch.equal(outputs[0][:, 0], expected)
+        for name in ("u", "v", "weight0", "weight1", "weight2"):
+            assert torch.equal(gradients[name], torch.zeros_like(gradients[name])), name
+        check(counts, 1, dtype, norm=False)
+
+
+def test_a_large_mean_of_h_does_not_cancel_its_variance():
+    counts, leaves = [6, 3], on_device(leaves_of([6, 3], 768))
+    leaves["u"], leaves["v"] = 0.25 * leaves["u"] + 24, 0.25 * leaves["v"] + 24
+    contract.check_against_naive(op(counts), plain(counts), leaves, torch.float32, slices_of(counts))
+
+
+def test_norms_may_have_another_dtype_than_u():
+    counts, leaves = [5, 0, 7], on_device(leaves_of([5, 0, 7], 768))
+    dtypes = {name: torch.float16 if name in ("u", "v") else torch.float32 for name in leaves}
+
+    def by_hand(u, v, **norms):
+        return plain(counts)(u.to(norms["bias0"].dtype), v.to(norms["bias0"].dtype), **norms).to(u.dtype)
+
+    contract.check_against_naive(op(counts), by_hand, leaves, dtypes, slices_of(counts))
+
+
+def test_the_backward_kernel_gives_n_once_more():
+    counts, width = [3, 0, 2], 6144
+    for absent in ({}, {"gate": False}, {"norm": False}):
+        for dtype in DTYPES:
+            leaves = on_device({k: v.to(dtype) for k, v in leaves_of(counts, width, inert=1, **absent).items()})
+            norms = [[leaves[f"{kind}{m}"] for m in range(3) if "weight0" in leaves] for kind in ("weight", "bias")]
+            offsets = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=DEVICE)
+            u, v, needs = leaves["u"], leaves.get("v"), [False] * len(norms[0])
+            n, *statistics = torch.ops.onepeace_fast.gated_sub_ln(u, v, *norms, offsets, counts, "gelu", 1e-5)
+            again = torch.ops.onepeace_fast.gated_sub_ln_backward(
+                u, u, v, *statistics, *norms, offsets, counts, "gelu", needs, needs, True
+            )[-1]
+            epsilon = torch.finfo(dtype).eps
+            torch.testing.assert_close(again, n, rtol=2 * epsilon, atol=4 * epsilon)
+
+
+def test_strides_of_inputs_and_gradients_do_not_matter():
+    counts, leaves = [3, 4], on_device({k: v.float() for k, v in leaves_of([3, 4], 70).items()})
+    expected = contract.run(op(counts), leaves)
+    for layout in contract.LAYOUTS:
+        for name in ("u", "v"):
+            actual = contract.run(op(counts), {**leaves, name: layout(leaves[name])})
+            contract.assert_same(actual, expected, f"{name} {layout.__name__}")
+    contract.check_gradient_layouts(op(counts), leaves)
+
+
+@pytest.mark.parametrize("poisoned", ("u", "v", "gradient"))
+def test_nan_in_inert_rows_reaches_nothing(poisoned):
+    counts, width, inert = [5, 0, 7], 64, 3
+    leaves = on_device({k: v.float() for k, v in leaves_of(counts, width, inert=inert).items()})
+    given = [normal(sum(counts) + inert, width, seed=9).to(DEVICE)]
+    expected = contract.run(op(counts), leaves, given)
+    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
+    contract.assert_same(contract.run(op(counts), leaves, given), expected, "NaN in inert rows")
+    for tensor in (expected[0][0], expected[1]["u"], expected[1]["v"]):
+        assert not tensor[-inert:].any()
+
+
+def test_nan_in_one_modality_leaves_the_others_alone():
+    counts, leaves = [5, 4, 7], on_device({k: v.float() for k, v in leaves_of([5, 4, 7], 63).items()})
+    expected = contract.run(op(counts), leaves)
+    leaves["u"][5:9] = torch.nan
+    leaves["weight1"][:] = torch.nan
+    actual = contract.run(op(counts), leaves)
+    real = [*range(5), *range(9, 16)]
+    assert torch.equal(actual[0][0][real], expected[0][0][real])
+    for name in ("weight0", "bias0", "weight2", "bias2"):
+        assert torch.equal(actual[1][name], expected[1][name]), name
+    for name in ("u", "v"):
+        assert torch.equal(actual[1][name][real], expected[1][name][real]), name
+
+
+def test_frozen_norms_get_no_gradient_and_idle_ones_get_zeros():
+    counts, leaves = [5, 0, 2], on_device({k: v.float() for k, v in leaves_of([5, 0, 2], 63).items()})
+    contract.check_frozen(op(counts), leaves)
+    gradients = contract.run(op(counts), leaves)[1]
+    for name in ("weight1", "bias1"):
+        assert torch.equal(gradients[name], torch.zeros_like(leaves[name]))
+
+
+def test_offsets_alone_and_host_counts_give_the_same_bits():
+    counts, leaves = [5, 0, 7], on_device({k: v.float() for k, v in leaves_of([5, 0, 7], 64, inert=2).items()})
+    contract.assert_same(contract.run(op(counts, host=False), leaves), contract.run(op(counts), leaves), "host")
+
+
+def test_repeats_are_bitwise_equal():
+    counts = [37, 0, 31]
+    for dtype in DTYPES:
+        leaves = on_device({name: leaf.to(dtype) for name, leaf in leaves_of(counts, 70, inert=4).items()})
+        contract.check_deterministic(op(counts), leaves, REPEATS)
+
+
+def test_compiled_equals_eager():
+    leaves = on_device({k: v.float() for k, v in leaves_of([3, 0, 4], 16, inert=2).items()})
+    contract.check_compiled(op([3, 0, 4]), leaves)
