@@ -101,9 +101,15 @@ def _nearest(by_architecture: Mapping[str, Any], architecture: str) -> Any:
     return by_architecture[older[-1] if older else known[0]]
 
 
-def _read_measured() -> Table | None:
+SHIPPED: Table = json.loads(SHIPPED_PATH.read_text(encoding="utf-8"))
+_used_instead: Table | None = None
+
+
+@functools.cache
+def _measured() -> Table | None:
+    """The measured table, read once, when the first kernel is launched; None where there is none."""
     path = measured_path()
-    if not path.exists():
+    if not path.is_file():
         return None
     try:
         return merged(SHIPPED, json.loads(path.read_text(encoding="utf-8")))
@@ -113,35 +119,31 @@ def _read_measured() -> Table | None:
         ) from error
 
 
-SHIPPED: Table = json.loads(SHIPPED_PATH.read_text(encoding="utf-8"))
-_measured = _read_measured()
-_table = SHIPPED if _measured is None else _measured
-
-
 def table_in_force() -> str:
     """Which table launches use, for people."""
-    if _measured is not None:
+    if _measured() is not None:
         return f"measured here: {measured_path()}"
     missing = f"; {measured_path()} does not exist" if os.environ.get(ENVIRONMENT_VARIABLE) else ""
-    return f"shipped{missing}; `onepeace-fast tune` measures one for this GPU"
+    return f"shipped{missing}; `onepeace-fast tune` measures those of this GPU"
 
 
 @contextlib.contextmanager
 def use_table(table: Table) -> Iterator[None]:
     """Launch by another table inside."""
-    global _table
-    before, _table = _table, table
+    global _used_instead
+    before, _used_instead = _used_instead, table
     table_entry.cache_clear()
     try:
         yield
     finally:
-        _table = before
+        _used_instead = before
         table_entry.cache_clear()
 
 
 @functools.cache
 def table_entry(kernel: str, architecture: str, element_size: int, width: int) -> Parameters:
     """The parameters of a kernel for rows of this width and these elements."""
-    by_width = _nearest(_table[kernel], architecture)[str(element_size)]
+    table = _used_instead or _measured() or SHIPPED
+    by_width = _nearest(table[kernel], architecture)[str(element_size)]
     block_width = min(int(block) for block in by_width if int(block) >= width)
     return Parameters(block_width, **by_width[str(block_width)])

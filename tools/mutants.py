@@ -82,6 +82,8 @@ def run_tests(folder: Path, tests: Sequence[str]) -> Outcome:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Outcome("endless", f"no end after {LONGEST} s")
+    if process.returncode < 0:
+        return Outcome("broken", f"the tests died by signal {-process.returncode}")
     if not report.exists():
         return Outcome("broken", (process.stdout + process.stderr).strip().splitlines()[-1])
     return judge(report.read_text(encoding="utf-8"))

@@ -50,7 +50,8 @@ class Launch:
             first, size, span = tensor.data_ptr(), tensor.element_size(), _span(tensor)
             mine = (live >= first) & (live < first + span * size)
             counts = getattr(self, kind).setdefault(name, np.zeros((self.programs, span), dtype=np.int64))
-            np.add.at(counts[program], (live[mine] - first) // size, 1)
+            if mine.any():
+                counts[program] += np.bincount((live[mine] - first) // size, minlength=span)
             live = live[~mine]
         self.strays += live.size
 
