@@ -14,8 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, stacked, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, sum_partials
+from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.layer_norm import stacked
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program, store_zeros
 
 
@@ -174,9 +175,9 @@ def _backward(
                             cell = partial + part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
                             inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
                             if dweight is not None:
-                                add_in_memory(dweight + cell, tl.sum(dn * hhat, 0), inside, tile > start)
+                                add_in_memory(dweight + cell, tl.sum(dn * hhat, 0), inside)
                             if dbias is not None:
-                                add_in_memory(dbias + cell, tl.sum(dn, 0), inside, tile > start)
+                                add_in_memory(dbias + cell, tl.sum(dn, 0), inside)
                             g = dn * _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
                             g_total += g
                             g_hhat_total += g * hhat
@@ -276,11 +277,10 @@ def gated_sub_ln_backward(
     def like_u(needed: bool) -> Tensor | None:
         return torch.empty((rows, width), dtype=u.dtype, device=u.device) if needed else None
 
-    def partials(needed: bool) -> Tensor | None:
-        return torch.empty((groups, programs, width), dtype=torch.float32, device=u.device) if needed else None
-
     du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
-    dweight, dbias = partials(any(weight_needs)), partials(any(bias_needs))
+    dweight, dbias = (
+        new_partials(groups, programs, u, parameters) if any(needs) else None for needs in (weight_needs, bias_needs)
+    )
     arguments = {
         "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": mean, "rstd": rstd,
         "weight": stacked(norm_weight), "bias": stacked(norm_bias) if n_needed else None, "dweight": dweight,

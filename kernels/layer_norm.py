@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, stacked, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, sum_partials
+from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import (
     group_rows,
     row_extent,
@@ -141,17 +141,17 @@ def _backward(
                 result = (g - g_mean - xhat * g_xhat_mean) * r
                 if dweight is not None:
                     if IN_MEMORY:
-                        add_in_memory(dweight + partial, tl.sum(dy * xhat, 0), inside, tile > start)
+                        add_in_memory(dweight + partial, tl.sum(dy * xhat, 0), inside)
                     else:
                         w_total += dy * xhat
                 if dbias is not None:
                     if IN_MEMORY:
-                        add_in_memory(dbias + partial, tl.sum(dy, 0), inside, tile > start)
+                        add_in_memory(dbias + partial, tl.sum(dy, 0), inside)
                     else:
                         b_total += dy
                 if dscale is not None:
                     if IN_MEMORY:
-                        add_in_memory(scale_sum, tl.sum(result * value, 0), inside, tile > first)
+                        add_in_memory(scale_sum, tl.sum(result * value, 0), inside)
                     else:
                         c_total += result * value
                 if scale is not None:
@@ -173,6 +173,11 @@ def _backward(
         store_zeros_unplaced(dx, place, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     elif offsets is not None:
         store_zeros(dx, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+
+
+def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
+    """The vectors of all groups one after another in memory, None without any."""
+    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
 
 
 def layer_norm(
@@ -211,12 +216,10 @@ def layer_norm_backward(
     groups = max(len(weights), len(biases), 1)
     parameters, programs = parameters_for(_table_name("layer_norm_backward", head_scale), x, count)
 
-    def partials(needed: bool, groups: int) -> Tensor | None:
-        return torch.empty((groups, programs, width), dtype=torch.float32, device=x.device) if needed else None
-
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight, dbias = partials(any(weight_needs), groups), partials(any(bias_needs), groups)
-    dscale = partials(head_scale_needed, 1)
+    dweight = new_partials(groups, programs, x, parameters) if any(weight_needs) else None
+    dbias = new_partials(groups, programs, x, parameters) if any(bias_needs) else None
+    dscale = new_partials(1, programs, x, parameters) if head_scale_needed else None
     arguments = {
         "grad": grad, "x": x, "dx": dx, "mean": mean, "rstd": rstd, "weight": stacked(weights),
         "scale": compact(head_scale), "dweight": dweight, "dbias": dbias, "dscale": dscale, "index": rows,

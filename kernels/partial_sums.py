@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,17 +12,16 @@ from torch import Tensor
 from onepeace_fast.kernels.launch import Parameters, launch
 from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program
 
-BLOCK_PROGRAMS, BLOCK_COLUMNS = 16, 64
+BLOCK_PROGRAMS, BLOCK_COLUMNS = 32, 128
 
 
 @triton.jit
-def add_in_memory(pointer, value, mask, started):
-    """Add to a sum that this program keeps in memory; the first time it holds nothing yet.
+def add_in_memory(pointer, value, mask):
+    """Add to a sum that this program keeps in memory.
 
     A barrier must stand between two calls: other threads may read an element than wrote it.
     """
-    before = tl.load(pointer, mask=mask & started, other=0)
-    tl.store(pointer, before + value, mask=mask)
+    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
 
 
 @triton.jit
@@ -59,6 +59,12 @@ def _sum_partials(
     if partial_2 is not None:  # noqa: SIM102, decided when compiled
         if vector == 2:
             _sum_vector(partial_2 + before, out_2, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
+
+
+def new_partials(groups: int, programs: int, like: Tensor, parameters: Parameters) -> Tensor:
+    """float32 [groups, programs, width] for the sums of every program; those kept in memory start at zero."""
+    new = torch.zeros if parameters.held_in == "memory" else torch.empty
+    return new((groups, programs, like.shape[1]), dtype=torch.float32, device=like.device)
 
 
 def sum_partials(

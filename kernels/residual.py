@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, sum_partials
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import row_extent, row_places, rows_per_program, store_zeros
 
 
@@ -151,12 +151,12 @@ def _backward(
                 total += (g - g_mean - xhat * g_xhat_mean) * r
                 if dweight is not None:
                     if IN_MEMORY:
-                        add_in_memory(dweight + partial, tl.sum(dn * xhat, 0), inside, tile > start)
+                        add_in_memory(dweight + partial, tl.sum(dn * xhat, 0), inside)
                     else:
                         weight_total += dn * xhat
                 if dbias is not None:
                     if IN_MEMORY:
-                        add_in_memory(dbias + partial, tl.sum(dn, 0), inside, tile > start)
+                        add_in_memory(dbias + partial, tl.sum(dn, 0), inside)
                     else:
                         bias_total += dn
             if dx is not None:
@@ -168,7 +168,7 @@ def _backward(
                 product = scaled * tl.load(y + cell, mask=placed_mask, other=0).to(tl.float32)
                 product = tl.where(placed[:, None], product, 0)
                 if IN_MEMORY:
-                    add_in_memory(dgamma + partial, tl.sum(product, 0), inside, tile > start)
+                    add_in_memory(dgamma + partial, tl.sum(product, 0), inside)
                 else:
                     gamma_total += product
             if gamma is not None:
@@ -248,10 +248,7 @@ def residual_backward(
     vectors = (gamma, norm_weight, norm_bias)
     gradients = [like.new_empty(0) if not n else v.new_empty(v.shape) for v, n in zip(vectors, needs, strict=True)]
     computed = [needs[0], needs[1] and normed, needs[2] and normed]
-    partials = [
-        torch.empty((1, programs, width), dtype=torch.float32, device=like.device) if needed else None
-        for needed in computed
-    ]
+    partials = [new_partials(1, programs, like, parameters) if needed else None for needed in computed]
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device) if normed else None
     dy = torch.empty((branch_rows, width), dtype=y_dtype, device=like.device)
     arguments = {

@@ -59,11 +59,9 @@ def describe() -> str:
         ("GPU", _attempt(_gpu)),
     ]
     parts = [("What", "Here", "Why"), *_backends()]
+    parts += [(f"operation {name}", "works", _implementation(name)) for name in OPERATIONS]
     parts += [
-        (f"operation {name}", "works", "specification (eager PyTorch); no kernel exists yet") for name in OPERATIONS
-    ]
-    parts += [
-        ("Triton kernels", "no", _attempt(_why_no_triton_kernel)),
+        ("Triton kernels", *_triton_kernels()),
         ("CUDA extension", "no", "not built: no source exists yet"),
         ("torch.compile on a CPU", *_compiler()),
         ("onepeace-fast demo", *_demo()),
@@ -123,9 +121,23 @@ def _backends() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _why_no_triton_kernel() -> str:
-    kernels = importlib.import_module("onepeace_fast.kernels")
-    return kernels.unavailable_reason() or "Triton itself is usable; no kernel exists yet"
+def _implementation(operation: str) -> str:
+    """What computes an operation; a kernel stands under the operation's name."""
+    specification = "specification (eager PyTorch)"
+    if not _installed(f"onepeace_fast.kernels.{operation}"):
+        return f"{specification}; no kernel exists yet"
+    return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
+
+
+def _triton_kernels() -> tuple[str, str]:
+    def kernels():
+        return importlib.import_module("onepeace_fast.kernels")
+
+    if reason := _attempt(lambda: kernels().unavailable_reason() or ""):
+        return "no", reason
+    if kernels().INTERPRETED:
+        return "works", "in Triton's interpreter, as TRITON_INTERPRET=1 asks"
+    return ("works", "on CUDA tensors") if torch.cuda.is_available() else ("no", "no GPU; Triton itself is usable")
 
 
 def _compiler() -> tuple[str, str]:

@@ -1,25 +1,247 @@
-"""The LayerNorm kernels against the naive norm."""
+"""The LayerNorm kernels: every option against the naive norm, hostile layouts, inert rows, repeats."""
+
+from itertools import pairwise
 
 import pytest
+import torch
 from support import contract, naive
 from support.contract import normal
-from support.kernels import DEVICE, DTYPES, MANY_ROWS, WIDTHS
+from support.kernels import DEVICE, DTYPES, MANY_ROWS, REPEATS, far_apart, int32, on_device
+from support.plans import ragged_offsets
 
 from onepeace_fast import layer_norm
 
-
-def shared_leaves(rows, width):
-    x = 3 * normal(rows, width, seed=1) + 2 * normal(rows, 1, seed=2)
-    return {"x": x, "weight": 1 + 0.5 * normal(width, seed=3), "bias": normal(width, seed=4)}
+GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 
 
-def naive_shared(x, weight, bias):
-    return naive.layer_norm(x, [x.shape[0]], [weight], [bias], 1e-5)
+def shared_leaves(rows, width, weight=True, bias=True):
+    leaves = {"x": 3 * normal(rows, width, seed=1) + 2 * normal(rows, 1, seed=2)}
+    leaves |= {"weight": 1 + 0.5 * normal(width, seed=3)} if weight else {}
+    return on_device(leaves | ({"bias": normal(width, seed=4)} if bias else {}))
+
+
+def routed_leaves(counts, width, rows=None, heads=None):
+    rows = sum(counts) if rows is None else rows
+    leaves = {"x": 2 * normal(rows, width, seed=5) + normal(rows, 1, seed=6)}
+    for m in range(len(counts)):
+        leaves |= {f"weight{m}": 1 + 0.5 * normal(width, seed=10 + m), f"bias{m}": normal(width, seed=20 + m)}
+    return on_device(leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=7)} if heads else {}))
+
+
+def op(counts, index=None, eps=1e-5):
+    """The op for per-modality parameters, or for shared ones where the leaves have a single weight or bias."""
+    extra = {"offsets": ragged_offsets(counts).to(DEVICE)} if counts else {}
+    extra |= {} if index is None else {"rows": int32(index)}
+
+    def call(x, weight=None, bias=None, head_scale=None, **parameters):
+        if parameters:
+            weight, bias = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
+        return layer_norm(x, weight, bias, head_scale=head_scale, eps=eps, **extra)
+
+    return call
+
+
+def plain(counts, index=None, eps=1e-5):
+    """The same, written the obvious way."""
+
+    def call(x, weight=None, bias=None, head_scale=None, **parameters):
+        groups = counts or [x.shape[0] if index is None else len(index)]
+        weights, biases = [weight] * len(groups), [bias] * len(groups)
+        if parameters:
+            weights, biases = ([parameters[f"{kind}{m}"] for m in range(len(groups))] for kind in ("weight", "bias"))
+        if head_scale is not None:
+            x = (x.unflatten(1, (head_scale.shape[0], -1)) * head_scale[:, None]).flatten(1)
+        if index is not None:
+            kept = x[torch.tensor(index[: sum(groups)], dtype=torch.int64, device=x.device)]
+            x = torch.cat([kept, x.new_zeros(len(index) - len(kept), x.shape[1])])
+        return naive.layer_norm(x, groups, weights, biases, eps)
+
+    return call
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width", WIDTHS[1:])
+@pytest.mark.parametrize("width", (63, 64, 768, 1536, 6144))
 def test_shared_norm_follows_the_naive_one(width, dtype):
-    for rows in (0, 1, 7, MANY_ROWS if width == 64 else 40):
-        leaves = {name: leaf.to(DEVICE) for name, leaf in shared_leaves(rows, width).items()}
-        contract.check_against_naive(layer_norm, naive_shared, leaves, dtype)
+    for rows in (0, 1, 7):
+        contract.check_against_naive(op(None), plain(None), shared_leaves(rows, width), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", (64, 1536 if DEVICE == "cuda" else 63))
+def test_many_rows_follow_the_naive_norm(width, dtype):
+    contract.check_against_naive(op(None), plain(None), shared_leaves(MANY_ROWS, width), dtype)
+
+
+@pytest.mark.parametrize("width", (9000, 16384))
+def test_rows_too_wide_for_parameters_and_sums_in_registers_follow_the_naive_norm(width):
+    contract.check_against_naive(op(None), plain(None), shared_leaves(5, width), torch.float32)
+    leaves = routed_leaves([2, 0, 3], width, rows=6, heads=8)
+    contract.check_against_naive(op([2, 0, 3]), plain([2, 0, 3]), leaves, torch.float32)
+
+
+def test_rows_of_one_element_have_nothing_left_but_the_bias():
+    for dtype in DTYPES:
+        leaves = {name: leaf.to(dtype) for name, leaf in shared_leaves(65, 1).items()}
+        outputs, gradients = contract.run(op(None), leaves)
+        assert torch.equal(outputs[0], leaves["bias"].expand(65, 1))
+        given = contract.cotangents(outputs)[0]
+        torch.testing.assert_close(gradients["bias"], given.double().sum(0).to(dtype), rtol=2e-2, atol=1e-5)
+        for name in ("x", "weight"):  # exactly zero but for rounding: 1 / sqrt(eps) times the magnitude of x
+            assert gradients[name].abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("weight, bias", [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("eps", (1e-5, 0.5))
+def test_weight_and_bias_are_each_optional(weight, bias, eps):
+    leaves = shared_leaves(7, 63, weight, bias)
+    leaves["x"][3] = 0.25  # a row without variance
+    contract.check_against_naive(op(None, eps=eps), plain(None, eps=eps), leaves, torch.float32)
+    contract.check_against_naive(op([3, 0, 2], eps=eps), plain([3, 0, 2], eps=eps), leaves, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", ([5, 0, 7], [1], [0, 1, 65], [0, 0], [30, 7, 0, 0, 90]), ids=str)
+def test_routed_norm_follows_the_naive_one_in_every_modality(counts, dtype):
+    bounds = ragged_offsets(counts).tolist()
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    for width, inert in ((63, 0), (64, 3)):
+        leaves = routed_leaves(counts, width, sum(counts) + inert)
+        contract.check_against_naive(op(counts), plain(counts), leaves, dtype, {"out0": parts, "x": parts})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width, heads", [(768, 12), (63, 3), (64, 64), (64, 1)])
+def test_a_head_scale_stands_in_front_of_the_norm(width, heads, dtype):
+    for counts in ([9], [3, 0, 4]):
+        leaves = routed_leaves(counts, width, 10, heads)
+        contract.check_against_naive(op(counts), plain(counts), leaves, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", (None, [4, 0, 3], [0, 0]), ids=str)
+def test_a_row_index_reads_these_rows_and_writes_them_one_after_another(counts, dtype):
+    index = [11, 0, 5, 4, 9, 2, 12] + ([GARBAGE] * 3 if counts else [])
+    index = [GARBAGE if i >= sum(counts or [7]) else entry for i, entry in enumerate(index)]
+    for width, heads in ((63, None), (64, 4)):
+        leaves = routed_leaves(counts, width, 13, heads) if counts else shared_leaves(13, width)
+        contract.check_against_naive(op(counts, index), plain(counts, index), leaves, dtype)
+    contract.check_against_naive(op(counts, index), plain(counts, index), shared_leaves(13, 64), dtype)
+
+
+def test_rows_read_by_an_index_have_the_bits_of_the_whole_norm():
+    for dtype in DTYPES:
+        index = [11, 0, 5, 4, 9, 2, 12]
+        leaves = on_device(shared_leaves(13, 768), dtype)
+        given = normal(13, 768, seed=8, dtype=dtype).to(DEVICE)
+        whole, every = contract.run(op(None), leaves, [given])
+        part, some = contract.run(op(None, index), leaves, [given[index]])
+        assert torch.equal(part[0], whole[0][index])
+        assert torch.equal(some["x"][index], every["x"][index])
+        left_out = [row for row in range(13) if row not in index]
+        assert not some["x"][left_out].any()
+
+
+def test_parameters_may_have_another_dtype_than_x():
+    half = DTYPES[-1]
+
+    def in_float32(x, weight, bias):
+        return plain(None)(x.to(weight.dtype), weight, bias).to(x.dtype)
+
+    dtypes = {"x": half, "weight": torch.float32, "bias": torch.float32}
+    contract.check_against_naive(op(None), in_float32, shared_leaves(65, 64), dtypes)
+
+
+def test_strides_of_inputs_and_gradients_do_not_matter():
+    for call, leaves in ((op(None), shared_leaves(7, 9)), (op([3, 0, 4]), routed_leaves([3, 0, 4], 9, 8, 3))):
+        leaves = on_device(leaves, torch.float32)
+        contract.check_input_layouts(call, leaves, ["x", *(name for name in leaves if name == "head_scale")])
+        contract.check_gradient_layouts(call, leaves)
+
+
+def test_strides_of_offsets_and_index_do_not_matter():
+    leaves = on_device(routed_leaves([3, 0, 2], 16, 8), torch.float32)
+    offsets, index = ragged_offsets([3, 0, 2]).to(DEVICE), int32([7, 1, 0, 4, 5, GARBAGE])
+    weights, biases = ([leaves[f"{kind}{m}"] for m in range(3)] for kind in ("weight", "bias"))
+    expected = layer_norm(leaves["x"], weights, biases, rows=index, offsets=offsets)
+    apart = [torch.stack([value, torch.full_like(value, 3)], dim=1)[:, 0] for value in (index, offsets)]
+    assert torch.equal(layer_norm(leaves["x"], weights, biases, rows=apart[0], offsets=apart[1]), expected)
+
+
+def test_rows_are_independent_and_nan_in_inert_rows_reaches_nothing():
+    counts, inert = [5, 0, 7], 3
+    leaves = on_device(routed_leaves(counts, 64, 15, 4), torch.float32)
+    given = [normal(15, 64, seed=9, dtype=torch.float32).to(DEVICE)]
+    expected = contract.run(op(counts), leaves, given)
+    assert not expected[0][0][-inert:].any() and not expected[1]["x"][-inert:].any()
+    for tensor in (leaves["x"], given[0]):
+        tensor[-inert:] = torch.nan
+    contract.assert_same(contract.run(op(counts), leaves, given), expected, "NaN in inert rows")
+    leaves["x"][7] = torch.nan
+    actual = contract.run(op(counts), leaves, given)
+    others = torch.arange(15) != 7
+    assert torch.equal(actual[0][0][others], expected[0][0][others])
+    assert torch.equal(actual[1]["x"][others], expected[1]["x"][others])
+    for name in ("weight0", "bias0", "weight1", "bias1"):
+        assert torch.equal(actual[1][name], expected[1][name])
+
+
+def test_nan_in_rows_that_an_index_leaves_out_reaches_nothing():
+    index, counts = [3, 0, 6, GARBAGE], [1, 2]
+    leaves = on_device(routed_leaves(counts, 64, 8), torch.float32)
+    given = [normal(4, 64, seed=9, dtype=torch.float32).to(DEVICE)]
+    expected = contract.run(op(counts, index), leaves, given)
+    leaves["x"][[1, 2, 4, 5, 7]] = torch.nan
+    given[0][3] = torch.nan
+    contract.assert_same(contract.run(op(counts, index), leaves, given), expected, "NaN in rows left out")
+
+
+def test_offsets_are_read_on_the_device():
+    leaves = on_device(shared_leaves(12, 64), torch.float32)
+    offsets = int32([0, 5])
+    before = layer_norm(leaves["x"], leaves["weight"], offsets=offsets)
+    offsets.copy_(int32([0, 9]))
+    after = layer_norm(leaves["x"], leaves["weight"], offsets=offsets)
+    assert not before[5:].any() and after[5:9].any(1).all() and not after[9:].any()
+
+
+def test_a_capacity_smaller_than_the_offsets_say_is_not_overrun():
+    leaves = on_device(shared_leaves(6, 64), torch.float32)
+    out = layer_norm(leaves["x"], leaves["weight"], offsets=int32([0, 9]))
+    assert torch.equal(out, layer_norm(leaves["x"], leaves["weight"]))
+
+
+def test_elements_past_2_to_the_31st_are_reached(tmp_path):
+    rows = normal(3, 64, seed=1, dtype=torch.float16).to(DEVICE)
+    x = far_apart(rows, tmp_path)
+    given = [normal(3, 64, seed=2, dtype=torch.float16).to(DEVICE)]
+    weight = normal(64, seed=3, dtype=torch.float16).to(DEVICE)
+    expected = contract.run(op(None), {"x": rows, "weight": weight}, given)
+    x.requires_grad_()
+    out = layer_norm(x, weight)
+    assert torch.equal(out, expected[0][0])
+    (dx,) = torch.autograd.grad(out, x, given)
+    assert torch.equal(dx, expected[1]["x"])
+
+
+def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
+    contract.check_frozen(op(None), on_device(shared_leaves(7, 9), torch.float32))
+    leaves = on_device(routed_leaves([5, 0, 2], 9, heads=3), torch.float32)
+    contract.check_frozen(op([5, 0, 2]), leaves)
+    gradients = contract.run(op([5, 0, 2]), leaves)[1]
+    for name in ("weight1", "bias1"):
+        assert torch.equal(gradients[name], torch.zeros_like(gradients[name]))
+    for name in ("weight0", "bias2", "head_scale"):
+        assert gradients[name].all()
+
+
+def test_repeats_are_bitwise_equal():
+    dtype = DTYPES[-1]
+    contract.check_deterministic(op([9, 0, 5]), on_device(routed_leaves([9, 0, 5], 65, 16, 5), dtype), REPEATS)
+
+
+def test_registration_and_compiled_graphs():
+    index = [3, 0, 6, GARBAGE]
+    cases = ((op(None), shared_leaves(5, 8)), (op([1, 2], index), routed_leaves([1, 2], 8, 7, 2)))
+    for call, leaves in cases:
+        contract.check_registration(call, on_device(leaves, torch.float32), "layer_norm")
+        contract.check_compiled(call, on_device(leaves, torch.float32))

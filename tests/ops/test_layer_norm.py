@@ -10,7 +10,9 @@ from support.plans import ragged_offsets
 from support.tolerance import DTYPES
 
 from onepeace_fast import layer_norm
+from onepeace_fast.ops._library import MAX_WIDTH
 
+GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 ROWS, WIDTHS = (0, 1, 7, 65, 300), (63, 64, 200)
 
 
@@ -46,6 +48,39 @@ def naive_routed(counts: list[int], eps: float = 1e-5):
         return naive.layer_norm(x, counts, weights, biases, eps)
 
     return call
+
+
+def indexed(index: list[int], counts: list[int] | None = None, host: bool = False):
+    """Per-modality parameters, or shared ones where the leaves have a single weight."""
+    extra = {"offsets": ragged_offsets(counts), "row_counts": counts if host else ()} if counts else {}
+
+    def call(x, weight=None, bias=None, head_scale=None, **parameters):
+        if parameters:
+            weight, bias = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
+        return layer_norm(x, weight, bias, head_scale=head_scale, rows=int32(index), **extra)
+
+    return call
+
+
+def naive_indexed(index: list[int], counts: list[int] | None = None):
+    def call(x, weight=None, bias=None, head_scale=None, **parameters):
+        groups = counts or [len(index)]
+        weights, biases = [weight] * len(groups), [bias] * len(groups)
+        if parameters:
+            weights, biases = ([parameters[f"{kind}{m}"] for m in range(len(groups))] for kind in ("weight", "bias"))
+        kept = scaled(x, head_scale)[index[: sum(groups)]]
+        rows = torch.cat([kept, kept.new_zeros(len(index) - len(kept), x.shape[1])])
+        return naive.layer_norm(rows, groups, weights, biases, 1e-5)
+
+    return call
+
+
+def scaled(x, head_scale):
+    return x if head_scale is None else (x.unflatten(1, (head_scale.shape[0], -1)) * head_scale[:, None]).flatten(1)
+
+
+def int32(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
@@ -95,6 +130,44 @@ def test_routed_norm_follows_the_naive_one_in_every_modality(counts, dtype):
         contract.check_against_naive(routed(counts), naive_routed(counts), leaves, dtype, slices)
 
 
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize("width, heads", [(64, 4), (63, 3), (64, 64), (8, 1)])
+def test_a_head_scale_stands_in_front_of_the_norm(width, heads, dtype):
+    leaves = shared_leaves(9, width) | {"head_scale": 1 + 0.5 * normal(heads, seed=7)}
+
+    def plain(x, weight, bias, head_scale):
+        return naive_shared(scaled(x, head_scale), weight, bias)
+
+    contract.check_against_naive(layer_norm, plain, leaves, dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize("counts", (None, [4, 0, 1], [0, 0]), ids=str)
+def test_a_row_index_reads_these_rows_and_writes_them_one_after_another(counts, dtype):
+    index = [11, 0, 5, 4, 9]
+    index = [GARBAGE if i >= sum(counts or [5]) else row for i, row in enumerate(index)]
+    leaves = routed_leaves(counts, 64, inert=12 - sum(counts)) if counts else shared_leaves(12, 64)
+    leaves["head_scale"] = 1 + 0.5 * normal(4, seed=7)
+    contract.check_against_naive(indexed(index, counts), naive_indexed(index, counts), leaves, dtype)
+    if counts:
+        host = contract.run(indexed(index, counts, host=True), leaves)
+        contract.assert_same(host, contract.run(indexed(index, counts), leaves), "host")
+
+
+def test_parameters_may_be_shared_by_the_modalities_of_offsets():
+    counts, leaves = [3, 0, 4], shared_leaves(9, 64)
+
+    def plain(x, weight, bias):
+        return naive.layer_norm(x, counts, [weight] * 3, [bias] * 3, 1e-5)
+
+    def call(x, weight, bias):
+        return layer_norm(x, weight, bias, offsets=ragged_offsets(counts))
+
+    contract.check_against_naive(call, plain, leaves, torch.float64)
+    one_list = lambda x, weight, bias: layer_norm(x, weight, [bias] * 3, offsets=ragged_offsets(counts))  # noqa: E731
+    contract.check_against_naive(one_list, plain, leaves, torch.float64)
+
+
 def test_parameters_may_have_another_dtype_than_x():
     dtypes = {"x": torch.bfloat16, "weight": torch.float32, "bias": torch.float32}
 
@@ -113,11 +186,15 @@ def test_finite_differences_agree():
     contract.check_gradcheck(layer_norm, shared_leaves(4, 7))
     contract.check_gradcheck(layer_norm, shared_leaves(4, 7, weight=False, bias=False))
     contract.check_gradcheck(routed([3, 0, 2]), routed_leaves([3, 0, 2], 5, 1))
+    leaves = routed_leaves([1, 2], 6, 2) | {"head_scale": normal(2, seed=7)}
+    contract.check_gradcheck(indexed([4, 0, 2, GARBAGE], [1, 2]), leaves)
 
 
 def test_registration():
     contract.check_registration(layer_norm, shared_leaves(5, 8), "layer_norm")
     contract.check_registration(routed([3, 0, 2]), routed_leaves([3, 0, 2], 8, 1), "layer_norm")
+    leaves = routed_leaves([1, 2], 8, 2) | {"head_scale": normal(2, seed=7)}
+    contract.check_registration(indexed([4, 0, 2, GARBAGE], [1, 2]), leaves, "layer_norm")
 
 
 @pytest.mark.parametrize("kind", ("shared", "routed"))
@@ -187,6 +264,8 @@ def test_repeats_are_bitwise_equal():
 def test_compiled_equals_eager():
     contract.check_compiled(layer_norm, shared_leaves(7, 16))
     contract.check_compiled(routed([3, 0, 4]), routed_leaves([3, 0, 4], 16, 2))
+    leaves = routed_leaves([1, 2], 8, 2) | {"head_scale": normal(2, seed=7)}
+    contract.check_compiled(indexed([4, 0, 2, GARBAGE], [1, 2]), leaves)
 
 
 def test_one_dynamic_graph_serves_every_number_of_rows():
@@ -213,6 +292,12 @@ def test_bad_input_is_refused():
     contract.refused("weight", layer_norm, x, [w], offsets=offsets)
     contract.refused("bias", layer_norm, x, [w, w], [w, w, w], offsets=offsets)
     contract.refused("eps", layer_norm, x, w, eps=0.0)
+    contract.refused("x", layer_norm, torch.zeros(1, MAX_WIDTH + 1))
+    for bad in (torch.ones(3), torch.ones(2, 4), torch.ones(2, dtype=torch.int64), torch.ones(2, device="meta")):
+        contract.refused("head_scale", layer_norm, x, w, head_scale=bad)
+    for bad in (int32([0]).long(), int32([[0]]), int32([0]).to("meta"), int32([4]), int32([-1]), int32([1, 1])):
+        contract.refused("rows", layer_norm, x, w, rows=bad)
+    contract.refused("row_counts", layer_norm, x, [w, w], rows=int32([0, 1]), offsets=offsets, row_counts=[1, 3])
 
 
 def test_bad_offsets_and_counts_are_refused():

@@ -5,10 +5,13 @@ import torch
 import torch.nn.functional as F
 from support import contract, naive
 from support.contract import normal
+from support.plans import ragged_offsets
 from support.tolerance import DTYPES
 
 from onepeace_fast import residual, residual_layer_norm
+from onepeace_fast.ops._library import MAX_WIDTH
 
+GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 KEEP = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0])
 SEED = 2**40 + 12345
 
@@ -59,6 +62,56 @@ def test_values_and_gradients_follow_the_naive_ones(rows, width, norm, dtype):
     parts = [torch.nonzero(sample == s).flatten() for s in range(5)]
     slices = {name: parts for name in ("x", "y", "out0", "out1")}
     contract.check_against_naive(op(rows), plain(rows, width), leaves, dtype, slices)
+
+
+def indexed(index: list[int] | None, extent: int | None, rows: int, dropout: float = 0.0):
+    """The op with a row index, and with offsets whose last entry is ``extent``."""
+    extra = {"keep": KEEP, "sample": sample_of(rows), "dropout": dropout, "seed": torch.tensor(SEED)}
+    extra |= {} if index is None else {"rows": torch.tensor(index, dtype=torch.int32)}
+    extra |= {} if extent is None else {"offsets": ragged_offsets([extent // 2, 0, extent - extent // 2])}
+
+    def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
+        if norm_weight is None:
+            return residual(x, y, gamma, **extra)
+        return residual_layer_norm(x, y, gamma, norm_weight, norm_bias, **extra)
+
+    return call
+
+
+def naive_indexed(index: list[int] | None, extent: int | None, rows: int, dropout: float = 0.0):
+    places = list(range(rows)) if index is None else index
+    places = places if extent is None else places[:extent]
+
+    def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
+        factor = naive.dropout_factor(SEED, rows, x.shape[1], dropout)[places] if dropout else None
+        out = x.clone()
+        out[places] = naive.residual(x[places], y[: len(places)], gamma, KEEP, sample_of(rows)[places], factor)
+        if norm_weight is None:
+            return out
+        return out, F.layer_norm(out, out.shape[1:], norm_weight, norm_bias).to(y.dtype)
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
+@pytest.mark.parametrize("norm", (False, True), ids=("residual", "residual_layer_norm"))
+@pytest.mark.parametrize("extent", (None, 3, 0))
+def test_a_row_index_adds_the_branch_to_these_rows(extent, norm, dtype):
+    index = [11, 0, 5, 4, 9]
+    index = [GARBAGE if i >= (5 if extent is None else extent) else row for i, row in enumerate(index)]
+    leaves = leaves_of(12, 16, norm=norm) | {"y": 3 * normal(5, 16, seed=3)}
+    for dropout in (0.0, 0.3):
+        arguments = (index, extent, 12, dropout)
+        contract.check_against_naive(indexed(*arguments), naive_indexed(*arguments), leaves, dtype)
+
+
+@pytest.mark.parametrize("norm", (False, True), ids=("residual", "residual_layer_norm"))
+def test_rows_of_the_branch_past_the_extent_are_not_read(norm):
+    leaves = leaves_of(7, 16, norm=norm)
+    contract.check_against_naive(indexed(None, 5, 7), naive_indexed(None, 5, 7), leaves, torch.float64)
+    expected = contract.run(indexed(None, 5, 7), leaves)
+    leaves["y"][5:] = torch.nan
+    contract.assert_same(contract.run(indexed(None, 5, 7), leaves), expected, "NaN in inert rows")
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
@@ -124,6 +177,8 @@ def test_an_output_without_a_gradient_counts_as_zero(which):
 def test_finite_differences_agree():
     contract.check_gradcheck(op(4), leaves_of(4, 3))
     contract.check_gradcheck(op(4, dropout=0.3), leaves_of(4, 3, norm=True))
+    indexed_leaves = leaves_of(5, 3, norm=True) | {"y": normal(3, 3, seed=3)}
+    contract.check_gradcheck(indexed([4, 0, GARBAGE], 2, 5, dropout=0.3), indexed_leaves)
     contract.check_gradcheck(op(4, keep=False), leaves_of(4, 3, gamma=False, norm=True, bias=False))
 
 
@@ -131,6 +186,8 @@ def test_registration():
     contract.check_registration(op(5), leaves_of(5, 8), "residual")
     contract.check_registration(op(5, dropout=0.3), leaves_of(5, 8, norm=True), "residual")
     contract.check_registration(op(5), leaves_of(5, 8, gamma=False), "residual")
+    leaves = leaves_of(5, 8, norm=True) | {"y": normal(3, 8, seed=3)}
+    contract.check_registration(indexed([4, 0, GARBAGE], 2, 5, dropout=0.3), leaves, "residual")
 
 
 @pytest.mark.parametrize("norm", (False, True), ids=("residual", "residual_layer_norm"))
@@ -196,6 +253,7 @@ def test_repeats_are_bitwise_equal():
 def test_compiled_equals_eager():
     contract.check_compiled(op(7), leaves_of(7, 16))
     contract.check_compiled(op(7, dropout=0.3), leaves_of(7, 16, norm=True))
+    contract.check_compiled(indexed([4, 0, GARBAGE], 2, 5), leaves_of(5, 8) | {"y": normal(3, 8, seed=3)})
 
 
 def test_one_dynamic_graph_serves_every_number_of_rows():
@@ -215,6 +273,16 @@ def test_bad_input_is_refused():
         contract.refused("y", function, x, torch.zeros(4, 7))
         contract.refused("y", function, x, x.to("meta"))
         contract.refused("y", function, x, None)
+        contract.refused("y", function, x, x.double())
+        contract.refused("y", function, x.half(), x)
+        contract.refused("y", function, x.half(), x.bfloat16())
+        contract.refused("x", function, torch.zeros(1, MAX_WIDTH + 1), torch.zeros(1, MAX_WIDTH + 1))
+        index = torch.tensor([0, 2], dtype=torch.int32)
+        contract.refused("y", function, x, x, rows=index)
+        for bad in (index.long(), index[None], index.to("meta"), index + 2, index - 1, index * 0):
+            contract.refused("rows", function, x, x[:2], rows=bad)
+        contract.refused("offsets", function, x, x, offsets=sample.long())
+        contract.refused("offsets", function, x, x, offsets=sample.to("meta"))
         contract.refused("gamma", function, x, x, torch.ones(4))
         contract.refused("gamma", function, x, x, torch.ones(8, dtype=torch.int32))
         contract.refused("gamma", function, x, x, torch.ones(8, device="meta"))

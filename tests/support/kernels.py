@@ -3,13 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter's arithmetic in bfloat16 is wrong without a word.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-WIDTHS = (1, 63, 64, 768, 1536, 6144)
 MANY_ROWS = 9500 if DEVICE == "cuda" else 1000
 REPEATS = 50
+
+
+def on_device(leaves: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The leaves where the kernels run, by default in the dtype they have."""
+    return {name: leaf.to(DEVICE, dtype) for name, leaf in leaves.items()}
+
+
+def int32(values: Sequence[int]) -> Tensor:
+    """Offsets or a row index where the kernels run."""
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def far_apart(rows: Tensor, folder: Path) -> Tensor:
+    """Three rows whose last begins past element 2**31, for which no memory but their own is touched on a CPU."""
+    stride = 2**30 + 16
+    size = 2 * stride + rows.shape[1]
+    if DEVICE == "cuda":
+        storage = torch.zeros(size, dtype=rows.dtype, device=DEVICE)
+    else:
+        storage = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=rows.dtype)
+    return storage.as_strided(rows.shape, (stride, 1)).copy_(rows)
