@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,8 +117,3 @@ def unit_columns(x: Tensor) -> Tensor:
 def compact(x: Tensor | None) -> Tensor | None:
     """A tensor whose elements lie side by side, None where there is none."""
     return None if x is None else x.contiguous()
-
-
-def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
-    """The vectors of all groups one after another in memory, None without any."""
-    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
