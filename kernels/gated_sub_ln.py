@@ -1,7 +1,9 @@
-"""Gate and Sub-LayerNorm of packed rows, forward and backward: the formulas stand in ``onepeace_fast/ops/gated_sub_ln.py``.
+"""Gate and Sub-LayerNorm of packed rows: the formulas stand in ``onepeace_fast/ops/gated_sub_ln.py``.
 
-A row of u and v is in registers as a whole, so both are read once; h lives in registers alone, in float32. A program
-keeps the norm of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
+A program walks over rows of u and v and computes h in float32 registers; h is never stored. A row is held in parts of a
+power of two of columns, as a tuple, so that 6144 columns take no more registers than they need. Both passes read a row
+once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows; but the
+backward pass of a class held in memory has no room for that: it reads a row, which the cache still has, a second time.
 """
 
 from __future__ import annotations
@@ -78,8 +80,8 @@ def _forward(
             b = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w = w + (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
-                    b = b + (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    w += (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    b += (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -87,7 +89,7 @@ def _forward(
                 total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
                     hidden, _, _ = _hidden(u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH)
-                    h = h + (hidden,)
+                    h += (hidden,)
                     total += hidden
                 if weight is not None:
                     mu = (tl.sum(total, 1) / width)[:, None]
@@ -151,11 +153,11 @@ def _backward(
             b_total = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w = w + (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    w += (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
                     if bias is not None:
-                        b = b + (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
-                    w_total = w_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-                    b_total = b_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+                        b += (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+                    b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             tile = start
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
@@ -193,9 +195,9 @@ def _backward(
                                 u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
                             )
                             hhat = (h - mu) * r
-                            held = held + ((dn, hhat, activated, slope),)
-                            w_sums = w_sums + (w_total[part] + dn * hhat,)
-                            b_sums = b_sums + (b_total[part] + dn,)
+                            held += ((dn, hhat, activated, slope),)
+                            w_sums += (w_total[part] + dn * hhat,)
+                            b_sums += (b_total[part] + dn,)
                             g_total += dn * w[part]
                             g_hhat_total += dn * w[part] * hhat
                         w_total = w_sums
