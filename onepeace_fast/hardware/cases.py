@@ -92,9 +92,20 @@ class Rows:
         return _integers([row for row in reversed(range(self.rows)) if row % 5], self.device)
 
     @cached_property
+    def some_offsets(self) -> Tensor:
+        """First row of each modality among those of the index, whose last entry is inert."""
+        real = max(len(self.some) - 1, 0)
+        return _integers([0, real // 3, real // 3, real], self.device)
+
+    @cached_property
     def sample(self) -> Tensor:
         """Sample of each row, of five samples."""
         return torch.arange(self.rows, dtype=torch.int32, device=self.device) % 5
+
+    @cached_property
+    def seed(self) -> Tensor:
+        """Dropout's."""
+        return torch.full((), 7, dtype=torch.int64, device=self.device)
 
     @cached_property
     def keep(self) -> Tensor:
@@ -142,8 +153,9 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
     def per_modality(x: Tensor, **leaves: Tensor) -> Tensor:
         return layer_norm(x, _listed("weight", leaves), _listed("bias", leaves), offsets=batch.offsets)
 
-    def of_some(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return layer_norm(x, weight, bias, rows=batch.some)
+    def of_some(x: Tensor, **leaves: Tensor) -> Tensor:
+        vectors = _listed("weight", leaves), _listed("bias", leaves)
+        return layer_norm(x, *vectors, rows=batch.some, offsets=batch.some_offsets)
 
     shared, entries = _norm_parameters(width, torch.float32, make), ("layer_norm", "layer_norm_backward")
     yield Case("layer_norm", "weight, bias", layer_norm, {"x": x(), **shared}, entries)
@@ -151,7 +163,7 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
     leaves = _vectors("weight", width, dtype, make) | _vectors("bias", width, dtype, make, 0.0)
     slices = {"out0": batch.modalities, "x": batch.modalities}
     yield Case("layer_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
-    yield Case("layer_norm", "row index", of_some, {"x": x(), **shared}, entries)
+    yield Case("layer_norm", "row index", of_some, {"x": x(), **leaves}, entries)
     if width % HEADS == 0:
         entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")
         scale = {"head_scale": make(HEADS, dtype=torch.float32, scale=0.5, shift=1.0)}
@@ -171,24 +183,27 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
             return residual(x, y, gamma, keep=batch.keep, sample=batch.sample)
 
         def dropped(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-            seed = torch.full((), 7, dtype=torch.int64, device=batch.device)
-            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, dropout=0.1, seed=seed)
+            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, dropout=0.1, seed=batch.seed)
 
         def normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             return residual_layer_norm(x, y, gamma, weight, bias, keep=batch.keep, sample=batch.sample)
 
-        def of_some(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, rows=batch.some)
+        def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            where = {"keep": batch.keep, "sample": batch.sample, "rows": batch.some, "offsets": batch.some_offsets}
+            if not norm:
+                return residual(x, y, gamma, dropout=0.1, seed=batch.seed, **where)
+            return residual_layer_norm(x, y, gamma, *norm.values(), dropout=0.1, seed=batch.seed, **where)
 
         entries = ("residual", "residual_backward")
         yield Case("residual", f"gamma, keep{of_stream}", scaled, {**rows, **gamma}, entries)
         yield Case("residual", f"plain{of_stream}", residual, rows, entries)
         yield Case("residual", f"gamma, keep, dropout{of_stream}", dropped, {**rows, **gamma}, entries)
         some = {"x": rows["x"], "y": make(len(batch.some), width, dtype=dtype)}
-        yield Case("residual", f"row index{of_stream}", of_some, {**some, **gamma}, entries)
+        yield Case("residual", f"row index, dropout{of_stream}", of_some, {**some, **gamma}, entries)
         norm = _norm_parameters(width, torch.float32, make)
         entries = ("residual_layer_norm", "residual_layer_norm_backward")
         yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm}, entries)
+        yield Case("residual_layer_norm", f"row index, dropout{of_stream}", of_some, {**some, **gamma, **norm}, entries)
 
 
 def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:

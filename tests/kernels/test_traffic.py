@@ -59,10 +59,13 @@ def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
     """The rows that an operation has to read of a row tensor: with a row index all only of the residual stream."""
     if case.variant == "per modality" or case.operation == "gated_sub_ln":
         return list(range(batch.rows - INERT_ROWS))
-    whole = tensor.shape[0] != batch.rows or (case.operation, name) == ("residual", "x")
-    if case.variant.startswith("row index") and not whole:
-        return sorted(batch.some.tolist())
-    return list(range(tensor.shape[0]))
+    if not case.variant.startswith("row index") or (name in ("x", "out") and "residual" in case.operation):
+        return list(range(tensor.shape[0]))
+    if tensor.shape[0] == len(batch.some):
+        return list(range(batch.some_offsets[-1]))
+    if case.operation == "residual_layer_norm":  # the norm is of all rows, and so is its backward pass
+        return list(range(batch.rows))
+    return sorted(batch.some[: batch.some_offsets[-1]].tolist())
 
 
 @pytest.mark.parametrize("size, index", CASES, ids=name_of)
