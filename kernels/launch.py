@@ -54,6 +54,7 @@ class _Recorder(NamedTuple):
     configurations: list[Configuration]
 
 
+_launched = 0
 _recorder: ContextVar[_Recorder | None] = ContextVar("onepeace_fast_recorder", default=None)
 
 
@@ -84,7 +85,14 @@ def launch(
     if (recorder := _recorder.get()) is not None:
         recorder.configurations.append(configuration)
     else:
+        global _launched
+        _launched += 1
         configuration.launch(grid)
+
+
+def launched() -> int:
+    """How many kernels this process has launched."""
+    return _launched
 
 
 @functools.cache

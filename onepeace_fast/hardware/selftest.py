@@ -18,6 +18,7 @@ from torch import Tensor
 from onepeace_fast import kernels
 from onepeace_fast.hardware.cases import Case, kernel_cases, random_tensors, specified_cases
 from onepeace_fast.info import format_table
+from onepeace_fast.kernels.launch import launched
 from onepeace_fast.ops._library import force_kernels
 from onepeace_fast.tolerance import DTYPES, compare
 
@@ -93,17 +94,16 @@ def check(device: torch.device) -> Iterator[Result]:
     # The interpreter's arithmetic in bfloat16 is wrong without a word.
     for dtype in (dtype for dtype in DTYPES if not interpreted or dtype != torch.bfloat16):
         worst: dict[tuple[str, str], Result] = {}
-        for on_cpu, on_device, has_kernel in _pairs(dtype, device):
-            by_kernel = has_kernel and (device.type == "cuda" or kernels.INTERPRETED)
-            for result in _compare(on_cpu, on_device, dtype, by_kernel):
+        for on_cpu, on_device in _pairs(dtype, device):
+            for result in _compare(on_cpu, on_device, dtype):
                 key = (result.operation, result.variant)
                 if key not in worst or result.closeness > worst[key].closeness:
                     worst[key] = result
         yield from worst.values()
 
 
-def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Case, bool]]:
-    """The same case on the CPU and on the device, and whether its operation has a kernel."""
+def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Case]]:
+    """The same case on the CPU and on the device."""
 
     def copied(*shape: int, **how: object) -> Tensor:
         return same(*shape, **how).to(device)
@@ -111,15 +111,17 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Cas
     for seed, (rows, width) in enumerate(SMALL if device.type == "cpu" else (*SMALL, *REAL)):
         make, same = (random_tensors(CPU, seed) for _ in range(2))
         first = kernel_cases(rows, width, dtype, make, CPU)
-        yield from ((*pair, True) for pair in zip(first, kernel_cases(rows, width, dtype, copied, device), strict=True))
+        yield from zip(first, kernel_cases(rows, width, dtype, copied, device), strict=True)
     make, same = (random_tensors(CPU) for _ in range(2))
     first = specified_cases(FEW_ROWS, dtype, make, CPU)
-    yield from ((*pair, False) for pair in zip(first, specified_cases(FEW_ROWS, dtype, copied, device), strict=True))
+    yield from zip(first, specified_cases(FEW_ROWS, dtype, copied, device), strict=True)
 
 
-def _compare(on_cpu: Case, on_device: Case, dtype: torch.dtype, by_kernel: bool) -> Iterator[Result]:
+def _compare(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Result]:
     """Every output and gradient of a case, and every slice of it that the case names."""
+    before = launched()
     actual, given = outputs_and_gradients(on_device)
+    by_kernel = launched() > before
     with force_kernels(False):
         plain, _ = outputs_and_gradients(on_cpu, given)
     exact, _ = outputs_and_gradients(on_cpu, given, torch.float64)

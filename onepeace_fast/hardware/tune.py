@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, and write the table.
 
     Returns:
-        0: written. 2: there is no GPU, no Triton, or no place to write. Each but 0 comes with a line that says why.
+        0: written. 2: there is no GPU, no Triton, no place to write, or a kernel does not run. Each but 0 comes with a line that says why.
     """
     if not torch.cuda.is_available():
         return _stop("tune needs a CUDA device, and torch sees none here")
@@ -57,13 +57,21 @@ def run(arguments: argparse.Namespace) -> int:
         return _stop(f"tune needs Triton: {reason}")
     output = arguments.output or measured_path()
     architecture, _ = architecture_and_multiprocessors(torch.device("cuda", torch.cuda.current_device()))
+    if output.is_dir():
+        return _stop(f"--output: got the folder {output}, takes a file")
+    draft = output.with_name(f"{output.name}.new")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.touch()  # now rather than after minutes of measuring
-        table = measure(architecture, device_time)
-        output.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        draft.touch()  # now rather than after minutes of measuring
+        try:
+            draft.write_text(json.dumps(measure(architecture, device_time), indent=1) + "\n", encoding="utf-8")
+            draft.replace(output)
+        finally:
+            draft.unlink(missing_ok=True)
     except OSError as error:
         return _stop(f"{error.filename or output}: {error.strerror or error}")
+    except RuntimeError as error:
+        return _stop(f"tune: {error}")
     print(f"{output} has the launch parameters of {architecture}; `onepeace-fast info` says which table is in force")
     return 0
 
@@ -125,9 +133,8 @@ def _shipped_entry(path: tuple[str, str, str, str]) -> Entry:
 def device_time(kernel: str, size: str, width: int, table: Table) -> float:
     """Median device time of a kernel's case, forward or backward, in seconds."""
     device = torch.device("cuda", torch.cuda.current_device())
-    calls = list(rotated_calls(kernel, DTYPES[size], width, device))
     with use_table(table):
-        return _median_time(calls)
+        return _median_time(list(rotated_calls(kernel, DTYPES[size], width, device)))
 
 
 def rotated_calls(
