@@ -2,12 +2,12 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test test-slow bench gpu
+.PHONY: help demo test test-slow bench kernels mutants gpu
 
 help:
 	@$(PYTHON) bootstrap.py --help
 
-demo test bench gpu:
+demo test bench kernels mutants gpu:
 	@$(PYTHON) bootstrap.py $@ $(ARGS)
 
 test-slow:

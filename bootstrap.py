@@ -1,14 +1,17 @@
 """Run onepeace_fast from a checkout: python3 bootstrap.py COMMAND [ARGUMENTS]
 
-  demo   the demonstration; arguments go to `onepeace-fast demo`
-  test   ruff, then the tests with their coverage; arguments go to pytest and leave the coverage out
-         --slow: the slow tests instead
-  bench  the benchmarks; arguments go to pytest
-  gpu    the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
+  demo     the demonstration; arguments go to `onepeace-fast demo`
+  test     ruff, then the tests with their coverage; arguments go to pytest and leave the coverage out
+           --slow: the slow tests instead
+  bench    the benchmarks; arguments go to pytest
+  kernels  compiles every Triton kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory
+           and the width of memory accesses; --all: a row for every configuration
+  mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
+  gpu      the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
 
-demo, test and bench run in .venv beside this file. The first run builds it and says what it downloads; a torch that
-this Python already has is used if it is recent enough. gpu runs in this Python as it is, installs only this checkout
-into it, and downloads nothing.
+All but gpu run in .venv beside this file. The first run builds it and says what it downloads; a torch that this Python
+already has is used if it is recent enough. gpu runs in this Python as it is, installs only this checkout into it, and
+downloads nothing.
 """
 
 import hashlib
@@ -248,6 +251,20 @@ def bench(arguments: list[str]) -> int:
     return pytest("benchmarks", "-o", "python_files=bench_*.py", *arguments)
 
 
+def kernels(arguments: list[str]) -> int:
+    """Compile every Triton kernel and check what came out."""
+    prepare("dev")
+    say("Compiling the kernels for GPUs that need not be here")
+    return run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])
+
+
+def mutants(arguments: list[str]) -> int:
+    """Replay the planted faults."""
+    prepare("dev")
+    say("Planting faults in copies of this checkout")
+    return run([str(PYTHON), "-m", "tools.mutants", *arguments])
+
+
 def gpu(arguments: list[str]) -> int:
     """Run the GPU's tests and benchmarks in this interpreter; both run, whatever the first one says."""
     torch = probe_torch(sys.executable)
@@ -273,7 +290,7 @@ def gpu(arguments: list[str]) -> int:
     return tests or benchmarks
 
 
-COMMANDS = {"demo": demo, "test": test, "bench": bench, "gpu": gpu}
+COMMANDS = {"demo": demo, "test": test, "bench": bench, "kernels": kernels, "mutants": mutants, "gpu": gpu}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,7 +1,9 @@
-"""Gate and Sub-LayerNorm of packed rows, forward and backward: the formulas stand in ``onepeace_fast/ops/gated_sub_ln.py``.
+"""Gate and Sub-LayerNorm of packed rows: the formulas stand in ``onepeace_fast/ops/gated_sub_ln.py``.
 
-A row of u and v is in registers as a whole, so both are read once; h lives in registers alone, in float32. A program
-keeps the norm of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
+A program walks over rows of u and v and computes h in float32 registers; h is never stored. A row is held in parts of a
+power of two of columns, as a tuple, so that 6144 columns take no more registers than they need. Both passes read a row
+once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows; but the
+backward pass of a class held in memory has no room for that: it reads a row, which the cache still has, a second time.
 """
 
 from __future__ import annotations
@@ -14,26 +16,27 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, stacked, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, sum_partials
+from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.layer_norm import stacked
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program, store_zeros
 
 
 @triton.jit
-def _load_vector(vector, width, part: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def _load_vector(vector, width, part, BLOCK_WIDTH: tl.constexpr):
     column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]  # a row of one, so that it lies as rows do
     return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
 
 
 @triton.jit
-def _load_rows(matrix, stride, row, live, width, part: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def _load_rows(matrix, stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr):
     column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     cell = row.to(tl.int64)[:, None] * stride + column[None, :]
     return tl.load(matrix + cell, mask=live[:, None] & (column < width)[None, :], other=0).to(tl.float32)
 
 
 @triton.jit
-def _store_rows(matrix, row, live, width, value, part: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def _store_rows(matrix, row, live, width, value, part, BLOCK_WIDTH: tl.constexpr):
     column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     cell = row.to(tl.int64)[:, None] * width + column[None, :]
     mask = live[:, None] & (column < width)[None, :]
@@ -42,7 +45,7 @@ def _store_rows(matrix, row, live, width, value, part: tl.constexpr, BLOCK_WIDTH
 
 @triton.jit
 def _hidden(
-    u, v, u_stride, v_stride, row, live, width, part: tl.constexpr, ACTIVATION: tl.constexpr,
+    u, v, u_stride, v_stride, row, live, width, part, ACTIVATION: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """h, and its derivatives by v and u."""
@@ -77,8 +80,8 @@ def _forward(
             b = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w = w + (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
-                    b = b + (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    w += (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    b += (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -86,7 +89,7 @@ def _forward(
                 total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
                     hidden, _, _ = _hidden(u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH)
-                    h = h + (hidden,)
+                    h += (hidden,)
                     total += hidden
                 if weight is not None:
                     mu = (tl.sum(total, 1) / width)[:, None]
@@ -111,6 +114,15 @@ def _forward(
                     _store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
         group += 1
+
+
+@triton.jit
+def _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH: tl.constexpr):
+    if n is not None:
+        _store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
+    if dv is not None:
+        _store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
+    _store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -141,11 +153,11 @@ def _backward(
             b_total = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w = w + (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    w += (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
                     if bias is not None:
-                        b = b + (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
-                    w_total = w_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-                    b_total = b_total + (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+                        b += (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+                    b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             tile = start
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
@@ -153,66 +165,68 @@ def _backward(
                 if weight is not None:
                     mu = tl.load(mean + row, mask=live, other=0)[:, None]
                     r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                    held = ()
-                    w_sums = ()
-                    b_sums = ()
                     g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                     g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    for part in tl.static_range(PARTS):
-                        dn = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                        h, activated, slope = _hidden(
-                            u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
-                        )
-                        hhat = (h - mu) * r  # past the width dn and w are zero, and what hhat takes part in with them
-                        if IN_MEMORY:
-                            g = dn * _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
-                            column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+                    # Past the width dn and w are zero, and so is what hhat takes part in.
+                    if IN_MEMORY:
+                        part = 0
+                        while part < PARTS:
+                            dn = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                            h, _, _ = _hidden(u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH)
+                            hhat = (h - mu) * r
+                            cell = partial + part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+                            inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
                             if dweight is not None:
-                                sums = tl.sum(dn * hhat, 0, keep_dims=True)
-                                add_in_memory(dweight + partial + column, sums, column < width, tile > start)
+                                add_in_memory(dweight + cell, tl.sum(dn * hhat, 0), inside)
                             if dbias is not None:
-                                sums = tl.sum(dn, 0, keep_dims=True)
-                                add_in_memory(dbias + partial + column, sums, column < width, tile > start)
-                        else:
-                            g = dn * w[part]
-                            w_sums = w_sums + (w_total[part] + dn * hhat,)
-                            b_sums = b_sums + (b_total[part] + dn,)
-                            held = held + ((dn, hhat, activated, slope),)
-                        g_total += g
-                        g_hhat_total += g * hhat
-                        if IN_MEMORY:
-                            tl.debug_barrier()  # sums of the next row; and loads of the next part stay behind
-                    w_total = w_sums
-                    b_total = b_sums
+                                add_in_memory(dbias + cell, tl.sum(dn, 0), inside)
+                            g = dn * _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                            g_total += g
+                            g_hhat_total += g * hhat
+                            part += 1
+                        tl.debug_barrier()
+                    else:
+                        held = ()
+                        w_sums = ()
+                        b_sums = ()
+                        for part in tl.static_range(PARTS):
+                            dn = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                            h, activated, slope = _hidden(
+                                u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
+                            )
+                            hhat = (h - mu) * r
+                            held += ((dn, hhat, activated, slope),)
+                            w_sums += (w_total[part] + dn * hhat,)
+                            b_sums += (b_total[part] + dn,)
+                            g_total += dn * w[part]
+                            g_hhat_total += dn * w[part] * hhat
+                        w_total = w_sums
+                        b_total = b_sums
                     g_mean = (tl.sum(g_total, 1) / width)[:, None]
                     g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
-                for part in tl.static_range(PARTS):
-                    if weight is None or IN_MEMORY:
+                if weight is None or IN_MEMORY:
+                    part = 0
+                    while part < PARTS:
                         dh = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
                         h, activated, slope = _hidden(
                             u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
                         )
-                    if weight is not None:
-                        if IN_MEMORY:
+                        if weight is not None:
                             hhat = (h - mu) * r
                             w_part = _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
-                        else:
-                            dh, hhat, activated, slope = held[part]
-                            w_part = w[part]
-                        dh = (dh * w_part - g_mean - hhat * g_hhat_mean) * r
-                        h = hhat * w_part
+                            dh = (dh * w_part - g_mean - hhat * g_hhat_mean) * r
+                            if bias is not None:
+                                h = hhat * w_part + _load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                        _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
+                        part += 1
+                else:
+                    for part in tl.static_range(PARTS):
+                        dn, hhat, activated, slope = held[part]
+                        dh = (dn * w[part] - g_mean - hhat * g_hhat_mean) * r
+                        h = hhat
                         if bias is not None:
-                            if IN_MEMORY:
-                                h += _load_vector(bias + group * width, width, part, BLOCK_WIDTH)
-                            else:
-                                h += b[part]
-                    if n is not None:
-                        _store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
-                    if v is not None:
-                        _store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
-                    _store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
-                    if IN_MEMORY:
-                        tl.debug_barrier()
+                            h = hhat * w[part] + b[part]
+                        _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
@@ -265,11 +279,10 @@ def gated_sub_ln_backward(
     def like_u(needed: bool) -> Tensor | None:
         return torch.empty((rows, width), dtype=u.dtype, device=u.device) if needed else None
 
-    def partials(needed: bool) -> Tensor | None:
-        return torch.empty((groups, programs, width), dtype=torch.float32, device=u.device) if needed else None
-
     du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
-    dweight, dbias = partials(any(weight_needs)), partials(any(bias_needs))
+    dweight, dbias = (
+        new_partials(groups, programs, u, parameters) if any(needs) else None for needs in (weight_needs, bias_needs)
+    )
     arguments = {
         "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": mean, "rstd": rstd,
         "weight": stacked(norm_weight), "bias": stacked(norm_bias) if n_needed else None, "dweight": dweight,

@@ -1,46 +1,20 @@
-"""Launching kernels: parameters from a table, never by tuning on first use, and one function that launches.
-
-``launch_parameters.json`` holds, by kernel, GPU architecture, bytes of an element of the row tensors and width class,
-what a launch is made of. A width belongs to the smallest class that holds it; an architecture without an entry takes
-the nearest older one, else the oldest.
-"""
+"""Launching kernels: parameters from a table, never by tuning on first use, and one function that launches."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-TABLE: dict = json.loads(Path(__file__).with_name("launch_parameters.json").read_text(encoding="utf-8"))
+from onepeace_fast.kernels.launch_table import Parameters, table_entry
+
 INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no GPU
-
-
-class Parameters(NamedTuple):
-    """An entry of the table, and the width of the class it stands for.
-
-    ``block_rows`` rows of ``block_width`` columns are in registers at a time, in ``parts`` of a power of two of columns
-    each, so that a class may be 6144 wide; a launch has at most ``programs_per_multiprocessor`` programs for each
-    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows. ``held_in`` says
-    where a program keeps the parameters and its sums over rows: in "registers", or in "memory" where rows are so wide
-    that registers do not hold these as well. ``max_registers`` bounds a thread's registers, so that a multiprocessor
-    holds more programs.
-    """
-
-    block_width: int
-    block_rows: int
-    num_warps: int
-    programs_per_multiprocessor: int | None
-    held_in: str = "registers"
-    parts: int = 1
-    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,19 +50,21 @@ class Configuration:
 
 class _Recorder(NamedTuple):
     architecture: str
+    multiprocessors: int
     configurations: list[Configuration]
 
 
+_launched = 0
 _recorder: ContextVar[_Recorder | None] = ContextVar("onepeace_fast_recorder", default=None)
 
 
 @contextlib.contextmanager
-def recording(architecture: str) -> Iterator[list[Configuration]]:
-    """Collect what the launchers called inside would launch on a GPU of this architecture, and launch nothing.
+def recording(architecture: str, multiprocessors: int) -> Iterator[list[Configuration]]:
+    """Collect what the launchers called inside would launch on such a GPU, and launch nothing.
 
     They may then be called with tensors on the meta device.
     """
-    recorder = _Recorder(architecture, [])
+    recorder = _Recorder(architecture, multiprocessors, [])
     token = _recorder.set(recorder)
     try:
         yield recorder.configurations
@@ -109,7 +85,14 @@ def launch(
     if (recorder := _recorder.get()) is not None:
         recorder.configurations.append(configuration)
     else:
+        global _launched
+        _launched += 1
         configuration.launch(grid)
+
+
+def launched() -> int:
+    """How many kernels this process has launched."""
+    return _launched
 
 
 @functools.cache
@@ -121,23 +104,8 @@ def _device_properties(index: int) -> tuple[str, int]:
 def architecture_and_multiprocessors(device: torch.device) -> tuple[str, int]:
     """What the launchers plan for on a device."""
     if (recorder := _recorder.get()) is not None:
-        return recorder.architecture, INTERPRETER[1]
+        return recorder.architecture, recorder.multiprocessors
     return _device_properties(device.index) if device.type == "cuda" else INTERPRETER
-
-
-def _number(architecture: str) -> int:
-    return int(architecture.removeprefix("sm_"))
-
-
-@functools.cache
-def table_entry(kernel: str, architecture: str, element_size: int, width: int) -> Parameters:
-    """The table's parameters of a kernel for rows of this width and these elements."""
-    by_architecture = TABLE[kernel]
-    known = sorted(by_architecture, key=_number)
-    older = [name for name in known if _number(name) <= _number(architecture)]
-    by_width = by_architecture[older[-1] if older else known[0]][str(element_size)]
-    block_width = min(int(block) for block in by_width if int(block) >= width)
-    return Parameters(block_width, **by_width[str(block_width)])
 
 
 def parameters_for(kernel: str, x: Tensor, rows: int) -> tuple[Parameters, int]:
@@ -157,8 +125,3 @@ def unit_columns(x: Tensor) -> Tensor:
 def compact(x: Tensor | None) -> Tensor | None:
     """A tensor whose elements lie side by side, None where there is none."""
     return None if x is None else x.contiguous()
-
-
-def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
-    """The vectors of all groups one after another in memory, None without any."""
-    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, stacked, unit_columns
+from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
 from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import (
     group_rows,
@@ -173,6 +173,11 @@ def _backward(
         store_zeros_unplaced(dx, place, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     elif offsets is not None:
         store_zeros(dx, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+
+
+def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
+    """The vectors of all groups one after another in memory, None without any."""
+    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
 
 
 def layer_norm(

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import onepeace_fast
 from onepeace_fast import info
 from onepeace_fast.demo import command as demo
+from onepeace_fast.hardware import selftest, tune
+from onepeace_fast.kernels.launch_table import ENVIRONMENT_VARIABLE
 from onepeace_fast.training import command as training
 
 
@@ -19,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.run(arguments)
     if arguments.command == "train":
         return training.run(arguments.configuration)
+    if arguments.command in ("selftest", "tune"):
+        return {"selftest": selftest, "tune": tune}[arguments.command].run(arguments)
     print(info.describe())
     return 0
 
@@ -45,6 +49,23 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrains as a YAML file says, alone or as one of torchrun's processes: docs/training.md.",
     )
     train.add_argument("configuration", metavar="CONFIG.yaml", help="the run: examples/ has two")
+    selftest.add_arguments(
+        commands.add_parser(
+            "selftest",
+            help="hold every operation on this machine against its specification in float64",
+            description="Runs every operation, forward and backward, on the GPU, or on the CPU where there is none, "
+            "and compares its results and every gradient with its specification in float64.",
+        )
+    )
+    tune.add_arguments(
+        commands.add_parser(
+            "tune",
+            help="measure the kernels' launch parameters on this GPU",
+            description="Times a few launch parameters of every kernel on this GPU and writes the fastest into a "
+            f"file that the kernels read: the one that {ENVIRONMENT_VARIABLE} names, else one in your cache. "
+            "Takes minutes.",
+        )
+    )
     commands.add_parser(
         "info",
         help="show versions, the GPU, and what works on this machine and why the rest does not",

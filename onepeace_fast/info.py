@@ -69,6 +69,7 @@ def describe() -> str:
     parts += [(f"operation {name}", "works", _implementation(name)) for name in OPERATIONS]
     parts += [
         ("Triton kernels", *_triton_kernels()),
+        ("launch parameters", *_launch_parameters()),
         ("CUDA extension", "no", "not built: no source exists yet"),
         ("torch.compile on a CPU", *_compiler()),
         ("onepeace-fast demo", *_command(DEMO_PACKAGES, DEMO_INSTALL)),
@@ -135,6 +136,12 @@ def _implementation(operation: str) -> str:
     if not _installed(f"onepeace_fast.kernels.{operation}"):
         return f"{specification}; no kernel exists yet"
     return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
+
+
+def _launch_parameters() -> tuple[str, str]:
+    """Which table the kernels are launched by."""
+    found = _attempt(lambda: importlib.import_module("onepeace_fast.kernels.launch_table").table_in_force())
+    return ("no" if found.startswith("cannot") else "works"), found
 
 
 def _triton_kernels() -> tuple[str, str]:

@@ -289,6 +289,11 @@ def test_slow_tests_are_chosen_by_slow(bootstrap, machine):
     assert machine.started("test", "--slow", "-x")[-1] == "VENV -m pytest -m slow and not gpu -x"
 
 
+@pytest.mark.parametrize("command, module", [("kernels", "compile_kernels"), ("mutants", "mutants")])
+def test_the_tools_of_the_kernels_get_the_arguments(machine, command, module):
+    assert machine.started(command, "--all")[-1] == f"VENV -m tools.{module} --all"
+
+
 def test_ruff_that_complains_ends_test_with_its_code(bootstrap, machine):
     machine.codes[LINT] = 5
     assert machine.started("test", code=5)[-1] == f"VENV {LINT}"
@@ -311,7 +316,7 @@ def test_help_names_every_command_and_starts_nothing(bootstrap, machine, capsys,
 
 def test_unknown_command_ends_in_one_line(bootstrap, machine, capsys):
     assert machine.started("tset", code=2) == []
-    assert "choose one of demo, test, bench, gpu" in one_line(capsys.readouterr().err)
+    assert "choose one of demo, test, bench, kernels, mutants, gpu" in one_line(capsys.readouterr().err)
 
 
 def test_old_python_gets_one_line():

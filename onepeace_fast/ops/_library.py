@@ -6,6 +6,7 @@ An op that has a kernel runs it on CUDA tensors, and on CPU tensors where Triton
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,7 @@ NAMESPACE = "onepeace_fast"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16384
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_kernels_forced: bool | None = None
 
 
 def define(
@@ -54,9 +56,21 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
+@contextlib.contextmanager
+def force_kernels(forced: bool) -> Iterator[None]:
+    """Run the kernels, or with False the specifications, wherever the tensors are, in every thread; for checks."""
+    global _kernels_forced
+    before, _kernels_forced = _kernels_forced, forced
+    try:
+        yield
+    finally:
+        _kernels_forced = before
+
+
 def runs_kernel(name: str, tensor: Tensor) -> bool:
     """Whether an op's kernel runs on its first tensor; raise where it should and Triton cannot."""
-    if tensor.dtype == torch.float64 or not (tensor.is_cuda or (kernels.INTERPRETED and tensor.device.type == "cpu")):
+    wanted = tensor.is_cuda or (kernels.INTERPRETED and tensor.device.type == "cpu")
+    if tensor.dtype == torch.float64 or not (wanted if _kernels_forced is None else _kernels_forced):
         return False
     if (reason := kernels.unavailable_reason()) is not None:
         raise RuntimeError(

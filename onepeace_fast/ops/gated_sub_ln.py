@@ -224,8 +224,6 @@ def gated_sub_ln(
         for m, vector in enumerate(vectors):
             require_vector(f"{name}[{m}]", vector, u.shape[1], u.device)
     require(len(norm_weight) == len(norm_bias), "norm_weight, norm_bias: got one of them, takes both or none")
-    require(
-        activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}"
-    )
+    require(activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
     return _op(u, v, norm_weight, norm_bias, offsets, row_counts, activation, eps)[0]

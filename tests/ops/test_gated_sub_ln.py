@@ -6,9 +6,9 @@ from support import contract
 from support.contract import normal
 from support.gated_cases import leaves_of, op, plain, slices_of
 from support.plans import ragged_offsets
-from support.tolerance import DTYPES
 
 from onepeace_fast import gated_sub_ln
+from onepeace_fast.tolerance import DTYPES
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 ABSENT = ({}, {"gate": False}, {"norm": False}, {"gate": False, "norm": False})

@@ -7,10 +7,10 @@ import torch
 from support import contract, naive
 from support.contract import normal
 from support.plans import ragged_offsets
-from support.tolerance import DTYPES
 
 from onepeace_fast import layer_norm
 from onepeace_fast.ops._library import MAX_WIDTH
+from onepeace_fast.tolerance import DTYPES
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 ROWS, WIDTHS = (0, 1, 7, 65, 300), (63, 64, 200)

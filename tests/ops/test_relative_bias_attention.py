@@ -6,9 +6,9 @@ from support import contract, naive
 from support.attention_cases import Batch, kept_grid, kept_text, mixed, random_codes, series, text_only
 from support.contract import normal
 from support.plans import naive_layout, whole_rows
-from support.tolerance import DTYPES
 
 from onepeace_fast import relative_bias_attention
+from onepeace_fast.tolerance import DTYPES
 
 BATCHES = {
     "text": text_only,

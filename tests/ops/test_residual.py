@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from support import contract, naive
 from support.contract import normal
 from support.plans import ragged_offsets
-from support.tolerance import DTYPES
 
 from onepeace_fast import residual, residual_layer_norm
 from onepeace_fast.ops._library import MAX_WIDTH
+from onepeace_fast.tolerance import DTYPES
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 KEEP = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0])

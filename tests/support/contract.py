@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support.tolerance import assert_within_rule
+from onepeace_fast.tolerance import assert_within_rule
 
 Call = Callable[..., Any]
 Leaves = Mapping[str, Tensor]

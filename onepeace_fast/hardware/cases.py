@@ -1,0 +1,273 @@
+"""Calls of every operation, in each form that is worth telling apart.
+
+selftest compares them with the specification, tune times the first of each entry of the table of launch parameters,
+`make kernels` compiles what they launch, and the tests count the bytes that they move.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops.gated_sub_ln import gated_sub_ln
+from onepeace_fast.relative_position import CLS_ENTRIES
+
+MODALITIES = 3
+INERT_ROWS = 3
+HEADS = 4
+HEAD_DIM = 64
+Make = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """``call(**leaves)`` is the operation; every leaf takes a gradient.
+
+    ``entries`` are the launch parameters of its forward and its backward kernel in the table; ``slices`` those parts of
+    outputs and leaves that are looked at one by one.
+    """
+
+    operation: str
+    variant: str
+    call: Callable[..., Any]
+    leaves: Mapping[str, Tensor]
+    entries: tuple[str, ...] = ()
+    slices: Mapping[str, Sequence[object]] = field(default_factory=dict)
+
+
+def random_tensors(device: torch.device, seed: int = 0) -> Make:
+    """Standard normal tensors, the same each time: ``make(*shape, dtype=..., scale=1, shift=0)``."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def make(*shape: int, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        value = torch.empty(shape, dtype=torch.float32, device=device).normal_(shift, scale, generator=generator)
+        return value.to(dtype)
+
+    return make
+
+
+def empty_tensors(device: torch.device) -> Make:
+    """Tensors whose values nobody reads."""
+
+    def make(*shape: int, dtype: torch.dtype, **_: float) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return make
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A packed batch: three modalities of which the second is empty, and inert rows at the end."""
+
+    rows: int
+    device: torch.device
+
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each modality."""
+        real = max(self.rows - INERT_ROWS, 0)
+        return [real // 3, 0, real - real // 3]
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """The plan's."""
+        return _integers([sum(self.counts[:m]) for m in range(MODALITIES + 1)], self.device)
+
+    @cached_property
+    def modalities(self) -> list[slice]:
+        """The rows of each modality."""
+        first = [sum(self.counts[:m]) for m in range(MODALITIES + 1)]
+        return [slice(*bounds) for bounds in pairwise(first)]
+
+    @cached_property
+    def some(self) -> Tensor:
+        """A row index: four rows of five, the last of them first."""
+        return _integers([row for row in reversed(range(self.rows)) if row % 5], self.device)
+
+    @cached_property
+    def some_offsets(self) -> Tensor:
+        """First row of each modality among those of the index, whose last entry is inert."""
+        real = max(len(self.some) - 1, 0)
+        return _integers([0, real // 3, real // 3, real], self.device)
+
+    @cached_property
+    def sample(self) -> Tensor:
+        """Sample of each row, of five samples."""
+        return torch.arange(self.rows, dtype=torch.int32, device=self.device) % 5
+
+    @cached_property
+    def seed(self) -> Tensor:
+        """Dropout's."""
+        return torch.full((), 7, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def keep(self) -> Tensor:
+        """DropPath's factor of each sample; one is dropped."""
+        return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], device=self.device)
+
+
+def _integers(values: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32).to(device)
+
+
+def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
+    """The operations that have kernels, on packed rows of one width."""
+    batch = Rows(rows, device)
+    yield from _layer_norm(batch, width, dtype, make)
+    yield from _residual(batch, width, dtype, make)
+    yield from _gated_sub_ln(batch, width, dtype, make)
+
+
+def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
+    """The operations that are specified and have no kernel yet; attention takes time with the square of ``rows``."""
+    batch = Rows(rows, device)
+    yield from _routed_ffn(batch, dtype, make)
+    yield from _relative_bias_attention(batch, dtype, make)
+
+
+def _vectors(name: str, width: int, dtype: torch.dtype, make: Make, shift: float = 1.0) -> dict[str, Tensor]:
+    return {f"{name}{m}": make(width, dtype=dtype, scale=0.5, shift=shift) for m in range(MODALITIES)}
+
+
+def _listed(name: str, leaves: Mapping[str, Tensor]) -> list[Tensor]:
+    return [leaf for key, leaf in leaves.items() if key.startswith(name)]
+
+
+def _norm_parameters(width: int, dtype: torch.dtype, make: Make) -> dict[str, Tensor]:
+    return {
+        "weight": make(width, dtype=dtype, scale=0.5, shift=1.0), "bias": make(width, dtype=dtype),
+    }  # fmt: skip
+
+
+def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    def x() -> Tensor:
+        return make(batch.rows, width, dtype=dtype, scale=3.0, shift=1.0)
+
+    def per_modality(x: Tensor, **leaves: Tensor) -> Tensor:
+        return layer_norm(x, _listed("weight", leaves), _listed("bias", leaves), offsets=batch.offsets)
+
+    def of_some(x: Tensor, **leaves: Tensor) -> Tensor:
+        vectors = _listed("weight", leaves), _listed("bias", leaves)
+        return layer_norm(x, *vectors, rows=batch.some, offsets=batch.some_offsets)
+
+    shared, entries = _norm_parameters(width, torch.float32, make), ("layer_norm", "layer_norm_backward")
+    yield Case("layer_norm", "weight, bias", layer_norm, {"x": x(), **shared}, entries)
+    yield Case("layer_norm", "no parameters", layer_norm, {"x": x()}, entries)
+    leaves = _vectors("weight", width, dtype, make) | _vectors("bias", width, dtype, make, 0.0)
+    slices = {"out0": batch.modalities, "x": batch.modalities}
+    yield Case("layer_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
+    yield Case("layer_norm", "row index", of_some, {"x": x(), **leaves}, entries)
+    if width % HEADS == 0:
+        entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")
+        scale = {"head_scale": make(HEADS, dtype=torch.float32, scale=0.5, shift=1.0)}
+        yield Case("layer_norm", "head scale", layer_norm, {"x": x(), **shared, **scale}, entries)
+
+
+def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    streams = {torch.float32, dtype}
+    for stream in sorted(streams, key=str):
+        rows = {
+            "x": make(batch.rows, width, dtype=stream, scale=2.0), "y": make(batch.rows, width, dtype=dtype)
+        }  # fmt: skip
+        gamma = {"gamma": make(width, dtype=torch.float32, scale=0.5)}
+        of_stream = "" if len(streams) == 1 else f", {str(stream).removeprefix('torch.')} stream"
+
+        def scaled(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample)
+
+        def dropped(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, dropout=0.1, seed=batch.seed)
+
+        def normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+            return residual_layer_norm(x, y, gamma, weight, bias, keep=batch.keep, sample=batch.sample)
+
+        def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            where = {"keep": batch.keep, "sample": batch.sample, "rows": batch.some, "offsets": batch.some_offsets}
+            if not norm:
+                return residual(x, y, gamma, dropout=0.1, seed=batch.seed, **where)
+            return residual_layer_norm(x, y, gamma, *norm.values(), dropout=0.1, seed=batch.seed, **where)
+
+        entries = ("residual", "residual_backward")
+        yield Case("residual", f"gamma, keep{of_stream}", scaled, {**rows, **gamma}, entries)
+        yield Case("residual", f"plain{of_stream}", residual, rows, entries)
+        yield Case("residual", f"gamma, keep, dropout{of_stream}", dropped, {**rows, **gamma}, entries)
+        some = {"x": rows["x"], "y": make(len(batch.some), width, dtype=dtype)}
+        yield Case("residual", f"row index, dropout{of_stream}", of_some, {**some, **gamma}, entries)
+        norm = _norm_parameters(width, torch.float32, make)
+        entries = ("residual_layer_norm", "residual_layer_norm_backward")
+        yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm}, entries)
+        yield Case("residual_layer_norm", f"row index, dropout{of_stream}", of_some, {**some, **gamma, **norm}, entries)
+
+
+def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    def call(activation: str) -> Callable[..., Tensor]:
+        def run(u: Tensor, v: Tensor | None = None, **leaves: Tensor) -> Tensor:
+            weights, biases = _listed("weight", leaves) or None, _listed("bias", leaves) or None
+            return gated_sub_ln(u, v, weights, biases, offsets=batch.offsets, activation=activation)
+
+        return run
+
+    entries, slices = ("gated_sub_ln", "gated_sub_ln_backward"), {"out0": batch.modalities}
+    gate = {"u": make(batch.rows, width, dtype=dtype)}
+    gated = {**gate, "v": make(batch.rows, width, dtype=dtype)}
+    norm = _vectors("weight", width, torch.float32, make) | _vectors("bias", width, torch.float32, make, 0.0)
+    yield Case("gated_sub_ln", "gelu, gate, norm", call("gelu"), {**gated, **norm}, entries, slices)
+    yield Case("gated_sub_ln", "silu, gate", call("silu"), gated, entries)
+    yield Case("gated_sub_ln", "gelu_tanh, norm", call("gelu_tanh"), {**gate, **norm}, entries, slices)
+
+
+def _routed_ffn(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    width, hidden = 64, 128
+    leaves = {"z": make(batch.rows, width, dtype=dtype), "residual": make(batch.rows, width, dtype=torch.float32)}
+    for name, shape in {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}.items():
+        leaves |= {f"{name}_{m}": make(*shape, dtype=dtype, scale=0.15) for m in range(MODALITIES)}
+    leaves |= _vectors("b2_", width, dtype, make, 0.0) | _vectors("norm_weight", hidden, torch.float32, make)
+    leaves |= _vectors("norm_bias", hidden, torch.float32, make, 0.0)
+    leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
+
+    def call(z: Tensor, residual: Tensor, gamma: Tensor, **parameters: Tensor) -> Tensor:
+        return routed_ffn(
+            z, *(_listed(name, parameters) for name in ("w0", "w1", "w2", "b2")), offsets=batch.offsets,
+            norm_weight=_listed("norm_weight", parameters), norm_bias=_listed("norm_bias", parameters),
+            residual=residual, gamma=gamma, keep=batch.keep, sample=batch.sample,
+        )  # fmt: skip
+
+    yield Case("routed_ffn", "Sub-LN, gamma, keep, residual", call, leaves, slices={"out0": batch.modalities})
+
+
+def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    lengths, heads = batch.counts, 2
+    cu_seqlens = torch.stack([batch.offsets[:-1], batch.offsets[1:]], 1)  # one sample
+    modality = torch.full((batch.rows,), MODALITIES, dtype=torch.int32)
+    code, is_cls = torch.zeros(batch.rows, dtype=torch.int32), torch.zeros(batch.rows, dtype=torch.bool)
+    for m, rows in enumerate(batch.modalities):
+        modality[rows] = m
+        code[rows] = torch.arange(lengths[m], dtype=torch.int32)
+        is_cls[rows.stop - 1] |= lengths[m] > 0
+    columns = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
+    leaves = {"qkv": make(batch.rows, 3, heads, HEAD_DIM, dtype=dtype)}
+    for m, length in enumerate(lengths):
+        leaves[f"bias{m}"] = make(heads, 2 * max(length, 1) - 1 + CLS_ENTRIES, dtype=torch.float32)
+    leaves["head_scale"] = make(heads, dtype=torch.float32, scale=0.5, shift=1.0)
+
+    def call(qkv: Tensor, head_scale: Tensor, **bias: Tensor) -> Tensor:
+        return relative_bias_attention(
+            qkv, cu_seqlens=cu_seqlens, **columns, is_cls=is_cls.to(batch.device), bias=_listed("bias", bias),
+            code_offsets=[max(length, 1) - 1 for length in lengths], head_scale=head_scale,
+            max_length=sum(lengths),
+        )  # fmt: skip
+
+    slices = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
+    slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in _entries()] for m in range(MODALITIES)}
+    yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices=slices)
+
+
+def _entries() -> list[slice]:
+    return [slice(None, -CLS_ENTRIES), slice(-CLS_ENTRIES, None)]

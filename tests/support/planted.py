@@ -1,0 +1,36 @@
+"""Kernels with a fault each, for the check of compiled kernels; imported where Triton is."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def copy(x, y, START: tl.constexpr):
+    """Copy a row of 1024; from a START that is odd Triton cannot read 16 bytes at once."""
+    cell = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+    tl.store(y + cell, tl.load(x + START + cell))
+
+
+@triton.jit
+def hold(x, y, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Hold more in registers than there are."""
+    cell = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    value = tl.load(x + cell)
+    tl.store(y + cell, value / tl.sum(value, 1)[:, None])
+
+
+@triton.jit
+def transpose(x, y, SIZE: tl.constexpr):
+    """Transpose a matrix in one program, through shared memory."""
+    cell = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(y + cell, tl.trans(tl.load(x + cell)))
+
+
+@triton.jit
+def copy_twice(x, y, ROWS: tl.constexpr):
+    """Copy rows of 64, read the first row again for each of them, and leave out the last element of each."""
+    column = tl.arange(0, 64)
+    for row in tl.static_range(ROWS):
+        first = tl.load(x + column, mask=column < 63)
+        value = tl.load(x + row * 64 + column, mask=column < 63)
+        tl.store(y + row * 64 + column, value + 0 * first, mask=column < 63)

@@ -1,0 +1,1 @@
+"""Tools of this checkout's developers; none of them is installed."""

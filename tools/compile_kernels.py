@@ -1,0 +1,223 @@
+"""Compile every kernel for GPUs that need not be there, as each launch would be compiled, and hold it to its limits.
+
+    python -m tools.compile_kernels [--all] [--workers N]
+
+Each entry of the shipped launch parameters is compiled for every architecture that has one, in each form of
+``onepeace_fast.hardware.cases``, through the operations themselves; nothing is launched. A fault is a spill, more
+registers or shared memory than a program may have, or an access to a row tensor of a width that is divisible by 16
+which is not 16 bytes wide. This needs a process of its own: Triton's interpreter compiles nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+WIDTHS = (256, 384, 768, 1536, 3072, 6144, 7168, 12288)  # one in each width class of each kernel
+ROWS = 9500  # a batch of 32 pairs: enough for as many programs as a launch may have
+FULL_ACCESS = 16
+HEADINGS = ("kernel", "GPU", "width", "compiled", "registers", "shared", "programs/SM", "B/element", "faults")
+
+
+class Result(NamedTuple):
+    """One compiled configuration."""
+
+    key: str
+    kernel: str
+    architecture: str
+    width: int
+    form: str
+    warps: int
+    registers: int
+    shared: int
+    programs: int
+    bytes_per_element: int
+    faults: tuple[str, ...]
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """As a row of the table, but for its last cells."""
+        figures = (self.registers, self.shared, self.programs, self.bytes_per_element)
+        return (self.kernel, self.architecture, str(self.width), *map(str, figures))
+
+
+@contextlib.contextmanager
+def target(capability: int) -> Iterator[None]:
+    """Let Triton believe that this GPU is there; only what needs no GPU works inside."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.driver import driver
+
+    class Driver:
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+        def get_current_device(self) -> int:
+            return capability  # kernels are kept by device: one for each target
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    before = driver._active
+    driver.set_active(Driver())
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS) -> Result:
+    """Compile a configuration for an architecture as its launch would be, and find its faults."""
+    from torch import Tensor
+
+    from tools.cubin import CHIPS, accesses, bytes_per_element, pointer_parameters, usage
+
+    chip, warps = CHIPS[architecture], configuration.num_warps
+    with target(chip.capability):
+        compiled = configuration.kernel.warmup(grid=(1,), **configuration.keywords)
+    found = accesses(compiled.asm["ptx"], pointer_parameters(compiled))
+    tensors = {name: value for name, value in configuration.arguments.items() if isinstance(value, Tensor)}
+    sizes = {name: t.element_size() for name, t in tensors.items() if _is_row_tensor(t, rows, width)}
+    used = usage(compiled)
+    module = configuration.kernel.module.rpartition(".")[2]
+    return Result(
+        f"{architecture} {compiled.hash}", f"{module}{configuration.kernel.__name__}", architecture, width,
+        configuration.name, warps, used.registers, used.shared,
+        chip.programs_at_once(used.registers, used.shared, warps), bytes_per_element(found, sizes),
+        tuple(_faults(chip, used, warps, found, sizes)),
+    )  # fmt: skip
+
+
+def _is_row_tensor(tensor: Any, rows: int, width: int) -> bool:
+    """Whether a tensor has a row for each token of the batch, or of the part of it that DropPath keeps."""
+    return tensor.dim() == 2 and tensor.shape[1] == width > 1 and 2 * tensor.shape[0] > rows
+
+
+def _faults(chip: Any, used: Any, warps: int, found: Sequence[Any], sizes: dict[str, int]) -> Iterator[str]:
+    if used.local:
+        yield f"spills: {used.local} bytes of local memory"
+    registers = used.registers * 32 * warps
+    if used.registers > chip.registers_of_thread or registers > chip.registers:
+        yield f"registers: {used.registers} for each of {32 * warps} threads"
+    if 32 * warps > chip.threads_of_program:
+        yield f"threads: {32 * warps}, of at most {chip.threads_of_program}"
+    if used.shared > chip.shared_of_program:
+        yield f"shared memory: {used.shared} bytes, of at most {chip.shared_of_program}"
+    if any(access.tensor == "?" for access in found):
+        yield "an access whose tensor cannot be told"
+    for kind, tensor, width in sorted(set(found)):
+        if tensor in sizes and width < FULL_ACCESS:
+            yield f"{kind} of {tensor}: {width} bytes wide, not {FULL_ACCESS}"
+
+
+def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
+    """What all operations would launch on a GPU of this architecture, forward and backward."""
+    import torch
+
+    from onepeace_fast.hardware.cases import empty_tensors, kernel_cases
+    from onepeace_fast.kernels.launch import recording
+    from onepeace_fast.kernels.launch_table import SHIPPED, use_table
+    from onepeace_fast.ops._library import force_kernels
+    from tools.cubin import CHIPS
+
+    cpu = torch.device("cpu")
+    chip = recording(architecture, CHIPS[architecture].multiprocessors)
+    with use_table(SHIPPED), force_kernels(True), chip as found:
+        for case in kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu):
+            leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
+            outputs = case.call(**leaves)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
+    return found
+
+
+def work(job: tuple[str, int, str]) -> list[Result]:
+    """Compile one width of one dtype for one architecture."""
+    import torch
+
+    torch.set_num_threads(1)
+    architecture, width, dtype = job
+    results: dict[str, Result] = {}
+    for configuration in configurations(architecture, width, getattr(torch, dtype)):
+        result = inspect(configuration, architecture, width)
+        results.setdefault(result.key, result)
+    return list(results.values())
+
+
+def jobs(widths: Sequence[int] = WIDTHS) -> list[tuple[str, int, str]]:
+    """Architectures, widths and dtypes; float16 has bfloat16's parameters, and is compiled at one width."""
+    from tools.cubin import CHIPS
+
+    chosen = [(width, dtype) for width in reversed(widths) for dtype in ("bfloat16", "float32")]
+    chosen += [(width, "float16") for width in widths if width == 768]
+    return [(architecture, width, dtype) for width, dtype in chosen for architecture in CHIPS]
+
+
+def compile_all(workers: int, widths: Sequence[int] = WIDTHS) -> list[Result]:
+    """Every configuration once, compiled by processes of their own into a folder that is deleted afterwards."""
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            found = {result.key: result for part in pool.imap_unordered(work, jobs(widths)) for result in part}
+    return sorted(found.values(), key=lambda result: (result.kernel, result.architecture, result.width, result.form))
+
+
+def table(results: Sequence[Result], every: bool) -> list[tuple[str, ...]]:
+    """Rows of text: each configuration, or of each kernel, architecture and width the one with most registers."""
+    if every:
+        return [
+            (*HEADINGS[:3], *HEADINGS[4:], "form"),
+            *((*result.row, "; ".join(result.faults) or "none", result.form) for result in results),
+        ]
+    groups: dict[tuple[str, str, int], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.kernel, result.architecture, result.width), []).append(result)
+    rows = [HEADINGS]
+    for group in groups.values():
+        most = max(group, key=lambda result: (result.registers, result.shared)).row
+        faults = sum(len(result.faults) for result in group)
+        rows.append((*most[:3], str(len(group)), *most[3:], str(faults) if faults else "none"))
+    return rows
+
+
+def report(results: Sequence[Result], every: bool = False) -> int:
+    """Print the table, each fault, and one line; returns the exit code."""
+    from onepeace_fast.info import format_table
+    from tools.cubin import CHIPS
+
+    print(format_table(table(results, every), indent=""))
+    for result in results if not every else ():
+        if result.faults:
+            print(f"FAULT {result.architecture} width {result.width}, {result.form}: {'; '.join(result.faults)}")
+    faults = sum(len(result.faults) for result in results)
+    counts = {name: sum(result.architecture == name for result in results) for name in CHIPS}
+    numbers = ", ".join(f"{name}: {count} configurations" for name, count in counts.items())
+    print(f"{numbers}; {faults} faults")
+    return 1 if faults or not all(counts.values()) else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print, and return 0 where there is no fault."""
+    parser = argparse.ArgumentParser(prog="make kernels", description="Compile every kernel for sm_80 and sm_90.")
+    parser.add_argument("--all", action="store_true", help="a row for every configuration")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--width", type=int, action="append", choices=WIDTHS, help="only rows of this width; repeat it")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("make kernels: got TRITON_INTERPRET=1, takes a process without it: the interpreter compiles nothing")
+        return 2
+    from onepeace_fast import kernels
+
+    if (reason := kernels.unavailable_reason()) is not None:
+        print(f"make kernels: {reason}")
+        return 2
+    return report(compile_all(options.workers, options.width or WIDTHS), options.all)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
