@@ -96,6 +96,11 @@ def recording(architecture: str) -> Iterator[list[Configuration]]:
         _recorder.reset(token)
 
 
+def width_classes(kernel: str, architecture: str, dtype: torch.dtype) -> list[int]:
+    """The widest rows of every class that the table has for a kernel."""
+    return [int(width) for width in _by_width(kernel, architecture, dtype.itemsize)]
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -129,13 +134,16 @@ def _number(architecture: str) -> int:
     return int(architecture.removeprefix("sm_"))
 
 
+def _by_width(kernel: str, architecture: str, element_size: int) -> dict[str, dict]:
+    known = sorted(TABLE[kernel], key=_number)
+    older = [name for name in known if _number(name) <= _number(architecture)]
+    return TABLE[kernel][older[-1] if older else known[0]][str(element_size)]
+
+
 @functools.cache
 def table_entry(kernel: str, architecture: str, element_size: int, width: int) -> Parameters:
     """The table's parameters of a kernel for rows of this width and these elements."""
-    by_architecture = TABLE[kernel]
-    known = sorted(by_architecture, key=_number)
-    older = [name for name in known if _number(name) <= _number(architecture)]
-    by_width = by_architecture[older[-1] if older else known[0]][str(element_size)]
+    by_width = _by_width(kernel, architecture, element_size)
     block_width = min(int(block) for block in by_width if int(block) >= width)
     return Parameters(block_width, **by_width[str(block_width)])
 

@@ -6,6 +6,7 @@ parameters of a modality in registers while it walks over its rows of it, and it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import (
+    Configuration,
+    compact,
+    launch,
+    parameters_for,
+    recording,
+    unit_columns,
+    width_classes,
+)
 from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import (
     group_rows,
@@ -257,3 +266,19 @@ def _step(offsets: Tensor | None, groups: int) -> int:
 
 def _head_dim(width: int, head_scale: Tensor | None) -> int:
     return 1 if head_scale is None else width // head_scale.shape[0]
+
+
+def configurations(architecture: str) -> list[Configuration]:
+    """What is launched for every width class of the table: with all parameters, with a row index, with a head scale."""
+    with recording(architecture) as launches:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for width in width_classes("layer_norm", architecture, dtype):
+                new = functools.partial(torch.empty, device="meta")
+                x, y, statistics = new(4096, width, dtype=dtype), new(2048, width, dtype=dtype), new(2048, 1)
+                vectors, index, offsets = [new(width)] * 3, new(2048, dtype=torch.int32), new(4, dtype=torch.int32)
+                for scale, rows, grad in ((None, None, x), (None, index, y), (new(width // 64), index, y)):
+                    where = (vectors, vectors, scale, rows, offsets, ())
+                    layer_norm(x, *where, 1e-5)
+                    needs = ([True] * 3, [True] * 3, scale is not None)
+                    layer_norm_backward(grad, x, statistics, statistics, *where, *needs)
+    return launches

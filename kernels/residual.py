@@ -6,6 +6,7 @@ all rows of the stream looks up each row's place among the branch's rows, so tha
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import (
+    Configuration,
+    compact,
+    launch,
+    parameters_for,
+    recording,
+    unit_columns,
+    width_classes,
+)
 from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import row_extent, row_places, rows_per_program, store_zeros
 
@@ -280,3 +289,30 @@ def residual_backward(
 
 def _modalities(offsets: Tensor | None) -> int:
     return 0 if offsets is None else offsets.shape[0] - 1
+
+
+def configurations(architecture: str) -> list[Configuration]:
+    """What is launched for every width class of the table: alone and with the norm, plain, with all options."""
+    half, single = torch.bfloat16, torch.float32
+    with recording(architecture) as launches:
+        for stream, branch in ((half, half), (torch.float16, torch.float16), (single, half), (single, single)):
+            for width in width_classes("residual", architecture, stream):
+                _launch_options(width, stream, branch)
+    return launches
+
+
+def _launch_options(width: int, stream: torch.dtype, branch: torch.dtype) -> None:
+    new = functools.partial(torch.empty, device="meta")
+    x, vector, statistics = new(4096, width, dtype=stream), new(width), new(4096, 1)
+    keep, sample, seed = new(32), new(4096, dtype=torch.int32), new((), dtype=torch.int64)
+    index, offsets = new(2048, dtype=torch.int32), new(4, dtype=torch.int32)
+    for norm in (None, vector):
+        for dropout, rows in ((0.0, None), (0.0, index), (0.1, index)):
+            count = 4096 if rows is None else 2048
+            y = new(count, width, dtype=branch)
+            options = (vector, keep, sample, dropout, seed, rows, offsets)
+            residual(x, y, *options, norm, norm, 1e-5)
+            saved = (None,) * 5 if norm is None else (x, norm, norm, statistics, statistics)
+            grad_normed = None if norm is None else new(4096, width, dtype=branch)
+            needs = [True, norm is not None, norm is not None]
+            residual_backward(x, grad_normed, y, *options, *saved, branch, needs)
