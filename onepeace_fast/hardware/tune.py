@@ -49,7 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, and write the table.
 
     Returns:
-        0: written. 2: there is no GPU, no Triton, no place to write, or a kernel does not run. Each but 0 comes with a line that says why.
+        0: written. 2: there is no GPU, no Triton, no place to write, or a kernel does not run. Each but 0 comes with a
+        line that says why.
     """
     if not torch.cuda.is_available():
         return _stop("tune needs a CUDA device, and torch sees none here")
