@@ -92,7 +92,8 @@ def test_the_gpl_synthesiser_is_needed_by_the_demo_alone_and_is_in_no_wheel(whee
     assert [need.replace(" ", "") for need in needs] == ['espeakng-loader;extra=="demo"']
     # Our own driver, which calls the engine where it is installed.
     assert [name for name in wheel.namelist() if "espeak" in name.lower()] == ["onepeace_fast/demo/espeak.py"]
-    assert {Path(name).suffix for name in wheel.namelist() if "dist-info" not in name} == {".py", ".typed", ".html", ".json"}
+    suffixes = {Path(name).suffix for name in wheel.namelist() if "dist-info" not in name}
+    assert suffixes == {".py", ".typed", ".html", ".json"}
 
 
 def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_packages(built, tmp_path):
