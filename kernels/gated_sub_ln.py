@@ -9,6 +9,7 @@ backward pass of a class held in memory has no room for that: it reads a row, wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import Parameters, compact, launch, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import stacked
 from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program, store_zeros
@@ -240,6 +241,15 @@ def _backward(
         group += 1
 
 
+def _constants_and_options(activation: str, parameters: Parameters) -> tuple[dict[str, Any], int, int | None]:
+    """What both launches pass of the table's parameters."""
+    constants = {
+        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory", "PARTS": parameters.parts,
+        "BLOCK_ROWS": parameters.block_rows, "BLOCK_WIDTH": parameters.block_width // parameters.parts,
+    }  # fmt: skip
+    return constants, parameters.num_warps, parameters.max_registers
+
+
 def gated_sub_ln(
     u: Tensor, v: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], offsets: Tensor,
     row_counts: Sequence[int], activation: str, eps: float,
@@ -256,11 +266,7 @@ def gated_sub_ln(
         "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
         "v_stride": 0 if v is None else v.stride(0), "groups": offsets.shape[0] - 1, "eps": eps,
     }  # fmt: skip
-    constants = {
-        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory", "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
-        "BLOCK_WIDTH": parameters.block_width // parameters.parts,
-    }  # fmt: skip
-    launch(_forward, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
+    launch(_forward, (programs,), arguments, *_constants_and_options(activation, parameters))
     return n, mean, rstd
 
 
@@ -289,12 +295,7 @@ def gated_sub_ln_backward(
         "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "grad_stride": grad.stride(0),
         "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0), "groups": groups,
     }  # fmt: skip
-    constants = {
-        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory",
-        "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
-        "BLOCK_WIDTH": parameters.block_width // parameters.parts,
-    }  # fmt: skip
-    launch(_backward, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
+    launch(_backward, (programs,), arguments, *_constants_and_options(activation, parameters))
     dweights = [w.new_empty(width if need else 0) for w, need in zip(norm_weight, weight_needs, strict=True)]
     dbiases = [b.new_empty(width if need else 0) for b, need in zip(norm_bias, bias_needs, strict=True)]
     for group in range(groups if norm_weight else 0):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from onepeace_fast import RoutePlan
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers import transformer
+from onepeace_fast.ops.routed_ffn import routed_ffn_backward_fused, routed_ffn_fused
 from onepeace_fast.route_plan import draw_keep
 
 LENGTHS = {"text": [5, 7, 3], "image": [4, 10], "audio": [6]}
@@ -85,7 +86,7 @@ def specification(name: str):
 
 
 def run_specifications(plan: RoutePlan) -> None:
-    """All four specifications and their backward ones on the plan, with every option."""
+    """All specifications and their backward ones, and the FFN over kernels, on the plan, with every option."""
     rows, groups, width, heads = plan.capacity, len(plan.modalities), 8, 2
 
     def random(*shape: int) -> torch.Tensor:
@@ -107,12 +108,19 @@ def run_specifications(plan: RoutePlan) -> None:
         saved = (out, gamma, gamma, mean, rstd)
         backward(out, normed, y, *scaling, *places, *saved, y.dtype, [True] * 3)
 
+    forward, backward = specification("gated_sub_ln")
+    _, mean, rstd = forward(x, y, weights, weights, plan.offsets, plan.row_counts, "gelu", 1e-5)
+    backward(x, x, y, mean, rstd, weights, weights, plan.offsets, plan.row_counts, "gelu", needs, needs, True)
+
     forward, backward = specification("routed_ffn")
     shapes = ((12, width), (12, width), (12,), (12,), (width, 12), (width,))
     lists = [[random(*shape) for _ in range(groups)] for shape in shapes]
     extents = (plan.offsets, plan.row_counts)
     out, *saved = forward(x, *lists, *extents, y, gamma, keep, plan.sample, 1e-5)
-    backward(out, x, *lists, *extents, gamma, keep, plan.sample, *saved, 1e-5, [True] * (6 * groups + 1))
+    needed = [True] * (6 * groups + 1)
+    backward(out, x, *lists, *extents, gamma, keep, plan.sample, *saved, 1e-5, needed)
+    out, *saved = routed_ffn_fused(x, *lists, *extents, y, gamma, keep, plan.sample, 1e-5)
+    routed_ffn_backward_fused(out, x, *lists, *extents, gamma, keep, plan.sample, *saved, 1e-5, needed)
 
     forward, backward = specification("relative_bias_attention")
     qkv, head_scale = random(rows, 3, heads, 4), random(heads)
