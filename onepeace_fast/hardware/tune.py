@@ -49,8 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, and write the table.
 
     Returns:
-        0: written. 2: there is no GPU, no Triton, no place to write, or a kernel does not run. Each but 0 comes with a
-        line that says why.
+        0: written. 2: there is no GPU, no Triton, no place to write, or a kernel does not run; a line says which.
     """
     if not torch.cuda.is_available():
         return _stop("tune needs a CUDA device, and torch sees none here")
@@ -119,7 +118,7 @@ def _fastest(path: tuple[str, str, str, str], time: Timer) -> Measurement:
     for entry in candidates(shipped):
         try:
             times.append((time(kernel, size, int(width), with_entry(SHIPPED, path, entry)), entry))
-        except RuntimeError as error:  # more shared memory or registers than there are
+        except RuntimeError as error:
             if not times:
                 raise RuntimeError(f"{kernel}: the shipped launch parameters do not run on {architecture}") from error
     seconds, entry = min(times, key=lambda found: found[0])
@@ -134,8 +133,13 @@ def _shipped_entry(path: tuple[str, str, str, str]) -> Entry:
 def device_time(kernel: str, size: str, width: int, table: Table) -> float:
     """Median device time of a kernel's case, forward or backward, in seconds."""
     device = torch.device("cuda", torch.cuda.current_device())
-    with use_table(table):
-        return _median_time(list(rotated_calls(kernel, DTYPES[size], width, device)))
+    from triton.errors import TritonError
+
+    try:
+        with use_table(table):
+            return _median_time(list(rotated_calls(kernel, DTYPES[size], width, device)))
+    except TritonError as error:  # more shared memory or registers than there are
+        raise RuntimeError(str(error)) from error
 
 
 def rotated_calls(
