@@ -8,7 +8,6 @@ backward pass of a class held in memory has no room for that: it reads a row, wh
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import (
-    Configuration,
-    Parameters,
-    compact,
-    launch,
-    parameters_for,
-    recording,
-    unit_columns,
-    width_classes,
-)
+from onepeace_fast.kernels.launch import Parameters, compact, launch, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import stacked
 from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
 from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program, store_zeros
@@ -315,24 +305,3 @@ def gated_sub_ln_backward(
             sum_partials(sums, offsets, rows, group, groups, parameters)
     nothing = u.new_empty(0)
     return du, nothing if dv is None else dv, dweights, dbiases, nothing if n is None else n
-
-
-def configurations(architecture: str) -> list[Configuration]:
-    """What is launched for every width class of the table: all activations; without gate, without norm; with n."""
-    forms = [(activation, True, True) for activation in ("gelu", "gelu_tanh", "silu")]
-    forms += [("gelu", False, True), ("gelu", True, False)]
-    with recording(architecture) as launches:
-        for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            for width in width_classes("gated_sub_ln", architecture, dtype):
-                new = functools.partial(torch.empty, device="meta")
-                u, statistics, offsets = new(4096, width, dtype=dtype), new(4096, 1), new(4, dtype=torch.int32)
-                for activation, gate, norm in forms:
-                    v, vectors = u if gate else None, [new(width)] * 3 * norm
-                    gated_sub_ln(u, v, vectors, vectors, offsets, (), activation, 1e-5)
-                    needs = [True] * len(vectors)
-                    for n_needed in (False, True):
-                        gated_sub_ln_backward(
-                            u, u, v, statistics, statistics, vectors, vectors, offsets, (), activation, needs, needs,
-                            n_needed,
-                        )  # fmt: skip
-    return launches
