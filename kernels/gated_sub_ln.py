@@ -1,15 +1,14 @@
 """Gate and Sub-LayerNorm of packed rows: the formulas stand in ``onepeace_fast/ops/gated_sub_ln.py``.
 
-A program walks over rows of u and v and computes h in float32 registers; h is never stored. A row is held in parts of a
-power of two of columns, as a tuple, so that 6144 columns take no more registers than they need. Both passes read a row
-once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows; but the
-backward pass of a class held in memory has no room for that: it reads a row, which the cache still has, a second time.
+A program walks over rows of u and v and computes h in float32 registers; h is never stored. Both passes read a row
+once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows. The
+backward pass holds what it read and computes h twice, which takes fewer registers than to hold what follows from it;
+the widest rows even so do not fit, and with a norm it reads those, cached, a second time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -17,45 +16,38 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import Parameters, compact, launch, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import stacked
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
-from onepeace_fast.kernels.rows import group_rows, row_extent, rows_per_program, store_zeros
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.rows import (
+    group_rows,
+    load_rows,
+    load_vector,
+    row_extent,
+    rows_per_program,
+    store_rows,
+    store_zeros,
+)
 
 
 @triton.jit
-def _load_vector(vector, width, part, BLOCK_WIDTH: tl.constexpr):
-    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]  # a row of one, so that it lies as rows do
-    return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
-
-
-@triton.jit
-def _load_rows(matrix, stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr):
-    column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    cell = row.to(tl.int64)[:, None] * stride + column[None, :]
-    return tl.load(matrix + cell, mask=live[:, None] & (column < width)[None, :], other=0).to(tl.float32)
-
-
-@triton.jit
-def _store_rows(matrix, row, live, width, value, part, BLOCK_WIDTH: tl.constexpr):
-    column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    cell = row.to(tl.int64)[:, None] * width + column[None, :]
-    mask = live[:, None] & (column < width)[None, :]
-    tl.store(matrix + cell, value.to(matrix.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _hidden(
-    u, v, u_stride, v_stride, row, live, width, part, ACTIVATION: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """h, and its derivatives by v and u."""
-    activated, slope = activation_and_slope(_load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH), ACTIVATION)
-    h = activated
+def _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr):
+    """A part of the columns of both; u's twice where there is no v."""
+    u_part = load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH)
+    v_part = u_part
     if v is not None:
-        value = _load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
-        h = activated * value
-        slope = slope * value
+        v_part = load_rows(v, v_stride, row, live, width, part, BLOCK_WIDTH)
+    return u_part, v_part
+
+
+@triton.jit
+def _hidden(u_part, v_part, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
+    """h, and its derivatives by v and u."""
+    activated, slope = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+    h = activated
+    if GATED:
+        h = activated * v_part.to(tl.float32)
+        slope = slope * v_part.to(tl.float32)
     return h, activated, slope
 
 
@@ -81,15 +73,16 @@ def _forward(
             b = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w += (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
-                    b += (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    b += (load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 h = ()
                 total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
-                    hidden, _, _ = _hidden(u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH)
+                    u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
+                    hidden, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     h += (hidden,)
                     total += hidden
                 if weight is not None:
@@ -100,19 +93,19 @@ def _forward(
                         centred = tl.where(inside[None, :], h[part] - mu, 0)
                         total += centred * centred
                     r = tl.rsqrt(tl.sum(total, 1) / width + eps)[:, None]
-                    _store_rows(mean, row, live, 1, mu, 0, 1)
-                    _store_rows(rstd, row, live, 1, r, 0, 1)
+                    store_rows(mean, row, live, 1, mu, 0, 1)
+                    store_rows(rstd, row, live, 1, r, 0, 1)
                 for part in tl.static_range(PARTS):
                     result = h[part]
                     if weight is not None:
                         if IN_MEMORY:
-                            w_part = _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
-                            b_part = _load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                            w_part = load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                            b_part = load_vector(bias + group * width, width, part, BLOCK_WIDTH)
                         else:
                             w_part = w[part]
                             b_part = b[part]
                         result = (result - mu) * r * w_part + b_part
-                    _store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
+                    store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
         group += 1
 
@@ -120,10 +113,64 @@ def _forward(
 @triton.jit
 def _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH: tl.constexpr):
     if n is not None:
-        _store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
+        store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
     if dv is not None:
-        _store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
-    _store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
+        store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
+    store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
+
+
+@triton.jit
+def _load_terms(
+    grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dn, h, and h's derivatives by v and u, of a part of the columns."""
+    dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+    u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
+    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
+    return dn, h, activated, slope
+
+
+@triton.jit
+def _backward_of_row_in_memory(
+    grad, u, v, du, dv, n, weight, bias, dweight, dbias, row, live, mu, r, width, grad_stride, u_stride, v_stride,
+    group, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``_backward`` of rows too wide to be held: with a norm they are read twice, and sums are added to in memory."""
+    if weight is not None:
+        sums = (group * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
+        g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+        g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+        part = 0
+        while part < PARTS:
+            dn, h, _, _ = _load_terms(
+                grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION, BLOCK_WIDTH
+            )
+            hhat = (h - mu) * r
+            if dweight is not None:
+                add_in_memory(dweight + sums, dn * hhat, width, part, BLOCK_WIDTH)
+            if dbias is not None:
+                add_in_memory(dbias + sums, dn, width, part, BLOCK_WIDTH)
+            g = dn * load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+            g_total += g
+            g_hhat_total += g * hhat
+            part += 1
+        g_mean = (tl.sum(g_total, 1) / width)[:, None]
+        g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
+    part = 0
+    while part < PARTS:
+        dh, h, activated, slope = _load_terms(
+            grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION, BLOCK_WIDTH
+        )
+        if weight is not None:
+            w = load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+            h = (h - mu) * r
+            dh = (dh * w - g_mean - h * g_hhat_mean) * r
+            if bias is not None:
+                h = h * w + load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+        _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
+        part += 1
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -154,100 +201,67 @@ def _backward(
             b_total = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w += (_load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
                     if bias is not None:
-                        b += (_load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                        b += (load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
                     w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
                     b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             tile = start
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
+                mu = 0.0
+                r = 0.0
                 if weight is not None:
                     mu = tl.load(mean + row, mask=live, other=0)[:, None]
                     r = tl.load(rstd + row, mask=live, other=0)[:, None]
+                if IN_MEMORY:
+                    _backward_of_row_in_memory(
+                        grad, u, v, du, dv, n, weight, bias, dweight, dbias, row, live, mu, r, width, grad_stride,
+                        u_stride, v_stride, group, ACTIVATION, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+                    )  # fmt: skip
+                else:
+                    held = ()
+                    w_sums = ()
+                    b_sums = ()
                     g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                     g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    # Past the width dn and w are zero, and so is what hhat takes part in.
-                    if IN_MEMORY:
-                        part = 0
-                        while part < PARTS:
-                            dn = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                            h, _, _ = _hidden(u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH)
+                    # Past the width dn is zero, and so is what hhat takes part in.
+                    for part in tl.static_range(PARTS):
+                        dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                        u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
+                        held += ((dn, u_part, v_part),)
+                        if weight is not None:
+                            h, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
                             hhat = (h - mu) * r
-                            cell = partial + part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-                            inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
-                            if dweight is not None:
-                                add_in_memory(dweight + cell, tl.sum(dn * hhat, 0), inside)
-                            if dbias is not None:
-                                add_in_memory(dbias + cell, tl.sum(dn, 0), inside)
-                            g = dn * _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
-                            g_total += g
-                            g_hhat_total += g * hhat
-                            part += 1
-                        tl.debug_barrier()
-                    else:
-                        held = ()
-                        w_sums = ()
-                        b_sums = ()
-                        for part in tl.static_range(PARTS):
-                            dn = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                            h, activated, slope = _hidden(
-                                u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
-                            )
-                            hhat = (h - mu) * r
-                            held += ((dn, hhat, activated, slope),)
-                            w_sums += (w_total[part] + dn * hhat,)
-                            b_sums += (b_total[part] + dn,)
-                            g_total += dn * w[part]
-                            g_hhat_total += dn * w[part] * hhat
+                            g = dn.to(tl.float32)
+                            w_sums += (w_total[part] + g * hhat,)
+                            b_sums += (b_total[part] + g,)
+                            g_total += g * w[part]
+                            g_hhat_total += g * w[part] * hhat
+                    if weight is not None:
                         w_total = w_sums
                         b_total = b_sums
-                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
-                    g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
-                if weight is None or IN_MEMORY:
-                    part = 0
-                    while part < PARTS:
-                        dh = _load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                        h, activated, slope = _hidden(
-                            u, v, u_stride, v_stride, row, live, width, part, ACTIVATION, BLOCK_WIDTH
-                        )
-                        if weight is not None:
-                            hhat = (h - mu) * r
-                            w_part = _load_vector(weight + group * width, width, part, BLOCK_WIDTH)
-                            dh = (dh * w_part - g_mean - hhat * g_hhat_mean) * r
-                            if bias is not None:
-                                h = hhat * w_part + _load_vector(bias + group * width, width, part, BLOCK_WIDTH)
-                        _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
-                        part += 1
-                else:
+                        g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                        g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
                     for part in tl.static_range(PARTS):
-                        dn, hhat, activated, slope = held[part]
-                        dh = (dn * w[part] - g_mean - hhat * g_hhat_mean) * r
-                        h = hhat
-                        if bias is not None:
-                            h = hhat * w[part] + b[part]
+                        dn, u_part, v_part = held[part]
+                        dh = dn.to(tl.float32)
+                        h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
+                        if weight is not None:
+                            h = (h - mu) * r
+                            dh = (dh * w[part] - g_mean - h * g_hhat_mean) * r
+                            if bias is not None:
+                                h = h * w[part] + b[part]
                         _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
                     if dweight is not None:
-                        sums = tl.sum(w_total[part], 0, keep_dims=True)
-                        tl.store(dweight + partial + column, sums, mask=column < width)
+                        store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
                     if dbias is not None:
-                        sums = tl.sum(b_total[part], 0, keep_dims=True)
-                        tl.store(dbias + partial + column, sums, mask=column < width)
+                        store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
         group += 1
-
-
-def _constants_and_options(activation: str, parameters: Parameters) -> tuple[dict[str, Any], int, int | None]:
-    """What both launches pass of the table's parameters."""
-    constants = {
-        "ACTIVATION": activation, "IN_MEMORY": parameters.held_in == "memory", "PARTS": parameters.parts,
-        "BLOCK_ROWS": parameters.block_rows, "BLOCK_WIDTH": parameters.block_width // parameters.parts,
-    }  # fmt: skip
-    return constants, parameters.num_warps, parameters.max_registers
 
 
 def gated_sub_ln(
@@ -266,7 +280,7 @@ def gated_sub_ln(
         "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
         "v_stride": 0 if v is None else v.stride(0), "groups": offsets.shape[0] - 1, "eps": eps,
     }  # fmt: skip
-    launch(_forward, (programs,), arguments, *_constants_and_options(activation, parameters))
+    launch_over_rows(_forward, programs, arguments, parameters, ACTIVATION=activation)
     return n, mean, rstd
 
 
@@ -295,7 +309,7 @@ def gated_sub_ln_backward(
         "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "grad_stride": grad.stride(0),
         "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0), "groups": groups,
     }  # fmt: skip
-    launch(_backward, (programs,), arguments, *_constants_and_options(activation, parameters))
+    launch_over_rows(_backward, programs, arguments, parameters, ACTIVATION=activation)
     dweights = [w.new_empty(width if need else 0) for w, need in zip(norm_weight, weight_needs, strict=True)]
     dbiases = [b.new_empty(width if need else 0) for b, need in zip(norm_bias, bias_needs, strict=True)]
     for group in range(groups if norm_weight else 0):

@@ -90,6 +90,17 @@ def launch(
         configuration.launch(grid)
 
 
+def launch_over_rows(
+    kernel: Any, programs: int, arguments: Mapping[str, Any], parameters: Parameters, **constants: Any
+) -> None:
+    """Launch a kernel whose programs each walk over a share of the rows."""
+    constants |= {
+        "IN_MEMORY": parameters.held_in == "memory", "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
+        "BLOCK_WIDTH": parameters.block_width // parameters.parts,
+    }  # fmt: skip
+    launch(kernel, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
+
+
 def launched() -> int:
     """How many kernels this process has launched."""
     return _launched

@@ -2,6 +2,7 @@
 
 A row is in registers as a whole, so it is read once and written once; statistics are float32. A program keeps the
 parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
+Registers do not hold the widest rows and all of that: the backward pass reads those, cached, a second time.
 """
 
 from __future__ import annotations
@@ -13,68 +14,91 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
 from onepeace_fast.kernels.rows import (
     group_rows,
+    load_rows,
+    load_vector,
     row_extent,
     row_places,
     rows_per_program,
+    store_rows,
     store_zeros,
     store_zeros_unplaced,
 )
 
 
+@triton.jit
+def load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH: tl.constexpr):
+    """A part of the head scale, spread over the columns of its heads: float32 [1, BLOCK_WIDTH]."""
+    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+    return tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, y, mean, rstd, weight, bias, scale, index, offsets, rows, width, x_stride, groups, step, head_dim, eps,
-    IN_MEMORY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK_WIDTH)
-    inside = column < width
     extent = row_extent(offsets, groups * step, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, extent)
+    c = ()
     if scale is not None and not IN_MEMORY:
-        c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
+        for part in tl.static_range(PARTS):
+            c += (load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH),)
     group = 0
     while group < groups:
         tile, stop = group_rows(offsets, group, step, first, last)
         if tile < stop:
-            if weight is not None and not IN_MEMORY:
-                w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
-            if bias is not None and not IN_MEMORY:
-                b = tl.load(bias + group * width + column, mask=inside, other=0).to(tl.float32)
+            w = ()
+            b = ()
+            for part in tl.static_range(PARTS):
+                if weight is not None and not IN_MEMORY:
+                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                if bias is not None and not IN_MEMORY:
+                    b += (load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
                 if index is not None:
                     source = tl.load(index + row, mask=live, other=0)
-                mask = live[:, None] & inside[None, :]
-                cell = source.to(tl.int64)[:, None] * x_stride + column[None, :]
-                value = tl.load(x + cell, mask=mask, other=0).to(tl.float32)
-                if scale is not None:
-                    if IN_MEMORY:
-                        c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
-                    value = value * c[None, :]
-                mu = tl.sum(value, 1) / width
-                centred = tl.where(inside[None, :], value - mu[:, None], 0)
-                r = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
-                result = centred * r[:, None]
-                if weight is not None:
-                    if IN_MEMORY:
-                        w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
-                    result = result * w[None, :]
-                if bias is not None:
-                    if IN_MEMORY:
-                        b = tl.load(bias + group * width + column, mask=inside, other=0).to(tl.float32)
-                    result = result + b[None, :]
-                cell = row.to(tl.int64)[:, None] * width + column[None, :]
-                tl.store(y + cell, result.to(y.dtype.element_ty), mask=mask)
-                tl.store(mean + row, mu, mask=live)
-                tl.store(rstd + row, r, mask=live)
+                held = ()
+                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                for part in tl.static_range(PARTS):
+                    value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH).to(tl.float32)
+                    if scale is not None:
+                        if IN_MEMORY:
+                            value = value * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
+                        else:
+                            value = value * c[part]
+                    held += (value,)
+                    total += value
+                mu = (tl.sum(total, 1) / width)[:, None]
+                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                for part in tl.static_range(PARTS):
+                    inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
+                    centred = tl.where(inside[None, :], held[part] - mu, 0)
+                    total += centred * centred
+                r = tl.rsqrt(tl.sum(total, 1) / width + eps)[:, None]
+                for part in tl.static_range(PARTS):
+                    result = (held[part] - mu) * r
+                    if weight is not None:
+                        if IN_MEMORY:
+                            result = result * load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                        else:
+                            result = result * w[part]
+                    if bias is not None:
+                        if IN_MEMORY:
+                            result = result + load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                        else:
+                            result = result + b[part]
+                    store_rows(y, row, live, width, result, part, BLOCK_WIDTH)
+                store_rows(mean, row, live, 1, mu, 0, 1)
+                store_rows(rstd, row, live, 1, r, 0, 1)
                 tile += BLOCK_ROWS
         group += 1
     if offsets is not None:
@@ -83,92 +107,159 @@ def _forward(
         store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
 
 
+@triton.jit
+def _load_terms(
+    grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dy, x, w * dy and xhat of a part of the columns."""
+    dy = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+    value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH).to(tl.float32)
+    scaled = value
+    if scale is not None:
+        scaled = value * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
+    g = dy
+    if weight is not None:
+        g = dy * load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+    return dy, value, g, (scaled - mu) * r
+
+
+@triton.jit
+def _backward_of_row_in_memory(
+    grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width, grad_stride, x_stride,
+    head_dim, group, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``_backward`` of rows too wide to be held: they are read twice, and sums are added to in memory."""
+    program = tl.program_id(0)
+    sums = (group * tl.num_programs(0) + program).to(tl.int64) * width
+    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    part = 0
+    while part < PARTS:
+        dy, _, g, xhat = _load_terms(
+            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
+            BLOCK_WIDTH,
+        )  # fmt: skip
+        if dweight is not None:
+            add_in_memory(dweight + sums, dy * xhat, width, part, BLOCK_WIDTH)
+        if dbias is not None:
+            add_in_memory(dbias + sums, dy, width, part, BLOCK_WIDTH)
+        g_total += g
+        g_xhat_total += g * xhat
+        part += 1
+    g_mean = (tl.sum(g_total, 1) / width)[:, None]
+    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+    part = 0
+    while part < PARTS:
+        _, value, g, xhat = _load_terms(
+            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
+            BLOCK_WIDTH,
+        )  # fmt: skip
+        result = (g - g_mean - xhat * g_xhat_mean) * r
+        if dscale is not None:
+            add_in_memory(dscale + program.to(tl.int64) * width, result * value, width, part, BLOCK_WIDTH)
+        if scale is not None:
+            result = result * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
+        store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
+        part += 1
+    tl.debug_barrier()
+
+
 @triton.jit(do_not_specialize=["rows", "x_rows"])
 def _backward(
     grad, x, dx, mean, rstd, weight, scale, dweight, dbias, dscale, index, place, offsets, rows, x_rows, width,
     grad_stride, x_stride, groups, step, head_dim,
-    IN_MEMORY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK_WIDTH)
-    inside = column < width
     program = tl.program_id(0)
     extent = row_extent(offsets, groups * step, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = program * share
     last = tl.minimum(first + share, extent)
-    scale_sum = dscale + program.to(tl.int64) * width + column if dscale is not None else column
-    if scale is not None and not IN_MEMORY:
-        c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
-    if dscale is not None and not IN_MEMORY:
-        c_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    c = ()
+    c_total = ()
+    for part in tl.static_range(PARTS):
+        if scale is not None and not IN_MEMORY:
+            c += (load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH),)
+        c_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
     group = 0
     while group < groups:
-        start, stop = group_rows(offsets, group, step, first, last)
-        if start < stop:
-            partial = (group * tl.num_programs(0) + program).to(tl.int64) * width + column
-            if weight is not None and not IN_MEMORY:
-                w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
-            if not IN_MEMORY:
-                w_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                b_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-            tile = start
+        tile, stop = group_rows(offsets, group, step, first, last)
+        if tile < stop:
+            partial = (group * tl.num_programs(0) + program).to(tl.int64) * width
+            w = ()
+            w_total = ()
+            b_total = ()
+            for part in tl.static_range(PARTS):
+                if weight is not None and not IN_MEMORY:
+                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+                b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
                 if index is not None:
                     source = tl.load(index + row, mask=live, other=0)
-                mask = live[:, None] & inside[None, :]
-                cell = row.to(tl.int64)[:, None] * grad_stride + column[None, :]
-                dy = tl.load(grad + cell, mask=mask, other=0).to(tl.float32)
-                cell = source.to(tl.int64)[:, None] * x_stride + column[None, :]
-                value = tl.load(x + cell, mask=mask, other=0).to(tl.float32)
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                scaled = value
-                if scale is not None:
-                    if IN_MEMORY:
-                        c = tl.load(scale + column // head_dim, mask=inside, other=0).to(tl.float32)
-                    scaled = value * c[None, :]
-                xhat = tl.where(inside[None, :], (scaled - mu) * r, 0)
-                g = dy
-                if weight is not None:
-                    if IN_MEMORY:
-                        w = tl.load(weight + group * width + column, mask=inside, other=0).to(tl.float32)
-                    g = dy * w[None, :]
-                g_mean = (tl.sum(g, 1) / width)[:, None]
-                g_xhat_mean = (tl.sum(g * xhat, 1) / width)[:, None]
-                result = (g - g_mean - xhat * g_xhat_mean) * r
-                if dweight is not None:
-                    if IN_MEMORY:
-                        add_in_memory(dweight + partial, tl.sum(dy * xhat, 0), inside)
-                    else:
-                        w_total += dy * xhat
-                if dbias is not None:
-                    if IN_MEMORY:
-                        add_in_memory(dbias + partial, tl.sum(dy, 0), inside)
-                    else:
-                        b_total += dy
-                if dscale is not None:
-                    if IN_MEMORY:
-                        add_in_memory(scale_sum, tl.sum(result * value, 0), inside)
-                    else:
-                        c_total += result * value
-                if scale is not None:
-                    result = result * c[None, :]
-                cell = source.to(tl.int64)[:, None] * width + column[None, :]
-                tl.store(dx + cell, result.to(dx.dtype.element_ty), mask=mask)
                 if IN_MEMORY:
-                    tl.debug_barrier()
+                    _backward_of_row_in_memory(
+                        grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width,
+                        grad_stride, x_stride, head_dim, group, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+                    )  # fmt: skip
+                else:
+                    held = ()
+                    w_sums = ()
+                    b_sums = ()
+                    c_sums = ()
+                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    # Past the width dy is zero, and so is what xhat takes part in.
+                    for part in tl.static_range(PARTS):
+                        dy = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                        value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH)
+                        held += ((dy, value),)
+                        g = dy.to(tl.float32)
+                        scaled = value.to(tl.float32)
+                        if scale is not None:
+                            scaled = scaled * c[part]
+                        xhat = (scaled - mu) * r
+                        w_sums += (w_total[part] + g * xhat,)
+                        b_sums += (b_total[part] + g,)
+                        if weight is not None:
+                            g = g * w[part]
+                        g_total += g
+                        g_xhat_total += g * xhat
+                    w_total = w_sums
+                    b_total = b_sums
+                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+                    for part in tl.static_range(PARTS):
+                        dy, value = held[part]
+                        g = dy.to(tl.float32)
+                        scaled = value.to(tl.float32)
+                        if scale is not None:
+                            scaled = scaled * c[part]
+                        if weight is not None:
+                            g = g * w[part]
+                        result = (g - g_mean - (scaled - mu) * r * g_xhat_mean) * r
+                        c_sums += (c_total[part] + result * value.to(tl.float32),)
+                        if scale is not None:
+                            result = result * c[part]
+                        store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
+                    c_total = c_sums
                 tile += BLOCK_ROWS
             if not IN_MEMORY:
-                if dweight is not None:
-                    tl.store(dweight + partial, tl.sum(w_total, 0), mask=inside)
-                if dbias is not None:
-                    tl.store(dbias + partial, tl.sum(b_total, 0), mask=inside)
+                for part in tl.static_range(PARTS):
+                    if dweight is not None:
+                        store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
+                    if dbias is not None:
+                        store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
         group += 1
     if dscale is not None and not IN_MEMORY:
-        tl.store(scale_sum, tl.sum(c_total, 0), mask=inside)
+        for part in tl.static_range(PARTS):
+            store_sum(dscale + program.to(tl.int64) * width, c_total[part], width, part, BLOCK_WIDTH)
     if place is not None:
         store_zeros_unplaced(dx, place, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     elif offsets is not None:
@@ -197,11 +288,7 @@ def layer_norm(
         "x_stride": x.stride(0), "groups": groups, "step": _step(offsets, groups),
         "head_dim": _head_dim(width, head_scale), "eps": eps,
     }  # fmt: skip
-    constants = {
-        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
-        "BLOCK_WIDTH": parameters.block_width,
-    }  # fmt: skip
-    launch(_forward, (programs,), arguments, constants, parameters.num_warps)
+    launch_over_rows(_forward, programs, arguments, parameters)
     return y, mean, rstd
 
 
@@ -227,11 +314,7 @@ def layer_norm_backward(
         "x_rows": x.shape[0], "width": width, "grad_stride": grad.stride(0), "x_stride": x.stride(0),
         "groups": groups, "step": _step(offsets, groups), "head_dim": _head_dim(width, head_scale),
     }  # fmt: skip
-    constants = {
-        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
-        "BLOCK_WIDTH": parameters.block_width,
-    }  # fmt: skip
-    launch(_backward, (programs,), arguments, constants, parameters.num_warps)
+    launch_over_rows(_backward, programs, arguments, parameters)
     dweights = [w.new_empty(width if need else 0) for w, need in zip(weights, weight_needs, strict=True)]
     dbiases = [b.new_empty(width if need else 0) for b, need in zip(biases, bias_needs, strict=True)]
     for group in range(groups):

@@ -16,12 +16,21 @@ BLOCK_PROGRAMS, BLOCK_COLUMNS = 32, 128
 
 
 @triton.jit
-def add_in_memory(pointer, value, mask):
-    """Add to a sum that this program keeps in memory.
+def store_sum(sums, value, width, part, BLOCK_WIDTH: tl.constexpr):
+    """Store a part of this program's sums over its rows, ``value`` [BLOCK_ROWS, BLOCK_WIDTH] summed."""
+    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+    tl.store(sums + column, tl.sum(value, 0, keep_dims=True), mask=column < width)
+
+
+@triton.jit
+def add_in_memory(sums, value, width, part, BLOCK_WIDTH: tl.constexpr):
+    """Add ``value`` [BLOCK_ROWS, BLOCK_WIDTH], summed, to a part of the sums that this program keeps in memory.
 
     A barrier must stand between two calls: other threads may read an element than wrote it.
     """
-    tl.store(pointer, tl.load(pointer, mask=mask, other=0) + value, mask=mask)
+    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+    before = tl.load(sums + column, mask=column < width, other=0)
+    tl.store(sums + column, before + tl.sum(value, 0, keep_dims=True), mask=column < width)
 
 
 @triton.jit

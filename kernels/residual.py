@@ -13,19 +13,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, parameters_for, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, sum_partials
-from onepeace_fast.kernels.rows import row_extent, row_places, rows_per_program, store_zeros
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.rows import (
+    load_rows,
+    load_vector,
+    row_extent,
+    row_places,
+    rows_per_program,
+    store_rows,
+    store_zeros,
+)
 
 
 @triton.jit
-def _row_factor(keep, sample, seed, row, live, column, width, drop_below, kept_factor):
-    """keep * dropout's factor for rows of the stream: [BLOCK_ROWS, 1], or [BLOCK_ROWS, BLOCK_WIDTH] with dropout."""
-    factor = tl.where(live, 1.0, 0.0)[:, None]
+def _keep_factor(keep, sample, row, live):
+    """DropPath's factor of rows of the stream, float32 [BLOCK_ROWS, 1]; zero where not ``live``."""
+    factor = tl.where(live, 1.0, 0.0)
     if keep is not None:
         entry = tl.load(sample + row, mask=live, other=0)
-        factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)[:, None]
+        factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)
+    return factor[:, None]
+
+
+@triton.jit
+def _times_dropout(factor, seed, row, width, drop_below, kept_factor, part, BLOCK_WIDTH: tl.constexpr):
+    """``factor`` times dropout's factor of a part of the columns."""
     if seed is not None:
+        column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
         counter = row.to(tl.int64)[:, None] * width + column[None, :]
         low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
         zero = tl.zeros_like(low)
@@ -38,58 +53,133 @@ def _row_factor(keep, sample, seed, row, live, column, width, drop_below, kept_f
 def _forward(
     x, y, out, normed, mean, rstd, gamma, keep, sample, seed, place, offsets, norm_weight, norm_bias, rows, width,
     x_stride, y_stride, modalities, drop_below, kept_factor, eps,
-    IN_MEMORY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK_WIDTH)
-    inside = column < width
     share = rows_per_program(rows, tl.num_programs(0), BLOCK_ROWS)
     tile = tl.program_id(0) * share
     stop = tl.minimum(tile + share, rows)
     branch_extent = row_extent(offsets, modalities, rows)
     if tile < stop:
-        if gamma is not None and not IN_MEMORY:
-            scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
-        if norm_weight is not None and not IN_MEMORY:
-            weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
-        if norm_bias is not None and not IN_MEMORY:
-            bias = tl.load(norm_bias + column, mask=inside, other=0).to(tl.float32)
+        gammas = ()
+        w = ()
+        b = ()
+        for part in tl.static_range(PARTS):
+            if gamma is not None and not IN_MEMORY:
+                gammas += (load_vector(gamma, width, part, BLOCK_WIDTH),)
+            if norm_weight is not None and not IN_MEMORY:
+                w += (load_vector(norm_weight, width, part, BLOCK_WIDTH),)
+            if norm_bias is not None and not IN_MEMORY:
+                b += (load_vector(norm_bias, width, part, BLOCK_WIDTH),)
         while tile < stop:
             row = tile + tl.arange(0, BLOCK_ROWS)
             live = row < stop
-            mask = live[:, None] & inside[None, :]
-            cell = row.to(tl.int64)[:, None] * x_stride + column[None, :]
-            stream = tl.load(x + cell, mask=mask, other=0).to(tl.float32)
             source = row
             placed = row < tl.minimum(stop, branch_extent)
             if place is not None:
                 source = tl.load(place + row, mask=live, other=-1)
                 placed = source >= 0
-            cell = source.to(tl.int64)[:, None] * y_stride + column[None, :]
-            branch = tl.load(y + cell, mask=placed[:, None] & inside[None, :], other=0).to(tl.float32)
-            factor = _row_factor(keep, sample, seed, row, placed, column, width, drop_below, kept_factor)
-            if gamma is not None:
-                if IN_MEMORY:
-                    scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
-                factor = factor * scale[None, :]
-            total = tl.where(placed[:, None], stream + branch * factor, stream).to(out.dtype.element_ty)
-            cell = row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(out + cell, total, mask=mask)
-            if normed is not None:
-                value = total.to(tl.float32)
-                mu = tl.sum(value, 1) / width
-                centred = tl.where(inside[None, :], value - mu[:, None], 0)
-                r = tl.rsqrt(tl.sum(centred * centred, 1) / width + eps)
-                if IN_MEMORY:
-                    weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
-                result = centred * r[:, None] * weight[None, :]
-                if norm_bias is not None:
+            kept = _keep_factor(keep, sample, row, placed)
+            held = ()
+            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+            for part in tl.static_range(PARTS):
+                stream = load_rows(x, x_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+                branch = load_rows(y, y_stride, source, placed, width, part, BLOCK_WIDTH).to(tl.float32)
+                factor = _times_dropout(kept, seed, row, width, drop_below, kept_factor, part, BLOCK_WIDTH)
+                if gamma is not None:
                     if IN_MEMORY:
-                        bias = tl.load(norm_bias + column, mask=inside, other=0).to(tl.float32)
-                    result = result + bias[None, :]
-                tl.store(normed + cell, result.to(normed.dtype.element_ty), mask=mask)
-                tl.store(mean + row, mu, mask=live)
-                tl.store(rstd + row, r, mask=live)
+                        factor = factor * load_vector(gamma, width, part, BLOCK_WIDTH)
+                    else:
+                        factor = factor * gammas[part]
+                total = tl.where(placed[:, None], stream + branch * factor, stream).to(out.dtype.element_ty)
+                store_rows(out, row, live, width, total, part, BLOCK_WIDTH)
+                if normed is not None:
+                    held += (total,)
+                    sums += total.to(tl.float32)
+            if normed is not None:
+                mu = (tl.sum(sums, 1) / width)[:, None]
+                sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                for part in tl.static_range(PARTS):
+                    inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
+                    centred = tl.where(inside[None, :], held[part].to(tl.float32) - mu, 0)
+                    sums += centred * centred
+                r = tl.rsqrt(tl.sum(sums, 1) / width + eps)[:, None]
+                for part in tl.static_range(PARTS):
+                    result = (held[part].to(tl.float32) - mu) * r
+                    if IN_MEMORY:
+                        result = result * load_vector(norm_weight, width, part, BLOCK_WIDTH)
+                    else:
+                        result = result * w[part]
+                    if norm_bias is not None:
+                        if IN_MEMORY:
+                            result = result + load_vector(norm_bias, width, part, BLOCK_WIDTH)
+                        else:
+                            result = result + b[part]
+                    store_rows(normed, row, live, width, result, part, BLOCK_WIDTH)
+                store_rows(mean, row, live, 1, mu, 0, 1)
+                store_rows(rstd, row, live, 1, r, 0, 1)
             tile += BLOCK_ROWS
+
+
+@triton.jit
+def _load_normed_terms(
+    grad_normed, out, norm_weight, row, live, mu, r, width, grad_normed_stride, out_stride, part,
+    BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dn, w * dn and xhat of a part of the columns."""
+    dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+    value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+    return dn, dn * load_vector(norm_weight, width, part, BLOCK_WIDTH), (value - mu) * r
+
+
+@triton.jit
+def _backward_of_row_in_memory(
+    grad, grad_normed, y, out, dx, dy, gamma, seed, norm_weight, dgamma, dweight, dbias, row, stream_row, branch_row,
+    live, placed, kept, mu, r, width, grad_stride, grad_normed_stride, y_stride, out_stride, drop_below, kept_factor,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``_backward`` of rows too wide to be held: the norm's are read twice, and sums are added to in memory."""
+    sums = tl.program_id(0).to(tl.int64) * width
+    if grad_normed is not None:
+        g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+        g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+        part = 0
+        while part < PARTS:
+            dn, g, xhat = _load_normed_terms(
+                grad_normed, out, norm_weight, row, live, mu, r, width, grad_normed_stride, out_stride, part,
+                BLOCK_WIDTH,
+            )  # fmt: skip
+            if dweight is not None:
+                add_in_memory(dweight + sums, dn * xhat, width, part, BLOCK_WIDTH)
+            if dbias is not None:
+                add_in_memory(dbias + sums, dn, width, part, BLOCK_WIDTH)
+            g_total += g
+            g_xhat_total += g * xhat
+            part += 1
+        g_mean = (tl.sum(g_total, 1) / width)[:, None]
+        g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+    part = 0
+    while part < PARTS:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+        if grad is not None:
+            total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+        if grad_normed is not None:
+            _, g, xhat = _load_normed_terms(
+                grad_normed, out, norm_weight, row, live, mu, r, width, grad_normed_stride, out_stride, part,
+                BLOCK_WIDTH,
+            )  # fmt: skip
+            total += (g - g_mean - xhat * g_xhat_mean) * r
+        if dx is not None:
+            store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
+        scaled = total * _times_dropout(kept, seed, stream_row, width, drop_below, kept_factor, part, BLOCK_WIDTH)
+        if dgamma is not None:
+            branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
+            product = tl.where(placed[:, None], scaled * branch, 0)
+            add_in_memory(dgamma + sums, product, width, part, BLOCK_WIDTH)
+        if gamma is not None:
+            scaled = scaled * load_vector(gamma, width, part, BLOCK_WIDTH)
+        store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
+        part += 1
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows", "branch_rows", "drop_below"])
@@ -97,27 +187,29 @@ def _backward(
     grad, grad_normed, y, out, dx, dy, mean, rstd, gamma, keep, sample, seed, norm_weight, dgamma, dweight, dbias,
     index, place, offsets, branch_offsets, rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride,
     out_stride, modalities, drop_below, kept_factor,
-    IN_MEMORY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    column = tl.arange(0, BLOCK_WIDTH)
-    inside = column < width
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    start = program * share
-    stop = tl.minimum(start + share, extent)
+    tile = program * share
+    stop = tl.minimum(tile + share, extent)
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
-    if start < stop:
-        partial = program.to(tl.int64) * width + column
-        if gamma is not None and not IN_MEMORY:
-            scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
-        if grad_normed is not None and not IN_MEMORY:
-            weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
-        if not IN_MEMORY:
-            gamma_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-            weight_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-            bias_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-        tile = start
+    if tile < stop:
+        partial = program.to(tl.int64) * width
+        gammas = ()
+        w = ()
+        gamma_total = ()
+        w_total = ()
+        b_total = ()
+        for part in tl.static_range(PARTS):
+            if gamma is not None and not IN_MEMORY:
+                gammas += (load_vector(gamma, width, part, BLOCK_WIDTH),)
+            if grad_normed is not None and not IN_MEMORY:
+                w += (load_vector(norm_weight, width, part, BLOCK_WIDTH),)
+            gamma_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+            w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+            b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
         while tile < stop:
             row = tile + tl.arange(0, BLOCK_ROWS)
             live = row < stop
@@ -129,64 +221,71 @@ def _backward(
             if place is not None:  # a walk over the stream's rows
                 branch_row = tl.load(place + row, mask=live, other=-1)
                 placed = branch_row >= 0
-            mask = live[:, None] & inside[None, :]
-            placed_mask = placed[:, None] & inside[None, :]
-            total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-            if grad is not None:
-                cell = stream_row.to(tl.int64)[:, None] * grad_stride + column[None, :]
-                total = tl.load(grad + cell, mask=mask, other=0).to(tl.float32)
+            kept = _keep_factor(keep, sample, stream_row, placed)
+            mu = 0.0
+            r = 0.0
             if grad_normed is not None:
-                cell = row.to(tl.int64)[:, None] * grad_normed_stride + column[None, :]
-                dn = tl.load(grad_normed + cell, mask=mask, other=0).to(tl.float32)
-                cell = row.to(tl.int64)[:, None] * out_stride + column[None, :]
-                value = tl.load(out + cell, mask=mask, other=0).to(tl.float32)
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                xhat = tl.where(inside[None, :], (value - mu) * r, 0)
-                if IN_MEMORY:
-                    weight = tl.load(norm_weight + column, mask=inside, other=0).to(tl.float32)
-                g = dn * weight[None, :]
-                g_mean = (tl.sum(g, 1) / width)[:, None]
-                g_xhat_mean = (tl.sum(g * xhat, 1) / width)[:, None]
-                total += (g - g_mean - xhat * g_xhat_mean) * r
-                if dweight is not None:
-                    if IN_MEMORY:
-                        add_in_memory(dweight + partial, tl.sum(dn * xhat, 0), inside)
-                    else:
-                        weight_total += dn * xhat
-                if dbias is not None:
-                    if IN_MEMORY:
-                        add_in_memory(dbias + partial, tl.sum(dn, 0), inside)
-                    else:
-                        bias_total += dn
-            if dx is not None:
-                cell = row.to(tl.int64)[:, None] * width + column[None, :]
-                tl.store(dx + cell, total.to(dx.dtype.element_ty), mask=mask)
-            scaled = total * _row_factor(keep, sample, seed, stream_row, placed, column, width, drop_below, kept_factor)
-            if dgamma is not None:
-                cell = branch_row.to(tl.int64)[:, None] * y_stride + column[None, :]
-                product = scaled * tl.load(y + cell, mask=placed_mask, other=0).to(tl.float32)
-                product = tl.where(placed[:, None], product, 0)
-                if IN_MEMORY:
-                    add_in_memory(dgamma + partial, tl.sum(product, 0), inside)
-                else:
-                    gamma_total += product
-            if gamma is not None:
-                if IN_MEMORY:
-                    scale = tl.load(gamma + column, mask=inside, other=0).to(tl.float32)
-                scaled = scaled * scale[None, :]
-            cell = branch_row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(dy + cell, scaled.to(dy.dtype.element_ty), mask=placed_mask)
             if IN_MEMORY:
-                tl.debug_barrier()
+                _backward_of_row_in_memory(
+                    grad, grad_normed, y, out, dx, dy, gamma, seed, norm_weight, dgamma, dweight, dbias, row,
+                    stream_row, branch_row, live, placed, kept, mu, r, width, grad_stride, grad_normed_stride, y_stride,
+                    out_stride, drop_below, kept_factor, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+                )  # fmt: skip
+            else:
+                held = ()
+                gamma_sums = ()
+                w_sums = ()
+                b_sums = ()
+                if grad_normed is not None:
+                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    # Past the width dn is zero, and so is what xhat takes part in.
+                    for part in tl.static_range(PARTS):
+                        dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH)
+                        value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH)
+                        held += ((dn, value),)
+                        g = dn.to(tl.float32)
+                        xhat = (value.to(tl.float32) - mu) * r
+                        w_sums += (w_total[part] + g * xhat,)
+                        b_sums += (b_total[part] + g,)
+                        g_total += g * w[part]
+                        g_xhat_total += g * w[part] * xhat
+                    w_total = w_sums
+                    b_total = b_sums
+                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+                for part in tl.static_range(PARTS):
+                    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    if grad is not None:
+                        total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+                    if grad_normed is not None:
+                        dn, value = held[part]
+                        xhat = (value.to(tl.float32) - mu) * r
+                        total += (dn.to(tl.float32) * w[part] - g_mean - xhat * g_xhat_mean) * r
+                    if dx is not None:
+                        store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
+                    scaled = total * _times_dropout(
+                        kept, seed, stream_row, width, drop_below, kept_factor, part, BLOCK_WIDTH
+                    )
+                    if dgamma is not None:
+                        branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
+                        gamma_sums += (gamma_total[part] + tl.where(placed[:, None], scaled * branch, 0),)
+                    if gamma is not None:
+                        scaled = scaled * gammas[part]
+                    store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
+                if dgamma is not None:
+                    gamma_total = gamma_sums
             tile += BLOCK_ROWS
         if not IN_MEMORY:
-            if dgamma is not None:
-                tl.store(dgamma + partial, tl.sum(gamma_total, 0), mask=inside)
-            if dweight is not None:
-                tl.store(dweight + partial, tl.sum(weight_total, 0), mask=inside)
-            if dbias is not None:
-                tl.store(dbias + partial, tl.sum(bias_total, 0), mask=inside)
+            for part in tl.static_range(PARTS):
+                if dgamma is not None:
+                    store_sum(dgamma + partial, gamma_total[part], width, part, BLOCK_WIDTH)
+                if dweight is not None:
+                    store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
+                if dbias is not None:
+                    store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
     if branch_offsets is not None:
         store_zeros(dy, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
@@ -219,11 +318,7 @@ def residual(
         "norm_bias": compact(norm_bias), "rows": count, "width": width, "x_stride": x.stride(0),
         "y_stride": y.stride(0), "modalities": _modalities(offsets), "eps": eps, **_dropout_arguments(dropout, seed),
     }  # fmt: skip
-    constants = {
-        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
-        "BLOCK_WIDTH": parameters.block_width,
-    }  # fmt: skip
-    launch(_forward, (programs,), arguments, constants, parameters.num_warps)
+    launch_over_rows(_forward, programs, arguments, parameters)
     return out, *(x.new_empty(0) if result is None else result for result in (normed, mean, rstd))
 
 
@@ -264,11 +359,7 @@ def residual_backward(
         "y_stride": y.stride(0) if needs[0] else 0, "out_stride": out.stride(0) if normed else 0,
         "modalities": _modalities(offsets), **_dropout_arguments(dropout, seed),
     }  # fmt: skip
-    constants = {
-        "IN_MEMORY": parameters.held_in == "memory", "BLOCK_ROWS": parameters.block_rows,
-        "BLOCK_WIDTH": parameters.block_width,
-    }  # fmt: skip
-    launch(_backward, (programs,), arguments, constants, parameters.num_warps)
+    launch_over_rows(_backward, programs, arguments, parameters)
     sums = [pair for pair, needed in zip(zip(partials, gradients, strict=True), computed, strict=True) if needed]
     if sums:
         sum_partials(sums, walk_offsets, walked, 0, 1, parameters)

@@ -1,7 +1,8 @@
 """How the rows of a matrix are shared out among programs: device functions of every kernel that walks over rows.
 
 Program p takes the rows [p * share, (p + 1) * share) of those below the extent, modality by modality. Its order of
-summation depends on the numbers of rows alone, so sums over rows are repeatable bit by bit.
+summation depends on the numbers of rows alone, so sums over rows are repeatable bit by bit. A row is held as a tuple of
+parts, each a power of two of columns, so that 6144 columns take no more registers than they need.
 """
 
 from __future__ import annotations
@@ -46,32 +47,55 @@ def group_rows(offsets, group, step, first, last):
 
 
 @triton.jit
+def load_rows(matrix, stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr):
+    """A part of the columns of some rows, [BLOCK_ROWS, BLOCK_WIDTH]; zero past the width and where not ``live``."""
+    column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    cell = row.to(tl.int64)[:, None] * stride + column[None, :]
+    return tl.load(matrix + cell, mask=live[:, None] & (column < width)[None, :], other=0)
+
+
+@triton.jit
+def store_rows(matrix, row, live, width, value, part, BLOCK_WIDTH: tl.constexpr):
+    """Store a part of the columns of some rows of a contiguous matrix."""
+    column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
+    cell = row.to(tl.int64)[:, None] * width + column[None, :]
+    mask = live[:, None] & (column < width)[None, :]
+    tl.store(matrix + cell, value.to(matrix.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(vector, width, part, BLOCK_WIDTH: tl.constexpr):
+    """A part of a vector over the columns: float32 [1, BLOCK_WIDTH], a row of one, so that it lies as rows do."""
+    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+    return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
+
+
+@triton.jit
 def store_zeros(out, first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Zeros into this program's share of the rows from ``first`` to ``last`` of a contiguous matrix."""
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = first + tl.program_id(0) * BLOCK_ROWS
     while tile < last:
         row = tile + tl.arange(0, BLOCK_ROWS)
-        start = 0
-        while start < width:
-            column = start + tl.arange(0, BLOCK_WIDTH)
-            cell = row.to(tl.int64)[:, None] * width + column[None, :]
-            tl.store(out + cell, zeros, mask=(row < last)[:, None] & (column < width)[None, :])
-            start += BLOCK_WIDTH
+        part = 0
+        while part * BLOCK_WIDTH < width:
+            store_rows(out, row, row < last, width, zeros, part, BLOCK_WIDTH)
+            part += 1
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
 @triton.jit
 def store_zeros_unplaced(out, place, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
     """Zeros into this program's share of the rows of a contiguous matrix that have no place."""
-    column = tl.arange(0, BLOCK_WIDTH)
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = tl.program_id(0) * BLOCK_ROWS
     while tile < rows:
         row = tile + tl.arange(0, BLOCK_ROWS)
         idle = tl.load(place + row, mask=row < rows, other=0) < 0
-        cell = row.to(tl.int64)[:, None] * width + column[None, :]
-        tl.store(out + cell, zeros, mask=idle[:, None] & (column < width)[None, :])
+        part = 0
+        while part * BLOCK_WIDTH < width:
+            store_rows(out, row, idle, width, zeros, part, BLOCK_WIDTH)
+            part += 1
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
