@@ -1,4 +1,4 @@
-"""Which implementation a model runs: ``reference`` (padded, eager) or ``fused`` (packed, over the four ops)."""
+"""Which implementation a model runs: ``reference`` (padded, eager) or ``fused`` (packed, over the ops)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The modality-routed transformer over packed tokens: parameters under upstream's names, and its four ops.
+"""The modality-routed transformer over packed tokens: parameters under upstream's names, and its ops.
 
     x <- x + keep * gamma_1 * Wo( LN_sub( c * Attention(LN_1(x)) ) )
     x <- x + keep' * gamma_2 * FFN_m( LN_2(x) )                        m: the token's modality
@@ -133,7 +133,7 @@ class TransformerLayer(nn.Module):
     def packed(
         self, x: Tensor, attend: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
     ) -> Tensor:
-        """The layer over packed rows, by the four ops; each branch computes the rows that it keeps."""
+        """The layer over packed rows, by the ops; each branch computes the rows that it keeps."""
         attention, plan = self.self_attn, attend.plan
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
