@@ -109,7 +109,7 @@ def _input_gradient(
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _ in range(GROUPS):
+    for _rank in range(GROUPS):
         previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
@@ -145,7 +145,7 @@ def _weight_gradient(
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _ in range(COUNT):
+    for _rank in range(COUNT):
         previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
         end = before + row_tiles * column_tiles
         if tile < end:
