@@ -31,6 +31,7 @@ from onepeace_fast.kernels.grouped_gemm import (
     row_stride,
     tile_place,
     tiles_for,
+    vectors,
 )
 from onepeace_fast.kernels.launch import compact, launch, unit_columns
 from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
@@ -249,12 +250,6 @@ def _output(
         store_zeros(y, extent, rows, COLUMNS, 1, BLOCK_COLUMNS)
 
 
-def _vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """Vectors of all modalities, of one dtype and compact; None where there are none."""
-    same = len({tensor.dtype for tensor in tensors}) == 1
-    return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
-
-
 def hidden(
     z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], offsets: Tensor,
     activation: str, eps: float, keep_products: bool, keep_a: bool,
@@ -276,7 +271,7 @@ def hidden(
     mean, rstd = (torch.empty((rows if normed else 0, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
-        "a": a, "norm_weight": _vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
+        "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
         "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "x_stride": row_stride(z),
     }  # fmt: skip
     constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns, "ACTIVATION": activation}
@@ -302,8 +297,8 @@ def fold(
     (width, hidden_columns), groups = w2[0].shape, len(w2)
     c, e = (torch.empty((groups, width), dtype=torch.float32, device=w2[0].device) for _rank in range(2))
     arguments = {
-        "w2": contiguous_for_descriptors(w2), "norm_weight": _vectors(norm_weight), "norm_bias": _vectors(norm_bias),
-        "b2": _vectors(b2), "c": c, "e": e, "offsets": compact(offsets), "rows": rows,
+        "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
+        "b2": vectors(b2), "c": c, "e": e, "offsets": compact(offsets), "rows": rows,
     }  # fmt: skip
     constants = {
         "GROUPS": groups, "WIDTH": width, "HIDDEN": hidden_columns, "BLOCK_ROWS": FOLD_ROWS,
@@ -331,7 +326,7 @@ def output(
     c, e = (None, None) if folded is None else folded
     arguments = {
         "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
-        "b2": _vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
+        "b2": vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
         "gamma": compact(gamma), "keep": compact(keep), "sample": compact(sample), "index": index, "place": place,
         "offsets": offsets, "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
         "a_stride": row_stride(a), "residual_stride": 0 if residual is None else residual.stride(0),

@@ -35,10 +35,10 @@ from onepeace_fast.kernels.grouped_gemm import (
     row_stride,
     tile_place,
     tiles_for,
+    vectors,
     weight_gradient,
 )
 from onepeace_fast.kernels.launch import compact, launch, unit_columns
-from onepeace_fast.kernels.layer_norm import stacked
 from onepeace_fast.kernels.partial_sums import BLOCK_COLUMNS, BLOCK_PROGRAMS, column_sums
 
 BLOCK_ROWS, NUM_WARPS = 32, 8  # of the pass over rows
@@ -158,8 +158,8 @@ def _hidden_gradient(
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _ in range(GROUPS):
-        previous, group, start, stop = next_group(keys, previous, offsets, rows)
+    for _rank in range(GROUPS):
+        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
@@ -193,7 +193,7 @@ def _hidden_gradient(
                         slope = slope * value
                     if mean is not None:
                         h = (h - mu) * r
-                        scale = tl.load(norm_weight + group * HIDDEN + at, mask=at < HIDDEN, other=0).to(tl.float32)
+                        scale = tl.load(expert(norm_weight, group) + at, mask=at < HIDDEN, other=0).to(tl.float32)
                         dh = (dh * scale[None, :] - g_mean - h * g_hhat_mean) * r
                     cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
                     if hhat is not None:
@@ -219,14 +219,14 @@ def _output_weight_gradient(
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _ in range(COUNT):
-        previous, group, start, stop = next_group(keys, previous, offsets, rows)
+    for _rank in range(COUNT):
+        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
         end = before + row_tiles * column_tiles
         if tile < end:
             dy_rows = matrix(dy, stop, WIDTH, dy_stride, BLOCK_INNER, BLOCK_ROWS)
             hhat_rows = matrix(hhat, stop, HIDDEN, HIDDEN, BLOCK_INNER, BLOCK_COLUMNS)
             out = expert(outs, group)
-            weight = expert(w2, group)
+            weight, gain, offset = expert(w2, group), expert(norm_weight, group), expert(norm_bias, group)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 first, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
@@ -241,8 +241,8 @@ def _output_weight_gradient(
                     inside = at < HIDDEN
                     mask = (row < WIDTH)[:, None] & inside[None, :]
                     cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
-                    scale = tl.load(norm_weight + group * HIDDEN + at, mask=inside, other=0).to(tl.float32)[None, :]
-                    shift = tl.load(norm_bias + group * HIDDEN + at, mask=inside, other=0).to(tl.float32)[None, :]
+                    scale = tl.load(gain + at, mask=inside, other=0).to(tl.float32)[None, :]
+                    shift = tl.load(offset + at, mask=inside, other=0).to(tl.float32)[None, :]
                     gradient = pieces[piece] * scale + row_sum * shift
                     tl.store(out + cell, gradient.to(outs[0].dtype.element_ty), mask=mask)
                     w = tl.load(weight + cell, mask=mask, other=0).to(tl.float32)
@@ -284,7 +284,7 @@ def scaled_gradient(
     grad = unit_columns(grad)
     scaled = gamma is not None or keep is not None or index is not None or grad.dtype != like.dtype
     dy = torch.empty((rows, width), dtype=like.dtype, device=like.device) if scaled else None
-    m1, m2 = (None if c is None else torch.empty(rows, dtype=torch.float32, device=like.device) for _ in range(2))
+    m1, m2 = (None if c is None else torch.empty(rows, dtype=torch.float32, device=like.device) for _rank in range(2))
     totals = like.new_empty((groups, width), dtype=torch.float32) if sums_needed else None
     tiles = rows // BLOCK_ROWS + groups
     db2, dgamma = (
@@ -327,12 +327,16 @@ def hidden_gradient(
     normed = len(norm_weight) > 0
     arguments = {
         "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": mean if normed else None,
-        "rstd": rstd if normed else None, "m1": m1, "m2": m2, "norm_weight": stacked(norm_weight),
+        "rstd": rstd if normed else None, "m1": m1, "m2": m2, "norm_weight": vectors(norm_weight),
         "offsets": compact(offsets), "rows": rows, "dy_stride": row_stride(dy), "u_stride": u.stride(0),
         "v_stride": 0 if v is None else v.stride(0),
     }  # fmt: skip
-    constants = {"GROUPS": len(w2), "WIDTH": width, "HIDDEN": hidden, "ACTIVATION": activation}
-    launch_tiles(_hidden_gradient, "hidden_gradient", rows, hidden, len(w2), arguments, constants)
+    entry = "routed_ffn_hidden_gradient"
+    constants = {
+        "GROUPS": len(w2), "WIDTH": width, "HIDDEN": hidden, "ACTIVATION": activation,
+        "PIECES": tiles_for(entry, dy)[0].pieces,
+    }  # fmt: skip
+    launch_tiles(_hidden_gradient, entry, rows, hidden, len(w2), arguments, constants)
     return du, dv, hhat
 
 
@@ -347,18 +351,20 @@ def output_weight_gradient(
         return
     dy, w2 = for_descriptors(dy), contiguous_for_descriptors(w2)
     (width, hidden), groups = w2[0].shape, len(w2)
-    row_tiles = triton.cdiv(width, tiles_for("output_weight_gradient", dy)[0].block_rows)
-    dweight, dbias = (dy.new_empty((groups * row_tiles, hidden), dtype=torch.float32) for _ in range(2))
+    entry = "routed_ffn_output_gradient"
+    tiles, _ = tiles_for(entry, dy)
+    row_tiles = triton.cdiv(width, tiles.block_rows)
+    dweight, dbias = (dy.new_empty((groups * row_tiles, hidden), dtype=torch.float32) for _rank in range(2))
     unused = None if all(out is not None for out in outs) else torch.empty_like(w2[0])
     arguments = {
         "dy": dy, "hhat": hhat, "outs": tuple(unused if out is None else out for out in outs), "w2": w2,
-        "norm_weight": stacked(norm_weight), "norm_bias": stacked(norm_bias), "db2": db2, "dweight": dweight,
+        "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias), "db2": db2, "dweight": dweight,
         "dbias": dbias, "offsets": compact(offsets), "rows": dy.shape[0], "dy_stride": row_stride(dy),
     }  # fmt: skip
     constants = {
         "GROUPS": groups, "NEEDED": sum(1 << m for m in needed), "COUNT": len(needed), "WIDTH": width, "HIDDEN": hidden,
+        "PIECES": tiles.pieces,
     }  # fmt: skip
-    entry = "output_weight_gradient"
     launch_tiles(_output_weight_gradient, entry, len(needed) * width, hidden, len(needed), arguments, constants)
     if any_given(weight_gradients) or any_given(bias_gradients):
         arguments = {
