@@ -247,7 +247,8 @@ def input_gradient(
     out = torch.empty((rows, columns), dtype=xs[0].dtype, device=xs[0].device)
     both = len(pairs) > 1
     arguments = {
-        "x_0": xs[0], "x_1": xs[1] if both else None, "weights_0": weights[0], "weights_1": weights[1] if both else None,
+        "x_0": xs[0], "x_1": xs[1] if both else None,
+        "weights_0": weights[0], "weights_1": weights[1] if both else None,
         "out": out, "offsets": compact(offsets), "rows": rows, "x_0_stride": row_stride(xs[0]),
         "x_1_stride": row_stride(xs[-1]),
     }  # fmt: skip

@@ -291,25 +291,23 @@ def hidden(
 
 def fold(
     w2: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], b2: Sequence[Tensor],
-    offsets: Tensor, rows: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Launch ``_fold``: c and e, float32 [G, width]; those of a modality without rows are left as they are."""
+    offsets: Tensor, rows: int, folded: Tensor,
+) -> None:  # fmt: skip
+    """Launch ``_fold``: store c and e into float32 [2, G, width], but for modalities without rows."""
     (width, hidden_columns), groups = w2[0].shape, len(w2)
-    c, e = (torch.empty((groups, width), dtype=torch.float32, device=w2[0].device) for _rank in range(2))
     arguments = {
         "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
-        "b2": vectors(b2), "c": c, "e": e, "offsets": compact(offsets), "rows": rows,
+        "b2": vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
     }  # fmt: skip
     constants = {
         "GROUPS": groups, "WIDTH": width, "HIDDEN": hidden_columns, "BLOCK_ROWS": FOLD_ROWS,
         "BLOCK_COLUMNS": FOLD_COLUMNS,
     }  # fmt: skip
     launch(_fold, (triton.cdiv(width, FOLD_ROWS), groups), arguments, constants, num_warps=4)
-    return c, e
 
 
 def output(
-    a: Tensor, w2: Sequence[Tensor], b2: Sequence[Tensor], folded: tuple[Tensor, Tensor] | None, mean: Tensor,
+    a: Tensor, w2: Sequence[Tensor], b2: Sequence[Tensor], folded: Tensor | None, mean: Tensor,
     rstd: Tensor, offsets: Tensor, residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
     sample: Tensor | None, index: Tensor | None, keep_y: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -340,21 +338,19 @@ def routed_ffn(
     z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
     w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, residual: Tensor | None, gamma: Tensor | None,
     keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float, fold_norm: bool,
-    keep_products: bool, keep_y: bool,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """What ``routed_ffn_specification`` returns, by grouped products."""
-    folds = bool(norm_weight) and fold_norm
-    unfused = bool(norm_weight) and not fold_norm
+    keep_products: bool, keep_y: bool, folded: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """What ``routed_ffn_specification`` returns, by grouped products; stores c and e into ``folded``."""
+    unfolded = bool(norm_weight) and not fold_norm
     u, v, a, mean, rstd = hidden(
-        z, w0, w1, norm_weight if folds else (), offsets, activation, eps, keep_products or unfused, not unfused
+        z, w0, w1, () if unfolded else norm_weight, offsets, activation, eps, keep_products or unfolded, not unfolded
     )
-    if unfused:
+    if unfolded:
         a, mean, rstd = gated_sub_ln(u, v, norm_weight, norm_bias, offsets, (), activation, eps)
-    folded = fold(w2, norm_weight, norm_bias, b2, offsets, z.shape[0]) if norm_weight else None
+    if norm_weight:
+        fold(w2, norm_weight, norm_bias, b2, offsets, z.shape[0], folded)
     out, y = output(
-        a, w2, b2, folded if folds else None, mean, rstd, offsets, residual, gamma, keep, sample, rows, keep_y
+        a, w2, b2, folded if norm_weight and fold_norm else None, mean, rstd, offsets, residual, gamma, keep, sample,
+        rows, keep_y,
     )  # fmt: skip
-    nothing = z.new_empty(0)
-    saved = (u if keep_products else None, v if keep_products else None, y)
-    c, e = (None, None) if folded is None else folded
-    return out, *(nothing if t is None else t for t in saved), mean, rstd, *(mean.new_empty(0) if t is None else t for t in (c, e))
+    return out, u, v, y, mean, rstd

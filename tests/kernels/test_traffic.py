@@ -17,9 +17,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter ca
 CPU = torch.device("cpu")
 SIZES = ((40, 64), (43, 384), (8, 8200))  # rows, width: several programs, a last block that is not full, a wide row
 CASES = [
-    (size, i)
-    for size in SIZES
-    for i in range(len(list(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))))
+    (size, i) for size in SIZES for i in range(len(list(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))))
 ]
 
 
@@ -41,7 +39,7 @@ def forward_and_backward(case) -> list[Launch]:
 
 
 def kind_of(tensor: torch.Tensor, batch: Rows, width: int) -> str:
-    """"rows", "column" with an element for each row, "partial" sums of each program, or "vector"."""
+    """ "rows", "column" with an element for each row, "partial" sums of each program, or "vector"."""
     by_row = tensor.dim() in (1, 2) and tensor.shape[0] in (batch.rows, len(batch.some))
     if by_row and tensor.dim() == 2 and tensor.shape[1] == width:
         return "rows"
