@@ -69,6 +69,20 @@ def expert(tensors, group):
 
 
 @triton.jit
+def column_pieces(x, PIECES: tl.constexpr):
+    """A power of two of pieces of a tile's columns, from left to right, as a tuple."""
+    pieces = (x,)
+    for _halving in tl.static_range(PIECES):
+        if len(pieces) < PIECES:
+            halves = ()
+            for i in tl.static_range(len(pieces)):
+                halved: tl.constexpr = (pieces[i].shape[0], 2, pieces[i].shape[1] // 2)
+                halves += tl.split(tl.permute(tl.reshape(pieces[i], halved), (0, 2, 1)))
+            pieces = halves
+    return pieces
+
+
+@triton.jit
 def matrix(pointer, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
     """The descriptor of a matrix whose columns lie side by side; past its last row and column are zeros."""
     return tl.make_tensor_descriptor(pointer, [rows, columns], [stride, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
@@ -175,7 +189,7 @@ def launch_tiles(
     programs = max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
     launch(
         kernel, (programs,), arguments, {**constants, **parameters.constants}, parameters.num_warps,
-        num_stages=parameters.num_stages,
+        parameters.max_registers, parameters.num_stages,
     )  # fmt: skip
 
 
@@ -205,6 +219,12 @@ def row_stride(x: Tensor) -> int:
 def contiguous_for_descriptors(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The weights of all modalities, each with its rows side by side; a copy of those that are not."""
     return tuple(for_descriptors(w.contiguous()) for w in weights)
+
+
+def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Vectors of all modalities, of one dtype and compact; None where there are none."""
+    same = len({tensor.dtype for tensor in tensors}) == 1
+    return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
 
 
 def input_gradient(

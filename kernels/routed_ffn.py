@@ -21,6 +21,7 @@ from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_wt,
+    column_pieces,
     contiguous_for_descriptors,
     expert,
     for_descriptors,
@@ -31,6 +32,7 @@ from onepeace_fast.kernels.grouped_gemm import (
     row_stride,
     tile_place,
     tiles_for,
+    vectors,
 )
 from onepeace_fast.kernels.launch import compact, launch, unit_columns
 from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
@@ -192,6 +194,7 @@ def _output(
     a_stride, residual_stride,
     GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
     extent = row_extent(offsets, GROUPS, rows)
@@ -207,52 +210,55 @@ def _output(
             a_rows = matrix(a, stop, INNER, a_stride, BLOCK_ROWS, BLOCK_INNER)
             weight = matrix(expert(w2, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
             if y is not None:
-                y_rows = matrix(y, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                y_rows = matrix(y, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
                 total = add_x_wt(total, a_rows, weight, row, column, INNER, BLOCK_INNER)
                 rows_here = row + tl.arange(0, BLOCK_ROWS)
-                columns = column + tl.arange(0, BLOCK_COLUMNS)
-                live, inside = rows_here < stop, columns < COLUMNS
+                live = rows_here < stop
+                target = rows_here
+                if index is not None:
+                    target = tl.load(index + rows_here, mask=live, other=0)
+                if keep is not None:
+                    entry = tl.load(sample + target, mask=live, other=0)
+                    factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)
                 if c is not None:
                     r = tl.load(rstd + rows_here, mask=live, other=0)
                     mu = tl.load(mean + rows_here, mask=live, other=0)
-                    correction = tl.load(c + group * COLUMNS + columns, mask=inside, other=0)
-                    bias = tl.load(e + group * COLUMNS + columns, mask=inside, other=0)
-                    total = r[:, None] * (total - mu[:, None] * correction[None, :]) + bias[None, :]
-                elif b2 is not None:
-                    bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
-                    total = total + bias[None, :]
-                if y is not None:
-                    y_rows.store([row, column], total.to(y.dtype.element_ty))
-                if out is not None:
-                    target = rows_here
-                    if index is not None:
-                        target = tl.load(index + rows_here, mask=live, other=0)
-                    if keep is not None:
-                        entry = tl.load(sample + target, mask=live, other=0)
-                        total = total * tl.load(keep + entry, mask=live, other=0).to(tl.float32)[:, None]
-                    if gamma is not None:
-                        total = total * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
-                    mask = live[:, None] & inside[None, :]
-                    cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
-                    total += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
-                    cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-                    tl.store(out + cell, total.to(out.dtype.element_ty), mask=mask)
+                parts = column_pieces(total, PIECES)
+                for piece in tl.static_range(PIECES):
+                    value = parts[piece]
+                    first = column + piece * (BLOCK_COLUMNS // PIECES)
+                    columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
+                    inside = columns < COLUMNS
+                    if c is not None:
+                        correction = tl.load(c + group * COLUMNS + columns, mask=inside, other=0)
+                        bias = tl.load(e + group * COLUMNS + columns, mask=inside, other=0)
+                        value = r[:, None] * (value - mu[:, None] * correction[None, :]) + bias[None, :]
+                    elif b2 is not None:
+                        bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
+                        value = value + bias[None, :]
+                    if y is not None:
+                        y_rows.store([row, first], value.to(y.dtype.element_ty))
+                    if out is not None:
+                        if keep is not None:
+                            value = value * factor[:, None]
+                        if gamma is not None:
+                            value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
+                        mask = live[:, None] & inside[None, :]
+                        cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+                        value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
+                        cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+                        tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
+                    tl.debug_barrier()  # so that the pieces are not in registers all at once
                 tile += tl.num_programs(0)
         before = end
     if out is not None:
         _copy_others(residual, out, place, extent, stream_rows, COLUMNS, residual_stride, 1, BLOCK_COLUMNS)
     else:
         store_zeros(y, extent, rows, COLUMNS, 1, BLOCK_COLUMNS)
-
-
-def _vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
-    """Vectors of all modalities, of one dtype and compact; None where there are none."""
-    same = len({tensor.dtype for tensor in tensors}) == 1
-    return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
 
 
 def hidden(
@@ -276,7 +282,7 @@ def hidden(
     mean, rstd = (torch.empty((rows if normed else 0, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
-        "a": a, "norm_weight": _vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
+        "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
         "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "x_stride": row_stride(z),
     }  # fmt: skip
     constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns, "ACTIVATION": activation}
@@ -301,8 +307,8 @@ def fold(
     """Launch ``_fold``: store c and e into float32 [2, G, width], but for modalities without rows."""
     (width, hidden_columns), groups = w2[0].shape, len(w2)
     arguments = {
-        "w2": contiguous_for_descriptors(w2), "norm_weight": _vectors(norm_weight), "norm_bias": _vectors(norm_bias),
-        "b2": _vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
+        "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
+        "b2": vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
     }  # fmt: skip
     constants = {
         "GROUPS": groups, "WIDTH": width, "HIDDEN": hidden_columns, "BLOCK_ROWS": FOLD_ROWS,
@@ -329,12 +335,14 @@ def output(
     c, e = (None, None) if folded is None else folded
     arguments = {
         "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
-        "b2": _vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
+        "b2": vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
         "gamma": compact(gamma), "keep": compact(keep), "sample": compact(sample), "index": index, "place": place,
         "offsets": offsets, "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
         "a_stride": row_stride(a), "residual_stride": 0 if residual is None else residual.stride(0),
     }  # fmt: skip
-    constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns}
+    constants = {
+        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces,
+    }  # fmt: skip
     launch_tiles(_output, "routed_ffn_output", rows, columns, groups, arguments, constants)
     return (y, None) if out is None else (out, y)
 

@@ -10,7 +10,7 @@ from support.kernels import INTERPRETED
 
 SMALL = {
     "block_rows": 32, "block_columns": 64, "block_inner": 32, "row_tiles_at_once": 2, "num_warps": 4, "num_stages": 2,
-    "programs_per_multiprocessor": 1,
+    "programs_per_multiprocessor": 1, "pieces": 4,
 }  # fmt: skip
 
 
