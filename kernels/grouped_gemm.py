@@ -69,16 +69,23 @@ def expert(tensors, group):
 
 
 @triton.jit
+def _halves(x):
+    """Left and right columns of a tile."""
+    ROWS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
 def column_pieces(x, PIECES: tl.constexpr):
     """A power of two of pieces of a tile's columns, from left to right, as a tuple."""
     pieces = (x,)
     for _halving in tl.static_range(PIECES):
         if len(pieces) < PIECES:
-            halves = ()
+            halved = ()
             for i in tl.static_range(len(pieces)):
-                halved: tl.constexpr = (pieces[i].shape[0], 2, pieces[i].shape[1] // 2)
-                halves += tl.split(tl.permute(tl.reshape(pieces[i], halved), (0, 2, 1)))
-            pieces = halves
+                halved += _halves(pieces[i])
+            pieces = halved
     return pieces
 
 

@@ -149,10 +149,11 @@ def _sum_row_tiles(
 
 @triton.jit(do_not_specialize=["rows"])
 def _hidden_gradient(
-    dy, w2, u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight, offsets, rows, dy_stride, u_stride, v_stride,
+    dy, w2, u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight, offsets, rows, dy_stride,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
+    WIDTH_OF_PIECE: tl.constexpr = BLOCK_COLUMNS // PIECES
     column_tiles = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
     keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
     previous = tl.max(keys, 0) + 1
@@ -179,15 +180,13 @@ def _hidden_gradient(
                     g_hhat_mean = tl.load(m2 + row, mask=live, other=0)[:, None]
                 pieces = column_pieces(total, PIECES)
                 for piece in tl.static_range(PIECES):
-                    WIDTH_OF_PIECE: tl.constexpr = BLOCK_COLUMNS // PIECES
                     dh = pieces[piece]
                     at = column + piece * WIDTH_OF_PIECE + tl.arange(0, WIDTH_OF_PIECE)
                     mask = live[:, None] & (at < HIDDEN)[None, :]
-                    cell = row.to(tl.int64)[:, None] * u_stride + at[None, :]
+                    cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
                     h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0).to(tl.float32), ACTIVATION)
                     activated = h
                     if v is not None:
-                        cell = row.to(tl.int64)[:, None] * v_stride + at[None, :]
                         value = tl.load(v + cell, mask=mask, other=0).to(tl.float32)
                         h = h * value
                         slope = slope * value
@@ -195,12 +194,11 @@ def _hidden_gradient(
                         h = (h - mu) * r
                         scale = tl.load(expert(norm_weight, group) + at, mask=at < HIDDEN, other=0).to(tl.float32)
                         dh = (dh * scale[None, :] - g_mean - h * g_hhat_mean) * r
-                    cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
                     if hhat is not None:
                         tl.store(hhat + cell, h.to(hhat.dtype.element_ty), mask=mask)
+                    tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
                     if dv is not None:
                         tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
-                    tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
                     tl.debug_barrier()  # one piece at a time: the registers do not hold two
                 tile += tl.num_programs(0)
         before = end
@@ -213,6 +211,7 @@ def _output_weight_gradient(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
+    WIDTH_OF_PIECE: tl.constexpr = BLOCK_COLUMNS // PIECES
     row_tiles = tl.cdiv(WIDTH, BLOCK_ROWS)
     column_tiles = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
     keys = group_keys(offsets, rows, GROUPS, NEEDED)
@@ -236,7 +235,6 @@ def _output_weight_gradient(
                 row_sum = tl.load(db2 + group * WIDTH + row, mask=row < WIDTH, other=0)[:, None]
                 pieces = column_pieces(total, PIECES)
                 for piece in tl.static_range(PIECES):
-                    WIDTH_OF_PIECE: tl.constexpr = BLOCK_COLUMNS // PIECES
                     at = column + piece * WIDTH_OF_PIECE + tl.arange(0, WIDTH_OF_PIECE)
                     inside = at < HIDDEN
                     mask = (row < WIDTH)[:, None] & inside[None, :]
@@ -318,7 +316,7 @@ def hidden_gradient(
     m2: Tensor | None, norm_weight: Sequence[Tensor], offsets: Tensor, activation: str, hhat_needed: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """du, dv and hhat (h without norm), [rows, hidden]; rows past the last offset are not written."""
-    dy, w2, u, v = for_descriptors(dy), contiguous_for_descriptors(w2), unit_columns(u), v if v is None else unit_columns(v)
+    dy, w2, u, v = for_descriptors(dy), contiguous_for_descriptors(w2), u.contiguous(), compact(v)
     rows, (width, hidden) = dy.shape[0], w2[0].shape
     du, dv, hhat = (
         torch.empty((rows, hidden), dtype=u.dtype, device=u.device) if needed else None
@@ -328,8 +326,7 @@ def hidden_gradient(
     arguments = {
         "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": mean if normed else None,
         "rstd": rstd if normed else None, "m1": m1, "m2": m2, "norm_weight": vectors(norm_weight),
-        "offsets": compact(offsets), "rows": rows, "dy_stride": row_stride(dy), "u_stride": u.stride(0),
-        "v_stride": 0 if v is None else v.stride(0),
+        "offsets": compact(offsets), "rows": rows, "dy_stride": row_stride(dy),
     }  # fmt: skip
     entry = "routed_ffn_hidden_gradient"
     constants = {
