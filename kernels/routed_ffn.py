@@ -21,6 +21,7 @@ from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_wt,
+    column_pieces,
     contiguous_for_descriptors,
     expert,
     for_descriptors,
@@ -193,6 +194,7 @@ def _output(
     a_stride, residual_stride,
     GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
     extent = row_extent(offsets, GROUPS, rows)
@@ -208,40 +210,49 @@ def _output(
             a_rows = matrix(a, stop, INNER, a_stride, BLOCK_ROWS, BLOCK_INNER)
             weight = matrix(expert(w2, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
             if y is not None:
-                y_rows = matrix(y, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                y_rows = matrix(y, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
                 total = add_x_wt(total, a_rows, weight, row, column, INNER, BLOCK_INNER)
                 rows_here = row + tl.arange(0, BLOCK_ROWS)
-                columns = column + tl.arange(0, BLOCK_COLUMNS)
-                live, inside = rows_here < stop, columns < COLUMNS
+                live = rows_here < stop
+                target = rows_here
+                if index is not None:
+                    target = tl.load(index + rows_here, mask=live, other=0)
+                if keep is not None:
+                    entry = tl.load(sample + target, mask=live, other=0)
+                    factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)
                 if c is not None:
                     r = tl.load(rstd + rows_here, mask=live, other=0)
                     mu = tl.load(mean + rows_here, mask=live, other=0)
-                    correction = tl.load(c + group * COLUMNS + columns, mask=inside, other=0)
-                    bias = tl.load(e + group * COLUMNS + columns, mask=inside, other=0)
-                    total = r[:, None] * (total - mu[:, None] * correction[None, :]) + bias[None, :]
-                elif b2 is not None:
-                    bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
-                    total = total + bias[None, :]
-                if y is not None:
-                    y_rows.store([row, column], total.to(y.dtype.element_ty))
-                if out is not None:
-                    target = rows_here
-                    if index is not None:
-                        target = tl.load(index + rows_here, mask=live, other=0)
-                    if keep is not None:
-                        entry = tl.load(sample + target, mask=live, other=0)
-                        total = total * tl.load(keep + entry, mask=live, other=0).to(tl.float32)[:, None]
-                    if gamma is not None:
-                        total = total * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
-                    mask = live[:, None] & inside[None, :]
-                    cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
-                    total += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
-                    cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
-                    tl.store(out + cell, total.to(out.dtype.element_ty), mask=mask)
+                parts = column_pieces(total, PIECES)
+                for piece in tl.static_range(PIECES):
+                    value = parts[piece]
+                    first = column + piece * (BLOCK_COLUMNS // PIECES)
+                    columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
+                    inside = columns < COLUMNS
+                    if c is not None:
+                        correction = tl.load(c + group * COLUMNS + columns, mask=inside, other=0)
+                        bias = tl.load(e + group * COLUMNS + columns, mask=inside, other=0)
+                        value = r[:, None] * (value - mu[:, None] * correction[None, :]) + bias[None, :]
+                    elif b2 is not None:
+                        bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
+                        value = value + bias[None, :]
+                    if y is not None:
+                        y_rows.store([row, first], value.to(y.dtype.element_ty))
+                    if out is not None:
+                        if keep is not None:
+                            value = value * factor[:, None]
+                        if gamma is not None:
+                            value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
+                        mask = live[:, None] & inside[None, :]
+                        cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+                        value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
+                        cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+                        tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
+                    tl.debug_barrier()  # so that the pieces are not in registers all at once
                 tile += tl.num_programs(0)
         before = end
     if out is not None:
@@ -329,7 +340,9 @@ def output(
         "offsets": offsets, "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
         "a_stride": row_stride(a), "residual_stride": 0 if residual is None else residual.stride(0),
     }  # fmt: skip
-    constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns}
+    constants = {
+        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces,
+    }  # fmt: skip
     launch_tiles(_output, "routed_ffn_output", rows, columns, groups, arguments, constants)
     return (y, None) if out is None else (out, y)
 

@@ -155,15 +155,15 @@ def _run_backward(
 ):  # fmt: skip
     """The backward pass by its strategy."""
     u, v = (None, None) if not u.numel() and z.numel() else (u, v if w1 else None)
-    if u is None and by_kernel and strategy == "fused":
-        u, v, *_ = launcher("routed_ffn", "hidden")(z, w0, w1, (), offsets, activation, eps, True, False)
-    saved = (u, v, y, mean, rstd)
     if by_kernel and strategy == "fused":
+        if u is None:
+            u, v, *_ = launcher("routed_ffn", "hidden")(z, w0, w1, (), offsets, activation, eps, True, False)
         return launcher("routed_ffn_backward", "routed_ffn_backward")(
-            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, keep, sample, rows, *saved, folded,
-            activation, needs,
+            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd,
+            folded, activation, needs,
         )  # fmt: skip
     arguments = (grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows)
+    saved = (u, v, y, mean, rstd)
     if by_kernel and strategy == "per_modality":
         return per_modality.routed_ffn_backward(*arguments, *saved, activation, needs)
     return routed_ffn_backward_specification(*arguments, *saved, activation, eps, needs)
