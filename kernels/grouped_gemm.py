@@ -151,7 +151,7 @@ def _input_gradient(
                 out_rows.store([row, column], total.to(out.dtype.element_ty))
                 tile += tl.num_programs(0)
         before = end
-    store_zeros(out, row_extent(offsets, GROUPS, rows), rows, COLUMNS, 1, BLOCK_COLUMNS)
+    store_zeros(out, row_extent(offsets, GROUPS, rows), rows, COLUMNS, 32, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -256,9 +256,9 @@ def _output(
                 tile += tl.num_programs(0)
         before = end
     if out is not None:
-        _copy_others(residual, out, place, extent, stream_rows, COLUMNS, residual_stride, 1, BLOCK_COLUMNS)
+        _copy_others(residual, out, place, extent, stream_rows, COLUMNS, residual_stride, 32, BLOCK_COLUMNS)
     else:
-        store_zeros(y, extent, rows, COLUMNS, 1, BLOCK_COLUMNS)
+        store_zeros(y, extent, rows, COLUMNS, 32, BLOCK_COLUMNS)
 
 
 def hidden(
