@@ -196,7 +196,7 @@ def launch_tiles(
     programs = max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
     launch(
         kernel, (programs,), arguments, {**constants, **parameters.constants}, parameters.num_warps,
-        parameters.max_registers, parameters.num_stages,
+        num_stages=parameters.num_stages,
     )  # fmt: skip
 
 

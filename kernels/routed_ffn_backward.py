@@ -199,7 +199,6 @@ def _hidden_gradient(
                     tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
                     if dv is not None:
                         tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
-                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
                 tile += tl.num_programs(0)
         before = end
 
@@ -247,7 +246,6 @@ def _output_weight_gradient(
                     partial = (group * row_tiles + row_tile) * HIDDEN + at
                     tl.store(dweight + partial, tl.sum(w * pieces[piece], 0), mask=inside)
                     tl.store(dbias + partial, tl.sum(w * row_sum, 0), mask=inside)
-                    tl.debug_barrier()  # as above
                 tile += tl.num_programs(0)
         before = end
 

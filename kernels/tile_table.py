@@ -26,8 +26,7 @@ class TileParameters(NamedTuple):
     It sums over ``block_inner`` at a time, with loads ``num_stages`` deep. Tiles of ``row_tiles_at_once`` tiles of rows
     are computed column by column, so that what they share stays in the L2 cache. A launch has
     ``programs_per_multiprocessor`` programs for each multiprocessor, and each walks over its share of the tiles.
-    An epilogue treats ``pieces`` of a tile's columns one after another, so that registers hold what it needs;
-    ``max_registers`` bounds a thread's registers, so that a multiprocessor holds more programs.
+    An epilogue treats ``pieces`` of a tile's columns one after another, so that registers hold what it needs.
     """
 
     block_rows: int
@@ -38,7 +37,6 @@ class TileParameters(NamedTuple):
     num_stages: int
     programs_per_multiprocessor: int
     pieces: int = 1
-    max_registers: int | None = None
 
     @property
     def constants(self) -> dict[str, int]:
