@@ -270,7 +270,7 @@ def _sum_norm_tiles(
 
 
 def scaled_gradient(
-    grad: Tensor, y: Tensor | None, c: Tensor | None, e: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
+    grad: Tensor, y: Tensor, c: Tensor | None, e: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
     sample: Tensor | None, index: Tensor | None, like: Tensor, hidden: int, offsets: Tensor, sums_needed: bool,
     b2_gradients: Sequence[Tensor | None], gamma_gradient: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -291,7 +291,7 @@ def scaled_gradient(
     )
     shared = {"db2": db2, "dgamma": dgamma, "offsets": compact(offsets), "rows": rows, "width": width}
     if scaled or c is not None or sums_needed:
-        y = None if y is None or (c is None and dgamma is None) else unit_columns(y)
+        y = unit_columns(y) if c is not None or dgamma is not None else None
         arguments = {
             "grad": grad, "y": y, "dy": dy, "m1": m1, "m2": m2, "gamma": compact(gamma), "keep": compact(keep),
             "sample": compact(sample), "index": compact(index), "c": c, "e": e, "hidden": hidden,
@@ -322,7 +322,7 @@ def hidden_gradient(
         torch.empty((rows, hidden), dtype=u.dtype, device=u.device) if needed else None
         for needed in (True, v is not None, hhat_needed)
     )
-    normed = len(norm_weight) > 0
+    normed = bool(norm_weight)
     arguments = {
         "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": mean if normed else None,
         "rstd": rstd if normed else None, "m1": m1, "m2": m2, "norm_weight": vectors(norm_weight),
@@ -380,24 +380,22 @@ def any_given(tensors: Sequence[Tensor | None]) -> bool:
 def routed_ffn_backward(
     grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
     norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, gamma: Tensor | None,
-    keep: Tensor | None, sample: Tensor | None, index: Tensor | None, u: Tensor, v: Tensor | None, y: Tensor | None,
-    c: Tensor | None, e: Tensor | None, mean: Tensor, rstd: Tensor, activation: str, needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
-    """Launch the backward pass: dz, the gradient of each parameter that needs one, in the order of the lists, dgamma.
-
-    ``index`` names each row's row of the stream, which ``grad``, ``sample`` and keep go by.
-    """
+    keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, u: Tensor, v: Tensor | None, y: Tensor,
+    mean: Tensor, rstd: Tensor, folded: Tensor, activation: str, needs: Sequence[bool],
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """What ``routed_ffn_backward_specification`` returns, by grouped products."""
     lists = (w0, w1, norm_weight, norm_bias, w2, b2)
     flags = iter(needs)
     gradients = [[torch.empty_like(p, memory_format=torch.contiguous_format) if next(flags) else None for p in group]
                  for group in lists]  # fmt: skip
     dw0, dw1, dnorm_weight, dnorm_bias, dw2, db2 = gradients
     dgamma = torch.empty_like(gamma, memory_format=torch.contiguous_format) if next(flags) else None
-    hidden, normed = w2[0].shape[1], len(norm_weight) > 0
+    hidden, normed = w2[0].shape[1], bool(norm_weight)
+    c, e = folded if normed else (None, None)
     hhat_needed = any_given((*dw2, *dnorm_weight, *dnorm_bias))
     sums_needed = any_given(db2) or (normed and hhat_needed)
     dy, m1, m2, row_sums = scaled_gradient(
-        grad, y, c, e, gamma, keep, sample, index, z, hidden, offsets, sums_needed, db2, dgamma
+        grad, y, c, e, gamma, keep, sample, rows, z, hidden, offsets, sums_needed, db2, dgamma
     )
     du, dv, hhat = hidden_gradient(
         dy, w2, u, v, mean, rstd, m1, m2, norm_weight, offsets, activation, hhat_needed

@@ -158,10 +158,9 @@ def _run_backward(
     if by_kernel and strategy == "fused":
         if u is None:
             u, v, *_ = launcher("routed_ffn", "hidden")(z, w0, w1, (), offsets, activation, eps, True, False)
-        c, e = folded if folded.numel() else (None, None)
         return launcher("routed_ffn_backward", "routed_ffn_backward")(
-            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, keep, sample, rows, u, v,
-            y if c is not None or needs[-1] else None, c, e, mean, rstd, activation, needs,
+            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd,
+            folded, activation, needs,
         )  # fmt: skip
     arguments = (grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows)
     saved = (u, v, y, mean, rstd)
