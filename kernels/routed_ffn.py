@@ -57,8 +57,10 @@ def _hidden(
     x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, offsets, rows, x_stride,
     GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     GATE: tl.constexpr = w1 is not None
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
     keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
     previous = tl.max(keys, 0) + 1
@@ -75,11 +77,11 @@ def _hidden(
             if GATE:
                 value = matrix(expert(w1, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
             if u is not None:
-                u_rows = matrix(u, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                u_rows = matrix(u, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
                 if GATE:
-                    v_rows = matrix(v, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                    v_rows = matrix(v, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
             if a is not None:
-                a_rows = matrix(a, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                a_rows = matrix(a, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
@@ -88,30 +90,43 @@ def _hidden(
                 u_total, v_total = _add_both(
                     u_total, v_total, x_rows, gate, value, row, column, GATE, INNER, BLOCK_INNER
                 )
-                # The backward pass computes h from u and v as they are stored: so does this one.
-                u_tile = u_total.to(x.dtype.element_ty)
-                v_tile = v_total.to(x.dtype.element_ty)
-                if u is not None:
-                    u_rows.store([row, column], u_tile)
-                    if GATE:
-                        v_rows.store([row, column], v_tile)
-                if a is not None:
-                    h, _ = activation_and_slope(u_tile.to(tl.float32), ACTIVATION)
-                    if GATE:
-                        h = h * v_tile.to(tl.float32)
-                    if norm_weight is not None:
-                        columns = column + tl.arange(0, BLOCK_COLUMNS)
-                        inside = columns < COLUMNS
-                        # Past the last column u, v and so h are zero.
-                        mean = tl.sum(h, 1) / tl.minimum(COLUMNS - column, BLOCK_COLUMNS)
-                        centred = tl.where(inside[None, :], h - mean[:, None], 0)
-                        tile_rows = row + tl.arange(0, BLOCK_ROWS)
-                        cell = column_tile.to(tl.int64) * rows + tile_rows
-                        tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
-                        tl.store(tile_squares + cell, tl.sum(centred * centred, 1), mask=tile_rows < stop)
-                        weight = tl.load(expert(norm_weight, group) + columns, mask=inside, other=0).to(tl.float32)
-                        h = h * weight[None, :]
-                    a_rows.store([row, column], h.to(a.dtype.element_ty))
+                tile_rows = row + tl.arange(0, BLOCK_ROWS)
+                u_pieces = column_pieces(u_total, PIECES)
+                v_pieces = column_pieces(v_total, PIECES)
+                mean = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+                squares = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+                for piece in tl.static_range(PIECES):
+                    # The backward pass computes h from u and v as they are stored: so does this one.
+                    u_part = u_pieces[piece].to(x.dtype.element_ty)
+                    v_part = v_pieces[piece].to(x.dtype.element_ty)
+                    first = column + piece * PIECE_COLUMNS
+                    if u is not None:
+                        u_rows.store([row, first], u_part)
+                        if GATE:
+                            v_rows.store([row, first], v_part)
+                    if a is not None:
+                        h, _ = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+                        if GATE:
+                            h = h * v_part.to(tl.float32)
+                        if norm_weight is not None:
+                            columns = first + tl.arange(0, PIECE_COLUMNS)
+                            inside = columns < COLUMNS
+                            # Past the last column u, v and so h are zero.
+                            count = tl.maximum(tl.minimum(COLUMNS - first, PIECE_COLUMNS), 0).to(tl.float32)
+                            piece_mean = tl.sum(h, 1) / tl.maximum(count, 1)
+                            centred = tl.where(inside[None, :], h - piece_mean[:, None], 0)
+                            apart = piece_mean - mean
+                            part = count / tl.maximum(piece * PIECE_COLUMNS + count, 1)
+                            mean += apart * part
+                            squares += tl.sum(centred * centred, 1) + apart * apart * part * (piece * PIECE_COLUMNS)
+                            weight = tl.load(expert(norm_weight, group) + columns, mask=inside, other=0)
+                            h = h * weight.to(tl.float32)[None, :]
+                        a_rows.store([row, first], h.to(a.dtype.element_ty))
+                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
+                if norm_weight is not None:
+                    cell = column_tile.to(tl.int64) * rows + tile_rows
+                    tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
+                    tl.store(tile_squares + cell, squares, mask=tile_rows < stop)
                 tile += tl.num_programs(0)
         before = end
 
@@ -252,7 +267,7 @@ def _output(
                         value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
                         cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
                         tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
-                    tl.debug_barrier()  # so that the pieces are not in registers all at once
+                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
                 tile += tl.num_programs(0)
         before = end
     if out is not None:
@@ -273,8 +288,8 @@ def hidden(
         return torch.empty((rows, columns), dtype=z.dtype, device=z.device) if kept else None
 
     u, v, a = like_h(keep_products), like_h(keep_products and bool(w1)), like_h(keep_a)
-    tile_columns = tiles_for("routed_ffn_hidden", z)[0].block_columns
-    tiles = triton.cdiv(columns, tile_columns)
+    parameters, _ = tiles_for("routed_ffn_hidden", z)
+    tiles = triton.cdiv(columns, parameters.block_columns)
     normed = bool(norm_weight) and keep_a
     tile_mean, tile_squares = (
         torch.empty((tiles if normed else 0, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
@@ -285,7 +300,10 @@ def hidden(
         "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
         "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "x_stride": row_stride(z),
     }  # fmt: skip
-    constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns, "ACTIVATION": activation}
+    constants = {
+        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "ACTIVATION": activation,
+        "PIECES": parameters.pieces,
+    }  # fmt: skip
     launch_tiles(_hidden, "routed_ffn_hidden", rows, columns, groups, arguments, constants)
     if normed:
         arguments = {
@@ -293,7 +311,7 @@ def hidden(
             "rows": rows, "eps": eps,
         }  # fmt: skip
         constants = {
-            "GROUPS": groups, "COLUMNS": columns, "TILE_COLUMNS": tile_columns,
+            "GROUPS": groups, "COLUMNS": columns, "TILE_COLUMNS": parameters.block_columns,
             "TILES": triton.next_power_of_2(tiles), "BLOCK_ROWS": STATISTICS_ROWS,
         }  # fmt: skip
         launch(_merge_statistics, (max(1, triton.cdiv(rows, STATISTICS_ROWS)),), arguments, constants, num_warps=4)

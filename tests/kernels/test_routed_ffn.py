@@ -161,23 +161,26 @@ def test_strides_do_not_matter():
     leaves = on_device(leaves_of([5, 0, 7], 16, 24), torch.float32)
     expected = contract.run(op([5, 0, 7], **FUSED), leaves)
     for layout in contract.LAYOUTS:
-        for name in ("z", "residual", "w0_0", "w2_1", "norm_weight_2"):
-            actual = contract.run(op([5, 0, 7], **FUSED), {**leaves, name: layout(leaves[name])})
-            contract.assert_same(actual, expected, f"{name} {layout.__name__}")
+        moved = {name: layout(leaf) for name, leaf in leaves.items()}
+        contract.assert_same(contract.run(op([5, 0, 7], **FUSED), moved), expected, layout.__name__)
     contract.check_gradient_layouts(op([5, 0, 7], **FUSED), leaves)
 
 
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
-    leaves = on_device(leaves_of([5, 0, 7], 16, 24), torch.float32)
-    contract.check_frozen(op([5, 0, 7], **FUSED), leaves)
-    gradients = contract.run(op([5, 0, 7], **FUSED), leaves)[1]
+    counts = [5, 0, 7]
+    leaves = on_device(leaves_of(counts, 16, 24), torch.float32)
+    outputs, gradients = contract.run(op(counts, **FUSED), leaves)
     idle = [name for name in leaves if name.endswith("_1")]
     assert len(idle) == 6 and not any(gradients[name].any() for name in idle)
+    for kind in ("z", "w0", "w1", "w2", "b2", "norm_weight", "norm_bias", "gamma", "residual"):
+        frozen = [name for name in leaves if name.startswith(kind) and not name.endswith("_2")]
+        left = {name: None if name in frozen else gradient for name, gradient in gradients.items()}
+        contract.assert_same(contract.run(op(counts, **FUSED), leaves, frozen=frozen), (outputs, left), kind)
 
 
 def test_repeats_are_bitwise_equal():
     leaves = on_device(leaves_of([9, 0, 33], 32, 40, inert=3), DTYPES[-1])
-    contract.check_deterministic(op([9, 0, 33], inert=3, **FUSED), leaves, REPEATS)
+    contract.check_deterministic(op([9, 0, 33], inert=3, **FUSED), leaves, REPEATS if DEVICE == "cuda" else 3)
 
 
 def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_deviation(capsys):
@@ -206,7 +209,7 @@ def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_d
 
 
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 3))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_any_ragged_plan(counts, inert):
     check(counts, torch.float32, inert=inert, width=8, hidden=24)
 
