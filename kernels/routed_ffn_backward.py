@@ -153,7 +153,7 @@ def _hidden_gradient(
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    WIDTH_OF_PIECE: tl.constexpr = BLOCK_COLUMNS // PIECES
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     column_tiles = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
     keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
     previous = tl.max(keys, 0) + 1
@@ -181,7 +181,7 @@ def _hidden_gradient(
                 pieces = column_pieces(total, PIECES)
                 for piece in tl.static_range(PIECES):
                     dh = pieces[piece]
-                    at = column + piece * WIDTH_OF_PIECE + tl.arange(0, WIDTH_OF_PIECE)
+                    at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
                     mask = live[:, None] & (at < HIDDEN)[None, :]
                     cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
                     h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0).to(tl.float32), ACTIVATION)
@@ -210,7 +210,7 @@ def _output_weight_gradient(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
     PIECES: tl.constexpr,
 ):  # fmt: skip
-    WIDTH_OF_PIECE: tl.constexpr = BLOCK_COLUMNS // PIECES
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     row_tiles = tl.cdiv(WIDTH, BLOCK_ROWS)
     column_tiles = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
     keys = group_keys(offsets, rows, GROUPS, NEEDED)
@@ -234,7 +234,7 @@ def _output_weight_gradient(
                 row_sum = tl.load(db2 + group * WIDTH + row, mask=row < WIDTH, other=0)[:, None]
                 pieces = column_pieces(total, PIECES)
                 for piece in tl.static_range(PIECES):
-                    at = column + piece * WIDTH_OF_PIECE + tl.arange(0, WIDTH_OF_PIECE)
+                    at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
                     inside = at < HIDDEN
                     mask = (row < WIDTH)[:, None] & inside[None, :]
                     cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]

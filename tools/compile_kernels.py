@@ -6,7 +6,7 @@ Each entry of the shipped launch parameters is compiled for every architecture t
 ``onepeace_fast.hardware.cases``, through the operations themselves; nothing is launched. A fault is a spill, more
 registers or shared memory than a program may have, an access to a row tensor of a width that is divisible by 16 which
 is not 16 bytes wide, or a matrix product without the chip's own instructions for it (on sm_90, loads by descriptors
-too). This needs a process of its own: Triton's interpreter compiles nothing.
+too). What the tiles of the matrix products come to at one batch is printed beside it. This needs a process of its own: Triton's interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -200,8 +200,11 @@ def report(results: Sequence[Result], every: bool = False) -> int:
     """Print the table, each fault, and one line; returns the exit code."""
     from onepeace_fast.info import format_table
     from tools.cubin import CHIPS
+    from tools.products import COUNTS, rows
 
     print(format_table(table(results, every), indent=""))
+    print(f"\nMatrix products of the routed FFN at {sum(COUNTS)} rows, by their tiles:")
+    print(format_table(list(rows()), indent=""))
     for result in results if not every else ():
         if result.faults:
             print(f"FAULT {result.architecture} width {result.width}, {result.form}: {'; '.join(result.faults)}")
