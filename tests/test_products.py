@@ -24,7 +24,7 @@ def test_rows_and_columns_fill_whole_tiles():
     assert found.operations == 6 * 2 * 2 * 128 * 256 * 64
     assert found.least_operations == 2 * 2 * 130 * 300 * 64
     assert found.read == 6 * (128 + 2 * 256) * 64 * 2
-    assert found.least_read == 2 * 64 * (130 + 3 * 2 * 300) and found.beside == 3 * 130 * 300
+    assert found.least_read == 2 * 64 * (130 + 2 * 2 * 300) and found.beside == 3 * 130 * 300
     assert found.efficiency == pytest.approx(found.least_operations / (132 * 2 * 2 * 128 * 256 * 64))
 
 

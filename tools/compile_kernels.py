@@ -6,7 +6,8 @@ Each entry of the shipped launch parameters is compiled for every architecture t
 ``onepeace_fast.hardware.cases``, through the operations themselves; nothing is launched. A fault is a spill, more
 registers or shared memory than a program may have, an access to a row tensor of a width that is divisible by 16 which
 is not 16 bytes wide, or a matrix product without the chip's own instructions for it (on sm_90, loads by descriptors
-too). What the tiles of the matrix products come to at one batch is printed beside it. This needs a process of its own: Triton's interpreter compiles nothing.
+too). What the tiles of the matrix products come to at one batch is printed as well. This needs a process of its own:
+Triton's interpreter compiles nothing.
 """
 
 from __future__ import annotations

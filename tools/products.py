@@ -86,7 +86,7 @@ def figures(product: Product, architecture: str) -> Figures:
         operations=of_step * sum(lengths),
         least_operations=least,
         read=ELEMENT * operands * sum(lengths),
-        least_read=ELEMENT * sum(inner * (rows + product.weights * product.columns) for rows, inner in needed),
+        least_read=ELEMENT * sum(inner * (rows + product.weights * product.columns) for rows, inner in needed if rows),
         beside=sum(product.rows) * product.columns * product.beside,
     )
 
