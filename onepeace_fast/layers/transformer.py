@@ -162,12 +162,13 @@ class TransformerLayer(nn.Module):
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
             z = normalized(x, norm, feed_forward)
-        if feed_forward.rows is None and not dropout:
-            scaled_residual = {"residual": x, "gamma": self.gamma_2}
-            scaled_residual |= {"keep": feed_forward.keep, "sample": feed_forward.sample}
-            return self.route(z, feed_forward.plan, **scaled_residual)
-        y = self.route(z, feed_forward.plan)
-        return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
+        if dropout:
+            y = self.route(z, feed_forward.plan)
+            return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
+        return self.route(
+            z, feed_forward.plan, residual=x, gamma=self.gamma_2, keep=feed_forward.keep, sample=feed_forward.sample,
+            rows=feed_forward.rows,
+        )  # fmt: skip
 
     def route(self, z: Tensor, plan: RoutePlan, **scaled_residual: Tensor | None) -> Tensor:
         """Every row through the FFN of its modality."""

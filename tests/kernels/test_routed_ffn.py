@@ -4,11 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from models import test_ffn_memory as memory
 from support import contract
 from support.ffn_cases import ALL, NO_GATE, OPTIONS, leaves_of, op, plain, slices_of
 from support.kernels import DEVICE, DTYPES, REPEATS, int32, on_device
+from support.plans import ragged_offsets
 from support.tiles import small_tiles
 
+from onepeace_fast import layer_norm
 from onepeace_fast.kernels.launch import launched
 from onepeace_fast.tolerance import assert_within_rule, errors
 
@@ -74,13 +77,28 @@ def test_rows_come_back_where_the_index_says(keep, dtype):
     assert torch.equal(call(**rounded)[others], rounded["residual"][others])
 
 
-def test_interleaved_tokens_give_the_bits_of_packed_ones():
+def test_interleaved_tokens_need_no_permutation_of_their_own():
+    """The pre-LN reads by the index, the last product writes by it: the bits are those of packed tokens."""
     leaves = on_device(leaves_of(COUNTS, 32, 72, ALL - {"keep"}), torch.float32)
-    order = torch.randperm(45, generator=torch.Generator().manual_seed(0))
-    stream = torch.empty_like(leaves["residual"])
-    stream[order] = leaves["residual"]
-    interleaved = op(COUNTS, ALL - {"keep"}, rows=int32(order.tolist()), **FUSED)(**{**leaves, "residual": stream})
-    assert torch.equal(interleaved[order], op(COUNTS, ALL - {"keep"}, **FUSED)(**leaves))
+    norm = [contract.normal(32, seed=s).to(DEVICE, torch.float32) for s in (70, 71)]
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    packed, index = leaves.pop("residual"), order.int()
+    del leaves["z"]
+    stream = torch.empty_like(packed)
+    stream[order] = packed
+    before = launched()
+    with torch.no_grad():
+        z = layer_norm(stream, *norm, rows=index, offsets=ragged_offsets(COUNTS).to(DEVICE))
+        out = op(COUNTS, ALL - {"keep"}, rows=index, **FUSED)(z, stream, **leaves)
+    assert launched() - before == 6  # the norm, the four of the FFN, and the inverse of the index
+    assert torch.equal(out[order], op(COUNTS, ALL - {"keep"}, **FUSED)(layer_norm(packed, *norm), packed, **leaves))
+
+
+def test_the_branch_keeps_little_of_what_plain_pytorch_keeps():
+    leaves = on_device(memory.branch_leaves())
+    kept, recomputing = (memory.saved_bytes(memory.branch(recompute=r, **FUSED), leaves) for r in (False, True))
+    assert kept <= memory.MOST * memory.saved_bytes(memory.plain, leaves)
+    assert recomputing <= 0.3 * kept
 
 
 def test_nan_in_one_modality_leaves_the_others_alone():
