@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 from collections.abc import Iterator, Mapping
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ class Configuration:
     constants: Mapping[str, Any]
     num_warps: int
     max_registers: int | None = None
+    num_stages: int | None = None
 
     @property
     def name(self) -> str:
@@ -33,19 +34,34 @@ class Configuration:
         tensors = {name: value for name, value in self.arguments.items() if isinstance(value, Tensor)}
         dtypes = " ".join(f"{name}:{str(value.dtype).removeprefix('torch.')}" for name, value in tensors.items())
         constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
-        return f"{self.kernel.__name__} {dtypes} {constants} num_warps={self.num_warps}"
+        stages = "" if self.num_stages is None else f" num_stages={self.num_stages}"
+        return f"{self.kernel.__name__} {dtypes} {constants} num_warps={self.num_warps}{stages}"
 
     @property
     def keywords(self) -> dict[str, Any]:
         """What the kernel is called with; FP fusion is set since Triton's default for it depends on the version."""
         options = {"num_warps": self.num_warps, "maxnreg": self.max_registers, "enable_fp_fusion": True}
+        if self.num_stages is not None:
+            options["num_stages"] = self.num_stages
         return {**self.arguments, **self.constants, **options}
 
     def launch(self, grid: tuple[int, ...]) -> None:
         """Launch a grid of programs on the device and the current stream of the first tensor."""
         device = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(device):
-            self.kernel[grid](**self.keywords)
+            # A context of its own: autograd's threads see no allocator set elsewhere, and the caller's own one stays.
+            contextvars.copy_context().run(self._launch_here, grid)
+
+    def _launch_here(self, grid: tuple[int, ...]) -> None:
+        import triton
+
+        triton.set_allocator(_workspace)
+        self.kernel[grid](**self.keywords)
+
+
+def _workspace(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Where a kernel puts the descriptors that it makes; the caching allocator aligns to 512 bytes."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 class _Recorder(NamedTuple):
@@ -55,7 +71,7 @@ class _Recorder(NamedTuple):
 
 
 _launched = 0
-_recorder: ContextVar[_Recorder | None] = ContextVar("onepeace_fast_recorder", default=None)
+_recorder: contextvars.ContextVar[_Recorder | None] = contextvars.ContextVar("onepeace_fast_recorder", default=None)
 
 
 @contextlib.contextmanager
@@ -79,9 +95,10 @@ def launch(
     constants: Mapping[str, Any],
     num_warps: int,
     max_registers: int | None = None,
+    num_stages: int | None = None,
 ) -> None:
     """Launch a kernel; every launch of this package comes through here."""
-    configuration = Configuration(kernel, arguments, constants, num_warps, max_registers)
+    configuration = Configuration(kernel, arguments, constants, num_warps, max_registers, num_stages)
     if (recorder := _recorder.get()) is not None:
         recorder.configurations.append(configuration)
     else:

@@ -59,7 +59,7 @@ def merged(shipped: Table, measured: Table) -> Table:
         for architecture, by_size in by_architecture.items():
             _number(architecture)
             # An architecture that is new to the table has to have every class: it starts as what it would take.
-            mine = result[kernel].setdefault(architecture, _copy(_nearest(shipped[kernel], architecture)))
+            mine = result[kernel].setdefault(architecture, _copy(nearest(shipped[kernel], architecture)))
             for size, by_width in by_size.items():
                 for width, entry in by_width.items():
                     if width not in classes.get(size, {}):
@@ -95,7 +95,7 @@ def _number(architecture: str) -> int:
     return int(digits)
 
 
-def _nearest(by_architecture: Mapping[str, Any], architecture: str) -> Any:
+def nearest(by_architecture: Mapping[str, Any], architecture: str) -> Any:
     known = sorted(by_architecture, key=_number)
     older = [name for name in known if _number(name) <= _number(architecture)]
     return by_architecture[older[-1] if older else known[0]]
@@ -144,6 +144,6 @@ def use_table(table: Table) -> Iterator[None]:
 def table_entry(kernel: str, architecture: str, element_size: int, width: int) -> Parameters:
     """The parameters of a kernel for rows of this width and these elements."""
     table = _used_instead or _measured() or SHIPPED
-    by_width = _nearest(table[kernel], architecture)[str(element_size)]
+    by_width = nearest(table[kernel], architecture)[str(element_size)]
     block_width = min(int(block) for block in by_width if int(block) >= width)
     return Parameters(block_width, **by_width[str(block_width)])

@@ -34,10 +34,8 @@ def add_in_memory(sums, value, width, part, BLOCK_WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _sum_vector(
-    partial, out, first, last, width, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+def column_sums(partial, first, last, width, column, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The sum of the rows from ``first`` to ``last`` of a contiguous float32 matrix, in a fixed order."""
     total = tl.zeros((BLOCK_PROGRAMS, BLOCK_COLUMNS), dtype=tl.float32)
     tile = first
     while tile < last:
@@ -45,7 +43,16 @@ def _sum_vector(
         cell = program.to(tl.int64)[:, None] * width + column[None, :]
         total += tl.load(partial + cell, mask=(program < last)[:, None] & (column < width)[None, :], other=0)
         tile += BLOCK_PROGRAMS
-    tl.store(out + column, tl.sum(total, 0).to(out.dtype.element_ty), mask=column < width)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _sum_vector(
+    partial, out, first, last, width, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):  # fmt: skip
+    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    total = column_sums(partial, first, last, width, column, BLOCK_PROGRAMS, BLOCK_COLUMNS)
+    tl.store(out + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
 @triton.jit(do_not_specialize=["rows", "group"])

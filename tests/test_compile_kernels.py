@@ -53,15 +53,16 @@ def test_the_interpreter_is_refused_since_it_compiles_nothing():
 
 
 def test_each_entry_of_the_table_is_launched_by_a_case(monkeypatch):
-    from onepeace_fast.kernels import launch
+    from onepeace_fast.kernels import grouped_gemm, launch, tile_table
     from onepeace_fast.kernels.launch_table import SHIPPED
     from tools.compile_kernels import configurations
 
     asked = set()
-    entry = launch.table_entry
+    entry, tiles = launch.table_entry, grouped_gemm.tiles_of
     monkeypatch.setattr(launch, "table_entry", lambda kernel, *rest: asked.add(kernel) or entry(kernel, *rest))
-    configurations("sm_90", 256, torch.bfloat16)
-    assert asked == set(SHIPPED)
+    monkeypatch.setattr(grouped_gemm, "tiles_of", lambda kernel, *rest: asked.add(kernel) or tiles(kernel, *rest))
+    configurations("sm_90", 768, torch.bfloat16)
+    assert asked == set(SHIPPED) | set(tile_table.SHIPPED)
 
 
 def inspected(kernel, rows: int, width: int, warps: int, **constants: int):
@@ -97,6 +98,15 @@ def test_narrow_accesses_to_row_tensors_are_faults_that_name_the_tensor(planted)
 def test_more_shared_memory_than_a_program_may_have_is_a_fault(planted):
     faults = inspected(planted.transpose, 256, 256, 32, SIZE=256).faults
     assert any(fault.startswith("shared memory: 262144 bytes") for fault in faults), faults
+
+
+def test_a_matrix_product_without_tensor_cores_or_descriptors_is_a_fault(planted):
+    def missing(precision: str) -> set[str]:
+        faults = inspected(planted.multiply, 64, 64, 4, SIZE=64, PRECISION=precision).faults
+        return {fault for fault in faults if "matrix product" in fault}
+
+    assert missing("ieee") == {"no HGMMA in a matrix product", "no UTMALDG in a matrix product"}
+    assert missing("tf32") == {"no UTMALDG in a matrix product"}
 
 
 def test_a_fault_or_an_empty_architecture_ends_with_code_1_and_one_summary_line(planted, capsys):

@@ -4,8 +4,10 @@
 
 Each entry of the shipped launch parameters is compiled for every architecture that has one, in each form of
 ``onepeace_fast.hardware.cases``, through the operations themselves; nothing is launched. A fault is a spill, more
-registers or shared memory than a program may have, or an access to a row tensor of a width that is divisible by 16
-which is not 16 bytes wide. This needs a process of its own: Triton's interpreter compiles nothing.
+registers or shared memory than a program may have, an access to a row tensor of a width that is divisible by 16 which
+is not 16 bytes wide, or a matrix product without the chip's own instructions for it (on sm_90, loads by descriptors
+too). What the tiles of the matrix products come to at one batch is printed as well. This needs a process of its own:
+Triton's interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 WIDTHS = (256, 384, 768, 1536, 3072, 6144, 7168, 12288)  # one in each width class of each kernel
+PRODUCT_WIDTHS = (768, 1536)  # the tiles of matrix products are the same for all
 ROWS = 9500  # a batch of 32 pairs: enough for as many programs as a launch may have
 FULL_ACCESS = 16
 HEADINGS = ("kernel", "GPU", "width", "compiled", "registers", "shared", "programs/SM", "B/element", "faults")
@@ -75,7 +78,7 @@ def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS)
     """Compile a configuration for an architecture as its launch would be, and find its faults."""
     from torch import Tensor
 
-    from tools.cubin import CHIPS, accesses, bytes_per_element, pointer_parameters, usage
+    from tools.cubin import CHIPS, accesses, bytes_per_element, missing_instructions, pointer_parameters, usage
 
     chip, warps = CHIPS[architecture], configuration.num_warps
     with target(chip.capability):
@@ -89,13 +92,19 @@ def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS)
         f"{architecture} {compiled.hash}", f"{module}{configuration.kernel.__name__}", architecture, width,
         configuration.name, warps, used.registers, used.shared,
         chip.programs_at_once(used.registers, used.shared, warps), bytes_per_element(found, sizes),
-        tuple(_faults(chip, used, warps, found, sizes)),
+        (
+            *_faults(chip, used, warps, found, sizes),
+            *(f"no {name} in a matrix product" for name in missing_instructions(compiled, architecture)),
+        ),
     )  # fmt: skip
 
 
 def _is_row_tensor(tensor: Any, rows: int, width: int) -> bool:
     """Whether a tensor has a row for each token of the batch, or of the part of it that DropPath keeps."""
-    return tensor.dim() == 2 and tensor.shape[1] == width > 1 and 2 * tensor.shape[0] > rows
+    from onepeace_fast.hardware.cases import HIDDEN_FACTOR
+
+    is_wide = width > 1 and tensor.dim() == 2 and tensor.shape[1] in (width, HIDDEN_FACTOR * width)
+    return is_wide and 2 * tensor.shape[0] > rows
 
 
 def _faults(chip: Any, used: Any, warps: int, found: Sequence[Any], sizes: dict[str, int]) -> Iterator[str]:
@@ -119,7 +128,7 @@ def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
     """What all operations would launch on a GPU of this architecture, forward and backward."""
     import torch
 
-    from onepeace_fast.hardware.cases import empty_tensors, kernel_cases
+    from onepeace_fast.hardware.cases import empty_tensors, kernel_cases, product_cases
     from onepeace_fast.kernels.launch import recording
     from onepeace_fast.kernels.launch_table import SHIPPED, use_table
     from onepeace_fast.ops._library import force_kernels
@@ -128,7 +137,10 @@ def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
     cpu = torch.device("cpu")
     chip = recording(architecture, CHIPS[architecture].multiprocessors)
     with use_table(SHIPPED), force_kernels(True), chip as found:
-        for case in kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu):
+        cases = [*kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)]
+        if width in PRODUCT_WIDTHS and dtype != torch.float32:
+            cases += product_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)
+        for case in cases:
             leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
             outputs = case.call(**leaves)
             outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
@@ -189,8 +201,11 @@ def report(results: Sequence[Result], every: bool = False) -> int:
     """Print the table, each fault, and one line; returns the exit code."""
     from onepeace_fast.info import format_table
     from tools.cubin import CHIPS
+    from tools.products import COUNTS, rows
 
     print(format_table(table(results, every), indent=""))
+    print(f"\nMatrix products of the routed FFN at {sum(COUNTS)} rows, by their tiles:")
+    print(format_table(list(rows()), indent=""))
     for result in results if not every else ():
         if result.faults:
             print(f"FAULT {result.architecture} width {result.width}, {result.form}: {'; '.join(result.faults)}")

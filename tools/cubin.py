@@ -51,23 +51,44 @@ class Usage(NamedTuple):
     shared: int
 
 
-def usage(compiled: Any) -> Usage:
-    """By cuobjdump, from Triton's own wheel."""
+def _cuobjdump(compiled: Any, option: str) -> str:
+    """What cuobjdump, from Triton's own wheel, says of a compiled kernel."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output)
+        command = [knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def usage(compiled: Any) -> Usage:
+    """What a kernel uses of a multiprocessor."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled, "--dump-resource-usage"))
     registers, stack, local = map(int, found.groups())
     return Usage(registers, stack + local, compiled.metadata.shared)
 
 
+# Instructions of the tensor cores, and of the loads by descriptors that feed them where there are any.
+PRODUCT_INSTRUCTIONS = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "UTMALDG")}
+
+
+def missing_instructions(compiled: Any, architecture: str) -> list[str]:
+    """What a kernel of matrix products ought to have, and has not; empty for any other kernel."""
+    if "tt.dot " not in compiled.asm["ttir"]:
+        return []
+    code = _cuobjdump(compiled, "--dump-sass")
+    return [name for name in PRODUCT_INSTRUCTIONS[architecture] if not re.search(rf"\b{name}\b", code)]
+
+
 def pointer_parameters(compiled: Any) -> dict[int, str]:
-    """The kernel's pointers by their number in PTX, where what is known at compile time is no parameter."""
-    parameters = [(name, kind) for name, kind in compiled.src.signature.items() if kind != "constexpr"]
+    """The kernel's pointers by their number in PTX, where what is known at compile time is no parameter.
+
+    Those of a tuple have one name: which of them is read is decided as the kernel runs.
+    """
+    parameters: list[tuple[str, str]] = []
+    for name, kind in compiled.src.signature.items():
+        parameters += [(name, one) for one in (kind if isinstance(kind, tuple) else (kind,)) if one != "constexpr"]
     return {number: name for number, (name, kind) in enumerate(parameters) if kind.startswith("*")}
 
 
@@ -107,8 +128,8 @@ def accesses(ptx: str, names: Mapping[int, str]) -> list[Access]:
     _follow(pointers, moves)
     result = []
     for kind, address, size in found:
-        sources = sorted(pointers.get(address, ()))
-        tensor = names[sources[0]] if len(sources) == 1 else "?"
+        sources = {names[number] for number in pointers.get(address, ())}
+        tensor = sources.pop() if len(sources) == 1 else "?"
         result.append(Access({"ld": "load", "st": "store"}[kind], tensor, size))
     return result
 

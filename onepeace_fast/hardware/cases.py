@@ -23,6 +23,7 @@ MODALITIES = 3
 INERT_ROWS = 3
 HEADS = 4
 HEAD_DIM = 64
+HIDDEN_FACTOR = 4  # hidden columns of a feed-forward network for each of its width
 Make = Callable[..., Tensor]
 
 
@@ -128,7 +129,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations that are specified and have no kernel yet; attention takes time with the square of ``rows``."""
     batch = Rows(rows, device)
-    yield from _routed_ffn(batch, dtype, make)
+    yield _routed_ffn(batch, 64, dtype, make, "Sub-LN, gamma, keep, residual")
     yield from _relative_bias_attention(batch, dtype, make)
 
 
@@ -223,23 +224,45 @@ def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> It
     yield Case("gated_sub_ln", "gelu_tanh, norm", call("gelu_tanh"), {**gate, **norm}, entries, slices)
 
 
-def _routed_ffn(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
-    width, hidden = 64, 128
-    leaves = {"z": make(batch.rows, width, dtype=dtype), "residual": make(batch.rows, width, dtype=torch.float32)}
-    for name, shape in {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}.items():
-        leaves |= {f"{name}_{m}": make(*shape, dtype=dtype, scale=0.15) for m in range(MODALITIES)}
-    leaves |= _vectors("b2_", width, dtype, make, 0.0) | _vectors("norm_weight", hidden, torch.float32, make)
-    leaves |= _vectors("norm_bias", hidden, torch.float32, make, 0.0)
-    leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
+def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
+    """The operations whose kernels are matrix products, in half precision or in the interpreter."""
+    batch = Rows(rows, device)
+    fused = {"strategy": "fused"}
+    yield _routed_ffn(batch, width, dtype, make, "fused: Sub-LN, gamma, keep, residual", **fused)
+    yield _routed_ffn(batch, width, dtype, make, "fused: silu, row index, recompute", True, True, **fused,
+                      activation="silu", recompute=True, fold_norm=False)  # fmt: skip
+    yield _routed_ffn(batch, width, dtype, make, "fused: gelu_tanh alone", False, **fused, activation="gelu_tanh")
 
-    def call(z: Tensor, residual: Tensor, gamma: Tensor, **parameters: Tensor) -> Tensor:
+
+def _routed_ffn(
+    batch: Rows, width: int, dtype: torch.dtype, make: Make, variant: str, full: bool = True, of_some: bool = False,
+    **settings: Any,
+) -> Case:  # fmt: skip
+    """With everything, or without gate, norm, biases, LayerScale and residual; on all rows, or some of the stream's."""
+    hidden = HIDDEN_FACTOR * width
+    rows, offsets = (len(batch.some), batch.some_offsets) if of_some else (batch.rows, batch.offsets)
+    scaling = {"keep": batch.keep, "sample": batch.sample} if full else {}
+    scaling |= {"rows": batch.some} if of_some else {}
+    leaves = {"z": make(rows, width, dtype=dtype)}
+    shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}
+    for name in shapes if full else ("w0", "w2"):
+        scale = shapes[name][1] ** -0.5
+        leaves |= {f"{name}_{m}": make(*shapes[name], dtype=dtype, scale=scale) for m in range(MODALITIES)}
+    if full:
+        leaves |= {"residual": make(batch.rows, width, dtype=torch.float32)}
+        leaves |= _vectors("b2_", width, dtype, make, 0.0) | _vectors("norm_weight", hidden, torch.float32, make)
+        leaves |= _vectors("norm_bias", hidden, torch.float32, make, 0.0)
+        leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
+
+    def call(z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None, **parameters: Tensor) -> Tensor:
+        lists = {name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")}
+        strategy = settings.get("strategy") if z.dtype == dtype else None
         return routed_ffn(
-            z, *(_listed(name, parameters) for name in ("w0", "w1", "w2", "b2")), offsets=batch.offsets,
-            norm_weight=_listed("norm_weight", parameters), norm_bias=_listed("norm_bias", parameters),
-            residual=residual, gamma=gamma, keep=batch.keep, sample=batch.sample,
+            z, _listed("w0", parameters), w2=_listed("w2", parameters), offsets=offsets, residual=residual,
+            gamma=gamma, **lists, **scaling, **{**settings, "strategy": strategy},
         )  # fmt: skip
 
-    yield Case("routed_ffn", "Sub-LN, gamma, keep, residual", call, leaves, slices={"out0": batch.modalities})
+    return Case("routed_ffn", variant, call, leaves, slices={} if of_some else {"out0": batch.modalities})
 
 
 def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from onepeace_fast import kernels
-from onepeace_fast.hardware.cases import Case, kernel_cases, random_tensors, specified_cases
+from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors, specified_cases
 from onepeace_fast.info import format_table
 from onepeace_fast.kernels.launch import launched
 from onepeace_fast.ops._library import force_kernels
-from onepeace_fast.tolerance import DTYPES, compare
+from onepeace_fast.tolerance import DTYPES, HALF, compare
 
 CPU = torch.device("cpu")
 SMALL, REAL = ((1, 64), (7, 63), (40, 1536)), ((257, 768), (1000, 6144), (9500, 1536))  # rows, width
 FEW_ROWS = 70
+PRODUCTS = ((70, 64), (1000, 768))  # rows and width of matrix products
 HEADINGS = ("operation", "form", "dtype", "runs", "tensor", "error", "allowed", "ok")
 
 
@@ -115,6 +116,11 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Cas
     make, same = (random_tensors(CPU) for _ in range(2))
     first = specified_cases(FEW_ROWS, dtype, make, CPU)
     yield from zip(first, specified_cases(FEW_ROWS, dtype, copied, device), strict=True)
+    if (device.type == "cuda" and dtype in HALF) or kernels.INTERPRETED:
+        for rows, width in PRODUCTS if device.type == "cuda" else PRODUCTS[:1]:
+            make, same = (random_tensors(CPU) for _ in range(2))
+            first = product_cases(rows, width, dtype, make, CPU)
+            yield from zip(first, product_cases(rows, width, dtype, copied, device), strict=True)
 
 
 def _compare(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Result]:

@@ -162,15 +162,16 @@ class TransformerLayer(nn.Module):
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
             z = normalized(x, norm, feed_forward)
-        if feed_forward.rows is None and not dropout:
-            scaled_residual = {"residual": x, "gamma": self.gamma_2}
-            scaled_residual |= {"keep": feed_forward.keep, "sample": feed_forward.sample}
-            return self.route(z, feed_forward.plan, **scaled_residual)
-        y = self.route(z, feed_forward.plan)
-        return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
+        if dropout:
+            y = self.route(z, feed_forward.plan)
+            return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
+        return self.route(
+            z, feed_forward.plan, residual=x, gamma=self.gamma_2, keep=feed_forward.keep, sample=feed_forward.sample,
+            rows=feed_forward.rows,
+        )  # fmt: skip
 
-    def route(self, z: Tensor, plan: RoutePlan, **scaled_residual: Tensor | None) -> Tensor:
-        """Every row through the FFN of its modality."""
+    def route(self, z: Tensor, plan: RoutePlan, **settings: Tensor | str | None) -> Tensor:
+        """Every row through the FFN of its modality; ``settings`` are further arguments of ``routed_ffn``."""
         experts = [self.ffn(modality) for modality in plan.modalities]
         has_norm = isinstance(experts[0][2], nn.LayerNorm)
         return routed_ffn(
@@ -184,7 +185,7 @@ class TransformerLayer(nn.Module):
             norm_weight=[expert[2].weight for expert in experts] if has_norm else None,
             norm_bias=[expert[2].bias for expert in experts] if has_norm else None,
             eps=experts[0][2].eps if has_norm else 1e-5,
-            **scaled_residual,
+            **settings,
         )
 
 

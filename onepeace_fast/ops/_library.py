@@ -49,7 +49,7 @@ def define(
             first = next(value for value in arguments if isinstance(value, Tensor))
             if kernel is None or not runs_kernel(name, first):
                 return specification(*arguments)
-            return (_launcher(kernel, name) if isinstance(kernel, str) else kernel)(*arguments)
+            return (launcher(kernel, name) if isinstance(kernel, str) else kernel)(*arguments)
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
@@ -67,6 +67,11 @@ def force_kernels(forced: bool) -> Iterator[None]:
         _kernels_forced = before
 
 
+def kernels_forced() -> bool | None:
+    """What ``force_kernels`` asks for, None outside it."""
+    return _kernels_forced
+
+
 def runs_kernel(name: str, tensor: Tensor) -> bool:
     """Whether an op's kernel runs on its first tensor; raise where it should and Triton cannot."""
     wanted = tensor.is_cuda or (kernels.INTERPRETED and tensor.device.type == "cpu")
@@ -81,7 +86,8 @@ def runs_kernel(name: str, tensor: Tensor) -> bool:
 
 
 @functools.cache
-def _launcher(module: str, name: str) -> Callable[..., Any]:
+def launcher(module: str, name: str) -> Callable[..., Any]:
+    """A function of a module of ``onepeace_fast.kernels``, imported when it is first asked for."""
     return getattr(importlib.import_module(f"{kernels.__name__}.{module}"), name)
 
 
@@ -106,6 +112,15 @@ def only_needed(gradients: Sequence[Tensor], needs: Sequence[bool]) -> list[Tens
 def no_gradient(integers: Sequence[int]) -> list | None:
     """What a gradient returns for a list of integers: torch takes an empty list for a list of tensors."""
     return None if integers else []
+
+
+def regroup(flat: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
+    """A flat sequence as lists of these lengths."""
+    groups, start = [], 0
+    for length in lengths:
+        groups.append(list(flat[start : start + length]))
+        start += length
+    return groups
 
 
 def row_slices(offsets: Tensor, row_counts: Sequence[int]) -> Iterator[slice]:
@@ -143,6 +158,15 @@ def check_routing(offsets: Tensor, row_counts: Sequence[int], x: Tensor) -> None
             f"row_counts: got {list(row_counts)}, takes one per modality, {groups}, in all at most {x.shape[0]} rows"
         ),
     )
+
+
+def check_offsets(offsets: Tensor) -> None:
+    """Raise where offsets decrease; the host can read them on a CPU."""
+    if offsets.device.type == "cpu" and not torch.compiler.is_compiling() and type(offsets) is Tensor:
+        require(
+            bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0,
+            lambda: f"offsets: got {offsets.tolist()}, takes row numbers from 0 on that do not decrease",
+        )
 
 
 def require_rows(name: str, x: Tensor) -> None:

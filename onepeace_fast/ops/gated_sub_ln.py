@@ -34,7 +34,7 @@ ACTIVATIONS = {
     "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
     "silu": F.silu,
 }
-_ACTIVATION_BACKWARD = {
+ACTIVATION_BACKWARD = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, u: torch.ops.aten.gelu_backward(grad, u, approximate="tanh"),
     "silu": torch.ops.aten.silu_backward,
@@ -89,7 +89,7 @@ def gated_sub_ln_backward_specification(
             n[rows] = hhat * norm_weight[m] + norm_bias[m] if norm_weight else hhat
         if v is not None:
             dv[rows] = dh * activated
-        du[rows] = _ACTIVATION_BACKWARD[activation](dh if v is None else dh * v_m, u_m)
+        du[rows] = ACTIVATION_BACKWARD[activation](dh if v is None else dh * v_m, u_m)
     return du, dv, dweights, dbiases, n
 
 

@@ -12,11 +12,26 @@ A test takes the device, the dtypes and the numbers of rows from `support.kernel
 filled with NaN, so that an element that a kernel should have written and did not is seen.
 """
 
+from typing import Any
+
 import pytest
 import torch
 from support.kernels import DEVICE, INTERPRETED
 
 collect_ignore_glob = [] if INTERPRETED or DEVICE == "cuda" else ["test_*.py"]
+
+
+if INTERPRETED:
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor: Any, *rest: Any) -> None:
+        """A loop's bound may be a loaded number: Triton 3.6 takes int() of its array, which NumPy 2.4 refuses."""
+        _patch_tensor(tensor, *rest)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 
 @pytest.hookimpl(tryfirst=True)

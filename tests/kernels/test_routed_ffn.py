@@ -1,96 +1,236 @@
-"""``routed_ffn`` where kernels run between its products, against the naive network."""
+"""``routed_ffn`` by grouped products, against the naive network: ragged and empty modalities, every option."""
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import test_ffn_memory as memory
 from support import contract
-from support.contract import normal
-from support.ffn_cases import ALL, OPTIONS, leaves_of, op, plain, slices_of
-from support.kernels import DTYPES, REPEATS, on_device
+from support.ffn_cases import ALL, NO_GATE, OPTIONS, leaves_of, op, plain, slices_of
+from support.kernels import DEVICE, DTYPES, REPEATS, int32, on_device
+from support.plans import ragged_offsets
+from support.tiles import small_tiles
 
-COUNTS = [5, 0, 7]
+from onepeace_fast import layer_norm
+from onepeace_fast.kernels.launch import launched
+from onepeace_fast.tolerance import assert_within_rule, errors
+
+WIDTH, HIDDEN = 96, 200  # neither is a multiple of a tile
+COUNTS = [5, 0, 40]
+FUSED = {"strategy": "fused"}
+
+
+@pytest.fixture(autouse=True)
+def tiles():
+    with small_tiles():
+        yield
+
+
+def check(counts, dtype, options=ALL, inert=0, width=WIDTH, hidden=HIDDEN, eps=1e-5, where=None, **how):
+    where = where or {}
+    leaves = on_device(leaves_of(counts, width, hidden, options, inert))
+    activation = {"activation": how["activation"]} if "activation" in how else {}
+    contract.check_against_naive(
+        op(counts, options, inert=inert, eps=eps, **where, **FUSED, **how),
+        plain(counts, options, inert=inert, eps=eps, **where, **activation), leaves, dtype, slices_of(counts),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "counts, width, hidden, inert",
-    [(COUNTS, 16, 40, 0), ([1], 63, 64, 0), ([7, 65], 64, 200, 3), ([0, 0], 8, 16, 1), ([2, 0, 1], 32, 6144, 2)],
-    ids=str,
-)
-def test_values_and_gradients_follow_the_naive_ones(counts, width, hidden, inert, dtype):
-    leaves = on_device(leaves_of(counts, width, hidden, inert=inert))
-    contract.check_against_naive(op(counts, inert=inert), plain(counts, inert=inert), leaves, dtype, slices_of(counts))
+@pytest.mark.parametrize("counts", ([300], [65, 0], [64, 1, 63], [1, 0, 64, 3, 0, 33, 2]), ids=str)
+def test_values_and_gradients_follow_the_naive_ones(counts, dtype):
+    check(counts, dtype, inert=7)
+
+
+@pytest.mark.parametrize("gate", ("gate", NO_GATE))
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_every_activation_with_and_without_a_gate(activation, gate):
+    check(COUNTS, torch.float32, ALL | {gate}, 1, 32, 72, activation=activation)
 
 
 def test_every_combination_of_options_follows_the_naive_one():
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
         if "residual" in options or not options & {"gamma", "keep"}:
-            contract.check_against_naive(
-                op(COUNTS, options, inert=1, eps=0.1), plain(COUNTS, options, inert=1, eps=0.1),
-                on_device(leaves_of(COUNTS, 6, 10, options, 1)), torch.float32, slices_of(COUNTS),
-            )  # fmt: skip
+            check([5, 0, 7], torch.float32, options, 1, 8, 12, eps=0.1)
 
 
 def test_the_residual_may_be_float32_over_half_precision_products():
     leaves = on_device(leaves_of(COUNTS, 64, 96))
     dtypes = {name: torch.float32 if name in ("residual", "gamma") else torch.float16 for name in leaves}
-    contract.check_against_naive(op(COUNTS), plain(COUNTS), leaves, dtypes, slices_of(COUNTS))
+    contract.check_against_naive(op(COUNTS, **FUSED), plain(COUNTS), leaves, dtypes, slices_of(COUNTS))
 
 
-def test_offsets_alone_and_host_counts_give_the_same_bits():
-    leaves = on_device(leaves_of(COUNTS, 16, 24, inert=2), torch.float32)
-    contract.assert_same(
-        contract.run(op(COUNTS, host=False, inert=2), leaves), contract.run(op(COUNTS, inert=2), leaves), "host counts"
-    )
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keep", ([1.25, 1.25, 1.25], [0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
+def test_rows_come_back_where_the_index_says(keep, dtype):
+    counts, stream_rows = [17, 0, 30], 60
+    order = torch.randperm(stream_rows, generator=torch.Generator().manual_seed(0))
+    index = int32(order[: sum(counts) + 2].tolist())  # the last two are inert
+    leaves = leaves_of(counts, WIDTH, 72, inert=2)
+    leaves["residual"] = 2 * contract.normal(stream_rows, WIDTH, seed=2)
+    where = {"keep": torch.tensor(keep), "rows": index}
+    call = op(counts, **where, **FUSED)
+    contract.check_against_naive(call, plain(counts, **where), on_device(leaves), dtype)
+    rounded = on_device(leaves, dtype)
+    others = order[sum(counts) :].to(DEVICE)
+    assert torch.equal(call(**rounded)[others], rounded["residual"][others])
 
 
-@pytest.mark.parametrize("options", (ALL, frozenset()), ids=("all options", "bare"))
-def test_strides_of_inputs_and_gradients_do_not_matter(options):
-    leaves = on_device(leaves_of(COUNTS, 6, 8, options), torch.float32)
-    contract.check_gradient_layouts(op(COUNTS, options), leaves)
-    expected = contract.run(op(COUNTS, options), leaves)
-    for layout in contract.LAYOUTS:
-        for name in {"z", "residual", "w0_0", "w2_1"} & set(leaves):
-            actual = contract.run(op(COUNTS, options), {**leaves, name: layout(leaves[name])})
-            torch.testing.assert_close(actual[0], expected[0], rtol=1e-5, atol=1e-5)
-            contract.assert_close_gradients(actual[1], expected[1], f"{name} {layout.__name__}")
+def test_interleaved_tokens_need_no_permutation_of_their_own():
+    """The pre-LN reads by the index, the last product writes by it: the bits are those of packed tokens."""
+    leaves = on_device(leaves_of(COUNTS, 32, 72, ALL - {"keep"}), torch.float32)
+    norm = [contract.normal(32, seed=s).to(DEVICE, torch.float32) for s in (70, 71)]
+    order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    packed, index = leaves.pop("residual"), order.int()
+    del leaves["z"]
+    stream = torch.empty_like(packed)
+    stream[order] = packed
+    before = launched()
+    with torch.no_grad():
+        z = layer_norm(stream, *norm, rows=index, offsets=ragged_offsets(COUNTS).to(DEVICE))
+        out = op(COUNTS, ALL - {"keep"}, rows=index, **FUSED)(z, stream, **leaves)
+    assert launched() - before == 6  # the norm, the four of the FFN, and the inverse of the index
+    assert torch.equal(out[order], op(COUNTS, ALL - {"keep"}, **FUSED)(layer_norm(packed, *norm), packed, **leaves))
+
+
+def test_the_branch_keeps_little_of_what_plain_pytorch_keeps():
+    leaves = on_device(memory.branch_leaves())
+    kept, recomputing = (memory.saved_bytes(memory.branch(recompute=r, **FUSED), leaves) for r in (False, True))
+    assert kept <= memory.MOST * memory.saved_bytes(memory.plain, leaves)
+    assert recomputing <= 0.3 * kept
+
+
+def test_nan_in_one_modality_leaves_the_others_alone():
+    counts, options = [33, 40, 9], ALL - {"gamma"}
+    leaves = on_device(leaves_of(counts, WIDTH, 72, options), torch.float32)
+    expected = contract.run(op(counts, options, **FUSED), leaves)
+    for name in ("z", "residual"):
+        leaves[name][33:73] = torch.nan
+    leaves["w0_1"][:] = torch.nan
+    actual = contract.run(op(counts, options, **FUSED), leaves)
+    real = [*range(33), *range(73, 82)]
+    assert torch.equal(actual[0][0][real], expected[0][0][real])
+    for name, gradient in expected[1].items():
+        if name in ("z", "residual"):
+            assert torch.equal(actual[1][name][real], gradient[real]), name
+        elif not name.endswith("_1"):
+            assert torch.equal(actual[1][name], gradient), name
 
 
 @pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
     inert = 3
     leaves = on_device(leaves_of(COUNTS, 16, 24, inert=inert), torch.float32)
-    given = [normal(15, 16, seed=9).to(leaves["z"].device)]
-    given[0][-inert:] = 0
-    expected = contract.run(op(COUNTS, inert=inert), leaves, given)
-    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
-    actual = contract.run(op(COUNTS, inert=inert), leaves, given)
+    cotangent = [contract.normal(sum(COUNTS) + inert, 16, seed=9).to(DEVICE)]
+    cotangent[0][-inert:] = 0
+    expected = contract.run(op(COUNTS, inert=inert, **FUSED), leaves, cotangent)
+    (cotangent[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
+    actual = contract.run(op(COUNTS, inert=inert, **FUSED), leaves, cotangent)
     assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
     for name, gradient in expected[1].items():
-        rows = slice(0, 12) if name in ("z", "residual") else slice(None)
+        rows = slice(0, sum(COUNTS)) if name in ("z", "residual") else slice(None)
         assert torch.equal(actual[1][name][rows], gradient[rows]), name
     assert not actual[1]["z"][-inert:].any()
 
 
 def test_inert_rows_keep_the_residual_and_are_zero_without_one():
     leaves = on_device(leaves_of(COUNTS, 16, 24, inert=3), torch.float32)
-    assert torch.equal(op(COUNTS, inert=3)(**leaves)[-3:], leaves["residual"][-3:])
+    assert torch.equal(op(COUNTS, inert=3, **FUSED)(**leaves)[-3:], leaves["residual"][-3:])
     bare = {name: leaf for name, leaf in leaves.items() if name not in ("residual", "gamma")}
-    assert not op(COUNTS, frozenset(), inert=3)(**bare)[-3:].any()
+    assert not op(COUNTS, frozenset(), inert=3, **FUSED)(**bare)[-3:].any()
+
+
+def test_what_is_recomputed_has_the_bits_of_what_is_kept():
+    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN, inert=2), torch.float16)
+    contract.assert_same(
+        contract.run(op(COUNTS, inert=2, recompute=True, **FUSED), leaves),
+        contract.run(op(COUNTS, inert=2, **FUSED), leaves), "recompute",
+    )  # fmt: skip
+
+
+def test_without_gradients_the_result_is_the_same():
+    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), torch.float16)
+    expected = contract.run(op(COUNTS, **FUSED), leaves)[0][0]
+    with torch.no_grad():
+        assert torch.equal(op(COUNTS, **FUSED)(**leaves), expected)
+
+
+def test_the_host_s_counts_are_not_read():
+    leaves = on_device(leaves_of(COUNTS, 32, 72, inert=2), torch.float32)
+    contract.assert_same(
+        contract.run(op(COUNTS, host=False, inert=2, **FUSED), leaves),
+        contract.run(op(COUNTS, inert=2, **FUSED), leaves), "host counts",
+    )  # fmt: skip
+
+
+def test_as_many_launches_for_any_number_of_modalities():
+    found = set()
+    for counts in ([45], COUNTS, [3, 0, 1, 20, 0, 20, 1]):
+        leaves = on_device(leaves_of(counts, 16, 24), torch.float32)
+        before = launched()
+        with torch.no_grad():
+            op(counts, **FUSED)(**leaves)
+        found.add(launched() - before)
+    assert found == {4}  # both products, the statistics between them, Sub-LayerNorm folded into the second
+
+
+def test_strides_do_not_matter():
+    leaves = on_device(leaves_of([5, 0, 7], 16, 24), torch.float32)
+    expected = contract.run(op([5, 0, 7], **FUSED), leaves)
+    for layout in contract.LAYOUTS:
+        moved = {name: layout(leaf) for name, leaf in leaves.items()}
+        contract.assert_same(contract.run(op([5, 0, 7], **FUSED), moved), expected, layout.__name__)
+    contract.check_gradient_layouts(op([5, 0, 7], **FUSED), leaves)
 
 
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
-    leaves = on_device(leaves_of(COUNTS, 4, 6), torch.float32)
-    contract.check_frozen(op(COUNTS), leaves)
-    gradients = contract.run(op(COUNTS), leaves)[1]
+    counts = [5, 0, 7]
+    leaves = on_device(leaves_of(counts, 16, 24), torch.float32)
+    outputs, gradients = contract.run(op(counts, **FUSED), leaves)
     idle = [name for name in leaves if name.endswith("_1")]
     assert len(idle) == 6 and not any(gradients[name].any() for name in idle)
+    for kind in ("z", "w0", "w1", "w2", "b2", "norm_weight", "norm_bias", "gamma", "residual"):
+        frozen = [name for name in leaves if name.startswith(kind) and not name.endswith("_2")]
+        left = {name: None if name in frozen else gradient for name, gradient in gradients.items()}
+        contract.assert_same(contract.run(op(counts, **FUSED), leaves, frozen=frozen), (outputs, left), kind)
 
 
 def test_repeats_are_bitwise_equal():
-    leaves = on_device(leaves_of([9, 0, 8], 31, 33, inert=3), DTYPES[-1])
-    contract.check_deterministic(op([9, 0, 8], inert=3), leaves, REPEATS)
+    leaves = on_device(leaves_of([9, 0, 33], 32, 40, inert=3), DTYPES[-1])
+    contract.check_deterministic(op([9, 0, 33], inert=3, **FUSED), leaves, REPEATS if DEVICE == "cuda" else 3)
+
+
+def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_deviation(capsys):
+    counts, options, ratios = [60], frozenset({"bias", "norm"}), (0, 4, 16)
+    rms = {}
+    for ratio in ratios:
+        leaves = leaves_of(counts, 64, 256, options)
+        leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
+        leaves["w0_0"][:] = 0
+        leaves["w0_0"][:, 0] = 1
+        leaves["w1_0"][:, 0] = 1.5 * ratio
+        half = {name: leaf.to(DEVICE, torch.float16) for name, leaf in leaves.items()}
+        v = half["z"].double() @ half["w1_0"].double().t()
+        assert abs(v.mean(1) / v.std(1)).mean().item() == pytest.approx(ratio, abs=0.2 + 0.1 * ratio)
+        exact = plain(counts, options)(**{name: leaf.double() for name, leaf in half.items()})
+        eager = plain(counts, options)(**half)
+        scale = exact.square().mean().sqrt().item()
+        for fold in (True, False):
+            out = op(counts, options, fold_norm=fold, **FUSED)(**half)
+            assert_within_rule(f"ratio {ratio}, fold_norm {fold}", out, eager, exact)
+            rms[ratio, fold] = errors(out, exact)[1] / scale
+        with capsys.disabled():
+            both = f"folded {rms[ratio, True]:.1e}, before the product {rms[ratio, False]:.1e}"
+            print(f"\n|mean| / deviation {ratio}: RMS error {both}, eager {errors(eager, exact)[1] / scale:.1e}")
+    assert rms[16, True] > 1.2 * rms[16, False] and rms[0, True] < 1.1 * rms[0, False]
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 3))
+@settings(max_examples=5, deadline=None)
+def test_any_ragged_plan(counts, inert):
+    check(counts, torch.float32, inert=inert, width=8, hidden=24)
 
 
 def test_compiled_equals_eager():
-    contract.check_compiled(op(COUNTS, inert=1), on_device(leaves_of(COUNTS, 8, 12, inert=1), torch.float32))
+    contract.check_compiled(op(COUNTS, inert=1, **FUSED), on_device(leaves_of(COUNTS, 8, 16, inert=1), torch.float32))

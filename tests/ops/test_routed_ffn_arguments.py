@@ -6,6 +6,7 @@ from support.contract import refused
 from support.plans import ragged_offsets
 
 from onepeace_fast import routed_ffn
+from onepeace_fast.ops._library import force_kernels
 
 WIDTH, HIDDEN = 8, 12
 
@@ -97,3 +98,47 @@ def test_offsets_elsewhere_are_refused():
 def test_counts_that_do_not_fit_are_refused():
     for bad in ([4], [1, 2, 1], [1, 4]):
         refused("row_counts", routed_ffn, **arguments(row_counts=bad))
+
+
+def test_offsets_that_decrease_or_do_not_begin_at_zero_are_refused():
+    for bad in ([0, 3, 1], [1, 2, 4], [-1, 1, 4]):
+        refused("offsets", routed_ffn, **arguments(offsets=torch.tensor(bad, dtype=torch.int32), row_counts=()))
+
+
+def test_an_unknown_activation_or_strategy_is_refused():
+    refused("activation", routed_ffn, **arguments(activation="relu"))
+    refused("strategy", routed_ffn, **arguments(strategy="fastest"))
+    refused("eps", routed_ffn, **arguments(eps=0.0))
+
+
+@pytest.mark.parametrize("strategy", ("fused", "per_modality"))
+def test_a_strategy_of_kernels_is_refused_on_a_cpu(strategy):
+    refused("strategy", routed_ffn, **arguments(strategy=strategy))
+
+
+def test_what_tiles_cannot_take_is_refused_before_a_launch():
+    def narrow(width: int, hidden: int, dtype: torch.dtype, groups: int = 2) -> dict:
+        lists = {name: [torch.zeros([width if n == WIDTH else hidden for n in shape], dtype=dtype)] * groups
+                 for name, shape in LISTS.items()}  # fmt: skip
+        rows = {"z": torch.zeros(4, width, dtype=dtype), "residual": torch.zeros(4, width), "gamma": torch.zeros(width)}
+        return arguments(**lists, **rows, offsets=ragged_offsets([4] + [0] * (groups - 1)), row_counts=())
+
+    with force_kernels(True):
+        for name, bad in (
+            ("z", narrow(12, 16, torch.float16)),
+            ("w0", narrow(16, 12, torch.float16)),
+            ("z", narrow(6, 8, torch.float32)),
+            ("z", narrow(16, 16, torch.float64)),
+            ("offsets", narrow(16, 16, torch.float16, groups=65)),
+        ):
+            refused(name, routed_ffn, strategy="fused", **bad)
+
+
+def test_a_row_index_has_to_fit():
+    index = torch.tensor([5, 0, 2, 3], dtype=torch.int32)
+    stream = {"residual": torch.zeros(6, WIDTH), "sample": torch.zeros(6, dtype=torch.int32)}
+    assert routed_ffn(**arguments(rows=index, **stream)).shape == (6, WIDTH)
+    for bad in (index[:3], index.long(), index.to("meta"), index + 1, index - 1, index.clamp(max=3)):
+        refused("rows", routed_ffn, **arguments(rows=bad, **stream))
+    refused("sample", routed_ffn, **arguments(rows=index, **{**stream, "sample": stream["sample"][:4]}))
+    refused("residual", routed_ffn, **arguments(rows=index, residual=None, gamma=None, keep=None, sample=None))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from onepeace_fast import RoutePlan
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers import transformer
-from onepeace_fast.ops.routed_ffn import routed_ffn_backward_fused, routed_ffn_fused
+from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
 
 LENGTHS = {"text": [5, 7, 3], "image": [4, 10], "audio": [6]}
 SAMPLES = {"text": [0, 1, 2], "image": [2, 0], "audio": [1]}
@@ -123,11 +123,13 @@ def run_specifications(plan: RoutePlan) -> None:
     shapes = ((12, width), (12, width), (12,), (12,), (width, 12), (width,))
     lists = [[random(*shape) for _ in range(groups)] for shape in shapes]
     extents = (plan.offsets, plan.row_counts)
-    out, *saved = forward(x, *lists, *extents, y, gamma, keep, plan.sample, 1e-5)
+    scaling = (gamma, keep, plan.sample)
     needed = [True] * (6 * groups + 1)
-    backward(out, x, *lists, *extents, gamma, keep, plan.sample, *saved, 1e-5, needed)
-    out, *saved = routed_ffn_fused(x, *lists, *extents, y, gamma, keep, plan.sample, 1e-5)
-    routed_ffn_backward_fused(out, x, *lists, *extents, gamma, keep, plan.sample, *saved, 1e-5, needed)
+    for places in (None, index):
+        out, *saved = forward(x, *lists, *extents, y, *scaling, places, "gelu", 1e-5)
+        backward(out, x, *lists, *extents, *scaling, places, *saved, "gelu", 1e-5, needed)
+        out, *saved = per_modality.routed_ffn(x, *lists, *extents, y, *scaling, places, "gelu", 1e-5)
+        per_modality.routed_ffn_backward(out, x, *lists, *extents, *scaling, places, *saved, "gelu", needed)
 
     forward, backward = specification("relative_bias_attention")
     qkv, head_scale = random(rows, 3, heads, 4), random(heads)

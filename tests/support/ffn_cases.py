@@ -16,7 +16,8 @@ from support.plans import ragged_offsets
 KEEP = torch.tensor([1.25, 0.0, 1.25])
 OPTIONS = ("bias", "norm", "residual", "gamma", "keep")
 ALL = frozenset(OPTIONS)
-GROUPS = (("w0", "w1", "w2"), ("b2",), ("norm_weight", "norm_bias"))
+NO_GATE = "no gate"
+LISTS = ("w0", "w1", "w2", "b2", "norm_weight", "norm_bias")
 
 
 def sample_of(counts: Sequence[int], inert: int = 0) -> Tensor:
@@ -35,6 +36,8 @@ def leaves_of(counts: Sequence[int], width: int, hidden: int, options: frozenset
             f"w1_{m}": normal(hidden, width, seed=20 + m) * width**-0.5 * 1.5,
             f"w2_{m}": normal(width, hidden, seed=30 + m) * hidden**-0.5,
         }
+        if NO_GATE in options:
+            del leaves[f"w1_{m}"]
         leaves |= {f"b2_{m}": normal(width, seed=40 + m)} if "bias" in options else {}
         if "norm" in options:
             leaves |= {f"norm_weight_{m}": 1 + 0.5 * normal(hidden, seed=50 + m)}
@@ -45,29 +48,34 @@ def leaves_of(counts: Sequence[int], width: int, hidden: int, options: frozenset
 
 def lists_of(parameters: dict, groups: int) -> dict[str, list[Tensor]]:
     """The op's lists, one parameter per modality."""
-    names = [name for group in GROUPS for name in group if f"{name}_0" in parameters]
+    names = [name for name in LISTS if f"{name}_0" in parameters]
     return {name: [parameters.pop(f"{name}_{m}") for m in range(groups)] for name in names}
 
 
 def op(
-    counts: Sequence[int], options: frozenset = ALL, host: bool = True, inert: int = 0, eps: float = 1e-5
-) -> Callable:
-    """The op as ``call(**leaves)``."""
+    counts: Sequence[int], options: frozenset = ALL, host: bool = True, inert: int = 0, eps: float = 1e-5,
+    keep: Tensor = KEEP, rows: Tensor | None = None, **settings: object,
+) -> Callable:  # fmt: skip
+    """The op as ``call(**leaves)``; with ``rows``, an index, the samples are those of the residual's rows."""
 
     def call(z, residual=None, gamma=None, **parameters):
         lists = lists_of(parameters, len(counts))
-        keep = {"keep": KEEP, "sample": sample_of(counts, inert)} if "keep" in options else {}
-        keep = {name: value.to(z.device) for name, value in keep.items()}
-        rows = list(counts) if host else ()
+        sample = sample_of(counts, inert) if rows is None else sample_of([residual.shape[0]])
+        tensors = {"keep": keep, "sample": sample} if "keep" in options else {}
+        tensors |= {} if rows is None else {"rows": rows}
         return routed_ffn(
-            z, offsets=ragged_offsets(counts).to(z.device), row_counts=rows, residual=residual, gamma=gamma, eps=eps,
-            **lists, **keep,
+            z, offsets=ragged_offsets(counts).to(z.device), row_counts=list(counts) if host else (), residual=residual,
+            gamma=gamma, eps=eps, **{"w1": None, **lists}, **settings,
+            **{name: value.to(z.device) for name, value in tensors.items()},
         )  # fmt: skip
 
     return call
 
 
-def plain(counts: Sequence[int], options: frozenset = ALL, inert: int = 0, eps: float = 1e-5) -> Callable:
+def plain(
+    counts: Sequence[int], options: frozenset = ALL, inert: int = 0, eps: float = 1e-5, keep: Tensor = KEEP,
+    rows: Tensor | None = None, activation: str = "gelu",
+) -> Callable:  # fmt: skip
     """The naive network as ``call(**leaves)``."""
 
     def call(z, residual=None, gamma=None, **parameters):
@@ -75,15 +83,18 @@ def plain(counts: Sequence[int], options: frozenset = ALL, inert: int = 0, eps: 
         parts, start = [], 0
         for m, count in enumerate(counts):
             norm = (lists["norm_weight"][m], lists["norm_bias"][m]) if "norm_weight" in lists else None
-            w0, w1, w2 = (lists[name][m] for name in ("w0", "w1", "w2"))
-            b2 = lists["b2"][m] if "b2" in lists else None
-            parts.append(naive.feed_forward(z[start : start + count], w0, w1, w2, b2, norm, eps))
+            w0, w1, w2, b2 = (lists[name][m] if name in lists else None for name in LISTS[:4])
+            parts.append(naive.feed_forward(z[start : start + count], w0, w1, w2, b2, norm, eps, activation))
             start += count
         y = torch.cat([*parts, torch.zeros_like(z[start:])])
         if residual is None:
             return y
-        keep = KEEP.to(z.device) if "keep" in options else None
-        return naive.residual(residual, y, gamma, keep, sample_of(counts, inert))
+        kept = keep.to(z.device) if "keep" in options else None
+        if rows is None:
+            return naive.residual(residual, y, gamma, kept, sample_of(counts, inert))
+        mine = rows[:start].long()
+        branch = naive.residual(residual[mine], y[:start], gamma, kept, sample_of([residual.shape[0]])[mine])
+        return residual.index_put((mine,), branch)
 
     return call
 

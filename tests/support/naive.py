@@ -52,11 +52,17 @@ def gated_sub_ln(
     return layer_norm(h, counts, weights, biases, eps)
 
 
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu}
+
+
 def feed_forward(
-    z: Tensor, w0: Tensor, w1: Tensor, w2: Tensor, b2: Tensor | None, norm: tuple[Tensor, Tensor] | None, eps: float
-) -> Tensor:
-    """GeGLU with Sub-LayerNorm of one modality."""
-    hidden = F.gelu(F.linear(z, w0)) * F.linear(z, w1)
+    z: Tensor, w0: Tensor, w1: Tensor | None, w2: Tensor, b2: Tensor | None, norm: tuple[Tensor, Tensor] | None,
+    eps: float, activation: str = "gelu",
+) -> Tensor:  # fmt: skip
+    """The gated network with Sub-LayerNorm of one modality; without W1 there is no gate."""
+    hidden = ACTIVATIONS[activation](F.linear(z, w0))
+    if w1 is not None:
+        hidden = hidden * F.linear(z, w1)
     if norm is not None:
         hidden = F.layer_norm(hidden, hidden.shape[-1:], norm[0].to(hidden.dtype), norm[1].to(hidden.dtype), eps)
     return F.linear(hidden, w2, b2)

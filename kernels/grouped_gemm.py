@@ -1,0 +1,291 @@
+"""Matrix products of every modality's rows with its own weight, in one persistent launch.
+
+A launch has a fixed number of programs. The tiles of all modalities stand in one order, modalities with most rows
+first, and program p computes tiles p, p + programs, ...; no tile straddles two modalities, and one without rows costs
+nothing. Offsets are read on the device. Descriptors (TMA from sm_90 on) end at a modality's last row, as loads and as
+stores and along a reduction over rows: nothing of a neighbour is read, not even to be masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepeace_fast.kernels.launch import architecture_and_multiprocessors, compact, launch
+from onepeace_fast.kernels.rows import row_extent, store_zeros
+from onepeace_fast.kernels.tile_table import TileParameters, tiles_of
+
+MAX_GROUPS = 64
+DESCRIPTOR_ALIGNMENT = 16  # bytes, of a matrix's first element and of the distance of its rows
+
+
+@triton.jit
+def group_keys(offsets, rows, GROUPS: tl.constexpr, NEEDED: tl.constexpr):
+    """A number for each modality, larger where it has more rows, -1 where its bit in ``NEEDED`` is not set."""
+    SLOTS: tl.constexpr = 64  # MAX_GROUPS
+    group = tl.arange(0, SLOTS)
+    inside = group < GROUPS
+    start = tl.minimum(tl.load(offsets + group, mask=inside, other=0), rows)
+    stop = tl.minimum(tl.load(offsets + group + 1, mask=inside, other=0), rows)
+    key = tl.maximum(stop - start, 0).to(tl.int64) * GROUPS + (GROUPS - 1 - group)
+    needed = tl.zeros((SLOTS,), dtype=tl.int32)
+    for g in tl.static_range(GROUPS):
+        if NEEDED >> g & 1:
+            needed += (group == g).to(tl.int32)
+    return tl.where(needed != 0, key, -1)
+
+
+@triton.jit
+def next_group(keys, previous, offsets, GROUPS: tl.constexpr):
+    """The modality with most rows among those whose key is below ``previous``: its key, number, first and last row."""
+    key = tl.max(tl.where(keys < previous, keys, -1), 0)
+    group = (GROUPS - 1 - key % GROUPS).to(tl.int32)
+    start = tl.load(offsets + group)
+    return key, group, start, start + (key // GROUPS).to(tl.int32)
+
+
+@triton.jit
+def tile_place(tile, row_tiles, column_tiles, ROW_TILES_AT_ONCE: tl.constexpr):
+    """Row and column of a tile, by tiles: bands of ROW_TILES_AT_ONCE rows, each walked column by column."""
+    band = tile // (ROW_TILES_AT_ONCE * column_tiles)
+    first = band * ROW_TILES_AT_ONCE
+    height = tl.minimum(row_tiles - first, ROW_TILES_AT_ONCE)
+    within = tile - first * column_tiles
+    return first + within % height, within // height
+
+
+@triton.jit
+def expert(tensors, group):
+    """The pointer of a modality out of a tuple: no table of pointers is copied to the device."""
+    pointer = tensors[0]
+    for g in tl.static_range(1, len(tensors)):
+        pointer = tl.where(group == g, tensors[g], pointer)
+    return pointer
+
+
+@triton.jit
+def _halves(x):
+    """Left and right columns of a tile."""
+    ROWS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def column_pieces(x, PIECES: tl.constexpr):
+    """A power of two of pieces of a tile's columns, from left to right, as a tuple."""
+    pieces = (x,)
+    for _halving in tl.static_range(PIECES):
+        if len(pieces) < PIECES:
+            halved = ()
+            for i in tl.static_range(len(pieces)):
+                halved += _halves(pieces[i])
+            pieces = halved
+    return pieces
+
+
+@triton.jit
+def matrix(pointer, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+    """The descriptor of a matrix whose columns lie side by side; past its last row and column are zeros."""
+    return tl.make_tensor_descriptor(pointer, [rows, columns], [stride, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
+
+
+@triton.jit
+def add_x_wt(accumulator, x, w, row, column, INNER: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """accumulator + x W^T for a tile; descriptors of x [rows, INNER] and W [columns, INNER]."""
+    for k in range(0, INNER, BLOCK_INNER):
+        accumulator = tl.dot(x.load([row, k]), w.load([column, k]).T, accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
+def add_x_w(accumulator, x, w, row, column, INNER: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """accumulator + x W for a tile; descriptors of x [rows, INNER] and W [INNER, columns]."""
+    for k in range(0, INNER, BLOCK_INNER):
+        accumulator = tl.dot(x.load([row, k]), w.load([k, column]), accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
+def add_xt_y(accumulator, x, y, row, column, start, stop, BLOCK_INNER: tl.constexpr):
+    """accumulator + x^T y over the rows from ``start`` to ``stop``, in this order; descriptors that end at ``stop``."""
+    for k in range(start, stop, BLOCK_INNER):
+        accumulator = tl.dot(x.load([k, row]).T, y.load([k, column]), accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _input_gradient(
+    x_0, x_1, weights_0, weights_1, out, offsets, rows, x_0_stride, x_1_stride,
+    GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    previous = tl.max(keys, 0) + 1
+    tile = tl.program_id(0)
+    before = 0
+    for _rank in range(GROUPS):
+        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
+        end = before + row_tiles * column_tiles
+        if tile < end:
+            x_rows = matrix(x_0, stop, INNER, x_0_stride, BLOCK_ROWS, BLOCK_INNER)
+            weight = matrix(expert(weights_0, group), INNER, COLUMNS, COLUMNS, BLOCK_INNER, BLOCK_COLUMNS)
+            if x_1 is not None:
+                x_1_rows = matrix(x_1, stop, INNER, x_1_stride, BLOCK_ROWS, BLOCK_INNER)
+                weight_1 = matrix(expert(weights_1, group), INNER, COLUMNS, COLUMNS, BLOCK_INNER, BLOCK_COLUMNS)
+            out_rows = matrix(out, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+            while tile < end:
+                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                total = add_x_w(total, x_rows, weight, row, column, INNER, BLOCK_INNER)
+                if x_1 is not None:
+                    total = add_x_w(total, x_1_rows, weight_1, row, column, INNER, BLOCK_INNER)
+                out_rows.store([row, column], total.to(out.dtype.element_ty))
+                tile += tl.num_programs(0)
+        before = end
+    store_zeros(out, row_extent(offsets, GROUPS, rows), rows, COLUMNS, 32, BLOCK_COLUMNS)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _weight_gradient(
+    xs, y, outs, offsets, rows, x_stride, y_stride,
+    GROUPS: tl.constexpr, NEEDED: tl.constexpr, COUNT: tl.constexpr, X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    row_tiles = tl.cdiv(X_COLUMNS, BLOCK_ROWS)
+    column_tiles = tl.cdiv(Y_COLUMNS, BLOCK_COLUMNS)
+    tiles = row_tiles * column_tiles
+    keys = group_keys(offsets, rows, GROUPS, NEEDED)
+    previous = tl.max(keys, 0) + 1
+    tile = tl.program_id(0)
+    before = 0
+    for _rank in range(COUNT):
+        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+        end = before + len(xs) * tiles
+        if tile < end:
+            y_rows = matrix(y, stop, Y_COLUMNS, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
+            while tile < end:
+                which = (tile - before) // tiles
+                x_rows = matrix(expert(xs, which), stop, X_COLUMNS, x_stride, BLOCK_INNER, BLOCK_ROWS)
+                mine = expert(outs, which * GROUPS + group)
+                out = matrix(mine, X_COLUMNS, Y_COLUMNS, Y_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                row_tile, column_tile = tile_place(
+                    tile - before - which * tiles, row_tiles, column_tiles, ROW_TILES_AT_ONCE
+                )
+                row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                total = add_xt_y(total, x_rows, y_rows, row, column, start, stop, BLOCK_INNER)
+                out.store([row, column], total.to(outs[0].dtype.element_ty))
+                tile += tl.num_programs(0)
+        before = end
+
+
+def launch_tiles(
+    kernel: Any, entry: str, rows: int, columns: int, groups: int, arguments: Mapping[str, Any],
+    constants: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Launch a kernel of products with the tiles of its entry in the table.
+
+    ``rows`` and ``columns`` are those of all results together, in so many groups that begin a tile each.
+    """
+    parameters, multiprocessors = tiles_for(entry, arguments["offsets"])
+    tiles = (rows // parameters.block_rows + groups) * triton.cdiv(columns, parameters.block_columns)
+    programs = max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
+    launch(
+        kernel, (programs,), arguments, {**constants, **parameters.constants}, parameters.num_warps,
+        num_stages=parameters.num_stages,
+    )  # fmt: skip
+
+
+def tiles_for(entry: str, like: Tensor) -> tuple[TileParameters, int]:
+    """The tiles of an entry on the tensor's device, and how many multiprocessors that has."""
+    architecture, multiprocessors = architecture_and_multiprocessors(like.device)
+    return tiles_of(entry, architecture), multiprocessors
+
+
+def for_descriptors(x: Tensor) -> Tensor:
+    """``x`` itself where a descriptor can take it as it lies, else a copy that it can.
+
+    The widths are checked by the op: the rows of the copy lie 16 bytes apart, or a multiple of that.
+    """
+    size = x.element_size()
+    lies_well = x.stride(1) == 1 and row_stride(x) * size % DESCRIPTOR_ALIGNMENT == 0
+    if lies_well and x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0:
+        return x
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def row_stride(x: Tensor) -> int:
+    """The distance of a matrix's rows; that of a single row is anything in PyTorch."""
+    return x.stride(0) if x.shape[0] > 1 else x.shape[1]
+
+
+def contiguous_for_descriptors(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The weights of all modalities, each with its rows side by side; a copy of those that are not."""
+    return tuple(for_descriptors(w.contiguous()) for w in weights)
+
+
+def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
+    """Vectors of all modalities, of one dtype and compact; None where there are none."""
+    same = len({tensor.dtype for tensor in tensors}) == 1
+    return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
+
+
+def input_gradient(
+    pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Tensor, entry: str = "input_gradient"
+) -> Tensor:
+    """The sum of x W over one or two pairs of x [rows, K] and weights [K, N], one of each modality: [rows, N].
+
+    Rows past the last offset are zero.
+    """
+    xs = [for_descriptors(x) for x, _ in pairs]
+    weights = [contiguous_for_descriptors(w) for _, w in pairs]
+    rows, (inner, columns), groups = xs[0].shape[0], weights[0][0].shape, len(weights[0])
+    out = torch.empty((rows, columns), dtype=xs[0].dtype, device=xs[0].device)
+    both = len(pairs) > 1
+    arguments = {
+        "x_0": xs[0], "x_1": xs[1] if both else None,
+        "weights_0": weights[0], "weights_1": weights[1] if both else None,
+        "out": out, "offsets": compact(offsets), "rows": rows, "x_0_stride": row_stride(xs[0]),
+        "x_1_stride": row_stride(xs[-1]),
+    }  # fmt: skip
+    constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns}
+    launch_tiles(_input_gradient, entry, rows, columns, groups, arguments, constants)
+    return out
+
+
+def weight_gradient(
+    xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequence[Sequence[Tensor | None]],
+    entry: str = "weight_gradient",
+) -> None:  # fmt: skip
+    """Store x^T y over each modality's rows, each x [rows, N] and y [rows, K], into its tensor [N, K] of x's ``outs``.
+
+    All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
+    """
+    groups = len(outs[0])
+    needed = [m for m in range(groups) if any(mine[m] is not None for mine in outs)]
+    if not needed:
+        return
+    xs, y = tuple(for_descriptors(x) for x in xs), for_descriptors(y)
+    flat = [out for mine in outs for out in mine]
+    shape = (xs[0].shape[1], y.shape[1])
+    unused = None if all(mine[m] is not None for mine in outs for m in needed) else y.new_empty(shape)
+    some = next(out for out in (unused, *flat) if out is not None)
+    arguments = {
+        "xs": xs, "y": y, "outs": tuple(some if out is None else out for out in flat), "offsets": compact(offsets),
+        "rows": y.shape[0], "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
+    }  # fmt: skip
+    constants = {
+        "GROUPS": groups, "NEEDED": sum(1 << m for m in needed), "COUNT": len(needed), "X_COLUMNS": shape[0],
+        "Y_COLUMNS": shape[1],
+    }  # fmt: skip
+    problems = len(xs) * len(needed)
+    launch_tiles(_weight_gradient, entry, problems * shape[0], shape[1], problems, arguments, constants)

@@ -1,0 +1,387 @@
+"""The forward pass of the routed FFN by grouped products: the formulas stand in ``onepeace_fast/ops/routed_ffn.py``.
+
+With h = activation(z W0^T) * (z W1^T) and Sub-LayerNorm's weight g and bias b, the norm is folded into the products:
+
+    LayerNorm(h) W2^T + b2 = r (a W2^T) - r mu c + e,    a = h * g,  c = W2 g,  e = W2 b + b2
+
+(mu, r) are a row's mean and reciprocal deviation. The first product stores a and the mean and sum of squares of each
+tile's part of a row; the second takes what these merge to into its epilogue, and LayerScale, DropPath and the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepeace_fast.kernels.activation import activation_and_slope
+from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln
+from onepeace_fast.kernels.grouped_gemm import (
+    add_x_wt,
+    column_pieces,
+    contiguous_for_descriptors,
+    expert,
+    for_descriptors,
+    group_keys,
+    launch_tiles,
+    matrix,
+    next_group,
+    row_stride,
+    tile_place,
+    tiles_for,
+    vectors,
+)
+from onepeace_fast.kernels.launch import compact, launch, unit_columns
+from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
+
+STATISTICS_ROWS = 32  # of one program that merges statistics
+FOLD_ROWS, FOLD_COLUMNS = 4, 512  # of W2, in registers at a time
+
+
+@triton.jit
+def _add_both(u, v, x, w0, w1, row, column, GATE: tl.constexpr, INNER: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    """u + x W0^T and v + x W1^T for a tile, by one pass over x."""
+    for k in range(0, INNER, BLOCK_INNER):
+        part = x.load([row, k])
+        u = tl.dot(part, w0.load([column, k]).T, u, input_precision="ieee")
+        if GATE:
+            v = tl.dot(part, w1.load([column, k]).T, v, input_precision="ieee")
+    return u, v
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _hidden(
+    x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, offsets, rows, x_stride,
+    GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    GATE: tl.constexpr = w1 is not None
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    previous = tl.max(keys, 0) + 1
+    tile = tl.program_id(0)
+    before = 0
+    for _rank in range(GROUPS):
+        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
+        end = before + row_tiles * column_tiles
+        if tile < end:
+            x_rows = matrix(x, stop, INNER, x_stride, BLOCK_ROWS, BLOCK_INNER)
+            gate = matrix(expert(w0, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
+            value = gate
+            if GATE:
+                value = matrix(expert(w1, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
+            if u is not None:
+                u_rows = matrix(u, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
+                if GATE:
+                    v_rows = matrix(v, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
+            if a is not None:
+                a_rows = matrix(a, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
+            while tile < end:
+                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                u_total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                v_total = u_total
+                u_total, v_total = _add_both(
+                    u_total, v_total, x_rows, gate, value, row, column, GATE, INNER, BLOCK_INNER
+                )
+                tile_rows = row + tl.arange(0, BLOCK_ROWS)
+                u_pieces = column_pieces(u_total, PIECES)
+                v_pieces = column_pieces(v_total, PIECES)
+                mean = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+                squares = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+                for piece in tl.static_range(PIECES):
+                    # The backward pass computes h from u and v as they are stored: so does this one.
+                    u_part = u_pieces[piece].to(x.dtype.element_ty)
+                    v_part = v_pieces[piece].to(x.dtype.element_ty)
+                    first = column + piece * PIECE_COLUMNS
+                    if u is not None:
+                        u_rows.store([row, first], u_part)
+                        if GATE:
+                            v_rows.store([row, first], v_part)
+                    if a is not None:
+                        h, _ = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+                        if GATE:
+                            h = h * v_part.to(tl.float32)
+                        if norm_weight is not None:
+                            columns = first + tl.arange(0, PIECE_COLUMNS)
+                            inside = columns < COLUMNS
+                            # Past the last column u, v and so h are zero.
+                            count = tl.maximum(tl.minimum(COLUMNS - first, PIECE_COLUMNS), 0).to(tl.float32)
+                            piece_mean = tl.sum(h, 1) / tl.maximum(count, 1)
+                            centred = tl.where(inside[None, :], h - piece_mean[:, None], 0)
+                            apart = piece_mean - mean
+                            part = count / tl.maximum(piece * PIECE_COLUMNS + count, 1)
+                            mean += apart * part
+                            squares += tl.sum(centred * centred, 1) + apart * apart * part * (piece * PIECE_COLUMNS)
+                            weight = tl.load(expert(norm_weight, group) + columns, mask=inside, other=0)
+                            h = h * weight.to(tl.float32)[None, :]
+                        a_rows.store([row, first], h.to(a.dtype.element_ty))
+                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
+                if norm_weight is not None:
+                    cell = column_tile.to(tl.int64) * rows + tile_rows
+                    tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
+                    tl.store(tile_squares + cell, squares, mask=tile_rows < stop)
+                tile += tl.num_programs(0)
+        before = end
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _merge_statistics(
+    tile_mean, tile_squares, mean, rstd, offsets, rows, eps,
+    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Merge tiles' means and sums of squares (Chan, Golub and LeVeque, 1979); inert rows get zeros."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    tile = tl.arange(0, TILES)
+    live = row < row_extent(offsets, GROUPS, rows)
+    count = tl.minimum(tl.maximum(COLUMNS - tile * TILE_COLUMNS, 0), TILE_COLUMNS).to(tl.float32)[:, None]
+    cell = tile.to(tl.int64)[:, None] * rows + row[None, :]
+    mask = (count > 0) & live[None, :]
+    means = tl.load(tile_mean + cell, mask=mask, other=0)
+    total = tl.sum(means * count, 0) / COLUMNS
+    apart = means - total[None, :]
+    squares = tl.sum(tl.load(tile_squares + cell, mask=mask, other=0) + count * apart * apart, 0)
+    tl.store(mean + row, tl.where(live, total, 0), mask=row < rows)
+    tl.store(rstd + row, tl.where(live, tl.rsqrt(squares / COLUMNS + eps), 0), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _fold(
+    w2, norm_weight, norm_bias, b2, c, e, offsets, rows,
+    GROUPS: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """c = W2 g and e = W2 b + b2 of every modality that has rows."""
+    group = tl.program_id(1)
+    start = tl.load(offsets + group)
+    if start < tl.minimum(tl.load(offsets + group + 1), rows):
+        row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        live = row < WIDTH
+        weight, gain, shift = expert(w2, group), expert(norm_weight, group), expert(norm_bias, group)
+        c_parts = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+        e_parts = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+        for first in range(0, HIDDEN, BLOCK_COLUMNS):
+            column = first + tl.arange(0, BLOCK_COLUMNS)
+            inside = column < HIDDEN
+            cell = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+            part = tl.load(weight + cell, mask=live[:, None] & inside[None, :], other=0).to(tl.float32)
+            c_parts += part * tl.load(gain + column, mask=inside, other=0).to(tl.float32)[None, :]
+            e_parts += part * tl.load(shift + column, mask=inside, other=0).to(tl.float32)[None, :]
+        total = tl.sum(e_parts, 1)
+        if b2 is not None:
+            total += tl.load(expert(b2, group) + row, mask=live, other=0).to(tl.float32)
+        tl.store(c + group * WIDTH + row, tl.sum(c_parts, 1), mask=live)
+        tl.store(e + group * WIDTH + row, total, mask=live)
+
+
+@triton.jit
+def _copy_others(
+    residual, out, place, extent, rows, width, residual_stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    """Rows of the stream that the branch does not come back to: out = residual, by all programs together."""
+    tile = tl.program_id(0) * BLOCK_ROWS
+    while tile < rows:
+        row = tile + tl.arange(0, BLOCK_ROWS)
+        other = (row >= extent) & (row < rows)
+        if place is not None:
+            other = tl.load(place + row, mask=row < rows, other=0) < 0
+        first = 0
+        while first < width:
+            column = first + tl.arange(0, BLOCK_COLUMNS)
+            mask = other[:, None] & (column < width)[None, :]
+            cell = row.to(tl.int64)[:, None] * residual_stride + column[None, :]
+            value = tl.load(residual + cell, mask=mask, other=0)
+            tl.store(out + row.to(tl.int64)[:, None] * width + column[None, :], value, mask=mask)
+            first += BLOCK_COLUMNS
+        tile += tl.num_programs(0) * BLOCK_ROWS
+
+
+@triton.jit(do_not_specialize=["rows", "stream_rows"])
+def _output(
+    a, w2, c, e, mean, rstd, b2, y, out, residual, gamma, keep, sample, index, place, offsets, rows, stream_rows,
+    a_stride, residual_stride,
+    GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
+    extent = row_extent(offsets, GROUPS, rows)
+    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    previous = tl.max(keys, 0) + 1
+    tile = tl.program_id(0)
+    before = 0
+    for _rank in range(GROUPS):
+        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
+        end = before + row_tiles * column_tiles
+        if tile < end:
+            a_rows = matrix(a, stop, INNER, a_stride, BLOCK_ROWS, BLOCK_INNER)
+            weight = matrix(expert(w2, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
+            if y is not None:
+                y_rows = matrix(y, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
+            while tile < end:
+                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                total = add_x_wt(total, a_rows, weight, row, column, INNER, BLOCK_INNER)
+                rows_here = row + tl.arange(0, BLOCK_ROWS)
+                live = rows_here < stop
+                target = rows_here
+                if index is not None:
+                    target = tl.load(index + rows_here, mask=live, other=0)
+                if keep is not None:
+                    entry = tl.load(sample + target, mask=live, other=0)
+                    factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)
+                if c is not None:
+                    r = tl.load(rstd + rows_here, mask=live, other=0)
+                    mu = tl.load(mean + rows_here, mask=live, other=0)
+                parts = column_pieces(total, PIECES)
+                for piece in tl.static_range(PIECES):
+                    value = parts[piece]
+                    first = column + piece * (BLOCK_COLUMNS // PIECES)
+                    columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
+                    inside = columns < COLUMNS
+                    if c is not None:
+                        correction = tl.load(c + group * COLUMNS + columns, mask=inside, other=0)
+                        bias = tl.load(e + group * COLUMNS + columns, mask=inside, other=0)
+                        value = r[:, None] * (value - mu[:, None] * correction[None, :]) + bias[None, :]
+                    elif b2 is not None:
+                        bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
+                        value = value + bias[None, :]
+                    if y is not None:
+                        y_rows.store([row, first], value.to(y.dtype.element_ty))
+                    if out is not None:
+                        if keep is not None:
+                            value = value * factor[:, None]
+                        if gamma is not None:
+                            value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
+                        mask = live[:, None] & inside[None, :]
+                        cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+                        value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
+                        cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+                        tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
+                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
+                tile += tl.num_programs(0)
+        before = end
+    if out is not None:
+        _copy_others(residual, out, place, extent, stream_rows, COLUMNS, residual_stride, 32, BLOCK_COLUMNS)
+    else:
+        store_zeros(y, extent, rows, COLUMNS, 32, BLOCK_COLUMNS)
+
+
+def hidden(
+    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], offsets: Tensor,
+    activation: str, eps: float, keep_products: bool, keep_a: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """Launch ``_hidden`` and ``_merge_statistics``: u, v and a where they are kept, and mean and rstd of h."""
+    z, offsets = for_descriptors(z), compact(offsets)
+    rows, (columns, inner), groups = z.shape[0], w0[0].shape, len(w0)
+
+    def like_h(kept: bool) -> Tensor | None:
+        return torch.empty((rows, columns), dtype=z.dtype, device=z.device) if kept else None
+
+    u, v, a = like_h(keep_products), like_h(keep_products and bool(w1)), like_h(keep_a)
+    parameters, _ = tiles_for("routed_ffn_hidden", z)
+    tiles = triton.cdiv(columns, parameters.block_columns)
+    normed = bool(norm_weight) and keep_a
+    tile_mean, tile_squares = (
+        torch.empty((tiles if normed else 0, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
+    )
+    mean, rstd = (torch.empty((rows if normed else 0, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
+    arguments = {
+        "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
+        "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
+        "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "x_stride": row_stride(z),
+    }  # fmt: skip
+    constants = {
+        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "ACTIVATION": activation,
+        "PIECES": parameters.pieces,
+    }  # fmt: skip
+    launch_tiles(_hidden, "routed_ffn_hidden", rows, columns, groups, arguments, constants)
+    if normed:
+        arguments = {
+            "tile_mean": tile_mean, "tile_squares": tile_squares, "mean": mean, "rstd": rstd, "offsets": offsets,
+            "rows": rows, "eps": eps,
+        }  # fmt: skip
+        constants = {
+            "GROUPS": groups, "COLUMNS": columns, "TILE_COLUMNS": parameters.block_columns,
+            "TILES": triton.next_power_of_2(tiles), "BLOCK_ROWS": STATISTICS_ROWS,
+        }  # fmt: skip
+        launch(_merge_statistics, (max(1, triton.cdiv(rows, STATISTICS_ROWS)),), arguments, constants, num_warps=4)
+    return u, v, a, mean, rstd
+
+
+def fold(
+    w2: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], b2: Sequence[Tensor],
+    offsets: Tensor, rows: int, folded: Tensor,
+) -> None:  # fmt: skip
+    """Launch ``_fold``: store c and e into float32 [2, G, width], but for modalities without rows."""
+    (width, hidden_columns), groups = w2[0].shape, len(w2)
+    arguments = {
+        "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
+        "b2": vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
+    }  # fmt: skip
+    constants = {
+        "GROUPS": groups, "WIDTH": width, "HIDDEN": hidden_columns, "BLOCK_ROWS": FOLD_ROWS,
+        "BLOCK_COLUMNS": FOLD_COLUMNS,
+    }  # fmt: skip
+    launch(_fold, (triton.cdiv(width, FOLD_ROWS), groups), arguments, constants, num_warps=4)
+
+
+def output(
+    a: Tensor, w2: Sequence[Tensor], b2: Sequence[Tensor], folded: Tensor | None, mean: Tensor,
+    rstd: Tensor, offsets: Tensor, residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
+    sample: Tensor | None, index: Tensor | None, keep_y: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Launch ``_output``: out, and y where it is kept and is not out itself."""
+    a, offsets, index = for_descriptors(a), compact(offsets), compact(index)
+    rows, (columns, inner), groups = a.shape[0], w2[0].shape, len(w2)
+    y = out = place = None
+    if residual is None or keep_y:
+        y = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
+    if residual is not None:
+        residual = unit_columns(residual)
+        out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+        place = None if index is None else row_places(index, offsets, residual.shape[0])
+    c, e = (None, None) if folded is None else folded
+    arguments = {
+        "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
+        "b2": vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
+        "gamma": compact(gamma), "keep": compact(keep), "sample": compact(sample), "index": index, "place": place,
+        "offsets": offsets, "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
+        "a_stride": row_stride(a), "residual_stride": 0 if residual is None else residual.stride(0),
+    }  # fmt: skip
+    constants = {
+        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces,
+    }  # fmt: skip
+    launch_tiles(_output, "routed_ffn_output", rows, columns, groups, arguments, constants)
+    return (y, None) if out is None else (out, y)
+
+
+def routed_ffn(
+    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
+    w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, residual: Tensor | None, gamma: Tensor | None,
+    keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float, fold_norm: bool,
+    keep_products: bool, keep_y: bool, folded: Tensor,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
+    """What ``routed_ffn_specification`` returns, by grouped products; stores c and e into ``folded``."""
+    unfolded = bool(norm_weight) and not fold_norm
+    u, v, a, mean, rstd = hidden(
+        z, w0, w1, () if unfolded else norm_weight, offsets, activation, eps, keep_products or unfolded, not unfolded
+    )
+    if unfolded:
+        a, mean, rstd = gated_sub_ln(u, v, norm_weight, norm_bias, offsets, (), activation, eps)
+    if norm_weight:
+        fold(w2, norm_weight, norm_bias, b2, offsets, z.shape[0], folded)
+    out, y = output(
+        a, w2, b2, folded if norm_weight and fold_norm else None, mean, rstd, offsets, residual, gamma, keep, sample,
+        rows, keep_y,
+    )  # fmt: skip
+    return out, u, v, y, mean, rstd

@@ -1,0 +1,128 @@
+"""What ``routed_ffn`` takes, and which strategy computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from onepeace_fast import kernels
+from onepeace_fast.checks import describe, require, require_device, require_vector
+from onepeace_fast.ops._library import (
+    MAX_WIDTH,
+    check_offsets,
+    check_routing,
+    check_row_index,
+    kernels_forced,
+    require_row_index,
+    require_rows,
+)
+from onepeace_fast.ops._strategies import STRATEGIES, strategy_for
+from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
+from onepeace_fast.ops.residual import check_keep
+
+MAX_MODALITIES = 64
+TILE_ALIGNMENT = 16  # bytes, of the distance of two rows in a tensor descriptor
+OPTIONAL = ("b2", "norm_weight", "norm_bias")
+
+
+def check(
+    z: Tensor, lists: Mapping[str, Sequence[Tensor]], has_gate: bool, offsets: Tensor, row_counts: Sequence[int],
+    residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None,
+    activation: str, eps: float,
+) -> None:  # fmt: skip
+    """Raise unless all arguments fit together."""
+    require_rows("z", z)
+    check_routing(offsets, row_counts, z)
+    check_offsets(offsets)
+    groups, width, hidden = offsets.shape[0] - 1, z.shape[1], lists["w0"][0].shape[0] if lists["w0"] else 0
+    require(hidden <= MAX_WIDTH, lambda: f"w0: got {hidden} hidden columns, takes at most {MAX_WIDTH}")
+    shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden), "b2": (width,)}
+    shapes |= {"norm_weight": (hidden,), "norm_bias": (hidden,)}
+    for name, tensors in lists.items():
+        may_be_empty = name in OPTIONAL or (name == "w1" and not has_gate)
+        fits = len(tensors) == groups or (may_be_empty and not tensors)
+        require(
+            fits,
+            lambda name=name, tensors=tensors: f"{name}: got {len(tensors)} tensors, takes one per modality, {groups}",
+        )
+        for m, tensor in enumerate(tensors):
+            _check_parameter(f"{name}[{m}]", tensor, shapes[name], None if name.startswith("norm") else z.dtype)
+            require_device(f"{name}[{m}]", tensor, z.device)
+    given = [bool(lists[name]) for name in ("norm_weight", "norm_bias")]
+    require(given[0] == given[1], "norm_weight, norm_bias: got one of them, takes both or none")
+    require(activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
+    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
+    require(
+        residual is not None or (gamma is None and keep is None and rows is None),
+        "residual: got none with gamma, keep or rows, takes the tensor that the scaled result is added to",
+    )
+    require_vector("gamma", gamma, width, z.device)
+    if residual is None:
+        require(sample is None, "sample: got one without keep, takes both or none")
+        return
+    require(
+        residual.is_floating_point() and residual.dim() == 2 and residual.shape[1] == width
+        and (rows is not None or residual.shape[0] == z.shape[0]),
+        lambda: f"residual: got {describe(residual)}, takes floating point "
+        + (str(list(z.shape)) if rows is None else f"[rows, {width}]"),
+    )  # fmt: skip
+    require_device("residual", residual, z.device)
+    check_keep(keep, sample, residual)
+    require_row_index(rows, z)
+    if rows is not None:
+        require(
+            rows.shape[0] == z.shape[0],
+            lambda: f"rows: got {describe(rows)}, takes one entry per row of z, {z.shape[0]}",
+        )
+        check_row_index(rows, offsets, residual)
+
+
+def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+    """Norms may have any floating-point dtype (``dtype`` None), the others z's."""
+    fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
+    require(
+        fits and tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
+        lambda: f"{name}: got {describe(tensor)}, takes {wanted} {list(shape)}",
+    )
+
+
+def chosen_strategy(strategy: str | None, z: Tensor, hidden: int, groups: int) -> str:
+    """The strategy that was asked for, if it can run; for None what the table says of this GPU and that can run."""
+    has_kernels = z.is_cuda or kernels_forced() or (kernels.INTERPRETED and z.device.type == "cpu")
+    if strategy is None:
+        if not has_kernels or z.dtype == torch.float64:
+            return "specification"
+        measured = strategy_for("routed_ffn", z.device, z.shape[0])
+        return "per_modality" if measured == "fused" and _untaken_by_tiles(z, hidden, groups) else measured
+    require(
+        strategy in STRATEGIES, lambda: f"strategy: got {strategy!r}, takes one of {', '.join(STRATEGIES)}, or None"
+    )
+    if strategy != "specification":
+        fits = has_kernels or kernels_forced() is False
+        require(
+            fits,
+            lambda: f"strategy: got {strategy!r} with z on {z.device}, takes 'specification' there; use None for both",
+        )
+    if strategy == "fused":
+        require((reason := _untaken_by_tiles(z, hidden, groups)) is None, lambda: reason)
+    return strategy
+
+
+def _untaken_by_tiles(z: Tensor, hidden: int, groups: int) -> str | None:
+    """Why grouped products cannot take these tensors, in one line."""
+    multiple = TILE_ALIGNMENT // z.element_size()
+    for name, columns in (("z", z.shape[1]), ("w0", hidden)):
+        if columns % multiple:
+            return (
+                f"{name}: got {columns} {'columns' if name == 'z' else 'hidden columns'}, takes a multiple of "
+                f"{multiple} with strategy 'fused' in {str(z.dtype).removeprefix('torch.')}; use 'per_modality'"
+            )
+    half = z.dtype in (torch.float16, torch.bfloat16)
+    if not half and not (z.dtype == torch.float32 and not z.is_cuda):
+        return f"z: got {describe(z)}, takes float16 or bfloat16 with strategy 'fused'; use 'per_modality'"
+    if groups > MAX_MODALITIES:
+        return f"offsets: got {groups} modalities, takes at most {MAX_MODALITIES} with strategy 'fused'"
+    return None

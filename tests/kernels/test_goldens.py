@@ -1,0 +1,30 @@
+"""Tensors recorded from upstream, through the kernels and the fused strategy of the FFN."""
+
+import pytest
+import torch
+from models._goldens import compare, golden
+from support.kernels import DEVICE
+from support.tiles import small_tiles
+
+from onepeace_fast.kernels import grouped_gemm
+from onepeace_fast.ops import _strategies
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE == "cuda", reason="recorded in float32, which a GPU's tensor cores do not multiply")
+@pytest.mark.parametrize("name", ["tiny", "flags", "perlayer"])
+def test_every_recorded_tensor_is_reproduced_by_the_kernels(name, monkeypatch):
+    everywhere = [{"rows": None, "strategy": "fused"}]
+    monkeypatch.setitem(_strategies.MEASURED["routed_ffn"], _strategies.gpu_name(torch.device(DEVICE)), everywhere)
+    launch, kernels = grouped_gemm.launch, set()
+
+    def noted(kernel, *rest, **how):
+        kernels.add(kernel.__name__)
+        launch(kernel, *rest, **how)
+
+    monkeypatch.setattr(grouped_gemm, "launch", noted)
+    with small_tiles():
+        report = compare(golden(name).to(DEVICE), "fused")
+    assert {"_hidden", "_output", "_hidden_gradient", "_input_gradient", "_weight_gradient"} <= kernels
+    assert not report.failures, f"{len(report.failures)} of {report.count} failed:\n" + "\n".join(report.failures)
+    assert report.count > 400

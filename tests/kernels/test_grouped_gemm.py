@@ -1,0 +1,98 @@
+"""Grouped products of gradients against float64: ragged and empty modalities, neighbours full of NaN, any strides."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from support import contract
+from support.contract import normal
+from support.kernels import DEVICE, DTYPES
+from support.plans import ragged_offsets
+from support.tiles import small_tiles
+
+from onepeace_fast.kernels.grouped_gemm import input_gradient, weight_gradient
+from onepeace_fast.tolerance import assert_within_rule
+
+COUNTS = ([5], [65, 0], [0, 130, 63, 1], [1, 0, 64, 3, 0, 17, 2])
+WIDTH, HIDDEN = 96, 200
+
+
+@pytest.fixture(autouse=True)
+def tiles():
+    with small_tiles():
+        yield
+
+
+def rows_of(counts, columns, dtype, seed, inert=0):
+    return normal(sum(counts) + inert, columns, seed=seed).to(DEVICE, dtype)
+
+
+def weights_of(counts, dtype, seed):
+    return [normal(HIDDEN, WIDTH, seed=seed + m).to(DEVICE, dtype) for m in range(len(counts))]
+
+
+def by_modality(counts):
+    return [(m, slice(*bounds)) for m, bounds in enumerate(pairwise(ragged_offsets(counts).tolist()))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_input_gradient_is_the_sum_of_both_products(counts, dtype):
+    pairs = [(rows_of(counts, HIDDEN, dtype, s, inert=7), weights_of(counts, dtype, 10 * s)) for s in (1, 2)]
+    for x, _ in pairs:
+        x[-7:] = torch.nan
+    for given in (pairs, pairs[:1]):
+        out = input_gradient(given, ragged_offsets(counts).to(DEVICE))
+        assert not out[-7:].any()
+        for m, rows in by_modality(counts):
+            plain = sum(x[rows] @ w[m] for x, w in given)
+            exact = sum(x[rows].double() @ w[m].double() for x, w in given)
+            assert_within_rule(f"modality {m}", out[rows], plain, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_weight_gradient_sums_over_the_rows_of_its_modality_alone(counts, dtype):
+    x, y = rows_of(counts, HIDDEN, dtype, 1, inert=7), rows_of(counts, WIDTH, dtype, 2, inert=7)
+    for m, rows in by_modality(counts):
+        alone = [torch.full_like(t, torch.nan) for t in (x, y)]
+        for mine, all_rows in zip(alone, (x, y), strict=True):
+            mine[rows] = all_rows[rows]
+        outs = [torch.full((HIDDEN, WIDTH), torch.nan, dtype=dtype, device=DEVICE) if m == g else None
+                for g in range(len(counts))]  # fmt: skip
+        weight_gradient([alone[0]], alone[1], ragged_offsets(counts).to(DEVICE), [outs])
+        assert_within_rule(f"modality {m}", outs[m], x[rows].t() @ y[rows], x[rows].double().t() @ y[rows].double())
+
+
+def test_weight_gradients_of_several_modalities_come_from_one_launch():
+    counts = [3, 0, 70, 1]
+    x, y = rows_of(counts, HIDDEN, torch.float32, 1), rows_of(counts, WIDTH, torch.float32, 2)
+    needed = (0, 1, 3)
+    outs = [torch.empty(HIDDEN, WIDTH, device=DEVICE) if m in needed else None for m in range(4)]
+    weight_gradient([x], y, ragged_offsets(counts).to(DEVICE), [outs])
+    for m, rows in by_modality(counts):
+        if m in needed:
+            torch.testing.assert_close(outs[m], x[rows].t() @ y[rows])
+
+
+def test_weight_gradients_of_two_products_come_from_one_launch():
+    counts = [3, 0, 70]
+    xs, y = [rows_of(counts, HIDDEN, torch.float32, s) for s in (1, 3)], rows_of(counts, WIDTH, torch.float32, 2)
+    outs = [[torch.empty(HIDDEN, WIDTH, device=DEVICE) if m != frozen else None for m in range(3)] for frozen in (0, 2)]
+    weight_gradient(xs, y, ragged_offsets(counts).to(DEVICE), outs)
+    for x, mine in zip(xs, outs, strict=True):
+        for m, rows in by_modality(counts):
+            if mine[m] is not None:
+                torch.testing.assert_close(mine[m], x[rows].t() @ y[rows])
+
+
+def test_rows_may_lie_anyhow():
+    counts = [5, 34]
+    x, w, offsets = (
+        rows_of(counts, HIDDEN, torch.float32, 1),
+        weights_of(counts, torch.float32, 3),
+        ragged_offsets(counts),
+    )
+    expected = input_gradient([(x, w)], offsets.to(DEVICE))
+    for layout in contract.LAYOUTS:
+        assert torch.equal(input_gradient([(layout(x), [layout(v) for v in w])], offsets.to(DEVICE)), expected)

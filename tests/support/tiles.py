@@ -1,0 +1,22 @@
+"""Tiles so small that few rows fill several: for the tests of the kernels of products."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from onepeace_fast.kernels import tile_table
+from support.kernels import INTERPRETED
+
+SMALL = {
+    "block_rows": 32, "block_columns": 64, "block_inner": 32, "row_tiles_at_once": 2, "num_warps": 4, "num_stages": 2,
+    "programs_per_multiprocessor": 1, "pieces": 4,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def small_tiles() -> Iterator[None]:
+    """Launch with small tiles inside, where the interpreter runs; a GPU runs the shipped ones."""
+    table = {kernel: {"sm_90": SMALL} for kernel in tile_table.SHIPPED} if INTERPRETED else tile_table.SHIPPED
+    with tile_table.use_tiles(table):
+        yield

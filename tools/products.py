@@ -1,0 +1,107 @@
+"""What the routed FFN's matrix products come to at a batch of image and text pairs, by their tiles alone: arithmetic.
+
+A wave is one tile for each program of a launch. The efficiency is the work that a product needs over what its programs
+could do until the last of them is done. A tile reads its operands through the L2 cache; the minimum is the operands
+of each product once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from math import ceil
+from typing import NamedTuple
+
+from tools.cubin import CHIPS
+
+COUNTS = (1264, 8224)  # rows of 32 captions of 7 to 72 tokens, and of 32 images of 256 patches and CLS
+WIDTH, HIDDEN = 1536, 6144
+ELEMENT = 2  # bytes
+HEADINGS = ("product", "GPU", "tile", "tiles", "waves", "efficiency", "GFLOP", "minimum", "MB read", "minimum",
+            "MB beside")  # fmt: skip
+
+
+class Product(NamedTuple):
+    """One launch: for each modality a result of some rows by ``columns``, summed over an inner dimension.
+
+    ``weights`` are how many right operands a left one is multiplied by in one pass; ``beside`` are the matrices of the
+    result's shape that the epilogue reads and writes, in bytes of an element each.
+    """
+
+    name: str
+    entry: str
+    rows: Sequence[int]
+    columns: int
+    inner: Sequence[int]
+    weights: int = 1
+    beside: int = 0
+
+
+class Figures(NamedTuple):
+    """Of one product on one chip."""
+
+    tiles: int
+    waves: float
+    efficiency: float
+    operations: int
+    least_operations: int
+    read: int
+    least_read: int
+    beside: int
+
+
+def products(counts: Sequence[int] = COUNTS, width: int = WIDTH, hidden: int = HIDDEN) -> list[Product]:
+    """Those of a forward and a backward pass, with gate, Sub-LayerNorm, LayerScale and a float32 residual."""
+    every = len(counts)
+    return [
+        Product("u, v", "routed_ffn_hidden", counts, hidden, [width] * every, 2, 3 * ELEMENT),
+        Product("y", "routed_ffn_output", counts, width, [hidden] * every, beside=ELEMENT + 4 + 4),
+        Product("dh", "routed_ffn_hidden_gradient", counts, hidden, [width] * every, beside=5 * ELEMENT),
+        Product("dW2", "routed_ffn_output_gradient", [width] * every, hidden, counts, beside=2 * ELEMENT),
+        Product("dW0, dW1", "weight_gradient", [hidden] * 2 * every, width, [*counts] * 2, beside=ELEMENT),
+        Product("dz", "input_gradient", counts, width, [2 * hidden] * every, beside=ELEMENT),
+    ]
+
+
+def figures(product: Product, architecture: str) -> Figures:
+    """Tiles, waves, and the work and the reads that they imply, beside what the product needs."""
+    from onepeace_fast.kernels.tile_table import tiles_of
+
+    tile = tiles_of(product.entry, architecture)
+    programs = CHIPS[architecture].multiprocessors * tile.programs_per_multiprocessor
+    column_tiles = ceil(product.columns / tile.block_columns)
+    counts = [ceil(rows / tile.block_rows) * column_tiles for rows in product.rows]
+    steps = [ceil(inner / tile.block_inner) * tile.block_inner for inner in product.inner]
+    # A program takes every ``programs``-th tile of all modalities, those with most rows first.
+    longest_first = sorted(zip(steps, counts, strict=True), reverse=True)
+    lengths = [length for length, count in longest_first for _tile in range(count)]
+    longest = max(sum(lengths[program::programs]) for program in range(min(programs, len(lengths))))
+    of_step = 2 * tile.block_rows * tile.block_columns * product.weights
+    operands = tile.block_rows + product.weights * tile.block_columns
+    needed = list(zip(product.rows, product.inner, strict=True))
+    least = sum(2 * rows * product.columns * inner * product.weights for rows, inner in needed)
+    return Figures(
+        tiles=sum(counts),
+        waves=sum(counts) / programs,
+        efficiency=least / (programs * longest * of_step),
+        operations=of_step * sum(lengths),
+        least_operations=least,
+        read=ELEMENT * operands * sum(lengths),
+        least_read=ELEMENT * sum(inner * (rows + product.weights * product.columns) for rows, inner in needed if rows),
+        beside=sum(product.rows) * product.columns * product.beside,
+    )
+
+
+def rows(architectures: Sequence[str] = tuple(CHIPS)) -> Iterator[tuple[str, ...]]:
+    """The table's rows, the heading first."""
+    from onepeace_fast.kernels.tile_table import tiles_of
+
+    yield HEADINGS
+    for architecture in architectures:
+        for product in products():
+            tile, found = tiles_of(product.entry, architecture), figures(product, architecture)
+            work = (f"{value / 1e9:.0f}" for value in (found.operations, found.least_operations))
+            moved = (f"{value / 1e6:.0f}" for value in (found.read, found.least_read, found.beside))
+            yield (
+                product.name, architecture, f"{tile.block_rows}x{tile.block_columns}x{tile.block_inner}",
+                str(found.tiles), f"{found.waves:.2f}", f"{found.efficiency:.0%}", *work, *moved,
+            )  # fmt: skip
