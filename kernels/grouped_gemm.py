@@ -162,30 +162,28 @@ def _weight_gradient(
 ):  # fmt: skip
     row_tiles = tl.cdiv(X_COLUMNS, BLOCK_ROWS)
     column_tiles = tl.cdiv(Y_COLUMNS, BLOCK_COLUMNS)
-    tiles = row_tiles * column_tiles
     keys = group_keys(offsets, rows, GROUPS, NEEDED)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
     for _rank in range(COUNT):
         previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
-        end = before + len(xs) * tiles
-        if tile < end:
-            y_rows = matrix(y, stop, Y_COLUMNS, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
-            while tile < end:
-                which = (tile - before) // tiles
+        for which in range(len(xs)):
+            end = before + row_tiles * column_tiles
+            if tile < end:
+                # Out here: Triton 3.6 compiles no descriptor that is made within a ``while``.
                 x_rows = matrix(expert(xs, which), stop, X_COLUMNS, x_stride, BLOCK_INNER, BLOCK_ROWS)
+                y_rows = matrix(y, stop, Y_COLUMNS, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
                 mine = expert(outs, which * GROUPS + group)
                 out = matrix(mine, X_COLUMNS, Y_COLUMNS, Y_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-                row_tile, column_tile = tile_place(
-                    tile - before - which * tiles, row_tiles, column_tiles, ROW_TILES_AT_ONCE
-                )
-                row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_xt_y(total, x_rows, y_rows, row, column, start, stop, BLOCK_INNER)
-                out.store([row, column], total.to(outs[0].dtype.element_ty))
-                tile += tl.num_programs(0)
-        before = end
+                while tile < end:
+                    row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+                    row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                    total = add_xt_y(total, x_rows, y_rows, row, column, start, stop, BLOCK_INNER)
+                    out.store([row, column], total.to(outs[0].dtype.element_ty))
+                    tile += tl.num_programs(0)
+            before = end
 
 
 def launch_tiles(
