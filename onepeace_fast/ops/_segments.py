@@ -12,6 +12,8 @@ from onepeace_fast.checks import require
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 PAIRS_OF_A_GROUP = 2**13
+PAIRS_OF_A_DEVICE_GROUP = 2**22
+PAIRS_OF_DEVICE_HEADS = 2**24
 
 
 class Group(NamedTuple):
@@ -44,15 +46,21 @@ class Group(NamedTuple):
 
 
 def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
-    """Samples to compute at once: on a CPU by length, elsewhere all, at ``max_length``, so that nothing is read."""
-    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
-    totals = lengths.sum(0)
+    """Samples to compute at once, few enough for linear memory: on a CPU by length, elsewhere at ``max_length``.
+
+    With ``max_length`` nothing is read from a device.
+    """
     if cu_seqlens.shape[1] == 1:
         return
+    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
     if cu_seqlens.device.type != "cpu":
-        yield Group(*_padded_rows(starts, lengths, max_length or int(totals.max())))
+        longest = longest_sample(cu_seqlens, max_length)
+        step = _samples_at_once(longest)
+        for first in range(0, cu_seqlens.shape[1] - 1, step):
+            some = slice(first, first + step)
+            yield Group(*_padded_rows(starts[:, some], lengths[:, some], longest))
         return
-    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), totals.tolist()
+    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), lengths.sum(0).tolist()
     for samples in _by_length(host_totals):
         first, longest = samples[0], host_totals[samples[-1]]
         parts = [(start, start + n) for start, n in zip(host_starts[first], host_lengths[first], strict=True) if n]
@@ -61,6 +69,22 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
         else:
             rows, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
             yield Group(rows, None if host_totals[first] == longest else valid)
+
+
+def longest_sample(cu_seqlens: Tensor, max_length: int) -> int:
+    """``max_length``, or where the host does not know it the longest sample, read from the device."""
+    return max_length or int(cu_seqlens.diff(dim=1).sum(0).max())
+
+
+def _samples_at_once(longest: int) -> int:
+    return max(1, PAIRS_OF_A_DEVICE_GROUP // max(longest, 1) ** 2)
+
+
+def head_slices(heads: int, samples: int, longest: int) -> Iterator[slice]:
+    """Heads to compute at once on a device, few enough for linear memory: at least one, all where samples are short."""
+    pairs = min(samples, _samples_at_once(longest)) * longest**2
+    step = max(1, PAIRS_OF_DEVICE_HEADS // max(pairs, 1))
+    return (slice(first, min(first + step, heads)) for first in range(0, heads, step))
 
 
 def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:

@@ -24,7 +24,7 @@ NAME = "relative_bias_attention"
 @pytest.fixture
 def padded(monkeypatch):
     """The op's module as it behaves elsewhere; nothing is registered."""
-    monkeypatch.setattr(_library, "define", lambda *args: None)
+    monkeypatch.setattr(_library, "define", lambda *args, **keywords: None)
     monkeypatch.setattr(_library, "register_gradient", lambda *args: None)
     asked = False
     for name in ("_segments", NAME):
