@@ -1,0 +1,87 @@
+// The names of CUDA that the kernels' sources use, on a CPU.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#include "fibers.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define threadIdx (host_shim::position().thread)
+#define blockIdx (host_shim::position().block)
+#define blockDim (host_shim::position().block_size)
+#define gridDim (host_shim::position().grid_size)
+
+using std::max;
+using std::min;
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+
+struct dim3 {
+    unsigned x;
+    explicit dim3(unsigned size) : x(size) {}
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+constexpr int SHARED_BYTES_OF_A_BLOCK = 227 * 1024;
+
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int value) {
+    return value > SHARED_BYTES_OF_A_BLOCK ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+template <typename... Parameters, size_t... I>
+void call_kernel(void (*kernel)(Parameters...), void** values, std::index_sequence<I...>) {
+    kernel(*static_cast<std::remove_const_t<Parameters>*>(values[I])...);
+}
+
+template <typename... Parameters>
+cudaError_t cudaLaunchKernel(
+    void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void** values, size_t shared_bytes, cudaStream_t) {
+    host_shim::run_grid(blocks.x, threads.x, shared_bytes, [&] {
+        call_kernel(kernel, values, std::index_sequence_for<Parameters...>());
+    });
+    return cudaSuccess;
+}
+
+inline void __syncthreads() { host_shim::synchronize_block(); }
+inline void __syncwarp() { host_shim::synchronize_warp(); }
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned, Value value, int mask) {
+    struct Exchange {
+        Value given, received;
+        int mask;
+    } exchange{value, value, mask};
+    host_shim::with_warp("__shfl_xor_sync", &exchange, [](void* const (&arguments)[host_shim::WARP]) {
+        for (int lane = 0; lane < host_shim::WARP; ++lane) {
+            Exchange& mine = *static_cast<Exchange*>(arguments[lane]);
+            mine.received = static_cast<Exchange*>(arguments[lane ^ mine.mask])->given;
+        }
+    });
+    return exchange.received;
+}
