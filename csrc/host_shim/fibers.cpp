@@ -28,6 +28,30 @@ constexpr size_t STACK_BYTES = 256 * 1024;
 
 enum class State { RUNNABLE, IN_WARP, IN_BLOCK, DONE };
 
+// What the sanitizers must be told; nothing without them.
+#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
+void* create_thread() { return __tsan_create_fiber(0); }
+void* this_thread() { return __tsan_get_current_fiber(); }
+void destroy_thread(void* thread) { __tsan_destroy_fiber(thread); }
+void switch_thread(void* thread) { __tsan_switch_to_fiber(thread, __tsan_switch_to_fiber_no_sync); }
+void release(void* barrier) { __tsan_release(barrier); }
+void acquire(void* barrier) { __tsan_acquire(barrier); }
+#else
+void* create_thread() { return nullptr; }
+void* this_thread() { return nullptr; }
+void destroy_thread(void*) {}
+void switch_thread(void*) {}
+void release(void*) {}
+void acquire(void*) {}
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+void start_switch(void** saved, const void* bottom, size_t bytes) { __sanitizer_start_switch_fiber(saved, bottom, bytes); }
+void finish_switch(void* saved) { __sanitizer_finish_switch_fiber(saved, nullptr, nullptr); }
+#else
+void start_switch(void**, const void*, size_t) {}
+void finish_switch(void*) {}
+#endif
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;  // none of the main fiber
@@ -36,44 +60,46 @@ struct Fiber {
     State state = State::RUNNABLE;
     Position position;
     std::vector<Copy> copies;
-    void* thread_sanitizer = nullptr;
+    void* thread = nullptr;
 };
 
 struct Warp {
     const char* kind = nullptr;
     int arrived = 0;
     void* arguments[WARP];
-    char order;  // its address stands for the warp's barrier
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Warp> warps;
 std::vector<unsigned> warp_order;
-std::unique_ptr<char[]> memory;
-char* aligned_memory = nullptr;
+struct Free {
+    void operator()(void* pointer) const { std::free(pointer); }
+};
+std::unique_ptr<void, Free> memory;
 const std::function<void()>* kernel_body = nullptr;
 Fiber main_fiber;
 Fiber* current = &main_fiber;
 unsigned active = 0, waiting_in_block = 0;
-char block_order;
 uint64_t order_seed = 0;
 
 void switch_to(Fiber& next) {
     Fiber& before = *current;
     if (&next == &before) return;
     current = &next;
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-    __tsan_switch_to_fiber(next.thread_sanitizer, __tsan_switch_to_fiber_no_sync);
-#endif
-#if defined(__SANITIZE_ADDRESS__)
+    switch_thread(next.thread);
     void* saved = nullptr;
-    __sanitizer_start_switch_fiber(
-        before.state == State::DONE ? nullptr : &saved, next.stack_bottom, next.stack_bytes);
+    start_switch(before.state == State::DONE ? nullptr : &saved, next.stack_bottom, next.stack_bytes);
     swapcontext(&before.context, &next.context);
-    __sanitizer_finish_switch_fiber(saved, nullptr, nullptr);
-#else
-    swapcontext(&before.context, &next.context);
-#endif
+    finish_switch(saved);
+}
+
+void find_main_stack() {
+    pthread_attr_t attributes;
+    void* bottom = nullptr;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &bottom, &main_fiber.stack_bytes);
+    pthread_attr_destroy(&attributes);
+    main_fiber.stack_bottom = bottom;
 }
 
 bool runnable(unsigned thread) { return thread < active && fibers[thread]->state == State::RUNNABLE; }
@@ -103,9 +129,7 @@ void wait() {
 }
 
 void enter() {
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);
-#endif
+    finish_switch(nullptr);
     (*kernel_body)();
     if (!current->copies.empty()) fail("ends with a copy that it did not wait for");
     current->state = State::DONE;
@@ -113,15 +137,16 @@ void enter() {
     fail("is resumed after its end");
 }
 
-void release(Warp& warp, unsigned first) {
+void resume(Warp& warp, unsigned first) {
     warp.arrived = 0;
     for (unsigned lane = 0; lane < WARP; ++lane) fibers[first + lane]->state = State::RUNNABLE;
 }
 
 void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_bytes) {
-    memory.reset(new char[shared_bytes + 128]);
-    aligned_memory = memory.get() + (128 - reinterpret_cast<uintptr_t>(memory.get()) % 128) % 128;
-    std::memset(memory.get(), 0xff, shared_bytes + 128);
+    void* allocated = nullptr;
+    if (posix_memalign(&allocated, 128, shared_bytes)) fail("finds no memory");
+    memory.reset(allocated);
+    std::memset(allocated, 0xff, shared_bytes);
     active = threads;
     waiting_in_block = 0;
     warps.assign(threads / WARP, Warp());
@@ -134,17 +159,13 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_
         fiber.context.uc_stack.ss_size = STACK_BYTES;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-        fiber.thread_sanitizer = __tsan_create_fiber(0);
-#endif
+        fiber.thread = create_thread();
     }
     switch_to(choose());
     for (unsigned i = 0; i < threads; ++i) {
         current = fibers[i].get();
         if (current->state != State::DONE) fail("never ends");
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-        __tsan_destroy_fiber(current->sanitizer);
-#endif
+        destroy_thread(current->thread);
     }
     current = &main_fiber;
 }
@@ -159,7 +180,7 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_
 
 const Position& position() { return current->position; }
 
-void* shared_memory() { return aligned_memory; }
+void* shared_memory() { return memory.get(); }
 
 void with_warp(const char* kind, void* argument, void (*finish)(void* const (&arguments)[WARP])) {
     const unsigned thread = current->position.thread.x, lane = thread % WARP;
@@ -169,7 +190,7 @@ void with_warp(const char* kind, void* argument, void (*finish)(void* const (&ar
     warp.arguments[lane] = argument;
     if (++warp.arrived == WARP) {
         finish(warp.arguments);
-        release(warp, thread - lane);
+        resume(warp, thread - lane);
         return;
     }
     current->state = State::IN_WARP;
@@ -177,20 +198,14 @@ void with_warp(const char* kind, void* argument, void (*finish)(void* const (&ar
 }
 
 void synchronize_warp() {
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-    Warp& warp = warps[current->position.thread.x / WARP];
-    __tsan_release(&warp.order);
-#endif
+    void* barrier = &warps[current->position.thread.x / WARP];
+    release(barrier);
     with_warp("__syncwarp", nullptr, [](void* const (&)[WARP]) {});
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-    __tsan_acquire(&warp.order);
-#endif
+    acquire(barrier);
 }
 
 void synchronize_block() {
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-    __tsan_release(&block_order);
-#endif
+    release(&warps);
     if (++waiting_in_block == active) {
         waiting_in_block = 0;
         for (unsigned i = 0; i < active; ++i) fibers[i]->state = State::RUNNABLE;
@@ -198,9 +213,7 @@ void synchronize_block() {
         current->state = State::IN_BLOCK;
         wait();
     }
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-    __tsan_acquire(&block_order);
-#endif
+    acquire(&warps);
 }
 
 void push_copy(const Copy& copy) { current->copies.push_back(copy); }
@@ -221,17 +234,8 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
         fiber->stack_bytes = STACK_BYTES;
         fibers.push_back(std::move(fiber));
     }
-#if defined(__SANITIZE_ADDRESS__)
-    pthread_attr_t attributes;
-    void* bottom = nullptr;
-    pthread_getattr_np(pthread_self(), &attributes);
-    pthread_attr_getstack(&attributes, &bottom, &main_fiber.stack_bytes);
-    pthread_attr_destroy(&attributes);
-    main_fiber.stack_bottom = bottom;
-#endif
-#if defined(ONEPEACE_FAST_THREAD_SANITIZER)
-    main_fiber.thread_sanitizer = __tsan_get_current_fiber();
-#endif
+    find_main_stack();
+    main_fiber.thread = this_thread();
     std::vector<unsigned> order(blocks);
     std::iota(order.begin(), order.end(), 0u);
     warp_order.resize(threads / WARP);
