@@ -64,7 +64,7 @@ def ninja_file(decision: Decision, folder: Path, output: Path) -> str:
     import pybind11  # here, since nothing else needs it where the extension is left out
 
     toolkit, names = decision.toolkit, ",".join(decision.architectures)
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall"]
+    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{SOURCES.resolve()}"]
     flags += [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in decision.architectures]
     # For files of C++ alone, so that another Python or pybind11 compiles no kernel again.
     binding = [f"-isystem={path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]

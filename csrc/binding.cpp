@@ -1,6 +1,6 @@
 // The Python module onepeace_fast._cuda: the kernels' C-style interface, taking addresses as integers.
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -97,11 +97,12 @@ def attend_by_sdpa(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's attention with the bias built for some samples and heads at once.
 
-    The log-sum-exp, which PyTorch does not give and the backward specification does not read, is NaN on real rows.
+    The log-sum-exp, which PyTorch does not give and the backward specification does not read, is -inf on real rows.
     """
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=accumulation_dtype(qkv.dtype))
+    unknown = log_sum_exp.new_full((), -torch.inf)
     # A bias whose rows begin at multiples of 16 bytes is not copied once more.
     aligned = -(-longest // ALIGNMENT) * ALIGNMENT
     for group in sample_groups(cu_seqlens, aligned):
@@ -118,5 +119,5 @@ def attend_by_sdpa(
             if head_scale is not None:
                 attended = attended * head_scale[some, None, None]
             group.scatter(out[:, some], attended.transpose(1, 2))
-        group.scatter(log_sum_exp, log_sum_exp.new_full((1,), torch.nan).expand(q.shape[0], q.shape[2], heads))
+        group.scatter(log_sum_exp, unknown.expand(q.shape[0], q.shape[2], heads))
     return out[:rows], log_sum_exp[:rows]

@@ -73,7 +73,9 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
 
 def longest_sample(cu_seqlens: Tensor, max_length: int) -> int:
     """``max_length``, or where the host does not know it the longest sample, read from the device."""
-    return max_length or int(cu_seqlens.diff(dim=1).sum(0).max())
+    if max_length or cu_seqlens.shape[1] == 1:
+        return max_length
+    return int(cu_seqlens.diff(dim=1).sum(0).max())
 
 
 def _samples_at_once(longest: int) -> int:

@@ -169,7 +169,7 @@ def _fake_backward(
     grad, qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
     bias_needs, head_scale_need,
 ):  # fmt: skip
-    gradients = [torch.empty_like(b) if n else b.new_empty(0) for b, n in zip(bias, bias_needs, strict=True)]
+    gradients = [b.new_empty(b.shape if n else 0) for b, n in zip(bias, bias_needs, strict=True)]
     dscale = torch.empty_like(head_scale) if head_scale_need else qkv.new_empty(0)
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), gradients, dscale
 
