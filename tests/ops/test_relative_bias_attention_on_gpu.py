@@ -272,14 +272,14 @@ def test_the_extension_s_binaries_run_where_nvidia_says(monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("way", ["kernel", "slower path"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", BATCHES)
-def test_on_a_gpu_both_ways_give_the_cpu_s_values_and_gradients(monkeypatch, name, dtype):
+def test_on_a_gpu_values_and_gradients_follow_the_dense_bias(monkeypatch, name, dtype, way):
     batch = BATCHES[name]()
     on_cpu = {key: leaf.to(dtype) for key, leaf in batch.leaves(2, 64).items()}
-    exact = contract.run(batch.call, {key: leaf.double() for key, leaf in on_cpu.items()})
-    given = contract.cotangents(exact[0])
-    plain = contract.run(batch.plain, on_cpu, given)
+    if way != "kernel":
+        monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "left out by this test")
 
     def call(qkv, head_scale=None, **tables):
         bias = [tables[f"table{m}"][table.entries.cuda()].t() for m, table in enumerate(batch.tables)]
@@ -287,15 +287,16 @@ def test_on_a_gpu_both_ways_give_the_cpu_s_values_and_gradients(monkeypatch, nam
         offsets = [table.offset for table in batch.tables]
         return relative_bias_attention(qkv, bias=bias, code_offsets=offsets, head_scale=head_scale, **plan)
 
-    for reason in (None, "left out by this test"):
-        if reason is not None:
-            monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: reason)
-            _say_once.cache_clear()
-        leaves = {key: leaf.cuda() for key, leaf in on_cpu.items()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("error" if reason is None else "ignore", RuntimeWarning)
-            outputs, gradients = contract.run(call, leaves, [g.cuda() for g in given])
-        assert_within_rule("out", outputs[0].cpu(), plain[0][0], exact[0][0], batch.slices()["out0"])
-        for key, gradient in gradients.items():
-            theirs = torch.zeros_like(on_cpu[key]) if plain[1][key] is None else plain[1][key]
-            assert_within_rule(key, gradient.cpu(), theirs, exact[1][key], batch.slices().get(key, ()))
+    given = contract.cotangents([batch.plain(**on_cpu)])
+    plain = contract.run(batch.plain, on_cpu, given)
+    exact = contract.run(batch.plain, {key: leaf.double() for key, leaf in on_cpu.items()}, given)
+    leaves = {key: leaf.cuda() for key, leaf in on_cpu.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if way == "kernel" else "ignore", RuntimeWarning)
+        outputs, gradients = contract.run(call, leaves, [gradient.cuda() for gradient in given])
+    assert_within_rule("out", outputs[0].cpu(), plain[0][0], exact[0][0], batch.slices()["out0"])
+    for key, gradient in gradients.items():
+        theirs, truth = (
+            torch.zeros_like(on_cpu[key]) if run[1][key] is None else run[1][key] for run in (plain, exact)
+        )
+        assert_within_rule(key, gradient.cpu(), theirs, truth, batch.slices().get(key, ()))
