@@ -6,11 +6,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
 #include "fibers.h"
+#include "warp.h"
 
 #define __global__
 #define __device__
@@ -78,15 +78,10 @@ inline void __syncwarp() { host_shim::synchronize_warp(); }
 
 template <typename Value>
 Value __shfl_xor_sync(unsigned, Value value, int mask) {
-    struct Exchange {
-        Value given, received;
-        int mask;
-    } exchange{value, value, mask};
-    host_shim::with_warp("__shfl_xor_sync", &exchange, [](void* const (&arguments)[host_shim::WARP]) {
-        for (int lane = 0; lane < host_shim::WARP; ++lane) {
-            Exchange& mine = *static_cast<Exchange*>(arguments[lane]);
-            mine.received = static_cast<Exchange*>(arguments[lane ^ mine.mask])->given;
-        }
-    });
-    return exchange.received;
+    static_assert(sizeof(Value) == 4);
+    host_shim::Word lane{0, 0, mask};
+    std::memcpy(&lane.given, &value, 4);
+    host_shim::with_warp("__shfl_xor_sync", &lane, host_shim::shuffle_xor);
+    std::memcpy(&value, &lane.received, 4);
+    return value;
 }

@@ -133,6 +133,7 @@ void enter() {
     (*kernel_body)();
     if (!current->copies.empty()) fail("ends with a copy that it did not wait for");
     current->state = State::DONE;
+    release(&fibers);
     switch_to(choose());
     fail("is resumed after its end");
 }
@@ -168,6 +169,7 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_
         destroy_thread(current->thread);
     }
     current = &main_fiber;
+    acquire(&fibers);  // the end of a block orders it before the next
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ KERNELS = ("relative_bias_attention_forward.cu",)
 MAX_MODALITIES = 16
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SANITIZERS = {
-    "address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "address": ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"),
     "thread": ("-fsanitize=thread", "-DONEPEACE_FAST_THREAD_SANITIZER"),
 }
 
@@ -64,7 +64,7 @@ def build(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
     # The fibers hand values from lane to lane, which is no access of the kernel's: ThreadSanitizer must not see it.
     hidden = SANITIZERS[sanitizer][1:] if sanitizer == "thread" else SANITIZERS[sanitizer]
     sources = [(csrc / kernel, SANITIZERS[sanitizer]) for kernel in KERNELS]
-    sources += [(shim / "run.cpp", SANITIZERS[sanitizer]), (shim / "fibers.cpp", hidden)]
+    sources += [(shim / "run.cpp", SANITIZERS[sanitizer]), (shim / "fibers.cpp", hidden), (shim / "warp.cpp", hidden)]
     objects = []
     for source, options in sources:
         objects.append(str(folder / f"{source.stem}_{sanitizer}.o"))
