@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import require_values
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 PAIRS_OF_A_GROUP = 2**13
@@ -170,19 +170,29 @@ def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
     return result
 
 
+def check_segments(cu_seqlens: Tensor, rows: int) -> None:
+    """Raise where segments end past the rows or before they begin; only a CPU is read by the host."""
+    if not cu_seqlens.numel():
+        return
+    inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
+    require_values(inside, f"cu_seqlens: got segments outside the rows, takes growing bounds from 0 to at most {rows}")
+
+
 def check_codes(
     bias: Sequence[Tensor], modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
 ) -> None:
-    """Raise where two codes of a modality differ by more than its vector covers; the host can read them on a CPU."""
+    """Raise where two codes of a modality differ by more than its vector covers; only a CPU is read by the host."""
     for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
-        codes = code[(modality == m) & ~is_cls]
-        span = int(codes.max() - codes.min()) if codes.numel() else 0
         covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
-        require(
+        counted = (modality == m) & ~is_cls
+        # Without a row counted this is negative.
+        largest = torch.where(counted, code.long(), -(2**31)).amax() if code.numel() else code.new_zeros(())
+        smallest = torch.where(counted, code.long(), 2**31).amin() if code.numel() else largest
+        span = largest - smallest
+        found = int(span) if span.device.type == "cpu" else "more"
+        require_values(
             span <= covered,
-            lambda m=m, span=span, covered=covered: (
-                f"code: got codes of modality {m} that differ by {span}, takes at most {covered}, what bias[{m}] covers"
-            ),
+            f"code: got codes of modality {m} that differ by {found}, takes at most {covered}, what bias[{m}] covers",
         )
 
 

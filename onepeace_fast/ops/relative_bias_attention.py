@@ -19,12 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.checks import checks_devices, describe, require, require_device, require_tensor, require_vector
 from onepeace_fast.ops._attention_on_gpu import attend_by_sdpa, launch_forward, refusal
 from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, only_needed, register_gradient
 from onepeace_fast.ops._segments import (
     Group,
     check_codes,
+    check_segments,
     head_slices,
     longest_sample,
     pair_bias,
@@ -59,8 +60,8 @@ def relative_bias_attention_specification(
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
-    if bias and code.device.type == "cpu":
-        check_codes(bias, modality, code, is_cls, code_offsets)
+    if code.device.type == "cpu":
+        _check_values(rows, cu_seqlens, modality, code, is_cls, bias, code_offsets)
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
     for group in sample_groups(cu_seqlens, max_length):
         q, k, v = _heads(qkv, group)
@@ -125,11 +126,21 @@ def relative_bias_attention_on_gpu(
     code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What the specification returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
+    if checks_devices():
+        _check_values(qkv.shape[0], cu_seqlens, modality, code, is_cls, bias, code_offsets)
     if (reason := refusal(qkv, cu_seqlens.shape[0])) is None:
         return launch_forward(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
     _say_once(reason)
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, qkv.dtype)
     return attend_by_sdpa(qkv, cu_seqlens, pairs, head_scale, scale, longest_sample(cu_seqlens, max_length))
+
+
+def _check_values(
+    rows: int, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
+    code_offsets: Sequence[int],
+) -> None:  # fmt: skip
+    check_segments(cu_seqlens, rows)
+    check_codes(bias, modality, code, is_cls, code_offsets)
 
 
 @functools.cache
@@ -255,9 +266,14 @@ def relative_bias_attention(
 
     Returns:
         [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
+        On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernel; whatever it cannot take runs
+        PyTorch's attention, which says so once.
 
     Raises:
-        ValueError: a dtype, shape or device that does not fit.
+        ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;
+            on a CPU, and under ``ONEPEACE_FAST_CHECK=1`` by an assertion on the device, segments outside the rows and
+            codes that differ by more than their vector covers.
+        RuntimeError: CUDA's error where the launch fails.
     """
     floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     require_tensor("qkv", qkv, floats, "[rows, 3, heads, head_dim]", 4)

@@ -261,16 +261,6 @@ def test_the_binding_refuses_in_one_line_and_launches_nothing(extension, name, b
     assert message.startswith(f"{name}: got ") and ", takes " in message and "\n" not in message
 
 
-def test_the_extension_s_binaries_run_where_nvidia_says(monkeypatch):
-    def serves(built, *capability):
-        monkeypatch.setattr(cuda_extension, "extension", lambda: SimpleNamespace(ARCHITECTURES=built))
-        return cuda_extension.unsupported_reason(capability) is None
-
-    assert serves("sm_80", 8, 0) and serves("sm_80", 8, 9) and not serves("sm_80", 9, 0) and not serves("sm_86", 8, 0)
-    assert serves("sm_90a", 9, 0) and not serves("sm_90a", 9, 1) and not serves("sm_90a", 10, 0)
-    assert serves("compute_90", 12, 0) and serves("sm_80,compute_90", 10, 0) and not serves("compute_90", 8, 9)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("way", ["kernel", "slower path"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)

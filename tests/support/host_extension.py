@@ -20,7 +20,8 @@ def build(folder: Path) -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     output = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     includes = [SOURCES / "host_shim", SOURCES, pybind11.get_include(), sysconfig.get_path("include")]
-    sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp"), SOURCES / "host_shim" / "fibers.cpp"]
+    sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
+    sources += [path for path in (SOURCES / "host_shim").glob("*.cpp") if path.name != "run.cpp"]  # which has a main
     command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
     command += [f'-DONEPEACE_FAST_ARCHITECTURES="{ARCHITECTURES}"', *(f"-I{path}" for path in includes)]
     subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(output)], check=True)
