@@ -9,46 +9,33 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import contract, host_extension
+from support import contract
 from support.attention_cases import Batch, kept_grid, kept_text, mixed, series, text_only
 from support.contract import normal
+from support.host_extension import ARCHITECTURES, force_gpu_paths, use
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import cuda_extension, relative_bias_attention
-from onepeace_fast.ops import _attention_on_gpu, _library, _segments
+from onepeace_fast.ops import _attention_on_gpu, _segments
 from onepeace_fast.ops.relative_bias_attention import _say_once, relative_bias_attention_specification
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
 
 BATCHES = {"text": text_only, "kept text": kept_text, "kept grid": kept_grid, "mixed": mixed}
 
 
-@pytest.fixture(scope="module")
-def extension(tmp_path_factory):
-    return host_extension.build(tmp_path_factory.mktemp("extension"))
-
-
 @pytest.fixture
-def forced(monkeypatch):
-    """The op behaves as on a GPU, but for float64."""
-    takes = lambda name, tensor, triton=True: tensor.dtype != torch.float64  # noqa: E731
-    monkeypatch.setattr(_library, "runs_kernel", takes)
-
-
-@pytest.fixture
-def kernel(monkeypatch, extension, forced):
-    """The kernel runs, on an H100 as far as it is asked for."""
-    monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
-    monkeypatch.setattr(cuda_extension, "unavailable_reason", extension.unavailable_reason)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_attention_on_gpu, "_current_stream", lambda device: 0)
+def kernel(monkeypatch, host_extension):
+    """The kernel runs; a slower path would be heard."""
+    use(monkeypatch, host_extension)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)  # a slower path would be heard
-        yield extension
+        warnings.simplefilter("error", RuntimeWarning)
+        yield host_extension
 
 
 @pytest.fixture
-def slower_path(monkeypatch, forced):
+def slower_path(monkeypatch):
     """No extension is there."""
+    force_gpu_paths(monkeypatch)
     monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "there is no extension")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
@@ -158,7 +145,8 @@ def test_heads_and_samples_one_at_a_time_give_what_all_at_once_give(monkeypatch,
     contract.assert_close_gradients(apart[1], together[1], "heads apart")
 
 
-def test_the_slower_path_is_said_once_for_each_reason(monkeypatch, forced):
+def test_the_slower_path_is_said_once_for_each_reason(monkeypatch):
+    force_gpu_paths(monkeypatch)
     monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "nothing was built")
     _say_once.cache_clear()
     batch = text_only()
@@ -187,7 +175,7 @@ MISFITS = {
 @pytest.mark.parametrize("reason", MISFITS)
 def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason):
     found = {"dtype": torch.bfloat16, "head_dim": 64, "modalities": 16, "capability": (8, 6), "driver": None}
-    built = SimpleNamespace(MAX_MODALITIES=16, ARCHITECTURES=host_extension.ARCHITECTURES)
+    built = SimpleNamespace(MAX_MODALITIES=16, ARCHITECTURES=ARCHITECTURES)
 
     def refused(dtype, head_dim, modalities, capability, driver):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
@@ -230,8 +218,8 @@ def call_binding(extension, **changes):
 
 
 @pytest.mark.requires_compiler
-def test_the_binding_launches_on_addresses(extension):
-    arrays = call_binding(extension)
+def test_the_binding_launches_on_addresses(host_extension):
+    arrays = call_binding(host_extension)
     assert torch.equal(arrays["out"][0], arrays["qkv"][0, 2])  # a sample of one row attends to itself
 
 
@@ -254,9 +242,9 @@ def test_the_binding_launches_on_addresses(extension):
     ],
     ids=str,
 )
-def test_the_binding_refuses_in_one_line_and_launches_nothing(extension, name, bad):
+def test_the_binding_refuses_in_one_line_and_launches_nothing(host_extension, name, bad):
     with pytest.raises((RuntimeError, ValueError)) as caught:
-        call_binding(extension, **bad)
+        call_binding(host_extension, **bad)
     message = str(caught.value)
     assert message.startswith(f"{name}: got ") and ", takes " in message and "\n" not in message
 

@@ -10,6 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from onepeace_fast import cuda_extension
+from onepeace_fast.ops import _attention_on_gpu, _library
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = "sm_80,sm_90a,compute_90"
@@ -29,3 +33,18 @@ def build(folder: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def force_gpu_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ops that need no Triton run on CPU tensors what they run on a GPU, but for float64."""
+    takes = lambda name, tensor, triton=True: not triton and tensor.dtype != torch.float64  # noqa: E731
+    monkeypatch.setattr(_library, "runs_kernel", takes)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> None:
+    """Let ops take this extension, on an H100 as far as they ask."""
+    force_gpu_paths(monkeypatch)
+    monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
+    monkeypatch.setattr(cuda_extension, "unavailable_reason", extension.unavailable_reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_attention_on_gpu, "_current_stream", lambda device: 0)
