@@ -85,6 +85,22 @@ def test_parameters_keep_their_own_dtype_and_the_scale_is_the_caller_s(kernel):
     assert torch.equal(batch.call(**half, **double), batch.call(**half, **single))
 
 
+def test_the_slower_path_takes_the_caller_s_scale(slower_path):
+    batch = Batch(text_only().layout, text_only().tables, 0.1)
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.float32, batch.slices())
+
+
+@pytest.mark.requires_compiler
+def test_the_plan_s_tensors_and_parameters_may_have_any_strides(kernel):
+    batch = mixed()
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    expected = batch.call(**leaves)
+    plan = batch.arguments
+    plan |= {name: plan[name].repeat_interleave(2, -1)[..., ::2] for name in ("cu_seqlens", "code", "is_cls")}
+    assert not any(plan[name].is_contiguous() for name in ("cu_seqlens", "code", "is_cls"))
+    assert torch.equal(batch.call(**{**leaves, "head_scale": contract.stepped(leaves["head_scale"])}), expected)
+
+
 @pytest.mark.requires_compiler
 def test_a_part_of_a_larger_projection_is_read_in_place(kernel):
     batch = mixed()
