@@ -1,6 +1,9 @@
 """What the library finds out about its CUDA extension."""
 
 import importlib
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -61,3 +64,30 @@ def test_its_binaries_run_where_nvidia_says(monkeypatch):
     assert serves("sm_80", 8, 0) and serves("sm_80", 8, 9) and not serves("sm_80", 9, 0) and not serves("sm_86", 8, 0)
     assert serves("sm_90a", 9, 0) and not serves("sm_90a", 9, 1) and not serves("sm_90a", 10, 0)
     assert serves("compute_90", 12, 0) and serves("sm_80,compute_90", 10, 0) and not serves("compute_90", 8, 9)
+
+
+DRIVER = """
+int cuDriverGetVersion(int *version) { *version = 11080; return 0; }
+"""
+ASK = "from onepeace_fast import cuda_extension; print(cuda_extension.unavailable_reason())"
+needs_extension = pytest.mark.skipif(cuda_extension.extension() is None, reason="the CUDA extension is not built")
+
+
+def reason_elsewhere(**environment: str) -> str:
+    """What a fresh process says."""
+    options = {"capture_output": True, "text": True, "check": True, "env": {**os.environ, **environment}}
+    return subprocess.run([sys.executable, "-c", ASK], **options).stdout.strip()
+
+
+@needs_extension
+@pytest.mark.requires_compiler
+def test_a_driver_too_old_is_named_in_one_line(tmp_path):
+    (tmp_path / "driver.c").write_text(DRIVER)
+    compiler = os.environ.get("CXX", "g++")
+    library = tmp_path / "libcuda.so.1"
+    subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", tmp_path / "driver.c", "-o", library], check=True)
+    built = cuda_extension.extension().TOOLKIT
+    assert reason_elsewhere(LD_LIBRARY_PATH=str(tmp_path)) == (
+        f"the NVIDIA driver runs CUDA 11.8 and the CUDA extension was built by CUDA {built}: update the driver, or "
+        "install again with an nvcc of CUDA 11 on PATH"
+    )
