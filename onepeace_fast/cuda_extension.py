@@ -9,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 _LEFT_OUT = Path(__file__).with_name("cuda_left_out.txt")
+_launches = 0
 _ARCHITECTURES_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 
 
@@ -35,6 +36,17 @@ def unavailable_reason() -> str | None:
     """Why the extension can launch nothing on this machine, or None: it is not here, or the driver does not run it."""
     found = _import()
     return found if isinstance(found, str) else found.unavailable_reason()
+
+
+def count_launch() -> None:
+    """Every launch of the extension is followed by this."""
+    global _launches
+    _launches += 1
+
+
+def launched() -> int:
+    """How many kernels of the extension this process has launched."""
+    return _launches
 
 
 def unsupported_reason(capability: tuple[int, int]) -> str | None:

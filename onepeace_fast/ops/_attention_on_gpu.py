@@ -80,6 +80,7 @@ def launch_forward(
         log_sum_exp=log_sum_exp.data_ptr(),
         stream=_current_stream(qkv.device),
     )
+    cuda_extension.count_launch()
     return out, log_sum_exp
 
 

@@ -16,6 +16,8 @@ from support.host_extension import ARCHITECTURES, force_gpu_paths, use
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import cuda_extension, relative_bias_attention
+from onepeace_fast.hardware import selftest
+from onepeace_fast.hardware.cases import random_tensors, specified_cases
 from onepeace_fast.ops import _attention_on_gpu, _segments
 from onepeace_fast.ops.relative_bias_attention import _say_once, relative_bias_attention_specification
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
@@ -88,6 +90,15 @@ def test_parameters_keep_their_own_dtype_and_the_scale_is_the_caller_s(kernel):
 def test_the_slower_path_takes_the_caller_s_scale(slower_path):
     batch = Batch(text_only().layout, text_only().tables, 0.1)
     contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.float32, batch.slices())
+
+
+@pytest.mark.requires_compiler
+def test_the_selftest_tells_the_kernel_s_forward_pass_from_the_specification_s_backward_pass(kernel):
+    make = lambda: random_tensors(torch.device("cpu"), 0)  # noqa: E731
+    cases = [list(specified_cases(20, torch.bfloat16, make(), torch.device("cpu")))[1] for _ in range(2)]
+    rows = list(selftest._compare(*cases, torch.bfloat16))
+    assert {row.operation for row in rows} == {"relative_bias_attention"} and all(row.kept for row in rows)
+    assert all(row.by_kernel == row.tensor.startswith("out") for row in rows)
 
 
 @pytest.mark.requires_compiler
