@@ -46,7 +46,7 @@ __device__ __forceinline__ float load_entry(const BiasVector& vector, int head, 
 template <int KEYS, typename Entry>
 __device__ __forceinline__ void add_bias(
     float (&scores)[KEYS / 8][4], float scale, const int* query_code, const int* key_code, int shift, Entry entry) {
-    const int row = threadIdx.x % WARP / 4, column = 2 * (threadIdx.x % 4);
+    const int lane = thread_index() % WARP, row = lane / 4, column = 2 * (lane % 4);
     const int first = query_code[row] + shift, second = query_code[row + 8] + shift;
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
@@ -76,7 +76,7 @@ template <int KEYS>
 __device__ __forceinline__ void add_cls_bias(
     float (&scores)[KEYS / 8][4], float scale, const int* key_modality, int first, int second, float first_bias,
     float second_bias) {
-    const int column = 2 * (threadIdx.x % 4);
+    const int column = 2 * (thread_index() % 4);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
         const int left = key_modality[8 * n + column], right = key_modality[8 * n + column + 1];

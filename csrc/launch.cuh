@@ -5,12 +5,13 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <climits>
 #include <cstdint>
 
 #include "relative_bias_attention.h"
 
 namespace onepeace_fast {
+
+constexpr int MAX_GRID = 65535;  // thread blocks along the grid's second and third dimension
 
 inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -28,6 +29,9 @@ inline const char* check_arguments(const RelativeBiasAttention& arguments) {
     }
     if (a.samples < 0 || a.rows < 0 || a.heads < 1 || a.max_length < 0) {
         return "qkv: got a negative size or no head, takes at least one head";
+    }
+    if (a.heads > MAX_GRID || a.samples >= MAX_GRID) {
+        return "cu_seqlens: got more samples or heads than one launch takes, takes up to 65534; pass fewer at once";
     }
     if (a.bias_vectors != 0 && a.bias_vectors != a.modalities) {
         return "bias: got another number of vectors than modalities, takes one each, or none";
@@ -50,9 +54,8 @@ inline const char* check_arguments(const RelativeBiasAttention& arguments) {
 // Launch on the arguments' device and leave the current device as it was. Returns null, or CUDA's error.
 template <typename... Parameters, typename... Values>
 const char* launch_kernel(
-    void (*kernel)(Parameters...), int device, int64_t blocks, int threads, size_t shared_bytes, void* stream,
+    void (*kernel)(Parameters...), int device, dim3 blocks, int threads, size_t shared_bytes, void* stream,
     const Values&... values) {
-    if (blocks > INT_MAX) return "qkv: got more samples, heads and rows than one launch takes; pass fewer samples at once";
     int before = 0;
     cudaError_t status = cudaGetDevice(&before);
     if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
@@ -63,7 +66,7 @@ const char* launch_kernel(
     if (status == cudaSuccess) {
         void* addresses[] = {const_cast<void*>(static_cast<const void*>(&values))...};
         status = cudaLaunchKernel(
-            kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), addresses, shared_bytes,
+            kernel, blocks, dim3(threads), addresses, shared_bytes,
             static_cast<cudaStream_t>(stream));
     }
     if (before != device) cudaSetDevice(before);

@@ -40,6 +40,15 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return result;
 }
 
+// Number of this thread in its block, read anew by every call: what follows from it is not kept in registers through
+// loops that need them for other things.
+__device__ __forceinline__ int thread_index() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    __builtin_assume(index >= 0 && index < 1024);
+    return index;
+}
+
 // The dynamic shared memory of the block.
 __device__ __forceinline__ void* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];

@@ -30,7 +30,14 @@ template <int HEAD_DIM>
 struct Launch {
     static constexpr int WARPS = 9;
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int AT_ONCE = HEAD_DIM == 128 ? 1 : 2;
+    static constexpr int at_once(bool windowed) { return HEAD_DIM == 128 || windowed ? 1 : 2; }
+};
+
+// Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. Kept in shared
+// memory between tiles: the matrix products need its registers.
+struct alignas(16) Softmax {
+    float largest[2];
+    float sum[2];
 };
 
 template <typename T, int HEAD_DIM>
@@ -41,12 +48,15 @@ struct alignas(128) Shared {
     T values[STAGES][KEYS * HEAD_DIM];
     T rows[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp: its queries, at the end its results
     int key_code[STAGES][KEYS];            // of CLS keys: their modality
+    Block tiles[STAGES];                   // the keys of each stage
+    Softmax softmax[Launch<HEAD_DIM>::THREADS];
     int row_code[WARPS][BLOCK_ROWS];       // of CLS queries: their modality
     Block blocks[WARPS];                   // the queries of each warp, none where the count is 0
     Range codes[WARPS];                    // of body queries, where the bias is windowed
     Sample sample;
     float cls[MAX_MODALITIES][CLS_ENTRIES];
     int bias_start[MAX_MODALITIES];
+    int query_tile;
     // float bias[bias_capacity] follows.
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
@@ -61,20 +71,17 @@ struct Forward {
 
     const RelativeBiasAttention& arguments;
     Memory& shared;
-    const int head;
-    const int thread = threadIdx.x;
-    const int warp = thread / WARP;
-    const int lane = thread % WARP;
 
     __device__ const T* source(int row, int which) const {
         return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
-               head * arguments.head_stride;
+               blockIdx.y * arguments.head_stride;
     }
 
     // Begin to copy a tile's keys, values and codes; rows past its end become zero, lest 0 * NaN come in.
     __device__ __forceinline__ void load_keys(int stage, const Block& tile) const {
         const bool is_cls = tile.modality == arguments.modalities;
-        const int rows = is_cls ? BLOCK_ROWS : KEYS;
+        const int rows = is_cls ? BLOCK_ROWS : KEYS, thread = thread_index();
+        if (thread == 0) shared.tiles[stage] = tile;
 #pragma unroll 1
         for (int i = thread; i < rows * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
@@ -94,12 +101,15 @@ struct Forward {
 
     // Begin to copy this warp's queries and their codes.
     __device__ void load_queries(const Block& block) const {
+        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+#pragma unroll 1
         for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const int from = find_row(shared.sample, arguments.modalities, block, row).index;
             cp_async_16(
                 shared.rows[warp] + swizzled<HEAD_DIM>(row, chunk), source(from, 0) + chunk * CHUNK, row < block.count);
         }
+        if (lane == 0) shared.blocks[warp] = block;
         const Row row = find_row(shared.sample, arguments.modalities, block, lane % BLOCK_ROWS);
         const bool is_cls = block.modality == arguments.modalities;
         const int code = is_cls ? row.modality : arguments.code[row.index];
@@ -113,25 +123,27 @@ struct Forward {
 
     // The CLS entries of every vector, and where each vector stands in shared memory.
     __device__ void describe_bias() const {
-        if (thread < arguments.bias_vectors) {
-            const int m = thread;
+        const int m = thread_index();
+        if (m < arguments.bias_vectors) {
             int start = 0;
+#pragma unroll 1
             for (int i = 0; i < m; ++i) start += arguments.bias[i].entries - CLS_ENTRIES;
             shared.bias_start[m] = start;
             for (int i = 0; i < CLS_ENTRIES; ++i) {
-                shared.cls[m][i] = load_entry(arguments.bias[m], head, arguments.bias[m].entries - CLS_ENTRIES + i);
+                shared.cls[m][i] = load_entry(arguments.bias[m], blockIdx.y, arguments.bias[m].entries - CLS_ENTRIES + i);
             }
         }
     }
 
     // Whole vectors of the modalities that have body rows among the blocks of queries.
     __device__ void load_whole_bias(int first_block, int end_block) const {
+#pragma unroll 1
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
             const int end = start + ceil_div(shared.sample.body[m], BLOCK_ROWS);
             if (start < end_block && end > first_block) {
                 const BiasVector& vector = arguments.bias[m];
-                for (int i = thread; i < vector.entries - CLS_ENTRIES; i += THREADS) {
-                    shared.bias()[shared.bias_start[m] + i] = load_entry(vector, head, i);
+                for (int i = thread_index(); i < vector.entries - CLS_ENTRIES; i += THREADS) {
+                    shared.bias()[shared.bias_start[m] + i] = load_entry(vector, blockIdx.y, i);
                 }
             }
             start = end;
@@ -145,7 +157,7 @@ struct Forward {
             if (shared.blocks[w].count && shared.blocks[w].modality == modality) queries.include(shared.codes[w]);
         }
         if (queries.first > queries.last) return queries;
-        for (int i = lane; i < KEYS; i += WARP) {
+        for (int i = thread_index() % WARP; i < KEYS; i += WARP) {
             keys.include({shared.key_code[stage][i], shared.key_code[stage][i]});
         }
         keys.include_lanes();
@@ -154,29 +166,28 @@ struct Forward {
     }
 
     __device__ void load_window(int modality, int first, int count) const {
-        for (int i = thread; i < count; i += THREADS) {
-            shared.bias()[i] = load_entry(arguments.bias[modality], head, first + i);
+        for (int i = thread_index(); i < count; i += THREADS) {
+            shared.bias()[i] = load_entry(arguments.bias[modality], blockIdx.y, first + i);
         }
     }
 };
 
-// 16 query rows of a warp: the left operands and the state of the softmax. A thread holds rows lane / 4 and 8 below.
+// 16 query rows of a warp and what they attended to so far. A thread holds parts of rows lane / 4 and 8 below.
 template <typename T, int HEAD_DIM>
 struct Rows {
-    float largest[2] = {-INFINITY, -INFINITY};
-    float sum[2] = {0.f, 0.f};  // of this thread's columns
     float result[HEAD_DIM / 8][4] = {};
 
     template <int COLUMNS>
     __device__ __forceinline__ void multiply(float (&scores)[COLUMNS / 8][4], const T* queries, const T* keys) const {
+        const int lane = thread_index() % WARP;
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; ++k) {
             uint32_t a[4];
-            left_operand<HEAD_DIM>(a, queries, 0, k);
+            left_operand<HEAD_DIM>(a, queries, lane, 0, k);
 #pragma unroll
             for (int j = 0; j < COLUMNS / 16; ++j) {
                 uint32_t b[4];
-                transposed_right_operand<HEAD_DIM>(b, keys, j, k);
+                transposed_right_operand<HEAD_DIM>(b, keys, lane, j, k);
                 mma<T>(scores[2 * j], a, b[0], b[1]);
                 mma<T>(scores[2 * j + 1], a, b[2], b[3]);
             }
@@ -185,7 +196,7 @@ struct Rows {
 
     template <int COLUMNS>
     __device__ __forceinline__ static void mask(float (&scores)[COLUMNS / 8][4], int count) {
-        const int column = 2 * (threadIdx.x % 4);
+        const int column = 2 * (thread_index() % 4);
 #pragma unroll
         for (int n = 0; n < COLUMNS / 8; ++n) {
 #pragma unroll
@@ -197,23 +208,19 @@ struct Rows {
 
     // Take in a tile of keys: its scores, base 2, become probabilities relative to the largest so far.
     template <int COLUMNS>
-    __device__ __forceinline__ void attend(float (&scores)[COLUMNS / 8][4], const T* values) {
+    __device__ __forceinline__ void attend(float (&scores)[COLUMNS / 8][4], const T* values, Softmax& softmax) {
+        const int lane = thread_index() % WARP;
+        float reference[2], sum[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float most = largest[i];
+            float most = softmax.largest[i];
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n) most = fmaxf(most, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
             most = row_max(most);
-            const float reference = most == -INFINITY ? 0.f : most;  // a row that a bias of -inf masks so far
-            const float factor = fast_exp2(largest[i] - reference);
-            largest[i] = most;
-            sum[i] *= factor;
-#pragma unroll
-            for (int n = 0; n < COLUMNS / 8; ++n) {
-                scores[n][2 * i] = fast_exp2(scores[n][2 * i] - reference);
-                scores[n][2 * i + 1] = fast_exp2(scores[n][2 * i + 1] - reference);
-                sum[i] += scores[n][2 * i] + scores[n][2 * i + 1];
-            }
+            reference[i] = most == -INFINITY ? 0.f : most;  // a row that a bias of -inf masks so far
+            const float factor = fast_exp2(softmax.largest[i] - reference[i]);
+            softmax.largest[i] = most;
+            sum[i] = softmax.sum[i] * factor;
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
                 result[n][2 * i] *= factor;
@@ -222,16 +229,23 @@ struct Rows {
         }
 #pragma unroll
         for (int k = 0; k < COLUMNS / 16; ++k) {
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                float& score = scores[2 * k + i / 4][i % 4];
+                score = fast_exp2(score - reference[i % 4 / 2]);
+                sum[i % 4 / 2] += score;
+            }
             uint32_t a[4];
             left_operand<T>(a, scores[2 * k], scores[2 * k + 1]);
 #pragma unroll
             for (int j = 0; j < HEAD_DIM / 16; ++j) {
                 uint32_t b[4];
-                right_operand<HEAD_DIM>(b, values, k, j);
+                right_operand<HEAD_DIM>(b, values, lane, k, j);
                 mma<T>(result[2 * j], a, b[0], b[1]);
                 mma<T>(result[2 * j + 1], a, b[2], b[3]);
             }
         }
+        for (int i = 0; i < 2; ++i) softmax.sum[i] = sum[i];
     }
 
     // Store the rows through the memory that held their queries.
@@ -239,15 +253,16 @@ struct Rows {
     __device__ __forceinline__ void store(
         const Forward<T, HEAD_DIM, WINDOWED>& forward, T* out, float* log_sum_exp) {
         const RelativeBiasAttention& arguments = forward.arguments;
-        T* staged = forward.shared.rows[forward.warp];
-        const int lane = forward.lane;
-        const Block& block = forward.shared.blocks[forward.warp];
+        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+        T* staged = forward.shared.rows[warp];
+        const Block& block = forward.shared.blocks[warp];
+        const Softmax& softmax = forward.shared.softmax[thread_index()];
         const float head_scale =
-            arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, forward.head) : 1.f;
+            arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float total = row_sum(sum[i]), factor = head_scale / total;
+            const float total = row_sum(softmax.sum[i]), factor = head_scale / total;
             const int r = lane / 4 + 8 * i;
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
@@ -257,14 +272,15 @@ struct Rows {
             }
             if (lane % 4 == 0 && r < block.count) {
                 const int64_t index = find_row(forward.shared.sample, arguments.modalities, block, r).index;
-                log_sum_exp[index * arguments.heads + forward.head] = LN_2 * largest[i] + logf(total);
+                log_sum_exp[index * arguments.heads + blockIdx.y] = LN_2 * softmax.largest[i] + logf(total);
             }
         }
         __syncwarp();
+#pragma unroll 1
         for (int i = lane; i < block.count * (HEAD_DIM / CHUNK); i += WARP) {
             const int r = i / (HEAD_DIM / CHUNK), chunk = i % (HEAD_DIM / CHUNK);
             const int64_t index = find_row(forward.shared.sample, arguments.modalities, block, r).index;
-            T* target = out + (index * arguments.heads + forward.head) * HEAD_DIM + chunk * CHUNK;
+            T* target = out + (index * arguments.heads + blockIdx.y) * HEAD_DIM + chunk * CHUNK;
             *reinterpret_cast<uint4*>(target) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(r, chunk));
         }
@@ -274,15 +290,16 @@ struct Rows {
 // Turn a warp's scores to base 2 and add their bias, but for the entries of a windowed vector.
 template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
 __device__ __forceinline__ void bias_tile(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int modality, int stage) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
-    const float scale = arguments.scale * LOG2_E;
-    const int mine = shared.blocks[forward.warp].modality;
-    const int* row_code = shared.row_code[forward.warp];
+    const float scale = arguments.scale;
+    const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
+    const int mine = shared.blocks[warp].modality, modality = shared.tiles[stage].modality;
+    const int* row_code = shared.row_code[warp];
     const int* key_code = shared.key_code[stage];
     const bool is_cls = mine == arguments.modalities;
-    const int row = forward.lane / 4, first = is_cls ? row_code[row] : mine, second = is_cls ? row_code[row + 8] : mine;
+    const int first = is_cls ? row_code[row] : mine, second = is_cls ? row_code[row + 8] : mine;
     if (!arguments.bias_vectors) {
         add_row_bias<COLUMNS>(scores, scale, 0.f, 0.f);
     } else if (COLUMNS == BLOCK_ROWS) {
@@ -304,10 +321,12 @@ __device__ __forceinline__ void bias_tile(
 // Add the entries of a windowed vector; all warps of the thread block load, those with queries of the modality add.
 template <int COLUMNS, typename T, int HEAD_DIM>
 __device__ __forceinline__ void add_windows(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, true>& forward, int modality, int stage, int capacity) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, true>& forward, int stage, int capacity) {
     auto& shared = forward.shared;
-    const Block& mine = shared.blocks[forward.warp];
+    const int warp = thread_index() / WARP;
+    const Block& mine = shared.blocks[warp];
     const float* entries = forward.shared.bias();
+    const int modality = shared.tiles[stage].modality;
     const Range range = forward.find_entries(stage, modality);
     for (int first = range.first; first <= range.last; first += capacity) {
         const int count = min(capacity, range.last - first + 1);
@@ -316,7 +335,7 @@ __device__ __forceinline__ void add_windows(
         __syncthreads();
         if (mine.count && mine.modality == modality) {
             add_bias<COLUMNS>(
-                scores, 1.f, shared.row_code[forward.warp], shared.key_code[stage],
+                scores, 1.f, shared.row_code[warp], shared.key_code[stage],
                 forward.arguments.bias[modality].code_offset - first,
                 [&](int entry) { return entry >= 0 && entry < count ? entries[entry] : 0.f; });
         }
@@ -326,86 +345,84 @@ __device__ __forceinline__ void add_windows(
 // By all warps: those without queries only load windows.
 template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
-    Rows<T, HEAD_DIM>& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, const Block& tile, int stage, bool active,
-    int bias_capacity) {
+    Rows<T, HEAD_DIM>& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
     auto& shared = forward.shared;
     float scores[COLUMNS / 8][4] = {};
-    if (active) {
-        rows.template multiply<COLUMNS>(scores, shared.rows[forward.warp], shared.keys[stage]);
-        bias_tile<COLUMNS>(scores, forward, tile.modality, stage);
+    if (shared.blocks[thread_index() / WARP].count) {
+        rows.template multiply<COLUMNS>(scores, shared.rows[thread_index() / WARP], shared.keys[stage]);
+        bias_tile<COLUMNS>(scores, forward, stage);
     }
     if constexpr (WINDOWED && COLUMNS == KEYS) {
-        add_windows<COLUMNS>(scores, forward, tile.modality, stage, bias_capacity);
+        add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
-    if (active) {
-        if (tile.count < COLUMNS) rows.template mask<COLUMNS>(scores, tile.count);
-        rows.template attend<COLUMNS>(scores, shared.values[stage]);
+    if (shared.blocks[thread_index() / WARP].count) {
+        const int count = shared.tiles[stage].count;
+        if (count < COLUMNS) rows.template mask<COLUMNS>(scores, count);
+        rows.template attend<COLUMNS>(scores, shared.values[stage], shared.softmax[thread_index()]);
     }
 }
 
 // Rows past the last sample are zero; the thread blocks past the last sample share them.
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(
-    const RelativeBiasAttention& arguments, T* out, float* log_sum_exp, int head, int part, int parts) {
+    const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
     const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
-    const int lanes = HEAD_DIM / CHUNK, rows = blockDim.x / lanes, chunk = threadIdx.x % lanes;
-    for (int64_t row = end + part * rows + threadIdx.x / lanes; row < arguments.rows; row += parts * rows) {
-        const int64_t index = row * arguments.heads + head;
+    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = Launch<HEAD_DIM>::THREADS / LANES;
+    const int chunk = thread_index() % LANES;
+    for (int64_t row = end + blockIdx.x * ROWS + thread_index() / LANES; row < arguments.rows; row += gridDim.x * ROWS) {
+        const int64_t index = row * arguments.heads + blockIdx.y;
         *reinterpret_cast<uint4*>(out + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
         if (chunk == 0) log_sum_exp[index] = 0.f;
     }
 }
 
-// Thread blocks: samples and one more, times heads, times `parts` that share the queries of a sample.
+// Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 template <typename T, int HEAD_DIM, bool WINDOWED>
-__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::AT_ONCE) forward_kernel(
-    const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int parts, int bias_capacity) {
+__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::at_once(WINDOWED)) forward_kernel(
+    const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int bias_capacity) {
     constexpr int WARPS = Launch<HEAD_DIM>::WARPS;
-    const int part = blockIdx.x % parts, head = blockIdx.x / parts % arguments.heads;
-    const int index = blockIdx.x / parts / arguments.heads;
-    if (index == arguments.samples) {
-        zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp, head, part, parts);
-        return;
-    }
+    if (static_cast<int>(blockIdx.z) == arguments.samples) return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
     auto& shared = *static_cast<Shared<T, HEAD_DIM>*>(shared_memory());
-    const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared, head};
-    read_sample(shared.sample, arguments, index);
+    const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
+    read_sample<KEYS>(shared.sample, arguments, blockIdx.z);
     forward.describe_bias();
+    if (thread_index() == 0) shared.query_tile = blockIdx.x;
     __syncthreads();
-    const int row_blocks = count_blocks(shared.sample, arguments.modalities, BLOCK_ROWS);
-    const int key_tiles = count_blocks(shared.sample, arguments.modalities, KEYS);
-    const int query_tiles = ceil_div(row_blocks, WARPS);
-    for (int query_tile = part; query_tile < query_tiles; query_tile += parts) {
+    while (true) {
+        // What the loop over keys does not need stays in shared memory.
+        const int row_blocks = shared.sample.row_blocks, query_tiles = ceil_div(row_blocks, WARPS);
+        const int query_tile = shared.query_tile;
+        if (query_tile >= query_tiles) break;
         const int first_block = query_tile * row_blocks / query_tiles;
-        const int end_block = (query_tile + 1) * row_blocks / query_tiles, warps = end_block - first_block;
-        const bool active = forward.warp < warps;
+        const int end_block = (query_tile + 1) * row_blocks / query_tiles;
+        const bool active = thread_index() / WARP < end_block - first_block;
         forward.load_keys(0, find_block(shared.sample, arguments.modalities, KEYS, 0));
         if (active) {
-            const Block block =
-                find_block(shared.sample, arguments.modalities, BLOCK_ROWS, first_block + forward.warp);
-            if (forward.lane == 0) shared.blocks[forward.warp] = block;
-            forward.load_queries(block);
-        } else if (forward.lane == 0) {
-            shared.blocks[forward.warp].count = 0;
+            forward.load_queries(
+                find_block(shared.sample, arguments.modalities, BLOCK_ROWS, first_block + thread_index() / WARP));
+        } else if (thread_index() % WARP == 0) {
+            shared.blocks[thread_index() / WARP].count = 0;
         }
-        Rows<T, HEAD_DIM> rows;
         if (!WINDOWED) forward.load_whole_bias(first_block, end_block);
-        for (int i = 0; i < key_tiles; ++i) {
+        shared.softmax[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
+        Rows<T, HEAD_DIM> rows;
+        for (int i = 0; i < shared.sample.key_tiles; ++i) {
             const int stage = i % STAGES;
-            const Block tile = find_block(shared.sample, arguments.modalities, KEYS, i);
             cp_async_wait_all();
             __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
-            if (i + 1 < key_tiles) {
+            if (i + 1 < shared.sample.key_tiles) {
                 forward.load_keys(1 - stage, find_block(shared.sample, arguments.modalities, KEYS, i + 1));
             }
-            if (tile.modality == arguments.modalities) {
-                attend_tile<BLOCK_ROWS>(rows, forward, tile, stage, active, bias_capacity);
+            if (shared.tiles[stage].modality == arguments.modalities) {
+                attend_tile<BLOCK_ROWS>(rows, forward, stage, bias_capacity);
             } else {
-                attend_tile<KEYS>(rows, forward, tile, stage, active, bias_capacity);
+                attend_tile<KEYS>(rows, forward, stage, bias_capacity);
             }
         }
-        if (active) rows.store(forward, out, log_sum_exp);
+        if (shared.blocks[thread_index() / WARP].count) rows.store(forward, out, log_sum_exp);
         __syncthreads();  // the next queries take the place of these keys and results
+        if (thread_index() == 0) shared.query_tile += gridDim.x;
+        __syncthreads();
     }
 }
 
@@ -420,11 +437,13 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
     const int bias_capacity = static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY));
+    RelativeBiasAttention base_2 = arguments;
+    base_2.scale *= LOG2_E;
     return launch_kernel(
         entries > BIAS_CAPACITY ? forward_kernel<T, HEAD_DIM, true> : forward_kernel<T, HEAD_DIM, false>,
-        arguments.device, (arguments.samples + int64_t{1}) * arguments.heads * parts, Launch<HEAD_DIM>::THREADS,
-        sizeof(Shared<T, HEAD_DIM>) + bias_capacity * sizeof(float), stream, arguments, static_cast<T*>(out),
-        log_sum_exp, parts, bias_capacity);
+        arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), Launch<HEAD_DIM>::THREADS,
+        sizeof(Shared<T, HEAD_DIM>) + bias_capacity * sizeof(float), stream, base_2, static_cast<T*>(out),
+        log_sum_exp, bias_capacity);
 }
 
 template <typename T>

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <ptx.cuh>
 
 #include "relative_bias_attention.h"
 
@@ -14,14 +15,6 @@ constexpr int BLOCK_ROWS = 16;  // rows of a matrix instruction
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Lives in shared memory; every thread of a block reads it.
-struct Sample {
-    int first[MAX_MODALITIES];  // row of each segment
-    int body[MAX_MODALITIES];   // its rows before CLS
-    int cls[MAX_MODALITIES];    // its CLS rows
-    int cls_total;
-};
-
 // Consecutive body rows of a modality, or CLS rows, counted through all modalities, where modality == modalities.
 struct Block {
     int modality;
@@ -29,15 +22,27 @@ struct Block {
     int count;
 };
 
+// In shared memory, for every thread of a block.
+struct Sample {
+    int first[MAX_MODALITIES];  // row of each segment
+    int body[MAX_MODALITIES];   // its rows before CLS
+    int cls[MAX_MODALITIES];    // its CLS rows
+    int cls_total;
+    int row_blocks;  // of BLOCK_ROWS rows
+    int key_tiles;   // of KEY_ROWS rows, and of BLOCK_ROWS rows of CLS
+};
+
 struct Row {
     int index;
     int modality;
 };
 
-// By one warp; the others see it after a barrier.
+// By the first warp; the others see it after a barrier.
+template <int KEY_ROWS>
 __device__ __forceinline__ void read_sample(Sample& sample, const RelativeBiasAttention& arguments, int index) {
-    const int m = threadIdx.x;
-    int cls = 0;
+    const int m = thread_index();
+    if (m >= WARP) return;
+    int cls = 0, row_blocks = 0, key_tiles = 0;
     if (m < arguments.modalities) {
         const int32_t* offsets = arguments.cu_seqlens + static_cast<int64_t>(m) * (arguments.samples + 1) + index;
         const int first = offsets[0], end = offsets[1];
@@ -46,27 +51,32 @@ __device__ __forceinline__ void read_sample(Sample& sample, const RelativeBiasAt
         const bool before = end > first + 1 && arguments.is_cls[end - 2];
         cls = last ? 1 : 0;
         if (last && before) {
+#pragma unroll 1
             for (cls = 2; end - cls > first && arguments.is_cls[end - cls - 1];) ++cls;
         }
+        const int body = end - first - cls;
+        row_blocks = ceil_div(body, BLOCK_ROWS);
+        key_tiles = ceil_div(body, KEY_ROWS);
         sample.first[m] = first;
-        sample.body[m] = end - first - cls;
+        sample.body[m] = body;
         sample.cls[m] = cls;
     }
-    if (m < WARP) {
-        for (int step = WARP / 2; step > 0; step /= 2) cls += __shfl_xor_sync(0xffffffff, cls, step);
-        if (m == 0) sample.cls_total = cls;
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        cls += __shfl_xor_sync(0xffffffff, cls, step);
+        row_blocks += __shfl_xor_sync(0xffffffff, row_blocks, step);
+        key_tiles += __shfl_xor_sync(0xffffffff, key_tiles, step);
+    }
+    if (m == 0) {
+        sample.cls_total = cls;
+        sample.row_blocks = row_blocks + ceil_div(cls, BLOCK_ROWS);
+        sample.key_tiles = key_tiles + ceil_div(cls, BLOCK_ROWS);
     }
 }
 
-// Number of blocks of up to `rows` rows; CLS blocks have up to BLOCK_ROWS.
-__device__ __forceinline__ int count_blocks(const Sample& sample, int modalities, int rows) {
-    int count = ceil_div(sample.cls_total, BLOCK_ROWS);
-    for (int m = 0; m < modalities; ++m) count += ceil_div(sample.body[m], rows);
-    return count;
-}
-
+// Block `index` of a sample whose bodies are cut into blocks of up to `rows` rows.
 __device__ __forceinline__ Block find_block(const Sample& sample, int modalities, int rows, int index) {
     int m = 0;
+#pragma unroll 1
     for (; m < modalities; ++m) {
         const int blocks = ceil_div(sample.body[m], rows);
         if (index < blocks) return {m, index * rows, min(rows, sample.body[m] - index * rows)};
@@ -80,6 +90,7 @@ __device__ __forceinline__ Row find_row(const Sample& sample, int modalities, co
     i = block.first + min(i, block.count - 1);
     if (block.modality < modalities) return {sample.first[block.modality] + i, block.modality};
     int m = 0;
+#pragma unroll 1
     for (; i >= sample.cls[m]; ++m) i -= sample.cls[m];
     return {sample.first[m] + sample.body[m] + i, m};
 }

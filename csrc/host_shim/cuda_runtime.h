@@ -30,9 +30,8 @@ struct uint4 {
     unsigned x, y, z, w;
 };
 
-struct dim3 {
-    unsigned x;
-    explicit dim3(unsigned size) : x(size) {}
+struct dim3 : host_shim::Index {
+    explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : Index{x, y, z} {}
 };
 
 using cudaStream_t = void*;
@@ -67,7 +66,7 @@ void call_kernel(void (*kernel)(Parameters...), void** values, std::index_sequen
 template <typename... Parameters>
 cudaError_t cudaLaunchKernel(
     void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void** values, size_t shared_bytes, cudaStream_t) {
-    host_shim::run_grid(blocks.x, threads.x, shared_bytes, [&] {
+    host_shim::run_grid(blocks, threads.x, shared_bytes, [&] {
         call_kernel(kernel, values, std::index_sequence_for<Parameters...>());
     });
     return cudaSuccess;

@@ -143,7 +143,7 @@ void resume(Warp& warp, unsigned first) {
     for (unsigned lane = 0; lane < WARP; ++lane) fibers[first + lane]->state = State::RUNNABLE;
 }
 
-void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_bytes) {
+void run_block(Index block, Index blocks, unsigned threads, size_t shared_bytes) {
     void* allocated = nullptr;
     if (posix_memalign(&allocated, 128, shared_bytes)) fail("finds no memory");
     memory.reset(allocated);
@@ -154,7 +154,7 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = *fibers[i];
         fiber.state = State::RUNNABLE;
-        fiber.position = {{i}, {block}, {threads, 1, 1}, {blocks, 1, 1}};
+        fiber.position = {{i}, block, {threads, 1, 1}, blocks};
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = STACK_BYTES;
@@ -176,7 +176,7 @@ void run_block(unsigned block, unsigned blocks, unsigned threads, size_t shared_
 
 [[noreturn]] void fail(const char* what, const char* more) {
     const Index block = current->position.block, thread = current->position.thread;
-    std::fprintf(stderr, "host shim: block %u, thread %u: %s%s\n", block.x, thread.x, what, more);
+    std::fprintf(stderr, "host shim: block %u %u %u, thread %u: %s%s\n", block.x, block.y, block.z, thread.x, what, more);
     std::_Exit(3);
 }
 
@@ -227,7 +227,7 @@ bool pop_copy(Copy& copy) {
     return true;
 }
 
-void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+void run_grid(Index blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
     kernel_body = &body;
     while (fibers.size() < threads) {
         auto fiber = std::make_unique<Fiber>();
@@ -238,7 +238,7 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
     }
     find_main_stack();
     main_fiber.thread = this_thread();
-    std::vector<unsigned> order(blocks);
+    std::vector<unsigned> order(blocks.x * blocks.y * blocks.z);
     std::iota(order.begin(), order.end(), 0u);
     warp_order.resize(threads / WARP);
     std::iota(warp_order.begin(), warp_order.end(), 0u);
@@ -247,7 +247,9 @@ void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std:
         std::shuffle(order.begin(), order.end(), generator);
         std::shuffle(warp_order.begin(), warp_order.end(), generator);
     }
-    for (const unsigned block : order) run_block(block, blocks, threads, shared_bytes);
+    for (const unsigned i : order) {
+        run_block({i % blocks.x, i / blocks.x % blocks.y, i / blocks.x / blocks.y}, blocks, threads, shared_bytes);
+    }
 }
 
 void set_order(uint64_t seed) { order_seed = seed; }

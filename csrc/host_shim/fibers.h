@@ -66,7 +66,7 @@ inline void wait_for_copies() {
 
 // Run a kernel's body once for every thread of a grid; ends the process with a line where threads disagree about what
 // they do together. Other seeds than 0 shuffle the order of blocks and of warps.
-void run_grid(unsigned blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+void run_grid(Index blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 void set_order(uint64_t seed);
 
 }  // namespace host_shim

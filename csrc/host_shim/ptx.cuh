@@ -23,6 +23,8 @@ uint32_t pack(float first, float second) {
 
 inline float fast_exp2(float x) { return std::exp2(x); }
 
+inline int thread_index() { return host_shim::position().thread.x; }
+
 inline void* shared_memory() { return host_shim::shared_memory(); }
 
 inline void cp_async_16(void* shared, const void* global, bool valid) {
