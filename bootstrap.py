@@ -109,10 +109,13 @@ def identity() -> dict[str, str]:
 
 
 def inputs() -> str:
-    """Return a digest of the files that decide what is installed and compiled."""
+    """Return a digest of what decides what is installed and compiled: files, and which nvcc is there."""
+    machine = [os.environ.get(name, "") for name in ("CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES")]
+    machine.append(shutil.which("nvcc") or "")
     files = [ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "build_backend").glob("*.py"))]
     files += sorted(path for path in (ROOT / "csrc").glob("*") if path.is_file())
-    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+    parts = [value.encode() for value in machine] + [path.read_bytes() for path in files]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
 def say_what_was_left_out() -> None:

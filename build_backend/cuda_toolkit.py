@@ -22,7 +22,7 @@ OLDEST_GPU = (8, 0)
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 OLDEST_WHEELS = (13, 0)  # those for CUDA 12 hold ptxas and no nvcc
 BUILD_TOOLS = {"pybind11": "pybind11>=2.13", "ninja": "ninja"}
-AGAIN = "then `pip install --force-reinstall --no-deps .` again"
+AGAIN = "then install again"
 
 
 class Driver(NamedTuple):

@@ -141,6 +141,19 @@ def test_changed_packaging_or_source_installs_again_into_the_same_environment(bo
     assert machine.started("demo") == new(bootstrap)[2:]
 
 
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES", None])
+def test_another_nvcc_or_other_architectures_install_again_into_the_same_environment(
+    bootstrap, machine, monkeypatch, variable
+):
+    machine.started("demo")
+    if variable is None:
+        offer(bootstrap, monkeypatch, "venv", "ensurepip", programs=("nvcc",))
+    else:
+        monkeypatch.setenv(variable, "another")
+    assert machine.started("demo") == new(bootstrap)[1:]
+    assert machine.started("demo") == new(bootstrap)[2:]
+
+
 @pytest.mark.parametrize("key", ["python", "prefix", "checkout"])
 def test_environment_of_another_python_or_another_folder_is_built_anew(bootstrap, machine, key):
     machine.started("demo")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -26,7 +27,8 @@ def build(folder: Path) -> ModuleType:
     includes = [SOURCES / "host_shim", SOURCES, pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
     sources += [path for path in (SOURCES / "host_shim").glob("*.cpp") if path.name != "run.cpp"]  # which has a main
-    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")))
+    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
     command += [f'-DONEPEACE_FAST_ARCHITECTURES="{ARCHITECTURES}"', *(f"-I{path}" for path in includes)]
     subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(output)], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", output)
