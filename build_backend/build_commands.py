@@ -1,158 +1,37 @@
-"""How setuptools builds the extension onepeace_fast._cuda: every file of csrc/ by nvcc, side by side, through ninja."""
+"""setuptools' commands and extension modules of this package; compilation.py and cuda_toolkit.py do their work."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
-from cuda_toolkit import ENVIRONMENT_VARIABLE, Decision
+from compilation import MODULE, compile_extension, record, sources
+from cuda_toolkit import Decision
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
-NAME = "onepeace_fast._cuda"
-SOURCES = Path("csrc")
-LEFT_OUT = "cuda_left_out.txt"
-JOB_MEMORY = 2 * 2**30  # bytes that one nvcc may take
-
-
-def say(line: str) -> None:
-    """Print a line, also to the terminal that pip keeps a build's output from."""
-    print(line, flush=True)
-    if not sys.stdout.isatty():
-        try:
-            with open("/dev/tty", "w", encoding="utf-8") as terminal:
-                terminal.write(f"\r{line}\n")
-        except OSError:
-            pass
+PACKAGE = "onepeace_fast"
 
 
 def extensions(decision: Decision) -> list[Extension]:
     """The extension, or none where it is left out: a wheel without it serves every platform."""
-    return [] if decision.left_out else [Extension(NAME, sorted(map(str, sources())))]
-
-
-def sources() -> list[Path]:
-    """What is compiled."""
-    return [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
-
-
-def jobs(files: int, memory: int, processors: int) -> int:
-    """How many compilers run at once: no more than there are files, processors and room for in memory."""
-    return max(1, min(files, processors, memory // JOB_MEMORY))
-
-
-def available_memory() -> int:
-    """Bytes that this machine and its control group still give."""
-    free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        free = [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
-    group = Path("/sys/fs/cgroup")
-    limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free.append(int(limit.read_text()) - int(used.read_text()))
-    return min(free)
-
-
-def ninja_file(decision: Decision, folder: Path, output: Path) -> str:
-    """The rules of compilation and linking."""
-    import pybind11  # here, since nothing else needs it where the extension is left out
-
-    toolkit, names = decision.toolkit, ",".join(decision.architectures)
-    flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{SOURCES.resolve()}"]
-    flags += [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in decision.architectures]
-    # For files of C++ alone, so that another Python or pybind11 compiles no kernel again.
-    binding = [f"-isystem={path}" for path in (pybind11.get_include(), sysconfig.get_path("include"))]
-    binding.append(f'-DONEPEACE_FAST_ARCHITECTURES=\\"{names}\\"')
-    link = ["-shared", "-cudart=static", "-Xlinker=--exclude-libs,ALL", *(f"-L{path}" for path in toolkit.libraries)]
-    lines = [
-        "ninja_required_version = 1.5",
-        f"nvcc = {_escaped(toolkit.nvcc)}",
-        f"flags = {' '.join(map(_escaped, flags))}",
-        "rule compile",
-        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        f"  description = nvcc $in ({names})",
-        "rule link",
-        f"  command = $nvcc {' '.join(map(_escaped, link))} $in -o $out",
-        "  description = link $out",
-    ]
-    objects = []
-    for source in sorted(sources()):
-        objects.append(_escaped(folder.resolve() / f"{source.name}.o"))
-        lines.append(f"build {objects[-1]}: compile {_escaped(source.resolve())}")
-        if source.suffix == ".cpp":
-            lines.append(f"  flags = $flags {' '.join(map(_escaped, binding))}")
-    lines.append(f"build {_escaped(output)}: link {' '.join(objects)}")
-    return "\n".join(lines) + "\n"
-
-
-def _escaped(value: object) -> str:
-    """A path or flag as ninja reads it."""
-    return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-
-class BuildExtension(build_ext):
-    """Compiles by ninja and nvcc instead of by setuptools' compiler; what has not changed is not compiled again."""
-
-    decision: Decision
-
-    def build_extension(self, extension: Extension) -> None:
-        output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        folder = Path("build") / "cuda"  # setuptools' own folder for an editable install is thrown away
-        for path in (output.parent, folder):
-            path.mkdir(parents=True, exist_ok=True)
-        (folder / "build.ninja").write_text(ninja_file(self.decision, folder, output), encoding="utf-8")
-        processors = len(os.sched_getaffinity(0))
-        count = jobs(len(sources()), available_memory(), processors)
-        nvcc, version = self.decision.toolkit.nvcc, "{}.{}".format(*self.decision.toolkit.version)
-        say(f"onepeace_fast: building the CUDA extension by {nvcc} ({version}), {count} compilers at once")
-        self._run(["ninja", "-C", str(folder), "-j", str(count)])
-
-    def _run(self, command: list[str]) -> None:
-        if shutil.which("ninja") is None:
-            command = [sys.executable, "-m", *command]
-        environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        with subprocess.Popen(command, env=environment, **streams) as process:
-            for line in process.stdout:
-                say(line.rstrip())
-        if process.returncode != 0:
-            raise SystemExit(
-                "onepeace_fast: the CUDA extension does not compile: see above. To install without it: "
-                f"{ENVIRONMENT_VARIABLE}=none pip install ."
-            )
-
-
-class BuildPython(build_py):
-    """Copies the Python files and, where the extension is left out, says so and writes down why."""
-
-    decision: Decision
-
-    def run(self) -> None:
-        super().run()
-        package = Path("onepeace_fast") if self.editable_mode else Path(self.build_lib) / "onepeace_fast"
-        record = package / LEFT_OUT
-        record.unlink(missing_ok=True)
-        if self.decision.left_out is None:
-            return
-        if self.decision.wanted:
-            raise SystemExit(f"{ENVIRONMENT_VARIABLE}: asks for the CUDA extension, but {self.decision.left_out}")
-        for stale in package.glob(f"{NAME.rpartition('.')[2]}.*"):
-            stale.unlink()
-        record.write_text(f"{self.decision.left_out}\n", encoding="utf-8")
-        say(f"onepeace_fast: all is installed but the CUDA extension, which is left out: {self.decision.left_out}")
+    return [] if decision.left_out else [Extension(f"{PACKAGE}.{MODULE}", sorted(map(str, sources())))]
 
 
 def commands(decision: Decision) -> dict[str, type]:
     """setuptools' commands for this decision."""
-    return {
-        "build_ext": type("build_ext", (BuildExtension,), {"decision": decision}),
-        "build_py": type("build_py", (BuildPython,), {"decision": decision}),
-    }
+
+    class BuildExtension(build_ext):
+        """Compiles by ninja and nvcc instead of by setuptools' compiler."""
+
+        def build_extension(self, extension: Extension) -> None:
+            compile_extension(decision, Path(self.get_ext_fullpath(extension.name)).resolve())
+
+    class BuildPython(build_py):
+        """Copies the Python files and leaves a record beside them."""
+
+        def run(self) -> None:
+            super().run()
+            record(decision, Path(PACKAGE) if self.editable_mode else Path(self.build_lib) / PACKAGE)
+
+    return {"build_ext": BuildExtension, "build_py": BuildPython}

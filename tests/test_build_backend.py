@@ -1,20 +1,27 @@
 """Whether, by what and for which GPUs the CUDA extension is built; machines are pretended, nothing is compiled."""
 
 import ctypes
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
-import backend
-import build_commands
+import compilation
 import cuda_toolkit
 import pytest
-from setuptools.dist import Distribution
 
 NVCC = """#!/bin/sh
 case "$1" in
 --version) echo "Cuda compilation tools, release {version}, V{version}.1" ;;
 --list-gpu-code) printf 'sm_80\\nsm_86\\nsm_90\\nsm_100\\n' ;;
 esac
+"""
+FOLDER = Path(cuda_toolkit.__file__).parent
+ASK = """
+import json, backend
+for kind in ("wheel", "editable", "sdist"):
+    print(json.dumps(getattr(backend, f"get_requires_for_build_{kind}")()))
 """
 H100, A100, RTX_3090, T4, UNKNOWN = (9, 0), (8, 0), (8, 6), (7, 5), (15, 0)
 
@@ -86,22 +93,22 @@ def test_a_driver_without_nvcc_asks_for_wheels_no_newer_than_itself(machine, dri
     assert wheels in one_line(cuda_toolkit.decide().left_out)  # where pip was told not to fetch them
 
 
-def test_the_hooks_add_the_requirements_to_setuptools_own(machine, monkeypatch):
-    monkeypatch.chdir(machine.folder)
+def test_the_hooks_add_the_requirements_to_setuptools_own(machine):
     (machine.folder / "setup.py").write_text("from setuptools import setup\nsetup(setup_requires=['other'])\n")
-    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
-        assert hook() == ["other"]
     machine.nvcc("path")
-    for hook in (backend.get_requires_for_build_wheel, backend.get_requires_for_build_editable):
-        assert hook() == ["other", "pybind11>=2.13", "ninja"]
-    assert backend.get_requires_for_build_sdist() == ["other"]
+    for architectures, added in (("sm_80", ["pybind11>=2.13", "ninja"]), ("none", [])):
+        # In a process of its own, since setuptools and distutils replace each other while they are imported.
+        environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
+        environment |= {cuda_toolkit.ENVIRONMENT_VARIABLE: architectures}
+        options = {"cwd": machine.folder, "env": environment, "capture_output": True, "text": True, "check": True}
+        said = subprocess.run([sys.executable, "-c", ASK], **options).stdout.splitlines()[-3:]
+        assert [json.loads(line) for line in said] == [["other", *added], ["other", *added], ["other"]]
 
 
 def test_without_nvcc_and_driver_nothing_is_asked_for_and_the_reason_says_how_to_get_it(machine):
     assert cuda_toolkit.build_requirements() == []
     reason = one_line(cuda_toolkit.decide().left_out)
     assert reason.startswith("neither nvcc nor an NVIDIA driver is found; put nvcc on PATH or set CUDA_HOME")
-    assert build_commands.extensions(cuda_toolkit.decide()) == []
 
 
 def test_a_driver_for_which_pypi_has_no_nvcc_asks_for_nothing(machine):
@@ -147,7 +154,7 @@ def test_the_environment_names_the_architectures(machine):
     machine.wish("sm_80, compute_90")
     decision = cuda_toolkit.decide()
     assert decision.architectures == ("sm_80", "compute_90") and decision.wanted
-    text = build_commands.ninja_file(decision, machine.folder, machine.folder / "_cuda.so")
+    text = compilation.ninja_file(decision, machine.folder, machine.folder / "_cuda.so")
     assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90,code=compute_90" in text
     machine.wish("none")
     assert cuda_toolkit.decide().left_out and cuda_toolkit.build_requirements() == []
@@ -190,45 +197,37 @@ def test_the_driver_is_asked_for_its_version_and_its_gpus(monkeypatch, library, 
 
 
 @pytest.fixture
-def package(machine, monkeypatch):
+def package(machine):
     """A source tree that an earlier editable installation left its extension in."""
-    monkeypatch.chdir(machine.folder)
     folder = machine.folder / "onepeace_fast"
     folder.mkdir()
     (folder / "_cuda.cpython-310-x86_64-linux-gnu.so").touch()
     return folder
 
 
-def run_build_py(decision) -> None:
-    command = build_commands.commands(decision)["build_py"](Distribution({"packages": []}))
-    command.editable_mode = True
-    command.ensure_finalized()
-    command.run()
-
-
 def test_an_editable_installation_without_the_extension_keeps_the_reason_and_no_old_extension(machine, package, capsys):
-    run_build_py(cuda_toolkit.decide())
+    compilation.record(cuda_toolkit.decide(), package)
     (record,) = package.iterdir()
     reason = record.read_text().strip()
-    assert record.name == build_commands.LEFT_OUT and reason == cuda_toolkit.decide().left_out
+    assert record.name == compilation.LEFT_OUT and reason == cuda_toolkit.decide().left_out
     said = one_line(capsys.readouterr().out.strip())
     assert said == f"onepeace_fast: all is installed but the CUDA extension, which is left out: {reason}"
     machine.nvcc("path")
-    run_build_py(cuda_toolkit.decide())
+    compilation.record(cuda_toolkit.decide(), package)
     assert not record.exists()
 
 
 def test_architectures_that_are_asked_for_and_cannot_be_built_end_the_installation(machine, package):
     machine.wish("sm_90a")
     with pytest.raises(SystemExit) as ended:
-        run_build_py(cuda_toolkit.decide())
+        compilation.record(cuda_toolkit.decide(), package)
     assert one_line(str(ended.value)).startswith("ONEPEACE_FAST_CUDA_ARCHITECTURES: asks for the CUDA extension, but")
 
 
 def test_compilers_run_side_by_side_as_far_as_processors_and_memory_allow():
     gibibyte = 2**30
-    assert build_commands.jobs(4, 64 * gibibyte, 2) == 2
-    assert build_commands.jobs(4, 64 * gibibyte, 16) == 4
-    assert build_commands.jobs(4, 5 * gibibyte, 16) == 2
-    assert build_commands.jobs(4, 0, 16) == 1
-    assert 0 < build_commands.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert compilation.jobs(4, 64 * gibibyte, 2) == 2
+    assert compilation.jobs(4, 64 * gibibyte, 16) == 4
+    assert compilation.jobs(4, 5 * gibibyte, 16) == 2
+    assert compilation.jobs(4, 0, 16) == 1
+    assert 0 < compilation.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

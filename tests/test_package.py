@@ -108,7 +108,9 @@ def test_sdist_holds_what_the_library_and_its_tests_are_built_from(built):
     assert {"setup.py", "pyproject.toml", "LICENSE", "NOTICE", "README.md", "bootstrap.py", "Makefile"} <= names
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"csrc/relative_bias_attention_forward.cu", "csrc/host_shim/ptx.cuh"} <= sources <= names
-    assert {f"build_backend/{name}.py" for name in ("backend", "build_commands", "cuda_toolkit")} <= names
+    assert {
+        f"build_backend/{name}.py" for name in ("backend", "build_commands", "compilation", "cuda_toolkit")
+    } <= names
     assert {"csrc/README.md", "kernels/__init__.py", "onepeace_fast/py.typed", "tests/conftest.py"} <= names
 
 
