@@ -15,7 +15,7 @@ MODULE = "_cuda"
 SOURCES = Path("csrc")
 OBJECTS = Path("build") / "cuda"  # setuptools' own folder for an editable install is thrown away
 LEFT_OUT = "cuda_left_out.txt"
-JOB_MEMORY = 2 * 2**30  # bytes that one nvcc may take
+JOB_MEMORY = 2**30  # bytes that one nvcc may take; it took 0.2 * 2**30 when that was measured
 
 
 def say(line: str) -> None:
@@ -34,9 +34,9 @@ def sources() -> list[Path]:
     return [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
 
 
-def jobs(files: int, memory: int, processors: int) -> int:
+def jobs(files: int, memory: float, processors: int) -> int:
     """How many compilers run at once: no more than there are files, processors and room for in memory."""
-    return max(1, min(files, processors, memory // JOB_MEMORY))
+    return max(1, min(files, processors, int(memory // JOB_MEMORY)))
 
 
 def available_memory() -> int:
