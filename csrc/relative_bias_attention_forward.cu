@@ -421,9 +421,8 @@ __global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, WINDOWED ? 1 : Laun
             }
         }
         if (shared.blocks[thread_index() / WARP].count) rows.store(forward, out, log_sum_exp);
-        __syncthreads();  // the next queries take the place of these keys and results
         if (thread_index() == 0) shared.query_tile += gridDim.x;
-        __syncthreads();
+        __syncthreads();  // the next queries take the place of these keys and results
     }
 }
 

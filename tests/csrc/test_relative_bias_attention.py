@@ -9,7 +9,6 @@ from support import host_shim, naive
 from support.attention_cases import (
     Batch,
     any_cls,
-    grid,
     kept_grid,
     kept_text,
     lengths,
@@ -17,6 +16,7 @@ from support.attention_cases import (
     series,
     shuffled_grid,
     text_only,
+    windowed_grid,
 )
 from support.kernel_attention import arguments, check, rounded
 from support.plans import naive_layout, whole_rows
@@ -110,19 +110,9 @@ def test_vectors_and_head_scale_in_float32(attend):
 @pytest.mark.parametrize("side, kept", [(64, 0), (64, 40)], ids=["rows", "corners"])
 def test_vectors_that_shared_memory_does_not_hold_are_read_in_windows(attend, side, kept):
     """A grid of 64 has 16,129 entries; patches of opposite corners meet more of them than a window has."""
-    total = side * side
-    patches = [*range(1, 71), *range(total - kept, total)]
-    layout = naive_layout(
-        whole_rows({"image": [len(patches) + 1], "text": [20]}), {"image": [0], "text": [0]},
-        positions={"image": [[0, *patches]]}, codes={"image": grid_codes_of(side)},
-    )  # fmt: skip
-    batch = Batch(layout, (grid(side, side), series(8, 20)))
+    batch = windowed_grid(side, kept)
     for dtype, dim in zip(HALF, (64, 32), strict=True):
         check(attend, batch, rounded(batch, dtype, 1, dim))
-
-
-def grid_codes_of(side: int) -> list[int]:
-    return [0, *(y * (2 * side - 1) + x for y in range(side) for x in range(side))]
 
 
 def test_minus_infinity_in_a_vector_masks_even_whole_tiles(attend):

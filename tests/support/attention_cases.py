@@ -151,6 +151,17 @@ def shuffled_grid(side: int, kept: Sequence[int] = ()) -> Batch:
     return Batch(layout, (grid(side, side),))
 
 
+def windowed_grid(side: int, last: int) -> Batch:
+    """The first 70 and the ``last`` patches of an image, and a text."""
+    total = side * side
+    patches = [*range(1, 71), *range(total - last + 1, total + 1)]
+    layout = naive_layout(
+        whole_rows({"image": [len(patches) + 1], "text": [20]}), positions={"image": [[0, *patches]]},
+        codes={"image": grid_codes(side, side).tolist()},
+    )  # fmt: skip
+    return Batch(layout, (grid(side, side), series(8, 20)))
+
+
 def any_cls(counts: Sequence[Sequence[tuple[int, int]]]) -> Batch:
     """Segments of any number of body and CLS tokens, ``counts[modality][sample]``."""
     tokens = []
