@@ -21,16 +21,16 @@ namespace onepeace_fast {
 namespace {
 
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr int KEYS = 64;
 constexpr int STAGES = 2;
-constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory; a grid of 42 x 42, or 1-D vectors of three modalities
+constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
 
-// Warps of a thread block, and thread blocks that a multiprocessor holds at once.
+// Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor holds at once where no bias is windowed.
 template <int HEAD_DIM>
 struct Launch {
-    static constexpr int WARPS = 9;
+    static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
+    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
+    static constexpr int AT_ONCE = 2;
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int at_once(bool windowed) { return HEAD_DIM == 128 || windowed ? 1 : 2; }
 };
 
 // Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. Kept in shared
@@ -42,7 +42,7 @@ struct alignas(16) Softmax {
 
 template <typename T, int HEAD_DIM>
 struct alignas(128) Shared {
-    static constexpr int WARPS = Launch<HEAD_DIM>::WARPS;
+    static constexpr int WARPS = Launch<HEAD_DIM>::WARPS, KEYS = Launch<HEAD_DIM>::KEYS;
 
     T keys[STAGES][KEYS * HEAD_DIM];
     T values[STAGES][KEYS * HEAD_DIM];
@@ -66,7 +66,7 @@ struct alignas(128) Shared {
 template <typename T, int HEAD_DIM, bool WINDOWED>
 struct Forward {
     using Memory = Shared<T, HEAD_DIM>;
-    static constexpr int THREADS = Launch<HEAD_DIM>::THREADS;
+    static constexpr int THREADS = Launch<HEAD_DIM>::THREADS, KEYS = Launch<HEAD_DIM>::KEYS;
     static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
 
     const RelativeBiasAttention& arguments;
@@ -352,7 +352,7 @@ __device__ __forceinline__ void attend_tile(
         rows.template multiply<COLUMNS>(scores, shared.rows[thread_index() / WARP], shared.keys[stage]);
         bias_tile<COLUMNS>(scores, forward, stage);
     }
-    if constexpr (WINDOWED && COLUMNS == KEYS) {
+    if constexpr (WINDOWED && COLUMNS == Launch<HEAD_DIM>::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
     if (shared.blocks[thread_index() / WARP].count) {
@@ -364,8 +364,7 @@ __device__ __forceinline__ void attend_tile(
 
 // Rows past the last sample are zero; the thread blocks past the last sample share them.
 template <typename T, int HEAD_DIM>
-__device__ void zero_inert_rows(
-    const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
+__device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
     const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
     constexpr int LANES = HEAD_DIM / CHUNK, ROWS = Launch<HEAD_DIM>::THREADS / LANES;
     const int chunk = thread_index() % LANES;
@@ -378,10 +377,12 @@ __device__ void zero_inert_rows(
 
 // Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 template <typename T, int HEAD_DIM, bool WINDOWED>
-__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::at_once(WINDOWED)) forward_kernel(
+__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, WINDOWED ? 1 : Launch<HEAD_DIM>::AT_ONCE) forward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int bias_capacity) {
-    constexpr int WARPS = Launch<HEAD_DIM>::WARPS;
-    if (static_cast<int>(blockIdx.z) == arguments.samples) return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
+    constexpr int WARPS = Launch<HEAD_DIM>::WARPS, KEYS = Launch<HEAD_DIM>::KEYS;
+    if (static_cast<int>(blockIdx.z) == arguments.samples) {
+        return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
+    }
     auto& shared = *static_cast<Shared<T, HEAD_DIM>*>(shared_memory());
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
     read_sample<KEYS>(shared.sample, arguments, blockIdx.z);
@@ -420,9 +421,8 @@ __global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::a
             }
         }
         if (shared.blocks[thread_index() / WARP].count) rows.store(forward, out, log_sum_exp);
-        __syncthreads();  // the next queries take the place of these keys and results
         if (thread_index() == 0) shared.query_tile += gridDim.x;
-        __syncthreads();
+        __syncthreads();  // the next queries take the place of these keys and results
     }
 }
 

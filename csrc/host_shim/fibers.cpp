@@ -63,10 +63,20 @@ struct Fiber {
     void* thread = nullptr;
 };
 
+// What orders accesses. Two take turns: a fiber that wakes late must not be ordered after one that is at the next.
+struct Barrier {
+    char addresses[2];
+    unsigned passed = 0;
+
+    void* address() { return &addresses[passed % 2]; }
+    void next() { ++passed; }
+};
+
 struct Warp {
     const char* kind = nullptr;
     int arrived = 0;
     void* arguments[WARP];
+    Barrier barrier;
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -79,6 +89,7 @@ std::unique_ptr<void, Free> memory;
 const std::function<void()>* kernel_body = nullptr;
 Fiber main_fiber;
 Fiber* current = &main_fiber;
+Barrier block_barrier;
 unsigned active = 0, waiting_in_block = 0;
 uint64_t order_seed = 0;
 
@@ -184,7 +195,7 @@ const Position& position() { return current->position; }
 
 void* shared_memory() { return memory.get(); }
 
-void with_warp(const char* kind, void* argument, void (*finish)(void* const (&arguments)[WARP])) {
+void with_warp(const char* kind, void* argument, void (*finish)(Lanes)) {
     const unsigned thread = current->position.thread.x, lane = thread % WARP;
     Warp& warp = warps[thread / WARP];
     if (warp.arrived && std::strcmp(warp.kind, kind)) fail("its warp is elsewhere, in ", warp.kind);
@@ -200,22 +211,25 @@ void with_warp(const char* kind, void* argument, void (*finish)(void* const (&ar
 }
 
 void synchronize_warp() {
-    void* barrier = &warps[current->position.thread.x / WARP];
+    Warp& warp = warps[current->position.thread.x / WARP];
+    void* barrier = warp.barrier.address();
     release(barrier);
-    with_warp("__syncwarp", nullptr, [](void* const (&)[WARP]) {});
+    with_warp("__syncwarp", &warp.barrier, [](Lanes lanes) { static_cast<Barrier*>(lanes[0])->next(); });
     acquire(barrier);
 }
 
 void synchronize_block() {
-    release(&warps);
+    void* barrier = block_barrier.address();
+    release(barrier);
     if (++waiting_in_block == active) {
         waiting_in_block = 0;
+        block_barrier.next();
         for (unsigned i = 0; i < active; ++i) fibers[i]->state = State::RUNNABLE;
     } else {
         current->state = State::IN_BLOCK;
         wait();
     }
-    acquire(&warps);
+    acquire(barrier);
 }
 
 void push_copy(const Copy& copy) { current->copies.push_back(copy); }

@@ -30,7 +30,8 @@ const Position& position();
 void* shared_memory();
 
 // All 32 lanes hand in a pointer; the last to arrive calls `finish` with them. `kind` must be the same for all.
-void with_warp(const char* kind, void* argument, void (*finish)(void* const (&arguments)[WARP]));
+using Lanes = void* const (&)[WARP];
+void with_warp(const char* kind, void* argument, void (*finish)(Lanes));
 
 // Barriers, which also order accesses.
 void synchronize_warp();

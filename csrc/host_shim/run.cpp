@@ -3,7 +3,8 @@
 //     run CASE RESULTS
 //
 // A case: RelativeBiasAttention as bytes, then the arrays that it points to, each as its number of bytes (int64) and the
-// bytes: qkv (before it, where in the array it begins, int64), cu_seqlens, code, is_cls, every bias, head_scale; then a
+// bytes: qkv (before it, where in the array it begins, int64), cu_seqlens, code, is_cls, their number and every bias,
+// head_scale; then a
 // number of runs and each run's order of blocks and warps. Results: out and log_sum_exp of each run. Every array is an
 // allocation of its own, as long as its contents, so that AddressSanitizer sees an access past it.
 
@@ -75,7 +76,7 @@ int main(int count, char** arguments) {
     attention.code = reinterpret_cast<const int32_t*>(code.data());
     attention.is_cls = reinterpret_cast<const uint8_t*>(is_cls.data());
     std::vector<Array> bias;
-    for (int m = 0; m < attention.bias_vectors; ++m) {
+    for (int64_t m = 0, vectors = in.number(); m < vectors; ++m) {
         bias.emplace_back(in);
         attention.bias[m].data = bias.back().data();
     }

@@ -9,8 +9,6 @@
 
 namespace host_shim {
 
-using Lanes = void* const (&)[WARP];
-
 struct Word {
     uint32_t given, received;
     int mask;

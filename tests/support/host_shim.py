@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import shutil
 import struct
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 SHIM = CSRC / "host_shim"
 KERNELS = ("relative_bias_attention_forward.cu",)
+COMPILER = os.environ.get("CXX") or "g++"
 MAX_MODALITIES = 16
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 SANITIZERS = {
@@ -57,9 +57,8 @@ class RelativeBiasAttention(ctypes.Structure):
 
 def build(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
     """Compile the kernels' sources for this CPU under a sanitizer; returns the program."""
-    compiler = os.environ.get("CXX") or shutil.which("g++") or "clang++"
     shim, program = csrc / "host_shim", folder / f"run_{sanitizer}"
-    flags = [compiler, "-std=c++17", "-O1", "-g", "-fPIE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+    flags = [COMPILER, "-std=c++17", "-O1", "-g", "-fPIE", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
     flags += [f"-I{shim}", f"-I{csrc}"]
     # The fibers hand values from lane to lane, which is no access of the kernel's: ThreadSanitizer must not see it.
     hidden = SANITIZERS[sanitizer][1:] if sanitizer == "thread" else SANITIZERS[sanitizer]
@@ -69,7 +68,7 @@ def build(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
     for source, options in sources:
         objects.append(str(folder / f"{source.stem}_{sanitizer}.o"))
         _run([*flags, *options, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-    _run([compiler, *SANITIZERS[sanitizer], *objects, "-o", str(program)])
+    _run([COMPILER, *SANITIZERS[sanitizer], *objects, "-o", str(program)])
     return program
 
 
@@ -99,9 +98,13 @@ def attention_case(
     head_scale: Tensor | None = None,
     scale: float | None = None,
     orders: Sequence[int] = (0,),
+    changed: Mapping[str, int] | None = None,
     **_: object,
 ) -> bytes:
-    """The case that the program reads: arguments as those of the op, and an order of blocks for each run."""
+    """The case that the program reads: arguments as those of the op, and an order of blocks for each run.
+
+    ``changed`` overrides members of the struct with values that no tensor has.
+    """
     rows, _, heads, head_dim = qkv.shape
     case = RelativeBiasAttention(
         samples=cu_seqlens.shape[1] - 1, modalities=cu_seqlens.shape[0], heads=heads, head_dim=head_dim, rows=rows,
@@ -111,9 +114,11 @@ def attention_case(
     )  # fmt: skip
     for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
         case.bias[m] = BiasVector(None, *vector.stride(), vector.shape[1], offset, TYPES[vector.dtype])
+    for name, value in (changed or {}).items():
+        setattr(case, name, value)
     parts = [bytes(case), struct.pack("q", qkv.storage_offset() * qkv.element_size()), _array(qkv)]
     parts += [_array(tensor.contiguous()) for tensor in (cu_seqlens, code, is_cls)]
-    parts += [_array(vector) for vector in bias]
+    parts += [struct.pack("q", len(bias)), *(_array(vector) for vector in bias)]
     parts += [_array(head_scale), struct.pack(f"q{len(orders)}q", len(orders), *orders)]
     return b"".join(parts)
 
