@@ -34,9 +34,9 @@ def sources() -> list[Path]:
     return [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
 
 
-def jobs(files: int, memory: float, processors: int) -> int:
+def jobs(files: int, memory: int, processors: int) -> int:
     """How many compilers run at once: no more than there are files, processors and room for in memory."""
-    return max(1, min(files, processors, int(memory // JOB_MEMORY)))
+    return max(1, min(files, processors, memory // JOB_MEMORY))
 
 
 def available_memory() -> int:

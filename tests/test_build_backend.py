@@ -228,6 +228,6 @@ def test_compilers_run_side_by_side_as_far_as_processors_and_memory_allow():
     gibibyte = 2**30
     assert compilation.jobs(4, 64 * gibibyte, 2) == 2
     assert compilation.jobs(4, 64 * gibibyte, 16) == 4
-    assert compilation.jobs(4, 3.5 * gibibyte, 16) == 3
+    assert compilation.jobs(4, 7 * gibibyte // 2, 16) == 3
     assert compilation.jobs(4, 0, 16) == 1
     assert 0 < compilation.available_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
