@@ -35,15 +35,17 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "onepeace_fast.json"
+LEFT_OUT = ROOT / "onepeace_fast" / "cuda_left_out.txt"
 
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "dev"]}
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
+    "build": "pybind11, ninja and, only where there is an NVIDIA driver and no nvcc, CUDA's compiler (about 300 MB)",
     "demo": "scikit-learn with SciPy, matplotlib, eSpeak NG (GPL-3), soundfile (about 80 MB)",
     "train": "pyarrow, tokenizers, TensorBoard, Pillow (about 90 MB)",
-    "dev": "pytest and plugins, hypothesis, ruff, build, setuptools (about 20 MB)",
+    "dev": "pytest and plugins, hypothesis, ruff, build, setuptools, pybind11, ninja (about 20 MB)",
 }
 TORCH_DOWNLOAD = f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides)"
 PROBE = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.__path__[0], sep='|')"
@@ -107,8 +109,19 @@ def identity() -> dict[str, str]:
 
 
 def inputs() -> str:
-    """Return a digest of the files that decide what is installed."""
-    return hashlib.sha256(b"\0".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "setup.py"))).hexdigest()
+    """Return a digest of what decides what is installed and compiled: files, and which nvcc is there."""
+    machine = [os.environ.get(name, "") for name in ("CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES")]
+    machine.append(shutil.which("nvcc") or "")
+    files = [ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "build_backend").glob("*.py"))]
+    files += sorted(path for path in (ROOT / "csrc").glob("*") if path.is_file())
+    parts = [value.encode() for value in machine] + [path.read_bytes() for path in files]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def say_what_was_left_out() -> None:
+    """Repeat what the build said about the CUDA extension, which pip does not show."""
+    if LEFT_OUT.exists():
+        say(f"Installed without the CUDA extension: {LEFT_OUT.read_text(encoding='utf-8').strip()}")
 
 
 def read_stamp() -> dict | None:
@@ -194,7 +207,7 @@ def install(stamp: dict, extra: str) -> None:
     """Install the checkout and an extra into .venv; the stamp is complete only once that has succeeded."""
     torch = probe_torch(PYTHON)
     pins = [] if fits(torch) else [f"torch=={PINNED_TORCH}"]
-    downloads = [TORCH_DOWNLOAD] * len(pins) + [DOWNLOADS[name] for name in ["base", *INCLUDED[extra]]]
+    downloads = [TORCH_DOWNLOAD] * len(pins) + [DOWNLOADS[name] for name in ["base", "build", *INCLUDED[extra]]]
     say("Installing into .venv; pip downloads what is not there or in its cache:")
     print("      " + "\n      ".join(downloads), flush=True)
     write_stamp({**stamp, "complete": False})
@@ -202,6 +215,7 @@ def install(stamp: dict, extra: str) -> None:
     if code != 0:
         write_stamp(stamp)  # pip resolves and downloads first: an environment that was whole still is
         raise Stop("pip failed: see its lines above. Offline? Or a proxy to set (`pip config`)? Run this again.", code)
+    say_what_was_left_out()
     extras = sorted({*stamp["extras"], *INCLUDED[extra]})
     write_stamp({**stamp, "complete": True, "inputs": inputs(), "extras": extras})
 
@@ -280,6 +294,7 @@ def gpu(arguments: list[str]) -> int:
     code = pip(sys.executable, "--quiet", *options, "--editable", ".")
     if code != 0:
         raise Stop("pip could not install the checkout: its lines above say why.", code)
+    say_what_was_left_out()
     results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
     results.mkdir(parents=True, exist_ok=True)
     say(f"Running the tests that need a GPU; results in {results}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 INTEGERS = (torch.int32, torch.int64)
@@ -92,14 +92,6 @@ def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]
     if next(iter(masks.values())).device.type != "cpu":
         counted = sum(mask.sum() for mask in masks.values())
         require_values(counted == total, "lengths: got another total than the masks count, takes what they count")
-
-
-def require_values(condition: Tensor, message: str) -> None:
-    """Raise where a tensor on a CPU is False; elsewhere the device asserts it, and the host does not wait."""
-    if condition.device.type == "cpu":
-        require(bool(condition), message)
-    else:
-        torch._assert_async(condition, message)
 
 
 def check_lengths(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 
 import torch
@@ -22,6 +23,19 @@ def require(condition: bool, message: str | Callable[[], str]) -> None:
     """
     if not condition:
         raise ValueError(message if isinstance(message, str) else message())
+
+
+def require_values(condition: torch.Tensor, message: str) -> None:
+    """Raise where a tensor on a CPU is False; elsewhere the device asserts it, and the host does not wait."""
+    if condition.device.type == "cpu":
+        require(bool(condition), message)
+    else:
+        torch._assert_async(condition, message)
+
+
+def checks_devices() -> bool:
+    """Whether ``ONEPEACE_FAST_CHECK=1`` asks ops to check values on a device too, in every call and at a cost."""
+    return os.environ.get("ONEPEACE_FAST_CHECK") == "1"
 
 
 def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layout: str, rank: int) -> None:

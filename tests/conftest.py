@@ -4,6 +4,7 @@ import os
 import shutil
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -57,3 +58,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         torch.backends.cudnn.allow_tf32 = False  # coarser than parity's tolerance, and on by default
     if item.get_closest_marker("requires_compiler") and missing_compiler():
         pytest.skip("no C++ compiler is found (set CXX, or install g++)")
+
+
+@pytest.fixture(scope="session")
+def host_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The CUDA extension compiled for the CPU, once for all tests."""
+    from support import host_extension
+
+    return host_extension.build(tmp_path_factory.mktemp("host_extension"))

@@ -108,6 +108,17 @@ def test_first_demo_builds_an_environment_installs_the_pinned_torch_and_runs_fro
     assert "torch 2.13.0 (200 MB for CPUs, gigabytes with CUDA" in said and "scikit-learn" in said
 
 
+@pytest.mark.parametrize("command", ["demo", "gpu"])
+def test_what_the_build_left_out_is_said_after_the_installation(bootstrap, machine, gpu, capsys, command):
+    machine.started(command)
+    assert "without the CUDA extension" not in capsys.readouterr().out
+    shutil.rmtree(bootstrap.VENV, ignore_errors=True)
+    bootstrap.LEFT_OUT.parent.mkdir()
+    bootstrap.LEFT_OUT.write_text("no nvcc\n")
+    machine.started(command)
+    assert "==> Installed without the CUDA extension: no nvcc\n" in capsys.readouterr().out
+
+
 def test_second_demo_calls_no_pip(bootstrap, machine):
     machine.started("demo")
     assert machine.started("demo") == ["VENV -m onepeace_fast.cli demo"]
@@ -121,10 +132,24 @@ def test_demo_after_test_calls_no_pip_and_test_after_demo_adds_its_tools_to_the_
     assert machine.started("test")[0] == f"VENV {LINT}"
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py"])
-def test_changed_packaging_installs_again_into_the_same_environment(bootstrap, machine, name):
+@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "build_backend/backend.py", "csrc/kernel.cuh"])
+def test_changed_packaging_or_source_installs_again_into_the_same_environment(bootstrap, machine, name):
     machine.started("demo")
+    (bootstrap.ROOT / name).parent.mkdir(exist_ok=True)
     (bootstrap.ROOT / name).write_text("# changed\n")
+    assert machine.started("demo") == new(bootstrap)[1:]
+    assert machine.started("demo") == new(bootstrap)[2:]
+
+
+@pytest.mark.parametrize("variable", ["CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES", None])
+def test_another_nvcc_or_other_architectures_install_again_into_the_same_environment(
+    bootstrap, machine, monkeypatch, variable
+):
+    machine.started("demo")
+    if variable is None:
+        offer(bootstrap, monkeypatch, "venv", "ensurepip", programs=("nvcc",))
+    else:
+        monkeypatch.setenv(variable, "another")
     assert machine.started("demo") == new(bootstrap)[1:]
     assert machine.started("demo") == new(bootstrap)[2:]
 

@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import onepeace_fast
-from onepeace_fast import cli, info, ops
+from onepeace_fast import cli, cuda_extension, info, ops
 
 
 def row_of(report: str, name: str) -> str:
@@ -96,15 +97,50 @@ def test_info_says_why_there_are_no_triton_kernels_where_triton_is_not_usable(mo
     assert row_of(info.describe(), "Triton kernels").endswith("Triton is not installed")
 
 
+BUILT = SimpleNamespace(TOOLKIT="13.0", ARCHITECTURES="sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("extension", "reason", "capability", "row"),
+    [
+        (None, "not built: no nvcc", None, "no not built: no nvcc"),
+        (BUILT, "no NVIDIA driver is found", None, "no built by CUDA 13.0 for sm_90a; no NVIDIA driver is found"),
+        (BUILT, None, None, "no built by CUDA 13.0 for sm_90a; torch sees no GPU"),
+        (BUILT, None, (9, 0), "works built by CUDA 13.0 for sm_90a"),
+        (BUILT, None, (8, 6), "no built by CUDA 13.0 for sm_90a; the GPU has compute capability 8.6"),
+    ],
+)
+def test_info_tells_whether_the_cuda_extension_runs_here_for_which_gpus_and_if_not_why(
+    monkeypatch, extension, reason, capability, row
+):
+    monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
+    monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "GPU")
+    found = " ".join(row_of(info.describe(), "CUDA extension").split())
+    assert found.startswith(f"CUDA extension {row}")
+
+
+def test_info_says_that_attention_s_gradients_are_those_of_the_specification():
+    row = row_of(info.describe(), "operation relative_bias_attention")
+    assert "gradients by the specification in chunks of heads" in row
+
+
 def test_info_survives_an_installation_that_lacks_or_breaks_nearly_everything(monkeypatch, tmp_path):
     (tmp_path / "triton.py").write_text("raise OSError('libtriton.so:\\n cannot open')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "triton", raising=False)
+    monkeypatch.setattr(cuda_extension, "_import", lambda: "the CUDA extension cannot be imported: broken")
+    cuda_extension.unavailable_reason.cache_clear()
     for module in ("onepeace_fast.kernels", "sklearn"):
         monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     report = info.describe()
+    cuda_extension.unavailable_reason.cache_clear()
+    assert row_of(report, "CUDA extension").endswith("the CUDA extension cannot be imported: broken")
     assert "OSError: libtriton.so: cannot open" in row_of(report, "Triton  ")
     assert "cannot be found out: ModuleNotFoundError" in row_of(report, "Triton kernels")
     assert "no C++ compiler found" in row_of(report, "torch.compile")

@@ -1,5 +1,6 @@
 """What is built and installed from this checkout: the right packages, outside the source tree, and nothing else."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,14 +10,17 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+import torch
 
 import onepeace_fast
 import onepeace_fast.kernels
+from onepeace_fast import cuda_extension
 
 pytest.importorskip("build")
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results")
+NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "results")
+LEFT_OUT = "onepeace_fast/cuda_left_out.txt"
 IMPORT_ELSEWHERE = """
 import sys
 target, *absent = sys.argv[1:]
@@ -27,21 +31,48 @@ print(onepeace_fast.__file__)
 print(onepeace_fast.kernels.__file__)
 print(onepeace_fast.__version__)
 """
+CALL_ELSEWHERE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from onepeace_fast import RoutePlan, _cuda, cuda_extension, relative_bias_attention
+print(_cuda.__file__)
+print(_cuda.ARCHITECTURES)
+plan = RoutePlan.from_lengths({"text": [5, 3]})
+qkv = torch.randn(8, 3, 2, 32).bfloat16()
+places = {name: getattr(plan, name) for name in ("cu_seqlens", "modality", "code", "is_cls")}
+expected = relative_bias_attention(qkv, **places, max_length=5)
+if torch.cuda.is_available():
+    places = {name: value.cuda() for name, value in places.items()}
+    actual = relative_bias_attention(qkv.cuda(), **places, max_length=5).cpu()
+    assert (actual.float() - expected.float()).abs().max() < 0.03
+    print("launched")
+else:
+    nothing = dict.fromkeys(("qkv", "cu_seqlens", "code", "is_cls", "head_scale", "out", "log_sum_exp", "stream"), 0)
+    sizes = dict.fromkeys(("device", "samples", "modalities", "rows", "heads", "max_length"), 0)
+    kinds = {"head_dim": 32, "scale": 1.0, "type": "bfloat16", "head_scale_type": "float32"}
+    try:
+        _cuda.relative_bias_attention_forward(**nothing, **sizes, **kinds, strides=(0, 0, 0), bias=[])
+    except RuntimeError as error:
+        print(error)
+"""
 
 
-def quietly(*command: str | Path, folder: Path) -> str:
+def quietly(*command: str | Path, folder: Path, **environment: str) -> str:
     """Run a command in a folder, show its output only if it fails, and return it."""
-    result = subprocess.run([str(part) for part in command], cwd=folder, text=True, capture_output=True)
+    options = {"text": True, "capture_output": True, "env": {**os.environ, **environment}}
+    result = subprocess.run([str(part) for part in command], cwd=folder, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build an sdist of this checkout's files and from it a wheel; return their folder."""
+    """Build an sdist of this checkout's files and from it a wheel without the extension; return their folder."""
     folder = tmp_path_factory.mktemp("package")
     shutil.copytree(ROOT, folder / "checkout", ignore=NOT_SOURCE)
-    quietly(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", "checkout", folder=folder)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder / "dist", "checkout"]
+    quietly(*build, folder=folder, ONEPEACE_FAST_CUDA_ARCHITECTURES="none")
     return folder / "dist"
 
 
@@ -63,8 +94,10 @@ def test_wheel_holds_the_library_with_its_kernels_inside_and_no_other_top_level_
 
 def test_wheel_holds_every_file_of_the_library_and_its_kernels(wheel):
     files = [*(ROOT / "onepeace_fast").rglob("*"), *(ROOT / "kernels").rglob("*")]
-    names = {path.relative_to(ROOT).as_posix() for path in files if path.is_file() and path.suffix != ".pyc"}
-    expected = {f"onepeace_fast/{name}" if name.startswith("kernels/") else name for name in names}
+    names = {
+        path.relative_to(ROOT).as_posix() for path in files if path.is_file() and path.suffix not in (".pyc", ".so")
+    }
+    expected = {f"onepeace_fast/{name}" if name.startswith("kernels/") else name for name in names} | {LEFT_OUT}
     assert {name for name in wheel.namelist() if ".dist-info/" not in name} == expected
 
 
@@ -73,6 +106,11 @@ def test_sdist_holds_what_the_library_and_its_tests_are_built_from(built):
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"setup.py", "pyproject.toml", "LICENSE", "NOTICE", "README.md", "bootstrap.py", "Makefile"} <= names
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+    assert {"csrc/relative_bias_attention_forward.cu", "csrc/host_shim/ptx.cuh"} <= sources <= names
+    assert {
+        f"build_backend/{name}.py" for name in ("backend", "build_commands", "compilation", "cuda_toolkit")
+    } <= names
     assert {"csrc/README.md", "kernels/__init__.py", "onepeace_fast/py.typed", "tests/conftest.py"} <= names
 
 
@@ -93,7 +131,43 @@ def test_the_gpl_synthesiser_is_needed_by_the_demo_alone_and_is_in_no_wheel(whee
     # Our own driver, which calls the engine where it is installed.
     assert [name for name in wheel.namelist() if "espeak" in name.lower()] == ["onepeace_fast/demo/espeak.py"]
     suffixes = {Path(name).suffix for name in wheel.namelist() if "dist-info" not in name}
-    assert suffixes == {".py", ".typed", ".html", ".json"}
+    assert suffixes == {".py", ".typed", ".html", ".json", ".txt"}
+
+
+def test_a_wheel_without_the_extension_serves_every_platform_and_says_why_it_is_without(built, wheel):
+    assert [path.name for path in built.glob("*.whl")] == [
+        f"onepeace_fast-{onepeace_fast.__version__}-py3-none-any.whl"
+    ]
+    assert wheel.read(LEFT_OUT) == b"ONEPEACE_FAST_CUDA_ARCHITECTURES=none asked for that\n"
+
+
+def test_this_installation_has_the_extension_or_the_reason_why_not():
+    reason = cuda_extension.unavailable_reason()
+    if cuda_extension.extension() is None:
+        assert reason.endswith((ROOT / LEFT_OUT).read_text().strip()) and "\n" not in reason
+    else:
+        assert not (ROOT / LEFT_OUT).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+def test_a_wheel_with_the_extension_is_built_without_torch_and_called_beside_it(tmp_path):
+    shutil.copytree(ROOT, tmp_path / "checkout", ignore=NOT_SOURCE)
+    environment = tmp_path / "environment"
+    quietly(sys.executable, "-m", "venv", environment, folder=tmp_path)
+    python = environment / "bin" / "python"
+    quietly(python, "-c", "import importlib.util as u; assert u.find_spec('torch') is None", folder=tmp_path)
+    pip = [python, "-m", "pip"]
+    wheel = [*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, tmp_path / "checkout"]
+    names = "sm_80,compute_80"
+    quietly(*wheel, folder=tmp_path, ONEPEACE_FAST_CUDA_ARCHITECTURES=names)
+    (path,) = tmp_path.glob("*.whl")
+    quietly(*pip, "install", "--no-deps", "--target", tmp_path / "site", path, folder=tmp_path)
+    output = quietly(sys.executable, "-I", "-c", CALL_ELSEWHERE, tmp_path / "site", folder=tmp_path)
+    module, architectures, said = output.splitlines()
+    assert Path(module).parent == tmp_path / "site" / "onepeace_fast" and architectures == names
+    without = "relative_bias_attention: no NVIDIA driver is found"
+    assert said == ("launched" if torch.cuda.is_available() else without)
 
 
 def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_packages(built, tmp_path):

@@ -127,7 +127,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: 
 
 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
-    """The operations that are specified and have no kernel yet; attention takes time with the square of ``rows``."""
+    """The operations that are not one Triton kernel; attention's specification takes time with ``rows`` squared."""
     batch = Rows(rows, device)
     yield _routed_ffn(batch, 64, dtype, make, "Sub-LN, gamma, keep, residual")
     yield from _relative_bias_attention(batch, dtype, make)

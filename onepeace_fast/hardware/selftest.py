@@ -7,6 +7,7 @@ CPU; the bound is that of ``onepeace_fast.tolerance``.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast import kernels
+from onepeace_fast import cuda_extension, kernels
 from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors, specified_cases
 from onepeace_fast.info import format_table
 from onepeace_fast.kernels.launch import launched
@@ -125,19 +126,30 @@ def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Cas
 
 def _compare(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Result]:
     """Every output and gradient of a case, and every slice of it that the case names."""
-    before = launched()
-    actual, given = outputs_and_gradients(on_device)
-    by_kernel = launched() > before
+    launches = [_launches()]
+
+    def counted(**leaves: Tensor) -> Tensor | tuple[Tensor, ...]:
+        result = on_device.call(**leaves)
+        launches.append(_launches())
+        return result
+
+    actual, given = outputs_and_gradients(dataclasses.replace(on_device, call=counted))
+    forward_by_kernel, backward_by_kernel = launches[1] > launches[0], _launches() > launches[1]
     with force_kernels(False):
         plain, _ = outputs_and_gradients(on_cpu, given)
     exact, _ = outputs_and_gradients(on_cpu, given, torch.float64)
     for name, value in actual.items():
         slices = on_cpu.slices.get(name, ())
+        by_kernel = forward_by_kernel if name.startswith("out") else backward_by_kernel
         for found in compare(value.cpu(), plain[name], exact[name], slices):
             tensor = name if found.part is ... else f"{name} (part)"
             yield Result(
                 on_cpu.operation, on_cpu.variant, dtype, by_kernel, tensor, found.error, found.allowed
             )  # fmt: skip
+
+
+def _launches() -> int:
+    return launched() + cuda_extension.launched()
 
 
 def outputs_and_gradients(

@@ -33,12 +33,13 @@ def define(
     fake: Callable[..., Any],
     *,
     kernel: str | Callable[..., Any] | None = None,
+    triton: bool = True,
 ) -> Callable[..., Any]:
     """Define ``onepeace_fast::name`` and return the op.
 
     ``specification`` is its implementation wherever no kernel runs. ``kernel`` names the module of
     ``onepeace_fast.kernels`` whose function ``name`` takes the same arguments; it is imported when it first runs. Or it
-    is a function that composes ops that have kernels.
+    is a function that composes ops that have kernels, or without ``triton`` one that runs without Triton.
     """
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
 
@@ -47,7 +48,7 @@ def define(
         # The public function has chosen the dtypes: autocast must not change what is inside, as compiled it does not.
         with torch._C._DisableAutocast():
             first = next(value for value in arguments if isinstance(value, Tensor))
-            if kernel is None or not runs_kernel(name, first):
+            if kernel is None or not runs_kernel(name, first, triton):
                 return specification(*arguments)
             return (launcher(kernel, name) if isinstance(kernel, str) else kernel)(*arguments)
 
@@ -72,12 +73,12 @@ def kernels_forced() -> bool | None:
     return _kernels_forced
 
 
-def runs_kernel(name: str, tensor: Tensor) -> bool:
-    """Whether an op's kernel runs on its first tensor; raise where it should and Triton cannot."""
-    wanted = tensor.is_cuda or (kernels.INTERPRETED and tensor.device.type == "cpu")
+def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:
+    """Whether an op's kernel runs on its first tensor; raise where it should and Triton, which it needs, cannot."""
+    wanted = tensor.is_cuda or (triton and kernels.INTERPRETED and tensor.device.type == "cpu")
     if tensor.dtype == torch.float64 or not (wanted if _kernels_forced is None else _kernels_forced):
         return False
-    if (reason := kernels.unavailable_reason()) is not None:
+    if triton and (reason := kernels.unavailable_reason()) is not None:
         raise RuntimeError(
             f"{name}: got a tensor on {tensor.device}, takes Triton for it: {reason}; install it, or use "
             "backend='reference'"

@@ -8,10 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import require_values
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 PAIRS_OF_A_GROUP = 2**13
+PAIRS_OF_A_DEVICE_GROUP = 2**22
+PAIRS_OF_DEVICE_HEADS = 2**24
 
 
 class Group(NamedTuple):
@@ -44,15 +46,21 @@ class Group(NamedTuple):
 
 
 def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
-    """Samples to compute at once: on a CPU by length, elsewhere all, at ``max_length``, so that nothing is read."""
-    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
-    totals = lengths.sum(0)
+    """Samples to compute at once, few enough for linear memory: on a CPU by length, elsewhere at ``max_length``.
+
+    With ``max_length`` nothing is read from a device.
+    """
     if cu_seqlens.shape[1] == 1:
         return
+    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
     if cu_seqlens.device.type != "cpu":
-        yield Group(*_padded_rows(starts, lengths, max_length or int(totals.max())))
+        longest = longest_sample(cu_seqlens, max_length)
+        step = _samples_at_once(longest)
+        for first in range(0, cu_seqlens.shape[1] - 1, step):
+            some = slice(first, first + step)
+            yield Group(*_padded_rows(starts[:, some], lengths[:, some], longest))
         return
-    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), totals.tolist()
+    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), lengths.sum(0).tolist()
     for samples in _by_length(host_totals):
         first, longest = samples[0], host_totals[samples[-1]]
         parts = [(start, start + n) for start, n in zip(host_starts[first], host_lengths[first], strict=True) if n]
@@ -61,6 +69,24 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
         else:
             rows, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
             yield Group(rows, None if host_totals[first] == longest else valid)
+
+
+def longest_sample(cu_seqlens: Tensor, max_length: int) -> int:
+    """``max_length``, or where the host does not know it the longest sample, read from the device."""
+    if max_length or cu_seqlens.shape[1] == 1:
+        return max_length
+    return int(cu_seqlens.diff(dim=1).sum(0).max())
+
+
+def _samples_at_once(longest: int) -> int:
+    return max(1, PAIRS_OF_A_DEVICE_GROUP // max(longest, 1) ** 2)
+
+
+def head_slices(heads: int, samples: int, longest: int) -> Iterator[slice]:
+    """Heads to compute at once on a device, few enough for linear memory: at least one, all where samples are short."""
+    pairs = min(samples, _samples_at_once(longest)) * longest**2
+    step = max(1, PAIRS_OF_DEVICE_HEADS // max(pairs, 1))
+    return (slice(first, min(first + step, heads)) for first in range(0, heads, step))
 
 
 def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
@@ -144,19 +170,29 @@ def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
     return result
 
 
+def check_segments(cu_seqlens: Tensor, rows: int) -> None:
+    """Raise where segments end past the rows or before they begin; only a CPU is read by the host."""
+    if not cu_seqlens.numel():
+        return
+    inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
+    require_values(inside, f"cu_seqlens: got segments outside the rows, takes growing bounds from 0 to at most {rows}")
+
+
 def check_codes(
     bias: Sequence[Tensor], modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
 ) -> None:
-    """Raise where two codes of a modality differ by more than its vector covers; the host can read them on a CPU."""
+    """Raise where two codes of a modality differ by more than its vector covers; only a CPU is read by the host."""
     for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
-        codes = code[(modality == m) & ~is_cls]
-        span = int(codes.max() - codes.min()) if codes.numel() else 0
         covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
-        require(
+        counted = (modality == m) & ~is_cls
+        # Without a row counted this is negative.
+        largest = torch.where(counted, code.long(), -(2**31)).amax() if code.numel() else code.new_zeros(())
+        smallest = torch.where(counted, code.long(), 2**31).amin() if code.numel() else largest
+        span = largest - smallest
+        found = int(span) if span.device.type == "cpu" else "more"
+        require_values(
             span <= covered,
-            lambda m=m, span=span, covered=covered: (
-                f"code: got codes of modality {m} that differ by {span}, takes at most {covered}, what bias[{m}] covers"
-            ),
+            f"code: got codes of modality {m} that differ by {found}, takes at most {covered}, what bias[{m}] covers",
         )
 
 

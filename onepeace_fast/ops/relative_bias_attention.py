@@ -11,15 +11,27 @@ head scale c: NormFormer, arXiv 2110.09456). No [length, length] tensor exists o
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.checks import checks_devices, describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.ops._attention_on_gpu import attend_by_sdpa, launch_forward, refusal
 from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, only_needed, register_gradient
-from onepeace_fast.ops._segments import Group, check_codes, pair_bias, sample_groups, sum_by_index
+from onepeace_fast.ops._segments import (
+    Group,
+    check_codes,
+    check_segments,
+    head_slices,
+    longest_sample,
+    pair_bias,
+    sample_groups,
+    sum_by_index,
+)
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 
@@ -48,8 +60,8 @@ def relative_bias_attention_specification(
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
-    if bias and code.device.type == "cpu":
-        check_codes(bias, modality, code, is_cls, code_offsets)
+    if code.device.type == "cpu":
+        _check_values(rows, cu_seqlens, modality, code, is_cls, bias, code_offsets)
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
     for group in sample_groups(cu_seqlens, max_length):
         q, k, v = _heads(qkv, group)
@@ -109,6 +121,56 @@ def relative_bias_attention_backward_specification(
     return dqkv[:rows], gradients, qkv.new_empty(0) if dscale is None else dscale.to(head_scale.dtype, copy=True)
 
 
+def relative_bias_attention_on_gpu(
+    qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
+    code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """What the specification returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
+    if checks_devices():
+        _check_values(qkv.shape[0], cu_seqlens, modality, code, is_cls, bias, code_offsets)
+    if (reason := refusal(qkv, cu_seqlens.shape[0])) is None:
+        return launch_forward(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
+    _say_once(reason)
+    pairs = pair_bias(bias, modality, code, is_cls, code_offsets, qkv.dtype)
+    return attend_by_sdpa(qkv, cu_seqlens, pairs, head_scale, scale, longest_sample(cu_seqlens, max_length))
+
+
+def _check_values(
+    rows: int, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
+    code_offsets: Sequence[int],
+) -> None:  # fmt: skip
+    check_segments(cu_seqlens, rows)
+    check_codes(bias, modality, code, is_cls, code_offsets)
+
+
+@functools.cache
+def _say_once(reason: str) -> None:
+    warnings.warn(
+        f"relative_bias_attention: takes the slower path, PyTorch's scaled_dot_product_attention: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def relative_bias_attention_backward_on_gpu(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor,
+    bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
+    max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """What the backward specification returns, by itself, some heads after others so that memory is linear in rows."""
+    longest = longest_sample(cu_seqlens, max_length)
+    parts = [
+        relative_bias_attention_backward_specification(
+            grad[:, heads], qkv[:, :, heads], cu_seqlens, modality, code, is_cls, [vector[heads] for vector in bias],
+            code_offsets, None if head_scale is None else head_scale[heads], log_sum_exp[:, heads], scale, longest,
+            bias_needs, head_scale_need,
+        )
+        for heads in head_slices(qkv.shape[2], cu_seqlens.shape[1] - 1, longest)
+    ]  # fmt: skip
+    dqkv, dbias, dscale = zip(*parts, strict=True)
+    return torch.cat(dqkv, 2), [torch.cat(vectors) for vectors in zip(*dbias, strict=True)], torch.cat(dscale)
+
+
 def _fake(qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length):
     out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
     return out, qkv.new_empty(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype))
@@ -118,7 +180,7 @@ def _fake_backward(
     grad, qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
     bias_needs, head_scale_need,
 ):  # fmt: skip
-    gradients = [torch.empty_like(b) if n else b.new_empty(0) for b, n in zip(bias, bias_needs, strict=True)]
+    gradients = [b.new_empty(b.shape if n else 0) for b, n in zip(bias, bias_needs, strict=True)]
     dscale = torch.empty_like(head_scale) if head_scale_need else qkv.new_empty(0)
     return torch.empty_like(qkv, memory_format=torch.contiguous_format), gradients, dscale
 
@@ -129,6 +191,8 @@ _op = define(
     f"(Tensor qkv, {_PLAN}, Tensor? head_scale, float scale, SymInt max_length) -> (Tensor, Tensor)",
     relative_bias_attention_specification,
     _fake,
+    kernel=relative_bias_attention_on_gpu,
+    triton=False,
 )
 _backward_op = define(
     "relative_bias_attention_backward",
@@ -136,6 +200,8 @@ _backward_op = define(
     " bool[] bias_needs, bool head_scale_need) -> (Tensor, Tensor[], Tensor)",
     relative_bias_attention_backward_specification,
     _fake_backward,
+    kernel=relative_bias_attention_backward_on_gpu,
+    triton=False,
 )
 
 
@@ -200,9 +266,14 @@ def relative_bias_attention(
 
     Returns:
         [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
+        On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernel; whatever it cannot take runs
+        PyTorch's attention, which says so once.
 
     Raises:
-        ValueError: a dtype, shape or device that does not fit.
+        ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;
+            on a CPU, and under ``ONEPEACE_FAST_CHECK=1`` by an assertion on the device, segments outside the rows and
+            codes that differ by more than their vector covers.
+        RuntimeError: CUDA's error where the launch fails.
     """
     floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
     require_tensor("qkv", qkv, floats, "[rows, 3, heads, head_dim]", 4)

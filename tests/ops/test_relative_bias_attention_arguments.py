@@ -5,7 +5,9 @@ import torch
 from support.contract import refused
 from support.plans import naive_layout, whole_rows
 
-from onepeace_fast import relative_bias_attention
+from onepeace_fast import cuda_extension, relative_bias_attention
+from onepeace_fast.ops import _library
+from onepeace_fast.ops import _segments as segments
 
 LAYOUT = naive_layout(whole_rows({"text": [3, 2], "image": [4, 1]}))
 ROWS, HEADS = LAYOUT.capacity, 2
@@ -70,6 +72,30 @@ def test_codes_whose_difference_lies_outside_the_vector_are_refused(offsets):
     with pytest.raises((ValueError, RuntimeError)) as caught:
         relative_bias_attention(**arguments(code_offsets=offsets))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bounds", ([[0, 3, 5], [5, 9, 11]], [[0, 3, 5], [5, 9, 8]], [[-1, 3, 5], [5, 9, 10]]), ids=str)
+def test_segments_that_are_not_those_of_the_rows_are_refused(bounds):
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    refused("cu_seqlens", relative_bias_attention, **arguments(cu_seqlens=cu_seqlens))
+
+
+@pytest.mark.filterwarnings("ignore:.*takes the slower path:RuntimeWarning")
+@pytest.mark.parametrize("wrong", ("code_offsets", "cu_seqlens"))
+def test_values_on_a_device_are_checked_where_the_environment_asks_for_it(monkeypatch, wrong):
+    monkeypatch.setattr(_library, "runs_kernel", lambda name, tensor, triton=True: True)  # as on a device
+    monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "none is there")
+    bad = {"code_offsets": [2, 1], "cu_seqlens": torch.tensor([[0, 3, 5], [5, 9, 8]], dtype=torch.int32)}
+    asked = []
+    monkeypatch.setattr(segments, "require_values", lambda condition, message: asked.append((bool(condition), message)))
+    relative_bias_attention(**arguments())
+    assert not asked
+    monkeypatch.setenv("ONEPEACE_FAST_CHECK", "1")
+    relative_bias_attention(**arguments())
+    assert asked and all(holds for holds, _ in asked)
+    relative_bias_attention(**arguments(**{wrong: bad[wrong]}))
+    (message,) = (message for holds, message in asked if not holds)
+    assert message.startswith("code" if wrong == "code_offsets" else wrong)
 
 
 @pytest.mark.parametrize("offsets", ([1, 2], [3, 4]), ids=str)

@@ -24,7 +24,7 @@ NAME = "relative_bias_attention"
 @pytest.fixture
 def padded(monkeypatch):
     """The op's module as it behaves elsewhere; nothing is registered."""
-    monkeypatch.setattr(_library, "define", lambda *args: None)
+    monkeypatch.setattr(_library, "define", lambda *args, **keywords: None)
     monkeypatch.setattr(_library, "register_gradient", lambda *args: None)
     asked = False
     for name in ("_segments", NAME):
@@ -64,11 +64,12 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("name", BATCHES)
-def test_padded_samples_give_what_samples_of_their_own_length_give(padded, name):
+def test_padded_samples_give_what_samples_of_their_own_length_give(monkeypatch, padded, name):
     batch = BATCHES[name]()
     leaves = batch.leaves()
     expected = run(importlib.import_module(f"onepeace_fast.ops.{NAME}"), batch, leaves)
-    for longer in (0, 3) if batch.layout.samples else (0,):
+    for longer, pairs in ((0, 2**22), (3, 2**22), (0, 1)) if batch.layout.samples else ((0, 1),):
+        monkeypatch.setattr(sys.modules["onepeace_fast.ops._segments"], "PAIRS_OF_A_DEVICE_GROUP", pairs)
         actual = run(padded, batch, leaves, batch.layout.max_length + longer)
         for key, value in expected.items():
             torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)

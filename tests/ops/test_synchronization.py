@@ -17,6 +17,10 @@ from onepeace_fast import RoutePlan
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers import transformer
 from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
+from onepeace_fast.ops.relative_bias_attention import (
+    relative_bias_attention_backward_on_gpu,
+    relative_bias_attention_on_gpu,
+)
 
 LENGTHS = {"text": [5, 7, 3], "image": [4, 10], "audio": [6]}
 SAMPLES = {"text": [0, 1, 2], "image": [2, 0], "audio": [1]}
@@ -136,7 +140,10 @@ def run_specifications(plan: RoutePlan) -> None:
     bias = [random(heads, 2 * offset + 4) for offset in plan.code_offsets]
     places = (plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, bias, plan.code_offsets, head_scale)
     out, total = forward(qkv, *places, 0.5, plan.max_length)
-    dqkv, *_ = backward(out, qkv, *places, total, 0.5, plan.max_length, needs, True)
+    backward(out, qkv, *places, total, 0.5, plan.max_length, needs, True)
+    out, total = relative_bias_attention_on_gpu(qkv, *places, 0.5, plan.max_length)
+    rest = (total, 0.5, plan.max_length, needs, True)
+    dqkv, *_ = relative_bias_attention_backward_on_gpu(out, qkv, *places, *rest)
     assert dqkv.shape == qkv.shape and dqkv.device == DEVICE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -128,6 +129,52 @@ def mixed(long: bool = False) -> Batch:
     )  # fmt: skip
     width = max(lengths["text"])
     return Batch(layout, (series(4, width), grid(3, 3), series(16, 401), series(4, 2)))
+
+
+def lengths(counts: Sequence[int], modalities: int = 1) -> Batch:
+    """Samples of these lengths in each of some modalities, the counts turned by one from a modality to the next."""
+    turned = {f"modality{m}": [*counts[m:], *counts[:m]] for m in range(modalities)}
+    tables = tuple(series(8 << m, max(counts)) for m in range(modalities))
+    return Batch(naive_layout(whole_rows(turned), capacity=modalities * sum(counts) + 5), tables)
+
+
+def shuffled_grid(side: int, kept: Sequence[int] = ()) -> Batch:
+    """A whole image, and kept patches of others, in random order."""
+    total = side * side + 1
+    generator = random.Random(side)
+    rows = [generator.sample(range(1, total), count) for count in (total - 1, *kept)]
+    positions = {"image": [[0, *row] for row in rows]}
+    layout = naive_layout(
+        whole_rows({"image": [len(row) + 1 for row in rows]}), positions=positions,
+        codes={"image": grid_codes(side, side).tolist()},
+    )  # fmt: skip
+    return Batch(layout, (grid(side, side),))
+
+
+def windowed_grid(side: int, last: int) -> Batch:
+    """The first 70 and the ``last`` patches of an image, and a text."""
+    total = side * side
+    patches = [*range(1, 71), *range(total - last + 1, total + 1)]
+    layout = naive_layout(
+        whole_rows({"image": [len(patches) + 1], "text": [20]}), positions={"image": [[0, *patches]]},
+        codes={"image": grid_codes(side, side).tolist()},
+    )  # fmt: skip
+    return Batch(layout, (grid(side, side), series(8, 20)))
+
+
+def any_cls(counts: Sequence[Sequence[tuple[int, int]]]) -> Batch:
+    """Segments of any number of body and CLS tokens, ``counts[modality][sample]``."""
+    tokens = []
+    seen = [0] * len(counts[0])
+    for m, segments in enumerate(counts):
+        for sample, (body, cls) in enumerate(segments):
+            for i in range(body + cls):
+                column = i + 1 if i < body else 0
+                tokens.append(Token(m, sample, column, column, 0, column, seen[sample]))
+                seen[sample] += 1
+    widest = max(body for segments in counts for body, _ in segments) + 1
+    layout = Layout(tuple(tokens), len(counts), len(counts[0]), len(tokens) + 1)
+    return Batch(layout, tuple(series(4 << m, widest) for m in range(len(counts))))
 
 
 def random_codes(counts: Sequence[int] = (4, 1, 3), entries: int = 9) -> tuple[Layout, int, int]:

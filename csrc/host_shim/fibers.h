@@ -1,0 +1,73 @@
+// Threads of a CUDA thread block as fibers of one CPU thread. A fiber runs until it reaches something that its warp or
+// its block does together; blocks run one after another. Races are found by AddressSanitizer (a block's shared memory is
+// an allocation of its own, filled with NaN) and by ThreadSanitizer (every fiber is a thread to it, and only barriers
+// order their accesses).
+
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+namespace host_shim {
+
+constexpr int WARP = 32;
+
+struct Index {
+    unsigned x = 0, y = 0, z = 0;
+};
+
+struct Position {
+    Index thread, block, block_size, grid_size;
+};
+
+// End the process with a line that names the running fiber.
+[[noreturn]] void fail(const char* what, const char* more = "");
+
+// Of the running fiber.
+const Position& position();
+void* shared_memory();
+
+// All 32 lanes hand in a pointer; the last to arrive calls `finish` with them. `kind` must be the same for all.
+using Lanes = void* const (&)[WARP];
+void with_warp(const char* kind, void* argument, void (*finish)(Lanes));
+
+// Barriers, which also order accesses.
+void synchronize_warp();
+void synchronize_block();
+
+// A copy to shared memory that may begin at once and has ended after wait_for_copies(); zeros where `source` is null.
+// Until then the target holds NaN.
+struct Copy {
+    void* target;
+    const void* source;
+    int bytes;
+};
+void push_copy(const Copy& copy);
+bool pop_copy(Copy& copy);
+
+inline void copy_later(void* target, const void* source, int bytes) {
+    if (reinterpret_cast<uintptr_t>(target) % bytes || reinterpret_cast<uintptr_t>(source) % bytes) {
+        fail("cp.async has an address off its size");
+    }
+    std::memset(target, 0xff, bytes);
+    push_copy({target, source, bytes});
+}
+
+inline void wait_for_copies() {
+    for (Copy copy; pop_copy(copy);) {
+        if (copy.source) {
+            std::memcpy(copy.target, copy.source, copy.bytes);
+        } else {
+            std::memset(copy.target, 0, copy.bytes);
+        }
+    }
+}
+
+// Run a kernel's body once for every thread of a grid; ends the process with a line where threads disagree about what
+// they do together. Other seeds than 0 shuffle the order of blocks and of warps.
+void run_grid(Index blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+void set_order(uint64_t seed);
+
+}  // namespace host_shim

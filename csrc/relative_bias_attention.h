@@ -1,0 +1,58 @@
+// Self-attention over packed segments with a relative position bias in code form: the interface of the CUDA kernels.
+//
+// Plain structs of raw device pointers, strides in elements and a stream: no torch, no Python, so that one binary serves
+// every torch. onepeace_fast/ops/relative_bias_attention.py has the mathematics; ONE-PEACE, arXiv 2305.11172.
+
+#pragma once
+
+#include <cstdint>
+
+namespace onepeace_fast {
+
+constexpr int MAX_MODALITIES = 16;
+constexpr int CLS_ENTRIES = 3;  // the last entries of a vector: CLS as query, CLS as key, both
+
+enum ElementType : int32_t { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
+
+// One modality's bias, [heads, entries]: entry code_i - code_j + code_offset for query i and key j, CLS entries last.
+struct BiasVector {
+    const void* data;
+    int64_t head_stride;
+    int64_t entry_stride;
+    int32_t entries;  // CLS_ENTRIES included
+    int32_t code_offset;
+    ElementType type;
+};
+
+// A segment's CLS rows, any number of them, are its last rows. Rows from cu_seqlens[modalities - 1, samples] on are
+// inert: they are not read, and their results are zero.
+struct RelativeBiasAttention {
+    int32_t device;
+    int32_t samples;
+    int32_t modalities;
+    int32_t heads;
+    int32_t head_dim;     // 32, 64 or 128
+    int32_t rows;         // capacity, inert rows included
+    int32_t max_length;   // longest sample, all modalities together; 0 where the host does not know it
+    float scale;          // of q . k
+    ElementType type;     // of qkv and out: FLOAT16 or BFLOAT16
+    const void* qkv;      // [rows, 3, heads, head_dim], 16-byte aligned, the last dimension dense
+    int64_t row_stride;   // strides of qkv in elements, multiples of 8
+    int64_t which_stride;
+    int64_t head_stride;
+    const int32_t* cu_seqlens;  // [modalities, samples + 1], dense
+    const int32_t* code;        // [rows]
+    const uint8_t* is_cls;      // [rows], 0 or 1
+    int32_t bias_vectors;       // 0, or one for each modality
+    BiasVector bias[MAX_MODALITIES];
+    const void* head_scale;  // [heads], dense, or null
+    ElementType head_scale_type;
+};
+
+// Writes out [rows, heads, head_dim] and log_sum_exp float32 [rows, heads], both dense, inert rows too. Returns null, or
+// one line that says what is wrong: an argument that cannot be taken, in which case nothing is launched, or CUDA's error.
+// The pointers must stay valid until the stream has passed the launch; nothing is allocated, nothing synchronises.
+const char* relative_bias_attention_forward(
+    const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream);
+
+}  // namespace onepeace_fast

@@ -1,0 +1,98 @@
+// Where the tokens of one sample lie, and their blocks: a block never straddles two modalities, and CLS rows, which
+// stand last in their segments, form blocks of their own, all modalities together.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include "relative_bias_attention.h"
+
+namespace onepeace_fast {
+
+constexpr int WARP = 32;
+constexpr int BLOCK_ROWS = 16;  // rows of a matrix instruction
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// Consecutive body rows of a modality, or CLS rows, counted through all modalities, where modality == modalities.
+struct Block {
+    int modality;
+    int first;
+    int count;
+};
+
+// In shared memory, for every thread of a block.
+struct Sample {
+    int first[MAX_MODALITIES];  // row of each segment
+    int body[MAX_MODALITIES];   // its rows before CLS
+    int cls[MAX_MODALITIES];    // its CLS rows
+    int cls_total;
+    int row_blocks;  // of BLOCK_ROWS rows
+    int key_tiles;   // of KEY_ROWS rows, and of BLOCK_ROWS rows of CLS
+};
+
+struct Row {
+    int index;
+    int modality;
+};
+
+// By the first warp; the others see it after a barrier.
+template <int KEY_ROWS>
+__device__ __forceinline__ void read_sample(Sample& sample, const RelativeBiasAttention& arguments, int index) {
+    const int m = thread_index();
+    if (m >= WARP) return;
+    int cls = 0, row_blocks = 0, key_tiles = 0;
+    if (m < arguments.modalities) {
+        const int32_t* offsets = arguments.cu_seqlens + static_cast<int64_t>(m) * (arguments.samples + 1) + index;
+        const int first = offsets[0], end = offsets[1];
+        // Both flags are loaded at once: more than one CLS is rare.
+        const bool last = end > first && arguments.is_cls[end - 1];
+        const bool before = end > first + 1 && arguments.is_cls[end - 2];
+        cls = last ? 1 : 0;
+        if (last && before) {
+#pragma unroll 1
+            for (cls = 2; end - cls > first && arguments.is_cls[end - cls - 1];) ++cls;
+        }
+        const int body = end - first - cls;
+        row_blocks = ceil_div(body, BLOCK_ROWS);
+        key_tiles = ceil_div(body, KEY_ROWS);
+        sample.first[m] = first;
+        sample.body[m] = body;
+        sample.cls[m] = cls;
+    }
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        cls += __shfl_xor_sync(0xffffffff, cls, step);
+        row_blocks += __shfl_xor_sync(0xffffffff, row_blocks, step);
+        key_tiles += __shfl_xor_sync(0xffffffff, key_tiles, step);
+    }
+    if (m == 0) {
+        sample.cls_total = cls;
+        sample.row_blocks = row_blocks + ceil_div(cls, BLOCK_ROWS);
+        sample.key_tiles = key_tiles + ceil_div(cls, BLOCK_ROWS);
+    }
+}
+
+// Block `index` of a sample whose bodies are cut into blocks of up to `rows` rows.
+__device__ __forceinline__ Block find_block(const Sample& sample, int modalities, int rows, int index) {
+    int m = 0;
+#pragma unroll 1
+    for (; m < modalities; ++m) {
+        const int blocks = ceil_div(sample.body[m], rows);
+        if (index < blocks) return {m, index * rows, min(rows, sample.body[m] - index * rows)};
+        index -= blocks;
+    }
+    return {m, index * BLOCK_ROWS, min(BLOCK_ROWS, sample.cls_total - index * BLOCK_ROWS)};
+}
+
+// Row i of a block; past its last row, its last row.
+__device__ __forceinline__ Row find_row(const Sample& sample, int modalities, const Block& block, int i) {
+    i = block.first + min(i, block.count - 1);
+    if (block.modality < modalities) return {sample.first[block.modality] + i, block.modality};
+    int m = 0;
+#pragma unroll 1
+    for (; i >= sample.cls[m]; ++m) i -= sample.cls[m];
+    return {sample.first[m] + sample.body[m] + i, m};
+}
+
+}  // namespace onepeace_fast

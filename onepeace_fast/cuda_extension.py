@@ -1,0 +1,69 @@
+"""The CUDA extension, compiled from csrc/ at installation: whether it is here, for which GPUs, and if not, why."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from pathlib import Path
+from types import ModuleType
+
+_LEFT_OUT = Path(__file__).with_name("cuda_left_out.txt")
+_launches = 0
+_ARCHITECTURES_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
+
+
+@functools.cache
+def _import() -> ModuleType | str:
+    """The extension, or in one line why it is not here."""
+    try:
+        return importlib.import_module("onepeace_fast._cuda")
+    except ModuleNotFoundError:
+        reason = _LEFT_OUT.read_text(encoding="utf-8").strip() if _LEFT_OUT.exists() else "install onepeace_fast again"
+        return f"the CUDA extension was not built: {reason}"
+    except ImportError as error:
+        return f"the CUDA extension cannot be imported: {' '.join(str(error).split())}"
+
+
+def extension() -> ModuleType | None:
+    """The extension; None where it is not here."""
+    found = _import()
+    return None if isinstance(found, str) else found
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why the extension can launch nothing on this machine, or None: it is not here, or the driver does not run it."""
+    found = _import()
+    return found if isinstance(found, str) else found.unavailable_reason()
+
+
+def count_launch() -> None:
+    """Every launch of the extension is followed by this."""
+    global _launches
+    _launches += 1
+
+
+def launched() -> int:
+    """How many kernels of the extension this process has launched."""
+    return _launches
+
+
+def unsupported_reason(capability: tuple[int, int]) -> str | None:
+    """Why the extension's binaries do not run on a GPU of this compute capability, or None."""
+    built = extension().ARCHITECTURES
+    if any(_runs(architecture, capability) for architecture in built.split(",")):
+        return None
+    return (
+        "the GPU has compute capability {}.{}".format(*capability) + f" and the CUDA extension was built for {built}: "
+        f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
+    )
+
+
+def _runs(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether code of an architecture runs there: on its major version, PTX on all later ones, with an "a" on one."""
+    kind, digits, exact = re.fullmatch(r"(sm|compute)_(\d+)(a?)", architecture).groups()
+    built = (int(digits[:-1]), int(digits[-1]))
+    if exact:
+        return capability == built
+    return capability >= built and (kind == "compute" or capability[0] == built[0])

@@ -1,0 +1,307 @@
+"""How ``relative_bias_attention`` runs on a GPU: by the CUDA kernel, and by PyTorch's attention where it cannot.
+
+Here both run on the CPU: the kernel's own source and its binding compiled by g++, PyTorch's attention as it is.
+"""
+
+import re
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support import contract
+from support.attention_cases import Batch, kept_grid, kept_text, mixed, series, text_only
+from support.contract import normal
+from support.host_extension import ARCHITECTURES, force_gpu_paths, use
+from support.plans import naive_layout, whole_rows
+
+from onepeace_fast import cuda_extension, relative_bias_attention
+from onepeace_fast.hardware import selftest
+from onepeace_fast.hardware.cases import random_tensors, specified_cases
+from onepeace_fast.ops import _attention_on_gpu, _segments
+from onepeace_fast.ops.relative_bias_attention import _say_once, relative_bias_attention_specification
+from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
+
+BATCHES = {"text": text_only, "kept text": kept_text, "kept grid": kept_grid, "mixed": mixed}
+
+
+@pytest.fixture
+def kernel(monkeypatch, host_extension):
+    """The kernel runs; a slower path would be heard."""
+    use(monkeypatch, host_extension)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        yield host_extension
+
+
+@pytest.fixture
+def slower_path(monkeypatch):
+    """No extension is there."""
+    force_gpu_paths(monkeypatch)
+    monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "there is no extension")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        yield
+
+
+@pytest.mark.requires_compiler
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernel_follows_the_dense_bias(kernel, name, dtype):
+    batch = BATCHES[name]()
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), dtype, batch.slices())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_slower_path_follows_the_dense_bias(slower_path, name, dtype):
+    batch = BATCHES[name]()
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 8), dtype, batch.slices())
+
+
+@pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
+def test_bias_and_head_scale_are_optional_on_the_slower_path(slower_path, bias, head_scale):
+    batch = mixed()
+    leaves = batch.leaves(3, 8, bias, head_scale)
+    contract.check_against_naive(batch.call, batch.plain, leaves, torch.bfloat16, batch.slices(3))
+
+
+@pytest.mark.requires_compiler
+@pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
+def test_bias_and_head_scale_are_optional_for_the_kernel(kernel, bias, head_scale):
+    batch = mixed()
+    leaves = batch.leaves(3, 64, bias, head_scale)
+    contract.check_against_naive(batch.call, batch.plain, leaves, torch.bfloat16, batch.slices(3))
+
+
+@pytest.mark.requires_compiler
+def test_parameters_keep_their_own_dtype_and_the_scale_is_the_caller_s(kernel):
+    batch = Batch(text_only().layout, text_only().tables, 0.3)
+    leaves = batch.leaves(2, 32)
+    for dtype in DTYPES:
+        dtypes = {name: torch.bfloat16 if name == "qkv" else dtype for name in leaves}
+        contract.check_against_naive(batch.call, batch.plain, leaves, dtypes, batch.slices())
+    half = {"qkv": leaves.pop("qkv").half()}
+    single = {name: leaf.float() for name, leaf in leaves.items()}
+    double = {name: leaf.double() for name, leaf in single.items()}
+    assert torch.equal(batch.call(**half, **double), batch.call(**half, **single))
+
+
+def test_the_slower_path_takes_the_caller_s_scale(slower_path):
+    batch = Batch(text_only().layout, text_only().tables, 0.1)
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.float32, batch.slices())
+
+
+@pytest.mark.requires_compiler
+def test_the_selftest_tells_the_kernel_s_forward_pass_from_the_specification_s_backward_pass(kernel):
+    make = lambda: random_tensors(torch.device("cpu"), 0)  # noqa: E731
+    cases = [list(specified_cases(20, torch.bfloat16, make(), torch.device("cpu")))[1] for _ in range(2)]
+    rows = list(selftest._compare(*cases, torch.bfloat16))
+    assert {row.operation for row in rows} == {"relative_bias_attention"} and all(row.kept for row in rows)
+    assert all(row.by_kernel == row.tensor.startswith("out") for row in rows)
+
+
+@pytest.mark.requires_compiler
+def test_the_plan_s_tensors_and_parameters_may_have_any_strides(kernel):
+    batch = mixed()
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    expected = batch.call(**leaves)
+    plan = batch.arguments
+    plan |= {name: plan[name].repeat_interleave(2, -1)[..., ::2] for name in ("cu_seqlens", "code", "is_cls")}
+    assert not any(plan[name].is_contiguous() for name in ("cu_seqlens", "code", "is_cls"))
+    assert torch.equal(batch.call(**{**leaves, "head_scale": contract.stepped(leaves["head_scale"])}), expected)
+
+
+@pytest.mark.requires_compiler
+def test_a_part_of_a_larger_projection_is_read_in_place(kernel):
+    batch = mixed()
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    rows = batch.layout.capacity
+    projection = torch.full((rows, 8 + 192 + 16), torch.nan, dtype=torch.bfloat16)
+    projection[:, 8:-16] = leaves["qkv"].flatten(1)
+    part = projection[:, 8:-16].view(rows, 3, 2, 32)
+    assert torch.equal(batch.call(**{**leaves, "qkv": part}), batch.call(**leaves))
+
+
+@pytest.mark.requires_compiler
+def test_the_log_sum_exp_is_the_specification_s_and_inert_rows_are_zero(kernel):
+    batch = mixed()
+    leaves = batch.leaves(2, 32)
+    plan = batch.arguments
+    bias = [leaves[f"table{m}"][table.entries].t().float() for m, table in enumerate(batch.tables)]
+    offsets, head_scale = [table.offset for table in batch.tables], leaves["head_scale"].float()
+    rest = (bias, offsets, head_scale, 0.2, plan["max_length"])
+    qkv = leaves["qkv"].half()
+    tensors = (plan["cu_seqlens"], plan["code"], plan["is_cls"])
+    out, total = _attention_on_gpu.launch_forward(qkv, *tensors, *rest)
+    every = (plan["cu_seqlens"], plan["modality"], plan["code"], plan["is_cls"])
+    _, plain = relative_bias_attention_specification(qkv, *every, *rest)
+    _, exact = relative_bias_attention_specification(qkv.double(), *every, *rest)
+    assert_within_rule("log_sum_exp", total, plain, exact, [(..., head) for head in range(2)])
+    inert = slice(len(batch.layout.tokens), None)
+    assert not out[inert].any() and not total[inert].any() and len(out[inert])
+
+
+@pytest.mark.parametrize("path", ["slower_path", pytest.param("kernel", marks=pytest.mark.requires_compiler)])
+def test_registration_and_compilation(path, request):
+    request.getfixturevalue(path)
+    batch = text_only()
+    batch.arguments  # noqa: B018 (made outside the graph)
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    contract.check_registration(batch.call, leaves, "relative_bias_attention")
+    contract.check_compiled(batch.call, leaves)
+
+
+@pytest.mark.parametrize("path", ["slower_path", pytest.param("kernel", marks=pytest.mark.requires_compiler)])
+@pytest.mark.parametrize("lengths", ([0, 3], [0], []), ids=str)
+def test_samples_without_tokens(path, lengths, request):
+    request.getfixturevalue(path)
+    batch = Batch(naive_layout(whole_rows({"text": lengths})), (series(4, 5),))
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.float16, batch.slices())
+
+
+def test_heads_and_samples_one_at_a_time_give_what_all_at_once_give(monkeypatch, slower_path):
+    batch = mixed()
+    leaves = {name: leaf.float() for name, leaf in batch.leaves(3, 8).items()}
+    together = contract.run(batch.call, leaves)
+    assert len(list(_segments.head_slices(3, 4, batch.layout.max_length))) == 1
+    monkeypatch.setattr(_segments, "PAIRS_OF_DEVICE_HEADS", 1)
+    assert list(_segments.head_slices(3, 4, 9)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    apart = contract.run(batch.call, leaves)
+    torch.testing.assert_close(apart[0][0], together[0][0])
+    contract.assert_close_gradients(apart[1], together[1], "heads apart")
+
+
+def test_the_slower_path_is_said_once_for_each_reason(monkeypatch):
+    force_gpu_paths(monkeypatch)
+    monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "nothing was built")
+    _say_once.cache_clear()
+    batch = text_only()
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    with pytest.warns(RuntimeWarning) as heard:
+        for _ in range(2):
+            batch.call(**leaves)
+    (line,) = (str(warning.message) for warning in heard)
+    assert line.startswith("relative_bias_attention: takes the slower path") and line.endswith("nothing was built")
+    assert "\n" not in line
+    with pytest.warns(RuntimeWarning, match=r"float16 or bfloat16, got float32"):
+        batch.call(**{name: leaf.float() for name, leaf in leaves.items()})
+
+
+MISFITS = {
+    "the kernel takes float16 or bfloat16, got float32": {"dtype": torch.float32},
+    "the kernel takes heads of 32, 64, 128, got 48": {"head_dim": 48},
+    "the kernel takes at most 16 modalities, got 17": {"modalities": 17},
+    r"compute capability 7.5 and .* built for sm_80,sm_90a,compute_90: install again with .*=sm_75": {
+        "capability": (7, 5)
+    },
+    "no NVIDIA driver is found": {"driver": "no NVIDIA driver is found"},
+}
+
+
+@pytest.mark.parametrize("reason", MISFITS)
+def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason):
+    found = {"dtype": torch.bfloat16, "head_dim": 64, "modalities": 16, "capability": (8, 6), "driver": None}
+    built = SimpleNamespace(MAX_MODALITIES=16, ARCHITECTURES=ARCHITECTURES)
+
+    def refused(dtype, head_dim, modalities, capability, driver):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: driver)
+        monkeypatch.setattr(cuda_extension, "extension", lambda: built)
+        return _attention_on_gpu.refusal(torch.zeros(2, 3, 1, head_dim, dtype=dtype), modalities)
+
+    assert refused(**found) is None
+    line = refused(**{**found, **MISFITS[reason]})
+    assert re.search(reason, line) and "\n" not in line
+
+
+@pytest.mark.requires_compiler
+@pytest.mark.parametrize("layout", ["off by one element", "last dimension apart"])
+def test_what_16_bytes_cannot_be_read_from_is_refused_in_one_line(kernel, layout):
+    batch = text_only()
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    storage = torch.zeros(leaves["qkv"].numel() + 1, dtype=torch.bfloat16)
+    shifted = storage[1:].view_as(leaves["qkv"])
+    qkv = shifted if layout == "off by one element" else contract.transposed(leaves["qkv"])
+    contract.refused("qkv", batch.call, **{**leaves, "qkv": qkv})
+
+
+def call_binding(extension, **changes):
+    """The binding on one row of one head, with all that it asks for."""
+    arrays = {"qkv": normal(1, 3, 1, 32, seed=0, dtype=torch.float16), "out": torch.zeros(1, 1, 32).half()}
+    arrays |= {"log_sum_exp": torch.zeros(1, 1), "cu_seqlens": torch.tensor([[0, 1]], dtype=torch.int32)}
+    arrays |= {"code": torch.zeros(1, dtype=torch.int32), "is_cls": torch.zeros(1, dtype=torch.bool)}
+    values = {name: array.data_ptr() for name, array in arrays.items()}
+    values |= {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
+    values |= {"scale": 1.0, "type": "float16", "strides": (96, 32, 32), "bias": []}
+    values |= {"head_scale": 0, "head_scale_type": "float32", "stream": 0}
+    before = arrays["out"].clone()
+    try:
+        extension.relative_bias_attention_forward(**{**values, **changes})
+    except Exception:
+        assert torch.equal(arrays["out"], before), "a refused call left a result"
+        raise
+    return arrays
+
+
+@pytest.mark.requires_compiler
+def test_the_binding_launches_on_addresses(host_extension):
+    arrays = call_binding(host_extension)
+    assert torch.equal(arrays["out"][0], arrays["qkv"][0, 2])  # a sample of one row attends to itself
+
+
+@pytest.mark.requires_compiler
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("type", {"type": "int8"}),
+        ("qkv", {"type": "float32"}),
+        ("qkv", {"head_dim": 48}),
+        ("qkv", {"qkv": 8}),
+        ("qkv", {"strides": (97, 32, 32)}),
+        ("qkv", {"heads": 0}),
+        ("out", {"out": 8}),
+        ("cu_seqlens", {"modalities": 17}),
+        ("bias", {"bias": [(16, "float32", 4, 1, 3, 0)]}),
+        ("bias", {"bias": [(16, "float32", 4, 1, 4, 0)] * 2}),
+        ("bias", {"bias": [(16, "float32", 4, 1, 4, 0)] * 17}),
+        ("type", {"head_scale_type": "float64"}),
+    ],
+    ids=str,
+)
+def test_the_binding_refuses_in_one_line_and_launches_nothing(host_extension, name, bad):
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        call_binding(host_extension, **bad)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: got ") and ", takes " in message and "\n" not in message
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("way", ["kernel", "slower path"])
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_on_a_gpu_values_and_gradients_follow_the_dense_bias(monkeypatch, name, dtype, way):
+    batch = BATCHES[name]()
+    on_cpu = {key: leaf.to(dtype) for key, leaf in batch.leaves(2, 64).items()}
+    if way != "kernel":
+        monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "left out by this test")
+
+    def call(qkv, head_scale=None, **tables):
+        bias = [tables[f"table{m}"][table.entries.cuda()].t() for m, table in enumerate(batch.tables)]
+        plan = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.arguments.items()}
+        offsets = [table.offset for table in batch.tables]
+        return relative_bias_attention(qkv, bias=bias, code_offsets=offsets, head_scale=head_scale, **plan)
+
+    given = contract.cotangents([batch.plain(**on_cpu)])
+    plain = contract.run(batch.plain, on_cpu, given)
+    exact = contract.run(batch.plain, {key: leaf.double() for key, leaf in on_cpu.items()}, given)
+    leaves = {key: leaf.cuda() for key, leaf in on_cpu.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error" if way == "kernel" else "ignore", RuntimeWarning)
+        outputs, gradients = contract.run(call, leaves, [gradient.cuda() for gradient in given])
+    assert_within_rule("out", outputs[0].cpu(), plain[0][0], exact[0][0], batch.slices()["out0"])
+    for key, gradient in gradients.items():
+        theirs, truth = (
+            torch.zeros_like(on_cpu[key]) if run[1][key] is None else run[1][key] for run in (plain, exact)
+        )
+        assert_within_rule(key, gradient.cpu(), theirs, truth, batch.slices().get(key, ()))

@@ -1,0 +1,52 @@
+"""The CUDA extension compiled for the CPU: the kernels' sources and their binding, by g++ against csrc/host_shim."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from onepeace_fast import cuda_extension
+from onepeace_fast.ops import _attention_on_gpu, _library
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+ARCHITECTURES = "sm_80,sm_90a,compute_90"
+
+
+def build(folder: Path) -> ModuleType:
+    """Compile into a folder and import from there."""
+    pybind11 = pytest.importorskip("pybind11")
+    output = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    includes = [SOURCES / "host_shim", SOURCES, pybind11.get_include(), sysconfig.get_path("include")]
+    sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
+    sources += [path for path in (SOURCES / "host_shim").glob("*.cpp") if path.name != "run.cpp"]  # which has a main
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")))
+    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command += [f'-DONEPEACE_FAST_ARCHITECTURES="{ARCHITECTURES}"', *(f"-I{path}" for path in includes)]
+    subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(output)], check=True)
+    spec = importlib.util.spec_from_file_location("_cuda", output)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def force_gpu_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ops that need no Triton run on CPU tensors what they run on a GPU, but for float64."""
+    takes = lambda name, tensor, triton=True: not triton and tensor.dtype != torch.float64  # noqa: E731
+    monkeypatch.setattr(_library, "runs_kernel", takes)
+
+
+def use(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> None:
+    """Let ops take this extension, on an H100 as far as they ask."""
+    force_gpu_paths(monkeypatch)
+    monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
+    monkeypatch.setattr(cuda_extension, "unavailable_reason", extension.unavailable_reason)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(_attention_on_gpu, "_current_stream", lambda device: 0)
