@@ -156,7 +156,7 @@ def _input_gradient(
 
 @triton.jit(do_not_specialize=["rows"])
 def _weight_gradient(
-    x, y, outs, offsets, rows, x_stride, y_stride,
+    xs, y, outs, offsets, rows, x_stride, y_stride,
     GROUPS: tl.constexpr, NEEDED: tl.constexpr, COUNT: tl.constexpr, X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
@@ -168,19 +168,22 @@ def _weight_gradient(
     before = 0
     for _rank in range(COUNT):
         previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            x_rows = matrix(x, stop, X_COLUMNS, x_stride, BLOCK_INNER, BLOCK_ROWS)
-            y_rows = matrix(y, stop, Y_COLUMNS, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
-            out = matrix(expert(outs, group), X_COLUMNS, Y_COLUMNS, Y_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_xt_y(total, x_rows, y_rows, row, column, start, stop, BLOCK_INNER)
-                out.store([row, column], total.to(outs[0].dtype.element_ty))
-                tile += tl.num_programs(0)
-        before = end
+        for which in range(len(xs)):
+            end = before + row_tiles * column_tiles
+            if tile < end:
+                # Out here: Triton 3.6 compiles no descriptor that is made within a ``while``.
+                x_rows = matrix(expert(xs, which), stop, X_COLUMNS, x_stride, BLOCK_INNER, BLOCK_ROWS)
+                y_rows = matrix(y, stop, Y_COLUMNS, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
+                mine = expert(outs, which * GROUPS + group)
+                out = matrix(mine, X_COLUMNS, Y_COLUMNS, Y_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                while tile < end:
+                    row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+                    row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                    total = add_xt_y(total, x_rows, y_rows, row, column, start, stop, BLOCK_INNER)
+                    out.store([row, column], total.to(outs[0].dtype.element_ty))
+                    tile += tl.num_programs(0)
+            before = end
 
 
 def launch_tiles(
@@ -258,24 +261,29 @@ def input_gradient(
 
 
 def weight_gradient(
-    x: Tensor, y: Tensor, offsets: Tensor, outs: Sequence[Tensor | None], entry: str = "weight_gradient"
-) -> None:
-    """Store x^T y over each modality's rows, x [rows, N] and y [rows, K], into its tensor [N, K] of ``outs``.
+    xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequence[Sequence[Tensor | None]],
+    entry: str = "weight_gradient",
+) -> None:  # fmt: skip
+    """Store x^T y over each modality's rows, each x [rows, N] and y [rows, K], into its tensor [N, K] of x's ``outs``.
 
-    A modality without a tensor is left out, one without rows gets zeros.
+    All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
     """
-    needed = [m for m, out in enumerate(outs) if out is not None]
+    groups = len(outs[0])
+    needed = [m for m in range(groups) if any(mine[m] is not None for mine in outs)]
     if not needed:
         return
-    x, y = for_descriptors(x), for_descriptors(y)
+    xs, y = tuple(for_descriptors(x) for x in xs), for_descriptors(y)
+    flat = [out for mine in outs for out in mine]
+    shape = (xs[0].shape[1], y.shape[1])
+    unused = None if all(mine[m] is not None for mine in outs for m in needed) else y.new_empty(shape)
+    some = next(out for out in (unused, *flat) if out is not None)
     arguments = {
-        "x": x, "y": y, "outs": tuple(outs[needed[0]] if out is None else out for out in outs),
-        "offsets": compact(offsets), "rows": x.shape[0], "x_stride": row_stride(x), "y_stride": row_stride(y),
+        "xs": xs, "y": y, "outs": tuple(some if out is None else out for out in flat), "offsets": compact(offsets),
+        "rows": y.shape[0], "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
     }  # fmt: skip
     constants = {
-        "GROUPS": len(outs), "NEEDED": sum(1 << m for m in needed), "COUNT": len(needed), "X_COLUMNS": x.shape[1],
-        "Y_COLUMNS": y.shape[1],
+        "GROUPS": groups, "NEEDED": sum(1 << m for m in needed), "COUNT": len(needed), "X_COLUMNS": shape[0],
+        "Y_COLUMNS": shape[1],
     }  # fmt: skip
-    launch_tiles(
-        _weight_gradient, entry, len(needed) * x.shape[1], y.shape[1], len(needed), arguments, constants
-    )  # fmt: skip
+    problems = len(xs) * len(needed)
+    launch_tiles(_weight_gradient, entry, problems * shape[0], shape[1], problems, arguments, constants)

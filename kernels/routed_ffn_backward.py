@@ -403,13 +403,10 @@ def routed_ffn_backward(
             dy, hhat, w2, norm_weight, norm_bias, row_sums, offsets, dw2, dnorm_weight, dnorm_bias
         )  # fmt: skip
     elif hhat_needed:
-        weight_gradient(dy, hhat, offsets, dw2)
-    weight_gradient(du, z, offsets, dw0)
-    pairs = [(du, w0)]
-    if dv is not None:
-        weight_gradient(dv, z, offsets, dw1)
-        pairs.append((dv, w1))
-    dz = input_gradient(pairs, offsets)
+        weight_gradient([dy], hhat, offsets, [dw2])
+    both = [(du, w0, dw0)] if dv is None else [(du, w0, dw0), (dv, w1, dw1)]
+    weight_gradient([x for x, _, _ in both], z, offsets, [out for _, _, out in both])
+    dz = input_gradient([(x, w) for x, w, _ in both], offsets)
     nothing = z.new_empty(0)
     flat = [nothing if gradient is None else gradient for group in gradients for gradient in group]
     return dz, flat, nothing if dgamma is None else dgamma

@@ -20,11 +20,13 @@ if str(ROOT) not in sys.path:
 from benchmarks import gpu  # noqa: E402
 from benchmarks.support import shapes  # noqa: E402
 from benchmarks.support.encoder import EncoderCase, inputs  # noqa: E402
+from benchmarks.support.feed_forward import FeedForwardCase  # noqa: E402
 from benchmarks.support.layer import LayerCase  # noqa: E402
 from benchmarks.support.pointwise import PointwiseCase, operations  # noqa: E402
 from benchmarks.support.report import Report  # noqa: E402
+from benchmarks.support.routed_rows import RoutedRows, ragged_shape  # noqa: E402
 from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
-from benchmarks.support.timing import EventClock, HostClock, Timing, interleaved, paired  # noqa: E402
+from benchmarks.support.timing import EventClock, HostClock, Timing, clock_for, interleaved, paired  # noqa: E402
 from benchmarks.support.variants import Budget, Runner, Variant, compiled, trained  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -289,6 +291,17 @@ class TestGpuScript:
                 copied = result["ceilings"]["copy"]["GB_per_second"]
                 assert record[mode]["share_of_copy"] == pytest.approx(rate / copied, rel=0.05, abs=1e-3)
             assert f"{name}, fused" in gpu.summary(result)
+
+    @pytest.mark.parametrize("modalities, rows", [(1, 16), (3, 50), (8, 100)])
+    def test_the_routed_ffn_alone_agrees_in_all_variants_for_any_number_of_modalities(self, modalities, rows):
+        shape = ragged_shape(modalities, rows)
+        assert len(shape.lengths) == modalities and shape.real_tokens == rows
+        case = FeedForwardCase(RoutedRows(shape, Sizes(32, 48, 2), CPU, torch.float32, sets=2))
+        runner = Runner(clock_for(CPU), Budget(60, "left out"), rounds=1, tolerance=1e-5)
+        records = runner.measure(case.factories(), base="sliced")
+        compared = {name for name, record in records.items() if "output_relative_difference" in record}
+        assert compared == {"boolean_mask", "grouped_mm", "fused"}
+        assert not any("error" in record for record in records.values())
 
     def test_bytes_are_those_of_every_row_tensor_once_each_way(self):
         case = PointwiseCase(tiny_shape(), Sizes(32, 48, 2), CPU, torch.bfloat16, sets=1, stream=torch.float32)

@@ -1,8 +1,8 @@
 """What the routed FFN's matrix products come to at a batch of image and text pairs, by their tiles alone: arithmetic.
 
 A wave is one tile for each program of a launch. The efficiency is the work that a product needs over what its programs
-could do until the last of them is done. A tile reads its operands through the L2 cache; the minimum is every operand
-once.
+could do until the last of them is done. A tile reads its operands through the L2 cache; the minimum is the operands
+of each product once.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def products(counts: Sequence[int] = COUNTS, width: int = WIDTH, hidden: int = H
         Product("y", "routed_ffn_output", counts, width, [hidden] * every, beside=ELEMENT + 4 + 4),
         Product("dh", "routed_ffn_hidden_gradient", counts, hidden, [width] * every, beside=5 * ELEMENT),
         Product("dW2", "routed_ffn_output_gradient", [width] * every, hidden, counts, beside=2 * ELEMENT),
-        Product("dW0, dW1: each", "weight_gradient", [hidden] * every, width, counts, beside=ELEMENT),
+        Product("dW0, dW1", "weight_gradient", [hidden] * 2 * every, width, [*counts] * 2, beside=ELEMENT),
         Product("dz", "input_gradient", counts, width, [2 * hidden] * every, beside=ELEMENT),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.support import products
 from benchmarks.support.layer import LayerCase
+from benchmarks.support.routed_rows import RoutedRows
 from benchmarks.support.variants import HOW_FUSED_RUNS, Factory, Variant, compiled, trained
 
 ALIGNMENT = 16
@@ -19,7 +21,7 @@ Function = Callable[[Tensor], Tensor]
 class FeedForwardCase:
     """The FFNs of a layer's modalities over the packed tokens of its batch."""
 
-    def __init__(self, case: LayerCase) -> None:
+    def __init__(self, case: LayerCase | RoutedRows) -> None:
         self.case, self.layer, self.plan = case, case.layer, case.plan
         self.names, self.counts = list(case.shape.lengths), list(self.plan.row_counts)
         self.experts = [self.layer.ffn(name) for name in self.names]
@@ -100,10 +102,10 @@ class FeedForwardCase:
             note=f"weights stacked once beforehand, rows padded to multiples of {ALIGNMENT} for each modality",
         )
 
-    def fused(self) -> Variant:
-        """The library's op as it runs today."""
-        variant = self._variant(lambda z: self.layer.route(z, self.plan), False)
-        variant.note = HOW_FUSED_RUNS
+    def fused(self, strategy: str | None = None) -> Variant:
+        """The library's op, by the strategy that it takes itself or by another."""
+        variant = self._variant(lambda z: self.layer.route(z, self.plan, strategy=strategy), False)
+        variant.note = HOW_FUSED_RUNS if strategy is None else ""
         return variant
 
     def products(self, joined: bool = False) -> Variant:
@@ -113,6 +115,7 @@ class FeedForwardCase:
 
     def factories(self) -> dict[str, Factory]:
         """Everything that is measured of the routed FFN."""
+        strategies = ("fused", "per_modality") if self.case.device.type == "cuda" else ()
         eager = {"sliced": self.sliced, "boolean_mask": self.boolean_mask, "grouped_mm": self.grouped}
         return {
             "products": self.products,
@@ -120,6 +123,7 @@ class FeedForwardCase:
             **eager,
             **{f"{name}_compiled": compiled(_compiling(factory)) for name, factory in eager.items()},
             "fused": self.fused,
+            **{f"strategy_{name}": functools.partial(self.fused, name) for name in strategies},
         }
 
 

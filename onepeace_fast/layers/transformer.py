@@ -170,8 +170,8 @@ class TransformerLayer(nn.Module):
             rows=feed_forward.rows,
         )  # fmt: skip
 
-    def route(self, z: Tensor, plan: RoutePlan, **scaled_residual: Tensor | None) -> Tensor:
-        """Every row through the FFN of its modality."""
+    def route(self, z: Tensor, plan: RoutePlan, **settings: Tensor | str | None) -> Tensor:
+        """Every row through the FFN of its modality; ``settings`` are further arguments of ``routed_ffn``."""
         experts = [self.ffn(modality) for modality in plan.modalities]
         has_norm = isinstance(experts[0][2], nn.LayerNorm)
         return routed_ffn(
@@ -185,7 +185,7 @@ class TransformerLayer(nn.Module):
             norm_weight=[expert[2].weight for expert in experts] if has_norm else None,
             norm_bias=[expert[2].bias for expert in experts] if has_norm else None,
             eps=experts[0][2].eps if has_norm else 1e-5,
-            **scaled_residual,
+            **settings,
         )
 
 

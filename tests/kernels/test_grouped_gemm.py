@@ -60,7 +60,7 @@ def test_weight_gradient_sums_over_the_rows_of_its_modality_alone(counts, dtype)
             mine[rows] = all_rows[rows]
         outs = [torch.full((HIDDEN, WIDTH), torch.nan, dtype=dtype, device=DEVICE) if m == g else None
                 for g in range(len(counts))]  # fmt: skip
-        weight_gradient(*alone, ragged_offsets(counts).to(DEVICE), outs)
+        weight_gradient([alone[0]], alone[1], ragged_offsets(counts).to(DEVICE), [outs])
         assert_within_rule(f"modality {m}", outs[m], x[rows].t() @ y[rows], x[rows].double().t() @ y[rows].double())
 
 
@@ -69,10 +69,21 @@ def test_weight_gradients_of_several_modalities_come_from_one_launch():
     x, y = rows_of(counts, HIDDEN, torch.float32, 1), rows_of(counts, WIDTH, torch.float32, 2)
     needed = (0, 1, 3)
     outs = [torch.empty(HIDDEN, WIDTH, device=DEVICE) if m in needed else None for m in range(4)]
-    weight_gradient(x, y, ragged_offsets(counts).to(DEVICE), outs)
+    weight_gradient([x], y, ragged_offsets(counts).to(DEVICE), [outs])
     for m, rows in by_modality(counts):
         if m in needed:
             torch.testing.assert_close(outs[m], x[rows].t() @ y[rows])
+
+
+def test_weight_gradients_of_two_products_come_from_one_launch():
+    counts = [3, 0, 70]
+    xs, y = [rows_of(counts, HIDDEN, torch.float32, s) for s in (1, 3)], rows_of(counts, WIDTH, torch.float32, 2)
+    outs = [[torch.empty(HIDDEN, WIDTH, device=DEVICE) if m != frozen else None for m in range(3)] for frozen in (0, 2)]
+    weight_gradient(xs, y, ragged_offsets(counts).to(DEVICE), outs)
+    for x, mine in zip(xs, outs, strict=True):
+        for m, rows in by_modality(counts):
+            if mine[m] is not None:
+                torch.testing.assert_close(mine[m], x[rows].t() @ y[rows])
 
 
 def test_rows_may_lie_anyhow():
