@@ -11,9 +11,7 @@ from onepeace_fast import kernels
 from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.ops._library import (
     MAX_WIDTH,
-    check_offsets,
     check_routing,
-    check_row_index,
     kernels_forced,
     require_row_index,
     require_rows,
@@ -35,7 +33,6 @@ def check(
     """Raise unless all arguments fit together."""
     require_rows("z", z)
     check_routing(offsets, row_counts, z)
-    check_offsets(offsets)
     groups, width, hidden = offsets.shape[0] - 1, z.shape[1], lists["w0"][0].shape[0] if lists["w0"] else 0
     require(hidden <= MAX_WIDTH, lambda: f"w0: got {hidden} hidden columns, takes at most {MAX_WIDTH}")
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden), "b2": (width,)}
@@ -76,7 +73,6 @@ def check(
             rows.shape[0] == z.shape[0],
             lambda: f"rows: got {describe(rows)}, takes one entry per row of z, {z.shape[0]}",
         )
-        check_row_index(rows, offsets, residual)
 
 
 def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:

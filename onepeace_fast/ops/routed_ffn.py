@@ -18,6 +18,8 @@ from torch import Tensor
 from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
 from onepeace_fast.ops._library import (
     autocast_dtype,
+    check_offsets,
+    check_row_index,
     define,
     launcher,
     no_gradient,
@@ -130,6 +132,9 @@ def _run(
     eps, strategy, fold_norm, keep_products, keep_y, by_kernel,
 ):  # fmt: skip
     """The forward pass by its strategy; what is not kept comes out empty."""
+    check_offsets(offsets)
+    if rows is not None:
+        check_row_index(rows, offsets, residual)
     arguments = (z, w0, w1, norm_weight, norm_bias, w2, b2, offsets)
     scaled = (residual, gamma, keep, sample, rows, activation, eps)
     folded = _folded(z, w2, norm_weight, strategy)
