@@ -273,7 +273,8 @@ def kernels(arguments: list[str]) -> int:
     """Compile every Triton kernel and check what came out."""
     prepare("dev")
     say("Compiling the kernels for GPUs that need not be here")
-    return run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])
+    code = run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])
+    return run([str(PYTHON), "-m", "tools.compile_cuda"]) or code
 
 
 def mutants(arguments: list[str]) -> int:
