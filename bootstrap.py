@@ -8,6 +8,7 @@
            and the width of memory accesses; --all: a row for every configuration
   mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
   gpu      the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
+           attention's tests also under compute-sanitizer, where it is on PATH or in CUDA_HOME
 
 All but gpu run in .venv beside this file. The first run builds it and says what it downloads; a torch that this Python
 already has is used if it is recent enough. gpu runs in this Python as it is, installs only this checkout into it, and
@@ -40,6 +41,9 @@ LEFT_OUT = ROOT / "onepeace_fast" / "cuda_left_out.txt"
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "dev"]}
+ATTENTION_TESTS = "tests/ops/test_relative_bias_attention_"
+SANITIZED = [f"{ATTENTION_TESTS}on_gpu.py", f"{ATTENTION_TESTS}real_sizes.py"]
+SANITIZED += ["-m", "gpu", "-k", "follow_the and bfloat16 and not slower"]
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
     "build": "pybind11, ninja and, only where there is an NVIDIA driver and no nvcc, CUDA's compiler (about 300 MB)",
@@ -269,7 +273,8 @@ def kernels(arguments: list[str]) -> int:
     """Compile every Triton kernel and check what came out."""
     prepare("dev")
     say("Compiling the kernels for GPUs that need not be here")
-    return run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])
+    code = run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])
+    return run([str(PYTHON), "-m", "tools.compile_cuda"]) or code
 
 
 def mutants(arguments: list[str]) -> int:
@@ -300,9 +305,27 @@ def gpu(arguments: list[str]) -> int:
     say(f"Running the tests that need a GPU; results in {results}")
     chosen = ["-m", "gpu", "tests", f"--junitxml={results / 'gpu-tests.xml'}"]
     tests = run([sys.executable, "-m", "pytest", *chosen, *arguments])
+    sanitized = sanitize()
     say("Running the GPU benchmarks")
     benchmarks = run([sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(results)])
-    return tests or benchmarks
+    return tests or sanitized or benchmarks
+
+
+def sanitize() -> int:
+    """Run attention's tests under compute-sanitizer, which looks at csrc's kernels alone; both checks always run."""
+    program, home = shutil.which("compute-sanitizer"), os.environ.get("CUDA_HOME")
+    if not program and home and (Path(home) / "bin" / "compute-sanitizer").is_file():
+        program = str(Path(home) / "bin" / "compute-sanitizer")
+    if not program:
+        say("Left out memcheck and racecheck: compute-sanitizer is neither on PATH nor in CUDA_HOME")
+        return 0
+    codes = []
+    for tool in ("memcheck", "racecheck"):
+        say(f"Running attention's tests under compute-sanitizer's {tool}")
+        checked = [program, "--tool", tool, "--kernel-name", "kns=onepeace_fast", "--error-exitcode", "99"]
+        command = [*checked, sys.executable, "-m", "pytest", "-q", *SANITIZED]
+        codes.append(run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))  # so that each tensor's end is seen
+    return next(filter(None, codes), 0)
 
 
 COMMANDS = {"demo": demo, "test": test, "bench": bench, "kernels": kernels, "mutants": mutants, "gpu": gpu}

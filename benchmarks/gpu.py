@@ -21,6 +21,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks.support import machine, shapes  # noqa: E402
+from benchmarks.support import relative_bias_attention as attention  # noqa: E402
 from benchmarks.support.ceilings import ceilings  # noqa: E402
 from benchmarks.support.feed_forward import FeedForwardCase  # noqa: E402
 from benchmarks.support.layer import MODEL_LAYERS, LayerCase  # noqa: E402
@@ -44,6 +45,10 @@ METHOD = {
     "tax": "median of a variant / median of the bare products of the same run",
     "pointwise": "bytes are those of row tensors, each once each way, whatever a variant moves; the share is of the"
     " copy measured in this run; residual: stream in float32",
+    "attention": "q, k, v in the layout that each variant reads best; a dense bias is given, but bias_built makes it"
+    " from its tables on every call; its rows begin at multiples of 16 bytes; backward with the gradient of the bias"
+    " (dense, vectors or tables) but where a note says frozen; bytes are those of q, k, v and output, and backward of"
+    " these and their gradients; the share is of the copy measured in this run, the floor all of it",
     "bias": "built once for all layers and not in the layer's time; per_layer_ms is its share of one of"
     f" {MODEL_LAYERS} layers; summing the layers' gradients of the bias is in neither",
 }
@@ -115,6 +120,27 @@ def measure_pointwise(
     return {"shape": shape.name, "rows": shape.real_tokens, "operations": results}
 
 
+def measure_attention(
+    shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int,
+    copy_bytes_per_second: float | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Attention with its relative position bias alone, at one shape."""
+    torch.compiler.reset()
+    lengths = {name: list(lengths) for name, lengths in shape.lengths.items()}
+    result: dict[str, Any] = {"name": shape.name, "lengths": lengths, "rows": shape.real_tokens, "variants": {}}
+    try:
+        operation = attention.AttentionCase(shape, sizes, device, dtype, sets).operation()
+        records = runner.measure(operation.factories, base="specification")
+        result |= operation.with_shares(records, copy_bytes_per_second)
+        result["ratios"] = attention.ratios(records, operation.bytes, copy_bytes_per_second)
+        if shape.name == attention.GOALS_SHAPE:
+            result["goals"] = attention.verdicts(result["ratios"]["forward"])
+    except Exception as error:
+        result["error"] = describe_error(error)
+        runner.clock.recover()
+    return result
+
+
 def with_tax(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Add to every variant its time over that of the bare products, for each mode."""
     base = records["products"]
@@ -122,6 +148,21 @@ def with_tax(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         modes = [mode for mode in MODES if mode in record and mode in base]
         record["tax"] = {mode: round(record[mode]["median_ms"] / base[mode]["median_ms"], 4) for mode in modes}
     return records
+
+
+def attention_summary(shapes_measured: Sequence[dict[str, Any]]) -> str:
+    """The table of attention alone, and how the forward pass stands against its goals."""
+    rows = [("attention: samples x tokens, variant", "forward ms", "of copy", "fwd+bwd ms", "of copy", "difference")]
+    for shape in shapes_measured:
+        for name, record in shape["variants"].items():
+            cells = []
+            for mode in MODES:
+                timed = record.get(mode, {})
+                cells += [number(timed.get("median_ms"), 4), number(timed.get("share_of_copy"), 2)]
+            difference = record.get("output_relative_difference")
+            rows.append((f"{shape['name']}, {name}", *cells, "-" if difference is None else f"{difference:.1e}"))
+    stated = [f"{name} {line}" for shape in shapes_measured for name, line in shape.get("goals", {}).items()]
+    return f"{table(rows)}\n(forward at {attention.GOALS_SHAPE}: {'; '.join(stated) or 'not measured'})"
 
 
 def problems(result: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -132,6 +173,10 @@ def problems(result: dict[str, Any]) -> tuple[list[str], list[str]]:
         parts.append((name, operation["variants"]))
         if "error" in operation:
             errors.append(f"{name}: {operation['error']}")
+    for shape in result["attention"]:
+        if "error" in shape:
+            errors.append(f"attention {shape['name']}: {shape['error']}")
+        parts.append((f"attention {shape['name']}", shape["variants"]))
     for shape in result["shapes"]:
         if "error" in shape:
             errors.append(f"{shape['name']}: {shape['error']}")
@@ -157,7 +202,7 @@ def summary(result: dict[str, Any]) -> str:
                 runs = str(record["forward_backward"]["runs"]) if "forward_backward" in record else "-"
                 rows.append((f"{shape['name']}, {part}, {name}", *times, *taxes, runs))
     copy, product = (result["ceilings"][name] for name in ("copy", "product"))
-    lines = [table(rows), "", pointwise_summary(result["pointwise"])]
+    lines = [table(rows), "", pointwise_summary(result["pointwise"]), "", attention_summary(result["attention"])]
     reasons = Counter(line.split(": ", 1)[1] for line in result["skipped"])
     lines += [f"{count} variants {reason}" for reason, count in reasons.items()]
     lines += [f"ERROR {line}" for line in result["errors"]]
@@ -209,11 +254,21 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     side, copy_bytes = (128, 2**20) if quick else (8192, 2**30)
     result["ceilings"] = ceilings(device, dtype, clock, side=side, copy_bytes=copy_bytes, rounds=rounds)
     copy_rate = result["ceilings"]["copy"].get("GB_per_second")
-    runner.budget.section(left=len(batches) + 1)
+    attention_shapes = attention.tiny_shapes() if quick else attention.full_shapes()
+    sections = 1 + len(attention_shapes) + len(batches)
+    runner.budget.section(left=sections)
     print(f"pointwise operations at {batches[0].name}: {batches[0].real_tokens} rows", flush=True)
     result["pointwise"] = measure_pointwise(
         batches[0], sizes, runner, device, dtype, sets, copy_rate and copy_rate * 1e9
     )
+    result["attention"] = []
+    for i, shape in enumerate(attention_shapes):
+        runner.budget.section(left=sections - 1 - i)
+        print(f"attention at {shape.name} tokens: {shape.real_tokens} rows", flush=True)
+        bytes_per_second = copy_rate and copy_rate * 1e9
+        result["attention"].append(measure_attention(shape, sizes, runner, device, dtype, sets, bytes_per_second))
+        if cuda:
+            torch.cuda.empty_cache()
     result["shapes"] = []
     for i, shape in enumerate(batches):
         runner.budget.section(left=len(batches) - i)
@@ -230,8 +285,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def failed(result: dict[str, Any]) -> bool:
     """Tell whether the library or what it is compared with could not be measured; a failing peer does not count."""
-    pointwise = result["pointwise"]["operations"].values()
-    if any("forward_backward" not in operation["variants"].get("fused", {}) for operation in pointwise):
+    alone = [*result["pointwise"]["operations"].values(), *result["attention"]]
+    if any("forward_backward" not in operation["variants"].get("fused", {}) for operation in alone):
         return True
     return any(
         "forward_backward" not in shape.get(part, {}).get(name, {})
@@ -247,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON file")
     parser.add_argument("--device", default="cuda", help="torch device (default: cuda)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds, no torch.compile")
-    parser.add_argument("--budget-seconds", type=float, default=240.0, help="time for the whole run (default: 240)")
+    parser.add_argument("--budget-seconds", type=float, default=420.0, help="time for the whole run (default: 420)")
     chosen = parser.parse_args(arguments)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"gpu.py needs a CUDA device, and torch {torch.__version__} sees none", file=sys.stderr)

@@ -70,8 +70,8 @@ __device__ __forceinline__ void add_row_bias(float (&scores)[KEYS / 8][4], float
     }
 }
 
-// scores = scale * scores + bias, for CLS keys whose modalities are given: the bias that each of a thread's two rows has
-// with CLS of its own modality.
+// scores = scale * scores + bias, for CLS keys whose modalities are given; each of a thread's two rows has a bias with
+// CLS of its own modality.
 template <int KEYS>
 __device__ __forceinline__ void add_cls_bias(
     float (&scores)[KEYS / 8][4], float scale, const int* key_modality, int first, int second, float first_bias,

@@ -38,8 +38,8 @@ inline const char* check_arguments(const RelativeBiasAttention& arguments) {
     }
     for (int m = 0; m < a.bias_vectors; ++m) {
         if (a.bias[m].entries <= CLS_ENTRIES || a.bias[m].type < FLOAT16 || a.bias[m].type > FLOAT32) {
-            return "bias: got a vector of too few entries or another dtype, takes float16, bfloat16 or float32 [heads, 4 "
-                   "or more]";
+            return "bias: got a vector of too few entries or another dtype, takes float16, bfloat16 or float32 "
+                   "[heads, 4 or more]";
         }
     }
     if (a.head_scale && (a.head_scale_type < FLOAT16 || a.head_scale_type > FLOAT32)) {

@@ -59,11 +59,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copies begin here and have ended after this thread's cp_async_wait_all(); zeros are written where not `valid`.
-__device__ __forceinline__ void cp_async_16(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
+// Copies begin here and have ended after this thread's cp_async_wait_all().
+__device__ __forceinline__ void cp_async_16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_4(void* shared, const void* global) {

@@ -1,7 +1,7 @@
 // Self-attention over packed segments with a relative position bias in code form: the interface of the CUDA kernels.
 //
-// Plain structs of raw device pointers, strides in elements and a stream: no torch, no Python, so that one binary serves
-// every torch. onepeace_fast/ops/relative_bias_attention.py has the mathematics; ONE-PEACE, arXiv 2305.11172.
+// Plain structs of raw device pointers, strides in elements and a stream: no torch, no Python, so that one binary
+// serves every torch. onepeace_fast/ops/relative_bias_attention.py has the mathematics; ONE-PEACE, arXiv 2305.11172.
 
 #pragma once
 
@@ -49,8 +49,18 @@ struct RelativeBiasAttention {
     ElementType head_scale_type;
 };
 
-// Writes out [rows, heads, head_dim] and log_sum_exp float32 [rows, heads], both dense, inert rows too. Returns null, or
-// one line that says what is wrong: an argument that cannot be taken, in which case nothing is launched, or CUDA's error.
+// Threads of a thread block, how many a multiprocessor shall hold at once, and the shared memory of each.
+struct LaunchPlan {
+    int32_t threads;
+    int32_t blocks_at_once;
+    int32_t shared_bytes;
+};
+
+// For a head size, and the entries of all vectors together without those of CLS.
+extern "C" LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries);
+
+// Writes out [rows, heads, head_dim] and log_sum_exp float32 [rows, heads], both dense, inert rows too. Returns null,
+// or one line: an argument that cannot be taken, in which case nothing is launched, or CUDA's error.
 // The pointers must stay valid until the stream has passed the launch; nothing is allocated, nothing synchronises.
 const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream);

@@ -2,8 +2,8 @@
 //
 // A thread block takes up to WARPS blocks of 16 query rows of one sample and head, a warp each, and walks all keys of
 // the sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score grows. Keys and
-// values of the next tile are copied while one is computed. CLS rows of all modalities form narrow blocks apart, so that
-// 256 patches and CLS take 17 blocks of queries and, of keys, 4 tiles and 16 columns.
+// values of the next tile are copied while one is computed. CLS rows of all modalities form narrow blocks apart: 256
+// patches and CLS take 17 blocks of queries, and 4 tiles and 16 columns of keys.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -24,17 +24,17 @@ constexpr float LN_2 = 0.6931471805599453f;
 constexpr int STAGES = 2;
 constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
 
-// Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor holds at once where no bias is windowed.
+// Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
 template <int HEAD_DIM>
 struct Launch {
     static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
     static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
-    static constexpr int AT_ONCE = 2;
     static constexpr int THREADS = WARPS * WARP;
+    static constexpr int at_once(bool windowed) { return windowed ? 1 : 2; }
 };
 
-// Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. Kept in shared
-// memory between tiles: the matrix products need its registers.
+// Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. It stands in
+// shared memory between tiles: the matrix products need its registers.
 struct alignas(16) Softmax {
     float largest[2];
     float sum[2];
@@ -77,7 +77,7 @@ struct Forward {
                blockIdx.y * arguments.head_stride;
     }
 
-    // Begin to copy a tile's keys, values and codes; rows past its end become zero, lest 0 * NaN come in.
+    // Begin to copy a tile's keys, values and codes; rows past its end repeat the last, lest a foreign NaN come in.
     __device__ __forceinline__ void load_keys(int stage, const Block& tile) const {
         const bool is_cls = tile.modality == arguments.modalities;
         const int rows = is_cls ? BLOCK_ROWS : KEYS, thread = thread_index();
@@ -86,8 +86,8 @@ struct Forward {
         for (int i = thread; i < rows * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
             const int from = find_row(shared.sample, arguments.modalities, tile, row).index;
-            cp_async_16(shared.keys[stage] + target, source(from, 1) + chunk * CHUNK, row < tile.count);
-            cp_async_16(shared.values[stage] + target, source(from, 2) + chunk * CHUNK, row < tile.count);
+            cp_async_16(shared.keys[stage] + target, source(from, 1) + chunk * CHUNK);
+            cp_async_16(shared.values[stage] + target, source(from, 2) + chunk * CHUNK);
         }
         if (thread < rows) {
             const Row row = find_row(shared.sample, arguments.modalities, tile, thread);
@@ -106,8 +106,7 @@ struct Forward {
         for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const int from = find_row(shared.sample, arguments.modalities, block, row).index;
-            cp_async_16(
-                shared.rows[warp] + swizzled<HEAD_DIM>(row, chunk), source(from, 0) + chunk * CHUNK, row < block.count);
+            cp_async_16(shared.rows[warp] + swizzled<HEAD_DIM>(row, chunk), source(from, 0) + chunk * CHUNK);
         }
         if (lane == 0) shared.blocks[warp] = block;
         const Row row = find_row(shared.sample, arguments.modalities, block, lane % BLOCK_ROWS);
@@ -129,8 +128,9 @@ struct Forward {
 #pragma unroll 1
             for (int i = 0; i < m; ++i) start += arguments.bias[i].entries - CLS_ENTRIES;
             shared.bias_start[m] = start;
+            const int body = arguments.bias[m].entries - CLS_ENTRIES;
             for (int i = 0; i < CLS_ENTRIES; ++i) {
-                shared.cls[m][i] = load_entry(arguments.bias[m], blockIdx.y, arguments.bias[m].entries - CLS_ENTRIES + i);
+                shared.cls[m][i] = load_entry(arguments.bias[m], blockIdx.y, body + i);
             }
         }
     }
@@ -368,7 +368,8 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
     const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
     constexpr int LANES = HEAD_DIM / CHUNK, ROWS = Launch<HEAD_DIM>::THREADS / LANES;
     const int chunk = thread_index() % LANES;
-    for (int64_t row = end + blockIdx.x * ROWS + thread_index() / LANES; row < arguments.rows; row += gridDim.x * ROWS) {
+    int64_t row = end + blockIdx.x * ROWS + thread_index() / LANES;
+    for (; row < arguments.rows; row += gridDim.x * ROWS) {
         const int64_t index = row * arguments.heads + blockIdx.y;
         *reinterpret_cast<uint4*>(out + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
         if (chunk == 0) log_sum_exp[index] = 0.f;
@@ -377,7 +378,7 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 
 // Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 template <typename T, int HEAD_DIM, bool WINDOWED>
-__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, WINDOWED ? 1 : Launch<HEAD_DIM>::AT_ONCE) forward_kernel(
+__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::at_once(WINDOWED)) forward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int bias_capacity) {
     constexpr int WARPS = Launch<HEAD_DIM>::WARPS, KEYS = Launch<HEAD_DIM>::KEYS;
     if (static_cast<int>(blockIdx.z) == arguments.samples) {
@@ -426,6 +427,15 @@ __global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, WINDOWED ? 1 : Laun
     }
 }
 
+template <int HEAD_DIM>
+LaunchPlan plan(int64_t bias_entries) {
+    const bool windowed = bias_entries > BIAS_CAPACITY;
+    const auto bias = sizeof(float) * (windowed ? BIAS_CAPACITY : bias_entries);
+    return {
+        Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::at_once(windowed),
+        static_cast<int32_t>(sizeof(Shared<bfloat16, HEAD_DIM>) + bias)};
+}
+
 template <typename T, int HEAD_DIM>
 const char* launch(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
     // Each modality may have one unfilled block of rows, and CLS needs one more; a longer sample than is said is walked
@@ -436,14 +446,14 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     const int parts = static_cast<int>((row_blocks + Launch<HEAD_DIM>::WARPS - 1) / Launch<HEAD_DIM>::WARPS);
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
-    const int bias_capacity = static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY));
+    const LaunchPlan planned = plan<HEAD_DIM>(entries);
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     return launch_kernel(
         entries > BIAS_CAPACITY ? forward_kernel<T, HEAD_DIM, true> : forward_kernel<T, HEAD_DIM, false>,
-        arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), Launch<HEAD_DIM>::THREADS,
-        sizeof(Shared<T, HEAD_DIM>) + bias_capacity * sizeof(float), stream, base_2, static_cast<T*>(out),
-        log_sum_exp, bias_capacity);
+        arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
+        planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp,
+        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
 }
 
 template <typename T>
@@ -454,6 +464,10 @@ const char* launch_type(const RelativeBiasAttention& arguments, void* out, float
 }
 
 }  // namespace
+
+LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries) {
+    return head_dim == 32 ? plan<32>(bias_entries) : head_dim == 64 ? plan<64>(bias_entries) : plan<128>(bias_entries);
+}
 
 const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {

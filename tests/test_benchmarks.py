@@ -3,13 +3,16 @@
 import copy
 import importlib
 import json
+import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import host_extension as host
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -18,11 +21,13 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import gpu  # noqa: E402
-from benchmarks.support import shapes  # noqa: E402
+from benchmarks.support import on_gpu, shapes  # noqa: E402
+from benchmarks.support import relative_bias_attention as attention  # noqa: E402
 from benchmarks.support.encoder import EncoderCase, inputs  # noqa: E402
 from benchmarks.support.feed_forward import FeedForwardCase  # noqa: E402
 from benchmarks.support.layer import LayerCase  # noqa: E402
 from benchmarks.support.pointwise import PointwiseCase, operations  # noqa: E402
+from benchmarks.support.relative_bias_attention import AttentionCase  # noqa: E402
 from benchmarks.support.report import Report  # noqa: E402
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape  # noqa: E402
 from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
@@ -268,6 +273,80 @@ class TestGpuScript:
                 assert 0 <= shape[part][name]["output_relative_difference"] < 1e-4
                 assert 0 <= shape[part][name]["gradient_relative_difference"] < 1e-4
 
+    def test_attention_alone_is_measured_against_its_floor_and_what_is_left_out_says_why(self, quick_run):
+        _, result = quick_run
+        assert [shape["name"] for shape in result["attention"]] == [shape.name for shape in attention.tiny_shapes()]
+        copied = result["ceilings"]["copy"]["GB_per_second"]
+        for shape in result["attention"]:
+            variants = shape["variants"]
+            assert set(on_gpu.VARIANTS["relative_bias_attention"]) <= set(variants)
+            for name in ("fused", "fused_no_bias", "sdpa_memory_efficient", "bias_built_sdpa_memory_efficient"):
+                assert variants[name]["output_relative_difference"] < 1e-5
+                assert variants[name]["gradient_relative_difference"] < 1e-5
+            left_out = {name: record["skipped"] for name, record in variants.items() if "skipped" in record}
+            assert "CUDA device" in left_out["sdpa_cudnn"] and "--quick" in left_out["flex_attention"]
+            assert all("left out: " in reason for reason in left_out.values())
+            matrix = shape["rows"] * gpu.TINY.width * 4
+            assert shape["bytes"] == {"forward": 4 * matrix, "forward_backward": 12 * matrix}
+            for mode, found in shape["ratios"].items():
+                median = variants["fused"][mode]["median_ms"]
+                assert found["over_floor"] == pytest.approx(median / (shape["bytes"][mode] / copied / 1e6), rel=0.05)
+                bare = variants["fused_no_bias"][mode]["median_ms"]
+                assert found["over_no_bias"] == pytest.approx(median / bare, rel=0.05)
+                built = variants["bias_built_sdpa_memory_efficient"][mode]["median_ms"]
+                assert found["bias_built_over_fused"] == pytest.approx(built / median, rel=0.05, abs=1e-3)
+        assert "3 x 17, fused_no_bias" in gpu.summary(result)
+
+    def test_attention_runs_at_the_model_s_lengths(self):
+        longest = [max(shape.sample_lengths) for shape in attention.full_shapes()]
+        assert longest == [257, 72, 329, 750, 822, 1025]
+        first = attention.full_shapes()[0]
+        assert (first.name, first.samples, set(first.sample_lengths)) == (attention.GOALS_SHAPE, 64, {257})
+
+    @pytest.mark.parametrize("shape", attention.tiny_shapes(), ids=lambda shape: shape.name)
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+    def test_flex_attention_reads_the_same_bias(self, shape):
+        case = AttentionCase(shape, SIZES, CPU, torch.float32, sets=1)
+        flex, expected = case.flex_attention(compile_it=False), case.specification(bias=True)
+        with torch.no_grad():
+            out = flex.rows(flex.forward(0))
+        torch.testing.assert_close(out, expected.forward(0).detach(), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("shape", attention.tiny_shapes(), ids=lambda shape: shape.name)
+    def test_flash_attention_is_given_whole_samples_and_its_output_is_put_back(self, shape, monkeypatch):
+        def naive(qkv, bounds, longest):
+            parts = [part.permute(1, 2, 0, 3) for part in qkv.split(bounds.diff().tolist())]
+            assert max(part.shape[2] for part in parts) == longest
+            return torch.cat([F.scaled_dot_product_attention(*part).transpose(0, 1) for part in parts])
+
+        module = types.SimpleNamespace(flash_attn_varlen_qkvpacked_func=naive)
+        monkeypatch.setitem(sys.modules, "flash_attn", module)
+        case = AttentionCase(shape, SIZES, CPU, torch.float32, sets=2)
+        factories = {name: factory for name, factory in case.factories().items() if "no_bias" in name}
+        records = TestVariants().runner().measure(factories, base="specification")
+        record = records["flash_attention_no_bias"]
+        assert record["output_relative_difference"] < 1e-5 and record["gradient_relative_difference"] < 1e-5
+
+    @pytest.mark.requires_compiler
+    def test_attention_by_the_kernel_agrees_and_its_launches_are_counted(self, monkeypatch, host_extension):
+        host.use(monkeypatch, host_extension)
+        case = AttentionCase(attention.tiny_shapes()[1], Sizes(64, 64, 2), CPU, torch.bfloat16, sets=1)
+        factories = {name: case.factories()[name] for name in ("specification", "sdpa_memory_efficient", "fused")}
+        runner = Runner(HostClock(), Budget(60.0), rounds=1, tolerance=0.05)
+        records = runner.measure(factories, base="specification")
+        assert records["fused"]["output_relative_difference"] < 0.02
+        assert records["sdpa_memory_efficient"]["gradient_relative_difference"] < 0.02
+        launches = re.findall(r"\d+", records["fused"]["note"])
+        assert int(launches[0]) == 1 and int(launches[1]) >= 1
+
+    def test_goals_are_judged_in_their_own_direction(self):
+        assert attention.verdicts({"over_floor": 1.4, "over_no_bias": 1.2, "bias_built_over_fused": 3.5}) == {
+            "over_floor": "1.40, goal 1.5: met",
+            "over_no_bias": "1.20, goal 1.1: missed",
+            "bias_built_over_fused": "3.50, goal 3.0: met",
+        }
+        assert attention.verdicts({}) == {}
+
     def test_compiled_variants_are_left_out_with_a_reason(self, quick_run):
         _, result = quick_run
         for shape in result["shapes"]:
@@ -275,6 +354,7 @@ class TestGpuScript:
             names = ["sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled"]
             assert left_out == ["baseline_compiled", *names]
         skipped = [line for line in result["skipped"] if "is not installed" not in line]
+        skipped = [line for line in skipped if not line.startswith("attention ")]
         assert len(skipped) == 16 + 3 and all("--quick" in line for line in skipped)
 
     def test_operations_between_the_products_are_measured_against_a_copy(self, quick_run):
@@ -339,6 +419,9 @@ class TestGpuScript:
         assert not gpu.failed(result)
         broken = copy.deepcopy(result)
         del broken["pointwise"]["operations"]["residual"]["variants"]["fused"]["forward_backward"]
+        assert gpu.failed(broken)
+        broken = copy.deepcopy(result)
+        del broken["attention"][1]["variants"]["fused"]["forward_backward"]
         assert gpu.failed(broken)
         broken = copy.deepcopy(result)
         del broken["shapes"][2]["layer"]["fused"]["forward_backward"]

@@ -379,6 +379,7 @@ def gpu(bootstrap, machine, monkeypatch, tmp_path):
     monkeypatch.setattr(bootstrap, "setuptools_version", lambda: "77.0.3")
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
     monkeypatch.setattr(bootstrap.os, "access", lambda *_: True)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
     return machine
 
 
@@ -393,6 +394,33 @@ def test_gpu_installs_offline_and_runs_tests_and_benchmarks_in_this_python(boots
         f"HOST {bootstrap.ROOT / 'benchmarks' / 'gpu.py'} --out {out}",
     ]
     assert out.is_dir() and not bootstrap.VENV.exists()
+
+
+def test_gpu_without_compute_sanitizer_says_that_it_is_left_out(gpu, capsys):
+    assert not any("--tool" in line for line in gpu.started("gpu"))
+    assert "compute-sanitizer is neither on PATH nor in CUDA_HOME" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["PATH", "CUDA_HOME"])
+@pytest.mark.parametrize("failing", ["--tool memcheck", "--tool racecheck"])
+def test_gpu_checks_attention_under_compute_sanitizer_and_fails_by_it(
+    bootstrap, gpu, monkeypatch, tmp_path, place, failing
+):
+    program = tmp_path / "bin" / "compute-sanitizer"
+    if place == "PATH":
+        monkeypatch.setattr(bootstrap.shutil, "which", lambda name: str(program) if name == program.name else None)
+    else:
+        program.parent.mkdir()
+        program.touch()
+        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    gpu.codes[failing] = 99
+    commands = gpu.started("gpu", code=99)
+    assert len(commands) == 5 and commands[-1].startswith("HOST ") and "gpu.py" in commands[-1]
+    for tool, line in zip(("memcheck", "racecheck"), commands[2:4], strict=True):
+        checked = f"{program} --tool {tool} --kernel-name kns=onepeace_fast --error-exitcode 99 HOST -m pytest -q "
+        assert line.startswith(checked) and line.endswith("-m gpu -k follow_the and bfloat16 and not slower")
+    for file in bootstrap.SANITIZED[:2]:
+        assert file in commands[2] and (SCRIPT.parent / file).is_file()
 
 
 def test_gpu_results_go_to_the_benchmarks_without_out(bootstrap, gpu, monkeypatch):

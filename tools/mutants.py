@@ -3,8 +3,9 @@
     python -m tools.mutants [NAME...]
 
 ``mutants.json`` has the faults: a file, a text that occurs in it exactly once, what takes its place, and the tests that
-must fail, in Triton's interpreter. The same tests must pass where nothing is planted. A mutant is caught only where a
-test fails by a value that it compared: an error at import or a kernel that does not run catches nothing.
+must fail, in Triton's interpreter or, for csrc, by the sources built for this CPU. The same tests must pass where nothing
+is planted. A mutant is caught only where a test fails by a value that it compared or by what a sanitizer says: an error at
+import, or a kernel that does not compile or run, catches nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 FAULTS = Path(__file__).with_suffix(".json")
-COPIED = ("kernels", "onepeace_fast", "tests", "tools", "pyproject.toml")
+COPIED = ("csrc", "kernels", "onepeace_fast", "tests", "tools", "pyproject.toml")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "goldens", "*.egg-info")
 LONGEST = 300  # seconds of one mutant's tests
 

@@ -1,4 +1,4 @@
-"""The operations between the products under pytest-benchmark, on a GPU: `make bench` there, or one file by its name."""
+"""The operations alone under pytest-benchmark, on a GPU: `make bench` there, or one file by its name."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.support import relative_bias_attention as attention
 from benchmarks.support import shapes
 from benchmarks.support.pointwise import Operation, PointwiseCase, operations
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.variants import MODES, Variant
+from benchmarks.support.variants import MODES, LeftOut, Variant
 
 SHAPE = Shape("vision-language 32", {"text": shapes.text(32), "image": shapes.image(32)})
 SIZES = Sizes(width=1536, hidden=6144, heads=24)
@@ -20,11 +21,22 @@ VARIANTS = {
     "layer_norm": ("eager", "compiled", "liger", "apex", "flash-attn", "fused"),
     "residual": ("eager", "compiled", "fused"),
     "gated_sub_ln": ("eager", "compiled", "liger, tanh", "fused"),
+    "relative_bias_attention": (
+        "bias_built_sdpa_memory_efficient",
+        "sdpa_memory_efficient",
+        "sdpa_cudnn",
+        "xformers",
+        "flex_attention",
+        "flash_attention_no_bias",
+        "fused_no_bias",
+        "fused",
+    ),
 }
+ATTENTION_SHAPES = {shape.name: shape for shape in attention.full_shapes()}
 ROUNDS, WARM_UP, SETS = 50, 5, 4
 skip_without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
-__all__ = ["MODES", "VARIANTS", "run_pointwise", "skip_without_gpu"]
+__all__ = ["ATTENTION_SHAPES", "MODES", "VARIANTS", "run_attention", "run_pointwise", "skip_without_gpu"]
 
 
 @functools.cache
@@ -35,19 +47,39 @@ def operation(name: str) -> Operation:
     return operations(case)[name]()
 
 
+@functools.lru_cache(maxsize=1)  # for its memory
+def attention_operation(shape: str) -> Operation:
+    """Attention at one shape with its inputs, made once for all its variants."""
+    torch.manual_seed(0)
+    return attention.AttentionCase(
+        ATTENTION_SHAPES[shape], SIZES, torch.device("cuda"), torch.bfloat16, SETS
+    ).operation()
+
+
 def run_pointwise(name: str, variant: str, mode: str, benchmark: Any) -> None:
-    """Time one variant: from a quiet device until it is quiet again, so launches count, as in eager training."""
-    measured = operation(name)
+    """Time one variant of an operation between the products."""
+    _run(operation(name), variant, mode, f"{name}, {mode}, {SHAPE.real_tokens} rows", benchmark)
+
+
+def run_attention(shape: str, variant: str, mode: str, benchmark: Any) -> None:
+    """Time one variant of attention at one shape."""
+    _run(attention_operation(shape), variant, mode, f"relative_bias_attention, {mode}, {shape} tokens", benchmark)
+
+
+def _run(measured: Operation, variant: str, mode: str, group: str, benchmark: Any) -> None:
+    """Time from a quiet device until it is quiet again, so launches count, as in eager training."""
     try:
         made: Variant = measured.factories[variant]()
     except ModuleNotFoundError as error:
         pytest.skip(f"{error.name} is not installed")
+    except LeftOut as reason:
+        pytest.skip(str(reason))
     call, rounds = getattr(made, mode), itertools.count()
 
     def timed() -> None:
         call(next(rounds))
         torch.cuda.synchronize()
 
-    benchmark.group = f"{name}, {mode}, {SHAPE.real_tokens} rows"
+    benchmark.group = group
     benchmark.pedantic(timed, setup=torch.cuda.synchronize, rounds=ROUNDS, warmup_rounds=WARM_UP, iterations=1)
     benchmark.extra_info["GB_per_second"] = measured.bytes[mode] / benchmark.stats.stats.median / 1e9

@@ -55,7 +55,7 @@ class Operation:
     """One operation with its variants, and the bytes that each mode must move: every row tensor once each way."""
 
     def __init__(self, factories: Mapping[str, Factory], forward_bytes: int, backward_bytes: int) -> None:
-        self.factories = dict(factories)
+        self.factories, self.goal = dict(factories), GOAL
         self.bytes = {"forward": forward_bytes, "forward_backward": forward_bytes + backward_bytes}
 
     def with_shares(self, records: dict[str, dict[str, Any]], copy_bytes_per_second: float | None) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Operation:
                 record[mode]["GB_per_second"] = round(rate / 1e9, 1)
                 if copy_bytes_per_second:
                     record[mode]["share_of_copy"] = round(rate / copy_bytes_per_second, 3)
-        return {"bytes": self.bytes, "goal": GOAL, "variants": records}
+        return {"bytes": self.bytes, "goal": self.goal, "variants": records}
 
 
 def operations(case: PointwiseCase) -> dict[str, Callable[[], Operation]]:

@@ -6,28 +6,30 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onepeace_fast.config import MODALITIES, TransformerConfig
+from onepeace_fast.config import MODALITIES, ImageAdapterConfig, TransformerConfig
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Width, hidden width and heads of a layer; ``layers`` of a stack."""
+    """Width, hidden width and heads of a layer; ``layers`` of a stack; ``grid`` of its images' bias table."""
 
     width: int
     hidden: int
     heads: int
     layers: int = 1
+    grid: int = 16
 
     def config(self, modalities: Sequence[str], layer_scale: float = 1.0) -> TransformerConfig:
         """The configuration of a stack that knows these modalities alone."""
-        absent = {name: None for name in MODALITIES if name not in modalities}
+        adapters: dict[str, ImageAdapterConfig | None] = {"image": ImageAdapterConfig(bias_grid=self.grid)}
+        adapters |= {name: None for name in MODALITIES if name not in modalities}
         return TransformerConfig(
             embed_dim=self.width,
             ffn_embed_dim=self.hidden,
             attention_heads=self.heads,
             layers=self.layers,
             layer_scale=layer_scale,
-            **absent,
+            **adapters,
         )
 
 
@@ -82,6 +84,6 @@ def image(samples: int, grid: int = 16) -> list[int]:
     return [grid * grid + 1] * samples
 
 
-def audio(samples: int, low: int = 149, high: int = 749) -> list[int]:
-    """Audio frames, CLS included; 149 to 749 frames are 3 to 15 s."""
-    return [length + 1 for length in spread(low, high, samples, seed=2)]
+def audio(samples: int, low: int = 149, high: int = 749, seed: int = 2) -> list[int]:
+    """Audio frames, CLS included; 149 to 749 frames are 3 to 15 s. Seed 1 orders them as texts are ordered."""
+    return [length + 1 for length in spread(low, high, samples, seed)]

@@ -14,7 +14,10 @@ from torch import Tensor
 from benchmarks.support.timing import Clock, describe_error, interleaved
 
 MODES = ("forward", "forward_backward")
-HOW_FUSED_RUNS = "on a GPU Triton kernels between the vendor's products, attention by its specification; else eager"
+HOW_FUSED_RUNS = (
+    "on a GPU Triton kernels between the vendor's products, attention's forward pass by the CUDA extension where"
+    " it is there, its backward pass by its specification; else eager"
+)
 FIRST_COMPILE_SECONDS = 20.0  # what a variant that was never compiled is taken to need
 
 
@@ -23,18 +26,26 @@ class Variant:
     """One way to do the work. Both calls take the number of a round, by which they choose among the input sets.
 
     ``rows`` brings the output of ``forward`` into packed order, to compare it with the other variants' outputs, and
-    ``gradient_rows`` the first gradient of ``forward_backward``, that of the tokens.
+    ``gradient_rows`` each of the first ``gradients_compared`` gradients of ``forward_backward``, those of the tokens.
+    They are compared with the variant named ``against``, by default with the base.
     """
 
     forward: Callable[[int], Any]
     forward_backward: Callable[[int], Any]
     rows: Callable[[Tensor], Tensor] | None = None
     gradient_rows: Callable[[Tensor], Tensor] | None = None
+    gradients_compared: int = 1
+    against: str = ""
+    timed: bool = True
     compiled: bool = False
     note: str = ""
 
 
 Factory = Callable[[], Variant]
+
+
+class LeftOut(Exception):
+    """A factory's reason why its variant does not run on this machine."""
 
 
 def trained(
@@ -118,7 +129,7 @@ class Runner:
         """
         records: dict[str, dict[str, Any]] = {name: {} for name in factories}
         variants: dict[str, Variant] = {}
-        expected: dict[str, Tensor] = {}
+        expected: dict[str, dict[str, Tensor]] = {}
         for name in sorted(factories, key=lambda name: name != base):  # the base first, else in order
             record = records[name]
             if reason := self.budget.refusal(name, getattr(factories[name], "is_compiled", False)):
@@ -127,12 +138,16 @@ class Runner:
             try:
                 variant = factories[name]()
                 found = self._first_run(name, variant, record)
-                if name == base:
-                    expected = found
+                against = variant.against or base
+                if name == against:
+                    expected[name] = found
                 else:
-                    self._compare(found, expected, record)
+                    self._compare(found, expected.get(against, {}), record)
             except ModuleNotFoundError as error:
                 record["skipped"] = f"left out: {error.name} is not installed"
+                continue
+            except LeftOut as reason:
+                record["skipped"] = f"left out: {reason}"
                 continue
             except Exception as error:
                 record["error"] = describe_error(error)
@@ -144,6 +159,7 @@ class Runner:
         calls = {
             (name, mode): getattr(variant, mode)
             for name, variant in variants.items()
+            if variant.timed
             for mode in MODES
         }  # fmt: skip
         timings, errors = interleaved(calls, self.clock, rounds=self.rounds)
@@ -162,7 +178,8 @@ class Runner:
         del output
         gradients = variant.forward_backward(0)
         if variant.gradient_rows is not None:
-            found["gradient"] = variant.gradient_rows(gradients[0]).float()
+            compared = gradients[: variant.gradients_compared]
+            found["gradient"] = torch.cat([variant.gradient_rows(gradient) for gradient in compared]).float()
         del gradients
         if torch.cuda.is_available():
             torch.cuda.synchronize()

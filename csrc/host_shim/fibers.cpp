@@ -45,7 +45,9 @@ void release(void*) {}
 void acquire(void*) {}
 #endif
 #if defined(__SANITIZE_ADDRESS__)
-void start_switch(void** saved, const void* bottom, size_t bytes) { __sanitizer_start_switch_fiber(saved, bottom, bytes); }
+void start_switch(void** saved, const void* bottom, size_t bytes) {
+    __sanitizer_start_switch_fiber(saved, bottom, bytes);
+}
 void finish_switch(void* saved) { __sanitizer_finish_switch_fiber(saved, nullptr, nullptr); }
 #else
 void start_switch(void**, const void*, size_t) {}
@@ -187,7 +189,8 @@ void run_block(Index block, Index blocks, unsigned threads, size_t shared_bytes)
 
 [[noreturn]] void fail(const char* what, const char* more) {
     const Index block = current->position.block, thread = current->position.thread;
-    std::fprintf(stderr, "host shim: block %u %u %u, thread %u: %s%s\n", block.x, block.y, block.z, thread.x, what, more);
+    std::fprintf(
+        stderr, "host shim: block %u %u %u, thread %u: %s%s\n", block.x, block.y, block.z, thread.x, what, more);
     std::_Exit(3);
 }
 

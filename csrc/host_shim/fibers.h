@@ -1,7 +1,7 @@
 // Threads of a CUDA thread block as fibers of one CPU thread. A fiber runs until it reaches something that its warp or
-// its block does together; blocks run one after another. Races are found by AddressSanitizer (a block's shared memory is
-// an allocation of its own, filled with NaN) and by ThreadSanitizer (every fiber is a thread to it, and only barriers
-// order their accesses).
+// its block does together; blocks run one after another. A block's shared memory is an allocation of its own, full of
+// NaN, so that AddressSanitizer sees an access past it; to ThreadSanitizer every fiber is a thread, and only barriers
+// order what they do.
 
 #pragma once
 
@@ -37,8 +37,8 @@ void with_warp(const char* kind, void* argument, void (*finish)(Lanes));
 void synchronize_warp();
 void synchronize_block();
 
-// A copy to shared memory that may begin at once and has ended after wait_for_copies(); zeros where `source` is null.
-// Until then the target holds NaN.
+// A copy to shared memory that may begin at once and has ended after wait_for_copies(); until then the target holds
+// NaN.
 struct Copy {
     void* target;
     const void* source;
@@ -56,13 +56,7 @@ inline void copy_later(void* target, const void* source, int bytes) {
 }
 
 inline void wait_for_copies() {
-    for (Copy copy; pop_copy(copy);) {
-        if (copy.source) {
-            std::memcpy(copy.target, copy.source, copy.bytes);
-        } else {
-            std::memset(copy.target, 0, copy.bytes);
-        }
-    }
+    for (Copy copy; pop_copy(copy);) std::memcpy(copy.target, copy.source, copy.bytes);
 }
 
 // Run a kernel's body once for every thread of a grid; ends the process with a line where threads disagree about what

@@ -1,5 +1,5 @@
-// The functions of ../ptx.cuh on a CPU: what a lane gives or reads is its own access, the arithmetic is done once for the
-// warp, and copies come as late as they may.
+// The functions of ../ptx.cuh on a CPU: what a lane gives or reads is its own access, the arithmetic is done once for
+// the warp, and copies come as late as they may.
 
 #pragma once
 
@@ -27,9 +27,7 @@ inline int thread_index() { return host_shim::position().thread.x; }
 
 inline void* shared_memory() { return host_shim::shared_memory(); }
 
-inline void cp_async_16(void* shared, const void* global, bool valid) {
-    host_shim::copy_later(shared, valid ? global : nullptr, 16);
-}
+inline void cp_async_16(void* shared, const void* global) { host_shim::copy_later(shared, global, 16); }
 inline void cp_async_4(void* shared, const void* global) { host_shim::copy_later(shared, global, 4); }
 inline void cp_async_wait_all() { host_shim::wait_for_copies(); }
 

@@ -2,8 +2,8 @@
 //
 //     run CASE RESULTS
 //
-// A case: RelativeBiasAttention as bytes, then the arrays that it points to, each as its number of bytes (int64) and the
-// bytes: qkv (before it, where in the array it begins, int64), cu_seqlens, code, is_cls, their number and every bias,
+// A case: RelativeBiasAttention as bytes, then the arrays that it points to, each as its number of bytes (int64) and
+// these: qkv (before it, where in the array it begins, int64), cu_seqlens, code, is_cls, their number and every bias,
 // head_scale; then a
 // number of runs and each run's order of blocks and warps. Results: out and log_sum_exp of each run. Every array is an
 // allocation of its own, as long as its contents, so that AddressSanitizer sees an access past it.

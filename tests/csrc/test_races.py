@@ -14,7 +14,7 @@ FORWARD = "relative_bias_attention_forward.cu"
 BATCHES = {
     "three modalities": mixed,
     "CLS in blocks": lambda: any_cls([[(18, 9), (2, 1)], [(40, 20), (1, 17)]]),
-    "windows": lambda: windowed_grid(64, 30),
+    "windows": lambda: windowed_grid(64, "corners"),
     "rounds": lambda: lengths([330]),
 }
 

@@ -151,10 +151,14 @@ def shuffled_grid(side: int, kept: Sequence[int] = ()) -> Batch:
     return Batch(layout, (grid(side, side),))
 
 
-def windowed_grid(side: int, last: int) -> Batch:
-    """The first 70 and the ``last`` patches of an image, and a text."""
-    total = side * side
-    patches = [*range(1, 71), *range(total - last + 1, total + 1)]
+def windowed_grid(side: int, where: str) -> Batch:
+    """Patches of a large image, of its first "rows", of two "corners" or from "anywhere", and a text."""
+    last = side * side
+    patches = {
+        "rows": [*range(1, 71)],
+        "corners": [*range(1, 71), *range(last - 29, last + 1)],
+        "anywhere": random.Random(0).sample(range(1, last + 1), 140),
+    }[where]
     layout = naive_layout(
         whole_rows({"image": [len(patches) + 1], "text": [20]}), positions={"image": [[0, *patches]]},
         codes={"image": grid_codes(side, side).tolist()},

@@ -1,0 +1,265 @@
+"""Attention with a relative position bias alone, at one batch, in every way that users can write it.
+
+Every way gets q, k and v in the layout that it reads best, so that no copy counts but its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.support import shapes
+from benchmarks.support.layer import LayerCase
+from benchmarks.support.pointwise import Operation
+from benchmarks.support.shapes import Shape, Sizes
+from benchmarks.support.variants import MODES, Factory, LeftOut, Variant, compiled, trained
+from onepeace_fast import cuda_extension, relative_bias_attention
+from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.relative_position import CLS_ENTRIES
+
+GOALS = {"over_floor": 1.5, "over_no_bias": 1.1, "bias_built_over_fused": 3.0}
+GOALS_SHAPE = "64 x 257"  # what the goals are stated for
+ALIGNMENT = 8  # elements that a row of a dense bias must begin at a multiple of, else it is copied first
+
+
+def full_shapes() -> list[Shape]:
+    """The model's sequences; where there are two modalities, the longest samples of both belong together."""
+    return [
+        Shape(GOALS_SHAPE, {"image": shapes.image(64)}),
+        Shape("64 x up to 72", {"text": shapes.text(64)}),
+        Shape("32 x up to 329", {"text": shapes.text(32), "image": shapes.image(32)}),
+        Shape("16 x up to 750", {"audio": shapes.audio(16)}),
+        Shape("16 x up to 822", {"text": shapes.text(16), "audio": shapes.audio(16, seed=1)}),
+        Shape("16 x 1025", {"image": shapes.image(16, grid=32)}),
+    ]
+
+
+def tiny_shapes() -> list[Shape]:
+    """The same kinds of sequences, small enough for a test."""
+    return [
+        Shape("3 x 17", {"image": shapes.image(3, grid=4)}),
+        Shape("3 x up to 29", {"text": shapes.text(3, 2, 6), "audio": shapes.audio(3, 5, 20, seed=1)}),
+    ]
+
+
+class AttentionCase:
+    """q, k and v of a batch in both layouts, gradients of the output, and the bias in both forms."""
+
+    def __init__(self, shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, sets: int) -> None:
+        side = math.isqrt(max(shape.lengths.get("image", [1])) - 1)
+        sizes = replace(sizes, hidden=sizes.width, grid=max(sizes.grid, side))
+        self.shape, self.device, self.heads = shape, device, sizes.heads
+        self.layer = LayerCase(shape, sizes, device, dtype, sets=1)
+        self.plan = self.layer.plan
+        self.tables = [t.weight for a in self.layer.stack.adapters.values() for t in a.rel_pos_table_list]
+        self.vectors = [vector.detach() for vector in self.layer.bias_vectors()]
+        size = (shape.real_tokens, sizes.heads, sizes.width // sizes.heads)
+        self.qkv = [torch.randn(size[0], 3, *size[1:], device=device).to(dtype) for _ in range(sets)]
+        self.gradients = [torch.randn(size, device=device).to(dtype) for _ in range(sets)]
+
+    def operation(self) -> Operation:
+        """All variants, and what must move: q, k, v and the output forward; these and all their gradients backward."""
+        matrix = self.qkv[0].nbytes // 3
+        operation = Operation(self.factories(), forward_bytes=4 * matrix, backward_bytes=8 * matrix)
+        operation.goal = round(1 / GOALS["over_floor"], 3)
+        return operation
+
+    def factories(self) -> dict[str, Factory]:
+        """The specification first: it is what outputs and gradients are compared with."""
+        return {
+            "specification": lambda: self.specification(bias=True),
+            "specification_no_bias": lambda: self.specification(bias=False),
+            "bias_built_sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True),
+            "sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION),
+            "sdpa_cudnn": lambda: self.sdpa(SDPBackend.CUDNN_ATTENTION, frozen=True),
+            "xformers": self.xformers,
+            "flex_attention": compiled(lambda: self.flex_attention()),
+            "flash_attention_no_bias": self.flash_attention,
+            "fused_no_bias": lambda: self.fused(bias=False),
+            "fused": lambda: self.fused(bias=True),
+        }
+
+    def fused(self, bias: bool) -> Variant:
+        """The library's operation on packed rows; the note counts what it launched of the CUDA extension."""
+        variant = self._operation(bias)
+        launches = [cuda_extension.launched()]
+        for mode in MODES:
+            getattr(variant, mode)(0)
+            launches.append(cuda_extension.launched())
+        forward, both = (after - before for before, after in pairwise(launches))
+        variant.note = f"launches of the CUDA extension: {forward} forward, {both} forward and backward"
+        return variant
+
+    def specification(self, bias: bool) -> Variant:
+        """The same by the specification, which computes in float32, for its values alone."""
+        variant = self._operation(bias)
+
+        def specified(call: Callable[[int], Any]) -> Callable[[int], Any]:
+            def run(index: int) -> Any:
+                with force_kernels(False):
+                    return call(index)
+
+            return run
+
+        variant.forward, variant.forward_backward = specified(variant.forward), specified(variant.forward_backward)
+        variant.timed, variant.note = False, "not timed: what the others are compared with"
+        return variant
+
+    def _operation(self, bias: bool) -> Variant:
+        plan, offsets, longest = self.plan, self.plan.code_offsets if bias else (), max(self.shape.sample_lengths)
+        vectors = [vector.clone().requires_grad_() for vector in self.vectors if bias]
+
+        def run(qkv: Tensor, *vectors: Tensor) -> Tensor:
+            return relative_bias_attention(
+                qkv, cu_seqlens=plan.cu_seqlens, modality=plan.modality, code=plan.code, is_cls=plan.is_cls,
+                bias=vectors, code_offsets=offsets, max_length=longest,
+            )  # fmt: skip
+
+        sets = [(qkv.clone().requires_grad_(), *vectors) for qkv in self.qkv]
+        variant = trained(run, sets, self.gradients, [])
+        variant.rows = lambda out: out
+        variant.gradient_rows = lambda gradient: gradient.transpose(0, 1).flatten(0, 1)
+        return self._described(variant, bias)
+
+    def sdpa(self, backend: SDPBackend, build: bool = False, frozen: bool = False) -> Variant:
+        """PyTorch's attention with a dense bias, which is given or ``build`` as upstream does from its tables."""
+        cuda = self.device.type == "cuda"
+        if backend is SDPBackend.CUDNN_ATTENTION and not cuda:
+            raise LeftOut("cuDNN needs a CUDA device")
+
+        def run(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
+            (bias,) = given or [self.layer.dense_bias()]
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            with sdpa_kernel(backend) if cuda else contextlib.nullcontext():
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+
+        given = () if build else (self.aligned_bias().requires_grad_(not frozen),)
+        variant = self._padded(run, given, self.tables if build else ())
+        variant.note = "the bias is frozen: cuDNN has no gradient of it" if frozen else ""
+        if not cuda:
+            variant.note = "by the backend that PyTorch takes on a CPU"
+        return variant
+
+    def xformers(self) -> Variant:
+        """xformers' attention, which upstream takes where it is installed, with a dense bias that is given."""
+        attention = importlib.import_module("xformers.ops").memory_efficient_attention
+        bias = self.aligned_bias().requires_grad_()
+        return self._padded(lambda q, k, v, bias: attention(q, k, v, attn_bias=bias), (bias,))
+
+    def flex_attention(self, compile_it: bool = True) -> Variant:
+        """FlexAttention over the padded batch; its score function reads the bias vectors by the tokens' codes."""
+        flex = importlib.import_module("torch.nn.attention.flex_attention")
+        code, is_cls, equal, cls, modality, valid = self._padded_tokens()
+        samples, length = code.shape
+        block_mask = None
+        if not valid.all():
+            size = (samples, None, length, length)
+            block_mask = flex.create_block_mask(lambda b, h, i, j: valid[b, j], *size, device=code.device)
+
+        def run(q: Tensor, k: Tensor, v: Tensor, *vectors: Tensor) -> Tensor:
+            entries = torch.cat([*vectors, vectors[0].new_zeros(self.heads, 1)], dim=1)
+
+            def score(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+                entry = code[b, i] - code[b, j] + equal[b, i]
+                entry = torch.where(is_cls[b, j], cls[b, i] + 1, entry)
+                entry = torch.where(is_cls[b, i], torch.where(is_cls[b, j], cls[b, i] + 2, cls[b, i]), entry)
+                entry = torch.where(modality[b, i] == modality[b, j], entry, entries.shape[1] - 1)
+                return score + entries[h, entry]
+
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return flex.flex_attention(q, k, v, score_mod=score, block_mask=block_mask).transpose(1, 2)
+
+        vectors = tuple(vector.clone().requires_grad_() for vector in self.vectors)
+        return self._padded(torch.compile(run, dynamic=False) if compile_it else run, vectors)
+
+    def flash_attention(self) -> Variant:
+        """flash-attn over packed samples: it takes no such bias, so it shows what attention alone costs."""
+        attention = importlib.import_module("flash_attn").flash_attn_varlen_qkvpacked_func
+        order = torch.argsort(self.plan.sample, stable=True)
+        back = torch.argsort(order)
+        lengths = torch.tensor([0, *self.shape.sample_lengths])
+        bounds = lengths.cumsum(0).to(device=self.device, dtype=torch.int32)
+        longest = max(self.shape.sample_lengths)
+        sets = [(qkv[order].requires_grad_(),) for qkv in self.qkv]
+        gradients = [gradient[order] for gradient in self.gradients]
+        variant = trained(lambda qkv: attention(qkv, bounds, longest), sets, gradients, [])
+        variant.rows = lambda out: out[back]
+        variant.gradient_rows = lambda gradient: gradient[back].transpose(0, 1).flatten(0, 1)
+        return self._described(variant, bias=False)
+
+    def aligned_bias(self) -> Tensor:
+        """The dense bias; a view of wider rows, for what would otherwise copy it on every call."""
+        bias = self.layer.dense_bias().detach()
+        length = bias.shape[-1]
+        wider = bias.new_zeros(*bias.shape[:-1], -(-length // ALIGNMENT) * ALIGNMENT)
+        wider[..., :length] = bias
+        return wider[..., :length]
+
+    def _padded(self, function: Callable[..., Tensor], bias: tuple[Tensor, ...], parameters: Any = ()) -> Variant:
+        """A variant of a function of q, k, v [batch, length, heads, head_dim] and a bias in whatever form."""
+        sets = [(*(self._pad(x).requires_grad_() for x in qkv.unbind(1)), *bias) for qkv in self.qkv]
+        variant = trained(function, sets, [self._pad(gradient) for gradient in self.gradients], list(parameters))
+        variant.rows = variant.gradient_rows = self._rows
+        variant.gradients_compared = 3
+        return self._described(variant, bias=True)
+
+    def _pad(self, rows: Tensor) -> Tensor:
+        return self.layer.padded(rows.flatten(1)).unflatten(-1, rows.shape[1:])
+
+    def _rows(self, padded: Tensor) -> Tensor:
+        return self.layer.to_rows(padded.flatten(2).transpose(0, 1)).unflatten(-1, padded.shape[2:])
+
+    def _padded_tokens(self) -> tuple[Tensor, ...]:
+        """Of each padded place: code, CLS, entries of equal codes and of CLS, modality (-1: none), if it is real."""
+        plan, starts = self.plan, [0]
+        for vector in self.vectors:
+            starts.append(starts[-1] + vector.shape[1])
+        equal = torch.tensor([start + offset for start, offset in zip(starts[:-1], plan.code_offsets, strict=True)])
+        cls = torch.tensor([stop - CLS_ENTRIES for stop in starts[1:]])
+        m = plan.modality.long()
+        columns = (plan.code, plan.is_cls, equal.to(self.device)[m], cls.to(self.device)[m], m + 1)
+        padded = (self._pad(column.long()[:, None, None])[..., 0, 0].int() for column in columns)
+        code, is_cls, equal, cls, after = padded
+        return code, is_cls.bool(), equal, cls, after - 1, after > 0
+
+    def _described(self, variant: Variant, bias: bool) -> Variant:
+        variant.against = "specification" if bias else "specification_no_bias"
+        return variant
+
+
+def ratios(variants: Mapping[str, Mapping[str, Any]], bytes_: Mapping[str, int], rate: float | None) -> dict[str, Any]:
+    """What the goals speak of, for each mode: the fused time over its floor, over itself without bias, upstream's."""
+    result: dict[str, Any] = {}
+    for mode in MODES:
+        times = {name: record[mode]["median_ms"] for name, record in variants.items() if mode in record}
+        found = {}
+        if "fused" in times:
+            if rate:
+                floor = 1e3 * bytes_[mode] / rate
+                found["floor_ms"], found["over_floor"] = round(floor, 4), round(times["fused"] / floor, 3)
+            if "fused_no_bias" in times:
+                found["over_no_bias"] = round(times["fused"] / times["fused_no_bias"], 3)
+            if built := times.get("bias_built_sdpa_memory_efficient"):
+                found["bias_built_over_fused"] = round(built / times["fused"], 3)
+        result[mode] = found
+    return result
+
+
+def verdicts(found: Mapping[str, float]) -> dict[str, str]:
+    """The forward pass's ratios against the goals; one that was not measured is missing."""
+    result = {}
+    for name, goal in GOALS.items():
+        if name in found:
+            met = found[name] >= goal if name == "bias_built_over_fused" else found[name] <= goal
+            result[name] = f"{found[name]:.2f}, goal {goal}: {'met' if met else 'missed'}"
+    return result

@@ -1,0 +1,47 @@
+"""The compile-only check of the CUDA kernels: it compiles all of them, and its gates bite."""
+
+from importlib.util import find_spec
+
+import pytest
+
+from tools import compile_cuda
+
+NVCC = compile_cuda.find_nvcc()
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)"),
+    pytest.mark.skipif(
+        find_spec("triton") is None, reason="Triton, whose wheel has cuobjdump, is not installed"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    return compile_cuda.compile_library(NVCC, tmp_path_factory.mktemp("cuda"))
+
+
+def test_every_kernel_keeps_to_its_plan_on_both_chips(library):
+    results = compile_cuda.inspect(library)
+    sizes, dtypes, kinds = len(compile_cuda.HEAD_SIZES), 2, 2
+    for architecture in compile_cuda.ARCHITECTURES:
+        assert sum(result.architecture == architecture for result in results) == sizes * dtypes * kinds
+    assert not [result for result in results if result.faults]
+    assert all(result.local == 0 and result.matrix_instructions for result in results)
+
+
+def test_more_shared_memory_than_planned_is_a_fault(library, monkeypatch):
+    monkeypatch.setattr(compile_cuda, "PLANNED_ENTRIES", 7000)
+    faults = {result.name: result.faults for result in compile_cuda.inspect(library) if result.faults}
+    assert faults and all(fault == ("planned for 2 at once",) for fault in faults.values())
+
+
+@pytest.mark.slow
+def test_local_memory_is_a_fault(tmp_path):
+    results = compile_cuda.inspect(compile_cuda.compile_library(NVCC, tmp_path, "-maxrregcount=64"))
+    assert all("bytes of local memory" in result.faults[0] for result in results if "64" in result.name)
+
+
+def test_a_machine_without_nvcc_is_told_so(monkeypatch, capsys):
+    monkeypatch.setattr(compile_cuda, "find_nvcc", lambda: None)
+    assert compile_cuda.main() == 0
+    assert capsys.readouterr().out.startswith("CUDA kernels: not compiled, there is no nvcc")

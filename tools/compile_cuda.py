@@ -1,0 +1,157 @@
+"""Compile the CUDA sources for GPUs that need not be there, and hold every kernel to its limits.
+
+    python -m tools.compile_cuda
+
+A fault is a spill or local memory, fewer thread blocks on a multiprocessor than the kernel is launched for, or a kernel
+without matrix instructions. Windowed kernels, for vectors that shared memory does not hold, are planned for one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tools.cubin import CHIPS
+
+CSRC = Path(__file__).resolve().parent.parent / "csrc"
+ARCHITECTURES = {"sm_80": "sm_80", "sm_90a": "sm_90"}  # and the chip of each
+HEAD_SIZES = (32, 64, 128)
+PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
+HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/SM", "matrix instructions", "faults")
+
+
+class Plan(ctypes.Structure):
+    """``LaunchPlan`` of csrc/relative_bias_attention.h."""
+
+    _fields_ = (("threads", ctypes.c_int32), ("blocks_at_once", ctypes.c_int32), ("shared_bytes", ctypes.c_int32))
+
+
+class Result(NamedTuple):
+    """One kernel on one architecture."""
+
+    name: str
+    architecture: str
+    registers: int
+    local: int
+    threads: int
+    shared: int
+    at_once: int
+    matrix_instructions: int
+    faults: tuple[str, ...]
+
+    @property
+    def row(self) -> tuple[str, ...]:
+        """As a row of the table."""
+        return (*map(str, self[:-1]), "; ".join(self.faults) or "none")
+
+
+def find_nvcc() -> Path | None:
+    """nvcc of CUDA_HOME, else of PATH, else of the usual folder."""
+    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
+    named = [Path(folder, "bin", "nvcc") for folder in folders if folder]
+    on_path = shutil.which("nvcc")
+    candidates = [*named[:-1], *([Path(on_path)] if on_path else []), named[-1]]
+    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
+
+
+def compile_library(nvcc: Path, folder: Path, *options: str) -> Path:
+    """All kernels for all architectures in one library."""
+    library = folder / "kernels.so"
+    targets = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
+    command = [
+        str(nvcc),
+        "-std=c++17",
+        "-O3",
+        f"-I{CSRC}",
+        *targets,
+        "--threads",
+        "2",
+        "-shared",
+        "-Xcompiler",
+        "-fPIC",
+    ]
+    subprocess.run([*command, *options, *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(library)], check=True)
+    return library
+
+
+def plan(library: ctypes.CDLL, head_dim: int, windowed: bool) -> Plan:
+    """How a kernel is launched."""
+    function = library.relative_bias_attention_forward_plan
+    function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
+    return function(head_dim, 1 << 20 if windowed else PLANNED_ENTRIES)
+
+
+def cuobjdump(library: Path, *options: str) -> str:
+    """Run the disassembler of Triton's wheel."""
+    from triton import knobs
+
+    command = [knobs.nvidia.cuobjdump.path, *options, str(library)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def by_architecture(output: str, name: str) -> Iterator[tuple[str, str, str]]:
+    """Split what cuobjdump prints: (architecture, kernel, its text) for each ``name`` that begins one."""
+    architecture = ""
+    for part in re.split(r"^(?=arch = )", output, flags=re.MULTILINE):
+        if found := re.match(r"arch = (\w+)", part):
+            architecture = found[1]
+        for function in re.split(rf"^\s*(?={name})", part, flags=re.MULTILINE)[1:]:
+            yield architecture, re.search(r"(_Z\w+)", function)[1], function
+
+
+def inspect(path: Path) -> list[Result]:
+    """Every kernel of a library."""
+    library, results = ctypes.CDLL(str(path)), []
+    instructions = {
+        (architecture, kernel): len(re.findall(r"\bHMMA\.", text))
+        for architecture, kernel, text in by_architecture(cuobjdump(path, "-sass"), "Function : ")
+    }
+    for architecture, kernel, text in by_architecture(cuobjdump(path, "--dump-resource-usage"), "Function "):
+        name, dtype, head_dim, windowed = re.search(r"\d([a-z_]+_kernel)I\d+(\w+?)Li(\d+)ELb(\d)E", kernel).groups()
+        registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
+        planned, chip = plan(library, int(head_dim), windowed == "1"), CHIPS[ARCHITECTURES[architecture]]
+        warps, matrix = planned.threads // 32, instructions[architecture, kernel]
+        at_once = chip.programs_at_once(registers, planned.shared_bytes, warps)
+        faults = [f"{stack + local} bytes of local memory"] if stack + local else []
+        faults += [f"planned for {planned.blocks_at_once} at once"] if at_once < planned.blocks_at_once else []
+        faults += [] if matrix else ["no matrix instruction"]
+        kind = " windowed" if windowed == "1" else ""
+        label = f"{name} {dtype.strip('_')} {head_dim}{kind}"
+        results.append(
+            Result(
+                label, architecture, registers, stack + local, planned.threads, planned.shared_bytes, at_once, matrix,
+                tuple(faults),
+            )
+        )  # fmt: skip
+    return sorted(results)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, print, and return 0 where there is no fault; where there is no nvcc, say so and return 0."""
+    from onepeace_fast.info import format_table
+
+    nvcc = find_nvcc()
+    if nvcc is None:
+        print("CUDA kernels: not compiled, there is no nvcc; set CUDA_HOME, or put it on PATH")
+        return 0
+    with tempfile.TemporaryDirectory() as folder:
+        results = inspect(compile_library(nvcc, Path(folder)))
+    print(format_table([HEADINGS, *(result.row for result in results)], indent=""))
+    faults = sum(len(result.faults) for result in results)
+    counts = ", ".join(
+        f"{name}: {sum(result.architecture == name for result in results)} CUDA kernels" for name in ARCHITECTURES
+    )
+    print(f"{counts}; {faults} faults")
+    return 1 if faults or not results else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
