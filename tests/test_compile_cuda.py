@@ -9,9 +9,7 @@ from tools import compile_cuda
 NVCC = compile_cuda.find_nvcc()
 pytestmark = [
     pytest.mark.skipif(NVCC is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)"),
-    pytest.mark.skipif(
-        find_spec("triton") is None, reason="Triton, whose wheel has cuobjdump, is not installed"
-    ),
+    pytest.mark.skipif(find_spec("triton") is None, reason="Triton, whose wheel has cuobjdump, is not installed"),
 ]
 
 
