@@ -4,8 +4,8 @@
   test     ruff, then the tests with their coverage; arguments go to pytest and leave the coverage out
            --slow: the slow tests instead
   bench    the benchmarks; arguments go to pytest
-  kernels  compiles every Triton kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory
-           and the width of memory accesses; --all: a row for every configuration
+  kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
+           width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
   mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
   gpu      the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
            attention's tests also under compute-sanitizer, where it is on PATH or in CUDA_HOME

@@ -3,7 +3,7 @@
     python -m tools.mutants [NAME...]
 
 ``mutants.json`` has the faults: a file, a text that occurs in it exactly once, what takes its place, and the tests that
-must fail, in Triton's interpreter or, for csrc, by the sources built for this CPU. The same tests must pass where
+must fail, in Triton's interpreter or, for csrc, with the sources built for this CPU. The same tests must pass where
 nothing is planted. A mutant is caught only where a test fails by a value that it compared or by what a sanitizer says:
 an error at import, or a kernel that does not compile or run, catches nothing.
 """
