@@ -270,7 +270,7 @@ def bench(arguments: list[str]) -> int:
 
 
 def kernels(arguments: list[str]) -> int:
-    """Compile every Triton kernel and check what came out."""
+    """Compile every kernel and check what came out."""
     prepare("dev")
     say("Compiling the kernels for GPUs that need not be here")
     code = run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])

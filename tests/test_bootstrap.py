@@ -314,9 +314,17 @@ def test_slow_tests_are_chosen_by_slow(bootstrap, machine):
     assert machine.started("test", "--slow", "-x")[-1] == "VENV -m pytest -m slow and not gpu -x"
 
 
-@pytest.mark.parametrize("command, module", [("kernels", "compile_kernels"), ("mutants", "mutants")])
-def test_the_tools_of_the_kernels_get_the_arguments(machine, command, module):
-    assert machine.started(command, "--all")[-1] == f"VENV -m tools.{module} --all"
+def test_the_tools_of_the_kernels_get_the_arguments(machine):
+    assert machine.started("mutants", "--all")[-1] == "VENV -m tools.mutants --all"
+    assert machine.started("kernels", "--all")[-2:] == [
+        "VENV -m tools.compile_kernels --all", "VENV -m tools.compile_cuda",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", ("compile_kernels", "compile_cuda"))
+def test_a_fault_of_either_kind_of_kernel_is_passed_through(machine, tool):
+    machine.codes[f"-m tools.{tool}"] = 1
+    machine.started("kernels", code=1)
 
 
 def test_ruff_that_complains_ends_test_with_its_code(bootstrap, machine):

@@ -1,5 +1,6 @@
 """The compile-only check of the CUDA kernels: it compiles all of them, and its gates bite."""
 
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -34,9 +35,15 @@ def test_more_shared_memory_than_planned_is_a_fault(library, monkeypatch):
 
 
 @pytest.mark.slow
-def test_local_memory_is_a_fault(tmp_path):
-    results = compile_cuda.inspect(compile_cuda.compile_library(NVCC, tmp_path, "-maxrregcount=64"))
-    assert all("bytes of local memory" in result.faults[0] for result in results if "64" in result.name)
+def test_local_memory_is_a_fault(tmp_path, monkeypatch):
+    source = tmp_path / "csrc" / "relative_bias_attention_forward.cu"
+    shutil.copytree(compile_cuda.CSRC, source.parent)
+    text = source.read_text()
+    assert text.count("windowed ? 1 : 2") == 1
+    source.write_text(text.replace("windowed ? 1 : 2", "windowed ? 1 : 3"))  # which leaves too few registers for each
+    monkeypatch.setattr(compile_cuda, "CSRC", source.parent)
+    faults = {r.name: r.faults for r in compile_cuda.inspect(compile_cuda.compile_library(NVCC, tmp_path)) if r.faults}
+    assert "bytes of local memory" in faults["forward_kernel nv_bfloat16 64"][0]
 
 
 def test_a_machine_without_nvcc_is_told_so(monkeypatch, capsys):

@@ -62,7 +62,7 @@ def find_nvcc() -> Path | None:
     return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
 
 
-def compile_library(nvcc: Path, folder: Path, *options: str) -> Path:
+def compile_library(nvcc: Path, folder: Path) -> Path:
     """All kernels for all architectures in one library."""
     library = folder / "kernels.so"
     targets = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
@@ -78,7 +78,7 @@ def compile_library(nvcc: Path, folder: Path, *options: str) -> Path:
         "-Xcompiler",
         "-fPIC",
     ]
-    subprocess.run([*command, *options, *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(library)], check=True)
+    subprocess.run([*command, *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(library)], check=True)
     return library
 
 
