@@ -8,12 +8,13 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
-#include <climits>
+#include <algorithm>
 #include <cmath>
 
 #include "bias.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
+#include "relative_bias_attention_forward.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -21,156 +22,6 @@ namespace onepeace_fast {
 namespace {
 
 constexpr float LN_2 = 0.6931471805599453f;
-constexpr int STAGES = 2;
-constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
-
-// Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
-template <int HEAD_DIM>
-struct Launch {
-    static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
-    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
-    static constexpr int THREADS = WARPS * WARP;
-    static constexpr int at_once(bool windowed) { return windowed ? 1 : 2; }
-};
-
-// Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. It stands in
-// shared memory between tiles: the matrix products need its registers.
-struct alignas(16) Softmax {
-    float largest[2];
-    float sum[2];
-};
-
-template <typename T, int HEAD_DIM>
-struct alignas(128) Shared {
-    static constexpr int WARPS = Launch<HEAD_DIM>::WARPS, KEYS = Launch<HEAD_DIM>::KEYS;
-
-    T keys[STAGES][KEYS * HEAD_DIM];
-    T values[STAGES][KEYS * HEAD_DIM];
-    T rows[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp: its queries, at the end its results
-    int key_code[STAGES][KEYS];            // of CLS keys: their modality
-    Block tiles[STAGES];                   // the keys of each stage
-    Softmax softmax[Launch<HEAD_DIM>::THREADS];
-    int row_code[WARPS][BLOCK_ROWS];       // of CLS queries: their modality
-    Block blocks[WARPS];                   // the queries of each warp, none where the count is 0
-    Range codes[WARPS];                    // of body queries, where the bias is windowed
-    Sample sample;
-    float cls[MAX_MODALITIES][CLS_ENTRIES];
-    int bias_start[MAX_MODALITIES];
-    int query_tile;
-    // float bias[bias_capacity] follows.
-
-    __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
-};
-
-// One thread block's view of its sample and head.
-template <typename T, int HEAD_DIM, bool WINDOWED>
-struct Forward {
-    using Memory = Shared<T, HEAD_DIM>;
-    static constexpr int THREADS = Launch<HEAD_DIM>::THREADS, KEYS = Launch<HEAD_DIM>::KEYS;
-    static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
-
-    const RelativeBiasAttention& arguments;
-    Memory& shared;
-
-    __device__ const T* source(int row, int which) const {
-        return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
-               blockIdx.y * arguments.head_stride;
-    }
-
-    // Begin to copy a tile's keys, values and codes; rows past its end repeat the last, lest a foreign NaN come in.
-    __device__ __forceinline__ void load_keys(int stage, const Block& tile) const {
-        const bool is_cls = tile.modality == arguments.modalities;
-        const int rows = is_cls ? BLOCK_ROWS : KEYS, thread = thread_index();
-        if (thread == 0) shared.tiles[stage] = tile;
-#pragma unroll 1
-        for (int i = thread; i < rows * ROW_CHUNKS; i += THREADS) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
-            const int from = find_row(shared.sample, arguments.modalities, tile, row).index;
-            cp_async_16(shared.keys[stage] + target, source(from, 1) + chunk * CHUNK);
-            cp_async_16(shared.values[stage] + target, source(from, 2) + chunk * CHUNK);
-        }
-        if (thread < rows) {
-            const Row row = find_row(shared.sample, arguments.modalities, tile, thread);
-            if (is_cls) {
-                shared.key_code[stage][thread] = row.modality;
-            } else {
-                cp_async_4(shared.key_code[stage] + thread, arguments.code + row.index);
-            }
-        }
-    }
-
-    // Begin to copy this warp's queries and their codes.
-    __device__ void load_queries(const Block& block) const {
-        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
-#pragma unroll 1
-        for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            const int from = find_row(shared.sample, arguments.modalities, block, row).index;
-            cp_async_16(shared.rows[warp] + swizzled<HEAD_DIM>(row, chunk), source(from, 0) + chunk * CHUNK);
-        }
-        if (lane == 0) shared.blocks[warp] = block;
-        const Row row = find_row(shared.sample, arguments.modalities, block, lane % BLOCK_ROWS);
-        const bool is_cls = block.modality == arguments.modalities;
-        const int code = is_cls ? row.modality : arguments.code[row.index];
-        if (lane < BLOCK_ROWS) shared.row_code[warp][lane] = code;
-        if (WINDOWED && !is_cls) {
-            Range codes{code, code};
-            codes.include_lanes();
-            if (lane == 0) shared.codes[warp] = codes;
-        }
-    }
-
-    // The CLS entries of every vector, and where each vector stands in shared memory.
-    __device__ void describe_bias() const {
-        const int m = thread_index();
-        if (m < arguments.bias_vectors) {
-            int start = 0;
-#pragma unroll 1
-            for (int i = 0; i < m; ++i) start += arguments.bias[i].entries - CLS_ENTRIES;
-            shared.bias_start[m] = start;
-            const int body = arguments.bias[m].entries - CLS_ENTRIES;
-            for (int i = 0; i < CLS_ENTRIES; ++i) {
-                shared.cls[m][i] = load_entry(arguments.bias[m], blockIdx.y, body + i);
-            }
-        }
-    }
-
-    // Whole vectors of the modalities that have body rows among the blocks of queries.
-    __device__ void load_whole_bias(int first_block, int end_block) const {
-#pragma unroll 1
-        for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
-            const int end = start + ceil_div(shared.sample.body[m], BLOCK_ROWS);
-            if (start < end_block && end > first_block) {
-                const BiasVector& vector = arguments.bias[m];
-                for (int i = thread_index(); i < vector.entries - CLS_ENTRIES; i += THREADS) {
-                    shared.bias()[shared.bias_start[m] + i] = load_entry(vector, blockIdx.y, i);
-                }
-            }
-            start = end;
-        }
-    }
-
-    // First and last entry that a tile of keys can meet; none, first > last, without queries of its modality.
-    __device__ Range find_entries(int stage, int modality) const {
-        Range queries{INT_MAX, INT_MIN}, keys{INT_MAX, INT_MIN};
-        for (int w = 0; w < Launch<HEAD_DIM>::WARPS; ++w) {
-            if (shared.blocks[w].count && shared.blocks[w].modality == modality) queries.include(shared.codes[w]);
-        }
-        if (queries.first > queries.last) return queries;
-        for (int i = thread_index() % WARP; i < KEYS; i += WARP) {
-            keys.include({shared.key_code[stage][i], shared.key_code[stage][i]});
-        }
-        keys.include_lanes();
-        const int offset = arguments.bias[modality].code_offset;
-        return {queries.first - keys.last + offset, queries.last - keys.first + offset};
-    }
-
-    __device__ void load_window(int modality, int first, int count) const {
-        for (int i = thread_index(); i < count; i += THREADS) {
-            shared.bias()[i] = load_entry(arguments.bias[modality], blockIdx.y, first + i);
-        }
-    }
-};
 
 // 16 query rows of a warp and what they attended to so far. A thread holds parts of rows lane / 4 and 8 below.
 template <typename T, int HEAD_DIM>
@@ -352,7 +203,7 @@ __device__ __forceinline__ void attend_tile(
         rows.template multiply<COLUMNS>(scores, shared.rows[thread_index() / WARP], shared.keys[stage]);
         bias_tile<COLUMNS>(scores, forward, stage);
     }
-    if constexpr (WINDOWED && COLUMNS == Launch<HEAD_DIM>::KEYS) {
+    if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
     if (shared.blocks[thread_index() / WARP].count) {
@@ -366,7 +217,7 @@ __device__ __forceinline__ void attend_tile(
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
     const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
-    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = Launch<HEAD_DIM>::THREADS / LANES;
+    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = ForwardLaunch<HEAD_DIM>::THREADS / LANES;
     const int chunk = thread_index() % LANES;
     int64_t row = end + blockIdx.x * ROWS + thread_index() / LANES;
     for (; row < arguments.rows; row += gridDim.x * ROWS) {
@@ -378,13 +229,14 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 
 // Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 template <typename T, int HEAD_DIM, bool WINDOWED>
-__global__ void __launch_bounds__(Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::at_once(WINDOWED)) forward_kernel(
+__global__ void __launch_bounds__(ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(WINDOWED))
+forward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int bias_capacity) {
-    constexpr int WARPS = Launch<HEAD_DIM>::WARPS, KEYS = Launch<HEAD_DIM>::KEYS;
+    constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
     if (static_cast<int>(blockIdx.z) == arguments.samples) {
         return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
     }
-    auto& shared = *static_cast<Shared<T, HEAD_DIM>*>(shared_memory());
+    auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
     read_sample<KEYS>(shared.sample, arguments, blockIdx.z);
     forward.describe_bias();
@@ -432,8 +284,8 @@ LaunchPlan plan(int64_t bias_entries) {
     const bool windowed = bias_entries > BIAS_CAPACITY;
     const auto bias = sizeof(float) * (windowed ? BIAS_CAPACITY : bias_entries);
     return {
-        Launch<HEAD_DIM>::THREADS, Launch<HEAD_DIM>::at_once(windowed),
-        static_cast<int32_t>(sizeof(Shared<bfloat16, HEAD_DIM>) + bias)};
+        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(windowed),
+        static_cast<int32_t>(sizeof(ForwardShared<bfloat16, HEAD_DIM>) + bias)};
 }
 
 template <typename T, int HEAD_DIM>
@@ -443,7 +295,7 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     const int64_t mean = arguments.samples ? arguments.rows / arguments.samples : 0;
     const int64_t length = arguments.max_length ? arguments.max_length : std::min<int64_t>(2 * mean, arguments.rows);
     const int64_t row_blocks = (length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1;
-    const int parts = static_cast<int>((row_blocks + Launch<HEAD_DIM>::WARPS - 1) / Launch<HEAD_DIM>::WARPS);
+    const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
     const LaunchPlan planned = plan<HEAD_DIM>(entries);

@@ -36,7 +36,7 @@ def test_more_shared_memory_than_planned_is_a_fault(library, monkeypatch):
 
 @pytest.mark.slow
 def test_local_memory_is_a_fault(tmp_path, monkeypatch):
-    source = tmp_path / "csrc" / "relative_bias_attention_forward.cu"
+    source = tmp_path / "csrc" / "relative_bias_attention_forward.cuh"
     shutil.copytree(compile_cuda.CSRC, source.parent)
     text = source.read_text()
     assert text.count("windowed ? 1 : 2") == 1
