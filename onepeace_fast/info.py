@@ -140,7 +140,7 @@ def _implementation(operation: str) -> str:
             f"gradients by the specification in chunks of heads; {specification} on a CPU and for float64"
         )
     if not _installed(f"onepeace_fast.kernels.{operation}"):
-        return f"{specification}; no kernel exists yet"
+        return f"the vendor's products and a Triton kernel between them on CUDA tensors; {specification} elsewhere"
     return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
 
 
