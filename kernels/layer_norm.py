@@ -108,7 +108,7 @@ def _forward(
 
 
 @triton.jit
-def _load_terms(
+def load_terms(
     grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
     BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -125,18 +125,17 @@ def _load_terms(
 
 
 @triton.jit
-def _backward_of_row_in_memory(
-    grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width, grad_stride, x_stride,
-    head_dim, group, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+def means_in_memory(
+    grad, x, weight, scale, dweight, dbias, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``_backward`` of rows too wide to be held: they are read twice, and sums are added to in memory."""
-    program = tl.program_id(0)
-    sums = (group * tl.num_programs(0) + program).to(tl.int64) * width
+    """The means of w * dy and of w * dy * xhat over rows too wide to be held; the sums for dw and db are added to."""
+    sums = (group * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
     g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
     g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
     part = 0
     while part < PARTS:
-        dy, _, g, xhat = _load_terms(
+        dy, _, g, xhat = load_terms(
             grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
             BLOCK_WIDTH,
         )  # fmt: skip
@@ -147,17 +146,28 @@ def _backward_of_row_in_memory(
         g_total += g
         g_xhat_total += g * xhat
         part += 1
-    g_mean = (tl.sum(g_total, 1) / width)[:, None]
-    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+    return (tl.sum(g_total, 1) / width)[:, None], (tl.sum(g_xhat_total, 1) / width)[:, None]
+
+
+@triton.jit
+def _backward_of_row_in_memory(
+    grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width, grad_stride, x_stride,
+    head_dim, group, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
+    """``_backward`` of rows too wide to be held: they are read twice, and sums are added to in memory."""
+    g_mean, g_xhat_mean = means_in_memory(
+        grad, x, weight, scale, dweight, dbias, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group,
+        PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+    )  # fmt: skip
     part = 0
     while part < PARTS:
-        _, value, g, xhat = _load_terms(
+        _, value, g, xhat = load_terms(
             grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
             BLOCK_WIDTH,
         )  # fmt: skip
         result = (g - g_mean - xhat * g_xhat_mean) * r
         if dscale is not None:
-            add_in_memory(dscale + program.to(tl.int64) * width, result * value, width, part, BLOCK_WIDTH)
+            add_in_memory(dscale + tl.program_id(0).to(tl.int64) * width, result * value, width, part, BLOCK_WIDTH)
         if scale is not None:
             result = result * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
         store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.layer_norm import load_terms, means_in_memory
 from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
 from onepeace_fast.kernels.rows import (
     load_rows,
@@ -121,17 +122,6 @@ def _forward(
 
 
 @triton.jit
-def _load_normed_terms(
-    grad_normed, out, norm_weight, row, live, mu, r, width, grad_normed_stride, out_stride, part,
-    BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """dn, w * dn and xhat of a part of the columns."""
-    dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
-    value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
-    return dn, dn * load_vector(norm_weight, width, part, BLOCK_WIDTH), (value - mu) * r
-
-
-@triton.jit
 def _backward_of_row_in_memory(
     grad, grad_normed, y, out, dx, dy, gamma, seed, norm_weight, dgamma, dweight, dbias, row, stream_row, branch_row,
     live, placed, kept, mu, r, width, grad_stride, grad_normed_stride, y_stride, out_stride, drop_below, kept_factor,
@@ -140,32 +130,19 @@ def _backward_of_row_in_memory(
     """``_backward`` of rows too wide to be held: the norm's are read twice, and sums are added to in memory."""
     sums = tl.program_id(0).to(tl.int64) * width
     if grad_normed is not None:
-        g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-        g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-        part = 0
-        while part < PARTS:
-            dn, g, xhat = _load_normed_terms(
-                grad_normed, out, norm_weight, row, live, mu, r, width, grad_normed_stride, out_stride, part,
-                BLOCK_WIDTH,
-            )  # fmt: skip
-            if dweight is not None:
-                add_in_memory(dweight + sums, dn * xhat, width, part, BLOCK_WIDTH)
-            if dbias is not None:
-                add_in_memory(dbias + sums, dn, width, part, BLOCK_WIDTH)
-            g_total += g
-            g_xhat_total += g * xhat
-            part += 1
-        g_mean = (tl.sum(g_total, 1) / width)[:, None]
-        g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+        g_mean, g_xhat_mean = means_in_memory(
+            grad_normed, out, norm_weight, None, dweight, dbias, row, row, live, mu, r, width, grad_normed_stride,
+            out_stride, 1, 0, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+        )  # fmt: skip
     part = 0
     while part < PARTS:
         total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
         if grad is not None:
             total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
         if grad_normed is not None:
-            _, g, xhat = _load_normed_terms(
-                grad_normed, out, norm_weight, row, live, mu, r, width, grad_normed_stride, out_stride, part,
-                BLOCK_WIDTH,
+            _, _, g, xhat = load_terms(
+                grad_normed, out, norm_weight, None, row, row, live, mu, r, width, grad_normed_stride, out_stride, 1, 0,
+                part, BLOCK_WIDTH,
             )  # fmt: skip
             total += (g - g_mean - xhat * g_xhat_mean) * r
         if dx is not None:
