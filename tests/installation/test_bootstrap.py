@@ -1,9 +1,7 @@
 """What bootstrap.py does with an environment, without a network: every command that it would start is recorded."""
 
 import ast
-import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,81 +14,9 @@ try:
 except ModuleNotFoundError:
     ensurepip = None
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bootstrap.py"
-LINT = "-m ruff check ."
+from installation._machine import LINT, SCRIPT, offer, one_line
+
 BUNDLED = Path(ensurepip.__file__).parent / "_bundled" if ensurepip else Path()
-
-
-class Machine:
-    """Stands in for processes: records each command, fails those it is told to, and makes what `venv` would make."""
-
-    def __init__(self, bootstrap) -> None:
-        self.bootstrap = bootstrap
-        self.commands: list[str] = []
-        self.codes: dict[str, int] = {}
-        self.interrupted_at = ""
-        self.torches: dict[str, tuple] = {}
-
-    def run(self, command: list[str], **environment: str) -> int:
-        line = " ".join(command).replace(str(self.bootstrap.PYTHON), "VENV").replace(sys.executable, "HOST")
-        self.commands.append(line)
-        if self.interrupted_at and self.interrupted_at in line:
-            raise KeyboardInterrupt
-        code = next((code for part, code in self.codes.items() if part in line), 0)
-        if code == 0 and " -m venv " in line:
-            library = "lib/python{}.{}".format(*sys.version_info) if os.name != "nt" else "Lib"
-            (self.bootstrap.VENV / library / "site-packages").mkdir(parents=True)
-            self.bootstrap.PYTHON.parent.mkdir()
-            self.bootstrap.PYTHON.touch()
-        return code
-
-    def probe(self, python: Path | str):
-        torch = self.torches.get(str(python))
-        return self.bootstrap.Torch(*torch) if torch else None
-
-    def started(self, *arguments: str, code: int = 0) -> list[str]:
-        """Run bootstrap.py with arguments, check its exit code and return the commands that it started."""
-        self.commands.clear()
-        assert self.bootstrap.main(list(arguments)) == code
-        return list(self.commands)
-
-
-@pytest.fixture
-def bootstrap(tmp_path):
-    """bootstrap.py as a module, standing in a checkout of its own."""
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    shutil.copy(SCRIPT, checkout)
-    (checkout / "pyproject.toml").write_text("[project]\n")
-    (checkout / "setup.py").write_text("setup()\n")
-    specification = importlib.util.spec_from_file_location("bootstrap_under_test", checkout / "bootstrap.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def machine(bootstrap, monkeypatch):
-    """A machine with ensurepip, no torch, and no active virtual environment."""
-    machine = Machine(bootstrap)
-    monkeypatch.setattr(bootstrap, "run", machine.run)
-    monkeypatch.setattr(bootstrap, "probe_torch", machine.probe)
-    monkeypatch.setattr(sys, "prefix", sys.base_prefix)
-    offer(bootstrap, monkeypatch, "venv", "ensurepip")
-    return machine
-
-
-def offer(bootstrap, monkeypatch, *modules: str, programs: tuple[str, ...] = ()) -> None:
-    """Let bootstrap.py find these modules and programs alone."""
-    monkeypatch.setattr(bootstrap, "find_spec", lambda name: importlib.util.find_spec(name) if name in modules else 0)
-    monkeypatch.setattr(bootstrap.shutil, "which", lambda name: name if name in programs else None)
-
-
-def one_line(text: str) -> str:
-    """Return a text that must be one line."""
-    assert len(text.strip().splitlines()) == 1, text
-    return text.strip()
-
 
 PIP = "VENV -m pip install --no-input"
 NEW = ["HOST -m venv {venv}", PIP + " torch==2.13.0 --editable .[demo]", "VENV -m onepeace_fast.cli demo"]
@@ -361,103 +287,6 @@ def test_old_python_gets_one_line():
 
 def test_old_python_can_parse_the_script():
     ast.parse(SCRIPT.read_text(encoding="utf-8"), feature_version=(3, 6))
-
-
-@pytest.mark.parametrize(
-    ("torch", "said"),
-    [
-        ("raise ImportError('libcudart')", "cannot import torch"),
-        ("__version__ = '2.8'\nclass cuda: is_available = lambda: False", f"torch 2.8 of {sys.executable} sees none"),
-    ],
-)
-def test_gpu_without_a_gpu_exits_2_with_one_line(tmp_path, torch, said):
-    (tmp_path / "torch").mkdir()
-    (tmp_path / "torch" / "__init__.py").write_text(torch)
-    script = shutil.copy(SCRIPT, tmp_path)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run([sys.executable, script, "gpu"], capture_output=True, text=True, env=environment)
-    assert result.returncode == 2 and result.stdout == ""
-    assert said in one_line(result.stderr)
-
-
-@pytest.fixture
-def gpu(bootstrap, machine, monkeypatch, tmp_path):
-    """A machine with a GPU, whose results are to go into tmp_path / "out"."""
-    machine.torches[sys.executable] = ("2.11.0+cu130", True, "torch")
-    monkeypatch.setattr(bootstrap, "setuptools_version", lambda: "77.0.3")
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(bootstrap.os, "access", lambda *_: True)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
-    return machine
-
-
-GPU_PIP = "HOST -m pip install --no-input --quiet --no-build-isolation --no-deps --no-index"
-
-
-def test_gpu_installs_offline_and_runs_tests_and_benchmarks_in_this_python(bootstrap, gpu, tmp_path):
-    out = tmp_path / "out"
-    assert gpu.started("gpu", "-x") == [
-        f"{GPU_PIP} --editable .",
-        f"HOST -m pytest -m gpu tests --junitxml={out / 'gpu-tests.xml'} -x",
-        f"HOST {bootstrap.ROOT / 'benchmarks' / 'gpu.py'} --out {out}",
-    ]
-    assert out.is_dir() and not bootstrap.VENV.exists()
-
-
-def test_gpu_without_compute_sanitizer_says_that_it_is_left_out(gpu, capsys):
-    assert not any("--tool" in line for line in gpu.started("gpu"))
-    assert "compute-sanitizer is neither on PATH nor in CUDA_HOME" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("place", ["PATH", "CUDA_HOME"])
-@pytest.mark.parametrize("failing", ["--tool memcheck", "--tool racecheck"])
-def test_gpu_checks_attention_under_compute_sanitizer_and_fails_by_it(
-    bootstrap, gpu, monkeypatch, tmp_path, place, failing
-):
-    program = tmp_path / "bin" / "compute-sanitizer"
-    if place == "PATH":
-        monkeypatch.setattr(bootstrap.shutil, "which", lambda name: str(program) if name == program.name else None)
-    else:
-        program.parent.mkdir()
-        program.touch()
-        monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    gpu.codes[failing] = 99
-    commands = gpu.started("gpu", code=99)
-    assert len(commands) == 5 and commands[-1].startswith("HOST ") and "gpu.py" in commands[-1]
-    for tool, line in zip(("memcheck", "racecheck"), commands[2:4], strict=True):
-        checked = f"{program} --tool {tool} --kernel-name kns=onepeace_fast --error-exitcode 99 HOST -m pytest -q "
-        assert line.startswith(checked) and line.endswith("-m gpu -k follow_the and bfloat16 and not slower")
-    for file in bootstrap.SANITIZED[:2]:
-        assert file in commands[2] and (SCRIPT.parent / file).is_file()
-
-
-def test_gpu_results_go_to_the_benchmarks_without_out(bootstrap, gpu, monkeypatch):
-    monkeypatch.delenv("OUT")
-    assert gpu.started("gpu")[-1].endswith(f"--out {bootstrap.ROOT / 'benchmarks' / 'results'}")
-
-
-def test_gpu_installs_for_the_user_where_site_packages_is_not_writable(bootstrap, gpu, monkeypatch):
-    monkeypatch.setattr(bootstrap.os, "access", lambda *_: False)
-    assert gpu.started("gpu")[0] == f"{GPU_PIP} --user --editable ."
-
-
-@pytest.mark.parametrize("failing", ["-m pytest", "gpu.py --out"])
-def test_gpu_runs_tests_and_benchmarks_and_fails_if_either_fails(gpu, failing):
-    gpu.codes[failing] = 3
-    assert len(gpu.started("gpu", code=3)) == 3
-
-
-@pytest.mark.parametrize("version", ["0", "76.1.0"])
-def test_gpu_with_an_old_setuptools_exits_2_with_one_line(bootstrap, gpu, monkeypatch, capsys, version):
-    monkeypatch.setattr(bootstrap, "setuptools_version", lambda: version)
-    assert gpu.started("gpu", code=2) == []
-    assert "needs setuptools 77" in one_line(capsys.readouterr().err)
-
-
-def test_gpu_stops_where_the_checkout_cannot_be_installed(gpu, capsys):
-    gpu.codes["pip install"] = 4
-    assert gpu.started("gpu", code=4) == [f"{GPU_PIP} --editable ."]
-    assert one_line(capsys.readouterr().err).startswith("pip could not install the checkout")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
