@@ -237,9 +237,7 @@ def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
 
 
-def input_gradient(
-    pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Tensor, entry: str = "input_gradient"
-) -> Tensor:
+def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Tensor) -> Tensor:
     """The sum of x W over one or two pairs of x [rows, K] and weights [K, N], one of each modality: [rows, N].
 
     Rows past the last offset are zero.
@@ -256,14 +254,11 @@ def input_gradient(
         "x_1_stride": row_stride(xs[-1]),
     }  # fmt: skip
     constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns}
-    launch_tiles(_input_gradient, entry, rows, columns, groups, arguments, constants)
+    launch_tiles(_input_gradient, "input_gradient", rows, columns, groups, arguments, constants)
     return out
 
 
-def weight_gradient(
-    xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequence[Sequence[Tensor | None]],
-    entry: str = "weight_gradient",
-) -> None:  # fmt: skip
+def weight_gradient(xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequence[Sequence[Tensor | None]]) -> None:
     """Store x^T y over each modality's rows, each x [rows, N] and y [rows, K], into its tensor [N, K] of x's ``outs``.
 
     All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
@@ -286,4 +281,6 @@ def weight_gradient(
         "Y_COLUMNS": shape[1],
     }  # fmt: skip
     problems = len(xs) * len(needed)
-    launch_tiles(_weight_gradient, entry, problems * shape[0], shape[1], problems, arguments, constants)
+    launch_tiles(
+        _weight_gradient, "weight_gradient", problems * shape[0], shape[1], problems, arguments, constants
+    )  # fmt: skip

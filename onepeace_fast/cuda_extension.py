@@ -51,7 +51,11 @@ def launched() -> int:
 
 def unsupported_reason(capability: tuple[int, int]) -> str | None:
     """Why the extension's binaries do not run on a GPU of this compute capability, or None."""
-    built = extension().ARCHITECTURES
+    return _unsupported_reason(extension().ARCHITECTURES, capability)
+
+
+@functools.cache
+def _unsupported_reason(built: str, capability: tuple[int, int]) -> str | None:
     if any(_runs(architecture, capability) for architecture in built.split(",")):
         return None
     return (

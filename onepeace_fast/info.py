@@ -132,15 +132,18 @@ def _backends() -> list[tuple[str, str, str]]:
 
 
 def _implementation(operation: str) -> str:
-    """What computes an operation; a kernel stands under the operation's name."""
+    """What computes an operation."""
     specification = "specification (eager PyTorch)"
     if operation == "relative_bias_attention":
         return (
             "CUDA kernel on float16 and bfloat16 CUDA tensors with heads of 32, 64 or 128, else PyTorch's attention; "
             f"gradients by the specification in chunks of heads; {specification} on a CPU and for float64"
         )
-    if not _installed(f"onepeace_fast.kernels.{operation}"):
-        return f"the vendor's products and a Triton kernel between them on CUDA tensors; {specification} elsewhere"
+    if operation == "routed_ffn":
+        return (
+            "the vendor's products with Triton kernels between them, or by strategy='fused' Triton kernels alone, on "
+            f"CUDA tensors; {specification} on a CPU and for float64"
+        )
     return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
 
 

@@ -7,16 +7,16 @@ import pytest
 
 from tools import compile_cuda
 
-NVCC = compile_cuda.find_nvcc()
+TOOLKIT = compile_cuda.find_toolkit()
 pytestmark = [
-    pytest.mark.skipif(NVCC is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)"),
+    pytest.mark.skipif(TOOLKIT is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)"),
     pytest.mark.skipif(find_spec("triton") is None, reason="Triton, whose wheel has cuobjdump, is not installed"),
 ]
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return compile_cuda.compile_library(NVCC, tmp_path_factory.mktemp("cuda"))
+    return compile_cuda.compile_library(TOOLKIT.nvcc, tmp_path_factory.mktemp("cuda"))
 
 
 def test_every_kernel_keeps_to_its_plan_on_both_chips(library):
@@ -42,11 +42,13 @@ def test_local_memory_is_a_fault(tmp_path, monkeypatch):
     assert text.count("windowed ? 1 : 2") == 1
     source.write_text(text.replace("windowed ? 1 : 2", "windowed ? 1 : 3"))  # which leaves too few registers for each
     monkeypatch.setattr(compile_cuda, "CSRC", source.parent)
-    faults = {r.name: r.faults for r in compile_cuda.inspect(compile_cuda.compile_library(NVCC, tmp_path)) if r.faults}
+    faults = {
+        r.name: r.faults for r in compile_cuda.inspect(compile_cuda.compile_library(TOOLKIT.nvcc, tmp_path)) if r.faults
+    }
     assert "bytes of local memory" in faults["forward_kernel nv_bfloat16 64"][0]
 
 
 def test_a_machine_without_nvcc_is_told_so(monkeypatch, capsys):
-    monkeypatch.setattr(compile_cuda, "find_nvcc", lambda: None)
+    monkeypatch.setattr(compile_cuda, "find_toolkit", lambda: None)
     assert compile_cuda.main() == 0
     assert capsys.readouterr().out.startswith("CUDA kernels: not compiled, there is no nvcc")

@@ -9,9 +9,7 @@ without matrix instructions. Windowed kernels, for vectors that shared memory do
 from __future__ import annotations
 
 import ctypes
-import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from build_backend.cuda_toolkit import find_toolkit
 from tools.cubin import CHIPS
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
@@ -53,32 +52,13 @@ class Result(NamedTuple):
         return (*map(str, self[:-1]), "; ".join(self.faults) or "none")
 
 
-def find_nvcc() -> Path | None:
-    """nvcc of CUDA_HOME, else of PATH, else of the usual folder."""
-    folders = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
-    named = [Path(folder, "bin", "nvcc") for folder in folders if folder]
-    on_path = shutil.which("nvcc")
-    candidates = [*named[:-1], *([Path(on_path)] if on_path else []), named[-1]]
-    return next((nvcc for nvcc in candidates if nvcc.is_file()), None)
-
-
 def compile_library(nvcc: Path, folder: Path) -> Path:
     """All kernels for all architectures in one library."""
     library = folder / "kernels.so"
     targets = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
-    command = [
-        str(nvcc),
-        "-std=c++17",
-        "-O3",
-        f"-I{CSRC}",
-        *targets,
-        "--threads",
-        "2",
-        "-shared",
-        "-Xcompiler",
-        "-fPIC",
-    ]
-    subprocess.run([*command, *map(str, sorted(CSRC.glob("*.cu"))), "-o", str(library)], check=True)
+    options = ["-std=c++17", "-O3", f"-I{CSRC}", *targets, "--threads", "2", "-shared", "-Xcompiler", "-fPIC"]
+    command = [nvcc, *options, *sorted(CSRC.glob("*.cu")), "-o", library]
+    subprocess.run(list(map(str, command)), check=True)
     return library
 
 
@@ -138,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and return 0 where there is no fault; where there is no nvcc, say so and return 0."""
     from onepeace_fast.info import format_table
 
-    nvcc = find_nvcc()
-    if nvcc is None:
+    toolkit = find_toolkit()
+    if toolkit is None:
         print("CUDA kernels: not compiled, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        results = inspect(compile_library(nvcc, Path(folder)))
+        results = inspect(compile_library(toolkit.nvcc, Path(folder)))
     print(format_table([HEADINGS, *(result.row for result in results)], indent=""))
     faults = sum(len(result.faults) for result in results)
     counts = ", ".join(
