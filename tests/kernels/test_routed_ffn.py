@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import test_ffn_memory as memory
 from support import contract
-from support.ffn_cases import ALL, NO_GATE, OPTIONS, leaves_of, op, plain, slices_of
+from support.ffn_cases import (
+    ALL,
+    NO_GATE,
+    OPTIONS,
+    check_nan_in_inert_rows,
+    check_nan_in_one_modality,
+    leaves_of,
+    op,
+    plain,
+    slices_of,
+)
 from support.kernels import DEVICE, DTYPES, REPEATS, int32, on_device
 from support.plans import ragged_offsets
 from support.tiles import small_tiles
@@ -104,34 +114,13 @@ def test_the_branch_keeps_little_of_what_plain_pytorch_keeps():
 def test_nan_in_one_modality_leaves_the_others_alone():
     counts, options = [33, 40, 9], ALL - {"gamma"}
     leaves = on_device(leaves_of(counts, WIDTH, 72, options), torch.float32)
-    expected = contract.run(op(counts, options, **FUSED), leaves)
-    for name in ("z", "residual"):
-        leaves[name][33:73] = torch.nan
-    leaves["w0_1"][:] = torch.nan
-    actual = contract.run(op(counts, options, **FUSED), leaves)
-    real = [*range(33), *range(73, 82)]
-    assert torch.equal(actual[0][0][real], expected[0][0][real])
-    for name, gradient in expected[1].items():
-        if name in ("z", "residual"):
-            assert torch.equal(actual[1][name][real], gradient[real]), name
-        elif not name.endswith("_1"):
-            assert torch.equal(actual[1][name], gradient), name
+    check_nan_in_one_modality(op(counts, options, **FUSED), counts, leaves)
 
 
 @pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
-    inert = 3
-    leaves = on_device(leaves_of(COUNTS, 16, 24, inert=inert), torch.float32)
-    cotangent = [contract.normal(sum(COUNTS) + inert, 16, seed=9).to(DEVICE)]
-    cotangent[0][-inert:] = 0
-    expected = contract.run(op(COUNTS, inert=inert, **FUSED), leaves, cotangent)
-    (cotangent[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
-    actual = contract.run(op(COUNTS, inert=inert, **FUSED), leaves, cotangent)
-    assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
-    for name, gradient in expected[1].items():
-        rows = slice(0, sum(COUNTS)) if name in ("z", "residual") else slice(None)
-        assert torch.equal(actual[1][name][rows], gradient[rows]), name
-    assert not actual[1]["z"][-inert:].any()
+    leaves = on_device(leaves_of(COUNTS, 16, 24, inert=3), torch.float32)
+    check_nan_in_inert_rows(op(COUNTS, inert=3, **FUSED), COUNTS, leaves, poisoned)
 
 
 def test_inert_rows_keep_the_residual_and_are_zero_without_one():

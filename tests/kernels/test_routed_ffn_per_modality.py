@@ -3,8 +3,7 @@
 import pytest
 import torch
 from support import contract
-from support.contract import normal
-from support.ffn_cases import ALL, OPTIONS, leaves_of, op, plain, slices_of
+from support.ffn_cases import ALL, OPTIONS, check_nan_in_inert_rows, leaves_of, op, plain, slices_of
 from support.kernels import DTYPES, REPEATS, on_device
 
 COUNTS = [5, 0, 7]
@@ -58,18 +57,8 @@ def test_strides_of_inputs_and_gradients_do_not_matter(options):
 
 @pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
-    inert = 3
-    leaves = on_device(leaves_of(COUNTS, 16, 24, inert=inert), torch.float32)
-    given = [normal(15, 16, seed=9).to(leaves["z"].device)]
-    given[0][-inert:] = 0
-    expected = contract.run(op(COUNTS, inert=inert), leaves, given)
-    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
-    actual = contract.run(op(COUNTS, inert=inert), leaves, given)
-    assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
-    for name, gradient in expected[1].items():
-        rows = slice(0, 12) if name in ("z", "residual") else slice(None)
-        assert torch.equal(actual[1][name][rows], gradient[rows]), name
-    assert not actual[1]["z"][-inert:].any()
+    leaves = on_device(leaves_of(COUNTS, 16, 24, inert=3), torch.float32)
+    check_nan_in_inert_rows(op(COUNTS, inert=3), COUNTS, leaves, poisoned)
 
 
 def test_inert_rows_keep_the_residual_and_are_zero_without_one():

@@ -3,8 +3,19 @@
 import pytest
 import torch
 from support import contract
-from support.contract import normal
-from support.ffn_cases import ALL, KEEP, OPTIONS, leaves_of, lists_of, op, plain, sample_of, slices_of
+from support.ffn_cases import (
+    ALL,
+    KEEP,
+    OPTIONS,
+    check_nan_in_inert_rows,
+    check_nan_in_one_modality,
+    leaves_of,
+    lists_of,
+    op,
+    plain,
+    sample_of,
+    slices_of,
+)
 from support.plans import ragged_offsets
 
 from onepeace_fast import routed_ffn
@@ -113,19 +124,8 @@ def test_strides_of_inputs_and_gradients_do_not_matter():
 
 
 def test_nan_in_one_modality_leaves_the_others_alone():
-    counts, leaves = [5, 4, 7], leaves_of([5, 4, 7], 16, 24, ALL - {"gamma"})
-    expected = contract.run(op(counts, ALL - {"gamma"}), leaves)
-    for name in ("z", "residual"):
-        leaves[name][5:9] = torch.nan
-    leaves["w0_1"][:] = torch.nan
-    actual = contract.run(op(counts, ALL - {"gamma"}), leaves)
-    real = [*range(5), *range(9, 16)]
-    assert torch.equal(actual[0][0][real], expected[0][0][real])
-    for name, gradient in expected[1].items():
-        if name in ("z", "residual"):
-            assert torch.equal(actual[1][name][real], gradient[real]), name
-        elif not name.endswith("_1"):
-            assert torch.equal(actual[1][name], gradient), name
+    counts, options = [5, 4, 7], ALL - {"gamma"}
+    check_nan_in_one_modality(op(counts, options), counts, leaves_of(counts, 16, 24, options))
 
 
 def test_nan_in_one_row_leaves_the_other_rows_alone():
@@ -140,18 +140,8 @@ def test_nan_in_one_row_leaves_the_other_rows_alone():
 
 @pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
-    counts, inert = [5, 0, 7], 3
-    leaves = leaves_of(counts, 16, 24, inert=inert)
-    given = [normal(15, 16, seed=9)]
-    given[0][-inert:] = 0
-    expected = contract.run(op(counts, inert=inert), leaves, given)
-    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
-    actual = contract.run(op(counts, inert=inert), leaves, given)
-    assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
-    for name, gradient in expected[1].items():
-        rows = slice(0, 12) if name in ("z", "residual") else slice(None)
-        assert torch.equal(actual[1][name][rows], gradient[rows]), name
-    assert not actual[1]["z"][-inert:].any()
+    counts = [5, 0, 7]
+    check_nan_in_inert_rows(op(counts, inert=3), counts, leaves_of(counts, 16, 24, inert=3), poisoned)
 
 
 def test_inert_rows_keep_the_residual_and_are_zero_without_one():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast import routed_ffn
-from support import naive
+from support import contract, naive
 from support.contract import normal
 from support.plans import ragged_offsets
 
@@ -104,3 +104,37 @@ def slices_of(counts: Sequence[int]) -> dict[str, list[slice]]:
     bounds = ragged_offsets(counts).tolist()
     parts = [slice(a, b) for a, b in pairwise(bounds)]
     return dict.fromkeys(("out0", "z", "residual"), parts)
+
+
+def check_nan_in_inert_rows(
+    call: Callable[..., Tensor], counts: Sequence[int], leaves: dict[str, Tensor], poisoned: str
+) -> None:
+    """Assert that NaN in the inert rows of a leaf, or of the output's gradient, changes no bit of the other rows."""
+    real, inert = sum(counts), len(leaves["z"]) - sum(counts)
+    given = [normal(*leaves["z"].shape, seed=9).to(leaves["z"].device)]
+    given[0][-inert:] = 0
+    expected = contract.run(call, leaves, given)
+    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
+    actual = contract.run(call, leaves, given)
+    assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
+    for name, gradient in expected[1].items():
+        rows = slice(0, real) if name in ("z", "residual") else slice(None)
+        assert torch.equal(actual[1][name][rows], gradient[rows]), name
+    assert not actual[1]["z"][-inert:].any()
+
+
+def check_nan_in_one_modality(call: Callable[..., Tensor], counts: Sequence[int], leaves: dict[str, Tensor]) -> None:
+    """Assert that NaN in the rows and a weight of modality 1 changes no bit of the others, nor of their parameters."""
+    first, last = counts[0], counts[0] + counts[1]
+    expected = contract.run(call, leaves)
+    for name in ("z", "residual"):
+        leaves[name][first:last] = torch.nan
+    leaves["w0_1"][:] = torch.nan
+    actual = contract.run(call, leaves)
+    real = [*range(first), *range(last, sum(counts))]
+    assert torch.equal(actual[0][0][real], expected[0][0][real])
+    for name, gradient in expected[1].items():
+        if name in ("z", "residual"):
+            assert torch.equal(actual[1][name][real], gradient[real]), name
+        elif not name.endswith("_1"):
+            assert torch.equal(actual[1][name], gradient), name
