@@ -79,6 +79,13 @@ def test_rows_too_wide_for_parameters_and_sums_in_registers_follow_the_naive_nor
     contract.check_against_naive(op([2, 0, 3]), plain([2, 0, 3]), leaves, torch.float32)
 
 
+@pytest.mark.parametrize("width", (6144, 9000))
+def test_rows_in_parts_take_a_row_index_and_a_head_scale(width):
+    index, counts = [4, 0, 5, 2, 9, 1, 11, 7, 6], [6, 3]  # more than one row for each program
+    leaves = routed_leaves(counts, width, rows=12, heads=8)
+    contract.check_against_naive(op(counts, index), plain(counts, index), leaves, torch.float32)
+
+
 def test_rows_of_one_element_have_nothing_left_but_the_bias():
     for dtype in DTYPES:
         leaves = {name: leaf.to(dtype) for name, leaf in shared_leaves(65, 1).items()}

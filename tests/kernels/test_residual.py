@@ -116,6 +116,14 @@ def test_rows_too_wide_for_parameters_and_sums_in_registers_follow_the_naive_one
     contract.check_against_naive(op(5), plain(5), leaves_of(5, 9000, norm), torch.float32)
 
 
+@NORM
+@pytest.mark.parametrize("width", (6144, 9000))
+def test_rows_in_parts_take_a_row_index_and_dropout(width, norm):
+    options = {"index": [5, 0, 6], "dropout": 0.4}
+    leaves = leaves_of(7, width, norm, branch_rows=3)
+    contract.check_against_naive(op(7, **options), plain(7, **options), leaves, torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @NORM
 @pytest.mark.parametrize("extent", (None, 4, 0))
@@ -201,10 +209,11 @@ def test_nan_stays_in_its_row(norm):
             assert torch.equal(actual[1][key][:9][others[:9]], expected[1][key][:9][others[:9]])
 
 
-def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma():
-    index, norm_given = [5, 0, 6], normal(7, 64, seed=9, dtype=torch.float32).to(DEVICE)
-    leaves = on_device(leaves_of(7, 64, True, branch_rows=3), torch.float32)
-    given = [normal(7, 64, seed=8, dtype=torch.float32).to(DEVICE), norm_given]
+@pytest.mark.parametrize("width", (64, 9000))
+def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma(width):
+    index = [5, 0, 6]
+    leaves = on_device(leaves_of(7, width, True, branch_rows=3), torch.float32)
+    given = [normal(7, width, seed=seed, dtype=torch.float32).to(DEVICE) for seed in (8, 9)]
     expected = contract.run(op(7, index=index), leaves, given)[1]
     given[0][[1, 2, 3, 4]] = torch.nan
     actual = contract.run(op(7, index=index), leaves, given)[1]
