@@ -17,6 +17,19 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(float16 value) { return __half2float(value); }
 __device__ __forceinline__ float to_float(bfloat16 value) { return __bfloat162float(value); }
 
+template <typename T>
+__device__ __forceinline__ T from_float(float value);
+
+template <>
+__device__ __forceinline__ float16 from_float<float16>(float value) {
+    return __float2half_rn(value);
+}
+
+template <>
+__device__ __forceinline__ bfloat16 from_float<bfloat16>(float value) {
+    return __float2bfloat16_rn(value);
+}
+
 // Two neighbours of a matrix, the first in the low half.
 template <typename T>
 __device__ __forceinline__ uint32_t pack(float first, float second);

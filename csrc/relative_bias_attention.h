@@ -65,4 +65,31 @@ extern "C" LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int
 const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream);
 
+// What the backward pass reads beside the arguments, and what it writes.
+struct RelativeBiasAttentionGradients {
+    int32_t multiprocessors;  // of the device: few samples and heads have their keys split among them
+    const void* grad;         // of out, in its type [rows, heads, head_dim], 16-byte aligned, the last dimension dense
+    int64_t row_stride;       // strides of grad in elements, multiples of 8
+    int64_t head_stride;
+    const float* log_sum_exp;  // of the forward pass
+    void* qkv;                 // out: [rows, 3, heads, head_dim], dense, 16-byte aligned, inert rows too
+    void* bias[MAX_MODALITIES];  // out: each vector's, dense [heads, entries] in its type, or null where it is frozen
+    void* head_scale;            // out: [heads] in its type, or null
+    void* workspace;             // 16-byte aligned, of as many bytes as the function below says
+};
+
+// Bytes of workspace: linear in rows where a sample's keys do not fit one thread block or are split, and the partial
+// sums of what all samples share. Pointers are only compared with null.
+extern "C" int64_t relative_bias_attention_backward_workspace(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients);
+
+// For a head size, and the entries of all vectors together with those of CLS; `learned` where any needs a gradient.
+extern "C" LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries, bool learned);
+
+// Writes the gradients; the same input gives the same bits. A head with a gradient that is not finite gets NaN in all
+// entries of its vectors; so do the rows of a sample longer than a max_length that is given. Returns as the forward
+// pass does.
+const char* relative_bias_attention_backward(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream);
+
 }  // namespace onepeace_fast

@@ -13,6 +13,7 @@
 
 #include "bias.cuh"
 #include "launch.cuh"
+#include "query_walk.cuh"
 #include "relative_bias_attention.h"
 #include "relative_bias_attention_forward.cuh"
 #include "sample.cuh"
@@ -28,38 +29,17 @@ template <typename T, int HEAD_DIM>
 struct Rows {
     float result[HEAD_DIM / 8][4] = {};
 
-    template <int COLUMNS>
-    __device__ __forceinline__ void multiply(float (&scores)[COLUMNS / 8][4], const T* queries, const T* keys) const {
-        const int lane = thread_index() % WARP;
-#pragma unroll
-        for (int k = 0; k < HEAD_DIM / 16; ++k) {
-            uint32_t a[4];
-            left_operand<HEAD_DIM>(a, queries, lane, 0, k);
-#pragma unroll
-            for (int j = 0; j < COLUMNS / 16; ++j) {
-                uint32_t b[4];
-                transposed_right_operand<HEAD_DIM>(b, keys, lane, j, k);
-                mma<T>(scores[2 * j], a, b[0], b[1]);
-                mma<T>(scores[2 * j + 1], a, b[2], b[3]);
-            }
-        }
-    }
-
-    template <int COLUMNS>
-    __device__ __forceinline__ static void mask(float (&scores)[COLUMNS / 8][4], int count) {
-        const int column = 2 * (thread_index() % 4);
-#pragma unroll
-        for (int n = 0; n < COLUMNS / 8; ++n) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                if (8 * n + column + i % 2 >= count) scores[n][i] = -INFINITY;
-            }
-        }
+    template <bool WINDOWED>
+    __device__ explicit Rows(const Forward<T, HEAD_DIM, WINDOWED>& forward) {
+        forward.shared.softmax[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
     }
 
     // Take in a tile of keys: its scores, base 2, become probabilities relative to the largest so far.
-    template <int COLUMNS>
-    __device__ __forceinline__ void attend(float (&scores)[COLUMNS / 8][4], const T* values, Softmax& softmax) {
+    template <int COLUMNS, bool WINDOWED>
+    __device__ __forceinline__ void attend(
+        float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+        const T* values = forward.shared.values[stage];
+        Softmax& softmax = forward.shared.softmax[thread_index()];
         const int lane = thread_index() % WARP;
         float reference[2], sum[2];
 #pragma unroll
@@ -138,81 +118,6 @@ struct Rows {
     }
 };
 
-// Turn a warp's scores to base 2 and add their bias, but for the entries of a windowed vector.
-template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
-__device__ __forceinline__ void bias_tile(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
-    const RelativeBiasAttention& arguments = forward.arguments;
-    auto& shared = forward.shared;
-    const float scale = arguments.scale;
-    const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
-    const int mine = shared.blocks[warp].modality, modality = shared.tiles[stage].modality;
-    const int* row_code = shared.row_code[warp];
-    const int* key_code = shared.key_code[stage];
-    const bool is_cls = mine == arguments.modalities;
-    const int first = is_cls ? row_code[row] : mine, second = is_cls ? row_code[row + 8] : mine;
-    if (!arguments.bias_vectors) {
-        add_row_bias<COLUMNS>(scores, scale, 0.f, 0.f);
-    } else if (COLUMNS == BLOCK_ROWS) {
-        const ClsEntry entry = is_cls ? CLS_AS_BOTH : CLS_AS_KEY;
-        add_cls_bias<COLUMNS>(
-            scores, scale, key_code, first, second, shared.cls[first][entry], shared.cls[second][entry]);
-    } else if (is_cls) {
-        const float bias = shared.cls[modality][CLS_AS_QUERY];
-        add_row_bias<COLUMNS>(scores, scale, first == modality ? bias : 0.f, second == modality ? bias : 0.f);
-    } else if (mine != modality || WINDOWED) {
-        add_row_bias<COLUMNS>(scores, scale, 0.f, 0.f);
-    } else {
-        const float* entries = shared.bias();
-        const int shift = shared.bias_start[modality] + arguments.bias[modality].code_offset;
-        add_bias<COLUMNS>(scores, scale, row_code, key_code, shift, [&](int entry) { return entries[entry]; });
-    }
-}
-
-// Add the entries of a windowed vector; all warps of the thread block load, those with queries of the modality add.
-template <int COLUMNS, typename T, int HEAD_DIM>
-__device__ __forceinline__ void add_windows(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, true>& forward, int stage, int capacity) {
-    auto& shared = forward.shared;
-    const int warp = thread_index() / WARP;
-    const Block& mine = shared.blocks[warp];
-    const float* entries = forward.shared.bias();
-    const int modality = shared.tiles[stage].modality;
-    const Range range = forward.find_entries(stage, modality);
-    for (int first = range.first; first <= range.last; first += capacity) {
-        const int count = min(capacity, range.last - first + 1);
-        if (first > range.first) __syncthreads();  // nobody reads the window before
-        forward.load_window(modality, first, count);
-        __syncthreads();
-        if (mine.count && mine.modality == modality) {
-            add_bias<COLUMNS>(
-                scores, 1.f, shared.row_code[warp], shared.key_code[stage],
-                forward.arguments.bias[modality].code_offset - first,
-                [&](int entry) { return entry >= 0 && entry < count ? entries[entry] : 0.f; });
-        }
-    }
-}
-
-// By all warps: those without queries only load windows.
-template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
-__device__ __forceinline__ void attend_tile(
-    Rows<T, HEAD_DIM>& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
-    auto& shared = forward.shared;
-    float scores[COLUMNS / 8][4] = {};
-    if (shared.blocks[thread_index() / WARP].count) {
-        rows.template multiply<COLUMNS>(scores, shared.rows[thread_index() / WARP], shared.keys[stage]);
-        bias_tile<COLUMNS>(scores, forward, stage);
-    }
-    if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
-        add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
-    }
-    if (shared.blocks[thread_index() / WARP].count) {
-        const int count = shared.tiles[stage].count;
-        if (count < COLUMNS) rows.template mask<COLUMNS>(scores, count);
-        rows.template attend<COLUMNS>(scores, shared.values[stage], shared.softmax[thread_index()]);
-    }
-}
-
 // Rows past the last sample are zero; the thread blocks past the last sample share them.
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
@@ -232,51 +137,15 @@ template <typename T, int HEAD_DIM, bool WINDOWED>
 __global__ void __launch_bounds__(ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(WINDOWED))
 forward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int bias_capacity) {
-    constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
     if (static_cast<int>(blockIdx.z) == arguments.samples) {
         return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
     }
     auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
-    read_sample<KEYS>(shared.sample, arguments, blockIdx.z);
-    forward.describe_bias();
-    if (thread_index() == 0) shared.query_tile = blockIdx.x;
-    __syncthreads();
-    while (true) {
-        // What the loop over keys does not need stays in shared memory.
-        const int row_blocks = shared.sample.row_blocks, query_tiles = ceil_div(row_blocks, WARPS);
-        const int query_tile = shared.query_tile;
-        if (query_tile >= query_tiles) break;
-        const int first_block = query_tile * row_blocks / query_tiles;
-        const int end_block = (query_tile + 1) * row_blocks / query_tiles;
-        const bool active = thread_index() / WARP < end_block - first_block;
-        forward.load_keys(0, find_block(shared.sample, arguments.modalities, KEYS, 0));
-        if (active) {
-            forward.load_queries(
-                find_block(shared.sample, arguments.modalities, BLOCK_ROWS, first_block + thread_index() / WARP));
-        } else if (thread_index() % WARP == 0) {
-            shared.blocks[thread_index() / WARP].count = 0;
-        }
-        if (!WINDOWED) forward.load_whole_bias(first_block, end_block);
-        shared.softmax[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
-        Rows<T, HEAD_DIM> rows;
-        for (int i = 0; i < shared.sample.key_tiles; ++i) {
-            const int stage = i % STAGES;
-            cp_async_wait_all();
-            __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
-            if (i + 1 < shared.sample.key_tiles) {
-                forward.load_keys(1 - stage, find_block(shared.sample, arguments.modalities, KEYS, i + 1));
-            }
-            if (shared.tiles[stage].modality == arguments.modalities) {
-                attend_tile<BLOCK_ROWS>(rows, forward, stage, bias_capacity);
-            } else {
-                attend_tile<KEYS>(rows, forward, stage, bias_capacity);
-            }
-        }
-        if (shared.blocks[thread_index() / WARP].count) rows.store(forward, out, log_sum_exp);
-        if (thread_index() == 0) shared.query_tile += gridDim.x;
-        __syncthreads();  // the next queries take the place of these keys and results
-    }
+    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, arguments, blockIdx.z);
+    walk_queries<Rows<T, HEAD_DIM>>(forward, bias_capacity, [&](Rows<T, HEAD_DIM>& rows) {
+        rows.store(forward, out, log_sum_exp);
+    });
 }
 
 template <int HEAD_DIM>

@@ -29,6 +29,12 @@ using std::min;
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 
 struct dim3 : host_shim::Index {
     explicit dim3(unsigned x, unsigned y = 1, unsigned z = 1) : Index{x, y, z} {}
@@ -75,12 +81,48 @@ cudaError_t cudaLaunchKernel(
 inline void __syncthreads() { host_shim::synchronize_block(); }
 inline void __syncwarp() { host_shim::synchronize_warp(); }
 
+// The value of the lane whose number is given.
 template <typename Value>
-Value __shfl_xor_sync(unsigned, Value value, int mask) {
+Value __shfl_sync(unsigned, Value value, int source) {
     static_assert(sizeof(Value) == 4);
-    host_shim::Word lane{0, 0, mask};
+    host_shim::Word lane{0, 0, source % host_shim::WARP};
     std::memcpy(&lane.given, &value, 4);
-    host_shim::with_warp("__shfl_xor_sync", &lane, host_shim::shuffle_xor);
+    host_shim::with_warp("__shfl_sync", &lane, host_shim::shuffle);
     std::memcpy(&value, &lane.received, 4);
     return value;
+}
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned mask, Value value, int flipped) {
+    return __shfl_sync(mask, value, threadIdx.x % host_shim::WARP ^ flipped);
+}
+
+inline unsigned __ballot_sync(unsigned, bool value) {
+    host_shim::Word lane{value, 0, 0};
+    host_shim::with_warp("__ballot_sync", &lane, host_shim::vote);
+    return lane.received;
+}
+
+inline int atomicAdd(int* target, int value) { return __atomic_fetch_add(target, value, __ATOMIC_RELAXED); }
+
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
+inline int __clz(int bits) { return bits ? __builtin_clz(bits) : 32; }
+
+// To the nearest, ties to even; what no integer holds becomes the largest or smallest, and NaN zero.
+inline int __float2int_rn(float value) {
+    if (value != value) return 0;
+    if (value >= 2147483648.f) return 2147483647;
+    if (value < -2147483648.f) return -2147483647 - 1;
+    return static_cast<int>(std::nearbyintf(value));
 }

@@ -25,16 +25,16 @@ inline float to_float(bfloat16 value) {
 }
 
 template <typename T>
-T round_to(float value);
+T from_float(float value);
 
 template <>
-inline float16 round_to<float16>(float value) {
+inline float16 from_float<float16>(float value) {
     return {static_cast<_Float16>(value)};
 }
 
 // To the nearest, ties to even.
 template <>
-inline bfloat16 round_to<bfloat16>(float value) {
+inline bfloat16 from_float<bfloat16>(float value) {
     if (value != value) return {0x7fff};
     uint32_t bits;
     std::memcpy(&bits, &value, 4);

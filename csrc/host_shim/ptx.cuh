@@ -15,7 +15,7 @@ namespace onepeace_fast {
 
 template <typename T>
 uint32_t pack(float first, float second) {
-    const T both[2] = {round_to<T>(first), round_to<T>(second)};
+    const T both[2] = {from_float<T>(first), from_float<T>(second)};
     uint32_t result;
     std::memcpy(&result, both, 4);
     return result;

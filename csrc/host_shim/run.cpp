@@ -4,9 +4,11 @@
 //
 // A case: RelativeBiasAttention as bytes, then the arrays that it points to, each as its number of bytes (int64) and
 // these: qkv (before it, where in the array it begins, int64), cu_seqlens, code, is_cls, their number and every bias,
-// head_scale; then a
-// number of runs and each run's order of blocks and warps. Results: out and log_sum_exp of each run. Every array is an
-// allocation of its own, as long as its contents, so that AddressSanitizer sees an access past it.
+// head_scale. Then 0 for the forward pass alone, or 1, RelativeBiasAttentionGradients as bytes and grad, like qkv: of
+// the pointers there, bias and head_scale are null where frozen, qkv and workspace say how far off 16 bytes they shall
+// be. Then a number of runs and each run's order of blocks and warps. Results of each run: out and log_sum_exp, and the
+// gradients of qkv, every learned bias and head_scale. Every array is an allocation of its own, as long as its contents
+// and full of NaN before, so that AddressSanitizer sees an access past it.
 
 #include <cstdio>
 #include <cstdlib>
@@ -20,6 +22,9 @@
 namespace {
 
 using onepeace_fast::RelativeBiasAttention;
+using onepeace_fast::RelativeBiasAttentionGradients;
+
+size_t element_bytes(onepeace_fast::ElementType type) { return type == onepeace_fast::FLOAT32 ? 4 : 2; }
 
 struct File {
     FILE* file;
@@ -49,7 +54,9 @@ struct File {
 // Aligned to 16 bytes, as malloc does; null where it is empty.
 class Array {
 public:
-    explicit Array(size_t bytes) : data_(bytes ? std::malloc(bytes) : nullptr, std::free), bytes_(bytes) {}
+    explicit Array(size_t bytes) : data_(bytes ? std::malloc(bytes) : nullptr, std::free), bytes_(bytes) {
+        if (bytes) std::memset(data_.get(), 0xff, bytes);
+    }
     explicit Array(File& file) : Array(static_cast<size_t>(file.number())) { file.read(data_.get(), bytes_); }
     char* data() { return static_cast<char*>(data_.get()); }
     size_t bytes() const { return bytes_; }
@@ -58,6 +65,41 @@ private:
     std::unique_ptr<void, void (*)(void*)> data_;
     size_t bytes_;
 };
+
+// Arrays that one run writes, in the order of the results.
+class Results {
+public:
+    char* add(size_t elements, size_t bytes) { return arrays_.emplace_back(elements * bytes).data(); }
+    void write(File& file) {
+        for (Array& array : arrays_) file.write(array.data(), array.bytes());
+    }
+
+private:
+    std::vector<Array> arrays_;
+};
+
+const char* run_forward(const RelativeBiasAttention& attention, Results& results, const float** log_sum_exp) {
+    const size_t elements = static_cast<size_t>(attention.rows) * attention.heads;
+    char* out = results.add(elements * attention.head_dim, 2);
+    auto* sums = reinterpret_cast<float*>(results.add(elements, sizeof(float)));
+    *log_sum_exp = sums;
+    return onepeace_fast::relative_bias_attention_forward(attention, out, sums, nullptr);
+}
+
+const char* run_backward(
+    const RelativeBiasAttention& attention, RelativeBiasAttentionGradients gradients, Results& results) {
+    const size_t heads = attention.heads;
+    char* dqkv = results.add(3 * attention.rows * heads * attention.head_dim, 2);
+    gradients.qkv = dqkv + reinterpret_cast<intptr_t>(gradients.qkv);
+    for (int m = 0; m < attention.bias_vectors; ++m) {
+        const auto& vector = attention.bias[m];
+        if (gradients.bias[m]) gradients.bias[m] = results.add(heads * vector.entries, element_bytes(vector.type));
+    }
+    if (gradients.head_scale) gradients.head_scale = results.add(heads, element_bytes(attention.head_scale_type));
+    Array workspace(onepeace_fast::relative_bias_attention_backward_workspace(attention, gradients));
+    gradients.workspace = workspace.data() + reinterpret_cast<intptr_t>(gradients.workspace);
+    return onepeace_fast::relative_bias_attention_backward(attention, gradients, nullptr);
+}
 
 }  // namespace
 
@@ -82,22 +124,25 @@ int main(int count, char** arguments) {
     }
     Array head_scale(in);
     attention.head_scale = head_scale.data();
-    const size_t elements = static_cast<size_t>(attention.rows) * attention.heads;
+    const bool backward = in.number();
+    RelativeBiasAttentionGradients gradients{};
+    Array grad(0);
+    if (backward) {
+        in.read(&gradients, sizeof(gradients));
+        const int64_t grad_begin = in.number();
+        grad = Array(in);
+        gradients.grad = grad.data() + grad_begin;
+    }
     for (int64_t runs = in.number(); runs > 0; --runs) {
         host_shim::set_order(static_cast<uint64_t>(in.number()));
-        Array out(2 * elements * attention.head_dim), log_sum_exp(sizeof(float) * elements);
-        if (elements) {
-            std::memset(out.data(), 0xff, out.bytes());
-            std::memset(log_sum_exp.data(), 0xff, log_sum_exp.bytes());
-        }
-        const char* problem = onepeace_fast::relative_bias_attention_forward(
-            attention, out.data(), reinterpret_cast<float*>(log_sum_exp.data()), nullptr);
+        Results written;
+        const char* problem = run_forward(attention, written, &gradients.log_sum_exp);
+        if (!problem && backward) problem = run_backward(attention, gradients, written);
         if (problem) {
             std::fprintf(stderr, "%s\n", problem);
             return 1;
         }
-        results.write(out.data(), out.bytes());
-        results.write(log_sum_exp.data(), log_sum_exp.bytes());
+        written.write(results);
     }
     return 0;
 }

@@ -27,11 +27,17 @@ void unpack(uint32_t packed, float& first, float& second) {
 
 }  // namespace
 
-void shuffle_xor(Lanes lanes) {
+void shuffle(Lanes lanes) {
     for (int i = 0; i < WARP; ++i) {
         Word& mine = lane<Word>(lanes, i);
-        mine.received = lane<Word>(lanes, i ^ mine.mask).given;
+        mine.received = lane<Word>(lanes, mine.source).given;
     }
+}
+
+void vote(Lanes lanes) {
+    uint32_t votes = 0;
+    for (int i = 0; i < WARP; ++i) votes |= lane<Word>(lanes, i).given << i;
+    for (int i = 0; i < WARP; ++i) lane<Word>(lanes, i).received = votes;
 }
 
 void load_matrices(Lanes lanes) {

@@ -11,9 +11,10 @@ namespace host_shim {
 
 struct Word {
     uint32_t given, received;
-    int mask;
+    int source;
 };
-void shuffle_xor(Lanes lanes);
+void shuffle(Lanes lanes);
+void vote(Lanes lanes);
 
 struct MatrixRow {
     uint16_t given[8];

@@ -1,0 +1,106 @@
+// The sum over all keys of probability times its gradient, of every query row whose sample is not walked whole by one
+// thread block: the mean that the softmax's gradient subtracts. The head scale is not in it.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include "backward_workspace.cuh"
+#include "query_walk.cuh"
+#include "relative_bias_attention.h"
+#include "sample.cuh"
+#include "tile.cuh"
+
+namespace onepeace_fast {
+
+// A warp's 16 rows of grad, and what their keys sum to so far in this thread's columns.
+template <typename T, int HEAD_DIM>
+struct RowSums {
+    uint32_t grad[HEAD_DIM / 16][4];
+    float log_sum_exp[2];
+    float sum[2] = {0.f, 0.f};
+    const RelativeBiasAttentionGradients& gradients;
+
+    template <bool WINDOWED>
+    __device__ __forceinline__ RowSums(
+        const Forward<T, HEAD_DIM, WINDOWED>& forward, const RelativeBiasAttentionGradients& gradients)
+        : gradients(gradients) {
+        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+        __syncwarp();  // lane 0 wrote this warp's block
+        const Block& block = forward.shared.blocks[warp];
+        if (block.count == 0) return;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int64_t row =
+                find_row(forward.shared.sample, forward.arguments.modalities, block, lane / 4 + 8 * i).index;
+            log_sum_exp[i] = LOG2_E * gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
+            const T* source = static_cast<const T*>(gradients.grad) + row * gradients.row_stride +
+                              blockIdx.y * gradients.head_stride + 2 * (lane % 4);
+#pragma unroll
+            for (int k = 0; k < HEAD_DIM / 16; ++k) {
+                grad[k][i] = *reinterpret_cast<const uint32_t*>(source + 16 * k);
+                grad[k][2 + i] = *reinterpret_cast<const uint32_t*>(source + 16 * k + 8);
+            }
+        }
+    }
+
+    template <int COLUMNS, bool WINDOWED>
+    __device__ __forceinline__ void attend(
+        float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+        const int lane = thread_index() % WARP;
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) {
+            float& score = scores[i / 4][i % 4];
+            score = fast_exp2(score - log_sum_exp[i % 4 / 2]);
+        }
+#pragma unroll
+        for (int j = 0; j < COLUMNS / 16; ++j) {
+            float gradient[2][4] = {};
+#pragma unroll
+            for (int k = 0; k < HEAD_DIM / 16; ++k) {
+                uint32_t b[4];
+                transposed_right_operand<HEAD_DIM>(b, forward.shared.values[stage], lane, j, k);
+                mma<T>(gradient[0], grad[k], b[0], b[1]);
+                mma<T>(gradient[1], grad[k], b[2], b[3]);
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                sum[i % 4 / 2] += scores[2 * j + i / 4][i % 4] * gradient[i / 4][i % 4];
+            }
+        }
+    }
+
+    template <bool WINDOWED>
+    __device__ __forceinline__ void store(const Forward<T, HEAD_DIM, WINDOWED>& forward, float* row_sums) const {
+        const Block& block = forward.shared.blocks[thread_index() / WARP];
+        const int lane = thread_index() % WARP;
+        for (int i = 0; i < 2; ++i) {
+            const float total = row_sum(sum[i]);
+            const int row = lane / 4 + 8 * i;
+            if (lane % 4 == 0 && row < block.count) {
+                const int64_t index = find_row(forward.shared.sample, forward.arguments.modalities, block, row).index;
+                row_sums[index * forward.arguments.heads + blockIdx.y] = total;
+            }
+        }
+    }
+};
+
+// Thread blocks: parts that share the queries of a sample, heads, samples.
+template <typename T, int HEAD_DIM, bool WINDOWED>
+__global__ void __launch_bounds__(ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(WINDOWED))
+row_sums_kernel(
+    const __grid_constant__ RelativeBiasAttention arguments,
+    const __grid_constant__ RelativeBiasAttentionGradients gradients,
+    const __grid_constant__ BackwardWorkspace workspace, int bias_capacity) {
+    auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
+    const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
+    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, arguments, blockIdx.z);
+    __syncthreads();
+    if (workspace.walks_whole<HEAD_DIM>(shared.sample)) return;
+    walk_queries<RowSums<T, HEAD_DIM>>(
+        forward, bias_capacity,
+        [&](const RowSums<T, HEAD_DIM>& rows) { rows.store(forward, workspace.row_sums); }, gradients);
+}
+
+}  // namespace onepeace_fast

@@ -1,0 +1,92 @@
+// The last additions of the backward pass, each in a fixed order: what thread blocks left in the workspace.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include "backward_workspace.cuh"
+#include "relative_bias_attention.h"
+#include "sample.cuh"
+#include "tile.cuh"
+
+namespace onepeace_fast {
+
+constexpr int SUM_THREADS = 256;
+
+__device__ __forceinline__ void store_element(void* data, ElementType type, int64_t index, float value) {
+    if (type == FLOAT32) static_cast<float*>(data)[index] = value;
+    if (type == FLOAT16) static_cast<float16*>(data)[index] = from_float<float16>(value);
+    if (type == BFLOAT16) static_cast<bfloat16*>(data)[index] = from_float<bfloat16>(value);
+}
+
+// The gradients of vectors and of the head scale. Thread blocks: entries, heads.
+__global__ void __launch_bounds__(SUM_THREADS) sum_entries_kernel(
+    const __grid_constant__ RelativeBiasAttention arguments,
+    const __grid_constant__ RelativeBiasAttentionGradients gradients,
+    const __grid_constant__ BackwardWorkspace workspace) {
+    const int head = blockIdx.y, index = blockIdx.x * SUM_THREADS + thread_index();
+    if (index == 0 && workspace.scale_parts) {
+        float sum = 0.f;
+        for (int i = 0; i < workspace.groups; ++i) sum += workspace.scale_parts[i * arguments.heads + head];
+        store_element(gradients.head_scale, arguments.head_scale_type, head, sum);
+    }
+    if (index >= workspace.entries || !workspace.entry_parts) return;
+    int m = 0, entry = index;
+#pragma unroll 1
+    for (; entry >= arguments.bias[m].entries; ++m) entry -= arguments.bias[m].entries;
+    if (!gradients.bias[m]) return;
+    float sum = 0.f;
+    for (int group = 0; group < workspace.groups; ++group) {
+        for (int part = 0; part < workspace.parts; ++part) {
+            sum += workspace.entry_parts[workspace.first_entry(group, part, head, arguments.heads) + index];
+        }
+    }
+    const int64_t target = static_cast<int64_t>(head) * arguments.bias[m].entries + entry;
+    store_element(gradients.bias[m], arguments.bias[m].type, target, sum);
+}
+
+// The gradients of queries whose samples were not walked whole. Thread blocks: some that share the rows of a sample,
+// heads, samples.
+template <typename T, int HEAD_DIM>
+__global__ void __launch_bounds__(SUM_THREADS) sum_queries_kernel(
+    const __grid_constant__ RelativeBiasAttention arguments,
+    const __grid_constant__ RelativeBiasAttentionGradients gradients,
+    const __grid_constant__ BackwardWorkspace workspace) {
+    constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK, ROWS = SUM_THREADS / ROW_CHUNKS;
+    auto& sample = *static_cast<Sample*>(shared_memory());
+    read_sample<BLOCK_ROWS>(sample, arguments, blockIdx.z);
+    __syncthreads();
+    if (workspace.walks_whole<HEAD_DIM>(sample)) return;
+    const int chunk = thread_index() % ROW_CHUNKS;
+#pragma unroll 1
+    for (int i = blockIdx.x * ROWS + thread_index() / ROW_CHUNKS; i < sample.row_blocks * BLOCK_ROWS;
+         i += gridDim.x * ROWS) {
+        const Block block = find_block(sample, arguments.modalities, BLOCK_ROWS, i / BLOCK_ROWS);
+        if (i % BLOCK_ROWS >= block.count) continue;
+        const int64_t row = find_row(sample, arguments.modalities, block, i % BLOCK_ROWS).index;
+        float sums[CHUNK] = {};
+        for (int part = 0; part < workspace.parts; ++part) {
+            if (workspace.first_block(part, sample.row_blocks) == workspace.first_block(part + 1, sample.row_blocks)) {
+                continue;  // it had no keys
+            }
+            const int64_t index = (part * static_cast<int64_t>(arguments.rows) + row) * arguments.heads + blockIdx.y;
+            const auto* from =
+                reinterpret_cast<const float4*>(workspace.query_parts + index * HEAD_DIM + chunk * CHUNK);
+            for (int half = 0; half < 2; ++half) {
+                const float4 four = from[half];
+                sums[4 * half] += four.x;
+                sums[4 * half + 1] += four.y;
+                sums[4 * half + 2] += four.z;
+                sums[4 * half + 3] += four.w;
+            }
+        }
+        for (float& sum : sums) sum *= arguments.scale;
+        T* target = static_cast<T*>(gradients.qkv) + (row * 3 * arguments.heads + blockIdx.y) * HEAD_DIM;
+        *reinterpret_cast<uint4*>(target + chunk * CHUNK) = {
+            pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]),
+            pack<T>(sums[6], sums[7])};
+    }
+}
+
+}  // namespace onepeace_fast

@@ -1,0 +1,115 @@
+// How the backward pass shares its work among thread blocks, and what they hand to each other in the workspace.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "relative_bias_attention.h"
+#include "sample.cuh"
+
+namespace onepeace_fast {
+
+constexpr int HALVES = 2;  // blocks of queries in a tile
+constexpr int TILE = HALVES * BLOCK_ROWS;
+constexpr int MOST_PARTS = 8;
+constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thread block
+
+// Where vectors and the sums of their gradient stand: FROZEN in shared memory without sums, LEARNED both there, LARGE
+// both in device memory.
+enum class Vectors { FROZEN, LEARNED, LARGE };
+
+constexpr int BACKWARD_BIAS_CAPACITY = 5632;  // entries and their sums in shared memory: a grid of 37 x 37
+
+inline Vectors place_vectors(int64_t entries, bool learned) {
+    if (learned) return entries <= BACKWARD_BIAS_CAPACITY ? Vectors::LEARNED : Vectors::LARGE;
+    return entries <= 2 * BACKWARD_BIAS_CAPACITY ? Vectors::FROZEN : Vectors::LARGE;
+}
+
+// Warps of a thread block, and the blocks of keys whose gradients each holds in registers.
+template <int HEAD_DIM>
+struct BackwardLaunch {
+    static constexpr int WARPS = HEAD_DIM == 32 ? 12 : 8;
+    static constexpr int SLOTS = HEAD_DIM == 128 ? 1 : 2;
+    static constexpr int THREADS = WARPS * WARP;
+    static constexpr int BLOCKS = WARPS * SLOTS;  // of keys in one walk
+};
+
+// A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit is
+// walked whole; of others each part writes its share of the queries' gradients.
+struct BackwardWorkspace {
+    int groups;
+    int parts;
+    int longest;  // blocks of keys, and of queries, that a sample is expected to have at most
+    int entries;  // of all vectors, those of CLS included
+    Vectors vectors;
+    float* row_sums;       // [rows, heads]; null, as the next, where max_length says that samples are walked whole
+    float* query_parts;    // [parts, rows, heads, head_dim]
+    float* entry_parts;    // [groups, parts, heads, entries]; null where all vectors are frozen
+    int* sums;             // [groups, parts, heads, entries], of LARGE vectors
+    float* scale_parts;    // [groups, heads]; null where the head scale is frozen
+    int64_t bytes;
+
+    template <int HEAD_DIM>
+    __device__ bool walks_whole(const Sample& sample) const {
+        return parts == 1 && sample.row_blocks <= BackwardLaunch<HEAD_DIM>::BLOCKS;
+    }
+
+    __host__ __device__ int first_sample(int group, int samples) const {
+        return static_cast<int>(static_cast<int64_t>(group) * samples / groups);
+    }
+
+    // The first block of keys of a part of a sample; the first part is never empty.
+    __host__ __device__ int first_block(int part, int blocks) const { return ceil_div(part * blocks, parts); }
+
+    // Where the entries of this thread block stand among those of all.
+    __device__ int64_t first_entry(int group, int part, int head, int heads) const {
+        return ((static_cast<int64_t>(group) * parts + part) * heads + head) * entries;
+    }
+};
+
+// Blocks of keys in the longest sample, at most: each modality may have one that is not full, and CLS one more.
+inline int most_blocks(const RelativeBiasAttention& arguments, int64_t length) {
+    return static_cast<int>((length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1);
+}
+
+template <int HEAD_DIM>
+BackwardWorkspace share(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
+    BackwardWorkspace shared{};
+    const int samples = std::max(arguments.samples, 1), chip = std::max(gradients.multiprocessors, 1);
+    const int64_t mean = ceil_div(arguments.rows, samples);
+    shared.longest = most_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
+    // Two thread blocks for each multiprocessor, one after the other, even out unlike lengths.
+    shared.groups = std::min(samples, std::max(1, 2 * chip / arguments.heads));
+    const int64_t busy = static_cast<int64_t>(samples) * arguments.heads;
+    shared.parts = std::max(1, std::min({static_cast<int>(chip / busy), MOST_PARTS, shared.longest / BLOCKS_OF_A_PART}));
+    bool learned = false;
+    for (int m = 0; m < arguments.bias_vectors; ++m) {
+        shared.entries += arguments.bias[m].entries;
+        learned = learned || gradients.bias[m];
+    }
+    shared.vectors = place_vectors(shared.entries, learned);
+    const auto take = [&](int64_t elements) {
+        void* taken = static_cast<char*>(gradients.workspace) + shared.bytes;
+        shared.bytes += (elements * 4 + 15) / 16 * 16;
+        return taken;
+    };
+    const int64_t pairs = static_cast<int64_t>(arguments.rows) * arguments.heads;
+    const int64_t all = static_cast<int64_t>(shared.groups) * shared.parts * arguments.heads * shared.entries;
+    if (shared.parts > 1 || !arguments.max_length || shared.longest > BackwardLaunch<HEAD_DIM>::BLOCKS) {
+        shared.row_sums = static_cast<float*>(take(pairs));
+        shared.query_parts = static_cast<float*>(take(shared.parts * pairs * HEAD_DIM));
+    }
+    if (learned) shared.entry_parts = static_cast<float*>(take(all));
+    if (learned && shared.vectors == Vectors::LARGE) shared.sums = static_cast<int*>(take(all));
+    if (gradients.head_scale) {
+        shared.scale_parts = static_cast<float*>(take(static_cast<int64_t>(shared.groups) * arguments.heads));
+    }
+    return shared;
+}
+
+}  // namespace onepeace_fast

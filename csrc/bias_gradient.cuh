@@ -1,0 +1,123 @@
+// The gradient of vectors in code form: score gradients, added up by entry. Integers in fixed point make the order of
+// additions, and so the order in which warps run, irrelevant: the same input gives the same bits.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include <cstdint>
+
+#include "entries.cuh"
+#include "relative_bias_attention.h"
+#include "sample.cuh"
+
+namespace onepeace_fast {
+
+constexpr int MOST_EXPONENT = 126;  // 2^exponent and its inverse are normal numbers
+constexpr int SUM_BITS = 29;        // of a sum of score gradients; the rest is for the rounding of each
+constexpr int MOST_RUN_PAIRS = 4;   // by diagonals; with more, each pair by itself
+constexpr uint32_t INFINITE_BITS = 0x7f800000;
+
+__device__ __forceinline__ float power_of_two(int exponent) {
+    return __uint_as_float(static_cast<uint32_t>(exponent + 127) << 23);
+}
+
+// The magnitude's bits, which order as numbers do, and NaN above all.
+__device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffff; }
+
+// 2^result is above a magnitude.
+__device__ __forceinline__ int exponent_above(uint32_t magnitude) { return static_cast<int>(magnitude >> 23) - 126; }
+
+// The exponent of the fixed point for the score gradients of some rows whose score's gradient, before its mean is
+// subtracted, has at most a magnitude: probabilities sum to one, so a row's sum to at most twice that.
+__device__ __forceinline__ int fixed_point(uint32_t largest, float head_scale, int rows) {
+    const int above = exponent_above(largest) + exponent_above(magnitude(head_scale)) + 1 + (32 - __clz(rows));
+    return max(-MOST_EXPONENT, min(MOST_EXPONENT, SUM_BITS - above));
+}
+
+// Bit r: row r of a block does not continue the codes before it. By a warp, for two blocks, a row for each lane.
+__device__ __forceinline__ uint32_t find_run_starts(const Side& mine) {
+    const int row = thread_index() % BLOCK_ROWS;
+    const bool starts = row < mine.count && (row == 0 || mine.code[row] != mine.code[row - 1] + 1);
+    return __ballot_sync(0xffffffff, starts);
+}
+
+__device__ __forceinline__ int first_run(uint32_t starts) { return __ffs(starts) - 1; }
+
+// Where the first run ends, in a block of some rows.
+__device__ __forceinline__ int next_run(uint32_t starts, int count) {
+    const uint32_t later = starts & (starts - 1);
+    return later ? first_run(later) : count;
+}
+
+// Add the sums of a block's diagonals to consecutive integers: that of query column - key row = d to sums[d], for d in
+// first..last, which no lane but one has. A lane's values are on diagonals 2 t - g + {-8, -7, 0, 1, 8, 9}, g = lane / 4 and
+// t = lane % 4; those of lanes with the same (2 t - g) % 8 meet.
+__device__ __forceinline__ void add_diagonals(
+    const float (&values)[2][4], int first, int last, float unit, int* sums) {
+    constexpr unsigned ALL = 0xffffffff;
+    const int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
+    const float even[3] = {values[0][2], values[0][0] + values[1][2], values[1][0]};
+    const float odd[3] = {values[0][3], values[0][1] + values[1][3], values[1][1]};
+    // The odd ones of the row below are on the even ones' diagonals; below the last row is the first, 8 further.
+    const int below = (lane + 4) % WARP;
+    const float outer = __shfl_sync(ALL, g == 0 ? odd[2] : odd[0], below);
+    const float sum[4] = {
+        even[0] + (g == 7 ? 0.f : outer), even[1] + __shfl_sync(ALL, g == 0 ? odd[0] : odd[1], below),
+        even[2] + __shfl_sync(ALL, g == 0 ? odd[1] : odd[2], below), g == 7 ? outer : 0.f};
+    // By the diagonal's own eighth, 8 i - 16 on.
+    const bool later = 2 * t >= g;
+    const float eighths[4] = {
+        later ? 0.f : sum[0], later ? sum[0] : sum[1], later ? sum[1] : sum[2], later ? sum[2] : sum[3]};
+    const bool right = t % 2;
+    const int partner = ((right ? g + 6 : g + 2) % 8) * 4 + (t ^ 1);
+    const float low = (right ? eighths[2] : eighths[0]) + __shfl_sync(ALL, right ? eighths[0] : eighths[2], partner);
+    const float high = (right ? eighths[3] : eighths[1]) + __shfl_sync(ALL, right ? eighths[1] : eighths[3], partner);
+    const bool upper = t / 2;
+    const float total = (upper ? high : low) + __shfl_xor_sync(ALL, upper ? low : high, 16 + 2);
+    const int diagonal = 8 * (2 * (t % 2) + t / 2) - 16 + (2 * t - g + 8) % 8;
+    if (diagonal >= first && diagonal <= last) atomicAdd(sums + diagonal, __float2int_rn(total * unit));
+}
+
+// Add a block's score gradients to the sums of the entries that they belong to, which begin at `starts` for each vector;
+// `unit` is 2^exponent of the fixed point. Runs of consecutive codes on both sides share entries along diagonals.
+__device__ __forceinline__ void add_bias_gradient(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const int* starts,
+    const Side& keys, uint32_t key_runs, const Side& queries, uint32_t query_runs, const float (&values)[2][4],
+    float unit, int* sums) {
+    if (!keys.is_cls && !queries.is_cls) {
+        if (keys.modality != queries.modality || !gradients.bias[keys.modality]) return;
+        if (__popc(key_runs) * __popc(query_runs) <= MOST_RUN_PAIRS) {
+            const int shift = starts[keys.modality] + arguments.bias[keys.modality].code_offset;
+            const int row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
+            if (__popc(key_runs) * __popc(query_runs) == 1) {
+                const int entry = queries.code[0] - keys.code[0] + shift;
+                return add_diagonals(values, 1 - keys.count, queries.count - 1, unit, sums + entry);
+            }
+#pragma unroll 1
+            for (uint32_t rows = key_runs; rows; rows &= rows - 1) {
+                const int key = first_run(rows), key_end = next_run(rows, keys.count);
+#pragma unroll 1
+                for (uint32_t columns = query_runs; columns; columns &= columns - 1) {
+                    const int query = first_run(columns), query_end = next_run(columns, queries.count);
+                    float inside[2][4];
+#pragma unroll
+                    for (int i = 0; i < 8; ++i) {
+                        const int r = row + i % 4 / 2 * 8, c = column + i / 4 * 8 + i % 2;
+                        const bool within = r >= key && r < key_end && c >= query && c < query_end;
+                        inside[i / 4][i % 4] = within ? values[i / 4][i % 4] : 0.f;
+                    }
+                    const int entry = queries.code[query] - keys.code[key] + shift - (query - key);
+                    add_diagonals(inside, query - key_end + 1, query_end - 1 - key, unit, sums + entry);
+                }
+            }
+            return;
+        }
+    }
+    visit_entries(arguments, starts, keys, queries, [&](int n, int i, int, int entry) {
+        if (values[n][i] != 0.f) atomicAdd(sums + entry, __float2int_rn(values[n][i] * unit));
+    });
+}
+
+}  // namespace onepeace_fast

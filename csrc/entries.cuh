@@ -1,0 +1,57 @@
+// Which entry of its modality's vector a pair of a query and a key takes, in blocks of 16 keys by 16 queries whose values
+// stand as accumulators do, keys in rows: the bias and its gradient see the same pairs.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include "bias.cuh"
+#include "relative_bias_attention.h"
+#include "sample.cuh"
+
+namespace onepeace_fast {
+
+// The keys or the queries of a block.
+struct Side {
+    const int* code;  // of CLS rows: their modality
+    int modality;     // of body rows
+    int count;
+    bool is_cls;
+};
+
+// visit(n, i, modality, entry) for those of a thread's values [n][i] whose pair has a bias; entries are counted through
+// all vectors, which begin at `starts`.
+template <typename Visit>
+__device__ __forceinline__ void visit_entries(
+    const RelativeBiasAttention& arguments, const int* starts, const Side& keys, const Side& queries, Visit visit) {
+    const int lane = thread_index() % WARP, row = lane / 4, column = 2 * (lane % 4);
+    if (!keys.is_cls && !queries.is_cls) {
+        if (keys.modality != queries.modality) return;
+        const int shift = starts[keys.modality] + arguments.bias[keys.modality].code_offset;
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+            const int key = keys.code[row + 8 * below] - shift;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int n = i / 2, right = i % 2;
+                visit(n, 2 * below + right, keys.modality, queries.code[8 * n + column + right] - key);
+            }
+        }
+        return;
+    }
+    const ClsEntry entry = !queries.is_cls ? CLS_AS_KEY : keys.is_cls ? CLS_AS_BOTH : CLS_AS_QUERY;
+#pragma unroll
+    for (int below = 0; below < 2; ++below) {
+        const int key = keys.is_cls ? keys.code[row + 8 * below] : keys.modality;
+        const int cls = starts[key] + arguments.bias[key].entries - CLS_ENTRIES + entry;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int n = i / 2, right = i % 2;
+            const int query = queries.is_cls ? queries.code[8 * n + column + right] : queries.modality;
+            if (key == query) visit(n, 2 * below + right, key, cls);
+        }
+    }
+}
+
+}  // namespace onepeace_fast

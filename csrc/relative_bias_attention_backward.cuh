@@ -1,0 +1,293 @@
+// What a thread block of the backward kernel holds in shared memory, how it is loaded, and how it is stored.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include <cmath>
+
+#include "backward_workspace.cuh"
+#include "bias.cuh"
+#include "bias_gradient.cuh"
+#include "entries.cuh"
+#include "relative_bias_attention.h"
+#include "relative_bias_attention_forward.cuh"
+#include "sample.cuh"
+#include "tile.cuh"
+
+namespace onepeace_fast {
+
+template <typename T, int HEAD_DIM>
+struct alignas(128) BackwardShared {
+    static constexpr int WARPS = BackwardLaunch<HEAD_DIM>::WARPS, BLOCKS = BackwardLaunch<HEAD_DIM>::BLOCKS;
+
+    T keys[BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end their gradients
+    T values[BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end theirs
+    T queries[STAGES][TILE * HEAD_DIM];
+    T grad[STAGES][TILE * HEAD_DIM];
+    T score_gradient[BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
+    T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
+    float log_sum_exp[STAGES][TILE];               // infinite past the last query
+    float row_sums[STAGES][TILE];
+    int query_code[STAGES][TILE];  // of CLS queries: their modality
+    int key_code[BLOCKS * BLOCK_ROWS];
+    float partial_sums[WARPS][TILE];  // of probability times its gradient over a warp's keys
+    float scale_sums[WARP];           // of row sums, of each row of a tile
+    uint32_t largest[WARPS];          // magnitude of a gradient of probabilities
+    Block query_blocks[STAGES][HALVES];
+    Block key_blocks[BLOCKS];
+    int bias_start[MAX_MODALITIES];
+    Sample sample;
+    int exponent;     // of the fixed point in which sums stand
+    int is_finite;    // whether all gradients of scores have been so far
+    // float bias[entries], int sums[entries] follow.
+
+    __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
+};
+
+// One thread block's view of its head, its samples one after another.
+template <typename T, int HEAD_DIM, Vectors VECTORS>
+struct Backward {
+    using Memory = BackwardShared<T, HEAD_DIM>;
+    using Launch = BackwardLaunch<HEAD_DIM>;
+    static constexpr int THREADS = Launch::THREADS, ROW_CHUNKS = HEAD_DIM / CHUNK;
+
+    const RelativeBiasAttention& arguments;
+    const RelativeBiasAttentionGradients& gradients;
+    const BackwardWorkspace& workspace;
+    Memory& shared;
+
+    __device__ const T* source(int row, int which) const {
+        return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
+               blockIdx.y * arguments.head_stride;
+    }
+
+    __device__ T* result(int row, int which) const {
+        return static_cast<T*>(gradients.qkv) +
+               ((static_cast<int64_t>(row) * 3 + which) * arguments.heads + blockIdx.y) * HEAD_DIM;
+    }
+
+    __device__ int64_t first_entry() const {
+        return workspace.first_entry(blockIdx.z, blockIdx.x, blockIdx.y, arguments.heads);
+    }
+
+    __device__ int* sums() const {
+        if (VECTORS == Vectors::LARGE) return workspace.sums + first_entry();
+        return reinterpret_cast<int*>(shared.bias() + workspace.entries);
+    }
+
+    __device__ bool is_learned() const { return VECTORS != Vectors::FROZEN && workspace.entry_parts; }
+
+    __device__ float head_scale() const {
+        return arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
+    }
+
+    __device__ Side keys(int block) const {
+        return side(shared.key_blocks[block], shared.key_code + block * BLOCK_ROWS);
+    }
+
+    __device__ Side queries(int stage, int half) const {
+        return side(shared.query_blocks[stage][half], shared.query_code[stage] + half * BLOCK_ROWS);
+    }
+
+    // The bias of a pair in base 2.
+    __device__ __forceinline__ float bias(int modality, int entry) const {
+        if (VECTORS != Vectors::LARGE) return shared.bias()[entry];
+        return load_entry(arguments.bias[modality], blockIdx.y, entry - shared.bias_start[modality]);
+    }
+
+    // The vectors, and nothing added up.
+    __device__ void begin() const {
+#pragma unroll 1
+        for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
+            const BiasVector& vector = arguments.bias[m];
+            if (thread_index() == 0) shared.bias_start[m] = start;
+            if (VECTORS != Vectors::LARGE) {
+                for (int i = thread_index(); i < vector.entries; i += THREADS) {
+                    shared.bias()[start + i] = load_entry(vector, blockIdx.y, i);
+                }
+            }
+            start += vector.entries;
+        }
+        if (is_learned()) {
+            for (int i = thread_index(); i < workspace.entries; i += THREADS) {
+                workspace.entry_parts[first_entry() + i] = 0.f;
+                sums()[i] = 0;
+            }
+        }
+        if (thread_index() < WARP) shared.scale_sums[thread_index()] = 0.f;
+        if (thread_index() == 0) {
+            shared.exponent = MOST_EXPONENT;
+            shared.is_finite = true;
+        }
+    }
+
+    // Begin to copy blocks of keys and values from block `first` of the sample on; by all threads, behind a barrier.
+    __device__ void load_keys(int first, int blocks) const {
+        const int thread = thread_index();
+        if (thread < blocks) {
+            shared.key_blocks[thread] = find_block(shared.sample, arguments.modalities, BLOCK_ROWS, first + thread);
+        }
+        __syncthreads();  // every block is known
+#pragma unroll 1
+        for (int i = thread; i < blocks * BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
+            const int from = find_key(row).index;
+            cp_async_16(shared.keys + target, source(from, 1) + chunk * CHUNK);
+            cp_async_16(shared.values + target, source(from, 2) + chunk * CHUNK);
+        }
+#pragma unroll 1
+        for (int i = thread; i < blocks * BLOCK_ROWS; i += THREADS) load_code(shared.key_code + i, find_key(i));
+    }
+
+    // Begin to copy a tile of queries, their gradients and what else belongs to them. Rows past the last one repeat it,
+    // lest a foreign NaN come in, and have no probabilities.
+    __device__ __forceinline__ void load_queries(int stage, int tile, bool is_whole) const {
+        const int thread = thread_index(), blocks = shared.sample.row_blocks;
+        const auto find = [&](int half) {
+            return find_block(
+                shared.sample, arguments.modalities, BLOCK_ROWS, min(HALVES * tile + half, blocks - 1));
+        };
+        const Block first = find(0), second = find(1);
+#pragma unroll 1
+        for (int i = thread; i < TILE * ROW_CHUNKS; i += THREADS) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
+            const Block& block = row < BLOCK_ROWS ? first : second;
+            const int64_t from = find_row(shared.sample, arguments.modalities, block, row % BLOCK_ROWS).index;
+            cp_async_16(shared.queries[stage] + target, source(from, 0) + chunk * CHUNK);
+            cp_async_16(
+                shared.grad[stage] + target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
+                                                 blockIdx.y * gradients.head_stride + chunk * CHUNK);
+        }
+        if (thread < TILE) {
+            const int half = thread / BLOCK_ROWS;
+            const Block& block = half ? second : first;
+            const int count = HALVES * tile + half < blocks ? block.count : 0;
+            const Row row = find_row(shared.sample, arguments.modalities, block, thread % BLOCK_ROWS);
+            load_code(shared.query_code[stage] + thread, row);
+            const int64_t index = static_cast<int64_t>(row.index) * arguments.heads + blockIdx.y;
+            if (thread % BLOCK_ROWS < count) {
+                cp_async_4(shared.log_sum_exp[stage] + thread, gradients.log_sum_exp + index);
+                if (!is_whole) cp_async_4(shared.row_sums[stage] + thread, workspace.row_sums + index);
+            } else {
+                shared.log_sum_exp[stage][thread] = INFINITY;
+                shared.row_sums[stage][thread] = 0.f;
+            }
+            if (thread % BLOCK_ROWS == 0) shared.query_blocks[stage][half] = {block.modality, block.first, count};
+        }
+    }
+
+    // Store the gradients of a block of keys or values, which a warp holds, through the memory that held these.
+    __device__ __forceinline__ void store_keys(
+        const float (&values)[HEAD_DIM / 8][4], float factor, int block, T* staged, int which) const {
+        const int lane = thread_index() % WARP;
+        staged += block * BLOCK_ROWS * HEAD_DIM;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; ++n) {
+                T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, n) + 2 * (lane % 4);
+                *reinterpret_cast<uint32_t*>(target) =
+                    pack<T>(values[n][2 * i] * factor, values[n][2 * i + 1] * factor);
+            }
+        }
+        __syncwarp();  // the rows are complete
+#pragma unroll 1
+        for (int i = lane; i < shared.key_blocks[block].count * ROW_CHUNKS; i += WARP) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
+            *reinterpret_cast<uint4*>(result(find_key(block * BLOCK_ROWS + row).index, which) + chunk * CHUNK) =
+                *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, chunk));
+        }
+    }
+
+    // Store 16 rows and columns of the gradient of a tile's queries: of a sample that is walked whole as they are, else
+    // added to what this part has of the keys before.
+    __device__ __forceinline__ void store_queries(
+        const float (&values)[2][4], int stage, int half, int columns, bool is_whole, bool is_first) const {
+        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+        const Block block = shared.query_blocks[stage][half];
+        if (block.count == 0) return;
+        const auto find = [&](int row) {
+            return static_cast<int64_t>(find_row(shared.sample, arguments.modalities, block, row).index);
+        };
+        if (is_whole) {
+            T* staged = shared.results[warp];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                T* target = staged + (lane / 4 + i % 2 * 8) * BLOCK_ROWS + i / 2 * 8 + 2 * (lane % 4);
+                *reinterpret_cast<uint32_t*>(target) = pack<T>(
+                    values[i / 2][i % 2 * 2] * arguments.scale, values[i / 2][i % 2 * 2 + 1] * arguments.scale);
+            }
+            __syncwarp();  // the rows are complete
+            const int row = lane / 2, chunk = lane % 2;
+            if (row < block.count) {
+                *reinterpret_cast<uint4*>(result(find(row), 0) + columns + chunk * CHUNK) =
+                    *reinterpret_cast<const uint4*>(staged + row * BLOCK_ROWS + chunk * CHUNK);
+            }
+            __syncwarp();  // the next rows take their place
+            return;
+        }
+        for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4 + i % 2 * 8;
+            if (row >= block.count) continue;
+            const int64_t index = (blockIdx.x * static_cast<int64_t>(arguments.rows) + find(row)) * arguments.heads;
+            auto* target = reinterpret_cast<float2*>(
+                workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + i / 2 * 8 + 2 * (lane % 4));
+            const float2 before = is_first ? float2{0.f, 0.f} : *target;
+            *target = {before.x + values[i / 2][i % 2 * 2], before.y + values[i / 2][i % 2 * 2 + 1]};
+        }
+    }
+
+    // Of a sample that is done: its sums go to this thread block's own, and begin anew.
+    __device__ void flush() const {
+        if (!is_learned()) return;
+        __syncthreads();  // every warp has added
+        const float factor = shared.is_finite ? power_of_two(-shared.exponent) : NAN;
+        for (int i = thread_index(); i < workspace.entries; i += THREADS) {
+            workspace.entry_parts[first_entry() + i] += sums()[i] * factor;
+            sums()[i] = 0;
+        }
+        __syncthreads();  // nobody reads the exponent any more
+        if (thread_index() == 0) shared.exponent = MOST_EXPONENT;
+    }
+
+    // The fixed point's unit for scores' gradients up to a magnitude; sums that were finer are rounded to it. By all
+    // threads, behind a barrier.
+    __device__ __forceinline__ float find_unit(uint32_t largest) const {
+        const int before = shared.exponent;
+        const int rows = shared.sample.row_blocks * BLOCK_ROWS;
+        const int needed = largest < INFINITE_BITS ? fixed_point(largest, head_scale(), rows) : before;
+        if (largest >= INFINITE_BITS && thread_index() == 0) shared.is_finite = false;
+        if (needed >= before) return power_of_two(before);
+        const int shift = before - needed;
+        for (int i = thread_index(); i < workspace.entries; i += THREADS) {
+            const int sum = sums()[i];
+            sums()[i] = shift < 31 ? (sum + (1 << (shift - 1))) >> shift : 0;
+        }
+        __syncthreads();  // everybody knows the exponent before, and has rounded
+        if (thread_index() == 0) shared.exponent = needed;
+        return power_of_two(needed);
+    }
+
+private:
+    __device__ Side side(const Block& block, const int* code) const {
+        return {code, block.modality, block.count, block.modality == arguments.modalities};
+    }
+
+    __device__ Row find_key(int row) const {
+        return find_row(
+            shared.sample, arguments.modalities, shared.key_blocks[row / BLOCK_ROWS], row % BLOCK_ROWS);
+    }
+
+    // By a row's block: CLS rows stand last in their segments.
+    __device__ void load_code(int* target, const Row& row) const {
+        if (row.index < shared.sample.first[row.modality] + shared.sample.body[row.modality]) {
+            cp_async_4(target, arguments.code + row.index);
+        } else {
+            *target = row.modality;
+        }
+    }
+};
+
+}  // namespace onepeace_fast
