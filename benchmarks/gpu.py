@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
+from benchmarks.support import attention_goals as goals  # noqa: E402
 from benchmarks.support import machine, shapes  # noqa: E402
 from benchmarks.support import relative_bias_attention as attention  # noqa: E402
 from benchmarks.support.ceilings import ceilings  # noqa: E402
@@ -39,6 +40,7 @@ METHOD = {
     "launches": "the device sleeps before the first event while the host queues the work: launch gaps do not count,"
     " unless a variant waits for the device itself or host_median_ms is above 30",
     "forward": "the forward pass of training, which keeps what the backward pass needs",
+    "backward": "round by round, forward and backward less forward alone, over the same inputs; their median",
     "inputs": "several sets in turn, together larger than the L2; normal random numbers, never zeros",
     "products": "torch.mm for every projection and FFN product of each modality's rows, torch.bmm for QK^T and PV with"
     " one batch for each length of a sample; backward: two products for each",
@@ -47,8 +49,12 @@ METHOD = {
     " copy measured in this run; residual: stream in float32",
     "attention": "q, k, v in the layout that each variant reads best; a dense bias is given, but bias_built makes it"
     " from its tables on every call; its rows begin at multiples of 16 bytes; backward with the gradient of the bias"
-    " (dense, vectors or tables) but where a note says frozen; bytes are those of q, k, v and output, and backward of"
-    " these and their gradients; the share is of the copy measured in this run, the floor all of it",
+    " (dense, vectors or tables) but where a name or note says frozen; all_layers runs a model's layers over one bias"
+    " from its tables, autograd adding up each layer's gradient of it and taking the sum to the tables once, and its"
+    " times are of one layer; bytes are those of q, k, v and output, and backward of these and their gradients; the"
+    " share is of the copy measured in this run, the floor all of it",
+    "time_per_pair": "of a query and a key, over that in the whole batch that a part is of: kept patches in order of"
+    " position or all of them out of order, drawn at random for each sample",
     "bias": "built once for all layers and not in the layer's time; per_layer_ms is its share of one of"
     f" {MODEL_LAYERS} layers; summing the layers' gradients of the bias is in neither",
 }
@@ -122,19 +128,18 @@ def measure_pointwise(
 
 def measure_attention(
     shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int,
-    copy_bytes_per_second: float | None,
+    copy_bytes_per_second: float | None, layers: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Attention with its relative position bias alone, at one shape."""
     torch.compiler.reset()
     lengths = {name: list(lengths) for name, lengths in shape.lengths.items()}
     result: dict[str, Any] = {"name": shape.name, "lengths": lengths, "rows": shape.real_tokens, "variants": {}}
     try:
-        operation = attention.AttentionCase(shape, sizes, device, dtype, sets).operation()
+        operation = attention.AttentionCase(shape, sizes, device, dtype, sets, layers).operation()
         records = runner.measure(operation.factories, base="specification")
         result |= operation.with_shares(records, copy_bytes_per_second)
-        result["ratios"] = attention.ratios(records, operation.bytes, copy_bytes_per_second)
-        if shape.name == attention.GOALS_SHAPE:
-            result["goals"] = attention.verdicts(result["ratios"]["forward"])
+        result["ratios"] = goals.ratios(records, operation.bytes, copy_bytes_per_second)
+        result["goals"] = goals.verdicts(result["ratios"], shape.name)
     except Exception as error:
         result["error"] = describe_error(error)
         runner.clock.recover()
@@ -148,21 +153,6 @@ def with_tax(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         modes = [mode for mode in MODES if mode in record and mode in base]
         record["tax"] = {mode: round(record[mode]["median_ms"] / base[mode]["median_ms"], 4) for mode in modes}
     return records
-
-
-def attention_summary(shapes_measured: Sequence[dict[str, Any]]) -> str:
-    """The table of attention alone, and how the forward pass stands against its goals."""
-    rows = [("attention: samples x tokens, variant", "forward ms", "of copy", "fwd+bwd ms", "of copy", "difference")]
-    for shape in shapes_measured:
-        for name, record in shape["variants"].items():
-            cells = []
-            for mode in MODES:
-                timed = record.get(mode, {})
-                cells += [number(timed.get("median_ms"), 4), number(timed.get("share_of_copy"), 2)]
-            difference = record.get("output_relative_difference")
-            rows.append((f"{shape['name']}, {name}", *cells, "-" if difference is None else f"{difference:.1e}"))
-    stated = [f"{name} {line}" for shape in shapes_measured for name, line in shape.get("goals", {}).items()]
-    return f"{table(rows)}\n(forward at {attention.GOALS_SHAPE}: {'; '.join(stated) or 'not measured'})"
 
 
 def problems(result: dict[str, Any]) -> tuple[list[str], list[str]]:
@@ -202,7 +192,7 @@ def summary(result: dict[str, Any]) -> str:
                 runs = str(record["forward_backward"]["runs"]) if "forward_backward" in record else "-"
                 rows.append((f"{shape['name']}, {part}, {name}", *times, *taxes, runs))
     copy, product = (result["ceilings"][name] for name in ("copy", "product"))
-    lines = [table(rows), "", pointwise_summary(result["pointwise"]), "", attention_summary(result["attention"])]
+    lines = [table(rows), "", pointwise_summary(result["pointwise"]), "", goals.summary(result["attention"])]
     reasons = Counter(line.split(": ", 1)[1] for line in result["skipped"])
     lines += [f"{count} variants {reason}" for reason, count in reasons.items()]
     lines += [f"ERROR {line}" for line in result["errors"]]
@@ -236,7 +226,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if cuda else torch.float32
     sizes, batches = (TINY, tiny_shapes()) if quick else (FULL, full_shapes())
     no_compile = "left out: --quick compiles nothing" if quick else None
-    rounds, sets = (3, 2) if quick else (25, 4)
+    rounds, sets, layers = (3, 2, 3) if quick else (25, 4, MODEL_LAYERS)
     clock = clock_for(device)
     runner = Runner(clock, Budget(arguments.budget_seconds, no_compile), rounds, tolerance=0.05 if cuda else 1e-4)
     result: dict[str, Any] = {
@@ -266,9 +256,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         runner.budget.section(left=sections - 1 - i)
         print(f"attention at {shape.name} tokens: {shape.real_tokens} rows", flush=True)
         bytes_per_second = copy_rate and copy_rate * 1e9
-        result["attention"].append(measure_attention(shape, sizes, runner, device, dtype, sets, bytes_per_second))
+        result["attention"].append(
+            measure_attention(shape, sizes, runner, device, dtype, sets, bytes_per_second, layers)
+        )
         if cuda:
             torch.cuda.empty_cache()
+    goals.add_times_per_pair(result["attention"], attention_shapes)
     result["shapes"] = []
     for i, shape in enumerate(batches):
         runner.budget.section(left=len(batches) - i)

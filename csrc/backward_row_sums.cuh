@@ -14,18 +14,15 @@
 
 namespace onepeace_fast {
 
-// A warp's 16 rows of grad, and what their keys sum to so far in this thread's columns.
+// A warp's 16 rows of grad. What their keys sum to so far in this thread's columns stands in shared memory between tiles,
+// beside their log-sum-exp.
 template <typename T, int HEAD_DIM>
 struct RowSums {
-    uint32_t grad[HEAD_DIM / 16][4];
-    float log_sum_exp[2];
-    float sum[2] = {0.f, 0.f};
-    const RelativeBiasAttentionGradients& gradients;
+    const T* grad[2];
 
     template <bool WINDOWED>
     __device__ __forceinline__ RowSums(
-        const Forward<T, HEAD_DIM, WINDOWED>& forward, const RelativeBiasAttentionGradients& gradients)
-        : gradients(gradients) {
+        const Forward<T, HEAD_DIM, WINDOWED>& forward, const RelativeBiasAttentionGradients& gradients) {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
         __syncwarp();  // lane 0 wrote this warp's block
         const Block& block = forward.shared.blocks[warp];
@@ -34,14 +31,11 @@ struct RowSums {
         for (int i = 0; i < 2; ++i) {
             const int64_t row =
                 find_row(forward.shared.sample, forward.arguments.modalities, block, lane / 4 + 8 * i).index;
-            log_sum_exp[i] = LOG2_E * gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
-            const T* source = static_cast<const T*>(gradients.grad) + row * gradients.row_stride +
-                              blockIdx.y * gradients.head_stride + 2 * (lane % 4);
-#pragma unroll
-            for (int k = 0; k < HEAD_DIM / 16; ++k) {
-                grad[k][i] = *reinterpret_cast<const uint32_t*>(source + 16 * k);
-                grad[k][2 + i] = *reinterpret_cast<const uint32_t*>(source + 16 * k + 8);
-            }
+            Softmax& softmax = forward.shared.softmax[thread_index()];
+            softmax.largest[i] = LOG2_E * gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
+            softmax.sum[i] = 0.f;
+            grad[i] = static_cast<const T*>(gradients.grad) + row * gradients.row_stride +
+                      blockIdx.y * gradients.head_stride + 2 * (lane % 4);
         }
     }
 
@@ -49,26 +43,28 @@ struct RowSums {
     __device__ __forceinline__ void attend(
         float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
         const int lane = thread_index() % WARP;
+        float gradients[COLUMNS / 8][4] = {};
 #pragma unroll
-        for (int i = 0; i < COLUMNS / 2; ++i) {
-            float& score = scores[i / 4][i % 4];
-            score = fast_exp2(score - log_sum_exp[i % 4 / 2]);
-        }
+        for (int k = 0; k < HEAD_DIM / 16; ++k) {
+            uint32_t a[4];
 #pragma unroll
-        for (int j = 0; j < COLUMNS / 16; ++j) {
-            float gradient[2][4] = {};
+            for (int i = 0; i < 4; ++i) a[i] = *reinterpret_cast<const uint32_t*>(grad[i % 2] + 16 * k + i / 2 * 8);
 #pragma unroll
-            for (int k = 0; k < HEAD_DIM / 16; ++k) {
+            for (int j = 0; j < COLUMNS / 16; ++j) {
                 uint32_t b[4];
                 transposed_right_operand<HEAD_DIM>(b, forward.shared.values[stage], lane, j, k);
-                mma<T>(gradient[0], grad[k], b[0], b[1]);
-                mma<T>(gradient[1], grad[k], b[2], b[3]);
-            }
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                sum[i % 4 / 2] += scores[2 * j + i / 4][i % 4] * gradient[i / 4][i % 4];
+                mma<T>(gradients[2 * j], a, b[0], b[1]);
+                mma<T>(gradients[2 * j + 1], a, b[2], b[3]);
             }
         }
+        Softmax& softmax = forward.shared.softmax[thread_index()];
+        float sum[2] = {0.f, 0.f};
+#pragma unroll
+        for (int i = 0; i < COLUMNS / 2; ++i) {
+            const int row = i % 4 / 2;
+            sum[row] += fast_exp2(scores[i / 4][i % 4] - softmax.largest[row]) * gradients[i / 4][i % 4];
+        }
+        for (int i = 0; i < 2; ++i) softmax.sum[i] += sum[i];
     }
 
     template <bool WINDOWED>
@@ -76,7 +72,7 @@ struct RowSums {
         const Block& block = forward.shared.blocks[thread_index() / WARP];
         const int lane = thread_index() % WARP;
         for (int i = 0; i < 2; ++i) {
-            const float total = row_sum(sum[i]);
+            const float total = row_sum(forward.shared.softmax[thread_index()].sum[i]);
             const int row = lane / 4 + 8 * i;
             if (lane % 4 == 0 && row < block.count) {
                 const int64_t index = find_row(forward.shared.sample, forward.arguments.modalities, block, row).index;

@@ -22,7 +22,7 @@ constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thr
 // both in device memory.
 enum class Vectors { FROZEN, LEARNED, LARGE };
 
-constexpr int BACKWARD_BIAS_CAPACITY = 5632;  // entries and their sums in shared memory: a grid of 37 x 37
+constexpr int BACKWARD_BIAS_CAPACITY = 4096;  // entries and their sums in shared memory: a grid of 32 x 32
 
 inline Vectors place_vectors(int64_t entries, bool learned) {
     if (learned) return entries <= BACKWARD_BIAS_CAPACITY ? Vectors::LEARNED : Vectors::LARGE;
@@ -32,10 +32,11 @@ inline Vectors place_vectors(int64_t entries, bool learned) {
 // Warps of a thread block, and the blocks of keys whose gradients each holds in registers.
 template <int HEAD_DIM>
 struct BackwardLaunch {
-    static constexpr int WARPS = HEAD_DIM == 32 ? 12 : 8;
+    static constexpr int WARPS = 8;
     static constexpr int SLOTS = HEAD_DIM == 128 ? 1 : 2;
     static constexpr int THREADS = WARPS * WARP;
-    static constexpr int BLOCKS = WARPS * SLOTS;  // of keys in one walk
+    static constexpr int SLOT_BLOCKS = WARPS * SLOTS;
+    static constexpr int BLOCKS = SLOT_BLOCKS + 1;  // of keys in one walk: one more is spread over all warps
 };
 
 // A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit is
@@ -71,9 +72,9 @@ struct BackwardWorkspace {
     }
 };
 
-// Blocks of keys in the longest sample, at most: each modality may have one that is not full, and CLS one more.
+// Blocks of keys in a sample, at most: those of each modality and of CLS are rounded up.
 inline int most_blocks(const RelativeBiasAttention& arguments, int64_t length) {
-    return static_cast<int>((length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1);
+    return static_cast<int>((length + (BLOCK_ROWS - 1) * (arguments.modalities + 1)) / BLOCK_ROWS);
 }
 
 template <int HEAD_DIM>

@@ -37,9 +37,9 @@ __device__ __forceinline__ int fixed_point(uint32_t largest, float head_scale, i
 }
 
 // Bit r: row r of a block does not continue the codes before it. By a warp, for two blocks, a row for each lane.
-__device__ __forceinline__ uint32_t find_run_starts(const Side& mine) {
+__device__ __forceinline__ uint32_t find_run_starts(const int* code, int count) {
     const int row = thread_index() % BLOCK_ROWS;
-    const bool starts = row < mine.count && (row == 0 || mine.code[row] != mine.code[row - 1] + 1);
+    const bool starts = row < count && (row == 0 || code[row] != code[row - 1] + 1);
     return __ballot_sync(0xffffffff, starts);
 }
 

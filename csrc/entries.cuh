@@ -20,8 +20,20 @@ struct Side {
     bool is_cls;
 };
 
-// visit(n, i, modality, entry) for those of a thread's values [n][i] whose pair has a bias; entries are counted through
-// all vectors, which begin at `starts`.
+// The entry of one pair, or -1 where it has no bias; entries are counted through all vectors, which begin at `starts`.
+__device__ __forceinline__ int find_entry(
+    const RelativeBiasAttention& arguments, const int* starts, const Side& keys, int key, const Side& queries,
+    int query) {
+    const int key_modality = keys.is_cls ? keys.code[key] : keys.modality;
+    const int modality = queries.is_cls ? queries.code[query] : queries.modality;
+    if (modality != key_modality) return -1;
+    const int entries = arguments.bias[modality].entries, offset = arguments.bias[modality].code_offset;
+    if (!keys.is_cls && !queries.is_cls) return starts[modality] + queries.code[query] - keys.code[key] + offset;
+    const ClsEntry entry = !queries.is_cls ? CLS_AS_KEY : keys.is_cls ? CLS_AS_BOTH : CLS_AS_QUERY;
+    return starts[modality] + entries - CLS_ENTRIES + entry;
+}
+
+// visit(n, i, modality, entry) for those of a thread's values [n][i] whose pair has a bias.
 template <typename Visit>
 __device__ __forceinline__ void visit_entries(
     const RelativeBiasAttention& arguments, const int* starts, const Side& keys, const Side& queries, Visit visit) {

@@ -26,6 +26,7 @@
 #include "relative_bias_attention.h"
 #include "relative_bias_attention_backward.cuh"
 #include "sample.cuh"
+#include "spread_block.cuh"
 #include "tile.cuh"
 
 namespace onepeace_fast {
@@ -94,50 +95,14 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
-// Scores become probabilities, zero past the last key and query.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
-__device__ __forceinline__ void find_probabilities(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, Pairs<HEAD_DIM>& pairs, int stage, int blocks) {
-    const RelativeBiasAttention& arguments = backward.arguments;
-    const auto& shared = backward.shared;
-    const int lane = thread_index() % WARP;
-    const float scale = LOG2_E * arguments.scale;
-#pragma unroll
-    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
-        const int block = key_block<HEAD_DIM>(slot);
-        if (block >= blocks) continue;
-        const Side keys = backward.keys(block);
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
-            float(&scores)[2][4] = pairs[slot][half];
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const int query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
-                scores[i / 4][i % 4] = scores[i / 4][i % 4] * scale - LOG2_E * shared.log_sum_exp[stage][query];
-            }
-            if (arguments.bias_vectors) {
-                visit_entries(
-                    arguments, shared.bias_start, keys, backward.queries(stage, half),
-                    [&](int n, int i, int modality, int entry) { scores[n][i] += backward.bias(modality, entry); });
-            }
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                const bool is_key = lane / 4 + i % 4 / 2 * 8 < keys.count;
-                scores[i / 4][i % 4] = is_key ? fast_exp2(scores[i / 4][i % 4]) : 0.f;
-            }
-        }
-    }
-}
-
 // Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the largest
 // gradient. A lane ends with the sum of one query, eight lanes after another adding half of what they have.
 template <typename T, int HEAD_DIM, Vectors VECTORS>
 __device__ __forceinline__ void share_sums(
     const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& probabilities,
-    const Pairs<HEAD_DIM>& gradients) {
+    const Pairs<HEAD_DIM>& gradients, uint32_t largest) {
     const int warp = thread_index() / WARP, lane = thread_index() % WARP;
     float sums[HALVES * 4] = {};  // of queries 8 (i / 2) + 2 (lane % 4) + i % 2
-    uint32_t largest = 0;
 #pragma unroll
     for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
 #pragma unroll
@@ -166,44 +131,49 @@ __device__ __forceinline__ void share_sums(
     }
 }
 
-// gradients = ds. Of a tile, behind the barrier that follows share_sums; by all threads.
+// The sum of probability times gradient of a lane's query, over all keys of its sample; behind the barrier that follows
+// share_sums.
 template <typename T, int HEAD_DIM, Vectors VECTORS>
-__device__ __forceinline__ void differentiate(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& probabilities,
-    Pairs<HEAD_DIM>& gradients, int stage, bool is_whole, bool adds_to_scale) {
-    auto& shared = backward.shared;
+__device__ __forceinline__ float find_row_sum(
+    const SpreadBlock<T, HEAD_DIM, VECTORS>& spread, int stage, int blocks, bool is_whole) {
+    const auto& shared = spread.backward.shared;
     const int lane = thread_index() % WARP;
-    float row_sum = is_whole ? 0.f : shared.row_sums[stage][lane];
-    if (is_whole) {
-        for (int warp = 0; warp < BackwardLaunch<HEAD_DIM>::WARPS; ++warp) row_sum += shared.partial_sums[warp][lane];
-    }
-    if (adds_to_scale && thread_index() < WARP) shared.scale_sums[lane] += row_sum;
-    const float head_scale = backward.head_scale();
+    if (!is_whole) return shared.row_sums[stage][lane];
+    float sum = blocks > spread.BLOCK ? spread.row_sum() : 0.f;
+    for (int warp = 0; warp < BackwardLaunch<HEAD_DIM>::WARPS; ++warp) sum += shared.partial_sums[warp][lane];
+    return sum;
+}
+
+// gradients = ds.
+template <int HEAD_DIM>
+__device__ __forceinline__ void differentiate(
+    const Pairs<HEAD_DIM>& probabilities, Pairs<HEAD_DIM>& gradients, float row_sum, float head_scale) {
+    const int lane = thread_index() % WARP;
 #pragma unroll
     for (int i = 0; i < HALVES * 4; ++i) {
         const float mean = __shfl_sync(0xffffffff, row_sum, i / 2 * 8 + 2 * (lane % 4) + i % 2);
 #pragma unroll
         for (int j = 0; j < 2 * BackwardLaunch<HEAD_DIM>::SLOTS; ++j) {
-            const int slot = j / 2, below = j % 2 * 2;
-            float& gradient = gradients[slot][i / 4][i / 2 % 2][below + i % 2];
-            gradient = head_scale * probabilities[slot][i / 4][i / 2 % 2][below + i % 2] * (gradient - mean);
+            const int slot = j / 2, element = j % 2 * 2 + i % 2;
+            float& gradient = gradients[slot][i / 4][i / 2 % 2][element];
+            gradient = head_scale * probabilities[slot][i / 4][i / 2 % 2][element] * (gradient - mean);
         }
     }
 }
 
-// Add ds to the sums of entries.
+// Add ds to the sums of entries, whose fixed point has a unit.
 template <typename T, int HEAD_DIM, Vectors VECTORS>
 __device__ __forceinline__ void add_to_entries(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks) {
-    constexpr int WARPS = BackwardLaunch<HEAD_DIM>::WARPS;
+    const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks,
+    float unit) {
     auto& shared = backward.shared;
-    uint32_t largest = 0;
-    for (int warp = 0; warp < WARPS; ++warp) largest = max(largest, shared.largest[warp]);
-    const float unit = backward.find_unit(largest);
-    const int half_of_lane = thread_index() % WARP / BLOCK_ROWS;
-    const uint32_t query_runs = find_run_starts(backward.queries(stage, half_of_lane));
-    const int own = half_of_lane < BackwardLaunch<HEAD_DIM>::SLOTS ? key_block<HEAD_DIM>(half_of_lane) : blocks;
-    const uint32_t key_runs = find_run_starts(own < blocks ? backward.keys(own) : Side{});
+    // A lane for each row of both halves of the tile, and of the blocks of both slots.
+    const int which = thread_index() % WARP / BLOCK_ROWS;
+    const int own = which < BackwardLaunch<HEAD_DIM>::SLOTS ? key_block<HEAD_DIM>(which) : blocks;
+    const uint32_t query_runs = find_run_starts(
+        shared.query_code[stage] + which * BLOCK_ROWS, shared.query_blocks[stage][which].count);
+    const uint32_t key_runs = find_run_starts(
+        shared.key_code + min(own, blocks - 1) * BLOCK_ROWS, own < blocks ? shared.key_blocks[own].count : 0);
 #pragma unroll
     for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
         const int block = key_block<HEAD_DIM>(slot);
@@ -267,6 +237,9 @@ __device__ __forceinline__ void walk_keys(
     const Backward<T, HEAD_DIM, VECTORS>& backward, int first, int blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
     KeyRows<HEAD_DIM> key_gradient = {}, value_gradient = {};
+    SpreadBlock<T, HEAD_DIM, VECTORS> spread{backward};
+    const bool spreads = blocks > spread.BLOCK;
+    if (spreads) spread.begin();
     backward.load_keys(first, blocks);
     backward.load_queries(0, 0, is_whole);
     const int tiles = ceil_div(shared.sample.row_blocks, HALVES);
@@ -276,18 +249,31 @@ __device__ __forceinline__ void walk_keys(
         cp_async_wait_all();
         __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
+        const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<HEAD_DIM> probabilities = {}, gradients = {};
         multiply<HEAD_DIM>(probabilities, shared.keys, shared.queries[stage], blocks);
-        find_probabilities(backward, probabilities, stage, blocks);
+#pragma unroll
+        for (int i = 0; i < BackwardLaunch<HEAD_DIM>::SLOTS * HALVES; ++i) {
+            const int slot = i / HALVES, half = i % HALVES, block = key_block<HEAD_DIM>(slot);
+            if (block < blocks) backward.find_probabilities(probabilities[slot][half], stage, block, half);
+        }
         accumulate<HEAD_DIM>(value_gradient, probabilities, shared.grad[stage], blocks);
         multiply<HEAD_DIM>(gradients, shared.values, shared.grad[stage], blocks);
-        share_sums(backward, probabilities, gradients);
+        share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
-        differentiate(backward, probabilities, gradients, stage, is_whole, blockIdx.x == 0 && is_first);
+        const float row_sum = find_row_sum(spread, stage, blocks, is_whole);
+        if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
+        differentiate<HEAD_DIM>(probabilities, gradients, row_sum, backward.head_scale());
         leave_score_gradient(backward, gradients, blocks);
         accumulate<HEAD_DIM>(key_gradient, gradients, shared.queries[stage], blocks);
-        if (VECTORS != Vectors::FROZEN && backward.is_learned()) add_to_entries(backward, gradients, stage, blocks);
+        float unit = 0.f;
+        if (backward.is_learned()) {
+            unit = backward.find_unit();
+            add_to_entries(backward, gradients, stage, blocks, unit);
+        }
+        if (spreads) spread.differentiate(stage, row_sum, unit);
         __syncthreads();  // the scores' gradient is complete
+        if (spreads) spread.accumulate(stage);
         find_query_gradient(backward, stage, blocks, is_whole, is_first);
     }
     __syncthreads();  // nobody reads the keys, which give way to their gradients
@@ -298,6 +284,7 @@ __device__ __forceinline__ void walk_keys(
         backward.store_keys(key_gradient[slot], backward.arguments.scale, block, shared.keys, 1);
         backward.store_keys(value_gradient[slot], backward.head_scale(), block, shared.values, 2);
     }
+    if (spreads) spread.store();
     __syncthreads();  // the next keys take their place
 }
 

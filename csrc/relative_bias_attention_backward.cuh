@@ -18,6 +18,8 @@
 
 namespace onepeace_fast {
 
+constexpr int SMALLEST_SHARED_BYTES = 163 * 1024;  // of a thread block, among the architectures
+
 template <typename T, int HEAD_DIM>
 struct alignas(128) BackwardShared {
     static constexpr int WARPS = BackwardLaunch<HEAD_DIM>::WARPS, BLOCKS = BackwardLaunch<HEAD_DIM>::BLOCKS;
@@ -32,6 +34,9 @@ struct alignas(128) BackwardShared {
     float row_sums[STAGES][TILE];
     int query_code[STAGES][TILE];  // of CLS queries: their modality
     int key_code[BLOCKS * BLOCK_ROWS];
+    T spread_rows[BLOCK_ROWS * TILE];              // probabilities of the block that is spread
+    float spread_probabilities[BLOCK_ROWS][TILE + CHUNK];
+    float spread_gradients[BLOCK_ROWS][TILE + CHUNK];
     float partial_sums[WARPS][TILE];  // of probability times its gradient over a warp's keys
     float scale_sums[WARP];           // of row sums, of each row of a tile
     uint32_t largest[WARPS];          // magnitude of a gradient of probabilities
@@ -45,6 +50,10 @@ struct alignas(128) BackwardShared {
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
+
+static_assert(sizeof(BackwardShared<bfloat16, 32>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, 64>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, 128>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
 
 // One thread block's view of its head, its samples one after another.
 template <typename T, int HEAD_DIM, Vectors VECTORS>
@@ -123,6 +132,34 @@ struct Backward {
         }
     }
 
+    // The key that stands in a row of shared memory.
+    __device__ Row find_key(int row) const {
+        return find_row(
+            shared.sample, arguments.modalities, shared.key_blocks[row / BLOCK_ROWS], row % BLOCK_ROWS);
+    }
+
+    // Scores of a block of keys and half a tile of queries become probabilities, zero past the last key and query.
+    __device__ __forceinline__ void find_probabilities(float (&scores)[2][4], int stage, int block, int half) const {
+        const int lane = thread_index() % WARP;
+        const float scale = LOG2_E * arguments.scale;
+        const Side keys = this->keys(block);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
+            scores[i / 4][i % 4] = scores[i / 4][i % 4] * scale - LOG2_E * shared.log_sum_exp[stage][query];
+        }
+        if (arguments.bias_vectors) {
+            visit_entries(
+                arguments, shared.bias_start, keys, queries(stage, half),
+                [&](int n, int i, int modality, int entry) { scores[n][i] += bias(modality, entry); });
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const bool is_key = lane / 4 + i % 4 / 2 * 8 < keys.count;
+            scores[i / 4][i % 4] = is_key ? fast_exp2(scores[i / 4][i % 4]) : 0.f;
+        }
+    }
+
     // Begin to copy blocks of keys and values from block `first` of the sample on; by all threads, behind a barrier.
     __device__ void load_keys(int first, int blocks) const {
         const int thread = thread_index();
@@ -150,10 +187,15 @@ struct Backward {
                 shared.sample, arguments.modalities, BLOCK_ROWS, min(HALVES * tile + half, blocks - 1));
         };
         const Block first = find(0), second = find(1);
+        const auto choose = [&](bool later) {  // not by reference, which would put both into local memory
+            return Block{
+                later ? second.modality : first.modality, later ? second.first : first.first,
+                later ? second.count : first.count};
+        };
 #pragma unroll 1
         for (int i = thread; i < TILE * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
-            const Block& block = row < BLOCK_ROWS ? first : second;
+            const Block block = choose(row >= BLOCK_ROWS);
             const int64_t from = find_row(shared.sample, arguments.modalities, block, row % BLOCK_ROWS).index;
             cp_async_16(shared.queries[stage] + target, source(from, 0) + chunk * CHUNK);
             cp_async_16(
@@ -162,7 +204,7 @@ struct Backward {
         }
         if (thread < TILE) {
             const int half = thread / BLOCK_ROWS;
-            const Block& block = half ? second : first;
+            const Block block = choose(half);
             const int count = HALVES * tile + half < blocks ? block.count : 0;
             const Row row = find_row(shared.sample, arguments.modalities, block, thread % BLOCK_ROWS);
             load_code(shared.query_code[stage] + thread, row);
@@ -252,9 +294,11 @@ struct Backward {
         if (thread_index() == 0) shared.exponent = MOST_EXPONENT;
     }
 
-    // The fixed point's unit for scores' gradients up to a magnitude; sums that were finer are rounded to it. By all
+    // The fixed point's unit for scores' gradients up to the largest; sums that were finer are rounded to it. By all
     // threads, behind a barrier.
-    __device__ __forceinline__ float find_unit(uint32_t largest) const {
+    __device__ __forceinline__ float find_unit() const {
+        uint32_t largest = 0;
+        for (int warp = 0; warp < Launch::WARPS; ++warp) largest = max(largest, shared.largest[warp]);
         const int before = shared.exponent;
         const int rows = shared.sample.row_blocks * BLOCK_ROWS;
         const int needed = largest < INFINITE_BITS ? fixed_point(largest, head_scale(), rows) : before;
@@ -273,11 +317,6 @@ struct Backward {
 private:
     __device__ Side side(const Block& block, const int* code) const {
         return {code, block.modality, block.count, block.modality == arguments.modalities};
-    }
-
-    __device__ Row find_key(int row) const {
-        return find_row(
-            shared.sample, arguments.modalities, shared.key_blocks[row / BLOCK_ROWS], row % BLOCK_ROWS);
     }
 
     // By a row's block: CLS rows stand last in their segments.

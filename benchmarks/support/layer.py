@@ -34,7 +34,9 @@ class LayerCase:
         for name, lengths in shape.lengths.items():
             valid = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
             empty = torch.zeros(len(lengths), max(lengths), sizes.width, device=device, dtype=dtype)
-            self.tokens[name] = PaddedTokens(empty, valid, list(lengths), None, max(lengths))
+            ids = shape.position_ids(name)
+            ids = None if ids is None else torch.tensor(ids, device=device)
+            self.tokens[name] = PaddedTokens(empty, valid, list(lengths), ids, shape.positions[name])
         self.plan = self.stack.plan(self.tokens)
         self.packed = [self._random() for _ in range(sets)]
         self.gradients = [self._random() for _ in range(sets)]
@@ -79,7 +81,7 @@ class LayerCase:
 
     def bias_vectors(self) -> list[Tensor]:
         """The packed layout's bias, one vector for each modality."""
-        return self.stack.bias(self.widths)[0]
+        return self.stack.bias(self.shape.positions)[0]
 
     def baseline(self, compile_it: bool = False) -> Variant:
         """Upstream's layer over the padded batch with its materialised bias."""

@@ -52,14 +52,15 @@ class PointwiseCase:
 
 
 class Operation:
-    """One operation with its variants, and the bytes that each mode must move: every row tensor once each way."""
+    """One operation with its variants, and the bytes that each pass must move: every row tensor once each way."""
 
     def __init__(self, factories: Mapping[str, Factory], forward_bytes: int, backward_bytes: int) -> None:
         self.factories, self.goal = dict(factories), GOAL
-        self.bytes = {"forward": forward_bytes, "forward_backward": forward_bytes + backward_bytes}
+        both = forward_bytes + backward_bytes
+        self.bytes = {"forward": forward_bytes, "backward": backward_bytes, "forward_backward": both}
 
     def with_shares(self, records: dict[str, dict[str, Any]], copy_bytes_per_second: float | None) -> dict[str, Any]:
-        """Add to every timed mode the rate of the bytes that it must move, and its share of a copy's."""
+        """Add to every pass that was timed the rate of the bytes that it must move, and its share of a copy's."""
         for record in records.values():
             for mode, must_move in self.bytes.items():
                 if mode not in record:

@@ -6,9 +6,10 @@ Every way gets q, k and v in the layout that it reads best, so that no copy coun
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,46 +20,70 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.support import shapes
-from benchmarks.support.layer import LayerCase
+from benchmarks.support.attention_goals import GOALS, GOALS_SHAPE
+from benchmarks.support.layer import MODEL_LAYERS, LayerCase
 from benchmarks.support.pointwise import Operation
-from benchmarks.support.shapes import Shape, Sizes
+from benchmarks.support.shapes import Shape, Sizes, part_of
 from benchmarks.support.variants import MODES, Factory, LeftOut, Variant, compiled, trained
 from onepeace_fast import cuda_extension, relative_bias_attention
 from onepeace_fast.ops._library import force_kernels
 from onepeace_fast.relative_position import CLS_ENTRIES
 
-GOALS = {"over_floor": 1.5, "over_no_bias": 1.1, "bias_built_over_fused": 3.0}
-GOALS_SHAPE = "64 x 257"  # what the goals are stated for
 ALIGNMENT = 8  # elements that a row of a dense bias must begin at a multiple of, else it is copied first
+FOR_PARTS = (  # of a batch: a dense bias costs the same whatever the codes
+    "specification",
+    "specification_no_bias",
+    "flex_attention",
+    "fused_no_bias",
+    "fused_frozen_tables",
+    "fused",
+)
 
 
 def full_shapes() -> list[Shape]:
-    """The model's sequences; where there are two modalities, the longest samples of both belong together."""
+    """The model's sequences; where there are two modalities, the longest samples of both belong together.
+
+    Then parts of them: kept patches, whose codes run on for one to four tokens, tokens whose codes never do, and
+    samples so few that their keys must be split to fill a GPU.
+    """
+    image = Shape(GOALS_SHAPE, {"image": shapes.image(64)})
+    long_image = Shape("16 x 1025", {"image": shapes.image(16, grid=32)})
     return [
-        Shape(GOALS_SHAPE, {"image": shapes.image(64)}),
+        image,
         Shape("64 x up to 72", {"text": shapes.text(64)}),
         Shape("32 x up to 329", {"text": shapes.text(32), "image": shapes.image(32)}),
         Shape("16 x up to 750", {"audio": shapes.audio(16)}),
         Shape("16 x up to 822", {"text": shapes.text(16), "audio": shapes.audio(16, seed=1)}),
-        Shape("16 x 1025", {"image": shapes.image(16, grid=32)}),
+        long_image,
+        part_of(image, "64 x 193, 75% kept", 0.75),
+        part_of(image, "64 x 129, 50% kept", 0.5),
+        part_of(image, "64 x 65, 25% kept", 0.25),
+        part_of(image, "64 x 257, shuffled", in_order=False),
+        part_of(long_image, "2 x 1025", samples=2),
     ]
 
 
 def tiny_shapes() -> list[Shape]:
     """The same kinds of sequences, small enough for a test."""
+    image = Shape("3 x 17", {"image": shapes.image(3, grid=4)})
     return [
-        Shape("3 x 17", {"image": shapes.image(3, grid=4)}),
+        image,
         Shape("3 x up to 29", {"text": shapes.text(3, 2, 6), "audio": shapes.audio(3, 5, 20, seed=1)}),
+        part_of(image, "3 x 9, 50% kept", 0.5),
+        part_of(image, "2 x 17, shuffled", samples=2, in_order=False),
     ]
 
 
 class AttentionCase:
     """q, k and v of a batch in both layouts, gradients of the output, and the bias in both forms."""
 
-    def __init__(self, shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, sets: int) -> None:
-        side = math.isqrt(max(shape.lengths.get("image", [1])) - 1)
+    def __init__(
+        self, shape: Shape, sizes: Sizes, device: torch.device, dtype: torch.dtype, sets: int,
+        layers: int = MODEL_LAYERS,
+    ) -> None:  # fmt: skip
+        side = math.isqrt(shape.positions.get("image", 1) - 1)
         sizes = replace(sizes, hidden=sizes.width, grid=max(sizes.grid, side))
-        self.shape, self.device, self.heads = shape, device, sizes.heads
+        self.shape, self.device, self.heads, self.layers = shape, device, sizes.heads, layers
         self.layer = LayerCase(shape, sizes, device, dtype, sets=1)
         self.plan = self.layer.plan
         self.tables = [t.weight for a in self.layer.stack.adapters.values() for t in a.rel_pos_table_list]
@@ -71,12 +96,12 @@ class AttentionCase:
         """All variants, and what must move: q, k, v and the output forward; these and all their gradients backward."""
         matrix = self.qkv[0].nbytes // 3
         operation = Operation(self.factories(), forward_bytes=4 * matrix, backward_bytes=8 * matrix)
-        operation.goal = round(1 / GOALS["over_floor"], 3)
+        operation.goal = round(1 / GOALS["backward"]["over_floor"], 3)
         return operation
 
     def factories(self) -> dict[str, Factory]:
         """The specification first: it is what outputs and gradients are compared with."""
-        return {
+        factories = {
             "specification": lambda: self.specification(bias=True),
             "specification_no_bias": lambda: self.specification(bias=False),
             "bias_built_sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True),
@@ -85,13 +110,17 @@ class AttentionCase:
             "xformers": self.xformers,
             "flex_attention": compiled(lambda: self.flex_attention()),
             "flash_attention_no_bias": self.flash_attention,
+            "all_layers_sdpa_memory_efficient": self.all_layers_sdpa,
             "fused_no_bias": lambda: self.fused(bias=False),
+            "fused_frozen_tables": lambda: self.fused(bias=True, frozen=True),
             "fused": lambda: self.fused(bias=True),
+            "all_layers_fused": self.all_layers_fused,
         }
+        return {name: factories[name] for name in FOR_PARTS} if self.shape.part_of else factories
 
-    def fused(self, bias: bool) -> Variant:
+    def fused(self, bias: bool, frozen: bool = False) -> Variant:
         """The library's operation on packed rows; the note counts what it launched of the CUDA extension."""
-        variant = self._operation(bias)
+        variant = self._operation(bias, frozen)
         launches = [cuda_extension.launched()]
         for mode in MODES:
             getattr(variant, mode)(0)
@@ -115,21 +144,58 @@ class AttentionCase:
         variant.timed, variant.note = False, "not timed: what the others are compared with"
         return variant
 
-    def _operation(self, bias: bool) -> Variant:
-        plan, offsets, longest = self.plan, self.plan.code_offsets if bias else (), max(self.shape.sample_lengths)
-        vectors = [vector.clone().requires_grad_() for vector in self.vectors if bias]
-
-        def run(qkv: Tensor, *vectors: Tensor) -> Tensor:
-            return relative_bias_attention(
-                qkv, cu_seqlens=plan.cu_seqlens, modality=plan.modality, code=plan.code, is_cls=plan.is_cls,
-                bias=vectors, code_offsets=offsets, max_length=longest,
-            )  # fmt: skip
-
+    def _operation(self, bias: bool, frozen: bool = False) -> Variant:
+        vectors = [vector.clone().requires_grad_(not frozen) for vector in self.vectors if bias]
         sets = [(qkv.clone().requires_grad_(), *vectors) for qkv in self.qkv]
-        variant = trained(run, sets, self.gradients, [])
-        variant.rows = lambda out: out
-        variant.gradient_rows = lambda gradient: gradient.transpose(0, 1).flatten(0, 1)
-        return self._described(variant, bias)
+        return self._packed(trained(self._attend, sets, self.gradients, []), bias)
+
+    def _attend(self, qkv: Tensor, *vectors: Tensor) -> Tensor:
+        plan = self.plan
+        return relative_bias_attention(
+            qkv, cu_seqlens=plan.cu_seqlens, modality=plan.modality, code=plan.code, is_cls=plan.is_cls, bias=vectors,
+            code_offsets=plan.code_offsets if vectors else (), max_length=max(self.shape.sample_lengths),
+        )  # fmt: skip
+
+    def all_layers_fused(self) -> Variant:
+        """The attention of a step's layers over vectors that are expanded from the tables once."""
+        sets = [(qkv,) for qkv in self.qkv]
+        variant = self._all_layers(self._attend, self.layer.bias_vectors, sets, self.gradients)
+        self._packed(variant, bias=True).rows = lambda outputs: outputs[0]
+        return variant
+
+    def all_layers_sdpa(self) -> Variant:
+        """Upstream's way: a dense bias built once, PyTorch's attention in every layer, dense gradients added up."""
+
+        def build() -> list[Tensor]:
+            bias = self.layer.dense_bias()
+            return [F.pad(bias, (0, -bias.shape[-1] % ALIGNMENT))[..., : bias.shape[-1]]]
+
+        sets = [tuple(self._pad(x) for x in qkv.unbind(1)) for qkv in self.qkv]
+        gradients = [self._pad(gradient) for gradient in self.gradients]
+        attend = functools.partial(self._sdpa, SDPBackend.EFFICIENT_ATTENTION)
+        variant = self._all_layers(attend, build, sets, gradients)
+        self._unpadded(variant).rows = lambda outputs: self._rows(outputs[0])
+        return variant
+
+    def _all_layers(
+        self, attend: Callable[..., Tensor], build: Callable[[], Sequence[Tensor]], sets: Sequence[tuple[Tensor, ...]],
+        gradients: Sequence[Tensor],
+    ) -> Variant:  # fmt: skip
+        """The attention of every layer over one bias, whose gradients are added up and go to the tables once."""
+
+        def run(index: int) -> tuple[list[Tensor], list[Tensor]]:
+            layers = [sets[i % len(sets)] for i in range(index, index + self.layers)]
+            inputs = [[x.detach().requires_grad_() for x in layer] for layer in layers]  # a gradient for each layer
+            bias = build()
+            return [x for layer in inputs for x in layer], [attend(*layer, *bias) for layer in inputs]
+
+        def forward_backward(index: int) -> tuple[Tensor, ...]:
+            inputs, outputs = run(index)
+            given = [gradients[i % len(sets)] for i in range(index, index + self.layers)]
+            return torch.autograd.grad(outputs, [*inputs, *self.tables], given)
+
+        note = f"{self.layers} layers over one bias from its tables, with the sum of its gradients; times are of one"
+        return Variant(lambda index: run(index)[1], forward_backward, repeats=self.layers, note=note)
 
     def sdpa(self, backend: SDPBackend, build: bool = False, frozen: bool = False) -> Variant:
         """PyTorch's attention with a dense bias, which is given or ``build`` as upstream does from its tables."""
@@ -139,9 +205,7 @@ class AttentionCase:
 
         def run(q: Tensor, k: Tensor, v: Tensor, *given: Tensor) -> Tensor:
             (bias,) = given or [self.layer.dense_bias()]
-            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            with sdpa_kernel(backend) if cuda else contextlib.nullcontext():
-                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
+            return self._sdpa(backend, q, k, v, bias)
 
         given = () if build else (self.aligned_bias().requires_grad_(not frozen),)
         variant = self._padded(run, given, self.tables if build else ())
@@ -149,6 +213,11 @@ class AttentionCase:
         if not cuda:
             variant.note = "by the backend that PyTorch takes on a CPU"
         return variant
+
+    def _sdpa(self, backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend) if self.device.type == "cuda" else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
 
     def xformers(self) -> Variant:
         """xformers' attention, which upstream takes where it is installed, with a dense bias that is given."""
@@ -208,10 +277,20 @@ class AttentionCase:
     def _padded(self, function: Callable[..., Tensor], bias: tuple[Tensor, ...], parameters: Any = ()) -> Variant:
         """A variant of a function of q, k, v [batch, length, heads, head_dim] and a bias in whatever form."""
         sets = [(*(self._pad(x).requires_grad_() for x in qkv.unbind(1)), *bias) for qkv in self.qkv]
-        variant = trained(function, sets, [self._pad(gradient) for gradient in self.gradients], list(parameters))
+        gradients = [self._pad(gradient) for gradient in self.gradients]
+        return self._unpadded(trained(function, sets, gradients, list(parameters)))
+
+    def _unpadded(self, variant: Variant) -> Variant:
+        """Of padded q, k and v: how its output and gradients are brought into packed order."""
         variant.rows = variant.gradient_rows = self._rows
         variant.gradients_compared = 3
         return self._described(variant, bias=True)
+
+    def _packed(self, variant: Variant, bias: bool) -> Variant:
+        """Of packed qkv: the same."""
+        variant.rows = lambda out: out
+        variant.gradient_rows = lambda gradient: gradient.transpose(0, 1).flatten(0, 1)
+        return self._described(variant, bias)
 
     def _pad(self, rows: Tensor) -> Tensor:
         return self.layer.padded(rows.flatten(1)).unflatten(-1, rows.shape[1:])
@@ -235,31 +314,3 @@ class AttentionCase:
     def _described(self, variant: Variant, bias: bool) -> Variant:
         variant.against = "specification" if bias else "specification_no_bias"
         return variant
-
-
-def ratios(variants: Mapping[str, Mapping[str, Any]], bytes_: Mapping[str, int], rate: float | None) -> dict[str, Any]:
-    """What the goals speak of, for each mode: the fused time over its floor, over itself without bias, upstream's."""
-    result: dict[str, Any] = {}
-    for mode in MODES:
-        times = {name: record[mode]["median_ms"] for name, record in variants.items() if mode in record}
-        found = {}
-        if "fused" in times:
-            if rate:
-                floor = 1e3 * bytes_[mode] / rate
-                found["floor_ms"], found["over_floor"] = round(floor, 4), round(times["fused"] / floor, 3)
-            if "fused_no_bias" in times:
-                found["over_no_bias"] = round(times["fused"] / times["fused_no_bias"], 3)
-            if built := times.get("bias_built_sdpa_memory_efficient"):
-                found["bias_built_over_fused"] = round(built / times["fused"], 3)
-        result[mode] = found
-    return result
-
-
-def verdicts(found: Mapping[str, float]) -> dict[str, str]:
-    """The forward pass's ratios against the goals; one that was not measured is missing."""
-    result = {}
-    for name, goal in GOALS.items():
-        if name in found:
-            met = found[name] >= goal if name == "bias_built_over_fused" else found[name] <= goal
-            result[name] = f"{found[name]:.2f}, goal {goal}: {'met' if met else 'missed'}"
-    return result

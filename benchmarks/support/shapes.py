@@ -35,10 +35,16 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: per modality, in the order of a sequence, the tokens of each sample, CLS included."""
+    """A batch: per modality, in the order of a sequence, the tokens of each sample, CLS included.
+
+    Where it is ``part_of`` another batch, its tokens are CLS and some others of that batch's longest sample, drawn at
+    random for each of its own samples, ``in_order`` of their positions or not.
+    """
 
     name: str
     lengths: Mapping[str, list[int]]
+    part_of: Shape | None = None
+    in_order: bool = True
 
     @property
     def samples(self) -> int:
@@ -65,6 +71,26 @@ class Shape:
         """Real tokens of each sample, all modalities together."""
         return [sum(column) for column in zip(*self.lengths.values(), strict=True)]
 
+    @property
+    def pairs(self) -> int:
+        """Pairs of a query and a key, in all samples."""
+        return sum(length**2 for length in self.sample_lengths)
+
+    @property
+    def positions(self) -> dict[str, int]:
+        """Each modality's positions before any was hidden, CLS included."""
+        return {name: max(lengths) for name, lengths in (self.part_of or self).lengths.items()}
+
+    def position_ids(self, name: str) -> list[list[int]] | None:
+        """The positions of each sample's tokens, CLS first, or None where none is hidden or out of order."""
+        if self.part_of is None:
+            return None
+        draw, rows = random.Random(3), []
+        for length in self.lengths[name]:
+            drawn = draw.sample(range(1, self.positions[name]), length - 1)
+            rows.append([0, *(sorted(drawn) if self.in_order else drawn)])
+        return rows
+
 
 def spread(low: int, high: int, count: int, seed: int) -> list[int]:
     """``count`` lengths evenly spread from ``low`` to ``high``, both included, in an order drawn from the seed."""
@@ -87,3 +113,12 @@ def image(samples: int, grid: int = 16) -> list[int]:
 def audio(samples: int, low: int = 149, high: int = 749, seed: int = 2) -> list[int]:
     """Audio frames, CLS included; 149 to 749 frames are 3 to 15 s. Seed 1 orders them as texts are ordered."""
     return [length + 1 for length in spread(low, high, samples, seed)]
+
+
+def part_of(whole: Shape, name: str, share: float = 1.0, samples: int = 0, in_order: bool = True) -> Shape:
+    """That share of a batch's tokens, CLS apart, in as many samples, all of one length."""
+    lengths = {
+        modality: [1 + round(share * (max(row) - 1))] * (samples or whole.samples)
+        for modality, row in whole.lengths.items()
+    }
+    return Shape(name, lengths, whole, in_order)

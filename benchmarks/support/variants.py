@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.support.timing import Clock, describe_error, interleaved
+from benchmarks.support.timing import Clock, Timing, describe_error, interleaved
 
 MODES = ("forward", "forward_backward")
+PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure
 HOW_FUSED_RUNS = (
-    "on a GPU Triton kernels between the vendor's products, attention's forward pass by the CUDA extension where"
-    " it is there, its backward pass by its specification; else eager"
+    "on a GPU Triton kernels between the vendor's products, attention's forward and backward pass by the CUDA extension"
+    " where it is there and takes the tensors, else by PyTorch's attention and the specification; else eager"
 )
 FIRST_COMPILE_SECONDS = 20.0  # what a variant that was never compiled is taken to need
 
@@ -27,7 +28,8 @@ class Variant:
 
     ``rows`` brings the output of ``forward`` into packed order, to compare it with the other variants' outputs, and
     ``gradient_rows`` each of the first ``gradients_compared`` gradients of ``forward_backward``, those of the tokens.
-    They are compared with the variant named ``against``, by default with the base.
+    They are compared with the variant named ``against``, by default with the base. A call does the work ``repeats``
+    times, and a time is what one of them takes.
     """
 
     forward: Callable[[int], Any]
@@ -37,6 +39,7 @@ class Variant:
     gradients_compared: int = 1
     against: str = ""
     timed: bool = True
+    repeats: int = 1
     compiled: bool = False
     note: str = ""
 
@@ -124,6 +127,9 @@ class Runner:
     def measure(self, factories: Mapping[str, Factory], base: str | None = None) -> dict[str, dict[str, Any]]:
         """The record of every variant: its times by mode, or an ``error``, or why it was ``skipped``.
 
+        ``backward`` is, round by round, the time of both passes less that of the forward pass, over the same inputs: in
+        training the caches hold what the forward pass left there. A median that is not positive is noise, left out.
+
         A variant whose output or gradient of the tokens differs from that of ``base`` by more than the tolerance is an
         error, not a time.
         """
@@ -164,7 +170,13 @@ class Runner:
         }  # fmt: skip
         timings, errors = interleaved(calls, self.clock, rounds=self.rounds)
         for (name, mode), timing in timings.items():
+            timing.seconds = [seconds / variants[name].repeats for seconds in timing.seconds]
             records[name][mode] = timing.record()
+        for name in variants:
+            forward, both = (timings[name, mode].seconds if (name, mode) in timings else [] for mode in MODES)
+            backward = Timing([after - before for before, after in zip(forward, both, strict=False)])
+            if backward.seconds and (record := backward.record())["median_ms"] > 0:
+                records[name]["backward"] = record
         for (name, mode), error in errors.items():
             records[name]["error"] = f"{mode}: {error}"
         return records

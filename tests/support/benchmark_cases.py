@@ -12,6 +12,17 @@ def tiny_shape() -> Shape:
     return Shape("text+image", {"text": [3, 7, 5], "image": [5, 5, 5]})
 
 
+class MadeUpClock:
+    """Takes what a call returns for its time."""
+
+    def time(self, call, index, lead):
+        """The call's own word, in seconds."""
+        return call(index), 0.0
+
+    def recover(self):
+        """Nothing to do."""
+
+
 def tiny_runner(seconds: float = 60.0, no_compile: str | None = None) -> Runner:
     """Three rounds by the host's clock."""
     return Runner(HostClock(), Budget(seconds, no_compile), rounds=3, tolerance=1e-4)
