@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "relative_bias_attention.h"
+#include "relative_bias_attention_forward.cuh"
 #include "sample.cuh"
 
 namespace onepeace_fast {
@@ -18,16 +19,9 @@ constexpr int TILE = HALVES * BLOCK_ROWS;
 constexpr int MOST_PARTS = 8;
 constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thread block
 
-// Where vectors and the sums of their gradient stand: FROZEN in shared memory without sums, LEARNED both there, LARGE
-// both in device memory.
-enum class Vectors { FROZEN, LEARNED, LARGE };
-
-constexpr int BACKWARD_BIAS_CAPACITY = 4096;  // entries and their sums in shared memory: a grid of 32 x 32
-
-inline Vectors place_vectors(int64_t entries, bool learned) {
-    if (learned) return entries <= BACKWARD_BIAS_CAPACITY ? Vectors::LEARNED : Vectors::LARGE;
-    return entries <= 2 * BACKWARD_BIAS_CAPACITY ? Vectors::FROZEN : Vectors::LARGE;
-}
+// Entries that shared memory holds with the sums of their gradient: a grid of 32 x 32. More are LARGE: vectors are read,
+// and sums are kept, in device memory.
+constexpr int BACKWARD_BIAS_CAPACITY = 4096;
 
 // Warps of a thread block, and the blocks of keys whose gradients each holds in registers.
 template <int HEAD_DIM>
@@ -37,6 +31,11 @@ struct BackwardLaunch {
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int SLOT_BLOCKS = WARPS * SLOTS;
     static constexpr int BLOCKS = SLOT_BLOCKS + 1;  // of keys in one walk: one more is spread over all warps
+
+    // How many of some blocks are walked next: the spread block only where it saves a walk.
+    static __host__ __device__ constexpr int next_walk(int blocks) { return blocks <= BLOCKS ? blocks : SLOT_BLOCKS; }
+
+    static constexpr int walks(int blocks) { return blocks <= BLOCKS ? 1 : 1 + walks(blocks - SLOT_BLOCKS); }
 };
 
 // A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit is
@@ -46,13 +45,14 @@ struct BackwardWorkspace {
     int parts;
     int longest;  // blocks of keys, and of queries, that a sample is expected to have at most
     int entries;  // of all vectors, those of CLS included
-    Vectors vectors;
     float* row_sums;       // [rows, heads]; null, as the next, where max_length says that samples are walked whole
     float* query_parts;    // [parts, rows, heads, head_dim]
     float* entry_parts;    // [groups, parts, heads, entries]; null where all vectors are frozen
-    int* sums;             // [groups, parts, heads, entries], of LARGE vectors
+    int* sums;             // [groups, parts, heads, entries], of large vectors
     float* scale_parts;    // [groups, heads]; null where the head scale is frozen
     int64_t bytes;
+
+    bool is_large() const { return entries > BACKWARD_BIAS_CAPACITY; }
 
     template <int HEAD_DIM>
     __device__ bool walks_whole(const Sample& sample) const {
@@ -93,7 +93,6 @@ BackwardWorkspace share(
         shared.entries += arguments.bias[m].entries;
         learned = learned || gradients.bias[m];
     }
-    shared.vectors = place_vectors(shared.entries, learned);
     const auto take = [&](int64_t elements) {
         void* taken = static_cast<char*>(gradients.workspace) + shared.bytes;
         shared.bytes += (elements * 4 + 15) / 16 * 16;
@@ -106,11 +105,32 @@ BackwardWorkspace share(
         shared.query_parts = static_cast<float*>(take(shared.parts * pairs * HEAD_DIM));
     }
     if (learned) shared.entry_parts = static_cast<float*>(take(all));
-    if (learned && shared.vectors == Vectors::LARGE) shared.sums = static_cast<int*>(take(all));
+    if (learned && shared.is_large()) shared.sums = static_cast<int*>(take(all));
     if (gradients.head_scale) {
         shared.scale_parts = static_cast<float*>(take(static_cast<int64_t>(shared.groups) * arguments.heads));
     }
     return shared;
+}
+
+// Of samples that all have max_length tokens.
+template <int HEAD_DIM>
+int64_t count_bytes(const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
+    const BackwardWorkspace shared = share<HEAD_DIM>(arguments, gradients);
+    const int64_t pairs = static_cast<int64_t>(arguments.rows) * arguments.heads;
+    const int64_t matrix = 2 * pairs * HEAD_DIM, vector = 4 * pairs;
+    const int blocks = ceil_div(arguments.max_length, BLOCK_ROWS);
+    const int walks = shared.parts * BackwardLaunch<HEAD_DIM>::walks(ceil_div(blocks, shared.parts));
+    // Queries, their gradients, log-sum-exp and codes in each walk; keys, values, codes and all gradients once.
+    int64_t bytes = walks * 2 * (matrix + vector) + 2 * matrix + vector + 3 * matrix;
+    if (shared.query_parts) {
+        const int64_t passes = ceil_div(blocks, ForwardLaunch<HEAD_DIM>::WARPS);
+        bytes += 2 * (matrix + vector) + passes * (2 * matrix + vector);  // for row sums
+        bytes += vector + walks * vector;                                 // of row sums
+        bytes += 4 * pairs * HEAD_DIM * 2 * walks;                        // of queries' gradients, in parts
+    }
+    // Begun once, added to for each sample, summed.
+    const int64_t all = 4ll * shared.parts * arguments.heads * shared.entries;
+    return bytes + all * (2 * shared.groups + 2 * arguments.samples);
 }
 
 }  // namespace onepeace_fast

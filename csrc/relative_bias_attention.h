@@ -83,8 +83,13 @@ struct RelativeBiasAttentionGradients {
 extern "C" int64_t relative_bias_attention_backward_workspace(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients);
 
-// For a head size, and the entries of all vectors together with those of CLS; `learned` where any needs a gradient.
-extern "C" LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries, bool learned);
+// For a head size, and the entries of all vectors together with those of CLS.
+extern "C" LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries);
+
+// Bytes that the backward pass reads and writes outside thread blocks, caches included, for samples of one modality and
+// of one length in a 16-bit type, with a vector that learns.
+extern "C" int64_t relative_bias_attention_backward_bytes(
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors);
 
 // Writes the gradients; the same input gives the same bits. A head with a gradient that is not finite gets NaN in all
 // entries of its vectors; so do the rows of a sample longer than a max_length that is given. Returns as the forward

@@ -97,9 +97,9 @@ __device__ __forceinline__ void accumulate(
 
 // Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the largest
 // gradient. A lane ends with the sum of one query, eight lanes after another adding half of what they have.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void share_sums(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& probabilities,
+    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& probabilities,
     const Pairs<HEAD_DIM>& gradients, uint32_t largest) {
     const int warp = thread_index() / WARP, lane = thread_index() % WARP;
     float sums[HALVES * 4] = {};  // of queries 8 (i / 2) + 2 (lane % 4) + i % 2
@@ -123,7 +123,7 @@ __device__ __forceinline__ void share_sums(
         }
     }
     backward.shared.partial_sums[warp][lane / 8 * 8 + 2 * (lane % 4) + lane / 4 % 2] = sums[0];
-    if constexpr (VECTORS != Vectors::FROZEN) {
+    if (backward.is_learned()) {
         for (int step = WARP / 2; step > 0; step /= 2) {
             largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
         }
@@ -133,9 +133,9 @@ __device__ __forceinline__ void share_sums(
 
 // The sum of probability times gradient of a lane's query, over all keys of its sample; behind the barrier that follows
 // share_sums.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ float find_row_sum(
-    const SpreadBlock<T, HEAD_DIM, VECTORS>& spread, int stage, int blocks, bool is_whole) {
+    const SpreadBlock<T, HEAD_DIM, LARGE>& spread, int stage, int blocks, bool is_whole) {
     const auto& shared = spread.backward.shared;
     const int lane = thread_index() % WARP;
     if (!is_whole) return shared.row_sums[stage][lane];
@@ -162,9 +162,9 @@ __device__ __forceinline__ void differentiate(
 }
 
 // Add ds to the sums of entries, whose fixed point has a unit.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void add_to_entries(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks,
+    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks,
     float unit) {
     auto& shared = backward.shared;
     // A lane for each row of both halves of the tile, and of the blocks of both slots.
@@ -189,9 +189,9 @@ __device__ __forceinline__ void add_to_entries(
 }
 
 // Leave ds of this warp's keys for the gradient of queries.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void leave_score_gradient(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, const Pairs<HEAD_DIM>& gradients, int blocks) {
+    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int blocks) {
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
@@ -208,9 +208,9 @@ __device__ __forceinline__ void leave_score_gradient(
 }
 
 // dq of a tile: its 16 rows and columns are divided among the warps.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void find_query_gradient(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, int stage, int blocks, bool is_whole, bool is_first) {
+    const Backward<T, HEAD_DIM, LARGE>& backward, int stage, int blocks, bool is_whole, bool is_first) {
     const auto& shared = backward.shared;
     const int lane = thread_index() % WARP;
 #pragma unroll 1
@@ -232,12 +232,12 @@ __device__ __forceinline__ void find_query_gradient(
 }
 
 // Some blocks of keys, from block `first` of the sample on, and all of its queries.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void walk_keys(
-    const Backward<T, HEAD_DIM, VECTORS>& backward, int first, int blocks, bool is_whole, bool is_first) {
+    const Backward<T, HEAD_DIM, LARGE>& backward, int first, int blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
     KeyRows<HEAD_DIM> key_gradient = {}, value_gradient = {};
-    SpreadBlock<T, HEAD_DIM, VECTORS> spread{backward};
+    SpreadBlock<T, HEAD_DIM, LARGE> spread{backward};
     const bool spreads = blocks > spread.BLOCK;
     if (spreads) spread.begin();
     backward.load_keys(first, blocks);
@@ -289,8 +289,8 @@ __device__ __forceinline__ void walk_keys(
 }
 
 // A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
-__device__ __forceinline__ void refuse_sample(const Backward<T, HEAD_DIM, VECTORS>& backward) {
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void refuse_sample(const Backward<T, HEAD_DIM, LARGE>& backward) {
     auto& shared = backward.shared;
     for (int m = 0; m < backward.arguments.modalities; ++m) {
         const int elements = (shared.sample.body[m] + shared.sample.cls[m]) * HEAD_DIM;
@@ -320,18 +320,17 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) 
 }
 
 // Thread blocks: parts of keys, heads, groups of samples and one more.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
-    constexpr int BLOCKS = BackwardLaunch<HEAD_DIM>::BLOCKS;
     const int group = blockIdx.z, part = blockIdx.x;
     if (group == workspace.groups) {
         return zero_inert_rows<T, HEAD_DIM>(arguments, static_cast<T*>(gradients.qkv));
     }
     auto& shared = *static_cast<BackwardShared<T, HEAD_DIM>*>(shared_memory());
-    const Backward<T, HEAD_DIM, VECTORS> backward{arguments, gradients, workspace, shared};
+    const Backward<T, HEAD_DIM, LARGE> backward{arguments, gradients, workspace, shared};
     backward.begin();
     const int end_sample = workspace.first_sample(group + 1, arguments.samples);
 #pragma unroll 1
@@ -343,8 +342,9 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward
         const bool is_whole = workspace.walks_whole<HEAD_DIM>(shared.sample);
         if (is_whole || workspace.query_parts) {
 #pragma unroll 1
-            for (int block = first; block < end; block += BLOCKS) {
-                walk_keys(backward, block, min(BLOCKS, end - block), is_whole, block == first);
+            for (int block = first, taken = 0; block < end; block += taken) {
+                taken = BackwardLaunch<HEAD_DIM>::next_walk(end - block);
+                walk_keys(backward, block, taken, is_whole, block == first);
             }
         } else {
             refuse_sample(backward);
@@ -360,22 +360,11 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward
 }
 
 template <int HEAD_DIM>
-LaunchPlan plan(int64_t entries, Vectors vectors) {
-    const int words = vectors == Vectors::LARGE ? 0 : vectors == Vectors::FROZEN ? 1 : 2;
+LaunchPlan plan(int64_t entries) {
+    const int64_t held = entries > BACKWARD_BIAS_CAPACITY ? 0 : entries;
     return {
         BackwardLaunch<HEAD_DIM>::THREADS, 1,
-        static_cast<int32_t>(sizeof(BackwardShared<bfloat16, HEAD_DIM>) + 4 * words * entries)};
-}
-
-template <typename T, int HEAD_DIM, Vectors VECTORS>
-const char* launch(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
-    const BackwardWorkspace& workspace, void* stream) {
-    const LaunchPlan planned = plan<HEAD_DIM>(workspace.entries, VECTORS);
-    const dim3 blocks(workspace.parts, arguments.heads, workspace.groups + 1);
-    return launch_kernel(
-        backward_kernel<T, HEAD_DIM, VECTORS>, arguments.device, blocks, planned.threads, planned.shared_bytes, stream,
-        arguments, gradients, workspace);
+        static_cast<int32_t>(sizeof(BackwardShared<bfloat16, HEAD_DIM>) + 2 * sizeof(float) * held)};
 }
 
 template <typename T, int HEAD_DIM>
@@ -403,10 +392,11 @@ const char* launch_all(
     const char* problem = nullptr;
     if (has_parts) problem = launch_row_sums<T, HEAD_DIM>(arguments, gradients, workspace, stream);
     if (problem) return problem;
-    const auto kernel = workspace.vectors == Vectors::FROZEN    ? launch<T, HEAD_DIM, Vectors::FROZEN>
-                        : workspace.vectors == Vectors::LEARNED ? launch<T, HEAD_DIM, Vectors::LEARNED>
-                                                                : launch<T, HEAD_DIM, Vectors::LARGE>;
-    problem = kernel(arguments, gradients, workspace, stream);
+    const LaunchPlan planned = plan<HEAD_DIM>(workspace.entries);
+    problem = launch_kernel(
+        workspace.is_large() ? backward_kernel<T, HEAD_DIM, true> : backward_kernel<T, HEAD_DIM, false>,
+        arguments.device, dim3(workspace.parts, arguments.heads, workspace.groups + 1), planned.threads,
+        planned.shared_bytes, stream, arguments, gradients, workspace);
     if (!problem && has_parts) {
         const dim3 blocks(
             ceil_div(workspace.longest * BLOCK_ROWS, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads,
@@ -433,11 +423,8 @@ const char* launch_type(
 
 }  // namespace
 
-LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries, bool learned) {
-    const Vectors vectors = place_vectors(bias_entries, learned);
-    return head_dim == 32   ? plan<32>(bias_entries, vectors)
-           : head_dim == 64 ? plan<64>(bias_entries, vectors)
-                            : plan<128>(bias_entries, vectors);
+LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries) {
+    return head_dim == 32 ? plan<32>(bias_entries) : head_dim == 64 ? plan<64>(bias_entries) : plan<128>(bias_entries);
 }
 
 int64_t relative_bias_attention_backward_workspace(
@@ -446,6 +433,23 @@ int64_t relative_bias_attention_backward_workspace(
     return arguments.head_dim == 32   ? share<32>(arguments, gradients).bytes
            : arguments.head_dim == 64 ? share<64>(arguments, gradients).bytes
                                       : share<128>(arguments, gradients).bytes;
+}
+
+int64_t relative_bias_attention_backward_bytes(
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors) {
+    RelativeBiasAttention arguments{};
+    arguments.samples = samples;
+    arguments.modalities = arguments.bias_vectors = 1;
+    arguments.heads = heads;
+    arguments.rows = samples * length;
+    arguments.max_length = length;
+    arguments.bias[0].entries = bias_entries;
+    RelativeBiasAttentionGradients gradients{};
+    gradients.multiprocessors = multiprocessors;
+    gradients.bias[0] = &arguments;  // no null: it learns
+    return head_dim == 32   ? count_bytes<32>(arguments, gradients)
+           : head_dim == 64 ? count_bytes<64>(arguments, gradients)
+                            : count_bytes<128>(arguments, gradients);
 }
 
 const char* relative_bias_attention_backward(

@@ -56,7 +56,7 @@ static_assert(sizeof(BackwardShared<bfloat16, 64>) + 8 * BACKWARD_BIAS_CAPACITY 
 static_assert(sizeof(BackwardShared<bfloat16, 128>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
 
 // One thread block's view of its head, its samples one after another.
-template <typename T, int HEAD_DIM, Vectors VECTORS>
+template <typename T, int HEAD_DIM, bool LARGE>
 struct Backward {
     using Memory = BackwardShared<T, HEAD_DIM>;
     using Launch = BackwardLaunch<HEAD_DIM>;
@@ -82,11 +82,11 @@ struct Backward {
     }
 
     __device__ int* sums() const {
-        if (VECTORS == Vectors::LARGE) return workspace.sums + first_entry();
+        if (LARGE) return workspace.sums + first_entry();
         return reinterpret_cast<int*>(shared.bias() + workspace.entries);
     }
 
-    __device__ bool is_learned() const { return VECTORS != Vectors::FROZEN && workspace.entry_parts; }
+    __device__ bool is_learned() const { return workspace.entry_parts; }
 
     __device__ float head_scale() const {
         return arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
@@ -102,7 +102,7 @@ struct Backward {
 
     // The bias of a pair in base 2.
     __device__ __forceinline__ float bias(int modality, int entry) const {
-        if (VECTORS != Vectors::LARGE) return shared.bias()[entry];
+        if (!LARGE) return shared.bias()[entry];
         return load_entry(arguments.bias[modality], blockIdx.y, entry - shared.bias_start[modality]);
     }
 
@@ -112,7 +112,7 @@ struct Backward {
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
             const BiasVector& vector = arguments.bias[m];
             if (thread_index() == 0) shared.bias_start[m] = start;
-            if (VECTORS != Vectors::LARGE) {
+            if (!LARGE) {
                 for (int i = thread_index(); i < vector.entries; i += THREADS) {
                     shared.bias()[start + i] = load_entry(vector, blockIdx.y, i);
                 }

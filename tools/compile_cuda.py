@@ -3,7 +3,8 @@
     python -m tools.compile_cuda
 
 A fault is a spill or local memory, fewer thread blocks on a multiprocessor than the kernel is launched for, or a kernel
-without matrix instructions. Windowed kernels, for vectors that shared memory does not hold, are planned for one.
+of matrix products without matrix instructions. Large ones are for vectors that shared memory does not hold. Below them:
+what the backward pass reads and writes, for each element of a matrix of queries, beside the least possible.
 """
 
 from __future__ import annotations
@@ -18,12 +19,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from build_backend.cuda_toolkit import find_toolkit
-from tools.cubin import CHIPS
+from tools.cubin import CHIPS, Chip
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = {"sm_80": "sm_80", "sm_90a": "sm_90"}  # and the chip of each
 HEAD_SIZES = (32, 64, 128)
 PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
+PLANNED_ENTRIES_OF_CLS = 9
+LARGE_ENTRIES = 1 << 20
+SUM_THREADS = 256
+SHAPES = ((64, 257, 964), (32, 257, 964), (2, 1025, 3972), (16, 750, 1502))  # samples, tokens of each, entries
+HEADS = 24
 HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/SM", "matrix instructions", "faults")
 
 
@@ -62,11 +68,34 @@ def compile_library(nvcc: Path, folder: Path) -> Path:
     return library
 
 
-def plan(library: ctypes.CDLL, head_dim: int, windowed: bool) -> Plan:
+def plan(library: ctypes.CDLL, kernel: str, head_dim: int, large: bool) -> Plan:
     """How a kernel is launched."""
-    function = library.relative_bias_attention_forward_plan
+    if kernel.startswith("sum_"):
+        return Plan(SUM_THREADS, 1, 0)
+    direction, cls = ("backward", PLANNED_ENTRIES_OF_CLS) if kernel == "backward_kernel" else ("forward", 0)
+    function = getattr(library, f"relative_bias_attention_{direction}_plan")
     function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
-    return function(head_dim, 1 << 20 if windowed else PLANNED_ENTRIES)
+    return function(head_dim, LARGE_ENTRIES if large else PLANNED_ENTRIES + cls)
+
+
+def describe(symbol: str) -> tuple[str, str, int, bool]:
+    """A mangled kernel's name, element type and head size, if it has them, and whether it is for large vectors."""
+    name, rest = re.search(r"\d([a-z][a-z_]*_kernel)(.*)", symbol).groups()
+    found = re.match(r"I\d+(\w+?)Li(\d+)E(?:Lb(\d)E)?E", rest)
+    return (name, found[1].strip("_"), int(found[2]), found[3] == "1") if found else (name, "", 0, False)
+
+
+def moved(path: Path, chip: Chip) -> list[tuple[str, str, str, str]]:
+    """Bytes that the backward pass moves for each element of a matrix of queries, and the least, as rows of a table."""
+    function, rows = ctypes.CDLL(str(path)).relative_bias_attention_backward_bytes, []
+    function.restype = ctypes.c_int64
+    for samples, length, entries in SHAPES:
+        for head_dim in HEAD_SIZES:
+            elements = samples * length * HEADS * head_dim
+            least = 2 * (3 + 1 + 3) + 4 / head_dim  # q, k, v, the output's gradient and log-sum-exp in; dq, dk, dv out
+            found = function(samples, length, HEADS, head_dim, entries, chip.multiprocessors) / elements
+            rows.append((f"{samples} x {length} tokens", str(head_dim), f"{found:.1f}", f"{least:.1f}"))
+    return rows
 
 
 def cuobjdump(library: Path, *options: str) -> str:
@@ -95,20 +124,19 @@ def inspect(path: Path) -> list[Result]:
         for architecture, kernel, text in by_architecture(cuobjdump(path, "-sass"), "Function : ")
     }
     for architecture, kernel, text in by_architecture(cuobjdump(path, "--dump-resource-usage"), "Function "):
-        name, dtype, head_dim, windowed = re.search(r"\d([a-z_]+_kernel)I\d+(\w+?)Li(\d+)ELb(\d)E", kernel).groups()
+        name, dtype, head_dim, large = describe(kernel)
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
-        planned, chip = plan(library, int(head_dim), windowed == "1"), CHIPS[ARCHITECTURES[architecture]]
+        planned, chip = plan(library, name, head_dim, large), CHIPS[ARCHITECTURES[architecture]]
         warps, matrix = planned.threads // 32, instructions[architecture, kernel]
         at_once = chip.programs_at_once(registers, planned.shared_bytes, warps)
         faults = [f"{stack + local} bytes of local memory"] if stack + local else []
         faults += [f"planned for {planned.blocks_at_once} at once"] if at_once < planned.blocks_at_once else []
-        faults += [] if matrix else ["no matrix instruction"]
-        kind = " windowed" if windowed == "1" else ""
-        label = f"{name} {dtype.strip('_')} {head_dim}{kind}"
+        faults += [] if matrix or name.startswith("sum_") else ["no matrix instruction"]
+        label = " ".join(filter(None, (name, dtype, str(head_dim or ""), large and "large")))
         results.append(
             Result(
-                label, architecture, registers, stack + local, planned.threads, planned.shared_bytes, at_once, matrix,
-                tuple(faults),
+                label, architecture, registers, stack + local, planned.threads, planned.shared_bytes, at_once,
+                matrix, tuple(faults),
             )
         )  # fmt: skip
     return sorted(results)
@@ -123,8 +151,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("CUDA kernels: not compiled, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        results = inspect(compile_library(toolkit.nvcc, Path(folder)))
+        library = compile_library(toolkit.nvcc, Path(folder))
+        results, traffic = inspect(library), moved(library, CHIPS["sm_90"])
     print(format_table([HEADINGS, *(result.row for result in results)], indent=""))
+    print()
+    print(format_table([("backward", "head size", "bytes/element", "least"), *traffic], indent=""))
     faults = sum(len(result.faults) for result in results)
     counts = ", ".join(
         f"{name}: {sum(result.architecture == name for result in results)} CUDA kernels" for name in ARCHITECTURES
