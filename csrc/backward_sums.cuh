@@ -21,7 +21,7 @@ __device__ __forceinline__ void store_element(void* data, ElementType type, int6
 }
 
 // The gradients of vectors and of the head scale. Thread blocks: entries, heads.
-__global__ void __launch_bounds__(SUM_THREADS) sum_entries_kernel(
+static __global__ void __launch_bounds__(SUM_THREADS) sum_entries_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {

@@ -48,15 +48,13 @@ ElementType element_type(const std::string& name) {
 
 // Address, dtype, head stride, entry stride, entries, code offset.
 using Vector = std::tuple<std::uintptr_t, std::string, std::int64_t, std::int64_t, int, int>;
+using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
-void forward(
+RelativeBiasAttention attention(
     int device, int samples, int modalities, int rows, int heads, int head_dim, int max_length, float scale,
-    const std::string& type, std::uintptr_t qkv, const std::tuple<std::int64_t, std::int64_t, std::int64_t>& strides,
-    std::uintptr_t cu_seqlens, std::uintptr_t code, std::uintptr_t is_cls, const std::vector<Vector>& bias,
-    std::uintptr_t head_scale, const std::string& head_scale_type, std::uintptr_t out, std::uintptr_t log_sum_exp,
-    std::uintptr_t stream) {
-    static const std::optional<std::string> reason = unavailable_reason();
-    if (reason) throw std::runtime_error("relative_bias_attention: " + *reason);
+    const std::string& type, std::uintptr_t qkv, const Strides& strides, std::uintptr_t cu_seqlens,
+    std::uintptr_t code, std::uintptr_t is_cls, const std::vector<Vector>& bias, std::uintptr_t head_scale,
+    const std::string& head_scale_type) {
     if (bias.size() > MAX_MODALITIES) {
         throw std::invalid_argument(
             "bias: got " + std::to_string(bias.size()) + " vectors, takes at most " + std::to_string(MAX_MODALITIES));
@@ -82,9 +80,63 @@ void forward(
     }
     arguments.head_scale = pointer<const void>(head_scale);
     arguments.head_scale_type = element_type(head_scale_type);
-    const char* error = relative_bias_attention_forward(
-        arguments, pointer<void>(out), pointer<float>(log_sum_exp), pointer<void>(stream));
+    return arguments;
+}
+
+void require_driver() {
+    static const std::optional<std::string> reason = unavailable_reason();
+    if (reason) throw std::runtime_error("relative_bias_attention: " + *reason);
+}
+
+void require_launch(const char* error) {
     if (error) throw std::runtime_error(error);
+}
+
+void forward(
+    const RelativeBiasAttention& arguments, std::uintptr_t out, std::uintptr_t log_sum_exp, std::uintptr_t stream) {
+    require_driver();
+    require_launch(relative_bias_attention_forward(
+        arguments, pointer<void>(out), pointer<float>(log_sum_exp), pointer<void>(stream)));
+}
+
+// What the size of the workspace depends on: whether an address is 0 tells that a parameter is frozen.
+RelativeBiasAttentionGradients gradients_of(
+    const RelativeBiasAttention& arguments, int multiprocessors, const std::vector<std::uintptr_t>& bias,
+    std::uintptr_t head_scale) {
+    if (bias.size() != static_cast<std::size_t>(arguments.bias_vectors)) {
+        throw std::invalid_argument(
+            "bias: got " + std::to_string(bias.size()) + " gradients, takes one for each vector, " +
+            std::to_string(arguments.bias_vectors) + ", 0 where it is frozen");
+    }
+    if (head_scale && !arguments.head_scale) {
+        throw std::invalid_argument("head_scale: got a gradient without a head scale, takes 0");
+    }
+    RelativeBiasAttentionGradients gradients{};
+    gradients.multiprocessors = multiprocessors;
+    for (std::size_t m = 0; m < bias.size(); ++m) gradients.bias[m] = pointer<void>(bias[m]);
+    gradients.head_scale = pointer<void>(head_scale);
+    return gradients;
+}
+
+std::int64_t backward_workspace(
+    const RelativeBiasAttention& arguments, int multiprocessors, const std::vector<std::uintptr_t>& bias,
+    std::uintptr_t head_scale) {
+    return relative_bias_attention_backward_workspace(
+        arguments, gradients_of(arguments, multiprocessors, bias, head_scale));
+}
+
+void backward(
+    const RelativeBiasAttention& arguments, int multiprocessors, const std::vector<std::uintptr_t>& bias,
+    std::uintptr_t head_scale, std::uintptr_t grad, const std::tuple<std::int64_t, std::int64_t>& grad_strides,
+    std::uintptr_t log_sum_exp, std::uintptr_t qkv, std::uintptr_t workspace, std::uintptr_t stream) {
+    require_driver();
+    RelativeBiasAttentionGradients gradients = gradients_of(arguments, multiprocessors, bias, head_scale);
+    gradients.grad = pointer<const void>(grad);
+    std::tie(gradients.row_stride, gradients.head_stride) = grad_strides;
+    gradients.log_sum_exp = pointer<const float>(log_sum_exp);
+    gradients.qkv = pointer<void>(qkv);
+    gradients.workspace = pointer<void>(workspace);
+    require_launch(relative_bias_attention_backward(arguments, gradients, pointer<void>(stream)));
 }
 
 PYBIND11_MODULE(_cuda, module) {
@@ -93,13 +145,24 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("TOOLKIT") = dotted(CUDART_VERSION);
     module.attr("MAX_MODALITIES") = MAX_MODALITIES;
     module.def("unavailable_reason", &unavailable_reason, "Why no kernel can run here in one line, or None.");
-    module.def(
-        "relative_bias_attention_forward", &forward, py::kw_only(), py::arg("device"), py::arg("samples"),
-        py::arg("modalities"), py::arg("rows"), py::arg("heads"), py::arg("head_dim"), py::arg("max_length"),
-        py::arg("scale"), py::arg("type"), py::arg("qkv"), py::arg("strides"), py::arg("cu_seqlens"), py::arg("code"),
-        py::arg("is_cls"), py::arg("bias"), py::arg("head_scale"), py::arg("head_scale_type"), py::arg("out"),
-        py::arg("log_sum_exp"), py::arg("stream"),
-        "Launches the kernel of csrc/relative_bias_attention.h, whose fields the arguments are, or raises one line.");
+    py::class_<RelativeBiasAttention>(
+        module, "RelativeBiasAttention",
+        "The arguments of csrc/relative_bias_attention.h; what is at the addresses must outlive the launches.")
+        .def(
+            py::init(&attention), py::kw_only(), py::arg("device"), py::arg("samples"), py::arg("modalities"),
+            py::arg("rows"), py::arg("heads"), py::arg("head_dim"), py::arg("max_length"), py::arg("scale"),
+            py::arg("type"), py::arg("qkv"), py::arg("strides"), py::arg("cu_seqlens"), py::arg("code"),
+            py::arg("is_cls"), py::arg("bias"), py::arg("head_scale"), py::arg("head_scale_type"))
+        .def(
+            "forward", &forward, py::kw_only(), py::arg("out"), py::arg("log_sum_exp"), py::arg("stream"),
+            "Launches the forward kernel, or raises one line.")
+        .def(
+            "backward_workspace", &backward_workspace, py::kw_only(), py::arg("multiprocessors"), py::arg("bias"),
+            py::arg("head_scale"), "Bytes of the workspace of a backward pass with the same three arguments.")
+        .def(
+            "backward", &backward, py::kw_only(), py::arg("multiprocessors"), py::arg("bias"), py::arg("head_scale"),
+            py::arg("grad"), py::arg("grad_strides"), py::arg("log_sum_exp"), py::arg("qkv"), py::arg("workspace"),
+            py::arg("stream"), "Launches the backward kernels, or raises one line; qkv, bias, head_scale are results.");
 }
 
 }  // namespace

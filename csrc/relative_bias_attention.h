@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#pragma GCC visibility push(default)
+
 namespace onepeace_fast {
 
 constexpr int MAX_MODALITIES = 16;
@@ -98,3 +100,5 @@ const char* relative_bias_attention_backward(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream);
 
 }  // namespace onepeace_fast
+
+#pragma GCC visibility pop

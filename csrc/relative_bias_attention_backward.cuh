@@ -55,6 +55,14 @@ static_assert(sizeof(BackwardShared<bfloat16, 32>) + 8 * BACKWARD_BIAS_CAPACITY 
 static_assert(sizeof(BackwardShared<bfloat16, 64>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
 static_assert(sizeof(BackwardShared<bfloat16, 128>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
 
+template <int HEAD_DIM>
+LaunchPlan backward_plan(int64_t entries) {
+    const int64_t held = entries > BACKWARD_BIAS_CAPACITY ? 0 : entries;
+    return {
+        BackwardLaunch<HEAD_DIM>::THREADS, 1,
+        static_cast<int32_t>(sizeof(BackwardShared<bfloat16, HEAD_DIM>) + 2 * sizeof(float) * held)};
+}
+
 // One thread block's view of its head, its samples one after another.
 template <typename T, int HEAD_DIM, bool LARGE>
 struct Backward {

@@ -59,13 +59,24 @@ class Result(NamedTuple):
 
 
 def compile_library(nvcc: Path, folder: Path) -> Path:
-    """All kernels for all architectures in one library."""
+    """All kernels for all architectures in one library, from an installation's objects where they are up to date."""
     library = folder / "kernels.so"
     targets = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
     options = ["-std=c++17", "-O3", f"-I{CSRC}", *targets, "--threads", "2", "-shared", "-Xcompiler", "-fPIC"]
-    command = [nvcc, *options, *sorted(CSRC.glob("*.cu")), "-o", library]
-    subprocess.run(list(map(str, command)), check=True)
+    sources = [installed_object(source) or source for source in sorted(CSRC.glob("*.cu"))]
+    subprocess.run(list(map(str, [nvcc, *options, *sources, "-o", library])), check=True)
     return library
+
+
+def installed_object(source: Path) -> Path | None:
+    """What an editable installation compiled from a source, unless something changed since or an architecture lacks."""
+    compiled = CSRC.parent / "build" / "cuda" / f"{source.name}.o"
+    if not compiled.exists():
+        return None
+    if any(path.stat().st_mtime > compiled.stat().st_mtime for path in [*CSRC.glob("*.cu*"), *CSRC.glob("*.h")]):
+        return None
+    found = cuobjdump(compiled, "--list-elf")
+    return compiled if all(f".{name}." in found for name in ARCHITECTURES) else None
 
 
 def plan(library: ctypes.CDLL, kernel: str, head_dim: int, large: bool) -> Plan:

@@ -1,0 +1,409 @@
+// Flash attention backward over packed segments, with the gradient of the relative position bias. With p the
+// probabilities, from the log-sum-exp of the forward pass, g the gradient of the output and c the head scale:
+//
+//     dv = c p^T g,  d_ij = g_i . v_j,  r_i = sum_j p_ij d_ij,  ds = c p (d - r),  dq = scale ds k,  dk = scale ds^T q
+//
+// dc is the sum of all r, and the gradient of a vector's entry the sum of ds over the pairs that take it.
+//
+// A thread block walks a group of samples of one head. Each warp holds the gradients of one or two blocks of 16 keys in
+// registers, while queries come by in tiles of 32; warps exchange their shares of r, and ds for dq, through shared
+// memory. Where a sample has more keys than warps hold, or its keys are split among thread blocks, r is computed before
+// by backward_row_sums.cuh, and dq is added up in the workspace. Nothing depends on the order in which warps or thread
+// blocks run.
+
+#pragma once
+
+#include <cuda_runtime.h>
+#include <ptx.cuh>
+
+#include <algorithm>
+#include <cmath>
+
+#include "backward_row_sums.cuh"
+#include "backward_sums.cuh"
+#include "backward_workspace.cuh"
+#include "bias_gradient.cuh"
+#include "entries.cuh"
+#include "launch.cuh"
+#include "relative_bias_attention.h"
+#include "relative_bias_attention_backward.cuh"
+#include "sample.cuh"
+#include "spread_block.cuh"
+#include "tile.cuh"
+
+namespace onepeace_fast {
+
+// Of a warp: its blocks of keys by halves of a tile of queries, keys in rows, as accumulators.
+template <int HEAD_DIM>
+using Pairs = float[BackwardLaunch<HEAD_DIM>::SLOTS][HALVES][2][4];
+
+// Of a warp: a gradient of its blocks of keys or values.
+template <int HEAD_DIM>
+using KeyRows = float[BackwardLaunch<HEAD_DIM>::SLOTS][HEAD_DIM / 8][4];
+
+// A warp's block of keys; past the last one where there are fewer.
+template <int HEAD_DIM>
+__device__ __forceinline__ int key_block(int slot) {
+    return slot * BackwardLaunch<HEAD_DIM>::WARPS + thread_index() / WARP;
+}
+
+// pairs += keys queries^T.
+template <int HEAD_DIM, typename T>
+__device__ __forceinline__ void multiply(Pairs<HEAD_DIM>& pairs, const T* keys, const T* queries, int blocks) {
+    const int lane = thread_index() % WARP;
+#pragma unroll
+    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+        uint32_t b[HALVES][4];
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
+#pragma unroll
+        for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
+            const int block = key_block<HEAD_DIM>(slot);
+            if (block >= blocks) continue;
+            uint32_t a[4];
+            left_operand<HEAD_DIM>(a, keys, lane, block, k);
+#pragma unroll
+            for (int half = 0; half < HALVES; ++half) {
+                mma<T>(pairs[slot][half][0], a, b[half][0], b[half][1]);
+                mma<T>(pairs[slot][half][1], a, b[half][2], b[half][3]);
+            }
+        }
+    }
+}
+
+// rows += pairs queries.
+template <int HEAD_DIM, typename T>
+__device__ __forceinline__ void accumulate(
+    KeyRows<HEAD_DIM>& rows, const Pairs<HEAD_DIM>& pairs, const T* queries, int blocks) {
+    constexpr int SLOTS = BackwardLaunch<HEAD_DIM>::SLOTS;
+    const int lane = thread_index() % WARP;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+        uint32_t a[SLOTS][4];
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot) left_operand<T>(a[slot], pairs[slot][half][0], pairs[slot][half][1]);
+#pragma unroll
+        for (int j = 0; j < HEAD_DIM / 16; ++j) {
+            uint32_t b[4];
+            right_operand<HEAD_DIM>(b, queries, lane, half, j);
+#pragma unroll
+            for (int slot = 0; slot < SLOTS; ++slot) {
+                if (key_block<HEAD_DIM>(slot) >= blocks) continue;
+                mma<T>(rows[slot][2 * j], a[slot], b[0], b[1]);
+                mma<T>(rows[slot][2 * j + 1], a[slot], b[2], b[3]);
+            }
+        }
+    }
+}
+
+// Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the largest
+// gradient. A lane ends with the sum of one query, eight lanes after another adding half of what they have.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void share_sums(
+    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& probabilities,
+    const Pairs<HEAD_DIM>& gradients, uint32_t largest) {
+    const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+    float sums[HALVES * 4] = {};  // of queries 8 (i / 2) + 2 (lane % 4) + i % 2
+#pragma unroll
+    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
+#pragma unroll
+        for (int i = 0; i < HALVES * 8; ++i) {
+            const float gradient = gradients[slot][i / 8][i / 4 % 2][i % 4];
+            const float product = probabilities[slot][i / 8][i / 4 % 2][i % 4] * gradient;
+            sums[i / 4 * 2 + i % 2] += product;
+            largest = max(largest, max(magnitude(gradient), magnitude(product)));
+        }
+    }
+#pragma unroll
+    for (int step = 16, count = HALVES * 2; step >= 4; step /= 2, count /= 2) {
+        const bool upper = lane & step;
+#pragma unroll
+        for (int i = 0; i < count; ++i) {
+            const float given = upper ? sums[i] : sums[count + i], kept = upper ? sums[count + i] : sums[i];
+            sums[i] = kept + __shfl_xor_sync(0xffffffff, given, step);
+        }
+    }
+    backward.shared.partial_sums[warp][lane / 8 * 8 + 2 * (lane % 4) + lane / 4 % 2] = sums[0];
+    if (backward.is_learned()) {
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
+        }
+        if (lane == 0) backward.shared.largest[warp] = largest;
+    }
+}
+
+// The sum of probability times gradient of a lane's query, over all keys of its sample; behind the barrier that follows
+// share_sums.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ float find_row_sum(
+    const SpreadBlock<T, HEAD_DIM, LARGE>& spread, int stage, int blocks, bool is_whole) {
+    const auto& shared = spread.backward.shared;
+    const int lane = thread_index() % WARP;
+    if (!is_whole) return shared.row_sums[stage][lane];
+    float sum = blocks > spread.BLOCK ? spread.row_sum() : 0.f;
+    for (int warp = 0; warp < BackwardLaunch<HEAD_DIM>::WARPS; ++warp) sum += shared.partial_sums[warp][lane];
+    return sum;
+}
+
+// gradients = ds.
+template <int HEAD_DIM>
+__device__ __forceinline__ void differentiate(
+    const Pairs<HEAD_DIM>& probabilities, Pairs<HEAD_DIM>& gradients, float row_sum, float head_scale) {
+    const int lane = thread_index() % WARP;
+#pragma unroll
+    for (int i = 0; i < HALVES * 4; ++i) {
+        const float mean = __shfl_sync(0xffffffff, row_sum, i / 2 * 8 + 2 * (lane % 4) + i % 2);
+#pragma unroll
+        for (int j = 0; j < 2 * BackwardLaunch<HEAD_DIM>::SLOTS; ++j) {
+            const int slot = j / 2, element = j % 2 * 2 + i % 2;
+            float& gradient = gradients[slot][i / 4][i / 2 % 2][element];
+            gradient = head_scale * probabilities[slot][i / 4][i / 2 % 2][element] * (gradient - mean);
+        }
+    }
+}
+
+// Add ds to the sums of entries, whose fixed point has a unit.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void add_to_entries(
+    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks,
+    float unit) {
+    auto& shared = backward.shared;
+    // A lane for each row of both halves of the tile, and of the blocks of both slots.
+    const int which = thread_index() % WARP / BLOCK_ROWS;
+    const int own = which < BackwardLaunch<HEAD_DIM>::SLOTS ? key_block<HEAD_DIM>(which) : blocks;
+    const uint32_t query_runs = find_run_starts(
+        shared.query_code[stage] + which * BLOCK_ROWS, shared.query_blocks[stage][which].count);
+    const uint32_t key_runs = find_run_starts(
+        shared.key_code + min(own, blocks - 1) * BLOCK_ROWS, own < blocks ? shared.key_blocks[own].count : 0);
+#pragma unroll
+    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
+        const int block = key_block<HEAD_DIM>(slot);
+        if (block >= blocks) continue;
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+            add_bias_gradient(
+                backward.arguments, backward.gradients, shared.bias_start, backward.keys(block),
+                key_runs >> (BLOCK_ROWS * slot) & 0xffff, backward.queries(stage, half),
+                query_runs >> (BLOCK_ROWS * half) & 0xffff, gradients[slot][half], unit, backward.sums());
+        }
+    }
+}
+
+// Leave ds of this warp's keys for the gradient of queries.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void leave_score_gradient(
+    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int blocks) {
+    const int lane = thread_index() % WARP;
+#pragma unroll
+    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
+        const int block = key_block<HEAD_DIM>(slot);
+        if (block >= blocks) continue;
+#pragma unroll
+        for (int i = 0; i < HALVES * 4; ++i) {
+            const float* pair = &gradients[slot][i / 4][i / 2 % 2][i % 2 * 2];
+            T* target = backward.shared.score_gradient + block * BLOCK_ROWS * TILE +
+                        swizzled<TILE>(lane / 4 + i % 2 * 8, i / 2) + 2 * (lane % 4);
+            *reinterpret_cast<uint32_t*>(target) = pack<T>(pair[0], pair[1]);
+        }
+    }
+}
+
+// dq of a tile: its 16 rows and columns are divided among the warps.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void find_query_gradient(
+    const Backward<T, HEAD_DIM, LARGE>& backward, int stage, int blocks, bool is_whole, bool is_first) {
+    const auto& shared = backward.shared;
+    const int lane = thread_index() % WARP;
+#pragma unroll 1
+    for (int i = thread_index() / WARP; i < HALVES * HEAD_DIM / 16; i += BackwardLaunch<HEAD_DIM>::WARPS) {
+        const int half = i % HALVES, j = i / HALVES;
+        const T* left = shared.score_gradient +
+                        swizzled<TILE>(lane % 8 + lane / 16 * 8, 2 * half + lane / 8 % 2);
+        float result[2][4] = {};
+#pragma unroll 2
+        for (int block = 0; block < blocks; ++block) {
+            uint32_t a[4], b[4];
+            ldmatrix_transposed(a, left + block * BLOCK_ROWS * TILE);
+            right_operand<HEAD_DIM>(b, shared.keys, lane, block, j);
+            mma<T>(result[0], a, b[0], b[1]);
+            mma<T>(result[1], a, b[2], b[3]);
+        }
+        backward.store_queries(result, stage, half, 16 * j, is_whole, is_first);
+    }
+}
+
+// Some blocks of keys, from block `first` of the sample on, and all of its queries.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void walk_keys(
+    const Backward<T, HEAD_DIM, LARGE>& backward, int first, int blocks, bool is_whole, bool is_first) {
+    auto& shared = backward.shared;
+    KeyRows<HEAD_DIM> key_gradient = {}, value_gradient = {};
+    SpreadBlock<T, HEAD_DIM, LARGE> spread{backward};
+    const bool spreads = blocks > spread.BLOCK;
+    if (spreads) spread.begin();
+    backward.load_keys(first, blocks);
+    backward.load_queries(0, 0, is_whole);
+    const int tiles = ceil_div(shared.sample.row_blocks, HALVES);
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+        const int stage = tile % STAGES;
+        cp_async_wait_all();
+        __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
+        if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
+        const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
+        Pairs<HEAD_DIM> probabilities = {}, gradients = {};
+        multiply<HEAD_DIM>(probabilities, shared.keys, shared.queries[stage], blocks);
+#pragma unroll
+        for (int i = 0; i < BackwardLaunch<HEAD_DIM>::SLOTS * HALVES; ++i) {
+            const int slot = i / HALVES, half = i % HALVES, block = key_block<HEAD_DIM>(slot);
+            if (block < blocks) backward.find_probabilities(probabilities[slot][half], stage, block, half);
+        }
+        accumulate<HEAD_DIM>(value_gradient, probabilities, shared.grad[stage], blocks);
+        multiply<HEAD_DIM>(gradients, shared.values, shared.grad[stage], blocks);
+        share_sums(backward, probabilities, gradients, largest);
+        __syncthreads();  // all shares of this tile's sums are there
+        const float row_sum = find_row_sum(spread, stage, blocks, is_whole);
+        if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
+        differentiate<HEAD_DIM>(probabilities, gradients, row_sum, backward.head_scale());
+        leave_score_gradient(backward, gradients, blocks);
+        accumulate<HEAD_DIM>(key_gradient, gradients, shared.queries[stage], blocks);
+        float unit = 0.f;
+        if (backward.is_learned()) {
+            unit = backward.find_unit();
+            add_to_entries(backward, gradients, stage, blocks, unit);
+        }
+        if (spreads) spread.differentiate(stage, row_sum, unit);
+        __syncthreads();  // the scores' gradient is complete
+        if (spreads) spread.accumulate(stage);
+        find_query_gradient(backward, stage, blocks, is_whole, is_first);
+    }
+    __syncthreads();  // nobody reads the keys, which give way to their gradients
+#pragma unroll
+    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
+        const int block = key_block<HEAD_DIM>(slot);
+        if (block >= blocks) continue;
+        backward.store_keys(key_gradient[slot], backward.arguments.scale, block, shared.keys, 1);
+        backward.store_keys(value_gradient[slot], backward.head_scale(), block, shared.values, 2);
+    }
+    if (spreads) spread.store();
+    __syncthreads();  // the next keys take their place
+}
+
+// A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
+template <typename T, int HEAD_DIM, bool LARGE>
+__device__ __forceinline__ void refuse_sample(const Backward<T, HEAD_DIM, LARGE>& backward) {
+    auto& shared = backward.shared;
+    for (int m = 0; m < backward.arguments.modalities; ++m) {
+        const int elements = (shared.sample.body[m] + shared.sample.cls[m]) * HEAD_DIM;
+        for (int i = thread_index(); i < elements; i += BackwardLaunch<HEAD_DIM>::THREADS) {
+            for (int which = 0; which < 3; ++which) {
+                backward.result(shared.sample.first[m] + i / HEAD_DIM, which)[i % HEAD_DIM] = from_float<T>(NAN);
+            }
+        }
+    }
+    if (thread_index() == 0) {
+        shared.scale_sums[0] = NAN;
+        shared.is_finite = false;
+    }
+}
+
+// Rows past the last sample are zero; the thread blocks past the last group share them.
+template <typename T, int HEAD_DIM>
+__device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
+    const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
+    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = BackwardLaunch<HEAD_DIM>::THREADS / LANES;
+    const int chunk = thread_index() % LANES;
+    int64_t row = 3 * static_cast<int64_t>(end) + blockIdx.x * ROWS + thread_index() / LANES;
+    for (; row < 3 * static_cast<int64_t>(arguments.rows); row += gridDim.x * ROWS) {
+        const int64_t index = row * arguments.heads + blockIdx.y;
+        *reinterpret_cast<uint4*>(qkv + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
+    }
+}
+
+// Thread blocks: parts of keys, heads, groups of samples and one more.
+template <typename T, int HEAD_DIM, bool LARGE>
+__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward_kernel(
+    const __grid_constant__ RelativeBiasAttention arguments,
+    const __grid_constant__ RelativeBiasAttentionGradients gradients,
+    const __grid_constant__ BackwardWorkspace workspace) {
+    const int group = blockIdx.z, part = blockIdx.x;
+    if (group == workspace.groups) {
+        return zero_inert_rows<T, HEAD_DIM>(arguments, static_cast<T*>(gradients.qkv));
+    }
+    auto& shared = *static_cast<BackwardShared<T, HEAD_DIM>*>(shared_memory());
+    const Backward<T, HEAD_DIM, LARGE> backward{arguments, gradients, workspace, shared};
+    backward.begin();
+    const int end_sample = workspace.first_sample(group + 1, arguments.samples);
+#pragma unroll 1
+    for (int sample = workspace.first_sample(group, arguments.samples); sample < end_sample; ++sample) {
+        read_sample<BLOCK_ROWS>(shared.sample, arguments, sample);
+        __syncthreads();  // everybody sees the sample, and what the block began with
+        const int blocks = shared.sample.row_blocks;
+        const int first = workspace.first_block(part, blocks), end = workspace.first_block(part + 1, blocks);
+        const bool is_whole = workspace.walks_whole<HEAD_DIM>(shared.sample);
+        if (is_whole || workspace.query_parts) {
+#pragma unroll 1
+            for (int block = first, taken = 0; block < end; block += taken) {
+                taken = BackwardLaunch<HEAD_DIM>::next_walk(end - block);
+                walk_keys(backward, block, taken, is_whole, block == first);
+            }
+        } else {
+            refuse_sample(backward);
+        }
+        backward.flush();
+        __syncthreads();  // nobody reads the sample any more
+    }
+    if (part == 0 && workspace.scale_parts && thread_index() < WARP) {
+        float sum = shared.scale_sums[thread_index()];
+        for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
+        if (thread_index() == 0) workspace.scale_parts[group * arguments.heads + blockIdx.y] = sum;
+    }
+}
+
+template <typename T, int HEAD_DIM>
+const char* launch_row_sums(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
+    const BackwardWorkspace& workspace, void* stream) {
+    RelativeBiasAttention base_2 = arguments;
+    base_2.scale *= LOG2_E;
+    const int64_t entries = workspace.entries - CLS_ENTRIES * arguments.bias_vectors;
+    const LaunchPlan planned = relative_bias_attention_forward_plan(HEAD_DIM, entries);
+    const auto kernel =
+        entries > BIAS_CAPACITY ? row_sums_kernel<T, HEAD_DIM, true> : row_sums_kernel<T, HEAD_DIM, false>;
+    const dim3 blocks(
+        ceil_div(workspace.longest, ForwardLaunch<HEAD_DIM>::WARPS), arguments.heads, arguments.samples);
+    return launch_kernel(
+        kernel, arguments.device, blocks, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
+        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
+}
+
+template <typename T, int HEAD_DIM>
+const char* launch_backward(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream) {
+    const BackwardWorkspace workspace = share<HEAD_DIM>(arguments, gradients);
+    const bool has_parts = workspace.query_parts && arguments.samples;
+    const char* problem = nullptr;
+    if (has_parts) problem = launch_row_sums<T, HEAD_DIM>(arguments, gradients, workspace, stream);
+    if (problem) return problem;
+    const LaunchPlan planned = backward_plan<HEAD_DIM>(workspace.entries);
+    problem = launch_kernel(
+        workspace.is_large() ? backward_kernel<T, HEAD_DIM, true> : backward_kernel<T, HEAD_DIM, false>,
+        arguments.device, dim3(workspace.parts, arguments.heads, workspace.groups + 1), planned.threads,
+        planned.shared_bytes, stream, arguments, gradients, workspace);
+    if (!problem && has_parts) {
+        const dim3 blocks(
+            ceil_div(workspace.longest * BLOCK_ROWS, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads,
+            arguments.samples);
+        problem = launch_kernel(
+            sum_queries_kernel<T, HEAD_DIM>, arguments.device, blocks, SUM_THREADS, sizeof(Sample), stream, arguments,
+            gradients, workspace);
+    }
+    if (!problem && (workspace.entry_parts || workspace.scale_parts)) {
+        const dim3 blocks(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);
+        problem = launch_kernel(
+            sum_entries_kernel, arguments.device, blocks, SUM_THREADS, 0, stream, arguments, gradients, workspace);
+    }
+    return problem;
+}
+
+}  // namespace onepeace_fast
