@@ -96,8 +96,9 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
-// Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the largest
-// gradient. A lane ends with the sum of one query, eight lanes after another adding half of what they have.
+// Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the
+// largest gradient. Eight lanes have the same queries: in three steps each gives half of its sums and gets half, until it
+// has one.
 template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void share_sums(
     const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& probabilities,
@@ -304,19 +305,6 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, HEAD_DIM, LARGE>
     if (thread_index() == 0) {
         shared.scale_sums[0] = NAN;
         shared.is_finite = false;
-    }
-}
-
-// Rows past the last sample are zero; the thread blocks past the last group share them.
-template <typename T, int HEAD_DIM>
-__device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
-    const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
-    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = BackwardLaunch<HEAD_DIM>::THREADS / LANES;
-    const int chunk = thread_index() % LANES;
-    int64_t row = 3 * static_cast<int64_t>(end) + blockIdx.x * ROWS + thread_index() / LANES;
-    for (; row < 3 * static_cast<int64_t>(arguments.rows); row += gridDim.x * ROWS) {
-        const int64_t index = row * arguments.heads + blockIdx.y;
-        *reinterpret_cast<uint4*>(qkv + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
     }
 }
 

@@ -14,8 +14,8 @@
 
 namespace onepeace_fast {
 
-// A warp's 16 rows of grad. What their keys sum to so far in this thread's columns stands in shared memory between tiles,
-// beside their log-sum-exp.
+// A warp's 16 rows of grad. What their keys sum to so far in this thread's columns stands in shared memory between
+// tiles, beside their log-sum-exp.
 template <typename T, int HEAD_DIM>
 struct RowSums {
     const T* grad[2];

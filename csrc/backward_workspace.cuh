@@ -19,8 +19,8 @@ constexpr int TILE = HALVES * BLOCK_ROWS;
 constexpr int MOST_PARTS = 8;
 constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thread block
 
-// Entries that shared memory holds with the sums of their gradient: a grid of 32 x 32. More are LARGE: vectors are read,
-// and sums are kept, in device memory.
+// Entries that shared memory holds with the sums of their gradient: a grid of 32 x 32. Larger vectors are read, and
+// their sums kept, in device memory.
 constexpr int BACKWARD_BIAS_CAPACITY = 4096;
 
 // Warps of a thread block, and the blocks of keys whose gradients each holds in registers.
@@ -38,8 +38,8 @@ struct BackwardLaunch {
     static constexpr int walks(int blocks) { return blocks <= BLOCKS ? 1 : 1 + walks(blocks - SLOT_BLOCKS); }
 };
 
-// A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit is
-// walked whole; of others each part writes its share of the queries' gradients.
+// A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit
+// is walked whole; of others each part writes its share of the queries' gradients.
 struct BackwardWorkspace {
     int groups;
     int parts;
@@ -87,7 +87,8 @@ BackwardWorkspace share(
     // Two thread blocks for each multiprocessor, one after the other, even out unlike lengths.
     shared.groups = std::min(samples, std::max(1, 2 * chip / arguments.heads));
     const int64_t busy = static_cast<int64_t>(samples) * arguments.heads;
-    shared.parts = std::max(1, std::min({static_cast<int>(chip / busy), MOST_PARTS, shared.longest / BLOCKS_OF_A_PART}));
+    const int idle = static_cast<int>(chip / busy);
+    shared.parts = std::max(1, std::min({idle, MOST_PARTS, shared.longest / BLOCKS_OF_A_PART}));
     bool learned = false;
     for (int m = 0; m < arguments.bias_vectors; ++m) {
         shared.entries += arguments.bias[m].entries;

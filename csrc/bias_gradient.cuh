@@ -52,8 +52,8 @@ __device__ __forceinline__ int next_run(uint32_t starts, int count) {
 }
 
 // Add the sums of a block's diagonals to consecutive integers: that of query column - key row = d to sums[d], for d in
-// first..last, which no lane but one has. A lane's values are on diagonals 2 t - g + {-8, -7, 0, 1, 8, 9}, g = lane / 4 and
-// t = lane % 4; those of lanes with the same (2 t - g) % 8 meet.
+// first..last, which no lane but one has. A lane's values are on diagonals 2 t - g + {-8, -7, 0, 1, 8, 9}, g = lane / 4
+// and t = lane % 4; those of lanes with the same (2 t - g) % 8 meet.
 __device__ __forceinline__ void add_diagonals(
     const float (&values)[2][4], int first, int last, float unit, int* sums) {
     constexpr unsigned ALL = 0xffffffff;
@@ -80,8 +80,9 @@ __device__ __forceinline__ void add_diagonals(
     if (diagonal >= first && diagonal <= last) atomicAdd(sums + diagonal, __float2int_rn(total * unit));
 }
 
-// Add a block's score gradients to the sums of the entries that they belong to, which begin at `starts` for each vector;
-// `unit` is 2^exponent of the fixed point. Runs of consecutive codes on both sides share entries along diagonals.
+// Add a block's score gradients to the sums of the entries that they belong to, which begin at `starts` for each
+// vector; `unit` is 2^exponent of the fixed point. Runs of consecutive codes on both sides share entries along
+// diagonals.
 __device__ __forceinline__ void add_bias_gradient(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const int* starts,
     const Side& keys, uint32_t key_runs, const Side& queries, uint32_t query_runs, const float (&values)[2][4],

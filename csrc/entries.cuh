@@ -1,5 +1,5 @@
-// Which entry of its modality's vector a pair of a query and a key takes, in blocks of 16 keys by 16 queries whose values
-// stand as accumulators do, keys in rows: the bias and its gradient see the same pairs.
+// Which entry of its modality's vector a pair of a query and a key takes, in blocks of 16 keys by 16 queries whose
+// values stand as accumulators do, keys in rows: the bias and its gradient see the same pairs.
 
 #pragma once
 

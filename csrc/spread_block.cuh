@@ -1,6 +1,6 @@
 // A block of keys more than warps have slots for, spread over all of them: most often the CLS row of an image whose
-// patches fill the slots. Two warps find its probabilities, each row's score gradient is one warp's, and every warp holds
-// some columns of its gradients.
+// patches fill the slots. Two warps find its probabilities, each row's score gradient is one warp's, and every warp
+// holds some columns of its gradients.
 
 #pragma once
 
