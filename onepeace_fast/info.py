@@ -136,8 +136,9 @@ def _implementation(operation: str) -> str:
     specification = "specification (eager PyTorch)"
     if operation == "relative_bias_attention":
         return (
-            "CUDA kernel on float16 and bfloat16 CUDA tensors with heads of 32, 64 or 128, else PyTorch's attention; "
-            f"gradients by the specification in chunks of heads; {specification} on a CPU and for float64"
+            "CUDA kernels, forward and backward, on float16 and bfloat16 CUDA tensors with heads of 32, 64 or 128, "
+            "else PyTorch's attention, and gradients by the specification in chunks of heads; "
+            f"{specification} on a CPU and for float64"
         )
     if operation == "routed_ffn":
         return (

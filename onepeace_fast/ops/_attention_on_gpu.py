@@ -1,15 +1,17 @@
-"""How ``relative_bias_attention`` runs on a GPU: the launch of the CUDA kernel, and PyTorch's attention without it."""
+"""How ``relative_bias_attention`` runs on a GPU: launches of the CUDA kernels, and PyTorch's attention without them."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast import cuda_extension
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.ops._library import accumulation_dtype
 from onepeace_fast.ops._segments import PairBias, head_slices, sample_groups
 
@@ -19,7 +21,7 @@ ALIGNMENT = 8  # elements of 16 bits that one access of 16 bytes takes
 
 
 def refusal(qkv: Tensor, modalities: int) -> str | None:
-    """Why the CUDA kernel does not run on these tensors, in one line, or None."""
+    """Why the CUDA kernels do not run on these tensors, in one line, or None: for both passes of a call alike."""
     if qkv.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float16 or bfloat16, got {_name(qkv.dtype)}"
     if qkv.shape[-1] not in HEAD_SIZES:
@@ -41,21 +43,74 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The CUDA kernel on the current stream: out [rows, heads, head_dim] and the log-sum-exp, float32 [rows, heads]."""
     rows, _, heads, head_dim = qkv.shape
-    strides = qkv.stride()
-    require(
-        strides[3] == 1 and not any(s % ALIGNMENT for s in strides[:3]) and qkv.data_ptr() % 16 == 0,
-        lambda: (
-            f"qkv: got strides {list(strides)} at an address that is {qkv.data_ptr() % 16} modulo 16, takes a last"
-            f" stride of 1, others that {ALIGNMENT} divides and an address that 16 divides; call .contiguous()"
-        ),
-    )
+    _require_readable(qkv)
     out, log_sum_exp = qkv.new_empty(rows, heads, head_dim), qkv.new_empty(rows, heads, dtype=torch.float32)
     if not rows:
         return out, log_sum_exp
-    cu_seqlens, code, is_cls = cu_seqlens.contiguous(), code.contiguous(), is_cls.contiguous()
+    attention, _held = _arguments(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
+    stream = _current_stream(qkv.device)
+    attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=stream)
+    cuda_extension.count_launch()
+    return out, log_sum_exp
+
+
+def launch_backward(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
+    code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float, max_length: int,
+    bias_needs: Sequence[bool], head_scale_need: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+    """The CUDA kernels on the current stream: gradients of qkv, the vectors and the head scale, empty where not needed.
+
+    ``log_sum_exp`` is that of ``launch_forward``. Gradients of float64 parameters are computed in float32.
+    """
+    rows, _, heads, head_dim = qkv.shape
+    _require_readable(qkv)
+    require(
+        grad.dtype == qkv.dtype and grad.device == qkv.device and grad.shape == (rows, heads, head_dim),
+        lambda: (
+            f"grad: got {describe(grad)}, takes {_name(qkv.dtype)} {[rows, heads, head_dim]} on {qkv.device},"
+            " like the output of the forward pass"
+        ),
+    )
+    attention, (_plan, vectors, scales) = _arguments(
+        qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length
+    )
+    # Autograd hands over expanded, transposed and sliced gradients, and contiguous ones that are off 16 bytes.
+    grad = grad if _reads_16_bytes(grad) else grad.clone(memory_format=torch.contiguous_format)
+    log_sum_exp = log_sum_exp.contiguous()
+    dqkv = qkv.new_empty(rows, 3, heads, head_dim)
+    dbias = [v.new_empty(v.shape if need else 0) for v, need in zip(vectors, bias_needs, strict=True)]
+    dscale = scales[0].new_empty(heads) if head_scale_need else qkv.new_empty(0)
+    wanted: dict[str, Any] = {
+        "multiprocessors": _multiprocessors(qkv.device),
+        "bias": [gradient.data_ptr() if need else 0 for gradient, need in zip(dbias, bias_needs, strict=True)],
+        "head_scale": dscale.data_ptr() if head_scale_need else 0,
+    }
+    workspace = qkv.new_empty(attention.backward_workspace(**wanted), dtype=torch.uint8)
+    attention.backward(
+        **wanted,
+        grad=grad.data_ptr(),
+        grad_strides=grad.stride()[:2],
+        log_sum_exp=log_sum_exp.data_ptr(),
+        qkv=dqkv.data_ptr(),
+        workspace=workspace.data_ptr(),
+        stream=_current_stream(qkv.device),
+    )
+    cuda_extension.count_launch()
+    dbias = [gradient.to(vector.dtype) for gradient, vector in zip(dbias, bias, strict=True)]
+    return dqkv, dbias, dscale.to(head_scale.dtype) if head_scale_need else dscale
+
+
+def _arguments(
+    qkv: Tensor, cu_seqlens: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor], code_offsets: Sequence[int],
+    head_scale: Tensor | None, scale: float, max_length: int,
+) -> tuple[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]]:  # fmt: skip
+    """The extension's arguments, and what must live until the launch: the plan, the vectors, the head scale if any."""
+    rows, _, heads, head_dim = qkv.shape
+    plan = [cu_seqlens.contiguous(), code.contiguous(), is_cls.contiguous()]
     vectors = [_readable(vector) for vector in bias]
-    head_scale = None if head_scale is None else _readable(head_scale).contiguous()
-    cuda_extension.extension().relative_bias_attention_forward(
+    scales = [] if head_scale is None else [_readable(head_scale).contiguous()]
+    attention = cuda_extension.extension().RelativeBiasAttention(
         device=qkv.get_device(),
         samples=cu_seqlens.shape[1] - 1,
         modalities=cu_seqlens.shape[0],
@@ -66,31 +121,49 @@ def launch_forward(
         scale=scale,
         type=_name(qkv.dtype),
         qkv=qkv.data_ptr(),
-        strides=strides[:3],
-        cu_seqlens=cu_seqlens.data_ptr(),
-        code=code.data_ptr(),
-        is_cls=is_cls.data_ptr(),
+        strides=qkv.stride()[:3],
+        cu_seqlens=plan[0].data_ptr(),
+        code=plan[1].data_ptr(),
+        is_cls=plan[2].data_ptr(),
         bias=[
             (vector.data_ptr(), _name(vector.dtype), *vector.stride(), vector.shape[1], offset)
             for vector, offset in zip(vectors, code_offsets, strict=True)
         ],
-        head_scale=0 if head_scale is None else head_scale.data_ptr(),
-        head_scale_type="float32" if head_scale is None else _name(head_scale.dtype),
-        out=out.data_ptr(),
-        log_sum_exp=log_sum_exp.data_ptr(),
-        stream=_current_stream(qkv.device),
+        head_scale=scales[0].data_ptr() if scales else 0,
+        head_scale_type=_name(scales[0].dtype) if scales else "float32",
     )
-    cuda_extension.count_launch()
-    return out, log_sum_exp
+    return attention, (plan, vectors, scales)
+
+
+def _require_readable(qkv: Tensor) -> None:
+    require(
+        _reads_16_bytes(qkv),
+        lambda: (
+            f"qkv: got strides {list(qkv.stride())} at an address that is {qkv.data_ptr() % 16} modulo 16, takes a last"
+            f" stride of 1, others that {ALIGNMENT} divides and an address that 16 divides; call"
+            " .clone(memory_format=torch.contiguous_format)"
+        ),
+    )
+
+
+def _reads_16_bytes(x: Tensor) -> bool:
+    """Whether every row of the last dimension can be read 16 bytes at a time."""
+    *strides, last = x.stride()
+    return last == 1 and not any(stride % ALIGNMENT for stride in strides) and x.data_ptr() % 16 == 0
 
 
 def _readable(parameter: Tensor) -> Tensor:
-    """The kernel reads parameters as they are, but for float64, which it does not know."""
+    """The kernels read parameters as they are, but for float64, which they do not know."""
     return parameter.float() if parameter.dtype == torch.float64 else parameter
 
 
 def _current_stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def attend_by_sdpa(

@@ -19,8 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import checks_devices, describe, require, require_device, require_tensor, require_vector
-from onepeace_fast.ops._attention_on_gpu import attend_by_sdpa, launch_forward, refusal
+from onepeace_fast.checks import (
+    checks_devices,
+    describe,
+    require,
+    require_device,
+    require_tensor,
+    require_values,
+    require_vector,
+)
+from onepeace_fast.ops._attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
 from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, only_needed, register_gradient
 from onepeace_fast.ops._segments import (
     Group,
@@ -87,7 +95,7 @@ def relative_bias_attention_backward_specification(
     dv = p^T do,  dp = do v^T,  ds = p (dp - sum_j p dp),  dq = scale ds k,  dk = scale ds^T q,
     dc = sum(grad o),  dbias[entry] = sum of ds over the pairs that take the entry.
 
-    Returns dqkv, the vectors' gradients and the head scale's, empty where none is needed. A kernel reads
+    Returns dqkv, the vectors' gradients and the head scale's, empty where none is needed. The kernel reads
     ``log_sum_exp`` to repeat p block by block; here whole rows are at hand.
     """
     dtype = accumulation_dtype(qkv.dtype)
@@ -128,6 +136,7 @@ def relative_bias_attention_on_gpu(
     """What the specification returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
     if checks_devices():
         _check_values(qkv.shape[0], cu_seqlens, modality, code, is_cls, bias, code_offsets)
+        _check_longest(cu_seqlens, max_length)
     if (reason := refusal(qkv, cu_seqlens.shape[0])) is None:
         return launch_forward(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
     _say_once(reason)
@@ -141,6 +150,13 @@ def _check_values(
 ) -> None:  # fmt: skip
     check_segments(cu_seqlens, rows)
     check_codes(bias, modality, code, is_cls, code_offsets)
+
+
+def _check_longest(cu_seqlens: Tensor, max_length: int) -> None:
+    """Raise where a sample is longer than a ``max_length`` that was given."""
+    if max_length:
+        message = f"max_length: got {max_length} and a longer sample, takes the longest one's length, or 0"
+        require_values((cu_seqlens.diff(dim=1).sum(0) <= max_length).all(), message)
 
 
 @functools.cache
@@ -157,7 +173,16 @@ def relative_bias_attention_backward_on_gpu(
     bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
     max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """What the backward specification returns, by itself, some heads after others so that memory is linear in rows."""
+    """What the backward specification returns, by the CUDA extension wherever that ran the forward pass.
+
+    Otherwise by the specification, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some
+    heads after others, so that memory is linear in rows.
+    """
+    if refusal(qkv, cu_seqlens.shape[0]) is None:
+        return launch_backward(
+            grad, qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
+            bias_needs, head_scale_need,
+        )  # fmt: skip
     longest = longest_sample(cu_seqlens, max_length)
     parts = [
         relative_bias_attention_backward_specification(
@@ -262,17 +287,17 @@ def relative_bias_attention(
         code_offsets: per modality, the entry that belongs to equal codes.
         head_scale: [heads], or None.
         scale: of q . k; by default head_dim ** -0.5.
-        max_length: longest sample, where the host knows it.
+        max_length: longest sample, where the host knows it; on a GPU a longer one may get gradients that are NaN.
 
     Returns:
         [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
-        On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernel; whatever it cannot take runs
-        PyTorch's attention, which says so once.
+        On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernels, forward and backward; whatever
+        they cannot take runs PyTorch's attention, which says so once, and has its gradients from the specification.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;
             on a CPU, and under ``ONEPEACE_FAST_CHECK=1`` by an assertion on the device, segments outside the rows and
-            codes that differ by more than their vector covers.
+            codes that differ by more than their vector covers; by that assertion alone samples past ``max_length``.
         RuntimeError: CUDA's error where the launch fails.
     """
     floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 from models._goldens import KINDS, golden, losses
 from support.host_extension import use
 
-from onepeace_fast import relative_bias_attention
+from onepeace_fast import cuda_extension, relative_bias_attention
 from onepeace_fast.layers import transformer
 from onepeace_fast.tolerance import HALF, assert_within_rule
 
@@ -54,12 +54,9 @@ def test_the_kernel_reproduces_recorded_outputs(monkeypatch, host_extension, nam
     model = recording.model("fused")
     plain = outputs(recording, model)
     use(monkeypatch, host_extension)
-    launches = []
-    launch = host_extension.relative_bias_attention_forward
-    counted = lambda **arguments: launches.append(arguments) or launch(**arguments)  # noqa: E731
-    monkeypatch.setattr(host_extension, "relative_bias_attention_forward", counted)
+    before = cuda_extension.launched()
     actual, exact = outputs(recording, model), recorded(recording)
-    assert launches and heads <= {32, 64}
+    assert cuda_extension.launched() > before and heads <= {32, 64}
     for key, value in actual.items():
         # The rule's slack in units of the dtype in which attention ran.
         assert_within_rule(key, value.to(dtype), plain[key].to(dtype), exact[key])

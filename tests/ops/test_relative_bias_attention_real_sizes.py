@@ -1,14 +1,16 @@
-"""``relative_bias_attention`` by the CUDA kernel at the model's sizes; all of it needs a GPU."""
+"""``relative_bias_attention`` by the CUDA kernels at the model's sizes; all of it needs a GPU."""
 
 import warnings
 from itertools import pairwise
 
 import pytest
 import torch
+from support.dense_attention import dense_attention
 
 from onepeace_fast import RoutePlan, cuda_extension, relative_bias_attention
 from onepeace_fast.ops._library import force_kernels
 from onepeace_fast.relative_position import (
+    CLS_ENTRIES,
     grid_code_offset,
     grid_codes,
     grid_table_rows,
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(cuda_extension.extension() is None, reason="the CUDA extension is not built"),
 ]
 HEADS, HEAD_DIM, REPEATS = 4, 64, 50
+DTYPES_OF_GRADIENTS = [(dtype, dtype) for dtype in HALF] + [(torch.bfloat16, torch.float32)]  # the last: autocast
 LENGTHS = {
     72: {"text": [72, 5, 33]},
     257: {"image": [257, 257]},
@@ -40,6 +43,20 @@ def plan_of(lengths, device="cuda", **keywords):
     return RoutePlan.from_lengths(lengths, device=device, codes=codes, code_offsets=offsets, **keywords)
 
 
+def kept_plan(share, device="cuda"):
+    """A plan of three texts and of this share of the patches of three images."""
+    mask = torch.zeros(3, 257, dtype=torch.bool)
+    mask[:, 0] = True
+    for row in mask:
+        row[1 + torch.randperm(256)[: round(256 * share)]] = True
+    lengths = {"text": [72, 9, 33], "image": mask.sum(1).tolist()}
+    text = torch.arange(72) < torch.tensor(lengths["text"])[:, None]
+    return RoutePlan.from_masks(
+        {"text": text.to(device), "image": mask.to(device)}, lengths=lengths,
+        codes={"image": grid_codes(16, 16).to(device)}, code_offsets={"image": grid_code_offset(16)},
+    )  # fmt: skip
+
+
 def vectors_of(plan, lengths, device="cuda"):
     """Random vectors of each modality, [heads, entries], float32."""
     made = []
@@ -52,8 +69,8 @@ def vectors_of(plan, lengths, device="cuda"):
     return made
 
 
-def call(plan, qkv, bias, head_scale):
-    return relative_bias_attention(
+def call(plan, qkv, bias, head_scale, attend=relative_bias_attention):
+    return attend(
         qkv, cu_seqlens=plan.cu_seqlens, modality=plan.modality, code=plan.code, is_cls=plan.is_cls, bias=bias,
         code_offsets=plan.code_offsets if bias else (), head_scale=head_scale, max_length=plan.max_length,
     )  # fmt: skip
@@ -64,6 +81,37 @@ def inputs(length, dtype=torch.bfloat16, device="cuda"):
     plan = plan_of(LENGTHS[length], device)
     qkv = (1.5 * torch.randn(plan.capacity, 3, HEADS, HEAD_DIM, device=device)).to(dtype)
     return plan, qkv, vectors_of(plan, LENGTHS[length], device), 1 + 0.5 * torch.randn(HEADS, device=device)
+
+
+def gradient_of(qkv):
+    """A gradient of the result."""
+    generator = torch.Generator(qkv.device).manual_seed(1)
+    return torch.randn(qkv[:, 0].shape, device=qkv.device, generator=generator).to(qkv.dtype)
+
+
+def differentiate(plan, qkv, bias, head_scale, grad, attend=relative_bias_attention):
+    """The result, and the gradients of qkv, the vectors and the head scale."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (qkv, *bias, head_scale)]
+    out = call(plan, leaves[0], leaves[1:-1], leaves[-1], attend)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad)
+
+
+def check_gradients(plan, qkv, bias, head_scale):
+    """Results and gradients by both kernels, in every modality and head, the vectors' entries of CLS apart."""
+    grad, before = gradient_of(qkv), cuda_extension.launched()
+    actual = differentiate(plan, qkv, bias, head_scale, grad)
+    assert cuda_extension.launched() - before == 2
+    plain = differentiate(plan, qkv, bias, head_scale, grad, dense_attention)
+    double = [vector.double() for vector in bias]
+    exact = differentiate(plan, qkv.double(), double, head_scale.double(), grad.double(), dense_attention)
+    bounds, heads = plan.offsets.tolist(), range(HEADS)
+    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    entries = [(head, part) for head in heads for part in (slice(None, -CLS_ENTRIES), slice(-CLS_ENTRIES, None))]
+    slices = {"out": [(part, head) for part in parts for head in heads], "head_scale": ()}
+    slices["qkv"] = [(part, which, head) for part in parts for which in range(3) for head in heads]
+    names = ("out", "qkv", *(f"bias of {name}" for name in plan.modalities), "head_scale")
+    for name, *values in zip(names, actual, plain, exact, strict=True):
+        assert_within_rule(name, *values, slices.get(name, entries))
 
 
 @pytest.fixture(autouse=True)
@@ -86,11 +134,29 @@ def test_values_follow_the_specification(length, dtype):
     assert_within_rule("out", actual, plain, exact, parts)
 
 
+@pytest.mark.parametrize("dtype, of_parameters", DTYPES_OF_GRADIENTS, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_gradients_follow_the_dense_bias(length, dtype, of_parameters):
+    plan, qkv, bias, head_scale = inputs(length, dtype)
+    check_gradients(plan, qkv, [vector.to(of_parameters) for vector in bias], head_scale.to(of_parameters))
+
+
+@pytest.mark.parametrize("dtype, of_parameters", DTYPES_OF_GRADIENTS, ids=str)
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
+def test_gradients_of_kept_patches_follow_the_dense_bias(share, dtype, of_parameters):
+    _, _, bias, head_scale = inputs(329)
+    plan = kept_plan(share)
+    qkv = (1.5 * torch.randn(plan.capacity, 3, HEADS, HEAD_DIM, device="cuda")).to(dtype)
+    check_gradients(plan, qkv, [vector.to(of_parameters) for vector in bias], head_scale.to(of_parameters))
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 def test_repeats_are_bitwise_equal(length):
     arguments = inputs(length)
-    first = call(*arguments)
-    assert all(torch.equal(call(*arguments), first) for _ in range(REPEATS - 1))
+    grad = gradient_of(arguments[1])
+    first = differentiate(*arguments, grad)
+    for _ in range(REPEATS - 1):
+        assert all(map(torch.equal, differentiate(*arguments, grad), first))
 
 
 def test_a_captured_graph_follows_its_refilled_plan():
@@ -100,42 +166,52 @@ def test_a_captured_graph_follows_its_refilled_plan():
 
     captured = refill([40, 3, 17], [17, 17, 17])
     qkv = torch.randn(256, 3, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    bias = vectors_of(captured, {"text": [40], "image": [17]})
+    bias, head_scale = vectors_of(captured, {"text": [40], "image": [17]}), torch.rand(HEADS, device="cuda")
+    tensors = (qkv, bias, head_scale, gradient_of(qkv))
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
-            call(captured, qkv, bias, None)
+            differentiate(captured, *tensors)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = call(captured, qkv, bias, None)
+        results = differentiate(captured, *tensors)
     for text in ([1, 40, 2], [9, 9, 9]):
         other = refill(text, [17, 17, 17])
         captured.copy_(other)
-        out.fill_(torch.nan)
+        for result in results:
+            result.fill_(torch.nan)
         graph.replay()
-        assert torch.equal(out, call(other, qkv, bias, None))
+        assert all(map(torch.equal, results, differentiate(other, *tensors)))
 
 
 def test_it_runs_on_the_stream_and_device_of_its_tensors():
     last = torch.cuda.device_count() - 1
     arguments = inputs(72, device=f"cuda:{last}")
-    expected = call(*arguments)
+    arguments = (*arguments, gradient_of(arguments[1]))
+    expected = differentiate(*arguments)
     stream = torch.cuda.Stream(last)
     stream.wait_stream(torch.cuda.current_stream(last))
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**7)
-        on_stream = call(*arguments)
+        on_stream = differentiate(*arguments)
     stream.synchronize()
-    assert torch.equal(on_stream, expected) and torch.cuda.current_device() == 0
+    assert all(map(torch.equal, on_stream, expected)) and torch.cuda.current_device() == 0
 
 
 def test_a_launch_that_cuda_refuses_raises_its_error_and_the_next_one_works():
-    plan, qkv, bias, head_scale = inputs(72)
-    expected = call(plan, qkv, bias, head_scale)
+    arguments = inputs(72)
+    arguments = (*arguments, gradient_of(arguments[1]))
+    expected = differentiate(*arguments)
+    nowhere = cuda_extension.extension().RelativeBiasAttention(
+        device=10**6, samples=1, modalities=1, rows=1, heads=1, head_dim=32, max_length=1, scale=1.0, type="bfloat16",
+        qkv=16, strides=(96, 32, 32), cu_seqlens=16, code=16, is_cls=16, bias=[], head_scale=0,
+        head_scale_type="float32",
+    )  # fmt: skip
     with pytest.raises(RuntimeError, match="invalid"):
-        cuda_extension.extension().relative_bias_attention_forward(
-            device=10**6, samples=1, modalities=1, rows=1, heads=1, head_dim=32, max_length=1, scale=1.0,
-            type="bfloat16", qkv=16, strides=(96, 32, 32), cu_seqlens=16, code=16, is_cls=16, bias=[], head_scale=0,
-            head_scale_type="float32", out=16, log_sum_exp=16, stream=0,
+        nowhere.forward(out=16, log_sum_exp=16, stream=0)
+    with pytest.raises(RuntimeError, match="invalid"):
+        nowhere.backward(
+            multiprocessors=1, bias=[], head_scale=0, grad=16, grad_strides=(32, 32), log_sum_exp=16, qkv=16,
+            workspace=16, stream=0,
         )  # fmt: skip
-    assert torch.equal(call(plan, qkv, bias, head_scale), expected)
+    assert all(map(torch.equal, differentiate(*arguments), expected))

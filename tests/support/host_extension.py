@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -28,9 +29,17 @@ def build(folder: Path) -> ModuleType:
     sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
     sources += [path for path in (SOURCES / "host_shim").glob("*.cpp") if path.name != "run.cpp"]  # which has a main
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")))
-    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-fvisibility=hidden"]
+    command = [compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
     command += [f'-DONEPEACE_FAST_ARCHITECTURES="{ARCHITECTURES}"', *(f"-I{path}" for path in includes)]
-    subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(output)], check=True)
+
+    def compile_one(source: Path) -> str:
+        compiled = str(folder / f"{source.name}.o")
+        subprocess.run([*command, "-x", "c++", "-c", str(source), "-o", compiled], check=True)
+        return compiled
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = list(threads.map(compile_one, sources))
+    subprocess.run([compiler, "-shared", *objects, "-o", str(output)], check=True)
     spec = importlib.util.spec_from_file_location("_cuda", output)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -43,10 +52,11 @@ def force_gpu_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_library, "runs_kernel", takes)
 
 
-def use(monkeypatch: pytest.MonkeyPatch, extension: ModuleType) -> None:
-    """Let ops take this extension, on an H100 as far as they ask."""
+def use(monkeypatch: pytest.MonkeyPatch, extension: ModuleType, multiprocessors: int = 132) -> None:
+    """Let ops take this extension, on an H100 as far as they ask, or one of another number of multiprocessors."""
     force_gpu_paths(monkeypatch)
     monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
     monkeypatch.setattr(cuda_extension, "unavailable_reason", extension.unavailable_reason)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(_attention_on_gpu, "_current_stream", lambda device: 0)
+    monkeypatch.setattr(_attention_on_gpu, "_multiprocessors", lambda device: multiprocessors)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import struct
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 SHIM = CSRC / "host_shim"
-KERNELS = ("relative_bias_attention_forward.cu",)
+KERNELS = tuple(sorted(path.name for path in CSRC.glob("*.cu")))
 COMPILER = os.environ.get("CXX") or "g++"
 MAX_MODALITIES = 16
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -55,19 +59,43 @@ class RelativeBiasAttention(ctypes.Structure):
     )
 
 
+class RelativeBiasAttentionGradients(ctypes.Structure):
+    """Of ``csrc/relative_bias_attention.h``; ``csrc/host_shim/run.cpp`` has what its pointers say in a case."""
+
+    _fields_ = (
+        ("multiprocessors", ctypes.c_int32),
+        ("grad", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "head_stride")),
+        *((name, ctypes.c_void_p) for name in ("log_sum_exp", "qkv")),
+        ("bias", ctypes.c_void_p * MAX_MODALITIES),
+        *((name, ctypes.c_void_p) for name in ("head_scale", "workspace")),
+    )
+
+
+class Gradients(NamedTuple):
+    """What the backward pass gives; None for what is frozen or not there."""
+
+    qkv: Tensor
+    bias: list[Tensor | None]
+    head_scale: Tensor | None
+
+
 def build(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
     """Compile the kernels' sources for this CPU under a sanitizer; returns the program."""
     shim, program = csrc / "host_shim", folder / f"run_{sanitizer}"
-    flags = [COMPILER, "-std=c++17", "-O1", "-g", "-fPIE"]
-    flags += [f"-I{shim}", f"-I{csrc}"]
+    # The kernels are long: what a debugger needs beside lines, and more optimization, cost more time than they save.
+    flags = [COMPILER, "-std=c++17", "-g1", "-fPIE", f"-I{shim}", f"-I{csrc}"]
+    kernel, program_itself = (["-Og", *SANITIZERS[sanitizer]], ["-O2", *SANITIZERS[sanitizer]])
     # The fibers hand values from lane to lane, which is no access of the kernel's: ThreadSanitizer must not see it.
-    hidden = SANITIZERS[sanitizer][1:] if sanitizer == "thread" else SANITIZERS[sanitizer]
-    sources = [(csrc / kernel, SANITIZERS[sanitizer]) for kernel in KERNELS]
-    sources += [(shim / "run.cpp", SANITIZERS[sanitizer]), (shim / "fibers.cpp", hidden), (shim / "warp.cpp", hidden)]
-    objects = []
+    hidden = ["-O2", *SANITIZERS[sanitizer][1:]] if sanitizer == "thread" else program_itself
+    sources = [(csrc / name, kernel) for name in KERNELS]
+    sources += [(shim / "run.cpp", program_itself), (shim / "fibers.cpp", hidden), (shim / "warp.cpp", hidden)]
+    objects, commands = [], []
     for source, options in sources:
         objects.append(str(folder / f"{source.stem}_{sanitizer}.o"))
-        _run([*flags, *options, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+        commands.append([*flags, *options, "-x", "c++", "-c", str(source), "-o", objects[-1]])
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(_run, commands))
     _run([COMPILER, *SANITIZERS[sanitizer], *objects, "-o", str(program)])
     return program
 
@@ -78,12 +106,12 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{process.stderr[-4000:]}")
 
 
-def _array(tensor: Tensor | None) -> bytes:
-    """A tensor's storage, whatever its strides."""
-    if tensor is None:
-        return struct.pack("q", 0)
-    storage = bytes(tensor.untyped_storage())
-    return struct.pack("q", len(storage)) + storage
+def _array(tensor: Tensor | None, begin: bool = False) -> bytes:
+    """A tensor's storage, whatever its strides, and before it where the tensor begins in it if asked."""
+    memory = None if tensor is None else tensor.untyped_storage()
+    storage = b"" if memory is None else ctypes.string_at(memory.data_ptr(), memory.nbytes())
+    offset = struct.pack("q", tensor.storage_offset() * tensor.element_size()) if begin else b""
+    return offset + struct.pack("q", len(storage)) + storage
 
 
 def attention_case(
@@ -99,11 +127,13 @@ def attention_case(
     scale: float | None = None,
     orders: Sequence[int] = (0,),
     changed: Mapping[str, int] | None = None,
+    gradients: bytes = b"",
     **_: object,
 ) -> bytes:
     """The case that the program reads: arguments as those of the op, and an order of blocks for each run.
 
-    ``changed`` overrides members of the struct with values that no tensor has.
+    ``changed`` overrides members of the struct with values that no tensor has. With ``gradients``, of
+    ``gradients_case``, the backward pass runs too.
     """
     rows, _, heads, head_dim = qkv.shape
     case = RelativeBiasAttention(
@@ -116,11 +146,31 @@ def attention_case(
         case.bias[m] = BiasVector(None, *vector.stride(), vector.shape[1], offset, TYPES[vector.dtype])
     for name, value in (changed or {}).items():
         setattr(case, name, value)
-    parts = [bytes(case), struct.pack("q", qkv.storage_offset() * qkv.element_size()), _array(qkv)]
+    parts = [bytes(case), _array(qkv, begin=True)]
     parts += [_array(tensor.contiguous()) for tensor in (cu_seqlens, code, is_cls)]
     parts += [struct.pack("q", len(bias)), *(_array(vector) for vector in bias)]
-    parts += [_array(head_scale), struct.pack(f"q{len(orders)}q", len(orders), *orders)]
-    return b"".join(parts)
+    parts += [_array(head_scale), struct.pack("q", bool(gradients)), gradients]
+    return b"".join([*parts, struct.pack(f"q{len(orders)}q", len(orders), *orders)])
+
+
+def gradients_case(
+    grad: Tensor,
+    bias_needs: Sequence[bool],
+    head_scale_need: bool,
+    multiprocessors: int = 1,
+    changed: Mapping[str, int] | None = None,
+) -> bytes:
+    """What the case has for the backward pass."""
+    case = RelativeBiasAttentionGradients(
+        multiprocessors=multiprocessors,
+        row_stride=grad.stride(0),
+        head_stride=grad.stride(1),
+        head_scale=head_scale_need,
+    )
+    case.bias[: len(bias_needs)] = list(map(int, bias_needs))
+    for name, value in (changed or {}).items():
+        setattr(case, name, value)
+    return bytes(case) + _array(grad, begin=True)
 
 
 def run(program: Path, folder: Path, case: bytes, options: str = "") -> subprocess.CompletedProcess[str]:
@@ -131,19 +181,48 @@ def run(program: Path, folder: Path, case: bytes, options: str = "") -> subproce
     return subprocess.run(command, env=environment, text=True, capture_output=True)
 
 
-def forward(program: Path, folder: Path, qkv: Tensor, **arguments: object) -> list[tuple[Tensor, Tensor]]:
-    """out and log-sum-exp of each run; fails by what the program says."""
-    process = run(program, folder, attention_case(qkv, **arguments))
+Shape = tuple[Sequence[int], torch.dtype]
+
+
+def _results(program: Path, folder: Path, case: bytes, shapes: Sequence[Shape]) -> Iterator[list[Tensor]]:
+    """Tensors of these shapes that each run wrote one after another; fails by what the program says."""
+    process = run(program, folder, case)
     assert process.returncode == 0, process.stderr[-4000:]
+    data = torch.frombuffer(bytearray((folder / "results").read_bytes()), dtype=torch.uint8)
+    sizes = [prod(shape) * dtype.itemsize for shape, dtype in shapes]
+    for one in data.split(sum(sizes)):
+        arrays = zip(one.split(sizes), shapes, strict=True)
+        yield [array.clone().view(dtype).view(shape) for array, (shape, dtype) in arrays]
+
+
+def forward(program: Path, folder: Path, qkv: Tensor, **arguments: object) -> list[tuple[Tensor, Tensor]]:
+    """out and log-sum-exp of each run."""
     rows, _, heads, head_dim = qkv.shape
-    data, results = (folder / "results").read_bytes(), []
-    size = rows * heads * (2 * head_dim + 4)
-    for start in range(0, len(data), max(size, 1)):
-        out, log_sum_exp = data[start : start + size - 4 * rows * heads], data[start + size - 4 * rows * heads :]
-        results.append(
-            (
-                torch.frombuffer(bytearray(out), dtype=qkv.dtype).view(rows, heads, head_dim),
-                torch.frombuffer(bytearray(log_sum_exp[: 4 * rows * heads]), dtype=torch.float32).view(rows, heads),
-            )
-        )
+    shapes = [((rows, heads, head_dim), qkv.dtype), ((rows, heads), torch.float32)]
+    return [(out, total) for out, total in _results(program, folder, attention_case(qkv, **arguments), shapes)]
+
+
+def backward(
+    program: Path,
+    folder: Path,
+    qkv: Tensor,
+    grad: Tensor,
+    *,
+    bias: Sequence[Tensor] = (),
+    head_scale: Tensor | None = None,
+    bias_needs: Sequence[bool] | None = None,
+    head_scale_need: bool = True,
+    multiprocessors: int = 1,
+    **arguments: object,
+) -> list[Gradients]:
+    """The gradients of each run, by the log-sum-exp of its forward pass: of all that there is unless told otherwise."""
+    needs = [True] * len(bias) if bias_needs is None else bias_needs
+    scale_need = head_scale is not None and head_scale_need
+    gradients = gradients_case(grad, needs, scale_need, multiprocessors)
+    case = attention_case(qkv, bias=bias, head_scale=head_scale, gradients=gradients, **arguments)
+    written = [grad, grad[..., 0].float(), qkv, *itertools.compress(bias, needs), *([head_scale] if scale_need else ())]
+    results = []
+    for _, _, dqkv, *rest in _results(program, folder, case, [(array.shape, array.dtype) for array in written]):
+        others = iter(rest)
+        results.append(Gradients(dqkv, [next(others) if need else None for need in needs], next(others, None)))
     return results

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,18 @@ from torch import Tensor
 
 from onepeace_fast.ops.relative_bias_attention import relative_bias_attention_specification
 from onepeace_fast.tolerance import assert_within_rule
-from support.attention_cases import Batch
+from support import naive
+from support.attention_cases import Batch, Table
+from support.contract import normal, run
+from support.host_shim import Gradients
+from support.plans import naive_layout, whole_rows
 
 Attend = Callable[..., list[tuple[Tensor, Tensor]]]
+Differentiate = Callable[..., list[Gradients]]
+
+# One thread block walks all keys of a short sample, or several share them because the chip has more of them to fill and
+# a sample may be long.
+WALKS = {"whole": {"multiprocessors": 1}, "split": {"multiprocessors": 132, "max_length": 200}}
 
 
 def rounded(batch: Batch, dtype: torch.dtype, heads: int, dim: int, **options: bool) -> dict[str, Tensor]:
@@ -40,6 +49,61 @@ def check(attend: Attend, batch: Batch, leaves: Mapping[str, Tensor]) -> tuple[T
     inert = batch.layout.offsets[-1]
     assert not out[inert:].any() and not log_sum_exp[inert:].any()
     return out, log_sum_exp
+
+
+def wide(batch: Batch, heads: int, dim: int) -> dict[str, Tensor]:
+    """The batch's leaves in bfloat16, but its vectors and head scale in float32."""
+    leaves = batch.leaves(heads, dim)
+    return {name: leaf.bfloat16() if name == "qkv" else leaf.float() for name, leaf in leaves.items()}
+
+
+def coded(codes: Sequence[int]) -> Batch:
+    """One text with these codes and CLS, and a vector with an entry for every difference."""
+    span = max(codes) - min(codes)
+    table = Table(2 * span + 4, naive.vector_row(span, 2 * span + 4), torch.arange(2 * span + 4), span)
+    kept = whole_rows({"text": [len(codes) + 1]})
+    return Batch(naive_layout(kept, codes={"text": [0, *codes]}), (table,))
+
+
+def gradient_of(qkv: Tensor) -> Tensor:
+    """A gradient of out."""
+    return normal(qkv.shape[0], *qkv.shape[2:], seed=1000, dtype=qkv.dtype)
+
+
+def tables_gradient(batch: Batch, bias: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The gradients of tables, from those of their vectors."""
+    return {
+        f"table{m}": vector.new_zeros(table.rows, vector.shape[0], dtype=torch.float64)
+        .index_add(0, table.entries, vector.t().double())
+        .to(vector.dtype)
+        for m, (table, vector) in enumerate(zip(batch.tables, bias, strict=bool(bias)))
+    }
+
+
+def check_gradients(
+    differentiate: Differentiate, batch: Batch, leaves: Mapping[str, Tensor], grad: Tensor | None = None, **options: Any
+) -> Gradients:
+    """Run the kernels; every gradient by the rule in every slice, and zero in inert rows."""
+    qkv, heads, inert = leaves["qkv"], leaves["qkv"].shape[2], int(batch.layout.offsets[-1])
+    grad = gradient_of(qkv) if grad is None else grad
+    (gradients,) = differentiate(qkv, grad, **{**arguments(batch, leaves), **options})
+    actual = {"qkv": gradients.qkv, **tables_gradient(batch, gradients.bias), "head_scale": gradients.head_scale}
+    plain, exact = (
+        run(batch.plain, mine, [grad])[1] for mine in (leaves, {name: leaf.double() for name, leaf in leaves.items()})
+    )
+    slices = batch.slices(heads) | {"head_scale": list(range(heads))}
+    for name, leaf in leaves.items():
+        theirs = [torch.zeros_like(leaf) if g[name] is None else g[name] for g in (plain, exact)]  # no row took part
+        assert_within_rule(name, actual[name], *theirs, slices[name])
+    assert not gradients.qkv[inert:].any()
+    return gradients
+
+
+def assert_same_gradients(actual: Gradients, expected: Gradients) -> None:
+    """Bit by bit, those that both have; NaN is NaN."""
+    pairs = [(actual.qkv, expected.qkv), *zip(actual.bias, expected.bias, strict=True)]
+    for mine, theirs in (*pairs, (actual.head_scale, expected.head_scale)):
+        assert mine is None or theirs is None or torch.equal(mine.nan_to_num(777), theirs.nan_to_num(777))
 
 
 def specification(leaves: Mapping[str, Tensor], given: Mapping[str, Any], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

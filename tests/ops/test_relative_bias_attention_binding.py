@@ -1,0 +1,123 @@
+"""The binding of attention's CUDA kernels, compiled by g++: what it launches on addresses, and what it refuses."""
+
+import pytest
+import torch
+from support.contract import normal
+
+pytestmark = pytest.mark.requires_compiler
+ROW = {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
+
+
+class Call:
+    """Both passes on one row of one head without a bias; ``changes`` override what they are called with."""
+
+    def __init__(self, extension, **changes):
+        plan = {"cu_seqlens": torch.tensor([[0, 1]], dtype=torch.int32), "code": torch.zeros(1, dtype=torch.int32)}
+        self.tensors = plan | {"is_cls": torch.zeros(1, dtype=torch.bool)}
+        self.tensors["qkv"] = normal(1, 3, 1, 32, seed=0, dtype=torch.float16)
+        kinds = {"type": "float16", "head_scale": 0, "head_scale_type": "float32"}
+        values = {**ROW, **kinds, "scale": 1.0, "strides": (96, 32, 32), "bias": []}
+        values |= {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        self.attention = extension.RelativeBiasAttention(**{**values, **changes})
+
+    def forward(self, **changes):
+        """out and the log-sum-exp."""
+        out, log_sum_exp = torch.full((1, 1, 32), torch.nan).half(), torch.full((1, 1), torch.nan)
+        values = {"out": out.data_ptr(), "log_sum_exp": log_sum_exp.data_ptr(), "stream": 0}
+        self.launch("forward", out, **{**values, **changes})
+        return out, log_sum_exp
+
+    def backward(self, gradient, log_sum_exp, **changes):
+        """The gradient of qkv, from that of out."""
+        wanted = {"multiprocessors": 1, "bias": [], "head_scale": 0}
+        qkv = torch.full_like(self.tensors["qkv"], torch.nan)
+        workspace = torch.empty(self.attention.backward_workspace(**wanted) + 16, dtype=torch.uint8)
+        values = {"grad": gradient.data_ptr(), "grad_strides": (32, 32), "log_sum_exp": log_sum_exp.data_ptr()}
+        values |= {"qkv": qkv.data_ptr(), "workspace": workspace.data_ptr(), "stream": 0}
+        self.launch("backward", qkv, **{**wanted, **values, **changes})
+        return qkv
+
+    def launch(self, name, result, **values):
+        try:
+            getattr(self.attention, name)(**values)
+        except Exception:
+            assert result.isnan().all(), "a refused call left a result"
+            raise
+
+
+def test_it_launches_on_addresses(host_extension):
+    call = Call(host_extension)
+    out, log_sum_exp = call.forward()
+    q, k, v = call.tensors["qkv"][0, :, 0].float()
+    assert torch.equal(out[0, 0].float(), v)  # a sample of one row attends to itself
+    torch.testing.assert_close(log_sum_exp[0, 0], q @ k, rtol=1e-3, atol=1e-3)
+    grad = normal(1, 1, 32, seed=1, dtype=torch.float16)
+    dq, dk, dv = call.backward(grad, log_sum_exp)[0, :, 0].float()
+    torch.testing.assert_close(dv, grad[0, 0].float(), rtol=1e-3, atol=1e-3)
+    assert dq.abs().max() < 0.05 and dk.abs().max() < 0.05  # softmax over one key has no slope
+
+
+def refused_in_one_line(name, run, *arguments, **changes):
+    with pytest.raises((RuntimeError, ValueError)) as caught:
+        run(*arguments, **changes)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: got ") and ", takes " in message and "\n" not in message
+
+
+BAD_ARGUMENTS = [
+    ("type", {"type": "int8"}),
+    ("qkv", {"type": "float32"}),
+    ("qkv", {"head_dim": 48}),
+    ("qkv", {"qkv": 8}),
+    ("qkv", {"strides": (97, 32, 32)}),
+    ("qkv", {"heads": 0}),
+    ("cu_seqlens", {"modalities": 17}),
+    ("bias", {"bias": [(16, "float32", 4, 1, 3, 0)]}),
+    ("bias", {"bias": [(16, "float32", 4, 1, 4, 0)] * 2}),
+    ("bias", {"bias": [(16, "float32", 4, 1, 4, 0)] * 17}),
+    ("type", {"head_scale_type": "float64"}),
+]
+
+
+@pytest.mark.parametrize(("name", "bad"), [*BAD_ARGUMENTS, ("out", {"out": 8})], ids=str)
+def test_the_forward_pass_refuses_in_one_line_and_launches_nothing(host_extension, name, bad):
+    of_launch = {key: value for key, value in bad.items() if key == "out"}
+    run = lambda: Call(host_extension, **({} if of_launch else bad)).forward(**of_launch)  # noqa: E731
+    refused_in_one_line(name, run)
+
+
+@pytest.mark.parametrize(("name", "bad"), [row for row in BAD_ARGUMENTS if row[0] != "type"], ids=str)
+def test_the_backward_pass_refuses_the_same_arguments(host_extension, name, bad):
+    gradients = {"bias": [16] * len(bad.get("bias", ()))}
+    grad, log_sum_exp = torch.zeros(1, 1, 32).half(), torch.zeros(1, 1)
+    run = lambda: Call(host_extension, **bad).backward(grad, log_sum_exp, **gradients)  # noqa: E731
+    refused_in_one_line(name, run)
+
+
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        ("grad", {"grad": 8}),
+        ("grad", {"grad_strides": (33, 32)}),
+        ("workspace", {"qkv": 8}),
+        ("workspace", {"workspace": 8}),
+        ("bias", {"bias": [16]}),
+        ("head_scale", {"head_scale": 16}),
+    ],
+    ids=str,
+)
+def test_the_backward_pass_refuses_in_one_line_and_launches_nothing(host_extension, name, bad):
+    call = Call(host_extension)
+    _, log_sum_exp = call.forward()
+    refused_in_one_line(name, call.backward, torch.zeros(1, 1, 32).half(), log_sum_exp, **bad)
+
+
+def test_the_workspace_grows_with_what_is_learned(host_extension):
+    bias = [(16, "float32", 4, 1, 4, 0)]
+    call = Call(host_extension, bias=bias, head_scale=16)
+    size = lambda *learned: call.attention.backward_workspace(  # noqa: E731
+        multiprocessors=1, bias=[learned[0]], head_scale=learned[1]
+    )
+    assert size(0, 0) < size(0, 16) < size(16, 16) and size(0, 0) < size(16, 0)
+    for name, bad in (("bias", {"bias": [], "head_scale": 0}), ("bias", {"bias": [0, 0], "head_scale": 0})):
+        refused_in_one_line(name, call.attention.backward_workspace, multiprocessors=1, **bad)
