@@ -97,8 +97,8 @@ __device__ __forceinline__ void accumulate(
 }
 
 // Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the
-// largest gradient. Eight lanes have the same queries: in three steps each gives half of its sums and gets half, until it
-// has one.
+// largest gradient. Eight lanes have the same queries: in three steps each gives half of its sums and gets half, until
+// it has one.
 template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void share_sums(
     const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& probabilities,
@@ -163,11 +163,11 @@ __device__ __forceinline__ void differentiate(
     }
 }
 
-// Add ds to the sums of entries, whose fixed point has a unit.
+// Add ds to the sums of entries.
 template <typename T, int HEAD_DIM, bool LARGE>
 __device__ __forceinline__ void add_to_entries(
     const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks,
-    float unit) {
+    const Sums& sums) {
     auto& shared = backward.shared;
     // A lane for each row of both halves of the tile, and of the blocks of both slots.
     const int which = thread_index() % WARP / BLOCK_ROWS;
@@ -185,7 +185,7 @@ __device__ __forceinline__ void add_to_entries(
             add_bias_gradient(
                 backward.arguments, backward.gradients, shared.bias_start, backward.keys(block),
                 key_runs >> (BLOCK_ROWS * slot) & 0xffff, backward.queries(stage, half),
-                query_runs >> (BLOCK_ROWS * half) & 0xffff, gradients[slot][half], unit, backward.sums());
+                query_runs >> (BLOCK_ROWS * half) & 0xffff, gradients[slot][half], sums);
         }
     }
 }
@@ -268,12 +268,12 @@ __device__ __forceinline__ void walk_keys(
         differentiate<HEAD_DIM>(probabilities, gradients, row_sum, backward.head_scale());
         leave_score_gradient(backward, gradients, blocks);
         accumulate<HEAD_DIM>(key_gradient, gradients, shared.queries[stage], blocks);
-        float unit = 0.f;
+        Sums sums{};
         if (backward.is_learned()) {
-            unit = backward.find_unit();
-            add_to_entries(backward, gradients, stage, blocks, unit);
+            sums = backward.prepare_sums(row_sum);
+            add_to_entries(backward, gradients, stage, blocks, sums);
         }
-        if (spreads) spread.differentiate(stage, row_sum, unit);
+        if (spreads) spread.differentiate(stage, row_sum, sums);
         __syncthreads();  // the scores' gradient is complete
         if (spreads) spread.accumulate(stage);
         find_query_gradient(backward, stage, blocks, is_whole, is_first);

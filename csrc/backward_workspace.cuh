@@ -19,9 +19,9 @@ constexpr int TILE = HALVES * BLOCK_ROWS;
 constexpr int MOST_PARTS = 8;
 constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thread block
 
-// Entries that shared memory holds with the sums of their gradient: a grid of 32 x 32. Larger vectors are read, and
+// Entries that shared memory holds with the sums of their gradient: a grid of 27 x 27. Larger vectors are read, and
 // their sums kept, in device memory.
-constexpr int BACKWARD_BIAS_CAPACITY = 4096;
+constexpr int BACKWARD_BIAS_CAPACITY = 3072;
 
 // Warps of a thread block, and the blocks of keys whose gradients each holds in registers.
 template <int HEAD_DIM>
@@ -48,7 +48,7 @@ struct BackwardWorkspace {
     float* row_sums;       // [rows, heads]; null, as the next, where max_length says that samples are walked whole
     float* query_parts;    // [parts, rows, heads, head_dim]
     float* entry_parts;    // [groups, parts, heads, entries]; null where all vectors are frozen
-    int* sums;             // [groups, parts, heads, entries], of large vectors
+    int* sums;             // [groups, parts, heads, 2, entries], of large vectors
     float* scale_parts;    // [groups, heads]; null where the head scale is frozen
     int64_t bytes;
 
@@ -106,7 +106,7 @@ BackwardWorkspace share(
         shared.query_parts = static_cast<float*>(take(shared.parts * pairs * HEAD_DIM));
     }
     if (learned) shared.entry_parts = static_cast<float*>(take(all));
-    if (learned && shared.is_large()) shared.sums = static_cast<int*>(take(all));
+    if (learned && shared.is_large()) shared.sums = static_cast<int*>(take(2 * all));
     if (gradients.head_scale) {
         shared.scale_parts = static_cast<float*>(take(static_cast<int64_t>(shared.groups) * arguments.heads));
     }

@@ -14,9 +14,10 @@
 
 namespace onepeace_fast {
 
-constexpr int MOST_EXPONENT = 126;  // 2^exponent and its inverse are normal numbers
-constexpr int SUM_BITS = 29;        // of a sum of score gradients; the rest is for the rounding of each
-constexpr int MOST_RUN_PAIRS = 4;   // by diagonals; with more, each pair by itself
+constexpr int MOST_EXPONENT = 110;  // 2^exponent, also with the low bits, and its inverse are normal numbers
+constexpr int SUM_BITS = 30;        // of a sum of score gradients; the rest is for the rounding of each
+constexpr int MOST_LOW_BITS = 15;
+constexpr int MOST_RUN_PAIRS = 4;  // by diagonals; with more, each pair by itself
 constexpr uint32_t INFINITE_BITS = 0x7f800000;
 
 __device__ __forceinline__ float power_of_two(int exponent) {
@@ -26,15 +27,37 @@ __device__ __forceinline__ float power_of_two(int exponent) {
 // The magnitude's bits, which order as numbers do, and NaN above all.
 __device__ __forceinline__ uint32_t magnitude(float value) { return __float_as_uint(value) & 0x7fffffff; }
 
-// 2^result is above a magnitude.
-__device__ __forceinline__ int exponent_above(uint32_t magnitude) { return static_cast<int>(magnitude >> 23) - 126; }
+// What the magnitudes of some rows' score gradients add up to at most, where each score's gradient, before its row's
+// mean is subtracted, has at most a magnitude: a row's probabilities sum to one, so its score gradients to twice that.
+__device__ __forceinline__ uint32_t bound_sums(uint32_t largest, float head_scale, int rows) {
+    return magnitude(2.f * rows * head_scale * __uint_as_float(largest));
+}
 
-// The exponent of the fixed point for the score gradients of some rows whose score's gradient, before its mean is
-// subtracted, has at most a magnitude: probabilities sum to one, so a row's sum to at most twice that.
-__device__ __forceinline__ int fixed_point(uint32_t largest, float head_scale, int rows) {
-    const int above = exponent_above(largest) + exponent_above(magnitude(head_scale)) + 1 + (32 - __clz(rows));
+// The exponent of the fixed point for sums up to a bound.
+__device__ __forceinline__ int fixed_point(uint32_t bound) {
+    const int above = static_cast<int>(bound >> 23) - 126;  // 2^above is above the bound
     return max(-MOST_EXPONENT, min(MOST_EXPONENT, SUM_BITS - above));
 }
+
+// Bits behind those of the fixed point, in integers of their own: as many as all pairs of some rows can add up.
+__device__ __forceinline__ int low_bits(int rows) {
+    return max(0, min(MOST_LOW_BITS, 31 - 2 * (32 - __clz(rows))));
+}
+
+// Sums of entries as integers: those of the fixed point's bits, and `entries` further those of the low bits.
+struct Sums {
+    int* high;
+    int entries;
+    float unit;      // 2^exponent
+    float low_unit;  // 2^low bits
+
+    __device__ __forceinline__ void add(int entry, float value) const {
+        const float scaled = value * unit;
+        const int rounded = __float2int_rn(scaled);
+        atomicAdd(high + entry, rounded);
+        atomicAdd(high + entries + entry, __float2int_rn((scaled - rounded) * low_unit));
+    }
+};
 
 // Bit r: row r of a block does not continue the codes before it. By a warp, for two blocks, a row for each lane.
 __device__ __forceinline__ uint32_t find_run_starts(const int* code, int count) {
@@ -51,11 +74,11 @@ __device__ __forceinline__ int next_run(uint32_t starts, int count) {
     return later ? first_run(later) : count;
 }
 
-// Add the sums of a block's diagonals to consecutive integers: that of query column - key row = d to sums[d], for d in
+// Add the sums of a block's diagonals to consecutive entries: that of query column - key row = d to entry + d, for d in
 // first..last, which no lane but one has. A lane's values are on diagonals 2 t - g + {-8, -7, 0, 1, 8, 9}, g = lane / 4
 // and t = lane % 4; those of lanes with the same (2 t - g) % 8 meet.
 __device__ __forceinline__ void add_diagonals(
-    const float (&values)[2][4], int first, int last, float unit, int* sums) {
+    const float (&values)[2][4], int first, int last, const Sums& sums, int entry) {
     constexpr unsigned ALL = 0xffffffff;
     const int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
     const float even[3] = {values[0][2], values[0][0] + values[1][2], values[1][0]};
@@ -77,16 +100,15 @@ __device__ __forceinline__ void add_diagonals(
     const bool upper = t / 2;
     const float total = (upper ? high : low) + __shfl_xor_sync(ALL, upper ? low : high, 16 + 2);
     const int diagonal = 8 * (2 * (t % 2) + t / 2) - 16 + (2 * t - g + 8) % 8;
-    if (diagonal >= first && diagonal <= last) atomicAdd(sums + diagonal, __float2int_rn(total * unit));
+    if (diagonal >= first && diagonal <= last) sums.add(entry + diagonal, total);
 }
 
 // Add a block's score gradients to the sums of the entries that they belong to, which begin at `starts` for each
-// vector; `unit` is 2^exponent of the fixed point. Runs of consecutive codes on both sides share entries along
-// diagonals.
+// vector. Runs of consecutive codes on both sides share entries along diagonals.
 __device__ __forceinline__ void add_bias_gradient(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const int* starts,
     const Side& keys, uint32_t key_runs, const Side& queries, uint32_t query_runs, const float (&values)[2][4],
-    float unit, int* sums) {
+    const Sums& sums) {
     if (!keys.is_cls && !queries.is_cls) {
         if (keys.modality != queries.modality || !gradients.bias[keys.modality]) return;
         if (__popc(key_runs) * __popc(query_runs) <= MOST_RUN_PAIRS) {
@@ -94,7 +116,7 @@ __device__ __forceinline__ void add_bias_gradient(
             const int row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
             if (__popc(key_runs) * __popc(query_runs) == 1) {
                 const int entry = queries.code[0] - keys.code[0] + shift;
-                return add_diagonals(values, 1 - keys.count, queries.count - 1, unit, sums + entry);
+                return add_diagonals(values, 1 - keys.count, queries.count - 1, sums, entry);
             }
 #pragma unroll 1
             for (uint32_t rows = key_runs; rows; rows &= rows - 1) {
@@ -110,14 +132,14 @@ __device__ __forceinline__ void add_bias_gradient(
                         inside[i / 4][i % 4] = within ? values[i / 4][i % 4] : 0.f;
                     }
                     const int entry = queries.code[query] - keys.code[key] + shift - (query - key);
-                    add_diagonals(inside, query - key_end + 1, query_end - 1 - key, unit, sums + entry);
+                    add_diagonals(inside, query - key_end + 1, query_end - 1 - key, sums, entry);
                 }
             }
             return;
         }
     }
     visit_entries(arguments, starts, keys, queries, [&](int n, int i, int, int entry) {
-        if (values[n][i] != 0.f) atomicAdd(sums + entry, __float2int_rn(values[n][i] * unit));
+        if (values[n][i] != 0.f) sums.add(entry, values[n][i]);
     });
 }
 

@@ -147,6 +147,7 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("unavailable_reason", &unavailable_reason, "Why no kernel can run here in one line, or None.");
     py::class_<RelativeBiasAttention>(
         module, "RelativeBiasAttention",
+        py::module_local(),  // a second build of this module may be loaded into the process
         "The arguments of csrc/relative_bias_attention.h; what is at the addresses must outlive the launches.")
         .def(
             py::init(&attention), py::kw_only(), py::arg("device"), py::arg("samples"), py::arg("modalities"),

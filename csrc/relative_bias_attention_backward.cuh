@@ -46,21 +46,21 @@ struct alignas(128) BackwardShared {
     Sample sample;
     int exponent;     // of the fixed point in which sums stand
     int is_finite;    // whether all gradients of scores have been so far
-    // float bias[entries], int sums[entries] follow.
+    // float bias[entries], int sums[2 * entries] follow.
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
 
-static_assert(sizeof(BackwardShared<bfloat16, 32>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, 64>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, 128>) + 8 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, 32>) + 12 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, 64>) + 12 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, 128>) + 12 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
 
 template <int HEAD_DIM>
 LaunchPlan backward_plan(int64_t entries) {
     const int64_t held = entries > BACKWARD_BIAS_CAPACITY ? 0 : entries;
     return {
         BackwardLaunch<HEAD_DIM>::THREADS, 1,
-        static_cast<int32_t>(sizeof(BackwardShared<bfloat16, HEAD_DIM>) + 2 * sizeof(float) * held)};
+        static_cast<int32_t>(sizeof(BackwardShared<bfloat16, HEAD_DIM>) + 3 * sizeof(float) * held)};
 }
 
 // One thread block's view of its head, its samples one after another.
@@ -90,7 +90,7 @@ struct Backward {
     }
 
     __device__ int* sums() const {
-        if (LARGE) return workspace.sums + first_entry();
+        if (LARGE) return workspace.sums + 2 * first_entry();
         return reinterpret_cast<int*>(shared.bias() + workspace.entries);
     }
 
@@ -130,7 +130,7 @@ struct Backward {
         if (is_learned()) {
             for (int i = thread_index(); i < workspace.entries; i += THREADS) {
                 workspace.entry_parts[first_entry() + i] = 0.f;
-                sums()[i] = 0;
+                sums()[i] = sums()[workspace.entries + i] = 0;
             }
         }
         if (thread_index() < WARP) shared.scale_sums[thread_index()] = 0.f;
@@ -293,36 +293,48 @@ struct Backward {
     __device__ void flush() const {
         if (!is_learned()) return;
         __syncthreads();  // every warp has added
-        const float factor = shared.is_finite ? power_of_two(-shared.exponent) : NAN;
+        const int bits = low_bits(rows());
+        const float factor = shared.is_finite ? power_of_two(-shared.exponent - bits) : NAN;
         for (int i = thread_index(); i < workspace.entries; i += THREADS) {
-            workspace.entry_parts[first_entry() + i] += sums()[i] * factor;
-            sums()[i] = 0;
+            int &high = sums()[i], &low = sums()[workspace.entries + i];
+            workspace.entry_parts[first_entry() + i] += static_cast<float>(join(high, low, bits)) * factor;
+            high = low = 0;
         }
         __syncthreads();  // nobody reads the exponent any more
         if (thread_index() == 0) shared.exponent = MOST_EXPONENT;
     }
 
-    // The fixed point's unit for scores' gradients up to the largest; sums that were finer are rounded to it. By all
-    // threads, behind a barrier.
-    __device__ __forceinline__ float find_unit() const {
-        uint32_t largest = 0;
-        for (int warp = 0; warp < Launch::WARPS; ++warp) largest = max(largest, shared.largest[warp]);
-        const int before = shared.exponent;
-        const int rows = shared.sample.row_blocks * BLOCK_ROWS;
-        const int needed = largest < INFINITE_BITS ? fixed_point(largest, head_scale(), rows) : before;
-        if (largest >= INFINITE_BITS && thread_index() == 0) shared.is_finite = false;
-        if (needed >= before) return power_of_two(before);
-        const int shift = before - needed;
-        for (int i = thread_index(); i < workspace.entries; i += THREADS) {
-            const int sum = sums()[i];
-            sums()[i] = shift < 31 ? (sum + (1 << (shift - 1))) >> shift : 0;
+    // The sums of entries, ready for scores' gradients up to the largest, or up to a lane's row sum, which other walks
+    // may have made larger; where sums were finer, they are rounded. By all threads, behind a barrier.
+    __device__ __forceinline__ Sums prepare_sums(float row_sum) const {
+        uint32_t largest = magnitude(row_sum);
+        for (int step = WARP / 2; step > 0; step /= 2) {
+            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
         }
-        __syncthreads();  // everybody knows the exponent before, and has rounded
-        if (thread_index() == 0) shared.exponent = needed;
-        return power_of_two(needed);
+        for (int warp = 0; warp < Launch::WARPS; ++warp) largest = max(largest, shared.largest[warp]);
+        const int before = shared.exponent, bits = low_bits(rows());
+        const uint32_t bound = bound_sums(largest, head_scale(), rows());
+        const int exponent = bound < INFINITE_BITS ? min(before, fixed_point(bound)) : before;
+        if (bound >= INFINITE_BITS && thread_index() == 0) shared.is_finite = false;
+        if (exponent < before) {
+            const int shift = min(before - exponent, 62);
+            for (int i = thread_index(); i < workspace.entries; i += THREADS) {
+                int &high = sums()[i], &low = sums()[workspace.entries + i];
+                const int64_t sum = (join(high, low, bits) + (int64_t{1} << (shift - 1))) >> shift;
+                high = static_cast<int>(sum >> bits);
+                low = static_cast<int>(sum - (static_cast<int64_t>(high) << bits));
+            }
+            __syncthreads();  // everybody knows the exponent before, and has rounded
+            if (thread_index() == 0) shared.exponent = exponent;
+        }
+        return {sums(), workspace.entries, power_of_two(exponent), power_of_two(bits)};
     }
 
 private:
+    __device__ int rows() const { return shared.sample.row_blocks * BLOCK_ROWS; }
+
+    static __device__ int64_t join(int high, int low, int bits) { return (static_cast<int64_t>(high) << bits) + low; }
+
     __device__ Side side(const Block& block, const int* code) const {
         return {code, block.modality, block.count, block.modality == arguments.modalities};
     }

@@ -75,8 +75,8 @@ struct SpreadBlock {
         return sum;
     }
 
-    // Leave ds, `mean` being that of a lane's query, and add it to the sums of entries, whose fixed point has a unit.
-    __device__ __forceinline__ void differentiate(int stage, float mean, float unit) const {
+    // Leave ds, `mean` being that of a lane's query, and add it to the sums of entries.
+    __device__ __forceinline__ void differentiate(int stage, float mean, const Sums& sums) const {
         auto& shared = backward.shared;
         const int lane = thread_index() % WARP, half = lane / BLOCK_ROWS, chunk = lane / CHUNK;
         const Side keys = backward.keys(BLOCK), queries = backward.queries(stage, half);
@@ -96,7 +96,7 @@ struct SpreadBlock {
             for (int step = BLOCK_ROWS / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
             const bool shares = keys.is_cls && !queries.is_cls;
             if (entry >= 0 && queries.count && (!shares || lane % BLOCK_ROWS == 0)) {
-                atomicAdd(backward.sums() + entry, __float2int_rn((shares ? sum : gradient) * unit));
+                sums.add(entry, shares ? sum : gradient);
             }
         }
     }

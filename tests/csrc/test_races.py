@@ -7,53 +7,86 @@ import pytest
 import torch
 from support import host_shim
 from support.attention_cases import any_cls, lengths, mixed, windowed_grid
-from support.kernel_attention import arguments, rounded
+from support.kernel_attention import WALKS, arguments, gradient_of, rounded
 
 pytestmark = pytest.mark.slow
-FORWARD = "relative_bias_attention_forward.cu"
-BATCHES = {
-    "three modalities": mixed,
-    "CLS in blocks": lambda: any_cls([[(18, 9), (2, 1)], [(40, 20), (1, 17)]]),
-    "windows": lambda: windowed_grid(64, "corners"),
-    "rounds": lambda: lengths([330]),
+HEAD_SIZES = (32, 64, 128)
+# A batch, how its keys are walked, and the head sizes.
+CASES = {
+    "three modalities": (mixed, WALKS["whole"], HEAD_SIZES),
+    "CLS in blocks": (lambda: any_cls([[(18, 9), (2, 1)], [(40, 20), (1, 17)]]), WALKS["whole"], HEAD_SIZES),
+    "split keys": (lambda: lengths([40, 3], 2), WALKS["split"], HEAD_SIZES),
+    "windows": (lambda: windowed_grid(64, "corners"), WALKS["whole"], (32,)),
+    "windows, split keys": (lambda: windowed_grid(64, "rows"), WALKS["split"], (64,)),
+    "rounds": (lambda: lengths([330]), {"max_length": 1}, HEAD_SIZES),
+    "one block more": (lambda: lengths([129]), WALKS["whole"], (128,)),
+    "two walks": (lambda: lengths([131]), WALKS["whole"], (128,)),
+    "growing": (lambda: lengths([100]), WALKS["whole"], (32,)),
 }
 
 
-def case(name: str, dim: int = 32) -> bytes:
-    batch = BATCHES[name]()
+def case(name: str, dim: int) -> bytes:
+    """Forward and backward; gradients that grow from row to row make the fixed point coarser again and again."""
+    batch, walk, _ = CASES[name]
+    batch = batch()
     leaves = rounded(batch, torch.bfloat16, 1, dim)
-    hints = {"max_length": 1} if name == "rounds" else {}
-    return host_shim.attention_case(leaves["qkv"], **{**arguments(batch, leaves), **hints}, orders=(0, 1))
+    given = arguments(batch, leaves) | walk
+    grad = gradient_of(leaves["qkv"])
+    if name == "growing":
+        grad *= torch.exp2(torch.arange(len(grad)) / 8)[:, None, None]
+    gradients = host_shim.gradients_case(grad, [True] * len(batch.tables), True, given.pop("multiprocessors", 1))
+    return host_shim.attention_case(leaves["qkv"], **given, orders=(0, 1), gradients=gradients)
 
 
-@pytest.mark.parametrize("name", BATCHES)
-@pytest.mark.parametrize("dim", (32, 64, 128))
+@pytest.mark.parametrize("name, dim", [(name, dim) for name, (_, _, dims) in CASES.items() for dim in dims])
 def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, dim):
     process = host_shim.run(build("thread"), tmp_path, case(name, dim))
     assert process.returncode == 0, process.stderr[:4000]
 
 
-# Where each barrier stands: the text that ends with it.
+FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
+BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "relative_bias_attention_backward.cuh", "spread_block.cuh"
+ROW_SUMS, SUMS = "backward_row_sums.cuh", "backward_sums.cuh"
+# Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
-    "tile": ("three modalities", "            __syncthreads();  // this tile"),
-    "window": ("windows", "        forward.load_window(modality, first, count);\n        __syncthreads();"),
-    "next window": ("windows", "        if (first > range.first) __syncthreads();"),
-    "next queries": ("rounds", "        __syncthreads();  // the next queries"),
-    "results": ("three modalities", "        __syncwarp();\n#pragma unroll 1"),
+    "tile": ("three modalities", WALK, "            __syncthreads();  // this tile"),
+    "window": ("windows", WALK, "        forward.load_window(modality, first, count);\n        __syncthreads();"),
+    "next window": ("windows", WALK, "        if (first > range.first) __syncthreads();"),
+    "next queries": ("rounds", WALK, "        __syncthreads();  // the next queries"),
+    "results": ("three modalities", FORWARD, "        __syncwarp();\n#pragma unroll 1"),
+    "backward: tile": ("three modalities", BACKWARD, "        __syncthreads();  // this tile"),
+    "backward: shares of sums": ("three modalities", BACKWARD, "        __syncthreads();  // all shares"),
+    "backward: score gradient": ("three modalities", BACKWARD, "        __syncthreads();  // the scores' gradient"),
+    "backward: keys": ("three modalities", BACKWARD, "    __syncthreads();  // nobody reads the keys"),
+    "backward: next keys": ("two walks", BACKWARD, "    __syncthreads();  // the next keys"),
+    "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
+    "backward: next sample": ("three modalities", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
+    "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every block is known"),
+    "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
+    "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
+    "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),
+    "backward: additions": ("three modalities", MEMORY, "        __syncthreads();  // every warp has added"),
+    "backward: exponent": ("three modalities", MEMORY, "        __syncthreads();  // nobody reads the exponent"),
+    "backward: coarser": ("growing", MEMORY, "        __syncthreads();  // everybody knows the exponent before"),
+    "backward: columns": ("one block more", SPREAD, "            __syncwarp();  // the columns are complete"),
+    "backward: row sums": ("split keys", ROW_SUMS, "        __syncwarp();  // lane 0"),
+    "backward: row sums' sample": ("split keys", ROW_SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
+    "backward: query sums' sample": ("split keys", SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
 }
 
 
 @pytest.mark.parametrize("name", BARRIERS)
-def test_a_deleted_barrier_is_named_by_its_line(tmp_path, name):
-    batch, text = BARRIERS[name]
-    csrc = tmp_path / "csrc"
+def test_a_deleted_barrier_is_named_by_its_line(build, tmp_path, name):
+    batch, file, text = BARRIERS[name]
+    csrc, dim = tmp_path / "csrc", CASES[batch][2][0]
     shutil.copytree(host_shim.CSRC, csrc)
-    source = (csrc / FORWARD).read_text()
+    source = (csrc / file).read_text()
     assert source.count(text) == 1
-    without = re.sub(r"__sync\w+\(\);", "(void)0;", text)
-    (csrc / FORWARD).write_text(source.replace(text, without))
-    process = host_shim.run(host_shim.build(tmp_path, "thread", csrc), tmp_path, case(batch))
+    (csrc / file).write_text(source.replace(text, re.sub(r"__sync\w+\(\);", "(void)0;", text)))
+    changed = f"relative_bias_attention_backward_{dim}.cu" if name.startswith("backward") else FORWARD
+    program = host_shim.build(tmp_path, "thread", csrc, changed, build("thread"))
+    process = host_shim.run(program, tmp_path, case(batch, dim))
     barrier = source[: source.index(text)].count("\n") + 1 + text[: text.index("__sync")].count("\n")
-    lines = {int(line) for line in re.findall(rf"{FORWARD}:(\d+)", process.stderr)}
+    lines = {int(line) for line in re.findall(rf"{file}:(\d+)", process.stderr)}
     assert process.returncode and "data race" in process.stderr
     assert any(abs(line - barrier) <= 8 for line in lines), f"line {barrier}, named are {sorted(lines)}"

@@ -80,21 +80,27 @@ class Gradients(NamedTuple):
     head_scale: Tensor | None
 
 
-def build(folder: Path, sanitizer: str, csrc: Path = CSRC) -> Path:
-    """Compile the kernels' sources for this CPU under a sanitizer; returns the program."""
+def build(
+    folder: Path, sanitizer: str, csrc: Path = CSRC, changed: str | None = None, beside: Path | None = None
+) -> Path:
+    """Compile the kernels' sources for this CPU under a sanitizer; returns the program.
+
+    Where one source has ``changed``, all others come from the program ``beside``.
+    """
     shim, program = csrc / "host_shim", folder / f"run_{sanitizer}"
     # The kernels are long: what a debugger needs beside lines, and more optimization, cost more time than they save.
-    flags = [COMPILER, "-std=c++17", "-g1", "-fPIE", f"-I{shim}", f"-I{csrc}"]
-    kernel, program_itself = (["-Og", *SANITIZERS[sanitizer]], ["-O2", *SANITIZERS[sanitizer]])
+    kernel, rest = (["-Og", *SANITIZERS[sanitizer]], ["-O2", *SANITIZERS[sanitizer]])
     # The fibers hand values from lane to lane, which is no access of the kernel's: ThreadSanitizer must not see it.
-    hidden = ["-O2", *SANITIZERS[sanitizer][1:]] if sanitizer == "thread" else program_itself
+    hidden = ["-O2", *SANITIZERS[sanitizer][1:]] if sanitizer == "thread" else rest
     sources = [(csrc / name, kernel) for name in KERNELS]
-    sources += [(shim / "run.cpp", program_itself), (shim / "fibers.cpp", hidden), (shim / "warp.cpp", hidden)]
+    sources += [(shim / "run.cpp", rest), (shim / "fibers.cpp", hidden), (shim / "warp.cpp", hidden)]
     objects, commands = [], []
     for source, options in sources:
-        objects.append(str(folder / f"{source.stem}_{sanitizer}.o"))
-        commands.append([*flags, *options, "-x", "c++", "-c", str(source), "-o", objects[-1]])
-    with ThreadPoolExecutor() as pool:
+        is_new = changed in (None, source.name)
+        objects.append(str((folder if is_new else beside.parent) / f"{source.stem}_{sanitizer}.o"))
+        command = [COMPILER, "-std=c++17", "-g1", "-fPIE", f"-I{shim}", f"-I{csrc}", *options]
+        commands += [[*command, "-x", "c++", "-c", str(source), "-o", objects[-1]]] if is_new else []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     _run([COMPILER, *SANITIZERS[sanitizer], *objects, "-o", str(program)])
     return program
