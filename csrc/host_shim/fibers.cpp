@@ -173,6 +173,8 @@ void run_block(Index block, Index blocks, unsigned threads, size_t shared_bytes)
         fiber.context.uc_stack.ss_size = STACK_BYTES;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, enter, 0);
+        // Else AddressSanitizer takes every switch for a new stack, and clears what it knows of all of it.
+        fiber.context.uc_stack.ss_size = 0;
         fiber.thread = create_thread();
     }
     switch_to(choose());

@@ -22,10 +22,11 @@ CASES = {
     "one block more": (lambda: lengths([129]), WALKS["whole"], (128,)),
     "two walks": (lambda: lengths([131]), WALKS["whole"], (128,)),
     "growing": (lambda: lengths([100]), WALKS["whole"], (32,)),
+    "frozen": (lambda: lengths([3, 150, 3]), {"max_length": 1}, (128,)),
 }
 
 
-def case(name: str, dim: int) -> bytes:
+def case(name: str, dim: int, orders: tuple[int, ...] = (0,)) -> bytes:
     """Forward and backward; gradients that grow from row to row make the fixed point coarser again and again."""
     batch, walk, _ = CASES[name]
     batch = batch()
@@ -34,13 +35,14 @@ def case(name: str, dim: int) -> bytes:
     grad = gradient_of(leaves["qkv"])
     if name == "growing":
         grad *= torch.exp2(torch.arange(len(grad)) / 8)[:, None, None]
-    gradients = host_shim.gradients_case(grad, [True] * len(batch.tables), True, given.pop("multiprocessors", 1))
-    return host_shim.attention_case(leaves["qkv"], **given, orders=(0, 1), gradients=gradients)
+    needs = [name != "frozen"] * len(batch.tables)
+    gradients = host_shim.gradients_case(grad, needs, True, given.pop("multiprocessors", 1))
+    return host_shim.attention_case(leaves["qkv"], **given, orders=orders, gradients=gradients)
 
 
 @pytest.mark.parametrize("name, dim", [(name, dim) for name, (_, _, dims) in CASES.items() for dim in dims])
 def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, dim):
-    process = host_shim.run(build("thread"), tmp_path, case(name, dim))
+    process = host_shim.run(build("thread"), tmp_path, case(name, dim, orders=(0, 1)))
     assert process.returncode == 0, process.stderr[:4000]
 
 
@@ -60,17 +62,17 @@ BARRIERS = {
     "backward: keys": ("three modalities", BACKWARD, "    __syncthreads();  // nobody reads the keys"),
     "backward: next keys": ("two walks", BACKWARD, "    __syncthreads();  // the next keys"),
     "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
-    "backward: next sample": ("three modalities", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
+    "backward: next sample": ("frozen", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
     "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every block is known"),
     "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
     "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
     "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),
-    "backward: additions": ("three modalities", MEMORY, "        __syncthreads();  // every warp has added"),
+    "backward: additions": ("rounds", MEMORY, "        __syncthreads();  // every warp has added"),
     "backward: exponent": ("three modalities", MEMORY, "        __syncthreads();  // nobody reads the exponent"),
     "backward: coarser": ("growing", MEMORY, "        __syncthreads();  // everybody knows the exponent before"),
     "backward: columns": ("one block more", SPREAD, "            __syncwarp();  // the columns are complete"),
     "backward: row sums": ("split keys", ROW_SUMS, "        __syncwarp();  // lane 0"),
-    "backward: row sums' sample": ("split keys", ROW_SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
+    "backward: row sums' sample": ("two walks", ROW_SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
     "backward: query sums' sample": ("split keys", SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
 }
 

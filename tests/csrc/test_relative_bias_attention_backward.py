@@ -151,7 +151,7 @@ def test_vectors_that_shared_memory_does_not_hold(differentiate, where, walk):
     check_gradients(differentiate, batch, rounded(batch, torch.bfloat16, 1, 32), **walk)
 
 
-@pytest.mark.parametrize("side", (30, 36, 44, 48))
+@pytest.mark.parametrize("side", (27, 28, 29, 36))
 def test_vectors_around_what_shared_memory_holds(differentiate, side):
     batch = windowed_grid(side, "corners")
     leaves = rounded(batch, torch.float16, 1, 32)

@@ -94,15 +94,18 @@ def build(
     hidden = ["-O2", *SANITIZERS[sanitizer][1:]] if sanitizer == "thread" else rest
     sources = [(csrc / name, kernel) for name in KERNELS]
     sources += [(shim / "run.cpp", rest), (shim / "fibers.cpp", hidden), (shim / "warp.cpp", hidden)]
-    objects, commands = [], []
+    before, objects, commands = [], [], []
     for source, options in sources:
-        is_new = changed in (None, source.name)
-        objects.append(str((folder if is_new else beside.parent) / f"{source.stem}_{sanitizer}.o"))
+        if changed not in (None, source.name):
+            before.append(str(beside.parent / f"{source.stem}_{sanitizer}.o"))
+            continue
+        objects.append(str(folder / f"{source.stem}_{sanitizer}.o"))
         command = [COMPILER, "-std=c++17", "-g1", "-fPIE", f"-I{shim}", f"-I{csrc}", *options]
-        commands += [[*command, "-x", "c++", "-c", str(source), "-o", objects[-1]]] if is_new else []
+        commands.append([*command, "-x", "c++", "-c", str(source), "-o", objects[-1]])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
-    _run([COMPILER, *SANITIZERS[sanitizer], *objects, "-o", str(program)])
+    # The changed one last: of objects with some functions in common ThreadSanitizer finds the last one's lines alone.
+    _run([COMPILER, *SANITIZERS[sanitizer], *before, *objects, "-o", str(program)])
     return program
 
 
