@@ -43,10 +43,10 @@ def rounded(batch, dtype=torch.bfloat16, heads=2, dim=32):
     return {name: leaf.to(dtype) for name, leaf in batch.leaves(heads, dim).items()}
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 132])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name, multiprocessors", [*((name, 1) for name in BATCHES), ("long range", 132)])
 def test_values_and_gradients_follow_the_dense_bias(monkeypatch, host_extension, name, dtype, multiprocessors):
+    """Where test_relative_bias_attention_on_gpu.py has many multiprocessors, one."""
     use(monkeypatch, host_extension, multiprocessors)
     batch = BATCHES[name]()
     contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), dtype, batch.slices())

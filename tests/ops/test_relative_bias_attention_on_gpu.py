@@ -44,6 +44,14 @@ def slower_path(monkeypatch):
         yield
 
 
+@pytest.mark.requires_compiler
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernel_follows_the_dense_bias(kernel, name, dtype):
+    batch = BATCHES[name]()
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), dtype, batch.slices())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BATCHES)
 def test_the_slower_path_follows_the_dense_bias(slower_path, name, dtype):
