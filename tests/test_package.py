@@ -48,11 +48,12 @@ if torch.cuda.is_available():
     assert (actual.float() - expected.float()).abs().max() < 0.03
     print("launched")
 else:
-    nothing = dict.fromkeys(("qkv", "cu_seqlens", "code", "is_cls", "head_scale", "out", "log_sum_exp", "stream"), 0)
+    nothing = dict.fromkeys(("qkv", "cu_seqlens", "code", "is_cls", "head_scale"), 0)
     sizes = dict.fromkeys(("device", "samples", "modalities", "rows", "heads", "max_length"), 0)
     kinds = {"head_dim": 32, "scale": 1.0, "type": "bfloat16", "head_scale_type": "float32"}
     try:
-        _cuda.relative_bias_attention_forward(**nothing, **sizes, **kinds, strides=(0, 0, 0), bias=[])
+        attention = _cuda.RelativeBiasAttention(**nothing, **sizes, **kinds, strides=(0, 0, 0), bias=[])
+        attention.forward(out=0, log_sum_exp=0, stream=0)
     except RuntimeError as error:
         print(error)
 """
