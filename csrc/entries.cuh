@@ -52,17 +52,11 @@ __device__ __forceinline__ void visit_entries(
         }
         return;
     }
-    const ClsEntry entry = !queries.is_cls ? CLS_AS_KEY : keys.is_cls ? CLS_AS_BOTH : CLS_AS_QUERY;
 #pragma unroll
-    for (int below = 0; below < 2; ++below) {
-        const int key = keys.is_cls ? keys.code[row + 8 * below] : keys.modality;
-        const int cls = starts[key] + arguments.bias[key].entries - CLS_ENTRIES + entry;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int n = i / 2, right = i % 2;
-            const int query = queries.is_cls ? queries.code[8 * n + column + right] : queries.modality;
-            if (key == query) visit(n, 2 * below + right, key, cls);
-        }
+    for (int i = 0; i < 8; ++i) {
+        const int n = i / 4, key = row + i % 4 / 2 * 8, query = 8 * n + column + i % 2;
+        const int entry = find_entry(arguments, starts, keys, key, queries, query);
+        if (entry >= 0) visit(n, i % 4, keys.is_cls ? keys.code[key] : keys.modality, entry);
     }
 }
 

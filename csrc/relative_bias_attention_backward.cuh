@@ -352,14 +352,12 @@ private:
 // Rows past the last sample are zero; the thread blocks past the last group share them.
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
-    const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
-    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = BackwardLaunch<HEAD_DIM>::THREADS / LANES;
-    const int chunk = thread_index() % LANES;
-    int64_t row = 3 * static_cast<int64_t>(end) + blockIdx.x * ROWS + thread_index() / LANES;
-    for (; row < 3 * static_cast<int64_t>(arguments.rows); row += gridDim.x * ROWS) {
+    constexpr int LANES = HEAD_DIM / CHUNK, THREADS = BackwardLaunch<HEAD_DIM>::THREADS;
+    const int64_t first = find_end(arguments), last = arguments.rows;
+    share_rows<LANES, THREADS>(3 * first, 3 * last, [&](int64_t row, int chunk) {
         const int64_t index = row * arguments.heads + blockIdx.y;
         *reinterpret_cast<uint4*>(qkv + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
-    }
+    });
 }
 
 }  // namespace onepeace_fast

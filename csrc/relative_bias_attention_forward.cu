@@ -121,15 +121,12 @@ struct Rows {
 // Rows past the last sample are zero; the thread blocks past the last sample share them.
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
-    const int end = arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
-    constexpr int LANES = HEAD_DIM / CHUNK, ROWS = ForwardLaunch<HEAD_DIM>::THREADS / LANES;
-    const int chunk = thread_index() % LANES;
-    int64_t row = end + blockIdx.x * ROWS + thread_index() / LANES;
-    for (; row < arguments.rows; row += gridDim.x * ROWS) {
+    constexpr int LANES = HEAD_DIM / CHUNK, THREADS = ForwardLaunch<HEAD_DIM>::THREADS;
+    share_rows<LANES, THREADS>(find_end(arguments), arguments.rows, [&](int64_t row, int chunk) {
         const int64_t index = row * arguments.heads + blockIdx.y;
         *reinterpret_cast<uint4*>(out + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
         if (chunk == 0) log_sum_exp[index] = 0.f;
-    }
+    });
 }
 
 // Thread blocks: parts that share the queries of a sample, heads, samples and one more.

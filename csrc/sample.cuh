@@ -95,4 +95,17 @@ __device__ __forceinline__ Row find_row(const Sample& sample, int modalities, co
     return {sample.first[m] + sample.body[m] + i, m};
 }
 
+// The row that every modality's segments end before: what follows is inert.
+__device__ __forceinline__ int find_end(const RelativeBiasAttention& arguments) {
+    return arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
+}
+
+// visit(row, lane) for rows from first to last, LANES threads to each, shared by the thread blocks along x.
+template <int LANES, int THREADS, typename Visit>
+__device__ __forceinline__ void share_rows(int64_t first, int64_t last, Visit visit) {
+    constexpr int ROWS = THREADS / LANES;
+    int64_t row = first + blockIdx.x * ROWS + thread_index() / LANES;
+    for (; row < last; row += gridDim.x * ROWS) visit(row, thread_index() % LANES);
+}
+
 }  // namespace onepeace_fast

@@ -114,11 +114,14 @@ struct SpreadBlock {
     }
 
 private:
+    // Which eight columns are a warp's, past the last where it has fewer.
+    __device__ static int own_columns(int i) { return thread_index() / WARP * TILES + i; }
+
     __device__ __forceinline__ void add(float (&sums)[TILES][4], const T* left, const T* right) {
-        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+        const int lane = thread_index() % WARP;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
-            const int tile = warp * TILES + i;
+            const int tile = own_columns(i);
             if (tile >= COLUMN_TILES) continue;
 #pragma unroll
             for (int k = 0; k < HALVES; ++k) {
@@ -132,10 +135,10 @@ private:
 
     __device__ __forceinline__ void store_columns(
         const float (&sums)[TILES][4], float factor, T* staged, int which) const {
-        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+        const int lane = thread_index() % WARP;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
-            const int tile = warp * TILES + i;
+            const int tile = own_columns(i);
             if (tile >= COLUMN_TILES) continue;
 #pragma unroll
             for (int below = 0; below < 2; ++below) {

@@ -13,11 +13,9 @@ from support.kernel_attention import (
     coded,
     gradient_of,
     rounded,
+    walks,
     wide,
 )
-
-walks = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
-
 
 CODES = {
     "equal": [5] * 20,

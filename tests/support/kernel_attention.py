@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from onepeace_fast.ops.relative_bias_attention import relative_bias_attention_specification
 from onepeace_fast.tolerance import assert_within_rule
 from support import naive
-from support.attention_cases import Batch, Table
+from support.attention_cases import Batch, Table, kept_grid, kept_text, mixed, text_only
 from support.contract import normal, run
 from support.host_shim import Gradients
 from support.plans import naive_layout, whole_rows
@@ -19,9 +20,19 @@ from support.plans import naive_layout, whole_rows
 Attend = Callable[..., list[tuple[Tensor, Tensor]]]
 Differentiate = Callable[..., list[Gradients]]
 
+HEAD_SIZES = (32, 64, 128)
+BATCHES = {
+    "text": text_only,
+    "kept text": kept_text,
+    "kept grid": kept_grid,
+    "small grid in a larger table": lambda: kept_grid(3, 5),
+    "three of four modalities": mixed,
+}
+
 # One thread block walks all keys of a short sample, or several share them because the chip has more of them to fill and
 # a sample may be long.
 WALKS = {"whole": {"multiprocessors": 1}, "split": {"multiprocessors": 132, "max_length": 200}}
+walks = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
 
 
 def rounded(batch: Batch, dtype: torch.dtype, heads: int, dim: int, **options: bool) -> dict[str, Tensor]:
