@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_the_kernels_pass_their_tests_in_the_interpreter(capsys):
-    command = [sys.executable, "-m", "pytest", "tests/kernels", "-q", "-m", "not slow", "-p", "no:cacheprovider"]
+    options = ["-q", "-m", "not slow", "-p", "no:cacheprovider", "-n", "auto"]
+    command = [sys.executable, "-m", "pytest", "tests/kernels", *options]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True)
     assert result.returncode == 0, result.stdout + result.stderr
