@@ -2,13 +2,10 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test test-slow bench kernels mutants gpu
+.PHONY: help demo test test-all bench kernels mutants gpu
 
 help:
 	@$(PYTHON) bootstrap.py --help
 
-demo test bench kernels mutants gpu:
+demo test test-all bench kernels mutants gpu:
 	@$(PYTHON) bootstrap.py $@ $(ARGS)
-
-test-slow:
-	@$(PYTHON) bootstrap.py test --slow $(ARGS)

@@ -1,8 +1,8 @@
 """Run onepeace_fast from a checkout: python3 bootstrap.py COMMAND [ARGUMENTS]
 
   demo     the demonstration; arguments go to `onepeace-fast demo`
-  test     ruff, then the tests with their coverage; arguments go to pytest and leave the coverage out
-           --slow: the slow tests instead
+  test     ruff, then the quick tests on all cores; arguments go to pytest; --coverage: with their coverage
+  test-all the slow tests, which test leaves out; arguments go to pytest
   bench    the benchmarks; arguments go to pytest
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
            width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
@@ -246,20 +246,29 @@ def demo(arguments: list[str]) -> int:
     return run([str(PYTHON), "-m", "onepeace_fast.cli", "demo", *arguments])
 
 
+def parallel_tests(*arguments: str) -> int:
+    """Run pytest on all cores, a file of tests on one of them."""
+    return pytest("-n", "auto", "--dist", "loadfile", *arguments)
+
+
 def test(arguments: list[str]) -> int:
-    """Run the linter and the tests, or the slow tests."""
+    """Run the linter and the quick tests."""
     prepare("dev")
-    chosen = [argument for argument in arguments if argument != "--slow"]
-    if len(chosen) < len(arguments):
-        say("Running the slow tests")
-        return pytest("-m", "slow and not gpu", *chosen)
     say("Checking the code with ruff")
     code = run([str(PYTHON), "-m", "ruff", "check", "."])
     if code != 0:
         return code
-    say("Running the tests that are neither slow nor need a GPU")
+    chosen = [argument for argument in arguments if argument != "--coverage"]
     coverage = ["--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
-    return pytest("-m", "not slow and not gpu", *(chosen or coverage))
+    say("Running the quick tests; `make test-all` runs the others")
+    return parallel_tests(*(coverage if len(chosen) < len(arguments) else []), *chosen)
+
+
+def test_all(arguments: list[str]) -> int:
+    """Run the slow tests."""
+    prepare("dev")
+    say("Running the slow tests")
+    return parallel_tests("-m", "slow and not gpu", *arguments)
 
 
 def bench(arguments: list[str]) -> int:
@@ -328,7 +337,15 @@ def sanitize() -> int:
     return next(filter(None, codes), 0)
 
 
-COMMANDS = {"demo": demo, "test": test, "bench": bench, "kernels": kernels, "mutants": mutants, "gpu": gpu}
+COMMANDS = {
+    "demo": demo,
+    "test": test,
+    "test-all": test_all,
+    "bench": bench,
+    "kernels": kernels,
+    "mutants": mutants,
+    "gpu": gpu,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -61,8 +61,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="session")
-def host_extension(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+def builds(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what g++ builds for the tests stays: pytest's cache in this checkout."""
+    cache = getattr(request.config, "cache", None)
+    return tmp_path_factory.mktemp("builds") if cache is None else cache.mkdir("builds")
+
+
+@pytest.fixture(scope="session")
+def host_extension(builds: Path) -> ModuleType:
     """The CUDA extension compiled for the CPU, once for all tests."""
     from support import host_extension
 
-    return host_extension.build(tmp_path_factory.mktemp("host_extension"))
+    return host_extension.build(builds)

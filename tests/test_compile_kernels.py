@@ -28,13 +28,14 @@ def counts(output: str) -> list[int]:
     return [int(number) for number in re.fullmatch(line, output.splitlines()[-1]).groups()]
 
 
+@pytest.mark.slow
 def test_every_kernel_of_the_models_width_keeps_within_both_chips():
     result = compile_kernels("--width", "1536")
     old, new, faults = counts(result.stdout)
     assert old == new > 0 and faults == 0 and result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_shipped_configuration_keeps_within_both_chips():
     result = compile_kernels()
     old, new, faults = counts(result.stdout)

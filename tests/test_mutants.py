@@ -1,6 +1,8 @@
 """The replay of planted faults: its data fits the code, and only a compared value counts as a catch."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -74,7 +76,20 @@ def test_a_name_that_is_none_is_refused(capsys):
     assert "no such fault" in capsys.readouterr().out
 
 
-@pytest.mark.slow
+def test_every_test_that_a_fault_names_is_run_by_make_test_or_make_test_all():
+    named = {test for fault in FAULTS for test in fault.tests}
+    files = sorted({test.partition("::")[0] for test in named})
+    options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", "not sweep and not gpu"]
+    process = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, *files], cwd=mutants.ROOT, text=True, capture_output=True,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    collected = set(process.stdout.splitlines())
+    collected |= {test.partition("[")[0] for test in collected}
+    assert not named - collected, process.stdout[-2000:]
+
+
+@pytest.mark.sweep
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="starts its own interpreter")
 def test_every_planted_fault_is_caught(capsys):
     assert mutants.main([]) == 0, capsys.readouterr().out

@@ -74,7 +74,7 @@ def copy_checkout(folder: Path) -> None:
 def run_tests(folder: Path, tests: Sequence[str]) -> Outcome:
     """Run tests of a copy in the interpreter, until the first fails."""
     report = folder / "report.xml"
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}"]
+    options = ["-q", "-x", "-m", "", "-p", "no:cacheprovider", "-p", "no:randomly", f"--junitxml={report}"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
     try:
         process = subprocess.run(

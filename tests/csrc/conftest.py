@@ -1,23 +1,26 @@
 """The CUDA kernels on a CPU: built once a session against csrc/host_shim by g++, and run in processes of their own."""
 
+import functools
 import shutil
 from pathlib import Path
 
 import pytest
 from support import host_shim
+from support.built_once import built_once, digest, version
 
 
 @pytest.fixture(scope="session")
-def build(tmp_path_factory):
+def build(builds):
     """Build the program under a sanitizer when a test first asks for it."""
-    programs = {}
 
+    @functools.cache
     def program(sanitizer: str) -> Path:
-        if sanitizer not in programs:
-            if shutil.which(host_shim.COMPILER) is None:
-                pytest.skip(f"no C++ compiler is found (set CXX, or install {host_shim.COMPILER})")
-            programs[sanitizer] = host_shim.build(tmp_path_factory.mktemp(sanitizer), sanitizer)
-        return programs[sanitizer]
+        if shutil.which(host_shim.COMPILER) is None:
+            pytest.skip(f"no C++ compiler is found (set CXX, or install {host_shim.COMPILER})")
+        files = [path for path in host_shim.CSRC.rglob("*") if path.is_file()]
+        key = digest([*files, Path(host_shim.__file__)], version(host_shim.COMPILER))
+        folder = built_once(builds, sanitizer, key, lambda folder: host_shim.build(folder, sanitizer))
+        return folder / f"run_{sanitizer}"
 
     return program
 

@@ -224,20 +224,24 @@ def test_without_any_way_to_make_an_environment_one_line_says_what_to_type(boots
     assert not bootstrap.VENV.exists()
 
 
-def test_test_runs_ruff_and_then_the_fast_tests_with_a_coverage_threshold(bootstrap, machine):
-    *_, lint, tests = machine.started("test")
-    assert lint == f"VENV {LINT}"
-    assert tests.startswith("VENV -m pytest -m not slow and not gpu --cov ") and "--cov-fail-under=90" in tests
+PARALLEL = "VENV -m pytest -n auto --dist loadfile"
 
 
-def test_explicit_pytest_arguments_are_passed_on_without_coverage(bootstrap, machine):
-    assert machine.started("test", "tests/ops", "-k", "norm")[-1] == (
-        "VENV -m pytest -m not slow and not gpu tests/ops -k norm"
-    )
+def test_test_runs_ruff_and_then_the_quick_tests_on_all_cores(bootstrap, machine):
+    assert machine.started("test")[-2:] == [f"VENV {LINT}", PARALLEL]
 
 
-def test_slow_tests_are_chosen_by_slow(bootstrap, machine):
-    assert machine.started("test", "--slow", "-x")[-1] == "VENV -m pytest -m slow and not gpu -x"
+def test_coverage_has_a_threshold(bootstrap, machine):
+    tests = machine.started("test", "--coverage", "-x")[-1]
+    assert tests.startswith(f"{PARALLEL} --cov ") and "--cov-fail-under=90" in tests and tests.endswith(" -x")
+
+
+def test_pytest_arguments_are_passed_on(bootstrap, machine):
+    assert machine.started("test", "tests/ops", "-k", "norm")[-1] == f"{PARALLEL} tests/ops -k norm"
+
+
+def test_test_all_runs_what_test_leaves_out(bootstrap, machine):
+    assert machine.started("test-all", "-x")[-1] == f"{PARALLEL} -m slow and not gpu -x"
 
 
 def test_the_tools_of_the_kernels_get_the_arguments(machine):
@@ -275,7 +279,7 @@ def test_help_names_every_command_and_starts_nothing(bootstrap, machine, capsys,
 
 def test_unknown_command_ends_in_one_line(bootstrap, machine, capsys):
     assert machine.started("tset", code=2) == []
-    assert "choose one of demo, test, bench, kernels, mutants, gpu" in one_line(capsys.readouterr().err)
+    assert "choose one of demo, test, test-all, bench, kernels, mutants, gpu" in one_line(capsys.readouterr().err)
 
 
 def test_old_python_gets_one_line():
@@ -292,7 +296,7 @@ def test_old_python_can_parse_the_script():
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     ("target", "command"),
-    [(name, name) for name in ("demo", "test", "bench", "gpu")] + [("test-slow", "test --slow"), ("help", "--help")],
+    [(name, name) for name in ("demo", "test", "test-all", "bench", "gpu")] + [("help", "--help")],
 )
 def test_make_targets_only_call_bootstrap(target, command):
     call = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", target]

@@ -49,9 +49,12 @@ OPTIONS = {
     "norm behind attention": {"attention_layer_norm": True, "sub_layer_norm": False},
     "no norm in the FFN": {"ffn_layer_norm": False},
 }
+SELDOM = ("checkpointed", "norm behind attention", "no norm in the FFN")
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(
+    "options", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in OPTIONS]
+)
 def test_outputs_and_gradients_are_the_baselines(options, launched):
     expected = results("reference", **OPTIONS[options])
     assert not launched

@@ -51,6 +51,7 @@ def test_rows_in_parts_need_neither_gate_nor_norm(absent):
     check([2, 0, 1], 6144, torch.float32, inert=1, **absent)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_too_wide_for_registers_follow_the_naive_code(dtype):
     for width in (8192, 10000, 16384):
@@ -85,7 +86,7 @@ def test_norms_may_have_another_dtype_than_u():
     contract.check_against_naive(op(counts), by_hand, leaves, dtypes, slices_of(counts))
 
 
-@pytest.mark.parametrize("width", (6144, 10000))
+@pytest.mark.parametrize("width", (6144, pytest.param(10000, marks=pytest.mark.slow)))
 def test_the_backward_kernel_gives_n_once_more(width):
     counts = [3, 0, 2]
     for absent in ({}, {"gate": False}, {"norm": False}):

@@ -111,13 +111,14 @@ def test_the_norm_is_that_of_the_stream_as_it_is_stored():
     assert (normed != expected).float().mean() < 0.01  # not before it is rounded
 
 
+@pytest.mark.slow
 @NORM
 def test_rows_too_wide_for_parameters_and_sums_in_registers_follow_the_naive_ones(norm):
     contract.check_against_naive(op(5), plain(5), leaves_of(5, 9000, norm), torch.float32)
 
 
 @NORM
-@pytest.mark.parametrize("width", (6144, 9000))
+@pytest.mark.parametrize("width", (6144, pytest.param(9000, marks=pytest.mark.slow)))
 def test_rows_in_parts_take_a_row_index_and_dropout(width, norm):
     options = {"index": [5, 0, 6], "dropout": 0.4}
     leaves = leaves_of(7, width, norm, branch_rows=3)
@@ -209,7 +210,7 @@ def test_nan_stays_in_its_row(norm):
             assert torch.equal(actual[1][key][:9][others[:9]], expected[1][key][:9][others[:9]])
 
 
-@pytest.mark.parametrize("width", (64, 9000))
+@pytest.mark.parametrize("width", (64, pytest.param(9000, marks=pytest.mark.slow)))
 def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma(width):
     index = [5, 0, 6]
     leaves = on_device(leaves_of(7, width, True, branch_rows=3), torch.float32)

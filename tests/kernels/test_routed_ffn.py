@@ -58,6 +58,7 @@ def test_every_activation_with_and_without_a_gate(activation, gate):
     check(COUNTS, torch.float32, ALL | {gate}, 1, 32, 72, activation=activation)
 
 
+@pytest.mark.slow
 def test_every_combination_of_options_follows_the_naive_one():
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
@@ -215,6 +216,7 @@ def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_d
     assert rms[16, True] > 1.2 * rms[16, False] and rms[0, True] < 1.1 * rms[0, False]
 
 
+@pytest.mark.slow
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(0, 3))
 @settings(max_examples=5, deadline=None)
 def test_any_ragged_plan(counts, inert):

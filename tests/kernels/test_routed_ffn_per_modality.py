@@ -12,7 +12,13 @@ COUNTS = [5, 0, 7]
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     "counts, width, hidden, inert",
-    [(COUNTS, 16, 40, 0), ([1], 63, 64, 0), ([7, 65], 64, 200, 3), ([0, 0], 8, 16, 1), ([2, 0, 1], 32, 6144, 2)],
+    [
+        (COUNTS, 16, 40, 0),
+        ([1], 63, 64, 0),
+        ([7, 65], 64, 200, 3),
+        ([0, 0], 8, 16, 1),
+        pytest.param([2, 0, 1], 32, 6144, 2, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_values_and_gradients_follow_the_naive_ones(counts, width, hidden, inert, dtype):

@@ -17,7 +17,9 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter ca
 CPU = torch.device("cpu")
 SIZES = ((40, 64), (43, 384), (8, 8200))  # rows, width: several programs, a last block that is not full, a wide row
 CASES = [
-    (size, i) for size in SIZES for i in range(len(list(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))))
+    pytest.param(size, i, marks=[pytest.mark.slow] if size == SIZES[-1] else [])
+    for size in SIZES
+    for i in range(len(list(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))))
 ]
 
 

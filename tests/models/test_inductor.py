@@ -32,6 +32,7 @@ print(len(got), "tensors agree")
 
 
 @pytest.mark.requires_compiler
+@pytest.mark.slow
 def test_a_layer_compiled_by_inductor_gives_the_eager_gradients(tmp_path):
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, env=environment)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
@@ -16,19 +17,32 @@ import torch
 
 from onepeace_fast import cuda_extension
 from onepeace_fast.ops import _attention_on_gpu, _library
+from support.built_once import built_once, digest, version
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = "sm_80,sm_90a,compute_90"
 
 
-def build(folder: Path) -> ModuleType:
-    """Compile into a folder and import from there."""
-    pybind11 = pytest.importorskip("pybind11")
-    output = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+def build(builds: Path) -> ModuleType:
+    """Compile into a folder of ``builds``, unless it is there already, and import from it."""
+    pytest.importorskip("pybind11")
+    name = f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")))
+    files = [path for path in SOURCES.rglob("*") if path.is_file()]
+    key = digest([*files, Path(__file__)], version(compiler), name, metadata.version("pybind11"))
+    folder = built_once(builds, "host_extension", key, lambda folder: _compile(compiler, folder, name))
+    spec = importlib.util.spec_from_file_location("_cuda", folder / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _compile(compiler: str, folder: Path, name: str) -> None:
+    import pybind11
+
     includes = [SOURCES / "host_shim", SOURCES, pybind11.get_include(), sysconfig.get_path("include")]
     sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
     sources += [path for path in (SOURCES / "host_shim").glob("*.cpp") if path.name != "run.cpp"]  # which has a main
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "clang++", "c++")))
     command = [compiler, "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden"]
     command += [f'-DONEPEACE_FAST_ARCHITECTURES="{ARCHITECTURES}"', *(f"-I{path}" for path in includes)]
 
@@ -39,11 +53,7 @@ def build(folder: Path) -> ModuleType:
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         objects = list(threads.map(compile_one, sources))
-    subprocess.run([compiler, "-shared", *objects, "-o", str(output)], check=True)
-    spec = importlib.util.spec_from_file_location("_cuda", output)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    subprocess.run([compiler, "-shared", *objects, "-o", str(folder / name)], check=True)
 
 
 def force_gpu_paths(monkeypatch: pytest.MonkeyPatch) -> None:

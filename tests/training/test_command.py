@@ -113,7 +113,10 @@ def test_training_matches_ten_images_with_their_captions(corpus, name):
     assert contrast[80] < 0.2 * math.log(10)
 
 
-@pytest.mark.parametrize(("stage", "steps", "stop"), [("vision_language", 20, 13), ("audio_language", 6, 3)])
+@pytest.mark.parametrize(
+    ("stage", "steps", "stop"),
+    [pytest.param("vision_language", 20, 13, marks=pytest.mark.slow), ("audio_language", 6, 3)],
+)
 def test_a_run_stopped_in_the_middle_ends_in_the_same_bits(corpus, name, monkeypatch, capsys, stage, steps, stop):
     """Twenty steps in a row, and as many with a stop: the steps after the last checkpoint are taken again."""
     keys = {"stage": stage, "steps": steps, "checkpoint_every": stop - stop % 2, "accumulation": 2}

@@ -49,6 +49,7 @@ def run_until(config, output, step, sign, everyone):
     return process.wait(timeout=60), out.read_text(), err.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_was_not(tmp_path, capsys):
     write_images(tmp_path)
     keys = {"steps": 24, "checkpoint_every": 4, "keep": 1, "workers": 2}
