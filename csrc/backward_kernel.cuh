@@ -349,7 +349,6 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
     }
 }
 
-// Compiled for each type and shape in one of the files that include this one.
 template <typename T, int HEAD_DIM, bool COMPACT>
 const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,

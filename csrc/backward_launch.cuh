@@ -19,6 +19,7 @@
 
 namespace onepeace_fast {
 
+// Compiled for each head size and shape in a file of its own.
 template <typename T, int HEAD_DIM, bool COMPACT>
 const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,

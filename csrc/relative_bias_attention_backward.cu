@@ -1,23 +1,17 @@
-// The entries of the backward pass; backward_kernel.cuh has the kernel.
+// The entries of the backward pass, and its kernels but the largest, which backward_kernel.cuh has.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
 #include <algorithm>
 
+#include "backward_launch.cuh"
 #include "backward_workspace.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
 #include "relative_bias_attention_backward.cuh"
 
 namespace onepeace_fast {
-
-// Compiled for each head size in a file of its own.
-template <typename T, int HEAD_DIM>
-const char* launch_backward(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const BackwardPlan& plan,
-    void* stream);
-
 namespace {
 
 BackwardPlan plan_on_device(const RelativeBiasAttention& arguments) {
