@@ -56,9 +56,7 @@ def launch_forward(
         return out, log_sum_exp
     attention, _held = _arguments(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
     with torch.cuda.device_of(qkv):  # a launch makes the tensors' device the current one
-        attention.forward(
-            out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(qkv.device)
-        )
+        attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(qkv.device))
     cuda_extension.count_launch()
     return out, log_sum_exp
 
