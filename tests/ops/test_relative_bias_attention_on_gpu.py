@@ -234,7 +234,7 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
 
     assert refused(**found) is None
     line = refused(**{**found, **MISFITS[reason]})
-    assert re.search(reason, line) and "\n" not in line
+    assert line and re.search(reason, line) and "\n" not in line
 
 
 @pytest.mark.requires_compiler
