@@ -19,8 +19,8 @@ constexpr int TILE = HALVES * BLOCK_ROWS;
 constexpr int MOST_PARTS = 8;
 constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thread block
 
-// Warps of a thread block, and the blocks of keys whose gradients each holds in registers. The compact shape is for GPUs
-// whose thread blocks may have less shared memory than the other takes.
+// Warps of a thread block, and the blocks of keys whose gradients each holds in registers. The compact shape is for
+// GPUs whose thread blocks may have less shared memory than the other takes.
 template <int HEAD_DIM_, bool COMPACT_>
 struct BackwardLaunch {
     static constexpr int HEAD_DIM = HEAD_DIM_;
@@ -43,10 +43,10 @@ constexpr bool HAS_COMPACT_SHAPE = HEAD_DIM > 32;
 struct BackwardWorkspace {
     int groups;
     int parts;
-    int longest;  // blocks of keys, and of queries, that a sample is expected to have at most
-    int entries;  // of all vectors, those of CLS included
-    int walk_blocks;       // of keys, that one walk takes
-    bool is_large;         // whether vectors are read, and their sums kept, in device memory
+    int longest;      // blocks of keys, and of queries, that a sample is expected to have at most
+    int walk_blocks;  // of keys, that one walk takes
+    int entries;      // of all vectors, those of CLS included
+    bool is_large;    // whether vectors are read, and their sums kept, in device memory
     float* row_sums;       // [rows, heads]; null, as the next, where max_length says that samples are walked whole
     float* query_parts;    // [parts, rows, heads, head_dim]
     float* entry_parts;    // [groups, parts, heads, entries]; null where all vectors are frozen
@@ -133,7 +133,7 @@ int64_t count_bytes(
         const int64_t passes = ceil_div(blocks, ForwardLaunch<Launch::HEAD_DIM>::WARPS);
         bytes += 2 * (matrix + vector) + passes * (2 * matrix + vector);  // for row sums
         bytes += vector + walks * vector;                                 // of row sums
-        bytes += 4 * pairs * Launch::HEAD_DIM * 2 * walks;                        // of queries' gradients, in parts
+        bytes += 4 * pairs * Launch::HEAD_DIM * 2 * walks;                // of queries' gradients, in parts
     }
     // Begun once, added to for each sample, summed.
     const int64_t all = 4ll * shared.parts * arguments.heads * shared.entries;

@@ -46,6 +46,14 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
     assert process.returncode == 0, process.stderr[:4000]
 
 
+@pytest.mark.parametrize("dim", HEAD_SIZES[1:])
+@pytest.mark.parametrize("name", ["three modalities", "CLS in blocks", "split keys", "two walks"])
+def test_no_two_threads_of_the_compact_shape_touch_the_same_memory_unordered(build, tmp_path, name, dim):
+    limit = host_shim.SHARED_LIMITS["99 KiB"]
+    process = host_shim.run(build("thread"), tmp_path, case(name, dim, orders=(0, 1)), shared_limit=limit)
+    assert process.returncode == 0, process.stderr[:4000]
+
+
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "relative_bias_attention_backward.cuh", "spread_block.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
