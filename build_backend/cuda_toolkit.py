@@ -2,7 +2,8 @@
 
 nvcc comes from CUDA_HOME, else from PATH, else from the toolkit's own wheels on PyPI, which the build backend asks for
 where there is a driver and no toolkit. ``ONEPEACE_FAST_CUDA_ARCHITECTURES`` names the architectures as nvcc does
-("sm_80,sm_90a,compute_90", the last one being PTX), or is "none", which leaves the extension out.
+("sm_80,sm_90a,compute_90", the last one being PTX), or is "none", which leaves the extension out. Without it those of
+the GPUs that are here are built, and where none is, those of any GPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 ENVIRONMENT_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
-ANY_GPU = ("sm_80", "sm_90a", "compute_90")
+# Each serves its major version, and "compute_90", compiled by the driver at the first launch, whatever is later.
+ANY_GPU = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
 OLDEST_GPU = (8, 0)
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 OLDEST_WHEELS = (13, 0)  # those for CUDA 12 hold ptxas and no nvcc
@@ -133,9 +135,14 @@ def decide() -> Decision:
     toolkit, driver, wanted = find_toolkit(), find_driver(), requested is not None
     reason = _no_toolkit(toolkit, driver)
     if reason is None:
-        architectures = requested or _present(driver, toolkit)
-        if architectures:
+        known = _known(toolkit)
+        unknown = [name for name in requested or () if name.rstrip("a") not in known]
+        architectures = requested or _present(driver, known)
+        if architectures and not unknown:
             return Decision(toolkit, architectures, None, wanted)
+        if unknown:
+            reason = f"{toolkit.nvcc} is nvcc {dotted(toolkit.version)}, which does not know {', '.join(unknown)}"
+            return Decision(None, (), f"{reason}; update it, {AGAIN}", wanted)
         found = ", ".join(dotted(capability) for capability in driver.capabilities)
         reason = f"the kernels take GPUs of compute capability {dotted(OLDEST_GPU)} or later, and here is {found}"
     return Decision(None, (), reason, wanted)
@@ -149,8 +156,12 @@ def _requested() -> tuple[str, ...] | None:
     if names == ("none",):
         return ()
     for name in names:
-        if not re.fullmatch(r"(sm|compute)_\d{2,3}a?", name):
+        found = re.fullmatch(r"(?:sm|compute)_(\d{2,3})a?", name)
+        if not found:
             raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes names as in {','.join(ANY_GPU)}, or none")
+        if divmod(int(found[1]), 10) < OLDEST_GPU:
+            oldest = dotted(OLDEST_GPU)
+            raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes compute capability {oldest} or later")
     return names
 
 
@@ -177,13 +188,20 @@ def _available(tool: str) -> bool:
     return find_spec(tool) is not None or shutil.which(tool) is not None
 
 
-def _present(driver: Driver | None, toolkit: Toolkit) -> tuple[str, ...]:
-    """The architectures of the GPUs that are here, those of any GPU where none is."""
+def _known(toolkit: Toolkit) -> set[str]:
+    """The architectures that an nvcc compiles for, without those with an "a", which it knows with the others."""
+    names = set()
+    for option in ("--list-gpu-code", "--list-gpu-arch"):
+        names.update(subprocess.run([toolkit.nvcc, option], capture_output=True, text=True, check=True).stdout.split())
+    return names
+
+
+def _present(driver: Driver | None, known: set[str]) -> tuple[str, ...]:
+    """The architectures of the GPUs that are here; where none is, those of any GPU that nvcc knows."""
     if driver is None or not driver.capabilities:
-        return ANY_GPU
+        return tuple(name for name in ANY_GPU if name.rstrip("a") in known)
     usable = sorted({capability for capability in driver.capabilities if capability >= OLDEST_GPU})
     names = ["sm_{}{}".format(*capability) for capability in usable]
-    known = subprocess.run([toolkit.nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     # A GPU younger than nvcc runs the PTX.
     names = [name if name in known else ANY_GPU[-1] for name in names]
     return tuple(dict.fromkeys("sm_90a" if name == "sm_90" else name for name in names))

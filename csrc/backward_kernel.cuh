@@ -16,11 +16,8 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
-#include <algorithm>
 #include <cmath>
 
-#include "backward_row_sums.cuh"
-#include "backward_sums.cuh"
 #include "backward_workspace.cuh"
 #include "bias_gradient.cuh"
 #include "entries.cuh"
@@ -34,22 +31,23 @@
 namespace onepeace_fast {
 
 // Of a warp: its blocks of keys by halves of a tile of queries, keys in rows, as accumulators.
-template <int HEAD_DIM>
-using Pairs = float[BackwardLaunch<HEAD_DIM>::SLOTS][HALVES][2][4];
+template <typename Launch>
+using Pairs = float[Launch::SLOTS][HALVES][2][4];
 
 // Of a warp: a gradient of its blocks of keys or values.
-template <int HEAD_DIM>
-using KeyRows = float[BackwardLaunch<HEAD_DIM>::SLOTS][HEAD_DIM / 8][4];
+template <typename Launch>
+using KeyRows = float[Launch::SLOTS][Launch::HEAD_DIM / 8][4];
 
 // A warp's block of keys; past the last one where there are fewer.
-template <int HEAD_DIM>
+template <typename Launch>
 __device__ __forceinline__ int key_block(int slot) {
-    return slot * BackwardLaunch<HEAD_DIM>::WARPS + thread_index() / WARP;
+    return slot * Launch::WARPS + thread_index() / WARP;
 }
 
 // pairs += keys queries^T.
-template <int HEAD_DIM, typename T>
-__device__ __forceinline__ void multiply(Pairs<HEAD_DIM>& pairs, const T* keys, const T* queries, int blocks) {
+template <typename Launch, typename T>
+__device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, const T* queries, int blocks) {
+    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; ++k) {
@@ -57,8 +55,8 @@ __device__ __forceinline__ void multiply(Pairs<HEAD_DIM>& pairs, const T* keys, 
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
 #pragma unroll
-        for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
-            const int block = key_block<HEAD_DIM>(slot);
+        for (int slot = 0; slot < Launch::SLOTS; ++slot) {
+            const int block = key_block<Launch>(slot);
             if (block >= blocks) continue;
             uint32_t a[4];
             left_operand<HEAD_DIM>(a, keys, lane, block, k);
@@ -72,10 +70,10 @@ __device__ __forceinline__ void multiply(Pairs<HEAD_DIM>& pairs, const T* keys, 
 }
 
 // rows += pairs queries.
-template <int HEAD_DIM, typename T>
+template <typename Launch, typename T>
 __device__ __forceinline__ void accumulate(
-    KeyRows<HEAD_DIM>& rows, const Pairs<HEAD_DIM>& pairs, const T* queries, int blocks) {
-    constexpr int SLOTS = BackwardLaunch<HEAD_DIM>::SLOTS;
+    KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int blocks) {
+    constexpr int HEAD_DIM = Launch::HEAD_DIM, SLOTS = Launch::SLOTS;
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
@@ -88,7 +86,7 @@ __device__ __forceinline__ void accumulate(
             right_operand<HEAD_DIM>(b, queries, lane, half, j);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                if (key_block<HEAD_DIM>(slot) >= blocks) continue;
+                if (key_block<Launch>(slot) >= blocks) continue;
                 mma<T>(rows[slot][2 * j], a[slot], b[0], b[1]);
                 mma<T>(rows[slot][2 * j + 1], a[slot], b[2], b[3]);
             }
@@ -99,14 +97,14 @@ __device__ __forceinline__ void accumulate(
 // Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the
 // largest gradient. Eight lanes have the same queries: in three steps each gives half of its sums and gets half, until
 // it has one.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void share_sums(
-    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& probabilities,
-    const Pairs<HEAD_DIM>& gradients, uint32_t largest) {
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& probabilities,
+    const Pairs<Launch>& gradients, uint32_t largest) {
     const int warp = thread_index() / WARP, lane = thread_index() % WARP;
     float sums[HALVES * 4] = {};  // of queries 8 (i / 2) + 2 (lane % 4) + i % 2
 #pragma unroll
-    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
+    for (int slot = 0; slot < Launch::SLOTS; ++slot) {
 #pragma unroll
         for (int i = 0; i < HALVES * 8; ++i) {
             const float gradient = gradients[slot][i / 8][i / 4 % 2][i % 4];
@@ -135,27 +133,27 @@ __device__ __forceinline__ void share_sums(
 
 // The sum of probability times gradient of a lane's query, over all keys of its sample; behind the barrier that follows
 // share_sums.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ float find_row_sum(
-    const SpreadBlock<T, HEAD_DIM, LARGE>& spread, int stage, int blocks, bool is_whole) {
+    const SpreadBlock<T, Launch, LARGE>& spread, int stage, int blocks, bool is_whole) {
     const auto& shared = spread.backward.shared;
     const int lane = thread_index() % WARP;
     if (!is_whole) return shared.row_sums[stage][lane];
     float sum = blocks > spread.BLOCK ? spread.row_sum() : 0.f;
-    for (int warp = 0; warp < BackwardLaunch<HEAD_DIM>::WARPS; ++warp) sum += shared.partial_sums[warp][lane];
+    for (int warp = 0; warp < Launch::WARPS; ++warp) sum += shared.partial_sums[warp][lane];
     return sum;
 }
 
 // gradients = ds.
-template <int HEAD_DIM>
+template <typename Launch>
 __device__ __forceinline__ void differentiate(
-    const Pairs<HEAD_DIM>& probabilities, Pairs<HEAD_DIM>& gradients, float row_sum, float head_scale) {
+    const Pairs<Launch>& probabilities, Pairs<Launch>& gradients, float row_sum, float head_scale) {
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int i = 0; i < HALVES * 4; ++i) {
         const float mean = __shfl_sync(0xffffffff, row_sum, i / 2 * 8 + 2 * (lane % 4) + i % 2);
 #pragma unroll
-        for (int j = 0; j < 2 * BackwardLaunch<HEAD_DIM>::SLOTS; ++j) {
+        for (int j = 0; j < 2 * Launch::SLOTS; ++j) {
             const int slot = j / 2, element = j % 2 * 2 + i % 2;
             float& gradient = gradients[slot][i / 4][i / 2 % 2][element];
             gradient = head_scale * probabilities[slot][i / 4][i / 2 % 2][element] * (gradient - mean);
@@ -164,21 +162,21 @@ __device__ __forceinline__ void differentiate(
 }
 
 // Add ds to the sums of entries.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void add_to_entries(
-    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int stage, int blocks,
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int blocks,
     const Sums& sums) {
     auto& shared = backward.shared;
     // A lane for each row of both halves of the tile, and of the blocks of both slots.
     const int which = thread_index() % WARP / BLOCK_ROWS;
-    const int own = which < BackwardLaunch<HEAD_DIM>::SLOTS ? key_block<HEAD_DIM>(which) : blocks;
+    const int own = which < Launch::SLOTS ? key_block<Launch>(which) : blocks;
     const uint32_t query_runs = find_run_starts(
         shared.query_code[stage] + which * BLOCK_ROWS, shared.query_blocks[stage][which].count);
     const uint32_t key_runs = find_run_starts(
         shared.key_code + min(own, blocks - 1) * BLOCK_ROWS, own < blocks ? shared.key_blocks[own].count : 0);
 #pragma unroll
-    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
-        const int block = key_block<HEAD_DIM>(slot);
+    for (int slot = 0; slot < Launch::SLOTS; ++slot) {
+        const int block = key_block<Launch>(slot);
         if (block >= blocks) continue;
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
@@ -191,13 +189,13 @@ __device__ __forceinline__ void add_to_entries(
 }
 
 // Leave ds of this warp's keys for the gradient of queries.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void leave_score_gradient(
-    const Backward<T, HEAD_DIM, LARGE>& backward, const Pairs<HEAD_DIM>& gradients, int blocks) {
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int blocks) {
     const int lane = thread_index() % WARP;
 #pragma unroll
-    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
-        const int block = key_block<HEAD_DIM>(slot);
+    for (int slot = 0; slot < Launch::SLOTS; ++slot) {
+        const int block = key_block<Launch>(slot);
         if (block >= blocks) continue;
 #pragma unroll
         for (int i = 0; i < HALVES * 4; ++i) {
@@ -210,13 +208,14 @@ __device__ __forceinline__ void leave_score_gradient(
 }
 
 // dq of a tile: its 16 rows and columns are divided among the warps.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void find_query_gradient(
-    const Backward<T, HEAD_DIM, LARGE>& backward, int stage, int blocks, bool is_whole, bool is_first) {
+    const Backward<T, Launch, LARGE>& backward, int stage, int blocks, bool is_whole, bool is_first) {
+    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const auto& shared = backward.shared;
     const int lane = thread_index() % WARP;
 #pragma unroll 1
-    for (int i = thread_index() / WARP; i < HALVES * HEAD_DIM / 16; i += BackwardLaunch<HEAD_DIM>::WARPS) {
+    for (int i = thread_index() / WARP; i < HALVES * HEAD_DIM / 16; i += Launch::WARPS) {
         const int half = i % HALVES, j = i / HALVES;
         const T* left = shared.score_gradient +
                         swizzled<TILE>(lane % 8 + lane / 16 * 8, 2 * half + lane / 8 % 2);
@@ -234,12 +233,12 @@ __device__ __forceinline__ void find_query_gradient(
 }
 
 // Some blocks of keys, from block `first` of the sample on, and all of its queries.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
-    const Backward<T, HEAD_DIM, LARGE>& backward, int first, int blocks, bool is_whole, bool is_first) {
+    const Backward<T, Launch, LARGE>& backward, int first, int blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
-    KeyRows<HEAD_DIM> key_gradient = {}, value_gradient = {};
-    SpreadBlock<T, HEAD_DIM, LARGE> spread{backward};
+    KeyRows<Launch> key_gradient = {}, value_gradient = {};
+    SpreadBlock<T, Launch, LARGE> spread{backward};
     const bool spreads = blocks > spread.BLOCK;
     if (spreads) spread.begin();
     backward.load_keys(first, blocks);
@@ -252,22 +251,22 @@ __device__ __forceinline__ void walk_keys(
         __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
-        Pairs<HEAD_DIM> probabilities = {}, gradients = {};
-        multiply<HEAD_DIM>(probabilities, shared.keys, shared.queries[stage], blocks);
+        Pairs<Launch> probabilities = {}, gradients = {};
+        multiply<Launch>(probabilities, shared.keys, shared.queries[stage], blocks);
 #pragma unroll
-        for (int i = 0; i < BackwardLaunch<HEAD_DIM>::SLOTS * HALVES; ++i) {
-            const int slot = i / HALVES, half = i % HALVES, block = key_block<HEAD_DIM>(slot);
+        for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
+            const int slot = i / HALVES, half = i % HALVES, block = key_block<Launch>(slot);
             if (block < blocks) backward.find_probabilities(probabilities[slot][half], stage, block, half);
         }
-        accumulate<HEAD_DIM>(value_gradient, probabilities, shared.grad[stage], blocks);
-        multiply<HEAD_DIM>(gradients, shared.values, shared.grad[stage], blocks);
+        accumulate<Launch>(value_gradient, probabilities, shared.grad[stage], blocks);
+        multiply<Launch>(gradients, shared.values, shared.grad[stage], blocks);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
         const float row_sum = find_row_sum(spread, stage, blocks, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
-        differentiate<HEAD_DIM>(probabilities, gradients, row_sum, backward.head_scale());
+        differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
         leave_score_gradient(backward, gradients, blocks);
-        accumulate<HEAD_DIM>(key_gradient, gradients, shared.queries[stage], blocks);
+        accumulate<Launch>(key_gradient, gradients, shared.queries[stage], blocks);
         Sums sums{};
         if (backward.is_learned()) {
             sums = backward.prepare_sums(row_sum);
@@ -280,8 +279,8 @@ __device__ __forceinline__ void walk_keys(
     }
     __syncthreads();  // nobody reads the keys, which give way to their gradients
 #pragma unroll
-    for (int slot = 0; slot < BackwardLaunch<HEAD_DIM>::SLOTS; ++slot) {
-        const int block = key_block<HEAD_DIM>(slot);
+    for (int slot = 0; slot < Launch::SLOTS; ++slot) {
+        const int block = key_block<Launch>(slot);
         if (block >= blocks) continue;
         backward.store_keys(key_gradient[slot], backward.arguments.scale, block, shared.keys, 1);
         backward.store_keys(value_gradient[slot], backward.head_scale(), block, shared.values, 2);
@@ -291,12 +290,13 @@ __device__ __forceinline__ void walk_keys(
 }
 
 // A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
-template <typename T, int HEAD_DIM, bool LARGE>
-__device__ __forceinline__ void refuse_sample(const Backward<T, HEAD_DIM, LARGE>& backward) {
+template <typename T, typename Launch, bool LARGE>
+__device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& backward) {
+    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     auto& shared = backward.shared;
     for (int m = 0; m < backward.arguments.modalities; ++m) {
         const int elements = (shared.sample.body[m] + shared.sample.cls[m]) * HEAD_DIM;
-        for (int i = thread_index(); i < elements; i += BackwardLaunch<HEAD_DIM>::THREADS) {
+        for (int i = thread_index(); i < elements; i += Launch::THREADS) {
             for (int which = 0; which < 3; ++which) {
                 backward.result(shared.sample.first[m] + i / HEAD_DIM, which)[i % HEAD_DIM] = from_float<T>(NAN);
             }
@@ -309,17 +309,18 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, HEAD_DIM, LARGE>
 }
 
 // Thread blocks: parts of keys, heads, groups of samples and one more.
-template <typename T, int HEAD_DIM, bool LARGE>
-__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward_kernel(
+template <typename T, int HEAD_DIM, bool COMPACT, bool LARGE>
+__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1) backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
+    using Launch = BackwardLaunch<HEAD_DIM, COMPACT>;
     const int group = blockIdx.z, part = blockIdx.x;
     if (group == workspace.groups) {
-        return zero_inert_rows<T, HEAD_DIM>(arguments, static_cast<T*>(gradients.qkv));
+        return zero_inert_rows<Launch>(arguments, static_cast<T*>(gradients.qkv));
     }
-    auto& shared = *static_cast<BackwardShared<T, HEAD_DIM>*>(shared_memory());
-    const Backward<T, HEAD_DIM, LARGE> backward{arguments, gradients, workspace, shared};
+    auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());
+    const Backward<T, Launch, LARGE> backward{arguments, gradients, workspace, shared};
     backward.begin();
     const int end_sample = workspace.first_sample(group + 1, arguments.samples);
 #pragma unroll 1
@@ -328,11 +329,11 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward
         __syncthreads();  // everybody sees the sample, and what the block began with
         const int blocks = shared.sample.row_blocks;
         const int first = workspace.first_block(part, blocks), end = workspace.first_block(part + 1, blocks);
-        const bool is_whole = workspace.walks_whole<HEAD_DIM>(shared.sample);
+        const bool is_whole = workspace.walks_whole(shared.sample);
         if (is_whole || workspace.query_parts) {
 #pragma unroll 1
             for (int block = first, taken = 0; block < end; block += taken) {
-                taken = BackwardLaunch<HEAD_DIM>::next_walk(end - block);
+                taken = Launch::next_walk(end - block);
                 walk_keys(backward, block, taken, is_whole, block == first);
             }
         } else {
@@ -348,50 +349,14 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM>::THREADS, 1) backward
     }
 }
 
-template <typename T, int HEAD_DIM>
-const char* launch_row_sums(
+template <typename T, int HEAD_DIM, bool COMPACT>
+const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
-    const BackwardWorkspace& workspace, void* stream) {
-    RelativeBiasAttention base_2 = arguments;
-    base_2.scale *= LOG2_E;
-    const int64_t entries = workspace.entries - CLS_ENTRIES * arguments.bias_vectors;
-    const LaunchPlan planned = relative_bias_attention_forward_plan(HEAD_DIM, entries);
-    const auto kernel =
-        entries > BIAS_CAPACITY ? row_sums_kernel<T, HEAD_DIM, true> : row_sums_kernel<T, HEAD_DIM, false>;
-    const dim3 blocks(
-        ceil_div(workspace.longest, ForwardLaunch<HEAD_DIM>::WARPS), arguments.heads, arguments.samples);
+    const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream) {
     return launch_kernel(
-        kernel, arguments.device, blocks, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
-        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
-}
-
-template <typename T, int HEAD_DIM>
-const char* launch_backward(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream) {
-    const BackwardWorkspace workspace = share<HEAD_DIM>(arguments, gradients);
-    const bool has_parts = workspace.query_parts && arguments.samples;
-    const char* problem = nullptr;
-    if (has_parts) problem = launch_row_sums<T, HEAD_DIM>(arguments, gradients, workspace, stream);
-    if (problem) return problem;
-    const LaunchPlan planned = backward_plan<HEAD_DIM>(workspace.entries);
-    problem = launch_kernel(
-        workspace.is_large() ? backward_kernel<T, HEAD_DIM, true> : backward_kernel<T, HEAD_DIM, false>,
+        workspace.is_large ? backward_kernel<T, HEAD_DIM, COMPACT, true> : backward_kernel<T, HEAD_DIM, COMPACT, false>,
         arguments.device, dim3(workspace.parts, arguments.heads, workspace.groups + 1), planned.threads,
         planned.shared_bytes, stream, arguments, gradients, workspace);
-    if (!problem && has_parts) {
-        const dim3 blocks(
-            ceil_div(workspace.longest * BLOCK_ROWS, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads,
-            arguments.samples);
-        problem = launch_kernel(
-            sum_queries_kernel<T, HEAD_DIM>, arguments.device, blocks, SUM_THREADS, sizeof(Sample), stream, arguments,
-            gradients, workspace);
-    }
-    if (!problem && (workspace.entry_parts || workspace.scale_parts)) {
-        const dim3 blocks(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);
-        problem = launch_kernel(
-            sum_entries_kernel, arguments.device, blocks, SUM_THREADS, 0, stream, arguments, gradients, workspace);
-    }
-    return problem;
 }
 
 }  // namespace onepeace_fast

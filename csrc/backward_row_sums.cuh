@@ -93,7 +93,7 @@ row_sums_kernel(
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
     read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, arguments, blockIdx.z);
     __syncthreads();
-    if (workspace.walks_whole<HEAD_DIM>(shared.sample)) return;
+    if (workspace.walks_whole(shared.sample)) return;
     walk_queries<RowSums<T, HEAD_DIM>>(
         forward, bias_capacity,
         [&](const RowSums<T, HEAD_DIM>& rows) { rows.store(forward, workspace.row_sums); }, gradients);

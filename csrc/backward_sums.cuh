@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_queries_kernel(
     auto& sample = *static_cast<Sample*>(shared_memory());
     read_sample<BLOCK_ROWS>(sample, arguments, blockIdx.z);
     __syncthreads();
-    if (workspace.walks_whole<HEAD_DIM>(sample)) return;
+    if (workspace.walks_whole(sample)) return;
     const int chunk = thread_index() % ROW_CHUNKS;
 #pragma unroll 1
     for (int i = blockIdx.x * ROWS + thread_index() / ROW_CHUNKS; i < sample.row_blocks * BLOCK_ROWS;

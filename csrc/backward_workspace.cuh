@@ -19,32 +19,34 @@ constexpr int TILE = HALVES * BLOCK_ROWS;
 constexpr int MOST_PARTS = 8;
 constexpr int BLOCKS_OF_A_PART = 4;  // at least: fewer keys are not worth a thread block
 
-// Entries that shared memory holds with the sums of their gradient: a grid of 27 x 27. Larger vectors are read, and
-// their sums kept, in device memory.
-constexpr int BACKWARD_BIAS_CAPACITY = 3072;
-
-// Warps of a thread block, and the blocks of keys whose gradients each holds in registers.
-template <int HEAD_DIM>
+// Warps of a thread block, and the blocks of keys whose gradients each holds in registers. The compact shape is for
+// GPUs whose thread blocks may have less shared memory than the other takes.
+template <int HEAD_DIM_, bool COMPACT_>
 struct BackwardLaunch {
-    static constexpr int WARPS = 8;
-    static constexpr int SLOTS = HEAD_DIM == 128 ? 1 : 2;
+    static constexpr int HEAD_DIM = HEAD_DIM_;
+    static constexpr bool COMPACT = COMPACT_;
+    static constexpr int WARPS = COMPACT && HEAD_DIM == 128 ? 4 : 8;
+    static constexpr int SLOTS = COMPACT || HEAD_DIM == 128 ? 1 : 2;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int SLOT_BLOCKS = WARPS * SLOTS;
     static constexpr int BLOCKS = SLOT_BLOCKS + 1;  // of keys in one walk: one more is spread over all warps
 
     // How many of some blocks are walked next: the spread block only where it saves a walk.
     static __host__ __device__ constexpr int next_walk(int blocks) { return blocks <= BLOCKS ? blocks : SLOT_BLOCKS; }
-
-    static constexpr int walks(int blocks) { return blocks <= BLOCKS ? 1 : 1 + walks(blocks - SLOT_BLOCKS); }
 };
+
+template <int HEAD_DIM>
+constexpr bool HAS_COMPACT_SHAPE = HEAD_DIM > 32;
 
 // A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit
 // is walked whole; of others each part writes its share of the queries' gradients.
 struct BackwardWorkspace {
     int groups;
     int parts;
-    int longest;  // blocks of keys, and of queries, that a sample is expected to have at most
-    int entries;  // of all vectors, those of CLS included
+    int longest;      // blocks of keys, and of queries, that a sample is expected to have at most
+    int walk_blocks;  // of keys, that one walk takes
+    int entries;      // of all vectors, those of CLS included
+    bool is_large;    // whether vectors are read, and their sums kept, in device memory
     float* row_sums;       // [rows, heads]; null, as the next, where max_length says that samples are walked whole
     float* query_parts;    // [parts, rows, heads, head_dim]
     float* entry_parts;    // [groups, parts, heads, entries]; null where all vectors are frozen
@@ -52,12 +54,7 @@ struct BackwardWorkspace {
     float* scale_parts;    // [groups, heads]; null where the head scale is frozen
     int64_t bytes;
 
-    bool is_large() const { return entries > BACKWARD_BIAS_CAPACITY; }
-
-    template <int HEAD_DIM>
-    __device__ bool walks_whole(const Sample& sample) const {
-        return parts == 1 && sample.row_blocks <= BackwardLaunch<HEAD_DIM>::BLOCKS;
-    }
+    __device__ bool walks_whole(const Sample& sample) const { return parts == 1 && sample.row_blocks <= walk_blocks; }
 
     __host__ __device__ int first_sample(int group, int samples) const {
         return static_cast<int>(static_cast<int64_t>(group) * samples / groups);
@@ -77,10 +74,19 @@ inline int most_blocks(const RelativeBiasAttention& arguments, int64_t length) {
     return static_cast<int>((length + (BLOCK_ROWS - 1) * (arguments.modalities + 1)) / BLOCK_ROWS);
 }
 
-template <int HEAD_DIM>
-BackwardWorkspace share(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
+inline int64_t count_entries(const RelativeBiasAttention& arguments) {
+    int64_t entries = 0;
+    for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries;
+    return entries;
+}
+
+inline BackwardWorkspace share(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
+    const BackwardPlan& plan) {
     BackwardWorkspace shared{};
+    shared.walk_blocks = plan.walk_blocks;
+    shared.is_large = plan.is_large;
+    shared.entries = static_cast<int>(count_entries(arguments));
     const int samples = std::max(arguments.samples, 1), chip = std::max(gradients.multiprocessors, 1);
     const int64_t mean = ceil_div(arguments.rows, samples);
     shared.longest = most_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
@@ -90,10 +96,7 @@ BackwardWorkspace share(
     const int idle = static_cast<int>(chip / busy);
     shared.parts = std::max(1, std::min({idle, MOST_PARTS, shared.longest / BLOCKS_OF_A_PART}));
     bool learned = false;
-    for (int m = 0; m < arguments.bias_vectors; ++m) {
-        shared.entries += arguments.bias[m].entries;
-        learned = learned || gradients.bias[m];
-    }
+    for (int m = 0; m < arguments.bias_vectors; ++m) learned = learned || gradients.bias[m];
     const auto take = [&](int64_t elements) {
         void* taken = static_cast<char*>(gradients.workspace) + shared.bytes;
         shared.bytes += (elements * 4 + 15) / 16 * 16;
@@ -101,12 +104,12 @@ BackwardWorkspace share(
     };
     const int64_t pairs = static_cast<int64_t>(arguments.rows) * arguments.heads;
     const int64_t all = static_cast<int64_t>(shared.groups) * shared.parts * arguments.heads * shared.entries;
-    if (shared.parts > 1 || !arguments.max_length || shared.longest > BackwardLaunch<HEAD_DIM>::BLOCKS) {
+    if (shared.parts > 1 || !arguments.max_length || shared.longest > plan.walk_blocks) {
         shared.row_sums = static_cast<float*>(take(pairs));
-        shared.query_parts = static_cast<float*>(take(shared.parts * pairs * HEAD_DIM));
+        shared.query_parts = static_cast<float*>(take(shared.parts * pairs * arguments.head_dim));
     }
     if (learned) shared.entry_parts = static_cast<float*>(take(all));
-    if (learned && shared.is_large()) shared.sums = static_cast<int*>(take(2 * all));
+    if (learned && shared.is_large) shared.sums = static_cast<int*>(take(2 * all));
     if (gradients.head_scale) {
         shared.scale_parts = static_cast<float*>(take(static_cast<int64_t>(shared.groups) * arguments.heads));
     }
@@ -114,20 +117,23 @@ BackwardWorkspace share(
 }
 
 // Of samples that all have max_length tokens.
-template <int HEAD_DIM>
-int64_t count_bytes(const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
-    const BackwardWorkspace shared = share<HEAD_DIM>(arguments, gradients);
+template <typename Launch>
+int64_t count_bytes(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
+    const BackwardPlan& plan) {
+    const BackwardWorkspace shared = share(arguments, gradients, plan);
     const int64_t pairs = static_cast<int64_t>(arguments.rows) * arguments.heads;
-    const int64_t matrix = 2 * pairs * HEAD_DIM, vector = 4 * pairs;
+    const int64_t matrix = 2 * pairs * Launch::HEAD_DIM, vector = 4 * pairs;
     const int blocks = ceil_div(arguments.max_length, BLOCK_ROWS);
-    const int walks = shared.parts * BackwardLaunch<HEAD_DIM>::walks(ceil_div(blocks, shared.parts));
+    int walks = 0;
+    for (int left = ceil_div(blocks, shared.parts); left > 0; left -= Launch::next_walk(left)) walks += shared.parts;
     // Queries, their gradients, log-sum-exp and codes in each walk; keys, values, codes and all gradients once.
     int64_t bytes = walks * 2 * (matrix + vector) + 2 * matrix + vector + 3 * matrix;
     if (shared.query_parts) {
-        const int64_t passes = ceil_div(blocks, ForwardLaunch<HEAD_DIM>::WARPS);
+        const int64_t passes = ceil_div(blocks, ForwardLaunch<Launch::HEAD_DIM>::WARPS);
         bytes += 2 * (matrix + vector) + passes * (2 * matrix + vector);  // for row sums
         bytes += vector + walks * vector;                                 // of row sums
-        bytes += 4 * pairs * HEAD_DIM * 2 * walks;                        // of queries' gradients, in parts
+        bytes += 4 * pairs * Launch::HEAD_DIM * 2 * walks;                // of queries' gradients, in parts
     }
     // Begun once, added to for each sample, summed.
     const int64_t all = 4ll * shared.parts * arguments.heads * shared.entries;

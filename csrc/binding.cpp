@@ -5,6 +5,7 @@
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -83,6 +84,14 @@ RelativeBiasAttention attention(
     return arguments;
 }
 
+// Bytes of shared memory that thread blocks of both passes take on a device, and that they may have there.
+std::tuple<std::int64_t, std::int64_t> shared_memory(
+    int device, int head_dim, const std::vector<std::int64_t>& entries) {
+    const std::int64_t limit = relative_bias_attention_shared_limit(device);
+    const std::int64_t all = std::accumulate(entries.begin(), entries.end(), std::int64_t{0});
+    return {relative_bias_attention_shared_bytes(head_dim, static_cast<int>(entries.size()), all, limit), limit};
+}
+
 void require_driver() {
     static const std::optional<std::string> reason = unavailable_reason();
     if (reason) throw std::runtime_error("relative_bias_attention: " + *reason);
@@ -145,6 +154,9 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("TOOLKIT") = dotted(CUDART_VERSION);
     module.attr("MAX_MODALITIES") = MAX_MODALITIES;
     module.def("unavailable_reason", &unavailable_reason, "Why no kernel can run here in one line, or None.");
+    module.def(
+        "shared_memory", &shared_memory, py::kw_only(), py::arg("device"), py::arg("head_dim"), py::arg("entries"),
+        "Bytes of shared memory that a thread block of either pass takes with vectors of these entries, and may have.");
     py::class_<RelativeBiasAttention>(
         module, "RelativeBiasAttention",
         py::module_local(),  // a second build of this module may be loaded into the process

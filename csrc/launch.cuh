@@ -51,14 +51,23 @@ inline const char* check_arguments(const RelativeBiasAttention& arguments) {
     return nullptr;
 }
 
-// Launch on the arguments' device and leave the current device as it was. Returns null, or CUDA's error.
+// Bytes of shared memory that a thread block may have on a device.
+inline int shared_limit(int device) {
+    int bytes = 0;
+    if (cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) {
+        cudaGetLastError();  // the next call must not meet this error again
+        return 0;
+    }
+    return bytes;
+}
+
+// Launch on the arguments' device, which stays the current one: the caller has a guard, and to set back what was the
+// current device would create a context there. Returns null, or CUDA's error.
 template <typename... Parameters, typename... Values>
 const char* launch_kernel(
     void (*kernel)(Parameters...), int device, dim3 blocks, int threads, size_t shared_bytes, void* stream,
     const Values&... values) {
-    int before = 0;
-    cudaError_t status = cudaGetDevice(&before);
-    if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
+    cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) {
         status = cudaFuncSetAttribute(
             kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
@@ -69,7 +78,6 @@ const char* launch_kernel(
             kernel, blocks, dim3(threads), addresses, shared_bytes,
             static_cast<cudaStream_t>(stream));
     }
-    if (before != device) cudaSetDevice(before);
     if (status == cudaSuccess) return nullptr;
     cudaGetLastError();  // the next call must not meet this error again
     return cudaGetErrorString(status);

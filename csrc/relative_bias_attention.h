@@ -85,13 +85,33 @@ struct RelativeBiasAttentionGradients {
 extern "C" int64_t relative_bias_attention_backward_workspace(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients);
 
-// For a head size, and the entries of all vectors together with those of CLS.
-extern "C" LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries);
+// How the backward kernel is launched: in which of its shapes, and whether its vectors and their sums stand in device
+// memory.
+struct BackwardPlan {
+    LaunchPlan launch;
+    int32_t is_compact;
+    int32_t is_large;
+    int32_t walk_blocks;  // blocks of 16 keys that a thread block walks at once
+};
+
+// For a head size, the entries of all vectors together with those of CLS, and the bytes of shared memory that a thread
+// block may have. Where nothing fits, the plan has more of them.
+extern "C" BackwardPlan relative_bias_attention_backward_plan(
+    int32_t head_dim, int64_t bias_entries, int64_t shared_limit);
+
+// Bytes of shared memory that a thread block may have on a device.
+int64_t relative_bias_attention_shared_limit(int32_t device);
+
+// Bytes of shared memory that the thread blocks of both passes take, at most, where they may have `shared_limit`; more
+// than that where the kernels cannot run. For a head size, the vectors and all their entries together.
+extern "C" int64_t relative_bias_attention_shared_bytes(
+    int32_t head_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit);
 
 // Bytes that the backward pass reads and writes outside thread blocks, caches included, for samples of one modality and
 // of one length in a 16-bit type, with a vector that learns.
 extern "C" int64_t relative_bias_attention_backward_bytes(
-    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors);
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
+    int64_t shared_limit);
 
 // Writes the gradients; the same input gives the same bits. A head with a gradient that is not finite gets NaN in all
 // entries of its vectors; so do the rows of a sample longer than a max_length that is given. Returns as the forward

@@ -1,61 +1,72 @@
-// The entries of the backward pass; backward_kernel.cuh has the kernel.
+// The entries of the backward pass, and its kernels but the largest, which backward_kernel.cuh has.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <algorithm>
+
+#include "backward_launch.cuh"
 #include "backward_workspace.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
 #include "relative_bias_attention_backward.cuh"
 
 namespace onepeace_fast {
-
-// Compiled for each head size in a file of its own.
-template <typename T, int HEAD_DIM>
-const char* launch_backward(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream);
-
 namespace {
+
+BackwardPlan plan_on_device(const RelativeBiasAttention& arguments) {
+    return choose_backward_plan(arguments.head_dim, count_entries(arguments), shared_limit(arguments.device));
+}
 
 template <typename T>
 const char* launch_type(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream) {
-    if (arguments.head_dim == 32) return launch_backward<T, 32>(arguments, gradients, stream);
-    if (arguments.head_dim == 64) return launch_backward<T, 64>(arguments, gradients, stream);
-    return launch_backward<T, 128>(arguments, gradients, stream);
+    const BackwardPlan plan = plan_on_device(arguments);
+    if (arguments.head_dim == 32) return launch_backward<T, 32>(arguments, gradients, plan, stream);
+    if (arguments.head_dim == 64) return launch_backward<T, 64>(arguments, gradients, plan, stream);
+    return launch_backward<T, 128>(arguments, gradients, plan, stream);
 }
 
 }  // namespace
 
-LaunchPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries) {
-    return head_dim == 32   ? backward_plan<32>(bias_entries)
-           : head_dim == 64 ? backward_plan<64>(bias_entries)
-                            : backward_plan<128>(bias_entries);
+BackwardPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries, int64_t shared_limit) {
+    return choose_backward_plan(head_dim, bias_entries, shared_limit);
+}
+
+int64_t relative_bias_attention_shared_limit(int32_t device) { return shared_limit(device); }
+
+int64_t relative_bias_attention_shared_bytes(
+    int32_t head_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit) {
+    const LaunchPlan forward =
+        relative_bias_attention_forward_plan(head_dim, bias_entries - static_cast<int64_t>(CLS_ENTRIES) * bias_vectors);
+    return std::max(
+        forward.shared_bytes, choose_backward_plan(head_dim, bias_entries, shared_limit).launch.shared_bytes);
 }
 
 int64_t relative_bias_attention_backward_workspace(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
-    if (check_arguments(arguments)) return 0;
-    return arguments.head_dim == 32   ? share<32>(arguments, gradients).bytes
-           : arguments.head_dim == 64 ? share<64>(arguments, gradients).bytes
-                                      : share<128>(arguments, gradients).bytes;
+    return check_arguments(arguments) ? 0 : share(arguments, gradients, plan_on_device(arguments)).bytes;
 }
 
 int64_t relative_bias_attention_backward_bytes(
-    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors) {
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
+    int64_t shared_limit) {
     RelativeBiasAttention arguments{};
     arguments.samples = samples;
     arguments.modalities = arguments.bias_vectors = 1;
     arguments.heads = heads;
+    arguments.head_dim = head_dim;
     arguments.rows = samples * length;
     arguments.max_length = length;
     arguments.bias[0].entries = bias_entries;
     RelativeBiasAttentionGradients gradients{};
     gradients.multiprocessors = multiprocessors;
     gradients.bias[0] = &arguments;  // no null: it learns
-    return head_dim == 32   ? count_bytes<32>(arguments, gradients)
-           : head_dim == 64 ? count_bytes<64>(arguments, gradients)
-                            : count_bytes<128>(arguments, gradients);
+    const BackwardPlan plan = choose_backward_plan(head_dim, bias_entries, shared_limit);
+    const auto count = [&](auto launch) { return count_bytes<decltype(launch)>(arguments, gradients, plan); };
+    if (head_dim == 32) return count(BackwardLaunch<32, false>());
+    if (head_dim == 64) return plan.is_compact ? count(BackwardLaunch<64, true>()) : count(BackwardLaunch<64, false>());
+    return plan.is_compact ? count(BackwardLaunch<128, true>()) : count(BackwardLaunch<128, false>());
 }
 
 const char* relative_bias_attention_backward(

@@ -18,11 +18,9 @@
 
 namespace onepeace_fast {
 
-constexpr int SMALLEST_SHARED_BYTES = 163 * 1024;  // of a thread block, among the architectures
-
-template <typename T, int HEAD_DIM>
+template <typename T, typename Launch>
 struct alignas(128) BackwardShared {
-    static constexpr int WARPS = BackwardLaunch<HEAD_DIM>::WARPS, BLOCKS = BackwardLaunch<HEAD_DIM>::BLOCKS;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, BLOCKS = Launch::BLOCKS;
 
     T keys[BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end their gradients
     T values[BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end theirs
@@ -46,29 +44,49 @@ struct alignas(128) BackwardShared {
     Sample sample;
     int exponent;     // of the fixed point in which sums stand
     int is_finite;    // whether all gradients of scores have been so far
-    // float bias[entries], int sums[2 * entries] follow.
+    // float bias[entries], int sums[2 * entries] follow, unless the vectors are large.
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
 
-static_assert(sizeof(BackwardShared<bfloat16, 32>) + 12 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, 64>) + 12 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, 128>) + 12 * BACKWARD_BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+// Every GPU that the kernels take holds the compact shape, and heads of 32 in the other.
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, false>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, true>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, true>>) <= SMALLEST_SHARED_BYTES);
 
-template <int HEAD_DIM>
-LaunchPlan backward_plan(int64_t entries) {
-    const int64_t held = entries > BACKWARD_BIAS_CAPACITY ? 0 : entries;
+template <typename Launch>
+BackwardPlan backward_plan(int64_t entries, int64_t shared_limit) {
+    const int64_t least = sizeof(BackwardShared<bfloat16, Launch>), all = least + 3 * sizeof(float) * entries;
+    const bool is_large = all > shared_limit;
     return {
-        BackwardLaunch<HEAD_DIM>::THREADS, 1,
-        static_cast<int32_t>(sizeof(BackwardShared<bfloat16, HEAD_DIM>) + 3 * sizeof(float) * held)};
+        {Launch::THREADS, 1, static_cast<int32_t>(is_large ? least : all)}, Launch::COMPACT, is_large, Launch::BLOCKS};
+}
+
+// For a head size, the entries of all vectors with those of CLS, and the bytes that a thread block may have: the larger
+// shape where it fits, and in either the vectors with the sums of their gradient where they do.
+template <int HEAD_DIM>
+BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
+    const BackwardPlan plan = backward_plan<BackwardLaunch<HEAD_DIM, false>>(entries, shared_limit);
+    if constexpr (HAS_COMPACT_SHAPE<HEAD_DIM>) {
+        if (plan.launch.shared_bytes > shared_limit) {
+            return backward_plan<BackwardLaunch<HEAD_DIM, true>>(entries, shared_limit);
+        }
+    }
+    return plan;
+}
+
+inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
+    return head_dim == 32   ? choose_backward_plan<32>(entries, shared_limit)
+           : head_dim == 64 ? choose_backward_plan<64>(entries, shared_limit)
+                            : choose_backward_plan<128>(entries, shared_limit);
 }
 
 // One thread block's view of its head, its samples one after another.
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch_, bool LARGE>
 struct Backward {
-    using Memory = BackwardShared<T, HEAD_DIM>;
-    using Launch = BackwardLaunch<HEAD_DIM>;
-    static constexpr int THREADS = Launch::THREADS, ROW_CHUNKS = HEAD_DIM / CHUNK;
+    using Launch = Launch_;
+    using Memory = BackwardShared<T, Launch>;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, THREADS = Launch::THREADS, ROW_CHUNKS = HEAD_DIM / CHUNK;
 
     const RelativeBiasAttention& arguments;
     const RelativeBiasAttentionGradients& gradients;
@@ -350,9 +368,9 @@ private:
 };
 
 // Rows past the last sample are zero; the thread blocks past the last group share them.
-template <typename T, int HEAD_DIM>
+template <typename Launch, typename T>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
-    constexpr int LANES = HEAD_DIM / CHUNK, THREADS = BackwardLaunch<HEAD_DIM>::THREADS;
+    constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;
     const int64_t first = find_end(arguments), last = arguments.rows;
     share_rows<LANES, THREADS>(3 * first, 3 * last, [&](int64_t row, int chunk) {
         const int64_t index = row * arguments.heads + blockIdx.y;

@@ -1,12 +1,14 @@
-// The backward pass for heads of 128.
+// The backward kernel for heads of 128.
 
 #include "backward_kernel.cuh"
 
 namespace onepeace_fast {
 
-template const char* launch_backward<float16, 128>(
-    const RelativeBiasAttention&, const RelativeBiasAttentionGradients&, void*);
-template const char* launch_backward<bfloat16, 128>(
-    const RelativeBiasAttention&, const RelativeBiasAttentionGradients&, void*);
+template const char* launch_walks<float16, 128, false>(
+    const RelativeBiasAttention&, const RelativeBiasAttentionGradients&, const BackwardWorkspace&, const LaunchPlan&,
+    void*);
+template const char* launch_walks<bfloat16, 128, false>(
+    const RelativeBiasAttention&, const RelativeBiasAttentionGradients&, const BackwardWorkspace&, const LaunchPlan&,
+    void*);
 
 }  // namespace onepeace_fast

@@ -16,6 +16,7 @@ namespace onepeace_fast {
 
 constexpr int STAGES = 2;
 constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
+constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // that a thread block may have, of compute capability 8.6, 8.9, 12.0
 
 // Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
 template <int HEAD_DIM>
@@ -54,6 +55,10 @@ struct alignas(128) ForwardShared {
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
+
+// Every GPU that the kernels take holds them.
+static_assert(sizeof(ForwardShared<bfloat16, 64>) + sizeof(float) * BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(ForwardShared<bfloat16, 128>) + sizeof(float) * BIAS_CAPACITY <= SMALLEST_SHARED_BYTES);
 
 // One thread block's view of its sample and head.
 template <typename T, int HEAD_DIM, bool WINDOWED>

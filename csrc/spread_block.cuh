@@ -15,13 +15,13 @@
 
 namespace onepeace_fast {
 
-template <typename T, int HEAD_DIM, bool LARGE>
+template <typename T, typename Launch, bool LARGE>
 struct SpreadBlock {
-    using Launch = BackwardLaunch<HEAD_DIM>;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM;
     static constexpr int BLOCK = Launch::SLOT_BLOCKS;  // its place among the blocks of keys
     static constexpr int COLUMN_TILES = HEAD_DIM / 8, TILES = (COLUMN_TILES + Launch::WARPS - 1) / Launch::WARPS;
 
-    const Backward<T, HEAD_DIM, LARGE>& backward;
+    const Backward<T, Launch, LARGE>& backward;
     float key_gradient[TILES][4] = {};
     float value_gradient[TILES][4] = {};
 

@@ -11,6 +11,7 @@ from types import ModuleType
 _LEFT_OUT = Path(__file__).with_name("cuda_left_out.txt")
 _launches = 0
 _ARCHITECTURES_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
+_OLDEST_GPU = (8, 0)
 
 
 @functools.cache
@@ -58,8 +59,11 @@ def unsupported_reason(capability: tuple[int, int]) -> str | None:
 def _unsupported_reason(built: str, capability: tuple[int, int]) -> str | None:
     if any(_runs(architecture, capability) for architecture in built.split(",")):
         return None
+    found = "the GPU has compute capability {}.{}".format(*capability)
+    if capability < _OLDEST_GPU:
+        return f"{found}, and the kernel takes " + "{}.{} or later".format(*_OLDEST_GPU)
     return (
-        "the GPU has compute capability {}.{}".format(*capability) + f" and the CUDA extension was built for {built}: "
+        f"{found} and the CUDA extension was built for {built}: "
         f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
     )
 

@@ -15,6 +15,7 @@ NVCC = """#!/bin/sh
 case "$1" in
 --version) echo "Cuda compilation tools, release {version}, V{version}.1" ;;
 --list-gpu-code) printf 'sm_80\\nsm_86\\nsm_90\\nsm_100\\n' ;;
+--list-gpu-arch) printf 'compute_80\\ncompute_86\\ncompute_90\\ncompute_100\\n' ;;
 esac
 """
 FOLDER = Path(cuda_toolkit.__file__).parent
@@ -23,7 +24,7 @@ import json, backend
 for kind in ("wheel", "editable", "sdist"):
     print(json.dumps(getattr(backend, f"get_requires_for_build_{kind}")()))
 """
-H100, A100, RTX_3090, T4, UNKNOWN = (9, 0), (8, 0), (8, 6), (7, 5), (15, 0)
+H100, A100, RTX_3090, T4, B200, UNKNOWN = (9, 0), (8, 0), (8, 6), (7, 5), (10, 0), (15, 0)
 
 
 class Machine:
@@ -129,8 +130,9 @@ def test_an_nvcc_too_old_and_missing_tools_are_named(machine):
 @pytest.mark.parametrize(
     ("capabilities", "architectures"),
     [
-        ((), cuda_toolkit.ANY_GPU),
+        ((), ("sm_80", "sm_90a", "sm_100", "compute_90")),  # but for the one that this nvcc does not know
         ((H100, H100), ("sm_90a",)),
+        ((B200,), ("sm_100",)),
         ((H100, A100, RTX_3090), ("sm_80", "sm_86", "sm_90a")),
         ((T4, A100), ("sm_80",)),
         ((UNKNOWN,), ("compute_90",)),
@@ -160,12 +162,20 @@ def test_the_environment_names_the_architectures(machine):
     assert cuda_toolkit.decide().left_out and cuda_toolkit.build_requirements() == []
 
 
-@pytest.mark.parametrize("bad", ["90", "sm_90a,8.0", "all", "none,sm_80"])
+@pytest.mark.parametrize("bad", ["90", "sm_90a,8.0", "all", "none,sm_80", "sm_75", "sm_90a,compute_70"])
 def test_other_names_of_architectures_end_in_one_line(machine, bad):
     machine.wish(bad)
     with pytest.raises(SystemExit) as ended:
         cuda_toolkit.decide()
     assert one_line(str(ended.value)).startswith("ONEPEACE_FAST_CUDA_ARCHITECTURES: got ")
+
+
+def test_architectures_that_nvcc_does_not_know_are_named_in_one_line(machine):
+    program = machine.nvcc("path", "12.0")
+    machine.wish("sm_80,sm_120,compute_120")
+    decision = cuda_toolkit.decide()
+    expected = f"{program} is nvcc 12.0, which does not know sm_120, compute_120; update it, then install again"
+    assert one_line(decision.left_out) == expected and decision.wanted and decision.architectures == ()
 
 
 class Library:

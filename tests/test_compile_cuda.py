@@ -1,5 +1,6 @@
-"""The compile-only check of the CUDA kernels: it compiles all of them, and its gates bite."""
+"""The compile-only check of the CUDA kernels: its gates bite, and where slow tests run it compiles all of them."""
 
+import ctypes
 import shutil
 from collections import Counter
 from importlib.util import find_spec
@@ -7,12 +8,70 @@ from importlib.util import find_spec
 import pytest
 
 from tools import compile_cuda
+from tools.compile_cuda import Kernel, Plan
 
 TOOLKIT = compile_cuda.find_toolkit()
-pytestmark = [
-    pytest.mark.skipif(TOOLKIT is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)"),
-    pytest.mark.skipif(find_spec("triton") is None, reason="Triton, whose wheel has cuobjdump, is not installed"),
-]
+
+
+def compiles(test):
+    """A test that compiles the kernels, which takes minutes; `make kernels` does the same."""
+    test = pytest.mark.skipif(TOOLKIT is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)")(test)
+    has_disassembler = find_spec("triton") is not None
+    reason = "Triton, whose wheel has cuobjdump, is not installed"
+    return pytest.mark.slow(pytest.mark.skipif(not has_disassembler, reason=reason)(test))
+
+
+NAME = "_ZN13onepeace_fast{length}{kernel}{parameters}Ev"
+FORWARD = NAME.format(length=14, kernel="forward_kernel", parameters="I6__halfLi64ELb0E")
+COMPACT = NAME.format(length=15, kernel="backward_kernel", parameters="I13__nv_bfloat16Li128ELb1ELb0E")
+WIDE = NAME.format(length=15, kernel="backward_kernel", parameters="I13__nv_bfloat16Li128ELb0ELb1E")
+SUMS = "_ZN13onepeace_fast18sum_entries_kernelENS_21RelativeBiasAttentionE"
+
+
+def test_kernels_are_known_by_their_mangled_names():
+    assert compile_cuda.describe(FORWARD) == Kernel("forward_kernel", "half", 64)
+    assert compile_cuda.describe(COMPACT) == Kernel("backward_kernel", "nv_bfloat16", 128, compact=True)
+    assert compile_cuda.describe(WIDE) == Kernel("backward_kernel", "nv_bfloat16", 128, large=True)
+    assert compile_cuda.describe(SUMS) == Kernel("sum_entries_kernel")
+    assert compile_cuda.describe(WIDE).label == "backward_kernel nv_bfloat16 128 large"
+
+
+def inspected(monkeypatch, architecture, symbol, plan, launched=True, registers=100, local=0, code="HMMA.16816.F32"):
+    """The faults of one kernel, by what the disassembler says of it and how it is launched."""
+    lines = {
+        "-sass": f"arch = {architecture}\n\tFunction : {symbol}\n  {code} R0\n",
+        "--dump-resource-usage": f"arch = {architecture}\n Function {symbol}:\n"
+        f"  REG:{registers} STACK:{local} SHARED:0 LOCAL:0\n",
+    }
+    monkeypatch.setattr(compile_cuda, "cuobjdump", lambda library, option: lines[option])
+    monkeypatch.setattr(compile_cuda, "plan", lambda library, kernel, chip: (plan, launched))
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: None)
+    (result,) = compile_cuda.inspect("kernels.so")
+    assert (result.architecture, result.registers, result.local) == (architecture, registers, local)
+    return result.faults
+
+
+def test_every_fault_of_a_kernel_is_named(monkeypatch):
+    fits, large = Plan(288, 2, 70 * 1024), Plan(128, 1, 120 * 1024)
+    for architecture in compile_cuda.ARCHITECTURES:
+        assert inspected(monkeypatch, architecture, FORWARD, fits) == ()
+        assert inspected(monkeypatch, architecture, SUMS, Plan(256, 1, 0), code="FADD") == ()
+        assert inspected(monkeypatch, architecture, FORWARD, fits, local=8) == ("8 bytes of local memory",)
+        assert inspected(monkeypatch, architecture, FORWARD, fits, code="FADD") == ("no matrix instruction",)
+        assert inspected(monkeypatch, architecture, WIDE, large, launched=False) == ()
+    for architecture in ("sm_80", "sm_90a", "sm_100"):
+        assert inspected(monkeypatch, architecture, WIDE, large) == ()
+        assert inspected(monkeypatch, architecture, FORWARD, fits, registers=128) == ("planned for 2 at once",)
+    for architecture in ("sm_89", "sm_120"):
+        expected = ("122880 bytes of shared memory, of 101376", "planned for 1 at once")
+        assert inspected(monkeypatch, architecture, WIDE, large) == expected
+
+
+@pytest.mark.parametrize("name", ["sm_70", "sm_80,sm_75"])
+def test_an_architecture_that_is_not_checked_is_refused_in_one_line(capsys, name):
+    with pytest.raises(SystemExit):
+        compile_cuda.main(["--architectures", name])
+    assert "--architectures: expected some of sm_80,sm_89," in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -20,11 +79,12 @@ def library(tmp_path_factory):
     return compile_cuda.compile_library(TOOLKIT.nvcc, tmp_path_factory.mktemp("cuda"))
 
 
-def test_every_kernel_keeps_to_its_plan_on_both_chips(library):
+@compiles
+def test_every_kernel_keeps_to_its_plan_on_every_chip(library):
     results = compile_cuda.inspect(library)
     of_types = len(compile_cuda.HEAD_SIZES) * 2
-    expected = {"forward": 2 * of_types, "row_sums": 2 * of_types, "backward": 2 * of_types}
-    expected |= {"sum_queries": of_types, "sum_entries": len(compile_cuda.HEAD_SIZES)}
+    expected = {"forward": 2 * of_types, "row_sums": 2 * of_types, "backward": 2 * of_types + 8}
+    expected |= {"sum_queries": of_types, "sum_entries": 1}
     for architecture in compile_cuda.ARCHITECTURES:
         names = [result.name.split("_kernel")[0] for result in results if result.architecture == architecture]
         assert Counter(names) == expected
@@ -33,8 +93,9 @@ def test_every_kernel_keeps_to_its_plan_on_both_chips(library):
     assert all(result.matrix_instructions or result.name.startswith("sum_") for result in results)
 
 
+@compiles
 def test_a_sample_that_one_thread_block_holds_is_read_once(library):
-    rows = compile_cuda.moved(library, compile_cuda.CHIPS["sm_90"])
+    rows = compile_cuda.moved(library, compile_cuda.ARCHITECTURES["sm_90a"])
     found = {(shape, int(size)): (float(moved), float(least)) for shape, size, moved, least in rows}
     assert len(found) == len(rows) == len(compile_cuda.SHAPES) * len(compile_cuda.HEAD_SIZES)
     for size in (32, 64):
@@ -43,16 +104,16 @@ def test_a_sample_that_one_thread_block_holds_is_read_once(library):
     assert all(moved > 2 * least for (shape, _), (moved, least) in found.items() if shape.startswith("2 x"))
 
 
+@compiles
 def test_more_shared_memory_than_planned_is_a_fault(library, monkeypatch):
     monkeypatch.setattr(compile_cuda, "PLANNED_ENTRIES", 7000)
     faults = {result.name: result.faults for result in compile_cuda.inspect(library) if result.faults}
     assert faults and {fault for of_kernel in faults.values() for fault in of_kernel} <= {
-        "planned for 1 at once",
         "planned for 2 at once",
     }
 
 
-@pytest.mark.slow
+@compiles
 def test_local_memory_is_a_fault(tmp_path, monkeypatch):
     source = tmp_path / "csrc" / "relative_bias_attention_forward.cuh"
     shutil.copytree(compile_cuda.CSRC, source.parent)
@@ -61,12 +122,14 @@ def test_local_memory_is_a_fault(tmp_path, monkeypatch):
     source.write_text(text.replace("windowed ? 1 : 2", "windowed ? 1 : 3"))  # which leaves too few registers for each
     monkeypatch.setattr(compile_cuda, "CSRC", source.parent)
     faults = {
-        r.name: r.faults for r in compile_cuda.inspect(compile_cuda.compile_library(TOOLKIT.nvcc, tmp_path)) if r.faults
+        r.name: r.faults
+        for r in compile_cuda.inspect(compile_cuda.compile_library(TOOLKIT.nvcc, tmp_path, ["sm_90a"]))
+        if r.faults
     }
     assert "bytes of local memory" in faults["forward_kernel nv_bfloat16 64"][0]
 
 
 def test_a_machine_without_nvcc_is_told_so(monkeypatch, capsys):
     monkeypatch.setattr(compile_cuda, "find_toolkit", lambda: None)
-    assert compile_cuda.main() == 0
+    assert compile_cuda.main([]) == 0
     assert capsys.readouterr().out.startswith("CUDA kernels: not compiled, there is no nvcc")

@@ -1,20 +1,26 @@
 """Compile the CUDA sources for GPUs that need not be there, and hold every kernel to its limits.
 
-    python -m tools.compile_cuda
+    python -m tools.compile_cuda [--architectures sm_80,sm_90a]
 
-A fault is a spill or local memory, fewer thread blocks on a multiprocessor than the kernel is launched for, or a kernel
-of matrix products without matrix instructions. Large ones are for vectors that shared memory does not hold. Below them:
-what the backward pass reads and writes, for each element of a matrix of queries, beside the least possible.
+A fault is a spill or local memory, more shared memory than the chip gives a thread block, fewer thread blocks on a
+multiprocessor than the kernel is launched for, or a kernel of matrix products without matrix instructions. Compact ones
+are for chips that give a thread block little shared memory, large ones for vectors that it does not hold; of both
+shapes a chip launches one. Below them: what the backward pass reads and writes, for each element of a matrix of
+queries, beside the least possible.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +28,19 @@ from build_backend.cuda_toolkit import find_toolkit
 from tools.cubin import CHIPS, Chip
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-ARCHITECTURES = {"sm_80": "sm_80", "sm_90a": "sm_90"}  # and the chip of each
+# What a chip of each architecture has: an A100, an L40S, an H100, a B200, a GeForce RTX 5090.
+SMALL = Chip(89, 142, 100 * 1024, 99 * 1024, threads=1536, programs=24)
+ARCHITECTURES = {
+    "sm_80": CHIPS["sm_80"],
+    "sm_89": SMALL,
+    "sm_90a": CHIPS["sm_90"],
+    "sm_100": replace(CHIPS["sm_90"], capability=100, multiprocessors=148),
+    "sm_120": replace(SMALL, capability=120, multiprocessors=170),
+}
 HEAD_SIZES = (32, 64, 128)
 PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
 PLANNED_ENTRIES_OF_CLS = 9
+FEW_ENTRIES = 964  # of a grid of 16 x 16, where a compact thread block does not hold those
 LARGE_ENTRIES = 1 << 20
 SUM_THREADS = 256
 SHAPES = ((64, 257, 964), (32, 257, 964), (2, 1025, 3972), (16, 750, 1502))  # samples, tokens of each, entries
@@ -37,6 +52,28 @@ class Plan(ctypes.Structure):
     """``LaunchPlan`` of csrc/relative_bias_attention.h."""
 
     _fields_ = (("threads", ctypes.c_int32), ("blocks_at_once", ctypes.c_int32), ("shared_bytes", ctypes.c_int32))
+
+
+class BackwardPlan(ctypes.Structure):
+    """``BackwardPlan`` of csrc/relative_bias_attention.h."""
+
+    _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in ("is_compact", "is_large", "walk_blocks")))
+
+
+class Kernel(NamedTuple):
+    """A kernel by its mangled name; 0 and False where it has no such parameter."""
+
+    name: str
+    dtype: str = ""
+    head_dim: int = 0
+    compact: bool = False
+    large: bool = False
+
+    @property
+    def label(self) -> str:
+        """As it is printed."""
+        parts = (self.name, self.dtype, str(self.head_dim or ""), self.compact and "compact", self.large and "large")
+        return " ".join(filter(None, parts))
 
 
 class Result(NamedTuple):
@@ -58,17 +95,26 @@ class Result(NamedTuple):
         return (*map(str, self[:-1]), "; ".join(self.faults) or "none")
 
 
-def compile_library(nvcc: Path, folder: Path) -> Path:
-    """All kernels for all architectures in one library, from an installation's objects where they are up to date."""
+def compile_library(nvcc: Path, folder: Path, architectures: Sequence[str] = tuple(ARCHITECTURES)) -> Path:
+    """All kernels for some architectures in one library, from an installation's objects where they are up to date."""
+    targets = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in architectures]
+    options = ["-std=c++17", "-O3", f"-I{CSRC}", *targets, "-Xcompiler", "-fPIC"]
+
+    def compile_one(source: Path) -> Path:
+        if (installed := installed_object(source, architectures)) is not None:
+            return installed
+        compiled = folder / f"{source.name}.o"
+        subprocess.run(list(map(str, [nvcc, *options, "-c", source, "-o", compiled])), check=True)
+        return compiled
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        objects = list(threads.map(compile_one, sorted(CSRC.glob("*.cu"))))
     library = folder / "kernels.so"
-    targets = [f"-gencode=arch=compute_{name[3:]},code={name}" for name in ARCHITECTURES]
-    options = ["-std=c++17", "-O3", f"-I{CSRC}", *targets, "--threads", "2", "-shared", "-Xcompiler", "-fPIC"]
-    sources = [installed_object(source) or source for source in sorted(CSRC.glob("*.cu"))]
-    subprocess.run(list(map(str, [nvcc, *options, *sources, "-o", library])), check=True)
+    subprocess.run(list(map(str, [nvcc, "-shared", *objects, "-o", library])), check=True)
     return library
 
 
-def installed_object(source: Path) -> Path | None:
+def installed_object(source: Path, architectures: Sequence[str]) -> Path | None:
     """What an editable installation compiled from a source, unless something changed since or an architecture lacks."""
     compiled = CSRC.parent / "build" / "cuda" / f"{source.name}.o"
     if not compiled.exists():
@@ -76,24 +122,37 @@ def installed_object(source: Path) -> Path | None:
     if any(path.stat().st_mtime > compiled.stat().st_mtime for path in [*CSRC.glob("*.cu*"), *CSRC.glob("*.h")]):
         return None
     found = cuobjdump(compiled, "--list-elf")
-    return compiled if all(f".{name}." in found for name in ARCHITECTURES) else None
+    return compiled if all(f".{name}." in found for name in architectures) else None
 
 
-def plan(library: ctypes.CDLL, kernel: str, head_dim: int, large: bool) -> Plan:
-    """How a kernel is launched."""
-    if kernel.startswith("sum_"):
-        return Plan(SUM_THREADS, 1, 0)
-    direction, cls = ("backward", PLANNED_ENTRIES_OF_CLS) if kernel == "backward_kernel" else ("forward", 0)
-    function = getattr(library, f"relative_bias_attention_{direction}_plan")
-    function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
-    return function(head_dim, LARGE_ENTRIES if large else PLANNED_ENTRIES + cls)
+def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
+    """How a kernel is launched, and whether a chip launches it: of the backward kernel's shapes it takes one."""
+    if kernel.name.startswith("sum_"):
+        return Plan(SUM_THREADS, 1, 0), True
+    if kernel.name != "backward_kernel":
+        function = library.relative_bias_attention_forward_plan
+        function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
+        return function(kernel.head_dim, LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES), True
+    function = library.relative_bias_attention_backward_plan
+    function.restype, function.argtypes = BackwardPlan, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+    some = (LARGE_ENTRIES,) if kernel.large else (PLANNED_ENTRIES + PLANNED_ENTRIES_OF_CLS, FEW_ENTRIES)
+    limits = (chip.shared_of_program, *(other.shared_of_program for other in ARCHITECTURES.values()))
+    for limit in limits:
+        for entries in some:
+            found = function(kernel.head_dim, entries, limit)
+            if (found.is_compact, found.is_large) == (kernel.compact, kernel.large):
+                return found.launch, limit == chip.shared_of_program
+    raise ValueError(f"no chip launches {kernel.label}")
 
 
-def describe(symbol: str) -> tuple[str, str, int, bool]:
-    """A mangled kernel's name, element type and head size, if it has them, and whether it is for large vectors."""
+def describe(symbol: str) -> Kernel:
+    """What a mangled name says."""
     name, rest = re.search(r"\d([a-z][a-z_]*_kernel)(.*)", symbol).groups()
-    found = re.match(r"I\d+(\w+?)Li(\d+)E(?:Lb(\d)E)?E", rest)
-    return (name, found[1].strip("_"), int(found[2]), found[3] == "1") if found else (name, "", 0, False)
+    found = re.match(r"I\d+(\w+?)Li(\d+)E((?:Lb\dE)*)E", rest)
+    if not found:
+        return Kernel(name)
+    flags = [flag == "1" for flag in re.findall(r"Lb(\d)E", found[3])]
+    return Kernel(name, found[1].strip("_"), int(found[2]), flags[0] if len(flags) > 1 else False, any(flags[-1:]))
 
 
 def moved(path: Path, chip: Chip) -> list[tuple[str, str, str, str]]:
@@ -104,7 +163,8 @@ def moved(path: Path, chip: Chip) -> list[tuple[str, str, str, str]]:
         for head_dim in HEAD_SIZES:
             elements = samples * length * HEADS * head_dim
             least = 2 * (3 + 1 + 3) + 4 / head_dim  # q, k, v, the output's gradient and log-sum-exp in; dq, dk, dv out
-            found = function(samples, length, HEADS, head_dim, entries, chip.multiprocessors) / elements
+            limit = ctypes.c_int64(chip.shared_of_program)
+            found = function(samples, length, HEADS, head_dim, entries, chip.multiprocessors, limit) / elements
             rows.append((f"{samples} x {length} tokens", str(head_dim), f"{found:.1f}", f"{least:.1f}"))
     return rows
 
@@ -135,19 +195,22 @@ def inspect(path: Path) -> list[Result]:
         for architecture, kernel, text in by_architecture(cuobjdump(path, "-sass"), "Function : ")
     }
     for architecture, kernel, text in by_architecture(cuobjdump(path, "--dump-resource-usage"), "Function "):
-        name, dtype, head_dim, large = describe(kernel)
+        found, chip = describe(kernel), ARCHITECTURES[architecture]
         registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", text).groups())
-        planned, chip = plan(library, name, head_dim, large), CHIPS[ARCHITECTURES[architecture]]
-        warps, matrix = planned.threads // 32, instructions[architecture, kernel]
-        at_once = chip.programs_at_once(registers, planned.shared_bytes, warps)
+        planned, launched = plan(library, found, chip)
+        warps, matrix, shared = planned.threads // 32, instructions[architecture, kernel], planned.shared_bytes
+        at_once = chip.programs_at_once(registers, shared, warps)
         faults = [f"{stack + local} bytes of local memory"] if stack + local else []
-        faults += [f"planned for {planned.blocks_at_once} at once"] if at_once < planned.blocks_at_once else []
-        faults += [] if matrix or name.startswith("sum_") else ["no matrix instruction"]
-        label = " ".join(filter(None, (name, dtype, str(head_dim or ""), large and "large")))
+        if launched and shared > chip.shared_of_program:
+            faults.append(f"{shared} bytes of shared memory, of {chip.shared_of_program}")
+        # Two thread blocks that are planned to run at once take more than a small chip has.
+        wanted = 1 if chip.shared == SMALL.shared else planned.blocks_at_once
+        faults += [f"planned for {wanted} at once"] if launched and at_once < wanted else []
+        faults += [] if matrix or found.name.startswith("sum_") else ["no matrix instruction"]
         results.append(
             Result(
-                label, architecture, registers, stack + local, planned.threads, planned.shared_bytes, at_once,
-                matrix, tuple(faults),
+                found.label, architecture, registers, stack + local, planned.threads, shared,
+                at_once if launched else 0, matrix, tuple(faults),
             )
         )  # fmt: skip
     return sorted(results)
@@ -157,19 +220,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and return 0 where there is no fault; where there is no nvcc, say so and return 0."""
     from onepeace_fast.info import format_table
 
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architectures", default=",".join(ARCHITECTURES), help="by default %(default)s")
+    chosen = parser.parse_args(arguments).architectures.split(",")
+    if unknown := [name for name in chosen if name not in ARCHITECTURES]:
+        parser.error(f"--architectures: expected some of {','.join(ARCHITECTURES)}, got {','.join(unknown)}")
     toolkit = find_toolkit()
     if toolkit is None:
         print("CUDA kernels: not compiled, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
     with tempfile.TemporaryDirectory() as folder:
-        library = compile_library(toolkit.nvcc, Path(folder))
-        results, traffic = inspect(library), moved(library, CHIPS["sm_90"])
+        library = compile_library(toolkit.nvcc, Path(folder), chosen)
+        results, traffic = inspect(library), moved(library, ARCHITECTURES["sm_90a"])
     print(format_table([HEADINGS, *(result.row for result in results)], indent=""))
     print()
     print(format_table([("backward", "head size", "bytes/element", "least"), *traffic], indent=""))
     faults = sum(len(result.faults) for result in results)
     counts = ", ".join(
-        f"{name}: {sum(result.architecture == name for result in results)} CUDA kernels" for name in ARCHITECTURES
+        f"{name}: {sum(result.architecture == name for result in results)} CUDA kernels" for name in chosen
     )
     print(f"{counts}; {faults} faults")
     return 1 if faults or not results else 0

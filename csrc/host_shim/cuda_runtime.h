@@ -26,10 +26,10 @@
 using std::max;
 using std::min;
 
-struct uint4 {
+struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
-struct float2 {
+struct alignas(8) float2 {
     float x, y;
 };
 struct alignas(16) float4 {
@@ -43,25 +43,27 @@ struct dim3 : host_shim::Index {
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-
-constexpr int SHARED_BYTES_OF_A_BLOCK = 227 * 1024;
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
 #define CUDART_VERSION 13000
 inline cudaError_t cudaDriverGetVersion(int* version) {
     *version = CUDART_VERSION;
     return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+inline cudaError_t cudaSetDevice(int device) {
+    host_shim_device = device;
     return cudaSuccess;
 }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+    *value = host_shim::shared_limit();
+    return cudaSuccess;
+}
 
 template <typename... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*)(Parameters...), cudaFuncAttribute, int value) {
-    return value > SHARED_BYTES_OF_A_BLOCK ? cudaErrorInvalidValue : cudaSuccess;
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
+    return host_shim::allow_shared_memory(reinterpret_cast<void*>(kernel), value) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 template <typename... Parameters, size_t... I>
@@ -72,18 +74,20 @@ void call_kernel(void (*kernel)(Parameters...), void** values, std::index_sequen
 template <typename... Parameters>
 cudaError_t cudaLaunchKernel(
     void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void** values, size_t shared_bytes, cudaStream_t) {
+    if (!host_shim::may_launch(reinterpret_cast<void*>(kernel), shared_bytes)) return cudaErrorInvalidValue;
     host_shim::run_grid(blocks, threads.x, shared_bytes, [&] {
         call_kernel(kernel, values, std::index_sequence_for<Parameters...>());
     });
     return cudaSuccess;
 }
 
-inline void __syncthreads() { host_shim::synchronize_block(); }
-inline void __syncwarp() { host_shim::synchronize_warp(); }
+// Inlined, so that the place of each collective instruction is the caller's.
+__forceinline__ void __syncthreads() { host_shim::synchronize_block(); }
+__forceinline__ void __syncwarp() { host_shim::synchronize_warp(); }
 
 // The value of the lane whose number is given.
 template <typename Value>
-Value __shfl_sync(unsigned, Value value, int source) {
+__forceinline__ Value __shfl_sync(unsigned, Value value, int source) {
     static_assert(sizeof(Value) == 4);
     host_shim::Word lane{0, 0, source % host_shim::WARP};
     std::memcpy(&lane.given, &value, 4);
@@ -93,11 +97,11 @@ Value __shfl_sync(unsigned, Value value, int source) {
 }
 
 template <typename Value>
-Value __shfl_xor_sync(unsigned mask, Value value, int flipped) {
+__forceinline__ Value __shfl_xor_sync(unsigned mask, Value value, int flipped) {
     return __shfl_sync(mask, value, threadIdx.x % host_shim::WARP ^ flipped);
 }
 
-inline unsigned __ballot_sync(unsigned, bool value) {
+__forceinline__ unsigned __ballot_sync(unsigned, bool value) {
     host_shim::Word lane{value, 0, 0};
     host_shim::with_warp("__ballot_sync", &lane, host_shim::vote);
     return lane.received;

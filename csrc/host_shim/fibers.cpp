@@ -9,6 +9,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -20,6 +21,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 #endif
+
+int host_shim_device = 0;
 
 namespace host_shim {
 namespace {
@@ -76,6 +79,7 @@ struct Barrier {
 
 struct Warp {
     const char* kind = nullptr;
+    void* place = nullptr;
     int arrived = 0;
     void* arguments[WARP];
     Barrier barrier;
@@ -93,6 +97,8 @@ Fiber main_fiber;
 Fiber* current = &main_fiber;
 Barrier block_barrier;
 unsigned active = 0, waiting_in_block = 0;
+void* place_in_block = nullptr;
+std::map<void*, int> allowed_bytes;  // of shared memory, by kernel
 uint64_t order_seed = 0;
 
 void switch_to(Fiber& next) {
@@ -187,6 +193,24 @@ void run_block(Index block, Index blocks, unsigned threads, size_t shared_bytes)
     acquire(&fibers);  // the end of a block orders it before the next
 }
 
+// The lanes of a warp hand in arguments at one place.
+void meet(const char* kind, void* place, void* argument, void (*finish)(Lanes)) {
+    const unsigned thread = current->position.thread.x, lane = thread % WARP;
+    Warp& warp = warps[thread / WARP];
+    if (warp.arrived && std::strcmp(warp.kind, kind)) fail("its warp is elsewhere, in ", warp.kind);
+    if (warp.arrived && warp.place != place) fail("its warp has diverged, and is elsewhere in another ", kind);
+    warp.kind = kind;
+    warp.place = place;
+    warp.arguments[lane] = argument;
+    if (++warp.arrived == WARP) {
+        finish(warp.arguments);
+        resume(warp, thread - lane);
+        return;
+    }
+    current->state = State::IN_WARP;
+    wait();
+}
+
 }  // namespace
 
 [[noreturn]] void fail(const char* what, const char* more) {
@@ -200,32 +224,28 @@ const Position& position() { return current->position; }
 
 void* shared_memory() { return memory.get(); }
 
-void with_warp(const char* kind, void* argument, void (*finish)(Lanes)) {
-    const unsigned thread = current->position.thread.x, lane = thread % WARP;
-    Warp& warp = warps[thread / WARP];
-    if (warp.arrived && std::strcmp(warp.kind, kind)) fail("its warp is elsewhere, in ", warp.kind);
-    warp.kind = kind;
-    warp.arguments[lane] = argument;
-    if (++warp.arrived == WARP) {
-        finish(warp.arguments);
-        resume(warp, thread - lane);
-        return;
-    }
-    current->state = State::IN_WARP;
-    wait();
-}
+// Without inlining as on a GPU, or with copies of loops' bodies, a place says nothing.
+#if defined(ONEPEACE_FAST_CALL_SITES)
+#define PLACE __builtin_return_address(0)
+#else
+#define PLACE nullptr
+#endif
+
+void with_warp(const char* kind, void* argument, void (*finish)(Lanes)) { meet(kind, PLACE, argument, finish); }
 
 void synchronize_warp() {
     Warp& warp = warps[current->position.thread.x / WARP];
     void* barrier = warp.barrier.address();
     release(barrier);
-    with_warp("__syncwarp", &warp.barrier, [](Lanes lanes) { static_cast<Barrier*>(lanes[0])->next(); });
+    meet("__syncwarp", PLACE, &warp.barrier, [](Lanes lanes) { static_cast<Barrier*>(lanes[0])->next(); });
     acquire(barrier);
 }
 
 void synchronize_block() {
     void* barrier = block_barrier.address();
     release(barrier);
+    if (waiting_in_block && place_in_block != PLACE) fail("is at another __syncthreads() than threads before it");
+    place_in_block = PLACE;
     if (++waiting_in_block == active) {
         waiting_in_block = 0;
         block_barrier.next();
@@ -235,6 +255,22 @@ void synchronize_block() {
         wait();
     }
     acquire(barrier);
+}
+
+int shared_limit() {
+    const char* given = std::getenv("HOST_SHIM_SHARED_LIMIT");
+    return given ? std::atoi(given) : 227 * 1024;
+}
+
+bool allow_shared_memory(void* kernel, int bytes) {
+    if (bytes > shared_limit()) return false;
+    allowed_bytes[kernel] = bytes;
+    return true;
+}
+
+bool may_launch(void* kernel, size_t bytes) {
+    const auto allowed = allowed_bytes.find(kernel);
+    return bytes <= 48 * 1024 || (allowed != allowed_bytes.end() && bytes <= static_cast<size_t>(allowed->second));
 }
 
 void push_copy(const Copy& copy) { current->copies.push_back(copy); }

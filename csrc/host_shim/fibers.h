@@ -10,6 +10,11 @@
 #include <cstring>
 #include <functional>
 
+extern "C" {
+// The current device, which tests read.
+extern __attribute__((visibility("default"))) int host_shim_device;
+}
+
 namespace host_shim {
 
 constexpr int WARP = 32;
@@ -29,11 +34,12 @@ struct Position {
 const Position& position();
 void* shared_memory();
 
-// All 32 lanes hand in a pointer; the last to arrive calls `finish` with them. `kind` must be the same for all.
+// All 32 lanes hand in a pointer; the last to arrive calls `finish` with them. `kind` must be the same for all, and so
+// must be the place of the call where ONEPEACE_FAST_CALL_SITES is defined: what the caller is must be inlined there.
 using Lanes = void* const (&)[WARP];
 void with_warp(const char* kind, void* argument, void (*finish)(Lanes));
 
-// Barriers, which also order accesses.
+// Barriers, which also order accesses. That of the block must be called at one place by all of its threads, likewise.
 void synchronize_warp();
 void synchronize_block();
 
@@ -63,5 +69,11 @@ inline void wait_for_copies() {
 // they do together. Other seeds than 0 shuffle the order of blocks and of warps.
 void run_grid(Index blocks, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 void set_order(uint64_t seed);
+
+// Bytes of shared memory that a thread block may have: of an H100, or of HOST_SHIM_SHARED_LIMIT in the environment. A
+// kernel must be allowed what it takes beyond 48 KiB, which fails beyond that limit, before it is launched.
+int shared_limit();
+bool allow_shared_memory(void* kernel, int bytes);
+bool may_launch(void* kernel, size_t bytes);
 
 }  // namespace host_shim

@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "warp.h"
 
@@ -21,7 +22,11 @@ uint32_t pack(float first, float second) {
     return result;
 }
 
-inline float fast_exp2(float x) { return std::exp2(x); }
+// Results below the normal numbers are flushed to zero; inputs below them give 1 either way.
+inline float fast_exp2(float x) {
+    const float result = std::exp2(x);
+    return result < std::numeric_limits<float>::min() ? 0.f : result;
+}
 
 inline int thread_index() { return host_shim::position().thread.x; }
 
@@ -31,7 +36,7 @@ inline void cp_async_16(void* shared, const void* global) { host_shim::copy_late
 inline void cp_async_4(void* shared, const void* global) { host_shim::copy_later(shared, global, 4); }
 inline void cp_async_wait_all() { host_shim::wait_for_copies(); }
 
-inline void load_matrices(
+__forceinline__ void load_matrices(
     const char* kind, uint32_t (&matrices)[4], const void* row, void (*finish)(host_shim::Lanes)) {
     if (reinterpret_cast<uintptr_t>(row) % 16) host_shim::fail("ldmatrix reads an address off 16 bytes");
     host_shim::MatrixRow lane;
@@ -40,16 +45,16 @@ inline void load_matrices(
     std::memcpy(matrices, lane.received, 16);
 }
 
-inline void ldmatrix(uint32_t (&matrices)[4], const void* row) {
+__forceinline__ void ldmatrix(uint32_t (&matrices)[4], const void* row) {
     load_matrices("ldmatrix", matrices, row, host_shim::load_matrices);
 }
 
-inline void ldmatrix_transposed(uint32_t (&matrices)[4], const void* row) {
+__forceinline__ void ldmatrix_transposed(uint32_t (&matrices)[4], const void* row) {
     load_matrices("ldmatrix.trans", matrices, row, host_shim::load_matrices_transposed);
 }
 
 template <typename T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+__forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     host_shim::Fragments lane{c, a, {b0, b1}};
     host_shim::with_warp("mma", &lane, host_shim::multiply<T>);
 }

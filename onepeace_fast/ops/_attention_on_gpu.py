@@ -20,7 +20,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # elements of 16 bits that one access of 16 bytes takes
 
 
-def refusal(qkv: Tensor, modalities: int) -> str | None:
+def refusal(qkv: Tensor, modalities: int, bias: Sequence[Tensor]) -> str | None:
     """Why the CUDA kernels do not run on these tensors, in one line, or None: for both passes of a call alike."""
     if qkv.dtype not in KERNEL_DTYPES:
         return f"the kernel takes float16 or bfloat16, got {_name(qkv.dtype)}"
@@ -30,7 +30,14 @@ def refusal(qkv: Tensor, modalities: int) -> str | None:
         return reason
     if modalities > (most := cuda_extension.extension().MAX_MODALITIES):
         return f"the kernel takes at most {most} modalities, got {modalities}"
-    return cuda_extension.unsupported_reason(torch.cuda.get_device_capability(qkv.device))
+    if (reason := cuda_extension.unsupported_reason(torch.cuda.get_device_capability(qkv.device))) is not None:
+        return reason
+    needed, limit = cuda_extension.extension().shared_memory(
+        device=qkv.get_device(), head_dim=qkv.shape[-1], entries=[vector.shape[1] for vector in bias]
+    )
+    if needed > limit:
+        return f"the kernel takes {needed} bytes of shared memory for a thread block, and this GPU has {limit}"
+    return None
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -48,8 +55,8 @@ def launch_forward(
     if not rows:
         return out, log_sum_exp
     attention, _held = _arguments(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
-    stream = _current_stream(qkv.device)
-    attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=stream)
+    with torch.cuda.device_of(qkv):  # a launch makes the tensors' device the current one
+        attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(qkv.device))
     cuda_extension.count_launch()
     return out, log_sum_exp
 
@@ -87,15 +94,16 @@ def launch_backward(
         "head_scale": dscale.data_ptr() if head_scale_need else 0,
     }
     workspace = qkv.new_empty(attention.backward_workspace(**wanted), dtype=torch.uint8)
-    attention.backward(
-        **wanted,
-        grad=grad.data_ptr(),
-        grad_strides=grad.stride()[:2],
-        log_sum_exp=log_sum_exp.data_ptr(),
-        qkv=dqkv.data_ptr(),
-        workspace=workspace.data_ptr(),
-        stream=_current_stream(qkv.device),
-    )
+    with torch.cuda.device_of(qkv):
+        attention.backward(
+            **wanted,
+            grad=grad.data_ptr(),
+            grad_strides=grad.stride()[:2],
+            log_sum_exp=log_sum_exp.data_ptr(),
+            qkv=dqkv.data_ptr(),
+            workspace=workspace.data_ptr(),
+            stream=_current_stream(qkv.device),
+        )
     cuda_extension.count_launch()
     dbias = [gradient.to(vector.dtype) for gradient, vector in zip(dbias, bias, strict=True)]
     return dqkv, dbias, dscale.to(head_scale.dtype) if head_scale_need else dscale

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require_values
+from onepeace_fast.checks import require, require_values
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 PAIRS_OF_A_GROUP = 2**13
@@ -72,10 +72,22 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
 
 
 def longest_sample(cu_seqlens: Tensor, max_length: int) -> int:
-    """``max_length``, or where the host does not know it the longest sample, read from the device."""
+    """``max_length``, or where the host does not know it the longest sample, read from the device.
+
+    Raises ValueError while a CUDA graph is captured, which no host read can be part of.
+    """
     if max_length or cu_seqlens.shape[1] == 1:
         return max_length
+    require(
+        not _is_captured(cu_seqlens),
+        "max_length: expected the longest sample's length while a CUDA graph is captured and PyTorch's attention runs,"
+        " got 0; pass max_length, or tensors that the CUDA kernel takes",
+    )
     return int(cu_seqlens.diff(dim=1).sum(0).max())
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _samples_at_once(longest: int) -> int:

@@ -137,9 +137,9 @@ def relative_bias_attention_on_gpu(
     if checks_devices():
         _check_values(qkv.shape[0], cu_seqlens, modality, code, is_cls, bias, code_offsets)
         _check_longest(cu_seqlens, max_length)
-    if (reason := refusal(qkv, cu_seqlens.shape[0])) is None:
+    if (reason := refusal(qkv, cu_seqlens.shape[0], bias)) is None:
         return launch_forward(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
-    _say_once(reason)
+    _say_once(reason if max_length else f"{reason}; without max_length each call waits for the device")
     pairs = pair_bias(bias, modality, code, is_cls, code_offsets, qkv.dtype)
     return attend_by_sdpa(qkv, cu_seqlens, pairs, head_scale, scale, longest_sample(cu_seqlens, max_length))
 
@@ -178,7 +178,7 @@ def relative_bias_attention_backward_on_gpu(
     Otherwise by the specification, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some
     heads after others, so that memory is linear in rows.
     """
-    if refusal(qkv, cu_seqlens.shape[0]) is None:
+    if refusal(qkv, cu_seqlens.shape[0], bias) is None:
         return launch_backward(
             grad, qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
             bias_needs, head_scale_need,

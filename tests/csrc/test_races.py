@@ -46,9 +46,17 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
     assert process.returncode == 0, process.stderr[:4000]
 
 
+@pytest.mark.parametrize("dim", HEAD_SIZES[1:])
+@pytest.mark.parametrize("name", ["three modalities", "CLS in blocks", "split keys", "two walks"])
+def test_no_two_threads_of_the_compact_shape_touch_the_same_memory_unordered(build, tmp_path, name, dim):
+    limit = host_shim.SHARED_LIMITS["99 KiB"]
+    process = host_shim.run(build("thread"), tmp_path, case(name, dim, orders=(0, 1)), shared_limit=limit)
+    assert process.returncode == 0, process.stderr[:4000]
+
+
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "relative_bias_attention_backward.cuh", "spread_block.cuh"
-ROW_SUMS, SUMS = "backward_row_sums.cuh", "backward_sums.cuh"
+ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
     "tile": ("three modalities", WALK, "            __syncthreads();  // this tile"),
@@ -85,7 +93,9 @@ def test_a_deleted_barrier_is_named_by_its_line(build, tmp_path, name):
     source = (csrc / file).read_text()
     assert source.count(text) == 1
     (csrc / file).write_text(source.replace(text, re.sub(r"__sync\w+\(\);", "(void)0;", text)))
-    changed = f"relative_bias_attention_backward_{dim}.cu" if name.startswith("backward") else FORWARD
+    changed = FORWARD
+    if name.startswith("backward"):
+        changed = LAUNCHES if file in (ROW_SUMS, SUMS) else f"relative_bias_attention_backward_{dim}.cu"
     program = host_shim.build(tmp_path, "thread", csrc, changed, build("thread"))
     process = host_shim.run(program, tmp_path, case(batch, dim))
     barrier = source[: source.index(text)].count("\n") + 1 + text[: text.index("__sync")].count("\n")

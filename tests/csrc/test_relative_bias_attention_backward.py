@@ -143,14 +143,15 @@ def test_vectors_that_shared_memory_does_not_hold(differentiate, where, walk):
     check_gradients(differentiate, batch, rounded(batch, torch.bfloat16, 1, 32), **walk)
 
 
-@pytest.mark.parametrize("side", (27, 28, 29, 36))
-def test_vectors_around_what_shared_memory_holds(differentiate, side):
+@pytest.mark.parametrize("limit, side", [("99 KiB", 24), ("99 KiB", 25), ("163 KiB", 44), ("163 KiB", 45)])
+def test_vectors_around_what_shared_memory_holds(differentiate, limit, side):
+    """Those of the smaller grids stand in shared memory, those of the others do not."""
     batch = windowed_grid(side, "corners")
     leaves = rounded(batch, torch.float16, 1, 32)
-    gradients = check_gradients(differentiate, batch, leaves)
-    (frozen,) = differentiate(
-        leaves["qkv"], gradient_of(leaves["qkv"]), **arguments(batch, leaves), bias_needs=[False, False]
-    )
+    bytes_of_block = {"shared_limit": host_shim.SHARED_LIMITS[limit]}
+    gradients = check_gradients(differentiate, batch, leaves, **bytes_of_block)
+    given = arguments(batch, leaves) | bytes_of_block
+    (frozen,) = differentiate(leaves["qkv"], gradient_of(leaves["qkv"]), **given, bias_needs=[False, False])
     assert_same_gradients(frozen, gradients)
 
 

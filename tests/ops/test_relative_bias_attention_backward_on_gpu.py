@@ -62,6 +62,14 @@ def test_keys_of_long_samples(monkeypatch, host_extension, dim, multiprocessors,
     contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, dim), dtype, batch.slices())
 
 
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_gpu_whose_thread_blocks_have_99_kib_trains(kernel, monkeypatch, dim):
+    """As compute capability 8.6, 8.9 and 12.0 do."""
+    monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(99 * 1024))
+    batch = mixed()
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, dim), torch.bfloat16, batch.slices())
+
+
 def test_the_device_s_multiprocessors_are_asked_for_once(monkeypatch):
     asked = []
     properties = type("Properties", (), {"multi_processor_count": 114})

@@ -121,3 +121,33 @@ def test_the_workspace_grows_with_what_is_learned(host_extension):
     assert size(0, 0) < size(0, 16) < size(16, 16) and size(0, 0) < size(16, 0)
     for name, bad in (("bias", {"bias": [], "head_scale": 0}), ("bias", {"bias": [0, 0], "head_scale": 0})):
         refused_in_one_line(name, call.attention.backward_workspace, multiprocessors=1, **bad)
+
+
+# Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.
+NEEDED = {
+    (32, 99): (74240, 98240),
+    (64, 99): (75776, 99776),
+    (128, 99): (89216, 89216),
+    (64, 163): (117248, 141248),
+    (128, 163): (129024, 153024),
+    (64, 227): (117248, 141248),
+    (128, 227): (129024, 153024),
+}
+
+
+@pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
+def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(host_extension, monkeypatch, head_dim, limit):
+    monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(limit * 1024))
+    needed = lambda *entries: host_extension.shared_memory(device=0, head_dim=head_dim, entries=entries)  # noqa: E731
+    plain, biased = NEEDED[head_dim, limit]
+    assert needed() == (plain, limit * 1024) and needed(1500, 500) == (biased, limit * 1024)
+    assert needed(1 << 20)[0] <= limit * 1024
+
+
+def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension, monkeypatch):
+    monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(75 * 1024))
+    fits = {}
+    for head_dim in (32, 64, 128):
+        needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, entries=[])
+        fits[head_dim] = needed <= limit
+    assert fits == {32: True, 64: True, 128: False}

@@ -3,6 +3,7 @@
 Here both run on the CPU: the kernels' own source and their binding compiled by g++, PyTorch's attention as it is.
 """
 
+import ctypes
 import re
 import warnings
 from types import SimpleNamespace
@@ -207,9 +208,9 @@ MISFITS = {
     "the kernel takes float16 or bfloat16, got float32": {"dtype": torch.float32},
     "the kernel takes heads of 32, 64, 128, got 48": {"head_dim": 48},
     "the kernel takes at most 16 modalities, got 17": {"modalities": 17},
-    r"compute capability 7.5 and .* built for sm_80,sm_90a,compute_90: install again with .*=sm_75": {
-        "capability": (7, 5)
-    },
+    r"compute capability 7.5, and the kernel takes 8.0 or later": {"capability": (7, 5)},
+    r"compute capability 8.6 and .* built for sm_90a: install again with .*=sm_86": {"built": "sm_90a"},
+    "takes 120000 bytes of shared memory for a thread block, and this GPU has 65536": {"needed": 120000},
     "no NVIDIA driver is found": {"driver": "no NVIDIA driver is found"},
 }
 
@@ -217,17 +218,23 @@ MISFITS = {
 @pytest.mark.parametrize("reason", MISFITS)
 def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason):
     found = {"dtype": torch.bfloat16, "head_dim": 64, "modalities": 16, "capability": (8, 6), "driver": None}
-    built = SimpleNamespace(MAX_MODALITIES=16, ARCHITECTURES=ARCHITECTURES)
+    found |= {"built": ARCHITECTURES, "needed": 65536}
 
-    def refused(dtype, head_dim, modalities, capability, driver):
+    def refused(dtype, head_dim, modalities, capability, driver, built, needed):
+        def shared_memory(**asked):
+            assert asked == {"device": -1, "head_dim": head_dim, "entries": [9] * modalities}
+            return needed, 65536
+
+        extension = SimpleNamespace(MAX_MODALITIES=16, ARCHITECTURES=built, shared_memory=shared_memory)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: driver)
-        monkeypatch.setattr(cuda_extension, "extension", lambda: built)
-        return _attention_on_gpu.refusal(torch.zeros(2, 3, 1, head_dim, dtype=dtype), modalities)
+        monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
+        bias = [torch.zeros(1, 9)] * modalities
+        return _attention_on_gpu.refusal(torch.zeros(2, 3, 1, head_dim, dtype=dtype), modalities, bias)
 
     assert refused(**found) is None
     line = refused(**{**found, **MISFITS[reason]})
-    assert re.search(reason, line) and "\n" not in line
+    assert line and re.search(reason, line) and "\n" not in line
 
 
 @pytest.mark.requires_compiler
@@ -239,6 +246,72 @@ def test_what_16_bytes_cannot_be_read_from_is_refused_in_one_line(kernel, layout
     shifted = storage[1:].view_as(leaves["qkv"])
     qkv = shifted if layout == "off by one element" else contract.transposed(leaves["qkv"])
     contract.refused("qkv", batch.call, **{**leaves, "qkv": qkv})
+
+
+@pytest.mark.requires_compiler
+def test_a_gpu_with_too_little_shared_memory_takes_the_slower_path_in_both_passes(monkeypatch, host_extension):
+    """It is known before the forward pass, not in the first backward one."""
+    use(monkeypatch, host_extension)
+    monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(64 * 1024))
+    _say_once.cache_clear()
+    batch, launched = mixed(), cuda_extension.launched()
+    with pytest.warns(RuntimeWarning, match=r"takes \d+ bytes of shared memory for a thread block, and .* has 65536$"):
+        contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 64), torch.bfloat16, batch.slices())
+    assert cuda_extension.launched() == launched
+
+
+@pytest.mark.requires_compiler
+def test_launches_make_the_tensors_device_the_current_one_and_leave_the_rest_to_torch_s_guard(kernel, monkeypatch):
+    """What was the current device is never set again by the kernels: that would create a context on it."""
+    current = ctypes.c_int.in_dll(ctypes.CDLL(kernel.__file__), "host_shim_device")
+    guarded = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.value = 5
+
+        def __exit__(self, *error):
+            guarded.append((self.tensor, current.value))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    leaves = {name: leaf.bfloat16() for name, leaf in text_only().leaves(2, 32).items()}
+    qkv = leaves["qkv"].requires_grad_()
+    text_only().call(**leaves).sum().backward()
+    assert [value for _, value in guarded] == [qkv.get_device()] * 2
+    assert all(tensor.data_ptr() == qkv.data_ptr() for tensor, _ in guarded)
+
+
+@pytest.mark.requires_compiler
+def test_the_kernels_read_nothing_on_the_host_though_it_does_not_know_the_longest_sample(kernel, monkeypatch):
+    batch = mixed()
+    leaves = {name: leaf.bfloat16().requires_grad_() for name, leaf in batch.leaves(2, 32).items()}
+    batch.arguments["max_length"] = 0
+    for name in ("item", "tolist", "numpy", "cpu", "__int__", "__float__", "__bool__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"the host reads by {name}"))
+    batch.call(**leaves).sum().backward()
+    assert all(leaf.grad is not None for leaf in leaves.values())
+
+
+@pytest.mark.parametrize("captured", (True, False))
+def test_the_slower_path_says_that_it_waits_and_is_not_captured(slower_path, monkeypatch, captured):
+    monkeypatch.setattr(_segments, "_is_captured", lambda tensor: captured)
+    _say_once.cache_clear()
+    batch = text_only()
+    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    known = batch.call(**leaves)
+    batch.arguments["max_length"] = 0
+    with pytest.warns(
+        RuntimeWarning, match=r"there is no extension; without max_length each call waits for the device$"
+    ):
+        if captured:
+            line = "^max_length: expected .* while a CUDA graph is captured [^\n]*, got 0; pass max_length[^\n]*$"
+            with pytest.raises(ValueError, match=line):
+                batch.call(**leaves)
+        else:
+            assert torch.equal(batch.call(**leaves), known)
 
 
 @pytest.mark.gpu

@@ -22,6 +22,9 @@ KERNELS = tuple(sorted(path.name for path in CSRC.glob("*.cu")))
 COMPILER = os.environ.get("CXX") or "g++"
 MAX_MODALITIES = 16
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+FLAGS = ("-std=c++17", "-g1", "-fPIE", "-DONEPEACE_FAST_CALL_SITES")
+# What a thread block may have: on compute capability 8.6, 8.9 and 12.0, on 8.0, and on 9.0 and 10.0.
+SHARED_LIMITS = {"99 KiB": 99 * 1024, "163 KiB": 163 * 1024, "227 KiB": 227 * 1024}
 SANITIZERS = {
     "address": ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"),
     "thread": ("-fsanitize=thread", "-DONEPEACE_FAST_THREAD_SANITIZER"),
@@ -100,7 +103,7 @@ def build(
             before.append(str(beside.parent / f"{source.stem}_{sanitizer}.o"))
             continue
         objects.append(str(folder / f"{source.stem}_{sanitizer}.o"))
-        command = [COMPILER, "-std=c++17", "-g1", "-fPIE", f"-I{shim}", f"-I{csrc}", *options]
+        command = [COMPILER, *FLAGS, f"-I{shim}", f"-I{csrc}", *options]
         commands.append([*command, "-x", "c++", "-c", str(source), "-o", objects[-1]])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
@@ -182,10 +185,13 @@ def gradients_case(
     return bytes(case) + _array(grad, begin=True)
 
 
-def run(program: Path, folder: Path, case: bytes, options: str = "") -> subprocess.CompletedProcess[str]:
-    """Run the program on a case; the results stand in ``folder``."""
+def run(
+    program: Path, folder: Path, case: bytes, options: str = "", shared_limit: int = SHARED_LIMITS["227 KiB"]
+) -> subprocess.CompletedProcess[str]:
+    """Run the program on a case, on a device whose thread blocks may have so much; the results stand in ``folder``."""
     (folder / "case").write_bytes(case)
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": options}
+    environment["HOST_SHIM_SHARED_LIMIT"] = str(shared_limit)
     command = [str(program), str(folder / "case"), str(folder / "results")]
     return subprocess.run(command, env=environment, text=True, capture_output=True)
 
@@ -193,9 +199,11 @@ def run(program: Path, folder: Path, case: bytes, options: str = "") -> subproce
 Shape = tuple[Sequence[int], torch.dtype]
 
 
-def _results(program: Path, folder: Path, case: bytes, shapes: Sequence[Shape]) -> Iterator[list[Tensor]]:
+def _results(
+    program: Path, folder: Path, case: bytes, shapes: Sequence[Shape], shared_limit: int
+) -> Iterator[list[Tensor]]:
     """Tensors of these shapes that each run wrote one after another; fails by what the program says."""
-    process = run(program, folder, case)
+    process = run(program, folder, case, shared_limit=shared_limit)
     assert process.returncode == 0, process.stderr[-4000:]
     data = torch.frombuffer(bytearray((folder / "results").read_bytes()), dtype=torch.uint8)
     sizes = [prod(shape) * dtype.itemsize for shape, dtype in shapes]
@@ -204,11 +212,14 @@ def _results(program: Path, folder: Path, case: bytes, shapes: Sequence[Shape]) 
         yield [array.clone().view(dtype).view(shape) for array, (shape, dtype) in arrays]
 
 
-def forward(program: Path, folder: Path, qkv: Tensor, **arguments: object) -> list[tuple[Tensor, Tensor]]:
+def forward(
+    program: Path, folder: Path, qkv: Tensor, shared_limit: int = SHARED_LIMITS["227 KiB"], **arguments: object
+) -> list[tuple[Tensor, Tensor]]:
     """out and log-sum-exp of each run."""
     rows, _, heads, head_dim = qkv.shape
     shapes = [((rows, heads, head_dim), qkv.dtype), ((rows, heads), torch.float32)]
-    return [(out, total) for out, total in _results(program, folder, attention_case(qkv, **arguments), shapes)]
+    case = attention_case(qkv, **arguments)
+    return [(out, total) for out, total in _results(program, folder, case, shapes, shared_limit)]
 
 
 def backward(
@@ -222,6 +233,7 @@ def backward(
     bias_needs: Sequence[bool] | None = None,
     head_scale_need: bool = True,
     multiprocessors: int = 1,
+    shared_limit: int = SHARED_LIMITS["227 KiB"],
     **arguments: object,
 ) -> list[Gradients]:
     """The gradients of each run, by the log-sum-exp of its forward pass: of all that there is unless told otherwise."""
@@ -231,7 +243,8 @@ def backward(
     case = attention_case(qkv, bias=bias, head_scale=head_scale, gradients=gradients, **arguments)
     written = [grad, grad[..., 0].float(), qkv, *itertools.compress(bias, needs), *([head_scale] if scale_need else ())]
     results = []
-    for _, _, dqkv, *rest in _results(program, folder, case, [(array.shape, array.dtype) for array in written]):
+    shapes = [(array.shape, array.dtype) for array in written]
+    for _, _, dqkv, *rest in _results(program, folder, case, shapes, shared_limit):
         others = iter(rest)
         results.append(Gradients(dqkv, [next(others) if need else None for need in needs], next(others, None)))
     return results
