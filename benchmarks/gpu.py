@@ -1,13 +1,15 @@
 """Measure this library on a GPU: python3 benchmarks/gpu.py --out DIR
 
-Section by section, the most telling first. After each, its table is printed, and one JSON file with every time, ceiling,
-version and error and one Markdown file with all tables are written anew, whole at any moment. Needs torch and this
-library alone. `--device cpu --quick` runs the same logic over tiny shapes. How things are timed: benchmarks/README.md.
+Section by section, the most telling first. After each, its table is printed, and one JSON file with every time,
+ceiling, version and error and one Markdown file with all tables are written anew, whole at any moment. Needs torch and
+this library alone. `--device cpu --quick` runs the same logic over tiny shapes. How things are timed:
+benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -35,7 +37,6 @@ from benchmarks.support.variants import HOW_FUSED_RUNS, Budget, Runner  # noqa: 
 PARTS = ("headline", "rest")
 DEVICE_LOST = 3  # exit code: start the same command again, and it goes on with what is left
 OWN = ("products", "baseline", "fused", "strategy_", "all_layers_fused")  # an error of one of these is a failure
-SECONDS_OF_COMPILING = 180.0
 METHOD = {
     "time": "device time between CUDA events, wall clock on a CPU; variants in turn, round after round; medians",
     "launches": "the device sleeps before the first event while the host queues the work: launch gaps do not count,"
@@ -46,8 +47,8 @@ METHOD = {
     "products": "torch.mm for every projection and FFN product of each modality's rows, torch.bmm for QK^T and PV with"
     " one batch for each length of a sample; backward: two products for each",
     "tax": "median of a variant / median of the bare products of the same section",
-    "strategy": "the layer, or its routed FFN alone, with every way of computing the FFN; `fused` takes the one that the"
-    " library chooses itself",
+    "strategy": "the layer, or its routed FFN alone, with every way of computing the FFN; `fused` takes the one that"
+    " the library chooses itself",
     "compiled peers": "sections of their own, after all others of their shape; what they are held against is measured"
     " again beside them",
     "pointwise": "bytes are those of row tensors, each once each way, whatever a variant moves; the share is of the"
@@ -65,29 +66,40 @@ METHOD = {
 }
 
 
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Where and how large everything runs."""
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.quick:
+        return Setting(device, dtype, TINY, sets=2, layers=3)
+    return Setting(device, dtype, FULL, sets=4, layers=MODEL_LAYERS)
+
+
+def sections_of(parts: Sequence[str], quick: bool, device: torch.device) -> list[Section]:
+    """The sections of these parts, in order."""
+    listed = {"headline": lambda: headline(quick, device), "rest": lambda: rest(quick)}
+    return [section for part in parts for section in listed[part]()]
+
+
 class Run:
     """A run's results and its files, which are written anew whenever something is known."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
-        self.device = torch.device(arguments.device)
-        self.quick, cuda = arguments.quick, self.device.type == "cuda"
-        dtype = torch.bfloat16 if cuda else torch.float32
-        rounds, sets, layers = (3, 2, 3) if self.quick else (25, 4, MODEL_LAYERS)
+        self.setting = setting_of(arguments)
+        self.device, self.quick = self.setting.device, arguments.quick
         no_compile = "left out: --quick compiles nothing" if self.quick else None
-        self.setting = Setting(self.device, dtype, TINY if self.quick else FULL, sets, layers)
-        self.runner = Runner(
-            clock_for(self.device), Budget(arguments.budget_seconds, no_compile), rounds, 0.05 if cuda else 1e-4
-        )
+        budget, tolerance = Budget(arguments.budget_seconds, no_compile), 0.05 if self.device.type == "cuda" else 1e-4
+        self.runner = Runner(clock_for(self.device), budget, 3 if self.quick else 25, tolerance)
         self.result: dict[str, Any] = {
             "date": arguments.date or machine.now(),
             "machine": machine.describe(self.device),
             "device": str(self.device),
-            "dtype": str(dtype),
+            "dtype": str(self.setting.dtype),
             "quick": self.quick,
             "sizes": vars(self.setting.sizes),
             "method": METHOD,
             "fused": HOW_FUSED_RUNS,
-            "input_sets": sets,
+            "input_sets": self.setting.sets,
             "seconds": 0.0,
             "sections": {},
             "faulted": {},
@@ -116,18 +128,14 @@ class Run:
         else:
             self.result["sections"][section] = {"kind": "none", "variants": {}, "error": reason}
 
-    def sections(self, parts: Sequence[str]) -> list[Section]:
-        """What is still to be measured of these parts."""
-        listed = {"headline": headline(self.quick, self.device), "rest": rest(self.quick)}
-        return [one for part in parts for one in listed[part] if one.name not in self.result["sections"]]
-
     def measure(self, parts: Sequence[str]) -> None:
         """Measure section by section until the time is over; raises ``DeviceLost`` where only a new process helps."""
         if "ceilings" not in self.result["sections"]:
             self._record("ceilings", {"kind": "ceilings", "variants": self._ceilings()})
         copy_rate = self.result["sections"]["ceilings"]["variants"].get("copy", {}).get("GB_per_second")
         self.setting.copy_rate = copy_rate and copy_rate * 1e9
-        waiting = self.sections(parts)
+        listed = sections_of(parts, self.quick, self.device)
+        waiting = [section for section in listed if section.name not in self.result["sections"]]
         for i, section in enumerate(waiting):
             self.unmeasured = [left.name for left in waiting[i:]]
             if self.runner.budget.seconds_left < 0:
@@ -195,18 +203,20 @@ def failed(result: dict[str, Any]) -> bool:
     )
 
 
-def warm(run: Run, parts: Sequence[str], arguments: argparse.Namespace) -> int:
+def warm(parts: Sequence[str], arguments: argparse.Namespace) -> int:
     """Compile what the sections of these parts run, each variant in a process of its own, side by side.
 
     The compilers' caches on disk then serve the process that takes times. Returns 1 where one could not be compiled.
     """
-    targets = [(section.name, variant) for section in run.sections(parts) for variant in section.warmed]
+    sections = sections_of(parts, arguments.quick, torch.device(arguments.device))
+    targets = [(section.name, variant) for section in sections for variant in section.warmed]
+    stop = time.perf_counter() + arguments.budget_seconds
     command = [sys.executable, str(Path(__file__).resolve()), "--out", str(arguments.out), "--device", arguments.device]
     command += ["--quick"] if arguments.quick else []
 
     def compile_one(target: tuple[str, str]) -> tuple[float, int, str]:
         start = time.perf_counter()
-        left = max(min(SECONDS_OF_COMPILING, run.runner.budget.seconds_left), 1.0)
+        left = max(stop - start, 1.0)
         try:
             done = subprocess.run([*command, "--warm-one", *target], capture_output=True, text=True, timeout=left)
         except subprocess.TimeoutExpired:
@@ -221,14 +231,14 @@ def warm(run: Run, parts: Sequence[str], arguments: argparse.Namespace) -> int:
     return int(any(code for _, code, _ in outcomes))
 
 
-def warm_one(run: Run, name: str, variant: str) -> None:
+def warm_one(name: str, variant: str, arguments: argparse.Namespace) -> None:
     """Run both modes of one variant once."""
-    sections = {section.name: section for section in (*headline(run.quick, run.device), *rest(run.quick))}
-    run.setting.sets = 1
-    made = sections[name].prepare(run.setting).factories[variant]()
+    setting = dataclasses.replace(setting_of(arguments), sets=1)
+    sections = {section.name: section for section in sections_of(PARTS, arguments.quick, setting.device)}
+    made = sections[name].prepare(setting).factories[variant]()
     made.forward(0)
     made.forward_backward(0)
-    if run.device.type == "cuda":
+    if setting.device.type == "cuda":
         torch.cuda.synchronize()
 
 
@@ -236,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line.
 
     Returns:
-        0: measured. 1: the library or its baseline could not be. 2: there is no such device. 3: the device was lost, and
-        the same command with the same --date goes on.
+        0: measured. 1: the library or its baseline could not be. 2: there is no such device. 3: the device was lost,
+        and the same command with the same --date goes on.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON and the Markdown file")
@@ -253,12 +263,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu.py needs a CUDA device, and torch {torch.__version__} sees none", file=sys.stderr)
         return 2
     parts = [chosen.part] if chosen.part else list(PARTS)
-    run = Run(chosen)
     if chosen.warm_one:
-        warm_one(run, *chosen.warm_one)
+        warm_one(*chosen.warm_one, chosen)
         return 0
     if chosen.warm:
-        return warm(run, parts, chosen)
+        return warm(parts, chosen)
+    run = Run(chosen)
     try:
         run.measure(parts)
     except DeviceLost as lost:

@@ -99,5 +99,3 @@ def _share_rows(title: str, variants: Mapping[str, Any]) -> Rows:
         difference = record.get("output_relative_difference")
         rows.append((name, *cells, "-" if difference is None else f"{difference:.1e}"))
     return rows
-
-
