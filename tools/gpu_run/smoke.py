@@ -34,6 +34,10 @@ class Check(NamedTuple):
     operation: str
     form: str = ""
 
+    def holds(self, case: Case) -> bool:
+        """Whether a case is this check's."""
+        return case.operation.startswith(self.operation) and self.form in case.variant
+
 
 def checks(full: bool) -> dict[str, Check]:
     """Every check; not ``full``: at sizes for a CPU."""
@@ -54,7 +58,9 @@ def checks(full: bool) -> dict[str, Check]:
         "residual": Check(pointwise(width), "residual", "float32 stream"),
         "gated_sub_ln": Check(pointwise(4 * width), "gated_sub_ln"),
         "routed_ffn": Check(specified(72), "routed_ffn"),
-        "routed_ffn_grouped": Check(products, "routed_ffn"),
+        "grouped_ffn": Check(products, "routed_ffn", "Sub-LN"),
+        "grouped_ffn_row_index": Check(products, "routed_ffn", "row index"),
+        "grouped_ffn_plain": Check(products, "routed_ffn", "alone"),
         **attention,
     }
 
@@ -68,7 +74,7 @@ def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> in
 
     found = cases = 0
     for on_cpu, on_device in zip(check.cases(CPU, make), check.cases(device, copied), strict=True):
-        if not on_cpu.operation.startswith(check.operation) or check.form not in on_cpu.variant:
+        if not check.holds(on_cpu):
             continue
         cases += 1
         before = launched() + cuda_extension.launched()
