@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tools.gpu_run import plan
 from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Log, Outcome, run_jobs
-from tools.gpu_run.records import STAGE_HEADS, Files, stage_row, tests_of
+from tools.gpu_run.records import STAGE_HEADS, Files, stage_row, outcomes_of
 from tools.gpu_run.schedule import LEFT_OUT, Stage, State, run_stages
 
 MINUTES = 8.0
@@ -68,7 +68,7 @@ class Run:
                 print(f"    {outcome.name}: {outcome.state}, {outcome.seconds:.1f} s. {outcome.note}".rstrip(". "))
             if outcome.state in (FAILED, CUT):
                 print("\n".join(f"        {line}" for line in outcome.lines[-LINES_OF_A_FAILURE:]))
-        failed = [test for test in tests_of(self.machine.work, stage.name) if test["outcome"] == "failed"]
+        failed = [test for test in outcomes_of(self.machine.work, stage.name) if test["outcome"] == "failed"]
         for test in failed[:FAILURES_SHOWN]:
             print(f"    FAILED {test['test']}: {test['message'][:200]}")
         note = f": {result.note}" if result.note else ""
@@ -85,7 +85,7 @@ class Run:
         self.write()
         print()
         rows = [STAGE_HEADS]
-        rows += [stage_row(result, tests_of(self.machine.work, result.name)) for result in state.results]
+        rows += [stage_row(result, outcomes_of(self.machine.work, result.name)) for result in state.results]
         widths = [max(len(row[column]) for row in rows) for column in range(len(STAGE_HEADS))]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from tools.gpu_run.processes import FAILED, PASSED, ROOT, UNAVAILABLE, Job, by_exit_code, python
-from tools.gpu_run.records import tests_of
+from tools.gpu_run.records import outcomes_of
 from tools.gpu_run.schedule import Stage, State
 
 SMOKE = (
@@ -29,7 +29,7 @@ FINISH = 3.0  # seconds of its share that the benchmark is not told of, to end b
 REFUSED = re.compile(
     r"Device not supported|device is not supported|LibraryNotLoaded|Failed to initialize", re.IGNORECASE
 )
-REPORTED = re.compile(r"Invalid __\w+__|hazard|Misaligned|Out-of-range|race reported", re.IGNORECASE)
+REPORTED = re.compile(r"Invalid __\w+__|[1-9]\d* hazard|race reported|Misaligned|Out-of-range", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def _tests_judge(code: int, lines: Sequence[str]) -> tuple[str, str]:
 
 def _none_passed(machine: Machine, stage: str) -> str | None:
     """Parity that nobody looked at is not parity."""
-    if any(test["outcome"] == "passed" for test in tests_of(machine.work, stage)):
+    if any(test["outcome"] == "passed" for test in outcomes_of(machine.work, stage)):
         return None
     return "no test has passed: none was found, or all were skipped"
 

@@ -13,26 +13,22 @@ from tools.gpu_run.plugin import read_records
 from tools.gpu_run.processes import CUT, FAILED
 from tools.gpu_run.schedule import Result, State
 
-UNFINISHED = "its process ended while it ran"
+REASON = "its process ended while it ran"
+UNFINISHED = {"outcome": "failed", "seconds": 0.0, "message": REASON, "text": REASON}
 MOST_FAILURES = 2000  # of those that are told with their text
 
 
-def tests_of(folder: Path, stage: str) -> list[dict[str, Any]]:
+def outcomes_of(folder: Path, stage: str) -> list[dict[str, Any]]:
     """The tests of a stage with their outcomes, each once; one that began and never ended has failed."""
     tests: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{stage}*.jsonl")):
         for record in read_records(path):
-            known = tests.get(record["test"], {})
-            if known.get("outcome") == "failed":
-                continue
-            if "outcome" in record:
-                tests[record["test"]] = record
-            elif not known:
-                tests[record["test"]] = {
-                    "test": record["test"], "outcome": "failed", "seconds": 0.0, "when": "call", "text": UNFINISHED,
-                    "message": UNFINISHED,
-                }  # fmt: skip
-    return list(tests.values())
+            name = record["test"]
+            if "outcome" not in record:
+                tests.setdefault(name, {"test": name})
+            elif tests.get(name, {}).get("outcome") != "failed":  # a failure stays one, whatever its teardown says
+                tests[name] = record
+    return [{**UNFINISHED, **test} for test in tests.values()]
 
 
 class Files:
@@ -47,7 +43,7 @@ class Files:
 
     def write(self, state: State, seconds: float) -> None:
         """Write them anew."""
-        found = {name: tests_of(self.tests, name) for name in self.stages}
+        found = {name: outcomes_of(self.tests, name) for name in self.stages}
         _replace(self.json, json.dumps(self._content(state, found, seconds), indent=1) + "\n")
         _replace(self.markdown, self._document(state, found))
         _replace(self.xml, junit({name: tests for name, tests in found.items() if tests}))
