@@ -10,6 +10,7 @@ import pytest
 from installation._machine import SCRIPT, one_line
 
 from tools.gpu_run import plan
+from tools.gpu_run.plugin import DEVICE_LOST
 from tools.gpu_run.processes import CUT, FAILED, PASSED, UNAVAILABLE
 from tools.gpu_run.schedule import Result, State
 
@@ -104,32 +105,31 @@ def test_smoke_runs_each_check_in_its_own_process_and_says_how_to_look_closer(tm
 
 
 @pytest.mark.parametrize("keyword", ["", "norm"])
-def test_tests_run_by_xdist_s_processes_file_by_file_and_what_parity_ran_is_not_run_again(
-    tmp_path, monkeypatch, keyword
-):
-    monkeypatch.setattr(plan, "find_spec", lambda name: name == "xdist")
-    ((parity,),) = jobs_of(machine_of(tmp_path, keyword=keyword), "parity")
-    (tmp_path / "parity-all.jsonl").write_text("")
-    ((tests,),) = jobs_of(machine_of(tmp_path, keyword=keyword), "tests")
-    for job in (parity, tests):
-        assert command_of(job).startswith("HOST -m pytest -p tools.gpu_run.plugin ") and "-m gpu" in command_of(job)
-        assert command_of(job).endswith("-n 12 --dist loadfile tests")
+def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not_run_again(tmp_path, keyword):
+    (parity,) = jobs_of(machine_of(tmp_path, keyword=keyword), "parity")
+    record = tmp_path / "parity-tests.models.test_parity.py.jsonl"
+    assert str(record) in {job.environment["GPU_RUN_TESTS"] for job in parity}
+    record.write_text("")
+    (tests,) = jobs_of(machine_of(tmp_path, keyword=keyword), "tests")
+    for jobs in (parity, tests):
+        assert all(command_of(job).startswith("HOST -m pytest -p tools.gpu_run.plugin ") for job in jobs)
+        assert all(" -m gpu " in command_of(job) for job in jobs)
+        files = [command_of(job).split()[-1] for job in jobs]
+        assert {"tests/models/test_parity.py", "tests/kernels/test_layer_norm.py"} <= set(files)
+        assert "tests/test_config.py" not in files and all((ROOT / file).is_file() for file in files)
+        assert len({job.environment["GPU_RUN_TESTS"] for job in jobs}) == len(jobs)
+        died = [jobs[0].again(code) for code in (0, 1, 2, 3, 5, DEVICE_LOST, -9, -11)]
+        assert died == [False] * 5 + [True] * 3
     chosen = f"({plan.PARITY}) and (norm)" if keyword else f"({plan.PARITY})"
-    assert f"-k {chosen} " in command_of(parity) and ("-k (norm) " in command_of(tests)) == bool(keyword)
-    assert parity.environment == {"GPU_RUN_TESTS": str(tmp_path / "parity-all.jsonl"), "GPU_RUN_TESTED": ""}
-    record = str(tmp_path / "tests-all.jsonl")
-    assert tests.environment == {"GPU_RUN_TESTS": record, "GPU_RUN_TESTED": str(tmp_path / "parity-all.jsonl")}
-
-
-def test_without_xdist_every_file_has_a_process_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "find_spec", lambda name: None)
-    (jobs,) = jobs_of(machine_of(tmp_path), "tests")
-    files = [command_of(job).split()[-1] for job in jobs]
-    assert {"tests/models/test_parity.py", "tests/kernels/test_layer_norm.py"} <= set(files)
-    assert len({job.environment["GPU_RUN_TESTS"] for job in jobs}) == len(jobs) == len(set(files))
-    assert "tests/test_config.py" not in files
-    assert jobs[0].judge(plan.NOTHING_COLLECTED, []) == (PASSED, "no test is left for it")
-    assert jobs[0].judge(1, ["1 failed"]) == (FAILED, "exit code 1: 1 failed")
+    assert all(f"-k {chosen} " in command_of(job) for job in parity)
+    assert all(("-k (norm) " in command_of(job)) == bool(keyword) for job in tests)
+    assert {job.environment["GPU_RUN_TESTED"] for job in parity} == {""}
+    assert {job.environment["GPU_RUN_TESTED"] for job in tests} == {str(record)}
+    parts = [job.environment["GPU_RUN_PART"] for job in tests if "kernels/test_layer_norm" in command_of(job)]
+    assert parts == ["1/3", "2/3", "3/3"]
+    assert {job.environment["GPU_RUN_PART"] for job in parity} == {"1/1"}
+    assert tests[0].judge(plan.NOTHING_COLLECTED, []) == (PASSED, "no test is left for it")
+    assert tests[0].judge(1, ["1 failed"]) == (FAILED, "exit code 1: 1 failed")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
@@ -141,14 +141,17 @@ def test_parity_finds_tests_of_agreement_and_of_repeats():
     assert all(f"{file}::" in found for file in files) and "bit_for_bit" in found and "test_repeats" in found
 
 
-def test_parity_that_nothing_has_passed_is_none(tmp_path):
-    (stage,) = (stage for stage in plan.stages(machine_of(tmp_path)) if stage.name == "parity")
-    assert "no test has passed" in stage.check(State())
-    record = tmp_path / "parity-all.jsonl"
-    record.write_text('{"test": "a", "outcome": "skipped", "message": ""}\n')
-    assert "no test has passed" in stage.check(State())
+def test_parity_that_nothing_has_passed_is_none_and_a_failure_of_an_earlier_process_counts(tmp_path):
+    stages = {stage.name: stage for stage in plan.stages(machine_of(tmp_path))}
+    parity, tests = stages["parity"], stages["tests"]
+    assert "no test has passed" in parity.check(False) and tests.check(False) is parity.check(True) is None
+    record = tmp_path / "parity-one.jsonl"
+    record.write_text('{"test": "a", "outcome": "skipped"}\n{"test": "c", "began": true}\n')
+    assert "no test has passed" in parity.check(False) and parity.check(True) is None
     record.write_text(record.read_text() + '{"test": "b", "outcome": "passed"}\n')
-    assert stage.check(State()) is None
+    assert parity.check(False) is None
+    (tmp_path / "tests-one.jsonl").write_text('{"test": "d", "outcome": "failed"}\n')
+    assert tests.check(False) == tests.check(True) == "1 tests have failed" and parity.check(False) is None
 
 
 def test_benchmarks_go_on_after_a_crash_and_end_before_they_are_ended(tmp_path):

@@ -106,13 +106,17 @@ def test_what_this_machine_cannot_do_is_no_failure():
 def test_a_check_finds_what_no_exit_code_says():
     state = MadeUp().run([stage("a", check=lambda _: "nobody looked")], 100.0)
     assert (state.results[0].state, state.results[0].note) == (FAILED, "nobody looked")
+    told = []
+    MadeUp({"a": 500.0}).run([stage("a", check=told.append)], 100.0)
+    MadeUp().run([stage("a", check=told.append)], 100.0)
+    assert told == [True, False]
 
 
 def lines(path, *records) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def test_a_stage_s_tests_are_read_from_what_they_left_and_one_that_never_ended_has_failed(tmp_path):
+def test_a_stage_s_tests_are_read_from_what_they_left_and_one_that_never_ended_was_cut_short(tmp_path):
     passed = {"test": "a.py::one", "outcome": "passed", "seconds": 0.1}
     failed = {"test": "a.py::two", "outcome": "failed", "seconds": 0.2, "message": "E", "text": "E <\x1b[1m>"}
     lines(tmp_path / "tests-a.jsonl", {"test": "a.py::one", "began": True}, passed, failed, {**failed, "outcome": "x"})
@@ -123,7 +127,7 @@ def test_a_stage_s_tests_are_read_from_what_they_left_and_one_that_never_ended_h
         tmp_path / "parity-all.jsonl", {"test": "c.py::four", "outcome": "skipped", "seconds": 0, "message": "no GPU"}
     )
     found = {test["test"]: test["outcome"] for test in outcomes_of(tmp_path, "tests")}
-    assert found == {"a.py::one": "passed", "a.py::two": "failed", "b.py::three": "failed"}
+    assert found == {"a.py::one": "passed", "a.py::two": "failed", "b.py::three": "cut short"}
 
     files = Files(tmp_path / "out", "now", tmp_path, ["parity", "tests"], {"date": "now"})
     results = [
@@ -133,15 +137,17 @@ def test_a_stage_s_tests_are_read_from_what_they_left_and_one_that_never_ended_h
     files.write(State(results), 12.0)
     stages = {one["name"]: one for one in json.loads(files.json.read_text())["stages"]}
     assert stages["tests"]["tests"] == {
-        "passed": 1, "failed": 2, "skipped": 0,
-        "failures": ["a.py::two: E", "b.py::three: its process ended while it ran"],
+        "passed": 1, "failed": 1, "skipped": 0, "cut short": 1, "failures": ["a.py::two: E"],
     }  # fmt: skip
     assert stages["tests"]["jobs"] == [{"name": "all", "state": FAILED, "seconds": 3.0, "note": ""}]
     text = files.markdown.read_text()
-    assert "| tests | failed | 3 | 9 | 1 passed, 2 failed | 1 of 1 jobs |" in text and "- `a.py::two`: E" in text
+    assert (
+        "| tests | failed | 3 | 9 | 1 passed, 1 failed, 1 cut short | 1 of 1 jobs |" in text
+        and "- `a.py::two`: E" in text
+    )
     suites = ElementTree.parse(files.xml).getroot()
     assert [(suite.get("name"), suite.get("tests"), suite.get("failures")) for suite in suites] == [
-        ("parity", "1", "0"), ("tests", "3", "2")
+        ("parity", "1", "0"), ("tests", "3", "1")
     ]  # fmt: skip
     (failure,) = suites.findall("testsuite/testcase[@name='two']/failure")
     assert failure.text == "E <?[1m>"

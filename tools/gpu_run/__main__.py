@@ -14,10 +14,11 @@ from pathlib import Path
 
 from tools.gpu_run import plan
 from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Log, Outcome, run_jobs
-from tools.gpu_run.records import STAGE_HEADS, Files, stage_row, outcomes_of
+from tools.gpu_run.records import STAGE_HEADS, Files, outcomes_of, stage_row
 from tools.gpu_run.schedule import LEFT_OUT, Stage, State, run_stages
 
 MINUTES = 8.0
+MOST_AT_ONCE = 12  # jobs, for the device's memory
 REFRESH = 5.0  # seconds between two rewrites of the files while a stage runs
 LINES_OF_A_FAILURE = 15
 FAILURES_SHOWN = 30
@@ -41,7 +42,7 @@ class Run:
 
     def execute(self, jobs: Sequence[object], seconds: float) -> list[Outcome]:
         """Run a phase's jobs side by side."""
-        return run_jobs(jobs, seconds, self.machine.cores, self.log, self.tick)
+        return run_jobs(jobs, seconds, min(self.machine.cores, MOST_AT_ONCE), self.log, self.tick)
 
     def tick(self) -> None:
         """Rewrite the files now and then, for the tests that have come to an end since."""

@@ -9,11 +9,11 @@ import sys
 import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
+from tools.gpu_run.plugin import DEVICE_LOST
 from tools.gpu_run.processes import FAILED, PASSED, ROOT, UNAVAILABLE, Job, by_exit_code, python
-from tools.gpu_run.records import outcomes_of
+from tools.gpu_run.records import counted, outcomes_of
 from tools.gpu_run.schedule import Stage, State
 
 SMOKE = (
@@ -23,8 +23,8 @@ SMOKE = (
 NEEDS_KERNELS = ("grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain")  # which a rehearsal on a CPU has not
 SANITIZED = ("attention_72", "attention_33")  # at most 72 tokens: racecheck is hundreds of times slower
 PARITY = "repeat or test_parity or test_on_gpu or test_goldens or test_encoder"
-NOTHING_COLLECTED, LEFT_OUT, DEVICE_LOST = 5, 4, 3  # exit codes: pytest's, our tools', the benchmark's
-MOST_TEST_PROCESSES = 12
+KERNEL_TESTS, PARTS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels
+NOTHING_COLLECTED, LEFT_OUT, BENCHMARK_LOST_DEVICE = 5, 4, 3  # exit codes: pytest's, our tools', the benchmark's
 FINISH = 3.0  # seconds of its share that the benchmark is not told of, to end by itself
 REFUSED = re.compile(
     r"Device not supported|device is not supported|LibraryNotLoaded|Failed to initialize", re.IGNORECASE
@@ -62,13 +62,16 @@ def stages(machine: Machine) -> list[Stage]:
         ),
         Stage(
             "parity", 80, "the tests that both backends agree, and that 50 repeats are bitwise equal",
-            [lambda _: _tests(machine, "parity", PARITY)], check=lambda _: _none_passed(machine, "parity"),
+            [lambda _: _tests(machine, "parity", PARITY)], check=lambda cut: _wrong(machine, "parity", cut, least=1),
         ),
         Stage(
             "benchmarks", 130, "the layer and its FFN by every strategy, attention at 64 x 257, pointwise operations",
             [lambda _: [_benchmark(machine, "headline")], lambda state: _proposal(machine, state)],
         ),
-        Stage("tests", 120, "the other tests that need a GPU, in parallel", [lambda _: _tests(machine, "tests")]),
+        Stage(
+            "tests", 120, "the other tests that need a GPU, file by file in processes side by side",
+            [lambda _: _tests(machine, "tests")], check=lambda cut: _wrong(machine, "tests", cut),
+        ),
         Stage(
             "peers", 100, "what torch.compile makes of the same, then the remaining shapes",
             [lambda _: _compile(machine, "rest"), lambda _: [_benchmark(machine, "rest")]],
@@ -139,7 +142,10 @@ def _gpu_script(machine: Machine, part: str, *options: str, share: float = 1.0) 
 def _benchmark(machine: Machine, part: str) -> Job:
     """After the device was lost, or the process died, another one goes on with what is left."""
     return Job(
-        f"measure {part}", _gpu_script(machine, part), shown=True, again=lambda code: code == DEVICE_LOST or code < 0
+        f"measure {part}",
+        _gpu_script(machine, part),
+        shown=True,
+        again=lambda code: code == BENCHMARK_LOST_DEVICE or code < 0,
     )
 
 
@@ -156,42 +162,52 @@ def _smoke(machine: Machine, check: str) -> Job:
 
 
 def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
-    """pytest over the GPU's tests that no earlier stage has run: xdist's processes, else one process for each file."""
+    """pytest over the GPU's tests that no earlier stage has run, each file in a process of its own, or in several.
+
+    After a test by which a process lost the device, or its life, another one goes on behind it: pytest-xdist would run
+    that test again, and wait for ever.
+    """
     chosen = " and ".join(f"({part})" for part in (keyword, machine.keyword) if part)
     common = ["-m", "pytest", "-p", "tools.gpu_run.plugin", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "gpu"]
     common += ["-k", chosen] if chosen else []
     tested = ":".join(str(path) for path in sorted(machine.work.glob("*.jsonl")))
 
-    def job(name: str, *options: str) -> Job:
-        record = machine.work / f"{stage}-{name.replace('/', '.')}.jsonl"
-        environment = {"GPU_RUN_TESTS": str(record), "GPU_RUN_TESTED": tested}
-        return Job(f"{stage} {name}", python(*common, *options), environment, judge=_tests_judge)
+    def job(file: str, part: int, parts: int) -> Job:
+        name = file.replace("/", ".") + (f".{part}" if parts > 1 else "")
+        environment = {
+            "GPU_RUN_TESTS": str(machine.work / f"{stage}-{name}.jsonl"), "GPU_RUN_TESTED": tested,
+            "GPU_RUN_PART": f"{part}/{parts}",
+        }  # fmt: skip
+        return Job(f"{stage} {name}", python(*common, file), environment, judge=_tests_judge, again=_died)
 
-    if find_spec("xdist"):
-        processes = str(min(MOST_TEST_PROCESSES, machine.cores))
-        return [job("all", "-n", processes, "--dist", "loadfile", "tests")]
-    return [job(file, file) for file in files_of_gpu_tests()]
+    parts_of = {file: PARTS if file.startswith(KERNEL_TESTS) and not keyword else 1 for file in files_of_gpu_tests()}
+    return [job(file, part, parts) for file, parts in parts_of.items() for part in range(1, parts + 1)]
+
+
+def _died(code: int) -> bool:
+    return code == DEVICE_LOST or code < 0
 
 
 def files_of_gpu_tests(root: Path = ROOT) -> list[str]:
-    """The files that have tests for a GPU: those of the kernels, and those that name the mark."""
-    files = sorted(root.glob("tests/**/test_*.py"))
-    return [
-        str(path.relative_to(root))
-        for path in files
-        if path.parent.name == "kernels" or "pytest.mark.gpu" in path.read_text(encoding="utf-8")
-    ]
+    """The files that have tests for a GPU, those of the kernels first, since they compile longest."""
+    found = {str(path.relative_to(root)): path for path in sorted(root.glob("tests/**/test_*.py"))}
+    kernels = [name for name in found if name.startswith(KERNEL_TESTS)]
+    marked = [name for name, path in found.items() if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
+    return [*kernels, *(name for name in marked if name not in kernels)]
 
 
 def _tests_judge(code: int, lines: Sequence[str]) -> tuple[str, str]:
     return (PASSED, "no test is left for it") if code == NOTHING_COLLECTED else by_exit_code(code, lines)
 
 
-def _none_passed(machine: Machine, stage: str) -> str | None:
-    """Parity that nobody looked at is not parity."""
-    if any(test["outcome"] == "passed" for test in outcomes_of(machine.work, stage)):
-        return None
-    return "no test has passed: none was found, or all were skipped"
+def _wrong(machine: Machine, stage: str, cut: bool, least: int = 0) -> str | None:
+    """What is wrong with a stage's tests: some have failed, or fewer have passed than show anything."""
+    counts = counted(outcomes_of(machine.work, stage))
+    if counts["failed"]:
+        return f"{counts['failed']} tests have failed"
+    if counts["passed"] < least and not cut:
+        return "no test has passed: none was found, or all were skipped"
+    return None
 
 
 def sanitizer_program(environment: Mapping[str, str] = os.environ) -> str | None:

@@ -1,8 +1,9 @@
 """A pytest plugin: every test's outcome on a line of its own as soon as it is known, so that no end of a run loses it.
 
-``GPU_RUN_TESTS`` names the file that it adds to; tests that are in ``GPU_RUN_TESTED`` already, a file or several with
+``GPU_RUN_TESTS`` names the file that it adds to; tests whose outcome is in ``GPU_RUN_TESTED`` already, files with
 colons between them, are not run again. A process whose device answers no more, as after an illegal access, ends after
-the test by which that is seen: under xdist another takes its place, else the file's other tests are not run.
+the test by which that is seen; started again, it goes on after that test, as it does after one that ended its process
+itself. ``GPU_RUN_PART``, as in 2/3, chooses one part of a file's tests.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-DEVICE_LOST = 3  # exit code
+DEVICE_LOST = 33  # exit code, none of pytest's own
+UNFINISHED = "its process ended while it ran"
 LONGEST = 4000  # characters of an error that are kept, its end
 
 
@@ -41,20 +43,20 @@ def device_lost() -> bool:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leave out what has an outcome already."""
-    tested: set[str] = set()
+    """Leave out the other parts, and what has an outcome already."""
+    part, parts = map(int, os.environ.get("GPU_RUN_PART", "1/1").split("/"))
+    mine = {item.nodeid for item in items[part - 1 :: parts]}
     for name in filter(None, os.environ.get("GPU_RUN_TESTED", "").split(":")):
-        tested |= {record["test"] for record in read_records(Path(name)) if "outcome" in record}
-    left_out = [item for item in items if item.nodeid in tested]
-    if left_out:
-        items[:] = [item for item in items if item.nodeid not in tested]
+        mine -= {record["test"] for record in read_records(Path(name)) if "outcome" in record}
+    mine -= config.pluginmanager.get_plugin("gpu_run_recorder").tested
+    if left_out := [item for item in items if item.nodeid not in mine]:
+        items[:] = [item for item in items if item.nodeid in mine]
         config.hook.pytest_deselected(items=left_out)
 
 
 def pytest_configure(config: Any) -> None:
-    """Record in the process that hears of every test: under xdist that one starts the others."""
-    if not hasattr(config, "workerinput") and (name := os.environ.get("GPU_RUN_TESTS")):
-        config.pluginmanager.register(Recorder(Path(name)), "gpu_run_recorder")
+    """Record from the start."""
+    config.pluginmanager.register(Recorder(Path(os.environ["GPU_RUN_TESTS"])), "gpu_run_recorder")
 
 
 def pytest_runtest_logfinish(nodeid: str) -> None:
@@ -65,10 +67,14 @@ def pytest_runtest_logfinish(nodeid: str) -> None:
 
 
 class Recorder:
-    """Writes the records."""
+    """Writes the records; ``tested`` are the tests that earlier processes of the same file have begun."""
 
     def __init__(self, path: Path) -> None:
+        before = read_records(path)
+        self.tested = {record["test"] for record in before}
         self.file = path.open("a", encoding="utf-8")
+        for name in sorted(self.tested - {record["test"] for record in before if "outcome" in record}):
+            self._write(test=name, outcome="failed", seconds=0.0, when="call", message=UNFINISHED, text=UNFINISHED)
         self.seconds: dict[str, float] = {}
         self.failed: dict[str, str] = {}
 

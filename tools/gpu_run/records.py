@@ -13,13 +13,12 @@ from tools.gpu_run.plugin import read_records
 from tools.gpu_run.processes import CUT, FAILED
 from tools.gpu_run.schedule import Result, State
 
-REASON = "its process ended while it ran"
-UNFINISHED = {"outcome": "failed", "seconds": 0.0, "message": REASON, "text": REASON}
+CUT_OFF = {"outcome": "cut short", "seconds": 0.0, "message": "the time was over", "text": ""}
 MOST_FAILURES = 2000  # of those that are told with their text
 
 
 def outcomes_of(folder: Path, stage: str) -> list[dict[str, Any]]:
-    """The tests of a stage with their outcomes, each once; one that began and never ended has failed."""
+    """The tests of a stage with their outcomes, each once; one that began and has none was cut short."""
     tests: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob(f"{stage}*.jsonl")):
         for record in read_records(path):
@@ -28,7 +27,7 @@ def outcomes_of(folder: Path, stage: str) -> list[dict[str, Any]]:
                 tests.setdefault(name, {"test": name})
             elif tests.get(name, {}).get("outcome") != "failed":  # a failure stays one, whatever its teardown says
                 tests[name] = record
-    return [{**UNFINISHED, **test} for test in tests.values()]
+    return [{**CUT_OFF, **test} for test in tests.values()]
 
 
 class Files:
@@ -82,7 +81,7 @@ def stage_row(result: Result, tests: Sequence[dict[str, Any]]) -> tuple[str, ...
 def counted(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many passed, failed and were skipped."""
     counts = Counter(test["outcome"] for test in tests)
-    return {outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")}
+    return {outcome: counts[outcome] for outcome in ("passed", "failed", "skipped", "cut short")}
 
 
 def junit(found: dict[str, list[dict[str, Any]]]) -> str:
@@ -92,7 +91,7 @@ def junit(found: dict[str, list[dict[str, Any]]]) -> str:
         counts = counted(tests)
         suite = ElementTree.SubElement(
             root, "testsuite", name=stage, tests=str(len(tests)), failures=str(counts["failed"]),
-            skipped=str(counts["skipped"]),
+            skipped=str(counts["skipped"] + counts["cut short"]),
         )  # fmt: skip
         for test in tests:
             file, _, name = test["test"].partition("::")
@@ -103,7 +102,7 @@ def junit(found: dict[str, list[dict[str, Any]]]) -> str:
                 told += 1
                 failure = ElementTree.SubElement(case, "failure", message=_printable(test["message"]))
                 failure.text = _printable(test["text"]) if told <= MOST_FAILURES else ""
-            elif test["outcome"] == "skipped":
+            elif test["outcome"] != "passed":
                 ElementTree.SubElement(case, "skipped", message=_printable(test["message"]))
     return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 

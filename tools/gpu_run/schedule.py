@@ -18,7 +18,7 @@ class Stage:
     """A stage: its jobs side by side, phase after phase; each phase is asked for its jobs when its time has come.
 
     ``weight`` over those of the stages still to come is its share. ``ends_run``: its failure ends the run. ``check``
-    says in one line what is wrong although all jobs passed, or None.
+    says in one line what is wrong whatever the jobs say, or None; it is told whether one was cut short.
     """
 
     name: str
@@ -26,7 +26,7 @@ class Stage:
     shows: str
     phases: Sequence[Callable[[State], Sequence[Job]]]
     ends_run: bool = False
-    check: Callable[[State], str | None] = lambda state: None
+    check: Callable[[bool], str | None] = lambda cut: None
 
 
 @dataclass
@@ -86,20 +86,20 @@ def run_stages(
                 obstacle = f"{needed[0].name} has not passed"
                 break
         result.seconds = now() - start
-        result.state, result.note = _verdict(stage, result.outcomes, state)
+        result.state, result.note = _verdict(stage, result.outcomes)
         if stage.ends_run and result.state == FAILED:
             obstacle = f"{stage.name} found a fault"
         ended(stage, state)
     return state
 
 
-def _verdict(stage: Stage, outcomes: Sequence[Outcome], state: State) -> tuple[str, str]:
+def _verdict(stage: Stage, outcomes: Sequence[Outcome]) -> tuple[str, str]:
     states = [outcome.state for outcome in outcomes]
     if FAILED in states:
         return FAILED, f"{states.count(FAILED)} of {len(states)} jobs"
+    if problem := stage.check(CUT in states):
+        return FAILED, problem
     if CUT in states:
         return CUT, f"{states.count(CUT)} of {len(states)} jobs, at the end of its share"
-    if problem := stage.check(state):
-        return FAILED, problem
     notes = "; ".join(dict.fromkeys(outcome.note for outcome in outcomes if outcome.state == UNAVAILABLE))
     return (PASSED if PASSED in states else UNAVAILABLE), notes
