@@ -7,8 +7,8 @@
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
            width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
   mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
-  gpu      the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
-           attention's tests also under compute-sanitizer, where it is on PATH or in CUDA_HOME
+  gpu      all that needs a GPU, in stages with one deadline: --minutes M (default 8); --stages A,B: only these;
+           --list: what they are; results into $OUT, or benchmarks/results, whole whenever it is stopped
 
 All but gpu run in .venv beside this file. The first run builds it and says what it downloads; a torch that this Python
 already has is used if it is recent enough. gpu runs in this Python as it is, installs only this checkout into it, and
@@ -23,7 +23,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 from collections import namedtuple
 from importlib.util import find_spec
 from pathlib import Path
@@ -41,9 +40,6 @@ LEFT_OUT = ROOT / "onepeace_fast" / "cuda_left_out.txt"
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "dev"]}
-ATTENTION_TESTS = "tests/ops/test_relative_bias_attention_"
-SANITIZED = [f"{ATTENTION_TESTS}on_gpu.py", f"{ATTENTION_TESTS}real_sizes.py"]
-SANITIZED += ["-m", "gpu", "-k", "follow_the and bfloat16 and not slower"]
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
     "build": "pybind11, ninja and, only where there is an NVIDIA driver and no nvcc, CUDA's compiler (about 300 MB)",
@@ -294,47 +290,16 @@ def mutants(arguments: list[str]) -> int:
 
 
 def gpu(arguments: list[str]) -> int:
-    """Run the GPU's tests and benchmarks in this interpreter; both run, whatever the first one says."""
-    torch = probe_torch(sys.executable)
-    if torch is None:
-        raise Stop(f"gpu needs a torch with CUDA, and {sys.executable} cannot import torch.", 2)
-    if not torch.cuda:
-        raise Stop(f"gpu needs a CUDA device, and torch {torch.version} of {sys.executable} sees none.", 2)
-    if release(setuptools_version()) < (77, 0):
-        raise Stop(f"gpu installs this checkout without a download and needs setuptools 77 in {sys.executable}.", 2)
-    say(f"Installing this checkout into {sys.executable}, with no download")
-    options = ["--no-build-isolation", "--no-deps", "--no-index"]
-    options += [] if os.access(sysconfig.get_path("purelib"), os.W_OK) else ["--user"]
-    code = pip(sys.executable, "--quiet", *options, "--editable", ".")
-    if code != 0:
-        raise Stop("pip could not install the checkout: its lines above say why.", code)
-    say_what_was_left_out()
-    results = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
-    results.mkdir(parents=True, exist_ok=True)
-    say(f"Running the tests that need a GPU; results in {results}")
-    chosen = ["-m", "gpu", "tests", f"--junitxml={results / 'gpu-tests.xml'}"]
-    tests = run([sys.executable, "-m", "pytest", *chosen, *arguments])
-    sanitized = sanitize()
-    say("Running the GPU benchmarks")
-    benchmarks = run([sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(results)])
-    return tests or sanitized or benchmarks
-
-
-def sanitize() -> int:
-    """Run attention's tests under compute-sanitizer, which looks at csrc's kernels alone; both checks always run."""
-    program, home = shutil.which("compute-sanitizer"), os.environ.get("CUDA_HOME")
-    if not program and home and (Path(home) / "bin" / "compute-sanitizer").is_file():
-        program = str(Path(home) / "bin" / "compute-sanitizer")
-    if not program:
-        say("Left out memcheck and racecheck: compute-sanitizer is neither on PATH nor in CUDA_HOME")
-        return 0
-    codes = []
-    for tool in ("memcheck", "racecheck"):
-        say(f"Running attention's tests under compute-sanitizer's {tool}")
-        checked = [program, "--tool", tool, "--kernel-name", "kns=onepeace_fast", "--error-exitcode", "99"]
-        command = [*checked, sys.executable, "-m", "pytest", "-q", *SANITIZED]
-        codes.append(run(command, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))  # so that each tensor's end is seen
-    return next(filter(None, codes), 0)
+    """Run the stages of tools/gpu_run in this interpreter, which must have all that they need."""
+    if not {"--list", "-h", "--help"} & set(arguments):
+        torch = probe_torch(sys.executable)
+        if torch is None:
+            raise Stop(f"gpu needs a torch with CUDA, and {sys.executable} cannot import torch.", 2)
+        if not torch.cuda:
+            raise Stop(f"gpu needs a CUDA device, and torch {torch.version} of {sys.executable} sees none.", 2)
+        if release(setuptools_version()) < (77, 0):
+            raise Stop(f"gpu installs this checkout without a download and needs setuptools 77 in {sys.executable}.", 2)
+    return run([sys.executable, "-m", "tools.gpu_run", *arguments])
 
 
 COMMANDS = {

@@ -1,16 +1,23 @@
 """Measure this library on a GPU: python3 benchmarks/gpu.py --out DIR
 
-Writes one JSON file with every time, ceiling, version and error, and prints a table. Needs torch and this library
-alone. `--device cpu --quick` runs the same logic over tiny shapes. How things are timed: benchmarks/README.md.
+Section by section, the most telling first. After each, its table is printed, and one JSON file with every time,
+ceiling, version and error and one Markdown file with all tables are written anew, whole at any moment. Needs torch and
+this library alone. `--device cpu --quick` runs the same logic over tiny shapes. How things are timed:
+benchmarks/README.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.support import attention_goals as goals  # noqa: E402
-from benchmarks.support import machine, shapes  # noqa: E402
-from benchmarks.support import relative_bias_attention as attention  # noqa: E402
+from benchmarks.support import machine, tables  # noqa: E402
 from benchmarks.support.ceilings import ceilings  # noqa: E402
-from benchmarks.support.feed_forward import FeedForwardCase  # noqa: E402
-from benchmarks.support.layer import MODEL_LAYERS, LayerCase  # noqa: E402
-from benchmarks.support.pointwise import GOAL, PointwiseCase, operations  # noqa: E402
-from benchmarks.support.report import number, table, write_json  # noqa: E402
-from benchmarks.support.shapes import Shape, Sizes  # noqa: E402
-from benchmarks.support.timing import clock_for, describe_error  # noqa: E402
-from benchmarks.support.variants import HOW_FUSED_RUNS, MODES, Budget, Runner  # noqa: E402
+from benchmarks.support.layer import MODEL_LAYERS  # noqa: E402
+from benchmarks.support.report import write_json, write_text  # noqa: E402
+from benchmarks.support.sections import FULL, TINY, Section, Setting, headline, rest  # noqa: E402
+from benchmarks.support.timing import DeviceLost, clock_for  # noqa: E402
+from benchmarks.support.variants import HOW_FUSED_RUNS, Budget, Runner  # noqa: E402
 
-FULL = Sizes(width=1536, hidden=6144, heads=24)
-TINY = Sizes(width=64, hidden=128, heads=2)
-OWN = ("products", "baseline", "fused")  # without these a run has failed
+PARTS = ("headline", "rest")
+DEVICE_LOST = 3  # exit code: start the same command again, and it goes on with what is left
+OWN = ("products", "baseline", "fused", "strategy_", "all_layers_fused")  # an error of one of these is a failure
 METHOD = {
     "time": "device time between CUDA events, wall clock on a CPU; variants in turn, round after round; medians",
     "launches": "the device sleeps before the first event while the host queues the work: launch gaps do not count,"
@@ -44,7 +47,11 @@ METHOD = {
     "inputs": "several sets in turn, together larger than the L2; normal random numbers, never zeros",
     "products": "torch.mm for every projection and FFN product of each modality's rows, torch.bmm for QK^T and PV with"
     " one batch for each length of a sample; backward: two products for each",
-    "tax": "median of a variant / median of the bare products of the same run",
+    "tax": "median of a variant / median of the bare products of the same section",
+    "strategy": "the layer, or its routed FFN alone, with every way of computing the FFN; `fused` takes the one that"
+    " the library chooses itself",
+    "compiled peers": "sections of their own, after all others of their shape; what they are held against is measured"
+    " again beside them",
     "pointwise": "bytes are those of row tensors, each once each way, whatever a variant moves; the share is of the"
     " copy measured in this run; residual: stream in float32",
     "attention": "q, k, v in the layout that each variant reads best; a dense bias is given, but bias_built makes it"
@@ -60,252 +67,229 @@ METHOD = {
 }
 
 
-def full_shapes() -> list[Shape]:
-    """The batches that the goals are stated for."""
-    return [
-        Shape("vision-language 32", {"text": shapes.text(32), "image": shapes.image(32)}),
-        Shape("image 64", {"image": shapes.image(64)}),
-        Shape("audio 16", {"audio": shapes.audio(16)}),
-        Shape("audio-language 16", {"text": shapes.text(16), "audio": shapes.audio(16)}),
-    ]
-
-
-def tiny_shapes() -> list[Shape]:
-    """The same kinds of batches, small enough for a test."""
-    text, image, audio = shapes.text(3, 2, 6), shapes.image(3, grid=4), shapes.audio(3, 5, 20)
-    return [
-        Shape("vision-language tiny", {"text": text, "image": image}),
-        Shape("image tiny", {"image": image}),
-        Shape("audio tiny", {"audio": audio}),
-        Shape("audio-language tiny", {"text": text, "audio": audio}),
-    ]
-
-
-def measure_shape(
-    shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int
-) -> dict[str, Any]:
-    """Everything of one shape: the layer, the routed FFN, the bias."""
-    result: dict[str, Any] = {
-        "name": shape.name,
-        "lengths": {name: list(lengths) for name, lengths in shape.lengths.items()},
-        "real_tokens": shape.real_tokens,
-        "padded_tokens": shape.padded_tokens,
-    }
-    torch.compiler.reset()  # every shape compiles anew, dynamic=False, and none runs into the limit of recompilations
-    try:
-        case = LayerCase(shape, sizes, device, dtype, sets)
-        result["layer"] = with_tax(runner.measure(case.factories(), base="baseline"))
-        result["bias"] = runner.measure(case.bias_factories())
-        result["ffn"] = with_tax(runner.measure(FeedForwardCase(case).factories(), base="sliced"))
-        result["forward_operations"] = case.products().operations
-    except Exception as error:
-        result["error"] = describe_error(error)
-        runner.clock.recover()
-    for record in result.get("bias", {}).values():
-        if "forward_backward" in record:
-            record["per_layer_ms"] = record["forward_backward"]["median_ms"] / MODEL_LAYERS
-    return result
-
-
-def measure_pointwise(
-    shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int,
-    copy_bytes_per_second: float | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Every operation between the products alone, at one shape."""
-    torch.compiler.reset()
-    results: dict[str, Any] = {}
-    case = PointwiseCase(shape, sizes, device, dtype, sets, stream=torch.float32)
-    for name, make in operations(case).items():
-        try:
-            operation = make()
-            records = runner.measure(operation.factories, base="eager")
-            results[name] = operation.with_shares(records, copy_bytes_per_second)
-        except Exception as error:
-            results[name] = {"error": describe_error(error), "variants": {}}
-            runner.clock.recover()
-    return {"shape": shape.name, "rows": shape.real_tokens, "operations": results}
-
-
-def measure_attention(
-    shape: Shape, sizes: Sizes, runner: Runner, device: torch.device, dtype: torch.dtype, sets: int,
-    copy_bytes_per_second: float | None, layers: int,
-) -> dict[str, Any]:  # fmt: skip
-    """Attention with its relative position bias alone, at one shape."""
-    torch.compiler.reset()
-    lengths = {name: list(lengths) for name, lengths in shape.lengths.items()}
-    result: dict[str, Any] = {"name": shape.name, "lengths": lengths, "rows": shape.real_tokens, "variants": {}}
-    try:
-        operation = attention.AttentionCase(shape, sizes, device, dtype, sets, layers).operation()
-        records = runner.measure(operation.factories, base="specification")
-        result |= operation.with_shares(records, copy_bytes_per_second)
-        result["ratios"] = goals.ratios(records, operation.bytes, copy_bytes_per_second)
-        result["goals"] = goals.verdicts(result["ratios"], shape.name)
-    except Exception as error:
-        result["error"] = describe_error(error)
-        runner.clock.recover()
-    return result
-
-
-def with_tax(records: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Add to every variant its time over that of the bare products, for each mode."""
-    base = records["products"]
-    for record in records.values():
-        modes = [mode for mode in MODES if mode in record and mode in base]
-        record["tax"] = {mode: round(record[mode]["median_ms"] / base[mode]["median_ms"], 4) for mode in modes}
-    return records
-
-
-def problems(result: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """One line for every error and for every variant that was left out."""
-    errors, skipped = [], []
-    parts = [("ceilings", result["ceilings"])]
-    for name, operation in result["pointwise"]["operations"].items():
-        parts.append((name, operation["variants"]))
-        if "error" in operation:
-            errors.append(f"{name}: {operation['error']}")
-    for shape in result["attention"]:
-        if "error" in shape:
-            errors.append(f"attention {shape['name']}: {shape['error']}")
-        parts.append((f"attention {shape['name']}", shape["variants"]))
-    for shape in result["shapes"]:
-        if "error" in shape:
-            errors.append(f"{shape['name']}: {shape['error']}")
-        parts += [(f"{shape['name']} {part}", shape.get(part, {})) for part in ("layer", "bias", "ffn")]
-    for where, records in parts:
-        for name, record in records.items():
-            if "error" in record:
-                errors.append(f"{where} {name}: {record['error']}")
-            if "skipped" in record:
-                skipped.append(f"{where} {name}: {record['skipped']}")
-    return errors, skipped
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The table of a run, compact enough for the end of a log."""
-    rows = [("shape, part, variant", "forward ms", "fwd+bwd ms", "tax forward", "tax fwd+bwd", "runs")]
-    for shape in result["shapes"]:
-        for part in ("layer", "ffn", "bias"):
-            for name, record in shape.get(part, {}).items():
-                status = "error" if "error" in record else ("left out" if "skipped" in record else "-")
-                times = [number(record[mode]["median_ms"], 3) if mode in record else status for mode in MODES]
-                taxes = [number(record.get("tax", {}).get(mode), 3) for mode in MODES]
-                runs = str(record["forward_backward"]["runs"]) if "forward_backward" in record else "-"
-                rows.append((f"{shape['name']}, {part}, {name}", *times, *taxes, runs))
-    copy, product = (result["ceilings"][name] for name in ("copy", "product"))
-    lines = [table(rows), "", pointwise_summary(result["pointwise"]), "", goals.summary(result["attention"])]
-    reasons = Counter(line.split(": ", 1)[1] for line in result["skipped"])
-    lines += [f"{count} variants {reason}" for reason, count in reasons.items()]
-    lines += [f"ERROR {line}" for line in result["errors"]]
-    lines.append(
-        f"{result['machine'].get('gpu', result['machine']['processor'])}, torch {torch.__version__}; measured ceilings:"
-        f" copy {number(copy.get('GB_per_second'), 0)} GB/s, {product['side']}^3 {product['dtype']} product"
-        f" {number(product.get('TFLOP_per_second'))} TFLOP/s; {result['seconds']:.0f} s"
-    )
-    return "\n".join(lines)
-
-
-def pointwise_summary(pointwise: dict[str, Any]) -> str:
-    """The table of the operations between the products."""
-    heads = (f"{pointwise['rows']} rows: operation, variant", "forward ms", "of copy", "fwd+bwd ms", "of copy")
-    rows = [heads]
-    for name, operation in pointwise["operations"].items():
-        for variant, record in operation["variants"].items():
-            cells = []
-            for mode in MODES:
-                timed = record.get(mode, {})
-                cells += [number(timed.get("median_ms"), 4), number(timed.get("share_of_copy"), 2)]
-            rows.append((f"{name}, {variant}", *cells))
-    return f"{table(rows)}\n(goal: {GOAL:.0%} of a copy's bandwidth)"
-
-
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything."""
-    start = time.perf_counter()
+def setting_of(arguments: argparse.Namespace) -> Setting:
+    """Where and how large everything runs."""
     device = torch.device(arguments.device)
-    quick, cuda = arguments.quick, device.type == "cuda"
-    dtype = torch.bfloat16 if cuda else torch.float32
-    sizes, batches = (TINY, tiny_shapes()) if quick else (FULL, full_shapes())
-    no_compile = "left out: --quick compiles nothing" if quick else None
-    rounds, sets, layers = (3, 2, 3) if quick else (25, 4, MODEL_LAYERS)
-    clock = clock_for(device)
-    runner = Runner(clock, Budget(arguments.budget_seconds, no_compile), rounds, tolerance=0.05 if cuda else 1e-4)
-    result: dict[str, Any] = {
-        "date": machine.now(),
-        "machine": machine.describe(device),
-        "device": str(device),
-        "dtype": str(dtype),
-        "quick": quick,
-        "sizes": vars(sizes),
-        "method": METHOD,
-        "fused": HOW_FUSED_RUNS,
-        "input_sets": sets,
-        "budget_seconds": arguments.budget_seconds,
-    }
-    side, copy_bytes = (128, 2**20) if quick else (8192, 2**30)
-    result["ceilings"] = ceilings(device, dtype, clock, side=side, copy_bytes=copy_bytes, rounds=rounds)
-    copy_rate = result["ceilings"]["copy"].get("GB_per_second")
-    attention_shapes = attention.tiny_shapes() if quick else attention.full_shapes()
-    sections = 1 + len(attention_shapes) + len(batches)
-    runner.budget.section(left=sections)
-    print(f"pointwise operations at {batches[0].name}: {batches[0].real_tokens} rows", flush=True)
-    result["pointwise"] = measure_pointwise(
-        batches[0], sizes, runner, device, dtype, sets, copy_rate and copy_rate * 1e9
-    )
-    result["attention"] = []
-    for i, shape in enumerate(attention_shapes):
-        runner.budget.section(left=sections - 1 - i)
-        print(f"attention at {shape.name} tokens: {shape.real_tokens} rows", flush=True)
-        bytes_per_second = copy_rate and copy_rate * 1e9
-        result["attention"].append(
-            measure_attention(shape, sizes, runner, device, dtype, sets, bytes_per_second, layers)
-        )
-        if cuda:
-            torch.cuda.empty_cache()
-    goals.add_times_per_pair(result["attention"], attention_shapes)
-    result["shapes"] = []
-    for i, shape in enumerate(batches):
-        runner.budget.section(left=len(batches) - i)
-        print(f"{shape.name}: {shape.real_tokens} real, {shape.padded_tokens} padded tokens", flush=True)
-        result["shapes"].append(measure_shape(shape, sizes, runner, device, dtype, sets))
-        if cuda:
-            torch.cuda.empty_cache()
-    if cuda:
-        result["nvidia_smi_after"] = machine.nvidia_smi()
-    result["errors"], result["skipped"] = problems(result)
-    result["seconds"] = round(time.perf_counter() - start, 1)
-    return result
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if arguments.quick:
+        return Setting(device, dtype, TINY, sets=2, layers=3)
+    return Setting(device, dtype, FULL, sets=4, layers=MODEL_LAYERS)
+
+
+def sections_of(parts: Sequence[str], quick: bool, device: torch.device) -> list[Section]:
+    """The sections of these parts, in order."""
+    listed = {"headline": lambda: headline(quick, device), "rest": lambda: rest(quick)}
+    return [section for part in parts for section in listed[part]()]
+
+
+class Run:
+    """A run's results and its files, which are written anew whenever something is known."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.setting = setting_of(arguments)
+        self.device, self.quick = self.setting.device, arguments.quick
+        no_compile = "left out: --quick compiles nothing" if self.quick else None
+        budget, tolerance = Budget(arguments.budget_seconds, no_compile), 0.05 if self.device.type == "cuda" else 1e-4
+        self.runner = Runner(clock_for(self.device), budget, 3 if self.quick else 25, tolerance)
+        self.result: dict[str, Any] = {
+            "date": arguments.date or machine.now(),
+            "machine": machine.describe(self.device),
+            "device": str(self.device),
+            "dtype": str(self.setting.dtype),
+            "quick": self.quick,
+            "sizes": vars(self.setting.sizes),
+            "method": METHOD,
+            "fused": HOW_FUSED_RUNS,
+            "input_sets": self.setting.sets,
+            "seconds": 0.0,
+            "sections": {},
+            "faulted": {},
+            "running": None,
+        }
+        kind = "gpu-quick" if self.quick else "gpu"
+        self.path = arguments.out / machine.file_name(kind, self.result["machine"], self.result["date"])
+        if self.path.exists():
+            self._resume(json.loads(self.path.read_text(encoding="utf-8")))
+        self.setting.found = self.result["sections"]
+        self.seconds_before = self.result["seconds"]
+        self.start = time.perf_counter()
+
+    def _resume(self, earlier: dict[str, Any]) -> None:
+        """Go on where an earlier process of the same run ended; what that one was in is not tried again."""
+        for name in ("machine", "sections", "faulted", "seconds"):
+            self.result[name] = earlier[name]
+        if earlier["running"]:
+            section, variant = earlier["running"]
+            self._blame(section, variant, "an earlier process ended while this ran")
+
+    def _blame(self, section: str, variant: str, reason: str) -> None:
+        """Note what a process died of: one variant of a section, or all of it where that cannot be told."""
+        if variant:
+            self.result["faulted"].setdefault(section, {})[variant] = reason
+        else:
+            self.result["sections"][section] = {"kind": "none", "variants": {}, "error": reason}
+
+    def measure(self, parts: Sequence[str]) -> None:
+        """Measure section by section until the time is over; raises ``DeviceLost`` where only a new process helps."""
+        if "ceilings" not in self.result["sections"]:
+            self._record("ceilings", {"kind": "ceilings", "variants": self._ceilings()})
+        copy_rate = self.result["sections"]["ceilings"]["variants"].get("copy", {}).get("GB_per_second")
+        self.setting.copy_rate = copy_rate and copy_rate * 1e9
+        listed = sections_of(parts, self.quick, self.device)
+        waiting = [section for section in listed if section.name not in self.result["sections"]]
+        for i, section in enumerate(waiting):
+            self.unmeasured = [left.name for left in waiting[i:]]
+            if self.runner.budget.seconds_left < 0:
+                break
+            self.runner.budget.section(left=len(waiting) - i)
+            self.runner.faulted = self.result["faulted"].get(section.name, {})
+            self.runner.starting = lambda variant, name=section.name: self._running(name, variant)
+            start = time.perf_counter()
+            try:
+                record = section.measure(self.setting, self.runner)
+            except DeviceLost as lost:
+                variant, line = lost.args
+                self._blame(section.name, variant, f"the device was lost: {line}")
+                self._running(None, None)
+                raise
+            record["seconds"] = round(time.perf_counter() - start, 1)
+            self.unmeasured = [left.name for left in waiting[i + 1 :]]
+            self._record(section.name, record)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if self.device.type == "cuda":
+            self.result["nvidia_smi_after"] = machine.nvidia_smi()
+        self.write()
+
+    unmeasured: Sequence[str] = ()
+
+    def stop(self) -> None:
+        """End at once because the time is over, which is no fault of what is running."""
+        self._running(None, None)
+        os._exit(143)
+
+    def _ceilings(self) -> dict[str, Any]:
+        self._running("ceilings", "")
+        side, copy_bytes = (128, 2**20) if self.quick else (8192, 2**30)
+        where = (self.device, self.setting.dtype, self.runner.clock)
+        return ceilings(*where, side=side, copy_bytes=copy_bytes, rounds=self.runner.rounds)
+
+    def _running(self, section: str | None, variant: str | None) -> None:
+        self.result["running"] = None if section is None else [section, variant]
+        self.write(document=False)
+
+    def _record(self, name: str, record: dict[str, Any]) -> None:
+        self.result["sections"][name], self.result["running"] = record, None
+        self.write()
+        print(f"\n{tables.section_text(name, record)}", flush=True)
+
+    def write(self, document: bool = True) -> None:
+        """Write the files anew."""
+        sections = self.result["sections"]
+        self.result["errors"] = [line for name, section in sections.items() for line in tables.errors(name, section)]
+        self.result["skipped"] = [
+            f"{name}, {variant}: {record['skipped']}"
+            for name, section in sections.items()
+            for variant, record in section["variants"].items()
+            if "skipped" in record
+        ]
+        self.result["unmeasured"] = list(self.unmeasured)
+        self.result["seconds"] = round(self.seconds_before + time.perf_counter() - self.start, 1)
+        write_json(self.path, self.result)
+        if document:
+            write_text(self.path.with_suffix(".md"), tables.document(self.result))
 
 
 def failed(result: dict[str, Any]) -> bool:
-    """Tell whether the library or what it is compared with could not be measured; a failing peer does not count."""
-    alone = [*result["pointwise"]["operations"].values(), *result["attention"]]
-    if any("forward_backward" not in operation["variants"].get("fused", {}) for operation in alone):
-        return True
+    """Tell whether the library or its baseline has an error; a failing peer does not count, nor what time left out."""
     return any(
-        "forward_backward" not in shape.get(part, {}).get(name, {})
-        for shape in result["shapes"]
-        for part, names in (("layer", OWN), ("ffn", ("products", "fused")))
-        for name in names
+        "error" in section or any("error" in record and name.startswith(OWN) for name, record in variants.items())
+        for section in result["sections"].values()
+        for variants in [section["variants"]]
     )
 
 
+def warm(parts: Sequence[str], arguments: argparse.Namespace) -> int:
+    """Compile what the sections of these parts run, each variant in a process of its own, side by side.
+
+    The compilers' caches on disk then serve the process that takes times. Returns 1 where one of the library's own
+    could not be compiled; what the time does not suffice for is no fault.
+    """
+    sections = sections_of(parts, arguments.quick, torch.device(arguments.device))
+    targets = [(section.name, variant) for section in sections for variant in section.warmed]
+    stop = time.perf_counter() + arguments.budget_seconds
+    command = [sys.executable, str(Path(__file__).resolve()), "--out", str(arguments.out), "--device", arguments.device]
+    command += ["--quick"] if arguments.quick else []
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}  # the processes share the cores already
+
+    def compile_one(target: tuple[str, str]) -> bool:
+        start, outcome, code = time.perf_counter(), "not started: the time is over", 0
+        if start < stop:
+            options = {"capture_output": True, "text": True, "env": environment, "timeout": stop - start}
+            try:
+                done = subprocess.run([*command, "--warm-one", *target], **options)
+            except subprocess.TimeoutExpired:
+                outcome = "stopped: the time is over"
+            else:
+                code, lines = done.returncode, (done.stdout + done.stderr).strip().splitlines()
+                outcome = f"FAILED with {code}: {lines[-1] if lines else 'no output'}" if code else "compiled"
+        print(f"{target[0]}, {target[1]}: {outcome}, {time.perf_counter() - start:.1f} s", flush=True)
+        return bool(code) and target[1].startswith(OWN)
+
+    with ThreadPoolExecutor(min(len(targets), os.cpu_count() or 1) or 1) as pool:
+        return int(any(list(pool.map(compile_one, targets))))
+
+
+def warm_one(name: str, variant: str, arguments: argparse.Namespace) -> None:
+    """Run both modes of one variant once."""
+    setting = dataclasses.replace(setting_of(arguments), sets=1)
+    sections = {section.name: section for section in sections_of(PARTS, arguments.quick, setting.device)}
+    made = sections[name].prepare(setting).factories[variant]()
+    made.forward(0)
+    made.forward_backward(0)
+    if setting.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run from a command line; returns 1 where the library or its baseline could not be measured."""
+    """Run from a command line.
+
+    Returns:
+        0: measured. 1: the library or its baseline could not be. 2: there is no such device. 3: the device was lost,
+        and the same command with the same --date goes on.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON and the Markdown file")
     parser.add_argument("--device", default="cuda", help="torch device (default: cuda)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds, no torch.compile")
     parser.add_argument("--budget-seconds", type=float, default=420.0, help="time for the whole run (default: 420)")
+    parser.add_argument("--part", choices=PARTS, help="only this part of the sections (default: both)")
+    parser.add_argument("--date", help="that of an earlier run, to go on with it (default: now)")
+    parser.add_argument("--warm", action="store_true", help="compile the part's kernels in processes, time nothing")
+    parser.add_argument("--warm-one", nargs=2, metavar=("SECTION", "VARIANT"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     if chosen.device.startswith("cuda") and not torch.cuda.is_available():
         print(f"gpu.py needs a CUDA device, and torch {torch.__version__} sees none", file=sys.stderr)
         return 2
-    result = run(chosen)
-    kind = "gpu-quick" if chosen.quick else "gpu"
-    path = chosen.out / machine.file_name(kind, result["machine"], result["date"])
-    write_json(path, result)
-    print(f"\nWritten to {path}\n\n{summary(result)}", flush=True)
-    return int(failed(result))
+    parts = [chosen.part] if chosen.part else list(PARTS)
+    if chosen.warm_one:
+        warm_one(*chosen.warm_one, chosen)
+        return 0
+    if chosen.warm:
+        return warm(parts, chosen)
+    run = Run(chosen)
+    if arguments is None:  # a process of its own
+        signal.signal(signal.SIGTERM, lambda *_: run.stop())
+    try:
+        run.measure(parts)
+    except DeviceLost as lost:
+        print(f"the device was lost: {lost.args[0]}: {lost.args[1]}", file=sys.stderr, flush=True)
+        return DEVICE_LOST
+    for line in [*tables.reasons(run.result["skipped"]), *(f"not reached: {name}" for name in run.unmeasured)]:
+        print(line)
+    errors = len(run.result["errors"])
+    print(f"Written to {run.path} in {run.result['seconds']:.0f} s; {errors} errors", flush=True)
+    return int(failed(run.result))
 
 
 if __name__ == "__main__":

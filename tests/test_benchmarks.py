@@ -11,13 +11,13 @@ from support.benchmark_cases import SIZES, tiny_runner, tiny_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks import gpu
-from benchmarks.support import shapes
+from benchmarks.support import machine, shapes
 from benchmarks.support.encoder import EncoderCase, inputs
 from benchmarks.support.layer import LayerCase
 from benchmarks.support.report import Report
+from benchmarks.support.sections import full_shapes
 from benchmarks.support.shapes import Shape
-from benchmarks.support.timing import EventClock, HostClock, Timing, interleaved, paired
+from benchmarks.support.timing import DeviceLost, EventClock, HostClock, Timing, interleaved, paired
 from benchmarks.support.variants import Variant, compiled, trained
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,11 +91,11 @@ class TestShapes:
         assert (len(lengths), min(lengths), max(lengths)) == (8, shortest, longest)
 
     def test_shapes_of_a_gpu_run(self):
-        longest = {shape.name: max(map(max, shape.lengths.values())) for shape in gpu.full_shapes()}
-        samples = {shape.name: shape.samples for shape in gpu.full_shapes()}
+        longest = {shape.name: max(map(max, shape.lengths.values())) for shape in full_shapes()}
+        samples = {shape.name: shape.samples for shape in full_shapes()}
         assert longest == {"vision-language 32": 257, "image 64": 257, "audio 16": 750, "audio-language 16": 750}
         assert samples == {"vision-language 32": 32, "image 64": 64, "audio 16": 16, "audio-language 16": 16}
-        assert 9400 < gpu.full_shapes()[0].real_tokens < 9600
+        assert 9400 < full_shapes()[0].real_tokens < 9600
 
 
 class TestTiming:
@@ -123,6 +123,19 @@ class TestTiming:
         calls = {"slow": lambda _: "slow", "quick": lambda _: "quick"}
         timings, _ = interleaved(calls, clock, rounds=20, seconds_each=4.0)
         assert {name: len(timing.seconds) for name, timing in timings.items()} == {"slow": 3, "quick": 20}
+
+    def test_no_round_begins_after_the_time_once_three_have_run(self):
+        timings, _ = interleaved({"a": lambda _: None}, HostClock(), rounds=20, seconds=0.0)
+        assert len(timings["a"].seconds) == 3
+
+    def test_a_clock_that_cannot_bring_the_device_back_says_so(self, monkeypatch):
+        def broken():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        clock = object.__new__(EventClock)
+        monkeypatch.setattr(torch.cuda, "synchronize", broken)
+        with pytest.raises(DeviceLost, match="illegal memory access"):
+            clock.recover()
 
     def test_warm_ups_are_not_counted(self):
         clock = ScriptedClock({"a": [100.0, 50.0, 3.0, 1.0, 2.0]})
@@ -195,7 +208,52 @@ class TestVariants:
         runner.budget.compile_seconds["compiled"] = 1000.0
         records = runner.measure(factories)
         assert "budget" in records["compiled"]["skipped"] and "forward" in records["eager"]
+        runner.budget.compile_seconds["compiled"] = 50.0  # of 60 that are left, though of 40 sections
+        runner.budget.section(left=40)
+        assert "forward" in runner.measure(factories)["compiled"]
         assert all("budget" in record["skipped"] for record in tiny_runner(-1.0).measure(factories).values())
+
+    def test_what_building_and_compiling_take_is_not_taken_from_the_times(self, monkeypatch):
+        now = [0.0]
+        monkeypatch.setattr("benchmarks.support.variants.time.perf_counter", lambda: now[0])
+
+        def built() -> Variant:
+            now[0] += 50.0
+            return self.variant(1.0)
+
+        runner, seconds = tiny_runner(100.0), []
+        runner.budget.section(left=2)
+        monkeypatch.setattr(
+            "benchmarks.support.variants.interleaved", lambda *_, **how: (seconds.append(how["seconds"]), ({}, {}))[1]
+        )
+        runner.measure({"slow to build": built})
+        assert seconds == [25.0]  # half of what is left after building, for one of two sections
+
+    def test_a_fault_of_the_device_names_its_variant_and_one_that_faulted_before_is_not_run(self):
+        class LostClock(HostClock):
+            def recover(self):
+                raise DeviceLost("", "an illegal memory access")
+
+        def breaks(_):
+            raise RuntimeError("an illegal memory access was encountered")
+
+        started = []
+        runner = tiny_runner()
+        runner.clock, runner.starting = LostClock(), started.append
+        factories = {"first": lambda: self.variant(1.0), "breaks": lambda: Variant(breaks, breaks)}
+        with pytest.raises(DeviceLost) as lost:
+            runner.measure(factories)
+        assert lost.value.args == ("breaks", "RuntimeError: an illegal memory access was encountered")
+        assert started == ["first", "breaks"]
+        times = iter([1, 1, 0])
+        later = Variant(lambda _: torch.ones(4), lambda _: 1 / next(times))
+        with pytest.raises(DeviceLost) as lost:
+            runner.measure({"first": factories["first"], "later": lambda: later})
+        assert lost.value.args == ("later", "forward_backward: ZeroDivisionError: division by zero")
+        assert started[-1] == ""
+        runner.faulted = {"breaks": "an earlier process died of it"}
+        records = runner.measure(factories)
+        assert records["breaks"] == {"error": "an earlier process died of it"} and "forward" in records["first"]
 
     def test_bare_products_are_those_of_the_layer(self):
         shape = Shape("image", {"image": [5, 5]})  # without padding the baseline multiplies the same matrices
@@ -214,6 +272,29 @@ class TestVariants:
             counted[name] = counter.operations
         assert counted["products"] == counted["baseline"] == counted["joined"] == bare.operations > 0
         assert counted["products with backward"] == counted["baseline with backward"] == 3 * bare.operations
+
+
+class TestMachine:
+    def program(self, tmp_path, monkeypatch, body: str) -> Path:
+        """Put a nvidia-smi on PATH; returns the file to which it adds a line for each start."""
+        starts, program = tmp_path / "starts", tmp_path / "nvidia-smi"
+        program.write_text(f'#!/bin/sh\necho "$1" >> {starts}\n{body}\n')
+        program.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+        return starts
+
+    def test_nvidia_smi_starts_once_for_all_readings(self, tmp_path, monkeypatch):
+        starts = self.program(tmp_path, monkeypatch, "echo NVIDIA H200, 580, 345, 1, 2, 3, 4, 5, 6, 0x0")
+        found = machine.nvidia_smi()
+        assert (found["name"], found["driver_version"], found["clocks.sm"]) == ("NVIDIA H200", "580", "345")
+        assert list(found) == list(machine.QUERY) and len(starts.read_text().splitlines()) == 1
+
+    def test_a_reading_that_the_driver_does_not_know_costs_no_other(self, tmp_path, monkeypatch):
+        body = 'case $1 in *throttle*) echo "Field is not valid"; exit 2;; *) echo A, 1, 2, 3, 4, 5, 6, 7, 8;; esac'
+        starts = self.program(tmp_path, monkeypatch, body)
+        assert machine.nvidia_smi()["temperature.gpu"] == "8" and len(starts.read_text().splitlines()) == 2
+        self.program(tmp_path, monkeypatch, "echo no device; exit 9")
+        assert machine.nvidia_smi() == {"error": "no device"}
 
 
 class TestBenchFiles:

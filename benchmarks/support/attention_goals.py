@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from benchmarks.support.report import number, table
+from benchmarks.support.report import number
 from benchmarks.support.shapes import Shape
 from benchmarks.support.variants import PASSES
 
@@ -55,11 +55,14 @@ def ratios(variants: Variants, bytes_: Mapping[str, int], rate: float | None) ->
     return result
 
 
-def verdicts(found: Mapping[str, Mapping[str, float]], shape: str) -> dict[str, dict[str, str]]:
-    """The ratios of each pass against the goals that hold at a shape."""
+def verdicts(
+    found: Mapping[str, Mapping[str, float]], shape: str, variants: Collection[str]
+) -> dict[str, dict[str, str]]:
+    """The ratios of each pass against the goals that hold at a shape and are of these variants."""
     result = {}
     for mode, goals in GOALS.items():
         held = {name: goal for name, goal in goals.items() if shape == GOALS_SHAPE or name in AT_EVERY_SHAPE}
+        held = {name: goal for name, goal in held.items() if set(RATIOS.get(name, ())) <= set(variants)}
         result[mode] = {name: _verdict(name, goal, found[mode].get(name)) for name, goal in held.items()}
     return result
 
@@ -73,42 +76,30 @@ def _verdict(name: str, goal: float, ratio: float | None) -> str:
     return f"{ratio:.2f}, {stated}: {'met' if met else 'missed'}"
 
 
-def add_times_per_pair(measured: Sequence[dict[str, Any]], shapes: Sequence[Shape]) -> None:
-    """Where a shape is part of another, add the time of a pair of tokens over that of a pair of the whole."""
-    known = {shape.name: (record, shape.pairs) for record, shape in zip(measured, shapes, strict=True)}
-    for record, shape in zip(measured, shapes, strict=True):
-        if shape.part_of is None:
-            continue
-        whole, pairs = known[shape.part_of.name]
-        found: dict[str, dict[str, float]] = {mode: {} for mode in PASSES}
-        for mode in PASSES:
-            for name in PER_PAIR:
-                own, other = (one["variants"].get(name, {}).get(mode) for one in (record, whole))
-                if own and other:
-                    longer = own["median_ms"] / other["median_ms"]
-                    found[mode][name] = round(longer * pairs / shape.pairs, 3)
-        record["time_per_pair"] = {"over": shape.part_of.name, **found}
+def times_per_pair(part: Variants, whole: Variants, shape: Shape) -> dict[str, Any]:
+    """Of a shape that is part of another, the time of a pair of tokens over that of a pair of the whole."""
+    found: dict[str, dict[str, float]] = {mode: {} for mode in PASSES}
+    for mode in PASSES:
+        for name in PER_PAIR:
+            own, other = (variants.get(name, {}).get(mode) for variants in (part, whole))
+            if own and other:
+                longer = own["median_ms"] / other["median_ms"]
+                found[mode][name] = round(longer * shape.part_of.pairs / shape.pairs, 3)
+    return {"over": shape.part_of.name, **found}
 
 
-def summary(measured: Sequence[dict[str, Any]]) -> str:
-    """The tables of attention alone: times, verdicts, and what a pair costs in parts of a batch."""
-    heads = ("forward ms", "of copy", "backward ms", "of copy", "fwd+bwd ms", "of copy", "difference")
-    times = [("attention: samples x tokens, variant", *heads)]
-    goals = [("attention's goals: samples x tokens, ratio", "forward", "backward", "fwd+bwd")]
-    pairs = [("attention's time per pair of tokens: samples x tokens, variant", "forward", "backward", "fwd+bwd")]
-    for shape in measured:
-        for name, record in shape["variants"].items():
-            cells = []
-            for mode in PASSES:
-                timed = record.get(mode, {})
-                cells += [number(timed.get("median_ms"), 4), number(timed.get("share_of_copy"), 2)]
-            difference = record.get("output_relative_difference")
-            times.append((f"{shape['name']}, {name}", *cells, "-" if difference is None else f"{difference:.1e}"))
-        stated = shape.get("goals", {})
-        for name in dict.fromkeys(name for mode in stated.values() for name in mode):
-            goals.append((f"{shape['name']}, {name}", *(stated[mode].get(name, "-") for mode in PASSES)))
-        if found := shape.get("time_per_pair"):
-            for name in PER_PAIR:
-                cells = [number(found[mode].get(name), 2) for mode in PASSES]
-                pairs.append((f"{shape['name']}, {name}, over {found['over']}", *cells))
-    return "\n\n".join(table(rows) for rows in (times, goals, pairs))
+def goal_rows(shape: Mapping[str, Any]) -> list[Sequence[str]]:
+    """The table of a shape's verdicts."""
+    stated, rows = shape.get("goals", {}), [("goals: ratio", "forward", "backward", "fwd+bwd")]
+    for name in dict.fromkeys(name for mode in stated.values() for name in mode):
+        rows.append((name, *(stated[mode].get(name, "-") for mode in PASSES)))
+    return rows
+
+
+def pair_rows(shape: Mapping[str, Any]) -> list[Sequence[str]]:
+    """The table of what a pair of tokens costs in part of a batch, over the whole."""
+    found = shape.get("time_per_pair", {})
+    rows = [(f"time per pair of tokens, over {found.get('over')}", "forward", "backward", "fwd+bwd")]
+    for name in PER_PAIR if found else ():
+        rows.append((name, *(number(found[mode].get(name), 2) for mode in PASSES)))
+    return rows

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.timing import Clock, interleaved
+from benchmarks.support.timing import Clock, interleaved, recovered
 
 
 def ceilings(
@@ -32,8 +32,7 @@ def ceilings(
         try:
             prepare()
         except Exception as error:
-            records[name]["error"] = f"{type(error).__name__}: {error}"
-            clock.recover()
+            records[name]["error"] = recovered(clock, name, error)
     timings, errors = interleaved(calls, clock, rounds=rounds)
     for name, timing in timings.items():
         amount, unit, scale = amounts[name]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.support import products
-from benchmarks.support.layer import LayerCase
+from benchmarks.support.layer import LayerCase, strategies
 from benchmarks.support.routed_rows import RoutedRows
 from benchmarks.support.variants import HOW_FUSED_RUNS, Factory, Variant, compiled, trained
 
@@ -115,7 +115,6 @@ class FeedForwardCase:
 
     def factories(self) -> dict[str, Factory]:
         """Everything that is measured of the routed FFN."""
-        strategies = ("fused", "per_modality") if self.case.device.type == "cuda" else ()
         eager = {"sliced": self.sliced, "boolean_mask": self.boolean_mask, "grouped_mm": self.grouped}
         return {
             "products": self.products,
@@ -123,7 +122,7 @@ class FeedForwardCase:
             **eager,
             **{f"{name}_compiled": compiled(_compiling(factory)) for name, factory in eager.items()},
             "fused": self.fused,
-            **{f"strategy_{name}": functools.partial(self.fused, name) for name in strategies},
+            **{f"strategy_{name}": functools.partial(self.fused, name) for name in strategies(self.case.device)},
         }
 
 

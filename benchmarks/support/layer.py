@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,10 +16,17 @@ from onepeace_fast.drop_path import Branches, branches
 from onepeace_fast.models.passes import PaddedTokens
 from onepeace_fast.models.reference import dense_biases
 from onepeace_fast.models.stack import Stack
+from onepeace_fast.ops._strategies import STRATEGIES
 from onepeace_fast.route_plan import RoutePlan
 
 MODEL_LAYERS = 40
 DROP_PATH = 0.4
+SPECIFICATION = "specification"  # the only strategy on a CPU
+
+
+def strategies(device: torch.device) -> list[str]:
+    """The strategies of ``routed_ffn`` that a device runs."""
+    return [name for name in STRATEGIES if (name == SPECIFICATION) == (device.type != "cuda")]
 
 
 class LayerCase:
@@ -103,8 +112,11 @@ class LayerCase:
             gradient_rows=lambda gradient: self.to_rows(gradient.transpose(0, 1)),
         )
 
-    def fused(self, drop_path: float = 0.0) -> Variant:
-        """The packed layer as the library runs it today; with DropPath it skips that share of the samples."""
+    def fused(self, drop_path: float = 0.0, strategy: str | None = None) -> Variant:
+        """The packed layer; with DropPath it skips that share of the samples.
+
+        Its FFN is computed by the strategy that the library takes itself, or by another.
+        """
         route: RoutePlan | Branches = self.plan
         if drop_path:
             dropped = torch.arange(self.plan.samples) < round(drop_path * self.plan.samples)
@@ -114,12 +126,24 @@ class LayerCase:
         sets = [(packed.clone().requires_grad_(), *vectors) for packed in self.packed]
 
         def run(x: Tensor, *bias: Tensor) -> Tensor:
-            return self.layer(x, route, bias)
+            with self._routed_by(strategy):
+                return self.layer(x, route, bias)
 
-        variant = trained(run, sets, self.gradients, self.parameters, note=HOW_FUSED_RUNS)
+        note = HOW_FUSED_RUNS if strategy is None else f"routed_ffn by the strategy {strategy}"
+        variant = trained(run, sets, self.gradients, self.parameters, note=note)
         if not drop_path:  # else it computes something else
             variant.rows = variant.gradient_rows = lambda rows: rows
         return variant
+
+    @contextlib.contextmanager
+    def _routed_by(self, strategy: str | None) -> Iterator[None]:
+        """Let the layer's FFN run by a strategy."""
+        if strategy is not None:
+            self.layer.route = functools.partial(type(self.layer).route, self.layer, strategy=strategy)
+        try:
+            yield
+        finally:
+            self.layer.__dict__.pop("route", None)
 
     def products(self, joined: bool = False) -> products.BareProducts:
         """The layer's bare products."""
@@ -137,6 +161,7 @@ class LayerCase:
             "baseline": self.baseline,
             "baseline_compiled": compiled(lambda: self.baseline(compile_it=True)),
             "fused": self.fused,
+            **{f"strategy_{name}": functools.partial(self.fused, 0.0, name) for name in strategies(self.device)},
             f"fused_drop_path_{DROP_PATH}": lambda: self.fused(DROP_PATH),
         }
 

@@ -31,19 +31,21 @@ def processor() -> str:
 
 
 def nvidia_smi() -> dict[str, str]:
-    """Clocks, driver and power as nvidia-smi reads them, each value apart; an ``error`` where it cannot be asked."""
+    """Clocks, driver and power by one call of nvidia-smi; an ``error`` where it cannot be asked."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return {"error": "nvidia-smi is not found"}
-    readings = {}
-    try:
-        for name in QUERY:
-            command = [program, f"--query-gpu={name}", "--format=csv,noheader", "--id=0"]
+    answer = None
+    for names in (QUERY, QUERY[:-1]):  # a driver that does not know the last one answers nothing at all
+        command = [program, f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+        try:
             answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            readings[name] = (answer.stdout or answer.stderr).strip()
-    except (OSError, subprocess.TimeoutExpired) as error:
-        readings["error"] = str(error)
-    return readings
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return {"error": str(error)}
+        values = [value.strip() for value in answer.stdout.strip().split(",")]
+        if answer.returncode == 0 and len(values) == len(names):
+            return dict(zip(names, values, strict=True))
+    return {"error": " ".join((answer.stdout + answer.stderr).split())}
 
 
 def _triton_version() -> str:

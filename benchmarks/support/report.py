@@ -19,6 +19,13 @@ def table(rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: Sequence[Sequence[object]]) -> str:
+    """The same as a Markdown table."""
+    heading, *body = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    rule = ["---", *["---:"] * (len(heading) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heading, rule, *body))
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A number of a table, a dash where there is none."""
     return "-" if value is None else f"{value:.{digits}f}"
@@ -51,7 +58,12 @@ class Report:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a results file in one step."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: whoever ends this process, the file is whole, the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".new")
-    draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    draft.write_text(text, encoding="utf-8")
     draft.replace(path)

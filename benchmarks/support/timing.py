@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ import torch
 
 Call = Callable[[int], object]
 LONGEST_LEAD = 0.03
+LEAST_ROUNDS = 3
 
 
 @dataclass
@@ -42,6 +44,13 @@ class Timing:
         return record
 
 
+class DeviceLost(Exception):
+    """The device answers nothing to this process any more, as after an illegal access: only a new process helps.
+
+    Its arguments are what was called, and the first error in one line.
+    """
+
+
 class Clock(Protocol):
     """Times one call; ``lead`` is how long the host needed last time to start its work."""
 
@@ -49,7 +58,7 @@ class Clock(Protocol):
         """Run ``call(index)``; returns its time and the host's, in seconds."""
 
     def recover(self) -> None:
-        """Bring the device back to order after a call that failed."""
+        """Bring the device back to order after a call that failed, or raise ``DeviceLost``."""
 
 
 class HostClock:
@@ -104,8 +113,12 @@ class EventClock:
         return start.elapsed_time(stop) / 1e3, host
 
     def recover(self) -> None:
-        """Give memory back; the failed call may have run out of it."""
-        torch.cuda.empty_cache()
+        """Give memory back, of which the failed call may have run out; after a fault of the device nothing helps."""
+        try:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+        except Exception as error:
+            raise DeviceLost("", describe_error(error)) from error
 
 
 def clock_for(device: torch.device) -> Clock:
@@ -118,29 +131,42 @@ def describe_error(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
+def recovered(clock: Clock, called: Any, error: Exception) -> str:
+    """The error of a call in one line, the device back to order; raises ``DeviceLost`` where it cannot be."""
+    line = describe_error(error)
+    try:
+        clock.recover()
+    except DeviceLost:
+        raise DeviceLost(called, line) from error
+    return line
+
+
 def interleaved(
-    calls: Mapping[str, Call], clock: Clock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0
-) -> tuple[dict[str, Timing], dict[str, str]]:
+    calls: Mapping[str, Call], clock: Clock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
+    seconds: float = math.inf,
+) -> tuple[dict[str, Timing], dict[str, str]]:  # fmt: skip
     """Time every call in turn, round after round; ``call(round)`` picks its inputs by the round.
 
-    A call that has taken ``seconds_each`` in all is left out of later rounds once it has run 3 times. One that raises
-    is left out from then on, its times with it.
+    A call that has taken ``seconds_each`` in all is left out of later rounds once it has run 3 times, and no round
+    begins after ``seconds`` once 3 have run. One that raises is left out from then on, its times with it.
 
-    Returns the timings, and the errors of the calls that raised.
+    Returns the timings, and the errors of the calls that raised. Raises ``DeviceLost``.
     """
     timings = {name: Timing() for name in calls}
     errors: dict[str, str] = {}
     leads = dict.fromkeys(calls, 0.0)
+    stop = time.perf_counter() + seconds
     for turn in range(-warmups, rounds):
+        if turn >= LEAST_ROUNDS and time.perf_counter() > stop:
+            break
         for name, call in calls.items():
             timing = timings[name]
-            if name in errors or (len(timing.seconds) >= 3 and sum(timing.seconds) > seconds_each):
+            if name in errors or (len(timing.seconds) >= LEAST_ROUNDS and sum(timing.seconds) > seconds_each):
                 continue
             try:
                 seconds, leads[name] = clock.time(call, turn + warmups, leads[name])
             except Exception as error:
-                errors[name] = describe_error(error)
-                clock.recover()
+                errors[name] = recovered(clock, name, error)
                 continue
             if turn >= 0:
                 timing.seconds.append(seconds)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.support.timing import Clock, Timing, describe_error, interleaved
+from benchmarks.support.timing import Clock, DeviceLost, Timing, interleaved, recovered
 
 MODES = ("forward", "forward_backward")
 PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure
@@ -88,47 +88,61 @@ def compiled(variant: Factory) -> Factory:
 
 
 class Budget:
-    """The time that a whole run may take, shared out among its sections."""
+    """The time that a whole run may take, which its sections share out among themselves as they come."""
 
     def __init__(self, seconds: float, no_compile: str | None = None) -> None:
-        self.stop = self.section_stop = time.perf_counter() + seconds
+        self.stop = time.perf_counter() + seconds
         self.no_compile = no_compile
         self.compile_seconds: dict[str, float] = {}
+        self.sections_left = 1
 
     def section(self, left: int) -> None:
         """Begin a section; ``left`` counts it and those that follow."""
-        now = time.perf_counter()
-        self.section_stop = now + max(self.stop - now, 0.0) / left
+        self.sections_left = left
+
+    @property
+    def seconds_left(self) -> float:
+        """What is left for the whole run."""
+        return self.stop - time.perf_counter()
+
+    def timing_seconds(self) -> float:
+        """How long this section may take times, asked when all has been compiled: compiling is nobody's share."""
+        return max(self.seconds_left, 0.0) / self.sections_left
 
     def refusal(self, name: str, is_compiled: bool) -> str | None:
         """Why a variant must be left out, or None; it is taken to compile as long as it did for the last shape."""
-        now = time.perf_counter()
-        if now > self.stop:
+        if self.seconds_left < 0:
             return "left out: the time budget was used up"
         if is_compiled and self.no_compile:
             return self.no_compile
         expected = self.compile_seconds.get(name, FIRST_COMPILE_SECONDS)
-        if is_compiled and now + expected > self.section_stop:
-            return (
-                f"left out: compiling may take {expected:.0f} s, and this shape's share of the time budget is used up"
-            )
+        if is_compiled and expected > self.seconds_left:
+            return f"left out: compiling may take {expected:.0f} s, more than is left of the time budget"
         return None
 
 
 @dataclass
 class Runner:
-    """Measures variants: builds, warms and compiles each, compares their outputs, then times them in turn."""
+    """Measures variants: builds, warms and compiles each, compares their outputs, then times them in turn.
+
+    ``faulted`` are variants that are not run and why: what an earlier process died of; ``starting`` is told the name
+    of each before its first run, and an empty one before times are taken.
+    """
 
     clock: Clock
     budget: Budget
     rounds: int
     tolerance: float
+    faulted: Mapping[str, str] = field(default_factory=dict)
+    starting: Callable[[str], None] = lambda name: None
 
     def measure(self, factories: Mapping[str, Factory], base: str | None = None) -> dict[str, dict[str, Any]]:
         """The record of every variant: its times by mode, or an ``error``, or why it was ``skipped``.
 
         ``backward`` is, round by round, the time of both passes less that of the forward pass, over the same inputs: in
         training the caches hold what the forward pass left there. A median that is not positive is noise, left out.
+
+        Raises ``DeviceLost``, with the variant's name, where only a new process can go on.
 
         A variant whose output or gradient of the tokens differs from that of ``base`` by more than the tolerance is an
         error, not a time.
@@ -138,9 +152,13 @@ class Runner:
         expected: dict[str, dict[str, Tensor]] = {}
         for name in sorted(factories, key=lambda name: name != base):  # the base first, else in order
             record = records[name]
+            if name in self.faulted:
+                record["error"] = self.faulted[name]
+                continue
             if reason := self.budget.refusal(name, getattr(factories[name], "is_compiled", False)):
                 record["skipped"] = reason
                 continue
+            self.starting(name)
             try:
                 variant = factories[name]()
                 found = self._first_run(name, variant, record)
@@ -156,8 +174,7 @@ class Runner:
                 record["skipped"] = f"left out: {reason}"
                 continue
             except Exception as error:
-                record["error"] = describe_error(error)
-                self.clock.recover()
+                record["error"] = recovered(self.clock, name, error)
                 continue
             if variant.note:
                 record["note"] = variant.note
@@ -168,7 +185,8 @@ class Runner:
             if variant.timed
             for mode in MODES
         }  # fmt: skip
-        timings, errors = interleaved(calls, self.clock, rounds=self.rounds)
+        self.starting("")
+        timings, errors = self._timed(calls)
         for (name, mode), timing in timings.items():
             timing.seconds = [seconds / variants[name].repeats for seconds in timing.seconds]
             records[name][mode] = timing.record()
@@ -180,6 +198,14 @@ class Runner:
         for (name, mode), error in errors.items():
             records[name]["error"] = f"{mode}: {error}"
         return records
+
+    def _timed(self, calls: Mapping[tuple[str, str], Callable[[int], Any]]) -> Any:
+        """Times and errors by variant and mode; a fault of the device is the variant's."""
+        try:
+            return interleaved(calls, self.clock, rounds=self.rounds, seconds=self.budget.timing_seconds())
+        except DeviceLost as lost:
+            (name, mode), line = lost.args
+            raise DeviceLost(name, f"{mode}: {line}") from lost
 
     def _first_run(self, name: str, variant: Variant, record: dict[str, Any]) -> dict[str, Tensor]:
         """Run both modes once, which compiles what must be compiled; returns what can be compared, in packed order."""

@@ -34,11 +34,8 @@ def machine(bootstrap, monkeypatch):
 
 
 @pytest.fixture
-def gpu(bootstrap, machine, monkeypatch, tmp_path):
-    """A machine with a GPU, whose results are to go into tmp_path / "out"."""
+def gpu(bootstrap, machine, monkeypatch):
+    """A machine with a GPU."""
     machine.torches[sys.executable] = ("2.11.0+cu130", True, "torch")
     monkeypatch.setattr(bootstrap, "setuptools_version", lambda: "77.0.3")
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(bootstrap.os, "access", lambda *_: True)
-    monkeypatch.delenv("CUDA_HOME", raising=False)
     return machine

@@ -1,0 +1,259 @@
+"""What a run on a GPU measures, section by section: the most telling first, what compiles longest after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.support import attention_goals as goals
+from benchmarks.support import relative_bias_attention as attention
+from benchmarks.support import shapes
+from benchmarks.support.feed_forward import FeedForwardCase
+from benchmarks.support.layer import DROP_PATH, MODEL_LAYERS, LayerCase, strategies
+from benchmarks.support.pointwise import PointwiseCase, operations
+from benchmarks.support.routed_rows import RoutedRows, ragged_shape
+from benchmarks.support.shapes import Shape, Sizes
+from benchmarks.support.timing import DeviceLost, recovered
+from benchmarks.support.variants import MODES, Factory, Runner
+
+FULL = Sizes(width=1536, hidden=6144, heads=24)
+TINY = Sizes(width=64, hidden=128, heads=2)
+MODALITIES_BY_ROWS = 2
+COMPILED = {  # the compiled peers of each kind, and what is measured beside them
+    "layer": ("products", "baseline", "baseline_compiled", "fused"),
+    "ffn": ("products", "sliced", "sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled", "fused"),
+    "attention": ("specification", "flex_attention", "fused"),
+    "pointwise": ("eager", "compiled", "fused"),
+}
+Records = dict[str, dict[str, Any]]
+
+
+class Prepared(NamedTuple):
+    """The variants of a section, the one that the others are compared with, and what is made of their records."""
+
+    factories: Mapping[str, Factory]
+    base: str
+    finish: Callable[[Records], dict[str, Any]]
+
+
+@dataclass
+class Setting:
+    """Where and how large everything runs.
+
+    ``copy_rate`` is what a copy moves, in bytes per second, ``found`` the sections that are measured, by name.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    sizes: Sizes
+    sets: int
+    layers: int
+    copy_rate: float | None = None
+    found: Mapping[str, Any] = field(default_factory=dict)
+    _kept: tuple[Shape, LayerCase] | None = None
+
+    @property
+    def where(self) -> tuple[Sizes, torch.device, torch.dtype, int]:
+        """The arguments of every case after its shape."""
+        return self.sizes, self.device, self.dtype, self.sets
+
+    def layer_case(self, shape: Shape) -> LayerCase:
+        """A layer and a batch, kept for the section that follows with the same shape."""
+        if self._kept is None or self._kept[0] != shape:
+            self._kept = None  # for its memory
+            self._kept = (shape, LayerCase(shape, *self.where))
+        return self._kept[1]
+
+
+class Section(NamedTuple):
+    """One part of a run, with a table of its own.
+
+    ``names`` are the variants that are measured, None for all that are not compiled; ``warmed`` those whose kernels or
+    graphs a process of its own may compile beforehand.
+    """
+
+    name: str
+    kind: str
+    prepare: Callable[[Setting], Prepared]
+    names: tuple[str, ...] | None = None
+    warmed: tuple[str, ...] = ()
+
+    def measure(self, setting: Setting, runner: Runner) -> dict[str, Any]:
+        """The section's record; an ``error`` where not even its inputs can be made."""
+        torch.compiler.reset()  # every section compiles anew, and none runs into the limit of recompilations
+        try:
+            prepared = self.prepare(setting)
+            records = runner.measure(self.chosen(prepared.factories), base=prepared.base)
+            return {"kind": self.kind, "variants": records, **prepared.finish(records)}
+        except DeviceLost:
+            raise
+        except Exception as error:
+            return {"kind": self.kind, "variants": {}, "error": recovered(runner.clock, "", error)}
+
+    def chosen(self, factories: Mapping[str, Factory]) -> dict[str, Factory]:
+        """The variants that this section measures."""
+        return {
+            name: factory
+            for name, factory in factories.items()
+            if (name in self.names if self.names else not getattr(factory, "is_compiled", False))
+        }
+
+
+def full_shapes() -> list[Shape]:
+    """The batches that the goals are stated for."""
+    return [
+        Shape("vision-language 32", {"text": shapes.text(32), "image": shapes.image(32)}),
+        Shape("image 64", {"image": shapes.image(64)}),
+        Shape("audio 16", {"audio": shapes.audio(16)}),
+        Shape("audio-language 16", {"text": shapes.text(16), "audio": shapes.audio(16)}),
+    ]
+
+
+def tiny_shapes() -> list[Shape]:
+    """The same kinds of batches, small enough for a test."""
+    text, image, audio = shapes.text(3, 2, 6), shapes.image(3, grid=4), shapes.audio(3, 5, 20)
+    return [
+        Shape("vision-language tiny", {"text": text, "image": image}),
+        Shape("image tiny", {"image": image}),
+        Shape("audio tiny", {"audio": audio}),
+        Shape("audio-language tiny", {"text": text, "audio": audio}),
+    ]
+
+
+def headline(quick: bool, device: torch.device) -> list[Section]:
+    """What a first minute must answer; nothing here waits for torch.compile."""
+    (batch, *_), (image, *_) = _batches(quick), _attention_shapes(quick)
+    own = tuple(f"strategy_{name}" for name in strategies(device))
+    by_rows = [ragged_shape(MODALITIES_BY_ROWS, rows) for rows in ((16, 48) if quick else (256, 1024, 4096, 32768))]
+    return [
+        _layer(batch, warmed=("fused", *own, f"fused_drop_path_{DROP_PATH}")),
+        _feed_forward(batch, warmed=("fused", *own)),
+        *(_feed_forward_by_rows(shape, ("products", "sliced", *own)) for shape in by_rows),
+        _attention(image),
+        *(_pointwise(name, batch, warmed=("fused",)) for name in ("layer_norm", "residual", "gated_sub_ln")),
+    ]
+
+
+def rest(quick: bool) -> list[Section]:
+    """The compiled peers at the headline's shapes, every other shape, and the compiled peers there."""
+    (batch, *batches), (image, *images) = _batches(quick), _attention_shapes(quick)
+    names = ("layer_norm", "residual", "gated_sub_ln")
+    compiled_there = [] if quick else [
+        *(section(shape) for shape in batches for section in (_layer, _feed_forward)), *map(_attention, images)
+    ]  # fmt: skip
+    return [
+        _compiled(_layer(batch)), _compiled(_feed_forward(batch)), _compiled(_attention(image)),
+        *(_compiled(_pointwise(name, batch)) for name in names),
+        _bias(batch),
+        *(section(shape) for shape in batches for section in (_layer, _feed_forward, _bias)),
+        *map(_attention, images),
+        *map(_compiled, compiled_there),
+    ]  # fmt: skip
+
+
+def _batches(quick: bool) -> list[Shape]:
+    return tiny_shapes() if quick else full_shapes()
+
+
+def _attention_shapes(quick: bool) -> list[Shape]:
+    return attention.tiny_shapes() if quick else attention.full_shapes()
+
+
+def _compiled(section: Section) -> Section:
+    """The compiled peers of a section, with what they are held against measured again beside them."""
+    names = COMPILED[section.kind]
+    warmed = tuple(name for name in names if name.endswith("compiled") or name == "flex_attention")
+    return section._replace(name=f"{section.name}, compiled peers", names=names, warmed=warmed)
+
+
+def _described(shape: Shape) -> dict[str, Any]:
+    return {
+        "shape": shape.name,
+        "lengths": {name: list(lengths) for name, lengths in shape.lengths.items()},
+        "rows": shape.real_tokens,
+        "padded_tokens": shape.padded_tokens,
+    }
+
+
+def _layer(shape: Shape, **how: Any) -> Section:
+    def prepare(setting: Setting) -> Prepared:
+        case = setting.layer_case(shape)
+        operations = case.products().operations
+        return Prepared(
+            case.factories(),
+            "baseline",
+            lambda records: {**_described(shape), **with_tax(records), "forward_operations": operations},
+        )
+
+    return Section(f"layer, {shape.name}", "layer", prepare, **how)
+
+
+def _feed_forward(shape: Shape, **how: Any) -> Section:
+    def prepare(setting: Setting) -> Prepared:
+        factories = FeedForwardCase(setting.layer_case(shape)).factories()
+        return Prepared(factories, "sliced", lambda records: {**_described(shape), **with_tax(records)})
+
+    return Section(f"routed FFN, {shape.name}", "ffn", prepare, **how)
+
+
+def _feed_forward_by_rows(shape: Shape, names: tuple[str, ...]) -> Section:
+    def prepare(setting: Setting) -> Prepared:
+        factories = FeedForwardCase(RoutedRows(shape, *setting.where)).factories()
+        return Prepared(factories, "sliced", lambda records: {**_described(shape), **with_tax(records)})
+
+    return Section(f"routed FFN, {shape.name}", "ffn", prepare, names)
+
+
+def _bias(shape: Shape) -> Section:
+    def finish(records: Records) -> dict[str, Any]:
+        for record in records.values():
+            if "forward_backward" in record:
+                record["per_layer_ms"] = record["forward_backward"]["median_ms"] / MODEL_LAYERS
+        return _described(shape)
+
+    def prepare(setting: Setting) -> Prepared:
+        return Prepared(setting.layer_case(shape).bias_factories(), "baseline", finish)
+
+    return Section(f"bias, {shape.name}", "bias", prepare)
+
+
+def _attention(shape: Shape) -> Section:
+    def prepare(setting: Setting) -> Prepared:
+        operation = attention.AttentionCase(shape, *setting.where, setting.layers).operation()
+
+        def finish(records: Records) -> dict[str, Any]:
+            result = {**_described(shape), **operation.with_shares(records, setting.copy_rate)}
+            result["ratios"] = goals.ratios(records, operation.bytes, setting.copy_rate)
+            result["goals"] = goals.verdicts(result["ratios"], shape.name, records)
+            whole = setting.found.get(f"attention, {shape.part_of.name}") if shape.part_of else None
+            if whole and goals.PER_PAIR[-1] in records:
+                result["time_per_pair"] = goals.times_per_pair(records, whole["variants"], shape)
+            return result
+
+        return Prepared(operation.factories, "specification", finish)
+
+    return Section(f"attention, {shape.name}", "attention", prepare)
+
+
+def _pointwise(name: str, shape: Shape, **how: Any) -> Section:
+    def prepare(setting: Setting) -> Prepared:
+        operation = operations(PointwiseCase(shape, *setting.where, stream=torch.float32))[name]()
+
+        def finish(records: Records) -> dict[str, Any]:
+            return {**_described(shape), **operation.with_shares(records, setting.copy_rate)}
+
+        return Prepared(operation.factories, "eager", finish)
+
+    return Section(f"{name}, {shape.name}", "pointwise", prepare, **how)
+
+
+def with_tax(records: Records) -> dict[str, Records]:
+    """Add to every variant its time over that of the bare products, for each mode."""
+    base = records["products"]
+    for record in records.values():
+        modes = [mode for mode in MODES if mode in record and mode in base]
+        record["tax"] = {mode: round(record[mode]["median_ms"] / base[mode]["median_ms"], 4) for mode in modes}
+    return {"variants": records}

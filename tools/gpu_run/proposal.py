@@ -1,0 +1,83 @@
+"""Propose the file that turns the fused backend on for a GPU: python3 -m tools.gpu_run.proposal RESULTS.json FOLDER
+
+It holds the faster strategy of the routed FFN by rows, as the benchmark measured it. Only a run whose parity passed may
+ask for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+OPERATION, PREFIX, MODE = "routed_ffn", "strategy_", "forward_backward"
+NOTHING = 4  # exit code
+
+
+def times_by_rows(sections: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Forward and backward in ms, by rows and strategy, where two strategies at least were timed side by side."""
+    result = {}
+    for section in sections.values():
+        if section["kind"] != "ffn":
+            continue
+        times = {
+            name.removeprefix(PREFIX): record[MODE]["median_ms"]
+            for name, record in section["variants"].items()
+            if name.startswith(PREFIX) and MODE in record
+        }
+        if len(times) > 1:
+            result[section["rows"]] = times
+    return dict(sorted(result.items()))
+
+
+def classes(times: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Classes of rows in ascending order, each with its fastest strategy.
+
+    Between two measured numbers of rows with different winners a class ends in the middle of their ratio.
+    """
+    result: list[dict[str, Any]] = []
+    last = 0
+    for rows, by_strategy in times.items():
+        fastest = min(by_strategy, key=by_strategy.get)
+        if result and result[-1]["strategy"] != fastest:
+            result[-1]["rows"] = math.isqrt(last * rows)
+        if not result or result[-1]["strategy"] != fastest:
+            result.append({"rows": None, "strategy": fastest})
+        last = rows
+    return result
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the proposal, or say why there is none."""
+    results, folder = map(Path, arguments or sys.argv[1:])
+    found = json.loads(results.read_text(encoding="utf-8"))
+    by_rows = classes(times_by_rows(found["sections"]))
+    if not by_rows:
+        print("no file is proposed: no two strategies of routed_ffn were timed side by side")
+        return NOTHING
+    try:
+        measured = importlib.import_module("onepeace_fast.kernels.measured")
+    except ModuleNotFoundError as error:
+        print(f"no file is proposed: there is no module {error.name}")
+        return NOTHING
+    machine = found["machine"]
+    proposed = measured.MeasuredGPU(
+        name=machine["gpu"],
+        architecture=f"sm_{machine['capability'].replace('.', '')}",
+        versions=machine["versions"],
+        date=found["date"],
+        parity=True,
+        strategies={OPERATION: by_rows},
+        launch_parameters={},
+    )
+    measured.write_measured(proposed, folder)
+    print(f"proposed for {machine['gpu']}: {by_rows}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""One operation in bfloat16, forward and backward, against its specification: python3 -m tools.gpu_run.smoke CHECK
+
+What ``onepeace-fast selftest`` holds an operation to, in seconds: every output and gradient by the tolerance rule.
+Exact is the specification in float64, plain PyTorch that in bfloat16, both on the CPU. Returns 1 for a fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from onepeace_fast import cuda_extension
+from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors, specified_cases
+from onepeace_fast.hardware.selftest import outputs_and_gradients
+from onepeace_fast.kernels.launch import launched
+from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.tolerance import compare
+from tools.gpu_run.plan import SMOKE
+
+CPU, DTYPE = torch.device("cpu"), torch.bfloat16
+Cases = Callable[[torch.device, Callable[..., Tensor]], Iterator[Case]]
+INERT = 3  # rows at the end of each batch of the cases
+
+
+class Check(NamedTuple):
+    """Cases, of those that a function makes, whose operation begins with a name and whose form holds a text."""
+
+    cases: Cases
+    operation: str
+    form: str = ""
+
+    def holds(self, case: Case) -> bool:
+        """Whether a case is this check's."""
+        return case.operation.startswith(self.operation) and self.form in case.variant
+
+
+def checks(full: bool) -> dict[str, Check]:
+    """Every check; not ``full``: at sizes for a CPU."""
+    rows, width = (300, 1536) if full else (40, 64)
+
+    def pointwise(columns: int) -> Cases:
+        return lambda device, make: kernel_cases(rows, columns, DTYPE, make, device)
+
+    def specified(tokens: int) -> Cases:
+        return lambda device, make: specified_cases(tokens + INERT, DTYPE, make, device)
+
+    def products(device: torch.device, make: Callable[..., Tensor]) -> Iterator[Case]:
+        return product_cases(rows, width, DTYPE, make, device)
+
+    attention = {f"attention_{tokens}": Check(specified(tokens), "relative_bias_attention") for tokens in (33, 72, 257)}
+    return {
+        "layer_norm": Check(pointwise(width), "layer_norm"),
+        "residual": Check(pointwise(width), "residual", "float32 stream"),
+        "gated_sub_ln": Check(pointwise(4 * width), "gated_sub_ln"),
+        "routed_ffn": Check(specified(72), "routed_ffn"),
+        "grouped_ffn": Check(products, "routed_ffn", "Sub-LN"),
+        "grouped_ffn_row_index": Check(products, "routed_ffn", "row index"),
+        "grouped_ffn_plain": Check(products, "routed_ffn", "alone"),
+        **attention,
+    }
+
+
+def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> int:
+    """Hold every case of a check against its specification; tells each case's worst tensor, and how many broke it."""
+    make, same = (random_tensors(CPU) for _ in range(2))
+
+    def copied(*shape: int, **how: object) -> Tensor:
+        return same(*shape, **how).to(device)
+
+    found = cases = 0
+    for on_cpu, on_device in zip(check.cases(CPU, make), check.cases(device, copied), strict=True):
+        if not check.holds(on_cpu):
+            continue
+        cases += 1
+        before = launched() + cuda_extension.launched()
+        actual, given = outputs_and_gradients(on_device)
+        kernels = launched() + cuda_extension.launched() - before
+        with force_kernels(False):
+            plain, _ = outputs_and_gradients(on_cpu, given)
+        exact, _ = outputs_and_gradients(on_cpu, given, torch.float64)
+        compared = [
+            (one, name)
+            for name, value in actual.items()
+            for one in compare(value.cpu(), plain[name], exact[name], on_cpu.slices.get(name, ()))
+        ]
+        worst, name = max(compared, key=lambda pair: (not pair[0].kept, pair[0].error / (pair[0].allowed or 1.0)))
+        broken = sum(not one.kept for one, _ in compared)
+        found += broken
+        state = "ok" if not broken else f"FAULT in {broken} of {len(compared)} comparisons"
+        say(f"{on_cpu.operation}, {on_cpu.variant}: {state}; {kernels} launches; nearest to its bound: {name}, "
+            f"{worst.kind} error {worst.error:.2e} of {worst.allowed:.2e}")  # fmt: skip
+    if not cases:
+        raise SystemExit(f"{check.operation}: no case was found")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one check."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("check", choices=[*SMOKE, "attention_33"])
+    parser.add_argument("--device", default="cuda")
+    chosen = parser.parse_args(arguments)
+    device = torch.device(chosen.device)
+    check = checks(full=device.type == "cuda")[chosen.check]
+    return int(faults(check, device, lambda line: print(line, flush=True)) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
