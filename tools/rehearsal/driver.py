@@ -22,16 +22,20 @@ MOST_SHARED = {
 class Driver:
     """The driver of one emulated GPU, and what Triton compiled for it and launched on it.
 
-    ``compiled`` counts, by kernel, the different programs that Triton needed, whether it compiled them now or found them
-    in its cache: as many compiles as an empty cache costs. ``seconds`` is what those that it did compile took.
+    With ``compiling`` False Triton goes as far as choosing the program that a launch needs, and neither compiles nor
+    launches it: cheap, and the compiles are counted all the same.
+
+    ``programs`` has what Triton needs: each by its key, with the kernel's name. They are counted whether they were
+    compiled now or found in Triton's cache: as many compiles as an empty cache costs. ``seconds`` is what those took
+    that were compiled now.
     """
 
-    def __init__(self, folder: Path | None = None, architecture: str = "sm_90") -> None:
+    def __init__(self, architecture: str = "sm_90", compiling: bool = True) -> None:
         if architecture not in MOST_SHARED:
             raise ValueError(f"architecture: expected one of {', '.join(MOST_SHARED)}, got {architecture!r}")
-        folder = folder or native.build_folder()
-        self.architecture = architecture
-        self.library = ctypes.CDLL(str(native.libcuda(folder)), mode=ctypes.RTLD_GLOBAL)  # what links libcuda.so.1 finds it
+        folder = native.build_folder()
+        self.architecture, self.compiling = architecture, compiling
+        self.library = ctypes.CDLL(str(native.libcuda(folder)), mode=ctypes.RTLD_GLOBAL)  # what links it finds this one
         self.library.rehearsal_launches.restype = ctypes.c_ulong
         digits = architecture.removeprefix("sm_")
         self.capability = int(digits[:-1]), int(digits[-1])
@@ -47,10 +51,12 @@ class Driver:
 
     @property
     def launches(self) -> int:
+        """How many launches the driver accepted."""
         return self.library.rehearsal_launches()
 
     @property
     def compiled(self) -> Counter[str]:
+        """How many programs each kernel needed."""
         return Counter(self.programs.values())
 
     def activate(self) -> None:
@@ -74,9 +80,13 @@ class Driver:
             def get_current_target(self) -> GPUTarget:
                 return target
 
-        def compiled(*, src: Any, metadata: Any, metadata_group: Any, times: Any, cache_hit: bool) -> None:
-            self.programs[metadata["hash"]] = getattr(getattr(src, "fn", None), "__name__", str(src))
+        def needed(*, key: Any, fn: Any, **_: Any) -> bool:
+            self.programs[f"{fn.module}.{fn.name} {key}"] = fn.name
+            return not self.compiling  # True: Triton leaves it at that
+
+        def compiled(*, times: Any, cache_hit: bool, **_: Any) -> None:
             self.seconds += 0 if cache_hit else times.total / 1e6
 
+        knobs.runtime.jit_cache_hook = needed
         knobs.compilation.listener = compiled
         triton.runtime.driver.set_active(Emulated())

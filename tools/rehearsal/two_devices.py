@@ -77,6 +77,11 @@ def launches() -> int:
     return _State.launches
 
 
+def judged() -> int:
+    """How many of these were inside an op of the library, whose values are its reference's."""
+    return _State.judged
+
+
 class EmulatedTensor(Tensor):
     """A tensor on the emulated device; ``values`` are on the CPU."""
 
@@ -109,6 +114,11 @@ class EmulatedTensor(Tensor):
 
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.values.untyped_storage()
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if not isinstance(value, Tensor):  # C++ would make a meta tensor of it
+            value = EmulatedTensor(torch.tensor(value, dtype=self.dtype, device="cpu"))
+        super().__setitem__(index, value)
 
     def tolist(self) -> Any:
         host_waits("tolist")
