@@ -2,13 +2,17 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test test-slow bench kernels mutants gpu
+.PHONY: help demo test test-slow bench kernels mutants rehearse gpu
 
 help:
 	@$(PYTHON) bootstrap.py --help
 
 demo test bench kernels mutants gpu:
 	@$(PYTHON) bootstrap.py $@ $(ARGS)
+
+# make rehearse VERSIONS=2.11, or VERSIONS=oldest
+rehearse:
+	@$(PYTHON) bootstrap.py $@ $(if $(VERSIONS),--versions $(VERSIONS)) $(ARGS)
 
 test-slow:
 	@$(PYTHON) bootstrap.py test --slow $(ARGS)

@@ -7,6 +7,8 @@
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
            width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
   mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
+  rehearse what the GPU tests and benchmarks do on the host, with no GPU: devices, host reads, compiles, launches
+           --short: in 90 seconds; --versions 2.11 or oldest: in an environment with these versions of torch and Triton
   gpu      the tests and benchmarks that need a GPU; arguments go to pytest; results into $OUT, or benchmarks/results
            attention's tests also under compute-sanitizer, where it is on PATH or in CUDA_HOME
 
@@ -284,6 +286,13 @@ def mutants(arguments: list[str]) -> int:
     return run([str(PYTHON), "-m", "tools.mutants", *arguments])
 
 
+def rehearse(arguments: list[str]) -> int:
+    """Run the host side of the GPU's tests."""
+    prepare("dev")
+    say("Rehearsing for a GPU that need not be here")
+    return run([str(PYTHON), "-m", "tools.rehearsal", *arguments])
+
+
 def gpu(arguments: list[str]) -> int:
     """Run the GPU's tests and benchmarks in this interpreter; both run, whatever the first one says."""
     torch = probe_torch(sys.executable)
@@ -328,7 +337,15 @@ def sanitize() -> int:
     return next(filter(None, codes), 0)
 
 
-COMMANDS = {"demo": demo, "test": test, "bench": bench, "kernels": kernels, "mutants": mutants, "gpu": gpu}
+COMMANDS = {
+    "demo": demo,
+    "test": test,
+    "bench": bench,
+    "kernels": kernels,
+    "mutants": mutants,
+    "rehearse": rehearse,
+    "gpu": gpu,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The emulated GPU as one context: tensors, ``torch.cuda``, launches. Enter it before ``onepeace_fast.ops`` is imported."""
+"""The emulated GPU as one context, to be entered before ``onepeace_fast.ops`` is imported."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def _rehearse_launches(driver: Driver | None) -> Any:
         for name, value in configuration.arguments.items():
             for tensor in value if isinstance(value, tuple) else (value,):
                 if isinstance(tensor, Tensor) and not isinstance(tensor, EmulatedTensor):
-                    raise DeviceMixError(f"{configuration.kernel.__name__}: expected {name} on cuda:0, got a CPU tensor")
+                    kernel = configuration.kernel.__name__
+                    raise DeviceMixError(f"{kernel}: expected {name} on cuda:0, got a CPU tensor")
         two_devices.count_launch()
         if driver is not None:
             original(configuration, grid)

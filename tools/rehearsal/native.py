@@ -26,7 +26,7 @@ def compiled(source: Path, output: Path, compilers: tuple[str, ...], *options: s
         return output
     compiler = next(filter(shutil.which, compilers), None)
     if compiler is None:
-        raise RuntimeError(f"the rehearsal: expected one of the compilers {', '.join(compilers)}, got none; install one")
+        raise RuntimeError(f"the rehearsal: expected a compiler, {' or '.join(compilers)}, got none; install one")
     output.parent.mkdir(parents=True, exist_ok=True)
     draft = output.with_name(f"{output.name}.{os.getpid()}")  # several processes may come here at once
     command = [compiler, "-shared", "-fPIC", "-O1", "-fvisibility=hidden", str(source), "-o", str(draft), *options]

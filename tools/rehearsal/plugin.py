@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from onepeace_fast import kernels
 from tools.rehearsal import two_devices
 from tools.rehearsal.driver import Driver
 from tools.rehearsal.emulation import emulated_gpu
@@ -23,12 +23,19 @@ from tools.rehearsal.emulation import emulated_gpu
 ARCHITECTURE = "REHEARSAL_ARCHITECTURE"  # sm_90 without it
 COMPILING = "REHEARSAL_COMPILING"  # "1": kernels are compiled and launched, else the programs they need are counted
 REPORT = "REHEARSAL_REPORT"  # a JSON file of what was found
-REPEATS = 2
+REPEATS, MANY_ROWS = 2, 700
 # What is left out, by the names of the functions that a test's failure passes through, and why.
 LEFT_OUT = {
     "check_compiled": "torch.compile does not trace emulated tensors",
     "check_compiled_once": "torch.compile does not trace emulated tensors",
     "check_registration": "opcheck compares what ops compute on the tensors it makes itself",
+}
+
+
+# Tests of what kernels compute, which their own assertions judge.
+OF_VALUES = {
+    "test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_deviation",
+    "test_rows_read_by_an_index_have_the_bits_of_the_whole_norm",
 }
 
 
@@ -40,7 +47,7 @@ class LeftOut(Exception):
 def pytest_load_initial_conftests(early_config: pytest.Config) -> None:
     """Before any test is imported: modules ask at once whether there is a GPU."""
     architecture = os.environ.get(ARCHITECTURE, "sm_90")
-    driver = Driver(architecture, os.environ.get(COMPILING) == "1") if kernels.unavailable_reason() is None else None
+    driver = Driver(architecture, os.environ.get(COMPILING) == "1") if find_spec("triton") else None
     stack = contextlib.ExitStack()
     stack.enter_context(emulated_gpu(driver))
     early_config.pluginmanager.register(Rehearsal(driver, stack), "rehearsal")
@@ -74,7 +81,7 @@ class Rehearsal:
             raise
         except AssertionError as error:
             launched, valued = two_devices.launches() - before[0], two_devices.judged() - before[1]
-            if launched > valued:
+            if launched > valued or item.originalname in OF_VALUES:
                 ended, line = "values", "it looks at values that nobody computed"
                 pytest.skip(line)
             ended, line = "fault", one_line(error)
@@ -116,6 +123,7 @@ def one_line(error: BaseException) -> str:
 def compare_nothing() -> None:
     """Take comparisons of values, and what cannot be emulated, out of the library's and the tests' support."""
     import support.contract as contract
+    import support.kernels
     import torch
 
     from onepeace_fast import tolerance
@@ -142,7 +150,9 @@ def compare_nothing() -> None:
         return mine.shape == other.shape and mine.dtype == other.dtype
 
     torch.equal = equal
+    support.kernels.REPEATS, support.kernels.MANY_ROWS = REPEATS, MANY_ROWS
     tolerance.assert_within_rule = contract.assert_within_rule = within_rule
     torch.testing.assert_close = same_kind
+    torch.compile = left_out("check_compiled")
     for name in LEFT_OUT:
         setattr(contract, name, left_out(name))

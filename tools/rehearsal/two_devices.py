@@ -1,4 +1,4 @@
-"""Tensors that say they are on ``cuda:0`` and hold their values on the CPU, so that a mix of devices shows without a GPU.
+"""Tensors that say they are on ``cuda:0`` and hold their values on the CPU: a mix of devices shows without a GPU.
 
 To PyTorch's C++ such a tensor is on the meta device; to Python, which is what this library and its tests are, it is on
 ``cuda:0``. Each operation runs on the CPU's values. An op of ``onepeace_fast`` runs what it runs on a GPU, launches of
@@ -20,6 +20,8 @@ CUDA = torch.device("cuda", 0)
 NAMESPACE = "onepeace_fast"
 aten = torch.ops.aten
 
+# C++ asks for a meta tensor where it wants one beside an emulated one: there are no real meta tensors here.
+ON_DEVICE = ("cuda", "meta")
 COPIES = (aten.copy_, aten._to_copy)
 INDEXED = (aten.index, aten._unsafe_index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 # Ops whose result, or its shape, is a number that the host must wait for.
@@ -103,6 +105,15 @@ class EmulatedTensor(Tensor):
     is_meta = property(lambda self: False)
     is_cpu = property(lambda self: False)
 
+    @property
+    def data(self) -> EmulatedTensor:
+        return EmulatedTensor(self.values)
+
+    @data.setter
+    def data(self, other: EmulatedTensor) -> None:
+        Tensor.data.__set__(self, other)
+        self.values = other.values
+
     def __repr__(self, **_: Any) -> str:
         return f"EmulatedTensor({self.values})"
 
@@ -115,10 +126,14 @@ class EmulatedTensor(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.values.untyped_storage()
 
+    # Of lists and numbers C++ would make meta tensors, without their values.
+    def __getitem__(self, index: Any) -> Tensor:
+        return super().__getitem__(_with_tensors(index))
+
     def __setitem__(self, index: Any, value: Any) -> None:
-        if not isinstance(value, Tensor):  # C++ would make a meta tensor of it
+        if not isinstance(value, Tensor):
             value = EmulatedTensor(torch.tensor(value, dtype=self.dtype, device="cpu"))
-        super().__setitem__(index, value)
+        super().__setitem__(_with_tensors(index), value)
 
     def tolist(self) -> Any:
         host_waits("tolist")
@@ -130,6 +145,17 @@ class EmulatedTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return emulate(function, args, kwargs or {})
+
+
+def _with_tensors(index: Any) -> Any:
+    """An index whose lists are tensors on the device, to which they are copied on a GPU as well."""
+    if isinstance(index, tuple):
+        return tuple(map(_with_tensors, index))
+    if not isinstance(index, list):
+        return index
+    host_waits("an index that is a list, a copy to the device")
+    truth = bool(index) and isinstance(index[0], bool)
+    return EmulatedTensor(torch.tensor(index, dtype=torch.bool if truth else torch.int64))
 
 
 class EmulatedDevice(TorchDispatchMode):
@@ -150,7 +176,7 @@ def emulate(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
     emulated = [value for value in given if isinstance(value, EmulatedTensor)]
     device = kwargs.get("device")
     asked = None if device is None else torch.device(device).type
-    if not emulated and asked != "cuda":
+    if not emulated and asked not in ON_DEVICE:
         return function(*args, **kwargs)
     if emulated:
         _check_devices(function, args, given)
@@ -159,7 +185,7 @@ def emulate(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
         host_waits(f"{function}, a copy to the device that is not asked to be non-blocking")
     if function.namespace == NAMESPACE:
         return _run_own_op(function, args)
-    if function.overloadpacket is aten._to_copy and emulated and asked in ("cuda", "meta"):
+    if function.overloadpacket is aten._to_copy and emulated and asked in ON_DEVICE:
         target = kwargs.get("dtype") or emulated[0].dtype
         if target == emulated[0].dtype and kwargs.get("memory_format") in (None, torch.preserve_format):
             return EmulatedTensor(emulated[0].values)  # already there, which C++ cannot see
@@ -224,7 +250,7 @@ def _run_own_op(function: Any, args: tuple) -> Any:
     _State.launches = counted
     for mine, theirs in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
         if isinstance(mine, EmulatedTensor):
-            if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
+            if mine.numel() + theirs.numel() and (mine.shape != theirs.shape or mine.dtype != theirs.dtype):
                 raise RuntimeError(
                     f"{function}: expected its reference's {theirs.dtype} {list(theirs.shape)}, got {mine.dtype}"
                     f" {list(mine.shape)} by its kernels"
