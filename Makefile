@@ -2,10 +2,14 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo test test-all bench kernels mutants gpu
+.PHONY: help demo test test-all bench kernels mutants rehearse gpu
 
 help:
 	@$(PYTHON) bootstrap.py --help
 
 demo test test-all bench kernels mutants gpu:
 	@$(PYTHON) bootstrap.py $@ $(ARGS)
+
+# make rehearse VERSIONS=2.11, or VERSIONS=oldest
+rehearse:
+	@$(PYTHON) bootstrap.py $@ $(if $(VERSIONS),--versions $(VERSIONS)) $(ARGS)

@@ -7,6 +7,8 @@
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
            width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
   mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
+  rehearse what the GPU tests and benchmarks do on the host, with no GPU: devices, host reads, compiles, launches
+           --short: in 90 seconds; --versions 2.11 or oldest: in an environment with these versions of torch and Triton
   gpu      all that needs a GPU, in stages with one deadline: --minutes M (default 8); --stages A,B: only these;
            --list: what they are; results into $OUT, or benchmarks/results, whole whenever it is stopped
 
@@ -289,6 +291,13 @@ def mutants(arguments: list[str]) -> int:
     return run([str(PYTHON), "-m", "tools.mutants", *arguments])
 
 
+def rehearse(arguments: list[str]) -> int:
+    """Run the host side of the GPU's tests."""
+    prepare("dev")
+    say("Rehearsing for a GPU that need not be here")
+    return run([str(PYTHON), "-m", "tools.rehearsal", *arguments])
+
+
 def gpu(arguments: list[str]) -> int:
     """Run the stages of tools/gpu_run in this interpreter, which must have all that they need."""
     if not {"--list", "-h", "--help"} & set(arguments):
@@ -309,6 +318,7 @@ COMMANDS = {
     "bench": bench,
     "kernels": kernels,
     "mutants": mutants,
+    "rehearse": rehearse,
     "gpu": gpu,
 }
 

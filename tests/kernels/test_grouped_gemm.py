@@ -6,14 +6,15 @@ import pytest
 import torch
 from support import contract
 from support.contract import normal
-from support.kernels import DEVICE, DTYPES
+from support.kernels import DEVICE, PRODUCT_DTYPE, PRODUCT_DTYPES
 from support.plans import ragged_offsets
 from support.tiles import small_tiles
 
 from onepeace_fast.kernels.grouped_gemm import input_gradient, weight_gradient
 from onepeace_fast.tolerance import assert_within_rule
 
-COUNTS = ([5], [65, 0], [0, 130, 63, 1], [1, 0, 64, 3, 0, 17, 2])
+MANY = [1, 0, 64, 3, 0, 17, 2]
+COUNTS = ([0, 130, 63], MANY) if DEVICE == "cuda" else ([5], [65, 0], [0, 130, 63, 1], MANY)
 WIDTH, HIDDEN = 96, 200
 
 
@@ -31,11 +32,20 @@ def weights_of(counts, dtype, seed):
     return [normal(HIDDEN, WIDTH, seed=seed + m).to(DEVICE, dtype) for m in range(len(counts))]
 
 
+def empty_weight():
+    return torch.empty(HIDDEN, WIDTH, dtype=PRODUCT_DTYPE, device=DEVICE)
+
+
+def check_product(out, x, y):
+    """x^T y by the tolerance rule."""
+    assert_within_rule("product", out, x.t() @ y, x.double().t() @ y.double())
+
+
 def by_modality(counts):
     return [(m, slice(*bounds)) for m, bounds in enumerate(pairwise(ragged_offsets(counts).tolist()))]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_input_gradient_is_the_sum_of_both_products(counts, dtype):
     pairs = [(rows_of(counts, HIDDEN, dtype, s, inert=7), weights_of(counts, dtype, 10 * s)) for s in (1, 2)]
@@ -50,7 +60,7 @@ def test_input_gradient_is_the_sum_of_both_products(counts, dtype):
             assert_within_rule(f"modality {m}", out[rows], plain, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_weight_gradient_sums_over_the_rows_of_its_modality_alone(counts, dtype):
     x, y = rows_of(counts, HIDDEN, dtype, 1, inert=7), rows_of(counts, WIDTH, dtype, 2, inert=7)
@@ -66,31 +76,31 @@ def test_weight_gradient_sums_over_the_rows_of_its_modality_alone(counts, dtype)
 
 def test_weight_gradients_of_several_modalities_come_from_one_launch():
     counts = [3, 0, 70, 1]
-    x, y = rows_of(counts, HIDDEN, torch.float32, 1), rows_of(counts, WIDTH, torch.float32, 2)
+    x, y = rows_of(counts, HIDDEN, PRODUCT_DTYPE, 1), rows_of(counts, WIDTH, PRODUCT_DTYPE, 2)
     needed = (0, 1, 3)
-    outs = [torch.empty(HIDDEN, WIDTH, device=DEVICE) if m in needed else None for m in range(4)]
+    outs = [empty_weight() if m in needed else None for m in range(4)]
     weight_gradient([x], y, ragged_offsets(counts).to(DEVICE), [outs])
     for m, rows in by_modality(counts):
         if m in needed:
-            torch.testing.assert_close(outs[m], x[rows].t() @ y[rows])
+            check_product(outs[m], x[rows], y[rows])
 
 
 def test_weight_gradients_of_two_products_come_from_one_launch():
     counts = [3, 0, 70]
-    xs, y = [rows_of(counts, HIDDEN, torch.float32, s) for s in (1, 3)], rows_of(counts, WIDTH, torch.float32, 2)
-    outs = [[torch.empty(HIDDEN, WIDTH, device=DEVICE) if m != frozen else None for m in range(3)] for frozen in (0, 2)]
+    xs, y = [rows_of(counts, HIDDEN, PRODUCT_DTYPE, s) for s in (1, 3)], rows_of(counts, WIDTH, PRODUCT_DTYPE, 2)
+    outs = [[empty_weight() if m != frozen else None for m in range(3)] for frozen in (0, 2)]
     weight_gradient(xs, y, ragged_offsets(counts).to(DEVICE), outs)
     for x, mine in zip(xs, outs, strict=True):
         for m, rows in by_modality(counts):
             if mine[m] is not None:
-                torch.testing.assert_close(mine[m], x[rows].t() @ y[rows])
+                check_product(mine[m], x[rows], y[rows])
 
 
 def test_rows_may_lie_anyhow():
     counts = [5, 34]
     x, w, offsets = (
-        rows_of(counts, HIDDEN, torch.float32, 1),
-        weights_of(counts, torch.float32, 3),
+        rows_of(counts, HIDDEN, PRODUCT_DTYPE, 1),
+        weights_of(counts, PRODUCT_DTYPE, 3),
         ragged_offsets(counts),
     )
     expected = input_gradient([(x, w)], offsets.to(DEVICE))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support import contract
 from support.ffn_cases import ALL, OPTIONS, check_nan_in_inert_rows, leaves_of, op, plain, slices_of
-from support.kernels import DTYPES, REPEATS, on_device
+from support.kernels import DTYPES, REPEATS, interpreter_only, on_device
 
 COUNTS = [5, 0, 7]
 
@@ -26,6 +26,7 @@ def test_values_and_gradients_follow_the_naive_ones(counts, width, hidden, inert
     contract.check_against_naive(op(counts, inert=inert), plain(counts, inert=inert), leaves, dtype, slices_of(counts))
 
 
+@interpreter_only
 def test_every_combination_of_options_follows_the_naive_one():
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)

@@ -139,7 +139,7 @@ def weighted_sum(outputs: Mapping[str, Tensor], valid: Mapping[str, Tensor], see
     """A scalar that depends on every real token, and on nothing at padding."""
     generator, total = torch.Generator().manual_seed(seed), 0.0
     for name in sorted(outputs):
-        weights = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64).to(outputs[name].dtype)
+        weights = torch.randn(outputs[name].shape, generator=generator, dtype=torch.float64).to(outputs[name])
         total = total + (outputs[name] * weights)[valid[name]].sum()
     return total
 

@@ -31,11 +31,11 @@ def saved_bytes(call, leaves: dict[str, Tensor]) -> int:
     return sum(storages.values())
 
 
-def branch_leaves() -> dict[str, Tensor]:
+def branch_leaves(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     leaves = leaves_of(COUNTS, WIDTH, HIDDEN)
     del leaves["z"]
     leaves |= {"x": leaves.pop("residual"), "weight": normal(WIDTH, seed=7), "bias": normal(WIDTH, seed=8)}
-    return {name: leaf.float() for name, leaf in leaves.items()}
+    return {name: leaf.to(dtype) for name, leaf in leaves.items()}
 
 
 def branch(**settings):
@@ -49,7 +49,7 @@ def plain(x, weight, bias, gamma, **p):
     z = torch.nn.functional.layer_norm(x, (WIDTH,), weight, bias)
     norm = p["norm_weight_0"], p["norm_bias_0"]
     y = naive.feed_forward(z, p["w0_0"], p["w1_0"], p["w2_0"], p["b2_0"], norm, 1e-5)
-    keep = torch.tensor([1.25]).expand(x.shape[0])[:, None]
+    keep = x.new_tensor([1.25]).expand(x.shape[0])[:, None]
     return x + keep * (gamma * y)
 
 

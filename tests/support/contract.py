@@ -137,7 +137,7 @@ def check_gradient_layouts(call: Call, leaves: Leaves) -> None:
     for layout in LAYOUTS:
         assert_close_gradients(run(call, leaves, [layout(g) for g in given])[1], expected, layout.__name__)
     ones = [torch.ones_like(output) for output in outputs]
-    expanded = [torch.ones((), dtype=output.dtype).expand(output.shape) for output in outputs]
+    expanded = [output.new_ones(()).expand(output.shape) for output in outputs]
     assert_close_gradients(run(call, leaves, expanded)[1], run(call, leaves, ones)[1], "expanded")
 
 

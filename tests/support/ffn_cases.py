@@ -93,7 +93,8 @@ def plain(
         if rows is None:
             return naive.residual(residual, y, gamma, kept, sample_of(counts, inert))
         mine = rows[:start].long()
-        branch = naive.residual(residual[mine], y[:start], gamma, kept, sample_of([residual.shape[0]])[mine])
+        sample = sample_of([residual.shape[0]])[mine.cpu()]
+        branch = naive.residual(residual[mine], y[:start], gamma, kept, sample)
         return residual.index_put((mine,), branch)
 
     return call

@@ -6,13 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter's arithmetic in bfloat16 is wrong without a word.
-DTYPES = (torch.float32, torch.float16, torch.bfloat16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
+# A GPU compiles a program for each: there an odd width, the model's, and a hidden width that is held in parts.
+WIDTHS = (63, 1536, 6144) if DEVICE == "cuda" else (63, 64, 768, 1536, 6144)
+# On a GPU tensor cores multiply half precision alone: float32 is refused by grouped products.
+PRODUCT_DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else DTYPES
+PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+# Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
+PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
+interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: the interpreter runs these")
 MANY_ROWS = 9500 if DEVICE == "cuda" else 400
 REPEATS = 50 if DEVICE == "cuda" else 3  # the interpreter runs one program after another
 
@@ -20,6 +29,11 @@ REPEATS = 50 if DEVICE == "cuda" else 3  # the interpreter runs one program afte
 def on_device(leaves: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The leaves where the kernels run, by default in the dtype they have."""
     return {name: leaf.to(DEVICE, dtype) for name, leaf in leaves.items()}
+
+
+def product_size(width: int, hidden: int) -> tuple[int, int]:
+    """Width and hidden width of a test of grouped products: what it asks for, on a GPU the same for all."""
+    return PRODUCT_SIZE or (width, hidden)
 
 
 def int32(values: Sequence[int]) -> Tensor:

@@ -1,0 +1,22 @@
+"""`python -m tools.rehearsal [--short] [--versions NAME] [FILES]`: see `tools/rehearsal/__init__.py`."""
+
+import argparse
+import sys
+
+from tools.rehearsal import run, versions
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python3 bootstrap.py rehearse", description=run.__doc__)
+    parser.add_argument("--short", action="store_true", help="at most 90 seconds on two cores")
+    parser.add_argument("--versions", choices=versions.VERSIONS, help="in an environment with these versions")
+    parser.add_argument("--python", help="with --versions: an interpreter that has these versions already")
+    parser.add_argument("files", nargs="*", help="files of tests, instead of all that need a GPU")
+    options = parser.parse_args(arguments)
+    if options.versions:
+        return versions.main(options.versions, options.short, options.python)
+    return run.main(options.short, options.files)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""`benchmarks/gpu.py --quick` on the emulated GPU, whose clock says a millisecond for everything."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from tools.rehearsal import two_devices
+from tools.rehearsal.driver import Driver
+from tools.rehearsal.emulation import emulated_gpu
+from tools.rehearsal.native import ROOT
+
+# What no emulated tensor can show, by a word of the error that says so.
+NOT_EMULATED = ("torch.compile", "Triton do_bench")
+
+
+def errors(value: object, place: str = "") -> list[str]:
+    """Every "error" in a result, in one line with its place."""
+    if isinstance(value, list):
+        return [line for i, item in enumerate(value) for line in errors(item, f"{place}[{i}]")]
+    if not isinstance(value, dict):
+        return []
+    mine = [f"{place.lstrip('.')}: {str(value['error']).splitlines()[0]}"] if value.get("error") else []
+    rest = {name: item for name, item in value.items() if name not in ("error", "errors")}
+    return mine + [line for name, item in rest.items() for line in errors(item, f"{place}.{name}")]
+
+
+def main() -> int:
+    """Print one JSON object: faults, programs and launches."""
+    driver = Driver(os.environ.get("REHEARSAL_ARCHITECTURE", "sm_90"), os.environ.get("REHEARSAL_COMPILING") == "1")
+    sys.path.insert(0, str(ROOT))
+    faults: list[str] = []
+    with emulated_gpu(driver), tempfile.TemporaryDirectory() as folder:
+        from benchmarks import gpu
+
+        try:
+            code = gpu.main(["--out", folder, "--quick"])
+        except Exception as error:
+            faults.append(f"benchmarks/gpu.py: {type(error).__name__}: {str(error).splitlines()[0]}")
+        else:
+            for path in Path(folder).glob("*.json"):
+                faults += [f"benchmarks/gpu.py: {e}" for e in errors(json.loads(path.read_text(encoding="utf-8")))]
+            faults = [line for line in faults if not any(word in line for word in NOT_EMULATED)]
+            if code and not faults:
+                faults.append(f"benchmarks/gpu.py: expected exit code 0, got {code}")
+    print(json.dumps({"faults": faults, "programs": driver.programs, "launches": two_devices.launches()}))
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""The rehearsal: every file of GPU tests in a process of its own, the benchmark, and steps that are really compiled.
+
+The short form chooses programs and compiles none in the tests, and leaves the benchmark out; the steps are compiled in
+both. Both end with one line; each fault is a line of its own, and no test at all is a fault.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.rehearsal.native import ROOT
+
+SHORT_STEPS = ("routed_ffn", "layer_norm", "residual_layer_norm", "gated_sub_ln")
+
+
+@dataclass
+class Part:
+    """What a process of the rehearsal found. ``tests`` counts how tests ended: passed, left out, values, skipped."""
+
+    name: str
+    seconds: float = 0.0
+    tests: Counter[str] = field(default_factory=Counter)
+    programs: dict[str, str] = field(default_factory=dict)
+    launches: int = 0
+    faults: list[str] = field(default_factory=list)
+
+
+def gpu_test_files() -> list[Path]:
+    """Files that hold tests for a GPU: those of the kernels, and those that say so."""
+    kernels = (ROOT / "tests" / "kernels").glob("test_*.py")
+    marked = (path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
+    return sorted({*kernels, *marked})
+
+
+def _process(part: Part, command: Sequence[str], compiling: bool, **environment: str) -> subprocess.CompletedProcess:
+    """Run a process of the rehearsal in the checkout, with the emulated GPU's compiling on or off."""
+    start = time.monotonic()
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    mine = {"PYTHONPATH": paths, "REHEARSAL_COMPILING": "1" if compiling else "", **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env={**inherited, **mine}, text=True, capture_output=True
+    )
+    part.seconds = time.monotonic() - start
+    return result
+
+
+def rehearse_tests(path: Path, compiling: bool) -> Part:
+    """The GPU tests of a file."""
+    part = Part(str(path.relative_to(ROOT)))
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        options = ["-p", "tools.rehearsal.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-q", "--tb=no"]
+        result = _process(part, ["pytest", *options, str(path)], compiling, REHEARSAL_REPORT=str(report))
+        found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
+    if found is None:
+        lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
+        part.faults.append(f"{part.name}: expected a report, got exit code {result.returncode}: {lines[-1]}")
+        return part
+    part.programs, part.launches = found["programs"], found["launches"]
+    for name, test in found["tests"].items():
+        part.tests[test["ended"]] += 1
+        if test["ended"] == "fault":
+            part.faults.append(f"{name}: {test['line']}")
+    if result.returncode not in (0, 5) and not part.faults:
+        part.faults.append(f"{part.name}: expected exit code 0, got {result.returncode}")
+    return part
+
+
+def rehearse_module(module: str, arguments: Sequence[str], compiling: bool) -> Part:
+    """A module that prints what it found as JSON in its last line."""
+    part = Part(module)
+    result = _process(part, [module, *arguments], compiling)
+    try:
+        found = json.loads(result.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
+        part.faults.append(f"{module}: expected its findings, got exit code {result.returncode}: {lines[-1]}")
+        return part
+    part.programs, part.launches, part.faults = found["programs"], found["launches"], found["faults"]
+    return part
+
+
+def rehearse(short: bool, chosen: Sequence[str] = ()) -> list[Part]:
+    """All parts, as many at a time as there are cores; ``chosen`` files of tests alone where there are any."""
+    files = [Path(name).resolve() for name in chosen] or gpu_test_files()
+    steps = [argument for name in SHORT_STEPS for argument in ("--only", name)] if short else []
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        waiting = [] if chosen else [threads.submit(rehearse_module, "tools.rehearsal.step", steps, True)]
+        waiting += [threads.submit(rehearse_tests, path, not short) for path in files]
+        if not (short or chosen):
+            waiting.append(threads.submit(rehearse_module, "tools.rehearsal.benchmark", [], False))
+        parts = []
+        for future in waiting:
+            parts.append(future.result())
+            print(line_of(parts[-1]), flush=True)
+    return parts
+
+
+def line_of(part: Part) -> str:
+    """What a part did, in one line."""
+    ends = ", ".join(f"{count} {ended}" for ended, count in sorted(part.tests.items()))
+    return f"{part.name}: {ends + '; ' if ends else ''}{len(part.programs)} compiles, {part.launches} launches, " + (
+        f"{part.seconds:.0f} s"
+    )
+
+
+def judge(parts: Sequence[Part]) -> tuple[list[str], str]:
+    """Every fault in a line, and the line that sums up."""
+    tests = sum((part.tests for part in parts), Counter())
+    faults = [fault for part in parts for fault in part.faults]
+    ran = tests["passed"] + tests["fault"] + tests["values"]
+    if not ran:
+        faults.append("the rehearsal: expected tests for a GPU, got none that ran")
+    programs = {key for part in parts for key in part.programs}
+    launches = sum(part.launches for part in parts)
+    notes = []
+    if tests["values"]:
+        notes.append(f"{tests['values']} end where they look at what nobody computed")
+    if rest := tests["left out"] + tests["skipped"]:
+        notes.append(f"{rest} more cannot run here")
+    summary = f"rehearsal: {ran} tests, {len(programs)} compiles, {launches} launches, {len(faults)} faults"
+    return faults, summary + (f" ({'; '.join(notes)})" if notes else "")
+
+
+def main(short: bool, chosen: Sequence[str] = ()) -> int:
+    """Run, print every fault and the summary; return 1 where there are faults."""
+    faults, summary = judge(rehearse(short, chosen))
+    for fault in faults:
+        print(f"fault: {fault}")
+    print(summary, flush=True)
+    return 1 if faults else 0
