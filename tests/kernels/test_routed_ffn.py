@@ -19,6 +19,7 @@ from support.ffn_cases import (
 )
 from support.kernels import (
     DEVICE,
+    HALF,
     PRODUCT_DTYPE,
     PRODUCT_DTYPES,
     REPEATS,
@@ -150,7 +151,7 @@ def test_inert_rows_keep_the_residual_and_are_zero_without_one():
 
 
 def test_what_is_recomputed_has_the_bits_of_what_is_kept():
-    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN, inert=2), torch.float16)
+    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN, inert=2), HALF)
     contract.assert_same(
         contract.run(op(COUNTS, inert=2, recompute=True, **FUSED), leaves),
         contract.run(op(COUNTS, inert=2, **FUSED), leaves), "recompute",
@@ -158,7 +159,7 @@ def test_what_is_recomputed_has_the_bits_of_what_is_kept():
 
 
 def test_without_gradients_the_result_is_the_same():
-    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), torch.float16)
+    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), HALF)
     expected = contract.run(op(COUNTS, **FUSED), leaves)[0][0]
     with torch.no_grad():
         assert torch.equal(op(COUNTS, **FUSED)(**leaves), expected)
@@ -213,12 +214,12 @@ def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_d
     counts, options, ratios = [60], frozenset({"bias", "norm"}), (0, 4, 16)
     rms = {}
     for ratio in ratios:
-        leaves = leaves_of(counts, 64, 256, options)
+        leaves = leaves_of(counts, *product_size(64, 256), options)
         leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
         leaves["w0_0"][:] = 0
         leaves["w0_0"][:, 0] = 1
         leaves["w1_0"][:, 0] = 1.5 * ratio
-        half = {name: leaf.to(DEVICE, torch.float16) for name, leaf in leaves.items()}
+        half = {name: leaf.to(DEVICE, HALF) for name, leaf in leaves.items()}
         v = half["z"].double() @ half["w1_0"].double().t()
         assert abs(v.mean(1) / v.std(1)).mean().item() == pytest.approx(ratio, abs=0.2 + 0.1 * ratio)
         exact = plain(counts, options)(**{name: leaf.double() for name, leaf in half.items()})
