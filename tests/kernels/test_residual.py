@@ -77,7 +77,7 @@ def plain(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @NORM
-@pytest.mark.parametrize("width", WIDTHS[:2] if DEVICE == "cuda" else (1, *WIDTHS))
+@pytest.mark.parametrize("width", WIDTHS[1:2] if DEVICE == "cuda" else (1, *WIDTHS))
 def test_values_and_gradients_follow_the_naive_ones(width, norm, dtype):
     for rows in (0, 1, 7):
         leaves = leaves_of(rows, width, norm and width > 1)
@@ -108,7 +108,7 @@ def test_every_combination_of_options_follows_the_naive_one(norm, dtype):
 
 @NORM
 def test_the_stream_may_be_float32_over_a_half_precision_branch(norm):
-    for half in DTYPES[1:]:
+    for half in DTYPES[-1:]:
         leaves = leaves_of(65, 64, norm)
         dtypes = {name: half if name == "y" else torch.float32 for name in leaves}
         contract.check_against_naive(op(65), plain(65), leaves, dtypes)
@@ -163,8 +163,8 @@ def test_skipped_rows_are_x_and_the_others_have_the_bits_of_the_whole(norm):
     dropped = KEEP[sample_of(rows).long()] == 0
     index = torch.nonzero(~dropped).flatten().tolist()
     assert 0 < len(index) < rows
-    for dtype in first(DTYPES[::-1]):
-        for dropout in (0.0, 0.3):
+    for dtype in DTYPES:
+        for dropout in first((0.3, 0.0)):
             leaves = on_device(leaves_of(rows, 64, norm), dtype)
             leaves["x"][3] = -0.0
             given = [normal(rows, 64, seed=8 + i, dtype=dtype).to(DEVICE) for i in range(1 + norm)]

@@ -19,9 +19,9 @@ from support.ffn_cases import (
 )
 from support.kernels import (
     DEVICE,
+    DTYPES,
     HALF,
     PRODUCT_DTYPE,
-    PRODUCT_DTYPES,
     REPEATS,
     int32,
     interpreter_only,
@@ -58,7 +58,7 @@ def check(counts, dtype, options=ALL, inert=0, width=WIDTH, hidden=HIDDEN, eps=1
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", RAGGED, ids=str)
 def test_values_and_gradients_follow_the_naive_ones(counts, dtype):
     check(counts, dtype, inert=7)
@@ -85,11 +85,11 @@ def test_every_combination_of_options_follows_the_naive_one():
 
 def test_the_residual_may_be_float32_over_half_precision_products():
     leaves = on_device(leaves_of(COUNTS, *product_size(64, 96)))
-    dtypes = {name: torch.float32 if name in ("residual", "gamma") else torch.float16 for name in leaves}
+    dtypes = {name: torch.float32 if name in ("residual", "gamma") else HALF for name in leaves}
     contract.check_against_naive(op(COUNTS, **FUSED), plain(COUNTS), leaves, dtypes, slices_of(COUNTS))
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", ([1.25, 1.25, 1.25], [0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
 def test_rows_come_back_where_the_index_says(keep, dtype):
     counts, stream_rows = [17, 0, 30], 60
@@ -206,7 +206,7 @@ def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
 
 
 def test_repeats_are_bitwise_equal():
-    leaves = on_device(leaves_of([9, 0, 33], *product_size(32, 40), inert=3), PRODUCT_DTYPES[-1])
+    leaves = on_device(leaves_of([9, 0, 33], *product_size(32, 40), inert=3), DTYPES[-1])
     contract.check_deterministic(op([9, 0, 33], inert=3, **FUSED), leaves, REPEATS if DEVICE == "cuda" else 3)
 
 

@@ -10,9 +10,9 @@ from support.contract import normal
 from support.ffn_cases import ALL, leaves_of, op, plain, slices_of
 from support.kernels import (
     DEVICE,
+    DTYPES,
     HALF,
     PRODUCT_DTYPE,
-    PRODUCT_DTYPES,
     far_apart,
     int32,
     interpreter_only,
@@ -50,13 +50,13 @@ def backward_launches(leaves, counts, frozen=()):
     return launched() - before
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_wider_than_a_block_of_columns_follow_the_naive_ones(dtype):
     hidden = product_size(264, 72)[1]
     check([33, 0, 3], dtype, 264, hidden, inert=1)  # three blocks of the pass over rows, the last of 8 columns
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_over_many_tiles_of_rows_follow_the_naive_ones(dtype):
     check([1030, 1, 90], dtype, *product_size(8, 16))  # more tiles than a sum takes at a time, in several modalities
 
@@ -66,7 +66,7 @@ def test_samples_may_all_be_dropped_or_all_be_kept(factor):
     check(COUNTS, PRODUCT_DTYPE, *product_size(32, 72), keep=torch.full((3,), factor))
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ratio", (4, 16))
 def test_gradients_keep_the_rule_where_the_mean_of_h_is_far_above_its_deviation(ratio, dtype):
     counts, options = [60], frozenset({"bias", "norm"})
