@@ -245,6 +245,7 @@ def test_test_all_runs_what_test_leaves_out(bootstrap, machine):
 
 def test_the_tools_of_the_kernels_get_the_arguments(machine):
     assert machine.started("mutants", "--all")[-1] == "VENV -m tools.mutants --all"
+    assert machine.started("rehearse", "--short")[-1] == "VENV -m tools.rehearsal --short"
     assert machine.started("kernels", "--all")[-2:] == [
         "VENV -m tools.compile_kernels --all", "VENV -m tools.compile_cuda",
     ]  # fmt: skip
@@ -278,7 +279,9 @@ def test_help_names_every_command_and_starts_nothing(bootstrap, machine, capsys,
 
 def test_unknown_command_ends_in_one_line(bootstrap, machine, capsys):
     assert machine.started("tset", code=2) == []
-    assert "choose one of demo, test, test-all, bench, kernels, mutants, gpu" in one_line(capsys.readouterr().err)
+    assert "choose one of demo, test, test-all, bench, kernels, mutants, rehearse, gpu" in one_line(
+        capsys.readouterr().err
+    )
 
 
 def test_old_python_gets_one_line():

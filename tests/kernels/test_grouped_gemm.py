@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import contract
 from support.contract import normal
-from support.kernels import DEVICE, PRODUCT_DTYPE, PRODUCT_DTYPES
+from support.kernels import DEVICE, DTYPES, PRODUCT_DTYPE
 from support.plans import ragged_offsets
 from support.tiles import small_tiles
 
@@ -45,7 +45,7 @@ def by_modality(counts):
     return [(m, slice(*bounds)) for m, bounds in enumerate(pairwise(ragged_offsets(counts).tolist()))]
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_input_gradient_is_the_sum_of_both_products(counts, dtype):
     pairs = [(rows_of(counts, HIDDEN, dtype, s, inert=7), weights_of(counts, dtype, 10 * s)) for s in (1, 2)]
@@ -60,7 +60,7 @@ def test_input_gradient_is_the_sum_of_both_products(counts, dtype):
             assert_within_rule(f"modality {m}", out[rows], plain, exact)
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_weight_gradient_sums_over_the_rows_of_its_modality_alone(counts, dtype):
     x, y = rows_of(counts, HIDDEN, dtype, 1, inert=7), rows_of(counts, WIDTH, dtype, 2, inert=7)

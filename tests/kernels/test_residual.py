@@ -12,6 +12,7 @@ from support.kernels import (
     REPEATS,
     WIDTHS,
     far_apart,
+    first,
     int32,
     interpreter_only,
     on_device,
@@ -76,7 +77,7 @@ def plain(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @NORM
-@pytest.mark.parametrize("width", WIDTHS[:2] if DEVICE == "cuda" else (1, *WIDTHS))
+@pytest.mark.parametrize("width", WIDTHS[1:2] if DEVICE == "cuda" else (1, *WIDTHS))
 def test_values_and_gradients_follow_the_naive_ones(width, norm, dtype):
     for rows in (0, 1, 7):
         leaves = leaves_of(rows, width, norm and width > 1)
@@ -107,7 +108,7 @@ def test_every_combination_of_options_follows_the_naive_one(norm, dtype):
 
 @NORM
 def test_the_stream_may_be_float32_over_a_half_precision_branch(norm):
-    for half in DTYPES[1:]:
+    for half in DTYPES[-1:]:
         leaves = leaves_of(65, 64, norm)
         dtypes = {name: half if name == "y" else torch.float32 for name in leaves}
         contract.check_against_naive(op(65), plain(65), leaves, dtypes)
@@ -129,7 +130,7 @@ def test_rows_too_wide_for_parameters_and_sums_in_registers_follow_the_naive_one
 
 
 @NORM
-@pytest.mark.parametrize("width", (6144, pytest.param(9000, marks=pytest.mark.slow)))
+@pytest.mark.parametrize("width", first((6144, pytest.param(9000, marks=pytest.mark.slow))))
 def test_rows_in_parts_take_a_row_index_and_dropout(width, norm):
     options = {"index": [5, 0, 6], "dropout": 0.4}
     leaves = leaves_of(7, width, norm, branch_rows=3)
@@ -138,13 +139,13 @@ def test_rows_in_parts_take_a_row_index_and_dropout(width, norm):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @NORM
-@pytest.mark.parametrize("extent", (None, 4, 0))
-@pytest.mark.parametrize("dropout", (0.0, 0.4))
+@pytest.mark.parametrize("extent", first((4, None, 0), 2))
+@pytest.mark.parametrize("dropout", first((0.4, 0.0)))
 def test_a_row_index_adds_the_branch_to_these_rows(dropout, extent, norm, dtype):
     index = [11, 0, 5, 4, 9, 2, 12]
     index = [GARBAGE if i >= (7 if extent is None else extent) else entry for i, entry in enumerate(index)]
     options = {"index": index, "extent": extent, "dropout": dropout}
-    for width in (63, 64):
+    for width in first((63, 64)):
         leaves = leaves_of(13, width, norm, branch_rows=7)
         contract.check_against_naive(op(13, **options), plain(13, **options), leaves, dtype)
 
@@ -164,7 +165,7 @@ def test_skipped_rows_are_x_and_the_others_have_the_bits_of_the_whole(norm):
     index = torch.nonzero(~dropped).flatten().tolist()
     assert 0 < len(index) < rows
     for dtype in DTYPES:
-        for dropout in (0.0, 0.3):
+        for dropout in first((0.3, 0.0)):
             leaves = on_device(leaves_of(rows, 64, norm), dtype)
             leaves["x"][3] = -0.0
             given = [normal(rows, 64, seed=8 + i, dtype=dtype).to(DEVICE) for i in range(1 + norm)]
@@ -191,7 +192,7 @@ def test_an_output_without_a_gradient_counts_as_zero(which):
 
 @NORM
 def test_strides_of_inputs_and_gradients_do_not_matter(norm):
-    for options in ({"dropout": 0.3}, {"keep": False}, {"index": [5, 0, 6]}):
+    for options in first(({"dropout": 0.3}, {"keep": False}, {"index": [5, 0, 6]})):
         leaves = leaves_of(7, 9, norm, branch_rows=3 if "index" in options else None)
         leaves = on_device(leaves, torch.float32)
         contract.check_input_layouts(op(7, **options), leaves, ["x", "y", "gamma"])

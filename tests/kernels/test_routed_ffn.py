@@ -19,8 +19,9 @@ from support.ffn_cases import (
 )
 from support.kernels import (
     DEVICE,
+    DTYPES,
+    HALF,
     PRODUCT_DTYPE,
-    PRODUCT_DTYPES,
     REPEATS,
     int32,
     interpreter_only,
@@ -57,7 +58,7 @@ def check(counts, dtype, options=ALL, inert=0, width=WIDTH, hidden=HIDDEN, eps=1
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("counts", RAGGED, ids=str)
 def test_values_and_gradients_follow_the_naive_ones(counts, dtype):
     check(counts, dtype, inert=7)
@@ -85,11 +86,11 @@ def test_every_combination_of_options_follows_the_naive_one():
 
 def test_the_residual_may_be_float32_over_half_precision_products():
     leaves = on_device(leaves_of(COUNTS, *product_size(64, 96)))
-    dtypes = {name: torch.float32 if name in ("residual", "gamma") else torch.float16 for name in leaves}
+    dtypes = {name: torch.float32 if name in ("residual", "gamma") else HALF for name in leaves}
     contract.check_against_naive(op(COUNTS, **FUSED), plain(COUNTS), leaves, dtypes, slices_of(COUNTS))
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", ([1.25, 1.25, 1.25], [0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
 def test_rows_come_back_where_the_index_says(keep, dtype):
     counts, stream_rows = [17, 0, 30], 60
@@ -151,7 +152,7 @@ def test_inert_rows_keep_the_residual_and_are_zero_without_one():
 
 
 def test_what_is_recomputed_has_the_bits_of_what_is_kept():
-    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN, inert=2), torch.float16)
+    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN, inert=2), HALF)
     contract.assert_same(
         contract.run(op(COUNTS, inert=2, recompute=True, **FUSED), leaves),
         contract.run(op(COUNTS, inert=2, **FUSED), leaves), "recompute",
@@ -159,7 +160,7 @@ def test_what_is_recomputed_has_the_bits_of_what_is_kept():
 
 
 def test_without_gradients_the_result_is_the_same():
-    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), torch.float16)
+    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), HALF)
     expected = contract.run(op(COUNTS, **FUSED), leaves)[0][0]
     with torch.no_grad():
         assert torch.equal(op(COUNTS, **FUSED)(**leaves), expected)
@@ -206,7 +207,7 @@ def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
 
 
 def test_repeats_are_bitwise_equal():
-    leaves = on_device(leaves_of([9, 0, 33], *product_size(32, 40), inert=3), PRODUCT_DTYPES[-1])
+    leaves = on_device(leaves_of([9, 0, 33], *product_size(32, 40), inert=3), DTYPES[-1])
     contract.check_deterministic(op([9, 0, 33], inert=3, **FUSED), leaves, REPEATS if DEVICE == "cuda" else 3)
 
 
@@ -214,12 +215,12 @@ def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_d
     counts, options, ratios = [60], frozenset({"bias", "norm"}), (0, 4, 16)
     rms = {}
     for ratio in ratios:
-        leaves = leaves_of(counts, 64, 256, options)
+        leaves = leaves_of(counts, *product_size(64, 256), options)
         leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
         leaves["w0_0"][:] = 0
         leaves["w0_0"][:, 0] = 1
         leaves["w1_0"][:, 0] = 1.5 * ratio
-        half = {name: leaf.to(DEVICE, torch.float16) for name, leaf in leaves.items()}
+        half = {name: leaf.to(DEVICE, HALF) for name, leaf in leaves.items()}
         v = half["z"].double() @ half["w1_0"].double().t()
         assert abs(v.mean(1) / v.std(1)).mean().item() == pytest.approx(ratio, abs=0.2 + 0.1 * ratio)
         exact = plain(counts, options)(**{name: leaf.double() for name, leaf in half.items()})

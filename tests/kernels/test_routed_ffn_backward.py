@@ -10,8 +10,9 @@ from support.contract import normal
 from support.ffn_cases import ALL, leaves_of, op, plain, slices_of
 from support.kernels import (
     DEVICE,
+    DTYPES,
+    HALF,
     PRODUCT_DTYPE,
-    PRODUCT_DTYPES,
     far_apart,
     int32,
     interpreter_only,
@@ -49,13 +50,13 @@ def backward_launches(leaves, counts, frozen=()):
     return launched() - before
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_wider_than_a_block_of_columns_follow_the_naive_ones(dtype):
     hidden = product_size(264, 72)[1]
     check([33, 0, 3], dtype, 264, hidden, inert=1)  # three blocks of the pass over rows, the last of 8 columns
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sums_over_many_tiles_of_rows_follow_the_naive_ones(dtype):
     check([1030, 1, 90], dtype, *product_size(8, 16))  # more tiles than a sum takes at a time, in several modalities
 
@@ -65,11 +66,11 @@ def test_samples_may_all_be_dropped_or_all_be_kept(factor):
     check(COUNTS, PRODUCT_DTYPE, *product_size(32, 72), keep=torch.full((3,), factor))
 
 
-@pytest.mark.parametrize("dtype", PRODUCT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ratio", (4, 16))
 def test_gradients_keep_the_rule_where_the_mean_of_h_is_far_above_its_deviation(ratio, dtype):
     counts, options = [60], frozenset({"bias", "norm"})
-    leaves = leaves_of(counts, 64, 256, options)
+    leaves = leaves_of(counts, *product_size(64, 256), options)
     leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
     leaves["w0_0"] = 0.02 * leaves["w0_0"]
     leaves["w0_0"][:, 0] = 1
@@ -106,18 +107,18 @@ def test_sixty_four_modalities_follow_the_naive_ones():
 
 def test_norms_of_different_dtypes_get_gradients_of_their_own():
     counts = [5, 0, 7]
-    leaves = on_device(leaves_of(counts, *product_size(16, 24)), torch.float16)
+    leaves = on_device(leaves_of(counts, *product_size(16, 24)), HALF)
     wide = {name: leaf.float() if name.endswith("_2") and "norm" in name else leaf for name, leaf in leaves.items()}
     expected = contract.run(op(counts, **FUSED), leaves)[1]
     actual = contract.run(op(counts, **FUSED), wide)[1]
     for name, gradient in expected.items():
-        assert torch.equal(actual[name].half(), gradient), name
+        assert torch.equal(actual[name].to(HALF), gradient), name
 
 
 def test_the_gradient_s_rows_may_lie_past_2_to_the_31_elements(tmp_path):
     width, hidden = product_size(8, 16)
-    leaves = on_device(leaves_of([2, 1], width, hidden), torch.float16)
-    given = [normal(3, width, seed=9, dtype=torch.float16).to(DEVICE)]
+    leaves = on_device(leaves_of([2, 1], width, hidden), HALF)
+    given = [normal(3, width, seed=9, dtype=HALF).to(DEVICE)]
     expected = contract.run(op([2, 1], **FUSED), leaves, given)
     actual = contract.run(op([2, 1], **FUSED), leaves, [far_apart(given[0], tmp_path)])
     contract.assert_same(actual, expected, "gradient far apart")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,13 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter's arithmetic in bfloat16 is wrong without a word.
-DTYPES = (torch.float32, torch.bfloat16 if DEVICE == "cuda" else torch.float16)
-# A GPU compiles a program for each: there an odd width, the model's, and a hidden width that is held in parts.
+# A GPU compiles a program for each dtype and width: there float32 is left to the tests that name it, and the widths are
+# an odd one, the model's, and a hidden width that is held in parts.
+DTYPES = (torch.bfloat16,) if DEVICE == "cuda" else (torch.float32, torch.float16)
 WIDTHS = (63, 1536, 6144) if DEVICE == "cuda" else (63, 64, 768, 1536, 6144)
-# On a GPU tensor cores multiply half precision alone: float32 is refused by grouped products.
-PRODUCT_DTYPES = (torch.float16, torch.bfloat16) if DEVICE == "cuda" else DTYPES
+# Tensor cores multiply half precision alone: on a GPU grouped products refuse float32.
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+HALF = DTYPES[-1]
 # Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
 interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: the interpreter runs these")
@@ -34,6 +36,11 @@ def on_device(leaves: Mapping[str, Tensor], dtype: torch.dtype | None = None) ->
 def product_size(width: int, hidden: int) -> tuple[int, int]:
     """Width and hidden width of a test of grouped products: what it asks for, on a GPU the same for all."""
     return PRODUCT_SIZE or (width, hidden)
+
+
+def first(values: Sequence[Any], count: int = 1) -> list[Any]:
+    """All of these, on a GPU the first ones: for what differs in programs alone."""
+    return list(values[: count if DEVICE == "cuda" else None])
 
 
 def int32(values: Sequence[int]) -> Tensor:

@@ -57,7 +57,7 @@ def _process(part: Part, command: Sequence[str], compiling: bool, **environment:
 
 def rehearse_tests(path: Path, compiling: bool) -> Part:
     """The GPU tests of a file."""
-    part = Part(str(path.relative_to(ROOT)))
+    part = Part(os.path.relpath(path, ROOT))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ["-p", "tools.rehearsal.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-q", "--tb=no"]

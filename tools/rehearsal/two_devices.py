@@ -135,6 +135,9 @@ class EmulatedTensor(Tensor):
             value = EmulatedTensor(torch.tensor(value, dtype=self.dtype, device="cpu"))
         super().__setitem__(_with_tensors(index), value)
 
+    def new_tensor(self, data: Any, **how: Any) -> Tensor:
+        return torch.tensor(data, **{"dtype": self.dtype, "device": CUDA, **how})
+
     def tolist(self) -> Any:
         host_waits("tolist")
         return self.values.tolist()
