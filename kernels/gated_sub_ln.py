@@ -51,7 +51,7 @@ def _hidden(u_part, v_part, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
     return h, activated, slope
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _forward(
     u, v, n, mean, rstd, weight, bias, offsets, rows, width, u_stride, v_stride, groups, eps,
     ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
@@ -173,7 +173,7 @@ def _backward_of_row_in_memory(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _backward(
     grad, u, v, du, dv, n, mean, rstd, weight, bias, dweight, dbias, offsets, rows, width, grad_stride, u_stride,
     v_stride, groups,

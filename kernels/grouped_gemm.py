@@ -25,28 +25,33 @@ DESCRIPTOR_ALIGNMENT = 16  # bytes, of a matrix's first element and of the dista
 
 
 @triton.jit
-def group_keys(offsets, rows, GROUPS: tl.constexpr, NEEDED: tl.constexpr):
-    """A number for each modality, larger where it has more rows, -1 where its bit in ``NEEDED`` is not set."""
+def group_keys(offsets, rows, needed, GROUPS: tl.constexpr):
+    """A number for each modality, larger where it has more rows, -1 where its bit in ``needed`` is not set.
+
+    Which modalities are frozen is no constant, so that freezing one compiles nothing; None: all are needed.
+    """
     SLOTS: tl.constexpr = 64  # MAX_GROUPS
     group = tl.arange(0, SLOTS)
     inside = group < GROUPS
     start = tl.minimum(tl.load(offsets + group, mask=inside, other=0), rows)
     stop = tl.minimum(tl.load(offsets + group + 1, mask=inside, other=0), rows)
     key = tl.maximum(stop - start, 0).to(tl.int64) * GROUPS + (GROUPS - 1 - group)
-    needed = tl.zeros((SLOTS,), dtype=tl.int32)
-    for g in tl.static_range(GROUPS):
-        if NEEDED >> g & 1:
-            needed += (group == g).to(tl.int32)
-    return tl.where(needed != 0, key, -1)
+    if needed is not None:
+        inside = inside & ((needed.to(tl.int64) >> group.to(tl.int64)) & 1 != 0)
+    return tl.where(inside, key, -1)
 
 
 @triton.jit
 def next_group(keys, previous, offsets, GROUPS: tl.constexpr):
-    """The modality with most rows among those whose key is below ``previous``: its key, number, first and last row."""
+    """The modality with most rows among those whose key is below ``previous``: its key, number, first and last row.
+
+    After the last one that is needed the key is -1, and there are no rows.
+    """
     key = tl.max(tl.where(keys < previous, keys, -1), 0)
-    group = (GROUPS - 1 - key % GROUPS).to(tl.int32)
+    known = tl.maximum(key, 0)
+    group = (GROUPS - 1 - known % GROUPS).to(tl.int32)
     start = tl.load(offsets + group)
-    return key, group, start, start + (key // GROUPS).to(tl.int32)
+    return key, group, start, start + (known // GROUPS).to(tl.int32)
 
 
 @triton.jit
@@ -91,22 +96,26 @@ def column_pieces(x, PIECES: tl.constexpr):
 
 @triton.jit
 def matrix(pointer, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """The descriptor of a matrix whose columns lie side by side; past its last row and column are zeros."""
-    return tl.make_tensor_descriptor(pointer, [rows, columns], [stride, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
+    """The descriptor of a matrix whose columns lie side by side; past its last row and column are zeros.
+
+    A modality that nothing stands before has no row at all if it is empty: what a descriptor of no rows does is not
+    specified, so it has one, which nobody loads or stores.
+    """
+    return tl.make_tensor_descriptor(pointer, [tl.maximum(rows, 1), columns], [stride, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
 
 
 @triton.jit
-def add_x_wt(accumulator, x, w, row, column, INNER: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """accumulator + x W^T for a tile; descriptors of x [rows, INNER] and W [columns, INNER]."""
-    for k in range(0, INNER, BLOCK_INNER):
+def add_x_wt(accumulator, x, w, row, column, inner, BLOCK_INNER: tl.constexpr):
+    """accumulator + x W^T for a tile; descriptors of x [rows, inner] and W [columns, inner]."""
+    for k in range(0, inner, BLOCK_INNER):
         accumulator = tl.dot(x.load([row, k]), w.load([column, k]).T, accumulator, input_precision="ieee")
     return accumulator
 
 
 @triton.jit
-def add_x_w(accumulator, x, w, row, column, INNER: tl.constexpr, BLOCK_INNER: tl.constexpr):
-    """accumulator + x W for a tile; descriptors of x [rows, INNER] and W [INNER, columns]."""
-    for k in range(0, INNER, BLOCK_INNER):
+def add_x_w(accumulator, x, w, row, column, inner, BLOCK_INNER: tl.constexpr):
+    """accumulator + x W for a tile; descriptors of x [rows, inner] and W [inner, columns]."""
+    for k in range(0, inner, BLOCK_INNER):
         accumulator = tl.dot(x.load([row, k]), w.load([k, column]), accumulator, input_precision="ieee")
     return accumulator
 
@@ -119,14 +128,14 @@ def add_xt_y(accumulator, x, y, row, column, start, stop, BLOCK_INNER: tl.conste
     return accumulator
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _input_gradient(
-    x_0, x_1, weights_0, weights_1, out, offsets, rows, x_0_stride, x_1_stride,
-    GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    x_0, x_1, weights_0, weights_1, out, offsets, rows, inner, columns, x_0_stride, x_1_stride,
+    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, None, GROUPS)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
@@ -135,47 +144,47 @@ def _input_gradient(
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
-            x_rows = matrix(x_0, stop, INNER, x_0_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(expert(weights_0, group), INNER, COLUMNS, COLUMNS, BLOCK_INNER, BLOCK_COLUMNS)
+            x_rows = matrix(x_0, stop, inner, x_0_stride, BLOCK_ROWS, BLOCK_INNER)
+            weight = matrix(expert(weights_0, group), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
             if x_1 is not None:
-                x_1_rows = matrix(x_1, stop, INNER, x_1_stride, BLOCK_ROWS, BLOCK_INNER)
-                weight_1 = matrix(expert(weights_1, group), INNER, COLUMNS, COLUMNS, BLOCK_INNER, BLOCK_COLUMNS)
-            out_rows = matrix(out, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                x_1_rows = matrix(x_1, stop, inner, x_1_stride, BLOCK_ROWS, BLOCK_INNER)
+                weight_1 = matrix(expert(weights_1, group), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
+            out_rows = matrix(out, stop, columns, columns, BLOCK_ROWS, BLOCK_COLUMNS)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_w(total, x_rows, weight, row, column, INNER, BLOCK_INNER)
+                total = add_x_w(total, x_rows, weight, row, column, inner, BLOCK_INNER)
                 if x_1 is not None:
-                    total = add_x_w(total, x_1_rows, weight_1, row, column, INNER, BLOCK_INNER)
+                    total = add_x_w(total, x_1_rows, weight_1, row, column, inner, BLOCK_INNER)
                 out_rows.store([row, column], total.to(out.dtype.element_ty))
                 tile += tl.num_programs(0)
         before = end
-    store_zeros(out, row_extent(offsets, GROUPS, rows), rows, COLUMNS, 32, BLOCK_COLUMNS)
+    store_zeros(out, row_extent(offsets, GROUPS, rows), rows, columns, 32, BLOCK_COLUMNS)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])
 def _weight_gradient(
-    xs, y, outs, offsets, rows, x_stride, y_stride,
-    GROUPS: tl.constexpr, NEEDED: tl.constexpr, COUNT: tl.constexpr, X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+    xs, y, outs, offsets, rows, needed, x_columns, y_columns, x_stride, y_stride,
+    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    row_tiles = tl.cdiv(X_COLUMNS, BLOCK_ROWS)
-    column_tiles = tl.cdiv(Y_COLUMNS, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, GROUPS, NEEDED)
+    row_tiles = tl.cdiv(x_columns, BLOCK_ROWS)
+    column_tiles = tl.cdiv(y_columns, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, needed, GROUPS)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _rank in range(COUNT):
+    for _rank in range(GROUPS):
         previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
         for which in range(len(xs)):
-            end = before + row_tiles * column_tiles
+            end = before + tl.where(previous >= 0, row_tiles * column_tiles, 0)
             if tile < end:
                 # Out here: Triton 3.6 compiles no descriptor that is made within a ``while``.
-                x_rows = matrix(expert(xs, which), stop, X_COLUMNS, x_stride, BLOCK_INNER, BLOCK_ROWS)
-                y_rows = matrix(y, stop, Y_COLUMNS, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
+                x_rows = matrix(expert(xs, which), stop, x_columns, x_stride, BLOCK_INNER, BLOCK_ROWS)
+                y_rows = matrix(y, stop, y_columns, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
                 mine = expert(outs, which * GROUPS + group)
-                out = matrix(mine, X_COLUMNS, Y_COLUMNS, Y_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
+                out = matrix(mine, x_columns, y_columns, y_columns, BLOCK_ROWS, BLOCK_COLUMNS)
                 while tile < end:
                     row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                     row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
@@ -250,11 +259,10 @@ def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Te
     arguments = {
         "x_0": xs[0], "x_1": xs[1] if both else None,
         "weights_0": weights[0], "weights_1": weights[1] if both else None,
-        "out": out, "offsets": compact(offsets), "rows": rows, "x_0_stride": row_stride(xs[0]),
-        "x_1_stride": row_stride(xs[-1]),
+        "out": out, "offsets": compact(offsets), "rows": rows, "inner": inner, "columns": columns,
+        "x_0_stride": row_stride(xs[0]), "x_1_stride": row_stride(xs[-1]),
     }  # fmt: skip
-    constants = {"GROUPS": groups, "INNER": inner, "COLUMNS": columns}
-    launch_tiles(_input_gradient, "input_gradient", rows, columns, groups, arguments, constants)
+    launch_tiles(_input_gradient, "input_gradient", rows, columns, groups, arguments, {"GROUPS": groups})
     return out
 
 
@@ -274,13 +282,15 @@ def weight_gradient(xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequ
     some = next(out for out in (unused, *flat) if out is not None)
     arguments = {
         "xs": xs, "y": y, "outs": tuple(some if out is None else out for out in flat), "offsets": compact(offsets),
-        "rows": y.shape[0], "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
+        "rows": y.shape[0], "needed": bit_mask(needed), "x_columns": shape[0], "y_columns": shape[1],
+        "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
     }  # fmt: skip
-    constants = {
-        "GROUPS": groups, "NEEDED": sum(1 << m for m in needed), "COUNT": len(needed), "X_COLUMNS": shape[0],
-        "Y_COLUMNS": shape[1],
-    }  # fmt: skip
-    problems = len(xs) * len(needed)
+    problems, constants = len(xs) * len(needed), {"GROUPS": groups}
     launch_tiles(
         _weight_gradient, "weight_gradient", problems * shape[0], shape[1], problems, arguments, constants
     )  # fmt: skip
+
+
+def bit_mask(needed: Sequence[int]) -> int:
+    """The bits of these modalities."""
+    return sum(1 << m for m in needed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -46,11 +47,36 @@ class Configuration:
         return {**self.arguments, **self.constants, **options}
 
     def launch(self, grid: tuple[int, ...]) -> None:
-        """Launch a grid of programs on the device and the current stream of the first tensor."""
+        """Launch a grid of programs on the device and the current stream of the first tensor.
+
+        Raises:
+            RuntimeError: inside the capture of a graph, which takes no compiling, and Triton holds no such kernel yet.
+        """
         device = next(value for value in self.arguments.values() if isinstance(value, Tensor))
         with torch.cuda.device_of(device):
+            if device.is_cuda and torch.cuda.is_current_stream_capturing() and not self.is_loaded():
+                raise RuntimeError(
+                    f"{self.kernel.__name__}: expected a warm-up call before the capture, got the first call with such "
+                    "arguments inside it; run the step once on a side stream, then capture it"
+                )
             # A context of its own: autograd's threads see no allocator set elsewhere, and the caller's own one stays.
             contextvars.copy_context().run(self._launch_here, grid)
+
+    def is_loaded(self) -> bool:
+        """Whether Triton holds the kernel compiled for these arguments and loaded; nothing is compiled."""
+        from triton import knobs
+
+        before, thread = knobs.runtime.jit_cache_hook, threading.get_ident()
+
+        def compile_nothing(**details: Any) -> bool:
+            return threading.get_ident() == thread or bool(before and before(**details))
+
+        knobs.runtime.jit_cache_hook = compile_nothing
+        try:
+            compiled = self.kernel.warmup(grid=(1,), **self.keywords)
+        finally:
+            knobs.runtime.jit_cache_hook = before
+        return compiled is not None and compiled.module is not None
 
     def _launch_here(self, grid: tuple[int, ...]) -> None:
         import triton

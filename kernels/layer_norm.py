@@ -36,7 +36,7 @@ def load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH: tl.constexpr):
     return tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["index", "offsets"])
 def _forward(
     x, y, mean, rstd, weight, bias, scale, index, offsets, rows, width, x_stride, groups, step, head_dim, eps,
     IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -175,7 +175,7 @@ def _backward_of_row_in_memory(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "x_rows"])
+@triton.jit(do_not_specialize=["rows", "x_rows"], do_not_specialize_on_alignment=["index", "offsets"])
 def _backward(
     grad, x, dx, mean, rstd, weight, scale, dweight, dbias, dscale, index, place, offsets, rows, x_rows, width,
     grad_stride, x_stride, groups, step, head_dim,

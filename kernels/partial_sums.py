@@ -55,7 +55,7 @@ def _sum_vector(
     tl.store(out + column, total.to(out.dtype.element_ty), mask=column < width)
 
 
-@triton.jit(do_not_specialize=["rows", "group"])
+@triton.jit(do_not_specialize=["rows", "group", "programs"], do_not_specialize_on_alignment=["offsets"])
 def _sum_partials(
     partial_0, partial_1, partial_2, out_0, out_1, out_2, offsets, rows, width, group, groups, step, programs,
     BLOCK_ROWS: tl.constexpr, BLOCK_PROGRAMS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,

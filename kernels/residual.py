@@ -50,7 +50,9 @@ def _times_dropout(factor, seed, row, width, drop_below, kept_factor, part, BLOC
     return factor
 
 
-@triton.jit(do_not_specialize=["rows", "drop_below"])
+@triton.jit(
+    do_not_specialize=["rows", "drop_below"], do_not_specialize_on_alignment=["keep", "sample", "seed", "offsets"]
+)
 def _forward(
     x, y, out, normed, mean, rstd, gamma, keep, sample, seed, place, offsets, norm_weight, norm_bias, rows, width,
     x_stride, y_stride, modalities, drop_below, kept_factor, eps,
@@ -159,7 +161,10 @@ def _backward_of_row_in_memory(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "branch_rows", "drop_below"])
+@triton.jit(
+    do_not_specialize=["rows", "branch_rows", "drop_below"],
+    do_not_specialize_on_alignment=["keep", "sample", "seed", "index", "offsets", "branch_offsets"],
+)
 def _backward(
     grad, grad_normed, y, out, dx, dy, mean, rstd, gamma, keep, sample, seed, norm_weight, dgamma, dweight, dbias,
     index, place, offsets, branch_offsets, rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride,

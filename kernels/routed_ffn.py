@@ -42,9 +42,9 @@ FOLD_ROWS, FOLD_COLUMNS = 4, 512  # of W2, in registers at a time
 
 
 @triton.jit
-def _add_both(u, v, x, w0, w1, row, column, GATE: tl.constexpr, INNER: tl.constexpr, BLOCK_INNER: tl.constexpr):
+def _add_both(u, v, x, w0, w1, row, column, inner, GATE: tl.constexpr, BLOCK_INNER: tl.constexpr):
     """u + x W0^T and v + x W1^T for a tile, by one pass over x."""
-    for k in range(0, INNER, BLOCK_INNER):
+    for k in range(0, inner, BLOCK_INNER):
         part = x.load([row, k])
         u = tl.dot(part, w0.load([column, k]).T, u, input_precision="ieee")
         if GATE:
@@ -52,17 +52,17 @@ def _add_both(u, v, x, w0, w1, row, column, GATE: tl.constexpr, INNER: tl.conste
     return u, v
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _hidden(
-    x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, offsets, rows, x_stride,
-    GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
-    PIECES: tl.constexpr,
+    x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, offsets, rows, hidden, x_stride,
+    WIDTH: tl.constexpr,  # with a width that is no constant, sm_90's registers spill
+    GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     GATE: tl.constexpr = w1 is not None
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, None, GROUPS)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
@@ -71,24 +71,24 @@ def _hidden(
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
-            x_rows = matrix(x, stop, INNER, x_stride, BLOCK_ROWS, BLOCK_INNER)
-            gate = matrix(expert(w0, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
+            x_rows = matrix(x, stop, WIDTH, x_stride, BLOCK_ROWS, BLOCK_INNER)
+            gate = matrix(expert(w0, group), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
             value = gate
             if GATE:
-                value = matrix(expert(w1, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
+                value = matrix(expert(w1, group), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
             if u is not None:
-                u_rows = matrix(u, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
+                u_rows = matrix(u, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
                 if GATE:
-                    v_rows = matrix(v, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
+                    v_rows = matrix(v, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
             if a is not None:
-                a_rows = matrix(a, stop, COLUMNS, COLUMNS, BLOCK_ROWS, PIECE_COLUMNS)
+                a_rows = matrix(a, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
                 u_total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
                 v_total = u_total
                 u_total, v_total = _add_both(
-                    u_total, v_total, x_rows, gate, value, row, column, GATE, INNER, BLOCK_INNER
+                    u_total, v_total, x_rows, gate, value, row, column, WIDTH, GATE, BLOCK_INNER
                 )
                 tile_rows = row + tl.arange(0, BLOCK_ROWS)
                 u_pieces = column_pieces(u_total, PIECES)
@@ -110,9 +110,9 @@ def _hidden(
                             h = h * v_part.to(tl.float32)
                         if norm_weight is not None:
                             columns = first + tl.arange(0, PIECE_COLUMNS)
-                            inside = columns < COLUMNS
+                            inside = columns < hidden
                             # Past the last column u, v and so h are zero.
-                            count = tl.maximum(tl.minimum(COLUMNS - first, PIECE_COLUMNS), 0).to(tl.float32)
+                            count = tl.maximum(tl.minimum(hidden - first, PIECE_COLUMNS), 0).to(tl.float32)
                             piece_mean = tl.sum(h, 1) / tl.maximum(count, 1)
                             centred = tl.where(inside[None, :], h - piece_mean[:, None], 0)
                             apart = piece_mean - mean
@@ -122,7 +122,6 @@ def _hidden(
                             weight = tl.load(expert(norm_weight, group) + columns, mask=inside, other=0)
                             h = h * weight.to(tl.float32)[None, :]
                         a_rows.store([row, first], h.to(a.dtype.element_ty))
-                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
                 if norm_weight is not None:
                     cell = column_tile.to(tl.int64) * rows + tile_rows
                     tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
@@ -131,54 +130,53 @@ def _hidden(
         before = end
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _merge_statistics(
     tile_mean, tile_squares, mean, rstd, offsets, rows, eps,
-    GROUPS: tl.constexpr, COLUMNS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILES: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    HIDDEN: tl.constexpr,  # so that the tiles' numbers of columns are constants, which take no registers
+    GROUPS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Merge tiles' means and sums of squares (Chan, Golub and LeVeque, 1979); inert rows get zeros."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     tile = tl.arange(0, TILES)
     live = row < row_extent(offsets, GROUPS, rows)
-    count = tl.minimum(tl.maximum(COLUMNS - tile * TILE_COLUMNS, 0), TILE_COLUMNS).to(tl.float32)[:, None]
+    count = tl.minimum(tl.maximum(HIDDEN - tile * TILE_COLUMNS, 0), TILE_COLUMNS).to(tl.float32)[:, None]
     cell = tile.to(tl.int64)[:, None] * rows + row[None, :]
     mask = (count > 0) & live[None, :]
     means = tl.load(tile_mean + cell, mask=mask, other=0)
-    total = tl.sum(means * count, 0) / COLUMNS
+    total = tl.sum(means * count, 0) / HIDDEN
     apart = means - total[None, :]
     squares = tl.sum(tl.load(tile_squares + cell, mask=mask, other=0) + count * apart * apart, 0)
     tl.store(mean + row, tl.where(live, total, 0), mask=row < rows)
-    tl.store(rstd + row, tl.where(live, tl.rsqrt(squares / COLUMNS + eps), 0), mask=row < rows)
+    tl.store(rstd + row, tl.where(live, tl.rsqrt(squares / HIDDEN + eps), 0), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _fold(
-    w2, norm_weight, norm_bias, b2, c, e, offsets, rows,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
+    w2, norm_weight, norm_bias, b2, c, e, offsets, rows, width, hidden,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """c = W2 g and e = W2 b + b2 of every modality that has rows."""
     group = tl.program_id(1)
     start = tl.load(offsets + group)
     if start < tl.minimum(tl.load(offsets + group + 1), rows):
         row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        live = row < WIDTH
+        live = row < width
         weight, gain, shift = expert(w2, group), expert(norm_weight, group), expert(norm_bias, group)
         c_parts = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
         e_parts = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-        for first in range(0, HIDDEN, BLOCK_COLUMNS):
+        for first in range(0, hidden, BLOCK_COLUMNS):
             column = first + tl.arange(0, BLOCK_COLUMNS)
-            inside = column < HIDDEN
-            cell = row.to(tl.int64)[:, None] * HIDDEN + column[None, :]
+            inside = column < hidden
+            cell = row.to(tl.int64)[:, None] * hidden + column[None, :]
             part = tl.load(weight + cell, mask=live[:, None] & inside[None, :], other=0).to(tl.float32)
             c_parts += part * tl.load(gain + column, mask=inside, other=0).to(tl.float32)[None, :]
             e_parts += part * tl.load(shift + column, mask=inside, other=0).to(tl.float32)[None, :]
         total = tl.sum(e_parts, 1)
         if b2 is not None:
             total += tl.load(expert(b2, group) + row, mask=live, other=0).to(tl.float32)
-        tl.store(c + group * WIDTH + row, tl.sum(c_parts, 1), mask=live)
-        tl.store(e + group * WIDTH + row, total, mask=live)
+        tl.store(c + group * width + row, tl.sum(c_parts, 1), mask=live)
+        tl.store(e + group * width + row, total, mask=live)
 
 
 @triton.jit
@@ -203,17 +201,18 @@ def _copy_others(
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
-@triton.jit(do_not_specialize=["rows", "stream_rows"])
+@triton.jit(
+    do_not_specialize=["rows", "stream_rows"], do_not_specialize_on_alignment=["keep", "sample", "index", "offsets"]
+)
 def _output(
     a, w2, c, e, mean, rstd, b2, y, out, residual, gamma, keep, sample, index, place, offsets, rows, stream_rows,
-    a_stride, residual_stride,
-    GROUPS: tl.constexpr, INNER: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
-    PIECES: tl.constexpr,
+    width, hidden, a_stride, residual_stride,
+    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(COLUMNS, BLOCK_COLUMNS)
+    column_tiles = tl.cdiv(width, BLOCK_COLUMNS)
     extent = row_extent(offsets, GROUPS, rows)
-    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    keys = group_keys(offsets, rows, None, GROUPS)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
@@ -222,15 +221,15 @@ def _output(
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
-            a_rows = matrix(a, stop, INNER, a_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(expert(w2, group), COLUMNS, INNER, INNER, BLOCK_COLUMNS, BLOCK_INNER)
+            a_rows = matrix(a, stop, hidden, a_stride, BLOCK_ROWS, BLOCK_INNER)
+            weight = matrix(expert(w2, group), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
             if y is not None:
-                y_rows = matrix(y, stop, COLUMNS, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
+                y_rows = matrix(y, stop, width, width, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_wt(total, a_rows, weight, row, column, INNER, BLOCK_INNER)
+                total = add_x_wt(total, a_rows, weight, row, column, hidden, BLOCK_INNER)
                 rows_here = row + tl.arange(0, BLOCK_ROWS)
                 live = rows_here < stop
                 target = rows_here
@@ -247,10 +246,10 @@ def _output(
                     value = parts[piece]
                     first = column + piece * (BLOCK_COLUMNS // PIECES)
                     columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
-                    inside = columns < COLUMNS
+                    inside = columns < width
                     if c is not None:
-                        correction = tl.load(c + group * COLUMNS + columns, mask=inside, other=0)
-                        bias = tl.load(e + group * COLUMNS + columns, mask=inside, other=0)
+                        correction = tl.load(c + group * width + columns, mask=inside, other=0)
+                        bias = tl.load(e + group * width + columns, mask=inside, other=0)
                         value = r[:, None] * (value - mu[:, None] * correction[None, :]) + bias[None, :]
                     elif b2 is not None:
                         bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
@@ -265,15 +264,14 @@ def _output(
                         mask = live[:, None] & inside[None, :]
                         cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
                         value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
-                        cell = target.to(tl.int64)[:, None] * COLUMNS + columns[None, :]
+                        cell = target.to(tl.int64)[:, None] * width + columns[None, :]
                         tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
-                    tl.debug_barrier()  # one piece at a time: the registers do not hold two
                 tile += tl.num_programs(0)
         before = end
     if out is not None:
-        _copy_others(residual, out, place, extent, stream_rows, COLUMNS, residual_stride, 32, BLOCK_COLUMNS)
+        _copy_others(residual, out, place, extent, stream_rows, width, residual_stride, 32, BLOCK_COLUMNS)
     else:
-        store_zeros(y, extent, rows, COLUMNS, 32, BLOCK_COLUMNS)
+        store_zeros(y, extent, rows, width, 32, BLOCK_COLUMNS)
 
 
 def hidden(
@@ -298,12 +296,9 @@ def hidden(
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
         "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
-        "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "x_stride": row_stride(z),
+        "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "hidden": columns, "x_stride": row_stride(z),
     }  # fmt: skip
-    constants = {
-        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "ACTIVATION": activation,
-        "PIECES": parameters.pieces,
-    }  # fmt: skip
+    constants = {"WIDTH": inner, "GROUPS": groups, "ACTIVATION": activation, "PIECES": parameters.pieces}
     launch_tiles(_hidden, "routed_ffn_hidden", rows, columns, groups, arguments, constants)
     if normed:
         arguments = {
@@ -311,7 +306,7 @@ def hidden(
             "rows": rows, "eps": eps,
         }  # fmt: skip
         constants = {
-            "GROUPS": groups, "COLUMNS": columns, "TILE_COLUMNS": parameters.block_columns,
+            "HIDDEN": columns, "GROUPS": groups, "TILE_COLUMNS": parameters.block_columns,
             "TILES": triton.next_power_of_2(tiles), "BLOCK_ROWS": STATISTICS_ROWS,
         }  # fmt: skip
         launch(_merge_statistics, (max(1, triton.cdiv(rows, STATISTICS_ROWS)),), arguments, constants, num_warps=4)
@@ -327,11 +322,9 @@ def fold(
     arguments = {
         "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
         "b2": vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
+        "width": width, "hidden": hidden_columns,
     }  # fmt: skip
-    constants = {
-        "GROUPS": groups, "WIDTH": width, "HIDDEN": hidden_columns, "BLOCK_ROWS": FOLD_ROWS,
-        "BLOCK_COLUMNS": FOLD_COLUMNS,
-    }  # fmt: skip
+    constants = {"BLOCK_ROWS": FOLD_ROWS, "BLOCK_COLUMNS": FOLD_COLUMNS}
     launch(_fold, (triton.cdiv(width, FOLD_ROWS), groups), arguments, constants, num_warps=4)
 
 
@@ -356,11 +349,10 @@ def output(
         "b2": vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
         "gamma": compact(gamma), "keep": compact(keep), "sample": compact(sample), "index": index, "place": place,
         "offsets": offsets, "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
-        "a_stride": row_stride(a), "residual_stride": 0 if residual is None else residual.stride(0),
+        "width": columns, "hidden": inner, "a_stride": row_stride(a),
+        "residual_stride": 0 if residual is None else residual.stride(0),
     }  # fmt: skip
-    constants = {
-        "GROUPS": groups, "INNER": inner, "COLUMNS": columns, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces,
-    }  # fmt: skip
+    constants = {"GROUPS": groups, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces}
     launch_tiles(_output, "routed_ffn_output", rows, columns, groups, arguments, constants)
     return (y, None) if out is None else (out, y)
 

@@ -23,6 +23,7 @@ from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_w,
     add_xt_y,
+    bit_mask,
     column_pieces,
     contiguous_for_descriptors,
     expert,
@@ -68,7 +69,7 @@ def _row_tile(offsets, tile, groups, rows, BLOCK_ROWS: tl.constexpr):
     return group, start, stop
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["keep", "sample", "index", "offsets"])
 def _scale_gradient(
     grad, y, dy, m1, m2, db2, dgamma, gamma, keep, sample, index, c, e, offsets, rows, width, hidden, grad_stride,
     y_stride, groups,
@@ -119,7 +120,7 @@ def _scale_gradient(
             tl.store(m2 + row, tl.sum(y_total, 1) / hidden, mask=live)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _sum_row_tiles(
     db2, dgamma, totals, b2_gradients, gamma_gradient, offsets, rows, width,
     GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -147,15 +148,15 @@ def _sum_row_tiles(
             tl.store(gamma_gradient + column, total.to(gamma_gradient.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def _hidden_gradient(
-    dy, w2, u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight, offsets, rows, dy_stride,
-    GROUPS: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
+    dy, w2, u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight, offsets, rows, width, hidden, dy_stride,
+    GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    column_tiles = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, GROUPS, (1 << GROUPS) - 1)
+    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, None, GROUPS)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
@@ -164,13 +165,13 @@ def _hidden_gradient(
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
-            dy_rows = matrix(dy, stop, WIDTH, dy_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(expert(w2, group), WIDTH, HIDDEN, HIDDEN, BLOCK_INNER, BLOCK_COLUMNS)
+            dy_rows = matrix(dy, stop, width, dy_stride, BLOCK_ROWS, BLOCK_INNER)
+            weight = matrix(expert(w2, group), width, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
                 first, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_w(total, dy_rows, weight, first, column, WIDTH, BLOCK_INNER)
+                total = add_x_w(total, dy_rows, weight, first, column, width, BLOCK_INNER)
                 row = first + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 if mean is not None:
@@ -182,8 +183,8 @@ def _hidden_gradient(
                 for piece in tl.static_range(PIECES):
                     dh = pieces[piece]
                     at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
-                    mask = live[:, None] & (at < HIDDEN)[None, :]
-                    cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
+                    mask = live[:, None] & (at < hidden)[None, :]
+                    cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
                     h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0).to(tl.float32), ACTIVATION)
                     activated = h
                     if v is not None:
@@ -192,7 +193,7 @@ def _hidden_gradient(
                         slope = slope * value
                     if mean is not None:
                         h = (h - mu) * r
-                        scale = tl.load(expert(norm_weight, group) + at, mask=at < HIDDEN, other=0).to(tl.float32)
+                        scale = tl.load(expert(norm_weight, group) + at, mask=at < hidden, other=0).to(tl.float32)
                         dh = (dh * scale[None, :] - g_mean - h * g_hhat_mean) * r
                     if hhat is not None:
                         tl.store(hhat + cell, h.to(hhat.dtype.element_ty), mask=mask)
@@ -203,26 +204,26 @@ def _hidden_gradient(
         before = end
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])
 def _output_weight_gradient(
-    dy, hhat, outs, w2, norm_weight, norm_bias, db2, dweight, dbias, offsets, rows, dy_stride,
-    GROUPS: tl.constexpr, NEEDED: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, HIDDEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
-    PIECES: tl.constexpr,
+    dy, hhat, outs, w2, norm_weight, norm_bias, db2, dweight, dbias, offsets, rows, needed, width, hidden,
+    dy_stride,
+    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    row_tiles = tl.cdiv(WIDTH, BLOCK_ROWS)
-    column_tiles = tl.cdiv(HIDDEN, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, GROUPS, NEEDED)
+    row_tiles = tl.cdiv(width, BLOCK_ROWS)
+    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
+    keys = group_keys(offsets, rows, needed, GROUPS)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _rank in range(COUNT):
+    for _rank in range(GROUPS):
         previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
-        end = before + row_tiles * column_tiles
+        end = before + tl.where(previous >= 0, row_tiles * column_tiles, 0)
         if tile < end:
-            dy_rows = matrix(dy, stop, WIDTH, dy_stride, BLOCK_INNER, BLOCK_ROWS)
-            hhat_rows = matrix(hhat, stop, HIDDEN, HIDDEN, BLOCK_INNER, BLOCK_COLUMNS)
+            dy_rows = matrix(dy, stop, width, dy_stride, BLOCK_INNER, BLOCK_ROWS)
+            hhat_rows = matrix(hhat, stop, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS)
             out = expert(outs, group)
             weight, gain, offset = expert(w2, group), expert(norm_weight, group), expert(norm_bias, group)
             while tile < end:
@@ -231,19 +232,19 @@ def _output_weight_gradient(
                 total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
                 total = add_xt_y(total, dy_rows, hhat_rows, first, column, start, stop, BLOCK_INNER)
                 row = first + tl.arange(0, BLOCK_ROWS)
-                row_sum = tl.load(db2 + group * WIDTH + row, mask=row < WIDTH, other=0)[:, None]
+                row_sum = tl.load(db2 + group * width + row, mask=row < width, other=0)[:, None]
                 pieces = column_pieces(total, PIECES)
                 for piece in tl.static_range(PIECES):
                     at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
-                    inside = at < HIDDEN
-                    mask = (row < WIDTH)[:, None] & inside[None, :]
-                    cell = row.to(tl.int64)[:, None] * HIDDEN + at[None, :]
+                    inside = at < hidden
+                    mask = (row < width)[:, None] & inside[None, :]
+                    cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
                     scale = tl.load(gain + at, mask=inside, other=0).to(tl.float32)[None, :]
                     shift = tl.load(offset + at, mask=inside, other=0).to(tl.float32)[None, :]
                     gradient = pieces[piece] * scale + row_sum * shift
                     tl.store(out + cell, gradient.to(outs[0].dtype.element_ty), mask=mask)
                     w = tl.load(weight + cell, mask=mask, other=0).to(tl.float32)
-                    partial = (group * row_tiles + row_tile) * HIDDEN + at
+                    partial = (group * row_tiles + row_tile) * hidden + at
                     tl.store(dweight + partial, tl.sum(w * pieces[piece], 0), mask=inside)
                     tl.store(dbias + partial, tl.sum(w * row_sum, 0), mask=inside)
                 tile += tl.num_programs(0)
@@ -324,13 +325,10 @@ def hidden_gradient(
     arguments = {
         "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": mean if normed else None,
         "rstd": rstd if normed else None, "m1": m1, "m2": m2, "norm_weight": vectors(norm_weight),
-        "offsets": compact(offsets), "rows": rows, "dy_stride": row_stride(dy),
+        "offsets": compact(offsets), "rows": rows, "width": width, "hidden": hidden, "dy_stride": row_stride(dy),
     }  # fmt: skip
     entry = "routed_ffn_hidden_gradient"
-    constants = {
-        "GROUPS": len(w2), "WIDTH": width, "HIDDEN": hidden, "ACTIVATION": activation,
-        "PIECES": tiles_for(entry, dy)[0].pieces,
-    }  # fmt: skip
+    constants = {"GROUPS": len(w2), "ACTIVATION": activation, "PIECES": tiles_for(entry, dy)[0].pieces}
     launch_tiles(_hidden_gradient, entry, rows, hidden, len(w2), arguments, constants)
     return du, dv, hhat
 
@@ -354,12 +352,10 @@ def output_weight_gradient(
     arguments = {
         "dy": dy, "hhat": hhat, "outs": tuple(unused if out is None else out for out in outs), "w2": w2,
         "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias), "db2": db2, "dweight": dweight,
-        "dbias": dbias, "offsets": compact(offsets), "rows": dy.shape[0], "dy_stride": row_stride(dy),
+        "dbias": dbias, "offsets": compact(offsets), "rows": dy.shape[0], "needed": bit_mask(needed), "width": width,
+        "hidden": hidden, "dy_stride": row_stride(dy),
     }  # fmt: skip
-    constants = {
-        "GROUPS": groups, "NEEDED": sum(1 << m for m in needed), "COUNT": len(needed), "WIDTH": width, "HIDDEN": hidden,
-        "PIECES": tiles.pieces,
-    }  # fmt: skip
+    constants = {"GROUPS": groups, "PIECES": tiles.pieces}
     launch_tiles(_output_weight_gradient, entry, len(needed) * width, hidden, len(needed), arguments, constants)
     if any_given(weight_gradients) or any_given(bias_gradients):
         arguments = {

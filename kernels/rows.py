@@ -99,7 +99,7 @@ def store_zeros_unplaced(out, place, rows, width, BLOCK_ROWS: tl.constexpr, BLOC
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["index", "offsets"])
 def _place_rows(index, place, offsets, modalities, entries, BLOCK: tl.constexpr):
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = entry < row_extent(offsets, modalities, entries)

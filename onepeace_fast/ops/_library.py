@@ -22,6 +22,8 @@ from onepeace_fast.checks import describe, require, require_device, require_tens
 NAMESPACE = "onepeace_fast"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16384
+# Asked once: torch.compile traces a set, and in torch 2.11 not the question.
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _kernels_forced: bool | None = None
 
@@ -143,7 +145,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype in which autocast runs this tensor's matrix products, None where it leaves them alone."""
     kind = tensor.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    enabled = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled and tensor.dtype != torch.float64 else None
 
 

@@ -273,7 +273,7 @@ def routed_ffn(
     eps: float = 1e-5,
     recompute: bool = False,
     strategy: str | None = None,
-    fold_norm: bool = True,
+    fold_norm: bool | None = None,
 ) -> Tensor:
     """The gated feed-forward network of each row's modality, with Sub-LayerNorm, LayerScale, DropPath and residual.
 
@@ -296,8 +296,9 @@ def routed_ffn(
             product for each, a kernel between them) or "specification"; None: what was measured to be the fastest on
             this GPU. A CPU runs the specification.
         fold_norm: in the fused strategy, apply the Sub-LayerNorm behind the output product; False applies it before, by
-            a kernel of its own. Where a row of h has a mean far above its deviation the fold loses digits: at 16 times
-            its error was 1.4 times the other's, and as large as that of plain PyTorch.
+            a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
+            which is not finite beyond 65504. Where a row of h has a mean far above its deviation the fold loses digits:
+            at 16 times its error was 1.4 times the other's, and as large as that of plain PyTorch.
 
     Returns:
         [N, width], or the residual's shape and dtype. Rows past offsets[G] get the residual, else zero. Under autocast
@@ -314,6 +315,7 @@ def routed_ffn(
     lists = {"w0": w0, "w1": w1, "norm_weight": norm_weight, "norm_bias": norm_bias, "w2": w2, "b2": b2}
     check(z, lists, has_gate, offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps)
     strategy = chosen_strategy(strategy, z, w0[0].shape[0], len(w0))
+    fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
     leaves = (z, *(parameter for group in lists.values() for parameter in group), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     y_needed = gamma is not None or (bool(norm_weight) and strategy == "fused")
