@@ -130,13 +130,12 @@ def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
 
     from onepeace_fast.hardware.cases import empty_tensors, kernel_cases, product_cases
     from onepeace_fast.kernels.launch import recording
-    from onepeace_fast.kernels.launch_table import SHIPPED, use_table
     from onepeace_fast.ops._library import force_kernels
     from tools.cubin import CHIPS
 
     cpu = torch.device("cpu")
     chip = recording(architecture, CHIPS[architecture].multiprocessors)
-    with use_table(SHIPPED), force_kernels(True), chip as found:
+    with force_kernels(True), chip as found:
         cases = [*kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)]
         if width in PRODUCT_WIDTHS and dtype != torch.float32:
             cases += product_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)
