@@ -91,7 +91,7 @@ class MeasuredGPU:
         return tuple((_most(entry, "width"), _most(entry, "rows"), entry["strategy"]) for entry in entries)
 
     def parameters(self, kernel: str, element_size: int, width: int) -> Parameters | None:
-        """The launch parameters of a kernel for elements of this size and rows of this width, where they were measured."""
+        """The launch parameters of a kernel for elements of this size and rows of this width; None: the heuristic's."""
         columns = width_class(width)
         entry = self.launch_parameters.get(kernel, {}).get(str(element_size), {}).get(str(columns))
         return None if entry is None else Parameters(columns, **entry)
@@ -169,7 +169,7 @@ def check_entry(where: str, entry: Any) -> None:
 
 
 def user_folder() -> Path:
-    """Where the measurements of the user's own GPUs are: the environment variable's folder, else the configuration's."""
+    """Where the measurements of the user's own GPUs are: in the environment variable's folder, else in their own."""
     if named := os.environ.get(ENVIRONMENT_VARIABLE):
         return Path(named)
     configuration = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"

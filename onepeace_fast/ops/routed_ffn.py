@@ -294,8 +294,8 @@ def routed_ffn(
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
         strategy: "fused" (products of all modalities in one launch, and all else inside them), "per_modality" (a vendor
             product for each, a kernel between them) or "specification"; None: what was measured to be the fastest on
-            this GPU, "per_modality" where nothing was, and "fused" on a GPU without ``row_counts``, if it takes z. A CPU
-            runs the specification.
+            this GPU, "per_modality" where nothing was, and "fused" on a GPU without ``row_counts``, where it takes z.
+            A CPU runs the specification.
         fold_norm: in the fused strategy, apply the Sub-LayerNorm behind the output product; False applies it before, by
             a kernel of its own. Where a row of h has a mean far above its deviation the fold loses digits: at 16 times
             its error was 1.4 times the other's, and as large as that of plain PyTorch.
