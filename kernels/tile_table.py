@@ -41,7 +41,7 @@ class TileParameters(NamedTuple):
 
 
 # mma.sync keeps the accumulators in registers, which 128 x 128 by 8 warps leave half of to the rest; 64 columns where
-# there are two of them. Four stages of 32 hide the latency of copies in 64 KiB, which cards with 99 KiB hold too.
+# there are two of them. Four stages of 32 hide the latency of copies in at most 64 KiB: cards with 99 KiB hold them too.
 _SQUARE = TileParameters(128, 128, 32, row_tiles_at_once=8, num_warps=8, num_stages=4, programs_per_multiprocessor=1)
 _MMA = {
     "routed_ffn_hidden": _SQUARE._replace(block_columns=64, pieces=4),
@@ -51,9 +51,16 @@ _MMA = {
     "weight_gradient": _SQUARE,
     "input_gradient": _SQUARE,
 }
-# wgmma reads both operands from shared memory: a tile of 128 x 256 halves what is read for each product, and fills 144
-# of 227 KiB by three stages of 64. With an epilogue that reads or holds more, a tile is smaller; that of h's gradient
-# waits for memory longest, so that two programs take turns.
+# From sm_120 on descriptors copy, but mma.sync still multiplies, from 99 KiB. The product with two accumulators copies
+# rows of 128 bytes, which compiles without a spill where those of 64 do not; that with the longest epilogue is half as
+# wide, so that two programs take turns at it.
+_MMA_DESCRIPTORS = _MMA | {
+    "routed_ffn_hidden": _MMA["routed_ffn_hidden"]._replace(block_inner=64, num_stages=3),
+    "routed_ffn_output": _MMA["routed_ffn_output"]._replace(block_columns=64, programs_per_multiprocessor=2),
+}
+# wgmma reads both operands from shared memory: a tile of 128 x 256 reads less for each product than a square one, and
+# three stages of 64 fill 144 of 227 KiB. Where an epilogue holds more a tile is smaller; that of h's gradient waits for
+# memory longest, so that two programs take turns at it.
 _WIDE = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
 _WGMMA = {
     "routed_ffn_hidden": _WIDE._replace(block_columns=128, pieces=4),
@@ -65,8 +72,9 @@ _WGMMA = {
     "weight_gradient": _WIDE,
     "input_gradient": _WIDE,
 }
-# tcgen05 keeps the accumulators in a memory of their own.
-_TCGEN05 = dict(_WGMMA)
+# tcgen05 keeps the accumulators in a memory of its own and has as much shared memory, but an epilogue that reads two of
+# 128 columns from there spills: half of them.
+_TCGEN05 = _WGMMA | {"routed_ffn_hidden": _WGMMA["routed_ffn_hidden"]._replace(block_columns=64)}
 KERNELS = tuple(_MMA)
 _used_instead: Mapping[str, TileParameters] | None = None
 
@@ -84,12 +92,17 @@ def tiles_of(kernel: str, architecture: str) -> TileParameters:
         return _used_instead[kernel]
     if (reason := refusal(architecture)) is not None:
         raise ValueError(f"{kernel}: {reason}")
-    kind, number = _MMA, _number(architecture)
-    if number // 10 == 9:
-        kind = _WGMMA
-    elif 100 <= number < 120:
-        kind = _TCGEN05
-    return kind[kernel]  # one that is newer than this table takes the tiles that fit everywhere
+    return _kind(_number(architecture))[kernel]
+
+
+def _kind(number: int) -> Mapping[str, TileParameters]:
+    if number < 90:
+        return _MMA
+    if number < 100:
+        return _WGMMA
+    if number < 120:
+        return _TCGEN05
+    return _MMA_DESCRIPTORS  # also for one that is newer than this table: what fits into 99 KiB fits everywhere
 
 
 def _number(architecture: str) -> int:

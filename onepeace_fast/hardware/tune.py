@@ -88,9 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     rest = "" if done == len(work) else f", {len(work) - done} were left out as --minutes says"
     print(f"{path} has the launch parameters of {measured.name}: {done} measured{rest}")
     if not measured.parity:
-        print(
-            "`onepeace-fast selftest` holds the operations against their specifications: the fused backend waits for it"
-        )
+        print("the fused backend is automatic once `onepeace-fast selftest` has passed")
     return 0
 
 
