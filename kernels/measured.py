@@ -224,11 +224,13 @@ def write_measured(measured: MeasuredGPU, folder: Path) -> Path:
 
 @functools.cache
 def _name_of(index: int) -> str:
-    return torch.cuda.get_device_name(index)
+    return torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
 
 
 def gpu_name(device: torch.device) -> str:
     """The GPU's name; that of no GPU is empty."""
-    if device.type != "cuda" or not torch.cuda.is_available():
+    if device.type != "cuda":
         return ""
-    return _name_of(torch.cuda.current_device() if device.index is None else device.index)
+    if device.index is not None:
+        return _name_of(device.index)
+    return _name_of(torch.cuda.current_device()) if torch.cuda.is_available() else ""

@@ -1,6 +1,7 @@
 """Which strategy is chosen where none is asked for: as measured; on a GPU without host counts, one that reads none."""
 
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -57,6 +58,19 @@ def test_torch_compile_takes_the_measured_strategy_without_reading_files(measure
     compiled = torch.compile(scaled, fullgraph=True, backend="eager", dynamic=True)
     for rows, factor in ((8, 3), (2000, 2)):
         assert torch.equal(compiled(torch.ones(rows, 2)), torch.full((rows, 2), float(factor)))
+
+
+@pytest.mark.requires_compiler
+def test_torch_compile_takes_what_a_gpu_is_without_tracing_the_question(monkeypatch):
+    def untraceable(device):
+        return Path(__file__).read_text() and "sm_75", 132
+
+    monkeypatch.setattr(arguments, "architecture_and_multiprocessors", untraceable)
+
+    def scaled(x):
+        return x * (2 if arguments._refused_by(GPU) is None else 3)
+
+    assert torch.compile(scaled, fullgraph=True, backend="eager")(torch.ones(())) == 3
 
 
 def on_gpu(dtype=torch.bfloat16, width=64):
