@@ -1,4 +1,4 @@
-"""Launching kernels: parameters from a table, never by tuning on first use, and one function that launches."""
+"""Launching kernels: parameters measured before or by a rule, never tuned on first use; one function that launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast.kernels.launch_table import Parameters, table_entry
+from onepeace_fast.kernels.launch_heuristic import Parameters
+from onepeace_fast.kernels.launch_parameters import launch_parameters
+from onepeace_fast.kernels.measured import gpu_name
 
 INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no GPU
 
@@ -164,8 +166,9 @@ def architecture_and_multiprocessors(device: torch.device) -> tuple[str, int]:
 
 def parameters_for(kernel: str, x: Tensor, rows: int) -> tuple[Parameters, int]:
     """The parameters of a kernel for row tensors like ``x``, and the number of programs for so many rows."""
-    architecture, multiprocessors = architecture_and_multiprocessors(x.device)
-    parameters = table_entry(kernel, architecture, x.element_size(), x.shape[1])
+    _, multiprocessors = architecture_and_multiprocessors(x.device)
+    name = gpu_name(x.device) if _recorder.get() is None else ""
+    parameters = launch_parameters(kernel, name, x.element_size(), x.shape[1])
     blocks = -(-rows // parameters.block_rows)
     resident = multiprocessors * (parameters.programs_per_multiprocessor or blocks)
     return parameters, max(1, min(blocks, resident))

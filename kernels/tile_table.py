@@ -1,27 +1,20 @@
-"""The tiles of matrix products: the table shipped beside this file, by kernel and GPU architecture.
+"""The tiles of matrix products, by what a GPU multiplies with and how much shared memory a program may have.
 
-An architecture without an entry takes the nearest older one, else the oldest. The entries are for half precision, in
-which the tensor cores multiply; float32, which only the interpreter multiplies in tiles, takes the same.
+They are for half precision, in which the tensor cores multiply. `make kernels` compiles all of them for every kind of
+GPU and refuses spills, more shared memory than there is, and a product without the GPU's own instructions for it.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
-from onepeace_fast.kernels.launch_table import nearest
-
-SHIPPED_PATH = Path(__file__).with_name("tile_parameters.json")
-
-TileTable = dict[str, dict[str, dict[str, Any]]]
+OLDEST = 80  # the first architecture with bfloat16 in its tensor cores and copies that do not pass through registers
 
 
 class TileParameters(NamedTuple):
-    """An entry of the table: a program computes tiles of ``block_rows`` x ``block_columns`` of a product.
+    """A program computes tiles of ``block_rows`` x ``block_columns`` of a product.
 
     It sums over ``block_inner`` at a time, with loads ``num_stages`` deep. Tiles of ``row_tiles_at_once`` tiles of rows
     are computed column by column, so that what they share stays in the L2 cache. A launch has
@@ -47,24 +40,84 @@ class TileParameters(NamedTuple):
         }  # fmt: skip
 
 
-SHIPPED: TileTable = json.loads(SHIPPED_PATH.read_text(encoding="utf-8"))
-_used_instead: TileTable | None = None
+# mma.sync keeps the accumulators in registers, which 128 x 128 by 8 warps leave half of to the rest; 64 columns where
+# there are two of them. Four stages of 32 hide the latency of copies in at most 64 KiB, which cards with 99 KiB hold.
+_SQUARE = TileParameters(128, 128, 32, row_tiles_at_once=8, num_warps=8, num_stages=4, programs_per_multiprocessor=1)
+_MMA = {
+    "routed_ffn_hidden": _SQUARE._replace(block_columns=64, pieces=4),
+    "routed_ffn_output": _SQUARE._replace(pieces=4),
+    "routed_ffn_hidden_gradient": _SQUARE._replace(pieces=4),
+    "routed_ffn_output_gradient": _SQUARE._replace(pieces=4),
+    "weight_gradient": _SQUARE,
+    "input_gradient": _SQUARE,
+}
+# From sm_120 on descriptors copy, but mma.sync still multiplies, from 99 KiB. The product with two accumulators copies
+# rows of 128 bytes, which compiles without a spill where those of 64 do not; that with the longest epilogue is half as
+# wide, so that two programs take turns at it.
+_MMA_DESCRIPTORS = _MMA | {
+    "routed_ffn_hidden": _MMA["routed_ffn_hidden"]._replace(block_inner=64, num_stages=3),
+    "routed_ffn_output": _MMA["routed_ffn_output"]._replace(block_columns=64, programs_per_multiprocessor=2),
+}
+# wgmma reads both operands from shared memory: a tile of 128 x 256 reads less for each product than a square one, and
+# three stages of 64 fill 144 of 227 KiB. Where an epilogue holds more a tile is smaller; that of h's gradient waits for
+# memory longest, so that two programs take turns at it.
+_WIDE = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
+_WGMMA = {
+    "routed_ffn_hidden": _WIDE._replace(block_columns=128, pieces=4),
+    "routed_ffn_output": _WIDE._replace(block_columns=128, num_stages=4, pieces=4),
+    "routed_ffn_hidden_gradient": _WIDE._replace(
+        block_columns=128, num_warps=4, programs_per_multiprocessor=2, pieces=16
+    ),
+    "routed_ffn_output_gradient": _WIDE._replace(pieces=8),
+    "weight_gradient": _WIDE,
+    "input_gradient": _WIDE,
+}
+# tcgen05 keeps the accumulators in a memory of its own and has as much shared memory, but an epilogue that reads two of
+# 128 columns from there spills: half of them.
+_TCGEN05 = _WGMMA | {"routed_ffn_hidden": _WGMMA["routed_ffn_hidden"]._replace(block_columns=64)}
+KERNELS = tuple(_MMA)
+_used_instead: Mapping[str, TileParameters] | None = None
+
+
+def refusal(architecture: str) -> str | None:
+    """Why there are no tiles for an architecture, in one line; None where there are."""
+    if _number(architecture) >= OLDEST:
+        return None
+    return f"expected a GPU of sm_{OLDEST} or later, got {architecture}"
+
+
+def tiles_of(kernel: str, architecture: str) -> TileParameters:
+    """The tiles of a kernel on an architecture; raise ValueError in one line where there are none."""
+    if _used_instead is not None:
+        return _used_instead[kernel]
+    if (reason := refusal(architecture)) is not None:
+        raise ValueError(f"{kernel}: {reason}")
+    return _kind(_number(architecture))[kernel]
+
+
+def _kind(number: int) -> Mapping[str, TileParameters]:
+    if number < 90:
+        return _MMA
+    if number < 100:
+        return _WGMMA
+    if number < 120:
+        return _TCGEN05
+    return _MMA_DESCRIPTORS  # also for one that is newer than this table: what fits into 99 KiB fits everywhere
+
+
+def _number(architecture: str) -> int:
+    digits = architecture.removeprefix("sm_")
+    if not digits.isdigit():
+        raise ValueError(f"expected an architecture like sm_90, got {architecture!r}")
+    return int(digits)
 
 
 @contextlib.contextmanager
-def use_tiles(table: TileTable) -> Iterator[None]:
-    """Launch by another table inside."""
+def use_tiles(tiles: Mapping[str, TileParameters]) -> Iterator[None]:
+    """Launch with other tiles inside, given by kernel, on every architecture."""
     global _used_instead
-    before, _used_instead = _used_instead, table
-    tiles_of.cache_clear()
+    before, _used_instead = _used_instead, tiles
     try:
         yield
     finally:
         _used_instead = before
-        tiles_of.cache_clear()
-
-
-@functools.cache
-def tiles_of(kernel: str, architecture: str) -> TileParameters:
-    """The tiles of a kernel on an architecture."""
-    return TileParameters(**nearest((_used_instead or SHIPPED)[kernel], architecture))

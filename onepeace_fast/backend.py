@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import torch
 
+from onepeace_fast.kernels.measured import gpu_name, measured_for
+
 BACKENDS = ("reference", "fused")
 ENVIRONMENT_VARIABLE = "ONEPEACE_FAST_BACKEND"
 _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("onepeace_fast_backend", default=None)
@@ -34,7 +36,8 @@ def use_backend(name: str) -> Iterator[None]:
 def resolve_backend(argument: str | None, device: torch.device) -> str:
     """The backend in force: ``use_backend``, else the model's argument, else the environment, else by device.
 
-    The automatic choice is ``fused`` on a CPU, and ``reference`` on a GPU for as long as no kernel has run on one.
+    The automatic choice is ``fused`` on a CPU, and on a GPU whose file of measurements says that every operation kept
+    within its tolerance there, else ``reference``. Raises ValueError where that file is damaged.
     """
     if (name := _override.get()) is not None:
         return name
@@ -42,4 +45,12 @@ def resolve_backend(argument: str | None, device: torch.device) -> str:
         return check_backend(argument)
     if name := os.environ.get(ENVIRONMENT_VARIABLE):
         return check_backend(name, ENVIRONMENT_VARIABLE)
-    return "fused" if device.type == "cpu" else "reference"
+    return "fused" if device.type == "cpu" or _proved_on(device) else "reference"
+
+
+def _proved_on(device: torch.device) -> bool:
+    measured = measured_for(gpu_name(device))
+    return measured is not None and measured.parity
+
+
+_proved_on._dynamo_marked_constant = True  # torch.compile reads no file: see ops/_strategies.py

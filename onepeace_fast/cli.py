@@ -10,7 +10,7 @@ import onepeace_fast
 from onepeace_fast import info
 from onepeace_fast.demo import command as demo
 from onepeace_fast.hardware import selftest, tune
-from onepeace_fast.kernels.launch_table import ENVIRONMENT_VARIABLE
+from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
 from onepeace_fast.training import command as training
 
 
@@ -54,16 +54,19 @@ def _parser() -> argparse.ArgumentParser:
             "selftest",
             help="hold every operation on this machine against its specification in float64",
             description="Runs every operation, forward and backward, on the GPU, or on the CPU where there is none, "
-            "and compares its results and every gradient with its specification in float64.",
+            "and compares its results and every gradient with its specification in float64. Where all of them on a GPU "
+            "keep within their tolerances, it times the strategies and writes the GPU's file of measurements, which "
+            f"makes the fused backend automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into "
+            "your configuration.",
         )
     )
     tune.add_arguments(
         commands.add_parser(
             "tune",
             help="measure the kernels' launch parameters on this GPU",
-            description="Times a few launch parameters of every kernel on this GPU and writes the fastest into a "
-            f"file that the kernels read: the one that {ENVIRONMENT_VARIABLE} names, else one in your cache. "
-            "Takes minutes.",
+            description="Times a few launch parameters of every kernel on this GPU and writes those that are faster "
+            "than the rule's into the GPU's file of measurements, after each that it finds: in the folder that "
+            f"{ENVIRONMENT_VARIABLE} names, else in your configuration. Takes minutes.",
         )
     )
     commands.add_parser(

@@ -28,6 +28,7 @@ TRAINING_PACKAGES = {
     "pyyaml": "yaml", "tokenizers": "tokenizers", "tensorboard": "tensorboard", "tqdm": "tqdm",
 }  # fmt: skip
 TRAINING_INSTALL = "pip install 'onepeace_fast[train]'"
+SENDING_IN = "to send its file in, add it to kernels/measured/ by a pull request, or attach it to an issue"
 _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",
     "fused": "packed tokens, by the fused operations",
@@ -57,26 +58,38 @@ def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
 
 def describe() -> str:
     """The whole report; a part that cannot be found out says so in its place."""
-    versions = [
-        ("onepeace_fast", onepeace_fast.__version__),
+    found = versions()
+    shown = [
+        ("onepeace_fast", found["onepeace_fast"]),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", torch.__version__),
-        ("CUDA of torch", _attempt(lambda: torch.version.cuda or "none (a build for CPUs)")),
-        ("Triton", _attempt(_triton_version)),
-        ("NVIDIA driver", _attempt(_driver)),
+        ("torch", found["torch"]),
+        ("CUDA of torch", found["cuda"]),
+        ("Triton", found["triton"]),
+        ("NVIDIA driver", found["driver"]),
         ("GPU", _attempt(_gpu)),
     ]
     parts = [("What", "Here", "Why"), *_backends()]
     parts += [(f"operation {name}", "works", _implementation(name)) for name in OPERATIONS]
     parts += [
         ("Triton kernels", *_triton_kernels()),
-        ("launch parameters", *_launch_parameters()),
+        ("measurements of the GPU", *_measurements()),
         ("CUDA extension", *_cuda_extension()),
         ("torch.compile on a CPU", *_compiler()),
         ("onepeace-fast demo", *_command(DEMO_PACKAGES, DEMO_INSTALL)),
         ("onepeace-fast train", *_command(TRAINING_PACKAGES, TRAINING_INSTALL)),
     ]
-    return f"Versions\n{format_table(versions)}\n\nWhat works here\n{format_table(parts)}"
+    return f"Versions\n{format_table(shown)}\n\nWhat works here\n{format_table(parts)}"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a measurement depends on, for people."""
+    return {
+        "onepeace_fast": onepeace_fast.__version__,
+        "torch": torch.__version__,
+        "cuda": _attempt(lambda: torch.version.cuda or "none (a build for CPUs)"),
+        "triton": _attempt(_triton_version),
+        "driver": _attempt(_driver),
+    }
 
 
 def _attempt(find_out: Callable[[], str]) -> str:
@@ -148,10 +161,25 @@ def _implementation(operation: str) -> str:
     return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
 
 
-def _launch_parameters() -> tuple[str, str]:
-    """Which table the kernels are launched by."""
-    found = _attempt(lambda: importlib.import_module("onepeace_fast.kernels.launch_table").table_in_force())
-    return ("no" if found.startswith("cannot") else "works"), found
+def _measurements() -> tuple[str, str]:
+    """Which file says how this GPU was measured, and what to do where none does."""
+    if not torch.cuda.is_available():
+        return "no", "no GPU"
+    found = _attempt(_measurement)
+    return ("yes" if found.startswith("measured") else "no"), found
+
+
+def _measurement() -> str:
+    from onepeace_fast.kernels.measured import SHIPPED_FOLDER, gpu_name, measured_file, measured_for
+
+    name = gpu_name(torch.device("cuda"))
+    measured, path = measured_for(name), measured_file(name)
+    if measured is None:
+        return f"not measured on this GPU: `{command('selftest')}` measures it; {SENDING_IN}"
+    if not measured.parity:
+        return f"not held against the specification, or not within its tolerance: `{command('selftest')}`; {path}"
+    line = f"measured on {measured.date}, every operation within its tolerance: {path}"
+    return line if path.parent == SHIPPED_FOLDER else f"{line}; {SENDING_IN}"
 
 
 def _triton_kernels() -> tuple[str, str]:

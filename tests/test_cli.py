@@ -9,6 +9,7 @@ import torch
 
 import onepeace_fast
 from onepeace_fast import cli, cuda_extension, info, ops
+from onepeace_fast.kernels import measured as files
 
 
 def row_of(report: str, name: str) -> str:
@@ -83,6 +84,50 @@ def test_info_marks_the_automatic_backend_of_a_cpu(monkeypatch):
     assert "automatic here" in row_of(report, "backend fused")
     assert "automatic here" not in row_of(report, "backend reference")
     assert row_of(report, "GPU").split() == ["GPU", "none"]
+
+
+@pytest.fixture
+def measured_gpu(monkeypatch, tmp_path):
+    """A GPU, and how its file comes to be there: in the user's folder or the shipped one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "A GPU")
+    monkeypatch.setattr(files, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.setenv(files.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    monkeypatch.delenv("ONEPEACE_FAST_BACKEND", raising=False)
+
+    def write(folder: str, parity: bool = True):
+        measured = files.MeasuredGPU("A GPU", "sm_90", {}, "2026-11-28", parity, {}, {})
+        return files.write_measured(measured, tmp_path / folder)
+
+    for cached in (files.measured_for, files._name_of):
+        cached.cache_clear()
+    yield write
+    for cached in (files.measured_for, files._name_of):
+        cached.cache_clear()
+
+
+def test_info_says_of_a_gpu_that_it_was_not_measured_or_in_which_file_and_what_to_do(measured_gpu):
+    def row() -> str:
+        return " ".join(row_of(info.describe(), "measurements of the GPU").split())
+
+    how = "to send its file in, add it to kernels/measured/ by a pull request, or attach it to an issue"
+    report = info.describe()
+    assert "automatic here" in row_of(report, "backend reference")
+    assert "no not measured on this GPU: `" in row() and "selftest` measures it; " + how in row()
+    path = measured_gpu("shipped")
+    assert row().endswith(f"yes measured on 2026-11-28, every operation within its tolerance: {path}")
+    assert "automatic here" in row_of(info.describe(), "backend fused")
+    path = measured_gpu("own")
+    assert row().endswith(f"within its tolerance: {path}; {how}")
+    path = measured_gpu("own", parity=False)
+    assert "no not held against the specification" in row() and row().endswith(str(path))
+    path.write_text("{")
+    files.measured_for.cache_clear()
+    assert f"{path}: " in row() and "delete the file" in row()
+    assert "delete the file" in row_of(info.describe(), "automatic backend")
 
 
 def test_info_shows_a_backend_name_that_does_not_exist_instead_of_failing(monkeypatch):

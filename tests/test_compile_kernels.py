@@ -22,30 +22,58 @@ def compile_kernels(*arguments: str, **environment: str) -> subprocess.Completed
     return subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, text=True, capture_output=True)
 
 
-def counts(output: str) -> list[int]:
-    """Configurations for sm_80 and sm_90, and faults."""
-    line = r"sm_80: (\d+) configurations, sm_90: (\d+) configurations; (\d+) faults"
-    return [int(number) for number in re.fullmatch(line, output.splitlines()[-1]).groups()]
+def counts(output: str) -> tuple[dict[str, int], int]:
+    """Configurations of each GPU, and faults."""
+    line, _, faults = output.splitlines()[-1].rpartition("; ")
+    found = {gpu: int(n) for gpu, n in re.findall(r"(sm_\d+): (\d+) configurations", line)}
+    return found, int(faults.removesuffix(" faults"))
 
 
 @pytest.mark.slow
 def test_every_kernel_of_the_models_width_keeps_within_both_chips():
     result = compile_kernels("--width", "1536")
-    old, new, faults = counts(result.stdout)
-    assert old == new > 0 and faults == 0 and result.returncode == 0, result.stdout + result.stderr
+    found, faults = counts(result.stdout)
+    assert found["sm_80"] == found["sm_90"] > 0 and [*found] == ["sm_80", "sm_90"]
+    assert faults == 0 and result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_the_products_launch_on_cards_with_99_kib_of_shared_memory():
+    result = compile_kernels("--gpu", "sm_89", "--gpu", "sm_120", "--only", "products", "--width", "1536")
+    found, faults = counts(result.stdout)
+    assert found["sm_89"] == found["sm_120"] > 0, result.stdout
+    assert faults == 0 and result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.sweep
-def test_every_shipped_configuration_keeps_within_both_chips():
-    result = compile_kernels()
-    old, new, faults = counts(result.stdout)
-    assert old == new > 0 and faults == 0 and result.returncode == 0, result.stdout + result.stderr
-    from onepeace_fast.kernels.launch_table import SHIPPED
-    from tools.compile_kernels import WIDTHS
+def test_every_configuration_keeps_within_every_chip():
+    from tools.cubin import CHIPS
 
-    for by_width in (sizes for kernel in SHIPPED.values() for gpu in kernel.values() for sizes in gpu.values()):
-        classes = {int(width) for width in by_width}
-        assert {min(block for block in classes if block >= width) for width in WIDTHS} == classes
+    result = compile_kernels()
+    found, faults = counts(result.stdout)
+    assert set(found) == set(CHIPS) and found["sm_80"] == found["sm_90"] > found["sm_89"] > 0
+    assert len({found[gpu] for gpu in ("sm_86", "sm_89", "sm_100", "sm_120")}) == 1
+    assert faults == 0 and result.returncode == 0, result.stdout + result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gpu", ("sm_89", "sm_120"))
+def test_the_launches_over_rows_keep_within_other_chips(gpu):
+    result = compile_kernels("--gpu", gpu, "--only", "rows", "--width", "256", "--width", "6144")
+    found, faults = counts(result.stdout)
+    assert found[gpu] > 0 and faults == 0 and result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_widths_that_are_compiled_have_one_in_each_class_and_every_chip_has_its_products():
+    from onepeace_fast.kernels.launch_heuristic import WIDTHS as CLASSES
+    from onepeace_fast.kernels.launch_heuristic import width_class
+    from tools.compile_kernels import WIDTHS, jobs
+    from tools.cubin import CHIPS, PRODUCT_INSTRUCTIONS
+
+    assert {width_class(width) for width in WIDTHS} == set(CLASSES)
+    assert {job.architecture for job in jobs() if job.part == "products"} == set(CHIPS) == set(PRODUCT_INSTRUCTIONS)
+    rows = {(job.architecture, job.width) for job in jobs() if job.part == "rows"}
+    assert rows == {(gpu, width) for gpu in ("sm_80", "sm_90") for width in WIDTHS}
 
 
 def test_the_interpreter_is_refused_since_it_compiles_nothing():
@@ -53,26 +81,25 @@ def test_the_interpreter_is_refused_since_it_compiles_nothing():
     assert result.returncode == 2 and "TRITON_INTERPRET" in result.stdout and len(result.stdout.splitlines()) == 1
 
 
-def test_each_entry_of_the_table_is_launched_by_a_case(monkeypatch):
-    from onepeace_fast.kernels import grouped_gemm, launch, tile_table
-    from onepeace_fast.kernels.launch_table import SHIPPED
+def test_each_kernel_of_the_heuristic_and_of_the_tiles_is_launched_by_a_case(monkeypatch):
+    from onepeace_fast.kernels import grouped_gemm, launch, launch_heuristic, tile_table
     from tools.compile_kernels import configurations
 
     asked = set()
-    entry, tiles = launch.table_entry, grouped_gemm.tiles_of
-    monkeypatch.setattr(launch, "table_entry", lambda kernel, *rest: asked.add(kernel) or entry(kernel, *rest))
+    entry, tiles = launch.launch_parameters, grouped_gemm.tiles_of
+    monkeypatch.setattr(launch, "launch_parameters", lambda kernel, *rest: asked.add(kernel) or entry(kernel, *rest))
     monkeypatch.setattr(grouped_gemm, "tiles_of", lambda kernel, *rest: asked.add(kernel) or tiles(kernel, *rest))
     configurations("sm_90", 768, torch.bfloat16)
-    assert asked == set(SHIPPED) | set(tile_table.SHIPPED)
+    assert asked == set(launch_heuristic.KERNELS) | set(tile_table.KERNELS)
 
 
-def inspected(kernel, rows: int, width: int, warps: int, **constants: int):
+def inspected(kernel, rows: int, width: int, warps: int, gpu: str = "sm_90", **constants: int):
     """What the check says of a kernel that copies rows in its own way."""
     from onepeace_fast.kernels.launch import Configuration
     from tools.compile_kernels import inspect
 
     x, y = (torch.empty(rows, width) for _ in range(2))
-    return inspect(Configuration(kernel, {"x": x, "y": y}, constants, warps), "sm_90", width, rows)
+    return inspect(Configuration(kernel, {"x": x, "y": y}, constants, warps), gpu, width, rows)
 
 
 @pytest.fixture
@@ -110,11 +137,24 @@ def test_a_matrix_product_without_tensor_cores_or_descriptors_is_a_fault(planted
     assert missing("tf32") == {"no UTMALDG in a matrix product"}
 
 
+@pytest.mark.parametrize("gpu", ("sm_89", "sm_100", "sm_120"))
+def test_each_chip_is_held_to_its_own_instructions_and_shared_memory(planted, gpu):
+    from tools.cubin import PRODUCT_INSTRUCTIONS
+
+    found = inspected(planted.multiply, 64, 64, 4, gpu, SIZE=64, PRECISION="ieee").faults
+    assert {fault for fault in found if "matrix product" in fault} == {
+        f"no {name} in a matrix product" for name in PRODUCT_INSTRUCTIONS[gpu]
+    }
+    most = (227 if gpu == "sm_100" else 99) * 1024
+    big = inspected(planted.transpose, 256, 256, 32, gpu, SIZE=256).faults
+    assert f"shared memory: 262144 bytes, of at most {most}" in big, big
+
+
 def test_a_fault_or_an_empty_architecture_ends_with_code_1_and_one_summary_line(planted, capsys):
     from tools.compile_kernels import report
 
     good, bad = (inspected(planted.copy, 1024, 1024, 4, START=start) for start in (0, 1))
-    old = good._replace(architecture="sm_80")
-    assert report([good, old]) == 0 and counts(capsys.readouterr().out) == [1, 1, 0]
-    assert report([old, bad]) == 1 and counts(capsys.readouterr().out) == [1, 1, 1]
-    assert report([good]) == 1 and counts(capsys.readouterr().out) == [0, 1, 0]
+    old, both = good._replace(architecture="sm_80"), ("sm_80", "sm_90")
+    assert report([good, old], both) == 0 and counts(capsys.readouterr().out) == ({"sm_80": 1, "sm_90": 1}, 0)
+    assert report([old, bad], both) == 1 and counts(capsys.readouterr().out) == ({"sm_80": 1, "sm_90": 1}, 1)
+    assert report([good], both) == 1 and counts(capsys.readouterr().out) == ({"sm_80": 0, "sm_90": 1}, 0)

@@ -9,10 +9,10 @@ pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is n
 
 @pytest.fixture(autouse=True)
 def tiles():
-    from onepeace_fast.kernels.tile_table import use_tiles
+    from onepeace_fast.kernels.tile_table import TileParameters, use_tiles
 
-    tile = {"block_rows": 128, "block_columns": 256, "block_inner": 64, "row_tiles_at_once": 8, "num_warps": 8}
-    with use_tiles({"any": {"sm_90": {**tile, "num_stages": 3, "programs_per_multiprocessor": 1}}}):
+    tile = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
+    with use_tiles({"any": tile}):
         yield
 
 

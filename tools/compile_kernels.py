@@ -1,13 +1,14 @@
 """Compile every kernel for GPUs that need not be there, as each launch would be compiled, and hold it to its limits.
 
-    python -m tools.compile_kernels [--all] [--workers N]
+    python -m tools.compile_kernels [--all] [--workers N] [--width N] [--gpu sm_NN] [--only rows|products]
 
-Each entry of the shipped launch parameters is compiled for every architecture that has one, in each form of
-``onepeace_fast.hardware.cases``, through the operations themselves; nothing is launched. A fault is a spill, more
-registers or shared memory than a program may have, an access to a row tensor of a width that is divisible by 16 which
-is not 16 bytes wide, or a matrix product without the chip's own instructions for it (on sm_90, loads by descriptors
-too). What the tiles of the matrix products come to at one batch is printed as well. This needs a process of its own:
-Triton's interpreter compiles nothing.
+Each launch of the heuristic and each tile is compiled in each form of ``onepeace_fast.hardware.cases``, through the
+operations themselves; nothing is launched. Left to itself it compiles the kernels over rows for sm_80 and sm_90, since
+their launches are the same everywhere, and the matrix products for every GPU that tiles are chosen for. A fault is a
+spill, more registers or shared memory than a program may have, an access to a row tensor of a width that is divisible
+by 16 which is not 16 bytes wide, or a matrix product without the chip's own instructions for it (from sm_90 on, loads
+by descriptors too). What the tiles of the matrix products come to at one batch is printed as well. This needs a process
+of its own: Triton's interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 WIDTHS = (256, 384, 768, 1536, 3072, 6144, 7168, 12288)  # one in each width class of each kernel
-PRODUCT_WIDTHS = (768, 1536)  # the tiles of matrix products are the same for all
+ROW_GPUS = ("sm_80", "sm_90")
+PRODUCT_WIDTHS = (768, 1536)  # the tiles of matrix products are the same for all; other GPUs compile the first
+PARTS = ("rows", "products")
 ROWS = 9500  # a batch of 32 pairs: enough for as many programs as a launch may have
 FULL_ACCESS = 16
 HEADINGS = ("kernel", "GPU", "width", "compiled", "registers", "shared", "programs/SM", "B/element", "faults")
@@ -124,21 +127,20 @@ def _faults(chip: Any, used: Any, warps: int, found: Sequence[Any], sizes: dict[
             yield f"{kind} of {tensor}: {width} bytes wide, not {FULL_ACCESS}"
 
 
-def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
-    """What all operations would launch on a GPU of this architecture, forward and backward."""
+def configurations(architecture: str, width: int, dtype: Any, parts: Sequence[str] = PARTS) -> list[Any]:
+    """What the operations of these parts would launch on a GPU of this architecture, forward and backward."""
     import torch
 
     from onepeace_fast.hardware.cases import empty_tensors, kernel_cases, product_cases
     from onepeace_fast.kernels.launch import recording
-    from onepeace_fast.kernels.launch_table import SHIPPED, use_table
     from onepeace_fast.ops._library import force_kernels
     from tools.cubin import CHIPS
 
     cpu = torch.device("cpu")
     chip = recording(architecture, CHIPS[architecture].multiprocessors)
-    with use_table(SHIPPED), force_kernels(True), chip as found:
-        cases = [*kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)]
-        if width in PRODUCT_WIDTHS and dtype != torch.float32:
+    with force_kernels(True), chip as found:
+        cases = [*kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)] if "rows" in parts else []
+        if "products" in parts:
             cases += product_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)
         for case in cases:
             leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
@@ -148,34 +150,54 @@ def configurations(architecture: str, width: int, dtype: Any) -> list[Any]:
     return found
 
 
-def work(job: tuple[str, int, str]) -> list[Result]:
-    """Compile one width of one dtype for one architecture."""
+class Job(NamedTuple):
+    """What one process compiles."""
+
+    architecture: str
+    width: int
+    dtype: str
+    part: str
+
+
+def work(job: Job) -> list[Result]:
+    """Compile one part at one width of one dtype for one architecture."""
     import torch
 
     torch.set_num_threads(1)
-    architecture, width, dtype = job
     results: dict[str, Result] = {}
-    for configuration in configurations(architecture, width, getattr(torch, dtype)):
-        result = inspect(configuration, architecture, width)
+    for configuration in configurations(job.architecture, job.width, getattr(torch, job.dtype), (job.part,)):
+        result = inspect(configuration, job.architecture, job.width)
         results.setdefault(result.key, result)
     return list(results.values())
 
 
-def jobs(widths: Sequence[int] = WIDTHS) -> list[tuple[str, int, str]]:
-    """Architectures, widths and dtypes; float16 has bfloat16's parameters, and is compiled at one width."""
+def jobs(widths: Sequence[int] = WIDTHS, gpus: Sequence[str] = (), parts: Sequence[str] = PARTS) -> list[Job]:
+    """What is compiled for the GPUs that are named, or without any for all of them.
+
+    float16 is launched as bfloat16 is, and compiled at one width; the tensor cores multiply no float32.
+    """
     from tools.cubin import CHIPS
 
-    chosen = [(width, dtype) for width in reversed(widths) for dtype in ("bfloat16", "float32")]
-    chosen += [(width, "float16") for width in widths if width == 768]
-    return [(architecture, width, dtype) for width, dtype in chosen for architecture in CHIPS]
+    chosen = []
+    for gpu in gpus or CHIPS:
+        full = bool(gpus) or gpu in ROW_GPUS
+        for width in reversed(widths):
+            dtypes = ("bfloat16", "float32", "float16") if width == PRODUCT_WIDTHS[0] else ("bfloat16", "float32")
+            for dtype in dtypes:
+                if full and "rows" in parts:
+                    chosen.append(Job(gpu, width, dtype, "rows"))
+                compiled = width in PRODUCT_WIDTHS if full else width == PRODUCT_WIDTHS[0] and dtype == "bfloat16"
+                if compiled and dtype != "float32" and "products" in parts:
+                    chosen.append(Job(gpu, width, dtype, "products"))
+    return chosen
 
 
-def compile_all(workers: int, widths: Sequence[int] = WIDTHS) -> list[Result]:
-    """Every configuration once, compiled by processes of their own into a folder that is deleted afterwards."""
+def compile_all(workers: int, chosen: Sequence[Job]) -> list[Result]:
+    """Every configuration of the jobs once, compiled by other processes into a folder that is deleted afterwards."""
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            found = {result.key: result for part in pool.imap_unordered(work, jobs(widths)) for result in part}
+            found = {result.key: result for part in pool.imap_unordered(work, chosen) for result in part}
     return sorted(found.values(), key=lambda result: (result.kernel, result.architecture, result.width, result.form))
 
 
@@ -197,20 +219,19 @@ def table(results: Sequence[Result], every: bool) -> list[tuple[str, ...]]:
     return rows
 
 
-def report(results: Sequence[Result], every: bool = False) -> int:
-    """Print the table, each fault, and one line; returns the exit code."""
+def report(results: Sequence[Result], gpus: Sequence[str], every: bool = False) -> int:
+    """Print the table, each fault, and one line; returns the exit code, 1 also where a GPU has no configuration."""
     from onepeace_fast.info import format_table
-    from tools.cubin import CHIPS
     from tools.products import COUNTS, rows
 
     print(format_table(table(results, every), indent=""))
     print(f"\nMatrix products of the routed FFN at {sum(COUNTS)} rows, by their tiles:")
-    print(format_table(list(rows()), indent=""))
+    print(format_table(list(rows(gpus)), indent=""))
     for result in results if not every else ():
         if result.faults:
             print(f"FAULT {result.architecture} width {result.width}, {result.form}: {'; '.join(result.faults)}")
     faults = sum(len(result.faults) for result in results)
-    counts = {name: sum(result.architecture == name for result in results) for name in CHIPS}
+    counts = {name: sum(result.architecture == name for result in results) for name in gpus}
     numbers = ", ".join(f"{name}: {count} configurations" for name, count in counts.items())
     print(f"{numbers}; {faults} faults")
     return 1 if faults or not all(counts.values()) else 0
@@ -218,10 +239,15 @@ def report(results: Sequence[Result], every: bool = False) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, print, and return 0 where there is no fault."""
-    parser = argparse.ArgumentParser(prog="make kernels", description="Compile every kernel for sm_80 and sm_90.")
+    from tools.cubin import CHIPS
+
+    parser = argparse.ArgumentParser(prog="make kernels", description="Compile every kernel for GPUs of every kind.")
     parser.add_argument("--all", action="store_true", help="a row for every configuration")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     parser.add_argument("--width", type=int, action="append", choices=WIDTHS, help="only rows of this width; repeat it")
+    text = "only for this GPU, and every kernel for it; repeat it"
+    parser.add_argument("--gpu", action="append", choices=CHIPS, help=text)
+    parser.add_argument("--only", choices=PARTS, help="only the kernels over rows, or only the matrix products")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("make kernels: got TRITON_INTERPRET=1, takes a process without it: the interpreter compiles nothing")
@@ -231,7 +257,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (reason := kernels.unavailable_reason()) is not None:
         print(f"make kernels: {reason}")
         return 2
-    return report(compile_all(options.workers, options.width or WIDTHS), options.all)
+    chosen = jobs(options.width or WIDTHS, options.gpu or (), (options.only,) if options.only else PARTS)
+    if not chosen:
+        print(f"make kernels: expected a width of {PRODUCT_WIDTHS} for matrix products, got {options.width}")
+        return 2
+    gpus = list(dict.fromkeys(job.architecture for job in chosen))
+    return report(compile_all(options.workers, chosen), gpus, options.all)
 
 
 if __name__ == "__main__":

@@ -31,8 +31,16 @@ class Chip:
         return min(by_registers, by_shared, self.threads // (32 * warps), self.programs)
 
 
-# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors of an A100, an H100.
-CHIPS = {"sm_80": Chip(80, 108, 164 * 1024, 163 * 1024), "sm_90": Chip(90, 132, 228 * 1024, 227 * 1024)}
+# CUDA C++ Programming Guide, "Technical Specifications per Compute Capability"; multiprocessors of an A100, RTX 3090,
+# RTX 4090, H100, B200 and RTX 5090.
+CHIPS = {
+    "sm_80": Chip(80, 108, 164 * 1024, 163 * 1024),
+    "sm_86": Chip(86, 82, 100 * 1024, 99 * 1024, threads=1536, programs=16),
+    "sm_89": Chip(89, 128, 100 * 1024, 99 * 1024, threads=1536, programs=24),
+    "sm_90": Chip(90, 132, 228 * 1024, 227 * 1024),
+    "sm_100": Chip(100, 148, 228 * 1024, 227 * 1024),
+    "sm_120": Chip(120, 170, 100 * 1024, 99 * 1024, threads=1536, programs=24),
+}
 
 
 class Access(NamedTuple):
@@ -70,7 +78,10 @@ def usage(compiled: Any) -> Usage:
 
 
 # Instructions of the tensor cores, and of the loads by descriptors that feed them where there are any.
-PRODUCT_INSTRUCTIONS = {"sm_80": ("HMMA",), "sm_90": ("HGMMA", "UTMALDG")}
+PRODUCT_INSTRUCTIONS = {
+    "sm_80": ("HMMA",), "sm_86": ("HMMA",), "sm_89": ("HMMA",), "sm_90": ("HGMMA", "UTMALDG"),
+    "sm_100": ("UTCHMMA", "UTMALDG"), "sm_120": ("HMMA", "UTMALDG"),
+}  # fmt: skip
 
 
 def missing_instructions(compiled: Any, architecture: str) -> list[str]:

@@ -234,6 +234,14 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
     yield _routed_ffn(batch, width, dtype, make, "fused: gelu_tanh alone", False, **fused, activation="gelu_tanh")
 
 
+def timed_routed_ffn(
+    rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device, strategy: str
+) -> Case:  # fmt: skip
+    """The routed FFN with everything, by one strategy, with the row counts on the host."""
+    batch = Rows(rows, device)
+    return _routed_ffn(batch, width, dtype, make, strategy, strategy=strategy, row_counts=batch.counts)
+
+
 def _routed_ffn(
     batch: Rows, width: int, dtype: torch.dtype, make: Make, variant: str, full: bool = True, of_some: bool = False,
     **settings: Any,

@@ -10,22 +10,35 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from onepeace_fast import cuda_extension, kernels
-from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors, specified_cases
-from onepeace_fast.info import format_table
-from onepeace_fast.kernels.launch import launched
+from onepeace_fast.hardware.cases import (
+    Case,
+    kernel_cases,
+    product_cases,
+    random_tensors,
+    specified_cases,
+    timed_routed_ffn,
+)
+from onepeace_fast.hardware.tune import median_time, unproved
+from onepeace_fast.info import SENDING_IN, format_table
+from onepeace_fast.kernels.launch import architecture_and_multiprocessors, launched
+from onepeace_fast.kernels.measured import gpu_name, measured_for, user_folder, write_measured
+from onepeace_fast.kernels.tile_table import refusal
 from onepeace_fast.ops._library import force_kernels
 from onepeace_fast.tolerance import DTYPES, HALF, compare
 
 CPU = torch.device("cpu")
 SMALL, REAL = ((1, 64), (7, 63), (40, 1536)), ((257, 768), (1000, 6144), (9500, 1536))  # rows, width
 FEW_ROWS = 70
+TIMED = ((1000, 1536), (9500, 1536))  # rows, in ascending order, and width of the strategies
 PRODUCTS = ((70, 64), (1000, 768))  # rows and width of matrix products
 HEADINGS = ("operation", "form", "dtype", "runs", "tensor", "error", "allowed", "ok")
 
@@ -67,10 +80,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Test, print the table and one line.
+    """Test, print the table and one line, and on a GPU write down in its file of measurements what came out.
 
     Returns:
-        0: every comparison is within the rule. 1: one is not. 2: there is no such device.
+        0: every comparison is within the rule. 1: one is not. 2: there is no such device, or its file cannot be read or
+        written; a line says which.
     """
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
@@ -78,16 +92,93 @@ def run(arguments: argparse.Namespace) -> int:
         print(line, file=sys.stderr)
         return 2
     device = torch.device(arguments.device or ("cuda" if gpu else "cpu"))
-    results = list(check(device))
+    try:
+        if device.type == "cuda":
+            device = torch.device("cuda", torch.cuda.current_device())
+            require_supported(device)
+        return _test(device)
+    except OSError as error:
+        print(f"{error.filename or user_folder()}: {error.strerror or error}", file=sys.stderr)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+    return 2
+
+
+def require_supported(device: torch.device) -> None:
+    """Raise ValueError in one line for a GPU that is too old, or one with a damaged file of measurements."""
+    architecture, _ = architecture_and_multiprocessors(device)
+    if (reason := refusal(architecture)) is not None:
+        raise ValueError(f"selftest: {reason}; use the backend reference there")
+    measured_for(gpu_name(device))
+
+
+def _test(device: torch.device) -> int:
+    on_gpu = device.type == "cuda"
+    try:
+        results = list(check(device))
+    except Exception:
+        if on_gpu and (path := withdraw(device)) is not None:
+            print(f"{path} no longer makes the fused backend automatic", file=sys.stderr)
+        raise
     print(format_table([HEADINGS, *(result.row for result in results)], indent=""))
     faults = sum(not result.kept for result in results)
     by_kernel = sum(result.by_kernel for result in results)
-    own = "" if device.type == "cuda" else ", which on a CPU is compared with itself and float64"
+    own = "" if on_gpu else ", which on a CPU is compared with itself and float64"
     print(
         f"selftest on {device}: {len(results)} rows, {by_kernel} by kernels, {len(results) - by_kernel} by the "
         f"specification{own}; {faults} faults"
     )
+    if on_gpu and faults:
+        path = withdraw(device)
+        print("nothing was written" if path is None else f"{path} no longer makes the fused backend automatic")
+    elif on_gpu:
+        path = approve(device)
+        print(f"{path} says so: from now on the fused backend is automatic on {gpu_name(device)}; {SENDING_IN}")
     return 1 if faults else 0
+
+
+def withdraw(device: torch.device) -> Path | None:
+    """Say in the user's file of a GPU that it did not pass, where the file in force says that it did."""
+    measured = measured_for(gpu_name(device))
+    if measured is None or not measured.parity:
+        return None
+    return write_measured(dataclasses.replace(measured, parity=False), user_folder())
+
+
+def approve(device: torch.device) -> Path:
+    """Time the strategies and write the user's file of a GPU that passed; launch parameters stay as they were."""
+    known = measured_for(gpu_name(device)) or unproved(device)
+    fresh = unproved(device)
+    strategies = {**known.strategies, "routed_ffn": timed_strategies(device)}
+    return write_measured(
+        dataclasses.replace(fresh, parity=True, strategies=strategies, launch_parameters=known.launch_parameters),
+        user_folder(),
+    )
+
+
+def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = TIMED) -> list[dict]:
+    """The classes of rows of the routed FFN, each with the strategy that was faster at its shape, in bfloat16."""
+    fastest = []
+    for rows, width in shapes:
+        times = {name: seconds_of_strategy(name, rows, width, device) for name in ("per_modality", "fused")}
+        fastest.append((rows, min(times, key=times.__getitem__)))
+        said = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in times.items())
+        print(f"routed_ffn, forward and backward, {rows} rows of width {width}: {said}")
+    bounds = [math.isqrt(few * many) for (few, _), (many, _) in pairwise(fastest)]
+    classes = [
+        {"width": None, "rows": most, "strategy": name}
+        for most, (_, name) in zip([*bounds, None], fastest, strict=True)
+    ]
+    return [one for one, after in zip(classes, [*classes[1:], None], strict=True)
+            if after is None or after["strategy"] != one["strategy"]]  # fmt: skip
+
+
+def seconds_of_strategy(strategy: str, rows: int, width: int, device: torch.device) -> float:
+    """Median device time of a forward and a backward pass."""
+    case = timed_routed_ffn(rows, width, torch.bfloat16, random_tensors(device), device, strategy)
+    leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
+    incoming = torch.randn_like(case.call(**leaves))
+    return median_time([lambda: torch.autograd.grad(case.call(**leaves), list(leaves.values()), incoming)])
 
 
 def check(device: torch.device) -> Iterator[Result]:

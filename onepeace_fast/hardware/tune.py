@@ -1,18 +1,19 @@
 """What ``onepeace-fast tune`` does: time a few launch parameters of every kernel, and write the fastest down.
 
-Candidates of an entry of the table are itself, half and twice its rows in a block, half and twice its warps, half and
-twice its programs for each multiprocessor, and parameters and sums held in the other place. Each is timed by the median
-device time of calls in turn, over inputs that together are several times the L2 cache.
+Candidates are those of the heuristic, half and twice its rows in a block, half and twice its warps, half and twice its
+programs for each multiprocessor, and parameters and sums held in the other place. Each is timed by the median device
+time of calls in turn, over inputs that together are several times the L2 cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import datetime
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,33 +21,46 @@ from torch import Tensor
 
 from onepeace_fast import kernels
 from onepeace_fast.hardware.cases import Case, empty_tensors, kernel_cases, random_tensors
+from onepeace_fast.info import versions
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
-from onepeace_fast.kernels.launch_table import SHIPPED, Table, measured_path, merged, use_table
+from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDTHS, Parameters, heuristic, width_class
+from onepeace_fast.kernels.launch_parameters import use_launch_parameters
+from onepeace_fast.kernels.measured import MeasuredGPU, gpu_name, measured_for, user_folder, write_measured
 
 ROWS = 9500  # a vision-language batch of 32
 DTYPES = {"2": torch.bfloat16, "4": torch.float32}
-MOST_WARPS, MOST_PROGRAMS = 32, 16
+MOST_ROWS, MOST_WARPS, MOST_PROGRAMS = 64, 32, 16
 L2_MULTIPLE = 3
 CALLS, ROUNDS = 5, 4
-Entry = Mapping[str, Any]
-Timer = Callable[[str, str, int, Table], float]
+Timer = Callable[[str, str, int, Parameters], float]
 
 
 class Measurement(NamedTuple):
-    """An entry of the table, its time, that of the shipped one, in seconds."""
+    """The fastest launch parameters of a kernel for a size of elements and a width, and their time, in seconds."""
 
-    entry: Entry
+    kernel: str
+    size: str
+    width: int
+    parameters: Parameters
     seconds: float
-    shipped_seconds: float
+    heuristic_seconds: float
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the measurement."""
-    parser.add_argument("--output", type=Path, help="where to write the table (default: where the kernels look for it)")
+    text = "only the class of rows of this width; repeat it for more (default: all classes)"
+    parser.add_argument("--width", type=_width, action="append", help=text)
+    parser.add_argument("--minutes", type=float, help="begin no measurement after so many minutes (default: no limit)")
+
+
+def _width(text: str) -> int:
+    if not text.isdigit() or not 1 <= int(text) <= WIDTHS[-1]:
+        raise argparse.ArgumentTypeError(f"expected a width from 1 to {WIDTHS[-1]}, got {text}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure, and write the table.
+    """Measure, and write the GPU's file after each kernel and width.
 
     Returns:
         0: written. 2: there is no GPU, no Triton, no place to write, or a kernel does not run; a line says which.
@@ -55,89 +69,116 @@ def run(arguments: argparse.Namespace) -> int:
         return _stop("tune needs a CUDA device, and torch sees none here")
     if (reason := kernels.unavailable_reason()) is not None:
         return _stop(f"tune needs Triton: {reason}")
-    output = arguments.output or measured_path()
-    architecture, _ = architecture_and_multiprocessors(torch.device("cuda", torch.cuda.current_device()))
-    if output.is_dir():
-        return _stop(f"--output: got the folder {output}, takes a file")
-    draft = output.with_name(f"{output.name}.new")
+    device, stop = torch.device("cuda", torch.cuda.current_device()), None
+    if arguments.minutes is not None:
+        stop = time.monotonic() + 60 * arguments.minutes
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()  # now rather than after minutes of measuring
-        try:
-            draft.write_text(json.dumps(measure(architecture, device_time), indent=1) + "\n", encoding="utf-8")
-            draft.replace(output)
-        finally:
-            draft.unlink(missing_ok=True)
+        measured = measured_for(gpu_name(device)) or unproved(device)
+        path = write_measured(measured, user_folder())  # now rather than after minutes of measuring
+        work = [*todo(arguments.width or WIDTHS)]
+        done = 0
+        for found in measure(work, device_time, stop):
+            measured = with_measurement(measured, found)
+            write_measured(measured, user_folder())
+            done += 1
     except OSError as error:
-        return _stop(f"{error.filename or output}: {error.strerror or error}")
-    except RuntimeError as error:
+        return _stop(f"{error.filename or user_folder()}: {error.strerror or error}")
+    except (RuntimeError, ValueError) as error:
         return _stop(f"tune: {error}")
-    print(f"{output} has the launch parameters of {architecture}; `onepeace-fast info` says which table is in force")
+    rest = "" if done == len(work) else f", {len(work) - done} were left out as --minutes says"
+    print(f"{path} has the launch parameters of {measured.name}: {done} measured{rest}")
+    if not measured.parity:
+        print("the fused backend is automatic once `onepeace-fast selftest` has passed")
     return 0
 
 
-def candidates(entry: Entry) -> Iterator[Entry]:
-    """What is tried in place of an entry, itself first."""
-    yield dict(entry)
-    bounds = {"block_rows": 64, "num_warps": MOST_WARPS, "programs_per_multiprocessor": MOST_PROGRAMS}
+def unproved(device: torch.device) -> MeasuredGPU:
+    """The file of a GPU of which nothing is known yet."""
+    architecture, _ = architecture_and_multiprocessors(device)
+    today = datetime.date.today().isoformat()
+    return MeasuredGPU(gpu_name(device), architecture, versions(), today, False, {}, {})
+
+
+def with_measurement(measured: MeasuredGPU, found: Measurement) -> MeasuredGPU:
+    """With these launch parameters in place of earlier ones; what the heuristic says by itself is left out."""
+    table = {
+        kernel: {size: dict(by_width) for size, by_width in by_size.items()}
+        for kernel, by_size in measured.launch_parameters.items()
+    }
+    by_width = table.setdefault(found.kernel, {}).setdefault(found.size, {})
+    by_width.pop(str(found.parameters.block_width), None)
+    if found.parameters != heuristic(found.kernel, found.width):
+        by_width[str(found.parameters.block_width)] = entry_of(found.parameters)
+    table = {
+        kernel: sizes
+        for kernel, by_size in table.items()
+        if (sizes := {size: entries for size, entries in by_size.items() if entries})
+    }
+    return dataclasses.replace(measured, launch_parameters=table)
+
+
+def entry_of(parameters: Parameters) -> dict[str, Any]:
+    """As the file holds them: without the class, and without what is left as it is."""
+    defaults = Parameters._field_defaults
+    given = parameters._asdict().items()
+    return {name: value for name, value in given if name != "block_width" and (name, value) not in defaults.items()}
+
+
+def todo(widths: Sequence[int]) -> Iterator[tuple[str, str, int]]:
+    """Kernels, sizes of elements and widths to measure: of each class the widest that was asked for."""
+    classes = {width_class(width): width for width in sorted(widths)}
+    for kernel in KERNELS:
+        for size in DTYPES:
+            yield from ((kernel, size, width) for width in classes.values())
+
+
+def candidates(parameters: Parameters) -> Iterator[Parameters]:
+    """What is tried in place of launch parameters, these first."""
+    yield parameters
+    bounds = {"block_rows": MOST_ROWS, "num_warps": MOST_WARPS, "programs_per_multiprocessor": MOST_PROGRAMS}
     for name, most in bounds.items():
-        if entry[name] is not None:
-            yield from ({**entry, name: n} for n in (entry[name] // 2, entry[name] * 2) if 1 <= n <= most)
-    yield {**entry, "held_in": "registers" if entry.get("held_in") == "memory" else "memory"}
+        if (now := getattr(parameters, name)) is not None:
+            yield from (parameters._replace(**{name: n}) for n in (now // 2, now * 2) if 1 <= n <= most)
+    yield parameters._replace(held_in="registers" if parameters.held_in == "memory" else "memory")
 
 
-def with_entry(table: Table, path: tuple[str, str, str, str], entry: Entry) -> Table:
-    """A table with another entry at (kernel, architecture, bytes of an element, width class)."""
-    kernel, architecture, size, width = path
-    return merged(table, {kernel: {architecture: {size: {width: dict(entry)}}}})
+def measure(
+    work: Sequence[tuple[str, str, int]], timer: Timer, stop: float | None = None, say: Callable[[str], None] = print
+) -> Iterator[Measurement]:
+    """The fastest candidate for every kernel, size and width, until ``stop`` by the monotonic clock.
 
-
-def measure(architecture: str, time: Timer, say: Callable[[str], None] = print) -> Table:
-    """The fastest candidate for every entry of the table on this architecture, in a table of that architecture alone.
-
-    ``time`` gives the seconds of a kernel, for a size of elements and a width, by a table; a candidate that cannot be
-    launched raises RuntimeError.
+    ``timer`` gives the seconds of a kernel, for a size of elements and a width, by launch parameters; a candidate that
+    cannot be launched raises RuntimeError.
     """
-    result: Table = {}
-    for kernel, by_architecture in SHIPPED.items():
-        by_size = next(iter(by_architecture.values()))
-        for size, by_width in by_size.items():
-            for width in by_width:
-                path = (kernel, architecture, size, width)
-                best = _fastest(path, time)
-                result.setdefault(kernel, {}).setdefault(architecture, {}).setdefault(size, {})[width] = best.entry
-                gain = best.shipped_seconds / best.seconds
-                say(f"{kernel}, {size} bytes, width {width}: {1e6 * best.seconds:.1f} us, {gain:.2f}x, {best.entry}")
-    return result
+    for kernel, size, width in work:
+        if stop is not None and time.monotonic() >= stop:
+            return
+        best = _fastest(kernel, size, width, timer)
+        gain = best.heuristic_seconds / best.seconds
+        say(f"{kernel}, {size} bytes, width {width}: {1e6 * best.seconds:.1f} us, {gain:.2f}x, {best.parameters}")
+        yield best
 
 
-def _fastest(path: tuple[str, str, str, str], time: Timer) -> Measurement:
-    kernel, architecture, size, width = path
-    shipped = _shipped_entry(path)
-    times: list[tuple[float, Entry]] = []
-    for entry in candidates(shipped):
+def _fastest(kernel: str, size: str, width: int, timer: Timer) -> Measurement:
+    times: list[tuple[float, Parameters]] = []
+    for parameters in candidates(heuristic(kernel, width)):
         try:
-            times.append((time(kernel, size, int(width), with_entry(SHIPPED, path, entry)), entry))
+            times.append((timer(kernel, size, width, parameters), parameters))
         except RuntimeError as error:
             if not times:
-                raise RuntimeError(f"{kernel}: the shipped launch parameters do not run on {architecture}") from error
-    seconds, entry = min(times, key=lambda found: found[0])
-    return Measurement(entry, seconds, times[0][0])
+                raise RuntimeError(f"{kernel}: the heuristic's launch parameters do not run: {error}") from error
+    seconds, parameters = min(times, key=lambda found: found[0])
+    return Measurement(kernel, size, width, parameters, seconds, times[0][0])
 
 
-def _shipped_entry(path: tuple[str, str, str, str]) -> Entry:
-    kernel, architecture, size, width = path
-    return merged(SHIPPED, {kernel: {architecture: {}}})[kernel][architecture][size][width]
-
-
-def device_time(kernel: str, size: str, width: int, table: Table) -> float:
+def device_time(kernel: str, size: str, width: int, parameters: Parameters) -> float:
     """Median device time of a kernel's case, forward or backward, in seconds."""
     device = torch.device("cuda", torch.cuda.current_device())
     from triton.errors import TritonError
 
     try:
-        with use_table(table):
-            return _median_time(list(rotated_calls(kernel, DTYPES[size], width, device)))
+        with use_launch_parameters(kernel, parameters):
+            return median_time(list(rotated_calls(kernel, DTYPES[size], width, device)))
     except TritonError as error:  # more shared memory or registers than there are
         raise RuntimeError(str(error)) from error
 
@@ -175,7 +216,7 @@ def _backward_call(case: Case) -> Callable[[], object]:
     return lambda: torch.autograd.grad(outputs, list(leaves.values()), incoming, retain_graph=True)
 
 
-def _median_time(calls: Sequence[Callable[[], object]]) -> float:
+def median_time(calls: Sequence[Callable[[], object]]) -> float:
     """Each call by its events; the device waits until the calls of a round are queued, so that it never waits later."""
     times = []
     for turn in range(ROUNDS + 1):  # the first compiles and warms up

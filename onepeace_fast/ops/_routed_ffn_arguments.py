@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +11,8 @@ from torch import Tensor
 
 from onepeace_fast import kernels
 from onepeace_fast.checks import describe, require, require_device, require_vector
+from onepeace_fast.kernels.launch import architecture_and_multiprocessors
+from onepeace_fast.kernels.tile_table import refusal
 from onepeace_fast.ops._library import (
     MAX_WIDTH,
     check_routing,
@@ -85,14 +89,22 @@ def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: t
     )
 
 
-def chosen_strategy(strategy: str | None, z: Tensor, hidden: int, groups: int) -> str:
-    """The strategy that was asked for, if it can run; for None what the table says of this GPU and that can run."""
+def chosen_strategy(
+    strategy: str | None, z: Tensor, hidden: int, groups: int, row_counts: Sequence[int]
+) -> str:  # fmt: skip
+    """The strategy that was asked for, if it can run; for None what was measured on this GPU and that can run.
+
+    On a GPU without ``row_counts`` that is "fused", the one that reads no offsets on the host.
+    """
     has_kernels = z.is_cuda or kernels_forced() or (kernels.INTERPRETED and z.device.type == "cpu")
     if strategy is None:
         if not has_kernels or z.dtype == torch.float64:
             return "specification"
-        measured = strategy_for("routed_ffn", z.device, z.shape[0])
-        return "per_modality" if measured == "fused" and _untaken_by_tiles(z, hidden, groups) else measured
+        reason = _untaken_by_tiles(z, hidden, groups)
+        if z.is_cuda and not row_counts:
+            return "fused" if reason is None else _by_host(reason)
+        measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
+        return "per_modality" if measured == "fused" and reason else measured
     require(
         strategy in STRATEGIES, lambda: f"strategy: got {strategy!r}, takes one of {', '.join(STRATEGIES)}, or None"
     )
@@ -107,6 +119,22 @@ def chosen_strategy(strategy: str | None, z: Tensor, hidden: int, groups: int) -
     return strategy
 
 
+def _by_host(reason: str) -> str:
+    """ "per_modality", which reads offsets on the host; said once, and refused where a graph is captured."""
+    if not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(f"row_counts: expected the plan's inside a graph capture, got none; {reason}")
+        _warn_of_host_read(reason)
+    return "per_modality"
+
+
+@functools.cache
+def _warn_of_host_read(reason: str) -> None:
+    warnings.warn(
+        f"row_counts: got none, so that every call waits to read the offsets on the host; {reason}", stacklevel=5
+    )
+
+
 def _untaken_by_tiles(z: Tensor, hidden: int, groups: int) -> str | None:
     """Why grouped products cannot take these tensors, in one line."""
     multiple = TILE_ALIGNMENT // z.element_size()
@@ -116,9 +144,18 @@ def _untaken_by_tiles(z: Tensor, hidden: int, groups: int) -> str | None:
                 f"{name}: got {columns} {'columns' if name == 'z' else 'hidden columns'}, takes a multiple of "
                 f"{multiple} with strategy 'fused' in {str(z.dtype).removeprefix('torch.')}; use 'per_modality'"
             )
+    if z.is_cuda and (reason := _refused_by(z.device)) is not None:
+        return f"z: {reason} with strategy 'fused'; use 'per_modality'"
     half = z.dtype in (torch.float16, torch.bfloat16)
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
         return f"z: got {describe(z)}, takes float16 or bfloat16 with strategy 'fused'; use 'per_modality'"
     if groups > MAX_MODALITIES:
         return f"offsets: got {groups} modalities, takes at most {MAX_MODALITIES} with strategy 'fused'"
     return None
+
+
+def _refused_by(device: torch.device) -> str | None:
+    return refusal(architecture_and_multiprocessors(device)[0])
+
+
+_refused_by._dynamo_marked_constant = True  # what a GPU is does not change: torch.compile need not trace the question

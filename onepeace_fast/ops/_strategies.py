@@ -1,39 +1,36 @@
-"""Which way an operation is computed on a GPU where it has several: a table kept as data, no tuning on first use.
-
-``strategies.json`` holds, by operation and by the GPU's name as PyTorch gives it, classes of rows in ascending order,
-``{"rows": most, "strategy": name}``, the last without a limit, ``"rows": null``. A GPU that is not in it was never
-measured: there the vendor's products are trusted.
-"""
+"""Which way an operation is computed on a GPU where it has several: as was measured on it, never tuned on first use."""
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
 
+from onepeace_fast.kernels.measured import first_class, gpu_name, measured_file, measured_for
+
 STRATEGIES = ("fused", "per_modality", "specification")
-UNMEASURED = "per_modality"
-MEASURED: dict[str, dict[str, list[dict[str, Any]]]] = json.loads(
-    Path(__file__).with_name("strategies.json").read_text(encoding="utf-8")
-)
+UNMEASURED = "per_modality"  # the vendor's products are trusted
 
 
-@functools.cache
-def _gpu_name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
+def measured_classes(operation: str, device: torch.device) -> tuple[tuple[int | None, int | None, str], ...]:
+    """The classes of shapes of an operation that were measured on this GPU: (most columns, most rows, strategy).
+
+    Raises:
+        ValueError: the GPU's file is damaged, or names a strategy that there is not.
+    """
+    name = gpu_name(device)
+    classes = measured.classes(operation) if (measured := measured_for(name)) is not None else ()
+    if unknown := {strategy for _, _, strategy in classes} - set(STRATEGIES):
+        raise ValueError(
+            f"{measured_file(name)}: expected strategies of {', '.join(STRATEGIES)}, got {', '.join(sorted(unknown))}; "
+            "delete the file and run `onepeace-fast selftest` again"
+        )
+    return classes
 
 
-def gpu_name(device: torch.device) -> str:
-    """The GPU's name; that of no GPU is empty."""
-    return _gpu_name(device.index) if device.type == "cuda" and torch.cuda.is_available() else ""
+# What torch.compiler.assume_constant_result sets, without the seconds that an import of Dynamo takes: it does not
+# trace the reading of a file.
+measured_classes._dynamo_marked_constant = True
 
 
-def strategy_for(operation: str, device: torch.device, rows: int) -> str:
-    """The strategy that was fastest on such a GPU for so many rows."""
-    for entry in MEASURED[operation].get(gpu_name(device), ()):
-        if entry["rows"] is None or rows <= entry["rows"]:
-            return entry["strategy"]
-    return UNMEASURED
+def strategy_for(operation: str, device: torch.device, rows: int, width: int) -> str:
+    """The strategy that was fastest on such a GPU for so many rows of this width."""
+    return first_class(measured_classes(operation, device), rows, width) or UNMEASURED

@@ -294,7 +294,8 @@ def routed_ffn(
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
         strategy: "fused" (products of all modalities in one launch, and all else inside them), "per_modality" (a vendor
             product for each, a kernel between them) or "specification"; None: what was measured to be the fastest on
-            this GPU. A CPU runs the specification.
+            this GPU, "per_modality" where nothing was, and "fused" on a GPU without ``row_counts``, where it takes z.
+            A CPU runs the specification.
         fold_norm: in the fused strategy, apply the Sub-LayerNorm behind the output product; False applies it before, by
             a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
             which is not finite beyond 65504. Where a row of h has a mean far above its deviation the fold loses digits:
@@ -314,7 +315,7 @@ def routed_ffn(
         w0, w1, w2, b2 = ([tensor.to(dtype) for tensor in tensors] for tensors in (w0, w1, w2, b2))
     lists = {"w0": w0, "w1": w1, "norm_weight": norm_weight, "norm_bias": norm_bias, "w2": w2, "b2": b2}
     check(z, lists, has_gate, offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps)
-    strategy = chosen_strategy(strategy, z, w0[0].shape[0], len(w0))
+    strategy = chosen_strategy(strategy, z, w0[0].shape[0], len(w0), row_counts)
     fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
     leaves = (z, *(parameter for group in lists.values() for parameter in group), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)

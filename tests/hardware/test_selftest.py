@@ -8,9 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from onepeace_fast import cli, info
-from onepeace_fast.hardware import selftest
+from onepeace_fast import backend, cli, info, routed_ffn
+from onepeace_fast.hardware import cases, selftest, tune
 from onepeace_fast.hardware.cases import Case
+from onepeace_fast.kernels import measured as files
 from onepeace_fast.tolerance import DTYPES
 
 
@@ -40,14 +41,14 @@ def test_a_wrong_gradient_is_a_fault_with_code_1(monkeypatch, capsys):
         def backward(ctx, grad):
             return 1.2 * grad
 
-    def cases(rows, width, dtype, make, device):
+    def two_cases(rows, width, dtype, make, device):
         right = len(made) % 2 == 0
         made.append(device)
         yield Case("copy", "plain", torch.clone if right else Wrong.apply, {"x": make(rows, width, dtype=dtype)})
 
     made = []
     monkeypatch.setattr(selftest, "SMALL", ((7, 64),))
-    monkeypatch.setattr(selftest, "kernel_cases", cases)
+    monkeypatch.setattr(selftest, "kernel_cases", two_cases)
     monkeypatch.setattr(selftest, "specified_cases", lambda *_: iter(()))
     assert cli.main(["selftest", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
@@ -80,3 +81,132 @@ def test_in_the_interpreter_the_kernels_are_tested():
         "residual_layer_norm",
         "gated_sub_ln",
     }
+
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def gpu(monkeypatch, tmp_path):
+    """A GPU on which every comparison is kept, or not, and on which "fused" takes the time that is set."""
+    state = {"error": 1.0, "architecture": "sm_90", "fused": 1.0}
+
+    def rows(device):
+        assert device == GPU
+        if isinstance(state["error"], Exception):
+            raise state["error"]
+        yield selftest.Result("layer_norm", "plain", torch.float32, True, "out0", state["error"], 2.0)
+
+    def seconds(strategy, rows, width, device):
+        return 1e-3 * rows if strategy == "per_modality" else state["fused"] * (1e-3 * rows + 1e-3)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for module in (selftest, tune):
+        monkeypatch.setattr(module, "architecture_and_multiprocessors", lambda device: (state["architecture"], 132))
+        monkeypatch.setattr(module, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(backend, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(selftest, "check", rows)
+    monkeypatch.setattr(selftest, "seconds_of_strategy", seconds)
+    monkeypatch.setenv(files.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    monkeypatch.setattr(files, "SHIPPED_FOLDER", tmp_path / "shipped")
+    monkeypatch.delenv(backend.ENVIRONMENT_VARIABLE, raising=False)
+    files.measured_for.cache_clear()
+    yield state
+    files.measured_for.cache_clear()
+
+
+def test_a_gpu_that_passes_gets_its_file_and_the_fused_backend(gpu, tmp_path, capsys):
+    assert backend.resolve_backend(None, GPU) == "reference"
+    assert cli.main(["selftest"]) == 0
+    assert backend.resolve_backend(None, GPU) == "fused"
+    path = tmp_path / "own" / "a_gpu.json"
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith(f"{path} says so: from now on the fused backend is automatic on A GPU; to send its file in")
+    measured = files.measured_for("A GPU")
+    assert (measured.name, measured.architecture, measured.parity) == ("A GPU", "sm_90", True)
+    assert set(measured.versions) == {"torch", "triton", "cuda", "driver", "onepeace_fast"}
+    assert measured.strategies == {"routed_ffn": [{"width": None, "rows": None, "strategy": "per_modality"}]}
+
+
+def test_the_strategy_of_each_class_of_rows_is_the_faster_one_there(gpu):
+    gpu["fused"] = 0.9995  # 1 ms more at any size: slower for few rows, faster for many
+    shapes = ((1000, 1536), (4000, 1536))
+    assert selftest.timed_strategies(GPU, shapes) == [
+        {"width": None, "rows": 2000, "strategy": "per_modality"}, {"width": None, "rows": None, "strategy": "fused"},
+    ]  # fmt: skip
+    assert tuple(sorted(selftest.TIMED)) == selftest.TIMED
+
+
+def test_launch_parameters_and_other_operations_strategies_stay(gpu):
+    launches = {"layer_norm": {"2": {"1024": {"block_rows": 2, "num_warps": 4, "programs_per_multiprocessor": 1}}}}
+    others = {"another": [{"strategy": "fused"}]}
+    before = files.MeasuredGPU("A GPU", "sm_90", {}, "2026-01-01", False, others, launches)
+    files.write_measured(before, files.user_folder())
+    assert cli.main(["selftest"]) == 0
+    after = files.measured_for("A GPU")
+    assert after.launch_parameters == launches and set(after.strategies) == {"another", "routed_ffn"}
+    assert after.parity and after.date > before.date
+
+
+@pytest.mark.parametrize("error", [3.0, float("nan"), RuntimeError("an illegal memory access was encountered")])
+@pytest.mark.parametrize("folder", ["own", "shipped", None])
+def test_a_gpu_that_fails_gets_no_file_and_loses_what_an_older_one_said(gpu, tmp_path, capsys, error, folder):
+    if folder:
+        passed = files.MeasuredGPU("A GPU", "sm_90", {}, "2026-01-01", True, {}, {})
+        files.write_measured(passed, tmp_path / folder)
+        assert backend.resolve_backend(None, GPU) == "fused"
+    gpu["error"] = error
+    if isinstance(error, Exception):
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            cli.main(["selftest"])
+    else:
+        assert cli.main(["selftest"]) == 1
+    assert backend.resolve_backend(None, GPU) == "reference"
+    said, path = capsys.readouterr(), tmp_path / "own" / "a_gpu.json"
+    assert path.exists() == bool(folder)
+    assert (f"{path} no longer makes the fused backend automatic" in said.out + said.err) == bool(folder)
+
+
+def test_a_gpu_that_is_too_old_or_has_a_damaged_file_is_one_line_and_code_2(gpu, tmp_path, capsys):
+    gpu["architecture"] = "sm_75"
+    assert cli.main(["selftest"]) == 2
+    assert "expected a GPU of sm_80 or later, got sm_75" in (line := capsys.readouterr().err)
+    assert len(line.splitlines()) == 1
+    gpu["architecture"] = "sm_80"
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a_gpu.json").write_text("{")
+    assert cli.main(["selftest"]) == 2
+    assert "a_gpu.json: " in (line := capsys.readouterr().err) and len(line.splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_written_is_one_line_and_code_2(gpu, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(files.ENVIRONMENT_VARIABLE, str(tmp_path / "file"))
+    assert cli.main(["selftest"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_a_cpu_writes_nothing(results, tmp_path, monkeypatch):
+    monkeypatch.setenv(files.ENVIRONMENT_VARIABLE, str(tmp_path / "own"))
+    monkeypatch.setattr(selftest, "check", lambda device: iter(()))
+    assert cli.main(["selftest", "--device", "cpu"]) == 0 and not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("strategy", ["fused", "per_modality"])
+def test_both_strategies_are_timed_forward_and_backward_with_the_counts_on_the_host(monkeypatch, strategy):
+    seen = []
+
+    def launched(z, *arguments, row_counts, **how):
+        seen.append((how["strategy"], row_counts))
+        return routed_ffn(z, *arguments, row_counts=row_counts, **{**how, "strategy": None})
+
+    def once(calls):
+        (call,) = calls
+        assert len(call()) > 10
+        return 1.5
+
+    monkeypatch.setattr(cases, "routed_ffn", launched)
+    monkeypatch.setattr(selftest, "median_time", once)
+    assert selftest.seconds_of_strategy(strategy, 40, 16, torch.device("cpu")) == 1.5
+    assert seen == [(strategy, [12, 0, 25])] * 2

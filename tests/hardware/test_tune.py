@@ -1,69 +1,89 @@
 """``onepeace-fast tune`` without a GPU: which candidates it tries, what it keeps, and the file that it writes."""
 
-import json
+import dataclasses
+import time
 
 import pytest
 import torch
 
 from onepeace_fast import cli
 from onepeace_fast.hardware import tune
-from onepeace_fast.kernels import launch_table
-from onepeace_fast.kernels.launch_table import SHIPPED
+from onepeace_fast.kernels import measured as files
+from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDTHS, Parameters, heuristic
+from onepeace_fast.kernels.measured import MeasuredGPU, measured_for, write_measured
 
 KERNEL = "layer_norm_backward"
+MINE = heuristic(KERNEL, 1024)
+KNOWN = MeasuredGPU(
+    "A GPU", "sm_120", {}, "2026-11-28", True, {"routed_ffn": [{"strategy": "fused"}]},
+    {KERNEL: {"2": {"1024": {"block_rows": 1, "num_warps": 1, "programs_per_multiprocessor": 1}}}},
+)  # fmt: skip
 
 
-@pytest.fixture
-def one_entry(monkeypatch):
-    """The shipped table with one kernel and one entry."""
-    entry = {"block_rows": 4, "num_warps": 8, "programs_per_multiprocessor": 2}
-    table = {KERNEL: {"sm_80": {"2": {"1024": entry}}}}
-    monkeypatch.setattr(tune, "SHIPPED", table)
-    return entry
-
-
-def test_candidates_are_the_entry_and_its_neighbours_within_what_a_gpu_can_run(one_entry):
-    tried = list(tune.candidates(one_entry))
-    assert tried[0] == one_entry and len(tried) == 8
+def test_candidates_are_the_launch_and_its_neighbours_within_what_a_gpu_can_run():
+    tried = list(tune.candidates(MINE))
+    assert tried[0] == MINE and len(tried) == 8
     for other in tried[1:]:
-        (changed,) = {name for name in other if other[name] != one_entry.get(name)}
-        assert changed == "held_in" or other[changed] in (one_entry[changed] // 2, one_entry[changed] * 2)
-    widest = {"block_rows": 1, "num_warps": 32, "programs_per_multiprocessor": None, "held_in": "memory"}
-    assert [
-        {**widest, **change} for change in ({}, {"block_rows": 2}, {"num_warps": 16}, {"held_in": "registers"})
-    ] == [*tune.candidates(widest)]
+        (changed,) = {name for name in MINE._fields if getattr(other, name) != getattr(MINE, name)}
+        now = getattr(other, changed)
+        assert changed == "held_in" or now in (getattr(MINE, changed) // 2, getattr(MINE, changed) * 2)
+    widest = Parameters(1024, 1, 32, None, "memory")
+    changes = ({}, {"block_rows": 2}, {"num_warps": 16}, {"held_in": "registers"})
+    assert [widest._replace(**change) for change in changes] == [*tune.candidates(widest)]
 
 
-def test_the_fastest_candidate_is_kept_for_this_architecture_alone(one_entry):
+def test_every_class_of_every_kernel_is_measured_or_those_of_the_widths_that_were_asked_for():
+    assert len([*tune.todo(WIDTHS)]) == len(KERNELS) * 2 * len(WIDTHS)
+    asked = [*tune.todo([1536, 1100, 768])]
+    assert len(asked) == len(KERNELS) * 2 * 2 and {width for _, _, width in asked} == {768, 1536}
+
+
+def test_the_fastest_candidate_is_kept():
     asked, lines = [], []
 
-    def time(kernel, size, width, table):
-        entry = table[kernel]["sm_120"][size][str(width)]
+    def timer(kernel, size, width, parameters):
         asked.append((kernel, size, width))
-        return 1e-6 if entry["num_warps"] == 4 else 2e-6
+        return 1e-6 if parameters.num_warps == 4 else 2e-6
 
-    assert tune.measure("sm_120", time, lines.append) == {
-        KERNEL: {"sm_120": {"2": {"1024": {**one_entry, "num_warps": 4}}}}
-    }
-    assert set(asked) == {(KERNEL, "2", 1024)} and len(asked) == 8
+    (found,) = tune.measure([(KERNEL, "2", 1000)], timer, say=lines.append)
+    assert found.parameters == MINE._replace(num_warps=4) and found.width == 1000
+    assert set(asked) == {(KERNEL, "2", 1000)} and len(asked) == 8
     assert "1.0 us, 2.00x" in lines[0]
 
 
-def test_a_candidate_that_cannot_run_is_left_out_and_a_shipped_one_that_cannot_is_an_error(one_entry):
-    def only_shipped(kernel, size, width, table):
-        if table[kernel]["sm_90"][size][str(width)] != one_entry:
+def test_a_candidate_that_cannot_run_is_left_out_and_a_heuristic_that_cannot_is_an_error():
+    def only_mine(kernel, size, width, parameters):
+        if parameters != MINE:
             raise RuntimeError("out of resources")
         return 1e-6
 
-    measured = tune.measure("sm_90", only_shipped, lambda line: None)
-    assert measured[KERNEL]["sm_90"]["2"]["1024"] == one_entry
-    with pytest.raises(RuntimeError, match=f"{KERNEL}: the shipped launch parameters do not run on sm_90"):
-        tune.measure("sm_90", lambda *_: (_ for _ in ()).throw(RuntimeError("out of resources")), lambda line: None)
+    (found,) = tune.measure([(KERNEL, "2", 1024)], only_mine, say=lambda line: None)
+    assert found.parameters == MINE
+    with pytest.raises(RuntimeError, match=f"{KERNEL}: the heuristic's launch parameters do not run: out of resources"):
+        [*tune.measure([(KERNEL, "2", 1024)], lambda *_: only_mine(KERNEL, "2", 1024, None), say=lambda line: None)]
 
 
-def test_every_entry_of_the_shipped_table_has_a_case_that_times_it():
+def test_nothing_is_begun_after_the_deadline():
+    work = [(KERNEL, "2", width) for width in WIDTHS]
+    assert not [*tune.measure(work, lambda *_: 1e-6, stop=time.monotonic(), say=lambda line: None)]
+    later = tune.measure(work, lambda *_: 1e-6, stop=time.monotonic() + 3600, say=lambda line: None)
+    assert len([*later]) == len(work)
+
+
+def test_only_what_differs_from_the_heuristic_is_written_and_replaces_what_was_there():
+    found = tune.Measurement(KERNEL, "2", 1024, MINE._replace(num_warps=4, held_in="memory"), 1e-6, 2e-6)
+    wide = found._replace(size="4", width=1500, parameters=heuristic(KERNEL, 1500)._replace(block_rows=1))
+    both = tune.with_measurement(tune.with_measurement(KNOWN, found), wide)
+    assert both == dataclasses.replace(KNOWN, launch_parameters=both.launch_parameters)
+    assert both.parameters(KERNEL, 2, 1024) == found.parameters and both.parameters(KERNEL, 4, 1500) == wide.parameters
+    assert "parts" not in both.launch_parameters[KERNEL]["2"]["1024"]
+    assert tune.with_measurement(KNOWN, found._replace(parameters=MINE)).launch_parameters == {}
+    assert KNOWN.launch_parameters[KERNEL]["2"]["1024"]["num_warps"] == 1, "the file that was read is left alone"
+
+
+def test_every_kernel_has_a_case_that_times_it():
     make = tune.empty_tensors(torch.device("meta"))
-    for kernel in SHIPPED:
+    for kernel in KERNELS:
         assert kernel in tune.case_of(kernel, 256, torch.bfloat16, make, torch.device("cpu")).entries
 
 
@@ -85,45 +105,73 @@ def test_without_a_gpu_one_line_says_so_with_code_2(monkeypatch, capsys):
     assert capsys.readouterr().err == "tune needs a CUDA device, and torch sees none here\n"
 
 
+@pytest.mark.parametrize("width", ["0", "20000", "wide"])
+def test_a_width_that_no_kernel_takes_is_refused(width, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["tune", "--width", width])
+    assert f"expected a width from 1 to {WIDTHS[-1]}, got {width}" in capsys.readouterr().err
+
+
 @pytest.fixture
-def gpu(monkeypatch, one_entry):
-    """A GPU of an architecture that no table has, whose shipped launch parameters are the fastest."""
+def gpu(monkeypatch, tmp_path):
+    """A GPU that was not measured, on which twice the rows of the heuristic's are the fastest; the user's folder."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tune.kernels, "unavailable_reason", lambda: None)
     monkeypatch.setattr(tune, "architecture_and_multiprocessors", lambda device: ("sm_120", 170))
-    monkeypatch.setattr(tune, "device_time", lambda *_: 1e-6)
-    return one_entry
+    monkeypatch.setattr(tune, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(tune, "device_time", lambda kernel, size, width, parameters: 1e-6 / parameters.block_rows)
+    monkeypatch.setenv(files.ENVIRONMENT_VARIABLE, str(tmp_path / "new"))
+    measured_for.cache_clear()
+    yield tmp_path / "new"
+    measured_for.cache_clear()
 
 
-def test_the_table_goes_where_the_kernels_look_for_it_and_they_read_it(monkeypatch, tmp_path, gpu):
-    path = tmp_path / "new" / "table.json"
-    monkeypatch.setenv(launch_table.ENVIRONMENT_VARIABLE, str(path))
-    assert cli.main(["tune"]) == 0
-    assert [*path.parent.iterdir()] == [path]
-    assert json.loads(path.read_text()) == {KERNEL: {"sm_120": {"2": {"1024": gpu}}}}
-    launch_table._measured.cache_clear()
-    try:
-        assert launch_table.table_in_force() == f"measured here: {path}"
-    finally:
-        launch_table._measured.cache_clear()
+def test_the_file_of_the_gpu_has_what_was_measured_and_proves_no_parity(gpu, capsys):
+    assert cli.main(["tune", "--width", "1000", "--width", "1024"]) == 0
+    assert [*gpu.iterdir()] == [gpu / "a_gpu.json"]
+    measured = measured_for("A GPU")
+    assert measured.architecture == "sm_120" and not measured.parity and measured.strategies == {}
+    assert set(measured.launch_parameters) == set(KERNELS)
+    for kernel in KERNELS:
+        for size in (2, 4):
+            assert measured.parameters(kernel, size, 600).block_rows == 2 * heuristic(kernel, 600).block_rows
+            assert measured.parameters(kernel, size, 2048) is None
+    assert "once `onepeace-fast selftest` has passed" in capsys.readouterr().out
 
 
-def test_a_place_that_cannot_be_written_is_one_line_before_anything_is_measured(monkeypatch, tmp_path, gpu, capsys):
+def test_the_rest_of_a_file_that_was_there_stays(gpu, capsys):
+    write_measured(KNOWN, gpu)
+    assert cli.main(["tune", "--width", "3000"]) == 0
+    measured = measured_for("A GPU")
+    assert dataclasses.replace(measured, launch_parameters=KNOWN.launch_parameters) == KNOWN
+    assert measured.launch_parameters[KERNEL]["2"]["1024"] == KNOWN.launch_parameters[KERNEL]["2"]["1024"]
+    assert measured.parameters(KERNEL, 2, 3000).block_rows == 2 and "selftest" not in capsys.readouterr().out
+
+
+def test_what_was_measured_before_a_fault_or_the_deadline_is_kept(gpu, monkeypatch, capsys):
+    def fail_later(kernel, size, width, parameters):
+        if kernel != "layer_norm":
+            raise RuntimeError("out of resources")
+        return 1e-6 / parameters.block_rows
+
+    monkeypatch.setattr(tune, "device_time", fail_later)
+    assert cli.main(["tune", "--width", "512"]) == 2
+    assert "do not run: out of resources" in capsys.readouterr().err
+    assert measured_for("A GPU").parameters("layer_norm", 4, 512) is not None
+    assert cli.main(["tune", "--minutes", "0"]) == 0
+    assert f"0 measured, {len(KERNELS) * 2 * len(WIDTHS)} were left out" in capsys.readouterr().out
+
+
+def test_a_place_that_cannot_be_written_or_a_damaged_file_is_one_line_before_anything_is_measured(
+    monkeypatch, tmp_path, gpu, capsys
+):
     monkeypatch.setattr(tune, "measure", lambda *_: pytest.fail("measured"))
+    gpu.mkdir()
+    (gpu / "a_gpu.json").write_text("{")
+    assert cli.main(["tune"]) == 2
+    assert "delete the file" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    for place in (tmp_path, tmp_path / "file" / "table.json"):
-        assert cli.main(["tune", "--output", str(place)]) == 2
-        assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_a_measurement_that_fails_leaves_the_old_table_as_it_was(monkeypatch, tmp_path, gpu, capsys):
-    def fail(*_):
-        raise RuntimeError("out of resources")
-
-    path = tmp_path / "table.json"
-    path.write_text("{}")
-    monkeypatch.setattr(tune, "device_time", fail)
-    assert cli.main(["tune", "--output", str(path)]) == 2
-    assert "do not run on sm_120" in capsys.readouterr().err
-    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "{}"
+    monkeypatch.setenv(files.ENVIRONMENT_VARIABLE, str(tmp_path / "file"))
+    assert cli.main(["tune"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -1,21 +1,19 @@
 """Tensors recorded from upstream, through the kernels and the fused strategy of the FFN."""
 
 import pytest
-import torch
 from models._goldens import compare, golden
 from support.kernels import DEVICE
 from support.tiles import small_tiles
 
 from onepeace_fast.kernels import grouped_gemm
-from onepeace_fast.ops import _strategies
+from onepeace_fast.ops import _routed_ffn_arguments
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="recorded in float32, which a GPU's tensor cores do not multiply")
 @pytest.mark.parametrize("name", ["tiny", "flags", "perlayer"])
 def test_every_recorded_tensor_is_reproduced_by_the_kernels(name, monkeypatch):
-    everywhere = [{"rows": None, "strategy": "fused"}]
-    monkeypatch.setitem(_strategies.MEASURED["routed_ffn"], _strategies.gpu_name(torch.device(DEVICE)), everywhere)
+    monkeypatch.setattr(_routed_ffn_arguments, "strategy_for", lambda *_: "fused")
     launch, kernels = grouped_gemm.launch, set()
 
     def noted(kernel, *rest, **how):

@@ -1,13 +1,13 @@
-"""How kernels are launched: the table, the record of launches, and that the ops launch at all."""
+"""How kernels are launched: the record of launches, and that the ops launch at all."""
 
 import pytest
 import torch
 from support.kernels import DEVICE
 
 from onepeace_fast import layer_norm, residual_layer_norm
-from onepeace_fast.kernels import launch, launch_table
+from onepeace_fast.kernels import launch
 from onepeace_fast.kernels import layer_norm as layer_norm_kernels
-from onepeace_fast.ops._library import MAX_WIDTH
+from onepeace_fast.kernels.launch_heuristic import heuristic
 
 
 @pytest.fixture
@@ -45,28 +45,6 @@ def test_frozen_experts_have_no_sum(launched):
     assert launched == ["_forward", "_backward", "_sum_partials"]
 
 
-def test_every_width_has_an_entry_of_the_smallest_class_that_holds_it():
-    for kernel, by_architecture in launch_table.SHIPPED.items():
-        for architecture, by_size in by_architecture.items():
-            for size, by_width in by_size.items():
-                classes = sorted(map(int, by_width))
-                assert classes[-1] == MAX_WIDTH
-                for width in (1, *classes, *(c + 1 for c in classes[:-1])):
-                    entry = launch_table.table_entry(kernel, architecture, int(size), width)
-                    assert entry.block_width == min(c for c in classes if c >= width)
-
-
-def test_an_architecture_without_an_entry_takes_the_nearest_older_one():
-    def entry(warps):
-        return {"2": {"64": {"block_rows": 1, "num_warps": warps, "programs_per_multiprocessor": 1}}}
-
-    table = {"test": {"sm_80": entry(1), "sm_90": entry(2), "sm_100": entry(4)}}
-    expected = {"sm_75": 1, "sm_80": 1, "sm_89": 1, "sm_90": 2, "sm_100": 4, "sm_120": 4}
-    with launch_table.use_table(table):
-        got = {name: launch_table.table_entry("test", name, 2, 60).num_warps for name in expected}
-    assert got == expected
-
-
 def test_launches_are_recorded_for_another_architecture_without_a_device():
     x = torch.empty(1000, 1536, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(1536, device="meta")
@@ -75,4 +53,4 @@ def test_launches_are_recorded_for_another_architecture_without_a_device():
     (configuration,) = configurations
     assert configuration.arguments["x"] is x
     assert configuration.constants["BLOCK_WIDTH"] == 2048
-    assert configuration.num_warps == launch_table.table_entry("layer_norm", "sm_80", 2, 1536).num_warps
+    assert configuration.num_warps == heuristic("layer_norm", 1536).num_warps

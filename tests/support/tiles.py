@@ -8,15 +8,14 @@ from collections.abc import Iterator
 from onepeace_fast.kernels import tile_table
 from support.kernels import INTERPRETED
 
-SMALL = {
-    "block_rows": 32, "block_columns": 64, "block_inner": 32, "row_tiles_at_once": 2, "num_warps": 4, "num_stages": 2,
-    "programs_per_multiprocessor": 1, "pieces": 4,
-}  # fmt: skip
+SMALL = tile_table.TileParameters(
+    32, 64, 32, row_tiles_at_once=2, num_warps=4, num_stages=2, programs_per_multiprocessor=1, pieces=4
+)
 
 
 @contextlib.contextmanager
 def small_tiles() -> Iterator[None]:
     """Launch with small tiles inside, where the interpreter runs; a GPU runs the shipped ones."""
-    table = {kernel: {"sm_90": SMALL} for kernel in tile_table.SHIPPED} if INTERPRETED else tile_table.SHIPPED
-    with tile_table.use_tiles(table):
+    small = tile_table.use_tiles(dict.fromkeys(tile_table.KERNELS, SMALL))
+    with small if INTERPRETED else contextlib.nullcontext():
         yield

@@ -1,0 +1,103 @@
+"""How a kernel over rows is launched on a GPU on which nothing was measured: a rule, with a reason at each choice.
+
+No figure here depends on the architecture: every GPU since sm_80 has 65,536 registers a multiprocessor, and these
+kernels use next to no shared memory. `make kernels` compiles every launch and refuses spills and narrow accesses.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+WIDTHS = (256, 512, 1024, 2048, 4096, 6144, 8192, 16384)  # the classes; a width belongs to the smallest that holds it
+PART = 2048  # columns of a part, where rows are no power of two wide or too wide to be held whole
+THREADS = 32  # of a warp
+REGISTERS = 65536  # of a multiprocessor
+MOST_REGISTERS = 255  # of a thread
+
+
+class Parameters(NamedTuple):
+    """How a kernel over rows is launched.
+
+    ``block_rows`` rows of ``block_width`` columns are in registers at a time, in ``parts`` of a power of two of columns
+    each, so that a class may be 6144 wide; a launch has at most ``programs_per_multiprocessor`` programs for each
+    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows. ``held_in`` says
+    where a program keeps the parameters and its sums over rows: in "registers", or in "memory" where rows are so wide
+    that registers do not hold these as well. ``max_registers`` bounds a thread's registers, so that a multiprocessor
+    holds more programs.
+    """
+
+    block_width: int
+    block_rows: int
+    num_warps: int
+    programs_per_multiprocessor: int | None
+    held_in: str = "registers"
+    parts: int = 1
+    max_registers: int | None = None
+
+
+class Kernel(NamedTuple):
+    """What the rule has to know of a kernel.
+
+    A thread holds ``elements`` of a row tensor at a time. A program has at least ``fewest_warps``, and all programs of
+    a multiprocessor have ``warps`` together: 32 leave a thread 64 registers, 16 leave it 128. Rows of more than
+    ``whole`` columns are walked over in parts; past ``held`` columns registers do not hold the parameters and the sums
+    over rows beside them. It has at most ``rows`` rows at a time.
+    """
+
+    elements: int
+    fewest_warps: int
+    warps: int
+    whole: int
+    held: int
+    rows: int = 16
+
+
+# A forward kernel waits for memory: many small programs. 16 elements of half precision are two accesses of 16 bytes to
+# each row tensor, enough to have under way. A scale for each head, or two row tensors and an activation, take more than
+# 64 registers. A backward kernel leaves its sums over rows for another kernel to add up: few programs of 8 warps leave
+# few of them. It holds up to four row tensors and sums for up to three vectors: with most of them, half the elements.
+KERNELS = {
+    "layer_norm": Kernel(16, 4, 32, whole=8192, held=8192),
+    "layer_norm_head_scale": Kernel(16, 4, 16, whole=8192, held=8192),
+    "layer_norm_backward": Kernel(16, 8, 16, whole=8192, held=8192),
+    "layer_norm_backward_head_scale": Kernel(8, 8, 16, whole=4096, held=6144),
+    "residual": Kernel(16, 4, 32, whole=8192, held=8192),
+    "residual_backward": Kernel(16, 8, 16, whole=8192, held=8192),
+    "residual_layer_norm": Kernel(16, 4, 32, whole=4096, held=8192),
+    "residual_layer_norm_backward": Kernel(8, 8, 16, whole=4096, held=4096),
+    "gated_sub_ln": Kernel(16, 4, 16, whole=8192, held=8192, rows=4),
+    "gated_sub_ln_backward": Kernel(8, 8, 16, whole=4096, held=6144),
+}
+
+
+def width_class(width: int) -> int:
+    """The smallest class that holds a width."""
+    return min(most for most in WIDTHS if most >= width)
+
+
+def heuristic(kernel: str, width: int) -> Parameters:
+    """The launch of a kernel for rows of this width, in any dtype: registers hold float32 whatever is read."""
+    form, columns = KERNELS[kernel], width_class(width)
+    if columns > form.whole or columns & (columns - 1):
+        return _in_parts(kernel, columns)
+    # As many warps as a row needs, as a power of two; a narrow row leaves room for more rows.
+    warps = max(form.fewest_warps, columns // (THREADS * form.elements))
+    rows = min(form.rows, max(1, warps * THREADS * form.elements // columns))
+    programs = max(1, form.warps // warps)
+    bound = _bound(kernel, warps * programs) if rows == 1 else None
+    return Parameters(columns, rows, warps, programs, max_registers=bound)
+
+
+def _in_parts(kernel: str, columns: int) -> Parameters:
+    """8 warps hold 8 elements of a part for each thread, and may have all registers: more programs matter less."""
+    form, warps = KERNELS[kernel], 8
+    held_in = "registers" if columns <= form.held else "memory"
+    # A backward kernel, and one that reads its vectors again for each row, fills a multiprocessor alone.
+    programs = 2 if form.fewest_warps < warps and held_in == "registers" else 1
+    bound = _bound(kernel, warps * programs) or MOST_REGISTERS
+    return Parameters(columns, 1, warps, programs, held_in, columns // PART, bound)
+
+
+def _bound(kernel: str, warps: int) -> int | None:
+    """Registers of a thread where the compiler, left alone, takes so many that fewer programs fit than should."""
+    return min(REGISTERS // (THREADS * warps), MOST_REGISTERS) if kernel == "gated_sub_ln" else None
