@@ -14,6 +14,13 @@
 
 namespace onepeace_fast {
 
+// Of 16 columns, in the products of grad: all of them, but on compute capability 10, where they spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+constexpr int STEPS_AT_ONCE = 2;
+#else
+constexpr int STEPS_AT_ONCE = 8;
+#endif
+
 // A warp's 16 rows of grad. What their keys sum to so far in this thread's columns stands in shared memory between
 // tiles, beside their log-sum-exp.
 template <typename T, int HEAD_DIM>
@@ -44,7 +51,7 @@ struct RowSums {
         float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
         const int lane = thread_index() % WARP;
         float gradients[COLUMNS / 8][4] = {};
-#pragma unroll
+#pragma unroll STEPS_AT_ONCE
         for (int k = 0; k < HEAD_DIM / 16; ++k) {
             uint32_t a[4];
 #pragma unroll

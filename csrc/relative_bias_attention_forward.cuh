@@ -24,7 +24,11 @@ struct ForwardLaunch {
     static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
     static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
     static constexpr int THREADS = WARPS * WARP;
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+    static constexpr int at_once(bool) { return 1; }  // shared memory of a multiprocessor holds no second one
+#else
     static constexpr int at_once(bool windowed) { return windowed ? 1 : 2; }
+#endif
 };
 
 // Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. It stands in
