@@ -39,6 +39,8 @@ PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 STAMP = VENV / "onepeace_fast.json"
 LEFT_OUT = ROOT / "onepeace_fast" / "cuda_left_out.txt"
 
+ARCHITECTURES = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
+
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "dev"]}
@@ -73,10 +75,10 @@ def run(command: list[str], **environment: str) -> int:
     return subprocess.call(command, cwd=ROOT, env={**os.environ, **environment})
 
 
-def pip(python: Path | str, *arguments: str) -> int:
+def pip(python: Path | str, *arguments: str, **environment: str) -> int:
     """Run pip of an interpreter as pip is configured, less what would disturb an installation into an environment."""
     quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_USER": "0"}
-    return run([str(python), "-m", "pip", "install", "--no-input", *arguments], **quiet)
+    return run([str(python), "-m", "pip", "install", "--no-input", *arguments], **quiet, **environment)
 
 
 def probe_torch(python: Path | str) -> Torch | None:
@@ -112,7 +114,7 @@ def identity() -> dict[str, str]:
 
 def inputs() -> str:
     """Return a digest of what decides what is installed and compiled: files, and which nvcc is there."""
-    machine = [os.environ.get(name, "") for name in ("CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES")]
+    machine = [os.environ.get(name, "") for name in ("CUDA_HOME", ARCHITECTURES)]
     machine.append(shutil.which("nvcc") or "")
     files = [ROOT / "pyproject.toml", ROOT / "setup.py", *sorted((ROOT / "build_backend").glob("*.py"))]
     files += sorted(path for path in (ROOT / "csrc").glob("*") if path.is_file())
@@ -213,7 +215,9 @@ def install(stamp: dict, extra: str) -> None:
     say("Installing into .venv; pip downloads what is not there or in its cache:")
     print("      " + "\n      ".join(downloads), flush=True)
     write_stamp({**stamp, "complete": False})
-    code = pip(PYTHON, *pins, "--editable", f".[{','.join(INCLUDED[extra])}]")
+    # Compiling for all GPUs takes minutes, and where none is here nothing would run it.
+    built = {ARCHITECTURES: os.environ.get(ARCHITECTURES) or "present"}
+    code = pip(PYTHON, *pins, "--editable", f".[{','.join(INCLUDED[extra])}]", **built)
     if code != 0:
         write_stamp(stamp)  # pip resolves and downloads first: an environment that was whole still is
         raise Stop("pip failed: see its lines above. Offline? Or a proxy to set (`pip config`)? Run this again.", code)

@@ -3,7 +3,7 @@
 nvcc comes from CUDA_HOME, else from PATH, else from the toolkit's own wheels on PyPI, which the build backend asks for
 where there is a driver and no toolkit. ``ONEPEACE_FAST_CUDA_ARCHITECTURES`` names the architectures as nvcc does
 ("sm_80,sm_90a,compute_90", the last one being PTX), or is "none", which leaves the extension out. Without it those of
-the GPUs that are here are built, and where none is, those of any GPU.
+the GPUs that are here are built, and where none is, those of any GPU; "present" leaves the extension out there.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import NamedTuple
 ENVIRONMENT_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 # Each serves its major version, and "compute_90", compiled by the driver at the first launch, whatever is later.
 ANY_GPU = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
+PRESENT = "present"
 OLDEST_GPU = (8, 0)
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 OLDEST_WHEELS = (13, 0)  # those for CUDA 12 hold ptxas and no nvcc
@@ -120,6 +121,8 @@ def build_requirements() -> list[str]:
     """What the build backend asks pip for: nothing where the extension will be left out."""
     if _requested() == ():
         return []
+    if _wants_present() and find_driver() is None:
+        return []
     tools = list(BUILD_TOOLS.values())
     if find_toolkit() is not None:
         return tools
@@ -133,6 +136,8 @@ def decide() -> Decision:
     if requested == ():
         return Decision(None, (), f"{ENVIRONMENT_VARIABLE}=none asked for that", False)
     toolkit, driver, wanted = find_toolkit(), find_driver(), requested is not None
+    if _wants_present() and not (driver and driver.capabilities):
+        return Decision(None, (), f"no NVIDIA GPU is found here; {ENVIRONMENT_VARIABLE}=sm_90a compiles for one", False)
     reason = _no_toolkit(toolkit, driver)
     if reason is None:
         known = _known(toolkit)
@@ -148,17 +153,23 @@ def decide() -> Decision:
     return Decision(None, (), reason, wanted)
 
 
+def _wants_present() -> bool:
+    return os.environ.get(ENVIRONMENT_VARIABLE, "").strip() == PRESENT
+
+
 def _requested() -> tuple[str, ...] | None:
     """The architectures that the environment names, () for none, None where it says nothing."""
     names = tuple(re.split(r"[\s,;]+", os.environ.get(ENVIRONMENT_VARIABLE, "").strip()))
-    if names == ("",):
+    if names in (("",), (PRESENT,)):
         return None
     if names == ("none",):
         return ()
     for name in names:
         found = re.fullmatch(r"(?:sm|compute)_(\d{2,3})a?", name)
         if not found:
-            raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes names as in {','.join(ANY_GPU)}, or none")
+            raise SystemExit(
+                f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes names as in {','.join(ANY_GPU)}, {PRESENT} or none"
+            )
         if divmod(int(found[1]), 10) < OLDEST_GPU:
             oldest = dotted(OLDEST_GPU)
             raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes compute capability {oldest} or later")

@@ -150,6 +150,21 @@ def test_gpus_that_are_all_too_old_leave_it_out(machine):
     assert one_line(cuda_toolkit.decide().left_out).endswith("8.0 or later, and here is 7.5")
 
 
+@pytest.mark.parametrize("driver", [(None,), ((13, 0),)])
+def test_where_no_gpu_is_present_that_wish_leaves_it_out(machine, driver):
+    machine.nvcc("path")
+    machine.driver(*driver)
+    machine.wish("present")
+    decision = cuda_toolkit.decide()
+    assert decision.toolkit is None and not decision.wanted
+    assert "no NVIDIA GPU is found here" in one_line(decision.left_out)
+    machine.driver((13, 0), (9, 0))
+    assert cuda_toolkit.decide().architectures == ("sm_90a",)
+    assert cuda_toolkit.build_requirements() == list(cuda_toolkit.BUILD_TOOLS.values())
+    machine.driver(None)
+    assert cuda_toolkit.build_requirements() == []
+
+
 def test_the_environment_names_the_architectures(machine):
     machine.nvcc("path")
     machine.driver((13, 0), H100)

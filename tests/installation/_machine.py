@@ -18,10 +18,12 @@ class Machine:
         self.codes: dict[str, int] = {}
         self.interrupted_at = ""
         self.torches: dict[str, tuple] = {}
+        self.environments: list[dict[str, str]] = []
 
     def run(self, command: list[str], **environment: str) -> int:
         line = " ".join(command).replace(str(self.bootstrap.PYTHON), "VENV").replace(sys.executable, "HOST")
         self.commands.append(line)
+        self.environments.append(environment)
         if self.interrupted_at and self.interrupted_at in line:
             raise KeyboardInterrupt
         code = next((code for part, code in self.codes.items() if part in line), 0)
