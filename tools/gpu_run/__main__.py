@@ -67,8 +67,8 @@ class Run:
         for outcome in result.outcomes:
             if outcome.state != PASSED or stage.name == "build":
                 print(f"    {outcome.name}: {outcome.state}, {outcome.seconds:.1f} s. {outcome.note}".rstrip(". "))
-            if outcome.state in (FAILED, CUT):
-                print("\n".join(f"        {line}" for line in outcome.lines[-LINES_OF_A_FAILURE:]))
+            for line in outcome.lines[-LINES_OF_A_FAILURE:] if outcome.state in (FAILED, CUT) else ():
+                print(f"        {line}")
         failed = [test for test in outcomes_of(self.machine.work, stage.name) if test["outcome"] == "failed"]
         for test in failed[:FAILURES_SHOWN]:
             print(f"    FAILED {test['test']}: {test['message'][:200]}")
