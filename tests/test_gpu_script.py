@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -277,7 +278,8 @@ def test_what_was_measured_survives_a_kill_and_the_same_command_goes_on_with_wha
 ):
     options = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--date", "once", "--part", "headline"]
     command = [sys.executable, "-c", KILLED, *options, str(int(number))]
-    killed = subprocess.run(command, cwd=gpu.ROOT, capture_output=True, text=True, timeout=120)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # tiny matrices: threads would only wait for each other
+    killed = subprocess.run(command, cwd=gpu.ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert killed.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 143), killed.stderr
     document, path = sorted(tmp_path.iterdir(), key=lambda file: file.suffix, reverse=True)
     left = json.loads(path.read_text())

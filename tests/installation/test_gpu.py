@@ -158,12 +158,13 @@ def test_benchmarks_go_on_after_a_crash_and_end_before_they_are_ended(tmp_path):
     (job,), proposal = jobs_of(machine_of(tmp_path), "benchmarks")
     assert command_of(job, 50.0) == (
         f"HOST ROOT/benchmarks/gpu.py --out {tmp_path / 'out'} --device cuda --part headline --date 2030-01-02T0304"
-        " --budget-seconds 47.0"
+        " --budget-seconds 35.0"
     )
     assert [job.again(code) for code in (0, 1, 2, 3, -9, -11)] == [False, False, False, True, True, True]
     assert proposal == []
     (kernels,), (job,) = jobs_of(machine_of(tmp_path), "peers")
-    assert "--part rest" in command_of(job) and command_of(kernels, 50.0).endswith("--budget-seconds 22.0 --warm")
+    assert "--part rest" in command_of(job) and command_of(job, 50.0).endswith("--budget-seconds 47.0")
+    assert command_of(kernels, 50.0).endswith("--budget-seconds 22.0 --warm")
 
 
 @pytest.mark.parametrize(

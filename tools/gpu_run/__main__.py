@@ -64,12 +64,15 @@ class Run:
         self.state = state
         self.write()
         result = state.results[-1]
+        tests = outcomes_of(self.machine.work, stage.name)
         for outcome in result.outcomes:
+            if tests and outcome.state != FAILED:
+                continue  # the stage's own line counts them
             if outcome.state != PASSED or stage.name == "build":
                 print(f"    {outcome.name}: {outcome.state}, {outcome.seconds:.1f} s. {outcome.note}".rstrip(". "))
-            if outcome.state in (FAILED, CUT):
-                print("\n".join(f"        {line}" for line in outcome.lines[-LINES_OF_A_FAILURE:]))
-        failed = [test for test in outcomes_of(self.machine.work, stage.name) if test["outcome"] == "failed"]
+            for line in outcome.lines[-LINES_OF_A_FAILURE:] if outcome.state in (FAILED, CUT) and not tests else ():
+                print(f"        {line}")
+        failed = [test for test in tests if test["outcome"] == "failed"]
         for test in failed[:FAILURES_SHOWN]:
             print(f"    FAILED {test['test']}: {test['message'][:200]}")
         note = f": {result.note}" if result.note else ""
@@ -107,9 +110,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
-    work = Path(tempfile.mkdtemp(prefix="onepeace_fast_gpu_"))
     date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
-    machine = plan.Machine(chosen.device, out, date, work, os.cpu_count() or 1, chosen.keyword)
+    with tempfile.TemporaryDirectory(prefix="onepeace_fast_gpu_") as work:
+        machine = plan.Machine(chosen.device, out, date, Path(work), os.cpu_count() or 1, chosen.keyword)
+        return run(parser, machine, chosen)
+
+
+def run(parser: argparse.ArgumentParser, machine: plan.Machine, chosen: argparse.Namespace) -> int:
+    """List the stages, or run those that were chosen."""
     stages = plan.stages(machine)
     if chosen.list:
         print("\n".join(f"{stage.name:<12}{stage.shows}" for stage in stages))

@@ -1,0 +1,83 @@
+"""The smoke checks on a CPU, and how `make gpu` builds the extension into the checkout."""
+
+import sys
+
+import pytest
+import torch
+
+from onepeace_fast.hardware.cases import empty_tensors
+from tools.gpu_run import extension, plan, smoke
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [*plan.SMOKE, *plan.SANITIZED])
+def test_every_check_has_cases(name):
+    check = smoke.checks(full=False)[name]
+    held = [case for case in check.cases(CPU, empty_tensors(CPU)) if check.holds(case)]
+    assert held and len({case.operation.removesuffix("_layer_norm") for case in held}) == 1
+
+
+def test_attention_s_checks_have_the_lengths_that_they_name():
+    for name in ("attention_33", "attention_72", "attention_257"):
+        check = smoke.checks(full=True)[name]
+        (case,) = (case for case in check.cases(CPU, empty_tensors(CPU)) if check.holds(case))
+        assert case.leaves["qkv"].shape[0] == int(name.rpartition("_")[2]) + smoke.INERT
+
+
+@pytest.mark.parametrize("tensor", ["out0", "weight", None])
+def test_a_fault_in_an_output_or_a_gradient_is_found(monkeypatch, capsys, tensor):
+    whole, calls = smoke.outputs_and_gradients, []
+
+    def faulty(case, *rest):
+        found, given = whole(case, *rest)
+        calls.append(case)
+        if len(calls) == 1 and tensor:  # the device's, of the first case
+            found[tensor].view(-1)[3] += 10.0
+        return found, given
+
+    monkeypatch.setattr(smoke, "outputs_and_gradients", faulty)
+    assert smoke.main(["layer_norm", "--device", "cpu"]) == int(tensor is not None)
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 5 and ("FAULT in" in said[0] and f": {tensor}, " in said[0]) == (tensor is not None)
+    assert all(": ok; 0 launches; nearest to its bound: " in line for line in said[1:])
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """The extension's module in a checkout of its own; returns what was recorded and compiled."""
+    compilation, toolkit = (pytest.importorskip(name) for name in ("compilation", "cuda_toolkit"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(extension, "ROOT", tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "onepeace_fast").mkdir()
+    done = []
+
+    def decide(reason):
+        monkeypatch.setattr(toolkit, "decide", lambda: toolkit.Decision(None, (), reason, False))
+        return done
+
+    def compiled(decision, output):
+        output.parent.mkdir(parents=True)
+        output.write_text("compiled")
+        done.append(output)
+
+    monkeypatch.setattr(compilation, "compile_extension", compiled)
+    return decide
+
+
+def test_the_extension_is_put_beside_the_package_in_one_step(build, tmp_path):
+    done = build(None)
+    assert extension.main() == 0
+    (output,) = done
+    (module,) = (tmp_path / "onepeace_fast").iterdir()
+    assert module.name.startswith("_cuda.") and module.name == output.name and module.read_text() == "compiled"
+    assert output.parent == tmp_path / "build" / "cuda"
+
+
+def test_where_it_cannot_be_built_the_reason_is_the_last_line(build, tmp_path, capsys):
+    done = build("neither nvcc nor an NVIDIA driver is found")
+    assert extension.main() == plan.LEFT_OUT and not done
+    assert capsys.readouterr().out.splitlines()[-1].endswith("left out: neither nvcc nor an NVIDIA driver is found")
+    (reason,) = (tmp_path / "onepeace_fast").iterdir()
+    assert reason.read_text() == "neither nvcc nor an NVIDIA driver is found\n"
