@@ -30,7 +30,8 @@ def needed(config=CONFIG, **how):
 
 def compiled_for(configuration):
     """The kernel and what Triton keys its compiled form by; tensors are where a batch has them."""
-    from triton.backends.compiler import GPUTarget, make_backend
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
     kernel = configuration.kernel
