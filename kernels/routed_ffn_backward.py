@@ -47,11 +47,10 @@ BLOCK_ROWS, NUM_WARPS = 32, 8  # of the pass over rows
 
 @triton.jit
 def _store_own(outs, group, column, total, mask):
-    """Into the vector of a modality out of a tuple, in its own dtype; None where it needs none."""
+    """Into the vector of a modality out of a tuple, in its own dtype."""
     for g in tl.static_range(len(outs)):
-        if outs[g] is not None:  # noqa: SIM102, decided when compiled
-            if group == g:
-                tl.store(outs[g] + column, total.to(outs[g].dtype.element_ty), mask=mask)
+        if group == g:
+            tl.store(outs[g] + column, total.to(outs[g].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -300,7 +299,8 @@ def scaled_gradient(
         launch(_scale_gradient, (tiles,), arguments, constants, NUM_WARPS)
     if db2 is not None or dgamma is not None:
         arguments = {
-            **shared, "totals": totals, "b2_gradients": tuple(b2_gradients), "gamma_gradient": gamma_gradient,
+            **shared, "totals": totals, "b2_gradients": _filled(b2_gradients, width, like),
+            "gamma_gradient": gamma_gradient,
         }  # fmt: skip
         constants = {
             "GROUPS": groups, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS,
@@ -359,11 +359,17 @@ def output_weight_gradient(
     launch_tiles(_output_weight_gradient, entry, len(needed) * width, hidden, len(needed), arguments, constants)
     if any_given(weight_gradients) or any_given(bias_gradients):
         arguments = {
-            "dweight": dweight, "dbias": dbias, "weight_gradients": tuple(weight_gradients),
-            "bias_gradients": tuple(bias_gradients), "row_tiles": row_tiles, "width": hidden,
+            "dweight": dweight, "dbias": dbias, "weight_gradients": _filled(weight_gradients, hidden, norm_weight[0]),
+            "bias_gradients": _filled(bias_gradients, hidden, norm_bias[0]), "row_tiles": row_tiles, "width": hidden,
         }  # fmt: skip
         constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
         launch(_sum_norm_tiles, (triton.cdiv(hidden, BLOCK_COLUMNS), groups, 2), arguments, constants, num_warps=4)
+
+
+def _filled(vectors: Sequence[Tensor | None], width: int, like: Tensor) -> tuple[Tensor, ...]:
+    """The vectors, and for frozen ones a vector like them that nobody reads: freezing one compiles nothing."""
+    unused = None if all(vector is not None for vector in vectors) else like.new_empty(width)
+    return tuple(unused if vector is None else vector for vector in vectors)
 
 
 def any_given(tensors: Sequence[Tensor | None]) -> bool:

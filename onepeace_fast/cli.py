@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import onepeace_fast
 from onepeace_fast import info
 from onepeace_fast.demo import command as demo
-from onepeace_fast.hardware import selftest, tune
+from onepeace_fast.hardware import selftest, tune, warmup
 from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
 from onepeace_fast.training import command as training
 
@@ -21,8 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return demo.run(arguments)
     if arguments.command == "train":
         return training.run(arguments.configuration)
-    if arguments.command in ("selftest", "tune"):
-        return {"selftest": selftest, "tune": tune}[arguments.command].run(arguments)
+    if arguments.command in ("selftest", "tune", "warmup"):
+        return {"selftest": selftest, "tune": tune, "warmup": warmup}[arguments.command].run(arguments)
     print(info.describe())
     return 0
 
@@ -67,6 +67,14 @@ def _parser() -> argparse.ArgumentParser:
             description="Times a few launch parameters of every kernel on this GPU and writes those that are faster "
             "than the rule's into the GPU's file of measurements, after each that it finds: in the folder that "
             f"{ENVIRONMENT_VARIABLE} names, else in your configuration. Takes minutes.",
+        )
+    )
+    warmup.add_arguments(
+        commands.add_parser(
+            "warmup",
+            help="compile the kernels of a model before its first step",
+            description="Compiles every Triton kernel that a training step of a model needs, by all cores, into "
+            "Triton's cache, so that the first step finds them there.",
         )
     )
     commands.add_parser(

@@ -34,11 +34,6 @@ class Branch(NamedTuple):
     keep: Tensor | None = None
     sample: Tensor | None = None
 
-    @property
-    def offsets(self) -> Tensor | None:
-        """The plan's offsets where rows are skipped, which mark the rows behind them as inert."""
-        return None if self.rows is None else self.plan.offsets
-
 
 class Branches(NamedTuple):
     """The two branches of a layer."""

@@ -59,7 +59,7 @@ class GeGLU(nn.Module):
 
 def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
     """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
-    index = {} if branch is None or branch.rows is None else {"rows": branch.rows, "offsets": branch.offsets}
+    index = {} if branch is None or branch.rows is None else {"rows": branch.rows, "offsets": branch.plan.offsets}
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
 
@@ -76,8 +76,10 @@ def feed_forward(config: TransformerConfig) -> nn.Sequential:
 
 def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Tensor | float | None]:
     """How a branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
+    # Where rows are skipped, the branch's plan marks those behind its last as inert.
+    offsets = None if branch.rows is None else branch.plan.offsets
     return {
-        "keep": branch.keep, "sample": branch.sample, "rows": branch.rows, "offsets": branch.offsets,
+        "keep": branch.keep, "sample": branch.sample, "rows": branch.rows, "offsets": offsets,
         "dropout": dropout, "seed": seed,
     }  # fmt: skip
 

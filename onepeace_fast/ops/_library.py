@@ -61,7 +61,7 @@ def define(
 
 @contextlib.contextmanager
 def force_kernels(forced: bool) -> Iterator[None]:
-    """Run the kernels, or with False the specifications, wherever the tensors are, in every thread; for checks."""
+    """Run Triton's kernels, or with False the specifications, wherever the tensors are, in every thread; for checks."""
     global _kernels_forced
     before, _kernels_forced = _kernels_forced, forced
     try:
@@ -78,7 +78,9 @@ def kernels_forced() -> bool | None:
 def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:
     """Whether an op's kernel runs on its first tensor; raise where it should and Triton, which it needs, cannot."""
     wanted = tensor.is_cuda or (triton and kernels.INTERPRETED and tensor.device.type == "cpu")
-    if tensor.dtype == torch.float64 or not (wanted if _kernels_forced is None else _kernels_forced):
+    if _kernels_forced is not None:
+        wanted = _kernels_forced and (triton or tensor.is_cuda)
+    if tensor.dtype == torch.float64 or not wanted:
         return False
     if triton and (reason := kernels.unavailable_reason()) is not None:
         raise RuntimeError(

@@ -319,7 +319,7 @@ def routed_ffn(
     fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
     leaves = (z, *(parameter for group in lists.values() for parameter in group), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    y_needed = gamma is not None or (bool(norm_weight) and strategy == "fused")
+    y_needed = gamma is not None or (len(norm_weight) > 0 and strategy == "fused")
     return _op(
         z, *lists.values(), offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps, strategy,
         fold_norm, differentiable and not recompute, differentiable and y_needed,

@@ -1,13 +1,19 @@
 """The packed encoder over the kernels: it computes what the baseline does, and skips what DropPath drops."""
 
+import functools
+
 import pytest
 import torch
 from models._small import assert_close, batch_of, gradients_of, small_config, small_model, valid_tokens, weighted_sum
+from support.graphs import captured
 from support.kernels import DEVICE, REPEATS, first
+from support.tiles import small_tiles
 
 from onepeace_fast import RoutePlan, gated_sub_ln, layer_norm, residual, residual_layer_norm
+from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
 from onepeace_fast.kernels import launch
+from onepeace_fast.layers.transformer import TransformerLayer
 
 KEEP = torch.tensor([[[0.0, 1.25, 1.25], [0.0, 0.0, 1.25]], [[1.25, 0.0, 0.0], [0.0, 0.0, 0.0]]])
 
@@ -134,18 +140,54 @@ def test_a_captured_graph_follows_its_refilled_plan():
         (gradient,) = torch.autograd.grad(n.square().sum() + stream.sum(), [x])
         return n, gradient
 
-    captured = plan_of([9, 3, 5], [10, 10, 10], KEEP[:1])
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(captured)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step(captured)
+    plan = plan_of([9, 3, 5], [10, 10, 10], KEEP[:1])
+    replay, out = captured(lambda: step(plan))
     for text, image, keep in (([2, 9, 1], [10, 1, 4], KEEP[1:]), ([1, 1, 1], [1, 1, 1], KEEP[:1].flip(2))):
         other = plan_of(text, image, keep)
-        captured.copy_(other)
-        graph.replay()
+        plan.copy_(other)
+        replay()
         for got, want in zip(out, step(other), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("drop_path", (False, True), ids=("every row", "drop path"))
+def test_a_whole_layer_captured_forward_and_backward_follows_its_refilled_plan(drop_path):
+    """Attention, both norms, the residual stream and the FFN by grouped products; on a CPU a replay calls the layer."""
+    on_gpu = DEVICE == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float16
+    sizes = {"embed_dim": 256, "ffn_embed_dim": 512, "attention_heads": 4} if on_gpu else {
+        "embed_dim": 32, "ffn_embed_dim": 48, "attention_heads": 2}  # fmt: skip
+    config = TransformerConfig(**sizes, layers=1, layer_scale=0.1, head_scale=True, audio=None)
+    torch.manual_seed(0)
+    layer = TransformerLayer(config).to(DEVICE, dtype).train()
+    layer.route = functools.partial(layer.route, strategy="fused")
+
+    def plan_of(text, image, keep):
+        lengths, widths = {"text": text, "image": image}, {"text": 9, "image": 10}
+        plan = RoutePlan.from_lengths(lengths, device=DEVICE, widths=widths, capacity=64)
+        return plan.with_keep(keep.to(DEVICE)) if drop_path else plan
+
+    plan = plan_of([9, 3, 5], [10, 10, 10], KEEP[:1])
+    x = torch.randn(64, sizes["embed_dim"], device=DEVICE, dtype=dtype).requires_grad_()
+    bias = [
+        torch.randn(sizes["attention_heads"], 2 * offset + 4, device=DEVICE).requires_grad_()
+        for offset in plan.code_offsets
+    ]
+    leaves, gradient = [x, *bias, *layer.parameters()], torch.randn_like(x)
+
+    def step(plan):
+        out = layer(x, branches(plan)[0] if drop_path else plan, bias)
+        return [out.detach(), *torch.autograd.grad([out], leaves, [gradient])]
+
+    with small_tiles():
+        replay, results = captured(lambda: step(plan), DEVICE)
+        refills = (([2, 9, 1], [10, 1, 4], KEEP[1:]), ([1, 1, 1], [0, 1, 0], KEEP[:1].flip(2)))
+        for text, image, keep in refills:
+            other = plan_of(text, image, keep)
+            plan.copy_(other)
+            for result in results:
+                result.fill_(torch.nan)
+            replay()
+            expected = step(other)
+            assert len(expected) == len(leaves) + 1 and expected[0].isfinite().all()
+            assert all(map(torch.equal, results, expected))

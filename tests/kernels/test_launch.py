@@ -1,5 +1,7 @@
 """How kernels are launched: the record of launches, and that the ops launch at all."""
 
+import contextlib
+
 import pytest
 import torch
 from support.kernels import DEVICE
@@ -43,6 +45,67 @@ def test_frozen_experts_have_no_sum(launched):
     offsets = torch.tensor([0, 2, 3, 5], dtype=torch.int32, device=DEVICE)
     layer_norm(x, weights, offsets=offsets).sum().backward()
     assert launched == ["_forward", "_backward", "_sum_partials"]
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that a GPU holds it."""
+
+    is_cuda = True
+
+
+class StandInKernel:
+    """What a launch needs of Triton: compiled forms by dtype, loaded at the first launch, and a hook before compiling.
+
+    Triton asks the hook before it compiles, and compiles nothing where the answer is true.
+    """
+
+    __name__ = "stand_in"
+
+    def __init__(self):
+        self.compiled, self.launches = {}, 0
+
+    def warmup(self, grid, **keywords):
+        from triton import knobs
+
+        key = keywords["x"].dtype
+        if key not in self.compiled:
+            if (hook := knobs.runtime.jit_cache_hook) is not None and hook(key=key):
+                return None
+            self.compiled[key] = type("Compiled", (), {"module": None})()
+        return self.compiled[key]
+
+    def __getitem__(self, grid):
+        def run(**keywords):
+            self.warmup(grid, **keywords).module = "loaded"
+            self.launches += 1
+
+        return run
+
+
+def test_a_first_call_inside_a_capture_is_refused_before_anything_is_compiled(monkeypatch):
+    from triton import knobs
+
+    capturing = []
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    kernel, hook = StandInKernel(), knobs.runtime.jit_cache_hook
+
+    def launched_with(dtype):
+        launch.launch(kernel, (1,), {"x": torch.empty(1, dtype=dtype).as_subclass(OnGpu)}, {}, num_warps=4)
+
+    launched_with(torch.float16)
+    capturing.append(True)
+    launched_with(torch.float16)
+    assert kernel.launches == 2
+    with pytest.raises(RuntimeError, match="stand_in: expected a warm-up call before the capture, got the first call"):
+        launched_with(torch.bfloat16)
+    assert list(kernel.compiled) == [torch.float16] and kernel.launches == 2
+    capturing.clear()
+    kernel.warmup((1,), x=torch.empty(1, dtype=torch.bfloat16))
+    capturing.append(True)
+    with pytest.raises(RuntimeError, match="expected a warm-up call"):  # compiled, but loading is no part of a capture
+        launched_with(torch.bfloat16)
+    assert knobs.runtime.jit_cache_hook is hook
 
 
 def test_launches_are_recorded_for_another_architecture_without_a_device():

@@ -21,6 +21,7 @@ from support.kernels import (
     DEVICE,
     DTYPES,
     HALF,
+    INTERPRETED,
     PRODUCT_DTYPE,
     REPEATS,
     int32,
@@ -234,6 +235,37 @@ def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_d
             both = f"folded {rms[ratio, True]:.1e}, before the product {rms[ratio, False]:.1e}"
             print(f"\n|mean| / deviation {ratio}: RMS error {both}, eager {errors(eager, exact)[1] / scale:.1e}")
     assert rms[16, True] > 1.2 * rms[16, False] and rms[0, True] < 1.1 * rms[0, False]
+
+
+def test_float16_stays_finite_where_the_hidden_rows_are_beyond_its_range():
+    counts, options = [20], frozenset({"norm"})
+    leaves = leaves_of(counts, 32, 64, options)
+    for name in ("w0_0", "w1_0"):
+        leaves[name] = leaves[name] * 200
+    half = on_device(leaves, torch.float16)
+    exact = plain(counts, options)(**{name: leaf.double() for name, leaf in half.items()})
+    u, v = (half["z"].double() @ half[name].double().t() for name in ("w0_0", "w1_0"))
+    assert (u * v).abs().max() > 65504 > u.abs().max()
+    (out,), gradients = contract.run(op(counts, options, **FUSED), half)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-2)
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert not op(counts, options, fold_norm=True, **FUSED)(**half).isfinite().all()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows the descriptors")
+def test_no_descriptor_is_of_no_rows(monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    extents, original = [], InterpreterBuilder.create_make_tensor_descriptor
+
+    def noting(self, base, shape, *rest, **more):
+        extents.extend(int(extent.data.item()) for extent in shape)
+        return original(self, base, shape, *rest, **more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_make_tensor_descriptor", noting)
+    for counts in ([0, 0], [0, 3], [3, 0], [0, 0, 3], [0, 3, 0]):
+        contract.run(op(counts, **FUSED), on_device(leaves_of(counts, 8, 8), torch.float32))
+        assert extents and min(extents) > 0, counts
 
 
 @interpreter_only

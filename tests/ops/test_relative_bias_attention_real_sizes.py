@@ -6,6 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.dense_attention import dense_attention
+from support.graphs import captured
 
 from onepeace_fast import RoutePlan, cuda_extension, relative_bias_attention
 from onepeace_fast.ops._library import force_kernels
@@ -164,23 +165,17 @@ def test_a_captured_graph_follows_its_refilled_plan():
         lengths = {"text": text, "image": image}
         return plan_of(lengths, widths={"text": 40, "image": 17}, capacity=256)
 
-    captured = refill([40, 3, 17], [17, 17, 17])
+    plan = refill([40, 3, 17], [17, 17, 17])
     qkv = torch.randn(256, 3, HEADS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    bias, head_scale = vectors_of(captured, {"text": [40], "image": [17]}), torch.rand(HEADS, device="cuda")
+    bias, head_scale = vectors_of(plan, {"text": [40], "image": [17]}), torch.rand(HEADS, device="cuda")
     tensors = (qkv, bias, head_scale, gradient_of(qkv))
-    with torch.cuda.stream(torch.cuda.Stream()):
-        for _ in range(3):
-            differentiate(captured, *tensors)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = differentiate(captured, *tensors)
+    replay, results = captured(lambda: differentiate(plan, *tensors))
     for text in ([1, 40, 2], [9, 9, 9]):
         other = refill(text, [17, 17, 17])
-        captured.copy_(other)
+        plan.copy_(other)
         for result in results:
             result.fill_(torch.nan)
-        graph.replay()
+        replay()
         assert all(map(torch.equal, results, differentiate(other, *tensors)))
 
 

@@ -13,8 +13,9 @@ from support.plans import naive_layout, whole_rows
 from support.synchronization import DEVICE, SYNCHRONIZED, no_synchronization
 from torch._subclasses.fake_tensor import FakeTensor
 
-from onepeace_fast import RoutePlan
+from onepeace_fast import RoutePlan, kernels
 from onepeace_fast.config import TransformerConfig
+from onepeace_fast.kernels.launch import recording
 from onepeace_fast.layers import transformer
 from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
 from onepeace_fast.ops.relative_bias_attention import (
@@ -68,6 +69,108 @@ def test_a_stack_of_layers_from_host_lengths_never_waits(dropout, on_host):
         leaves = step(make_model(dropout), make_plan(on_host))
         assert sum(leaf.grad is not None for leaf in leaves) == len(leaves)
         assert all(leaf.grad.device == DEVICE and leaf.grad.shape == leaf.shape for leaf in leaves)
+
+
+def refilled_plan() -> RoutePlan:
+    """A plan with capacity that holds its second batch."""
+    capacity = {"device": DEVICE, "samples": SAMPLES, "capacity": 64}
+    widths = {name: max(lengths) for name, lengths in LENGTHS.items()}
+    plan = RoutePlan.from_lengths(LENGTHS, widths=widths, **capacity)
+    fewer = {name: [1] * len(lengths) for name, lengths in LENGTHS.items()}
+    return plan.copy_(RoutePlan.from_lengths(fewer, widths=widths, **capacity))
+
+
+def plan_of_ids() -> RoutePlan:
+    """Interleaved tokens of two samples."""
+    ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
+    return RoutePlan.from_modality_ids(ids, ("text", "image", "audio"), sample_ids=ids, samples=2)
+
+
+def plan_of_masks() -> RoutePlan:
+    """A padded batch whose lengths the host knows."""
+    masks = {
+        name: torch.ones(len(lengths), max(lengths), dtype=torch.bool, device=DEVICE)
+        for name, lengths in LENGTHS.items()
+    }
+    return RoutePlan.from_masks(masks, samples=SAMPLES, lengths=LENGTHS)
+
+
+PLANS = {
+    "lengths": lambda: RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE), "masks": plan_of_masks,
+    "modality ids": plan_of_ids, "refilled": refilled_plan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("drop_path", (True, False), ids=("drop path", "every row"))
+@pytest.mark.parametrize("kind", PLANS)
+def test_no_kind_of_plan_waits_from_packing_to_the_gradients(kind, drop_path):
+    with no_synchronization():
+        plan, model = PLANS[kind](), make_model()
+        if drop_path:
+            plan = plan.with_keep(torch.empty(2, 2, plan.samples, device=DEVICE))
+        shapes = [(plan.padded_rows, 8)] if kind == "modality ids" else [(*shape, 8) for shape in plan.padded_shapes]
+        padded = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes]
+        interleaved = kind == "modality ids"
+        packed = plan.pack(padded[0] if interleaved else dict(zip(plan.modalities, padded, strict=True)))
+        bias = [torch.randn(2, 2 * offset + 4, device=DEVICE, requires_grad=True) for offset in plan.code_offsets]
+        out = model(packed, plan, [bias])
+        outputs = [plan.unpack_interleaved(out)] if interleaved else list(plan.unpack(out).values())
+        sum(output.square().sum() for output in outputs).backward()
+        leaves = [*padded, *bias, *model.parameters()]
+        assert all(leaf.grad is not None and leaf.grad.device == DEVICE for leaf in leaves)
+
+
+@pytest.mark.skipif(kernels.unavailable_reason() is not None, reason="the launchers need Triton")
+@pytest.mark.parametrize("where", ("all rows", "some rows"))
+def test_the_launchers_read_no_tensor_on_the_host(where):
+    """On plain tensors of the meta device, which refuse it; nothing of a plan is known to the host."""
+    rows, stream, width, hidden, groups = 24, 32, 16, 32, 3
+
+    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+    offsets, index = empty(groups + 1, dtype=torch.int32), empty(rows, dtype=torch.int32)
+    some = where == "some rows"
+    place = index if some else None
+    residual_rows = stream if some else rows
+    gamma, keep, sample = empty(width), empty(4), empty(residual_rows, dtype=torch.int32)
+    shapes = ((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
+    lists = [[empty(*shape) for _ in range(groups)] for shape in shapes]
+    z, x, seed = empty(rows, width), empty(residual_rows, width), empty(dtype=torch.int64)
+    vectors = [empty(width) for _ in range(groups)]
+
+    def run(module: str, name: str, *arguments: object) -> tuple:
+        return getattr(importlib.import_module(f"onepeace_fast.kernels.{module}"), name)(*arguments)
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        offsets.tolist()
+    with recording("sm_90", 132) as configurations:
+        for fold in (True, False):
+            out, u, v, y, mean, rstd = run(
+                "routed_ffn", "routed_ffn", z, *lists, offsets, x, gamma, keep, sample, place, "gelu", 1e-5, fold,
+                True, True, empty(2, groups, width, dtype=torch.float32),
+            )  # fmt: skip
+            run(
+                "routed_ffn_backward", "routed_ffn_backward", out, z, *lists, offsets, gamma, keep, sample, place, u, v,
+                y, mean, rstd, empty(2, groups, width, dtype=torch.float32), "gelu", [True] * (6 * groups + 1),
+            )  # fmt: skip
+        given = x if some else z
+        normed, mean, rstd = run("layer_norm", "layer_norm", given, vectors, vectors, None, place, offsets, (), 1e-5)
+        needs = [True] * groups
+        run(
+            "layer_norm", "layer_norm_backward", normed, given, mean, rstd, vectors, vectors, None, place, offsets, (),
+            needs, needs, False,
+        )  # fmt: skip
+        branch_offsets = offsets if some else None
+        scaling = (gamma, keep, sample, 0.1, seed, place, branch_offsets)
+        out, normed, mean, rstd = run("residual", "residual", x, z, *scaling, gamma, gamma, 1e-5)
+        run(
+            "residual", "residual_backward", out, normed, z, *scaling, out, gamma, gamma, mean, rstd, z.dtype,
+            [True] * 3,
+        )  # fmt: skip
+    names = {configuration.kernel.__name__ for configuration in configurations}
+    assert {"_hidden", "_output", "_weight_gradient", "_input_gradient", "_scale_gradient"} <= names
+    assert len(configurations) > 25
 
 
 def test_a_plan_from_modality_ids_never_waits():
