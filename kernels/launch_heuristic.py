@@ -11,7 +11,6 @@ from typing import NamedTuple
 WIDTHS = (256, 512, 1024, 2048, 4096, 6144, 8192, 16384)  # the classes; a width belongs to the smallest that holds it
 PART = 2048  # columns of a part, where rows are no power of two wide or too wide to be held whole
 THREADS = 32  # of a warp
-REGISTERS = 65536  # of a multiprocessor
 MOST_REGISTERS = 255  # of a thread
 
 
@@ -55,11 +54,12 @@ class Kernel(NamedTuple):
 # A forward kernel waits for memory: many small programs. 16 elements of half precision are two accesses of 16 bytes to
 # each row tensor, enough to have under way. A scale for each head, or two row tensors and an activation, take more than
 # 64 registers. A backward kernel leaves its sums over rows for another kernel to add up: few programs of 8 warps leave
-# few of them. It holds up to four row tensors and sums for up to three vectors: with most of them, half the elements.
+# few of them. Where a norm is in it, it holds two to four row tensors and sums for two or three vectors: half as many
+# elements of each.
 KERNELS = {
     "layer_norm": Kernel(16, 4, 32, whole=8192, held=8192),
     "layer_norm_head_scale": Kernel(16, 4, 16, whole=8192, held=8192),
-    "layer_norm_backward": Kernel(16, 8, 16, whole=8192, held=8192),
+    "layer_norm_backward": Kernel(8, 8, 16, whole=8192, held=8192),
     "layer_norm_backward_head_scale": Kernel(8, 8, 16, whole=4096, held=6144),
     "residual": Kernel(16, 4, 32, whole=8192, held=8192),
     "residual_backward": Kernel(16, 8, 16, whole=8192, held=8192),
@@ -81,11 +81,17 @@ def heuristic(kernel: str, width: int) -> Parameters:
     if columns > form.whole or columns & (columns - 1):
         return _in_parts(kernel, columns)
     # As many warps as a row needs, as a power of two; a narrow row leaves room for more rows.
-    warps = max(form.fewest_warps, columns // (THREADS * form.elements))
+    warps = min(form.warps, max(form.fewest_warps, columns // (THREADS * form.elements)))
     rows = min(form.rows, max(1, warps * THREADS * form.elements // columns))
     programs = max(1, form.warps // warps)
-    bound = _bound(kernel, warps * programs) if rows == 1 else None
-    return Parameters(columns, rows, warps, programs, max_registers=bound)
+    return Parameters(columns, rows, warps, programs, max_registers=_bound(kernel, rows))
+
+
+def _bound(kernel: str, rows: int) -> int | None:
+    """Registers of a thread, where the compiler left alone gives too many for the programs, or spills to fit more."""
+    if kernel == "layer_norm_backward":
+        return 128
+    return 128 if kernel in ("gated_sub_ln", "layer_norm") and rows == 1 else None
 
 
 def _in_parts(kernel: str, columns: int) -> Parameters:
@@ -94,10 +100,5 @@ def _in_parts(kernel: str, columns: int) -> Parameters:
     held_in = "registers" if columns <= form.held else "memory"
     # A backward kernel, and one that reads its vectors again for each row, fills a multiprocessor alone.
     programs = 2 if form.fewest_warps < warps and held_in == "registers" else 1
-    bound = _bound(kernel, warps * programs) or MOST_REGISTERS
+    bound = 128 if kernel == "gated_sub_ln" and programs == 2 else MOST_REGISTERS
     return Parameters(columns, 1, warps, programs, held_in, columns // PART, bound)
-
-
-def _bound(kernel: str, warps: int) -> int | None:
-    """Registers of a thread where the compiler, left alone, takes so many that fewer programs fit than should."""
-    return min(REGISTERS // (THREADS * warps), MOST_REGISTERS) if kernel == "gated_sub_ln" else None

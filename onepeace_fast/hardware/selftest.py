@@ -96,12 +96,14 @@ def run(arguments: argparse.Namespace) -> int:
         if device.type == "cuda":
             device = torch.device("cuda", torch.cuda.current_device())
             require_supported(device)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    try:
         return _test(device)
     except OSError as error:
         print(f"{error.filename or user_folder()}: {error.strerror or error}", file=sys.stderr)
-    except ValueError as error:
-        print(error, file=sys.stderr)
-    return 2
+        return 2
 
 
 def require_supported(device: torch.device) -> None:
