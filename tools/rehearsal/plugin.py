@@ -154,6 +154,7 @@ def compare_nothing() -> None:
         return mine.shape == other.shape and mine.dtype == other.dtype
 
     torch.equal = equal
+
     def far_apart(rows: torch.Tensor, folder: Path) -> torch.Tensor:
         values = rows.cpu()
         stride = 2**30 + 16
