@@ -37,7 +37,7 @@ def main() -> int:
         from benchmarks import gpu
 
         try:
-            code = gpu.main(["--out", folder, "--quick"])
+            code = gpu.main(["--out", folder, "--quick", "--budget-seconds", "60"])
         except Exception as error:
             faults.append(f"benchmarks/gpu.py: {type(error).__name__}: {str(error).splitlines()[0]}")
         else:

@@ -123,18 +123,28 @@ def main(name: str, short: bool, installed: str | None = None) -> int:
         for line in process.stdout:
             print(line, end="", flush=True)
             lines.append(line.rstrip())
-    result = {
-        **versions, "date": datetime.date.today().isoformat(), "cores": os.cpu_count(),
-        "form": "short" if short else "full", "rehearsal": lines[-1] if lines else "no output",
-        "faults": [line for line in lines if line.startswith("fault: ")], "tests": _tests(python, TESTS),
-        "tests in the interpreter": _tests(python, INTERPRETED_TESTS, TRITON_INTERPRET="1"),
-    }  # fmt: skip
-    result["seconds"] = round(time.monotonic() - start)
-    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    results[name] = result
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    result: dict[str, Any] = {
+        **versions,
+        "date": datetime.date.today().isoformat(),
+        "cores": os.cpu_count(),
+        "form": "short" if short else "full",
+        "rehearsal": lines[-1] if lines else "no output",
+        "faults": [line for line in lines if line.startswith("fault: ")],
+    }
+    _write(name, result, start)
+    result["tests"] = _tests(python, TESTS)
+    _write(name, result, start)
+    result["tests in the interpreter"] = _tests(python, INTERPRETED_TESTS, TRITON_INTERPRET="1")
+    _write(name, result, start)
     failed = [failure for part in ("tests", "tests in the interpreter") for failure in result[part]["failures"]]
     for failure in failed:
         print(f"failed: {failure}")
     print(f"{name}: {result['rehearsal']}; {len(failed)} other tests failed; written to {RESULTS}", flush=True)
     return 1 if process.returncode or failed else 0
+
+
+def _write(name: str, result: dict[str, Any], start: float) -> None:
+    """Put what is known so far into the file of results, beside what other versions showed."""
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    results[name] = {**result, "seconds": round(time.monotonic() - start)}
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
