@@ -125,9 +125,13 @@ class PairDataset(Dataset):
     def _read(self, epoch: int, index: int) -> Tensor:
         path = self._entries[index].path
         generator = None if self.seed is None else generator_of(self.seed, "augmentation", epoch, index)
-        if self.modality == "image":
-            return prepare_image(read_image(path), self.side, generator=generator)
-        return prepare_waveform(read_audio(path), generator=generator)
+        try:
+            if self.modality == "image":
+                return prepare_image(read_image(path), self.side, generator=generator)
+            return prepare_waveform(read_audio(path), generator=generator)
+        except ValueError as error:
+            line = str(error)
+            raise ValueError(line if line.startswith(str(path)) else f"{path}: {line}") from error
 
 
 def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], int] | None = None) -> dict[str, Any]:

@@ -300,6 +300,12 @@ def test_workers_name_a_broken_file_once_among_them(images, tokenizer, capfd):
     assert dataset._reported.tolist() == [place == 3 for place in range(10)]
 
 
+def test_a_clip_that_its_preparation_refuses_is_named_too(clips, tokenizer, monkeypatch):
+    dataset = PairDataset(clips, tokenizer, "audio", side=None, seed=0)
+    monkeypatch.setattr("onepeace_fast.data.batches.read_audio", lambda path: torch.zeros(9))
+    refused(lambda: dataset[0, 1], f"{clips[1].path}: waveform: got silence")
+
+
 def test_nothing_but_broken_files_stops_with_one_line(images, tokenizer):
     for entry in images:
         entry.path.unlink()
