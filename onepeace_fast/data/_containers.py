@@ -15,7 +15,7 @@ _UNKNOWN = 0xFFFFFFFF  # what a writer puts that cannot go back to the header, a
 
 
 def missing_part(path: str) -> str | None:
-    """What a file promises and does not have ("48,000 of 96,000 bytes of sound"), or None where nothing is known to lack.
+    """What a file promises and does not have ("48,000 of 96,000 bytes of sound"); None where nothing is known to lack.
 
     Raises:
         OSError: it cannot be read.

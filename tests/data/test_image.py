@@ -127,9 +127,7 @@ def test_the_transparent_grey_of_a_png_is_white_in_every_depth_and_no_other_grey
     path, top = tmp_path / "image.png", 2**depth - 1
     steps = range(top + 1) if depth <= 8 else [0, 1, 255, 256, 257, 0x3200, 0x3201, 0x32FF, 0x6432, top]
     for key in {0, 1, steps[len(steps) // 2], top}:
-        path.write_bytes(
-            png(len(steps), 1, depth, 0, packed(steps, depth), chunks=[(b"tRNS", struct.pack(">H", key))])
-        )
+        path.write_bytes(png(len(steps), 1, depth, 0, packed(steps, depth), chunks=[(b"tRNS", struct.pack(">H", key))]))
         grey = [255 if value == key else value * 255 // top if depth < 16 else value >> 8 for value in steps]
         assert read_pixels(path)[0].tolist() == [[value] * 3 for value in grey], key
 
