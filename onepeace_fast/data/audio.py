@@ -51,7 +51,11 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
         raise ValueError(
             f"{path}: got a file that does not decode as audio ({reason}), takes WAV, FLAC, OGG, MP3 or AIFF"
         ) from error
-    mono = torch.cat([torch.from_numpy(block) for block in blocks]) if blocks else torch.empty(0, dtype=torch.float32)
+    mono = (
+        torch.cat([torch.from_numpy(block) for block in blocks])
+        if blocks
+        else torch.empty(0, dtype=torch.float32, device="cpu")
+    )
     require(
         len(mono) >= frames,
         lambda: (
@@ -96,7 +100,7 @@ def prepare_waveform(
     crop, minimum = round(crop_seconds * SAMPLE_RATE), round(minimum_seconds * SAMPLE_RATE)
     surplus = len(waveform) - crop
     if surplus > 0:
-        start = 0 if generator is None else int(torch.randint(surplus + 1, (), generator=generator))
+        start = 0 if generator is None else int(torch.randint(surplus + 1, (), generator=generator, device="cpu"))
         waveform = waveform[start : start + crop].clone()  # a view would keep the whole clip alive
     if len(waveform) < minimum:
         waveform = waveform.repeat(math.ceil(minimum / len(waveform)))[:minimum]

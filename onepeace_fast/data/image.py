@@ -85,7 +85,7 @@ def prepare_image(image: Image, side: int, *, generator: torch.Generator | None 
     box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
     resized = image.resize((side, side), pillow.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).float() / 255
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return (pixels - mean) / deviation
 
 
@@ -96,7 +96,7 @@ def _centre_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu").tolist()
     area = width * height * (CROP_SCALE[0] + area * (CROP_SCALE[1] - CROP_SCALE[0]))
     ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
     # The aspect ratio gives way to the area as far as it may; only of a long image is the crop smaller then.

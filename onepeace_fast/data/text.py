@@ -191,8 +191,8 @@ def pad_tokens(rows: Sequence[tuple[Sequence[int] | Tensor, Sequence[bool] | Ten
     Padding is token 1 and begins no word.
     """
     pad = torch.nn.utils.rnn.pad_sequence
-    ids = [torch.as_tensor(ids, dtype=torch.int64) for ids, _ in rows]
-    starts = [torch.as_tensor(starts, dtype=torch.bool) for _, starts in rows]
+    ids = [torch.as_tensor(ids, dtype=torch.int64, device="cpu") for ids, _ in rows]
+    starts = [torch.as_tensor(starts, dtype=torch.bool, device="cpu") for _, starts in rows]
     return pad(ids, batch_first=True, padding_value=PADDING_TOKEN), pad(starts, batch_first=True)
 
 

@@ -129,7 +129,7 @@ class ImageAdapter(Adapter):
             return self.pos_embed
         cls, patches = self.pos_embed[:1], self.pos_embed[1:]
         # As a matrix, since the gradient of interpolate is not summed in a fixed order on a GPU.
-        unit = torch.eye(own * own, device=patches.device).view(1, own * own, own, own)
+        unit = torch.eye(own * own, dtype=torch.float32, device=patches.device).view(1, own * own, own, own)
         weights = F.interpolate(unit, size=(grid, grid), mode="bicubic").view(own * own, grid * grid)
         with torch._C._DisableAutocast():
             resampled = weights.t() @ patches.float()

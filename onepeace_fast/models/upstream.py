@@ -150,7 +150,7 @@ def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
     if kind == "version":
         return None if value.tolist() == [3.0] else f"{name} {value.tolist()} instead of [3.0]"
     if kind == "position_idx" and isinstance(module, ImageAdapter):
-        expected = torch.arange(module.position_grid**2 + 1)
+        expected = torch.arange(module.position_grid**2 + 1, device="cpu")
     elif kind == "rp_bucket" and isinstance(module, Adapter) and module.has_bias:
         module.reset_tables()
         width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else module.bias_grid**2 + 1

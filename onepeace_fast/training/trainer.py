@@ -37,7 +37,7 @@ class Trainer:
         self.step_number = 0
         self.masks = torch.Generator()
         seed = torch.Generator().manual_seed(config.seed)
-        seeds = torch.randint(2**62, (2, processes.count), generator=seed)[:, processes.rank].tolist()
+        seeds = torch.randint(2**62, (2, processes.count), generator=seed, device="cpu")[:, processes.rank].tolist()
         torch.manual_seed(seeds[0])
         self.masks.manual_seed(seeds[1])
 
