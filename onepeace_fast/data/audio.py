@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from types import ModuleType
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -51,11 +52,7 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
         raise ValueError(
             f"{path}: got a file that does not decode as audio ({reason}), takes WAV, FLAC, OGG, MP3 or AIFF"
         ) from error
-    mono = (
-        torch.cat([torch.from_numpy(block) for block in blocks])
-        if blocks
-        else torch.empty(0, dtype=torch.float32, device="cpu")
-    )
+    mono = torch.from_numpy(numpy.concatenate(blocks or [numpy.empty(0, "float32")]))
     require(
         len(mono) >= frames,
         lambda: (
