@@ -356,3 +356,39 @@ def test_a_side_that_is_no_number_of_pixels_is_refused(side):
 @pytest.mark.parametrize("image", [Image.new("L", (4, 4)), "image.png"])
 def test_what_is_not_an_rgb_image_is_refused(image):
     refused(lambda: prepare_image(image, 16), "image: got ", "RGB")
+
+
+def bicubic(values, size, start, stop):
+    """The first axis resampled as Pillow's filter is defined: Keys' cubic with a = -1/2, widened where it shrinks."""
+    scale = (stop - start) / size
+    stretch, result = max(scale, 1.0), []
+    for place in range(size):
+        centre = start + (place + 0.5) * scale
+        taps = numpy.arange(max(round(centre - 2 * stretch), 0), min(round(centre + 2 * stretch), len(values)))
+        x = abs((taps + 0.5 - centre) / stretch)
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights = numpy.where(x < 1, near, numpy.where(x < 2, far, 0))
+        result.append(numpy.tensordot(weights / weights.sum(), values[taps], 1))
+    return numpy.clip(numpy.stack(result), 0, 255)
+
+
+@pytest.mark.parametrize(("width", "height", "side"), [(40, 40, 24), (90, 60, 16), (12, 20, 32)])
+def test_images_are_resampled_bicubically_with_antialiasing(width, height, side):
+    noise = numpy.random.default_rng(0).integers(0, 256, (height, width, 3), dtype="uint8")
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2
+    across = bicubic(noise.swapaxes(0, 1).astype(float), side, left, left + shorter).swapaxes(0, 1)
+    expected = bicubic(across, side, top, top + shorter)
+    prepared = prepare_image(Image.fromarray(noise), side).permute(1, 2, 0).double().numpy()
+    pixels = (prepared * numpy.array(DEVIATION) + numpy.array(MEAN)) * 255
+    assert abs(pixels - expected).max() < 2.5
+
+
+def test_wide_and_tall_crops_are_as_likely():
+    boxes = [module._random_box(1000, 1000, torch.Generator().manual_seed(seed)) for seed in range(3000)]
+    ratios = numpy.log([(right - left) / (bottom - top) for left, top, right, bottom in boxes])
+    assert abs(ratios.mean()) < 0.01
+    areas = numpy.array([(right - left) * (bottom - top) for left, top, right, bottom in boxes]) / 1e6
+    assert areas.mean() == pytest.approx(0.75, abs=0.01)
+    middles = numpy.array([((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in boxes])
+    assert middles.mean(0) == pytest.approx([500, 500], abs=8)
