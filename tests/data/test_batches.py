@@ -155,6 +155,7 @@ def test_a_generator_depends_on_every_part_of_its_key():
     keys = [
         (0, "order", 1),
         (1, "order", 0),
+        (1, "order", 1),
         (0, "augmentation", 1),
         (0, "order", 1, 0),
         (0, "order", 11),

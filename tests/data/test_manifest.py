@@ -87,6 +87,8 @@ def test_a_cell_in_quotes_as_spreadsheets_write_it_loses_them(folder):
         'a "big" cat': 'a "big" cat',
     }
     written |= {'"a" cat': '"a" cat', '"a" and "b"': '"a" and "b"', '"': '"', '"a"b"': '"a"b"'}
+    plain = read_manifest(tsv(folder, "image\tcaption", *(f"images/a.png\t{cell}" for cell in written)), "image")
+    assert [entry.caption for entry in plain] == list(written.values())
     path = tsv(folder, '"image"\t"caption"', *(f'"images/b c.png"\t{cell}' for cell in written))
     entries = read_manifest(path, "image")
     assert [entry.caption for entry in entries] == list(written.values())
