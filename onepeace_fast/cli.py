@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 import onepeace_fast
-from onepeace_fast import info
+from onepeace_fast import _interrupt, info
 from onepeace_fast.demo import command as demo
 from onepeace_fast.hardware import selftest, tune, warmup
 from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
@@ -15,7 +16,32 @@ from onepeace_fast.training import command as training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 success, 1 a failed check, 2 something that is missing."""
+    """Run one command and return its exit code.
+
+    0: success. 1: a failed check. 2: something is missing, or what was printed could not be written. 130: interrupted.
+    141: whoever read what is printed went away.
+    """
+    _interrupt.end()
+    _prepare_streams()
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # here and not at exit, where an error has no exit code of ours
+    except BrokenPipeError:
+        _silence()
+        return 141
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        _silence()
+        place = error.filename or "standard output"
+        print(f"{place}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command == "demo":
         return demo.run(arguments)
@@ -25,6 +51,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return {"selftest": selftest, "tune": tune, "warmup": warmup}[arguments.command].run(arguments)
     print(info.describe())
     return 0
+
+
+def _prepare_streams() -> None:
+    """Open closed streams on the null device, lest other files get their numbers; print every character somehow."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+    if hasattr(sys.stdout, "reconfigure"):  # a name of a file may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _silence() -> None:
+    """Send what is still in the standard output's buffer to the null device."""
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (OSError, ValueError):  # no real file
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ import torch
 
 import onepeace_fast
 from onepeace_fast import cuda_extension
+from onepeace_fast._installation import install_command
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 
 OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
@@ -23,11 +24,11 @@ DEMO_PACKAGES = {
     "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
     "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
 }  # fmt: skip
-DEMO_INSTALL = "pip install 'onepeace_fast[demo]'"
+DEMO_INSTALL = install_command("demo")
 TRAINING_PACKAGES = {
     "pyyaml": "yaml", "tokenizers": "tokenizers", "tensorboard": "tensorboard", "tqdm": "tqdm",
 }  # fmt: skip
-TRAINING_INSTALL = "pip install 'onepeace_fast[train]'"
+TRAINING_INSTALL = install_command("train")
 SENDING_IN = "to send its file in, add it to kernels/measured/ by a pull request, or attach it to an issue"
 _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",

@@ -37,7 +37,7 @@ def series_index(bucket_size: int, max_positions: int = MAX_POSITIONS) -> Tensor
     distance = torch.arange(1 - max_positions, max_positions, device="cpu")
     middle = bucket_size // 2
     magnitude = distance.abs().clamp(min=middle - 1)
-    steps = torch.log(magnitude / middle) / math.log((max_positions - 1) / middle) * (middle - 1)
+    steps = torch.log(magnitude.to(torch.float32) / middle) / math.log((max_positions - 1) / middle) * (middle - 1)
     logarithmic = (middle + torch.ceil(steps).long()) * distance.sign()
     return torch.where(magnitude <= middle, distance, logarithmic) + bucket_size - 1
 

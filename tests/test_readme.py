@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The README's code runs as it stands, and documents link to files that are there."""
 
 import re
 from pathlib import Path
@@ -28,3 +28,36 @@ def test_files_and_commands_that_it_names_exist():
     makefile = (root / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`?make ([a-z-]+)", README):
         assert re.search(rf"^[\w -]*\b{target}\b[\w -]*:", makefile, re.MULTILINE), target
+
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    *ROOT.glob("*.md"),
+    *(path for folder in ("docs", "csrc", "benchmarks", "examples", "tools") for path in (ROOT / folder).rglob("*.md")),
+]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_document_links_to_files_and_sections_that_are_there(document):
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, section = target.partition("#")
+        linked = (document.parent / path).resolve() if path else document
+        assert linked.exists(), target
+        if section:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), re.MULTILINE)
+            assert section in {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings}, target
+
+
+def test_documents_with_links_are_found():
+    assert {"README.md", "training.md", "new_modality.md"} <= {path.name for path in DOCUMENTS}
+    assert {ROOT / "csrc" / "README.md", ROOT / "benchmarks" / "README.md"} <= set(DOCUMENTS)
+
+
+def test_pages_that_code_names_are_there():
+    for path in (ROOT / "onepeace_fast").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        for page in re.findall(r"\b(?:docs|examples|benchmarks|csrc)/[\w/]+\.(?:md|yaml|py)\b", text):
+            assert (ROOT / page).exists(), f"{path}: {page}"

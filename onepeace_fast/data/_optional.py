@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+from onepeace_fast._installation import install_command
+
 
 def optional(module: str) -> ModuleType:
     """Import a module of the extra ``train``.
@@ -17,5 +19,5 @@ def optional(module: str) -> ModuleType:
     except (ImportError, OSError) as error:  # soundfile raises OSError where its C library is missing
         reason = " ".join(str(error).split())
         raise ImportError(
-            f"{module}: cannot be imported ({reason}); type: pip install 'onepeace_fast[train]'", name=module
+            f"{module}: cannot be imported ({reason}); type: {install_command('train')}", name=module
         ) from None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.data._containers import missing_part
 from onepeace_fast.data._optional import optional
 
 SAMPLE_RATE = 16000
@@ -22,31 +25,46 @@ _BLOCK_FRAMES = 1 << 18
 def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Tensor:
     """Decode a file of any sample rate, channels (averaged) and sample format: float32 [samples], mono at 16 kHz.
 
-    A header that says more than ``max_seconds`` is refused before anything is decoded.
+    A header that says more than ``max_seconds`` is refused before anything is decoded. A file that was cut off, or from
+    which fewer samples are decoded than its header says, is refused: what is returned was decoded.
 
     Raises:
-        ValueError: no such file, not audio, broken, empty, silent, not finite, or too long; one line naming the file.
+        ValueError: no such file, not audio, broken, cut off, empty, silent, not finite, or too long; one line naming
+            the file.
         ImportError: soundfile or scipy is missing.
     """
     soundfile, signal = optional("soundfile"), optional("scipy.signal")
     path = os.fspath(path)
     require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an audio file")
+    blocks = []
     try:
-        with soundfile.SoundFile(path) as file:
-            rate = file.samplerate
-            _check_header(path, file.frames, rate, max_seconds)
-            # In blocks, so that many channels are never held at once.
-            blocks = [block.mean(axis=1) for block in file.blocks(_BLOCK_FRAMES, dtype="float32", always_2d=True)]
+        lack = missing_part(path)
+        # As bytes, since soundfile encodes a name strictly and a file's may be no UTF-8.
+        with _forward(soundfile)(path if os.name == "nt" else os.fsencode(path)) as file:
+            rate, frames = file.samplerate, file.frames
+            _check_header(path, frames, rate, max_seconds)
+            require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
+            # In blocks, so that many channels are never held at once; by read(), which says how much it decoded.
+            while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+                blocks.append(block.mean(axis=1))
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
         reason = " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
         raise ValueError(
             f"{path}: got a file that does not decode as audio ({reason}), takes WAV, FLAC, OGG, MP3 or AIFF"
         ) from error
-    mono = torch.cat([torch.from_numpy(block) for block in blocks]) if blocks else torch.empty(0)
+    mono = torch.from_numpy(numpy.concatenate(blocks or [numpy.empty(0, "float32")]))
+    require(
+        len(mono) >= frames,
+        lambda: (
+            f"{path}: got {len(mono):,} of {frames:,} samples decoded, takes a whole file: it was cut off or is "
+            "damaged, fetch it again"
+        ),
+    )
     _check_sound(path, mono)
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
         mono = torch.from_numpy(signal.resample_poly(mono.numpy(), SAMPLE_RATE // common, rate // common))
+        _check_sound(path, mono)  # of two samples one may be left, and the largest grow
     return mono
 
 
@@ -79,7 +97,7 @@ def prepare_waveform(
     crop, minimum = round(crop_seconds * SAMPLE_RATE), round(minimum_seconds * SAMPLE_RATE)
     surplus = len(waveform) - crop
     if surplus > 0:
-        start = 0 if generator is None else int(torch.randint(surplus + 1, (), generator=generator))
+        start = 0 if generator is None else int(torch.randint(surplus + 1, (), generator=generator, device="cpu"))
         waveform = waveform[start : start + crop].clone()  # a view would keep the whole clip alive
     if len(waveform) < minimum:
         waveform = waveform.repeat(math.ceil(minimum / len(waveform)))[:minimum]
@@ -89,6 +107,16 @@ def prepare_waveform(
 def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     """Pad clips with zeros at the end: float32 [rows, samples of the longest], and the samples of each."""
     return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True), [len(clip) for clip in waveforms]
+
+
+def _forward(soundfile: ModuleType) -> type:
+    """Soundfile's reader without its seek after every read, which behind a hole would decode a piece twice."""
+
+    class Forward(soundfile.SoundFile):
+        def seekable(self) -> bool:
+            return False
+
+    return Forward
 
 
 def _check_header(path: str, frames: int, rate: int, max_seconds: float) -> None:

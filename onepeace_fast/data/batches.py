@@ -84,7 +84,9 @@ class PairDataset(Dataset):
         self._entries = entries
         self._captions = TokenizedCaptions([entry.caption for entry in entries], tokenizer, max_tokens=max_tokens)
         # Shared by a loader's workers, so that each file is reported once.
-        self._reported = torch.zeros(len(entries), dtype=torch.bool).share_memory_() if broken == "skip" else None
+        self._reported = (
+            torch.zeros(len(entries), dtype=torch.bool, device="cpu").share_memory_() if broken == "skip" else None
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -125,9 +127,13 @@ class PairDataset(Dataset):
     def _read(self, epoch: int, index: int) -> Tensor:
         path = self._entries[index].path
         generator = None if self.seed is None else generator_of(self.seed, "augmentation", epoch, index)
-        if self.modality == "image":
-            return prepare_image(read_image(path), self.side, generator=generator)
-        return prepare_waveform(read_audio(path), generator=generator)
+        try:
+            if self.modality == "image":
+                return prepare_image(read_image(path), self.side, generator=generator)
+            return prepare_waveform(read_audio(path), generator=generator)
+        except ValueError as error:
+            line = str(error)
+            raise ValueError(line if line.startswith(str(path)) else f"{path}: {line}") from error
 
 
 def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], int] | None = None) -> dict[str, Any]:
@@ -149,7 +155,8 @@ def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], in
     require(frames is not None, "frames: got None, takes a function from samples to frames, as AudioAdapter.frames")
     audio, samples = pad_waveforms([item["audio"] for item in items])
     lengths = [frames(count) for count in samples]
-    padding = torch.arange(1 + max(lengths)) > torch.tensor(lengths)[:, None]
+    places = torch.arange(1 + max(lengths), device="cpu")
+    padding = places > torch.tensor(lengths, device="cpu")[:, None]
     return {**batch, "audio": audio, "audio_padding": padding, "frames": lengths}
 
 
@@ -201,7 +208,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch, step = divmod(self.start_step, self.steps_per_epoch)
         while True:
-            order = torch.randperm(self.count, generator=generator_of(self.seed, "order", epoch))
+            order = torch.randperm(self.count, generator=generator_of(self.seed, "order", epoch), device="cpu")
             for place in range(step, self.steps_per_epoch):
                 first = (place * self.world_size + self.rank) * self.batch_size
                 yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]

@@ -30,7 +30,7 @@ DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 def read_image(path: str | os.PathLike[str]) -> Image:
     """Decode a file to an RGB Pillow image, turned as its EXIF orientation says; of an animation the first frame.
 
-    Transparency is laid on white; 16-bit grey keeps its upper 8 bits. The size is checked before anything is decoded.
+    Transparency is laid on white; 16 bits become their upper 8. The size is checked before anything is decoded.
 
     Raises:
         ValueError: no such file, not an image, broken, truncated or huge; one line naming the file.
@@ -39,6 +39,10 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
     path = os.fspath(path)
     require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an image file")
+    require(
+        not optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES,
+        lambda: f"{path}: got PIL.ImageFile.LOAD_TRUNCATED_IMAGES set, takes False: it makes up what a file lacks",
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF, and about sizes, which are checked here
         with _decoding(path):
@@ -53,7 +57,13 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                 upright = operations.exif_transpose(image)
             _check_depth(path, upright)
             with _decoding(path):
-                return _to_rgb(upright)
+                hidden = _transparent_colour(path, image, upright)
+                if hidden is None:
+                    return _to_rgb(upright)
+                del upright.info["transparency"]
+                rgb = _to_rgb(upright)
+                rgb.paste("white", mask=hidden)
+                return rgb
 
 
 def prepare_image(image: Image, side: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -75,7 +85,7 @@ def prepare_image(image: Image, side: int, *, generator: torch.Generator | None 
     box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
     resized = image.resize((side, side), pillow.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).float() / 255
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return (pixels - mean) / deviation
 
 
@@ -86,7 +96,7 @@ def _centre_box(width: int, height: int) -> tuple[float, float, float, float]:
 
 
 def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[float, float, float, float]:
-    area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu").tolist()
     area = width * height * (CROP_SCALE[0] + area * (CROP_SCALE[1] - CROP_SCALE[0]))
     ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
     # The aspect ratio gives way to the area as far as it may; only of a long image is the crop smaller then.
@@ -121,6 +131,30 @@ def _check_depth(path: str, image: Image) -> None:
             image.mode != "F" and low >= 0 and high <= 65535,
             lambda: f"{path}: got pixels from {low} to {high} (mode {image.mode}), takes 8 or 16 bits, unsigned",
         )
+
+
+def _transparent_colour(path: str, image: Image, upright: Image) -> Image | None:
+    """Where a PNG without alpha shows its one transparent colour, as a mask, or None where it has none.
+
+    Pillow compares that colour, which stands in the file's own depth, with the 8 bits that it made of it.
+    """
+    pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
+    colour = upright.info.get("transparency")
+    if image.format != "PNG" or upright.mode == "P" or not isinstance(colour, (int, tuple)):
+        return None
+    with open(path, "rb") as file:
+        depth = file.read(25)[24]  # in IHDR, which comes first
+    top = 2**depth - 1
+    colour = numpy.array(colour, ndmin=1) & top
+    pixels = numpy.asarray(upright, dtype=numpy.int64).reshape(upright.height, upright.width, -1)
+    if depth < 8:
+        colour = colour * (1 if upright.mode == "1" else 255 // top)
+    elif depth == 16 and upright.mode == "RGB":
+        with pillow.open(path) as lower:
+            # The same samples read with their bytes exchanged: Pillow keeps the first byte alone.
+            lower.tile = [(*tile[:3], "RGB;16L") for tile in lower.tile]
+            pixels = pixels * 256 + numpy.asarray(operations.exif_transpose(lower))
+    return pillow.fromarray((pixels == colour).all(axis=2))
 
 
 def _to_rgb(image: Image) -> Image:

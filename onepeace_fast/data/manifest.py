@@ -1,9 +1,10 @@
-"""Manifests: which file belongs to which caption, as TSV or Parquet; docs/manifests.md describes both."""
+"""Manifests: which file belongs to which caption, as TSV or Parquet; docs/training.md describes both."""
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from onepeace_fast.data._optional import optional
 COLUMNS = ("image", "audio")
 MISSING = ("fatal", "list", "skip")
 _SHOWN = 3
+_QUOTED = re.compile(r'"(?:[^"]|"")*"')
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +32,8 @@ def read_manifest(path: str | os.PathLike[str], modality: str, *, missing: str =
     """Read the pairs of a manifest in order and see that every file is there and every caption has text.
 
     Args:
-        path: a TSV file, or Parquet where the name ends in ``.parquet``.
+        path: a TSV file, or Parquet where the name ends in ``.parquet``. ``~`` is expanded, in it and in its paths. A
+            TSV's cell in quotes loses them, and quotes that are doubled inside are single ones.
         modality: "image" or "audio", the column with the files.
         missing: what to do about lines whose file is missing or whose caption is empty. "fatal": stop, name the first
             few and how many; "list": log each one, then stop; "skip": leave them out and log how many.
@@ -42,12 +45,12 @@ def read_manifest(path: str | os.PathLike[str], modality: str, *, missing: str =
     """
     require(modality in COLUMNS, lambda: f"modality: got {modality!r}, takes one of {', '.join(COLUMNS)}")
     require(missing in MISSING, lambda: f"missing: got {missing!r}, takes one of {', '.join(MISSING)}")
-    manifest = Path(path)
+    manifest = Path(os.path.expanduser(path))
     require(manifest.is_file(), lambda: f"{manifest}: got no file there, takes a manifest, TSV or Parquet")
     parquet = manifest.suffix.lower() == ".parquet"
     entries, problems = [], []
     for line, file, caption in (_parquet_rows if parquet else _tsv_rows)(manifest, modality):
-        entry = Entry(manifest.parent / file, caption, line)
+        entry = Entry(manifest.parent / os.path.expanduser(file), caption, line)
         if problem := _problem(entry, file):
             problems.append(f"{'row' if parquet else 'line'} {line}: {problem}")
         else:
@@ -94,7 +97,7 @@ def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
                 ) from None
             if not text:
                 continue
-            cells = text.split("\t")
+            cells = [_unquoted(cell) for cell in text.split("\t")]
             if header is None:
                 header = cells
                 _check_columns(manifest, header, modality, f" in line {line}")
@@ -109,6 +112,11 @@ def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
     require(
         header is not None, lambda: f"{manifest}: got an empty file, takes a header with {modality!r} and 'caption'"
     )
+
+
+def _unquoted(cell: str) -> str:
+    """A cell that is quoted as a whole, as spreadsheets write one with quotes in it; any other as it is."""
+    return cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
 
 
 def _parquet_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:

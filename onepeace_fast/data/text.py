@@ -68,7 +68,8 @@ class Tokenizer:
         tokens; read ``vocab_size`` afterwards. The same captions give the same tokenizer.
 
         Raises:
-            ValueError: no captions, or a ``vocab_size`` below 260, the special tokens and bytes.
+            ValueError: no captions, one that is not Unicode, or a ``vocab_size`` below 260, the special tokens and
+                bytes.
             ImportError: tokenizers is missing.
         """
         tokenizers = optional("tokenizers")
@@ -111,7 +112,8 @@ class Tokenizer:
         A word begins at the first token and behind whitespace, so punctuation belongs to the word before it.
 
         Raises:
-            ValueError: a caption without text, or one of whose tokens is special, which would hide or end the rest.
+            ValueError: a caption without text, one that is not Unicode, or one of whose tokens is special, which would
+                hide or end the rest.
         """
         text = _one_line(caption)
         require(bool(text), lambda: f"caption: got {caption!r}, takes some text")
@@ -191,10 +193,17 @@ def pad_tokens(rows: Sequence[tuple[Sequence[int] | Tensor, Sequence[bool] | Ten
     Padding is token 1 and begins no word.
     """
     pad = torch.nn.utils.rnn.pad_sequence
-    ids = [torch.as_tensor(ids, dtype=torch.int64) for ids, _ in rows]
-    starts = [torch.as_tensor(starts, dtype=torch.bool) for _, starts in rows]
+    ids = [torch.as_tensor(ids, dtype=torch.int64, device="cpu") for ids, _ in rows]
+    starts = [torch.as_tensor(starts, dtype=torch.bool, device="cpu") for _, starts in rows]
     return pad(ids, batch_first=True, padding_value=PADDING_TOKEN), pad(starts, batch_first=True)
 
 
 def _one_line(caption: str) -> str:
-    return " ".join(caption.split())
+    text = " ".join(caption.split())
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"caption: got {describe(text)} with half a character (a lone surrogate), takes Unicode: write it anew"
+        ) from None
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -15,10 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive(2), help="training steps of both stages together (default 1200)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if torch sees one)")
     parser.add_argument("--denoise", action="store_true", help="train by denoising contrast too, as the paper: slower")
-    parser.add_argument("--output", type=Path, default=Path("report"), help="folder for what it makes (default report)")
+    parser.add_argument(
+        "--output", type=_path, default=Path("report"), help="folder for what it makes (default report)"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--seeds", type=_positive(1), help="run this many seeds and print the spread, without a report")
-    what.add_argument("--wav", metavar="FILE", help="rank images for a digit that you say in English, a second or two")
+    rank = "rank images for a digit that you say in English, a second or two"
+    what.add_argument("--wav", type=os.path.expanduser, metavar="FILE", help=rank)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -51,10 +55,16 @@ def run(arguments: argparse.Namespace) -> int:
             return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)
     except (DemoError, ValueError) as error:
         return _stop(str(error), 2)
+    except BrokenPipeError:  # whoever read this went away
+        raise
     except OSError as error:
         return _stop(f"{error.filename or options.output}: {error.strerror or error}", 2)
     except KeyboardInterrupt:
         return _stop("\nStopped.", 130)
+
+
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))
 
 
 def _positive(least: int):

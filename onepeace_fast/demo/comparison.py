@@ -66,7 +66,7 @@ def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs], rou
 def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, float]:
     """The largest difference and the largest value of two lists of tensors; NaN wherever one is."""
     largest = [[(a - b).abs().max(), a.abs().max()] for a, b in zip(expected, got, strict=True)]
-    difference, value = torch.tensor(largest).numpy().max(0).tolist()
+    difference, value = torch.tensor(largest, dtype=torch.float64, device="cpu").numpy().max(0).tolist()
     return difference, value
 
 

@@ -82,10 +82,10 @@ def enlarge(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
 
     With ``generator`` each is a little shifted, turned and stretched, as other handwriting would be.
     """
-    placing = torch.eye(2, 3).repeat(len(images), 1, 1)
+    placing = torch.eye(2, 3, dtype=torch.float32, device="cpu").repeat(len(images), 1, 1)
     if generator is not None:
-        scale = torch.tensor([0.075, 0.075, 0.1])
-        placing += scale * (2 * torch.rand(placing.shape, generator=generator) - 1)
+        scale = placing.new_tensor([0.075, 0.075, 0.1])
+        placing += scale * (2 * torch.rand(placing.shape, generator=generator, dtype=torch.float32, device="cpu") - 1)
     grid = F.affine_grid(placing, [len(images), 1, SIDE, SIDE], align_corners=False)
     large = F.grid_sample(images[:, None], grid, align_corners=False)
     return (large * (2 / DARKEST) - 1).repeat(1, 3, 1, 1)
@@ -109,7 +109,8 @@ class Vocabulary:
 
     def encode(self, captions: Sequence[str]) -> Tensor:
         """Token ids, int64 [rows, words of the longest + 1]: words, end, padding."""
-        rows = [torch.tensor([*(self.ids.get(word, UNKNOWN) for word in text.split()), END]) for text in captions]
+        ids = [[*(self.ids.get(word, UNKNOWN) for word in text.split()), END] for text in captions]
+        rows = [torch.tensor(row, dtype=torch.int64, device="cpu") for row in ids]
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PADDING)
 
 
@@ -121,7 +122,7 @@ def draw_rows(labels: Tensor, groups: int, generator: torch.Generator) -> Tensor
     chosen = []
     for digit in range(10):
         rows = (labels == digit).nonzero().squeeze(1)
-        chosen.append(rows[torch.randperm(len(rows), generator=generator)[:groups]])
+        chosen.append(rows[torch.randperm(len(rows), generator=generator, device="cpu")[:groups]])
     return torch.stack(chosen, dim=1).flatten()
 
 
@@ -129,8 +130,8 @@ def draw_captions(templates: Sequence[str], digits: Tensor, generator: torch.Gen
     """For each digit a caption from a random template, of whose other words some are left out."""
     captions = []
     for digit in digits.tolist():
-        words = templates[int(torch.randint(len(templates), (), generator=generator))].split()
-        left_out = (torch.rand(len(words), generator=generator) < LEFT_OUT).tolist()
+        words = templates[int(torch.randint(len(templates), (), generator=generator, device="cpu"))].split()
+        left_out = (torch.rand(len(words), generator=generator, dtype=torch.float32, device="cpu") < LEFT_OUT).tolist()
         kept = [word for word, out in zip(words, left_out, strict=True) if "{" in word or not out]
         captions.append(caption(" ".join(kept), digit))
     return captions

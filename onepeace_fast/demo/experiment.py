@@ -112,7 +112,7 @@ def train_audio_text(
     generator = torch.Generator().manual_seed(seed)
     device = model.logit_scale.device
     model.train_only("audio")
-    labels = torch.tensor(speech.labels)
+    labels = torch.tensor(speech.labels, dtype=torch.int64, device="cpu")
     captions = caption_embeddings(model, data.SOUND_TEMPLATES, vocabulary)
 
     def losses() -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ def train_audio_text(
         if denoise:
             text = vocabulary.encode(draw_captions(data.SOUND_TEMPLATES, labels[rows], generator))
             return _denoised(model, "audio_language_loss", "atc_loss", text, audio, generator)
-        which = torch.randint(len(captions), (len(rows),), generator=generator)
+        which = torch.randint(len(captions), (len(rows),), generator=generator, device="cpu")
         # Text is frozen, so its embeddings need computing only once.
         loss = contrast(model, model.embed(audio=audio.to(device)), captions[which, labels[rows]])
         return loss, loss

@@ -260,6 +260,6 @@ def _write(path: Path, template: str, **values: Any) -> Path:
     text = environment.get_template(template).render(icon=icon, chance=CHANCE, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".new")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(text, encoding="utf-8", errors="replace")  # a sound's name may be no text
     os.replace(draft, path)
     return path

@@ -44,7 +44,7 @@ def waveforms(sounds: Sequence[np.ndarray], generator: torch.Generator | None = 
 
 
 def _vary(row: Tensor, generator: torch.Generator) -> Tensor:
-    stretch, tone = (2 * torch.rand(2, generator=generator) - 1).tolist()
+    stretch, tone = (2 * torch.rand(2, generator=generator, dtype=torch.float32, device="cpu") - 1).tolist()
     size = min(round(len(row) * (1 + STRETCH * stretch)), WINDOW)
     row = F.interpolate(row[None, None], size=size, mode="linear")[0, 0]
     return row + TONE * tone * F.pad(row, (1, 0))[:-1]
@@ -54,6 +54,8 @@ def _place(row: Tensor, generator: torch.Generator | None) -> Tensor:
     room = WINDOW - len(row)
     if generator is None:
         return F.pad(row, (room // 2, room - room // 2))
-    start = int(torch.randint(room + 1, (), generator=generator))
-    loudness = NOISE * torch.rand((), generator=generator) ** 2
-    return F.pad(row, (start, room - start)) + loudness * torch.randn(WINDOW, generator=generator)
+    start = int(torch.randint(room + 1, (), generator=generator, device="cpu"))
+    loudness = NOISE * torch.rand((), generator=generator, dtype=torch.float32, device="cpu") ** 2
+    return F.pad(row, (start, room - start)) + loudness * torch.randn(
+        WINDOW, generator=generator, dtype=torch.float32, device="cpu"
+    )

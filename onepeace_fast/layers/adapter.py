@@ -48,6 +48,18 @@ def take(x: Tensor, ids: Tensor | None) -> Tensor:
     return F.embedding(ids + starts, x.flatten(0, 1))
 
 
+def with_unread(value: Tensor, *parameters: nn.Parameter) -> Tensor:
+    """``value``, bit for bit; parameters of its size that no pass reads get a gradient of zeros from it.
+
+    Upstream's checkpoints hold such parameters, and DistributedDataParallel waits for every parameter's gradient.
+    """
+    for parameter in parameters:
+        if parameter.requires_grad and torch.is_grad_enabled():
+            everywhere = torch.ones_like(value, dtype=torch.bool)
+            value = torch.where(everywhere, value, parameter.view_as(value).to(value.dtype))
+    return value
+
+
 def valid_from_padding(
     name: str, padding: Tensor | None, rows: int, length: int, device: torch.device, tokens: str = "tokens"
 ) -> Tensor:

@@ -20,6 +20,7 @@ from onepeace_fast.layers.adapter import (
     init_truncated_normal,
     take,
     valid_from_padding,
+    with_unread,
 )
 from onepeace_fast.relative_position import MAX_POSITIONS, grid_code_offset, grid_codes, grid_table_rows
 
@@ -128,7 +129,7 @@ class ImageAdapter(Adapter):
             return self.pos_embed
         cls, patches = self.pos_embed[:1], self.pos_embed[1:]
         # As a matrix, since the gradient of interpolate is not summed in a fixed order on a GPU.
-        unit = torch.eye(own * own, device=patches.device).view(1, own * own, own, own)
+        unit = torch.eye(own * own, dtype=torch.float32, device=patches.device).view(1, own * own, own, own)
         weights = F.interpolate(unit, size=(grid, grid), mode="bicubic").view(own * own, grid * grid)
         with torch._C._DisableAutocast():
             resampled = weights.t() @ patches.float()
@@ -246,8 +247,8 @@ class AudioAdapter(SeriesAdapter):
     def tokens(self, value: Tensor) -> Tensor:
         """Embed waveforms [rows, samples] to [rows, 1 + frames, embed_dim]; CLS has its own position already."""
         frames = self.embed_audios(value)
-        cls = (self.cls_embedding + self.cls_pos_embed).to(frames.dtype).expand(value.shape[0], -1, -1)
-        return torch.cat([cls, frames], dim=1)
+        cls = with_unread(self.cls_embedding + self.cls_pos_embed, self.mask_embedding)
+        return torch.cat([cls.to(frames.dtype).expand(value.shape[0], -1, -1), frames], dim=1)
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
         """Add the position convolutions over the padded batch, or over the kept frames side by side, as upstream does.

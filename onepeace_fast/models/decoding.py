@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast._routing import copy_to_device
+from onepeace_fast.layers import AudioAdapter
+from onepeace_fast.layers.adapter import with_unread
 from onepeace_fast.models.inputs import Batch
 from onepeace_fast.models.passes import Encoded, PackedRows, PaddedTokens, Part, join
 from onepeace_fast.models.stack import Stack
@@ -47,7 +49,7 @@ def decode(
     embedded = torch.cat(
         [_layer(model, "decoder_{}_embed", name)(torch.cat([rows.x for rows in visible[name]])) for name in names]
     )
-    tokens = torch.cat([model.get_parameter(f"{name}_mask_token") for name in names])
+    tokens = torch.cat([_mask_token(model, name) for name in names])
     x = F.embedding(plan.modality, tokens).to(embedded.dtype)
     x = x.index_copy(0, _rows_in(plan, visible), embedded) + F.embedding(*_position_index(plan, decoder))
     real = [batch.valid.masks[name].flatten() for name in names for batch in batches if name in batch.inputs]
@@ -67,7 +69,7 @@ def _decode_padded(
     for name, part in kept.items():
         visible = _layer(model, "decoder_{}_embed", name)(encoded[name])
         rows, width, dim = visible.shape[0], part.width, visible.shape[2]
-        x = model.get_parameter(f"{name}_mask_token").to(visible.dtype).repeat(rows * width, 1)
+        x = _mask_token(model, name).to(visible.dtype).repeat(rows * width, 1)
         real = part.valid.flatten().nonzero().squeeze(1)
         places = (part.ids + torch.arange(rows, device=x.device)[:, None] * width).flatten()[real]
         x[places] = visible.flatten(0, 1)[real]
@@ -91,6 +93,13 @@ def _positions(model: OnePeacePretrain, batch: Batch) -> dict[str, PaddedTokens]
             valid, lengths = torch.ones_like(valid), [valid.shape[1]] * valid.shape[0]
         part[name] = PaddedTokens(None, valid, lengths, None, valid.shape[1])
     return part
+
+
+def _mask_token(model: OnePeacePretrain, name: str) -> Tensor:
+    """The mask token [1, width] of a modality."""
+    adapter = model.decoder_wrapper.adapter(name)
+    unread = [adapter.cls_embedding, *([adapter.mask_embedding] if isinstance(adapter, AudioAdapter) else [])]
+    return with_unread(model.get_parameter(f"{name}_mask_token"), *unread)
 
 
 def _layer(model: OnePeacePretrain, pattern: str, name: str) -> nn.Linear:

@@ -13,6 +13,7 @@ from onepeace_fast.checks import describe, require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers.adapter import Adapter, init_linear
 from onepeace_fast.layers.transformer import feed_forward
+from onepeace_fast.models.parameters import unwrapped
 
 if TYPE_CHECKING:
     from onepeace_fast.models.pretrain import OnePeacePretrain
@@ -32,7 +33,8 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
     taken = [part for part in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, part)]
     require(not taken, f"name: got {name!r}, takes another: the model has a {', '.join(taken)} already")
 
-    stack, transformer, like = model.encoder_wrapper, model.encoder_wrapper.fusion_model, model.logit_scale
+    stack, like = unwrapped(model.encoder_wrapper), model.logit_scale
+    transformer = unwrapped(stack.fusion_model)
     reference = next(transformer.parameters())
 
     def placed(module: nn.Module) -> nn.Module:
@@ -43,7 +45,7 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
         return placed(fresh if init_from is None else copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
 
     stack.add_module(f"{name}_adapter", placed(adapter))
-    for layer in transformer.layers:
+    for layer in map(unwrapped, transformer.layers):
         fresh = feed_forward(encoder)
         for module in fresh.modules():
             if isinstance(module, nn.Linear):
@@ -62,7 +64,7 @@ def train_only(model: OnePeacePretrain, name: str) -> None:
     encoder, transformer = model.encoder_wrapper, model.encoder_wrapper.fusion_model
     model.requires_grad_()
     encoder.requires_grad_(False)
-    own = [layer.ffn(name) for layer in transformer.layers]
+    own = [unwrapped(layer).ffn(name) for layer in transformer.layers]
     for module in (encoder.adapter(name), transformer.final_norm(name), *own):
         module.requires_grad_()
     for other in known:

@@ -199,8 +199,15 @@ class OnePeacePretrain(nn.Module):
         upstream.load(self, state_dict)
 
     def to_upstream_state_dict(self, grads: bool = False) -> dict[str, Tensor | None]:
-        """Parameters, or with ``grads`` their gradients (None where there is none), under upstream's names."""
-        return {name: p.grad if grads else p.detach() for name, p in self.named_parameters()}
+        """Parameters, or with ``grads`` their gradients (None where there is none), under upstream's names.
+
+        Wrappers around layers (torch.compile, checkpoint_wrapper, FSDP) leave no trace in the names. What FSDP2 shards
+        are DTensors; of FSDP1, for which every process must call this, they are copies, and gradients are refused.
+
+        Raises:
+            ValueError: ``grads`` of a model in FSDP1.
+        """
+        return upstream.state_dict(self, grads)
 
     def save(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` (upstream's names); each file is replaced in one step."""

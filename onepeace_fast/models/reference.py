@@ -57,7 +57,7 @@ def encode_padded(
     result = {name: output.transpose(0, 1) for name, output in outputs.items()}
     if samples is None:
         return result
-    rows = {name: torch.tensor(list(samples[name]), device=x.device) for name in result}
+    rows = {name: torch.tensor(list(samples[name]), dtype=torch.int64, device=x.device) for name in result}
     return {name: output[rows[name]] for name, output in result.items()}
 
 

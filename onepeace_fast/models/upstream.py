@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -15,6 +17,16 @@ from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapter import Adapter, SeriesAdapter
 from onepeace_fast.layers.adapters import ImageAdapter
+from onepeace_fast.models.parameters import (
+    copy_into,
+    full,
+    gathered,
+    is_flattened,
+    is_sharded,
+    upstream_modules,
+    upstream_names,
+    without_wrappers,
+)
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 if TYPE_CHECKING:
@@ -30,11 +42,16 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         not any(parameter.is_meta for parameter in model.parameters()),
         "model: got parameters without memory, takes a model on a device; call to_empty(device=...) first",
     )
+    with gathered(model):
+        _load(model, state_dict)
+
+
+def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     given = {_rename(name): value for name, value in state_dict.items()}
     twice = [name for name in state_dict if _rename(name) != name and _rename(name) in state_dict]
     uncopyable = [f"{name} {describe(value)}" for name, value in given.items() if not _holds_data(value)]
     given = {name: value for name, value in given.items() if _holds_data(value)}
-    parameters = dict(model.named_parameters())
+    parameters = upstream_names(model)
     buffers = {name: value for name, value in given.items() if name not in parameters and _is_buffer(name)}
     missing = sorted(set(parameters) - set(map(_rename, state_dict)))
     unexpected = sorted(set(given) - set(parameters) - set(buffers))
@@ -54,18 +71,35 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     if found:
         raise ValueError(f"state_dict: got keys that do not fit, takes exactly this model's. {found}")
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(given[name])
+    for name, parameter in parameters.items():
+        copy_into(parameter, given[name])
     for module in model.modules():
         if isinstance(module, Adapter):
             module.reset_tables()
 
 
+def state_dict(model: OnePeacePretrain, grads: bool) -> dict[str, Tensor | None]:
+    """See ``OnePeacePretrain.to_upstream_state_dict``."""
+    flattened = is_flattened(model)
+    require(not (grads and flattened), "grads: got True for a model in FSDP1, takes False: its gradients are flattened")
+    with gathered(model):
+        parameters = upstream_names(model)
+        if flattened:  # outside they are in pieces again
+            return {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    return {name: p.grad if grads else p.detach() for name, p in parameters.items()}
+
+
 def save(model: OnePeacePretrain, directory: Path) -> None:
-    """Write the weights and the configuration, each under another name first, then in its place in one step."""
+    """Write the weights and the configuration, each under another name first, then in its place in one step.
+
+    Of a sharded model every process must call it, and the first one writes.
+    """
+    values = model.to_upstream_state_dict()
+    sharded = any(map(is_sharded, values.values())) or is_flattened(model)
+    tensors = {name: full(value).contiguous() for name, value in values.items()}
+    if sharded and dist.get_rank() > 0:
+        return
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.contiguous() for name, value in model.to_upstream_state_dict().items()}
     writers: dict[str, Callable[[Path], None]] = {
         WEIGHTS_FILE: lambda path: save_file(tensors, path),
         CONFIG_FILE: model.config.save,
@@ -83,11 +117,19 @@ def restore(
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
     model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend, adapters)
-    load(model, load_file(directory / WEIGHTS_FILE))
+    try:
+        weights = load_file(directory / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"directory: got {directory / WEIGHTS_FILE}, which cannot be read ({reason}), takes one that save() wrote"
+        ) from error
+    load(model, weights)
     return model
 
 
 def _rename(name: str) -> str:
+    name = without_wrappers(name)
     return name.removesuffix(_OLD_TABLE) + _NEW_TABLE if name.endswith("." + _OLD_TABLE) else name
 
 
@@ -102,14 +144,13 @@ def _is_buffer(name: str) -> bool:
 def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
     """Why a buffer of a checkpoint contradicts this model, or None."""
     owner, _, kind = name.rpartition(".")
-    try:
-        module = model.get_submodule(owner)
-    except AttributeError:
+    module = upstream_modules(model).get(owner)
+    if module is None:
         return f"{name} belongs to no part of this model"
     if kind == "version":
         return None if value.tolist() == [3.0] else f"{name} {value.tolist()} instead of [3.0]"
     if kind == "position_idx" and isinstance(module, ImageAdapter):
-        expected = torch.arange(module.position_grid**2 + 1)
+        expected = torch.arange(module.position_grid**2 + 1, device="cpu")
     elif kind == "rp_bucket" and isinstance(module, Adapter) and module.has_bias:
         module.reset_tables()
         width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else module.bias_grid**2 + 1

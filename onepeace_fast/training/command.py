@@ -36,6 +36,8 @@ def run(path: str) -> int:
         return _stop(f"Stopped: {error}; {last_checkpoint(output)}", 1)
     except (ValueError, ImportError) as error:
         return _stop(str(error), 2, everywhere=True)
+    except BrokenPipeError:  # whoever read this went away
+        raise
     except OSError as error:
         return _stop(f"{error.filename or output}: {error.strerror or error}", 2, everywhere=True)
     except KeyboardInterrupt:

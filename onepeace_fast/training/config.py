@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -112,7 +113,7 @@ class TrainingConfig:
         Raises:
             ValueError: a file that cannot be read, or a key that is unknown, missing, doubled or does not fit.
         """
-        path = Path(path)
+        path = Path(os.path.expanduser(path))
         values = _read_yaml(path)
         require(isinstance(values, Mapping), f"{path}: got {describe(values)}, takes a mapping of keys to values")
         known = [item.name for item in _keys()]
@@ -133,9 +134,9 @@ class TrainingConfig:
         return STAGES[self.stage]
 
     def path(self, name: str) -> Path | None:
-        """The path that a key holds, taken from the configuration's folder; None where there is none."""
+        """The path that a key holds, ``~`` expanded, from the configuration's folder; None where there is none."""
         value = getattr(self, name)
-        return None if value is None else self.folder / value
+        return None if value is None else self.folder / os.path.expanduser(value)
 
     def model_config(self, base: OnePeaceConfig) -> OnePeaceConfig:
         """The configuration of the model: ``base`` with the fields that the key ``model`` gives instead.
@@ -180,9 +181,9 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.012345
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # also of a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) else "not a text file in UTF-8"
         raise ValueError(f"{path}: cannot be read: {reason}") from None
 
 

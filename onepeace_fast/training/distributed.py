@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.transformer import TransformerLayer
+from onepeace_fast.models.parameters import full
 
 Result = TypeVar("Result")
 
@@ -132,15 +133,3 @@ class Processes:
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, maximum, norm)
         return norm
-
-
-def full(value: Tensor) -> Tensor:
-    """A tensor whole, on its device; every process must ask for it."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def shard_like(value: Tensor, like: Tensor) -> Tensor:
-    """A copy of this process's part of a tensor that every process has whole, sharded as ``like`` is; scalars whole."""
-    if not isinstance(like, DTensor) or not value.dim():
-        return value.clone()
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

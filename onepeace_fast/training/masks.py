@@ -114,7 +114,7 @@ def audio_language_masks(
     )
     masks = {"al_text": _hide_words(tokens, word_starts, PAIR_TEXT_WORDS, generator)}
     for name, share in (("audio", AUDIO_FRAMES), ("al_audio", PAIR_AUDIO_FRAMES)):
-        masks[name] = torch.zeros(rows, width, dtype=torch.bool)
+        masks[name] = torch.zeros(rows, width, dtype=torch.bool, device="cpu")
         for row, count in enumerate(frames):
             masks[name][row, :count] = _hide_spans(count, share, generator)
     return {name: _with_cls(mask) for name, mask in masks.items()}
@@ -123,7 +123,8 @@ def audio_language_masks(
 def _hide_words(tokens: Tensor, word_starts: Tensor, share: float, generator: torch.Generator) -> Tensor:
     """Hide ceil(share * words) whole words of each row: bool [rows, length]."""
     words = word_starts.sum(1)
-    draws = _draw(tokens.shape, generator).masked_fill(torch.arange(tokens.shape[1]) >= words[:, None], torch.inf)
+    place = torch.arange(tokens.shape[1], device="cpu")
+    draws = _draw(tokens.shape, generator).masked_fill(place >= words[:, None], torch.inf)
     hidden = _first(draws, [math.ceil(share * count) for count in words.tolist()])
     word = (word_starts.cumsum(1) - 1).clamp(min=0)
     return hidden.gather(1, word) & tokens
@@ -131,11 +132,12 @@ def _hide_words(tokens: Tensor, word_starts: Tensor, share: float, generator: to
 
 def _hide_spans(frames: int, share: float, generator: torch.Generator) -> Tensor:
     """Hide exactly int(share * frames) frames of a clip, mostly in spans: bool [frames]."""
-    hidden = torch.zeros(frames, dtype=torch.bool)
+    hidden = torch.zeros(frames, dtype=torch.bool, device="cpu")
     if not frames:
         return hidden
-    centres = torch.randint(frames, (int(frames * (share + SPAN_SURPLUS) / SPAN),), generator=generator)
-    reach = torch.arange(SPAN) - SPAN // 2
+    count = int(frames * (share + SPAN_SURPLUS) / SPAN)
+    centres = torch.randint(frames, (count,), generator=generator, device="cpu")
+    reach = torch.arange(SPAN, device="cpu") - SPAN // 2
     hidden[(centres[:, None] + reach).clamp(0, frames - 1)] = True
     # Drawn numbers are below 1, so the frames of spans come first; among them, and among the rest, chance decides.
     order = _draw((1, frames), generator) + (~hidden).double()
@@ -144,7 +146,7 @@ def _hide_spans(frames: int, share: float, generator: torch.Generator) -> Tensor
 
 def _draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Uniform numbers in [0, 1), in float64: equal ones are as good as impossible."""
-    return torch.rand(*shape, generator=generator, dtype=torch.float64)
+    return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 
 def _ranks(draws: Tensor) -> Tensor:
@@ -154,7 +156,7 @@ def _ranks(draws: Tensor) -> Tensor:
 
 def _first(draws: Tensor, counts: Sequence[int]) -> Tensor:
     """True at the smallest entries of each row, as many as ``counts`` says for it."""
-    return _ranks(draws) < torch.tensor(counts, dtype=torch.int64)[:, None]
+    return _ranks(draws) < torch.tensor(counts, dtype=torch.int64, device="cpu")[:, None]
 
 
 def _with_cls(mask: Tensor) -> Tensor:
@@ -172,7 +174,7 @@ def _check_text(text: Tensor, word_starts: Tensor) -> Tensor:
         f"word_starts: got shape {list(word_starts.shape)}, takes that of text, {list(text.shape)}",
     )
     real = text != PADDING_TOKEN
-    column, last = torch.arange(text.shape[1]), real.sum(1, keepdim=True) - 1
+    column, last = torch.arange(text.shape[1], device="cpu"), real.sum(1, keepdim=True) - 1
     ordered = ((real == (column <= last)) & ((text == END) == (column == last))).all(1)
     require(
         bool(ordered.all()),

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.layers.adapters import PATCH
+from onepeace_fast.models.parameters import full, shard_like, upstream_names
 from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.training.config import TrainingConfig
-from onepeace_fast.training.distributed import Processes, full, shard_like
+from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.optimizer import adamw, learning_rate
 
@@ -36,7 +37,7 @@ class Trainer:
         self.step_number = 0
         self.masks = torch.Generator()
         seed = torch.Generator().manual_seed(config.seed)
-        seeds = torch.randint(2**62, (2, processes.count), generator=seed)[:, processes.rank].tolist()
+        seeds = torch.randint(2**62, (2, processes.count), generator=seed, device="cpu")[:, processes.rank].tolist()
         torch.manual_seed(seeds[0])
         self.masks.manual_seed(seeds[1])
 
@@ -95,7 +96,7 @@ class Trainer:
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters whole, on the CPU, in the main process; empty in the others."""
-        return self._gather({name: parameter.detach() for name, parameter in self.model.named_parameters()})
+        return self._gather({name: parameter.detach() for name, parameter in upstream_names(self.model).items()})
 
     def state(self) -> dict[str, Any]:
         """What besides the weights the next step depends on; the optimizer's part is empty but in the main process."""
@@ -103,7 +104,7 @@ class Trainer:
         if self.processes.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.processes.device)
         optimizer = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in upstream_names(self.model).items():
             if state := self.optimizer.state.get(parameter):
                 optimizer[name] = self._gather(state)
         return {"step": self.step_number, "optimizer": optimizer, "generators": self.processes.of_all(generators)}
@@ -111,7 +112,7 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what ``state`` returned in the main process."""
         self.step_number = state["step"]
-        parameters = dict(self.model.named_parameters())
+        parameters = upstream_names(self.model)
         place = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
         entries = {
             place[id(parameters[name])]: {key: shard_like(value, parameters[name]) for key, value in entry.items()}

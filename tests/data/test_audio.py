@@ -136,6 +136,7 @@ def broken_files(folder):
         "zero bytes": ("zero.wav", b"", "does not decode as audio"),
         "raw": ("samples.raw", bytes(1000), "does not decode as audio"),
         "half a file": ("half.flac", whole[: len(whole) // 2], "does not decode as audio"),
+        "too long a header": ("more.flac", whole[:21] + struct.pack(">BI", whole[21], 50_000) + whole[26:], "takes a"),
     }
     for case, (name, content, part) in contents.items():
         (folder / name).write_bytes(content)
@@ -150,6 +151,7 @@ def broken_files(folder):
         "not a number": (nan, "not finite"),
         "infinite": (numpy.where(nan > 0, math.inf, 0), "not finite"),
         "too large": (huge, "too large"),
+        "one sample at 16 kHz": ([0.5, -0.5], "silence"),
     }
     for case, (samples, part) in clips.items():
         yield case, write(folder / f"{case}.wav", samples, 44100, subtype="FLOAT"), part
@@ -166,6 +168,86 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_it(tmp_pat
         assert line.startswith(f"{path}: got "), case
         assert part in line, (case, line)
         assert "takes " in line and "\n" not in line, (case, line)
+
+
+WHOLE = [
+    *(("wav", kind) for kind in ("PCM_16", "PCM_U8", "FLOAT", "ULAW", "IMA_ADPCM", "GSM610", "G721_32")),
+    *(("aiff", kind) for kind in ("PCM_16", "FLOAT", "GSM610")),
+    *(("au", kind) for kind in ("PCM_16", "ALAW", "G723_24", "G723_40")),
+    ("rf64", "PCM_16"),
+    ("w64", "PCM_16"),
+    ("flac", "PCM_16"),
+    ("ogg", "VORBIS"),
+    ("ogg", "OPUS"),
+    ("mp3", "MPEG_LAYER_III"),
+]
+
+
+@pytest.mark.parametrize(("form", "subtype"), WHOLE)
+def test_of_a_file_that_was_cut_off_or_lost_its_middle_no_sample_is_read(tmp_path, form, subtype):
+    path = tmp_path / "clip"
+    write(path, numpy.random.default_rng(0).uniform(-0.3, 0.3, 48_000), format=form, subtype=subtype)
+    assert 48_000 <= len(read_audio(path)) < 49_100  # some codecs fill their last block
+    content = path.read_bytes()
+    cuts = {share: content[: int(len(content) * share)] for share in (0.5, 0.9, 0.99)}
+    if form in ("flac", "ogg", "mp3"):
+        middle = len(content) // 2
+        cuts["a hole"] = content[:middle] + bytes(1000) + content[middle + 1000 :]
+        cuts["a gap"] = content[:middle] + content[middle + 2000 :]
+    for cut, part in cuts.items():
+        path.write_bytes(part)
+        with pytest.raises(ValueError) as caught:
+            read_audio(path)
+        line = str(caught.value)
+        assert line.startswith(f"{path}: got ") and "takes " in line and "\n" not in line, cut
+
+
+def test_an_mp3_that_was_cut_off_brings_no_memory_of_others_into_a_clip(tmp_path):
+    path = write(tmp_path / "clip.mp3", tone(3.0))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    refused(lambda: read_audio(path), str(path), "of 48,000 samples decoded", "fetch it again")
+
+
+def test_a_piece_before_a_hole_is_not_heard_twice(tmp_path):
+    path = write(tmp_path / "clip.mp3", numpy.random.default_rng(0).uniform(-0.3, 0.3, 600_000))
+    content = bytearray(path.read_bytes())
+    content[100_000:100_900] = bytes(900)
+    path.write_bytes(content)
+    refused(lambda: read_audio(path), str(path))
+
+
+@pytest.mark.parametrize("size", [b"\xff" * 4, b"\x00\xff\xff\xff"])
+def test_a_header_that_does_not_know_its_length_is_no_promise_and_one_that_says_too_much_is(tmp_path, size):
+    path = write(tmp_path / "clip.wav", tone(0.5))
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 4 + content[8:40] + size + content[44:])
+    if size == b"\xff" * 4:
+        assert len(read_audio(path)) == SAMPLE_RATE // 2
+    else:
+        refused(lambda: read_audio(path), str(path), "got 16,000 of 4,294,967,040 bytes of sound")
+
+
+def test_what_stands_before_and_behind_the_samples_is_no_loss(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(0.5))
+    content = path.read_bytes()
+    note = struct.pack("<4sI", b"note", 5001) + b"data" * 1250 + b"\0\0"
+    path.write_bytes(content[:36] + note + content[36:] + b"LIST" + bytes(100))
+    assert torch.equal(read_audio(path), read_audio(write(tmp_path / "plain.wav", tone(0.5))))
+    ogg = write(tmp_path / "clip.ogg", tone(0.5))
+    ogg.write_bytes(ogg.read_bytes() * 2 + b"TAG" + bytes(125))  # chained streams and a tag
+    assert len(read_audio(ogg)) >= SAMPLE_RATE // 2
+
+
+def test_telephone_codecs_keep_the_tone(tmp_path):
+    for name, subtype in (("gsm.wav", "GSM610"), ("g721.wav", "G721_32"), ("g723.au", "G723_24"), ("a.au", "ALAW")):
+        read = read_audio(write(tmp_path / name, tone(1.0), subtype=subtype)).numpy()[:SAMPLE_RATE]
+        assert abs(numpy.fft.rfft(read)).argmax() == 440, name
+
+
+def test_a_file_whose_name_is_no_utf_8_is_read(tmp_path):
+    path = tmp_path / "clip.wav"
+    name = str(write(path, tone(0.1)).rename(tmp_path / "t\udcf6n.wav"))
+    assert torch.equal(read_audio(name), read_audio(write(path, tone(0.1))))
 
 
 def test_a_sample_rate_that_no_recorder_has_is_refused(tmp_path):

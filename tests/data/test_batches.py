@@ -155,6 +155,7 @@ def test_a_generator_depends_on_every_part_of_its_key():
     keys = [
         (0, "order", 1),
         (1, "order", 0),
+        (1, "order", 1),
         (0, "augmentation", 1),
         (0, "order", 1, 0),
         (0, "order", 11),
@@ -298,6 +299,12 @@ def test_workers_name_a_broken_file_once_among_them(images, tokenizer, capfd):
     loader = DataLoader(dataset, batch_sampler=[[(0, 3)]] * 6, collate_fn=collate, num_workers=2)
     assert len(list(loader)) == 6
     assert dataset._reported.tolist() == [place == 3 for place in range(10)]
+
+
+def test_a_clip_that_its_preparation_refuses_is_named_too(clips, tokenizer, monkeypatch):
+    dataset = PairDataset(clips, tokenizer, "audio", side=None, seed=0)
+    monkeypatch.setattr("onepeace_fast.data.batches.read_audio", lambda path: torch.zeros(9))
+    refused(lambda: dataset[0, 1], f"{clips[1].path}: waveform: got silence")
 
 
 def test_nothing_but_broken_files_stops_with_one_line(images, tokenizer):

@@ -32,15 +32,20 @@ def read_pixels(path):
     return numpy.asarray(image)
 
 
+def png(width, height, depth, kind, rows=b"", *, interlace=0, chunks=()):
+    """A PNG of these rows, each with its filter's byte; without rows it has no pixels."""
+
+    def chunk(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlace)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows) if rows else b""), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
 def png_header(width, height):
     """A PNG of this size with no pixels."""
-
-    def chunk(kind, content):
-        checksum = struct.pack(">I", zlib.crc32(kind + content))
-        return struct.pack(">I", len(content)) + kind + content + checksum
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+    return png(width, height, 8, 2)
 
 
 def refused(call, *parts):
@@ -111,6 +116,56 @@ def test_a_transparent_colour_of_a_palette_or_a_plain_image_is_white(tmp_path, m
     assert read_pixels(path)[0, 0].tolist() == list(WHITE)
 
 
+def packed(samples, depth):
+    """A PNG's row of samples of so many bits, behind the byte of filter 0."""
+    bits = "".join(f"{sample:0{depth}b}" for sample in samples)
+    return bytes([0, *(int(bits[place : place + 8].ljust(8, "0"), 2) for place in range(0, len(bits), 8))])
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png_is_white_in_every_depth_and_no_other_grey(tmp_path, depth):
+    path, top = tmp_path / "image.png", 2**depth - 1
+    steps = range(top + 1) if depth <= 8 else [0, 1, 255, 256, 257, 0x3200, 0x3201, 0x32FF, 0x6432, top]
+    for key in {0, 1, steps[len(steps) // 2], top}:
+        path.write_bytes(png(len(steps), 1, depth, 0, packed(steps, depth), chunks=[(b"tRNS", struct.pack(">H", key))]))
+        grey = [255 if value == key else value * 255 // top if depth < 16 else value >> 8 for value in steps]
+        assert read_pixels(path)[0].tolist() == [[value] * 3 for value in grey], key
+
+
+@pytest.mark.parametrize("depth", [8, 16])
+def test_the_transparent_colour_of_a_png_is_white_in_every_depth_and_no_other_colour(tmp_path, depth):
+    path, unit = tmp_path / "image.png", 2 ** (depth - 8)
+    key = (200 * unit, 30 * unit + unit - 1, 10 * unit)
+    # Also what agrees in two channels, in the upper bytes alone, and in the lower ones alone.
+    near = [(200 * unit, 30 * unit + unit - 1, 11 * unit), (200 * unit, 30 * unit, 10 * unit), (200, 30, 10)]
+    near = [colour for colour in near if colour != key]
+    row = packed([value for colour in (key, *near) for value in colour], depth)
+    path.write_bytes(png(1 + len(near), 1, depth, 2, row, chunks=[(b"tRNS", struct.pack(">HHH", *key))]))
+    assert read_pixels(path)[0].tolist() == [[255] * 3, *([value // unit for value in colour] for colour in near)]
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 8])
+def test_the_transparent_entries_of_a_palette_are_white_in_every_depth(tmp_path, depth):
+    path, palette = tmp_path / "image.png", [(10, 20, 30), (40, 50, 60), (70, 80, 90), (100, 110, 120)]
+    palette = palette[: 2**depth]
+    chunks = [(b"PLTE", bytes(value for colour in palette for value in colour)), (b"tRNS", bytes([255, 0]))]
+    path.write_bytes(png(len(palette), 1, depth, 3, packed(range(len(palette)), depth), chunks=chunks))
+    expected = [[255] * 3 if place == 1 else list(colour) for place, colour in enumerate(palette)]
+    assert read_pixels(path)[0].tolist() == expected
+
+
+def test_a_transparent_colour_of_16_bits_is_turned_upright_with_its_image(tmp_path):
+    path, exif = tmp_path / "image.png", Image.Exif()
+    exif[0x0112] = 6
+    colours = [(1, 2, 3), (0x1234, 0x5678, 0x9ABC), (0x1200, 0x5600, 0x9A00)]
+    row = packed([value for colour in colours for value in colour], 16)
+    chunks = [(b"tRNS", struct.pack(">HHH", *colours[1])), (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0"))]
+    path.write_bytes(png(3, 1, 16, 2, row, chunks=chunks))
+    pixels = read_pixels(path)
+    assert pixels.shape == (3, 1, 3)
+    assert pixels[:, 0].tolist() == [[0, 0, 0], [255] * 3, [0x12, 0x56, 0x9A]]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_turns_the_image_upright(tmp_path, orientation):
     upright = Image.new("RGB", (32, 16), WHITE)
@@ -176,6 +231,27 @@ def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_it(tmp_pat
         assert line.startswith(f"{path}: got "), (case, line)
         assert part in line, (case, line)
         assert "takes " in line and "\n" not in line, (case, line)
+
+
+@pytest.mark.parametrize(
+    ("extension", "options"),
+    [("jpg", {}), ("jpg", {"progressive": True}), ("png", {}), ("webp", {}), ("webp", {"lossless": True}), ("gif", {})],
+)
+def test_of_an_image_that_was_cut_off_no_pixel_is_read(tmp_path, monkeypatch, extension, options):
+    noise = Image.fromarray(numpy.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype="uint8"))
+    path = saved(noise, tmp_path / f"image.{extension}", **options)
+    whole, content = read_pixels(path), path.read_bytes()
+    for size in {*range(0, len(content), len(content) // 20), *range(len(content) - 25, len(content))}:
+        path.write_bytes(content[:size])
+        try:
+            pixels = read_pixels(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: got ")
+        else:  # only what marks the end is missing
+            assert len(content) - size < 25 and numpy.array_equal(pixels, whole)
+    path.write_bytes(content[: len(content) // 2])
+    monkeypatch.setattr("PIL.ImageFile.LOAD_TRUNCATED_IMAGES", True)
+    refused(lambda: read_image(path), str(path), "LOAD_TRUNCATED_IMAGES")
 
 
 def test_a_huge_image_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
@@ -280,3 +356,39 @@ def test_a_side_that_is_no_number_of_pixels_is_refused(side):
 @pytest.mark.parametrize("image", [Image.new("L", (4, 4)), "image.png"])
 def test_what_is_not_an_rgb_image_is_refused(image):
     refused(lambda: prepare_image(image, 16), "image: got ", "RGB")
+
+
+def bicubic(values, size, start, stop):
+    """The first axis resampled as Pillow's filter is defined: Keys' cubic with a = -1/2, widened where it shrinks."""
+    scale = (stop - start) / size
+    stretch, result = max(scale, 1.0), []
+    for place in range(size):
+        centre = start + (place + 0.5) * scale
+        taps = numpy.arange(max(round(centre - 2 * stretch), 0), min(round(centre + 2 * stretch), len(values)))
+        x = abs((taps + 0.5 - centre) / stretch)
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights = numpy.where(x < 1, near, numpy.where(x < 2, far, 0))
+        result.append(numpy.tensordot(weights / weights.sum(), values[taps], 1))
+    return numpy.clip(numpy.stack(result), 0, 255)
+
+
+@pytest.mark.parametrize(("width", "height", "side"), [(40, 40, 24), (90, 60, 16), (12, 20, 32)])
+def test_images_are_resampled_bicubically_with_antialiasing(width, height, side):
+    noise = numpy.random.default_rng(0).integers(0, 256, (height, width, 3), dtype="uint8")
+    shorter = min(width, height)
+    left, top = (width - shorter) / 2, (height - shorter) / 2
+    across = bicubic(noise.swapaxes(0, 1).astype(float), side, left, left + shorter).swapaxes(0, 1)
+    expected = bicubic(across, side, top, top + shorter)
+    prepared = prepare_image(Image.fromarray(noise), side).permute(1, 2, 0).double().numpy()
+    pixels = (prepared * numpy.array(DEVIATION) + numpy.array(MEAN)) * 255
+    assert abs(pixels - expected).max() < 2.5
+
+
+def test_wide_and_tall_crops_are_as_likely():
+    boxes = [module._random_box(1000, 1000, torch.Generator().manual_seed(seed)) for seed in range(3000)]
+    ratios = numpy.log([(right - left) / (bottom - top) for left, top, right, bottom in boxes])
+    assert abs(ratios.mean()) < 0.01
+    areas = numpy.array([(right - left) * (bottom - top) for left, top, right, bottom in boxes]) / 1e6
+    assert areas.mean() == pytest.approx(0.75, abs=0.01)
+    middles = numpy.array([((left + right) / 2, (top + bottom) / 2) for left, top, right, bottom in boxes])
+    assert middles.mean(0) == pytest.approx([500, 500], abs=8)

@@ -79,6 +79,33 @@ def test_captions_may_hold_quotes_and_unusual_separators(folder):
     assert [entry.caption for entry in read_manifest(path, "image")] == captions
 
 
+def test_a_cell_in_quotes_as_spreadsheets_write_it_loses_them(folder):
+    written = {
+        '"a ""big"" cat"': 'a "big" cat',
+        '"a cat"': "a cat",
+        '"""a"" cat"': '"a" cat',
+        'a "big" cat': 'a "big" cat',
+    }
+    written |= {'"a" cat': '"a" cat', '"a" and "b"': '"a" and "b"', '"': '"', '"a"b"': '"a"b"'}
+    plain = read_manifest(tsv(folder, "image\tcaption", *(f"images/a.png\t{cell}" for cell in written)), "image")
+    assert [entry.caption for entry in plain] == list(written.values())
+    path = tsv(folder, '"image"\t"caption"', *(f'"images/b c.png"\t{cell}' for cell in written))
+    entries = read_manifest(path, "image")
+    assert [entry.caption for entry in entries] == list(written.values())
+    assert {entry.path.name for entry in entries} == {"b c.png"}
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder / "images"))
+    tsv(folder, "image\tcaption", "~/a.png\ta cat").rename(folder / "images" / "m.tsv")
+    assert read_manifest("~/m.tsv", "image") == [Entry(folder / "images" / "a.png", "a cat", 2)]
+
+
+def test_a_name_that_no_file_can_have_is_refused(folder):
+    refused(lambda: read_manifest("a\ud800.tsv", "image"), "a\ud800.tsv", "got no file there")
+    refused(lambda: read_manifest("a\0.tsv", "image"), "a\0.tsv", "got no file there")
+
+
 @pytest.mark.parametrize("large", [False, True])
 def test_parquet_gives_the_same_pairs(folder, large):
     arrow = pytest.importorskip("pyarrow")

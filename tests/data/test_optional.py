@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from onepeace_fast._installation import install_command
 from onepeace_fast.data import audio, batches, image, manifest, text
 from onepeace_fast.data._optional import optional
 
@@ -28,7 +29,7 @@ def test_a_missing_package_gives_one_line_that_says_what_to_install(module, monk
         NEEDS[module](tmp_path)
     line = str(caught.value)
     assert line.startswith(f"{module}: ")
-    assert line.endswith("pip install 'onepeace_fast[train]'")
+    assert line.endswith(f"; type: {install_command('train')}")
     assert "\n" not in line
 
 

@@ -244,3 +244,17 @@ def test_masks_of_whole_words_take_what_is_padded_here(tokenizer):
     masks = vision_language_masks(text, starts, 16, torch.Generator())
     assert masks["text"].any()
     assert not (masks["text"][:, 1:] & (text <= 2)).any()
+
+
+@pytest.mark.parametrize("call", ["tokens", "train", "all"])
+def test_half_a_character_in_a_caption_is_refused_in_one_line(tokenizer, call):
+    captions = ["a cat", "a \ud83d cat"]
+    calls = {
+        "tokens": lambda: tokenizer.tokens(captions[1]),
+        "train": lambda: Tokenizer.train(captions, 300),
+        "all": lambda: TokenizedCaptions(captions, tokenizer),
+    }
+    with pytest.raises(ValueError, match=r"caption: got str 'a \\ud83d cat' with half a character") as caught:
+        calls[call]()
+    assert str(caught.value).startswith("captions[1]: " if call == "all" else "caption: ")
+    str(caught.value).encode()  # it can be printed

@@ -50,3 +50,12 @@ def test_a_folder_that_save_did_not_write_is_refused(missing, tmp_path):
     with pytest.raises(ValueError, match=f"^directory: got .* without {missing}, takes one that save") as caught:
         OnePeacePretrain.load(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_cut_off_are_refused_in_one_line(tmp_path):
+    small_model("fused", dtype=torch.float32).save(tmp_path)
+    for size in (0, 5, 1000):
+        (tmp_path / WEIGHTS_FILE).write_bytes((tmp_path / WEIGHTS_FILE).read_bytes()[:size])
+        with pytest.raises(ValueError, match=f"^directory: got .*{WEIGHTS_FILE}, which cannot be read") as caught:
+            OnePeacePretrain.load(tmp_path)
+        assert "\n" not in str(caught.value)

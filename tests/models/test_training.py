@@ -168,3 +168,27 @@ def test_frozen_parameters_get_no_gradient_and_change_no_other():
     _, got = encode_with_gradients(model, batch)
     assert frozen & set(want)
     assert_close(got, {name: value for name, value in want.items() if name not in frozen}, 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters_that_nothing_reads_have_a_gradient_of_zeros_and_change_nothing(backend):
+    unread = {f"decoder_wrapper.{name}_adapter.cls_embedding" for name in ("text", "image", "audio")}
+    unread |= {f"{stack}_wrapper.audio_adapter.mask_embedding" for stack in ("encoder", "decoder")}
+
+    def run(fill):
+        model = small_model(backend)
+        with torch.no_grad():
+            for name in unread:
+                model.get_parameter(name).fill_(fill)
+        batch = batch_of(text=[3], image=(1, 3), audio=[9])
+        masks = {name: torch.arange(valid.shape[1])[None] == 1 for name, valid in valid_tokens(batch).items()}
+        rebuilt = model.reconstruct(**batch, masks=masks)
+        sum(value.square().sum() for value in rebuilt.values()).backward()
+        return rebuilt, model.to_upstream_state_dict(grads=True)
+
+    (first, gradients), (second, others) = run(0.5), run(torch.nan)
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    for name, gradient in gradients.items():
+        assert (others[name] is None) if gradient is None else torch.equal(others[name], gradient), name
+    zeros = {name for name in unread if gradients[name] is not None and not gradients[name].any()}
+    assert zeros == unread

@@ -10,6 +10,7 @@ from models._small import audio_batch, image_batch, small_config, small_model, t
 
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
+from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.trainer import Trainer
 
 LENGTHS, FRAMES = [7, 4, 5, 6], [9, 20, 30, 14]
@@ -52,3 +53,11 @@ def trainer(
         small.train_only("audio")
     processes = processes or Processes(0, 1, torch.device("cpu"))
     return Trainer(small, configuration(stage, **keys), processes)
+
+
+def masks_of(stage: str, batch: dict[str, Any], rank: int) -> dict[str, torch.Tensor]:
+    """Masks for a batch of ``batch_number``."""
+    generator = torch.Generator().manual_seed(rank)
+    if stage == "vision_language":
+        return vision_language_masks(batch["text"], batch["word_starts"], 9, generator)
+    return audio_language_masks(batch["text"], batch["word_starts"], batch["frames"], generator, 30)

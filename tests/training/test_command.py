@@ -20,6 +20,7 @@ pytest.importorskip("scipy")
 from training._runs import checkpoints, curves, same_training, small_fields, write_clips, write_config, write_images
 
 from onepeace_fast import OnePeacePretrain, info
+from onepeace_fast._installation import install_command
 from onepeace_fast.training import checkpoint, command
 from onepeace_fast.training.trainer import Trainer
 
@@ -325,4 +326,4 @@ def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path, capsys):
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(info, "find_spec", lambda module: None if module in ("yaml", "tqdm") else module)
     assert command.run("run.yaml") == 2
-    assert capsys.readouterr().err == "train needs pyyaml, tqdm; type: pip install 'onepeace_fast[train]'\n"
+    assert capsys.readouterr().err == f"train needs pyyaml, tqdm; type: {install_command('train')}\n"

@@ -159,3 +159,20 @@ def test_settings_hold_what_changes_the_result_and_nothing_else(tmp_path):
     assert same == first
     other = load(tmp_path, SMALLEST + "accumulation: 2\n").settings()
     assert {name for name in first if other[name] != first[name]} == {"accumulation"}
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = SMALLEST.replace("pairs.tsv", "~/data/images.tsv").replace("output: run", "output: ~/runs/one")
+    config = load(tmp_path, keys + "tokenizer: here.json\n")
+    assert TrainingConfig.load("~/run.yaml") == config
+    assert config.path("manifest") == tmp_path / "data" / "images.tsv"
+    assert config.path("output") == tmp_path / "runs" / "one"
+    assert config.path("tokenizer") == tmp_path / "here.json"
+
+
+@pytest.mark.parametrize("name", ["a\ud800.yaml", "a\0.yaml"])
+def test_a_name_that_no_file_can_have_is_refused_in_one_line(name):
+    with pytest.raises(ValueError, match=r": cannot be read: ") as caught:
+        TrainingConfig.load(name)
+    assert "\n" not in str(caught.value)

@@ -13,14 +13,13 @@ pytest.importorskip("tensorboard")
 pytest.importorskip("tokenizers")
 pytest.importorskip("PIL")
 
-from models._small import assert_close
-from training._batches import STAGES, batch_number, trainer
+from models._small import BACKENDS, assert_close, small_model
+from training._batches import STAGES, batch_number, masks_of, trainer
 from training._runs import checkpoints, curves, same_training, write_config, write_images
 
 from onepeace_fast import OnePeacePretrain
 from onepeace_fast.models.losses import contrastive_loss
 from onepeace_fast.training import command
-from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 
 TESTS = Path(__file__).resolve().parent.parent
 PLAIN = {"drop_path_rate": 0.0, "dropout": 0.0}
@@ -51,13 +50,6 @@ def launched(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gathered(launched):
     return torch.load(launched[0] / "gradients.pt", weights_only=True)
-
-
-def masks_of(stage, batch, rank):
-    generator = torch.Generator().manual_seed(rank)
-    if stage == "vision_language":
-        return vision_language_masks(batch["text"], batch["word_starts"], 9, generator)
-    return audio_language_masks(batch["text"], batch["word_starts"], batch["frames"], generator, 30)
 
 
 def single_process(stage, precision):
@@ -118,6 +110,23 @@ def test_bfloat16_and_checkpointed_activations_work_on_a_sharded_model(gathered,
     for name, gradient in exact_gradients.items():
         if gradient.norm() > 0.01 * exact["gradient_norm"]:
             assert torch.cosine_similarity(gradients[name].flatten(), gradient.flatten(), dim=0) > 0.95, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_distributed_data_parallel_finds_no_parameter_without_a_gradient(launched, stage, backend):
+    without, values = torch.load(launched[0] / "parallel.pt", weights_only=True)[f"{stage} {backend}"]
+    assert without == []
+    assert all(value.isfinite().all() for value in values.values())
+
+
+@pytest.mark.parametrize("kind", ["FSDP1", "FSDP2"])
+def test_a_model_sharded_over_two_processes_is_saved_whole_and_takes_another_one_s_values(launched, kind):
+    for seed, name in enumerate(("first", "second")):
+        saved = OnePeacePretrain.load(launched[0] / f"{kind} {name}").to_upstream_state_dict()
+        expected = small_model("fused", dtype=torch.float32, seed=seed).to_upstream_state_dict()
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], value) for key, value in expected.items())
 
 
 def test_two_processes_resume_in_the_same_bits_and_their_model_loads_in_one(launched):

@@ -11,6 +11,7 @@ pytest.importorskip("yaml")
 
 from training._batches import STAGES, batch_number, batches, trainer
 
+from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.trainer import NotFinite
 
@@ -153,3 +154,13 @@ def test_checkpointed_activations_change_nothing():
         results.append(([trained.step(source) for _ in range(2)], trained.weights()))
     assert results[1][0] == results[0][0]
     assert_same_bits(results[1][1], results[0][1])
+
+
+def test_every_process_draws_by_seeds_of_its_own(monkeypatch):
+    monkeypatch.setattr(Processes, "place", lambda self, model: None)
+    drawn = []
+    for rank in range(3):
+        made = trainer("vision_language", Processes(rank, 3, torch.device("cpu")))
+        drawn += [torch.initial_seed(), made.masks.initial_seed()]
+    assert len(set(drawn)) == 6
+    torch.manual_seed(0)

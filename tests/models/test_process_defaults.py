@@ -1,0 +1,108 @@
+"""Dtypes and devices come from the model and its inputs, never from what torch's defaults are in this process."""
+
+import contextlib
+
+import pytest
+import torch
+from models._small import BACKENDS, batch_of, small_config, small_model
+from training._batches import STAGES, batch_number, masks_of
+
+from onepeace_fast import OnePeacePretrain
+from onepeace_fast.demo import data as demo_data
+from onepeace_fast.demo.waveform import waveforms
+from onepeace_fast.relative_position import series_index
+from onepeace_fast.training.trainer import INPUTS
+
+
+@contextlib.contextmanager
+def default(value):
+    """Another default dtype, or another default device: meta stands for one that is not the inputs'."""
+    before = torch.get_default_dtype()
+    if isinstance(value, torch.dtype):
+        torch.set_default_dtype(value)
+    else:
+        torch.set_default_device(value)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+        torch.set_default_device(None)
+
+
+DTYPES = [torch.float64, torch.bfloat16, torch.float16]
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        other = second[name]
+        same = value.dtype == other.dtype and torch.equal(value, other) if torch.is_tensor(value) else value == other
+        assert same, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_computes_the_same_whatever_the_default_dtype_is(backend):
+    model = small_model(backend, dtype=torch.float32)
+    batch = batch_of(text=[3, 5], image=(2, 4), audio=[9, 20], dtype=torch.float32)  # the positions are 3 x 3
+    samples = {"text": [0, 1], "image": [1, 2], "audio": [2, 0]}
+    expected = model.encode(**batch, samples=samples)
+    for dtype in DTYPES:
+        with default(dtype):
+            same(model.encode(**batch, samples=samples), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_losses_and_gradients_are_the_same_whatever_the_default_dtype_is(backend, stage):
+    model = small_model(backend, dtype=torch.float32).train()
+    batch = batch_number(stage, 0)
+    masks = masks_of(stage, batch, 0)
+
+    def run():
+        model.zero_grad()
+        parts = model(f"{stage}_loss", **{name: batch[name] for name in INPUTS if name in batch}, masks=masks)
+        parts["loss"].backward()
+        return parts | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = run()
+    for dtype in (torch.float64, torch.bfloat16):
+        with default(dtype):
+            same(run(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_distances_of_a_series_are_upstream_s_whatever_the_default_dtype_is(dtype):
+    expected = [series_index(size) for size in (6, 256, 512)]
+    with default(dtype):
+        assert all(torch.equal(series_index(size), index) for size, index in zip((6, 256, 512), expected, strict=True))
+        model = OnePeacePretrain(small_config(), backend="fused")
+    assert torch.equal(model.encoder_wrapper.text_adapter.series_index, series_index(6))
+
+
+@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_masks_are_drawn_the_same_whatever_the_defaults_are(stage, value):
+    batch = batch_number(stage, 0)
+    expected = masks_of(stage, batch, 0)
+    with default(value):
+        same(masks_of(stage, batch, 0), expected)
+
+
+@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+def test_what_the_demo_trains_on_is_the_same_whatever_the_defaults_are(value):
+    def made():
+        generator = torch.Generator().manual_seed(0)
+        images = torch.arange(640.0, dtype=torch.float32, device="cpu").reshape(10, 8, 8)
+        vocabulary = demo_data.Vocabulary()
+        digits = torch.tensor([3, 1, 4], device="cpu")
+        captions = demo_data.draw_captions(demo_data.IMAGE_TEMPLATES, digits, generator)
+        sounds = [torch.sin(torch.arange(900.0, dtype=torch.float32, device="cpu")).numpy()]
+        return {
+            "images": demo_data.enlarge(images, generator),
+            "text": vocabulary.encode(captions),
+            "sounds": waveforms(sounds, generator),
+        }
+
+    expected = made()
+    with default(value):
+        same(made(), expected)

@@ -1,0 +1,105 @@
+"""The command where its streams are closed, broken or full, and where it is interrupted before it has begun."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from onepeace_fast import cli, info
+from onepeace_fast.demo import command as demo
+from onepeace_fast.training import command as training
+
+COMMAND = [sys.executable, "-m", "onepeace_fast.cli"]
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    process = subprocess.Popen([*COMMAND, "info"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait(120) == 141
+
+
+def test_a_closed_standard_error_changes_neither_exit_code_nor_output(tmp_path):
+    code = "import os, sys; os.close(2); os.execv(sys.executable, sys.argv[1:])"
+    command = [sys.executable, "-c", code, *COMMAND, "train", str(tmp_path / "absent.yaml")]
+    done = subprocess.run(command, stdout=subprocess.PIPE)
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+def test_a_full_disk_behind_the_standard_output_is_one_line(monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["info"]) == 2
+    assert capsys.readouterr().err == "standard output: cannot be read or written: No space left on device\n"
+
+
+def test_ctrl_c_while_it_runs_is_one_line(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "describe", interrupted)
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nInterrupted.\n"
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_ctrl_c_while_it_imports_is_one_line_also_where_the_import_catches_it(tmp_path, rank):
+    (tmp_path / "torch.py").write_text(
+        "import sys, time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "RANK": rank}
+    process = subprocess.Popen(
+        [*COMMAND, "info"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=30)
+    assert (process.returncode, error) == (130, b"\nInterrupted.\n" if rank == "0" else b"")
+
+
+def test_importing_the_library_leaves_ctrl_c_as_it_is():
+    code = "import signal; import onepeace_fast._interrupt as i; print(signal.getsignal(signal.SIGINT) is i._stop)"
+    code = f"import sys; sys.modules['torch'] = None\ntry:\n    import onepeace_fast\nexcept ImportError: pass\n{code}"
+    code = code.replace("import onepeace_fast._interrupt as i", "i = sys.modules['onepeace_fast._interrupt']")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+@pytest.mark.parametrize("module", [training, demo])
+def test_a_broken_pipe_is_not_taken_for_a_file_that_cannot_be_written(module, monkeypatch, tmp_path, capsys):
+    def broken(*_):
+        raise BrokenPipeError
+
+    if module is training:
+        pytest.importorskip("yaml")
+        monkeypatch.setattr("onepeace_fast.training.train.train", broken)
+        (tmp_path / "run.yaml").write_text(
+            "{stage: vision_language, manifest: m, output: o, batch_size: 1, steps: 1, learning_rate: 1}"
+        )
+        arguments = ["train", str(tmp_path / "run.yaml")]
+    else:
+        pytest.importorskip("sklearn")
+        monkeypatch.setattr("onepeace_fast.demo.run.run", broken)
+        arguments = ["demo", "--output", str(tmp_path / "report")]
+    assert cli.main(arguments) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_the_demo_s_paths_may_begin_at_home(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = []
+    monkeypatch.setattr(demo, "run", lambda arguments: given.append((arguments.output, arguments.wav)) or 0)
+    assert cli.main(["demo", "--output=~/report", "--wav=~/a.wav"]) == 0
+    assert given == [(tmp_path / "report", str(tmp_path / "a.wav"))]
+
+
+def test_a_character_that_cannot_be_printed_is_shown_by_its_number(monkeypatch, tmp_path):
+    with open(tmp_path / "out", "w", encoding="ascii") as file:
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(info, "describe", lambda: "caf\xe9 \udcff")
+        assert cli.main(["info"]) == 0
+    assert Path(tmp_path / "out").read_text() == "caf\\xe9 \\udcff\n"
