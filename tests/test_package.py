@@ -38,7 +38,7 @@ import torch
 from onepeace_fast import RoutePlan, _cuda, cuda_extension, relative_bias_attention
 print(_cuda.__file__)
 print(_cuda.ARCHITECTURES)
-plan = RoutePlan.from_lengths({"text": [5, 3]})
+plan = RoutePlan.from_lengths({"text": [5, 3]}, first_is_cls=True)
 qkv = torch.randn(8, 3, 2, 32).bfloat16()
 places = {name: getattr(plan, name) for name in ("cu_seqlens", "modality", "code", "is_cls")}
 expected = relative_bias_attention(qkv, **places, max_length=5)

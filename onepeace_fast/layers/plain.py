@@ -13,12 +13,14 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
 from onepeace_fast.ops._library import row_slices
 from onepeace_fast.route_plan import RoutePlan
 
-_PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, type(None)))
+# A fake tensor is what tracing puts in place of a plain one.
+_PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, FakeTensor, type(None)))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

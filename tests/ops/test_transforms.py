@@ -17,7 +17,7 @@ from onepeace_fast import (
 from onepeace_fast.ops import _library
 
 OFFSETS = torch.tensor([0, 2, 4], dtype=torch.int32)
-PLAN = RoutePlan.from_lengths({"text": [2, 2]})
+PLAN = RoutePlan.from_lengths({"text": [2, 2]}, first_is_cls=True)
 PLACES = {name: getattr(PLAN, name) for name in ("cu_seqlens", "modality", "code", "is_cls")}
 
 
