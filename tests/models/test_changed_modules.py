@@ -313,3 +313,19 @@ def test_a_layer_with_a_changed_part_compiles_to_one_graph(part):
         results.append(encode_with_gradients(by_compile(model) if compiled else model, BATCH))
     for eager, compiled in zip(*results, strict=True):
         assert_close(compiled, eager, 1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_changed_parts_run_in_half_precision_as_the_reference_does(autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    batch, results = batch_of(text=[3, 1], image=(2, 2), dtype=dtype), []
+    for backend in BACKENDS:
+        model = small_model(backend, CONFIG, dtype=dtype)
+        for module in model.encoder_wrapper.fusion_model.modules():
+            module.register_forward_hook(lambda *_: None)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs, gradients = encode_with_gradients(model, batch)
+        results.append(outputs | gradients)
+    assert {value.dtype for value in results[1].values()} == {dtype}
+    assert_close(results[1], results[0], 0.1)
