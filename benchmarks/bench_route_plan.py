@@ -35,8 +35,8 @@ def builder(name: str, case: EncoderCase) -> Callable[[], RoutePlan]:
     sample_major = torch.argsort(plan.sample, stable=True)
     modality, sample = plan.modality[sample_major], plan.sample[sample_major]
     return {
-        "from_lengths": lambda: RoutePlan.from_lengths(lengths),
-        "from_masks": lambda: RoutePlan.from_masks(masks),
+        "from_lengths": lambda: RoutePlan.from_lengths(lengths, first_is_cls=True),
+        "from_masks": lambda: RoutePlan.from_masks(masks, first_is_cls=True),
         "from_modality_ids": lambda: RoutePlan.from_modality_ids(
             modality, plan.modalities, sample_ids=sample, samples=plan.samples
         ),

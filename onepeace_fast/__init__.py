@@ -1,6 +1,9 @@
 """Fused GPU operations for modality-routed transformers such as ONE-PEACE."""
 
-from onepeace_fast import _interrupt  # noqa: F401  (first, before what is slow)
+from onepeace_fast import (
+    _interrupt,  # noqa: F401  (first, before what is slow)
+    _source_tree,  # noqa: F401  makes onepeace_fast.kernels importable for all that follow
+)
 from onepeace_fast.backend import use_backend
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.models import OnePeacePretrain

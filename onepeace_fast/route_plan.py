@@ -1,8 +1,8 @@
 """The layout of tokens: modality-major, packed, routed once when the input is assembled.
 
 All real tokens of a batch stand in one [T, d] matrix: all tokens of the first modality, then all of the second, ...;
-within a modality one sample after another, without padding, CLS last in its segment. A ``RoutePlan`` holds where every
-row came from and where every segment lies. Ops take its tensors and integers, never the plan.
+within a modality one sample after another, without padding, a CLS last in its segment. A ``RoutePlan`` holds where
+every row came from and where every segment lies. Ops take its tensors and integers, never the plan.
 
     index of a row:    0 ... | offsets[1] ...  | ... offsets[G] | ... capacity
     holds:             text    image             ...               inert rows
@@ -103,6 +103,7 @@ class RoutePlan:
         cls,
         masks: Mapping[str, Tensor],
         *,
+        first_is_cls: bool,
         positions: Mapping[str, Tensor] | None = None,
         codes: Mapping[str, Tensor] | None = None,
         code_offsets: Mapping[str, int] | None = None,
@@ -110,10 +111,12 @@ class RoutePlan:
         lengths: Mapping[str, Sequence[int]] | None = None,
         capacity: int | None = None,
     ) -> RoutePlan:
-        """Build the plan of a padded batch; column 0 of every modality is its CLS.
+        """Build the plan of a padded batch.
 
         Args:
             masks: per modality, in the order of a sequence, bool [B_m, L_m]; True marks the tokens to route.
+            first_is_cls: whether position 0 of every modality is its CLS, whose bias has entries of its own; else it is
+                a token as any other, and those entries of the bias vectors are not read.
             positions: int [B_m, L_m], position ids where they are not 0 to L_m - 1 (kept subsets).
             codes: int [L] indexed by position id, codes where they are not the position ids (grids).
             code_offsets: see the attribute; by default L_m - 1, for codes 0 to L_m - 1.
@@ -156,7 +159,7 @@ class RoutePlan:
             index = torch.arange(base, base + rows * length, device=device).view(rows, length)
             if row_order[name] != list(range(rows)):
                 index = index[copy_to_device(row_order[name], torch.int64, device)]
-            flat.append(index.roll(-1, 1).flatten())
+            flat.append((index.roll(-1, 1) if first_is_cls else index).flatten())
             base += rows * length
         if given_lengths:
             check_total(masks, lengths, total)
@@ -188,7 +191,7 @@ class RoutePlan:
             position=position,
             code=codes_of(names, codes or {}, position, modality),
             order=order_in_sample(cu_seqlens, modality, sample),
-            is_cls=(position == 0) & (modality < len(names)),
+            is_cls=(position == 0) & (modality < len(names)) & first_is_cls,
             source=source,
             code_offsets=tuple((code_offsets or {}).get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
             padded_shapes=shapes,
@@ -202,11 +205,12 @@ class RoutePlan:
         cls,
         lengths: Mapping[str, Sequence[int]],
         *,
+        first_is_cls: bool,
         device: torch.device | str = "cpu",
         widths: Mapping[str, int] | None = None,
         **keywords: object,
     ) -> RoutePlan:
-        """Build the plan from host-side lengths, CLS included, without any synchronisation.
+        """Build the plan from host-side lengths, CLS included where ``first_is_cls``, without any synchronisation.
 
         ``widths`` gives L_m of the padded inputs (by default the longest row); keywords are those of ``from_masks``.
         """
@@ -217,7 +221,7 @@ class RoutePlan:
             require(width >= longest, f"widths[{name!r}]: got {width}, takes at least the longest row, {longest}")
             limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
-        return cls.from_masks(masks, lengths=lengths, **keywords)
+        return cls.from_masks(masks, first_is_cls=first_is_cls, lengths=lengths, **keywords)
 
     @classmethod
     def from_modality_ids(
@@ -294,7 +298,18 @@ class RoutePlan:
         return F.embedding(self.source, matrix)
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """Scatter rows: [C, d] to {modality: [B_m, L_m, d]}, CLS first, padding zero."""
+        """Scatter rows: [C, d] to {modality: [B_m, L_m, d]}, tokens at their columns, padding and dropped samples zero.
+
+        Raises:
+            ValueError: rows that are not the plan's, or a plan of interleaved tokens of several modalities.
+        """
+        require(
+            len(self.padded_shapes) == len(self.modalities),
+            lambda: (
+                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
+                "batches; use unpack_interleaved"
+            ),
+        )
         parts = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
         return {
             name: part.view(rows, length, packed.shape[1])
@@ -302,10 +317,24 @@ class RoutePlan:
         }
 
     def unpack_interleaved(self, packed: Tensor) -> Tensor:
-        """Scatter rows of a plan ``from_modality_ids`` back to the tokens' own order: [C, d] to [T, d]."""
+        """Scatter rows of a plan ``from_modality_ids`` back to the tokens' own order: [C, d] to [T, d].
+
+        Raises:
+            ValueError: rows that are not the plan's, or a plan of padded batches.
+        """
+        require(
+            self.padded_shapes == ((1, self.padded_rows),),
+            lambda: (
+                f"plan: got one of padded batches {self.padded_shapes}, takes one of interleaved tokens; use unpack"
+            ),
+        )
         return self._scatter(packed)
 
     def _scatter(self, packed: Tensor) -> Tensor:
+        require(
+            packed.dim() == 2 and packed.shape[0] == self.capacity,
+            lambda: f"packed: got {describe(packed)}, takes the plan's rows, [{self.capacity}, width]",
+        )
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
 

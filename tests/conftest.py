@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +17,8 @@ def shadowed() -> str | None:
     """Say in one line how the packages that Python finds differ from those of this checkout, or return None."""
     for name, folder in PACKAGES.items():
         try:
+            if parent := name.rpartition(".")[0]:
+                import_module(parent)  # in a source tree it imports its kernels itself
             spec = find_spec(name)
         except ModuleNotFoundError as error:
             return f"onepeace_fast needs the module {error.name}, which is not installed"

@@ -27,7 +27,7 @@ FIELDS = ("modality", "sample", "position", "code", "order", "is_cls", "source")
 
 
 def whole_plan(**keywords):
-    return RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, **keywords)
+    return RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, **keywords, first_is_cls=True)
 
 
 def on_the_device(plan):

@@ -38,7 +38,7 @@ import torch
 from onepeace_fast import RoutePlan, _cuda, cuda_extension, relative_bias_attention
 print(_cuda.__file__)
 print(_cuda.ARCHITECTURES)
-plan = RoutePlan.from_lengths({"text": [5, 3]})
+plan = RoutePlan.from_lengths({"text": [5, 3]}, first_is_cls=True)
 qkv = torch.randn(8, 3, 2, 32).bfloat16()
 places = {name: getattr(plan, name) for name in ("cu_seqlens", "modality", "code", "is_cls")}
 expected = relative_bias_attention(qkv, **places, max_length=5)
@@ -182,6 +182,44 @@ def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_pa
     assert Path(library) == target / "onepeace_fast" / "__init__.py"
     assert Path(kernels) == target / "onepeace_fast" / "kernels" / "__init__.py"
     assert version == onepeace_fast.__version__
+
+
+FORMS = {
+    "a command": "import runpy; sys.argv[1:] = ['--version']; runpy.run_module('onepeace_fast.cli', None, '__main__')",
+    "an import": "from onepeace_fast import RoutePlan",
+    "a submodule first": "import onepeace_fast.kernels.launch_table",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("from_checkout", [False, True])
+def test_a_checkout_that_is_not_installed_imports_its_own_kernels_beside_an_installed_wheel(
+    form, from_checkout, built, tmp_path
+):
+    checkout, site = tmp_path / "check out", tmp_path / "site"
+    for name in ("onepeace_fast", "kernels"):
+        shutil.copytree(ROOT / name, checkout / name, ignore=NOT_SOURCE)
+    (path,) = built.glob("*.whl")
+    zipfile.ZipFile(path).extractall(site)
+    code = f"""
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]
+try:
+    {FORMS[form]}
+except SystemExit as end:
+    assert not end.code
+print()
+print(sys.modules["onepeace_fast.kernels"].__file__)
+print(sys.modules["onepeace_fast"].kernels.__spec__.origin)
+print(sys.modules["onepeace_fast"].__file__)
+"""
+    folder = checkout if from_checkout else tmp_path
+    output = quietly(sys.executable, "-c", code, folder=folder, PYTHONPATH=str(site))
+    *kernels, library = map(Path, output.splitlines()[-3:])
+    owner = checkout if from_checkout else site
+    assert library == owner / "onepeace_fast" / "__init__.py"
+    beside = checkout if from_checkout else site / "onepeace_fast"
+    assert kernels == [beside / "kernels" / "__init__.py"] * 2
 
 
 def test_missing_triton_is_reported_in_one_line_and_not_raised(monkeypatch):

@@ -104,7 +104,7 @@ def test_bad_tensors_are_refused():
 
 
 def test_with_keep_changes_nothing_else():
-    plan = RoutePlan.from_lengths({"text": [2, 3]})
+    plan = RoutePlan.from_lengths({"text": [2, 3]}, first_is_cls=True)
     keep = draw_keep([0.5], 2)
     other = plan.with_keep(keep)
     assert plan.keep is None and other.keep is keep and other.source is plan.source

@@ -68,7 +68,6 @@ def copy_checkout(folder: Path) -> None:
             shutil.copytree(ROOT / name, folder / name, ignore=NOT_COPIED)
         else:
             shutil.copy(ROOT / name, folder / name)
-    (folder / "onepeace_fast" / "kernels").symlink_to(folder / "kernels")  # found there without an installation
 
 
 def run_tests(folder: Path, tests: Sequence[str]) -> Outcome:

@@ -29,7 +29,7 @@ class RoutedRows:
         for name in shape.lengths:
             self.layer.add_module(f"{name}_ffn", feed_forward(config))
         self.layer.to(device, dtype)
-        self.plan = RoutePlan.from_lengths(shape.lengths, device=device)
+        self.plan = RoutePlan.from_lengths(shape.lengths, device=device, first_is_cls=True)
         self.packed = [self._random() for _ in range(sets)]
         self.gradients = [self._random() for _ in range(sets)]
 

@@ -145,7 +145,7 @@ class Adapter(nn.Module, ABC):
     def bias_vectors(self, width: int) -> list[Tensor]:
         """Every table expanded for ``width`` positions: [heads, entries] each, three CLS entries last."""
         index = self.vector_index(width)
-        return [F.embedding(index, table.weight).t().contiguous() for table in self.rel_pos_table_list]
+        return [table(index).t().contiguous() for table in self.rel_pos_table_list]
 
     def dense_table_index(self, width: int) -> Tensor:
         """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].

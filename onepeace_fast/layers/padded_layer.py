@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from onepeace_fast.layers.transformer import SelfAttention, TransformerLayer
@@ -21,16 +21,19 @@ def encode_layer(
 ) -> Tensor:
     """One layer over [length, batch, dim]."""
     keeps = (None, None) if keep is None else keep[:, :, None].to(x.dtype)
-    attended = attend(layer.self_attn, layer.self_attn_layer_norm(x), bias)
+    attended = layer.self_attn(layer.self_attn_layer_norm(x), spans, bias)
     if layer.attn_ln is not None:
         attended = layer.attn_ln(attended)
     x = add_branch(x, attended, layer.gamma_1, keeps[0], dropout)
-    z = layer.final_layer_norm(x)
-    if len(spans) == 1:
-        y = layer.ffn(spans[0][0])(z)
-    else:
-        y = torch.cat([layer.ffn(name)(z[start:stop]) for name, start, stop in spans])
+    y = each_span(layer.ffn, layer.final_layer_norm(x), spans)
     return add_branch(x, y, layer.gamma_2, keeps[1], dropout)
+
+
+def each_span(module: Callable[[str], nn.Module], x: Tensor, spans: Spans) -> Tensor:
+    """Every position of [length, batch, width] through the module of its modality."""
+    if len(spans) == 1:
+        return module(spans[0][0])(x)
+    return torch.cat([module(name)(x[start:stop]) for name, start, stop in spans])
 
 
 def add_branch(x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, dropout: float) -> Tensor:
@@ -45,12 +48,12 @@ def attend(attention: SelfAttention, x: Tensor, bias: Tensor | None) -> Tensor:
     length, batch, dim = x.shape
     heads, head_dim = attention.heads, dim // attention.heads
 
-    def split(projection: torch.nn.Linear) -> Tensor:
+    def split(projection: nn.Linear) -> Tensor:
         return projection(x).view(length, batch * heads, head_dim).transpose(0, 1)
 
     q, k, v = split(attention.q_proj), split(attention.k_proj), split(attention.v_proj)
-    q *= head_dim**-0.5
-    weights = torch.bmm(q, k.transpose(1, 2))
+    # Not in place: a hook on q_proj may hold its output.
+    weights = torch.bmm(q * head_dim**-0.5, k.transpose(1, 2))
     if bias is not None:
         weights += bias.view(-1, length, length)
     weights = F.softmax(weights, dim=-1, dtype=torch.promote_types(torch.float32, weights.dtype)).type_as(weights)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,8 @@ from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
 from onepeace_fast.layers.adapter import init_linear
-from onepeace_fast.layers.padded_layer import Spans, encode_layer
+from onepeace_fast.layers.padded_layer import Spans, attend, each_span, encode_layer
+from onepeace_fast.layers.plain import are_plain, by_modality, is_plain, unfused, watched_everywhere
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan
 
@@ -38,11 +40,37 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Parameter(torch.ones(self.heads)) if config.head_scale else None
         self.ln = nn.LayerNorm(dim) if config.sub_layer_norm else None
 
+    def forward(self, z: Tensor, route: RoutePlan | Spans, bias: Sequence[Tensor] | Tensor | None) -> Tensor:
+        """Attention of normalised packed rows [R, dim], or of a padded batch [length, batch, dim]; the same shape.
+
+        ``route`` and ``bias`` are as in ``TransformerLayer``.
+        """
+        if not isinstance(route, RoutePlan):
+            return attend(self, z, bias)
+        attended = relative_bias_attention(
+            self.project(z),
+            cu_seqlens=route.cu_seqlens,
+            modality=route.modality,
+            code=route.code,
+            is_cls=route.is_cls,
+            bias=bias,
+            code_offsets=route.code_offsets if bias else (),
+            head_scale=self.c_attn,
+            max_length=route.max_length,
+        ).flatten(1)
+        if self.ln is not None:
+            attended = normalized(attended, self.ln)
+        return self.out_proj(attended)
+
     def project(self, z: Tensor) -> Tensor:
         """Queries, keys and values in one product: [rows, dim] to [rows, 3, heads, head_dim]."""
-        weight = torch.cat([self.q_proj.weight, self.k_proj.weight, self.v_proj.weight])
-        bias = torch.cat([self.q_proj.bias, torch.zeros_like(self.q_proj.bias), self.v_proj.bias])
-        return F.linear(z, weight, bias).view(z.shape[0], 3, self.heads, self.head_dim)
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear):
+            projected = torch.stack([projection(z) for projection in projections], dim=1)
+        else:
+            biases = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections]
+            projected = F.linear(z, torch.cat([p.weight for p in projections]), torch.cat(biases))
+        return projected.view(z.shape[0], 3, self.heads, self.head_dim)
 
 
 class GeGLU(nn.Module):
@@ -59,6 +87,9 @@ class GeGLU(nn.Module):
 
 def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
     """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
+    if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
+        # An embedding, since its gradient is summed in a fixed order on every device.
+        return norm(x if branch is None or branch.rows is None else F.embedding(branch.rows, x))
     index = {} if branch is None or branch.rows is None else {"rows": branch.rows, "offsets": branch.plan.offsets}
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
@@ -71,6 +102,66 @@ def feed_forward(config: TransformerConfig) -> nn.Sequential:
         nn.Identity(),
         norm,
         nn.Linear(config.ffn_embed_dim, config.embed_dim),
+    )
+
+
+class FeedForward(NamedTuple):
+    """The parts of one modality's FFN; ``norm`` is an identity without Sub-LayerNorm."""
+
+    wi_0: nn.Linear
+    wi_1: nn.Linear
+    norm: nn.LayerNorm | nn.Identity
+    out: nn.Linear
+
+
+def plain_parts(experts: Sequence[nn.Module]) -> list[FeedForward] | None:
+    """The parts of all modalities' FFNs where one op may compute them: plain and alike; None where it may not."""
+    found: list[FeedForward] = []
+    everywhere = watched_everywhere()
+    for expert in experts:
+        parts = None if everywhere else _plain_parts(expert)
+        if parts is None or not _alike(parts, found[0] if found else parts):
+            unfused("FFN", expert, nn.Sequential)
+            return None
+        found.append(parts)
+    return found
+
+
+def _plain_parts(expert: nn.Module) -> FeedForward | None:
+    if not is_plain(expert, nn.Sequential) or len(expert._modules) != 4:
+        return None
+    gate, identity, norm, out = expert._modules.values()
+    if not (is_plain(gate, GeGLU) and is_plain(identity, nn.Identity) and is_plain(out, nn.Linear)):
+        return None
+    if not (is_plain(norm, nn.Identity) or (is_plain(norm, nn.LayerNorm) and norm.bias is not None)):
+        return None
+    parts = FeedForward(*gate._modules.values(), norm, out)
+    linears = is_plain(parts.wi_0, nn.Linear) and is_plain(parts.wi_1, nn.Linear)
+    return parts if linears and parts.wi_0.bias is None and parts.wi_1.bias is None else None
+
+
+def _alike(parts: FeedForward, first: FeedForward) -> bool:
+    """Whether both have or lack the Sub-LayerNorm, with one eps, and the output's bias."""
+    same_norm = type(parts.norm) is type(first.norm) and getattr(parts.norm, "eps", 0) == getattr(first.norm, "eps", 0)
+    return same_norm and (parts.out.bias is None) == (first.out.bias is None)
+
+
+def routed(parts: Sequence[FeedForward], z: Tensor, plan: RoutePlan, **settings: Tensor | str | None) -> Tensor:
+    """Every row through the FFN of its modality, in one op; ``settings`` are further arguments of ``routed_ffn``."""
+    wi_0, wi_1, norms, outs = zip(*parts, strict=True)
+    has_norm = isinstance(norms[0], nn.LayerNorm)
+    return routed_ffn(
+        z,
+        [linear.weight for linear in wi_0],
+        [linear.weight for linear in wi_1],
+        [linear.weight for linear in outs],
+        None if outs[0].bias is None else [linear.bias for linear in outs],
+        offsets=plan.offsets,
+        row_counts=plan.row_counts,
+        norm_weight=[norm.weight for norm in norms] if has_norm else None,
+        norm_bias=[norm.bias for norm in norms] if has_norm else None,
+        eps=norms[0].eps if has_norm else 1e-5,
+        **settings,
     )
 
 
@@ -136,59 +227,34 @@ class TransformerLayer(nn.Module):
         self, x: Tensor, attend: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
     ) -> Tensor:
         """The layer over packed rows, by the ops; each branch computes the rows that it keeps."""
-        attention, plan = self.self_attn, attend.plan
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
 
-        attended = relative_bias_attention(
-            attention.project(normalized(x, self.self_attn_layer_norm, attend)),
-            cu_seqlens=plan.cu_seqlens,
-            modality=plan.modality,
-            code=plan.code,
-            is_cls=plan.is_cls,
-            bias=bias,
-            code_offsets=plan.code_offsets if bias else (),
-            head_scale=attention.c_attn,
-            max_length=plan.max_length,
-        ).flatten(1)
-        if attention.ln is not None:
-            attended = normalized(attended, attention.ln)
-        attended = attention.out_proj(attended)
+        attended = self.self_attn(normalized(x, self.self_attn_layer_norm, attend), attend.plan, bias)
         if self.attn_ln is not None:
             attended = normalized(attended, self.attn_ln)
 
         norm = self.final_layer_norm
         arrive = _arrival(attend, dropout, seeds[0])
-        if feed_forward.rows is None:
+        plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
+        if plain and feed_forward.rows is None:
             x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
             z = normalized(x, norm, feed_forward)
-        if dropout:
-            y = self.route(z, feed_forward.plan)
+        experts = [self.ffn(modality) for modality in feed_forward.plan.modalities]
+        parts = plain_parts(experts)
+        if dropout or parts is None:
+            y = by_modality(experts, z, feed_forward.plan) if parts is None else routed(parts, z, feed_forward.plan)
             return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
-        return self.route(
-            z, feed_forward.plan, residual=x, gamma=self.gamma_2, keep=feed_forward.keep, sample=feed_forward.sample,
-            rows=feed_forward.rows,
+        return routed(
+            parts, z, feed_forward.plan, residual=x, gamma=self.gamma_2, keep=feed_forward.keep,
+            sample=feed_forward.sample, rows=feed_forward.rows,
         )  # fmt: skip
 
     def route(self, z: Tensor, plan: RoutePlan, **settings: Tensor | str | None) -> Tensor:
         """Every row through the FFN of its modality; ``settings`` are further arguments of ``routed_ffn``."""
-        experts = [self.ffn(modality) for modality in plan.modalities]
-        has_norm = isinstance(experts[0][2], nn.LayerNorm)
-        return routed_ffn(
-            z,
-            [expert[0].wi_0.weight for expert in experts],
-            [expert[0].wi_1.weight for expert in experts],
-            [expert[3].weight for expert in experts],
-            [expert[3].bias for expert in experts],
-            offsets=plan.offsets,
-            row_counts=plan.row_counts,
-            norm_weight=[expert[2].weight for expert in experts] if has_norm else None,
-            norm_bias=[expert[2].bias for expert in experts] if has_norm else None,
-            eps=experts[0][2].eps if has_norm else 1e-5,
-            **settings,
-        )
+        return routed(plain_parts([self.ffn(modality) for modality in plan.modalities]), z, plan, **settings)
 
 
 class Transformer(nn.Module):
@@ -220,24 +286,44 @@ class Transformer(nn.Module):
             return None
         return torch.randint(2**62, (len(self.layers), 2), device=device)
 
-    def forward(self, x: Tensor, plan: RoutePlan, bias: Sequence[Sequence[Tensor]] = ()) -> Tensor:
-        """Packed rows [C, dim] through all layers and the final norms.
+    def forward(
+        self,
+        x: Tensor,
+        route: RoutePlan | Spans,
+        bias: Sequence[Sequence[Tensor] | Tensor] = (),
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Packed rows [C, dim], or a padded batch [length, batch, dim], through all layers and the final norms.
 
         Args:
-            x: floating point [C, dim], ``plan.pack`` of the embedded tokens.
-            plan: the route plan; its ``keep`` holds DropPath's factors, None for none.
-            bias: per table (one for the stack or one per layer), the modalities' vectors [heads, entries].
+            x: floating point, ``plan.pack`` of the embedded tokens, or the embedded tokens padded.
+            route: the route plan, whose ``keep`` holds DropPath's factors, None for none; or the spans of a padded
+                sequence.
+            bias: per table (one for the stack or one per layer), the modalities' vectors [heads, entries], or the dense
+                bias [batch, heads, length, length].
+            keep: float32 [layers, 2, S], DropPath's factors of a padded batch.
         """
-        seeds = self.draw_seeds(x.device)
-        routes = [plan] * len(self.layers) if plan.keep is None else branches(plan)
+        packed = isinstance(route, RoutePlan)
+        seeds = self.draw_seeds(x.device) if packed else None
+        routes = [route] * len(self.layers) if not packed or route.keep is None else branches(route)
         for i, layer in enumerate(self.layers):
-            tables = bias[i if len(bias) > 1 else 0] if bias else ()
-            arguments = (x, routes[i], tables, None, None if seeds is None else seeds[i])
+            tables = bias[i if len(bias) > 1 else 0] if bias else (() if packed else None)
+            arguments = (x, routes[i], tables, *(None if value is None else value[i] for value in (keep, seeds)))
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
+        if packed:
+            return self._normalized_by_modality(x, route)
+        return each_span(self.final_norm, x, route)
+
+    def _normalized_by_modality(self, x: Tensor, plan: RoutePlan) -> Tensor:
         norms = [self.final_norm(modality) for modality in plan.modalities]
+        if not are_plain("final LayerNorm", norms, nn.LayerNorm):
+            return by_modality(norms, x, plan)
+        if any(norm.eps != norms[0].eps or norm.bias is None for norm in norms):
+            unfused("final LayerNorm", norms[0], nn.LayerNorm)
+            return by_modality(norms, x, plan)
         return layer_norm(
             x,
             [norm.weight for norm in norms],

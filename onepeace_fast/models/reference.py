@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast._routing import tensor_to_device
 from onepeace_fast.layers.adapter import Adapter
@@ -41,20 +40,9 @@ def encode_padded(
         start += part.x.shape[1]
     biases = dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
 
-    x = x.transpose(0, 1)
     keep = None if keep is None else tensor_to_device(keep, x.device)
-    for i, layer in enumerate(transformer.layers):
-        bias = biases[i if len(biases) > 1 else 0] if biases else None
-        arguments = (x, spans, bias, None if keep is None else keep[i])
-        if transformer.config.checkpoint_activations and torch.is_grad_enabled():
-            x = checkpoint(layer, *arguments, use_reentrant=False)
-        else:
-            x = layer(*arguments)
-    outputs = {name: transformer.final_norm(name)(x[start:stop]) for name, start, stop in spans}
-    if len(outputs) > 1:
-        x = torch.cat(list(outputs.values()))
-        outputs = {name: x[start:stop] for name, start, stop in spans}
-    result = {name: output.transpose(0, 1) for name, output in outputs.items()}
+    x = transformer(x.transpose(0, 1), spans, biases, keep)
+    result = {name: x[start:stop].transpose(0, 1) for name, start, stop in spans}
     if samples is None:
         return result
     rows = {name: torch.tensor(list(samples[name]), dtype=torch.int64, device=x.device) for name in result}

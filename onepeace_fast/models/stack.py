@@ -97,6 +97,7 @@ class Stack(nn.Module):
         codes = {name: self.adapter(name).codes(width) for name, width in widths.items()}
         return RoutePlan.from_masks(
             {name: part.valid for name, part in tokens.items()},
+            first_is_cls=True,
             positions={name: part.ids for name, part in tokens.items() if part.ids is not None},
             codes={name: code for name, code in codes.items() if code is not None},
             code_offsets={name: self.adapter(name).code_offset(width) for name, width in widths.items()},

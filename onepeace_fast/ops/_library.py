@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves
 
 from onepeace_fast import kernels
 from onepeace_fast.checks import describe, require, require_device, require_tensor
@@ -24,7 +26,40 @@ FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16384
 # Asked once: torch.compile traces a set, and in torch 2.11 not the question.
 AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
-_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+class _Library(torch.library.Library):
+    """A library whose ops refuse the derivatives that they do not have; torch would drop a tangent without a word."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        """Register ``fn``; what differentiates looks at its tensors first."""
+
+        def checked(keyset: torch.DispatchKeySet, *arguments: Any) -> Any:
+            _refuse_transforms(op_name, arguments)
+            return fn(keyset, *arguments)
+
+        super().impl(op_name, checked if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+def _refuse_transforms(op_name: str, arguments: Sequence[Any]) -> None:
+    """Raise where a tensor carries a forward-mode tangent, or is differentiated by ``torch.func``."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and forward_ad._current_level < 0:
+        return
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        got = "a forward-mode derivative (torch.func.jvp or torch.autograd.forward_ad)"
+    elif transformed and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        got = "a derivative by torch.func"
+    else:
+        return
+    raise RuntimeError(
+        f"{NAMESPACE}::{op_name}: got {got}, takes plain reverse mode; use backward() or torch.autograd.grad, or the "
+        "reference backend"
+    )
+
+
+_LIBRARY = _Library(NAMESPACE, "DEF")
 _kernels_forced: bool | None = None
 
 
@@ -56,6 +91,15 @@ def define(
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+    def refuse_batch(*_: Any) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{name}: got a batch by torch.vmap, takes packed rows; pack all samples by one "
+            "route plan, or use the reference backend"
+        )
+
+    for key in ("FuncTorchBatched", "Batched"):  # the second is that of is_grads_batched
+        _LIBRARY.impl(name, refuse_batch, key)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

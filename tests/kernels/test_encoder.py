@@ -75,7 +75,7 @@ def layer_inputs():
     model = small_model("fused", small_config(layers=1), dtype=torch.float32).to(DEVICE).train()
     stack = model.encoder_wrapper
     lengths = {"text": [7, 2, 5], "image": [10, 10, 10], "audio": [9, 4, 6]}
-    plan = RoutePlan.from_lengths(lengths, device=DEVICE)
+    plan = RoutePlan.from_lengths(lengths, device=DEVICE, first_is_cls=True)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(plan.capacity, 48, generator=generator).to(DEVICE)
     bias = [torch.randn(3, 2 * offset + 4, generator=generator).to(DEVICE) for offset in plan.code_offsets]
@@ -124,7 +124,7 @@ def test_a_captured_graph_follows_its_refilled_plan():
     def plan_of(text, image, keep):
         lengths = {"text": text, "image": image}
         widths = {"text": 9, "image": 10}
-        plan = RoutePlan.from_lengths(lengths, device=DEVICE, widths=widths, capacity=64)
+        plan = RoutePlan.from_lengths(lengths, device=DEVICE, widths=widths, capacity=64, first_is_cls=True)
         return plan.with_keep(keep.to(DEVICE))
 
     width = 48

@@ -15,7 +15,7 @@ from onepeace_fast.layers import TransformerLayer
 
 torch.manual_seed(0)
 config = TransformerConfig(embed_dim=32, ffn_embed_dim=48, attention_heads=2, layers=1, layer_scale=0.5, audio=None)
-layer, plan = TransformerLayer(config), RoutePlan.from_lengths({"text": [5, 3], "image": [4, 4]})
+layer, plan = TransformerLayer(config), RoutePlan.from_lengths({"text": [5, 3], "image": [4, 4]}, first_is_cls=True)
 bias = [torch.randn(2, 2 * offset + 4, requires_grad=True) for offset in plan.code_offsets]
 x = torch.randn(plan.capacity, 32, requires_grad=True)
 leaves = [x, *bias, *layer.parameters()]

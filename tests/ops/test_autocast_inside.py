@@ -5,7 +5,7 @@ import torch
 
 from onepeace_fast import RoutePlan, relative_bias_attention, residual_layer_norm, routed_ffn
 
-PLAN = RoutePlan.from_lengths({"text": [5, 3], "image": [4, 4]})
+PLAN = RoutePlan.from_lengths({"text": [5, 3], "image": [4, 4]}, first_is_cls=True)
 ROWS, HEADS, DIM = PLAN.capacity, 2, 8
 
 

@@ -106,6 +106,26 @@ def test_weight_and_bias_are_each_optional(weight, bias):
         contract.check_against_naive(layer_norm, naive_shared, shared_leaves(7, 64, weight, bias), dtype)
 
 
+@pytest.mark.parametrize("kind", ["weight", "bias"])
+@pytest.mark.parametrize("counts", [[3, 4], [2, 0, 5]], ids=str)
+def test_every_modality_has_its_own_weight_without_bias_and_its_own_bias_without_weight(counts, kind):
+    leaves = {n: leaf for n, leaf in routed_leaves(counts, 63, inert=2).items() if n == "x" or n.startswith(kind)}
+
+    def parameters(given):
+        values = [given[f"{kind}{m}"] for m in range(len(counts))]
+        return (values, None) if kind == "weight" else (None, values)
+
+    def call(x, **given):
+        return layer_norm(x, *parameters(given), offsets=ragged_offsets(counts), row_counts=counts)
+
+    def plain(x, **given):
+        absent = [None] * len(counts)
+        return naive.layer_norm(x, counts, *(values or absent for values in parameters(given)), 1e-5)
+
+    for dtype in (torch.float64, torch.bfloat16):
+        contract.check_against_naive(call, plain, leaves, dtype)
+
+
 @pytest.mark.parametrize("eps", (1e-5, 0.5))
 def test_eps_is_added_to_the_variance(eps):
     leaves = shared_leaves(7, 63)

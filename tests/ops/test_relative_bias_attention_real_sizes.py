@@ -41,7 +41,9 @@ def plan_of(lengths, device="cuda", **keywords):
     side = int(max(lengths.get("image", [0])) ** 0.5)
     codes = {"image": grid_codes(side, side).to(device)} if side else {}
     offsets = {"image": grid_code_offset(side)} if side else {}
-    return RoutePlan.from_lengths(lengths, device=device, codes=codes, code_offsets=offsets, **keywords)
+    return RoutePlan.from_lengths(
+        lengths, device=device, codes=codes, code_offsets=offsets, **keywords, first_is_cls=True
+    )
 
 
 def kept_plan(share, device="cuda"):
@@ -54,7 +56,7 @@ def kept_plan(share, device="cuda"):
     text = torch.arange(72) < torch.tensor(lengths["text"])[:, None]
     return RoutePlan.from_masks(
         {"text": text.to(device), "image": mask.to(device)}, lengths=lengths,
-        codes={"image": grid_codes(16, 16).to(device)}, code_offsets={"image": grid_code_offset(16)},
+        codes={"image": grid_codes(16, 16).to(device)}, code_offsets={"image": grid_code_offset(16)}, first_is_cls=True,
     )  # fmt: skip
 
 

@@ -32,12 +32,12 @@ CONFIG = TransformerConfig(
 
 # The host's own tensors must stay out of the fake mode, so what it counts is counted here.
 KEEP = torch.tensor([[[1.0, 1, 1], [1, 1, 1]], [[0, 1.25, 1.25], [1.25, 0, 0]]])
-KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES).with_keep(KEEP).kept_row_counts
+KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True).with_keep(KEEP).kept_row_counts
 
 
 def make_plan(on_host: bool = True) -> RoutePlan:
     """With DropPath's factors on the device, and what they keep known to the host or not."""
-    plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE)
+    plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, first_is_cls=True)
     plan = plan.with_keep(torch.empty(2, 2, plan.samples, device=DEVICE))
     return dataclasses.replace(plan, kept_row_counts=KEPT if on_host else ())
 
@@ -190,7 +190,7 @@ def test_a_plan_from_masks_on_the_device_waits_exactly_once(monkeypatch):
             name: torch.ones(len(lengths), widths[name], dtype=torch.bool, device=DEVICE)
             for name, lengths in LENGTHS.items()
         }
-        plan = RoutePlan.from_masks(masks, samples=SAMPLES)
+        plan = RoutePlan.from_masks(masks, samples=SAMPLES, first_is_cls=True)
     assert reads == [(6,)] and plan.row_counts == (15, 14, 6) and plan.max_length == 15
 
 
@@ -296,10 +296,10 @@ def test_a_wait_that_is_put_into_a_layer_is_noticed(monkeypatch, where, wait):
 
 
 def test_device_plans_have_the_shapes_and_dtypes_of_host_plans():
-    host = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES)
+    host = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True)
     assert host.max_length == naive_layout(whole_rows(LENGTHS), SAMPLES).max_length
     with no_synchronization():
-        plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE)
+        plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, first_is_cls=True)
     for item in dataclasses.fields(RoutePlan):
         mine, theirs = getattr(plan, item.name), getattr(host, item.name)
         if isinstance(mine, torch.Tensor):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -76,9 +76,15 @@ class Batch:
 
     def plain(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
         """The naive attention on dense biases."""
+        return naive.attention(qkv, self.layout, *self._dense(tables), head_scale, self.scale)
+
+    def log_sum_exp(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
+        """log(sum(exp(score))) of every query and head, by PyTorch."""
+        return naive.log_sum_exp(qkv, self.layout, *self._dense(tables), self.scale)
+
+    def _dense(self, tables: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Callable[[Token, Token], int]]]:
         dense = [tables[f"table{m}"] for m in range(len(self.tables)) if tables]
-        rows = [table.row for table in self.tables][: len(dense)]
-        return naive.attention(qkv, self.layout, dense, rows, head_scale, self.scale)
+        return dense, [table.row for table in self.tables][: len(dense)]
 
     def slices(self, heads: int = 2) -> dict[str, list[object]]:
         """Every modality's rows of every head; every head of the tables, their CLS rows apart."""

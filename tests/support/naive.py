@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -77,9 +77,39 @@ def attention(
     scale: float | None = None,
 ) -> Tensor:
     """Every sample and head on its own, with a dense [length, length] bias; inert rows are zero."""
+    out = 0 * qkv[:, 0]
+    for rows, head, score in _scores(qkv, layout, tables, table_row, scale):
+        v = qkv[rows, 2, head]
+        wide = torch.promote_types(torch.float32, score.dtype)
+        attended = score.softmax(-1, dtype=wide).to(v.dtype) @ v
+        out[rows, head] = attended if head_scale is None else head_scale[head] * attended
+    return out
+
+
+def log_sum_exp(
+    qkv: Tensor,
+    layout: Layout,
+    tables: Sequence[Tensor],
+    table_row: Sequence[Callable[[Token, Token], int]],
+    scale: float | None = None,
+) -> Tensor:
+    """log(sum(exp(score))) over the keys of every query and head: [rows, heads]; inert rows are zero."""
+    total = torch.zeros_like(qkv[:, 0, :, 0])
+    for rows, head, score in _scores(qkv, layout, tables, table_row, scale):
+        total[rows, head] = torch.logsumexp(score, -1)
+    return total
+
+
+def _scores(
+    qkv: Tensor,
+    layout: Layout,
+    tables: Sequence[Tensor],
+    table_row: Sequence[Callable[[Token, Token], int]],
+    scale: float | None,
+) -> Iterator[tuple[list[int], int, Tensor]]:
+    """The rows of each sample, each head, and its scores [queries, keys]."""
     _, _, heads, head_dim = qkv.shape
     scale = head_dim**-0.5 if scale is None else scale
-    out = 0 * qkv[:, 0]
     for sample in range(layout.samples):
         rows = layout.rows_of(sample)
         if not rows:
@@ -93,12 +123,8 @@ def attention(
                 bias[start : start + len(segment), start : start + len(segment)] = table[index].to(qkv.dtype)
             start += len(segment)
         for head in range(heads):
-            q, k, v = qkv[rows, :, head].unbind(1)
-            scores = scale * q @ k.t() + bias[:, :, head]
-            wide = torch.promote_types(torch.float32, scores.dtype)
-            attended = scores.softmax(-1, dtype=wide).to(v.dtype) @ v
-            out[rows, head] = attended if head_scale is None else head_scale[head] * attended
-    return out
+            q, k = qkv[rows, 0, head], qkv[rows, 1, head]
+            yield rows, head, scale * q @ k.t() + bias[:, :, head]
 
 
 def series_bucket(distance: int, buckets: int) -> int:

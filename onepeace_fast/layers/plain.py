@@ -1,0 +1,80 @@
+"""Which modules' parameters may be read past their ``forward``, and what runs where they may not.
+
+The fused path reads the parameters of several modules for one kernel. That is what these modules compute only as long
+as each is of torch's own class, unwrapped, with plain tensors and without hooks. Any other is called as it stands: on
+packed rows [rows, width], so it must work row by row.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as torch_module
+
+from onepeace_fast.ops._library import row_slices
+from onepeace_fast.route_plan import RoutePlan
+
+# A fake tensor is what tracing puts in place of a plain one.
+_PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, FakeTensor, type(None)))
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module computes what ``kind`` does with its parameters, and nothing watches or changes its call."""
+    own = module.__dict__
+    if type(module) is not kind or "forward" in own:
+        return False
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    return _PLAIN_TENSORS.issuperset(map(type, own["_parameters"].values()))
+
+
+def watched_everywhere() -> bool:
+    """Whether hooks are registered for all modules."""
+    return bool(
+        torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def are_plain(part: str, modules: Sequence[nn.Module], kind: type[nn.Module]) -> bool:
+    """``is_plain`` of each; where one is not, say once that ``part`` runs through its modules."""
+    everywhere = watched_everywhere()
+    for module in modules:
+        if everywhere or not is_plain(module, kind):
+            unfused(part, module, kind)
+            return False
+    return True
+
+
+def unfused(part: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Say once that a part runs through its modules, and because of which."""
+    if not torch.compiler.is_compiling():
+        _say_once(part, type(module).__name__, kind.__name__)
+
+
+@functools.cache
+def _say_once(part: str, got: str, plain: str) -> None:
+    got = f"a {got} with hooks, a forward, weights or settings of its own" if got == plain else got
+    warnings.warn(
+        f"{part}: got {got}, takes a plain {plain} to be fused; this part runs through its modules, which costs time",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Tensor:
+    """Every row [rows, width] through the module of its modality; inert rows come out as zero.
+
+    Without the plan's row counts the host reads its offsets.
+    """
+    ranges = list(row_slices(plan.offsets, plan.row_counts))
+    parts = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
+    inert = x.shape[0] - ranges[-1].stop
+    return torch.cat([*parts, parts[0].new_zeros(inert, parts[0].shape[1])])

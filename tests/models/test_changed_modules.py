@@ -1,0 +1,331 @@
+"""Modules that a user replaced, wrapped or hooked: both backends compute what they say, in every training step."""
+
+import warnings
+
+import pytest
+import torch
+from models._small import (
+    BACKENDS,
+    assert_close,
+    at_tokens,
+    batch_of,
+    encode_with_gradients,
+    small_config,
+    small_model,
+    valid_tokens,
+    weighted_sum,
+)
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize, prune
+
+from onepeace_fast.layers import plain
+
+PROJECTIONS = [f"layers.0.self_attn.{name}_proj" for name in "qkv"] + ["layers.0.self_attn.out_proj"]
+NORMS = [
+    *("layers.0.self_attn.ln", "layers.0.self_attn_layer_norm", "layers.0.attn_ln", "layers.0.final_layer_norm"),
+    *("layers.0.text_ffn.2", "image_layer_norm"),
+]
+FFN = [f"layers.0.text_ffn.{name}" for name in ("0.wi_0", "0.wi_1", "3")]
+OTHERS = ["layers.0.text_ffn.0", "layers.0.text_ffn.1", "layers.0.image_ffn", "layers.0.self_attn", "layers.0"]
+TABLE = "text_adapter.rel_pos_table_list.0"
+EVERY_PART = [*PROJECTIONS, *NORMS, *FFN, *OTHERS, TABLE]
+CONFIG = small_config(layers=1, attention_layer_norm=True)
+BATCH = batch_of(text=[3, 1], image=(2, 2))
+
+
+class Wrapper(nn.Module):
+    """Another class around a module, as adapters of low rank are."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.factor = nn.Parameter(torch.tensor(1.5, dtype=torch.float64))
+
+    def forward(self, *arguments):
+        return self.inner(*arguments) * self.factor
+
+
+class Double(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+class Quantized(torch.Tensor):
+    """A weight whose products are not those of the numbers that it stores."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        double = {key: _doubled(value) for key, value in (kwargs or {}).items()}
+        return function(*map(_doubled, args), **double)
+
+
+def _doubled(value):
+    return 2 * value.as_subclass(torch.Tensor) if isinstance(value, Quantized) else value
+
+
+def wrap(owner, place, module):
+    owner._modules[place] = Wrapper(module)
+
+
+def subclass(owner, place, module):
+    kind = type(module)
+    module.__class__ = type(f"My{kind.__name__}", (kind,), {"forward": lambda self, *a: 1.5 * kind.forward(self, *a)})
+
+
+def patch(owner, place, module):
+    original = module.forward
+    module.forward = lambda *arguments: 1.5 * original(*arguments)
+
+
+def by_hook(register):
+    return lambda owner, place, module: register(module)
+
+
+def quantize(owner, place, module):
+    weight = module._parameters.pop("weight").detach()
+    module._parameters["weight"] = weight.as_subclass(Quantized)
+
+
+ON_ALL = {
+    "wrapped": wrap,
+    "subclass": subclass,
+    "patched forward": patch,
+    "forward hook": by_hook(lambda m: m.register_forward_hook(lambda _, inputs, output: 1.5 * output)),
+    "forward pre-hook": by_hook(lambda m: m.register_forward_pre_hook(lambda _, x: (1.5 * x[0] + 0.1, *x[1:]))),
+    "backward hook": by_hook(lambda m: m.register_full_backward_hook(lambda _, into, out: (2 * into[0], *into[1:]))),
+    "backward pre-hook": by_hook(lambda m: m.register_full_backward_pre_hook(lambda _, out: (2 * out[0],))),
+}
+ON_WEIGHTS = {
+    "parametrized": lambda owner, place, module: parametrize.register_parametrization(module, "weight", Double()),
+    "pruned": lambda owner, place, module: prune.l1_unstructured(module, "weight", 0.5),
+    "quantized": quantize,
+}
+ON_LINEARS = {
+    "old weight_norm": lambda owner, place, module: nn.utils.weight_norm(module),
+    "old spectral_norm": lambda owner, place, module: nn.utils.spectral_norm(module),
+    "weight_norm": lambda owner, place, module: nn.utils.parametrizations.weight_norm(module),
+    "spectral_norm": lambda owner, place, module: nn.utils.parametrizations.spectral_norm(module),
+}
+
+
+def change_eps(owner, place, module):
+    module.eps = 0.5
+
+
+def toggle_bias(owner, place, module):
+    count = module.weight.shape[0]
+    bias = torch.linspace(-1, 1, count, dtype=torch.float64)
+    module.register_parameter("bias", nn.Parameter(bias) if module.bias is None else None)
+
+
+def without_affine(owner, place, module):
+    owner._modules[place] = nn.LayerNorm(module.normalized_shape, elementwise_affine=False)
+
+
+SETTINGS = (
+    [(part, change_eps) for part in NORMS]
+    + [(part, toggle_bias) for part in (*PROJECTIONS, *FFN, *NORMS)]
+    + [(part, without_affine) for part in NORMS]
+)
+
+
+def two_steps(backend, part, change, config=CONFIG, training=False):
+    """Outputs and gradients of two steps of descent of a model that was changed."""
+    torch.manual_seed(0)
+    model = small_model(backend, config).train(training)
+    stack = model.encoder_wrapper
+    if change is not None:
+        name = part if "adapter" in part else f"fusion_model.{part}".rstrip(".")
+        owner, _, place = name.rpartition(".")
+        change(stack.get_submodule(owner), place, stack.get_submodule(name))
+    found = {}
+    for step in range(2):
+        torch.manual_seed(step)
+        outputs, gradients = encode_with_gradients(model, BATCH)
+        found |= {f"{name} of step {step}": value for name, value in (outputs | gradients).items()}
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.05 * parameter.grad
+    return found
+
+
+PLAIN = two_steps("reference", "", None)
+
+
+def check_obeyed(part, change, **keywords):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reference, fused = (two_steps(backend, part, change, **keywords) for backend in BACKENDS)
+    assert_close(fused, reference, 1e-9)
+    same = set(reference) == set(PLAIN) and all(torch.equal(reference[n], v) for n, v in PLAIN.items())
+    assert not same, "the change changes nothing"
+
+
+@pytest.mark.parametrize("change", ["wrapped", "backward hook"])
+@pytest.mark.parametrize("part", EVERY_PART)
+def test_every_part_is_obeyed_by_both_backends(part, change):
+    check_obeyed(part, ON_ALL[change])
+
+
+@pytest.mark.parametrize("change", sorted(set(ON_ALL) - {"wrapped", "backward hook"}))
+@pytest.mark.parametrize("part", [PROJECTIONS[1], NORMS[3], FFN[1], *OTHERS[2:]])
+def test_every_change_is_obeyed_by_both_backends(part, change):
+    check_obeyed(part, ON_ALL[change])
+
+
+@pytest.mark.parametrize("change", ON_WEIGHTS)
+@pytest.mark.parametrize("part", [PROJECTIONS[2], PROJECTIONS[3], *NORMS[::2], FFN[0], FFN[2]])
+def test_a_changed_weight_is_obeyed_by_both_backends(part, change):
+    check_obeyed(part, ON_WEIGHTS[change])
+
+
+@pytest.mark.parametrize("change", ON_LINEARS)
+@pytest.mark.parametrize("part", [PROJECTIONS[0], FFN[1]])
+def test_a_normalised_weight_is_obeyed_by_both_backends(part, change):
+    check_obeyed(part, ON_LINEARS[change])
+
+
+@pytest.mark.parametrize(("part", "change"), SETTINGS, ids=lambda value: getattr(value, "__name__", value))
+def test_settings_of_one_module_are_obeyed_by_both_backends(part, change):
+    check_obeyed(part, change)
+
+
+@pytest.mark.parametrize("part", [PROJECTIONS[0], *NORMS[1:5], FFN[0], OTHERS[2]])
+def test_a_changed_part_runs_on_the_samples_that_drop_path_keeps(part):
+    config = small_config(layers=2, attention_layer_norm=True, drop_path_rate=0.7)
+    check_obeyed(part, ON_ALL["wrapped"], config=config, training=True)
+
+
+@pytest.mark.parametrize("change", [change for change in ON_ALL if "hook" in change])
+def test_hooks_of_the_whole_stack_are_obeyed_by_both_backends(change):
+    check_obeyed("", ON_ALL[change])
+
+
+def test_hooks_of_all_modules_are_obeyed_by_both_backends():
+    def halve(module, inputs, output):
+        return 0.5 * output if isinstance(module, (nn.Linear, nn.LayerNorm)) else None
+
+    handle = nn.modules.module.register_module_forward_hook(halve)
+    try:
+        check_obeyed("", None)
+    finally:
+        handle.remove()
+
+
+def test_dynamic_quantization_is_obeyed_by_both_backends():
+    outputs = []
+    for backend in BACKENDS:
+        model = small_model(backend, CONFIG, dtype=torch.float32)
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+            batch = batch_of(text=[3, 3], image=(2, 2), dtype=torch.float32)
+            outputs.append(at_tokens(model.encode(**batch), valid_tokens(batch)))
+    # The scale of an activation follows from the rows that a call sees.
+    assert_close(*outputs, 0.1)
+
+
+def test_a_changed_part_is_said_once_in_one_line_and_a_plain_model_says_nothing():
+    plain._say_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        two_steps("fused", "", None)
+        assert not [w for w in caught if "fused" in str(w.message)]
+        two_steps("fused", FFN[0], wrap)
+        two_steps("fused", PROJECTIONS[0], wrap)
+        two_steps("fused", PROJECTIONS[1], ON_ALL["forward hook"])
+    assert [str(warning.message) for warning in caught] == [
+        "FFN: got a Sequential with hooks, a forward, weights or settings of its own, takes a plain Sequential to be "
+        "fused; this part runs through its modules, which costs time",
+        "q_proj, k_proj, v_proj: got Wrapper, takes a plain Linear to be fused; this part runs through its modules, "
+        "which costs time",
+        "q_proj, k_proj, v_proj: got a Linear with hooks, a forward, weights or settings of its own, takes a plain "
+        "Linear to be fused; this part runs through its modules, which costs time",
+    ]
+
+
+def by_checkpoints(model):
+    layers = model.encoder_wrapper.fusion_model.layers
+    for i, layer in enumerate(layers):
+        layers[i] = checkpoint_wrapper(layer)
+    return model
+
+
+def by_compile(model):
+    for layer in model.encoder_wrapper.fusion_model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    return model
+
+
+def by_shards(model):
+    transformer = model.encoder_wrapper.fusion_model
+    for module in (*transformer.layers, transformer):
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    return model
+
+
+def by_replicas(model):
+    return nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+
+
+def run_wrapped(wrap, backend="fused"):
+    model = wrap(small_model(backend, CONFIG))
+    outputs = model("encode", **BATCH)
+    weighted_sum(outputs, valid_tokens(BATCH)).backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if (grad := parameter.grad) is not None:
+            name = name.removeprefix("module.").replace("_checkpoint_wrapped_module.", "")
+            gradients[name] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return at_tokens(outputs, valid_tokens(BATCH)) | gradients
+
+
+@pytest.mark.parametrize(
+    ("wrap", "backend"),
+    [*((wrap, "fused") for wrap in (by_checkpoints, by_compile, by_shards, by_replicas)), (by_shards, "reference")],
+)
+def test_wrappers_that_leave_the_parameters_plain_stay_fused(wrap, backend, recwarn):
+    expected = run_wrapped(lambda model: model, backend)
+    plain._say_once.cache_clear()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        found = run_wrapped(wrap, backend)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert not [str(warning.message) for warning in recwarn if "to be fused" in str(warning.message)]
+    assert_close({name: found[name] for name in expected}, expected, 1e-12)
+
+
+@pytest.mark.parametrize("part", ["layers.0.self_attn.v_proj", "layers.0.attn_ln", "layers.0.text_ffn.3"])
+def test_a_layer_with_a_changed_part_compiles_to_one_graph(part):
+    results = []
+    for compiled in (False, True):
+        model = small_model("fused", CONFIG)
+        transformer = model.encoder_wrapper.fusion_model
+        owner, _, place = part.rpartition(".")
+        wrap(transformer.get_submodule(owner), place, transformer.get_submodule(part))
+        torch.compiler.reset()
+        results.append(encode_with_gradients(by_compile(model) if compiled else model, BATCH))
+    for eager, compiled in zip(*results, strict=True):
+        assert_close(compiled, eager, 1e-12)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_changed_parts_run_in_half_precision_as_the_reference_does(autocast):
+    dtype = torch.float32 if autocast else torch.bfloat16
+    batch, results = batch_of(text=[3, 1], image=(2, 2), dtype=dtype), []
+    for backend in BACKENDS:
+        model = small_model(backend, CONFIG, dtype=dtype)
+        for module in model.encoder_wrapper.fusion_model.modules():
+            module.register_forward_hook(lambda *_: None)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            outputs, gradients = encode_with_gradients(model, batch)
+        results.append(outputs | gradients)
+    assert {value.dtype for value in results[1].values()} == {dtype}
+    assert_close(results[1], results[0], 0.1)
