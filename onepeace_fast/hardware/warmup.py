@@ -115,7 +115,7 @@ def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     yield "per_modality"
     with contextlib.suppress(ValueError):
         z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        yield chosen_strategy("fused", z, config.ffn_embed_dim, 1)
+        yield chosen_strategy("fused", z, config.ffn_embed_dim, 1, (1,))
 
 
 def _step(

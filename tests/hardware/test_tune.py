@@ -72,7 +72,7 @@ def test_nothing_is_begun_after_the_deadline():
 
 def test_only_what_differs_from_the_heuristic_is_written_and_replaces_what_was_there():
     found = tune.Measurement(KERNEL, "2", 1024, MINE._replace(num_warps=4, held_in="memory"), 1e-6, 2e-6)
-    wide = found._replace(size="4", width=1500, parameters=heuristic(KERNEL, 1500)._replace(block_rows=1))
+    wide = found._replace(size="4", width=1500, parameters=heuristic(KERNEL, 1500)._replace(num_warps=4))
     both = tune.with_measurement(tune.with_measurement(KNOWN, found), wide)
     assert both == dataclasses.replace(KNOWN, launch_parameters=both.launch_parameters)
     assert both.parameters(KERNEL, 2, 1024) == found.parameters and both.parameters(KERNEL, 4, 1500) == wide.parameters

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+from onepeace_fast.kernels.measured import MeasuredGPU
 from tools.gpu_run import __main__ as command
 from tools.gpu_run import proposal, schedule
 from tools.gpu_run.processes import CUT, FAILED, PASSED, UNAVAILABLE, Job, Outcome
@@ -176,40 +177,20 @@ def test_the_faster_strategy_by_rows_is_proposed():
     assert proposal.classes({}) == []
 
 
-def test_the_proposal_says_what_was_measured_where(tmp_path, monkeypatch, capsys):
+def test_the_proposal_says_what_was_measured_where(tmp_path, capsys):
     results = tmp_path / "gpu.json"
     machine = {"gpu": "NVIDIA H200", "capability": "9.0", "versions": {"torch": "2.11"}}
-    measured = sections(a=(256, {"fused": 3.0, "other": 1.0}))
+    measured = sections(a=(256, {"fused": 3.0, "per_modality": 1.0}))
     results.write_text(json.dumps({"date": "now", "machine": machine, "sections": measured}))
-
-    @dataclass
-    class MeasuredGPU:
-        name: str
-        architecture: str
-        versions: dict
-        date: str
-        parity: bool
-        strategies: dict
-        launch_parameters: dict
-
-    class Module:
-        def __init__(self) -> None:
-            self.MeasuredGPU, self.written = MeasuredGPU, []
-
-        def write_measured(self, one, folder):
-            self.written.append((one, folder))
-
-    module = Module()
-    monkeypatch.setattr(
-        proposal.importlib, "import_module", lambda name: {"onepeace_fast.kernels.measured": module}[name]
-    )
-    assert proposal.main([str(results), str(tmp_path)]) == 0
-    by_rows = {"routed_ffn": [{"rows": None, "strategy": "other"}]}
+    assert proposal.main([str(results), str(tmp_path / "out")]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    by_rows = {"routed_ffn": [{"rows": None, "strategy": "per_modality"}]}
     expected = MeasuredGPU("NVIDIA H200", "sm_90", {"torch": "2.11"}, "now", True, by_rows, {})
-    assert module.written == [(expected, tmp_path)]
+    assert MeasuredGPU.from_json(path.read_text()) == expected
+    path.unlink()
     results.write_text(json.dumps({"date": "now", "machine": machine, "sections": {}}))
-    assert proposal.main([str(results), str(tmp_path)]) == proposal.NOTHING
-    assert "no two strategies" in capsys.readouterr().out and len(module.written) == 1
+    assert proposal.main([str(results), str(tmp_path / "out")]) == proposal.NOTHING
+    assert "no two strategies" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
 class TestCommand:

@@ -6,13 +6,14 @@ ask for it.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from onepeace_fast.kernels.measured import MeasuredGPU, write_measured
 
 OPERATION, PREFIX, MODE = "routed_ffn", "strategy_", "forward_backward"
 NOTHING = 4  # exit code
@@ -59,13 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not by_rows:
         print("no file is proposed: no two strategies of routed_ffn were timed side by side")
         return NOTHING
-    try:
-        measured = importlib.import_module("onepeace_fast.kernels.measured")
-    except ModuleNotFoundError as error:
-        print(f"no file is proposed: there is no module {error.name}")
-        return NOTHING
     machine = found["machine"]
-    proposed = measured.MeasuredGPU(
+    proposed = MeasuredGPU(
         name=machine["gpu"],
         architecture=f"sm_{machine['capability'].replace('.', '')}",
         versions=machine["versions"],
@@ -74,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
         strategies={OPERATION: by_rows},
         launch_parameters={},
     )
-    measured.write_measured(proposed, folder)
+    write_measured(proposed, folder)
     print(f"proposed for {machine['gpu']}: {by_rows}")
     return 0
 
