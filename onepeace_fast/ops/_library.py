@@ -24,6 +24,8 @@ from onepeace_fast.checks import describe, require, require_device, require_tens
 NAMESPACE = "onepeace_fast"
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16384
+# Asked once: no tracer of every supported torch knows this call.
+_AUTOCAST_KINDS = tuple(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
 class _Library(torch.library.Library):
@@ -187,7 +189,7 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     """The dtype in which autocast runs this tensor's matrix products, None where it leaves them alone."""
     kind = tensor.device.type
-    enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    enabled = kind in _AUTOCAST_KINDS and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if enabled and tensor.dtype != torch.float64 else None
 
 

@@ -47,7 +47,7 @@ def check(
         for m, tensor in enumerate(tensors):
             _check_parameter(f"{name}[{m}]", tensor, shapes[name], None if name.startswith("norm") else z.dtype)
             require_device(f"{name}[{m}]", tensor, z.device)
-    given = [bool(lists[name]) for name in ("norm_weight", "norm_bias")]
+    given = [len(lists[name]) > 0 for name in ("norm_weight", "norm_bias")]
     require(given[0] == given[1], "norm_weight, norm_bias: got one of them, takes both or none")
     require(activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
