@@ -103,7 +103,7 @@ class RoutePlan:
         cls,
         masks: Mapping[str, Tensor],
         *,
-        first_is_cls: bool,
+        first_is_cls: bool = False,
         positions: Mapping[str, Tensor] | None = None,
         codes: Mapping[str, Tensor] | None = None,
         code_offsets: Mapping[str, int] | None = None,
@@ -115,8 +115,8 @@ class RoutePlan:
 
         Args:
             masks: per modality, in the order of a sequence, bool [B_m, L_m]; True marks the tokens to route.
-            first_is_cls: whether position 0 of every modality is its CLS, whose bias has entries of its own; else it is
-                a token as any other, and those entries of the bias vectors are not read.
+            first_is_cls: whether position 0 of every modality is its CLS, whose bias has entries of its own; by default
+                none is CLS, and those entries of the bias vectors are not read.
             positions: int [B_m, L_m], position ids where they are not 0 to L_m - 1 (kept subsets).
             codes: int [L] indexed by position id, codes where they are not the position ids (grids).
             code_offsets: see the attribute; by default L_m - 1, for codes 0 to L_m - 1.
@@ -205,7 +205,7 @@ class RoutePlan:
         cls,
         lengths: Mapping[str, Sequence[int]],
         *,
-        first_is_cls: bool,
+        first_is_cls: bool = False,
         device: torch.device | str = "cpu",
         widths: Mapping[str, int] | None = None,
         **keywords: object,

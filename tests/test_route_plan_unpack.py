@@ -1,6 +1,5 @@
 """Plans without CLS, and what ``unpack`` makes of every kind of plan."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from support.contract import refused
@@ -48,13 +47,17 @@ def test_a_model_without_cls_agrees_with_plain_attention_with_relative_bias():
         assert plan.order.tolist()[:3] == [0, 1, 2]
 
 
-def test_whether_there_is_a_cls_must_be_said():
-    for build_plan, argument in (
-        (RoutePlan.from_masks, {"text": torch.ones(2, 3, dtype=torch.bool)}),
-        (RoutePlan.from_lengths, {"text": [2, 3]}),
-    ):
-        with pytest.raises(TypeError, match="first_is_cls"):
-            build_plan(argument)
+def test_no_token_is_cls_unless_that_is_said():
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    ids = torch.zeros(6, dtype=torch.int64)
+    unsaid = [
+        RoutePlan.from_masks({"text": mask}),
+        RoutePlan.from_lengths({"text": [3, 3]}),
+        RoutePlan.from_modality_ids(ids, ("text",)),
+    ]
+    assert not any(plan.is_cls.any() for plan in unsaid)
+    said = RoutePlan.from_lengths({"text": [3, 3]}, first_is_cls=True)
+    assert said.is_cls.tolist() == [False, False, True] * 2 and said.position.tolist() == [1, 2, 0] * 2
 
 
 def test_unpack_undoes_pack_for_a_refilled_plan_and_leaves_dropped_samples_zero():
