@@ -146,25 +146,6 @@ def _alike(parts: FeedForward, first: FeedForward) -> bool:
     return same_norm and (parts.out.bias is None) == (first.out.bias is None)
 
 
-def routed(parts: Sequence[FeedForward], z: Tensor, plan: RoutePlan, **settings: Tensor | str | None) -> Tensor:
-    """Every row through the FFN of its modality, in one op; ``settings`` are further arguments of ``routed_ffn``."""
-    wi_0, wi_1, norms, outs = zip(*parts, strict=True)
-    has_norm = isinstance(norms[0], nn.LayerNorm)
-    return routed_ffn(
-        z,
-        [linear.weight for linear in wi_0],
-        [linear.weight for linear in wi_1],
-        [linear.weight for linear in outs],
-        None if outs[0].bias is None else [linear.bias for linear in outs],
-        offsets=plan.offsets,
-        row_counts=plan.row_counts,
-        norm_weight=[norm.weight for norm in norms] if has_norm else None,
-        norm_bias=[norm.bias for norm in norms] if has_norm else None,
-        eps=norms[0].eps if has_norm else 1e-5,
-        **settings,
-    )
-
-
 def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Tensor | float | None]:
     """How a branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
     # Where rows are skipped, the branch's plan marks those behind its last as inert.
@@ -245,16 +226,38 @@ class TransformerLayer(nn.Module):
         experts = [self.ffn(modality) for modality in feed_forward.plan.modalities]
         parts = plain_parts(experts)
         if dropout or parts is None:
-            y = by_modality(experts, z, feed_forward.plan) if parts is None else routed(parts, z, feed_forward.plan)
+            plan = feed_forward.plan
+            y = by_modality(experts, z, plan) if parts is None else self.route(z, plan, parts)
             return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
-        return routed(
-            parts, z, feed_forward.plan, residual=x, gamma=self.gamma_2, keep=feed_forward.keep,
+        return self.route(
+            z, feed_forward.plan, parts, residual=x, gamma=self.gamma_2, keep=feed_forward.keep,
             sample=feed_forward.sample, rows=feed_forward.rows,
         )  # fmt: skip
 
-    def route(self, z: Tensor, plan: RoutePlan, **settings: Tensor | str | None) -> Tensor:
-        """Every row through the FFN of its modality; ``settings`` are further arguments of ``routed_ffn``."""
-        return routed(plain_parts([self.ffn(modality) for modality in plan.modalities]), z, plan, **settings)
+    def route(
+        self, z: Tensor, plan: RoutePlan, parts: Sequence[FeedForward] | None = None, **settings: Tensor | str | None
+    ) -> Tensor:
+        """Every row through the FFN of its modality, in one op; ``settings`` are further arguments of ``routed_ffn``.
+
+        ``parts`` are those of the plan's modalities, looked up without them.
+        """
+        if parts is None:
+            parts = plain_parts([self.ffn(modality) for modality in plan.modalities])
+        wi_0, wi_1, norms, outs = zip(*parts, strict=True)
+        has_norm = isinstance(norms[0], nn.LayerNorm)
+        return routed_ffn(
+            z,
+            [linear.weight for linear in wi_0],
+            [linear.weight for linear in wi_1],
+            [linear.weight for linear in outs],
+            None if outs[0].bias is None else [linear.bias for linear in outs],
+            offsets=plan.offsets,
+            row_counts=plan.row_counts,
+            norm_weight=[norm.weight for norm in norms] if has_norm else None,
+            norm_bias=[norm.bias for norm in norms] if has_norm else None,
+            eps=norms[0].eps if has_norm else 1e-5,
+            **settings,
+        )
 
 
 class Transformer(nn.Module):
