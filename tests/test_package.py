@@ -187,7 +187,7 @@ def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_pa
 FORMS = {
     "a command": "import runpy; sys.argv[1:] = ['--version']; runpy.run_module('onepeace_fast.cli', None, '__main__')",
     "an import": "from onepeace_fast import RoutePlan",
-    "a submodule first": "import onepeace_fast.kernels.launch_table",
+    "a submodule first": "import onepeace_fast.kernels.measured",
 }
 
 

@@ -9,6 +9,14 @@ from support import host_shim
 from support.built_once import built_once, digest, version
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick tests run the same kernels through the op; here they are built once more, under sanitizers."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(scope="session")
 def build(builds):
     """Build the program under a sanitizer when a test first asks for it."""

@@ -102,6 +102,7 @@ def test_skipped_rows_keep_their_bits_and_the_rest_is_as_if_all_were_computed(wh
     assert dropped.any() and torch.equal(got["out"][dropped], x[dropped])
 
 
+@pytest.mark.slow
 def test_a_step_with_drop_path_repeats_bit_for_bit():
     first = results("fused", **OPTIONS["drop path"])
     for _ in range(REPEATS if DEVICE == "cuda" else 3):
