@@ -28,7 +28,7 @@ def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def kept_rows(keep: Tensor, segment_lengths: Sequence[Sequence[int]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
     """Rows of each modality that every branch keeps, from factors [layers, 2, S] on the CPU: [layers][2][G]."""
-    lengths = torch.tensor(segment_lengths, dtype=torch.float64)
+    lengths = torch.tensor(segment_lengths, dtype=torch.float64, device="cpu")
     counts = ((keep != 0).double() @ lengths.t()).long().tolist()
     return tuple(tuple(map(tuple, layer)) for layer in counts)
 

@@ -45,8 +45,9 @@ class Branches(NamedTuple):
 def draw_keep(rates: Sequence[float], samples: int, generator: torch.Generator | None = None) -> Tensor:
     """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples] on the CPU, drawn independently."""
     require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
-    kept = 1.0 - torch.tensor(list(rates), dtype=torch.float32)[:, None, None]
-    return (torch.rand(len(rates), 2, samples, generator=generator) < kept).float() / kept
+    on_cpu = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    kept = 1.0 - torch.tensor(list(rates), **on_cpu)[:, None, None]
+    return (torch.rand(len(rates), 2, samples, generator=generator, **on_cpu) < kept).float() / kept
 
 
 def branches(plan: RoutePlan) -> list[Branches]:

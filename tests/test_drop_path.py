@@ -61,6 +61,17 @@ def test_a_generator_repeats_its_draw():
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_a_draw_does_not_follow_the_process_s_default_dtype_or_device():
+    expected = draw_keep([0.3], 9, torch.Generator().manual_seed(1))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert torch.equal(draw_keep([0.3], 9, torch.Generator().manual_seed(1)), expected)
+    finally:
+        torch.set_default_dtype(before)
+
+
 def test_a_rate_of_one_gives_no_nan():
     try:
         keep = draw_keep([1.0], 10)

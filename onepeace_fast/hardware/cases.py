@@ -111,7 +111,7 @@ class Rows:
     @cached_property
     def keep(self) -> Tensor:
         """DropPath's factor of each sample; one is dropped."""
-        return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], device=self.device)
+        return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], dtype=torch.float32, device=self.device)
 
 
 def _integers(values: Sequence[int], device: torch.device) -> Tensor:
