@@ -224,7 +224,8 @@ def for_descriptors(x: Tensor) -> Tensor:
     The widths are checked by the op: the rows of the copy lie 16 bytes apart, or a multiple of that.
     """
     size = x.element_size()
-    lies_well = x.stride(1) == 1 and row_stride(x) * size % DESCRIPTOR_ALIGNMENT == 0
+    # An expanded row, at a distance of 0, is no matrix to a descriptor.
+    lies_well = x.stride(1) == 1 and row_stride(x) >= x.shape[1] and row_stride(x) * size % DESCRIPTOR_ALIGNMENT == 0
     if lies_well and x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0:
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)

@@ -17,6 +17,7 @@ from onepeace_fast.kernels.launch_heuristic import Parameters
 from onepeace_fast.kernels.launch_parameters import launch_parameters
 from onepeace_fast.kernels.measured import gpu_name
 
+_asking = threading.Lock()  # one thread at a time replaces Triton's hook and puts it back
 INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no GPU
 
 
@@ -68,16 +69,18 @@ class Configuration:
         """Whether Triton holds the kernel compiled for these arguments and loaded; nothing is compiled."""
         from triton import knobs
 
-        before, thread = knobs.runtime.jit_cache_hook, threading.get_ident()
+        thread = threading.get_ident()
+        with _asking:
+            before = knobs.runtime.jit_cache_hook
 
-        def compile_nothing(**details: Any) -> bool:
-            return threading.get_ident() == thread or bool(before and before(**details))
+            def compile_nothing(**details: Any) -> bool:
+                return threading.get_ident() == thread or bool(before and before(**details))
 
-        knobs.runtime.jit_cache_hook = compile_nothing
-        try:
-            compiled = self.kernel.warmup(grid=(1,), **self.keywords)
-        finally:
-            knobs.runtime.jit_cache_hook = before
+            knobs.runtime.jit_cache_hook = compile_nothing
+            try:
+                compiled = self.kernel.warmup(grid=(1,), **self.keywords)
+            finally:
+                knobs.runtime.jit_cache_hook = before
         return compiled is not None and compiled.module is not None
 
     def _launch_here(self, grid: tuple[int, ...]) -> None:

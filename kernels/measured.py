@@ -6,6 +6,7 @@ Nothing here needs a GPU or Triton.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -135,6 +136,11 @@ def _check_launch_parameters(launch_parameters: Mapping[str, Any]) -> None:
         for key in keys:
             entry = entry[key]
         check_entry(f"launch_parameters: {place}", entry)
+        part, rest = divmod(int(keys[-1]), entry.get("parts", 1))
+        if rest or part & (part - 1):
+            raise ValueError(
+                f"launch_parameters: {place}: expected parts of a power of two of columns each, got {entry!r}"
+            )
 
 
 def _levels(table: Any, levels: tuple[list[str], ...], place: str = "") -> list[tuple[str, list[str]]]:
@@ -185,8 +191,12 @@ def measured_file(gpu_name: str) -> Path | None:
     """The file in force for a GPU, the user's before the shipped one; None where it was not measured."""
     if not gpu_name:
         return None
-    paths = (folder / file_name(gpu_name) for folder in (user_folder(), SHIPPED_FOLDER))
-    return next((path for path in paths if path.is_file()), None)
+    for folder in (user_folder, lambda: SHIPPED_FOLDER):
+        # A user without a home folder, or with one that is closed to them, has no file of their own.
+        with contextlib.suppress(OSError, RuntimeError):
+            if (path := folder() / file_name(gpu_name)).is_file():
+                return path
+    return None
 
 
 @functools.cache

@@ -16,7 +16,7 @@ INTEGERS = (torch.int32, torch.int64)
 
 def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A tensor of host values on a device."""
-    return tensor_to_device(torch.tensor(values, dtype=dtype), torch.device(device))
+    return tensor_to_device(torch.tensor(values, dtype=dtype, device="cpu"), torch.device(device))
 
 
 def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -217,6 +217,7 @@ class RoutePlan:
         masks = {}
         for name, row_lengths in lengths.items():
             longest = max(row_lengths, default=1)
+            require(min(row_lengths, default=0) >= 0, f"lengths[{name!r}]: got {list(row_lengths)}, takes none below 0")
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: got {width}, takes at least the longest row, {longest}")
             limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
@@ -286,7 +287,16 @@ class RoutePlan:
 
     def pack(self, padded: Mapping[str, Tensor] | Tensor) -> Tensor:
         """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows are zero."""
-        tensors = [padded] if isinstance(padded, Tensor) else [padded[name] for name in self.modalities]
+        if isinstance(padded, Tensor):
+            tensors = [padded]
+        else:
+            shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
+            expected = dict(zip(self.modalities, self.padded_shapes, strict=False))
+            require(
+                shapes == expected,
+                lambda: f"padded: got tensors of {shapes}, takes rows and lengths of {expected}, which the plan is of",
+            )
+            tensors = [padded[name] for name in self.modalities]
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
         count = sum(part.shape[0] for part in flat)
         require(

@@ -178,3 +178,24 @@ def test_the_shipped_files_can_be_read_and_the_folder_says_what_it_is():
     for path in shipped.glob("*.json"):
         measured = MeasuredGPU.from_json(path.read_text(encoding="utf-8"))
         assert path.name == file_name(measured.name) and measured.parity
+
+
+def test_a_user_without_a_home_folder_or_with_a_closed_one_has_no_file(monkeypatch):
+    def unknown():
+        raise RuntimeError("Could not determine home directory.")
+
+    class Closed(type(Path())):
+        def is_file(self):
+            raise PermissionError(13, "Permission denied", str(self))
+
+    for folder in (unknown, lambda: Closed("/closed")):
+        monkeypatch.setattr(module, "user_folder", folder)
+        measured_for.cache_clear()
+        assert measured_file("Some GPU") is None and measured_for("Some GPU") is None
+
+
+@pytest.mark.parametrize("width, parts", [("6144", 1), ("1024", 3)])
+def test_parts_that_are_no_power_of_two_of_columns_are_refused(width, parts):
+    entry = {"block_rows": 1, "num_warps": 8, "programs_per_multiprocessor": 2, "parts": parts}
+    with pytest.raises(ValueError, match=f"launch_parameters: layer_norm 2 {width}: expected parts of a power of two"):
+        MeasuredGPU("A GPU", "sm_90", {}, "today", True, {}, {"layer_norm": {"2": {width: entry}}})

@@ -288,3 +288,19 @@ def test_refilling_from_another_kind_of_plan_is_refused():
     refused("other", plan.with_keep(keep).copy_, plan)
     refused("other", plan.with_keep(keep).copy_, plan.with_keep(torch.ones(2, 2, 2)))
     assert same_tensors(plan, before)
+
+
+def test_tensors_of_other_rows_or_lengths_are_refused_and_not_packed():
+    plan = RoutePlan.from_lengths({"a": [2, 3], "b": [4, 1]})
+    tensors = {"a": torch.randn(2, 3, 8), "b": torch.randn(2, 4, 8)}
+    assert plan.pack(tensors).shape == (10, 8)
+    swapped = {"a": tensors["b"], "b": tensors["a"]}
+    length_first = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
+    for bad in (swapped, length_first, {"a": tensors["a"]}):
+        with pytest.raises(ValueError, match=r"padded: got tensors of .*, takes rows and lengths of"):
+            plan.pack(bad)
+
+
+def test_a_length_below_zero_is_refused_in_one_line():
+    with pytest.raises(ValueError, match=r"lengths\['a'\]: got \[2, -1\], takes none below 0"):
+        RoutePlan.from_lengths({"a": [2, -1]})

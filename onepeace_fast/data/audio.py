@@ -20,6 +20,9 @@ SAMPLE_RATE = 16000
 _HIGHEST_RATE = 768_000  # beyond it resampling's filter alone would fill memory
 _UNKNOWN_FRAMES = 2**62  # libsndfile's count for a header without a length is about 2**63
 _BLOCK_FRAMES = 1 << 18
+# Those of libsndfile's formats whose lost end is seen: by what their containers say, or by decoding.
+WHOLE_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3")
+TAKEN = "WAV, AIFF, AU, FLAC, OGG or MP3"
 
 
 def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Tensor:
@@ -42,6 +45,10 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
         # As bytes, since soundfile encodes a name strictly and a file's may be no UTF-8.
         with _forward(soundfile)(path if os.name == "nt" else os.fsencode(path)) as file:
             rate, frames = file.samplerate, file.frames
+            require(
+                file.format in WHOLE_FORMATS,
+                lambda: f"{path}: got a file of {file.format}, takes {TAKEN}: of others a lost end goes unseen",
+            )
             _check_header(path, frames, rate, max_seconds)
             require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
             # In blocks, so that many channels are never held at once; by read(), which says how much it decoded.
@@ -49,9 +56,7 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
                 blocks.append(block.mean(axis=1))
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
         reason = " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
-        raise ValueError(
-            f"{path}: got a file that does not decode as audio ({reason}), takes WAV, FLAC, OGG, MP3 or AIFF"
-        ) from error
+        raise ValueError(f"{path}: got a file that does not decode as audio ({reason}), takes {TAKEN}") from error
     mono = torch.from_numpy(numpy.concatenate(blocks or [numpy.empty(0, "float32")]))
     require(
         len(mono) >= frames,

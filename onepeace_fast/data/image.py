@@ -53,6 +53,9 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                 width * height <= MAX_PIXELS,
                 lambda: f"{path}: got {width} x {height} pixels, takes at most {MAX_PIXELS:,} of them: make it smaller",
             )
+            if image.format == "PNG":  # whose checksums decoding does not look at
+                with _decoding(path), pillow.open(path) as checked:
+                    checked.verify()
             with _decoding(path):
                 upright = operations.exif_transpose(image)
             _check_depth(path, upright)

@@ -100,7 +100,10 @@ def unproved(device: torch.device) -> MeasuredGPU:
 
 
 def with_measurement(measured: MeasuredGPU, found: Measurement) -> MeasuredGPU:
-    """With these launch parameters in place of earlier ones; what the heuristic says by itself is left out."""
+    """With these launch parameters in place of earlier ones; what the heuristic says by itself is left out.
+
+    A launch that is new was timed and not compared with anything: the file waits for the selftest again.
+    """
     table = {
         kernel: {size: dict(by_width) for size, by_width in by_size.items()}
         for kernel, by_size in measured.launch_parameters.items()
@@ -114,7 +117,8 @@ def with_measurement(measured: MeasuredGPU, found: Measurement) -> MeasuredGPU:
         for kernel, by_size in table.items()
         if (sizes := {size: entries for size, entries in by_size.items() if entries})
     }
-    return dataclasses.replace(measured, launch_parameters=table)
+    parity = measured.parity and table == measured.launch_parameters
+    return dataclasses.replace(measured, launch_parameters=table, parity=parity)
 
 
 def entry_of(parameters: Parameters) -> dict[str, Any]:

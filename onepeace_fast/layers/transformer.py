@@ -141,7 +141,9 @@ def _plain_parts(expert: nn.Module) -> FeedForward | None:
 
 
 def _alike(parts: FeedForward, first: FeedForward) -> bool:
-    """Whether both have or lack the Sub-LayerNorm, with one eps, and the output's bias."""
+    """Whether both have or lack the Sub-LayerNorm, with one eps, and the output's bias, and are of one width."""
+    if parts.wi_0.weight.shape != first.wi_0.weight.shape:
+        return False
     same_norm = type(parts.norm) is type(first.norm) and getattr(parts.norm, "eps", 0) == getattr(first.norm, "eps", 0)
     return same_norm and (parts.out.bias is None) == (first.out.bias is None)
 

@@ -99,7 +99,7 @@ def _mask_token(model: OnePeacePretrain, name: str) -> Tensor:
     """The mask token [1, width] of a modality."""
     adapter = model.decoder_wrapper.adapter(name)
     unread = [adapter.cls_embedding, *([adapter.mask_embedding] if isinstance(adapter, AudioAdapter) else [])]
-    return with_unread(model.get_parameter(f"{name}_mask_token"), *unread)
+    return with_unread(getattr(model, f"{name}_mask_token"), *unread)
 
 
 def _layer(model: OnePeacePretrain, pattern: str, name: str) -> nn.Linear:

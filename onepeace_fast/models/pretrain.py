@@ -211,7 +211,7 @@ class OnePeacePretrain(nn.Module):
 
     def save(self, directory: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` (upstream's names); each file is replaced in one step."""
-        upstream.save(self, Path(directory))
+        upstream.save(self, Path(directory).expanduser())
 
     @classmethod
     def load(
@@ -222,7 +222,7 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: a file that is missing or does not fit.
         """
-        return upstream.restore(cls, Path(directory), backend, adapters)
+        return upstream.restore(cls, Path(directory).expanduser(), backend, adapters)
 
     def logit_scale_exp(self) -> Tensor:
         """exp(s), s clamped in place to [0, ln 100]."""

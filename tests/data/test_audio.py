@@ -43,6 +43,12 @@ def refused(call, *parts):
     assert all(part in line for part in (": got ", "takes ", *parts)), line
 
 
+@pytest.mark.parametrize("form", ["SDS", "NIST", "CAF", "VOC"])
+def test_a_format_whose_lost_end_goes_unseen_is_refused_by_its_name(tmp_path, form):
+    path = write(tmp_path / "clip.sound", tone(1), format=form)
+    refused(lambda: read_audio(path), str(path), form)
+
+
 @pytest.mark.parametrize(
     "form",
     [

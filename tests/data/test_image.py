@@ -84,6 +84,15 @@ def test_colours_survive_other_modes(tmp_path, mode, extension):
     assert abs(pixels.astype(int) - numpy.array(RED)).max() <= 8
 
 
+def test_a_png_whose_end_was_never_written_is_refused(tmp_path):
+    noise = numpy.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype="uint8")
+    path = tmp_path / "preallocated.png"
+    Image.fromarray(noise).save(path)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 7 // 10] + bytes(len(data) - len(data) * 7 // 10))
+    refused(lambda: read_image(path), str(path))
+
+
 @pytest.mark.parametrize(("mode", "value"), [("L", 77), ("1", 255), ("LA", (77, 255))])
 def test_grey_becomes_three_equal_channels(tmp_path, mode, value):
     path = saved(Image.new(mode, (4, 4), value), tmp_path / "image.png")

@@ -72,9 +72,11 @@ def test_nothing_is_begun_after_the_deadline():
 
 def test_only_what_differs_from_the_heuristic_is_written_and_replaces_what_was_there():
     found = tune.Measurement(KERNEL, "2", 1024, MINE._replace(num_warps=4, held_in="memory"), 1e-6, 2e-6)
+    same = found._replace(parameters=Parameters(1024, 1, 1, 1))
     wide = found._replace(size="4", width=1500, parameters=heuristic(KERNEL, 1500)._replace(num_warps=4))
     both = tune.with_measurement(tune.with_measurement(KNOWN, found), wide)
-    assert both == dataclasses.replace(KNOWN, launch_parameters=both.launch_parameters)
+    assert both == dataclasses.replace(KNOWN, launch_parameters=both.launch_parameters, parity=False)
+    assert tune.with_measurement(both, wide) == both and tune.with_measurement(KNOWN, same).parity
     assert both.parameters(KERNEL, 2, 1024) == found.parameters and both.parameters(KERNEL, 4, 1500) == wide.parameters
     assert "parts" not in both.launch_parameters[KERNEL]["2"]["1024"]
     assert tune.with_measurement(KNOWN, found._replace(parameters=MINE)).launch_parameters == {}
@@ -144,9 +146,10 @@ def test_the_rest_of_a_file_that_was_there_stays(gpu, capsys):
     write_measured(KNOWN, gpu)
     assert cli.main(["tune", "--width", "3000"]) == 0
     measured = measured_for("A GPU")
-    assert dataclasses.replace(measured, launch_parameters=KNOWN.launch_parameters) == KNOWN
+    assert dataclasses.replace(measured, launch_parameters=KNOWN.launch_parameters, parity=True) == KNOWN
     assert measured.launch_parameters[KERNEL]["2"]["1024"] == KNOWN.launch_parameters[KERNEL]["2"]["1024"]
-    assert measured.parameters(KERNEL, 2, 3000).block_rows == 2 and "selftest" not in capsys.readouterr().out
+    assert measured.parameters(KERNEL, 2, 3000).block_rows == 2
+    assert not measured.parity and "selftest" in capsys.readouterr().out
 
 
 def test_what_was_measured_before_a_fault_or_the_deadline_is_kept(gpu, monkeypatch, capsys):

@@ -177,7 +177,8 @@ def test_the_faster_strategy_by_rows_is_proposed():
     assert proposal.classes({}) == []
 
 
-def test_the_proposal_says_what_was_measured_where(tmp_path, capsys):
+def test_the_proposal_says_what_was_measured_where(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(proposal.cuda_extension, "unavailable_reason", lambda: None)
     results = tmp_path / "gpu.json"
     machine = {"gpu": "NVIDIA H200", "capability": "9.0", "versions": {"torch": "2.11"}}
     measured = sections(a=(256, {"fused": 3.0, "per_modality": 1.0}))
@@ -191,6 +192,10 @@ def test_the_proposal_says_what_was_measured_where(tmp_path, capsys):
     results.write_text(json.dumps({"date": "now", "machine": machine, "sections": {}}))
     assert proposal.main([str(results), str(tmp_path / "out")]) == proposal.NOTHING
     assert "no two strategies" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
+    monkeypatch.setattr(proposal.cuda_extension, "unavailable_reason", lambda: "it was not built")
+    results.write_text(json.dumps({"date": "now", "machine": machine, "sections": measured}))
+    assert proposal.main([str(results), str(tmp_path / "out")]) == proposal.NOTHING
+    assert "it was not built" in capsys.readouterr().out and not list((tmp_path / "out").iterdir())
 
 
 class TestCommand:

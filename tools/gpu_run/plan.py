@@ -156,14 +156,16 @@ def _benchmark(machine: Machine, part: str) -> Job:
 
 def _proposal(machine: Machine, state: State) -> list[Job]:
     found = [path for path in machine.out.glob(f"gpu_*_{machine.date}.json") if machine.on_gpu]
-    if not found or not state.passed("smoke", "parity"):
+    if machine.keyword or not found or not state.passed("smoke", "parity"):
         return []
     command = python("-m", "tools.gpu_run.proposal", str(found[0]), str(machine.out))
     return [Job("proposal", command, shown=True, judge=_or_unavailable)]
 
 
 def _smoke(machine: Machine, check: str) -> Job:
-    return Job(check, python("-m", "tools.gpu_run.smoke", check, "--device", machine.device), shown=True)
+    return Job(
+        check, python("-m", "tools.gpu_run.smoke", check, "--device", machine.device), shown=True, judge=_or_unavailable
+    )
 
 
 def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
@@ -242,6 +244,8 @@ def _sanitizers(machine: Machine) -> list[Job]:
 
 def _sanitizer_judge(code: int, lines: Sequence[str]) -> tuple[str, str]:
     """A tool that refuses the device has found nothing: neither a fault nor its absence."""
+    if code == LEFT_OUT:
+        return _or_unavailable(code, lines)
     refusal = next((line for line in lines if REFUSED.search(line)), None)
     if code != 0 and refusal and not any(REPORTED.search(line) for line in lines):
         return UNAVAILABLE, f"compute-sanitizer refuses: {refusal.strip(' =')}"

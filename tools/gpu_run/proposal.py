@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from onepeace_fast import cuda_extension
 from onepeace_fast.kernels.measured import MeasuredGPU, write_measured
 
 OPERATION, PREFIX, MODE = "routed_ffn", "strategy_", "forward_backward"
@@ -59,6 +60,9 @@ def main(arguments: list[str] | None = None) -> int:
     by_rows = classes(times_by_rows(found["sections"]))
     if not by_rows:
         print("no file is proposed: no two strategies of routed_ffn were timed side by side")
+        return NOTHING
+    if (reason := cuda_extension.unavailable_reason()) is not None:
+        print(f"no file is proposed: attention's kernels were not measured: {reason}")
         return NOTHING
     machine = found["machine"]
     proposed = MeasuredGPU(

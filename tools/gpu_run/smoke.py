@@ -20,7 +20,7 @@ from onepeace_fast.hardware.selftest import outputs_and_gradients
 from onepeace_fast.kernels.launch import launched
 from onepeace_fast.ops._library import force_kernels
 from onepeace_fast.tolerance import compare
-from tools.gpu_run.plan import SMOKE
+from tools.gpu_run.plan import LEFT_OUT, SMOKE
 
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 Cases = Callable[[torch.device, Callable[..., Tensor]], Iterator[Case]]
@@ -90,6 +90,9 @@ def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> in
         ]
         worst, name = max(compared, key=lambda pair: (not pair[0].kept, pair[0].error / (pair[0].allowed or 1.0)))
         broken = sum(not one.kept for one, _ in compared)
+        if device.type == "cuda" and not kernels:
+            say(f"{on_cpu.operation}, {on_cpu.variant}: FAULT: no kernel was launched")
+            found += 1
         found += broken
         state = "ok" if not broken else f"FAULT in {broken} of {len(compared)} comparisons"
         say(f"{on_cpu.operation}, {on_cpu.variant}: {state}; {kernels} launches; nearest to its bound: {name}, "
@@ -107,6 +110,10 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     device = torch.device(chosen.device)
     check = checks(full=device.type == "cuda")[chosen.check]
+    attends = device.type == "cuda" and check.operation == "relative_bias_attention"
+    if attends and (reason := cuda_extension.unavailable_reason()) is not None:
+        print(f"attention's kernels are not here: {reason}", flush=True)
+        return LEFT_OUT
     return int(faults(check, device, lambda line: print(line, flush=True)) > 0)
 
 

@@ -30,7 +30,15 @@ def emulated_gpu(driver: Driver | None = None, architecture: str = "sm_90") -> I
         stack.callback(_rehearse_launches(driver))
         stack.enter_context(cuda_calls.Autocast())
         stack.enter_context(two_devices.EmulatedDevice())
+        _take_emulated_parameters_for_plain()
         yield
+
+
+def _take_emulated_parameters_for_plain() -> None:
+    """Some versions of torch keep the class of an emulated parameter: to the layers it is what a GPU's own would be."""
+    from onepeace_fast.layers import plain
+
+    plain._PLAIN_TENSORS = (*plain._PLAIN_TENSORS, EmulatedTensor)
 
 
 def _rehearse_launches(driver: Driver | None) -> Any:
