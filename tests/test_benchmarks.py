@@ -174,6 +174,24 @@ class TestTiming:
         assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
         assert seconds == 0.02 and 0 < host < 1
 
+    def test_the_clock_is_asked_until_the_device_has_left_its_idle_clocks(self, monkeypatch):
+        times = iter([60.0, 30.0, 10.2, 10.0, 99.0])
+
+        class Event:
+            def __init__(self, enable_timing):
+                pass
+
+            def record(self):
+                pass
+
+            def elapsed_time(self, other):
+                return next(times)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+        assert EventClock().cycles_per_second == 20_000_000 / 0.01 and next(times) == 99.0
+
 
 class TestVariants:
     def variant(self, value: float) -> Variant:

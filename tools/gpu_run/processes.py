@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-GRACE = 2.0  # seconds between the request to end and the end
+GRACE = 5.0  # seconds between the request to end and the end: a compiler is not interrupted
 TICK = 0.2  # seconds between two looks at the processes
 TAIL = 400  # lines of a job's output that are kept to judge it by
 MOST_LOGGED = 12 * 2**20  # bytes of the log
