@@ -210,7 +210,12 @@ class OnePeacePretrain(nn.Module):
         return upstream.state_dict(self, grads)
 
     def save(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (upstream's names); each file is replaced in one step."""
+        """Write ``config.json`` and ``model.safetensors`` (upstream's names); each file is replaced in one step.
+
+        Raises:
+            ValueError: parameters that ``load`` would refuse, since a part was replaced or parametrized; nothing is
+                written.
+        """
         upstream.save(self, Path(directory).expanduser())
 
     @classmethod

@@ -95,6 +95,7 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
     Of a sharded model every process must call it, and the first one writes.
     """
     values = model.to_upstream_state_dict()
+    _check_names(model, set(values))
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
     if sharded and dist.get_rank() > 0:
@@ -108,6 +109,23 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
         draft = directory / f"{name}.new"
         write(draft)
         os.replace(draft, directory / name)
+
+
+def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
+    """Raise where ``restore`` would not take these names, before anything is written."""
+    adapters = model.encoder_wrapper.adapters
+    with torch.device("meta"):
+        plain = type(model)(model.config, adapters={name: adapters[name] for name in model.config.encoder.added})
+    expected = set(upstream_names(plain))
+    problems = {"missing": sorted(expected - found), "unexpected": sorted(found - expected)}
+    told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
+    require(
+        not told,
+        lambda: (
+            f"model: got parameters that load() would refuse, takes those of its configuration. {told}. A part was "
+            "replaced, parametrized or tied: merge or remove that first, or keep torch.save(model.state_dict())"
+        ),
+    )
 
 
 def restore(

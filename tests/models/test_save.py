@@ -22,6 +22,23 @@ def test_a_saved_model_is_loaded_unchanged(tmp_path):
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {CONFIG_FILE, WEIGHTS_FILE}
 
 
+@pytest.mark.parametrize("change", ["weight_norm", "lora"])
+def test_what_load_would_refuse_is_not_written(tmp_path, change):
+    model = small_model("fused", dtype=torch.float32)
+    attention = model.encoder_wrapper.fusion_model.layers[0].self_attn
+    if change == "weight_norm":
+        torch.nn.utils.parametrizations.weight_norm(attention.q_proj)
+    else:
+        attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Identity())
+    state = torch.get_rng_state()
+    with pytest.raises(
+        ValueError, match=r"model: got parameters that load\(\) would refuse.*q_proj.*torch.save"
+    ) as caught:
+        model.save(tmp_path / "model")
+    assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_saving_again_replaces_the_files(tmp_path):
     first, second = (small_model("fused", dtype=torch.float32, seed=seed) for seed in (1, 2))
     first.save(tmp_path)
