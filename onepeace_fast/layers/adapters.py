@@ -56,7 +56,7 @@ class TextAdapter(SeriesAdapter):
                 self.embed_tokens.weight[PADDING_TOKEN].zero_()
 
     def position_table(self, width: int) -> Tensor:
-        return self.embed_positions.weight[:width]
+        return self.embed_positions(torch.arange(width, device=self.cls_embedding.device))
 
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         require_tensor(name, value, (torch.int64, torch.int32), "[rows, length]", 2)
@@ -233,7 +233,7 @@ class AudioAdapter(SeriesAdapter):
         return samples
 
     def position_table(self, width: int) -> Tensor:
-        return self.embed_positions.weight[:width]
+        return self.embed_positions(torch.arange(width, device=self.cls_embedding.device))
 
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         require_tensor(name, value, accepted_floats(self.cls_embedding), "[rows, samples]", 2)
