@@ -10,7 +10,7 @@ from support.kernels import DEVICE, DTYPES, PRODUCT_DTYPE
 from support.plans import ragged_offsets
 from support.tiles import small_tiles
 
-from onepeace_fast.kernels.grouped_gemm import input_gradient, weight_gradient
+from onepeace_fast.kernels.grouped_gemm import for_descriptors, input_gradient, weight_gradient
 from onepeace_fast.tolerance import assert_within_rule
 
 MANY = [1, 0, 64, 3, 0, 17, 2]
@@ -106,3 +106,9 @@ def test_rows_may_lie_anyhow():
     expected = input_gradient([(x, w)], offsets.to(DEVICE))
     for layout in contract.LAYOUTS:
         assert torch.equal(input_gradient([(layout(x), [layout(v) for v in w])], offsets.to(DEVICE)), expected)
+
+
+def test_an_expanded_row_is_copied_for_a_descriptor():
+    row = torch.randn(1, 16, device=DEVICE)
+    rows = for_descriptors(row.expand(5, 16))
+    assert rows.stride() == (16, 1) and torch.equal(rows, row.expand(5, 16))
