@@ -247,8 +247,8 @@ class RoutePlan:
             is_cls: bool [T]; by default none is CLS.
             max_position: largest position id, where it is not T - 1.
 
-        Ids are checked here on a CPU, and by an assertion on the device elsewhere. The plan holds no host counts: the
-        specifications, which serve until kernels read ``offsets`` on the device, read them on the host in every op.
+        Ids are checked here on a CPU, and by an assertion on the device elsewhere. The plan holds no host counts: on
+        a GPU the kernels read ``offsets`` on the device, elsewhere the specifications read them on the host.
         """
         require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
         require(samples > 0, f"samples: got {samples}, takes a positive number")
