@@ -17,17 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops._library import (
-    accumulation_dtype,
-    check_routing,
-    define,
-    no_gradient,
-    only_needed,
-    register_gradient,
-    require_rows,
-    row_slices,
-)
+from onepeace_fast.ops.arguments import check_routing, require_rows
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
+from onepeace_fast.ops.operation import define, no_gradient, only_needed, register_gradient
+from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -41,7 +34,7 @@ ACTIVATION_BACKWARD = {
 }
 
 
-def gated_sub_ln_specification(
+def gated_sub_ln_reference(
     u: Tensor, v: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], offsets: Tensor,
     row_counts: Sequence[int], activation: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -58,7 +51,7 @@ def gated_sub_ln_specification(
     return n, mean, rstd
 
 
-def gated_sub_ln_backward_specification(
+def gated_sub_ln_backward_reference(
     grad: Tensor, u: Tensor, v: Tensor | None, mean: Tensor, rstd: Tensor, norm_weight: Sequence[Tensor],
     norm_bias: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], activation: str,
     weight_needs: Sequence[bool], bias_needs: Sequence[bool], n_needed: bool,
@@ -129,7 +122,7 @@ _op = define(
     "gated_sub_ln",
     "(Tensor u, Tensor? v, Tensor[] norm_weight, Tensor[] norm_bias, Tensor offsets, SymInt[] row_counts,"
     " str activation, float eps) -> (Tensor, Tensor, Tensor)",
-    gated_sub_ln_specification,
+    gated_sub_ln_reference,
     _fake,
     kernel="gated_sub_ln",
 )
@@ -138,7 +131,7 @@ _backward_op = define(
     "(Tensor grad, Tensor u, Tensor? v, Tensor mean, Tensor rstd, Tensor[] norm_weight, Tensor[] norm_bias,"
     " Tensor offsets, SymInt[] row_counts, str activation, bool[] weight_needs, bool[] bias_needs, bool n_needed)"
     " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
-    gated_sub_ln_backward_specification,
+    gated_sub_ln_backward_reference,
     _fake_backward,
     kernel="gated_sub_ln",
 )

@@ -15,18 +15,9 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops._library import (
-    accumulation_dtype,
-    check_routing,
-    check_row_index,
-    define,
-    no_gradient,
-    only_needed,
-    register_gradient,
-    require_row_index,
-    require_rows,
-    row_slices,
-)
+from onepeace_fast.ops.arguments import check_routing, check_row_index, require_row_index, require_rows
+from onepeace_fast.ops.operation import define, no_gradient, only_needed, register_gradient
+from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
 
 
 def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,23 +44,23 @@ def normalize_backward(
     return dx, dweight, dbias
 
 
-def layer_norm_specification(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], head_scale: Tensor | None, rows: Tensor | None,
+def layer_norm_reference(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], head_scale: Tensor | None, row_index: Tensor | None,
     offsets: Tensor | None, row_counts: Sequence[int], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y in x's dtype, mean and rstd [rows, 1]; ``rows`` are those of x that are read, all where it is None."""
-    count = x.shape[0] if rows is None else rows.shape[0]
+    """Returns y in x's dtype, mean and rstd [rows, 1]; ``row_index`` are those of x that are read, all where it is None."""
+    count = x.shape[0] if row_index is None else row_index.shape[0]
     y = x.new_zeros(count, x.shape[1])
     mean, rstd = (x.new_zeros((count, 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     for group, part in enumerate(_groups(weights, biases, offsets, row_counts, count)):
-        scaled = _scaled(x[_source(rows, part, x)], head_scale)
+        scaled = _scaled(x[_source(row_index, part, x)], head_scale)
         y[part], mean[part], rstd[part] = normalize(scaled, _at(weights, group), _at(biases, group), eps)
     return y, mean, rstd
 
 
-def layer_norm_backward_specification(
+def layer_norm_backward_reference(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-    head_scale: Tensor | None, rows: Tensor | None, offsets: Tensor | None, row_counts: Sequence[int],
+    head_scale: Tensor | None, row_index: Tensor | None, offsets: Tensor | None, row_counts: Sequence[int],
     weight_needs: Sequence[bool], bias_needs: Sequence[bool], head_scale_needed: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
     """With d the gradient of c * x: dx = c d, zero in rows that were not read, and dc = sum(x d) over rows and heads.
@@ -81,7 +72,7 @@ def layer_norm_backward_specification(
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dscale = mean.new_zeros(head_scale.shape) if head_scale_needed else x.new_empty(0)
     for group, part in enumerate(_groups(weights, biases, offsets, row_counts, grad.shape[0])):
-        source = _source(rows, part, x)
+        source = _source(row_index, part, x)
         needs = (True, bool(weights) and weight_needs[group], bool(biases) and bias_needs[group])
         dscaled, dweight, dbias = normalize_backward(
             grad[part], _scaled(x[source], head_scale), mean[part], rstd[part], _at(weights, group), needs
@@ -107,12 +98,12 @@ def _groups(
     return [slice(0, ranges[-1].stop if ranges else 0)] if shared else ranges
 
 
-def _source(rows: Tensor | None, part: slice, x: Tensor) -> slice | Tensor:
+def _source(row_index: Tensor | None, part: slice, x: Tensor) -> slice | Tensor:
     """Where the rows of a range come from."""
-    if rows is None:
+    if row_index is None:
         return part
-    check_row_index(rows[part], None, x)
-    return rows[part].long()
+    check_row_index(row_index[part], None, x)
+    return row_index[part].long()
 
 
 def _scaled(x: Tensor, head_scale: Tensor | None) -> Tensor:
@@ -128,14 +119,14 @@ def _at(tensors: Sequence[Tensor], group: int) -> Tensor | None:
     return tensors[group] if tensors else None
 
 
-def _fake(x, weights, biases, head_scale, rows, offsets, row_counts, eps):
-    count = x.shape[0] if rows is None else rows.shape[0]
+def _fake(x, weights, biases, head_scale, row_index, offsets, row_counts, eps):
+    count = x.shape[0] if row_index is None else row_index.shape[0]
     statistics = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
     return x.new_empty(count, x.shape[1]), statistics, torch.empty_like(statistics)
 
 
 def _fake_backward(
-    grad, x, mean, rstd, weights, biases, head_scale, rows, offsets, row_counts, weight_needs, bias_needs,
+    grad, x, mean, rstd, weights, biases, head_scale, row_index, offsets, row_counts, weight_needs, bias_needs,
     head_scale_needed,
 ):  # fmt: skip
     dweights = [torch.empty_like(w) if n else w.new_empty(0) for w, n in zip(weights, weight_needs, strict=True)]
@@ -146,37 +137,37 @@ def _fake_backward(
 
 _op = define(
     "layer_norm",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? head_scale, Tensor? rows, Tensor? offsets,"
+    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? head_scale, Tensor? row_index, Tensor? offsets,"
     " SymInt[] row_counts, float eps) -> (Tensor, Tensor, Tensor)",
-    layer_norm_specification,
+    layer_norm_reference,
     _fake,
     kernel="layer_norm",
 )
 _backward_op = define(
     "layer_norm_backward",
     "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor[] weights, Tensor[] biases, Tensor? head_scale,"
-    " Tensor? rows, Tensor? offsets, SymInt[] row_counts, bool[] weight_needs, bool[] bias_needs,"
+    " Tensor? row_index, Tensor? offsets, SymInt[] row_counts, bool[] weight_needs, bool[] bias_needs,"
     " bool head_scale_needed) -> (Tensor, Tensor[], Tensor[], Tensor)",
-    layer_norm_backward_specification,
+    layer_norm_backward_reference,
     _fake_backward,
     kernel="layer_norm",
 )
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weights, biases, head_scale, rows, offsets, row_counts, _ = inputs
+    x, weights, biases, head_scale, row_index, offsets, row_counts, _ = inputs
     _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.groups, ctx.row_counts = len(weights), row_counts
-    ctx.save_for_backward(x, mean, rstd, head_scale, rows, offsets, *weights, *biases)
+    ctx.save_for_backward(x, mean, rstd, head_scale, row_index, offsets, *weights, *biases)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    x, mean, rstd, head_scale, rows, offsets, *parameters = ctx.saved_tensors
+    x, mean, rstd, head_scale, row_index, offsets, *parameters = ctx.saved_tensors
     weights, biases = parameters[: ctx.groups], parameters[ctx.groups :]
     _, weight_needs, bias_needs, head_scale_needed, *_ = ctx.needs_input_grad
     dx, dweights, dbiases, dscale = _backward_op(
-        grad, x, mean, rstd, weights, biases, head_scale, rows, offsets, ctx.row_counts, list(weight_needs or ()),
+        grad, x, mean, rstd, weights, biases, head_scale, row_index, offsets, ctx.row_counts, list(weight_needs or ()),
         list(bias_needs or ()), head_scale_needed,
     )  # fmt: skip
     return (
@@ -200,7 +191,7 @@ def layer_norm(
     bias: Tensor | Sequence[Tensor] | None = None,
     *,
     head_scale: Tensor | None = None,
-    rows: Tensor | None = None,
+    row_index: Tensor | None = None,
     offsets: Tensor | None = None,
     row_counts: Sequence[int] = (),
     eps: float = 1e-5,
@@ -212,22 +203,22 @@ def layer_norm(
         weight, bias: [width] for all rows, or with ``offsets`` a sequence of one per modality; None for none.
         head_scale: [heads], a factor of each head's width / heads columns in front of the norm (the head scale of
             NormFormer, Shleifer et al., arXiv 2110.09456).
-        rows: int32 [N], distinct rows of x: row i of the result is the norm of x[rows[i]], and no other is read.
+        row_index: int32 [N], distinct rows of x: row i of the result is the norm of x[row_index[i]], no other is read.
         offsets: int32 [G + 1], first row of each modality in the result; rows of the result past the last are zero.
         row_counts: rows of each modality in the result, where the host knows them.
         eps: added to the variance.
 
     Returns:
-        [rows, width], or [N, width] with ``rows``, in x's dtype; statistics are float32 for half precision.
+        [rows, width], or [N, width] with ``row_index``, in x's dtype; statistics are float32 for half precision.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
     require_rows("x", x)
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
-    require_row_index(rows, x)
+    require_row_index(row_index, x)
     if offsets is not None:
-        check_routing(offsets, row_counts, x if rows is None else rows)
+        check_routing(offsets, row_counts, x if row_index is None else row_index)
     groups = 1 if offsets is None else offsets.shape[0] - 1
     weights, biases = _per_group("weight", weight, groups, x), _per_group("bias", bias, groups, x)
     if weights and biases and len(weights) != len(biases):  # one is shared and the other is not
@@ -239,7 +230,7 @@ def layer_norm(
             lambda: f"head_scale: got {describe(head_scale)}, takes a floating-point [heads] that divides {x.shape[1]}",
         )
         require_device("head_scale", head_scale, x.device)
-    return _op(x, weights, biases, head_scale, rows, offsets, row_counts, eps)[0]
+    return _op(x, weights, biases, head_scale, row_index, offsets, row_counts, eps)[0]
 
 
 def _per_group(name: str, value: Tensor | Sequence[Tensor] | None, groups: int, x: Tensor) -> list[Tensor]:

@@ -28,9 +28,10 @@ from onepeace_fast.checks import (
     require_values,
     require_vector,
 )
-from onepeace_fast.ops._attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
-from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, only_needed, register_gradient
-from onepeace_fast.ops._segments import (
+from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
+from onepeace_fast.ops.operation import define, no_gradient, only_needed, register_gradient
+from onepeace_fast.ops.packed_rows import accumulation_dtype
+from onepeace_fast.ops.segments import (
     Group,
     check_codes,
     check_segments,
@@ -59,7 +60,7 @@ def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     return group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def relative_bias_attention_specification(
+def relative_bias_attention_reference(
     qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
     code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -85,7 +86,7 @@ def relative_bias_attention_specification(
     return out[:rows], log_sum_exp[:rows]
 
 
-def relative_bias_attention_backward_specification(
+def relative_bias_attention_backward_reference(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor,
     bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
     max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
@@ -133,7 +134,7 @@ def relative_bias_attention_on_gpu(
     qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
     code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the specification returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
+    """What the reference returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
     if checks_devices():
         _check_values(qkv.shape[0], cu_seqlens, modality, code, is_cls, bias, code_offsets)
         _check_longest(cu_seqlens, max_length)
@@ -173,9 +174,9 @@ def relative_bias_attention_backward_on_gpu(
     bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
     max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """What the backward specification returns, by the CUDA extension wherever that ran the forward pass.
+    """What the backward reference returns, by the CUDA extension wherever that ran the forward pass.
 
-    Otherwise by the specification, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some
+    Otherwise by the reference, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some
     heads after others, so that memory is linear in rows.
     """
     if refusal(qkv, cu_seqlens.shape[0], bias) is None:
@@ -185,7 +186,7 @@ def relative_bias_attention_backward_on_gpu(
         )  # fmt: skip
     longest = longest_sample(cu_seqlens, max_length)
     parts = [
-        relative_bias_attention_backward_specification(
+        relative_bias_attention_backward_reference(
             grad[:, heads], qkv[:, :, heads], cu_seqlens, modality, code, is_cls, [vector[heads] for vector in bias],
             code_offsets, None if head_scale is None else head_scale[heads], log_sum_exp[:, heads], scale, longest,
             bias_needs, head_scale_need,
@@ -214,7 +215,7 @@ _PLAN = "Tensor cu_seqlens, Tensor modality, Tensor code, Tensor is_cls, Tensor[
 _op = define(
     "relative_bias_attention",
     f"(Tensor qkv, {_PLAN}, Tensor? head_scale, float scale, SymInt max_length) -> (Tensor, Tensor)",
-    relative_bias_attention_specification,
+    relative_bias_attention_reference,
     _fake,
     kernel=relative_bias_attention_on_gpu,
     triton=False,
@@ -223,7 +224,7 @@ _backward_op = define(
     "relative_bias_attention_backward",
     f"(Tensor grad, Tensor qkv, {_PLAN}, Tensor? head_scale, Tensor log_sum_exp, float scale, SymInt max_length,"
     " bool[] bias_needs, bool head_scale_need) -> (Tensor, Tensor[], Tensor)",
-    relative_bias_attention_backward_specification,
+    relative_bias_attention_backward_reference,
     _fake_backward,
     kernel=relative_bias_attention_backward_on_gpu,
     triton=False,
@@ -292,7 +293,7 @@ def relative_bias_attention(
     Returns:
         [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
         On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernels, forward and backward; whatever
-        they cannot take runs PyTorch's attention, which says so once, and has its gradients from the specification.
+        they cannot take runs PyTorch's attention, which says so once, and has its gradients from the reference.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;

@@ -1,6 +1,6 @@
 """One gated feed-forward network per modality, on contiguous row ranges of packed tokens.
 
-    h = activation(z W0^T) * (z W1^T),   y = LayerNorm(h) W2^T + b2,   out = residual + keep * gamma * y
+    h = activation(z W0^T) * (z W1^T),   y = LayerNorm(h) W2^T + b2,   out = residual + drop_path * gamma * y
 
 with W0, W1, W2, b2 and the Sub-LayerNorm of the row's modality (GeGLU: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang
 et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). Without W1 there is no gate: h = activation(z W0^T).
@@ -15,29 +15,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
-from onepeace_fast.ops._library import (
-    autocast_dtype,
-    check_offsets,
-    check_row_index,
-    define,
-    launcher,
-    no_gradient,
-    only_needed,
-    register_gradient,
-    regroup,
-    row_slices,
-)
-from onepeace_fast.ops._routed_ffn_arguments import check, chosen_strategy
+from onepeace_fast.ops import routed_ffn_per_modality as per_modality
+from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
-from onepeace_fast.ops.residual import residual_backward_specification, residual_specification, row_factor
+from onepeace_fast.ops.operation import define, launcher, no_gradient, only_needed, register_gradient, regroup
+from onepeace_fast.ops.packed_rows import row_slices
+from onepeace_fast.ops.residual import residual_backward_reference, residual_reference, row_factor
+from onepeace_fast.ops.routed_ffn_arguments import check, chosen_strategy
 
 
-def routed_ffn_specification(
+def routed_ffn_reference(
     z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
     w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], residual: Tensor | None,
-    gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float,
+    gamma: Tensor | None, drop_path: Tensor | None, sample: Tensor | None, row_index: Tensor | None, activation: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """Returns out and what the backward pass reads: u = z W0^T, v = z W1^T, y (for gamma), mean and rstd of h."""
     rows_total, hidden = z.shape[0], w0[0].shape[0]
@@ -56,25 +47,27 @@ def routed_ffn_specification(
         y[mine] = F.linear(h, w2[m], b2[m] if b2 else None)
     if residual is None:
         return y, u, v, y, mean, rstd
-    if rows is not None:
-        out, *_ = residual_specification(residual, y, gamma, keep, sample, 0.0, None, rows, offsets, None, None, eps)
+    if row_index is not None:
+        out, *_ = residual_reference(
+            residual, y, gamma, drop_path, sample, 0.0, None, row_index, offsets, None, None, eps
+        )
     else:
-        factor = row_factor(y, y.dtype, gamma, keep, sample, 0.0, None)
+        factor = row_factor(y, y.dtype, gamma, drop_path, sample, 0.0, None)
         out = (residual + (y if factor is None else y * factor)).to(residual.dtype).contiguous()
     return out, u, v, y, mean, rstd
 
 
-def routed_ffn_backward_specification(
+def routed_ffn_backward_reference(
     grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
     norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor,
-    row_counts: Sequence[int], gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None,
+    row_counts: Sequence[int], gamma: Tensor | None, drop_path: Tensor | None, sample: Tensor | None, row_index: Tensor | None,
     u: Tensor | None, v: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor, activation: str, eps: float,
     needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """With dy = grad * keep * gamma and n = LayerNorm(h):
+    """With dy = grad * drop_path * gamma and n = LayerNorm(h):
 
     db2 = sum dy, dW2 = dy^T n, dh = LayerNorm'(dy W2), du = activation'(u) dh v, dv = dh activation(u), dW0 = du^T z,
-    dW1 = dv^T z, dz = du W0 + dv W1, dgamma = sum grad * keep * y.
+    dW1 = dv^T z, dz = du W0 + dv W1, dgamma = sum grad * drop_path * y.
 
     u and v are computed again where they were not kept. ``needs`` is one flag per parameter in the order of the lists,
     then gamma's. Returns dz, the parameters' gradients in that order and dgamma, empty where none is needed.
@@ -92,8 +85,8 @@ def routed_ffn_backward_specification(
     groups = list(row_slices(offsets, row_counts))
     if u is None:
         u, v = per_modality.project(z, w0, w1, groups)
-    _, dy_all, dgamma, *_ = residual_backward_specification(
-        grad, None, y if needs[-1] else None, gamma, keep, sample, 0.0, None, rows, offsets, None, None, None, None,
+    _, dy_all, dgamma, *_ = residual_backward_reference(
+        grad, None, y if needs[-1] else None, gamma, drop_path, sample, 0.0, None, row_index, offsets, None, None, None, None,
         None, z.dtype, [needs[-1], False, False],
     )  # fmt: skip
     dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
@@ -128,54 +121,69 @@ def routed_ffn_backward_specification(
 
 
 def _run(
-    z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, rows, activation,
+    z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, drop_path, sample, row_index, activation,
     eps, strategy, fold_norm, keep_products, keep_y, by_kernel,
 ):  # fmt: skip
     """The forward pass by its strategy; what is not kept comes out empty."""
     check_offsets(offsets)
-    if rows is not None:
-        check_row_index(rows, offsets, residual)
+    if row_index is not None:
+        check_row_index(row_index, offsets, residual)
     arguments = (z, w0, w1, norm_weight, norm_bias, w2, b2, offsets)
-    scaled = (residual, gamma, keep, sample, rows, activation, eps)
+    scaled = (residual, gamma, drop_path, sample, row_index, activation, eps)
     folded = _folded(z, w2, norm_weight, strategy)
-    if by_kernel and strategy == "fused":
+    if by_kernel and strategy == "grouped":
         kernel = launcher("routed_ffn", "routed_ffn")
         out, u, v, y, mean, rstd = kernel(*arguments, *scaled, fold_norm, keep_products, keep_y, folded)
     else:
-        run = per_modality.routed_ffn if by_kernel and strategy == "per_modality" else routed_ffn_specification
+        run = per_modality.routed_ffn if by_kernel and strategy == "per_modality" else routed_ffn_reference
         out, u, v, y, mean, rstd = run(*arguments, row_counts, *scaled)
     kept = (u if keep_products else None, v if keep_products else None, y if keep_y and residual is not None else None)
     return out, *(z.new_empty(0) if value is None else value for value in kept), mean, rstd, folded
 
 
 def _folded(z: Tensor, w2: Sequence[Tensor], norm_weight: Sequence[Tensor], strategy: str) -> Tensor:
-    """Room for W2 g and W2 b + b2 of each modality, float32 [2, G, width], which the fused strategy keeps."""
-    shape = (2, len(w2), w2[0].shape[0]) if norm_weight and strategy == "fused" else (0,)
+    """Room for W2 g and W2 b + b2 of each modality, float32 [2, G, width], which the grouped strategy keeps."""
+    shape = (2, len(w2), w2[0].shape[0]) if norm_weight and strategy == "grouped" else (0,)
     return z.new_zeros(shape, dtype=torch.float32)
 
 
 def _run_backward(
-    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows, u, v, y, mean,
+    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, drop_path, sample, row_index, u, v, y, mean,
     rstd, folded, activation, eps, strategy, needs, by_kernel,
 ):  # fmt: skip
     """The backward pass by its strategy."""
     u, v = (None, None) if not u.numel() and z.numel() else (u, v if w1 else None)
-    if by_kernel and strategy == "fused":
+    if by_kernel and strategy == "grouped":
         if u is None:
             u, v, *_ = launcher("routed_ffn", "hidden")(z, w0, w1, (), offsets, activation, eps, True, False)
         return launcher("routed_ffn_backward", "routed_ffn_backward")(
-            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd,
+            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, drop_path, sample, row_index, u, v, y, mean, rstd,
             folded, activation, needs,
         )  # fmt: skip
-    arguments = (grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows)
+    arguments = (
+        grad,
+        z,
+        w0,
+        w1,
+        norm_weight,
+        norm_bias,
+        w2,
+        b2,
+        offsets,
+        row_counts,
+        gamma,
+        drop_path,
+        sample,
+        row_index,
+    )
     saved = (u, v, y, mean, rstd)
     if by_kernel and strategy == "per_modality":
         return per_modality.routed_ffn_backward(*arguments, *saved, activation, needs)
-    return routed_ffn_backward_specification(*arguments, *saved, activation, eps, needs)
+    return routed_ffn_backward_reference(*arguments, *saved, activation, eps, needs)
 
 
 def _fake(
-    z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, rows, activation,
+    z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, drop_path, sample, row_index, activation,
     eps, strategy, fold_norm, keep_products, keep_y,
 ):  # fmt: skip
     y = z.new_empty(z.shape[0], w2[0].shape[0])
@@ -187,7 +195,7 @@ def _fake(
 
 
 def _fake_backward(
-    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows, u, v, y, mean,
+    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, drop_path, sample, row_index, u, v, y, mean,
     rstd, folded, activation, eps, strategy, needs,
 ):  # fmt: skip
     parameters = (*w0, *w1, *norm_weight, *norm_bias, *w2, *b2)
@@ -197,7 +205,7 @@ def _fake_backward(
 
 
 _LISTS = "Tensor[] w0, Tensor[] w1, Tensor[] norm_weight, Tensor[] norm_bias, Tensor[] w2, Tensor[] b2"
-_ROWS = "Tensor? gamma, Tensor? keep, Tensor? sample, Tensor? rows"
+_ROWS = "Tensor? gamma, Tensor? drop_path, Tensor? sample, Tensor? row_index"
 _op = define(
     "routed_ffn",
     f"(Tensor z, {_LISTS}, Tensor offsets, SymInt[] row_counts, Tensor? residual, {_ROWS}, str activation, float eps,"
@@ -219,7 +227,23 @@ _backward_op = define(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, *lists, offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps, strategy, _, _, _ = inputs
+    (
+        z,
+        *lists,
+        offsets,
+        row_counts,
+        residual,
+        gamma,
+        drop_path,
+        sample,
+        row_index,
+        activation,
+        eps,
+        strategy,
+        _,
+        _,
+        _,
+    ) = inputs
     out, u, v, y, mean, rstd, folded = output
     ctx.mark_non_differentiable(u, v, y, mean, rstd, folded)
     ctx.row_counts, ctx.has_residual = row_counts, residual is not None
@@ -227,15 +251,15 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.list_lengths = [len(group) for group in lists]
     parameters = [parameter for group in lists for parameter in group]
     y = out if residual is None and folded.numel() else y
-    ctx.save_for_backward(z, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd, folded, *parameters)
+    ctx.save_for_backward(z, offsets, gamma, drop_path, sample, row_index, u, v, y, mean, rstd, folded, *parameters)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    z, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd, folded, *parameters = ctx.saved_tensors
+    z, offsets, gamma, drop_path, sample, row_index, u, v, y, mean, rstd, folded, *parameters = ctx.saved_tensors
     list_needs = [list(ctx.needs_input_grad[1 + i] or ()) for i in range(len(ctx.list_lengths))]
     needs = [*(need for group in list_needs for need in group), ctx.needs_input_grad[10]]
     dz, gradients, dgamma = _backward_op(
-        grad, z, *regroup(parameters, ctx.list_lengths), offsets, ctx.row_counts, gamma, keep, sample, rows,
+        grad, z, *regroup(parameters, ctx.list_lengths), offsets, ctx.row_counts, gamma, drop_path, sample, row_index,
         u, v, y, mean, rstd, folded, *ctx.settings, needs,
     )  # fmt: skip
     grouped = regroup(gradients, ctx.list_lengths)
@@ -266,9 +290,9 @@ def routed_ffn(
     norm_bias: Sequence[Tensor] | None = None,
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
+    drop_path: Tensor | None = None,
     sample: Tensor | None = None,
-    rows: Tensor | None = None,
+    row_index: Tensor | None = None,
     activation: str = "gelu",
     eps: float = 1e-5,
     recompute: bool = False,
@@ -283,20 +307,20 @@ def routed_ffn(
         w2: one [width, hidden] per modality; output projections.
         b2: one [width] per modality, or None.
         offsets: int32 [G + 1], the plan's.
-        row_counts: the plan's row counts, where the host knows them. Without them all but the fused strategy read
+        row_counts: the plan's row counts, where the host knows them. Without them all but the grouped strategy read
             offsets on the host, since each modality's products are launched from there.
         norm_weight, norm_bias: one [hidden] per modality, Sub-LayerNorm; None for none.
-        residual: floating point [rows, width], added to the scaled result; without it gamma, keep and rows are refused.
-        gamma, keep, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
-        rows: int32 [N], the row of the residual that each row of z comes back to; all others keep theirs bit by bit.
+        residual: floating point [rows, width], added to the scaled result; without it gamma, drop_path and row_index are refused.
+        gamma, drop_path, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
+        row_index: int32 [N], the row of the residual that each row of z comes back to; all others keep theirs bit by bit.
         activation: "gelu" (exact, by erf), "gelu_tanh" or "silu".
         eps: of the Sub-LayerNorm.
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
-        strategy: "fused" (products of all modalities in one launch, and all else inside them), "per_modality" (a vendor
-            product for each, a kernel between them) or "specification"; None: what was measured to be the fastest on
-            this GPU, "per_modality" where nothing was, and "fused" on a GPU without ``row_counts``, where it takes z.
-            A CPU runs the specification.
-        fold_norm: in the fused strategy, apply the Sub-LayerNorm behind the output product; False applies it before, by
+        strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a vendor
+            product for each, a kernel between them) or "reference"; None: what was measured to be the fastest on
+            this GPU, "per_modality" where nothing was, and "grouped" on a GPU without ``row_counts``, where it takes z.
+            A CPU runs the reference.
+        fold_norm: in the grouped strategy, apply the Sub-LayerNorm behind the output product; False applies it before, by
             a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
             which is not finite beyond 65504. Where a row of h has a mean far above its deviation the fold loses digits:
             at 16 times its error was 1.4 times the other's, and as large as that of plain PyTorch.
@@ -314,13 +338,13 @@ def routed_ffn(
         z = z.to(dtype)
         w0, w1, w2, b2 = ([tensor.to(dtype) for tensor in tensors] for tensors in (w0, w1, w2, b2))
     lists = {"w0": w0, "w1": w1, "norm_weight": norm_weight, "norm_bias": norm_bias, "w2": w2, "b2": b2}
-    check(z, lists, has_gate, offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps)
+    check(z, lists, has_gate, offsets, row_counts, residual, gamma, drop_path, sample, row_index, activation, eps)
     strategy = chosen_strategy(strategy, z, w0[0].shape[0], len(w0), row_counts)
     fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
     leaves = (z, *(parameter for group in lists.values() for parameter in group), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    y_needed = gamma is not None or (len(norm_weight) > 0 and strategy == "fused")
+    y_needed = gamma is not None or (len(norm_weight) > 0 and strategy == "grouped")
     return _op(
-        z, *lists.values(), offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps, strategy,
+        z, *lists.values(), offsets, row_counts, residual, gamma, drop_path, sample, row_index, activation, eps, strategy,
         fold_norm, differentiable and not recompute, differentiable and y_needed,
     )[0]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every number that an op's specification returns matters: scaling any of them by 1% makes the parity checks fail."""
+"""Every number that an op's reference returns matters: scaling any of them by 1% makes the parity checks fail."""
 
 import contextlib
 import sys
@@ -30,8 +30,8 @@ OUTPUTS = {
     "relative_bias_attention_backward": [("dqkv", 0, "flags"), ("dbias", 1, "flags"), ("dhead_scale", 2, "flags")],
 }  # fmt: skip
 NOT_IN_A_MODEL = {
-    "relative_bias_attention": {1},  # log-sum-exp: the specification's backward computes it again
-    "routed_ffn": {6},  # what the fused strategy folds
+    "relative_bias_attention": {1},  # log-sum-exp: the reference's backward computes it again
+    "routed_ffn": {6},  # what the grouped strategy folds
     "layer_norm_backward": {3},  # dhead_scale: in a model attention applies the head scale
 }
 # Where no kernel runs, routed_ffn does their work itself.
@@ -48,11 +48,11 @@ def scale_half(tensor: torch.Tensor) -> None:
 @contextlib.contextmanager
 def broken(op: str, place: int | tuple[int, int]) -> Iterator[list[int]]:
     """Scale one output of an op; yields the list of how many numbers were changed by each call."""
-    specification = specification_of(op)
+    reference = reference_of(op)
     calls: list[int] = []
 
     def mutant(*arguments):
-        results = specification(*arguments)
+        results = reference(*arguments)
         first, expert = place if isinstance(place, tuple) else (place, None)
         chosen = results[first]
         if expert is not None:  # gradients come as one flat list, one kind of parameter after another
@@ -69,12 +69,12 @@ def broken(op: str, place: int | tuple[int, int]) -> Iterator[list[int]]:
         yield calls
 
 
-def specification_of(op: str):
+def reference_of(op: str):
     """What runs an op on a CPU; its module has the name of its public function."""
     module = sys.modules[f"onepeace_fast.ops.{op.removesuffix('_backward')}"]
     if op.startswith("routed_ffn"):  # has several strategies
         return partial(module._run_backward if op.endswith("_backward") else module._run, by_kernel=False)
-    return getattr(module, f"{op}_specification")
+    return getattr(module, f"{op}_reference")
 
 
 @cache

@@ -13,7 +13,7 @@ from support.plans import kept_positions, naive_layout, whole_rows
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast import cuda_extension, relative_bias_attention
-from onepeace_fast.ops import _attention_on_gpu
+from onepeace_fast.ops import attention_on_gpu
 from onepeace_fast.tolerance import DTYPES, HALF
 
 pytestmark = [pytest.mark.requires_compiler, pytest.mark.filterwarnings("error::RuntimeWarning")]
@@ -74,11 +74,11 @@ def test_the_device_s_multiprocessors_are_asked_for_once(monkeypatch):
     asked = []
     properties = type("Properties", (), {"multi_processor_count": 114})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
-    _attention_on_gpu._multiprocessors.cache_clear()
+    attention_on_gpu._multiprocessors.cache_clear()
     devices = [torch.device("cuda", index) for index in (0, 1, 0)]
-    assert [_attention_on_gpu._multiprocessors(device) for device in devices] == [114] * 3
+    assert [attention_on_gpu._multiprocessors(device) for device in devices] == [114] * 3
     assert asked == devices[:2]
-    _attention_on_gpu._multiprocessors.cache_clear()
+    attention_on_gpu._multiprocessors.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -136,7 +136,7 @@ def launch_backward(batch, leaves, **changes):
         "bias_needs": [True] * len(bias), "head_scale_need": True,
     }  # fmt: skip
     values |= {name: plan[name] for name in ("cu_seqlens", "code", "is_cls")}
-    return _attention_on_gpu.launch_backward(**{**values, **changes})
+    return attention_on_gpu.launch_backward(**{**values, **changes})
 
 
 def test_a_gradient_or_qkv_that_does_not_fit_is_refused_in_one_line(kernel):

@@ -13,16 +13,11 @@ from onepeace_fast import kernels
 from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
 from onepeace_fast.kernels.tile_table import refusal
-from onepeace_fast.ops._library import (
-    MAX_WIDTH,
-    check_routing,
-    kernels_forced,
-    require_row_index,
-    require_rows,
-)
-from onepeace_fast.ops._strategies import STRATEGIES, strategy_for
+from onepeace_fast.ops.arguments import MAX_WIDTH, check_routing, require_row_index, require_rows
 from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
-from onepeace_fast.ops.residual import check_keep
+from onepeace_fast.ops.kernel_choice import kernels_forced
+from onepeace_fast.ops.residual import check_drop_path
+from onepeace_fast.ops.strategies import STRATEGIES, strategy_for
 
 MAX_MODALITIES = 64
 TILE_ALIGNMENT = 16  # bytes, of the distance of two rows in a tensor descriptor
@@ -31,7 +26,7 @@ OPTIONAL = ("b2", "norm_weight", "norm_bias")
 
 def check(
     z: Tensor, lists: Mapping[str, Sequence[Tensor]], has_gate: bool, offsets: Tensor, row_counts: Sequence[int],
-    residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None,
+    residual: Tensor | None, gamma: Tensor | None, drop_path: Tensor | None, sample: Tensor | None, row_index: Tensor | None,
     activation: str, eps: float,
 ) -> None:  # fmt: skip
     """Raise unless all arguments fit together."""
@@ -56,26 +51,26 @@ def check(
     require(activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
     require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
     require(
-        residual is not None or (gamma is None and keep is None and rows is None),
-        "residual: got none with gamma, keep or rows, takes the tensor that the scaled result is added to",
+        residual is not None or (gamma is None and drop_path is None and row_index is None),
+        "residual: got none with gamma, drop_path or row_index, takes the tensor that the scaled result is added to",
     )
     require_vector("gamma", gamma, width, z.device)
     if residual is None:
-        require(sample is None, "sample: got one without keep, takes both or none")
+        require(sample is None, "sample: got one without drop_path, takes both or none")
         return
     require(
         residual.is_floating_point() and residual.dim() == 2 and residual.shape[1] == width
-        and (rows is not None or residual.shape[0] == z.shape[0]),
+        and (row_index is not None or residual.shape[0] == z.shape[0]),
         lambda: f"residual: got {describe(residual)}, takes floating point "
-        + (str(list(z.shape)) if rows is None else f"[rows, {width}]"),
+        + (str(list(z.shape)) if row_index is None else f"[rows, {width}]"),
     )  # fmt: skip
     require_device("residual", residual, z.device)
-    check_keep(keep, sample, residual)
-    require_row_index(rows, z)
-    if rows is not None:
+    check_drop_path(drop_path, sample, residual)
+    require_row_index(row_index, z)
+    if row_index is not None:
         require(
-            rows.shape[0] == z.shape[0],
-            lambda: f"rows: got {describe(rows)}, takes one entry per row of z, {z.shape[0]}",
+            row_index.shape[0] == z.shape[0],
+            lambda: f"row_index: got {describe(row_index)}, takes one entry per row of z, {z.shape[0]}",
         )
 
 
@@ -94,27 +89,27 @@ def chosen_strategy(
 ) -> str:  # fmt: skip
     """The strategy that was asked for, if it can run; for None what was measured on this GPU and that can run.
 
-    On a GPU without ``row_counts`` that is "fused", the one that reads no offsets on the host.
+    On a GPU without ``row_counts`` that is "grouped", the one that reads no offsets on the host.
     """
     has_kernels = z.is_cuda or kernels_forced() or (kernels.INTERPRETED and z.device.type == "cpu")
     if strategy is None:
         if not has_kernels or z.dtype == torch.float64:
-            return "specification"
+            return "reference"
         reason = _untaken_by_tiles(z, hidden, groups)
         if z.is_cuda and not row_counts:
-            return "fused" if reason is None else _by_host(reason)
+            return "grouped" if reason is None else _by_host(reason)
         measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
-        return "per_modality" if measured == "fused" and reason else measured
+        return "per_modality" if measured == "grouped" and reason else measured
     require(
         strategy in STRATEGIES, lambda: f"strategy: got {strategy!r}, takes one of {', '.join(STRATEGIES)}, or None"
     )
-    if strategy != "specification":
+    if strategy != "reference":
         fits = has_kernels or kernels_forced() is False
         require(
             fits,
-            lambda: f"strategy: got {strategy!r} with z on {z.device}, takes 'specification' there; use None for both",
+            lambda: f"strategy: got {strategy!r} with z on {z.device}, takes 'reference' there; use None for both",
         )
-    if strategy == "fused":
+    if strategy == "grouped":
         require((reason := _untaken_by_tiles(z, hidden, groups)) is None, lambda: reason)
     return strategy
 
@@ -142,15 +137,15 @@ def _untaken_by_tiles(z: Tensor, hidden: int, groups: int) -> str | None:
         if columns % multiple:
             return (
                 f"{name}: got {columns} {'columns' if name == 'z' else 'hidden columns'}, takes a multiple of "
-                f"{multiple} with strategy 'fused' in {str(z.dtype).removeprefix('torch.')}; use 'per_modality'"
+                f"{multiple} with strategy 'grouped' in {str(z.dtype).removeprefix('torch.')}; use 'per_modality'"
             )
     if z.is_cuda and (reason := _refused_by(z.device)) is not None:
-        return f"z: {reason} with strategy 'fused'; use 'per_modality'"
+        return f"z: {reason} with strategy 'grouped'; use 'per_modality'"
     half = z.dtype in (torch.float16, torch.bfloat16)
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
-        return f"z: got {describe(z)}, takes float16 or bfloat16 with strategy 'fused'; use 'per_modality'"
+        return f"z: got {describe(z)}, takes float16 or bfloat16 with strategy 'grouped'; use 'per_modality'"
     if groups > MAX_MODALITIES:
-        return f"offsets: got {groups} modalities, takes at most {MAX_MODALITIES} with strategy 'fused'"
+        return f"offsets: got {groups} modalities, takes at most {MAX_MODALITIES} with strategy 'grouped'"
     return None
 
 

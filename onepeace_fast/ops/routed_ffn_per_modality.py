@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast.ops._library import regroup, row_slices
+from onepeace_fast.ops.operation import regroup
+from onepeace_fast.ops.packed_rows import row_slices
 
 _ops = torch.ops.onepeace_fast
 
@@ -28,7 +29,7 @@ def project(
 def routed_ffn(
     z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
     w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], residual: Tensor | None,
-    gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float,
+    gamma: Tensor | None, drop_path: Tensor | None, sample: Tensor | None, row_index: Tensor | None, activation: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
     """out, u, v, y, mean and rstd of h."""
     groups = list(row_slices(offsets, row_counts))
@@ -43,27 +44,27 @@ def routed_ffn(
     if residual is None:
         y[groups[-1].stop :] = 0
         return y, u, v, y, mean, rstd
-    out, *_ = _ops.residual(residual, y, gamma, keep, sample, 0.0, None, rows, offsets, None, None, eps)
+    out, *_ = _ops.residual(residual, y, gamma, drop_path, sample, 0.0, None, row_index, offsets, None, None, eps)
     return out, u, v, y, mean, rstd
 
 
 def routed_ffn_backward(
     grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
     norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor,
-    row_counts: Sequence[int], gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None,
+    row_counts: Sequence[int], gamma: Tensor | None, drop_path: Tensor | None, sample: Tensor | None, row_index: Tensor | None,
     u: Tensor | None, v: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor, activation: str, needs: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """What the backward specification returns, by the same formulas."""
+    """What the backward reference returns, by the same formulas."""
     groups = list(row_slices(offsets, row_counts))
     lists = (w0, w1, norm_weight, norm_bias, w2, b2)
     w0_needs, w1_needs, weight_needs, bias_needs, w2_needs, b2_needs = regroup(needs, [len(group) for group in lists])
     if u is None:
         u, v = project(z, w0, w1, groups)
-    if gamma is None and keep is None and rows is None:
+    if gamma is None and drop_path is None and row_index is None:
         dy = grad.to(z.dtype)
     else:
         _, dy, dgamma, *_ = _ops.residual_backward(
-            grad, None, y if needs[-1] else None, gamma, keep, sample, 0.0, None, rows, offsets, None, None, None,
+            grad, None, y if needs[-1] else None, gamma, drop_path, sample, 0.0, None, row_index, offsets, None, None, None,
             None, None, z.dtype, [needs[-1], False, False],
         )  # fmt: skip
     dn = torch.empty_like(u)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from onepeace_fast import cuda_extension
 from onepeace_fast.checks import describe, require
-from onepeace_fast.ops._library import accumulation_dtype
-from onepeace_fast.ops._segments import PairBias, head_slices, sample_groups
+from onepeace_fast.ops.packed_rows import accumulation_dtype
+from onepeace_fast.ops.segments import PairBias, head_slices, sample_groups
 
 HEAD_SIZES = (32, 64, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
@@ -179,7 +179,7 @@ def attend_by_sdpa(
 ) -> tuple[Tensor, Tensor]:
     """PyTorch's attention with the bias built for some samples and heads at once.
 
-    The log-sum-exp, which PyTorch does not give and the backward specification does not read, is -inf on real rows.
+    The log-sum-exp, which PyTorch does not give and the backward reference does not read, is -inf on real rows.
     """
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)

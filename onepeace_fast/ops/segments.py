@@ -1,4 +1,4 @@
-"""What attention's specification walks: packed samples in groups, and the bias entry of every pair of their tokens."""
+"""What attention's reference walks: packed samples in groups, and the bias entry of every pair of their tokens."""
 
 from __future__ import annotations
 

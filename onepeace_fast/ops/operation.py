@@ -1,16 +1,14 @@
 """How every op is registered: schema, implementation, fake and gradient under ``torch.ops.onepeace_fast``.
 
 An op that has a kernel runs it on CUDA tensors, and on CPU tensors where Triton's interpreter was asked for by
-``TRITON_INTERPRET=1`` before the start. float64, which is for checks, runs the specification everywhere.
+``TRITON_INTERPRET=1`` before the start. float64, which is for checks, runs the reference everywhere.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,13 +17,9 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from onepeace_fast import kernels
-from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.ops.kernel_choice import runs_kernel
 
 NAMESPACE = "onepeace_fast"
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-MAX_WIDTH = 16384
-# Asked once: torch.compile traces a set, and in torch 2.11 not the question.
-AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
 
 
 class _Library(torch.library.Library):
@@ -60,13 +54,12 @@ def _refuse_transforms(op_name: str, arguments: Sequence[Any]) -> None:
 
 
 _LIBRARY = _Library(NAMESPACE, "DEF")
-_kernels_forced: bool | None = None
 
 
 def define(
     name: str,
     signature: str,
-    specification: Callable[..., Any],
+    reference: Callable[..., Any],
     fake: Callable[..., Any],
     *,
     kernel: str | Callable[..., Any] | None = None,
@@ -74,19 +67,19 @@ def define(
 ) -> Callable[..., Any]:
     """Define ``onepeace_fast::name`` and return the op.
 
-    ``specification`` is its implementation wherever no kernel runs. ``kernel`` names the module of
+    ``reference`` is its implementation wherever no kernel runs. ``kernel`` names the module of
     ``onepeace_fast.kernels`` whose function ``name`` takes the same arguments; it is imported when it first runs. Or it
     is a function that composes ops that have kernels, or without ``triton`` one that runs without Triton.
     """
     _LIBRARY.define(f"{name}{signature}", tags=(torch.Tag.pt2_compliant_tag,))
 
-    @functools.wraps(specification)
+    @functools.wraps(reference)
     def implementation(*arguments: Any) -> Any:
         # The public function has chosen the dtypes: autocast must not change what is inside, as compiled it does not.
         with torch._C._DisableAutocast():
             first = next(value for value in arguments if isinstance(value, Tensor))
             if kernel is None or not runs_kernel(name, first, triton):
-                return specification(*arguments)
+                return reference(*arguments)
             return (launcher(kernel, name) if isinstance(kernel, str) else kernel)(*arguments)
 
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -101,37 +94,6 @@ def define(
     for key in ("FuncTorchBatched", "Batched"):  # the second is that of is_grads_batched
         _LIBRARY.impl(name, refuse_batch, key)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
-
-
-@contextlib.contextmanager
-def force_kernels(forced: bool) -> Iterator[None]:
-    """Run Triton's kernels, or with False the specifications, wherever the tensors are, in every thread; for checks."""
-    global _kernels_forced
-    before, _kernels_forced = _kernels_forced, forced
-    try:
-        yield
-    finally:
-        _kernels_forced = before
-
-
-def kernels_forced() -> bool | None:
-    """What ``force_kernels`` asks for, None outside it."""
-    return _kernels_forced
-
-
-def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:
-    """Whether an op's kernel runs on its first tensor; raise where it should and Triton, which it needs, cannot."""
-    wanted = tensor.is_cuda or (triton and kernels.INTERPRETED and tensor.device.type == "cpu")
-    if _kernels_forced is not None:
-        wanted = _kernels_forced and (triton or tensor.is_cuda)
-    if tensor.dtype == torch.float64 or not wanted:
-        return False
-    if triton and (reason := kernels.unavailable_reason()) is not None:
-        raise RuntimeError(
-            f"{name}: got a tensor on {tensor.device}, takes Triton for it: {reason}; install it, or use "
-            "backend='reference'"
-        )
-    return True
 
 
 @functools.cache
@@ -170,78 +132,3 @@ def regroup(flat: Sequence[Any], lengths: Sequence[int]) -> list[list[Any]]:
         groups.append(list(flat[start : start + length]))
         start += length
     return groups
-
-
-def row_slices(offsets: Tensor, row_counts: Sequence[int]) -> Iterator[slice]:
-    """Row range of each modality. Only without ``row_counts`` are the offsets read on the host."""
-    bounds = [0]
-    if row_counts:
-        for count in row_counts:
-            bounds.append(bounds[-1] + count)
-    else:
-        bounds = offsets.tolist()
-    return (slice(start, stop) for start, stop in pairwise(bounds))
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Statistics and scores are float32 for half precision, else the dtype itself."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The dtype in which autocast runs this tensor's matrix products, None where it leaves them alone."""
-    kind = tensor.device.type
-    enabled = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
-    return torch.get_autocast_dtype(kind) if enabled and tensor.dtype != torch.float64 else None
-
-
-def check_routing(offsets: Tensor, row_counts: Sequence[int], x: Tensor) -> None:
-    """Raise unless a plan's ``offsets`` and ``row_counts`` fit x's rows and device."""
-    require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
-    require_device("offsets", offsets, x.device)
-    groups = offsets.shape[0] - 1
-    fits = not row_counts or (len(row_counts) == groups and sum(row_counts) <= x.shape[0])
-    require(
-        fits,
-        lambda: (
-            f"row_counts: got {list(row_counts)}, takes one per modality, {groups}, in all at most {x.shape[0]} rows"
-        ),
-    )
-
-
-def check_offsets(offsets: Tensor) -> None:
-    """Raise where offsets decrease; the host can read them on a CPU."""
-    if offsets.device.type == "cpu":
-        require(
-            bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0,
-            lambda: f"offsets: got {offsets.tolist()}, takes row numbers from 0 on that do not decrease",
-        )
-
-
-def require_rows(name: str, x: Tensor) -> None:
-    """Raise unless ``x`` is a floating-point matrix whose rows a kernel can hold."""
-    require_tensor(name, x, FLOATS, "[rows, width]", 2)
-    require(
-        x.shape[1] <= MAX_WIDTH,
-        lambda: f"{name}: got {describe(x)}, takes rows of at most {MAX_WIDTH} columns; split them",
-    )
-
-
-def require_row_index(rows: Tensor | None, x: Tensor) -> None:
-    """Raise unless ``rows`` is absent or a row index on x's device."""
-    if rows is not None:
-        require_tensor("rows", rows, (torch.int32,), "[N]", 1)
-        require_device("rows", rows, x.device)
-
-
-def check_row_index(rows: Tensor, offsets: Tensor | None, x: Tensor) -> None:
-    """Raise unless ``rows``, up to the last of ``offsets``, are distinct rows of x; the host can read them on a CPU."""
-    if rows.device.type != "cpu":
-        return
-    rows = rows if offsets is None else rows[: int(offsets[-1])]
-    least, most = (int(rows.min()), int(rows.max())) if rows.numel() else (0, -1)
-    require(
-        least >= 0 and most < x.shape[0],
-        lambda: f"rows: got an index from {least} to {most}, takes 0 to {x.shape[0] - 1}, the rows of x",
-    )
-    require(rows.unique().numel() == rows.numel(), lambda: "rows: got an index that repeats a row, takes distinct rows")
