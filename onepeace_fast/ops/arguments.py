@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.structures import Routing
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16384
@@ -22,16 +21,17 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if enabled and tensor.dtype != torch.float64 else None
 
 
-def check_routing(offsets: Tensor, row_counts: Sequence[int], x: Tensor) -> None:
-    """Raise unless a plan's ``offsets`` and ``row_counts`` fit x's rows and device."""
+def check_routing(routing: Routing, x: Tensor) -> None:
+    """Raise unless a plan's offsets and row counts fit x's rows and device."""
+    offsets, counts, _ = routing
     require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
     require_device("offsets", offsets, x.device)
-    groups = offsets.shape[0] - 1
-    fits = not row_counts or (len(row_counts) == groups and sum(row_counts) <= x.shape[0])
+    modalities = offsets.shape[0] - 1
+    fits = not counts or (len(counts) == modalities and sum(counts) <= x.shape[0])
     require(
         fits,
         lambda: (
-            f"row_counts: got {list(row_counts)}, takes one per modality, {groups}, in all at most {x.shape[0]} rows"
+            f"row_counts: expected one per modality, {modalities}, in all at most {x.shape[0]} rows, got {list(counts)}"
         ),
     )
 
@@ -41,7 +41,7 @@ def check_offsets(offsets: Tensor) -> None:
     if offsets.device.type == "cpu":
         require(
             bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0,
-            lambda: f"offsets: got {offsets.tolist()}, takes row numbers from 0 on that do not decrease",
+            lambda: f"offsets: expected row numbers from 0 on that do not decrease, got {offsets.tolist()}",
         )
 
 
@@ -50,7 +50,7 @@ def require_rows(name: str, x: Tensor) -> None:
     require_tensor(name, x, FLOATS, "[rows, width]", 2)
     require(
         x.shape[1] <= MAX_WIDTH,
-        lambda: f"{name}: got {describe(x)}, takes rows of at most {MAX_WIDTH} columns; split them",
+        lambda: f"{name}: expected rows of at most {MAX_WIDTH} columns, got {describe(x)}; split them",
     )
 
 
@@ -62,15 +62,16 @@ def require_row_index(row_index: Tensor | None, x: Tensor) -> None:
 
 
 def check_row_index(row_index: Tensor, offsets: Tensor | None, x: Tensor) -> None:
-    """Raise unless ``row_index``, up to the last of ``offsets``, are distinct rows of x; the host can read them on a CPU."""
+    """Raise unless the index, up to the last of ``offsets``, is of distinct rows of x; the host reads a CPU's alone."""
     if row_index.device.type != "cpu":
         return
     rows = row_index if offsets is None else row_index[: int(offsets[-1])]
     least, most = (int(rows.min()), int(rows.max())) if rows.numel() else (0, -1)
     require(
         least >= 0 and most < x.shape[0],
-        lambda: f"row_index: got an index from {least} to {most}, takes 0 to {x.shape[0] - 1}, the rows of x",
+        lambda: f"row_index: expected rows of x, 0 to {x.shape[0] - 1}, got an index from {least} to {most}",
     )
     require(
-        rows.unique().numel() == rows.numel(), lambda: "row_index: got an index that repeats a row, takes distinct rows"
+        rows.unique().numel() == rows.numel(),
+        lambda: "row_index: expected distinct rows, got an index that repeats a row",
     )

@@ -38,7 +38,7 @@ def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:
         return False
     if triton and (reason := kernels.unavailable_reason()) is not None:
         raise RuntimeError(
-            f"{name}: got a tensor on {tensor.device}, takes Triton for it: {reason}; install it, or use "
+            f"{name}: expected Triton for a tensor on {tensor.device}, got none: {reason}; install it, or use "
             "backend='reference'"
         )
     return True

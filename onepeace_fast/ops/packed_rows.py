@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+
+from onepeace_fast.structures import Routing
 
 
-def row_slices(offsets: Tensor, row_counts: Sequence[int]) -> Iterator[slice]:
+def row_slices(routing: Routing) -> Iterator[slice]:
     """Row range of each modality. Only without ``row_counts`` are the offsets read on the host."""
     bounds = [0]
-    if row_counts:
-        for count in row_counts:
+    if routing.row_counts:
+        for count in routing.row_counts:
             bounds.append(bounds[-1] + count)
     else:
-        bounds = offsets.tolist()
+        bounds = routing.offsets.tolist()
     return (slice(start, stop) for start, stop in pairwise(bounds))
 
 

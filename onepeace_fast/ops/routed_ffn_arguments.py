@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,63 +14,56 @@ from onepeace_fast.checks import describe, require, require_device, require_vect
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
 from onepeace_fast.kernels.tile_table import refusal
 from onepeace_fast.ops.arguments import MAX_WIDTH, check_routing, require_row_index, require_rows
-from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
+from onepeace_fast.ops.gated_sub_ln import require_norm_and_activation, require_one_per_modality
 from onepeace_fast.ops.kernel_choice import kernels_forced
 from onepeace_fast.ops.residual import check_drop_path
 from onepeace_fast.ops.strategies import STRATEGIES, strategy_for
+from onepeace_fast.structures import FeedForwardWeights, RoutedFFNInputs
 
 MAX_MODALITIES = 64
 TILE_ALIGNMENT = 16  # bytes, of the distance of two rows in a tensor descriptor
 OPTIONAL = ("b2", "norm_weight", "norm_bias")
 
 
-def check(
-    z: Tensor, lists: Mapping[str, Sequence[Tensor]], has_gate: bool, offsets: Tensor, row_counts: Sequence[int],
-    residual: Tensor | None, gamma: Tensor | None, drop_path: Tensor | None, sample: Tensor | None, row_index: Tensor | None,
-    activation: str, eps: float,
-) -> None:  # fmt: skip
+def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     """Raise unless all arguments fit together."""
+    z, weights, routing, residual, gamma, drop_path, settings = given
     require_rows("z", z)
-    check_routing(offsets, row_counts, z)
-    groups, width, hidden = offsets.shape[0] - 1, z.shape[1], lists["w0"][0].shape[0] if lists["w0"] else 0
-    require(hidden <= MAX_WIDTH, lambda: f"w0: got {hidden} hidden columns, takes at most {MAX_WIDTH}")
-    shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden), "b2": (width,)}
-    shapes |= {"norm_weight": (hidden,), "norm_bias": (hidden,)}
-    for name, tensors in lists.items():
-        may_be_empty = name in OPTIONAL or (name == "w1" and not has_gate)
-        fits = len(tensors) == groups or (may_be_empty and not tensors)
-        require(
-            fits,
-            lambda name=name, tensors=tensors: f"{name}: got {len(tensors)} tensors, takes one per modality, {groups}",
-        )
+    check_routing(routing, z)
+    modalities, width, hidden = routing.offsets.shape[0] - 1, z.shape[1], weights.w0[0].shape[0] if weights.w0 else 0
+    require(hidden <= MAX_WIDTH, lambda: f"w0: expected at most {MAX_WIDTH} hidden columns, got {hidden}")
+    shapes = FeedForwardWeights((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
+    for name, tensors, shape in zip(weights._fields, weights, shapes, strict=True):
+        require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
         for m, tensor in enumerate(tensors):
-            _check_parameter(f"{name}[{m}]", tensor, shapes[name], None if name.startswith("norm") else z.dtype)
+            _check_parameter(f"{name}[{m}]", tensor, shape, None if name.startswith("norm") else z.dtype)
             require_device(f"{name}[{m}]", tensor, z.device)
-    given = [len(lists[name]) > 0 for name in ("norm_weight", "norm_bias")]
-    require(given[0] == given[1], "norm_weight, norm_bias: got one of them, takes both or none")
-    require(activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
-    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
+    require_norm_and_activation(weights.norm_weight, weights.norm_bias, settings.activation, settings.eps)
+    row_index = routing.row_index
     require(
-        residual is not None or (gamma is None and drop_path is None and row_index is None),
-        "residual: got none with gamma, drop_path or row_index, takes the tensor that the scaled result is added to",
+        residual is not None or (gamma is None and drop_path.scale is None and row_index is None),
+        "residual: expected the tensor that the result scaled by gamma or drop_path, or placed by row_index, is added to,"
+        " got none",
     )
     require_vector("gamma", gamma, width, z.device)
     if residual is None:
-        require(sample is None, "sample: got one without drop_path, takes both or none")
+        require(
+            drop_path.sample is None, "sample: expected both or none of drop_path and sample, got one without drop_path"
+        )
         return
     require(
         residual.is_floating_point() and residual.dim() == 2 and residual.shape[1] == width
         and (row_index is not None or residual.shape[0] == z.shape[0]),
-        lambda: f"residual: got {describe(residual)}, takes floating point "
-        + (str(list(z.shape)) if row_index is None else f"[rows, {width}]"),
+        lambda: f"residual: expected floating point "
+        f"{list(z.shape) if row_index is None else f'[rows, {width}]'}, got {describe(residual)}",
     )  # fmt: skip
     require_device("residual", residual, z.device)
-    check_drop_path(drop_path, sample, residual)
+    check_drop_path(drop_path, residual)
     require_row_index(row_index, z)
     if row_index is not None:
         require(
             row_index.shape[0] == z.shape[0],
-            lambda: f"row_index: got {describe(row_index)}, takes one entry per row of z, {z.shape[0]}",
+            lambda: f"row_index: expected one entry per row of z, {z.shape[0]}, got {describe(row_index)}",
         )
 
 
@@ -80,12 +73,12 @@ def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: t
     wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
     require(
         fits and tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
-        lambda: f"{name}: got {describe(tensor)}, takes {wanted} {list(shape)}",
+        lambda: f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}",
     )
 
 
 def chosen_strategy(
-    strategy: str | None, z: Tensor, hidden: int, groups: int, row_counts: Sequence[int]
+    strategy: str | None, z: Tensor, hidden: int, modalities: int, row_counts: Sequence[int]
 ) -> str:  # fmt: skip
     """The strategy that was asked for, if it can run; for None what was measured on this GPU and that can run.
 
@@ -95,22 +88,22 @@ def chosen_strategy(
     if strategy is None:
         if not has_kernels or z.dtype == torch.float64:
             return "reference"
-        reason = _untaken_by_tiles(z, hidden, groups)
+        reason = _untaken_by_tiles(z, hidden, modalities)
         if z.is_cuda and not row_counts:
             return "grouped" if reason is None else _by_host(reason)
         measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
         return "per_modality" if measured == "grouped" and reason else measured
     require(
-        strategy in STRATEGIES, lambda: f"strategy: got {strategy!r}, takes one of {', '.join(STRATEGIES)}, or None"
+        strategy in STRATEGIES, lambda: f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}"
     )
     if strategy != "reference":
         fits = has_kernels or kernels_forced() is False
         require(
             fits,
-            lambda: f"strategy: got {strategy!r} with z on {z.device}, takes 'reference' there; use None for both",
+            lambda: f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both",
         )
     if strategy == "grouped":
-        require((reason := _untaken_by_tiles(z, hidden, groups)) is None, lambda: reason)
+        require((reason := _untaken_by_tiles(z, hidden, modalities)) is None, lambda: reason)
     return strategy
 
 
@@ -130,22 +123,22 @@ def _warn_of_host_read(reason: str) -> None:
     )
 
 
-def _untaken_by_tiles(z: Tensor, hidden: int, groups: int) -> str | None:
+def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int) -> str | None:
     """Why grouped products cannot take these tensors, in one line."""
     multiple = TILE_ALIGNMENT // z.element_size()
     for name, columns in (("z", z.shape[1]), ("w0", hidden)):
         if columns % multiple:
             return (
-                f"{name}: got {columns} {'columns' if name == 'z' else 'hidden columns'}, takes a multiple of "
-                f"{multiple} with strategy 'grouped' in {str(z.dtype).removeprefix('torch.')}; use 'per_modality'"
+                f"{name}: expected a multiple of {multiple} {'columns' if name == 'z' else 'hidden columns'} with strategy "
+                f"'grouped' in {str(z.dtype).removeprefix('torch.')}, got {columns}; use 'per_modality'"
             )
     if z.is_cuda and (reason := _refused_by(z.device)) is not None:
         return f"z: {reason} with strategy 'grouped'; use 'per_modality'"
     half = z.dtype in (torch.float16, torch.bfloat16)
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
-        return f"z: got {describe(z)}, takes float16 or bfloat16 with strategy 'grouped'; use 'per_modality'"
-    if groups > MAX_MODALITIES:
-        return f"offsets: got {groups} modalities, takes at most {MAX_MODALITIES} with strategy 'grouped'"
+        return f"z: expected float16 or bfloat16 with strategy 'grouped', got {describe(z)}; use 'per_modality'"
+    if modalities > MAX_MODALITIES:
+        return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy 'grouped', got {modalities}; use 'per_modality'"
     return None
 
 
