@@ -124,7 +124,7 @@ def test_a_fragment_is_found_by_its_tokens_inside_a_function(file, inside, old, 
 @pytest.mark.parametrize(
     "file, inside, old, occurrence, problem",
     [
-        ("a.py", "b", "1", None, "expected b in a.py, got A.b: name what it is called"),
+        ("a.py", "b", "1", None, "expected b of a.py, got A.b: say what it is called now"),
         ("a.py", "A.c", "+ 1", None, "expected '+ 1' once in A.c of a.py, got it 2 times"),
         ("a.py", "A.c", "2", None, "expected '2' once in A.c of a.py, got it 0 times"),
         ("a.py", "A.c", "+ 1", 3, "expected '+ 1' at least 3 times in A.c of a.py, got it 2 times"),

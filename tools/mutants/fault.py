@@ -27,20 +27,17 @@ class Fault(NamedTuple):
     def find(self, text: str) -> Span:
         """Where the old fragment stands in the text of the file, or a ValueError of one line that says why nowhere."""
         parts = named_parts(text, self.file)
+        place = f"{self.inside} of {self.file}"
         if self.inside not in parts:
             last = self.inside.replace("::", ".").rpartition(".")[2]
-            like = [name for name in parts if last in name] or list(parts)
-            raise ValueError(
-                f"expected {self.inside} in {self.file}, got {', '.join(like[:12])}: name what it is called"
-            )
+            like = ", ".join([name for name in parts if last in name] or parts)
+            raise ValueError(f"expected {place}, got {like}: say what it is called now")
         found = occurrences(text, self.file, parts[self.inside], self.old)
         if self.occurrence is None and len(found) != 1:
-            raise ValueError(f"expected {self.old!r} once in {self.inside} of {self.file}, got it {len(found)} times")
+            raise ValueError(f"expected {self.old!r} once in {place}, got it {len(found)} times")
         which = self.occurrence or 1
         if not 1 <= which <= len(found):
-            raise ValueError(
-                f"expected {self.old!r} at least {which} times in {self.inside} of {self.file}, got it {len(found)} times"
-            )
+            raise ValueError(f"expected {self.old!r} at least {which} times in {place}, got it {len(found)} times")
         return found[which - 1]
 
     def plant(self, text: str) -> str:

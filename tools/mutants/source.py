@@ -1,4 +1,4 @@
-"""Find a fragment of code by the function it is in and by its tokens, whatever its lines, indentation and comments are."""
+"""Find a fragment of code by the function that it is in and by its tokens, whatever its lines and comments are."""
 
 from __future__ import annotations
 
@@ -85,18 +85,18 @@ def _python_parts(text: str) -> Iterator[tuple[str, Span]]:
 
     def visit(node: ast.AST, prefix: str, in_function: bool) -> Iterator[tuple[str, Span]]:
         for child in ast.iter_child_nodes(node):
-            names, is_function = [], isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef)
-            if is_function or isinstance(child, ast.ClassDef):
-                names = [child.name]
+            names, first, scope, in_child = [], child, prefix, in_function
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                names, scope = [child.name], f"{prefix}{child.name}."
+                first = child.decorator_list[0] if child.decorator_list else child
+                in_child = in_function or not isinstance(child, ast.ClassDef)
             elif isinstance(child, ast.Assign | ast.AnnAssign) and not in_function:
                 targets = child.targets if isinstance(child, ast.Assign) else [child.target]
                 names = [target.id for target in targets if isinstance(target, ast.Name)]
-            first = min([child, *getattr(child, "decorator_list", [])], key=lambda part: getattr(part, "lineno", 0))
             for name in names:
-                start = position(first.lineno, first.col_offset)
-                yield prefix + name, Span(start, position(child.end_lineno, child.end_col_offset))
-            scope = f"{prefix}{child.name}." if hasattr(child, "body") and names else prefix
-            yield from visit(child, scope, in_function or is_function)
+                end = position(child.end_lineno, child.end_col_offset)
+                yield prefix + name, Span(position(first.lineno, first.col_offset), end)
+            yield from visit(child, scope, in_child)
 
     return visit(ast.parse(text), "", False)
 
