@@ -1,4 +1,4 @@
-"""What belongs together travels together: the inputs, outputs and gradients of the ops, as they and their kernels see them.
+"""What belongs together travels together: inputs, outputs and gradients of the ops, as they and their kernels see them.
 
 For each op stand here what it takes (``Inputs``), what it gives (``Outputs``), what its backward pass is given
 (``Saved``: by the names of the inputs and outputs, and ``grad_`` of an output) and what that gives (``Gradients``, by

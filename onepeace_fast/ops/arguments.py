@@ -27,7 +27,7 @@ def check_routing(routing: Routing, x: Tensor) -> None:
     require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
     require_device("offsets", offsets, x.device)
     modalities = offsets.shape[0] - 1
-    fits = not counts or (len(counts) == modalities and sum(counts) <= x.shape[0])
+    fits = len(counts) == 0 or (len(counts) == modalities and sum(counts) <= x.shape[0])
     require(
         fits,
         lambda: (

@@ -152,8 +152,8 @@ def _require_readable(qkv: Tensor) -> None:
     require(
         _reads_16_bytes(qkv),
         lambda: (
-            f"qkv: expected a last stride of 1, others that {ALIGNMENT} divides and an address that 16 divides, got strides"
-            f" {list(qkv.stride())} at an address that is {qkv.data_ptr() % 16} modulo 16; call"
+            f"qkv: expected a last stride of 1, others that {ALIGNMENT} divides and an address that 16 divides, got"
+            f" strides {list(qkv.stride())} at an address that is {qkv.data_ptr() % 16} modulo 16; call"
             " .clone(memory_format=torch.contiguous_format)"
         ),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.ops.arguments import check_routing, require_rows
+from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward, zeros_where_needed
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
@@ -104,29 +105,26 @@ def statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor | None:
 
 
 def _by_kernel(given: GatedSubLNInputs) -> GatedSubLNOutputs:
-    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_forward
 
-    n, mean, rstd = gated_sub_ln(
-        given.u, given.v, given.norm_weight, given.norm_bias, given.routing.offsets, (), given.activation, given.eps
-    )
-    return GatedSubLNOutputs(n, *((mean, rstd) if given.norm_weight else (None, None)))
+    return gated_sub_ln_forward(given)
 
 
 def _backward_by_kernel(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
-    return gated_sub_ln_backward_and_n_by_kernel(saved, needs, n_needed=False)[0]
-
-
-def gated_sub_ln_backward_and_n_by_kernel(
-    saved: GatedSubLNSaved, needs: Needs, n_needed: bool = True
-) -> tuple[GatedSubLNGradients, Tensor | None]:
-    """The gradients, and n once more."""
     from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_backward
 
-    *gradients, n = gated_sub_ln_backward(
-        saved.grad_n, saved.u, saved.v, saved.mean, saved.rstd, saved.norm_weight, saved.norm_bias,
-        saved.routing.offsets, (), saved.activation, needs.norm_weight, needs.norm_bias, n_needed,
-    )  # fmt: skip
-    return GatedSubLNGradients(*gradients), n
+    return gated_sub_ln_backward(saved, needs)
+
+
+def gated_sub_ln_backward_and_n(
+    saved: GatedSubLNSaved, needs: Needs, n_needed: bool
+) -> tuple[GatedSubLNGradients, Tensor | None]:
+    """The gradients, and n once more, by the kernel where it runs."""
+    if not runs_kernel("gated_sub_ln_backward", saved.grad_n):
+        return gated_sub_ln_backward_and_n_reference(saved, needs, n_needed)
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_backward_and_n
+
+    return gated_sub_ln_backward_and_n(saved, needs, n_needed)
 
 
 def _fake(given: GatedSubLNInputs) -> GatedSubLNOutputs:

@@ -64,7 +64,7 @@ def layer_norm_reference(given: LayerNormInputs) -> LayerNormOutputs:
 
 
 def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
-    """With d the gradient of c * x: dx = c d, zero in rows that were not read, and dc = sum(x d) over rows and heads."""
+    """With d the gradient of c * x: dx = c d, zero in rows that were not read, dc = sum(x d) over rows and heads."""
     x, grad, head_scale = saved.x, saved.grad_y, saved.head_scale
     dweight, dbias = zeros_where_needed(saved.weight, needs.weight), zeros_where_needed(saved.bias, needs.bias)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
@@ -122,22 +122,15 @@ def _at(tensors: Sequence[Tensor | None], m: int) -> Tensor | None:
 
 
 def _by_kernel(given: LayerNormInputs) -> LayerNormOutputs:
-    from onepeace_fast.kernels.layer_norm import layer_norm
+    from onepeace_fast.kernels.layer_norm import layer_norm_forward
 
-    return LayerNormOutputs(*layer_norm(
-        given.x, given.weight, given.bias, given.head_scale, given.routing.row_index, given.routing.offsets,
-        given.routing.row_counts, given.eps,
-    ))  # fmt: skip
+    return layer_norm_forward(given)
 
 
 def _backward_by_kernel(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
     from onepeace_fast.kernels.layer_norm import layer_norm_backward
 
-    return LayerNormGradients(*layer_norm_backward(
-        saved.grad_y, saved.x, saved.mean, saved.rstd, saved.weight, saved.bias, saved.head_scale,
-        saved.routing.row_index, saved.routing.offsets, saved.routing.row_counts, needs.weight, needs.bias,
-        needs.head_scale,
-    ))  # fmt: skip
+    return layer_norm_backward(saved, needs)
 
 
 def _fake(given: LayerNormInputs) -> LayerNormOutputs:

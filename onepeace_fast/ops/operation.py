@@ -122,8 +122,8 @@ def _refuse_transforms(op_name: str, arguments: Sequence[Any]) -> None:
     else:
         return
     raise RuntimeError(
-        f"{NAMESPACE}::{op_name}: expected plain reverse mode, got {got}; use backward() or torch.autograd.grad, or the "
-        "reference backend"
+        f"{NAMESPACE}::{op_name}: expected plain reverse mode, got {got}; use backward() or torch.autograd.grad, or "
+        "the reference backend"
     )
 
 
@@ -193,8 +193,8 @@ class Gradient(NamedTuple):
     """How an op is differentiated, once.
 
     ``reference``, ``kernel`` and ``fake`` take what was saved and the needs, and give gradients, None where none is
-    needed. ``select`` gives those fields of what is saved that are not the inputs and outputs of their names. ``finish``
-    gives the gradients by a call of the backward op, with those beside it that cost nothing.
+    needed. ``select`` gives those fields of what is saved that are not inputs and outputs by name. ``finish`` gives
+    the gradients by a call of the backward op, and beside it those that cost nothing.
     """
 
     saved: type
@@ -255,7 +255,9 @@ class Operation(_Op):
         self._build_saved, self._build_gradients = Builder(gradient.saved), Builder(gradient.gradients)
         paths = [leaf.path for leaf in arguments]
         self._places = [paths.index(leaf.path) for leaf in leaves(gradient.gradients)]
-        self._numbers = [i for i, leaf in enumerate(arguments) if leaf.type == "SymInt[]"]
+        # Beside lists of tensors torch takes an empty list of numbers for one of those.
+        types = [leaf.type for leaf in arguments]
+        self._numbers = [i for i, kind in enumerate(types) if kind == "SymInt[]" and "Tensor[]" in types]
         self._arguments = len(arguments)
         self._function = type(name, (_EagerFunction,), {})
         torch.library.register_autograd(
@@ -340,7 +342,7 @@ class Operation(_Op):
         found: list = [None] * self._arguments
         for place, value in zip(self._places, self.differentiate(ctx, grads, self._registered_needs(ctx)), strict=True):
             found[place] = value
-        for place in ctx.without_numbers:  # torch takes an empty list of numbers for a list of tensors
+        for place in ctx.without_numbers:
             found[place] = []
         return tuple(found)
 

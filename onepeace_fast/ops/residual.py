@@ -130,24 +130,15 @@ def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
 
 
 def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
-    from onepeace_fast.kernels.residual import residual
+    from onepeace_fast.kernels.residual import residual_forward
 
-    out, *normed = residual(
-        given.x, given.y, given.gamma, *given.drop_path, *given.dropout, given.routing.row_index,
-        given.routing.offsets, given.norm_weight, given.norm_bias, given.eps,
-    )  # fmt: skip
-    return ResidualOutputs(out, *((None,) * 3 if given.norm_weight is None else normed))
+    return residual_forward(given)
 
 
 def _backward_by_kernel(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     from onepeace_fast.kernels.residual import residual_backward
 
-    dx, *rest = residual_backward(
-        saved.grad_out, saved.grad_normed, saved.y, saved.gamma, *saved.drop_path, *saved.dropout,
-        saved.routing.row_index, saved.routing.offsets, saved.out, saved.norm_weight, saved.norm_bias, saved.mean,
-        saved.rstd, saved.y_dtype, [needs.gamma, needs.norm_weight, needs.norm_bias],
-    )  # fmt: skip
-    return ResidualGradients(None if saved.grad_normed is None else dx, *rest)
+    return residual_backward(saved, needs)
 
 
 def _fake(given: ResidualInputs) -> ResidualOutputs:

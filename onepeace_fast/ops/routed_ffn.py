@@ -134,18 +134,9 @@ def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
     _check_values(given)
     if strategy == "per_modality":
         return _what_is_kept(given, per_modality.routed_ffn(given))
-    from onepeace_fast.kernels.routed_ffn import routed_ffn
+    from onepeace_fast.kernels.routed_ffn import routed_ffn_forward
 
-    folded = _folded(given)
-    outputs = routed_ffn(
-        given.z, *given.weights, given.routing.offsets, given.residual, given.gamma, *given.drop_path,
-        given.routing.row_index, *given.settings[:2], *given.settings[3:], z_or_empty(given.z, folded),
-    )  # fmt: skip
-    return _what_is_kept(given, RoutedFFNOutputs(*outputs, folded))
-
-
-def z_or_empty(z: Tensor, folded: Tensor | None) -> Tensor:
-    return z.new_empty(0) if folded is None else folded
+    return _what_is_kept(given, routed_ffn_forward(given))
 
 
 def _check_values(given: RoutedFFNInputs) -> None:
@@ -181,23 +172,9 @@ def _backward_by_kernel(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         return routed_ffn_backward_reference(saved, needs)
     if saved.settings.strategy == "per_modality":
         return per_modality.routed_ffn_backward(saved, needs)
-    from onepeace_fast.kernels.routed_ffn import hidden
     from onepeace_fast.kernels.routed_ffn_backward import routed_ffn_backward
 
-    z, weights, settings = saved.z, saved.weights, saved.settings
-    u, v = saved.u, saved.v
-    if u is None:
-        u, v, *_ = hidden(
-            z, weights.w0, weights.w1, (), saved.routing.offsets, settings.activation, settings.eps, True, False
-        )
-    dz, flat, dgamma = routed_ffn_backward(
-        saved.grad_out, z, *weights, saved.routing.offsets, saved.gamma, *saved.drop_path, saved.routing.row_index, u,
-        v, saved.y, saved.mean, saved.rstd, z_or_empty(z, saved.folded), settings.activation,
-        [*(flag for flags in needs.weights for flag in flags), needs.gamma],
-    )  # fmt: skip
-    flat = iter(flat)
-    gradients = FeedForwardWeights(*([next(flat) for _ in parameters] for parameters in weights))
-    return RoutedFFNGradients(dz, gradients, None, dgamma)
+    return routed_ffn_backward(saved, needs)
 
 
 def _fake(given: RoutedFFNInputs) -> RoutedFFNOutputs:

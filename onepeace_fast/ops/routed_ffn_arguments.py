@@ -42,8 +42,7 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     row_index = routing.row_index
     require(
         residual is not None or (gamma is None and drop_path.scale is None and row_index is None),
-        "residual: expected the tensor that the result scaled by gamma or drop_path, or placed by row_index, is added to,"
-        " got none",
+        "residual: expected a tensor that the result of gamma, drop_path or row_index is added to, got none",
     )
     require_vector("gamma", gamma, width, z.device)
     if residual is None:
@@ -129,8 +128,8 @@ def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int) -> str | None:
     for name, columns in (("z", z.shape[1]), ("w0", hidden)):
         if columns % multiple:
             return (
-                f"{name}: expected a multiple of {multiple} {'columns' if name == 'z' else 'hidden columns'} with strategy "
-                f"'grouped' in {str(z.dtype).removeprefix('torch.')}, got {columns}; use 'per_modality'"
+                f"{name}: expected a multiple of {multiple} {'columns' if name == 'z' else 'hidden columns'} with "
+                f"strategy 'grouped' in {str(z.dtype).removeprefix('torch.')}, got {columns}; use 'per_modality'"
             )
     if z.is_cuda and (reason := _refused_by(z.device)) is not None:
         return f"z: {reason} with strategy 'grouped'; use 'per_modality'"
@@ -138,7 +137,7 @@ def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int) -> str | None:
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
         return f"z: expected float16 or bfloat16 with strategy 'grouped', got {describe(z)}; use 'per_modality'"
     if modalities > MAX_MODALITIES:
-        return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy 'grouped', got {modalities}; use 'per_modality'"
+        return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy 'grouped', got {modalities}"
     return None
 
 

@@ -7,12 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast.ops.gated_sub_ln import (
-    GATED_SUB_LN,
-    gated_sub_ln_backward_and_n_by_kernel,
-    gated_sub_ln_backward_and_n_reference,
-)
-from onepeace_fast.ops.kernel_choice import runs_kernel
+from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN, gated_sub_ln_backward_and_n
 from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.ops.residual import RESIDUAL
 from onepeace_fast.structures import (
@@ -93,9 +88,7 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     dn = torch.empty_like(u)
     for m, rows in enumerate(ranges):
         torch.mm(dy[rows], weights.w2[m], out=dn[rows])
-    by_kernel = runs_kernel("gated_sub_ln_backward", dn)
-    gated_backward = gated_sub_ln_backward_and_n_by_kernel if by_kernel else gated_sub_ln_backward_and_n_reference
-    gated, n = gated_backward(
+    gated, n = gated_sub_ln_backward_and_n(
         GatedSubLNSaved(
             dn, u, v, saved.mean, saved.rstd, weights.norm_weight, weights.norm_bias, routing, saved.settings.activation
         ),

@@ -205,7 +205,7 @@ def check_codes(bias: RelativeBias, segments: Segments) -> None:
         found = int(span) if span.device.type == "cpu" else "more"
         require_values(
             span <= covered,
-            f"code: expected codes of modality {m} that differ by at most {covered}, what bias[{m}] covers, got {found}",
+            f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got {found}",
         )
 
 

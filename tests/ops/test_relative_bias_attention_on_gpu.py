@@ -21,6 +21,7 @@ from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import random_tensors, specified_cases
 from onepeace_fast.ops import attention_on_gpu, segments
 from onepeace_fast.ops.relative_bias_attention import _say_once
+from onepeace_fast.structures import AttentionInputs, RelativeBias, Segments
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
 
 BATCHES = {"text": text_only, "kept text": kept_text, "kept grid": kept_grid, "mixed": mixed}
@@ -146,11 +147,10 @@ def test_the_log_sum_exp_is_pytorchs_and_inert_rows_are_zero(kernel):
     leaves = batch.leaves(2, 32)
     plan = batch.arguments
     bias = [leaves[f"table{m}"][table.entries].t().float() for m, table in enumerate(batch.tables)]
-    offsets, head_scale = [table.offset for table in batch.tables], leaves["head_scale"].float()
-    rest = (bias, offsets, head_scale, 0.2, plan["max_length"])
-    qkv = leaves["qkv"].half()
-    tensors = (plan["cu_seqlens"], plan["code"], plan["is_cls"])
-    out, total = attention_on_gpu.launch_forward(qkv, *tensors, *rest)
+    bias = RelativeBias(bias, tuple(table.offset for table in batch.tables))
+    segments = Segments(*(plan[name] for name in Segments._fields))
+    qkv, head_scale = leaves["qkv"].half(), leaves["head_scale"].float()
+    out, total = attention_on_gpu.launch_forward(AttentionInputs(qkv, segments, bias, head_scale, 0.2))
     rounded = {name: leaf.half() if name == "qkv" else leaf.float() for name, leaf in leaves.items()}
     plain, exact = (
         batch.log_sum_exp(**{name: leaf.to(dtype) for name, leaf in rounded.items()})

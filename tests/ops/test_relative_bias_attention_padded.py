@@ -17,6 +17,14 @@ from support.contract import normal
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast.ops import operation
+from onepeace_fast.structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionSaved,
+    RelativeBias,
+    Segments,
+    VectorGradients,
+)
 
 NAME = "relative_bias_attention"
 
@@ -24,8 +32,7 @@ NAME = "relative_bias_attention"
 @pytest.fixture
 def padded(monkeypatch):
     """The op's module as it behaves elsewhere; nothing is registered."""
-    monkeypatch.setattr(operation, "define", lambda *args, **keywords: None)
-    monkeypatch.setattr(operation, "register_gradient", lambda *args: None)
+    monkeypatch.setattr(operation, "Operation", lambda *args, **keywords: None)
     asked = False
     for name in ("segments", NAME):
         full_name = f"onepeace_fast.ops.{name}"
@@ -43,14 +50,13 @@ def run(module: types.ModuleType, batch: Batch, leaves: dict, max_length: int | 
     """The reference's results and all gradients, by module's code."""
     arguments = batch.arguments | ({} if max_length is None else {"max_length": max_length})
     bias = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(batch.tables)]
-    names = ("cu_seqlens", "modality", "code", "is_cls")
-    offsets = [table.offset for table in batch.tables]
-    places = (*(arguments[name] for name in names), bias, offsets, leaves["head_scale"])
-    length = arguments["max_length"]
+    segments = Segments(*(arguments[name] for name in Segments._fields))
+    places = (segments, RelativeBias(bias, tuple(table.offset for table in batch.tables)), leaves["head_scale"])
     forward, backward = (getattr(module, f"{NAME}{kind}_reference") for kind in ("", "_backward"))
-    out, total = forward(leaves["qkv"], *places, 0.5, length)
+    out, total = forward(AttentionInputs(leaves["qkv"], *places, 0.5))
     given = normal(*out.shape, seed=5, dtype=out.dtype)
-    dqkv, dbias, dscale = backward(given, leaves["qkv"], *places, total, 0.5, length, [True] * len(bias), True)
+    needs = AttentionGradients(True, VectorGradients([True] * len(bias)), True)
+    dqkv, (dbias,), dscale = backward(AttentionSaved(given, leaves["qkv"], *places, total, 0.5), needs)
     return {"out": out, "dqkv": dqkv, "dscale": dscale} | {f"dbias{m}": value for m, value in enumerate(dbias)}
 
 
