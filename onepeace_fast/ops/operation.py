@@ -279,25 +279,45 @@ class Operation(_Op):
         if torch.compiler.is_compiling() or not is_eager(_tensors(flat)):
             return self.overload(*flat)[: self.visible]
         if torch.is_grad_enabled():
-            differentiable, flags = [], []
-            for place in self._places:
-                value = flat[place]
-                if type(value) is list:
-                    differentiable += value
-                    flags.append([tensor.requires_grad for tensor in value])
-                else:
-                    differentiable.append(value)
-                    flags.append(value is not None and value.requires_grad)
-            if any([any(flag) if type(flag) is list else flag for flag in flags]):
-                return self._function.apply(self, given, self._gradients.build(flags), *differentiable)
+            differentiable = self._differentiable(flat)
+            if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
+                return self._function.apply(self, given, *differentiable)
         return self.run(given)[: self.visible]
+
+    def _differentiable(self, flat: Sequence[Any]) -> list[Tensor | None]:
+        """The tensors that may get a gradient, those of lists one by one."""
+        found: list[Tensor | None] = []
+        for place in self._places:
+            value = flat[place]
+            if type(value) is list:
+                found += value
+            else:
+                found.append(value)
+        return found
+
+    def needs(self, given: Any) -> Needs:
+        """True where an input requires a gradient."""
+        flat = self._inputs.flatten(given)
+        return self._gradients.build([
+            [tensor.requires_grad for tensor in flat[place]] if type(flat[place]) is list
+            else flat[place] is not None and flat[place].requires_grad
+            for place in self._places
+        ])  # fmt: skip
+
+    def saved(self, given: Any, outputs: Any, grads: Sequence[Tensor | None], needs: Needs) -> Any:
+        """What the backward pass is given."""
+        selected = self.gradient.select(given, outputs, needs)
+        return self.gradient.saved._make([
+            *grads,
+            *[
+                selected[field] if field in selected else getattr(outputs if is_output else given, field)
+                for field, is_output in self._saved_fields
+            ],
+        ])  # fmt: skip
 
     def save(self, ctx: Any, given: Any, outputs: Any, needs: Needs) -> None:
         """Keep for the backward pass what it reads: tensors where hooks see them, all else beside them."""
-        selected = self.gradient.select(given, outputs, needs)
-        saved = [None] * self.visible
-        for field, is_output in self._saved_fields:
-            saved.append(selected[field] if field in selected else getattr(outputs if is_output else given, field))
+        saved = self.saved(given, outputs, [None] * self.visible, needs)
         tensors, kept = [], []
         for value in self._saved.flatten(saved)[self.visible :]:
             if isinstance(value, Tensor):
@@ -364,17 +384,15 @@ class _EagerFunction(torch.autograd.Function):
     """An operation's way past the dispatcher; the tensors that may get a gradient stand behind its inputs again."""
 
     @staticmethod
-    def forward(
-        ctx: Any, operation: Operation, given: Any, needs: Needs, *differentiable: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, operation: Operation, given: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:
         outputs = operation.run(given)
-        ctx.operation, ctx.needs = operation, needs
-        operation.save(ctx, given, outputs, needs)
+        ctx.operation, ctx.needs = operation, operation.needs(given)
+        operation.save(ctx, given, outputs, ctx.needs)
         return outputs[: operation.visible]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        found: list = [None, None, None]
+        found: list = [None, None]
         for value in ctx.operation.differentiate(ctx, grads, ctx.needs):
             found += value if type(value) is list else (value,)
         return tuple(found)

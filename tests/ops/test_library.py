@@ -43,5 +43,5 @@ def test_a_cuda_tensor_without_triton_is_refused_in_one_line(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         kernel_choice.runs_kernel("layer_norm", CUDA)
     message = str(caught.value)
-    assert message.startswith("layer_norm: got a tensor on cuda:0, takes Triton") and "\n" not in message
+    assert message.startswith("layer_norm: expected Triton for a tensor on cuda:0, got none") and "\n" not in message
     assert "Triton is not installed" in message
