@@ -65,7 +65,7 @@ inline int shared_limit(int device) {
 // current device would create a context there. Returns null, or CUDA's error.
 template <typename... Parameters, typename... Values>
 const char* launch_kernel(
-    void (*kernel)(Parameters...), int device, dim3 blocks, int threads, size_t shared_bytes, void* stream,
+    void (*kernel)(Parameters...), int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
     const Values&... values) {
     cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) {
@@ -75,7 +75,7 @@ const char* launch_kernel(
     if (status == cudaSuccess) {
         void* addresses[] = {const_cast<void*>(static_cast<const void*>(&values))...};
         status = cudaLaunchKernel(
-            kernel, blocks, dim3(threads), addresses, shared_bytes,
+            kernel, grid, dim3(threads), addresses, shared_bytes,
             static_cast<cudaStream_t>(stream));
     }
     if (status == cudaSuccess) return nullptr;

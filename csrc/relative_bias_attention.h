@@ -54,7 +54,7 @@ struct RelativeBiasAttention {
 // Threads of a thread block, how many a multiprocessor shall hold at once, and the shared memory of each.
 struct LaunchPlan {
     int32_t threads;
-    int32_t blocks_at_once;
+    int32_t thread_blocks_at_once;
     int32_t shared_bytes;
 };
 
@@ -91,7 +91,7 @@ struct BackwardPlan {
     LaunchPlan launch;
     int32_t is_compact;
     int32_t is_large;
-    int32_t walk_blocks;  // blocks of 16 keys that a thread block walks at once
+    int32_t walk_key_blocks;  // blocks of 16 keys that a thread block walks at once
 };
 
 // For a head size, the entries of all vectors together with those of CLS, and the bytes of shared memory that a thread

@@ -9,7 +9,7 @@
 #include "backward_workspace.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
-#include "relative_bias_attention_backward.cuh"
+#include "backward_memory.cuh"
 
 namespace onepeace_fast {
 namespace {
@@ -45,7 +45,7 @@ int64_t relative_bias_attention_shared_bytes(
 
 int64_t relative_bias_attention_backward_workspace(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
-    return check_arguments(arguments) ? 0 : share(arguments, gradients, plan_on_device(arguments)).bytes;
+    return check_arguments(arguments) ? 0 : plan_workspace(arguments, gradients, plan_on_device(arguments)).bytes;
 }
 
 int64_t relative_bias_attention_backward_bytes(
