@@ -208,7 +208,7 @@ LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_e
 const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
     if (const char* problem = check_arguments(arguments)) return problem;
-    if (!is_aligned(out, 16)) return "out: got an address off 16 bytes, takes a multiple of 16; allocate it anew";
+    if (const char* problem = check_address("out", out)) return problem;
     if (arguments.rows == 0) return nullptr;
     return arguments.type == FLOAT16 ? launch_type<float16>(arguments, out, log_sum_exp, stream)
                                      : launch_type<bfloat16>(arguments, out, log_sum_exp, stream);

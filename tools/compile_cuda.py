@@ -51,7 +51,7 @@ HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/
 class Plan(ctypes.Structure):
     """``LaunchPlan`` of csrc/relative_bias_attention.h."""
 
-    _fields_ = (("threads", ctypes.c_int32), ("thread_blocks_at_once", ctypes.c_int32), ("shared_bytes", ctypes.c_int32))
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
 
 
 class BackwardPlan(ctypes.Structure):

@@ -61,7 +61,7 @@ def refused_in_one_line(name, run, *arguments, **changes):
     with pytest.raises((RuntimeError, ValueError)) as caught:
         run(*arguments, **changes)
     message = str(caught.value)
-    assert message.startswith(f"{name}: got ") and ", takes " in message and "\n" not in message
+    assert message.startswith(f"{name}: expected ") and ", got " in message and "\n" not in message
 
 
 BAD_ARGUMENTS = [
@@ -99,7 +99,7 @@ def test_the_backward_pass_refuses_the_same_arguments(host_extension, name, bad)
     [
         ("grad", {"grad": 8}),
         ("grad", {"grad_strides": (33, 32)}),
-        ("workspace", {"qkv": 8}),
+        ("gradient of qkv", {"qkv": 8}),
         ("workspace", {"workspace": 8}),
         ("bias", {"bias": [16]}),
         ("head_scale", {"head_scale": 16}),
