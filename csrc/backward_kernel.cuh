@@ -18,10 +18,10 @@
 
 #include <cmath>
 
+#include "backward_memory.cuh"
 #include "backward_workspace.cuh"
 #include "bias_gradient.cuh"
 #include "relative_bias_attention.h"
-#include "backward_memory.cuh"
 #include "sample.cuh"
 #include "spread_key_block.cuh"
 #include "tile.cuh"
@@ -241,7 +241,7 @@ __device__ __forceinline__ void find_query_gradient(
 //     barrier 3   ds is complete
 //     all warps   spread: its dk and dv by columns | dq = ds^T k, pieces of 16 x 16 dealt to the warps | wait (copies)
 //
-// The tensor cores rest while p, r and the entries' sums are computed: all warps reach these between the same barriers.
+// Between barriers warps run apart: the tensor cores may work for one while another computes exponentials.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
     const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
@@ -320,13 +320,15 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 // The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
 // groups of samples and one more.
 //
-//     heads of                           32       64  64 compact      128  128 compact
-//     warps                               8        8           8        8            4
-//     key blocks of a walk, spread one   17       17           9        9            5   beside tiles of 32 queries
-//     registers, sm_80             175, 186 243, 245    145, 153 220, 226     234, 239   the second is LARGE
-//     registers, sm_90a            195, 193 255, 255    153, 158 232, 236     245, 242
-//     shared memory                  74,240  117,248      75,776  129,024       89,216   bytes; not LARGE 12 an entry
+//     heads of                        32        64  64 compact       128  128 compact
+//     warps                            8         8           8         8            4
+//     key blocks of a walk            17        17           9         9            5   by tiles of 32 queries
+//     registers, sm_80          175, 186  243, 245    145, 153  220, 226     234, 239   the second is LARGE
+//     registers, sm_90a         195, 193  255, 255    153, 158  232, 236     245, 242
+//     shared memory               74,240   117,248      75,776   129,024       89,216   bytes
 //     thread blocks for each multiprocessor: 1
+//
+// Vectors that are not LARGE take 12 bytes more for each entry.
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
 // model of an H100, never by device memory; the bias and its gradient cost about 55%.

@@ -12,9 +12,9 @@
 #include "backward_sums.cuh"
 #include "backward_workspace.cuh"
 #include "bias.cuh"
+#include "forward_memory.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
-#include "forward_memory.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 

@@ -10,8 +10,8 @@
 #include "backward_workspace.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
-#include "relative_bias_attention.h"
 #include "forward_memory.cuh"
+#include "relative_bias_attention.h"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -224,7 +224,8 @@ struct Backward {
         }
     }
 
-    // Store the gradients of a key block or of its values, which a warp holds, through the memory that held these.
+    // Store the gradients of a key block or of its values, which a warp holds, through the memory `staged` that held
+    // these: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
     __device__ __forceinline__ void store_keys(
         const float (&values)[HEAD_DIM / 8][4], float factor, int key_block, T* staged, int which) const {
         const int lane = thread_index() % WARP;
@@ -345,7 +346,8 @@ private:
     }
 };
 
-// Rows past the last sample are zero; the thread blocks past the last group share them.
+// Rows of qkv [rows, 3, heads, HEAD_DIM] past the last sample are zero; the thread blocks past the last group share
+// them.
 template <typename Launch, typename T>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;

@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "relative_bias_attention.h"
 #include "forward_memory.cuh"
+#include "relative_bias_attention.h"
 #include "sample.cuh"
 
 namespace onepeace_fast {
@@ -95,14 +95,14 @@ inline BackwardWorkspace plan_workspace(
     workspace.walk_key_blocks = plan.walk_key_blocks;
     workspace.is_large = plan.is_large;
     workspace.entries = static_cast<int>(count_entries(arguments));
-    const int samples = std::max(arguments.samples, 1), chip = std::max(gradients.multiprocessors, 1);
+    const int samples = std::max(arguments.samples, 1), multiprocessors = std::max(gradients.multiprocessors, 1);
     const int64_t mean = ceil_div(arguments.rows, samples);
     workspace.sample_row_blocks = most_row_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
     // Two thread blocks for each multiprocessor, one after the other, even out unlike lengths.
-    workspace.groups = std::min(samples, std::max(1, 2 * chip / arguments.heads));
-    const int64_t busy = static_cast<int64_t>(samples) * arguments.heads;
-    const int idle = static_cast<int>(chip / busy);
-    workspace.parts = std::max(1, std::min({idle, MOST_PARTS, workspace.sample_row_blocks / LEAST_KEY_BLOCKS}));
+    workspace.groups = std::min(samples, std::max(1, 2 * multiprocessors / arguments.heads));
+    // Where samples and heads leave multiprocessors idle, keys are split among them.
+    const int most = static_cast<int>(multiprocessors / (static_cast<int64_t>(samples) * arguments.heads));
+    workspace.parts = std::max(1, std::min({most, MOST_PARTS, workspace.sample_row_blocks / LEAST_KEY_BLOCKS}));
     bool learned = false;
     for (int m = 0; m < arguments.bias_vectors; ++m) learned = learned || gradients.bias[m];
     const auto take = [&](int64_t elements) {

@@ -32,12 +32,14 @@ struct Range {
 
 enum ClsEntry { CLS_AS_QUERY, CLS_AS_KEY, CLS_AS_BOTH };  // of a vector's last CLS_ENTRIES
 
+// Of a dense array of a type.
 __device__ __forceinline__ float load_element(const void* data, ElementType type, int64_t index) {
     if (type == FLOAT32) return static_cast<const float*>(data)[index];
     if (type == FLOAT16) return to_float(static_cast<const float16*>(data)[index]);
     return to_float(static_cast<const bfloat16*>(data)[index]);
 }
 
+// In base 2.
 __device__ __forceinline__ float load_entry(const BiasVector& vector, int head, int entry) {
     return LOG2_E * load_element(vector.data, vector.type, head * vector.head_stride + entry * vector.entry_stride);
 }

@@ -12,10 +12,10 @@
 #include <cmath>
 
 #include "bias.cuh"
+#include "forward_memory.cuh"
 #include "launch.cuh"
 #include "query_walk.cuh"
 #include "relative_bias_attention.h"
-#include "forward_memory.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -120,7 +120,8 @@ struct OutputRows {
     }
 };
 
-// Rows past the last sample are zero; the thread blocks past the last sample share them.
+// Rows of out [rows, heads, HEAD_DIM] and log_sum_exp [rows, heads] past the last sample are zero; the thread blocks
+// past the last sample share them.
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
     constexpr int LANES = HEAD_DIM / CHUNK, THREADS = ForwardLaunch<HEAD_DIM>::THREADS;

@@ -7,9 +7,9 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include "backward_memory.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
-#include "backward_memory.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -117,6 +117,7 @@ private:
     // Which eight columns are a warp's, past the last where it has fewer.
     __device__ static int own_columns(int i) { return thread_index() / WARP * TILES + i; }
 
+    // sums += left right: left [BLOCK_ROWS, TILE], right [TILE, HEAD_DIM], both in shared memory.
     __device__ __forceinline__ void add(float (&sums)[TILES][4], const T* left, const T* right) {
         const int lane = thread_index() % WARP;
 #pragma unroll
@@ -133,6 +134,7 @@ private:
         }
     }
 
+    // Through the memory `staged` that held the keys or values: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
     __device__ __forceinline__ void store_columns(
         const float (&sums)[TILES][4], float factor, T* staged, int which) const {
         const int lane = thread_index() % WARP;
