@@ -79,9 +79,9 @@ __device__ __forceinline__ RowBlock find_row_block(const Sample& sample, int mod
     int m = 0;
 #pragma unroll 1
     for (; m < modalities; ++m) {
-        const int blocks = ceil_div(sample.body[m], rows);
-        if (index < blocks) return {m, index * rows, min(rows, sample.body[m] - index * rows)};
-        index -= blocks;
+        const int row_blocks = ceil_div(sample.body[m], rows);
+        if (index < row_blocks) return {m, index * rows, min(rows, sample.body[m] - index * rows)};
+        index -= row_blocks;
     }
     return {m, index * BLOCK_ROWS, min(BLOCK_ROWS, sample.cls_total - index * BLOCK_ROWS)};
 }
