@@ -90,12 +90,13 @@ struct RowSums {
     }
 };
 
-// The row sums. Thread blocks: parts that share the queries of a sample, heads, samples. Tiles, warps, shared memory
-// and thread blocks for each multiprocessor are those of the forward kernel.
+// The row sums. Thread blocks: parts that share the queries of a sample, heads, samples. Tiles, warps and shared memory
+// are those of the forward kernel.
 //
 //     heads of                 32       64      128
 //     registers, sm_80    94, 101  96, 112   94, 92   the second with windows
 //     registers, sm_90a    95, 99  96, 116   94, 94
+//     thread blocks for each  2, 2    2, 1    2, 2   multiprocessor of compute capability 9.0
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound as the forward kernel is: it has as many matrix products.
 template <typename T, int HEAD_DIM, bool WINDOWED>

@@ -140,7 +140,7 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     registers, sm_80              92, 96   96, 127  125, 131   the second with windows
 //     registers, sm_90a            95, 102   96, 121  123, 133
 //     shared memory                 32,000    57,600    71,168   bytes, and 4 for each entry, at most BIAS_CAPACITY
-//     thread blocks for each multiprocessor: 2, with windows 1; 1 on compute capability 8.6, 8.9 and 12.0
+//     thread blocks for each            2, 2      2, 1      2, 1   multiprocessor of compute capability 9.0
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
 // model of an H100, and never by device memory; the bias costs about 18%.
