@@ -40,13 +40,13 @@ def unavailable_reason() -> str | None:
 
 
 def count_launch() -> None:
-    """Every launch of the extension is followed by this."""
+    """Count a pass: every launch of one is followed by this."""
     global _launches
     _launches += 1
 
 
 def launched() -> int:
-    """How many kernels of the extension this process has launched."""
+    """How many passes of the extension, forward or backward, this process has launched."""
     return _launches
 
 
@@ -59,13 +59,11 @@ def unsupported_reason(capability: tuple[int, int]) -> str | None:
 def _unsupported_reason(built: str, capability: tuple[int, int]) -> str | None:
     if any(_runs(architecture, capability) for architecture in built.split(",")):
         return None
-    found = "the GPU has compute capability {}.{}".format(*capability)
+    got = "got compute capability {}.{}".format(*capability)
     if capability < _OLDEST_GPU:
-        return f"{found}, and the kernel takes " + "{}.{} or later".format(*_OLDEST_GPU)
-    return (
-        f"{found} and the CUDA extension was built for {built}: "
-        f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
-    )
+        return "expected a GPU of {}.{} or later, ".format(*_OLDEST_GPU) + got
+    again = f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
+    return f"expected a GPU for which the CUDA extension was built ({built}), {got}; {again}"
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
