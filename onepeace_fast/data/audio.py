@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.data._containers import missing_part
+from onepeace_fast.data._containers import UNKNOWN_LENGTH, missing_part
 from onepeace_fast.data._mp3 import DamagedMP3, with_frame_count
 from onepeace_fast.data._optional import optional
 
@@ -29,6 +29,8 @@ _UNKNOWN_FRAMES = 2**62  # libsndfile's count for a header without a length is a
 _BLOCK_FRAMES = 1 << 18
 # Those of libsndfile's formats whose lost end is seen: by what their containers say, or by decoding.
 WHOLE_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3")
+# Codecs of one sample at a time; of others a decoder makes up the end of a block that was cut off.
+_SAMPLEWISE = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 TAKEN = "WAV, AIFF, AU, FLAC, OGG or MP3"
 
 
@@ -56,7 +58,10 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
                 lambda: f"{path}: got a file of {file.format}, takes {TAKEN}: of others a lost end goes unseen",
             )
             _check_header(path, frames, rate, max_seconds)
-            require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
+            if lack == UNKNOWN_LENGTH:
+                require(file.subtype in _SAMPLEWISE, lambda: _without_length(path, file.subtype))
+            else:
+                require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
             # In blocks, so that many channels are never held at once; by read(), which says how much it decoded.
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
@@ -148,14 +153,15 @@ def _check_header(path: str, frames: int, rate: int, max_seconds: float) -> None
     require(
         0 < rate <= _HIGHEST_RATE, lambda: f"{path}: got a sample rate of {rate} Hz, takes at most {_HIGHEST_RATE} Hz"
     )
-    require(
-        frames < _UNKNOWN_FRAMES,
-        lambda: f"{path}: got a header without a length, takes one that has it: write the file anew, as WAV or FLAC",
-    )
+    require(frames < _UNKNOWN_FRAMES, lambda: _without_length(path, "FLAC"))
     require(
         frames <= max_seconds * rate,
         lambda: f"{path}: got {frames / rate:,.1f} s of audio, takes at most {max_seconds:g} s: cut it into clips",
     )
+
+
+def _without_length(path: str, codec: str) -> str:
+    return f"{path}: got {UNKNOWN_LENGTH} ({codec}), takes one that has it: write the file anew, as WAV or FLAC"
 
 
 def _check_sound(name: str, waveform: Tensor) -> None:

@@ -39,7 +39,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
         ImportError: Pillow is missing.
     """
     pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an image file")
     require(
         not optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES,
