@@ -51,7 +51,8 @@ class Tokenizer:
         path = os.path.expanduser(os.fspath(path))
         require(os.path.isfile(path), lambda: f"{path}: got no file there, takes a tokenizer.json")
         try:
-            model = tokenizers.Tokenizer.from_file(path)
+            # from_file takes no name that is not UTF-8.
+            model = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
         except Exception as error:  # its own kind is Exception itself
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: got no tokenizer ({reason}), takes a tokenizer.json of tokenizers") from error

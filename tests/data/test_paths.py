@@ -1,4 +1,4 @@
-"""Paths of the data: ``~`` is the home folder."""
+"""Paths of the data: ``~`` is the home folder, and a name need not be UTF-8."""
 
 import pytest
 
@@ -20,3 +20,10 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
     for read, name in ((read_image, "b.png"), (read_audio, "b.wav"), (Tokenizer.load, "b.json")):
         with pytest.raises(ValueError, match=f"^{tmp_path}/{name}: got no file there"):
             read(f"~/{name}")
+
+
+def test_a_tokenizer_s_name_need_not_be_utf_8(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "t\udcf6.json"
+    Tokenizer.train(["a"], 260).save(path)
+    assert Tokenizer.load(path).vocab_size == 260
