@@ -29,6 +29,11 @@ def test_a_closed_standard_error_changes_neither_exit_code_nor_output(tmp_path):
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+def test_a_full_disk_behind_the_standard_error_changes_no_exit_code(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*COMMAND, "train", str(tmp_path / "absent.yaml")], stderr=full).returncode == 2
+
+
 def test_a_full_disk_behind_the_standard_output_is_one_line(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
