@@ -105,6 +105,10 @@ class TrainingConfig:
             self.stage == "vision_language" or self.init is not None,
             "init: got none, takes the model folder of a finished vision_language run where stage is audio_language",
         )
+        for name in ("output", "init"):
+            path = str(self.path(name))
+            whole = path.encode(errors="replace").decode() == path
+            require(whole, f"{name}: got {path!r}, takes a path in UTF-8: safetensors takes no other")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:
