@@ -10,27 +10,41 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
 
+from onepeace_fast.checks import require
 from onepeace_fast.ops._library import row_slices
 from onepeace_fast.route_plan import RoutePlan
 
+Kind = TypeVar("Kind", bound=nn.Module)
 # A fake tensor is what tracing puts in place of a plain one.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, type(None))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what ``kind`` does with its parameters, and nothing watches or changes its call."""
+    if type(module) is not kind or is_watched(module):
+        return False
+    return all([type(parameter) in _PLAIN_TENSORS for parameter in module._parameters.values()])  # faster than lazily
+
+
+def inside(module: nn.Module, kind: type[Kind]) -> Kind:
+    """The module of a kind that a module is, or that it was put around: checkpoint_wrapper, DDP, a user's own class."""
+    found = next((inner for inner in module.modules() if isinstance(inner, kind)), None)
+    require(found is not None, f"expected a {kind.__name__} or a module around one, got {type(module).__name__}")
+    return found
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a ``forward`` of its own."""
     own = module.__dict__
-    if type(module) is not kind or "forward" in own:
-        return False
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return False
-    return all([type(parameter) in _PLAIN_TENSORS for parameter in own["_parameters"].values()])  # faster than lazily
+    hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
 
 
 def watched_everywhere() -> bool:

@@ -12,8 +12,8 @@ from torch import nn
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers.adapter import Adapter, init_linear
-from onepeace_fast.layers.transformer import feed_forward
-from onepeace_fast.models.parameters import unwrapped
+from onepeace_fast.layers.plain import inside
+from onepeace_fast.layers.transformer import Transformer, TransformerLayer, feed_forward
 
 if TYPE_CHECKING:
     from onepeace_fast.models.pretrain import OnePeacePretrain
@@ -33,8 +33,8 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
     taken = [part for part in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, part)]
     require(not taken, f"name: got {name!r}, takes another: the model has a {', '.join(taken)} already")
 
-    stack, like = unwrapped(model.encoder_wrapper), model.logit_scale
-    transformer = unwrapped(stack.fusion_model)
+    stack, like = model.encoder, model.logit_scale
+    transformer = inside(stack.fusion_model, Transformer)
     reference = next(transformer.parameters())
 
     def placed(module: nn.Module) -> nn.Module:
@@ -45,7 +45,7 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
         return placed(fresh if init_from is None else copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
 
     stack.add_module(f"{name}_adapter", placed(adapter))
-    for layer in map(unwrapped, transformer.layers):
+    for layer in (inside(layer, TransformerLayer) for layer in transformer.layers):
         fresh = feed_forward(encoder)
         for module in fresh.modules():
             if isinstance(module, nn.Linear):
@@ -61,11 +61,12 @@ def train_only(model: OnePeacePretrain, name: str) -> None:
     """See ``OnePeacePretrain.train_only``."""
     known = model.config.encoder.modalities
     require(name in known, f"name: got {name!r}, takes one of {list(known)}")
-    encoder, transformer = model.encoder_wrapper, model.encoder_wrapper.fusion_model
+    encoder = model.encoder
+    transformer = inside(encoder.fusion_model, Transformer)
     model.requires_grad_()
-    encoder.requires_grad_(False)
-    own = [unwrapped(layer).ffn(name) for layer in transformer.layers]
-    for module in (encoder.adapter(name), transformer.final_norm(name), *own):
+    model.encoder_wrapper.requires_grad_(False)
+    own = [inside(layer, TransformerLayer).ffn(name) for layer in transformer.layers]
+    for module in (encoder.embedder(name), transformer.final_norm(name), *own):
         module.requires_grad_()
     for other in known:
         model.get_submodule(f"{other}_proj").requires_grad_(other == name)

@@ -26,19 +26,19 @@ def vision_language_loss(
     """Stage 1; see ``OnePeacePretrain.vision_language_loss``."""
     _require_task(model, masks, {"text", "image", "vl_text", "vl_image"}, "image", image, text, label_smoothing)
     batch, (alone, pair) = read_batch(
-        model.encoder_wrapper.adapters, {"text": text, "image": image}, masks=masks,
+        model.encoder.adapters, {"text": text, "image": image}, masks=masks,
         passes=[{"text": "text", "image": "image"}, {"text": "vl_text", "image": "vl_image"}],
     )  # fmt: skip
     _require_hidden({"text": alone, "image": alone, "vl_text": pair, "vl_image": pair})
     texts, images = batch.select("text"), batch.select("image")
-    encoder = model.encoder_wrapper
+    encoder = model.encoder
     tokens = encoder.tokens(batch)
     student_batches = [texts, images, batch]
     visible = [encoder.embed(b, h.kept, tokens) for b, h in zip(student_batches, (alone, alone, pair), strict=True)]
     teachers = [encoder.embed(one, None, tokens) for one in (texts, images)]
-    text_teacher, image_teacher, *students = encoder([*teachers, *visible])
+    text_teacher, image_teacher, *students = model.encoder_wrapper([*teachers, *visible])
     with torch.no_grad():
-        (pair_teacher,) = encoder([encoder.embed(batch, None, tokens)])
+        (pair_teacher,) = model.encoder_wrapper([encoder.embed(batch, None, tokens)])
     contrast, i2t, t2i = contrastive_loss(
         model.project(image_teacher), model.project(text_teacher), model.logit_scale_exp()
     )
@@ -73,18 +73,18 @@ def audio_language_loss(
     """Stage 2; see ``OnePeacePretrain.audio_language_loss``."""
     _require_task(model, masks, {"audio", "al_text", "al_audio"}, "audio", audio, text, label_smoothing)
     batch, (alone, pair) = read_batch(
-        model.encoder_wrapper.adapters, {"text": text, "audio": audio, "audio_padding": audio_padding}, masks=masks,
+        model.encoder.adapters, {"text": text, "audio": audio, "audio_padding": audio_padding}, masks=masks,
         passes=[{"audio": "audio"}, {"text": "al_text", "audio": "al_audio"}],
     )  # fmt: skip
     _require_hidden({"audio": alone, "al_text": pair, "al_audio": pair})
     texts, audios = batch.select("text"), batch.select("audio")
-    encoder = model.encoder_wrapper
+    encoder = model.encoder
     tokens = encoder.tokens(batch)
     visible = [encoder.embed(b, h.kept, tokens) for b, h in ((audios, alone), (batch, pair))]
-    audio_teacher, *students = encoder([encoder.embed(audios, None, tokens), *visible])
+    audio_teacher, *students = model.encoder_wrapper([encoder.embed(audios, None, tokens), *visible])
     # After the passes with gradient: older torch's autocast keeps casts made without one, and gradients would be lost.
     with torch.no_grad():
-        text_teacher, pair_teacher = encoder([encoder.embed(one, None, tokens) for one in (texts, batch)])
+        text_teacher, pair_teacher = model.encoder_wrapper([encoder.embed(one, None, tokens) for one in (texts, batch)])
         text_embedding = model.project(text_teacher)
     contrast, a2t, t2a = contrastive_loss(model.project(audio_teacher), text_embedding, model.logit_scale_exp())
     audio_rebuilt, pair_rebuilt = decode(model, [audios, batch], visible, students)

@@ -113,7 +113,7 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
 
 def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
     """Raise where ``restore`` would not take these names, before anything is written."""
-    adapters = model.encoder_wrapper.adapters
+    adapters = model.encoder.adapters
     with torch.device("meta"):
         plain = type(model)(model.config, adapters={name: adapters[name] for name in model.config.encoder.added})
     expected = set(upstream_names(plain))

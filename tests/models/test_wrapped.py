@@ -47,7 +47,7 @@ def wrapped_model(wrapper, seed=0):
     layers = model.encoder_wrapper.fusion_model.layers
     for place, layer in enumerate(layers):
         layers[place] = wrap(layer)
-    if wrapper not in ("DistributedDataParallel", "FSDP2"):  # they only know forward, the model calls other methods
+    if wrapper != "FSDP2":  # bias tables are read beside its forward
         model.encoder_wrapper.text_adapter = wrap(model.encoder_wrapper.text_adapter)
     model.image_proj = wrap(model.image_proj)
     return model
@@ -115,6 +115,15 @@ def test_gradients_of_a_wrapped_model_have_upstream_s_names(wrapper):
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradients[name] is None if gradient is None else torch.equal(gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_whose_adapters_are_read_before_they_are_gathered_is_refused_in_one_line(group, stack):
+    model = small_model("fused", dtype=torch.float32)
+    sharded(model.get_submodule(f"{stack}_wrapper"))
+    hidden = torch.tensor([[False, True, False, False]])
+    with pytest.raises(ValueError, match=r"^text_adapter: expected whole parameters [^\n]*, got sharded ones;[^\n]*$"):
+        model.reconstruct(**batch_of(text=[3]), masks={"text": hidden})
 
 
 def test_gradients_that_fsdp_1_flattens_are_refused(group):
