@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from onepeace_fast.checks import require
 from onepeace_fast.ops._library import row_slices
@@ -45,6 +47,26 @@ def is_watched(module: nn.Module) -> bool:
     own = module.__dict__
     hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
     return bool(hooks) or "forward" in own
+
+
+def refuse_advancing(model: nn.Module) -> None:
+    """Raise where a module's weight advances with every call: calls for several passes at once are not several calls.
+
+    Raises:
+        ValueError: spectral_norm, old or new, in training mode.
+    """
+    advancing = [module for module in model.modules() if module.training and _is_spectral(module)]
+    if advancing:
+        name = next(name for name, module in model.named_modules() if module is advancing[0])
+        raise ValueError(
+            f"{name}: expected a weight that only an optimizer changes, got spectral_norm, whose every call in "
+            "training changes it; the fused backend calls a module once for all passes: take backend='reference'"
+        )
+
+
+def _is_spectral(module: nn.Module) -> bool:
+    old = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return old or isinstance(module, _SpectralNorm)
 
 
 def watched_everywhere() -> bool:

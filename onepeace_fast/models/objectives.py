@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.layers.plain import refuse_advancing
 from onepeace_fast.models.decoding import decode
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss
@@ -122,6 +123,8 @@ def _require_task(
     require_masks(masks, names)
     rows = [len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0 for tensor in (text, value)]
     require(rows[0] == rows[1], f"text, {other}: got {rows[0]} and {rows[1]} rows, takes a pair in every row")
+    if model.encoder.resolved_backend == "fused" and model.training:
+        refuse_advancing(model)
     require(0.0 <= smoothing < 1.0, f"label_smoothing: got {smoothing}, takes a probability in [0, 1)")
 
 

@@ -173,6 +173,21 @@ def test_a_part_without_what_it_stands_for_is_refused_in_one_line(part):
         model(name, **inputs)
 
 
+@pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
+@pytest.mark.parametrize("part", ["encoder_wrapper.fusion_model.layers.0.self_attn.q_proj", "text_mask_head"])
+def test_a_weight_that_every_call_changes_is_refused_where_passes_are_joined(part, norm):
+    (name, inputs), models = vision_language(), [small_model(backend, CONFIG) for backend in BACKENDS]
+    for model in models:
+        torch.manual_seed(0)
+        norm(model.get_submodule(part))
+    losses = [model(name, **inputs)["loss"] for model in models]
+    torch.testing.assert_close(*losses)  # in evaluation nothing advances
+    reference, fused = (model.train() for model in models)
+    with pytest.raises(ValueError, match=rf"^{part}[^\n]*: expected [^\n]*, got spectral_norm, [^\n]*$"):
+        fused(name, **inputs)
+    reference(name, **inputs)["loss"].backward()
+
+
 def test_what_is_put_around_an_adapter_is_trained_with_it():
     model = small_model("fused")
     change_place(model, "encoder_wrapper.audio_adapter", wrap)

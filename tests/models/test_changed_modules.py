@@ -195,7 +195,7 @@ def test_a_changed_weight_is_obeyed_by_both_backends(part, change):
 @pytest.mark.parametrize("change", ON_LINEARS)
 @pytest.mark.parametrize("part", [PROJECTIONS[0], FFN[1]])
 def test_a_normalised_weight_is_obeyed_by_both_backends(part, change):
-    check_obeyed(part, ON_LINEARS[change])
+    check_obeyed(part, ON_LINEARS[change], training="spectral" in change)  # which is called as often by both
 
 
 @pytest.mark.parametrize(("part", "change"), SETTINGS, ids=lambda value: getattr(value, "__name__", value))
