@@ -208,4 +208,4 @@ class SeriesAdapter(Adapter):
 
     def reset_tables(self) -> None:
         super().reset_tables()
-        self.series_index.copy_(series_index(self.bucket_size))
+        self.series_index = series_index(self.bucket_size).to(self.cls_embedding.device)

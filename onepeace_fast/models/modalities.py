@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -41,19 +41,22 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
         module = module.to(device=like.device, dtype=reference.dtype)
         return module.train(model.training).requires_grad_()
 
-    def new(kind: str, owner: nn.Module, fresh: nn.Module) -> nn.Module:
-        return placed(fresh if init_from is None else copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
+    def new(kind: str, owner: nn.Module, fresh: Callable[[], nn.Module]) -> nn.Module:
+        if init_from is not None:
+            return placed(copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
+        with like.device:
+            module = fresh()
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                init_linear(part)
+        return placed(module)
 
     stack.add_module(f"{name}_adapter", placed(adapter))
     for layer in (inside(layer, TransformerLayer) for layer in transformer.layers):
-        fresh = feed_forward(encoder)
-        for module in fresh.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
-        layer.add_module(f"{name}_ffn", new("ffn", layer, fresh))
-    transformer.add_module(f"{name}_layer_norm", new("layer_norm", transformer, nn.LayerNorm(encoder.embed_dim)))
-    projection = init_linear(nn.Linear(encoder.embed_dim, encoder.embed_dim))
-    model.add_module(f"{name}_proj", new("proj", model, projection))
+        layer.add_module(f"{name}_ffn", new("ffn", layer, lambda: feed_forward(encoder)))
+    norm = new("layer_norm", transformer, lambda: nn.LayerNorm(encoder.embed_dim))
+    transformer.add_module(f"{name}_layer_norm", norm)
+    model.add_module(f"{name}_proj", new("proj", model, lambda: nn.Linear(encoder.embed_dim, encoder.embed_dim)))
     model.config, stack.config, transformer.config = config, config.encoder, config.encoder
 
 

@@ -28,8 +28,8 @@ def upstream_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def without_wrappers(name: str) -> str:
-    """A name in a file of a wrapped model, as upstream has it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix("module.")
+    """A name in a file of a wrapped model, as upstream has it; what "module" means there remains to be seen."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _plain(model: nn.Module, name: str) -> str:

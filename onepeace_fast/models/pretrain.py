@@ -233,7 +233,9 @@ class OnePeacePretrain(nn.Module):
     def load(
         cls, directory: str | Path, backend: str | None = None, adapters: Mapping[str, Adapter] | None = None
     ) -> OnePeacePretrain:
-        """Build the model that ``save`` wrote, on the CPU; ``adapters`` are those of its added modalities, by name.
+        """Build the model that ``save`` wrote, on the CPU, each parameter in the dtype that it has in the file.
+
+        ``adapters`` are those of its added modalities, by name; they take the file's values and dtypes.
 
         Raises:
             ValueError: a file that is missing or does not fit.
