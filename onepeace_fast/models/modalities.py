@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -74,6 +74,19 @@ def train_only(model: OnePeacePretrain, name: str) -> None:
     for other in known:
         model.get_submodule(f"{other}_proj").requires_grad_(other == name)
     model.reset_logit_scale()
+
+
+def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Parameter]:
+    """Every parameter that passes of these modalities alone read, in whatever it is wrapped."""
+    parts = {
+        part
+        for name in modalities
+        for part in (
+            *(f"{name}_adapter", f"{name}_ffn", f"{name}_layer_norm", f"{name}_proj"),
+            *(f"decoder_{name}_embed", f"{name}_mask_token", f"{name}_mask_head"),
+        )
+    }
+    return [parameter for name, parameter in model.named_parameters() if not parts.isdisjoint(name.split("."))]
 
 
 def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) -> None:

@@ -9,13 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.layers.adapter import with_unread
 from onepeace_fast.layers.plain import refuse_advancing
 from onepeace_fast.models.decoding import decode
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss
+from onepeace_fast.models.modalities import parameters_of
 
 if TYPE_CHECKING:
     from onepeace_fast.models.pretrain import OnePeacePretrain
@@ -57,6 +59,7 @@ def vision_language_loss(
         + losses["dcl_image_loss"]
         + 0.5 * (losses["dcl_vl_text_loss"] + losses["dcl_vl_image_loss"])
     )
+    total = _with_others(model, {"text", "image"}, total)
     return {
         "loss": total, "itc_loss": contrast, **losses, "i2t_ncorrect": i2t, "t2i_ncorrect": t2i,
         "logit_scale_exp": model.logit_scale_exp(),
@@ -96,6 +99,7 @@ def audio_language_loss(
         "dcl_al_audio_loss": _denoise(batch, pair_rebuilt, together, "audio", pair, label_smoothing),
     }
     total = contrast + losses["dcl_audio_loss"] + 0.5 * (losses["dcl_al_text_loss"] + losses["dcl_al_audio_loss"])
+    total = _with_others(model, {"text", "audio"}, total, *model.text_proj.parameters())
     return {
         "loss": total, "atc_loss": contrast, **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a,
         "logit_scale_exp": model.logit_scale_exp(),
@@ -113,6 +117,12 @@ def require_decoded(model: OnePeacePretrain, names: Sequence[str]) -> None:
     for name in names:
         decoded = name in model.config.decoder.modalities or name not in model.config.encoder.modalities
         require(decoded, f"{name}: got a tensor to reconstruct, takes none: the decoder lacks this modality")
+
+
+def _with_others(model: OnePeacePretrain, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
+    """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it."""
+    others = parameters_of(model, set(model.config.encoder.modalities) - read)
+    return with_unread(total, *others, *unread)
 
 
 def _require_task(

@@ -143,6 +143,8 @@ class OnePeacePretrain(nn.Module):
 
         Returns:
             Scalars under upstream's names; "loss" is the total, itc + 0.5 text + image + 0.5 vl_text + 0.5 vl_image.
+            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
+            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -168,6 +170,8 @@ class OnePeacePretrain(nn.Module):
         Returns:
             Scalars under upstream's names; "loss" is the total, atc + audio + 0.5 al_text + 0.5 al_audio. Both audio
             terms are held against the pair's teacher pass.
+            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
+            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.

@@ -52,7 +52,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 
 def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's values under the names of a model's parameters; raises ``ValueError`` listing all that is wrong."""
+    """A state dict's values under the model's names; raises ``ValueError`` listing all that does not fit."""
     parameters = upstream_names(model)
     renamed = _renamed(parameters, state_dict)
     counts = Counter(renamed.values())
