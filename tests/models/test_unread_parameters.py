@@ -1,4 +1,4 @@
-"""Every parameter that trains gets a gradient in both stages, so that DistributedDataParallel waits for none in vain."""
+"""Every parameter that trains gets a gradient in both stages: DistributedDataParallel waits for none in vain."""
 
 import socket
 
