@@ -105,11 +105,23 @@ def _say_once(part: str, got: str, plain: str) -> None:
     )
 
 
+@functools.cache
+def _say_that_the_host_waits() -> None:
+    warnings.warn(
+        "plan: expected row counts that the host knows, got none with modules that are not fused; the host waits for "
+        "the device in every layer; build the plan by from_lengths, or from_masks without capacity",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Tensor:
     """Every row [rows, width] through the module of its modality; inert rows come out as zero.
 
-    Without the plan's row counts the host reads its offsets.
+    Without the plan's row counts the host reads its offsets, which waits for a device and is said once.
     """
+    if not plan.row_counts and plan.offsets.device.type != "cpu" and not torch.compiler.is_compiling():
+        _say_that_the_host_waits()
     ranges = list(row_slices(plan.offsets, plan.row_counts))
     parts = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
     inert = x.shape[0] - ranges[-1].stop
