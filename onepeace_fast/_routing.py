@@ -66,8 +66,10 @@ def check_masks(masks: Mapping[str, Tensor]) -> None:
         require_device(f"masks[{name!r}]", mask, device)
 
 
-def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor], codes: Tensor | None) -> None:
-    """Raise unless position ids are a matrix of integers of their mask's shape, and each has a code."""
+def check_positions(
+    name: str, value: Tensor, masks: Mapping[str, Tensor], codes: Tensor | None, first_is_cls: bool
+) -> None:
+    """Raise unless position ids are a matrix of integers of their mask's shape, each has a code, and 0 is CLS alone."""
     require(name in masks, f"positions: got {name!r}, takes modalities of the masks, {list(masks)}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
@@ -78,6 +80,12 @@ def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor], codes
         ((value >= 0) & (value < limit)).all(),
         f"positions[{name!r}]: got a position out of range, takes 0 to {limit - 1}",
     )
+    if first_is_cls:
+        first = torch.arange(value.shape[1], device=value.device) == 0
+        require_values(
+            (((value == 0) == first) | ~masks[name]).all(),
+            f"positions[{name!r}]: got 0 elsewhere than in the first column, takes it there alone, since it is CLS",
+        )
 
 
 def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]], total: int) -> None:

@@ -134,7 +134,7 @@ class RoutePlan:
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
-            check_positions(name, value, masks, (codes or {}).get(name))
+            check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
         given_lengths = lengths is not None
         if given_lengths:
             check_lengths(lengths, shapes, names)
@@ -290,8 +290,9 @@ class RoutePlan:
         if isinstance(padded, Tensor):
             tensors = [padded]
         else:
+            self._require_padded()
             shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
-            expected = dict(zip(self.modalities, self.padded_shapes, strict=False))
+            expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
             require(
                 shapes == expected,
                 lambda: f"padded: got tensors of {shapes}, takes rows and lengths of {expected}, which the plan is of",
@@ -313,13 +314,7 @@ class RoutePlan:
         Raises:
             ValueError: rows that are not the plan's, or a plan of interleaved tokens of several modalities.
         """
-        require(
-            len(self.padded_shapes) == len(self.modalities),
-            lambda: (
-                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
-                "batches; use unpack_interleaved"
-            ),
-        )
+        self._require_padded()
         parts = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
         return {
             name: part.view(rows, length, packed.shape[1])
@@ -339,6 +334,15 @@ class RoutePlan:
             ),
         )
         return self._scatter(packed)
+
+    def _require_padded(self) -> None:
+        require(
+            len(self.padded_shapes) == len(self.modalities),
+            lambda: (
+                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
+                "batches; use pack(tensor) and unpack_interleaved"
+            ),
+        )
 
     def _scatter(self, packed: Tensor) -> Tensor:
         require(
