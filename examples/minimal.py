@@ -31,8 +31,8 @@ class Text(nn.Module):
         x = torch.cat([self.cls_embedding.expand(len(text), -1, -1), self.embed_tokens(text)], dim=1)
         width, real = x.shape[1], F.pad(text != 1, (1, 0), value=True)
         table_rows = relative.series_vector_index(relative.series_index(BUCKETS), BUCKETS, width)
-        bias = self.rel_pos_table_list[0](table_rows).t()
-        return x + self.embed_positions.weight[:width], real, bias, torch.arange(width), width - 1
+        bias, codes = self.rel_pos_table_list[0](table_rows.to(x.device)).t(), torch.arange(width, device=x.device)
+        return x + self.embed_positions.weight[:width], real, bias, codes, width - 1
 
 
 class ChannelNorm(nn.ModuleDict):
@@ -54,7 +54,7 @@ class Image(nn.Module):
     def forward(self, image: Tensor) -> Embedded:  # [rows, 3, 16 * grid, 16 * grid]
         patches = self.embed_images(image).flatten(2).mT
         x = torch.cat([self.cls_embedding.expand(len(image), -1, -1), patches], dim=1)
-        codes, same = relative.grid_codes(self.grid, self.grid), relative.grid_code_offset(self.grid)
+        codes, same = relative.grid_codes(self.grid, self.grid, x.device), relative.grid_code_offset(self.grid)
         real, bias = x.new_ones(x.shape[:2], dtype=torch.bool), self.rel_pos_table_list[0].weight.t()
         return x + self.pos_embed, real, bias, codes, same
 
