@@ -120,7 +120,7 @@ def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wh
     metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
     assert metadata["Version"] == onepeace_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "train", "bench", "peers", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "train", "docs", "bench", "peers", "dev"}
     assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{information}/entry_points.txt")
 
 
