@@ -1,5 +1,6 @@
 """Renders the docstrings of every public module into build/docs, or into the folder that is given."""
 
+import html
 import importlib
 import pkgutil
 import sys
@@ -29,16 +30,27 @@ def read(name: str) -> pdoc.doc.Module:
     return pdoc.doc.Module(module)
 
 
+def index(modules: dict[str, pdoc.doc.Module]) -> str:
+    """A page that links every module, with the first line of its docstring; pdoc's own knows the top one alone."""
+    lines = {name: module.docstring.partition("\n")[0] for name, module in modules.items()}
+    links = (f'<li><a href="{path(name)}">{name}</a>: {html.escape(line)}</li>' for name, line in lines.items())
+    return f"<!doctype html><meta charset='utf-8'><title>onepeace_fast</title><ul>{''.join(links)}</ul>"
+
+
+def path(name: str) -> str:
+    """Where the page of a module is."""
+    return f"{name.replace('.', '/')}.html"
+
+
 def render(folder: Path) -> None:
-    """Write a page per module and index.html into ``folder``; pdoc warns of what it cannot read."""
+    """Write a page per module, index.html and the search into ``folder``; pdoc warns of what it cannot read."""
     pdoc.render.configure(docformat="google", show_source=False)
     modules = {name: read(name) for name in public_modules()}
-    pages = {name.replace(".", "/"): pdoc.render.html_module(module, modules) for name, module in modules.items()}
-    for name, page in {**pages, "index": pdoc.render.html_index(modules)}.items():
-        path = folder / f"{name}.html"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page, encoding="utf-8")
-    (folder / "search.js").write_text(pdoc.render.search_index(modules), encoding="utf-8")
+    pages = {path(name): pdoc.render.html_module(module, modules) for name, module in modules.items()}
+    pages |= {"index.html": index(modules), "search.js": pdoc.render.search_index(modules)}
+    for name, page in pages.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
