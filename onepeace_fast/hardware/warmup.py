@@ -196,8 +196,7 @@ def _compile(capability: int, kernel: Kernel) -> Compiled:
     arguments = {name: made(value) for name, value in kernel.arguments}
     configuration = Configuration(function, arguments, dict(kernel.constants), *kernel.options)
     function.warmup(grid=(1,), **configuration.keywords)
-    name = f"{kernel.module.rpartition('.')[2]}.{kernel.name.lstrip('_')}"
-    return Compiled(name, time.perf_counter() - start, all(cached))
+    return Compiled(kernel.name, time.perf_counter() - start, all(cached))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
