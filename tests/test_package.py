@@ -1,6 +1,8 @@
 """What is built and installed from this checkout: the right packages, outside the source tree, and nothing else."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -182,6 +184,19 @@ def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_pa
     assert Path(library) == target / "onepeace_fast" / "__init__.py"
     assert Path(kernels) == target / "onepeace_fast" / "kernels" / "__init__.py"
     assert version == onepeace_fast.__version__
+
+
+def test_pre_commit_and_the_workflow_run_what_make_test_and_ci_run_do():
+    yaml = pytest.importorskip("yaml")
+    checks = runpy.run_path(str(ROOT / "bootstrap.py"))["CHECKS"]
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].removesuffix(" --force-exclude") for hook in local["hooks"]]
+    assert entries == [
+        " ".join([".venv/bin/python", "-m", *(word for word in check if word != ".")]) for check in checks
+    ]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (parts,) = re.findall(r"set -- (.*)", (ROOT / ".ci" / "run").read_text())
+    assert workflow["jobs"]["cpu"]["strategy"]["matrix"]["part"] == parts.split()
 
 
 FORMS = {

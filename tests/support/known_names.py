@@ -33,7 +33,8 @@ def _stored(tree: ast.AST) -> set[str]:
 def _sources() -> tuple[set[str], dict[str, set[str]]]:
     """What the library's sources define: all names, and what each class defines or inherits."""
     names, members, bases = set(), {}, {}
-    for path in [*(ROOT / "onepeace_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+    folders = ("onepeace_fast", "kernels", "tools", "tests/support")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         names |= {*_stored(tree), path.stem, path.parent.name}
         for node in ast.walk(tree):
