@@ -7,7 +7,7 @@ PyTorch plus 4 eps(dtype) of the slice's largest magnitude. Nothing here is tune
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, *HALF)
 class Comparison(NamedTuple):
     """One kind of error of one slice of a tensor, what the rule allows, and what plain PyTorch has."""
 
-    part: object
+    part: Any
     kind: str
     error: float
     allowed: float
@@ -37,7 +37,7 @@ def errors(value: Tensor, exact: Tensor) -> tuple[float, float]:
     return difference.max().item(), difference.square().mean().sqrt().item()
 
 
-def compare(actual: Tensor, plain: Tensor, exact: Tensor, slices: Sequence[object] = (...,)) -> Iterator[Comparison]:
+def compare(actual: Tensor, plain: Tensor, exact: Tensor, slices: Sequence[Any] = (...,)) -> Iterator[Comparison]:
     """Hold the tensor and each slice against the rule; ``plain`` is PyTorch in the same dtype, ``exact`` float64."""
     epsilon = torch.finfo(actual.dtype).eps
     for part in (..., *slices):
@@ -49,9 +49,7 @@ def compare(actual: Tensor, plain: Tensor, exact: Tensor, slices: Sequence[objec
             yield Comparison(part, kind, error, 2 * reference + slack, reference)
 
 
-def assert_within_rule(
-    name: str, actual: Tensor, plain: Tensor, exact: Tensor, slices: Sequence[object] = (...,)
-) -> None:
+def assert_within_rule(name: str, actual: Tensor, plain: Tensor, exact: Tensor, slices: Sequence[Any] = (...,)) -> None:
     """Fail where ``actual`` breaks the rule in any slice."""
     assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)} is not {list(exact.shape)}"
     assert actual.isfinite().all(), f"{name}: has values that are not finite"
