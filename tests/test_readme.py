@@ -1,5 +1,6 @@
-"""The README's code runs as it stands, and documents link to files that are there."""
+"""The README's code runs as it stands, and documents link to files and name things of the code that are there."""
 
+import json
 import re
 from pathlib import Path
 
@@ -71,3 +72,12 @@ def test_names_of_the_code_on_a_page_about_it_are_there(page):
     names += [word for label in re.findall(r'"([^"\n]+)"\]', text) for word in re.findall(r"\w+_\w+|\w+\.\w+", label)]
     assert [name for name in names if not is_known(name)] == []
     assert len(names) > 20
+
+
+def test_the_fault_that_contributing_shows_can_be_planted():
+    pytest.importorskip("triton")
+    from tools.mutants.fault import KEYS, Fault
+
+    (block,) = re.findall(r"^```json\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
+    shown = json.loads(block)
+    assert set(shown) <= KEYS and Fault(**shown).problem() is None
