@@ -7,6 +7,7 @@ import importlib
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _LEFT_OUT = Path(__file__).with_name("cuda_left_out.txt")
 _launches = 0
@@ -26,8 +27,8 @@ def _import() -> ModuleType | str:
         return f"the CUDA extension cannot be imported: {' '.join(str(error).split())}"
 
 
-def extension() -> ModuleType | None:
-    """The extension; None where it is not here."""
+def extension() -> Any:
+    """The extension, a module; None where it is not here."""
     found = _import()
     return None if isinstance(found, str) else found
 
@@ -68,7 +69,9 @@ def _unsupported_reason(built: str, capability: tuple[int, int]) -> str | None:
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code of an architecture runs there: on its major version, PTX on all later ones, with an "a" on one."""
-    kind, digits, exact = re.fullmatch(r"(sm|compute)_(\d+)(a?)", architecture).groups()
+    found = re.fullmatch(r"(sm|compute)_(\d+)(a?)", architecture)
+    assert found is not None
+    kind, digits, exact = found.groups()
     built = (int(digits[:-1]), int(digits[-1]))
     if exact:
         return capability == built
