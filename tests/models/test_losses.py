@@ -218,3 +218,17 @@ def test_each_rank_holds_its_rows_against_the_keys_of_all(rank, monkeypatch):
     logits = (scale.exp() * towers[0] @ towers[1].t()).detach()
     naive = [naive_smoothed(side[mine], list(range(2 * rows))[mine], 0.0) for side in (logits, logits.t())]
     assert loss.item() == pytest.approx(sum(naive) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("task", "other"), [("vision_language_loss", "image"), ("audio_language_loss", "audio")])
+def test_targets_are_smoothed_by_a_tenth_unless_that_is_said(task, other):
+    batch = batch_of(text=[7, 2], image=(2, 3)) if other == "image" else batch_of(text=[7, 2], audio=[9, 4])
+    hidden, pair = hide(batch, seed=1), f"{'v' if other == 'image' else 'a'}l"
+    masks = {other: hidden[other], f"{pair}_text": hidden["text"], f"{pair}_{other}": hidden[other]}
+    masks |= {"text": hidden["text"]} if other == "image" else {}
+    model = small_model("fused")
+    default, tenth, none = (
+        model(task, **batch, masks=masks, **given)["loss"].item()
+        for given in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.0})
+    )
+    assert default == tenth != none
