@@ -232,3 +232,20 @@ def test_targets_are_smoothed_by_a_tenth_unless_that_is_said(task, other):
         for given in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.0})
     )
     assert default == tenth != none
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_in_half_precision_are_normalised_in_float32_and_rounded_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 65, 40, generator=generator).to(dtype) for _ in range(2))
+    real = torch.ones(1, 65, dtype=torch.bool)
+    got = denoising_loss(student, teacher, real, 64, real, 64, 0.1)
+
+    def expected(precision):
+        query, key = (
+            torch.nn.functional.normalize(x[0, 1:].to(precision), dim=1).to(dtype) for x in (student, teacher)
+        )
+        return smoothed_nll((2.5 * query @ key.t()).float().log_softmax(1), torch.arange(64), 0.1)
+
+    assert torch.equal(got, expected(torch.float32))
+    assert not torch.equal(got, expected(dtype))
