@@ -123,13 +123,6 @@ def test_the_workspace_grows_with_what_is_learned(host_extension):
         refused_in_one_line(name, call.attention.backward_workspace, multiprocessors=1, **bad)
 
 
-def test_a_longest_length_beyond_all_rows_counts_as_all_rows(host_extension):
-    longest, exact = (Call(host_extension, max_length=length) for length in (2**31 - 1, 1))
-    size = lambda call: call.attention.backward_workspace(multiprocessors=1, bias=[], head_scale=0)  # noqa: E731
-    assert size(longest) == size(exact)
-    assert torch.equal(longest.forward()[0], exact.forward()[0])
-
-
 # Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.
 NEEDED = {
     (32, 99): (74240, 98240),
