@@ -177,7 +177,7 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     // Each modality may have one row block that is not full, and CLS needs one more; a longer sample than is said is
     // walked by the same thread blocks in several rounds.
     const int64_t mean = arguments.samples ? arguments.rows / arguments.samples : 0;
-    const int64_t length = arguments.max_length ? arguments.max_length : std::min<int64_t>(2 * mean, arguments.rows);
+    const int64_t length = std::min<int64_t>(arguments.max_length ? arguments.max_length : 2 * mean, arguments.rows);
     const int64_t row_blocks = (length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1;
     const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
     int64_t entries = 0;

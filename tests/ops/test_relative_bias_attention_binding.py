@@ -123,6 +123,16 @@ def test_the_workspace_grows_with_what_is_learned(host_extension):
         refused_in_one_line(name, call.attention.backward_workspace, multiprocessors=1, **bad)
 
 
+def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):
+    grad = normal(1, 1, 32, seed=1, dtype=torch.float16)
+    results = []
+    for length in (1, 2**31 - 1):
+        call = Call(host_extension, max_length=length)
+        out, log_sum_exp = call.forward()
+        results.append((out, log_sum_exp, call.backward(grad, log_sum_exp)))
+    assert all(map(torch.equal, *results))
+
+
 # Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.
 NEEDED = {
     (32, 99): (74240, 98240),
