@@ -77,7 +77,7 @@ def plain(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @NORM
-@pytest.mark.parametrize("width", WIDTHS[1:2] if DEVICE == "cuda" else (1, *WIDTHS))
+@pytest.mark.parametrize("width", WIDTHS[1:2] if DEVICE == "cuda" else (1, *WIDTHS[:-1]))
 def test_values_and_gradients_follow_the_naive_ones(width, norm, dtype):
     for rows in (0, 1, 7):
         leaves = leaves_of(rows, width, norm and width > 1)
@@ -123,17 +123,10 @@ def test_the_norm_is_that_of_the_stream_as_it_is_stored():
     assert (normed != expected).float().mean() < 0.01  # not before it is rounded
 
 
-@pytest.mark.slow
 @NORM
-def test_rows_too_wide_for_parameters_and_sums_in_registers_follow_the_naive_ones(norm):
-    contract.check_against_naive(op(5), plain(5), leaves_of(5, 9000, norm), torch.float32)
-
-
-@NORM
-@pytest.mark.parametrize("width", first((6144, pytest.param(9000, marks=pytest.mark.slow))))
-def test_rows_in_parts_take_a_row_index_and_dropout(width, norm):
+def test_the_widest_rows_take_a_row_index_and_dropout(norm):
     options = {"index": [5, 0, 6], "dropout": 0.4}
-    leaves = leaves_of(7, width, norm, branch_rows=3)
+    leaves = leaves_of(7, 4096, norm, branch_rows=3)
     contract.check_against_naive(op(7, **options), plain(7, **options), leaves, torch.float32)
 
 
@@ -222,11 +215,10 @@ def test_nan_stays_in_its_row(norm):
             assert torch.equal(actual[1][key][:9][others[:9]], expected[1][key][:9][others[:9]])
 
 
-@pytest.mark.parametrize("width", (64, pytest.param(9000, marks=pytest.mark.slow)))
-def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma(width):
+def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma():
     index = [5, 0, 6]
-    leaves = on_device(leaves_of(7, width, True, branch_rows=3), torch.float32)
-    given = [normal(7, width, seed=seed, dtype=torch.float32).to(DEVICE) for seed in (8, 9)]
+    leaves = on_device(leaves_of(7, 64, True, branch_rows=3), torch.float32)
+    given = [normal(7, 64, seed=seed, dtype=torch.float32).to(DEVICE) for seed in (8, 9)]
     expected = contract.run(op(7, index=index), leaves, given)[1]
     given[0][[1, 2, 3, 4]] = torch.nan
     actual = contract.run(op(7, index=index), leaves, given)[1]
