@@ -19,6 +19,8 @@ from support.kernels import (
 )
 
 from onepeace_fast import layer_norm, residual, residual_layer_norm
+from onepeace_fast.kernels.launch_heuristic import Parameters
+from onepeace_fast.kernels.launch_parameters import use_launch_parameters
 from onepeace_fast.ops._dropout import dropout_factor
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
@@ -124,10 +126,12 @@ def test_the_norm_is_that_of_the_stream_as_it_is_stored():
 
 
 @NORM
-def test_the_widest_rows_take_a_row_index_and_dropout(norm):
-    options = {"index": [5, 0, 6], "dropout": 0.4}
-    leaves = leaves_of(7, 4096, norm, branch_rows=3)
-    contract.check_against_naive(op(7, **options), plain(7, **options), leaves, torch.float32)
+def test_rows_in_parts_take_a_row_index_and_dropout(norm):
+    options, entry = {"index": [5, 0, 6], "dropout": 0.4}, "residual_layer_norm" if norm else "residual"
+    in_parts = Parameters(4096, 1, 8, 1, parts=2)  # the heuristic holds these rows whole
+    with use_launch_parameters(entry, in_parts), use_launch_parameters(f"{entry}_backward", in_parts):
+        leaves = leaves_of(7, 3000, norm, branch_rows=3)
+        contract.check_against_naive(op(7, **options), plain(7, **options), leaves, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,18 +11,14 @@ from support.traffic import Launch, counted
 
 from onepeace_fast.hardware.cases import INERT_ROWS, Rows, kernel_cases, random_tensors
 from onepeace_fast.kernels.launch import Configuration
-from onepeace_fast.kernels.launch_heuristic import widest
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can count")
 CPU = torch.device("cpu")
 SIZES = ((40, 64), (43, 384), (8, 4100))  # rows, width: several programs, a last block that is not full, rows in parts
-
-
 CASES = [
     pytest.param(size, i, marks=[pytest.mark.slow] if size == SIZES[-1] else [])
     for size in SIZES
-    for i, case in enumerate(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))
-    if size[1] <= widest(case.entries[0])
+    for i in range(len(list(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))))
 ]
 
 
