@@ -160,7 +160,12 @@ def _implementation(operation: str) -> str:
             "the vendor's products with Triton kernels between them, or by strategy='grouped' Triton kernels alone, on "
             f"CUDA tensors; {reference} on a CPU and for float64"
         )
-    return f"Triton kernel on CUDA tensors; {reference} on a CPU and for float64"
+    from onepeace_fast.kernels.launch_heuristic import WIDEST
+
+    return (
+        f"Triton kernel on CUDA tensors of at most {WIDEST[operation]} columns; {reference} on wider ones, on a CPU "
+        "and for float64"
+    )
 
 
 def _measurements() -> tuple[str, str]:
