@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -176,7 +177,7 @@ def _measurement() -> str:
 
 
 def _triton_kernels() -> tuple[str, str]:
-    def kernels():
+    def kernels() -> Any:
         return importlib.import_module("onepeace_fast.kernels")
 
     if reason := _attempt(lambda: kernels().unavailable_reason() or ""):

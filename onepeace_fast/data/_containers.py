@@ -60,7 +60,9 @@ def _pages(data: bytes) -> str | None:
 
     Decoders bridge a hole, by invention (Opus) or by going on behind it.
     """
-    place, following, streams = 0, {}, set()
+    place = 0
+    following: dict[int, int] = {}
+    streams: set[int] = set()
     while data.startswith(b"OggS\0", place):
         body = place + 27 + data[place + 26] if place + 26 < len(data) else len(data) + 1
         end = body + sum(data[place + 27 : body])

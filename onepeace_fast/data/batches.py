@@ -39,7 +39,7 @@ class BrokenFile(ValueError):
         super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{type(self).__module__}.BrokenFile: "))
 
 
-class PairDataset(Dataset):
+class PairDataset(Dataset[dict[str, Tensor]]):
     """Captions and their images or clips; ``dataset[epoch, index]`` is a sample, ready for ``collate``.
 
     Augmentation is a function of ``seed``, epoch and index alone. Captions are encoded once, at the start.

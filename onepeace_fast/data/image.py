@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
@@ -136,7 +136,7 @@ def _decoding(path: str) -> Iterator[None]:
 
 def _check_depth(path: str, image: Image) -> None:
     if image.mode == "F" or image.mode.startswith("I"):
-        low, high = image.getextrema()
+        low, high = cast("tuple[float, float]", image.getextrema())  # of its one channel
         require(
             image.mode != "F" and low >= 0 and high <= 65535,
             lambda: f"{path}: got pixels from {low} to {high} (mode {image.mode}), takes 8 or 16 bits, unsigned",

@@ -220,7 +220,7 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
         print(f"  {sentence}")
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
     where = [] if output == Path("report") else [f"--output {output}"]
-    rows = [
+    hints = [
         (str(page), "hear the sounds, see what they found: open it in a browser"),
         (
             program_command(" ".join(["demo", *where, "--wav mine.wav"])),
@@ -228,7 +228,7 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
         ),
         (program_command("demo --seeds 5"), "how much of this is luck"),
     ]
-    print(format_table(rows))
+    print(format_table(hints))
 
 
 def _write_spread(results: Sequence[Result], options: Options) -> Path:

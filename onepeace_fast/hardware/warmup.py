@@ -125,7 +125,7 @@ def _step(
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, layers=1, checkpoint_activations=False))
     model = model.to_empty(device="cpu").to(torch.float32 if autocast else dtype).train()
-    layer = model.layers[0]
+    layer: Any = model.layers[0]
     layer.route = functools.partial(layer.route, strategy=strategy)
     plan = RoutePlan.from_lengths(dict.fromkeys(config.modalities[:count], LENGTHS))
     if config.drop_path_rate:
@@ -196,8 +196,7 @@ def _compile(capability: int, kernel: Kernel) -> Compiled:
     arguments = {name: made(value) for name, value in kernel.arguments}
     configuration = Configuration(function, arguments, dict(kernel.constants), *kernel.options)
     function.warmup(grid=(1,), **configuration.keywords)
-    name = f"{kernel.module.rpartition('.')[2]}.{kernel.name.lstrip('_')}"
-    return Compiled(name, time.perf_counter() - start, all(cached))
+    return Compiled(kernel.name, time.perf_counter() - start, all(cached))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

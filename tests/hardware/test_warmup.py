@@ -79,29 +79,30 @@ def test_the_products_of_another_width_are_compiled_but_for_two_the_same():
     for width, hidden in ((64, 128), (96, 256)):
         config = dataclasses.replace(STACK, embed_dim=width, ffn_embed_dim=hidden)
         kernels_of = needed(OnePeaceConfig(encoder=config, decoder=config))
-        found.append(
-            {kernel for kernel in kernels_of if kernel.module.endswith(("grouped_gemm", "ffn", "ffn_backward"))}
-        )
-    assert {kernel.name for kernel in found[0] ^ found[1]} == {"_hidden", "_merge_statistics"}
+        found.append({kernel for kernel in kernels_of if kernel.name.startswith(("grouped_gemm", "routed_ffn"))})
+    assert {kernel.name for kernel in found[0] ^ found[1]} == {
+        "routed_ffn_hidden_kernel",
+        "routed_ffn_statistics_kernel",
+    }
 
 
 def test_the_kernels_of_both_strategies_are_listed_once_each():
     found = needed()
-    names = {(kernel.module.rpartition(".")[2], kernel.name) for kernel in found}
+    names = {kernel.name for kernel in found}
     assert len(set(found)) == len(found)
-    assert {("routed_ffn", "_hidden"), ("gated_sub_ln", "_forward"), ("residual", "_backward")} <= names
+    assert {"routed_ffn_hidden_kernel", "gated_sub_ln_forward_kernel", "residual_backward_kernel"} <= names
     assert len(needed(modalities=(2,))) < len(found)
 
 
 def test_a_kernel_that_was_compiled_is_found_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (kernel,) = [one for one in needed(modalities=(1,)) if one.name == "_fold"][:1]
+    (kernel,) = [one for one in needed(modalities=(1,)) if one.name == "routed_ffn_fold_kernel"][:1]
     results = []
     for _ in range(2):  # processes of their own, as ``warmup`` has: this one's Triton keeps its driver
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results.append(pool.apply(warmup._compile, (90, kernel)))
     assert [result.cached for result in results] == [False, True]
-    assert results[0].name == "routed_ffn.fold"
+    assert results[0].name == "routed_ffn_fold_kernel"
 
 
 def test_the_command_prints_every_kernel_and_the_total(tmp_path, monkeypatch, capsys):
@@ -110,7 +111,10 @@ def test_the_command_prints_every_kernel_and_the_total(tmp_path, monkeypatch, ca
 
     def pretended(config, *, progress, **how):
         asked.append((config, how))
-        done = [warmup.Compiled("layer_norm.forward", 1.5, False), warmup.Compiled("residual.forward", 0.0, True)]
+        done = [
+            warmup.Compiled("layer_norm_forward_kernel", 1.5, False),
+            warmup.Compiled("residual_forward_kernel", 0.0, True),
+        ]
         for number, one in enumerate(done, 1):
             progress(number, len(done), one)
         return done
@@ -121,7 +125,7 @@ def test_the_command_prints_every_kernel_and_the_total(tmp_path, monkeypatch, ca
     assert config == CONFIG
     assert how == {"dtype": torch.float16, "target": "sm_90", "modalities": None, "jobs": 3}
     lines = capsys.readouterr().out.splitlines()
-    assert "1 of 2" in lines[0] and "1.5 s  layer_norm.forward" in lines[0] and lines[1].endswith("(cached)")
+    assert "1 of 2" in lines[0] and "1.5 s  layer_norm_forward_kernel" in lines[0] and lines[1].endswith("(cached)")
     assert lines[2].startswith("2 kernels in") and lines[2].endswith("1 were in the cache")
 
 

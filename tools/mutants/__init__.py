@@ -1,0 +1,1 @@
+"""Planted faults, and the tests that must fail by each of them."""
