@@ -45,7 +45,7 @@ def test_in_a_checkout_it_is_installed_from_there(extra, python, monkeypatch, tm
 def test_it_is_installed_into_the_python_that_lacks_it(python, monkeypatch, tmp_path):
     monkeypatch.chdir(python.parents[1])
     assert installation.install_command("demo").startswith("bin/python -m pip install -e ")
-    monkeypatch.chdir("/")
+    monkeypatch.chdir(ROOT / "docs")
     assert shlex.split(installation.install_command("demo"))[:4] == [str(python), "-m", "pip", "install"]
     monkeypatch.setattr(installation, "find_spec", lambda name: None)
     (tmp_path / "uv").touch(mode=0o755)
