@@ -168,7 +168,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def _restore(folder: Path) -> OnePeacePretrain:
     model = OnePeacePretrain.load(folder).eval()
     if model.config.encoder != experiment.configuration(len(data.Vocabulary())).encoder:
-        raise DemoError(f"{folder}: got a model of another version of the demo; type: {program_command('demo')}")
+        raise DemoError(
+            f"{folder}: expected a model of this version of the demo, got another; type: {program_command('demo')}"
+        )
     return model
 
 
