@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
-from onepeace_fast.layers.adapter import init_linear
 from onepeace_fast.layers.padded_layer import Spans, attend, each_span, encode_layer
+from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import are_plain, by_modality, is_plain, unfused, watched_everywhere
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan

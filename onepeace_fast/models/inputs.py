@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onepeace_fast._routing import INTEGERS, check_samples
 from onepeace_fast.checks import describe, require, require_device, require_tensor
-from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.adapters import Adapter
 
 
 class HostRead:

@@ -11,7 +11,8 @@ from torch import nn
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.adapter import Adapter, init_linear
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import inside
 from onepeace_fast.layers.transformer import Transformer, TransformerLayer, feed_forward
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.layers.adapter import with_unread
+from onepeace_fast.layers.parameters import with_unread
 from onepeace_fast.layers.plain import refuse_advancing
 from onepeace_fast.models.decoding import decode
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch

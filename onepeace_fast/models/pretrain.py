@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapter import Adapter, init_linear, init_truncated_normal
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.parameters import init_linear, init_truncated_normal
 from onepeace_fast.layers.plain import inside
 from onepeace_fast.models import modalities, objectives, upstream
 from onepeace_fast.models.decoding import decode
@@ -186,7 +187,7 @@ class OnePeacePretrain(nn.Module):
 
         Args:
             name: lower-case letters, digits and underscores.
-            adapter: built for this model's ``config.encoder``; see ``onepeace_fast.layers.adapter``.
+            adapter: built for this model's ``config.encoder``; see ``onepeace_fast.layers.adapters``.
             init_from: the modality whose FFNs, final norm and projection are copied; None: fresh ones.
 
         Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast._routing import tensor_to_device
-from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.padded_layer import Spans
 from onepeace_fast.layers.plain import inside
 from onepeace_fast.layers.transformer import Transformer

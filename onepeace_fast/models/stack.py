@@ -12,7 +12,7 @@ from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import draw_keep
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
-from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.plain import inside, is_watched, unfused, watched_everywhere
 from onepeace_fast.models.inputs import Batch, Subset
 from onepeace_fast.models.parameters import is_sharded

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapter import Adapter, SeriesAdapter
-from onepeace_fast.layers.adapters import ImageAdapter
+from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.models.parameters import (
     copy_into,
     full,

@@ -13,7 +13,7 @@ from models._small import (
     small_model,
 )
 
-from onepeace_fast.layers.adapters import FeatureExtractor
+from onepeace_fast.layers.adapters.audio import FeatureExtractor
 from onepeace_fast.models import stack as stack_module
 from onepeace_fast.models.inputs import read_batch
 from onepeace_fast.models.objectives import vision_language_loss
