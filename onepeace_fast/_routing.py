@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from onepeace_fast.relative_position import MAX_POSITIONS
 INTEGERS = (torch.int32, torch.int64)
 
 
-def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def copy_to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A tensor of host values on a device."""
     return tensor_to_device(torch.tensor(values, dtype=dtype, device="cpu"), torch.device(device))
 
@@ -98,8 +99,8 @@ def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]
                 f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes its mask's counts, {describe(counted)}",
             )
     if next(iter(masks.values())).device.type != "cpu":
-        counted = sum(mask.sum() for mask in masks.values())
-        require_values(counted == total, "lengths: got another total than the masks count, takes what they count")
+        everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()
+        require_values(everywhere == total, "lengths: got another total than the masks count, takes what they count")
 
 
 def check_lengths(

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -184,7 +185,7 @@ def _measurement() -> str:
 
 
 def _triton_kernels() -> tuple[str, str]:
-    def kernels():
+    def kernels() -> Any:
         return importlib.import_module("onepeace_fast.kernels")
 
     if reason := _attempt(lambda: kernels().unavailable_reason() or ""):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ class RoutePlan:
         for name, value in (positions or {}).items():
             check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
         given_lengths = lengths is not None
-        if given_lengths:
+        if lengths is not None:
             check_lengths(lengths, shapes, names)
         else:
             counts = torch.cat([mask.sum(1) for mask in masks.values()]).tolist()
@@ -208,7 +209,7 @@ class RoutePlan:
         first_is_cls: bool = False,
         device: torch.device | str = "cpu",
         widths: Mapping[str, int] | None = None,
-        **keywords: object,
+        **keywords: Any,
     ) -> RoutePlan:
         """Build the plan from host-side lengths, CLS included where ``first_is_cls``, without any synchronisation.
 
@@ -357,7 +358,7 @@ class RoutePlan:
 
         On the CPU they are counted here, where the plan knows its segments' lengths, and copied to the plan's device.
         """
-        counts = ()
+        counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
         if keep.device.type == "cpu" and self.segment_lengths:
             counts = kept_rows(keep, self.segment_lengths)
         return dataclasses.replace(self, keep=tensor_to_device(keep, self.offsets.device), kept_row_counts=counts)

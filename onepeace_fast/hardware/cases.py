@@ -194,7 +194,12 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
             return residual_layer_norm(x, y, gamma, weight, bias, keep=batch.keep, sample=batch.sample)
 
         def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            where = {"keep": batch.keep, "sample": batch.sample, "rows": batch.some, "offsets": batch.some_offsets}
+            where: dict[str, Any] = {
+                "keep": batch.keep,
+                "sample": batch.sample,
+                "rows": batch.some,
+                "offsets": batch.some_offsets,
+            }
             if not norm:
                 return residual(x, y, gamma, dropout=0.1, seed=batch.seed, **where)
             return residual_layer_norm(x, y, gamma, *norm.values(), dropout=0.1, seed=batch.seed, **where)
@@ -231,7 +236,7 @@ def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> It
 def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations whose kernels are matrix products, in half precision or in the interpreter."""
     batch = Rows(rows, device)
-    fused = {"strategy": "fused"}
+    fused: dict[str, Any] = {"strategy": "fused"}
     yield _routed_ffn(batch, width, dtype, make, "fused: Sub-LN, gamma, keep, residual", **fused)
     yield _routed_ffn(batch, width, dtype, make, "fused: silu, row index, recompute", True, True, **fused,
                       activation="silu", recompute=True, fold_norm=False)  # fmt: skip
@@ -253,7 +258,7 @@ def _routed_ffn(
     """With everything, or without gate, norm, biases, LayerScale and residual; on all rows, or some of the stream's."""
     hidden = HIDDEN_FACTOR * width
     rows, offsets = (len(batch.some), batch.some_offsets) if of_some else (batch.rows, batch.offsets)
-    scaling = {"keep": batch.keep, "sample": batch.sample} if full else {}
+    scaling: dict[str, Any] = {"keep": batch.keep, "sample": batch.sample} if full else {}
     scaling |= {"rows": batch.some} if of_some else {}
     leaves = {"z": make(rows, width, dtype=dtype)}
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}
@@ -267,7 +272,9 @@ def _routed_ffn(
         leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
 
     def call(z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None, **parameters: Tensor) -> Tensor:
-        lists = {name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")}
+        lists: dict[str, Any] = {
+            name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")
+        }
         strategy = settings.get("strategy") if z.dtype == dtype else None
         return routed_ffn(
             z, _listed("w0", parameters), w2=_listed("w2", parameters), offsets=offsets, residual=residual,
@@ -286,7 +293,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
         modality[rows] = m
         code[rows] = torch.arange(lengths[m], dtype=torch.int32)
         is_cls[rows.stop - 1] |= lengths[m] > 0
-    columns = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
+    columns: dict[str, Any] = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
     leaves = {"qkv": make(batch.rows, 3, heads, HEAD_DIM, dtype=dtype)}
     for m, length in enumerate(lengths):
         leaves[f"bias{m}"] = make(heads, 2 * max(length, 1) - 1 + CLS_ENTRIES, dtype=torch.float32)
@@ -299,7 +306,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
             max_length=sum(lengths),
         )  # fmt: skip
 
-    slices = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
+    slices: dict[str, Sequence[object]] = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
     slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in _entries()] for m in range(MODALITIES)}
     yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices=slices)
 

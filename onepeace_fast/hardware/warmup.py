@@ -125,7 +125,7 @@ def _step(
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, layers=1, checkpoint_activations=False))
     model = model.to_empty(device="cpu").to(torch.float32 if autocast else dtype).train()
-    layer = model.layers[0]
+    layer: Any = model.layers[0]
     layer.route = functools.partial(layer.route, strategy=strategy)
     plan = RoutePlan.from_lengths(dict.fromkeys(config.modalities[:count], LENGTHS))
     if config.drop_path_rate:

@@ -1,6 +1,7 @@
 """Checkpoint folders: whole or absent whenever the process dies, and never lost."""
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -217,3 +218,13 @@ def test_differences_name_every_key_that_differs():
         "old: 1 there, absent here",
         "steps: 20 there, 30 here",
     ]
+
+
+def test_checksums_are_of_whole_files_also_of_large_ones(tmp_path):
+    folder = checkpoint.write(tmp_path, 1, content(1, size=600_000))
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    assert len(data) > 2_000_000
+    assert checkpoint.digest(path) == hashlib.sha256(data).hexdigest()
+    path.write_bytes(data[:-1] + b"\1")
+    assert checkpoint.damage(folder) == "model.safetensors changed since it was written"
