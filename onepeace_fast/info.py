@@ -17,8 +17,8 @@ import torch
 
 import onepeace_fast
 from onepeace_fast import cuda_extension
-from onepeace_fast._installation import install_command
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
+from onepeace_fast.installation import install_command
 
 OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
 DEMO_PACKAGES = {

@@ -20,7 +20,7 @@ pytest.importorskip("scipy")
 from training._runs import checkpoints, curves, same_training, small_fields, write_clips, write_config, write_images
 
 from onepeace_fast import OnePeacePretrain, info
-from onepeace_fast._installation import install_command
+from onepeace_fast.installation import install_command
 from onepeace_fast.training import checkpoint, command
 from onepeace_fast.training.trainer import Trainer
 

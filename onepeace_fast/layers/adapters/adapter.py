@@ -26,7 +26,7 @@ Fault = tuple[Tensor, Callable[[int], str]]
 
 
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids.
+    """Rows ``ids`` [batch, visible] of x [batch, length, width]; all of them without ids.
 
     An embedding, since its gradient is summed in a fixed order on every device, also where ids repeat.
     """
@@ -106,7 +106,7 @@ class Adapter(nn.Module, ABC):
         """Position embeddings [width, embed_dim], CLS at 0."""
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
-        """Add positions to ``tokens``; with ``ids`` int64 [rows, kept] only those tokens, side by side."""
+        """Add positions to ``tokens``; with ``ids`` int64 [rows, visible] only those tokens, side by side."""
         positions = self.position_table(tokens.shape[1])
         if ids is None:
             return tokens + positions
@@ -140,12 +140,12 @@ class Adapter(nn.Module, ABC):
     def dense_table_index(self, width: int) -> Tensor:
         """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].
 
-        The last one is kept, as upstream keeps its largest.
+        The last one is remembered, as upstream remembers its largest.
         """
         index = self.vector_index(width)
-        kept = self._dense_index
-        if kept is not None and kept.shape[0] == width and kept.device == index.device:
-            return kept
+        last = self._dense_index
+        if last is not None and last.shape[0] == width and last.device == index.device:
+            return last
         position = torch.arange(width, device=index.device)
         codes = self.codes(width)
         code = position if codes is None else codes

@@ -112,12 +112,12 @@ class AudioAdapter(SeriesAdapter):
         return torch.cat([cls.to(frames.dtype).expand(value.shape[0], -1, -1), frames], dim=1)
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
-        """Add the position convolutions over the padded batch, or over the kept frames side by side, as upstream does.
+        """Add the position convolutions over the padded batch or, as upstream, over the visible frames side by side.
 
         A clip's embedding therefore depends on its padding.
         """
         if not self.embeds:
             return super().place(tokens, ids)
-        kept = take(tokens, ids)
-        cls, frames = kept[:, :1], kept[:, 1:]
+        visible = take(tokens, ids)
+        cls, frames = visible[:, :1], visible[:, 1:]
         return torch.cat([cls, frames + self.embed_positions(frames)], dim=1)
