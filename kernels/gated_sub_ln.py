@@ -8,8 +8,6 @@ the widest rows even so do not fit, and with a norm it reads those, cached, a se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -18,7 +16,7 @@ from torch import Tensor
 from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import stacked
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, new_where_needed, store_sum, sum_by_norm
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -28,6 +26,7 @@ from onepeace_fast.kernels.rows import (
     store_rows,
     store_zeros,
 )
+from onepeace_fast.structures import GatedSubLNGradients, GatedSubLNInputs, GatedSubLNOutputs, GatedSubLNSaved, Needs
 
 
 @triton.jit
@@ -306,34 +305,35 @@ def gated_sub_ln_backward_kernel(
         modality += 1
 
 
-def gated_sub_ln(
-    u: Tensor, v: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], offsets: Tensor,
-    row_counts: Sequence[int], activation: str, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``gated_sub_ln_forward_kernel``: what ``gated_sub_ln_specification`` returns."""
-    u, v, offsets = unit_columns(u), None if v is None else unit_columns(v), compact(offsets)
+def gated_sub_ln_forward(given: GatedSubLNInputs) -> GatedSubLNOutputs:
+    """Launch ``gated_sub_ln_forward_kernel``."""
+    u, v, offsets = unit_columns(given.u), _unit_columns(given.v), compact(given.routing.offsets)
     rows, width = u.shape
     n = torch.empty((rows, width), dtype=u.dtype, device=u.device)
-    normed_rows = rows if norm_weight else 0
-    mean, rstd = (torch.empty((normed_rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
+    mean = rstd = None
+    if given.norm_weight:
+        mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
     parameters, programs = parameters_for("gated_sub_ln", u, rows)
     arguments = {
-        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(norm_weight), "bias": stacked(norm_bias),
-        "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
-        "v_stride": 0 if v is None else v.stride(0), "modalities": offsets.shape[0] - 1, "eps": eps,
+        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(given.norm_weight),
+        "bias": stacked(given.norm_bias), "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
+        "v_stride": 0 if v is None else v.stride(0), "modalities": offsets.shape[0] - 1, "eps": given.eps,
     }  # fmt: skip
-    launch_over_rows(gated_sub_ln_forward_kernel, programs, arguments, parameters, ACTIVATION=activation)
-    return n, mean, rstd
+    launch_over_rows(gated_sub_ln_forward_kernel, programs, arguments, parameters, ACTIVATION=given.activation)
+    return GatedSubLNOutputs(n, mean, rstd)
 
 
-def gated_sub_ln_backward(
-    grad: Tensor, u: Tensor, v: Tensor | None, mean: Tensor, rstd: Tensor, norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], activation: str,
-    weight_needs: Sequence[bool], bias_needs: Sequence[bool], n_needed: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+def gated_sub_ln_backward(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
     """Launch ``gated_sub_ln_backward_kernel``, and a sum for each modality that needs one."""
-    grad, u, v = unit_columns(grad), unit_columns(u), None if v is None else unit_columns(v)
-    offsets = compact(offsets)
+    return gated_sub_ln_backward_and_n(saved, needs, n_needed=False)[0]
+
+
+def gated_sub_ln_backward_and_n(
+    saved: GatedSubLNSaved, needs: Needs, n_needed: bool = True
+) -> tuple[GatedSubLNGradients, Tensor | None]:
+    """The gradients, and n once more: the products on either side need it and it costs no further reading here."""
+    grad, u, v = unit_columns(saved.grad_n), unit_columns(saved.u), _unit_columns(saved.v)
+    offsets = compact(saved.routing.offsets)
     rows, width = u.shape
     modalities = offsets.shape[0] - 1
     parameters, programs = parameters_for("gated_sub_ln_backward", u, rows)
@@ -342,23 +342,24 @@ def gated_sub_ln_backward(
         return torch.empty((rows, width), dtype=u.dtype, device=u.device) if needed else None
 
     du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
-    dweight, dbias = (
-        new_partials(modalities, programs, u, parameters) if any(needs) else None
-        for needs in (weight_needs, bias_needs)
-    )
+    partials = [
+        new_partials(modalities, programs, u, parameters) if any(flags) else None
+        for flags in (needs.norm_weight, needs.norm_bias)
+    ]
     arguments = {
-        "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": mean, "rstd": rstd,
-        "weight": stacked(norm_weight), "bias": stacked(norm_bias) if n_needed else None, "dweight": dweight,
-        "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "grad_stride": grad.stride(0),
-        "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0), "modalities": modalities,
+        "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,
+        "weight": stacked(saved.norm_weight), "bias": stacked(saved.norm_bias) if n_needed else None,
+        "dweight": partials[0], "dbias": partials[1], "offsets": offsets, "rows": rows, "width": width,
+        "grad_stride": grad.stride(0), "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0),
+        "modalities": modalities,
     }  # fmt: skip
-    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, ACTIVATION=activation)
-    dweights = [w.new_empty(width if need else 0) for w, need in zip(norm_weight, weight_needs, strict=True)]
-    dbiases = [b.new_empty(width if need else 0) for b, need in zip(norm_bias, bias_needs, strict=True)]
-    for modality in range(modalities if norm_weight else 0):
-        sums = [(dweight, dweights[modality])] if weight_needs[modality] else []
-        sums += [(dbias, dbiases[modality])] if bias_needs[modality] else []
-        if sums:
-            sum_partials(sums, offsets, rows, modality, modalities, parameters)
-    nothing = u.new_empty(0)
-    return du, nothing if dv is None else dv, dweights, dbiases, nothing if n is None else n
+    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, ACTIVATION=saved.activation)
+    gradients = [
+        new_where_needed(saved.norm_weight, needs.norm_weight), new_where_needed(saved.norm_bias, needs.norm_bias),
+    ]  # fmt: skip
+    sum_by_norm(partials, gradients, modalities, offsets, rows, parameters)
+    return GatedSubLNGradients(du, dv, *gradients), n
+
+
+def _unit_columns(x: Tensor | None) -> Tensor | None:
+    return None if x is None else unit_columns(x)

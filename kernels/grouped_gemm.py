@@ -258,7 +258,10 @@ def row_stride(x: Tensor) -> int:
 
 def contiguous_for_descriptors(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The weights of all modalities, each with its rows side by side; a copy of those that are not."""
-    return tuple(for_descriptors(w.contiguous()) for w in weights)
+    return tuple([
+        w if w.is_contiguous() and not w.data_ptr() % DESCRIPTOR_ALIGNMENT else for_descriptors(w.contiguous())
+        for w in weights
+    ])  # fmt: skip
 
 
 def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:

@@ -8,6 +8,7 @@ Registers do not hold the widest rows and all of that: the backward pass reads t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +16,14 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.partial_sums import (
+    add_in_memory,
+    new_partials,
+    new_where_needed,
+    store_sum,
+    sum_by_norm,
+    sum_partials,
+)
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -27,6 +35,7 @@ from onepeace_fast.kernels.rows import (
     store_zeros,
     store_zeros_unplaced,
 )
+from onepeace_fast.structures import LayerNormGradients, LayerNormInputs, LayerNormOutputs, LayerNormSaved, Needs
 
 
 @triton.jit
@@ -323,73 +332,61 @@ def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
 
 
-def layer_norm(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], head_scale: Tensor | None, rows: Tensor | None,
-    offsets: Tensor | None, row_counts: Sequence[int], eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``layer_norm_forward_kernel``: what ``layer_norm_specification`` returns."""
-    x, rows, offsets = unit_columns(x), compact(rows), compact(offsets)
-    width, count = x.shape[1], x.shape[0] if rows is None else rows.shape[0]
-    norms = max(len(weights), len(biases), 1)
-    y = torch.empty((count, width), dtype=x.dtype, device=x.device)
+def layer_norm_forward(given: LayerNormInputs) -> LayerNormOutputs:
+    """Launch ``layer_norm_forward_kernel``."""
+    x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
+    row_index = walk["row_index"]
+    count = x.shape[0] if row_index is None else row_index.shape[0]
+    y = torch.empty((count, x.shape[1]), dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     parameters, programs = parameters_for(_table_name("layer_norm", head_scale), x, count)
     arguments = {
-        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(weights), "bias": stacked(biases),
-        "scale": compact(head_scale), "row_index": rows, "offsets": offsets, "rows": count, "width": width,
-        "x_stride": x.stride(0), "norms": norms, "modalities_per_norm": _modalities_per_norm(offsets, norms),
-        "head_dim": _head_dim(width, head_scale), "eps": eps,
+        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(given.weight), "bias": stacked(given.bias),
+        "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
     }  # fmt: skip
     launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters)
-    return y, mean, rstd
+    return LayerNormOutputs(y, mean, rstd)
 
 
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-    head_scale: Tensor | None, rows: Tensor | None, offsets: Tensor | None, row_counts: Sequence[int],
-    weight_needs: Sequence[bool], bias_needs: Sequence[bool], head_scale_needed: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
     """Launch ``layer_norm_backward_kernel``, and a sum for each norm that needs one."""
-    grad, x, rows, offsets = unit_columns(grad), unit_columns(x), compact(rows), compact(offsets)
-    width, count = x.shape[1], grad.shape[0]
-    norms = max(len(weights), len(biases), 1)
+    grad, x, head_scale, walk = unit_columns(saved.grad_y), unit_columns(saved.x), saved.head_scale, _walk(saved)
+    row_index, offsets, norms = walk["row_index"], walk["offsets"], walk["norms"]
+    count, width = grad.shape
     parameters, programs = parameters_for(_table_name("layer_norm_backward", head_scale), x, count)
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = new_partials(norms, programs, x, parameters) if any(weight_needs) else None
-    dbias = new_partials(norms, programs, x, parameters) if any(bias_needs) else None
-    dscale = new_partials(1, programs, x, parameters) if head_scale_needed else None
+    partials = [
+        new_partials(norms, programs, x, parameters) if any(flags) else None for flags in (needs.weight, needs.bias)
+    ]
+    dscale = new_partials(1, programs, x, parameters) if needs.head_scale else None
     arguments = {
-        "grad": grad, "x": x, "dx": dx, "mean": mean, "rstd": rstd, "weight": stacked(weights),
-        "scale": compact(head_scale), "dweight": dweight, "dbias": dbias, "dscale": dscale, "row_index": rows,
-        "place": None if rows is None else row_places(rows, offsets, x.shape[0]), "offsets": offsets, "rows": count,
-        "x_rows": x.shape[0], "width": width, "grad_stride": grad.stride(0), "x_stride": x.stride(0),
-        "norms": norms, "modalities_per_norm": _modalities_per_norm(offsets, norms),
-        "head_dim": _head_dim(width, head_scale),
+        "grad": grad, "x": x, "dx": dx, "mean": saved.mean, "rstd": saved.rstd, "weight": stacked(saved.weight),
+        "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1], "dscale": dscale,
+        "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]), "rows": count,
+        "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0), **walk,
     }  # fmt: skip
     launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters)
-    dweights = [w.new_empty(width if need else 0) for w, need in zip(weights, weight_needs, strict=True)]
-    dbiases = [b.new_empty(width if need else 0) for b, need in zip(biases, bias_needs, strict=True)]
-    for norm in range(norms):
-        sums = [(dweight, dweights[norm])] if weights and weight_needs[norm] else []
-        sums += [(dbias, dbiases[norm])] if biases and bias_needs[norm] else []
-        if sums:
-            sum_partials(sums, offsets, count, norm, norms, parameters)
-    if not head_scale_needed:
-        return dx, dweights, dbiases, x.new_empty(0)
-    by_column = torch.empty(width, dtype=torch.float32, device=x.device)
-    sum_partials([(dscale, by_column)], offsets, count, 0, 1, parameters)
-    return dx, dweights, dbiases, by_column.view(head_scale.shape[0], -1).sum(1).to(head_scale.dtype)
+    gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]
+    sum_by_norm(partials, gradients, norms, offsets, count, parameters)
+    by_head = None
+    if dscale is not None:
+        by_column = torch.empty(width, dtype=torch.float32, device=x.device)
+        sum_partials([(dscale, by_column)], offsets, count, 0, 1, parameters)
+        by_head = by_column.view(head_scale.shape[0], -1).sum(1).to(head_scale.dtype)
+    return LayerNormGradients(dx, *gradients, by_head)
+
+
+def _walk(given: LayerNormInputs | LayerNormSaved) -> dict[str, Any]:
+    """Which rows both kernels walk over, and how these share norms."""
+    offsets, norms, width = compact(given.routing.offsets), max(len(given.weight), len(given.bias), 1), given.x.shape[1]
+    return {
+        "row_index": compact(given.routing.row_index), "offsets": offsets, "width": width, "norms": norms,
+        # One where each modality has its own norm, all of them where they share one.
+        "modalities_per_norm": 0 if offsets is None else (offsets.shape[0] - 1) // norms,
+        "head_dim": 1 if given.head_scale is None else width // given.head_scale.shape[0],
+    }  # fmt: skip
 
 
 def _table_name(name: str, head_scale: Tensor | None) -> str:
     return name if head_scale is None else f"{name}_head_scale"
-
-
-def _modalities_per_norm(offsets: Tensor | None, norms: int) -> int:
-    """One where each modality has its own norm, all of them where they share one."""
-    return 0 if offsets is None else (offsets.shape[0] - 1) // norms
-
-
-def _head_dim(width: int, head_scale: Tensor | None) -> int:
-    return 1 if head_scale is None else width // head_scale.shape[0]

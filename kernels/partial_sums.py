@@ -139,6 +139,22 @@ def sum_partials(
     launch(partial_sums_kernel, (triton.cdiv(width, BLOCK_COLUMNS), len(sums)), arguments, constants, num_warps=4)
 
 
+def new_where_needed(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Room for the gradient of each vector that needs one."""
+    return [vector.new_empty(vector.shape) if need else None for vector, need in zip(vectors, needs, strict=True)]
+
+
+def sum_by_norm(
+    partials: Sequence[Tensor | None], gradients: Sequence[Sequence[Tensor | None]], norms: int,
+    offsets: Tensor | None, rows: int, parameters: Parameters,
+) -> None:  # fmt: skip
+    """Sum each of ``partials`` into its gradients, one for each norm that needs one."""
+    for norm in range(norms):
+        pairs = [(partial, mine[norm]) for partial, mine in zip(partials, gradients, strict=True) if mine]
+        if wanted := [(partial, gradient) for partial, gradient in pairs if gradient is not None]:
+            sum_partials(wanted, offsets, rows, norm, norms, parameters)
+
+
 def with_unused(vectors: Sequence[Tensor | None], width: int, like: Tensor) -> tuple[Tensor, ...]:
     """The vectors, and for frozen ones a vector like them that nobody reads: freezing one compiles nothing."""
     unused = None if all(vector is not None for vector in vectors) else like.new_empty(width)

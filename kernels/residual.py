@@ -6,16 +6,15 @@ all rows of the stream looks up each row's place among the branch's rows, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import load_terms, means_in_memory
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, new_where_needed, store_sum, sum_partials
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -25,6 +24,7 @@ from onepeace_fast.kernels.rows import (
     store_rows,
     store_zeros,
 )
+from onepeace_fast.structures import Needs, ResidualGradients, ResidualInputs, ResidualOutputs, ResidualSaved
 
 
 @triton.jit
@@ -326,84 +326,77 @@ def residual_backward_kernel(
         store_zeros(dy, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
-def _dropout_arguments(dropout: float, seed: Tensor | None) -> dict[str, Tensor | int | float | None]:
-    if not dropout:
-        return {"seed": None, "drop_below": 0, "dropout_scale": 1.0}
-    return {"seed": seed, "drop_below": int(dropout * 2**32), "dropout_scale": 1 / (1 - dropout)}
-
-
-def residual(
-    x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, dropout: float,
-    seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``residual_forward_kernel``: what ``residual_specification`` returns."""
-    x, y, rows, offsets = unit_columns(x), unit_columns(y), compact(rows), compact(offsets)
+def residual_forward(given: ResidualInputs) -> ResidualOutputs:
+    """Launch ``residual_forward_kernel``."""
+    x, y = unit_columns(given.x), unit_columns(given.y)
+    row_index, offsets = compact(given.routing.row_index), compact(given.routing.offsets)
     count, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     normed = mean = rstd = None
-    if norm_weight is not None:
+    if given.norm_weight is not None:
         normed = torch.empty(x.shape, dtype=y.dtype, device=x.device)
         mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     parameters, programs = parameters_for("residual" if normed is None else "residual_layer_norm", x, count)
     arguments = {
-        "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd, "gamma": compact(gamma),
-        "drop_path": compact(keep), "sample": compact(sample),
-        "place": None if rows is None else row_places(rows, offsets, count),
-        "offsets": offsets if rows is None else None, "norm_weight": compact(norm_weight),
-        "norm_bias": compact(norm_bias), "rows": count, "width": width, "x_stride": x.stride(0),
-        "y_stride": y.stride(0), "modalities": _modalities(offsets), "eps": eps, **_dropout_arguments(dropout, seed),
+        "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd,
+        "place": None if row_index is None else row_places(row_index, offsets, count),
+        "offsets": offsets if row_index is None else None, "norm_weight": compact(given.norm_weight),
+        "norm_bias": compact(given.norm_bias), "rows": count, "width": width, "x_stride": x.stride(0),
+        "y_stride": y.stride(0), "eps": given.eps, **_scaling(given),
     }  # fmt: skip
     launch_over_rows(residual_forward_kernel, programs, arguments, parameters)
-    return out, *(x.new_empty(0) if result is None else result for result in (normed, mean, rstd))
+    return ResidualOutputs(out, normed, mean, rstd)
 
 
-def residual_backward(
-    grad: Tensor | None, grad_normed: Tensor | None, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    sample: Tensor | None, dropout: float, seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None,
-    out: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor | None,
-    rstd: Tensor | None, y_dtype: torch.dtype, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     """Launch ``residual_backward_kernel`` and the sum for the parameters.
 
     Without a norm's gradient the walk is over the branch's rows, otherwise over the stream's.
     """
-    grad, grad_normed, y = (None if value is None else unit_columns(value) for value in (grad, grad_normed, y))
-    rows, offsets = compact(rows), compact(offsets)
+    grads = saved.grad_out, saved.grad_normed, saved.y if needs.gamma else None
+    grad, grad_normed, y = (None if value is None else unit_columns(value) for value in grads)
+    row_index, offsets = compact(saved.routing.row_index), compact(saved.routing.offsets)
     normed = grad_normed is not None
+    out, mean, rstd = (saved.out, saved.mean, saved.rstd) if normed else (None, None, None)
     like = out if normed else grad
     stream_rows, width = like.shape
-    branch_rows = stream_rows if rows is None else rows.shape[0]
+    branch_rows = stream_rows if row_index is None else row_index.shape[0]
     walked, walk_offsets = (stream_rows, None) if normed else (branch_rows, offsets)
     parameters, programs = parameters_for(f"residual{'_layer_norm' * normed}_backward", like, walked)
-    vectors = (gamma, norm_weight, norm_bias)
-    gradients = [like.new_empty(0) if not n else v.new_empty(v.shape) for v, n in zip(vectors, needs, strict=True)]
-    computed = [needs[0], needs[1] and normed, needs[2] and normed]
-    partials = [new_partials(1, programs, like, parameters) if needed else None for needed in computed]
+    vectors = (saved.gamma, saved.norm_weight, saved.norm_bias)
+    gradients = new_where_needed(vectors, (needs.gamma, needs.norm_weight, needs.norm_bias))
+    computed = gradients if normed else [gradients[0], None, None]
+    partials = [None if gradient is None else new_partials(1, programs, like, parameters) for gradient in computed]
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device) if normed else None
-    dy = torch.empty((branch_rows, width), dtype=y_dtype, device=like.device)
+    dy = torch.empty((branch_rows, width), dtype=saved.y_dtype, device=like.device)
     arguments = {
-        "grad": grad, "grad_normed": grad_normed, "y": y if needs[0] else None, "out": out if normed else None,
-        "dx": dx, "dy": dy, "mean": mean if normed else None, "rstd": rstd if normed else None,
-        "gamma": compact(gamma), "drop_path": compact(keep), "sample": compact(sample),
-        "norm_weight": compact(norm_weight) if normed else None,
-        "dgamma": partials[0], "dweight": partials[1], "dbias": partials[2], "row_index": None if normed else rows,
-        "place": row_places(rows, offsets, stream_rows) if normed and rows is not None else None,
+        "grad": grad, "grad_normed": grad_normed, "y": y, "out": out, "dx": dx, "dy": dy, "mean": mean, "rstd": rstd,
+        "norm_weight": compact(saved.norm_weight) if normed else None,
+        "dgamma": partials[0], "dweight": partials[1], "dbias": partials[2],
+        "row_index": None if normed else row_index,
+        "place": row_places(row_index, offsets, stream_rows) if normed and row_index is not None else None,
         "offsets": walk_offsets, "branch_offsets": offsets, "rows": walked, "branch_rows": branch_rows,
         "width": width, "grad_stride": 0 if grad is None else grad.stride(0),
-        "grad_normed_stride": grad_normed.stride(0) if normed else 0,
-        "y_stride": y.stride(0) if needs[0] else 0, "out_stride": out.stride(0) if normed else 0,
-        "modalities": _modalities(offsets), **_dropout_arguments(dropout, seed),
+        "grad_normed_stride": grad_normed.stride(0) if normed else 0, "y_stride": 0 if y is None else y.stride(0),
+        "out_stride": out.stride(0) if normed else 0, **_scaling(saved),
     }  # fmt: skip
     launch_over_rows(residual_backward_kernel, programs, arguments, parameters)
-    sums = [pair for pair, needed in zip(zip(partials, gradients, strict=True), computed, strict=True) if needed]
+    sums = [pair for pair in zip(partials, computed, strict=True) if pair[0] is not None]
     if sums:
         sum_partials(sums, walk_offsets, walked, 0, 1, parameters)
-    for gradient, needed, done in zip(gradients, needs, computed, strict=True):
-        if needed and not done:  # a norm whose output received no gradient still owes zeros
-            gradient.zero_()
-    return like.new_empty(0) if dx is None else dx, dy, *gradients
+    if not normed:  # a norm whose output received no gradient still owes zeros
+        for gradient in gradients[1:]:
+            if gradient is not None:
+                gradient.zero_()
+    return ResidualGradients(dx, dy, *gradients)
 
 
-def _modalities(offsets: Tensor | None) -> int:
-    return 0 if offsets is None else offsets.shape[0] - 1
+def _scaling(given: ResidualInputs | ResidualSaved) -> dict[str, Any]:
+    """What the branch is scaled by, in both kernels."""
+    offsets, (probability, seed) = given.routing.offsets, given.dropout
+    return {
+        "gamma": compact(given.gamma), "drop_path": compact(given.drop_path.scale),
+        "sample": compact(given.drop_path.sample), "modalities": 0 if offsets is None else offsets.shape[0] - 1,
+        "seed": seed if probability else None, "drop_below": int(probability * 2**32),
+        "dropout_scale": 1 / (1 - probability),
+    }  # fmt: skip

@@ -10,15 +10,13 @@ tile's part of a row; the second takes what these merge to into its epilogue, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln
+from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_forward
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_wt,
     column_pieces,
@@ -37,6 +35,13 @@ from onepeace_fast.kernels.grouped_gemm import (
 from onepeace_fast.kernels.launch import compact, unit_columns
 from onepeace_fast.kernels.routed_ffn_fold import fold, merge_statistics
 from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
+from onepeace_fast.structures import (
+    FeedForwardSettings,
+    FeedForwardWeights,
+    GatedSubLNInputs,
+    RoutedFFNInputs,
+    RoutedFFNOutputs,
+)
 
 
 @triton.jit
@@ -253,11 +258,11 @@ def routed_ffn_output_kernel(
 
 
 def hidden(
-    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], offsets: Tensor,
-    activation: str, eps: float, keep_products: bool, keep_a: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Launch ``routed_ffn_hidden_kernel``: u, v and a where they are kept, and mean and rstd of h."""
-    z, offsets = for_descriptors(z), compact(offsets)
+    z: Tensor, weights: FeedForwardWeights, offsets: Tensor, settings: FeedForwardSettings, *, normed: bool,
+    keep_products: bool, keep_a: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Launch ``routed_ffn_hidden_kernel``: u, v and a where they are kept, mean and rstd of h where it is normed."""
+    z, offsets, (w0, w1, *_) = for_descriptors(z), compact(offsets), weights
     rows, (columns, inner), modalities = z.shape[0], w0[0].shape, len(w0)
 
     def like_h(kept: bool) -> Tensor | None:
@@ -265,34 +270,36 @@ def hidden(
 
     u, v, a = like_h(keep_products), like_h(keep_products and bool(w1)), like_h(keep_a)
     parameters, _ = tiles_for("routed_ffn_hidden", z)
-    tiles = triton.cdiv(columns, parameters.block_columns)
-    normed = bool(norm_weight) and keep_a
-    tile_mean, tile_squares = (
-        torch.empty((tiles if normed else 0, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
-    )
-    mean, rstd = (torch.empty((rows if normed else 0, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
+    tile_mean = tile_squares = mean = rstd = None
+    if normed:
+        tiles = triton.cdiv(columns, parameters.block_columns)
+        tile_mean, tile_squares = (
+            torch.empty((tiles, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
+        )
+        mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
-        "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
+        "a": a, "norm_weight": vectors(weights.norm_weight) if normed else None, "tile_mean": tile_mean,
         "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "hidden": columns, "x_stride": row_stride(z),
     }  # fmt: skip
-    constants = {"WIDTH": inner, "MODALITIES": modalities, "ACTIVATION": activation, "PIECES": parameters.pieces}
+    constants = {
+        "WIDTH": inner, "MODALITIES": modalities, "ACTIVATION": settings.activation, "PIECES": parameters.pieces,
+    }  # fmt: skip
     launch_tiles(routed_ffn_hidden_kernel, "routed_ffn_hidden", rows, columns, modalities, arguments, constants)
     if normed:
-        merge_statistics(tile_mean, tile_squares, mean, rstd, offsets, eps, columns, parameters.block_columns)
+        merge_statistics(tile_mean, tile_squares, mean, rstd, offsets, settings.eps, columns, parameters.block_columns)
     return u, v, a, mean, rstd
 
 
 def output(
-    a: Tensor, w2: Sequence[Tensor], b2: Sequence[Tensor], folded: Tensor | None, mean: Tensor,
-    rstd: Tensor, offsets: Tensor, residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    sample: Tensor | None, row_index: Tensor | None, keep_y: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    a: Tensor, given: RoutedFFNInputs, folded: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Launch ``routed_ffn_output_kernel``: out, and y where it is kept and is not out itself."""
-    a, offsets, row_index = for_descriptors(a), compact(offsets), compact(row_index)
+    a, residual, w2 = for_descriptors(a), given.residual, given.weights.w2
+    offsets, row_index = compact(given.routing.offsets), compact(given.routing.row_index)
     rows, (columns, inner), modalities = a.shape[0], w2[0].shape, len(w2)
     y = out = place = None
-    if residual is None or keep_y:
+    if residual is None or given.settings.keep_y:
         y = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
     if residual is not None:
         residual = unit_columns(residual)
@@ -301,10 +308,10 @@ def output(
     c, e = (None, None) if folded is None else folded
     arguments = {
         "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
-        "b2": vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
-        "gamma": compact(gamma), "drop_path": compact(keep), "sample": compact(sample), "row_index": row_index,
-        "place": place, "offsets": offsets, "rows": rows,
-        "stream_rows": rows if residual is None else residual.shape[0],
+        "b2": vectors(given.weights.b2) if folded is None else None, "y": y, "out": out, "residual": residual,
+        "gamma": compact(given.gamma), "drop_path": compact(given.drop_path.scale),
+        "sample": compact(given.drop_path.sample), "row_index": row_index, "place": place, "offsets": offsets,
+        "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
         "width": columns, "hidden": inner, "a_stride": row_stride(a),
         "residual_stride": 0 if residual is None else residual.stride(0),
     }  # fmt: skip
@@ -313,23 +320,19 @@ def output(
     return (y, None) if out is None else (out, y)
 
 
-def routed_ffn(
-    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
-    w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, residual: Tensor | None, gamma: Tensor | None,
-    keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float, fold_norm: bool,
-    keep_products: bool, keep_y: bool, folded: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """What ``routed_ffn_specification`` returns, by grouped products; stores c and e into ``folded``."""
-    unfolded = bool(norm_weight) and not fold_norm
+def routed_ffn_forward(given: RoutedFFNInputs) -> RoutedFFNOutputs:
+    """The forward pass by grouped products; u and v also where the norm made them and they are not to be kept."""
+    z, weights, routing, settings = given.z, given.weights, given.routing, given.settings
+    normed = bool(weights.norm_weight)
+    unfolded = normed and not settings.fold_norm
     u, v, a, mean, rstd = hidden(
-        z, w0, w1, () if unfolded else norm_weight, offsets, activation, eps, keep_products or unfolded, not unfolded
-    )
-    if unfolded:
-        a, mean, rstd = gated_sub_ln(u, v, norm_weight, norm_bias, offsets, (), activation, eps)
-    if norm_weight:
-        fold(w2, norm_weight, norm_bias, b2, offsets, z.shape[0], folded)
-    out, y = output(
-        a, w2, b2, folded if norm_weight and fold_norm else None, mean, rstd, offsets, residual, gamma, keep, sample,
-        rows, keep_y,
+        z, weights, routing.offsets, settings, normed=normed and not unfolded,
+        keep_products=settings.keep_products or unfolded, keep_a=not unfolded,
     )  # fmt: skip
-    return out, u, v, y, mean, rstd
+    if unfolded:
+        a, mean, rstd = gated_sub_ln_forward(
+            GatedSubLNInputs(u, v, weights.norm_weight, weights.norm_bias, routing, settings.activation, settings.eps)
+        )
+    folded = fold(weights, routing.offsets, z.shape[0]) if normed else None
+    out, y = output(a, given, None if unfolded else folded, mean, rstd)
+    return RoutedFFNOutputs(out, u, v, y, mean, rstd, folded)

@@ -47,7 +47,9 @@ from onepeace_fast.kernels.partial_sums import (
     store_of_modality,
     with_unused,
 )
+from onepeace_fast.kernels.routed_ffn import hidden
 from onepeace_fast.kernels.routed_ffn_scale_gradient import scaled_gradient
+from onepeace_fast.structures import FeedForwardWeights, Needs, RoutedFFNGradients, RoutedFFNSaved
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -198,39 +200,41 @@ def routed_ffn_sum_norm_tiles_kernel(
 
 
 def hidden_gradient(
-    dy: Tensor, w2: Sequence[Tensor], u: Tensor, v: Tensor | None, mean: Tensor, rstd: Tensor, m1: Tensor | None,
-    m2: Tensor | None, norm_weight: Sequence[Tensor], offsets: Tensor, activation: str, hhat_needed: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    dy: Tensor, saved: RoutedFFNSaved, m1: Tensor | None, m2: Tensor | None, hhat_needed: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """du, dv and hhat (h without norm), [rows, hidden]; rows past the last offset are not written."""
-    dy, w2, u, v = for_descriptors(dy), contiguous_for_descriptors(w2), u.contiguous(), compact(v)
+    w2 = contiguous_for_descriptors(saved.weights.w2)
+    dy, u, v = for_descriptors(dy), saved.u.contiguous(), compact(saved.v)
     rows, (width, hidden) = dy.shape[0], w2[0].shape
     du, dv, hhat = (
         torch.empty((rows, hidden), dtype=u.dtype, device=u.device) if needed else None
         for needed in (True, v is not None, hhat_needed)
     )
-    normed = bool(norm_weight)
     arguments = {
-        "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": mean if normed else None,
-        "rstd": rstd if normed else None, "m1": m1, "m2": m2, "norm_weight": vectors(norm_weight),
-        "offsets": compact(offsets), "rows": rows, "width": width, "hidden": hidden, "dy_stride": row_stride(dy),
+        "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": saved.mean, "rstd": saved.rstd,
+        "m1": m1, "m2": m2, "norm_weight": vectors(saved.weights.norm_weight),
+        "offsets": compact(saved.routing.offsets), "rows": rows, "width": width, "hidden": hidden,
+        "dy_stride": row_stride(dy),
     }  # fmt: skip
     entry = "routed_ffn_hidden_gradient"
-    constants = {"MODALITIES": len(w2), "ACTIVATION": activation, "PIECES": tiles_for(entry, dy)[0].pieces}
+    constants = {
+        "MODALITIES": len(w2), "ACTIVATION": saved.settings.activation, "PIECES": tiles_for(entry, dy)[0].pieces,
+    }  # fmt: skip
     launch_tiles(routed_ffn_hidden_gradient_kernel, entry, rows, hidden, len(w2), arguments, constants)
     return du, dv, hhat
 
 
 def output_weight_gradient(
-    dy: Tensor, hhat: Tensor, w2: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
-    db2: Tensor, offsets: Tensor, outs: Sequence[Tensor | None], weight_gradients: Sequence[Tensor | None],
-    bias_gradients: Sequence[Tensor | None],
-) -> None:  # fmt: skip
+    dy: Tensor, hhat: Tensor, db2: Tensor, saved: RoutedFFNSaved, gradients: FeedForwardWeights
+) -> None:
     """Store dW2, dgl and dbl of every modality that needs one of them."""
+    outs, weight_gradients, bias_gradients = gradients.w2, gradients.norm_weight, gradients.norm_bias
     of_modalities = enumerate(zip(outs, weight_gradients, bias_gradients, strict=True))
-    needed = [modality for modality, gradients in of_modalities if any_given(gradients)]
+    needed = [modality for modality, mine in of_modalities if any_given(mine)]
     if not needed:
         return
-    dy, w2 = for_descriptors(dy), contiguous_for_descriptors(w2)
+    weights = saved.weights
+    dy, w2 = for_descriptors(dy), contiguous_for_descriptors(weights.w2)
     (width, hidden), modalities = w2[0].shape, len(w2)
     entry = "routed_ffn_output_gradient"
     tiles, _ = tiles_for(entry, dy)
@@ -239,9 +243,9 @@ def output_weight_gradient(
     unused = None if all(out is not None for out in outs) else torch.empty_like(w2[0])
     arguments = {
         "dy": dy, "hhat": hhat, "outs": tuple(unused if out is None else out for out in outs), "w2": w2,
-        "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias), "db2": db2, "dweight": dweight,
-        "dbias": dbias, "offsets": compact(offsets), "rows": dy.shape[0], "needed": bit_mask(needed), "width": width,
-        "hidden": hidden, "dy_stride": row_stride(dy),
+        "norm_weight": vectors(weights.norm_weight), "norm_bias": vectors(weights.norm_bias), "db2": db2,
+        "dweight": dweight, "dbias": dbias, "offsets": compact(saved.routing.offsets), "rows": dy.shape[0],
+        "needed": bit_mask(needed), "width": width, "hidden": hidden, "dy_stride": row_stride(dy),
     }  # fmt: skip
     constants = {"MODALITIES": modalities, "PIECES": tiles.pieces}
     launch_tiles(
@@ -250,8 +254,8 @@ def output_weight_gradient(
     if any_given(weight_gradients) or any_given(bias_gradients):
         arguments = {
             "dweight": dweight, "dbias": dbias, "row_tiles": row_tiles, "width": hidden,
-            "weight_gradients": with_unused(weight_gradients, hidden, norm_weight[0]),
-            "bias_gradients": with_unused(bias_gradients, hidden, norm_bias[0]),
+            "weight_gradients": with_unused(weight_gradients, hidden, weights.norm_weight[0]),
+            "bias_gradients": with_unused(bias_gradients, hidden, weights.norm_bias[0]),
         }  # fmt: skip
         constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
         grid = (triton.cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
@@ -263,38 +267,29 @@ def any_given(tensors: Sequence[Tensor | None]) -> bool:
     return any(tensor is not None for tensor in tensors)
 
 
-def routed_ffn_backward(
-    grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, gamma: Tensor | None,
-    keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, u: Tensor, v: Tensor | None, y: Tensor,
-    mean: Tensor, rstd: Tensor, folded: Tensor, activation: str, needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """What ``routed_ffn_backward_specification`` returns, by grouped products."""
-    lists = (w0, w1, norm_weight, norm_bias, w2, b2)
-    flags = iter(needs)
-    gradients = [[torch.empty_like(p, memory_format=torch.contiguous_format) if next(flags) else None for p in listed]
-                 for listed in lists]  # fmt: skip
-    dw0, dw1, dnorm_weight, dnorm_bias, dw2, db2 = gradients
-    dgamma = torch.empty_like(gamma, memory_format=torch.contiguous_format) if next(flags) else None
-    hidden, normed = w2[0].shape[1], bool(norm_weight)
-    c, e = folded if normed else (None, None)
-    hhat_needed = any_given((*dw2, *dnorm_weight, *dnorm_bias))
-    sums_needed = any_given(db2) or (normed and hhat_needed)
-    dy, m1, m2, row_sums = scaled_gradient(
-        grad, y, c, e, gamma, keep, sample, rows, z, hidden, offsets, sums_needed, db2, dgamma
-    )
-    du, dv, hhat = hidden_gradient(
-        dy, w2, u, v, mean, rstd, m1, m2, norm_weight, offsets, activation, hhat_needed
-    )  # fmt: skip
+def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+    """The backward pass by grouped products; u and v are computed again where they were not kept."""
+    z, weights, offsets = saved.z, saved.weights, saved.routing.offsets
+    if saved.u is None:
+        u, v, *_ = hidden(z, weights, offsets, saved.settings, normed=False, keep_products=True, keep_a=False)
+        saved = saved._replace(u=u, v=v)
+    gradients = FeedForwardWeights(*[
+        [torch.empty_like(p, memory_format=torch.contiguous_format) if need else None
+         for p, need in zip(parameters, flags, strict=True)]
+        for parameters, flags in zip(weights, needs.weights, strict=True)
+    ])  # fmt: skip
+    dgamma = torch.empty_like(saved.gamma, memory_format=torch.contiguous_format) if needs.gamma else None
+    normed = bool(weights.norm_weight)
+    hhat_needed = any_given((*gradients.w2, *gradients.norm_weight, *gradients.norm_bias))
+    sums_needed = any_given(gradients.b2) or (normed and hhat_needed)
+    dy, m1, m2, row_sums = scaled_gradient(saved, sums_needed, gradients.b2, dgamma)
+    du, dv, hhat = hidden_gradient(dy, saved, m1, m2, hhat_needed)
     if normed:
-        output_weight_gradient(
-            dy, hhat, w2, norm_weight, norm_bias, row_sums, offsets, dw2, dnorm_weight, dnorm_bias
-        )  # fmt: skip
+        output_weight_gradient(dy, hhat, row_sums, saved, gradients)
     elif hhat_needed:
-        weight_gradient([dy], hhat, offsets, [dw2])
-    both = [(du, w0, dw0)] if dv is None else [(du, w0, dw0), (dv, w1, dw1)]
+        weight_gradient([dy], hhat, offsets, [gradients.w2])
+    both = [(du, weights.w0, gradients.w0)]
+    both += [] if dv is None else [(dv, weights.w1, gradients.w1)]
     weight_gradient([x for x, _, _ in both], z, offsets, [out for _, _, out in both])
     dz = input_gradient([(x, w) for x, w, _ in both], offsets)
-    nothing = z.new_empty(0)
-    flat = [nothing if gradient is None else gradient for listed in gradients for gradient in listed]
-    return dz, flat, nothing if dgamma is None else dgamma
+    return RoutedFFNGradients(dz, gradients, None, dgamma)

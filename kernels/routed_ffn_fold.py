@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from onepeace_fast.kernels.grouped_gemm import contiguous_for_descriptors, of_modality, vectors
 from onepeace_fast.kernels.launch import compact, launch
 from onepeace_fast.kernels.rows import row_extent
+from onepeace_fast.structures import FeedForwardWeights
 
 STATISTICS_ROWS = 32  # of one program that merges statistics
 FOLD_ROWS, FOLD_COLUMNS = 4, 512  # of W2, in registers at a time
@@ -96,16 +96,17 @@ def merge_statistics(
     launch(routed_ffn_statistics_kernel, grid, arguments, constants, num_warps=4)
 
 
-def fold(
-    w2: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], b2: Sequence[Tensor],
-    offsets: Tensor, rows: int, folded: Tensor,
-) -> None:  # fmt: skip
-    """Launch ``routed_ffn_fold_kernel``: store c and e into float32 [2, modalities, width], where there are rows."""
+def fold(weights: FeedForwardWeights, offsets: Tensor, rows: int) -> Tensor:
+    """Launch ``routed_ffn_fold_kernel``: c and e, float32 [2, modalities, width], zero for modalities without rows."""
+    w2 = weights.w2
     (width, hidden_columns), modalities = w2[0].shape, len(w2)
+    folded = torch.zeros((2, modalities, width), dtype=torch.float32, device=w2[0].device)
+    c, e = folded
     arguments = {
-        "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
-        "b2": vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
-        "width": width, "hidden": hidden_columns,
+        "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(weights.norm_weight),
+        "norm_bias": vectors(weights.norm_bias), "b2": vectors(weights.b2), "c": c, "e": e,
+        "offsets": compact(offsets), "rows": rows, "width": width, "hidden": hidden_columns,
     }  # fmt: skip
     constants = {"BLOCK_ROWS": FOLD_ROWS, "BLOCK_COLUMNS": FOLD_COLUMNS}
     launch(routed_ffn_fold_kernel, (triton.cdiv(width, FOLD_ROWS), modalities), arguments, constants, num_warps=4)
+    return folded

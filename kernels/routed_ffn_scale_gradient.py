@@ -21,6 +21,7 @@ from onepeace_fast.kernels.partial_sums import (
     store_of_modality,
     with_unused,
 )
+from onepeace_fast.structures import RoutedFFNSaved
 
 BLOCK_ROWS, NUM_WARPS = 32, 8
 
@@ -143,17 +144,17 @@ def routed_ffn_sum_row_tiles_kernel(
 
 
 def scaled_gradient(
-    grad: Tensor, y: Tensor, c: Tensor | None, e: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    sample: Tensor | None, row_index: Tensor | None, like: Tensor, hidden: int, offsets: Tensor, sums_needed: bool,
-    b2_gradients: Sequence[Tensor | None], gamma_gradient: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dy [rows, width] like z, m1 and m2 [rows] where there is c, and db2 float32 [modalities, width].
+    saved: RoutedFFNSaved, sums_needed: bool, b2_gradients: Sequence[Tensor | None], gamma_gradient: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dy [rows, width] like z, m1 and m2 [rows] where a norm is folded, and db2 float32 [modalities, width].
 
     Stores db2 and dgamma into what is given for them. A gradient that nothing scales is dy itself.
     """
+    like, offsets, row_index = saved.z, compact(saved.routing.offsets), saved.routing.row_index
     (rows, width), modalities = like.shape, offsets.shape[0] - 1
-    grad = unit_columns(grad)
-    scaled = gamma is not None or keep is not None or row_index is not None or grad.dtype != like.dtype
+    grad, gamma, (drop_path, sample) = unit_columns(saved.grad_out), saved.gamma, saved.drop_path
+    c, e = (None, None) if saved.folded is None else saved.folded
+    scaled = gamma is not None or drop_path is not None or row_index is not None or grad.dtype != like.dtype
     dy = torch.empty((rows, width), dtype=like.dtype, device=like.device) if scaled else None
     m1, m2 = (None if c is None else torch.empty(rows, dtype=torch.float32, device=like.device) for _rank in range(2))
     totals = like.new_empty((modalities, width), dtype=torch.float32) if sums_needed else None
@@ -162,14 +163,14 @@ def scaled_gradient(
         like.new_empty((tiles, width), dtype=torch.float32) if needed else None
         for needed in (sums_needed, gamma_gradient is not None)
     )
-    shared = {"db2": db2, "dgamma": dgamma, "offsets": compact(offsets), "rows": rows, "width": width}
+    shared = {"db2": db2, "dgamma": dgamma, "offsets": offsets, "rows": rows, "width": width}
     if scaled or c is not None or sums_needed:
-        y = unit_columns(y) if c is not None or dgamma is not None else None
+        y = unit_columns(saved.y) if c is not None or dgamma is not None else None
         arguments = {
-            "grad": grad, "y": y, "dy": dy, "m1": m1, "m2": m2, "gamma": compact(gamma), "drop_path": compact(keep),
-            "sample": compact(sample), "row_index": compact(row_index), "c": c, "e": e, "hidden": hidden,
-            "grad_stride": grad.stride(0), "y_stride": 0 if y is None else y.stride(0), "modalities": modalities,
-            **shared,
+            "grad": grad, "y": y, "dy": dy, "m1": m1, "m2": m2, "gamma": compact(gamma),
+            "drop_path": compact(drop_path), "sample": compact(sample), "row_index": compact(row_index), "c": c,
+            "e": e, "hidden": saved.weights.w2[0].shape[1], "grad_stride": grad.stride(0),
+            "y_stride": 0 if y is None else y.stride(0), "modalities": modalities, **shared,
         }  # fmt: skip
         constants = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
         launch(routed_ffn_scale_gradient_kernel, (tiles,), arguments, constants, NUM_WARPS)

@@ -101,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_arguments(
         commands.add_parser(
             "selftest",
-            help="hold every operation on this machine against its specification in float64",
+            help="hold every operation on this machine against its reference in float64",
             description="Runs every operation, forward and backward, on the GPU, or on the CPU where there is none, "
-            "and compares its results and every gradient with its specification in float64. Where all of them on a GPU "
+            "and compares its results and every gradient with its reference in float64. Where all of them on a GPU "
             "keep within their tolerances, it times the strategies and writes the GPU's file of measurements, which "
             f"makes the fused backend automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into "
             "your configuration.",

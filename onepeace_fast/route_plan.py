@@ -125,7 +125,7 @@ class RoutePlan:
             lengths: number of True in each row, where the host knows it; otherwise one synchronisation reads them all.
             capacity: rows to allocate, at least the number of real rows, which is the default; with it the plan may be
                 refilled by ``copy_``, so it holds no ``row_counts``, and ``max_length`` bounds every batch. Capturing
-                it in a graph needs kernels: the specifications read the counts on the host.
+                it in a graph needs kernels: the references read the counts on the host.
 
         Raises:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
@@ -249,7 +249,7 @@ class RoutePlan:
             max_position: largest position id, where it is not T - 1.
 
         Ids are checked here on a CPU, and by an assertion on the device elsewhere. The plan holds no host counts: on
-        a GPU the kernels read ``offsets`` on the device, elsewhere the specifications read them on the host.
+        a GPU the kernels read ``offsets`` on the device, elsewhere the references read them on the host.
         """
         require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
         require(samples > 0, f"samples: got {samples}, takes a positive number")

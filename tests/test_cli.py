@@ -123,7 +123,7 @@ def test_info_says_of_a_gpu_that_it_was_not_measured_or_in_which_file_and_what_t
     path = measured_gpu("own")
     assert row().endswith(f"within its tolerance: {path}; {how}")
     path = measured_gpu("own", parity=False)
-    assert "no not held against the specification" in row() and row().endswith(str(path))
+    assert "no not held against the reference" in row() and row().endswith(str(path))
     path.write_text("{")
     files.measured_for.cache_clear()
     assert f"{path}: " in row() and "delete the file" in row()
@@ -170,7 +170,7 @@ def test_info_tells_whether_the_cuda_extension_runs_here_for_which_gpus_and_if_n
 
 def test_info_says_whose_attention_s_gradients_are():
     row = row_of(info.describe(), "operation relative_bias_attention")
-    assert "CUDA kernels, forward and backward" in row and "gradients by the specification in chunks of heads" in row
+    assert "CUDA kernels, forward and backward" in row and "gradients by the reference in chunks of heads" in row
 
 
 def test_info_survives_an_installation_that_lacks_or_breaks_nearly_everything(monkeypatch, tmp_path):

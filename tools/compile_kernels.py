@@ -132,7 +132,7 @@ def configurations(architecture: str, width: int, dtype: Any, parts: Sequence[st
 
     from onepeace_fast.hardware.cases import empty_tensors, kernel_cases, product_cases
     from onepeace_fast.kernels.launch import recording
-    from onepeace_fast.ops._library import force_kernels
+    from onepeace_fast.ops.kernel_choice import force_kernels
     from tools.cubin import CHIPS
 
     cpu = torch.device("cpu")

@@ -27,8 +27,8 @@ from onepeace_fast.config import OnePeaceConfig, TransformerConfig
 from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, missing
 from onepeace_fast.kernels.launch import Configuration, recording
 from onepeace_fast.layers import Transformer
-from onepeace_fast.ops._library import force_kernels
-from onepeace_fast.ops._routed_ffn_arguments import chosen_strategy
+from onepeace_fast.ops.kernel_choice import force_kernels
+from onepeace_fast.ops.routed_ffn_arguments import chosen_strategy
 from onepeace_fast.route_plan import RoutePlan
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -115,7 +115,7 @@ def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     yield "per_modality"
     with contextlib.suppress(ValueError):
         z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        yield chosen_strategy("fused", z, config.ffn_embed_dim, 1, (1,))
+        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,))
 
 
 def _step(

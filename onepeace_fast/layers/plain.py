@@ -20,7 +20,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from onepeace_fast.checks import require
-from onepeace_fast.ops._library import row_slices
+from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
 
 Kind = TypeVar("Kind", bound=nn.Module)

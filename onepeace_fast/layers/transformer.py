@@ -93,7 +93,7 @@ def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> T
         return norm(x if branch is None or branch.row_index is None else F.embedding(branch.row_index, x))
     index = {}
     if branch is not None and branch.row_index is not None:
-        index = {"rows": branch.row_index, "offsets": branch.plan.offsets}
+        index = {"row_index": branch.row_index, "offsets": branch.plan.offsets}
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
 
@@ -156,7 +156,7 @@ def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, T
     # Where rows are skipped, the branch's plan marks those behind its last as inert.
     offsets = None if branch.row_index is None else branch.plan.offsets
     return {
-        "keep": branch.drop_path, "sample": branch.sample, "rows": branch.row_index, "offsets": offsets,
+        "drop_path": branch.drop_path, "sample": branch.sample, "row_index": branch.row_index, "offsets": offsets,
         "dropout": dropout, "seed": seed,
     }  # fmt: skip
 
@@ -247,8 +247,8 @@ class TransformerLayer(nn.Module):
             y = by_modality(ffns, z, plan) if modules is None else self.packed_ffn(z, plan, modules)
             return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
         return self.packed_ffn(
-            z, plan, modules, residual=x, gamma=self.gamma_2, keep=feed_forward.drop_path,
-            sample=feed_forward.sample, rows=feed_forward.row_index,
+            z, plan, modules, residual=x, gamma=self.gamma_2, drop_path=feed_forward.drop_path,
+            sample=feed_forward.sample, row_index=feed_forward.row_index,
         )  # fmt: skip
 
     def packed_ffn(

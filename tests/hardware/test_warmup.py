@@ -13,7 +13,7 @@ from onepeace_fast.drop_path import branches
 from onepeace_fast.hardware import warmup
 from onepeace_fast.kernels.launch import recording
 from onepeace_fast.layers import Transformer
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.route_plan import RoutePlan
 
 pytestmark = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def compiled_for(configuration):
     return f"{kernel.fn.__module__}.{kernel.fn.__name__} {specialization} {options}"
 
 
-def layer_step(lengths, frozen=(), strategy="fused"):
+def layer_step(lengths, frozen=(), strategy="grouped"):
     """What one layer in bfloat16 asks of Triton for a batch, forward and backward; the frozen modality's FFN is."""
     model = Transformer(STACK).bfloat16().train()
     layer = model.layers[0]
@@ -63,13 +63,13 @@ def layer_step(lengths, frozen=(), strategy="fused"):
     return found
 
 
-@pytest.mark.parametrize("strategy", ("fused", "per_modality"))
+@pytest.mark.parametrize("strategy", ("grouped", "per_modality"))
 def test_neither_another_batch_nor_a_frozen_modality_compiles_anything(strategy):
     first = layer_step({"text": [16, 16], "image": [16, 16]}, strategy=strategy)
     assert len(first) > 8
     for lengths in ({"text": [1, 1], "image": [0, 1]}, {"text": [3, 2, 30], "image": [17, 1, 300]}):
         assert layer_step(lengths, strategy=strategy) <= first
-    if strategy == "fused":
+    if strategy == "grouped":
         for frozen in (("text",), ("image",)):
             assert layer_step({"text": [16, 16], "image": [16, 16]}, frozen, strategy) <= first
 

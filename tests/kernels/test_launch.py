@@ -36,7 +36,7 @@ def test_ops_launch_kernels_forward_and_backward(launched):
     sum(output.sum() for output in residual_layer_norm(x, x, None, weight)).backward()
     assert launched[3:] == ["residual_forward_kernel", "residual_backward_kernel", "partial_sums_kernel"]
     layer_norm(x.double()).sum().backward()
-    assert len(launched) == 6, "float64 runs the specification"
+    assert len(launched) == 6, "float64 runs the reference"
 
 
 def test_frozen_experts_have_no_sum(launched):
