@@ -17,13 +17,13 @@ def masks():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_each_pass_of_a_step_draws_its_own_drop_path_and_is_encoded_with_it(backend, monkeypatch):
     drawn, used = [], []
-    draw = stack_module.draw_keep
-    monkeypatch.setattr(stack_module, "draw_keep", lambda *a: drawn.append(draw(*a)) or drawn[-1])
+    draw = stack_module.draw_drop_path
+    monkeypatch.setattr(stack_module, "draw_drop_path", lambda *a: drawn.append(draw(*a)) or drawn[-1])
     model = small_model(backend, small_config(layers=4, drop_path_rate=0.6)).train()
     transformer = model.encoder_wrapper.fusion_model
 
     def note(module, arguments):
-        used.append(arguments[1].keep if backend == "fused" else arguments[3])
+        used.append(arguments[1].drop_path if backend == "fused" else arguments[3])
 
     transformer.register_forward_pre_hook(note)
     torch.manual_seed(0)
