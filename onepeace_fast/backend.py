@@ -19,7 +19,7 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("onepeace
 def check_backend(name: str, source: str = "backend") -> str:
     """Return ``name`` if it is a backend, else raise ``ValueError``."""
     if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, takes one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 
@@ -53,4 +53,4 @@ def _proved_on(device: torch.device) -> bool:
     return measured is not None and measured.parity
 
 
-_proved_on._dynamo_marked_constant = True  # torch.compile reads no file: see ops/strategies.py
+_proved_on.__dict__["_dynamo_marked_constant"] = True  # torch.compile reads no file: see ops/strategies.py

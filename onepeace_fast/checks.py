@@ -16,7 +16,7 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def require(condition: bool, message: str | Callable[[], str]) -> None:
+def require(condition: bool, message: str | Callable[..., str]) -> None:
     """Raise ``ValueError`` with the message unless ``condition`` holds.
 
     A message that describes tensors is a function: building it would tie a compiled graph to these very sizes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _silence()
         place = error.filename or "standard output"
-        print(f"{place}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # it may be the standard error itself
+            print(f"{place}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
         return 2
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onepeace_fast.upstream_config import read_transformer
+
 MODALITIES = ("text", "image", "audio")
 _NAME = re.compile("[a-z][a-z0-9_]*")
 
@@ -33,7 +35,7 @@ def _require_positive_integers(config: object, *names: str) -> None:
             raise ValueError(f"{name}: got {value!r}, takes a positive integer")
 
 
-def _require_bucket_size(config: object) -> None:
+def _require_bucket_size(config: TextAdapterConfig | AudioAdapterConfig) -> None:
     _require_positive_integers(config, "bucket_size")
     if config.bucket_size < 2:
         raise ValueError(f"bucket_size: got {config.bucket_size}, takes at least 2")
@@ -215,13 +217,11 @@ class OnePeaceConfig:
 
         Raises ``ValueError`` naming every key whose value this library does not implement.
         """
-        from onepeace_fast.upstream_config import read_transformer  # which itself imports this module
-
-        return cls(
-            encoder=read_transformer(encoder, "encoder"),
-            decoder=read_transformer(decoder, "decoder"),
-            vocab_size=vocab_size,
-        )
+        sections = {
+            "encoder": read_transformer(encoder, "encoder"),
+            "decoder": read_transformer(decoder, "decoder"),
+        }
+        return cls.from_dict({**sections, "vocab_size": vocab_size})
 
 
 _NESTED = {

@@ -13,13 +13,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast._routing import (
+from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.routing import (
     INTEGERS,
+    branch_row_counts,
     check_ids,
     check_lengths,
     check_masks,
@@ -31,14 +34,12 @@ from onepeace_fast._routing import (
     copy_to_device,
     cumulative_rows,
     full_column,
-    kept_rows,
     order_in_sample,
     per_row,
     segment_lengths,
     split_counts,
     tensor_to_device,
 )
-from onepeace_fast.checks import describe, require, require_device, require_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +60,9 @@ class RoutePlan:
         row_counts: rows of each modality where the host knows them, else empty.
         max_length: longest sample, all modalities together, where the host knows it, else 0.
         segment_lengths: per modality, the rows of each sample where the host knows them, else empty.
-        keep: float32 [layers, 2, S] or None: DropPath's factor of each sample, 0 or 1 / (1 - p), for the attention
+        drop_path: float32 [layers, 2, S] or None: DropPath's factor of each sample, 0 or 1 / (1 - p), for the attention
             and for the FFN branch of each layer.
-        kept_row_counts: per layer and branch, the rows of each modality that ``keep`` keeps, where the host knows them,
+        branch_row_counts: per layer and branch, the rows of each modality that it computes, where the host knows them,
             else empty.
     """
 
@@ -80,8 +81,8 @@ class RoutePlan:
     row_counts: tuple[int, ...] = ()
     max_length: int = 0
     segment_lengths: tuple[tuple[int, ...], ...] = ()
-    keep: Tensor | None = None
-    kept_row_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    drop_path: Tensor | None = None
+    branch_row_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -117,7 +118,7 @@ class RoutePlan:
             masks: per modality, in the order of a sequence, bool [B_m, L_m]; True marks the tokens to route.
             first_is_cls: whether position 0 of every modality is its CLS, whose bias has entries of its own; by default
                 none is CLS, and those entries of the bias vectors are not read.
-            positions: int [B_m, L_m], position ids where they are not 0 to L_m - 1 (kept subsets).
+            positions: int [B_m, L_m], position ids where they are not 0 to L_m - 1 (where only some are visible).
             codes: int [L] indexed by position id, codes where they are not the position ids (grids).
             code_offsets: see the attribute; by default L_m - 1, for codes 0 to L_m - 1.
             samples: the sample of each row; by default rows are samples 0 to B_m - 1.
@@ -134,9 +135,9 @@ class RoutePlan:
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
-            check_positions(name, value, masks, (codes or {}).get(name))
+            check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
         given_lengths = lengths is not None
-        if given_lengths:
+        if lengths is not None:
             check_lengths(lengths, shapes, names)
         else:
             counts = torch.cat([mask.sum(1) for mask in masks.values()]).tolist()
@@ -208,7 +209,7 @@ class RoutePlan:
         first_is_cls: bool = False,
         device: torch.device | str = "cpu",
         widths: Mapping[str, int] | None = None,
-        **keywords: object,
+        **keywords: Any,
     ) -> RoutePlan:
         """Build the plan from host-side lengths, CLS included where ``first_is_cls``, without any synchronisation.
 
@@ -290,8 +291,9 @@ class RoutePlan:
         if isinstance(padded, Tensor):
             tensors = [padded]
         else:
+            self._require_padded()
             shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
-            expected = dict(zip(self.modalities, self.padded_shapes, strict=False))
+            expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
             require(
                 shapes == expected,
                 lambda: f"padded: got tensors of {shapes}, takes rows and lengths of {expected}, which the plan is of",
@@ -313,13 +315,7 @@ class RoutePlan:
         Raises:
             ValueError: rows that are not the plan's, or a plan of interleaved tokens of several modalities.
         """
-        require(
-            len(self.padded_shapes) == len(self.modalities),
-            lambda: (
-                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
-                "batches; use unpack_interleaved"
-            ),
-        )
+        self._require_padded()
         parts = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
         return {
             name: part.view(rows, length, packed.shape[1])
@@ -340,6 +336,15 @@ class RoutePlan:
         )
         return self._scatter(packed)
 
+    def _require_padded(self) -> None:
+        require(
+            len(self.padded_shapes) == len(self.modalities),
+            lambda: (
+                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
+                "batches; use pack(tensor) and unpack_interleaved"
+            ),
+        )
+
     def _scatter(self, packed: Tensor) -> Tensor:
         require(
             packed.dim() == 2 and packed.shape[0] == self.capacity,
@@ -348,15 +353,16 @@ class RoutePlan:
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
 
-    def with_keep(self, keep: Tensor) -> RoutePlan:
-        """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_keep`` draws.
+    def with_drop_path(self, drop_path: Tensor) -> RoutePlan:
+        """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_drop_path`` draws.
 
         On the CPU they are counted here, where the plan knows its segments' lengths, and copied to the plan's device.
         """
-        counts = ()
-        if keep.device.type == "cpu" and self.segment_lengths:
-            counts = kept_rows(keep, self.segment_lengths)
-        return dataclasses.replace(self, keep=tensor_to_device(keep, self.offsets.device), kept_row_counts=counts)
+        counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
+        if drop_path.device.type == "cpu" and self.segment_lengths:
+            counts = branch_row_counts(drop_path, self.segment_lengths)
+        on_device = tensor_to_device(drop_path, self.offsets.device)
+        return dataclasses.replace(self, drop_path=on_device, branch_row_counts=counts)
 
     def copy_(self, other: RoutePlan) -> RoutePlan:
         """Refill this plan in place, for a captured graph; both must be built with the same ``capacity``.

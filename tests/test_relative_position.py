@@ -105,3 +105,11 @@ def test_dense_index_takes_leading_dimensions():
 
 def test_codes_follow_the_device():
     assert grid_codes(3, 3, torch.device("meta")).device.type == "meta"
+
+
+def test_buckets_are_computed_in_float32_as_upstream_s(monkeypatch):
+    """In float64 some distances fall into the next bucket, of 74 buckets for instance."""
+    seen, log = [], torch.log
+    monkeypatch.setattr(torch, "log", lambda x: seen.append(x.dtype) or log(x))
+    series_index(74)
+    assert seen == [torch.float32]

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast.kernels.launch_heuristic import WIDEST
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.ops.gated_sub_ln import gated_sub_ln
 from onepeace_fast.relative_position import CLS_ENTRIES
@@ -119,11 +120,12 @@ def _integers(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
-    """The operations that have kernels, on packed rows of one width."""
+    """The operations that have kernels for packed rows of one width."""
     batch = Rows(rows, device)
-    yield from _layer_norm(batch, width, dtype, make)
-    yield from _residual(batch, width, dtype, make)
-    yield from _gated_sub_ln(batch, width, dtype, make)
+    cases = {"layer_norm": _layer_norm, "residual": _residual, "gated_sub_ln": _gated_sub_ln}
+    for operation, cases_of in cases.items():
+        if width <= WIDEST[operation]:
+            yield from cases_of(batch, width, dtype, make)
 
 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
@@ -194,7 +196,7 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
             return residual_layer_norm(x, y, gamma, weight, bias, drop_path=batch.drop_path, sample=batch.sample)
 
         def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            where = {
+            where: dict[str, Any] = {
                 "drop_path": batch.drop_path,
                 "sample": batch.sample,
                 "row_index": batch.some,
@@ -236,7 +238,7 @@ def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> It
 def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations whose kernels are matrix products, in half precision or in the interpreter."""
     batch = Rows(rows, device)
-    grouped = {"strategy": "grouped"}
+    grouped: dict[str, Any] = {"strategy": "grouped"}
     yield _routed_ffn(batch, width, dtype, make, "grouped: Sub-LN, gamma, drop_path, residual", **grouped)
     yield _routed_ffn(batch, width, dtype, make, "grouped: silu, row index, recompute", True, True, **grouped,
                       activation="silu", recompute=True, fold_norm=False)  # fmt: skip
@@ -258,7 +260,7 @@ def _routed_ffn(
     """With everything, or without gate, norm, biases, LayerScale and residual; on all rows, or some of the stream's."""
     hidden = HIDDEN_FACTOR * width
     rows, offsets = (len(batch.some), batch.some_offsets) if of_some else (batch.rows, batch.offsets)
-    scaling = {"drop_path": batch.drop_path, "sample": batch.sample} if full else {}
+    scaling: dict[str, Any] = {"drop_path": batch.drop_path, "sample": batch.sample} if full else {}
     scaling |= {"row_index": batch.some} if of_some else {}
     leaves = {"z": make(rows, width, dtype=dtype)}
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}
@@ -272,7 +274,9 @@ def _routed_ffn(
         leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
 
     def call(z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None, **parameters: Tensor) -> Tensor:
-        lists = {name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")}
+        lists: dict[str, Any] = {
+            name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")
+        }
         strategy = settings.get("strategy") if z.dtype == dtype else None
         return routed_ffn(
             z, _listed("w0", parameters), w2=_listed("w2", parameters), offsets=offsets, residual=residual,
@@ -291,7 +295,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
         modality[rows] = m
         code[rows] = torch.arange(lengths[m], dtype=torch.int32)
         is_cls[rows.stop - 1] |= lengths[m] > 0
-    columns = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
+    columns: dict[str, Any] = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
     leaves = {"qkv": make(batch.rows, 3, heads, HEAD_DIM, dtype=dtype)}
     for m, length in enumerate(lengths):
         leaves[f"bias{m}"] = make(heads, 2 * max(length, 1) - 1 + CLS_ENTRIES, dtype=torch.float32)
@@ -304,7 +308,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
             max_length=sum(lengths),
         )  # fmt: skip
 
-    slices = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
+    slices: dict[str, Sequence[object]] = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
     slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in _entries()] for m in range(MODALITIES)}
     yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices=slices)
 

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ def approve(device: torch.device) -> Path:
     )
 
 
-def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = TIMED) -> list[dict]:
+def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = TIMED) -> list[dict[str, Any]]:
     """The classes of rows of the routed FFN, each with the strategy that was faster at its shape, in bfloat16."""
     fastest = []
     for rows, width in shapes:

@@ -115,7 +115,8 @@ def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     yield "per_modality"
     with contextlib.suppress(ValueError):
         z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,))
+        unfolded = config.ffn_layer_norm and dtype == torch.float16
+        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,), unfolded)
 
 
 def _step(
@@ -125,13 +126,13 @@ def _step(
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, layers=1, checkpoint_activations=False))
     model = model.to_empty(device="cpu").to(torch.float32 if autocast else dtype).train()
-    layer = model.layers[0]
+    layer: Any = model.layers[0]
     layer.route = functools.partial(layer.route, strategy=strategy)
     plan = RoutePlan.from_lengths(dict.fromkeys(config.modalities[:count], LENGTHS))
     if config.drop_path_rate:
         keep = torch.ones(1, 2, plan.samples)
         keep[:, :, 1:] = float(all_kept)
-        plan = plan.with_keep(keep)
+        plan = plan.with_drop_path(keep)
     stream = torch.float32 if autocast else dtype
     x = torch.empty(plan.capacity, config.embed_dim, dtype=stream, requires_grad=True)
     sizes = [2 * offset + 4 for offset in plan.code_offsets] if config.use_bias else []

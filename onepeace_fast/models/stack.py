@@ -8,12 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.backend import resolve_backend
+from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.drop_path import draw_keep
+from onepeace_fast.drop_path import draw_drop_path
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
-from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.plain import inside, is_watched, unfused, watched_everywhere
 from onepeace_fast.models.inputs import Batch, Subset
-from onepeace_fast.models.passes import Encoded, PaddedTokens, Part, Samples, join, sample_count, split
+from onepeace_fast.models.parameters import is_sharded
+from onepeace_fast.models.passes import Encoded, PaddedTokens, Samples, Tokens, join, sample_count, split
 from onepeace_fast.models.reference import encode_padded
 from onepeace_fast.route_plan import RoutePlan
 
@@ -46,9 +49,13 @@ class Stack(nn.Module):
             self.add_module(f"{name}_adapter", adapters[name])
         self.fusion_model = Transformer(config)
 
-    def adapter(self, modality: str) -> Adapter:
-        """The adapter of a modality."""
+    def embedder(self, modality: str) -> nn.Module:
+        """What embeds a modality when it is called: its adapter, or what a user put around it."""
         return self.get_submodule(f"{modality}_adapter")
+
+    def adapter(self, modality: str) -> Adapter:
+        """The adapter of a modality, inside whatever is around it."""
+        return inside(self.embedder(modality), Adapter)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -60,92 +67,138 @@ class Stack(nn.Module):
         """The backend in force for this stack's device."""
         return resolve_backend(self.backend, next(self.parameters()).device)
 
-    def tokens(self, batch: Batch) -> dict[str, Tensor] | None:
-        """Embeddings of every modality, which all passes of a step share; no positions yet.
+    def tokens(self, batch: Batch) -> dict[str, Tensor]:
+        """Embeddings without positions, which all passes of a step share, of the adapters that nothing watches.
 
-        None with the reference backend, which embeds for every pass anew, as upstream does.
+        The others are called for every pass; with the reference backend all of them are, as upstream does.
         """
         if self.resolved_backend == "reference":
-            return None
-        return {name: self.adapter(name).tokens(value) for name, value in batch.inputs.items()}
+            return {}
+        modules = {name: self.embedder(name) for name in batch.inputs}
+        shared = [name for name, module in modules.items() if _embeds_in_two_steps(f"{name}_adapter", module)]
+        return {name: self.adapter(name).tokens(batch.inputs[name]) for name in shared}
 
-    def embed(self, batch: Batch, kept: Subset | None = None, tokens: Mapping[str, Tensor] | None = None) -> Part:
-        """Embed every modality of the batch with positions; with ``kept`` only those tokens, side by side."""
-        part = {}
+    def embed(self, batch: Batch, visible: Subset | None = None, tokens: Mapping[str, Tensor] | None = None) -> Tokens:
+        """Embed every modality of the batch with positions; of ``visible`` only those tokens, side by side.
+
+        ``tokens`` holds what is embedded already.
+        """
+        result = {}
         for name, value in batch.inputs.items():
-            adapter, valid = self.adapter(name), batch.valid.masks[name]
-            x = adapter.tokens(value) if tokens is None else tokens[name]
-            if kept is None:
-                part[name] = PaddedTokens(
-                    adapter.place(x, None), valid, batch.valid.lengths[name], None, valid.shape[1]
-                )
+            valid, lengths, ids = batch.valid.masks[name], batch.valid.lengths[name], None
+            width = valid.shape[1]
+            if visible is not None:
+                lengths = visible.lengths[name]
+                valid, ids = visible_ids(visible.masks[name], max(lengths, default=1))
+            if tokens and name in tokens:
+                x = self.adapter(name).place(tokens[name], ids)
             else:
-                lengths = kept.lengths[name]
-                present, ids = kept_ids(kept.masks[name], max(lengths, default=1))
-                part[name] = PaddedTokens(adapter.place(x, ids), present, lengths, ids, valid.shape[1])
-        return part
+                x = self.embedding(name, value, ids)
+            result[name] = PaddedTokens(x, valid, lengths, ids, width)
+        return result
 
-    def draw_drop_path(self, samples: int) -> Tensor | None:
-        """DropPath's factors of one pass, on the CPU, or None where nothing is dropped."""
-        if not (self.training and self.config.drop_path_rate):
-            return None
-        return draw_keep(self.fusion_model.drop_path_rates, samples)
+    def among_mask_tokens(
+        self, mask_tokens: Mapping[str, Tensor], batch: Batch, visible: Tokens, encoded: Encoded
+    ) -> Tokens:
+        """A decoder's input: what is encoded of the visible tokens, mask tokens elsewhere, and positions.
 
-    def plan(self, tokens: Part, samples: Samples | None = None) -> RoutePlan:
+        Upstream masks padding through the bias alone: a decoder without bias attends to its padding, zeroed at first.
+        """
+        result = {}
+        for name, seen in visible.items():
+            x, place = encoded.rows_of(name, seen)
+            valid, lengths = batch.valid.masks[name], batch.valid.lengths[name]
+            x = mask_tokens[name].to(x.dtype).repeat(valid.numel(), 1).index_copy(0, place, x)
+            x = self.embedding(name, x.view(*valid.shape, x.shape[1]))
+            if sum(lengths) < valid.numel():
+                x = x * valid[..., None].to(x.dtype)
+            if not self.config.use_bias:
+                valid, lengths = torch.ones_like(valid), [valid.shape[1]] * valid.shape[0]
+            result[name] = PaddedTokens(x, valid, lengths, None, valid.shape[1])
+        return result
+
+    def plan(self, tokens: Tokens, samples: Samples | None = None) -> RoutePlan:
         """The route plan of padded tokens; nothing is read back from the device."""
-        widths = {name: part.width for name, part in tokens.items()}
-        codes = {name: self.adapter(name).codes(width) for name, width in widths.items()}
+        adapters = {name: self.adapter(name) for name in tokens}
+        codes = {name: adapters[name].codes(padded.width) for name, padded in tokens.items()}
         return RoutePlan.from_masks(
-            {name: part.valid for name, part in tokens.items()},
+            {name: padded.valid for name, padded in tokens.items()},
             first_is_cls=True,
-            positions={name: part.ids for name, part in tokens.items() if part.ids is not None},
+            positions={name: padded.ids for name, padded in tokens.items() if padded.ids is not None},
             codes={name: code for name, code in codes.items() if code is not None},
-            code_offsets={name: self.adapter(name).code_offset(width) for name, width in widths.items()},
+            code_offsets={name: adapters[name].code_offset(padded.width) for name, padded in tokens.items()},
             samples=samples,
-            lengths={name: part.lengths for name, part in tokens.items()},
+            lengths={name: padded.lengths for name, padded in tokens.items()},
         )
+
+    def embedding(self, name: str, *arguments: Tensor | None) -> Tensor:
+        """What a modality's adapter makes of its arguments, called as it stands."""
+        module = self.embedder(name)
+        if not is_watched(module):  # what gathers its own parameters does so by hooks
+            self._require_whole(name, self.adapter(name).cls_embedding)
+        return module(*arguments)
 
     def bias(self, widths: Mapping[str, int]) -> list[list[Tensor]]:
         """Per table, the modalities' expanded vectors; empty without a bias."""
         if not self.config.bias_tables:
             return []
+        for name in widths:
+            self._require_whole(name, *self.adapter(name).rel_pos_table_list.parameters())
         vectors = [self.adapter(name).bias_vectors(width) for name, width in widths.items()]
         return [list(table) for table in zip(*vectors, strict=True)]
 
-    def forward(self, passes: Sequence[Part], samples: Samples | None = None) -> list[Encoded]:
+    def _require_whole(self, modality: str, *parameters: Tensor) -> None:
+        require(
+            not any(map(is_sharded, parameters)),
+            f"{modality}_adapter: expected whole parameters where they are read, got sharded ones; give fully_shard "
+            "the layers and the whole model, whose logit_scale it ignores, not a stack or an adapter",
+        )
+
+    def forward(self, passes: Sequence[Tokens], samples: Samples | None = None) -> list[Encoded]:
         """Encode the embedded tokens of each pass: packed as one call of the transformer, padded one after another."""
         if self.resolved_backend == "reference":
-            keeps = self._draw_drop_paths(passes, samples)
             return [
-                Encoded(padded=encode_padded(self.fusion_model, self.adapters, part, samples, keep))
-                for part, keep in zip(passes, keeps, strict=True)
+                Encoded(padded=encode_padded(self.fusion_model, self.adapters, tokens, samples, drop_path))
+                for tokens, drop_path in zip(passes, self._draw_drop_path(passes, samples), strict=True)
             ]
-        joined, sample_of = join(passes, samples, self.config.modalities)
-        plan = self.plan(joined, sample_of)
-        x = plan.pack({name: part.x for name, part in joined.items()})
+        joined, joined_samples = join(passes, samples, self.config.modalities)
+        plan = self.plan(joined, joined_samples)
+        x = plan.pack({name: padded.x for name, padded in joined.items()})
         return self.encode_packed(x, plan, passes, samples)
 
     def encode_packed(
-        self, x: Tensor, plan: RoutePlan, passes: Sequence[Part], samples: Samples | None = None
+        self, x: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Samples | None = None
     ) -> list[Encoded]:
         """Run the packed rows [C, dim] of joined passes through the transformer."""
-        keeps = self._draw_drop_paths(passes, samples)
-        if keeps[0] is not None:
-            plan = plan.with_keep(torch.cat(keeps, dim=2))
-        widths = {name: part.width for one in passes for name, part in one.items()}
+        drop_path = self._draw_drop_path(passes, samples)
+        if drop_path[0] is not None:
+            plan = plan.with_drop_path(torch.cat(drop_path, dim=2))
+        widths = {name: padded.width for tokens in passes for name, padded in tokens.items()}
         packed = self.fusion_model(x, plan, self.bias({name: widths[name] for name in plan.modalities}))
         return split(packed, plan, passes, samples)
 
-    def _draw_drop_paths(self, passes: Sequence[Part], samples: Samples | None) -> list[Tensor | None]:
-        """DropPath's factors of each pass, all drawn before the first runs."""
-        return [self.draw_drop_path(sample_count(part, samples)) for part in passes]
+    def _draw_drop_path(self, passes: Sequence[Tokens], samples: Samples | None) -> list[Tensor | None]:
+        """DropPath's factors of each pass, on the CPU, all drawn before the first runs; None where none is dropped."""
+        if not (self.training and self.config.drop_path_rate):
+            return [None] * len(passes)
+        rates = inside(self.fusion_model, Transformer).drop_path_rates
+        return [draw_drop_path(rates, sample_count(tokens, samples)) for tokens in passes]
 
 
-def kept_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _embeds_in_two_steps(part: str, module: nn.Module) -> bool:
+    """Whether calling a module does ``tokens``, then ``place``, and no more; where not, say so once."""
+    plain = isinstance(module, Adapter) and type(module).forward is Adapter.forward and not is_watched(module)
+    if plain and module._compiled_call_impl is None and not watched_everywhere():
+        return True
+    unfused(part, module, type(module) if isinstance(module, Adapter) else Adapter)
+    return False
+
+
+def visible_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Position ids of the True entries of each row, ascending: whether each is real, and the ids, [rows, width] each.
 
     Short rows are filled with position ``width - 1``: the audio position convolutions see that frame, as upstream's do.
     """
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    present = torch.arange(width, device=mask.device) < mask.sum(1, keepdim=True)
-    return present, torch.where(present, order, width - 1)
+    valid = torch.arange(width, device=mask.device) < mask.sum(1, keepdim=True)
+    return valid, torch.where(valid, order, width - 1)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapter import Adapter, SeriesAdapter
-from onepeace_fast.layers.adapters import ImageAdapter
+from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.models.parameters import (
     copy_into,
     full,
@@ -29,9 +29,6 @@ from onepeace_fast.models.parameters import (
 )
 from onepeace_fast.relative_position import MAX_POSITIONS
 
-if TYPE_CHECKING:
-    from onepeace_fast.models.pretrain import OnePeacePretrain
-
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
@@ -43,17 +40,23 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         "model: got parameters without memory, takes a model on a device; call to_empty(device=...) first",
     )
     with gathered(model):
-        _load(model, state_dict)
+        values = _fitting(model, state_dict)
+        for name, parameter in upstream_names(model).items():
+            copy_into(parameter, values[name])
+        _reset_tables(model)
 
 
-def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    given = {_rename(name): value for name, value in state_dict.items()}
-    twice = [name for name in state_dict if _rename(name) != name and _rename(name) in state_dict]
+def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's values under the model's names; raises ``ValueError`` listing all that does not fit."""
+    parameters = upstream_names(model)
+    renamed = _renamed(parameters, state_dict)
+    counts = Counter(renamed.values())
+    twice = [name for name, new in renamed.items() if counts[new] > 1 and name != new]
+    given = {renamed[name]: value for name, value in state_dict.items()}
     uncopyable = [f"{name} {describe(value)}" for name, value in given.items() if not _holds_data(value)]
     given = {name: value for name, value in given.items() if _holds_data(value)}
-    parameters = upstream_names(model)
     buffers = {name: value for name, value in given.items() if name not in parameters and _is_buffer(name)}
-    missing = sorted(set(parameters) - set(map(_rename, state_dict)))
+    missing = sorted(set(parameters) - set(renamed.values()))
     unexpected = sorted(set(given) - set(parameters) - set(buffers))
     misshaped = [
         f"{name} {list(given[name].shape)} instead of {list(parameter.shape)}"
@@ -71,14 +74,39 @@ def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     if found:
         raise ValueError(f"state_dict: got keys that do not fit, takes exactly this model's. {found}")
-    for name, parameter in parameters.items():
-        copy_into(parameter, given[name])
+    return {name: given[name] for name in parameters}
+
+
+def _renamed(parameters: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name that each key of a state dict has in an unwrapped model of today."""
+    # DistributedDataParallel calls what it wraps "module", which a user's own part may be called too.
+    counts = Counter(map(_without_module, parameters))
+    in_parallel = {plain: name for name in parameters if counts[plain := _without_module(name)] == 1}
+    renamed = {}
+    for key in state_dict:
+        name = without_wrappers(key)
+        whole = name.removeprefix("module.")
+        name = whole if whole in parameters else name
+        if name.endswith("." + _OLD_TABLE):
+            name = name.removesuffix(_OLD_TABLE) + _NEW_TABLE
+        if name not in parameters:
+            plain = _without_module(name)
+            name = in_parallel.get(plain, plain if _is_buffer(plain) else name)
+        renamed[key] = name
+    return renamed
+
+
+def _without_module(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "module")
+
+
+def _reset_tables(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Adapter):
             module.reset_tables()
 
 
-def state_dict(model: OnePeacePretrain, grads: bool) -> dict[str, Tensor | None]:
+def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     """See ``OnePeacePretrain.to_upstream_state_dict``."""
     flattened = is_flattened(model)
     require(not (grads and flattened), "grads: got True for a model in FSDP1, takes False: its gradients are flattened")
@@ -89,21 +117,24 @@ def state_dict(model: OnePeacePretrain, grads: bool) -> dict[str, Tensor | None]
     return {name: p.grad if grads else p.detach() for name, p in parameters.items()}
 
 
-def save(model: OnePeacePretrain, directory: Path) -> None:
+def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, directory: Path) -> None:
     """Write the weights and the configuration, each under another name first, then in its place in one step.
 
-    Of a sharded model every process must call it, and the first one writes.
+    ``expected`` is the model that ``load`` would build of this configuration. Of a sharded model every process must
+    call it, and the first one writes.
     """
-    values = model.to_upstream_state_dict()
-    _check_names(model, set(values))
+    values = state_dict(model, grads=False)
+    _check_names(set(values), set(upstream_names(expected)))
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
+    _check_ties(tensors)
+    tensors = {name: value.clone() if _is_part(value) else value for name, value in tensors.items()}
     if sharded and dist.get_rank() > 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[Path], None]] = {
         WEIGHTS_FILE: lambda path: save_file(tensors, path),
-        CONFIG_FILE: model.config.save,
+        CONFIG_FILE: config.save,
     }
     for name, write in writers.items():
         draft = directory / f"{name}.new"
@@ -111,12 +142,8 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
         os.replace(draft, directory / name)
 
 
-def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
-    """Raise where ``restore`` would not take these names, before anything is written."""
-    adapters = model.encoder_wrapper.adapters
-    with torch.device("meta"):
-        plain = type(model)(model.config, adapters={name: adapters[name] for name in model.config.encoder.added})
-    expected = set(upstream_names(plain))
+def _check_names(found: set[str], expected: set[str]) -> None:
+    """Raise where loading would not take these names, before anything is written."""
     problems = {"missing": sorted(expected - found), "unexpected": sorted(found - expected)}
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
     require(
@@ -128,27 +155,51 @@ def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
     )
 
 
-def restore(
-    cls: type[OnePeacePretrain], directory: Path, backend: str | None, adapters: Mapping[str, Adapter] | None
-) -> OnePeacePretrain:
-    """Build a model from what ``save`` wrote."""
+def _check_ties(tensors: Mapping[str, Tensor]) -> None:
+    """Raise where values share memory, which a loaded model would not let them do."""
+    places = sorted((value.untyped_storage().data_ptr(), value.data_ptr(), name) for name, value in tensors.items())
+    for (storage, start, name), (other, following, second) in pairwise(places):
+        require(
+            storage != other or following >= start + tensors[name].nbytes or not tensors[name].nbytes,
+            f"model: expected a tensor of its own for every parameter, got {name} and {second} tied; untie them "
+            "first, or keep torch.save(model.state_dict())",
+        )
+
+
+def _is_part(value: Tensor) -> bool:
+    """Whether a tensor is part of a larger one, which its file would refuse."""
+    return value.untyped_storage().nbytes() > value.nbytes
+
+
+def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
+    """The configuration and the weights that ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
-    model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend, adapters)
+    config = OnePeaceConfig.load(directory / CONFIG_FILE)
     try:
-        weights = load_file(directory / WEIGHTS_FILE)
+        with torch.device("cpu"):
+            return config, load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"directory: got {directory / WEIGHTS_FILE}, which cannot be read ({reason}), takes one that save() wrote"
         ) from error
-    load(model, weights)
-    return model
 
 
-def _rename(name: str) -> str:
-    name = without_wrappers(name)
-    return name.removesuffix(_OLD_TABLE) + _NEW_TABLE if name.endswith("." + _OLD_TABLE) else name
+def take_over(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let every parameter be its value on the CPU, in the value's dtype; those on meta get memory."""
+    fresh = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        for parameter in model.parameters()
+        if parameter.is_meta
+    }
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = fresh.get(id(parameter), parameter)
+    values = _fitting(model, weights)
+    for name, parameter in upstream_names(model).items():
+        parameter.data = values[name].clone()  # what is read of a file may be its pages
+    _reset_tables(model)
 
 
 def _holds_data(value: object) -> bool:

@@ -46,8 +46,8 @@ def folder_of(output: Path, step: int) -> Path:
 
 def all_in(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    folders = [path for path in output.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    found = [(match, path) for path in output.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
 
 
 @contextlib.contextmanager
@@ -66,8 +66,8 @@ def claimed(output: Path) -> Iterator[None]:
                 shutil.rmtree(path)
         except OSError as error:
             taken = error.errno in (errno.EACCES, errno.EAGAIN) and not error.filename
-            takes = "one that no other run is writing" if taken else f"a folder that can be written: {error.strerror}"
-            raise ValueError(f"output: got {output}, takes {takes}") from None
+            expected, reason = ("no other run is writing", "") if taken else ("can be written", f" ({error.strerror})")
+            raise ValueError(f"output: expected a folder that {expected}, got {output}{reason}") from None
         yield
 
 
@@ -114,14 +114,14 @@ def newest(output: Path) -> Found:
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for folder in reversed(all_in(output)):
         if (reason := damage(folder)) is None:
             return Found(folder, damaged)
         damaged[folder] = reason
     if damaged:
         found = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise ValueError(f"output: got {output} whose checkpoints are all damaged ({found}), takes another folder")
+        raise ValueError(f"output: expected a folder with a whole checkpoint or none, got {output} ({found})")
     return Found(None, {})
 
 

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from onepeace_fast.checks import require
-from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.config import ImageAdapterConfig, OnePeaceConfig
 from onepeace_fast.data.batches import BatchSampler, PairDataset, collate
 from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
@@ -83,10 +83,11 @@ def _model_config(config: TrainingConfig, folder: Path | None) -> OnePeaceConfig
     """The model's sizes: the checkpoint's, or those of the configuration on top of the initial model's."""
     if folder is not None:
         return OnePeaceConfig.load(folder / CONFIG_FILE)
-    if config.init is None:
+    initial = config.path("init")
+    if initial is None:
         return config.model_config(OnePeaceConfig())
-    path = config.path("init") / CONFIG_FILE
-    require(path.is_file(), f"init: got {config.path('init')} without {CONFIG_FILE}, takes the folder of a model")
+    path = initial / CONFIG_FILE
+    require(path.is_file(), f"init: expected the folder of a model, got {initial} without {CONFIG_FILE}")
     try:
         base = OnePeaceConfig.load(path)
     except ValueError as error:
@@ -98,11 +99,11 @@ def _tokenizer_file(config: TrainingConfig, folder: Path | None) -> Path | None:
     """The tokenizer that is there already: the configuration's, the checkpoint's or the initial model's."""
     if config.tokenizer is not None:
         return config.path("tokenizer")
-    places = [folder] if folder is not None else [config.path("init")] if config.init is not None else []
-    if not places:
+    place = config.path("init") if folder is None else folder
+    if place is None:
         return None
-    path = places[0] / TOKENIZER_FILE
-    require(path.is_file(), f"tokenizer: got none, takes a path, since {places[0]} has no {TOKENIZER_FILE}")
+    path = place / TOKENIZER_FILE
+    require(path.is_file(), f"tokenizer: expected a path, since {place} has no {TOKENIZER_FILE}, got none")
     return path
 
 
@@ -117,13 +118,12 @@ def _require_fit(config: TrainingConfig, model: OnePeaceConfig, tokenizer: Token
         both = name in model.encoder.modalities and name in model.decoder.modalities
         require(
             both,
-            f"model: got one without {name} in encoder and decoder, takes one with it for stage {config.stage}: give "
+            f"model: expected {name} in encoder and decoder for stage {config.stage}, got a model without; give "
             f"encoder: {{{name}: {{}}}} and decoder: {{{name}: {{use_bias: false}}}}",
         )
     require(
         tokenizer.vocab_size <= model.vocab_size,
-        f"tokenizer: got one of {tokenizer.vocab_size} tokens, takes at most the model's vocab_size, "
-        f"{model.vocab_size}",
+        f"tokenizer: expected at most the model's vocab_size, {model.vocab_size}, got {tokenizer.vocab_size} tokens",
     )
 
 
@@ -131,12 +131,12 @@ def _require_same(folder: Path, saved: dict[str, Any], current: dict[str, Any]) 
     changed = checkpoint.differences(saved, current)
     require(
         not changed,
-        f"output: got {folder}, which was written with other settings ({'; '.join(changed)}), takes the same ones, or "
-        "another output folder",
+        f"output: expected the settings that {folder} was written with, or another folder, got {'; '.join(changed)}",
     )
 
 
 def _set_aside(found: checkpoint.Found) -> list[str]:
+    assert found.folder is not None
     lines = []
     for folder, reason in found.damaged.items():
         name = checkpoint.set_aside(folder).name
@@ -146,8 +146,9 @@ def _set_aside(found: checkpoint.Found) -> list[str]:
 
 def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | None) -> OnePeacePretrain:
     model = OnePeacePretrain(model_config, config.backend)
-    if folder is None and config.init is not None:
-        weights = _read_weights(config.path("init") / WEIGHTS_FILE)
+    initial = config.path("init")
+    if folder is None and initial is not None:
+        weights = _read_weights(initial / WEIGHTS_FILE)
         try:
             model.load_upstream_state_dict(_added(model, weights) | weights)
         except ValueError as error:
@@ -163,7 +164,8 @@ def _added(model: OnePeacePretrain, weights: dict[str, Tensor]) -> dict[str, Ten
     """The fresh parameters of modalities that the initial model does not have at all."""
     names = [name for name in model.config.encoder.modalities if f"{name}_proj.weight" not in weights]
     parameters = model.to_upstream_state_dict()
-    return {key: value for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
+    added = {key: value for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
+    return {key: value for key, value in added.items() if value is not None}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -182,12 +184,12 @@ def _batches(
     step: int,
 ) -> Iterator[dict[str, Any]]:
     encoder, image = model_config.encoder, config.modality == "image"
-    side = encoder.image.position_grid * PATCH if image else None
+    side = cast(ImageAdapterConfig, encoder.image).position_grid * PATCH if image else None
     pairs = PairDataset(entries, tokenizer, config.modality, side=side, seed=config.seed, broken=config.broken)
     first = step * config.accumulation
     sampler = BatchSampler(len(pairs), config.batch_size, config.seed, processes.rank, processes.count, first)
     # Of the adapter's method, since a worker may get a pickled copy; all it reads is the configuration.
-    frames = None if image else functools.partial(AudioAdapter.frames, encoder.audio)
+    frames = None if image else functools.partial(cast(Any, AudioAdapter.frames), encoder.audio)
     return iter(
         DataLoader(
             pairs,

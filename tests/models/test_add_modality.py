@@ -17,7 +17,7 @@ from models._small import (
 from torch import nn
 
 from onepeace_fast import OnePeacePretrain
-from onepeace_fast.layers.adapter import SeriesAdapter, valid_from_padding
+from onepeace_fast.layers.adapters import SeriesAdapter, valid_from_padding
 
 
 class SensorAdapter(SeriesAdapter):
@@ -232,3 +232,19 @@ def test_padding_of_an_added_modality_is_checked_as_audios_is():
         model.reconstruct(sensor=inputs["sensor"], masks={"sensor": inputs["sensor_padding"]})
     with pytest.raises(ValueError, match="video: got a tensor, takes none: the model was built without"):
         model.encode(video=inputs["sensor"])
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("init_from", [None, "text"])
+def test_new_parts_train_in_the_models_mode_and_every_part_knows_the_new_configuration(training, init_from):
+    model = small_model("fused").train(training)
+    model.train_only("audio")
+    modules, names = set(model.modules()), {name for name, _ in model.named_parameters()}
+    adapter = SensorAdapter().train(not training).requires_grad_(False)
+    model.add_modality("sensor", adapter, init_from=init_from)
+    assert {module.training for module in set(model.modules()) - modules} == {training}
+    new = [parameter for name, parameter in model.named_parameters() if name not in names]
+    assert len(new) > 10 and all(parameter.requires_grad for parameter in new)
+    encoder = model.encoder_wrapper
+    assert model.config.encoder.modalities[-1] == "sensor"
+    assert encoder.config == encoder.fusion_model.config == model.config.encoder

@@ -218,3 +218,34 @@ def test_each_rank_holds_its_rows_against_the_keys_of_all(rank, monkeypatch):
     logits = (scale.exp() * towers[0] @ towers[1].t()).detach()
     naive = [naive_smoothed(side[mine], list(range(2 * rows))[mine], 0.0) for side in (logits, logits.t())]
     assert loss.item() == pytest.approx(sum(naive) / 2, rel=1e-12)
+
+
+@pytest.mark.parametrize(("task", "other"), [("vision_language_loss", "image"), ("audio_language_loss", "audio")])
+def test_targets_are_smoothed_by_a_tenth_unless_that_is_said(task, other):
+    batch = batch_of(text=[7, 2], image=(2, 3)) if other == "image" else batch_of(text=[7, 2], audio=[9, 4])
+    hidden, pair = hide(batch, seed=1), f"{'v' if other == 'image' else 'a'}l"
+    masks = {other: hidden[other], f"{pair}_text": hidden["text"], f"{pair}_{other}": hidden[other]}
+    masks |= {"text": hidden["text"]} if other == "image" else {}
+    model = small_model("fused")
+    default, tenth, none = (
+        model(task, **batch, masks=masks, **given)["loss"].item()
+        for given in ({}, {"label_smoothing": 0.1}, {"label_smoothing": 0.0})
+    )
+    assert default == tenth != none
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_in_half_precision_are_normalised_in_float32_and_rounded_once(dtype):
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(1, 65, 40, generator=generator).to(dtype) for _ in range(2))
+    real = torch.ones(1, 65, dtype=torch.bool)
+    got = denoising_loss(student, teacher, real, 64, real, 64, 0.1)
+
+    def expected(precision):
+        query, key = (
+            torch.nn.functional.normalize(x[0, 1:].to(precision), dim=1).to(dtype) for x in (student, teacher)
+        )
+        return smoothed_nll((2.5 * query @ key.t()).float().log_softmax(1), torch.arange(64), 0.1)
+
+    assert torch.equal(got, expected(torch.float32))
+    assert not torch.equal(got, expected(dtype))

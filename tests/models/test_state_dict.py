@@ -188,3 +188,20 @@ def test_code_form_of_an_image_gives_upstreams_index():
     codes = grid_codes(4, 4)
     is_cls = torch.arange(17) == 0
     assert torch.equal(dense_index(codes, is_cls, grid_code_offset(4), grid_table_rows(4)), grid_index())
+
+
+def test_right_buffers_are_accepted_by_a_model_whose_memory_holds_anything():
+    with torch.device("meta"):
+        model = OnePeacePretrain(small_config())
+    model = model.to_empty(device="cpu")
+    for adapter in model.encoder_wrapper.adapters.values():
+        if hasattr(adapter, "series_index"):
+            adapter.series_index.fill_(7)
+    values = small_model("fused", dtype=torch.float32).to_upstream_state_dict()
+    refused = ""
+    try:
+        model.load_upstream_state_dict({**values, **right_buffers()})
+    except ValueError as error:
+        refused = str(error)
+    assert not refused
+    assert all(torch.equal(got, values[name]) for name, got in model.to_upstream_state_dict().items())

@@ -10,7 +10,7 @@ import torch
 from onepeace_fast import kernels
 from onepeace_fast.ops import kernel_choice
 
-CUDA = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
+CUDA = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0), shape=(1, 8))
 RUN_EVERYTHING = """
 import sys, torch, onepeace_fast
 x = torch.ones(3, 8, requires_grad=True)

@@ -211,8 +211,8 @@ MISFITS = {
     "the kernel takes float16 or bfloat16, got float32": {"dtype": torch.float32},
     "the kernel takes heads of 32, 64, 128, got 48": {"head_dim": 48},
     "the kernel takes at most 16 modalities, got 17": {"modalities": 17},
-    r"compute capability 7.5, and the kernel takes 8.0 or later": {"capability": (7, 5)},
-    r"compute capability 8.6 and .* built for sm_90a: install again with .*=sm_86": {"built": "sm_90a"},
+    r"expected a GPU of 8.0 or later, got compute capability 7.5": {"capability": (7, 5)},
+    r"was built \(sm_90a\), got compute capability 8.6; install again with .*=sm_86": {"built": "sm_90a"},
     "takes 120000 bytes of shared memory for a thread block, and this GPU has 65536": {"needed": 120000},
     "no NVIDIA driver is found": {"driver": "no NVIDIA driver is found"},
 }

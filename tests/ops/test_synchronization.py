@@ -29,14 +29,14 @@ CONFIG = TransformerConfig(
 
 # The host's own tensors must stay out of the fake mode, so what it counts is counted here.
 KEEP = torch.tensor([[[1.0, 1, 1], [1, 1, 1]], [[0, 1.25, 1.25], [1.25, 0, 0]]])
-KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True).with_keep(KEEP).kept_row_counts
+KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True).with_drop_path(KEEP).branch_row_counts
 
 
 def make_plan(on_host: bool = True) -> RoutePlan:
     """With DropPath's factors on the device, and what they keep known to the host or not."""
     plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, first_is_cls=True)
-    plan = plan.with_keep(torch.empty(2, 2, plan.samples, device=DEVICE))
-    return dataclasses.replace(plan, kept_row_counts=KEPT if on_host else ())
+    plan = plan.with_drop_path(torch.empty(2, 2, plan.samples, device=DEVICE))
+    return dataclasses.replace(plan, branch_row_counts=KEPT if on_host else ())
 
 
 def make_model(dropout: bool = True) -> transformer.Transformer:
@@ -104,7 +104,7 @@ def test_no_kind_of_plan_waits_from_packing_to_the_gradients(kind, drop_path):
     with no_synchronization():
         plan, model = PLANS[kind](), make_model()
         if drop_path:
-            plan = plan.with_keep(torch.empty(2, 2, plan.samples, device=DEVICE))
+            plan = plan.with_drop_path(torch.empty(2, 2, plan.samples, device=DEVICE))
         shapes = [(plan.padded_rows, 8)] if kind == "modality ids" else [(*shape, 8) for shape in plan.padded_shapes]
         padded = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes]
         interleaved = kind == "modality ids"

@@ -252,7 +252,7 @@ def check_compiled_once(cases: Sequence[tuple[Call, Leaves, Mapping[str, Any]]],
 
 
 def refused(argument: str, function: Call, *args: Any, **kwargs: Any) -> None:
-    """The call raises ``ValueError`` in one line that begins with the argument: what was expected and what came."""
+    """The call raises ``ValueError`` in one line that begins with the argument and says what was expected."""
     with pytest.raises(ValueError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)

@@ -1,6 +1,7 @@
 """Checkpoint folders: whole or absent whenever the process dies, and never lost."""
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -138,7 +139,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_kept_aside(tmp_path, nam
 def test_nothing_is_made_anew_where_every_checkpoint_is_damaged(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "training.pt").unlink()
-    with pytest.raises(ValueError, match=r"all damaged \(step-00000001: training.pt: No such file"):
+    with pytest.raises(ValueError, match=r"or none, got [^\n]* \(step-00000001: training.pt: No such file"):
         checkpoint.newest(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
 
@@ -197,12 +198,15 @@ def refusal_of(output):
         with checkpoint.claimed(output):
             return 0
     except ValueError as error:
-        return 7 if "takes one that no other run is writing" in str(error) else 1
+        return 7 if "expected a folder that no other run is writing" in str(error) else 1
 
 
 def test_an_output_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").write_text("")
-    with pytest.raises(ValueError, match=r"output: got .*run, takes a folder"), checkpoint.claimed(tmp_path / "run"):
+    with (
+        pytest.raises(ValueError, match=r"that can be written, got .*run \("),
+        checkpoint.claimed(tmp_path / "run"),
+    ):
         pass
 
 
@@ -217,3 +221,13 @@ def test_differences_name_every_key_that_differs():
         "old: 1 there, absent here",
         "steps: 20 there, 30 here",
     ]
+
+
+def test_checksums_are_of_whole_files_also_of_large_ones(tmp_path):
+    folder = checkpoint.write(tmp_path, 1, content(1, size=600_000))
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    assert len(data) > 2_000_000
+    assert checkpoint.digest(path) == hashlib.sha256(data).hexdigest()
+    path.write_bytes(data[:-1] + b"\1")
+    assert checkpoint.damage(folder) == "model.safetensors changed since it was written"

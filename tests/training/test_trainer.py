@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -164,3 +165,27 @@ def test_every_process_draws_by_seeds_of_its_own(monkeypatch):
         drawn += [torch.initial_seed(), made.masks.initial_seed()]
     assert len(set(drawn)) == 6
     torch.manual_seed(0)
+
+
+def test_a_step_trains_with_dropout_and_drop_path():
+    """The model comes in evaluation mode here; with the same masks, what DropPath and dropout draw decides."""
+    losses = []
+    for seed in (1, 1, 2):
+        trained = trainer("vision_language")
+        torch.manual_seed(seed)
+        losses.append(trained.step(batches("vision_language"))["loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_gradient_that_is_no_number_stops_a_step_whose_loss_is_one():
+    trained = trainer("vision_language")
+    trained.model.text_proj.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = copy.deepcopy(trained.weights())
+    stopped = ""
+    try:
+        trained.step(batches("vision_language"))
+    except NotFinite as error:
+        stopped = str(error)
+    assert re.match(r"step 1 is not finite \(loss \d.*, gradient_norm (nan|inf)", stopped)
+    assert trained.step_number == 0
+    assert_same_bits(trained.weights(), before)
