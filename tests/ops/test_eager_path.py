@@ -63,7 +63,8 @@ def results(operation: Operation, given: object) -> list[torch.Tensor | None]:
     outputs = operation(given)
     leaves = leaves_of(operation, given)
     needing = [leaf for leaf in leaves if leaf.requires_grad]
-    found = torch.autograd.grad(outputs, needing, [normal(*o.shape, seed=5 + i) for i, o in enumerate(outputs)])
+    given_gradients = [normal(*o.shape, seed=5 + i) for i, o in enumerate(outputs)]
+    found = torch.autograd.grad(outputs, needing, given_gradients, allow_unused=True)
     gradients = iter(found)
     return [*(output.detach() for output in outputs), *(next(gradients) if t.requires_grad else None for t in leaves)]
 
@@ -97,8 +98,7 @@ def test_plain_eager_execution_calls_no_registered_op_and_has_its_bits(name, cou
     with LooksBelow():
         registered = results(operation, given)
     assert counted == {"forward": 1, "backward": 1}
-    assert len(direct) == len(registered)
-    assert all(torch.equal(a, b) for a, b in zip(direct, registered, strict=True))
+    assert all(same(a, b) and a is not None for a, b in zip(direct, registered, strict=True))
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -113,14 +113,17 @@ def test_what_is_frozen_is_not_asked_for_and_the_others_keep_their_bits(name):
             with mock.patch.object(operation.backward, "run", wraps=operation.backward.run) as run:
                 found = results(operation, given)
                 (_, needs), _ = run.call_args
-                assert needs == operation.needs(given)
         finally:
             leaves[frozen].requires_grad_()
         flags = [flag for value in needs for flag in flat(value)]
         assert flags == [i != frozen for i in range(len(leaves))]
         expected_now = [None if i == outputs + frozen else value for i, value in enumerate(expected)]
-        same = [a is b if b is None else torch.equal(a, b) for a, b in zip(found, expected_now, strict=True)]
-        assert all(same)
+        assert all(same(a, b) for a, b in zip(found, expected_now, strict=True))
+
+
+def same(a, b) -> bool:
+    """Whether both are None, or have the same bits."""
+    return a is b if a is None or b is None else torch.equal(a, b)
 
 
 def flat(value):
@@ -167,6 +170,21 @@ def test_what_is_kept_is_seen_by_hooks_and_guarded_against_changes(name):
         for leaf in leaves_of(operation, given):
             leaf.grad = None
     assert ("modified by an inplace operation" in message) == changed
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name.startswith(("residual", "routed_ffn"))])
+def test_nothing_inside_an_op_is_differentiated(name):
+    operation, given = OPS[name]
+    drop_path = given.drop_path._replace(scale=given.drop_path.scale.clone().requires_grad_())
+    leaves = leaves_of(operation, given)
+    for leaf in leaves:
+        leaf.requires_grad_(False)
+    try:
+        outputs = operation(given._replace(drop_path=drop_path))
+    finally:
+        for leaf in leaves:
+            leaf.requires_grad_()
+    assert not any(output.requires_grad for output in outputs)
 
 
 class Subclass(torch.Tensor):
