@@ -372,3 +372,16 @@ def test_hooks_of_each_kind_of_all_modules_are_obeyed_by_both_backends(kind):
         check_obeyed("", None)
     finally:
         handle.remove()
+
+
+def test_an_epsilon_that_all_norms_share_is_obeyed_and_stays_fused():
+    def change_all(owner, place, module):
+        norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
+        assert len(norms) > 8
+        for norm in norms:
+            norm.eps = 0.3
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reference, fused = (two_steps(backend, "", change_all) for backend in BACKENDS)
+    assert_close(fused, reference, 1e-9)
