@@ -1,9 +1,11 @@
 """Run onepeace_fast from a checkout: python3 bootstrap.py COMMAND [ARGUMENTS]
 
   demo     the demonstration; arguments go to `onepeace-fast demo`
-  test     ruff, then the quick tests on all cores; arguments go to pytest; --coverage: with their coverage
+  test     ruff's rules and format, mypy, then the quick tests on all cores; arguments go to pytest; --coverage: with
+           their coverage
   test-all the slow tests, which test leaves out; arguments go to pytest
   bench    the benchmarks; arguments go to pytest
+  docs     the pages of the API, from the docstrings, into build/docs
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
            width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
   mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
@@ -43,15 +45,17 @@ ARCHITECTURES = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
-INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "dev"]}
+INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
     "build": "pybind11, ninja and, only where there is an NVIDIA driver and no nvcc, CUDA's compiler (about 300 MB)",
     "demo": "scikit-learn with SciPy, matplotlib, eSpeak NG (GPL-3), soundfile (about 80 MB)",
     "train": "pyarrow, tokenizers, TensorBoard, Pillow (about 90 MB)",
-    "dev": "pytest and plugins, hypothesis, ruff, build, setuptools, pybind11, ninja (about 20 MB)",
+    "docs": "pdoc with Jinja2 and Pygments (about 3 MB)",
+    "dev": "pytest and plugins, hypothesis, ruff, mypy, build, setuptools, pybind11, ninja (about 45 MB)",
 }
 TORCH_DOWNLOAD = f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides)"
+CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 PROBE = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.__path__[0], sep='|')"
 
 Torch = namedtuple("Torch", ["version", "cuda", "folder"])
@@ -254,12 +258,13 @@ def parallel_tests(*arguments: str) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run the linter and the quick tests."""
+    """Check the code without running it, then run the quick tests."""
     prepare("dev")
-    say("Checking the code with ruff")
-    code = run([str(PYTHON), "-m", "ruff", "check", "."])
-    if code != 0:
-        return code
+    say("Checking the code with ruff and mypy")
+    for command in CHECKS:
+        code = run([str(PYTHON), "-m", *command])
+        if code != 0:
+            return code
     chosen = [argument for argument in arguments if argument != "--coverage"]
     coverage = ["--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
     say("Running the quick tests; `make test-all` runs the others")
@@ -278,6 +283,13 @@ def bench(arguments: list[str]) -> int:
     prepare("dev")
     say("Running the benchmarks")
     return pytest("benchmarks", "-o", "python_files=bench_*.py", *arguments)
+
+
+def docs(arguments: list[str]) -> int:
+    """Render the pages of the API."""
+    prepare("dev")
+    say("Rendering the docstrings")
+    return run([str(PYTHON), "-m", "tools.api_pages", *arguments])
 
 
 def kernels(arguments: list[str]) -> int:
@@ -320,6 +332,7 @@ COMMANDS = {
     "test": test,
     "test-all": test_all,
     "bench": bench,
+    "docs": docs,
     "kernels": kernels,
     "mutants": mutants,
     "rehearse": rehearse,

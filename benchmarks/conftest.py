@@ -15,6 +15,9 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.support import machine  # noqa: E402
 from benchmarks.support.report import Report, write_json  # noqa: E402
+from tools.scratch import use_scratch  # noqa: E402
+
+use_scratch()
 
 REPORT = pytest.StashKey[Report]()
 

@@ -146,10 +146,11 @@ def decide() -> Decision:
         if architectures and not unknown:
             return Decision(toolkit, architectures, None, wanted)
         if unknown:
-            reason = f"{toolkit.nvcc} is nvcc {dotted(toolkit.version)}, which does not know {', '.join(unknown)}"
-            return Decision(None, (), f"{reason}; update it, {AGAIN}", wanted)
+            got = f"{toolkit.nvcc} of CUDA {dotted(toolkit.version)}"
+            reason = f"expected an nvcc that knows {', '.join(unknown)}, got {got}; update it, {AGAIN}"
+            return Decision(None, (), reason, wanted)
         found = ", ".join(dotted(capability) for capability in driver.capabilities)
-        reason = f"the kernels take GPUs of compute capability {dotted(OLDEST_GPU)} or later, and here is {found}"
+        reason = f"expected a GPU of compute capability {dotted(OLDEST_GPU)} or later, got {found}"
     return Decision(None, (), reason, wanted)
 
 
@@ -168,11 +169,11 @@ def _requested() -> tuple[str, ...] | None:
         found = re.fullmatch(r"(?:sm|compute)_(\d{2,3})a?", name)
         if not found:
             raise SystemExit(
-                f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes names as in {','.join(ANY_GPU)}, {PRESENT} or none"
+                f"{ENVIRONMENT_VARIABLE}: expected names as in {','.join(ANY_GPU)}, {PRESENT} or none, got {name!r}"
             )
         if divmod(int(found[1]), 10) < OLDEST_GPU:
             oldest = dotted(OLDEST_GPU)
-            raise SystemExit(f"{ENVIRONMENT_VARIABLE}: got {name!r}, takes compute capability {oldest} or later")
+            raise SystemExit(f"{ENVIRONMENT_VARIABLE}: expected compute capability {oldest} or later, got {name!r}")
     return names
 
 
@@ -180,8 +181,8 @@ def _no_toolkit(toolkit: Toolkit | None, driver: Driver | None) -> str | None:
     """Why nothing can be compiled here and what to do, or None."""
     if toolkit is not None:
         if toolkit.version < OLDEST_NVCC:
-            versions = f"{dotted(toolkit.version)}, and {dotted(OLDEST_NVCC)} or later is needed"
-            return f"{toolkit.nvcc} is nvcc {versions}; update it, {AGAIN}"
+            got = f"{toolkit.nvcc} of CUDA {dotted(toolkit.version)}"
+            return f"expected an nvcc of CUDA {dotted(OLDEST_NVCC)} or later, got {got}; update it, {AGAIN}"
         absent = [name for name in BUILD_TOOLS if not _available(name)]
         return f"{' and '.join(absent)} not installed; install them, {AGAIN}" if absent else None
     if driver is None:
@@ -189,8 +190,8 @@ def _no_toolkit(toolkit: Toolkit | None, driver: Driver | None) -> str | None:
     wheels = wheel_requirement(driver)
     if wheels is None:
         return (
-            f"the driver runs CUDA {dotted(driver.version)}, and PyPI has nvcc from {dotted(OLDEST_WHEELS)} on; update"
-            f" the driver, or put an nvcc of CUDA {dotted(OLDEST_NVCC)} or later on PATH, {AGAIN}"
+            f"expected a driver of CUDA {dotted(OLDEST_WHEELS)} or later, for which PyPI has nvcc, got "
+            f"{dotted(driver.version)}; update it, or put nvcc {dotted(OLDEST_NVCC)} or later on PATH, {AGAIN}"
         )
     return f"no nvcc is found; install {wheels}, or leave out --no-build-isolation, {AGAIN}"
 

@@ -5,11 +5,11 @@
 //
 // dc is the sum of all r, and the gradient of a vector's entry the sum of ds over the pairs that take it.
 //
-// A thread block walks a group of samples of one head. Each warp holds the gradients of one or two blocks of 16 keys in
-// registers, while queries come by in tiles of 32; warps exchange their shares of r, and ds for dq, through shared
-// memory. Where a sample has more keys than warps hold, or its keys are split among thread blocks, r is computed before
-// by backward_row_sums.cuh, and dq is added up in the workspace. Nothing depends on the order in which warps or thread
-// blocks run.
+// A thread block walks a group of samples of one head. Each warp holds the gradients of one or two key blocks, of 16
+// keys each, in registers, while queries come by in tiles of 32; warps exchange their shares of r, and ds for dq,
+// through shared memory. Where a sample has more keys than warps hold, or its keys are split among thread blocks, r is
+// computed before by backward_row_sums.cuh, and dq is added up in the workspace. Nothing depends on the order in which
+// warps or thread blocks run.
 
 #pragma once
 
@@ -18,35 +18,33 @@
 
 #include <cmath>
 
+#include "backward_memory.cuh"
 #include "backward_workspace.cuh"
 #include "bias_gradient.cuh"
-#include "entries.cuh"
-#include "launch.cuh"
 #include "relative_bias_attention.h"
-#include "relative_bias_attention_backward.cuh"
 #include "sample.cuh"
-#include "spread_block.cuh"
+#include "spread_key_block.cuh"
 #include "tile.cuh"
 
 namespace onepeace_fast {
 
-// Of a warp: its blocks of keys by halves of a tile of queries, keys in rows, as accumulators.
+// Of a warp: its key blocks, keys in rows, by the halves of a tile of queries, as accumulators.
 template <typename Launch>
 using Pairs = float[Launch::SLOTS][HALVES][2][4];
 
-// Of a warp: a gradient of its blocks of keys or values.
+// Of a warp: the gradient of its keys or values.
 template <typename Launch>
 using KeyRows = float[Launch::SLOTS][Launch::HEAD_DIM / 8][4];
 
-// A warp's block of keys; past the last one where there are fewer.
+// The key block of a warp's slot, counted from the walk's first; past the last one where there are fewer.
 template <typename Launch>
-__device__ __forceinline__ int key_block(int slot) {
+__device__ __forceinline__ int own_key_block(int slot) {
     return slot * Launch::WARPS + thread_index() / WARP;
 }
 
-// pairs += keys queries^T.
+// pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, HEAD_DIM], queries [TILE, HEAD_DIM], both in shared memory.
 template <typename Launch, typename T>
-__device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, const T* queries, int blocks) {
+__device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const int lane = thread_index() % WARP;
 #pragma unroll
@@ -56,10 +54,10 @@ __device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, co
         for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
 #pragma unroll
         for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-            const int block = key_block<Launch>(slot);
-            if (block >= blocks) continue;
+            const int key_block = own_key_block<Launch>(slot);
+            if (key_block >= key_blocks) continue;
             uint32_t a[4];
-            left_operand<HEAD_DIM>(a, keys, lane, block, k);
+            left_operand<HEAD_DIM>(a, keys, lane, key_block, k);
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
                 mma<T>(pairs[slot][half][0], a, b[half][0], b[half][1]);
@@ -69,10 +67,10 @@ __device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, co
     }
 }
 
-// rows += pairs queries.
+// rows += pairs queries: queries [TILE, HEAD_DIM] in shared memory.
 template <typename Launch, typename T>
 __device__ __forceinline__ void accumulate(
-    KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int blocks) {
+    KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, SLOTS = Launch::SLOTS;
     const int lane = thread_index() % WARP;
 #pragma unroll
@@ -86,7 +84,7 @@ __device__ __forceinline__ void accumulate(
             right_operand<HEAD_DIM>(b, queries, lane, half, j);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                if (key_block<Launch>(slot) >= blocks) continue;
+                if (own_key_block<Launch>(slot) >= key_blocks) continue;
                 mma<T>(rows[slot][2 * j], a[slot], b[0], b[1]);
                 mma<T>(rows[slot][2 * j + 1], a[slot], b[2], b[3]);
             }
@@ -135,11 +133,11 @@ __device__ __forceinline__ void share_sums(
 // share_sums.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ float find_row_sum(
-    const SpreadBlock<T, Launch, LARGE>& spread, int stage, int blocks, bool is_whole) {
+    const SpreadKeyBlock<T, Launch, LARGE>& spread, int stage, int key_blocks, bool is_whole) {
     const auto& shared = spread.backward.shared;
     const int lane = thread_index() % WARP;
     if (!is_whole) return shared.row_sums[stage][lane];
-    float sum = blocks > spread.BLOCK ? spread.row_sum() : 0.f;
+    float sum = key_blocks > spread.KEY_BLOCK ? spread.row_sum() : 0.f;
     for (int warp = 0; warp < Launch::WARPS; ++warp) sum += shared.partial_sums[warp][lane];
     return sum;
 }
@@ -164,43 +162,43 @@ __device__ __forceinline__ void differentiate(
 // Add ds to the sums of entries.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void add_to_entries(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int blocks,
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int key_blocks,
     const Sums& sums) {
     auto& shared = backward.shared;
-    // A lane for each row of both halves of the tile, and of the blocks of both slots.
+    // A lane for each row of both halves of the tile, and of the key blocks of both slots.
     const int which = thread_index() % WARP / BLOCK_ROWS;
-    const int own = which < Launch::SLOTS ? key_block<Launch>(which) : blocks;
+    const int own = which < Launch::SLOTS ? own_key_block<Launch>(which) : key_blocks;
     const uint32_t query_runs = find_run_starts(
-        shared.query_code[stage] + which * BLOCK_ROWS, shared.query_blocks[stage][which].count);
+        shared.query_code[stage] + which * BLOCK_ROWS, shared.query_rows[stage][which].count);
     const uint32_t key_runs = find_run_starts(
-        shared.key_code + min(own, blocks - 1) * BLOCK_ROWS, own < blocks ? shared.key_blocks[own].count : 0);
+        shared.key_code + min(own, key_blocks - 1) * BLOCK_ROWS, own < key_blocks ? shared.key_rows[own].count : 0);
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int block = key_block<Launch>(slot);
-        if (block >= blocks) continue;
+        const int key_block = own_key_block<Launch>(slot);
+        if (key_block >= key_blocks) continue;
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             add_bias_gradient(
-                backward.arguments, backward.gradients, shared.bias_start, backward.keys(block),
+                backward.arguments, backward.gradients, shared.bias_start, backward.keys(key_block),
                 key_runs >> (BLOCK_ROWS * slot) & 0xffff, backward.queries(stage, half),
                 query_runs >> (BLOCK_ROWS * half) & 0xffff, gradients[slot][half], sums);
         }
     }
 }
 
-// Leave ds of this warp's keys for the gradient of queries.
+// Leave ds of this warp's keys in shared memory for the gradient of queries.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void leave_score_gradient(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int blocks) {
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int key_blocks) {
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int block = key_block<Launch>(slot);
-        if (block >= blocks) continue;
+        const int key_block = own_key_block<Launch>(slot);
+        if (key_block >= key_blocks) continue;
 #pragma unroll
         for (int i = 0; i < HALVES * 4; ++i) {
             const float* pair = &gradients[slot][i / 4][i / 2 % 2][i % 2 * 2];
-            T* target = backward.shared.score_gradient + block * BLOCK_ROWS * TILE +
+            T* target = backward.shared.score_gradient + key_block * BLOCK_ROWS * TILE +
                         swizzled<TILE>(lane / 4 + i % 2 * 8, i / 2) + 2 * (lane % 4);
             *reinterpret_cast<uint32_t*>(target) = pack<T>(pair[0], pair[1]);
         }
@@ -210,7 +208,7 @@ __device__ __forceinline__ void leave_score_gradient(
 // dq of a tile: its 16 rows and columns are divided among the warps.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void find_query_gradient(
-    const Backward<T, Launch, LARGE>& backward, int stage, int blocks, bool is_whole, bool is_first) {
+    const Backward<T, Launch, LARGE>& backward, int stage, int key_blocks, bool is_whole, bool is_first) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const auto& shared = backward.shared;
     const int lane = thread_index() % WARP;
@@ -221,10 +219,10 @@ __device__ __forceinline__ void find_query_gradient(
                         swizzled<TILE>(lane % 8 + lane / 16 * 8, 2 * half + lane / 8 % 2);
         float result[2][4] = {};
 #pragma unroll 2
-        for (int block = 0; block < blocks; ++block) {
+        for (int key_block = 0; key_block < key_blocks; ++key_block) {
             uint32_t a[4], b[4];
-            ldmatrix_transposed(a, left + block * BLOCK_ROWS * TILE);
-            right_operand<HEAD_DIM>(b, shared.keys, lane, block, j);
+            ldmatrix_transposed(a, left + key_block * BLOCK_ROWS * TILE);
+            right_operand<HEAD_DIM>(b, shared.keys, lane, key_block, j);
             mma<T>(result[0], a, b[0], b[1]);
             mma<T>(result[1], a, b[2], b[3]);
         }
@@ -232,16 +230,27 @@ __device__ __forceinline__ void find_query_gradient(
     }
 }
 
-// Some blocks of keys, from block `first` of the sample on, and all of its queries.
+// Some key blocks, from key block `first` of the sample on, and all of its queries, tile by tile. Of a tile:
+//
+//     barrier 1   this tile is there, nobody reads the one before
+//     all warps   copy the next tile (cp.async), until the end ..................................................
+//     two warps   p and d of the spread key block, if there is one
+//     all warps   p = exp2(k q^T ...) | dv += p g | d = v g^T | shares of r and the largest d into shared memory
+//     barrier 2   all shares are there
+//     all warps   r | ds = c p (d - r) into shared memory | dk += ds q | ds to sums of entries | spread: its ds
+//     barrier 3   ds is complete
+//     all warps   spread: its dk and dv by columns | dq = ds^T k, pieces of 16 x 16 dealt to the warps | wait (copies)
+//
+// Between barriers warps run apart: the tensor cores may work for one while another computes exponentials.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
-    const Backward<T, Launch, LARGE>& backward, int first, int blocks, bool is_whole, bool is_first) {
+    const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
     KeyRows<Launch> key_gradient = {}, value_gradient = {};
-    SpreadBlock<T, Launch, LARGE> spread{backward};
-    const bool spreads = blocks > spread.BLOCK;
+    SpreadKeyBlock<T, Launch, LARGE> spread{backward};
+    const bool spreads = key_blocks > spread.KEY_BLOCK;
     if (spreads) spread.begin();
-    backward.load_keys(first, blocks);
+    backward.load_keys(first, key_blocks);
     backward.load_queries(0, 0, is_whole);
     const int tiles = ceil_div(shared.sample.row_blocks, HALVES);
 #pragma unroll 1
@@ -252,38 +261,38 @@ __device__ __forceinline__ void walk_keys(
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
-        multiply<Launch>(probabilities, shared.keys, shared.queries[stage], blocks);
+        multiply<Launch>(probabilities, shared.keys, shared.queries[stage], key_blocks);
 #pragma unroll
         for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
-            const int slot = i / HALVES, half = i % HALVES, block = key_block<Launch>(slot);
-            if (block < blocks) backward.find_probabilities(probabilities[slot][half], stage, block, half);
+            const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(slot);
+            if (key_block < key_blocks) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
         }
-        accumulate<Launch>(value_gradient, probabilities, shared.grad[stage], blocks);
-        multiply<Launch>(gradients, shared.values, shared.grad[stage], blocks);
+        accumulate<Launch>(value_gradient, probabilities, shared.grad[stage], key_blocks);
+        multiply<Launch>(gradients, shared.values, shared.grad[stage], key_blocks);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
-        const float row_sum = find_row_sum(spread, stage, blocks, is_whole);
+        const float row_sum = find_row_sum(spread, stage, key_blocks, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
         differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
-        leave_score_gradient(backward, gradients, blocks);
-        accumulate<Launch>(key_gradient, gradients, shared.queries[stage], blocks);
+        leave_score_gradient(backward, gradients, key_blocks);
+        accumulate<Launch>(key_gradient, gradients, shared.queries[stage], key_blocks);
         Sums sums{};
         if (backward.is_learned()) {
             sums = backward.prepare_sums(row_sum);
-            add_to_entries(backward, gradients, stage, blocks, sums);
+            add_to_entries(backward, gradients, stage, key_blocks, sums);
         }
         if (spreads) spread.differentiate(stage, row_sum, sums);
         __syncthreads();  // the scores' gradient is complete
         if (spreads) spread.accumulate(stage);
-        find_query_gradient(backward, stage, blocks, is_whole, is_first);
+        find_query_gradient(backward, stage, key_blocks, is_whole, is_first);
     }
     __syncthreads();  // nobody reads the keys, which give way to their gradients
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int block = key_block<Launch>(slot);
-        if (block >= blocks) continue;
-        backward.store_keys(key_gradient[slot], backward.arguments.scale, block, shared.keys, 1);
-        backward.store_keys(value_gradient[slot], backward.head_scale(), block, shared.values, 2);
+        const int key_block = own_key_block<Launch>(slot);
+        if (key_block >= key_blocks) continue;
+        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, 1);
+        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, 2);
     }
     if (spreads) spread.store();
     __syncthreads();  // the next keys take their place
@@ -308,9 +317,23 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
     }
 }
 
-// Thread blocks: parts of keys, heads, groups of samples and one more.
+// The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
+// groups of samples and one more.
+//
+//     heads of                        32        64  64 compact       128  128 compact
+//     warps                            8         8           8         8            4
+//     key blocks of a walk            17        17           9         9            5   by tiles of 32 queries
+//     registers, sm_80          175, 186  243, 245    145, 153  220, 226     234, 239   the second is LARGE
+//     registers, sm_90a         195, 193  255, 255    153, 158  232, 236     245, 242
+//     shared memory               74,240   117,248      75,776   129,024       89,216   bytes
+//     thread blocks for each multiprocessor: 1
+//
+// Vectors that are not LARGE take 12 bytes more for each entry.
+//
+// Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
+// model of an H100, never by device memory; the bias and its gradient cost about 55%.
 template <typename T, int HEAD_DIM, bool COMPACT, bool LARGE>
-__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1) backward_kernel(
+__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1) attention_backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
@@ -326,15 +349,16 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
 #pragma unroll 1
     for (int sample = workspace.first_sample(group, arguments.samples); sample < end_sample; ++sample) {
         read_sample<BLOCK_ROWS>(shared.sample, arguments, sample);
-        __syncthreads();  // everybody sees the sample, and what the block began with
-        const int blocks = shared.sample.row_blocks;
-        const int first = workspace.first_block(part, blocks), end = workspace.first_block(part + 1, blocks);
+        __syncthreads();  // everybody sees the sample, and what the thread block began with
+        const int key_blocks = shared.sample.row_blocks;
+        const int first = workspace.first_key_block(part, key_blocks);
+        const int end = workspace.first_key_block(part + 1, key_blocks);
         const bool is_whole = workspace.walks_whole(shared.sample);
         if (is_whole || workspace.query_parts) {
 #pragma unroll 1
-            for (int block = first, taken = 0; block < end; block += taken) {
-                taken = Launch::next_walk(end - block);
-                walk_keys(backward, block, taken, is_whole, block == first);
+            for (int key_block = first, taken = 0; key_block < end; key_block += taken) {
+                taken = Launch::next_walk(end - key_block);
+                walk_keys(backward, key_block, taken, is_whole, key_block == first);
             }
         } else {
             refuse_sample(backward);
@@ -347,16 +371,6 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
         for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
         if (thread_index() == 0) workspace.scale_parts[group * arguments.heads + blockIdx.y] = sum;
     }
-}
-
-template <typename T, int HEAD_DIM, bool COMPACT>
-const char* launch_walks(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
-    const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream) {
-    return launch_kernel(
-        workspace.is_large ? backward_kernel<T, HEAD_DIM, COMPACT, true> : backward_kernel<T, HEAD_DIM, COMPACT, false>,
-        arguments.device, dim3(workspace.parts, arguments.heads, workspace.groups + 1), planned.threads,
-        planned.shared_bytes, stream, arguments, gradients, workspace);
 }
 
 }  // namespace onepeace_fast

@@ -1,4 +1,4 @@
-// The launches of a backward pass, one after another.
+// In which shape a backward pass is launched, and its launches, one after another.
 
 #pragma once
 
@@ -7,19 +7,47 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "backward_memory.cuh"
 #include "backward_row_sums.cuh"
 #include "backward_sums.cuh"
 #include "backward_workspace.cuh"
 #include "bias.cuh"
+#include "forward_memory.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
-#include "relative_bias_attention_forward.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
 namespace onepeace_fast {
 
-// Compiled for each head size and shape in a file of its own.
+template <typename Launch>
+BackwardPlan backward_plan(int64_t entries, int64_t shared_limit) {
+    const int64_t least = sizeof(BackwardShared<bfloat16, Launch>), all = least + 3 * sizeof(float) * entries;
+    const bool is_large = all > shared_limit;
+    const LaunchPlan launch{Launch::THREADS, 1, static_cast<int32_t>(is_large ? least : all)};
+    return {launch, Launch::COMPACT, is_large, Launch::KEY_BLOCKS};
+}
+
+// For a head size, the entries of all vectors with those of CLS, and the bytes that a thread block may have: the larger
+// shape where it fits, and in either the vectors with the sums of their gradient where they do.
+template <int HEAD_DIM>
+BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
+    const BackwardPlan plan = backward_plan<BackwardLaunch<HEAD_DIM, false>>(entries, shared_limit);
+    if constexpr (HAS_COMPACT_SHAPE<HEAD_DIM>) {
+        if (plan.launch.shared_bytes > shared_limit) {
+            return backward_plan<BackwardLaunch<HEAD_DIM, true>>(entries, shared_limit);
+        }
+    }
+    return plan;
+}
+
+inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
+    return head_dim == 32   ? choose_backward_plan<32>(entries, shared_limit)
+           : head_dim == 64 ? choose_backward_plan<64>(entries, shared_limit)
+                            : choose_backward_plan<128>(entries, shared_limit);
+}
+
+// Of the backward kernel; backward_walks.cuh has it, compiled for each head size and shape in a file of its own.
 template <typename T, int HEAD_DIM, bool COMPACT>
 const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
@@ -33,12 +61,12 @@ const char* launch_row_sums(
     base_2.scale *= LOG2_E;
     const int64_t entries = workspace.entries - CLS_ENTRIES * arguments.bias_vectors;
     const LaunchPlan planned = relative_bias_attention_forward_plan(HEAD_DIM, entries);
-    const auto kernel =
-        entries > BIAS_CAPACITY ? row_sums_kernel<T, HEAD_DIM, true> : row_sums_kernel<T, HEAD_DIM, false>;
-    const dim3 blocks(
-        ceil_div(workspace.longest, ForwardLaunch<HEAD_DIM>::WARPS), arguments.heads, arguments.samples);
+    const auto kernel = entries > BIAS_CAPACITY ? attention_row_sums_kernel<T, HEAD_DIM, true>
+                                                : attention_row_sums_kernel<T, HEAD_DIM, false>;
+    const dim3 grid(
+        ceil_div(workspace.sample_row_blocks, ForwardLaunch<HEAD_DIM>::WARPS), arguments.heads, arguments.samples);
     return launch_kernel(
-        kernel, arguments.device, blocks, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
+        kernel, arguments.device, grid, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
         static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
 }
 
@@ -46,7 +74,7 @@ template <typename T, int HEAD_DIM>
 const char* launch_backward(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const BackwardPlan& plan,
     void* stream) {
-    const BackwardWorkspace workspace = share(arguments, gradients, plan);
+    const BackwardWorkspace workspace = plan_workspace(arguments, gradients, plan);
     const bool has_parts = workspace.query_parts && arguments.samples;
     const char* problem = nullptr;
     if (has_parts) problem = launch_row_sums<T, HEAD_DIM>(arguments, gradients, workspace, stream);
@@ -55,17 +83,18 @@ const char* launch_backward(
     const auto launch_compact = launch_walks<T, HEAD_DIM, HAS_COMPACT_SHAPE<HEAD_DIM>>;
     problem = (plan.is_compact ? launch_compact : launch)(arguments, gradients, workspace, plan.launch, stream);
     if (!problem && has_parts) {
-        const dim3 blocks(
-            ceil_div(workspace.longest * BLOCK_ROWS, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads,
+        const dim3 grid(
+            ceil_div(workspace.sample_row_blocks * BLOCK_ROWS, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads,
             arguments.samples);
         problem = launch_kernel(
-            sum_queries_kernel<T, HEAD_DIM>, arguments.device, blocks, SUM_THREADS, sizeof(Sample), stream, arguments,
-            gradients, workspace);
+            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(Sample), stream,
+            arguments, gradients, workspace);
     }
     if (!problem && (workspace.entry_parts || workspace.scale_parts)) {
-        const dim3 blocks(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);
+        const dim3 grid(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);
         problem = launch_kernel(
-            sum_entries_kernel, arguments.device, blocks, SUM_THREADS, 0, stream, arguments, gradients, workspace);
+            attention_sum_entries_kernel, arguments.device, grid, SUM_THREADS, 0, stream, arguments, gradients,
+            workspace);
     }
     return problem;
 }

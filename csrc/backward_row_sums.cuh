@@ -21,26 +21,25 @@ constexpr int STEPS_AT_ONCE = 2;
 constexpr int STEPS_AT_ONCE = 8;
 #endif
 
-// A warp's 16 rows of grad. What their keys sum to so far in this thread's columns stands in shared memory between
-// tiles, beside their log-sum-exp.
+// A warp's 16 rows of grad. What their keys sum to so far stands in RowSumState between tiles.
 template <typename T, int HEAD_DIM>
 struct RowSums {
-    const T* grad[2];
+    const T* grad[2];  // of this thread's two rows, from its columns on
 
     template <bool WINDOWED>
     __device__ __forceinline__ RowSums(
         const Forward<T, HEAD_DIM, WINDOWED>& forward, const RelativeBiasAttentionGradients& gradients) {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
-        __syncwarp();  // lane 0 wrote this warp's block
-        const Block& block = forward.shared.blocks[warp];
-        if (block.count == 0) return;
+        __syncwarp();  // lane 0 wrote this warp's row block
+        const RowBlock& row_block = forward.shared.query_rows[warp];
+        if (row_block.count == 0) return;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int64_t row =
-                find_row(forward.shared.sample, forward.arguments.modalities, block, lane / 4 + 8 * i).index;
-            Softmax& softmax = forward.shared.softmax[thread_index()];
-            softmax.largest[i] = LOG2_E * gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
-            softmax.sum[i] = 0.f;
+                find_row(forward.shared.sample, forward.arguments.modalities, row_block, lane / 4 + 8 * i).index;
+            RowSumState& state = forward.shared.row_sum_states[thread_index()];
+            state.log_sum_exp[i] = LOG2_E * gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
+            state.sum[i] = 0.f;
             grad[i] = static_cast<const T*>(gradients.grad) + row * gradients.row_stride +
                       blockIdx.y * gradients.head_stride + 2 * (lane % 4);
         }
@@ -64,35 +63,46 @@ struct RowSums {
                 mma<T>(gradients[2 * j + 1], a, b[2], b[3]);
             }
         }
-        Softmax& softmax = forward.shared.softmax[thread_index()];
+        RowSumState& state = forward.shared.row_sum_states[thread_index()];
         float sum[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; ++i) {
             const int row = i % 4 / 2;
-            sum[row] += fast_exp2(scores[i / 4][i % 4] - softmax.largest[row]) * gradients[i / 4][i % 4];
+            sum[row] += fast_exp2(scores[i / 4][i % 4] - state.log_sum_exp[row]) * gradients[i / 4][i % 4];
         }
-        for (int i = 0; i < 2; ++i) softmax.sum[i] += sum[i];
+        for (int i = 0; i < 2; ++i) state.sum[i] += sum[i];
     }
 
+    // row_sums is [rows, heads].
     template <bool WINDOWED>
     __device__ __forceinline__ void store(const Forward<T, HEAD_DIM, WINDOWED>& forward, float* row_sums) const {
-        const Block& block = forward.shared.blocks[thread_index() / WARP];
+        const RowBlock& row_block = forward.shared.query_rows[thread_index() / WARP];
         const int lane = thread_index() % WARP;
         for (int i = 0; i < 2; ++i) {
-            const float total = row_sum(forward.shared.softmax[thread_index()].sum[i]);
+            const float total = row_sum(forward.shared.row_sum_states[thread_index()].sum[i]);
             const int row = lane / 4 + 8 * i;
-            if (lane % 4 == 0 && row < block.count) {
-                const int64_t index = find_row(forward.shared.sample, forward.arguments.modalities, block, row).index;
+            if (lane % 4 == 0 && row < row_block.count) {
+                const int64_t index =
+                    find_row(forward.shared.sample, forward.arguments.modalities, row_block, row).index;
                 row_sums[index * forward.arguments.heads + blockIdx.y] = total;
             }
         }
     }
 };
 
-// Thread blocks: parts that share the queries of a sample, heads, samples.
+// The row sums. Thread blocks: parts that share the queries of a sample, heads, samples. Tiles, warps and shared memory
+// are those of the forward kernel.
+//
+//     heads of                 32       64      128
+//     registers, sm_80    94, 101  96, 112   94, 92   the second with windows
+//     registers, sm_90a    95, 99  96, 116   94, 94
+//     thread blocks for each  2, 2    2, 1    2, 2   multiprocessor of compute capability 9.0
+//
+// Registers by ptxas of nvcc 13.0, no spills. Bound as the forward kernel is: it has as many matrix products.
 template <typename T, int HEAD_DIM, bool WINDOWED>
-__global__ void __launch_bounds__(ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(WINDOWED))
-row_sums_kernel(
+__global__ void __launch_bounds__(
+    ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(WINDOWED))
+attention_row_sums_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace, int bias_capacity) {

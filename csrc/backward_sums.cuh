@@ -14,14 +14,17 @@ namespace onepeace_fast {
 
 constexpr int SUM_THREADS = 256;
 
+// data is dense, of a type.
 __device__ __forceinline__ void store_element(void* data, ElementType type, int64_t index, float value) {
     if (type == FLOAT32) static_cast<float*>(data)[index] = value;
     if (type == FLOAT16) static_cast<float16*>(data)[index] = from_float<float16>(value);
     if (type == BFLOAT16) static_cast<bfloat16*>(data)[index] = from_float<bfloat16>(value);
 }
 
-// The gradients of vectors and of the head scale. Thread blocks: entries, heads.
-static __global__ void __launch_bounds__(SUM_THREADS) sum_entries_kernel(
+// The gradients of vectors and of the head scale. Thread blocks: entries, heads; a thread for each entry, no shared
+// memory, 32 registers on sm_80 and sm_90a by ptxas of nvcc 13.0, so 8 thread blocks for each multiprocessor. Bound by
+// the latency of device memory: a thread reads groups x parts numbers, one after another.
+static __global__ void __launch_bounds__(SUM_THREADS) attention_sum_entries_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
@@ -47,9 +50,11 @@ static __global__ void __launch_bounds__(SUM_THREADS) sum_entries_kernel(
 }
 
 // The gradients of queries whose samples were not walked whole. Thread blocks: some that share the rows of a sample,
-// heads, samples.
+// heads, samples; a thread for each chunk of a row, 204 bytes of shared memory, 39 registers on sm_80 and sm_90a by
+// ptxas of nvcc 13.0, so 6 thread blocks for each multiprocessor. Bound by device memory, from which it reads the
+// parts.
 template <typename T, int HEAD_DIM>
-__global__ void __launch_bounds__(SUM_THREADS) sum_queries_kernel(
+__global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
@@ -62,12 +67,13 @@ __global__ void __launch_bounds__(SUM_THREADS) sum_queries_kernel(
 #pragma unroll 1
     for (int i = blockIdx.x * ROWS + thread_index() / ROW_CHUNKS; i < sample.row_blocks * BLOCK_ROWS;
          i += gridDim.x * ROWS) {
-        const Block block = find_block(sample, arguments.modalities, BLOCK_ROWS, i / BLOCK_ROWS);
-        if (i % BLOCK_ROWS >= block.count) continue;
-        const int64_t row = find_row(sample, arguments.modalities, block, i % BLOCK_ROWS).index;
+        const RowBlock row_block = find_row_block(sample, arguments.modalities, BLOCK_ROWS, i / BLOCK_ROWS);
+        if (i % BLOCK_ROWS >= row_block.count) continue;
+        const int64_t row = find_row(sample, arguments.modalities, row_block, i % BLOCK_ROWS).index;
         float sums[CHUNK] = {};
         for (int part = 0; part < workspace.parts; ++part) {
-            if (workspace.first_block(part, sample.row_blocks) == workspace.first_block(part + 1, sample.row_blocks)) {
+            const int key_blocks = sample.row_blocks;
+            if (workspace.first_key_block(part, key_blocks) == workspace.first_key_block(part + 1, key_blocks)) {
                 continue;  // it had no keys
             }
             const int64_t index = (part * static_cast<int64_t>(arguments.rows) + row) * arguments.heads + blockIdx.y;

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "entries.cuh"
+#include "bias.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 
@@ -44,9 +44,9 @@ __device__ __forceinline__ int low_bits(int rows) {
     return max(0, min(MOST_LOW_BITS, 31 - 2 * (32 - __clz(rows))));
 }
 
-// Sums of entries as integers: those of the fixed point's bits, and `entries` further those of the low bits.
+// Sums of entries as integers.
 struct Sums {
-    int* high;
+    int* high;  // [2, entries]: in units of the fixed point, and their low bits
     int entries;
     float unit;      // 2^exponent
     float low_unit;  // 2^low bits
@@ -59,7 +59,8 @@ struct Sums {
     }
 };
 
-// Bit r: row r of a block does not continue the codes before it. By a warp, for two blocks, a row for each lane.
+// Bit r: row r of a row block does not continue the codes before it. By a warp, for two row blocks, a row for each
+// lane: code [BLOCK_ROWS] of the lane's own.
 __device__ __forceinline__ uint32_t find_run_starts(const int* code, int count) {
     const int row = thread_index() % BLOCK_ROWS;
     const bool starts = row < count && (row == 0 || code[row] != code[row - 1] + 1);
@@ -68,31 +69,48 @@ __device__ __forceinline__ uint32_t find_run_starts(const int* code, int count) 
 
 __device__ __forceinline__ int first_run(uint32_t starts) { return __ffs(starts) - 1; }
 
-// Where the first run ends, in a block of some rows.
+// Where the first run ends, in a row block of `count` rows.
 __device__ __forceinline__ int next_run(uint32_t starts, int count) {
     const uint32_t later = starts & (starts - 1);
     return later ? first_run(later) : count;
 }
 
-// Add the sums of a block's diagonals to consecutive entries: that of query column - key row = d to entry + d, for d in
-// first..last, which no lane but one has. A lane's values are on diagonals 2 t - g + {-8, -7, 0, 1, 8, 9}, g = lane / 4
-// and t = lane % 4; those of lanes with the same (2 t - g) % 8 meet.
+// Add the sums along the diagonals of 16 keys by 16 queries to consecutive entries: of diagonal d = query - key to
+// entry + d, for d in first..last. With g = lane / 4 and t = lane % 4, a lane has these values, diagonals beside them:
+//
+//                        query 2t, 2t + 1                    8 + 2t, 9 + 2t
+//     key g          [0][0], [0][1]: 2t-g, 2t-g+1     [1][0], [1][1]: 2t-g+8, 2t-g+9
+//     key g + 8      [0][2], [0][3]: 2t-g-8, 2t-g-7   [1][2], [1][3]: 2t-g, 2t-g+1
+//
+// Of each 8 x 8 quarter, by the lanes that have them, along one diagonal:
+//
+//     query   0  1  2  3  4  5  6  7
+//     key 0   0  0  1  1  2  2  3  3
+//         1   4  4  5  5  6  6  7  7     1. An odd value moves up one row: that of lane + 4 is on the diagonal of this
+//         2   8  8  9  9 10 10 11 11        lane's even one. From key 0 it goes to key 7, 8 diagonals further.
+//         3  12 12 13 13 14 14 15 15
+//         ..                             Then a lane has four sums, on diagonals 2t-g + {-8, 0, 8, 16}. Lanes with the
+//         7  28 28 29 29 30 30 31 31        same (2t-g) % 8 share diagonals, as 0, 9, 18 and 27 do -16, -8, 0 and 8:
+//
+//     2. 0 <-> 9 and 18 <-> 27 give each other two sums:    0: -16, -8    9: 0, 8    18: -16, -8    27: 0, 8
+//     3. 0 <-> 18 and 9 <-> 27 give each other one:         0: -16        9: 0       18: -8         27: 8
 __device__ __forceinline__ void add_diagonals(
     const float (&values)[2][4], int first, int last, const Sums& sums, int entry) {
     constexpr unsigned ALL = 0xffffffff;
     const int lane = thread_index() % WARP, g = lane / 4, t = lane % 4;
     const float even[3] = {values[0][2], values[0][0] + values[1][2], values[1][0]};
     const float odd[3] = {values[0][3], values[0][1] + values[1][3], values[1][1]};
-    // The odd ones of the row below are on the even ones' diagonals; below the last row is the first, 8 further.
+    // Step 1.
     const int below = (lane + 4) % WARP;
     const float outer = __shfl_sync(ALL, g == 0 ? odd[2] : odd[0], below);
     const float sum[4] = {
         even[0] + (g == 7 ? 0.f : outer), even[1] + __shfl_sync(ALL, g == 0 ? odd[0] : odd[1], below),
         even[2] + __shfl_sync(ALL, g == 0 ? odd[1] : odd[2], below), g == 7 ? outer : 0.f};
-    // By the diagonal's own eighth, 8 i - 16 on.
+    // Sums by the eighth that their diagonal is in: eighth i begins at 8 i - 16.
     const bool later = 2 * t >= g;
     const float eighths[4] = {
         later ? 0.f : sum[0], later ? sum[0] : sum[1], later ? sum[1] : sum[2], later ? sum[2] : sum[3]};
+    // Steps 2 and 3.
     const bool right = t % 2;
     const int partner = ((right ? g + 6 : g + 2) % 8) * 4 + (t ^ 1);
     const float low = (right ? eighths[2] : eighths[0]) + __shfl_sync(ALL, right ? eighths[0] : eighths[2], partner);
@@ -103,8 +121,8 @@ __device__ __forceinline__ void add_diagonals(
     if (diagonal >= first && diagonal <= last) sums.add(entry + diagonal, total);
 }
 
-// Add a block's score gradients to the sums of the entries that they belong to, which begin at `starts` for each
-// vector. Runs of consecutive codes on both sides share entries along diagonals.
+// Add the score gradients of a key block and a row block of queries to the sums of their entries, of which vector m
+// begins at starts[m]. Runs of consecutive codes on both sides share entries along diagonals.
 __device__ __forceinline__ void add_bias_gradient(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const int* starts,
     const Side& keys, uint32_t key_runs, const Side& queries, uint32_t query_runs, const float (&values)[2][4],

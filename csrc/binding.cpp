@@ -44,7 +44,7 @@ ElementType element_type(const std::string& name) {
     if (name == "float16") return FLOAT16;
     if (name == "bfloat16") return BFLOAT16;
     if (name == "float32") return FLOAT32;
-    throw std::invalid_argument("type: got " + name + ", takes float16, bfloat16 or float32");
+    throw std::invalid_argument("type: expected float16, bfloat16 or float32, got " + name);
 }
 
 // Address, dtype, head stride, entry stride, entries, code offset.
@@ -57,8 +57,8 @@ RelativeBiasAttention attention(
     std::uintptr_t code, std::uintptr_t is_cls, const std::vector<Vector>& bias, std::uintptr_t head_scale,
     const std::string& head_scale_type) {
     if (bias.size() > MAX_MODALITIES) {
-        throw std::invalid_argument(
-            "bias: got " + std::to_string(bias.size()) + " vectors, takes at most " + std::to_string(MAX_MODALITIES));
+        const std::string most = std::to_string(MAX_MODALITIES), got = std::to_string(bias.size());
+        throw std::invalid_argument("bias: expected at most " + most + " vectors, got " + got);
     }
     RelativeBiasAttention arguments{};
     arguments.device = device;
@@ -114,11 +114,11 @@ RelativeBiasAttentionGradients gradients_of(
     std::uintptr_t head_scale) {
     if (bias.size() != static_cast<std::size_t>(arguments.bias_vectors)) {
         throw std::invalid_argument(
-            "bias: got " + std::to_string(bias.size()) + " gradients, takes one for each vector, " +
-            std::to_string(arguments.bias_vectors) + ", 0 where it is frozen");
+            "bias: expected a gradient for each of " + std::to_string(arguments.bias_vectors) +
+            " vectors, 0 where it is frozen, got " + std::to_string(bias.size()));
     }
     if (head_scale && !arguments.head_scale) {
-        throw std::invalid_argument("head_scale: got a gradient without a head scale, takes 0");
+        throw std::invalid_argument("head_scale: expected 0, since there is no head scale, got a gradient");
     }
     RelativeBiasAttentionGradients gradients{};
     gradients.multiprocessors = multiprocessors;

@@ -4,51 +4,88 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <cstdarg>
 #include <cstdint>
+#include <cstdio>
+#include <initializer_list>
 
 #include "relative_bias_attention.h"
 
 namespace onepeace_fast {
 
-constexpr int MAX_GRID = 65535;  // thread blocks along the grid's second and third dimension
+constexpr int MAX_GRID = 65535;  // thread blocks along a grid's second and third dimension
 
-inline bool is_aligned(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+// One line for the caller, formatted as by printf, which stays until this thread's next one.
+__attribute__((format(printf, 1, 2))) inline const char* say(const char* format, ...) {
+    static thread_local char line[240];
+    va_list values;
+    va_start(values, format);
+    std::vsnprintf(line, sizeof(line), format, values);
+    va_end(values);
+    return line;
+}
+
+// Why an address does not begin a 16-byte access, or null.
+inline const char* check_address(const char* name, const void* address) {
+    const int off = static_cast<int>(reinterpret_cast<uintptr_t>(address) % 16);
+    if (!off) return nullptr;
+    return say("%s: expected an address that 16 divides, got one that is %d modulo 16; pass a copy", name, off);
+}
+
+// Why rows of a tensor cannot be read 16 bytes at a time, or null.
+inline const char* check_rows(const char* name, const void* address, std::initializer_list<int64_t> strides) {
+    for (const int64_t stride : strides) {
+        if (stride % 8) {
+            const auto got = static_cast<long long>(stride);
+            return say("%s: expected strides that 8 divides, got %lld; pass a contiguous copy", name, got);
+        }
+    }
+    return check_address(name, address);
+}
+
+inline const char* name_of(ElementType type) {
+    if (type == FLOAT32) return "float32";
+    return type == FLOAT16 ? "float16" : type == BFLOAT16 ? "bfloat16" : "an unknown type";
+}
 
 // What is wrong with the arguments, in one line, or null.
-inline const char* check_arguments(const RelativeBiasAttention& arguments) {
-    const RelativeBiasAttention& a = arguments;
+inline const char* check_arguments(const RelativeBiasAttention& a) {
     if (a.head_dim != 32 && a.head_dim != 64 && a.head_dim != 128) {
-        return "qkv: got a head size that the CUDA kernel does not have, takes 32, 64 or 128";
+        return say("qkv: expected a head size of 32, 64 or 128, got %d", a.head_dim);
     }
     if (a.type != FLOAT16 && a.type != BFLOAT16) {
-        return "qkv: got a dtype that the CUDA kernel does not have, takes float16 or bfloat16";
+        return say("qkv: expected float16 or bfloat16, got %s", name_of(a.type));
     }
     if (a.modalities < 1 || a.modalities > MAX_MODALITIES) {
-        return "cu_seqlens: got a number of modalities that the CUDA kernel does not have, takes 1 to 16";
+        return say("cu_seqlens: expected 1 to %d modalities, got %d", MAX_MODALITIES, a.modalities);
     }
     if (a.samples < 0 || a.rows < 0 || a.heads < 1 || a.max_length < 0) {
-        return "qkv: got a negative size or no head, takes at least one head";
+        return say(
+            "qkv: expected no negative size and at least one head, got %d samples, %d rows, %d heads and a longest "
+            "sample of %d",
+            a.samples, a.rows, a.heads, a.max_length);
     }
     if (a.heads > MAX_GRID || a.samples >= MAX_GRID) {
-        return "cu_seqlens: got more samples or heads than one launch takes, takes up to 65534; pass fewer at once";
+        return say(
+            "cu_seqlens: expected at most %d samples and %d heads in one launch, got %d and %d; pass fewer at once",
+            MAX_GRID - 1, MAX_GRID, a.samples, a.heads);
     }
     if (a.bias_vectors != 0 && a.bias_vectors != a.modalities) {
-        return "bias: got another number of vectors than modalities, takes one each, or none";
+        return say(
+            "bias: expected one vector for each of %d modalities, or none, got %d", a.modalities, a.bias_vectors);
     }
     for (int m = 0; m < a.bias_vectors; ++m) {
-        if (a.bias[m].entries <= CLS_ENTRIES || a.bias[m].type < FLOAT16 || a.bias[m].type > FLOAT32) {
-            return "bias: got a vector of too few entries or another dtype, takes float16, bfloat16 or float32 "
-                   "[heads, 4 or more]";
+        const BiasVector& vector = a.bias[m];
+        if (vector.entries <= CLS_ENTRIES || vector.type < FLOAT16 || vector.type > FLOAT32) {
+            return say(
+                "bias: expected float16, bfloat16 or float32 [heads, %d or more], got %s [heads, %d] for modality %d",
+                CLS_ENTRIES + 1, name_of(vector.type), vector.entries, m);
         }
     }
     if (a.head_scale && (a.head_scale_type < FLOAT16 || a.head_scale_type > FLOAT32)) {
-        return "head_scale: got another dtype, takes float16, bfloat16 or float32";
+        return say("head_scale: expected float16, bfloat16 or float32, got %s", name_of(a.head_scale_type));
     }
-    if (!is_aligned(a.qkv, 16) || a.row_stride % 8 || a.which_stride % 8 || a.head_stride % 8) {
-        return "qkv: got an address or strides off 16 bytes, takes multiples of 16 bytes; pass a contiguous copy";
-    }
-    return nullptr;
+    return check_rows("qkv", a.qkv, {a.row_stride, a.which_stride, a.head_stride});
 }
 
 // Bytes of shared memory that a thread block may have on a device.
@@ -61,11 +98,12 @@ inline int shared_limit(int device) {
     return bytes;
 }
 
-// Launch on the arguments' device, which stays the current one: the caller has a guard, and to set back what was the
-// current device would create a context there. Returns null, or CUDA's error.
+// Launch on a device, which stays the current one: the caller has a guard, and to set back what was the current device
+// would create a context there. The kernel is allowed its shared memory anew each time, since that holds for one device
+// alone. Returns null, or one line.
 template <typename... Parameters, typename... Values>
 const char* launch_kernel(
-    void (*kernel)(Parameters...), int device, dim3 blocks, int threads, size_t shared_bytes, void* stream,
+    void (*kernel)(Parameters...), int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
     const Values&... values) {
     cudaError_t status = cudaSetDevice(device);
     if (status == cudaSuccess) {
@@ -75,12 +113,11 @@ const char* launch_kernel(
     if (status == cudaSuccess) {
         void* addresses[] = {const_cast<void*>(static_cast<const void*>(&values))...};
         status = cudaLaunchKernel(
-            kernel, blocks, dim3(threads), addresses, shared_bytes,
-            static_cast<cudaStream_t>(stream));
+            kernel, grid, dim3(threads), addresses, shared_bytes, static_cast<cudaStream_t>(stream));
     }
     if (status == cudaSuccess) return nullptr;
     cudaGetLastError();  // the next call must not meet this error again
-    return cudaGetErrorString(status);
+    return say("relative_bias_attention: CUDA refuses the launch: %s", cudaGetErrorString(status));
 }
 
 }  // namespace onepeace_fast

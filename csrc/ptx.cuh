@@ -53,8 +53,8 @@ __device__ __forceinline__ float fast_exp2(float x) {
     return result;
 }
 
-// Number of this thread in its block, read anew by every call: what follows from it is not kept in registers through
-// loops that need them for other things.
+// Number of this thread in its thread block, read anew by every call: what follows from it is not kept in registers
+// through loops that need them for other things.
 __device__ __forceinline__ int thread_index() {
     int index;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
@@ -62,7 +62,7 @@ __device__ __forceinline__ int thread_index() {
     return index;
 }
 
-// The dynamic shared memory of the block.
+// The dynamic shared memory of the thread block.
 __device__ __forceinline__ void* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];
     return memory;

@@ -1,5 +1,15 @@
 // The walk of a thread block through the keys of its sample, a warp for each 16 queries: what the forward pass and the
-// row sums of the backward pass share.
+// row sums of the backward pass share. Keys and values have two stages in shared memory. Over time:
+//
+//                      | tile i                                                  | tile i + 1
+//     copies           | tile i + 1 into the other stage (cp.async) ........ wait | tile i + 2 ...
+//     a warp   barrier | q k^T  | scale, bias | windows | mask | exp2 | p v  wait | barrier | q k^T ...
+//     unit             | tensor | shared, FMA | global  | ALU  | MUFU | tensor
+//
+// The barrier says that this tile has arrived for all, and that nobody reads the one before, whose stage the next
+// copies overwrite. Between barriers warps run apart: the tensor cores work for one while another computes
+// exponentials. Windows, each loaded by all warps between two more barriers, are only those of vectors that shared
+// memory does not hold.
 
 #pragma once
 
@@ -9,13 +19,13 @@
 #include <cmath>
 
 #include "bias.cuh"
-#include "relative_bias_attention_forward.cuh"
+#include "forward_memory.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
 namespace onepeace_fast {
 
-// scores += queries keys^T for the 16 queries of a warp.
+// scores += queries keys^T of a warp: queries [BLOCK_ROWS, HEAD_DIM], keys [COLUMNS, HEAD_DIM], both in shared memory.
 template <int COLUMNS, int HEAD_DIM, typename T>
 __device__ __forceinline__ void multiply_keys(float (&scores)[COLUMNS / 8][4], const T* queries, const T* keys) {
     const int lane = thread_index() % WARP;
@@ -53,11 +63,11 @@ __device__ __forceinline__ void bias_tile(
     auto& shared = forward.shared;
     const float scale = arguments.scale;
     const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
-    const int mine = shared.blocks[warp].modality, modality = shared.tiles[stage].modality;
-    const int* row_code = shared.row_code[warp];
+    const int mine = shared.query_rows[warp].modality, modality = shared.key_rows[stage].modality;
+    const int* query_code = shared.query_code[warp];
     const int* key_code = shared.key_code[stage];
     const bool is_cls = mine == arguments.modalities;
-    const int first = is_cls ? row_code[row] : mine, second = is_cls ? row_code[row + 8] : mine;
+    const int first = is_cls ? query_code[row] : mine, second = is_cls ? query_code[row + 8] : mine;
     if (!arguments.bias_vectors) {
         add_row_bias<COLUMNS>(scores, scale, 0.f, 0.f);
     } else if (COLUMNS == BLOCK_ROWS) {
@@ -72,7 +82,7 @@ __device__ __forceinline__ void bias_tile(
     } else {
         const float* entries = shared.bias();
         const int shift = shared.bias_start[modality] + arguments.bias[modality].code_offset;
-        add_bias<COLUMNS>(scores, scale, row_code, key_code, shift, [&](int entry) { return entries[entry]; });
+        add_bias<COLUMNS>(scores, scale, query_code, key_code, shift, [&](int entry) { return entries[entry]; });
     }
 }
 
@@ -82,9 +92,9 @@ __device__ __forceinline__ void add_windows(
     float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, true>& forward, int stage, int capacity) {
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP;
-    const Block& mine = shared.blocks[warp];
+    const RowBlock& mine = shared.query_rows[warp];
     const float* entries = forward.shared.bias();
-    const int modality = shared.tiles[stage].modality;
+    const int modality = shared.key_rows[stage].modality;
     const Range range = forward.find_entries(stage, modality);
     for (int first = range.first; first <= range.last; first += capacity) {
         const int count = min(capacity, range.last - first + 1);
@@ -93,36 +103,37 @@ __device__ __forceinline__ void add_windows(
         __syncthreads();
         if (mine.count && mine.modality == modality) {
             add_bias<COLUMNS>(
-                scores, 1.f, shared.row_code[warp], shared.key_code[stage],
+                scores, 1.f, shared.query_code[warp], shared.key_code[stage],
                 forward.arguments.bias[modality].code_offset - first,
                 [&](int entry) { return entry >= 0 && entry < count ? entries[entry] : 0.f; });
         }
     }
 }
 
-// Rows::attend of a tile of keys and its scores, in base 2. By all warps: those without queries only load windows.
-template <int COLUMNS, typename Rows, typename T, int HEAD_DIM, bool WINDOWED>
+// QueryRows::attend of a tile of keys and its scores, in base 2. By all warps: those without queries only load windows.
+template <int COLUMNS, typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
-    Rows& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
+    QueryRows& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
     auto& shared = forward.shared;
     float scores[COLUMNS / 8][4] = {};
-    if (shared.blocks[thread_index() / WARP].count) {
-        multiply_keys<COLUMNS, HEAD_DIM>(scores, shared.rows[thread_index() / WARP], shared.keys[stage]);
+    if (shared.query_rows[thread_index() / WARP].count) {
+        multiply_keys<COLUMNS, HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
         bias_tile<COLUMNS>(scores, forward, stage);
     }
     if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
-    if (shared.blocks[thread_index() / WARP].count) {
-        const int count = shared.tiles[stage].count;
+    if (shared.query_rows[thread_index() / WARP].count) {
+        const int count = shared.key_rows[stage].count;
         if (count < COLUMNS) mask_keys<COLUMNS>(scores, count);
         rows.template attend<COLUMNS>(scores, forward, stage);
     }
 }
 
-// By a thread block whose sample is read: its queries, a warp's 16 rows after others, attend to all keys of the sample.
-// Rows(forward, more...) begins when queries and their keys are being copied; finish(rows) ends them.
-template <typename Rows, typename T, int HEAD_DIM, bool WINDOWED, typename Finish, typename... More>
+// By a thread block whose sample is read: its queries, one row block for each warp at a time, attend to all keys of the
+// sample. QueryRows is OutputRows of the forward pass or RowSums of the backward pass: QueryRows(forward, more...)
+// begins when queries and their keys are being copied, attend takes in a tile, and finish(rows) ends them.
+template <typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED, typename Finish, typename... More>
 __device__ __forceinline__ void walk_queries(
     const Forward<T, HEAD_DIM, WINDOWED>& forward, int bias_capacity, Finish finish, const More&... more) {
     constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
@@ -136,32 +147,32 @@ __device__ __forceinline__ void walk_queries(
         const int row_blocks = shared.sample.row_blocks, query_tiles = ceil_div(row_blocks, WARPS);
         const int query_tile = shared.query_tile;
         if (query_tile >= query_tiles) break;
-        const int first_block = query_tile * row_blocks / query_tiles;
-        const int end_block = (query_tile + 1) * row_blocks / query_tiles;
-        const bool active = thread_index() / WARP < end_block - first_block;
-        forward.load_keys(0, find_block(shared.sample, arguments.modalities, KEYS, 0));
+        const int first_row_block = query_tile * row_blocks / query_tiles;
+        const int end_row_block = (query_tile + 1) * row_blocks / query_tiles;
+        const bool active = thread_index() / WARP < end_row_block - first_row_block;
+        forward.load_keys(0, find_row_block(shared.sample, arguments.modalities, KEYS, 0));
         if (active) {
-            forward.load_queries(
-                find_block(shared.sample, arguments.modalities, BLOCK_ROWS, first_block + thread_index() / WARP));
+            const int index = first_row_block + thread_index() / WARP;
+            forward.load_queries(find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, index));
         } else if (thread_index() % WARP == 0) {
-            shared.blocks[thread_index() / WARP].count = 0;
+            shared.query_rows[thread_index() / WARP].count = 0;
         }
-        if (!WINDOWED) forward.load_whole_bias(first_block, end_block);
-        Rows rows(forward, more...);
+        if (!WINDOWED) forward.load_whole_bias(first_row_block, end_row_block);
+        QueryRows rows(forward, more...);
         for (int i = 0; i < shared.sample.key_tiles; ++i) {
             const int stage = i % STAGES;
             cp_async_wait_all();
             __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
             if (i + 1 < shared.sample.key_tiles) {
-                forward.load_keys(1 - stage, find_block(shared.sample, arguments.modalities, KEYS, i + 1));
+                forward.load_keys(1 - stage, find_row_block(shared.sample, arguments.modalities, KEYS, i + 1));
             }
-            if (shared.tiles[stage].modality == arguments.modalities) {
+            if (shared.key_rows[stage].modality == arguments.modalities) {
                 attend_tile<BLOCK_ROWS>(rows, forward, stage, bias_capacity);
             } else {
                 attend_tile<KEYS>(rows, forward, stage, bias_capacity);
             }
         }
-        if (shared.blocks[thread_index() / WARP].count) finish(rows);
+        if (shared.query_rows[thread_index() / WARP].count) finish(rows);
         if (thread_index() == 0) shared.query_tile += gridDim.x;
         __syncthreads();  // the next queries take the place of these keys and results
     }

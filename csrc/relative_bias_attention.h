@@ -18,7 +18,7 @@ enum ElementType : int32_t { FLOAT16 = 0, BFLOAT16 = 1, FLOAT32 = 2 };
 
 // One modality's bias, [heads, entries]: entry code_i - code_j + code_offset for query i and key j, CLS entries last.
 struct BiasVector {
-    const void* data;
+    const void* data;  // [heads, entries]
     int64_t head_stride;
     int64_t entry_stride;
     int32_t entries;  // CLS_ENTRIES included
@@ -51,21 +51,24 @@ struct RelativeBiasAttention {
     ElementType head_scale_type;
 };
 
-// Threads of a thread block, how many a multiprocessor shall hold at once, and the shared memory of each.
+// Threads of a thread block, how many thread blocks a multiprocessor shall hold at once, and the shared memory of each.
 struct LaunchPlan {
     int32_t threads;
-    int32_t blocks_at_once;
+    int32_t thread_blocks_at_once;
     int32_t shared_bytes;
 };
 
 // For a head size, and the entries of all vectors together without those of CLS.
 extern "C" LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries);
 
-// Writes out [rows, heads, head_dim] and log_sum_exp float32 [rows, heads], both dense, inert rows too. Returns null,
-// or one line: an argument that cannot be taken, in which case nothing is launched, or CUDA's error.
-// The pointers must stay valid until the stream has passed the launch; nothing is allocated, nothing synchronises.
+// Writes out and log_sum_exp, inert rows too. Returns null, or one line, which stays until this thread's next one: an
+// argument that is refused, in which case nothing is launched, or CUDA's error. The pointers must stay valid until the
+// stream has passed the launch; nothing is allocated, nothing synchronises.
 const char* relative_bias_attention_forward(
-    const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream);
+    const RelativeBiasAttention& arguments,
+    void* out,           // [rows, heads, head_dim], dense, 16-byte aligned
+    float* log_sum_exp,  // [rows, heads], dense
+    void* stream);
 
 // What the backward pass reads beside the arguments, and what it writes.
 struct RelativeBiasAttentionGradients {
@@ -73,7 +76,7 @@ struct RelativeBiasAttentionGradients {
     const void* grad;         // of out, in its type [rows, heads, head_dim], 16-byte aligned, the last dimension dense
     int64_t row_stride;       // strides of grad in elements, multiples of 8
     int64_t head_stride;
-    const float* log_sum_exp;  // of the forward pass
+    const float* log_sum_exp;  // [rows, heads], of the forward pass
     void* qkv;                 // out: [rows, 3, heads, head_dim], dense, 16-byte aligned, inert rows too
     void* bias[MAX_MODALITIES];  // out: each vector's, dense [heads, entries] in its type, or null where it is frozen
     void* head_scale;            // out: [heads] in its type, or null
@@ -91,7 +94,7 @@ struct BackwardPlan {
     LaunchPlan launch;
     int32_t is_compact;
     int32_t is_large;
-    int32_t walk_blocks;  // blocks of 16 keys that a thread block walks at once
+    int32_t walk_key_blocks;  // key blocks, of 16 keys, that a thread block walks at once
 };
 
 // For a head size, the entries of all vectors together with those of CLS, and the bytes of shared memory that a thread

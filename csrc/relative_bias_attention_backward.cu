@@ -1,4 +1,4 @@
-// The entries of the backward pass, and its kernels but the largest, which backward_kernel.cuh has.
+// The entries of the backward pass.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -9,7 +9,6 @@
 #include "backward_workspace.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
-#include "relative_bias_attention_backward.cuh"
 
 namespace onepeace_fast {
 namespace {
@@ -45,7 +44,7 @@ int64_t relative_bias_attention_shared_bytes(
 
 int64_t relative_bias_attention_backward_workspace(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
-    return check_arguments(arguments) ? 0 : share(arguments, gradients, plan_on_device(arguments)).bytes;
+    return check_arguments(arguments) ? 0 : plan_workspace(arguments, gradients, plan_on_device(arguments)).bytes;
 }
 
 int64_t relative_bias_attention_backward_bytes(
@@ -72,13 +71,10 @@ int64_t relative_bias_attention_backward_bytes(
 const char* relative_bias_attention_backward(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream) {
     if (const char* problem = check_arguments(arguments)) return problem;
-    if (!is_aligned(gradients.grad, 16) || gradients.row_stride % 8 || gradients.head_stride % 8) {
-        return "grad: got an address or strides off 16 bytes, takes multiples of 16 bytes; pass a contiguous copy";
-    }
-    if (!is_aligned(gradients.qkv, 16) || !is_aligned(gradients.workspace, 16)) {
-        return "workspace: got an address off 16 bytes, its own or of the gradient of qkv, takes multiples of 16; "
-               "allocate them anew";
-    }
+    const char* problem = check_rows("grad", gradients.grad, {gradients.row_stride, gradients.head_stride});
+    if (!problem) problem = check_address("gradient of qkv", gradients.qkv);
+    if (!problem) problem = check_address("workspace", gradients.workspace);
+    if (problem) return problem;
     return arguments.type == FLOAT16 ? launch_type<float16>(arguments, gradients, stream)
                                      : launch_type<bfloat16>(arguments, gradients, stream);
 }

@@ -1,9 +1,9 @@
 // Flash attention forward over packed segments, with the relative position bias of bias.cuh.
 //
-// A thread block takes up to WARPS blocks of 16 query rows of one sample and head, a warp each, and walks all keys of
-// the sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score grows. Keys and
-// values of the next tile are copied while one is computed. CLS rows of all modalities form narrow blocks apart: 256
-// patches and CLS take 17 blocks of queries, and 4 tiles and 16 columns of keys.
+// A thread block takes up to WARPS row blocks of queries of one sample and head, a warp each, and walks all keys of the
+// sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score grows. Keys and values
+// of the next tile are copied while one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches
+// and CLS take 17 row blocks of queries, and 4 tiles of 64 and one of 16 keys.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -12,10 +12,10 @@
 #include <cmath>
 
 #include "bias.cuh"
+#include "forward_memory.cuh"
 #include "launch.cuh"
 #include "query_walk.cuh"
 #include "relative_bias_attention.h"
-#include "relative_bias_attention_forward.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -24,14 +24,15 @@ namespace {
 
 constexpr float LN_2 = 0.6931471805599453f;
 
-// 16 query rows of a warp and what they attended to so far. A thread holds parts of rows lane / 4 and 8 below.
+// A warp's 16 rows of the output so far, not yet divided by their sums of probabilities. A thread holds parts of rows
+// lane / 4 and lane / 4 + 8.
 template <typename T, int HEAD_DIM>
-struct Rows {
+struct OutputRows {
     float result[HEAD_DIM / 8][4] = {};
 
     template <bool WINDOWED>
-    __device__ explicit Rows(const Forward<T, HEAD_DIM, WINDOWED>& forward) {
-        forward.shared.softmax[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
+    __device__ explicit OutputRows(const Forward<T, HEAD_DIM, WINDOWED>& forward) {
+        forward.shared.row_states[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
     }
 
     // Take in a tile of keys: its scores, base 2, become probabilities relative to the largest so far.
@@ -39,19 +40,19 @@ struct Rows {
     __device__ __forceinline__ void attend(
         float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
         const T* values = forward.shared.values[stage];
-        Softmax& softmax = forward.shared.softmax[thread_index()];
+        RowState& state = forward.shared.row_states[thread_index()];
         const int lane = thread_index() % WARP;
         float reference[2], sum[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float most = softmax.largest[i];
+            float most = state.largest[i];
 #pragma unroll
             for (int n = 0; n < COLUMNS / 8; ++n) most = fmaxf(most, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
             most = row_max(most);
             reference[i] = most == -INFINITY ? 0.f : most;  // a row that a bias of -inf masks so far
-            const float factor = fast_exp2(softmax.largest[i] - reference[i]);
-            softmax.largest[i] = most;
-            sum[i] = softmax.sum[i] * factor;
+            const float factor = fast_exp2(state.largest[i] - reference[i]);
+            state.largest[i] = most;
+            sum[i] = state.sum[i] * factor;
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
                 result[n][2 * i] *= factor;
@@ -76,24 +77,25 @@ struct Rows {
                 mma<T>(result[2 * j + 1], a, b[2], b[3]);
             }
         }
-        for (int i = 0; i < 2; ++i) softmax.sum[i] = sum[i];
+        for (int i = 0; i < 2; ++i) state.sum[i] = sum[i];
     }
 
-    // Store the rows through the memory that held their queries.
+    // Store the rows through the memory that held their queries: out [rows, heads, HEAD_DIM], log_sum_exp [rows,
+    // heads].
     template <bool WINDOWED>
     __device__ __forceinline__ void store(
         const Forward<T, HEAD_DIM, WINDOWED>& forward, T* out, float* log_sum_exp) {
         const RelativeBiasAttention& arguments = forward.arguments;
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
-        T* staged = forward.shared.rows[warp];
-        const Block& block = forward.shared.blocks[warp];
-        const Softmax& softmax = forward.shared.softmax[thread_index()];
+        T* staged = forward.shared.queries[warp];
+        const RowBlock& row_block = forward.shared.query_rows[warp];
+        const RowState& state = forward.shared.row_states[thread_index()];
         const float head_scale =
             arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float total = row_sum(softmax.sum[i]), factor = head_scale / total;
+            const float total = row_sum(state.sum[i]), factor = head_scale / total;
             const int r = lane / 4 + 8 * i;
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
@@ -101,16 +103,16 @@ struct Rows {
                 *reinterpret_cast<uint32_t*>(target) =
                     pack<T>(result[n][2 * i] * factor, result[n][2 * i + 1] * factor);
             }
-            if (lane % 4 == 0 && r < block.count) {
-                const int64_t index = find_row(forward.shared.sample, arguments.modalities, block, r).index;
-                log_sum_exp[index * arguments.heads + blockIdx.y] = LN_2 * softmax.largest[i] + logf(total);
+            if (lane % 4 == 0 && r < row_block.count) {
+                const int64_t index = find_row(forward.shared.sample, arguments.modalities, row_block, r).index;
+                log_sum_exp[index * arguments.heads + blockIdx.y] = LN_2 * state.largest[i] + logf(total);
             }
         }
         __syncwarp();
 #pragma unroll 1
-        for (int i = lane; i < block.count * (HEAD_DIM / CHUNK); i += WARP) {
+        for (int i = lane; i < row_block.count * (HEAD_DIM / CHUNK); i += WARP) {
             const int r = i / (HEAD_DIM / CHUNK), chunk = i % (HEAD_DIM / CHUNK);
-            const int64_t index = find_row(forward.shared.sample, arguments.modalities, block, r).index;
+            const int64_t index = find_row(forward.shared.sample, arguments.modalities, row_block, r).index;
             T* target = out + (index * arguments.heads + blockIdx.y) * HEAD_DIM + chunk * CHUNK;
             *reinterpret_cast<uint4*>(target) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(r, chunk));
@@ -118,7 +120,8 @@ struct Rows {
     }
 };
 
-// Rows past the last sample are zero; the thread blocks past the last sample share them.
+// Rows of out [rows, heads, HEAD_DIM] and log_sum_exp [rows, heads] past the last sample are zero; the thread blocks
+// past the last sample share them.
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
     constexpr int LANES = HEAD_DIM / CHUNK, THREADS = ForwardLaunch<HEAD_DIM>::THREADS;
@@ -129,18 +132,33 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
     });
 }
 
-// Thread blocks: parts that share the queries of a sample, heads, samples and one more.
+// The forward pass. Thread blocks: parts that share the queries of a sample, heads, samples and one more.
+//
+//     heads of                          32        64       128
+//     queries x keys of a tile    144 x 64  144 x 64  128 x 32
+//     warps                              9         9         8
+//     registers, sm_80              92, 96   96, 127  125, 131   the second with windows
+//     registers, sm_90a            95, 102   96, 121  123, 133
+//     shared memory                 32,000    57,600    71,168   bytes, and 4 for each entry, at most BIAS_CAPACITY
+//     thread blocks for each            2, 2      2, 1      2, 1   multiprocessor of compute capability 9.0
+//
+// Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
+// model of an H100, and never by device memory; the bias costs about 18%.
 template <typename T, int HEAD_DIM, bool WINDOWED>
-__global__ void __launch_bounds__(ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(WINDOWED))
-forward_kernel(
-    const __grid_constant__ RelativeBiasAttention arguments, T* out, float* log_sum_exp, int bias_capacity) {
+__global__ void __launch_bounds__(
+    ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(WINDOWED))
+attention_forward_kernel(
+    const __grid_constant__ RelativeBiasAttention arguments,
+    T* out,              // [rows, heads, HEAD_DIM]
+    float* log_sum_exp,  // [rows, heads]
+    int bias_capacity) {
     if (static_cast<int>(blockIdx.z) == arguments.samples) {
         return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
     }
     auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
     read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, arguments, blockIdx.z);
-    walk_queries<Rows<T, HEAD_DIM>>(forward, bias_capacity, [&](Rows<T, HEAD_DIM>& rows) {
+    walk_queries<OutputRows<T, HEAD_DIM>>(forward, bias_capacity, [&](OutputRows<T, HEAD_DIM>& rows) {
         rows.store(forward, out, log_sum_exp);
     });
 }
@@ -150,16 +168,16 @@ LaunchPlan plan(int64_t bias_entries) {
     const bool windowed = bias_entries > BIAS_CAPACITY;
     const auto bias = sizeof(float) * (windowed ? BIAS_CAPACITY : bias_entries);
     return {
-        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::at_once(windowed),
+        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(windowed),
         static_cast<int32_t>(sizeof(ForwardShared<bfloat16, HEAD_DIM>) + bias)};
 }
 
 template <typename T, int HEAD_DIM>
 const char* launch(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
-    // Each modality may have one unfilled block of rows, and CLS needs one more; a longer sample than is said is walked
-    // by the same thread blocks in several rounds.
+    // Each modality may have one row block that is not full, and CLS needs one more; a longer sample than is said is
+    // walked by the same thread blocks in several rounds.
     const int64_t mean = arguments.samples ? arguments.rows / arguments.samples : 0;
-    const int64_t length = arguments.max_length ? arguments.max_length : std::min<int64_t>(2 * mean, arguments.rows);
+    const int64_t length = std::min<int64_t>(arguments.max_length ? arguments.max_length : 2 * mean, arguments.rows);
     const int64_t row_blocks = (length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1;
     const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
     int64_t entries = 0;
@@ -168,7 +186,8 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     return launch_kernel(
-        entries > BIAS_CAPACITY ? forward_kernel<T, HEAD_DIM, true> : forward_kernel<T, HEAD_DIM, false>,
+        entries > BIAS_CAPACITY ? attention_forward_kernel<T, HEAD_DIM, true>
+                                : attention_forward_kernel<T, HEAD_DIM, false>,
         arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
         planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp,
         static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
@@ -190,7 +209,7 @@ LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_e
 const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
     if (const char* problem = check_arguments(arguments)) return problem;
-    if (!is_aligned(out, 16)) return "out: got an address off 16 bytes, takes a multiple of 16; allocate it anew";
+    if (const char* problem = check_address("out", out)) return problem;
     if (arguments.rows == 0) return nullptr;
     return arguments.type == FLOAT16 ? launch_type<float16>(arguments, out, log_sum_exp, stream)
                                      : launch_type<bfloat16>(arguments, out, log_sum_exp, stream);

@@ -1,5 +1,5 @@
-// Where the tokens of one sample lie, and their blocks: a block never straddles two modalities, and CLS rows, which
-// stand last in their segments, form blocks of their own, all modalities together.
+// Where the tokens of one sample lie, and how they are cut into row blocks: a row block never straddles two modalities,
+// and CLS rows, which stand last in their segments, form row blocks of their own, all modalities together.
 
 #pragma once
 
@@ -11,20 +11,21 @@
 namespace onepeace_fast {
 
 constexpr int WARP = 32;
-constexpr int BLOCK_ROWS = 16;  // rows of a matrix instruction
+constexpr int BLOCK_ROWS = 16;  // rows of a row block, as of a matrix instruction
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Consecutive body rows of a modality, or CLS rows, counted through all modalities, where modality == modalities.
-struct Block {
+// Up to BLOCK_ROWS consecutive body rows of a modality, or CLS rows, counted through all modalities, where modality ==
+// modalities. The forward pass's tiles of keys are the same with up to KEYS body rows.
+struct RowBlock {
     int modality;
     int first;
     int count;
 };
 
-// In shared memory, for every thread of a block.
+// In shared memory, for every thread of a thread block.
 struct Sample {
-    int first[MAX_MODALITIES];  // row of each segment
+    int first[MAX_MODALITIES];  // the first row of each segment
     int body[MAX_MODALITIES];   // its rows before CLS
     int cls[MAX_MODALITIES];    // its CLS rows
     int cls_total;
@@ -73,22 +74,22 @@ __device__ __forceinline__ void read_sample(Sample& sample, const RelativeBiasAt
     }
 }
 
-// Block `index` of a sample whose bodies are cut into blocks of up to `rows` rows.
-__device__ __forceinline__ Block find_block(const Sample& sample, int modalities, int rows, int index) {
+// Row block `index` of a sample whose bodies are cut into pieces of up to `rows` rows.
+__device__ __forceinline__ RowBlock find_row_block(const Sample& sample, int modalities, int rows, int index) {
     int m = 0;
 #pragma unroll 1
     for (; m < modalities; ++m) {
-        const int blocks = ceil_div(sample.body[m], rows);
-        if (index < blocks) return {m, index * rows, min(rows, sample.body[m] - index * rows)};
-        index -= blocks;
+        const int row_blocks = ceil_div(sample.body[m], rows);
+        if (index < row_blocks) return {m, index * rows, min(rows, sample.body[m] - index * rows)};
+        index -= row_blocks;
     }
     return {m, index * BLOCK_ROWS, min(BLOCK_ROWS, sample.cls_total - index * BLOCK_ROWS)};
 }
 
-// Row i of a block; past its last row, its last row.
-__device__ __forceinline__ Row find_row(const Sample& sample, int modalities, const Block& block, int i) {
-    i = block.first + min(i, block.count - 1);
-    if (block.modality < modalities) return {sample.first[block.modality] + i, block.modality};
+// Row i of a row block; past its last row, its last row.
+__device__ __forceinline__ Row find_row(const Sample& sample, int modalities, const RowBlock& row_block, int i) {
+    i = row_block.first + min(i, row_block.count - 1);
+    if (row_block.modality < modalities) return {sample.first[row_block.modality] + i, row_block.modality};
     int m = 0;
 #pragma unroll 1
     for (; i >= sample.cls[m]; ++m) i -= sample.cls[m];

@@ -1,4 +1,5 @@
-// Matrices of 16-bit elements in shared memory, HEAD_DIM columns, and the fragments that matrix instructions take.
+// Matrices of 16-bit elements in shared memory, [rows, HEAD_DIM] with swizzled chunks, and the fragments that matrix
+// instructions take.
 
 #pragma once
 
@@ -11,7 +12,7 @@ namespace onepeace_fast {
 
 constexpr int CHUNK = 8;  // elements of a 16-byte access
 
-// Where a chunk of 8 columns stands: eight rows that are read at once lie in eight different groups of banks.
+// Offset of a chunk of 8 columns: eight rows that are read at once lie in eight different groups of banks.
 template <int HEAD_DIM>
 __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
     static_assert(HEAD_DIM == 32 || HEAD_DIM % 64 == 0);
@@ -19,26 +20,27 @@ __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {
     return row * HEAD_DIM + turned * CHUNK;
 }
 
-// The same for an even chunk further right, from where chunk 0 or 1 stands: rows are multiples of 16 columns.
-__device__ __forceinline__ constexpr int further(int offset, int chunks) { return offset ^ chunks * CHUNK; }
+// The offset of a chunk an even number of chunks to the right of chunk 0 or 1, whose offset is given: swizzling flips
+// bits alone, and so does this.
+__device__ __forceinline__ constexpr int chunk_offset(int offset, int chunks) { return offset ^ chunks * CHUNK; }
 
 // Rows 16 i and columns 16 k on of a row-major matrix, as the left operand.
 template <int HEAD_DIM, typename T>
 __device__ __forceinline__ void left_operand(uint32_t (&a)[4], const T* matrix, int lane, int i, int k) {
-    ldmatrix(a, matrix + further(swizzled<HEAD_DIM>(lane % 16, lane / 16), 2 * k) + 16 * i * HEAD_DIM);
+    ldmatrix(a, matrix + chunk_offset(swizzled<HEAD_DIM>(lane % 16, lane / 16), 2 * k) + 16 * i * HEAD_DIM);
 }
 
 // For the right operand of left times matrix^T: columns 16 k on of rows 16 j on, rows j to j + 7 in b[0], b[1].
 template <int HEAD_DIM, typename T>
 __device__ __forceinline__ void transposed_right_operand(uint32_t (&b)[4], const T* matrix, int lane, int j, int k) {
     const int offset = swizzled<HEAD_DIM>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    ldmatrix(b, matrix + further(offset, 2 * k) + 16 * j * HEAD_DIM);
+    ldmatrix(b, matrix + chunk_offset(offset, 2 * k) + 16 * j * HEAD_DIM);
 }
 
 // For the right operand of left times matrix: rows 16 k on of columns 16 j on, columns j to j + 7 in b[0], b[1].
 template <int HEAD_DIM, typename T>
 __device__ __forceinline__ void right_operand(uint32_t (&b)[4], const T* matrix, int lane, int k, int j) {
-    ldmatrix_transposed(b, matrix + further(swizzled<HEAD_DIM>(lane % 16, lane / 16), 2 * j) + 16 * k * HEAD_DIM);
+    ldmatrix_transposed(b, matrix + chunk_offset(swizzled<HEAD_DIM>(lane % 16, lane / 16), 2 * j) + 16 * k * HEAD_DIM);
 }
 
 // Two accumulators side by side, 16 rows and 16 columns, as the left operand.

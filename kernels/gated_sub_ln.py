@@ -8,8 +8,6 @@ the widest rows even so do not fit, and with a norm it reads those, cached, a se
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -18,20 +16,25 @@ from torch import Tensor
 from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import stacked
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, new_where_needed, store_sum, sum_by_norm
 from onepeace_fast.kernels.rows import (
-    group_rows,
     load_rows,
     load_vector,
     row_extent,
+    rows_of_norm,
     rows_per_program,
     store_rows,
     store_zeros,
 )
+from onepeace_fast.structures import GatedSubLNGradients, GatedSubLNInputs, GatedSubLNOutputs, GatedSubLNSaved, Needs
 
 
 @triton.jit
-def _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr):
+def _load_u_and_v(
+    u,  # [rows, width]
+    v,  # [rows, width] or None
+    u_stride, v_stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """A part of the columns of both; u's twice where there is no v."""
     u_part = load_rows(u, u_stride, row, live, width, part, BLOCK_WIDTH)
     v_part = u_part
@@ -52,12 +55,20 @@ def _hidden(u_part, v_part, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def _forward(
-    u, v, n, mean, rstd, weight, bias, offsets, rows, width, u_stride, v_stride, groups, eps,
+def gated_sub_ln_forward_kernel(
+    u,  # [rows, width]
+    v,  # [rows, width] or None
+    n,  # [rows, width]
+    mean,  # [rows, 1]
+    rstd,  # [rows, 1]
+    weight,  # [modalities, width] or None
+    bias,  # [modalities, width] or None
+    offsets,  # [modalities + 1]
+    rows, width, u_stride, v_stride, modalities, eps,
     ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    extent = row_extent(offsets, groups, rows)
+    extent = row_extent(offsets, modalities, rows)
     store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if weight is not None:
         store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
@@ -65,16 +76,16 @@ def _forward(
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, extent)
-    group = 0
-    while group < groups:
-        tile, stop = group_rows(offsets, group, 1, first, last)
+    modality = 0
+    while modality < modalities:
+        tile, stop = rows_of_norm(offsets, modality, 1, first, last)
         if tile < stop:
             w = ()
             b = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
-                    b += (load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    w += (load_vector(weight + modality * width, width, part, BLOCK_WIDTH),)
+                    b += (load_vector(bias + modality * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -99,19 +110,24 @@ def _forward(
                     result = h[part]
                     if weight is not None:
                         if IN_MEMORY:
-                            w_part = load_vector(weight + group * width, width, part, BLOCK_WIDTH)
-                            b_part = load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                            w_part = load_vector(weight + modality * width, width, part, BLOCK_WIDTH)
+                            b_part = load_vector(bias + modality * width, width, part, BLOCK_WIDTH)
                         else:
                             w_part = w[part]
                             b_part = b[part]
                         result = (result - mu) * r * w_part + b_part
                     store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
-        group += 1
+        modality += 1
 
 
 @triton.jit
-def _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH: tl.constexpr):
+def _store_gradients(
+    du,  # [rows, width]
+    dv,  # [rows, width] or None
+    n,  # [rows, width] or None
+    row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     if n is not None:
         store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
     if dv is not None:
@@ -121,7 +137,10 @@ def _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part,
 
 @triton.jit
 def _load_terms(
-    grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION: tl.constexpr,
+    grad,  # [rows, width]
+    u,  # [rows, width]
+    v,  # [rows, width] or None
+    row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dn, h, and h's derivatives by v and u, of a part of the columns."""
@@ -133,12 +152,22 @@ def _load_terms(
 
 @triton.jit
 def _backward_of_row_in_memory(
-    grad, u, v, du, dv, n, weight, bias, dweight, dbias, row, live, mu, r, width, grad_stride, u_stride, v_stride,
-    group, ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    grad,  # [rows, width]
+    u,  # [rows, width]
+    v,  # [rows, width] or None
+    du,  # [rows, width]
+    dv,  # [rows, width] or None
+    n,  # [rows, width] or None
+    weight,  # [modalities, width] or None
+    bias,  # [modalities, width] or None
+    dweight,  # [modalities, programs, width] or None
+    dbias,  # [modalities, programs, width] or None
+    row, live, mu, r, width, grad_stride, u_stride, v_stride, modality,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``_backward`` of rows too wide to be held: with a norm they are read twice, and sums are added to in memory."""
+    """Backward for rows too wide to be held: with a norm they are read twice, and sums are added to in memory."""
     if weight is not None:
-        sums = (group * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
+        sums = (modality * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
         g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
         g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
         part = 0
@@ -151,7 +180,7 @@ def _backward_of_row_in_memory(
                 add_in_memory(dweight + sums, dn * hhat, width, part, BLOCK_WIDTH)
             if dbias is not None:
                 add_in_memory(dbias + sums, dn, width, part, BLOCK_WIDTH)
-            g = dn * load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+            g = dn * load_vector(weight + modality * width, width, part, BLOCK_WIDTH)
             g_total += g
             g_hhat_total += g * hhat
             part += 1
@@ -163,25 +192,37 @@ def _backward_of_row_in_memory(
             grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION, BLOCK_WIDTH
         )
         if weight is not None:
-            w = load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+            w = load_vector(weight + modality * width, width, part, BLOCK_WIDTH)
             h = (h - mu) * r
             dh = (dh * w - g_mean - h * g_hhat_mean) * r
             if bias is not None:
-                h = h * w + load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                h = h * w + load_vector(bias + modality * width, width, part, BLOCK_WIDTH)
         _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
         part += 1
     tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def _backward(
-    grad, u, v, du, dv, n, mean, rstd, weight, bias, dweight, dbias, offsets, rows, width, grad_stride, u_stride,
-    v_stride, groups,
+def gated_sub_ln_backward_kernel(
+    grad,  # [rows, width]
+    u,  # [rows, width]
+    v,  # [rows, width] or None
+    du,  # [rows, width]
+    dv,  # [rows, width] or None
+    n,  # [rows, width] or None
+    mean,  # [rows, 1]
+    rstd,  # [rows, 1]
+    weight,  # [modalities, width] or None
+    bias,  # [modalities, width] or None
+    dweight,  # [modalities, programs, width] or None
+    dbias,  # [modalities, programs, width] or None
+    offsets,  # [modalities + 1]
+    rows, width, grad_stride, u_stride, v_stride, modalities,
     ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    extent = row_extent(offsets, groups, rows)
+    extent = row_extent(offsets, modalities, rows)
     store_zeros(du, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if v is not None:
         store_zeros(dv, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
@@ -190,20 +231,20 @@ def _backward(
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = program * share
     last = tl.minimum(first + share, extent)
-    group = 0
-    while group < groups:
-        start, stop = group_rows(offsets, group, 1, first, last)
+    modality = 0
+    while modality < modalities:
+        start, stop = rows_of_norm(offsets, modality, 1, first, last)
         if start < stop:
-            partial = (group * tl.num_programs(0) + program).to(tl.int64) * width
+            partial = (modality * tl.num_programs(0) + program).to(tl.int64) * width
             w = ()
             b = ()
             w_total = ()
             b_total = ()
             if weight is not None and not IN_MEMORY:
                 for part in tl.static_range(PARTS):
-                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    w += (load_vector(weight + modality * width, width, part, BLOCK_WIDTH),)
                     if bias is not None:
-                        b += (load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                        b += (load_vector(bias + modality * width, width, part, BLOCK_WIDTH),)
                     w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
                     b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             tile = start
@@ -218,7 +259,7 @@ def _backward(
                 if IN_MEMORY:
                     _backward_of_row_in_memory(
                         grad, u, v, du, dv, n, weight, bias, dweight, dbias, row, live, mu, r, width, grad_stride,
-                        u_stride, v_stride, group, ACTIVATION, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+                        u_stride, v_stride, modality, ACTIVATION, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
                     )  # fmt: skip
                 else:
                     held = ()
@@ -261,61 +302,64 @@ def _backward(
                         store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
                     if dbias is not None:
                         store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
-        group += 1
+        modality += 1
 
 
-def gated_sub_ln(
-    u: Tensor, v: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], offsets: Tensor,
-    row_counts: Sequence[int], activation: str, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``_forward``: what ``gated_sub_ln_specification`` returns."""
-    u, v, offsets = unit_columns(u), None if v is None else unit_columns(v), compact(offsets)
+def gated_sub_ln_forward(given: GatedSubLNInputs) -> GatedSubLNOutputs:
+    """Launch ``gated_sub_ln_forward_kernel``."""
+    u, v, offsets = unit_columns(given.u), _unit_columns(given.v), compact(given.routing.offsets)
     rows, width = u.shape
     n = torch.empty((rows, width), dtype=u.dtype, device=u.device)
-    normed_rows = rows if norm_weight else 0
-    mean, rstd = (torch.empty((normed_rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
+    mean = rstd = None
+    if given.norm_weight:
+        mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
     parameters, programs = parameters_for("gated_sub_ln", u, rows)
     arguments = {
-        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(norm_weight), "bias": stacked(norm_bias),
-        "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
-        "v_stride": 0 if v is None else v.stride(0), "groups": offsets.shape[0] - 1, "eps": eps,
+        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(given.norm_weight),
+        "bias": stacked(given.norm_bias), "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
+        "v_stride": 0 if v is None else v.stride(0), "modalities": offsets.shape[0] - 1, "eps": given.eps,
     }  # fmt: skip
-    launch_over_rows(_forward, programs, arguments, parameters, ACTIVATION=activation)
-    return n, mean, rstd
+    launch_over_rows(gated_sub_ln_forward_kernel, programs, arguments, parameters, ACTIVATION=given.activation)
+    return GatedSubLNOutputs(n, mean, rstd)
 
 
-def gated_sub_ln_backward(
-    grad: Tensor, u: Tensor, v: Tensor | None, mean: Tensor, rstd: Tensor, norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], activation: str,
-    weight_needs: Sequence[bool], bias_needs: Sequence[bool], n_needed: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
-    """Launch ``_backward``, and a sum for each modality that needs one: what the specification returns."""
-    grad, u, v = unit_columns(grad), unit_columns(u), None if v is None else unit_columns(v)
-    offsets = compact(offsets)
+def gated_sub_ln_backward(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
+    """Launch ``gated_sub_ln_backward_kernel``, and a sum for each modality that needs one."""
+    return gated_sub_ln_backward_and_n(saved, needs, n_needed=False)[0]
+
+
+def gated_sub_ln_backward_and_n(
+    saved: GatedSubLNSaved, needs: Needs, n_needed: bool = True
+) -> tuple[GatedSubLNGradients, Tensor | None]:
+    """The gradients, and n once more: the products on either side need it and it costs no further reading here."""
+    grad, u, v = unit_columns(saved.grad_n), unit_columns(saved.u), _unit_columns(saved.v)
+    offsets = compact(saved.routing.offsets)
     rows, width = u.shape
-    groups = offsets.shape[0] - 1
+    modalities = offsets.shape[0] - 1
     parameters, programs = parameters_for("gated_sub_ln_backward", u, rows)
 
     def like_u(needed: bool) -> Tensor | None:
         return torch.empty((rows, width), dtype=u.dtype, device=u.device) if needed else None
 
     du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
-    dweight, dbias = (
-        new_partials(groups, programs, u, parameters) if any(needs) else None for needs in (weight_needs, bias_needs)
-    )
+    partials = [
+        new_partials(modalities, programs, u, parameters) if any(flags) else None
+        for flags in (needs.norm_weight, needs.norm_bias)
+    ]
     arguments = {
-        "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": mean, "rstd": rstd,
-        "weight": stacked(norm_weight), "bias": stacked(norm_bias) if n_needed else None, "dweight": dweight,
-        "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "grad_stride": grad.stride(0),
-        "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0), "groups": groups,
+        "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,
+        "weight": stacked(saved.norm_weight), "bias": stacked(saved.norm_bias) if n_needed else None,
+        "dweight": partials[0], "dbias": partials[1], "offsets": offsets, "rows": rows, "width": width,
+        "grad_stride": grad.stride(0), "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0),
+        "modalities": modalities,
     }  # fmt: skip
-    launch_over_rows(_backward, programs, arguments, parameters, ACTIVATION=activation)
-    dweights = [w.new_empty(width if need else 0) for w, need in zip(norm_weight, weight_needs, strict=True)]
-    dbiases = [b.new_empty(width if need else 0) for b, need in zip(norm_bias, bias_needs, strict=True)]
-    for group in range(groups if norm_weight else 0):
-        sums = [(dweight, dweights[group])] if weight_needs[group] else []
-        sums += [(dbias, dbiases[group])] if bias_needs[group] else []
-        if sums:
-            sum_partials(sums, offsets, rows, group, groups, parameters)
-    nothing = u.new_empty(0)
-    return du, nothing if dv is None else dv, dweights, dbiases, nothing if n is None else n
+    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, ACTIVATION=saved.activation)
+    gradients = [
+        new_where_needed(saved.norm_weight, needs.norm_weight), new_where_needed(saved.norm_bias, needs.norm_bias),
+    ]  # fmt: skip
+    sum_by_norm(partials, gradients, modalities, offsets, rows, parameters)
+    return GatedSubLNGradients(du, dv, *gradients), n
+
+
+def _unit_columns(x: Tensor | None) -> Tensor | None:
+    return None if x is None else unit_columns(x)

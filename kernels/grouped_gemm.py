@@ -20,38 +20,45 @@ from onepeace_fast.kernels.launch import architecture_and_multiprocessors, compa
 from onepeace_fast.kernels.rows import row_extent, store_zeros
 from onepeace_fast.kernels.tile_table import TileParameters, tiles_of
 
-MAX_GROUPS = 64
+MAX_MODALITIES = 64
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of a matrix's first element and of the distance of its rows
 
 
 @triton.jit
-def group_keys(offsets, rows, needed, GROUPS: tl.constexpr):
+def modality_keys(
+    offsets,  # [MODALITIES + 1]
+    rows, needed, MODALITIES: tl.constexpr,
+):  # fmt: skip
     """A number for each modality, larger where it has more rows, -1 where its bit in ``needed`` is not set.
 
     Which modalities are frozen is no constant, so that freezing one compiles nothing; None: all are needed.
     """
-    SLOTS: tl.constexpr = 64  # MAX_GROUPS
-    group = tl.arange(0, SLOTS)
-    inside = group < GROUPS
-    start = tl.minimum(tl.load(offsets + group, mask=inside, other=0), rows)
-    stop = tl.minimum(tl.load(offsets + group + 1, mask=inside, other=0), rows)
-    key = tl.maximum(stop - start, 0).to(tl.int64) * GROUPS + (GROUPS - 1 - group)
+    SLOTS: tl.constexpr = 64  # MAX_MODALITIES
+    modality = tl.arange(0, SLOTS)
+    inside = modality < MODALITIES
+    start = tl.minimum(tl.load(offsets + modality, mask=inside, other=0), rows)
+    stop = tl.minimum(tl.load(offsets + modality + 1, mask=inside, other=0), rows)
+    key = tl.maximum(stop - start, 0).to(tl.int64) * MODALITIES + (MODALITIES - 1 - modality)
     if needed is not None:
-        inside = inside & ((needed.to(tl.int64) >> group.to(tl.int64)) & 1 != 0)
+        inside = inside & ((needed.to(tl.int64) >> modality.to(tl.int64)) & 1 != 0)
     return tl.where(inside, key, -1)
 
 
 @triton.jit
-def next_group(keys, previous, offsets, GROUPS: tl.constexpr):
+def next_modality(
+    keys, previous,
+    offsets,  # [MODALITIES + 1]
+    MODALITIES: tl.constexpr,
+):  # fmt: skip
     """The modality with most rows among those whose key is below ``previous``: its key, number, first and last row.
 
     After the last one that is needed the key is -1, and there are no rows.
     """
     key = tl.max(tl.where(keys < previous, keys, -1), 0)
     known = tl.maximum(key, 0)
-    group = (GROUPS - 1 - known % GROUPS).to(tl.int32)
-    start = tl.load(offsets + group)
-    return key, group, start, start + (known // GROUPS).to(tl.int32)
+    modality = (MODALITIES - 1 - known % MODALITIES).to(tl.int32)
+    start = tl.load(offsets + modality)
+    return key, modality, start, start + (known // MODALITIES).to(tl.int32)
 
 
 @triton.jit
@@ -65,11 +72,11 @@ def tile_place(tile, row_tiles, column_tiles, ROW_TILES_AT_ONCE: tl.constexpr):
 
 
 @triton.jit
-def expert(tensors, group):
+def of_modality(tensors, modality):
     """The pointer of a modality out of a tuple: no table of pointers is copied to the device."""
     pointer = tensors[0]
-    for g in tl.static_range(1, len(tensors)):
-        pointer = tl.where(group == g, tensors[g], pointer)
+    for i in tl.static_range(1, len(tensors)):
+        pointer = tl.where(modality == i, tensors[i], pointer)
     return pointer
 
 
@@ -95,7 +102,10 @@ def column_pieces(x, PIECES: tl.constexpr):
 
 
 @triton.jit
-def matrix(pointer, rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def matrix(
+    pointer,  # [rows, columns]
+    rows, columns, stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """The descriptor of a matrix whose columns lie side by side; past its last row and column are zeros.
 
     A modality that nothing stands before has no row at all if it is empty: what a descriptor of no rows does is not
@@ -129,26 +139,32 @@ def add_xt_y(accumulator, x, y, row, column, start, stop, BLOCK_INNER: tl.conste
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def _input_gradient(
-    x_0, x_1, weights_0, weights_1, out, offsets, rows, inner, columns, x_0_stride, x_1_stride,
-    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+def grouped_gemm_input_gradient_kernel(
+    x_0,  # [rows, inner]
+    x_1,  # [rows, inner] or None
+    weights_0,  # of each modality [inner, columns]
+    weights_1,  # of each modality [inner, columns], or None
+    out,  # [rows, columns]
+    offsets,  # [MODALITIES + 1]
+    rows, inner, columns, x_0_stride, x_1_stride,
+    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, None, GROUPS)
+    keys = modality_keys(offsets, rows, None, MODALITIES)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _rank in range(GROUPS):
-        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+    for _rank in range(MODALITIES):
+        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
             x_rows = matrix(x_0, stop, inner, x_0_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(expert(weights_0, group), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
+            weight = matrix(of_modality(weights_0, modality), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
             if x_1 is not None:
                 x_1_rows = matrix(x_1, stop, inner, x_1_stride, BLOCK_ROWS, BLOCK_INNER)
-                weight_1 = matrix(expert(weights_1, group), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
+                weight_1 = matrix(of_modality(weights_1, modality), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
             out_rows = matrix(out, stop, columns, columns, BLOCK_ROWS, BLOCK_COLUMNS)
             while tile < end:
                 row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
@@ -160,30 +176,34 @@ def _input_gradient(
                 out_rows.store([row, column], total.to(out.dtype.element_ty))
                 tile += tl.num_programs(0)
         before = end
-    store_zeros(out, row_extent(offsets, GROUPS, rows), rows, columns, 32, BLOCK_COLUMNS)
+    store_zeros(out, row_extent(offsets, MODALITIES, rows), rows, columns, 32, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])
-def _weight_gradient(
-    xs, y, outs, offsets, rows, needed, x_columns, y_columns, x_stride, y_stride,
-    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+def grouped_gemm_weight_gradient_kernel(
+    xs,  # one or two [rows, x_columns]
+    y,  # [rows, y_columns]
+    outs,  # of each x, of each modality [x_columns, y_columns]
+    offsets,  # [MODALITIES + 1]
+    rows, needed, x_columns, y_columns, x_stride, y_stride,
+    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     row_tiles = tl.cdiv(x_columns, BLOCK_ROWS)
     column_tiles = tl.cdiv(y_columns, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, needed, GROUPS)
+    keys = modality_keys(offsets, rows, needed, MODALITIES)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _rank in range(GROUPS):
-        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+    for _rank in range(MODALITIES):
+        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
         for which in range(len(xs)):
             end = before + tl.where(previous >= 0, row_tiles * column_tiles, 0)
             if tile < end:
                 # Out here: Triton 3.6 compiles no descriptor that is made within a ``while``.
-                x_rows = matrix(expert(xs, which), stop, x_columns, x_stride, BLOCK_INNER, BLOCK_ROWS)
+                x_rows = matrix(of_modality(xs, which), stop, x_columns, x_stride, BLOCK_INNER, BLOCK_ROWS)
                 y_rows = matrix(y, stop, y_columns, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
-                mine = expert(outs, which * GROUPS + group)
+                mine = of_modality(outs, which * MODALITIES + modality)
                 out = matrix(mine, x_columns, y_columns, y_columns, BLOCK_ROWS, BLOCK_COLUMNS)
                 while tile < end:
                     row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
@@ -196,15 +216,15 @@ def _weight_gradient(
 
 
 def launch_tiles(
-    kernel: Any, entry: str, rows: int, columns: int, groups: int, arguments: Mapping[str, Any],
+    kernel: Any, entry: str, rows: int, columns: int, modalities: int, arguments: Mapping[str, Any],
     constants: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Launch a kernel of products with the tiles of its entry in the table.
 
-    ``rows`` and ``columns`` are those of all results together, in so many groups that begin a tile each.
+    ``rows`` and ``columns`` are those of all results together, in so many modalities that begin a tile each.
     """
     parameters, multiprocessors = tiles_for(entry, arguments["offsets"])
-    tiles = (rows // parameters.block_rows + groups) * triton.cdiv(columns, parameters.block_columns)
+    tiles = (rows // parameters.block_rows + modalities) * triton.cdiv(columns, parameters.block_columns)
     programs = max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
     launch(
         kernel, (programs,), arguments, {**constants, **parameters.constants}, parameters.num_warps,
@@ -238,7 +258,10 @@ def row_stride(x: Tensor) -> int:
 
 def contiguous_for_descriptors(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The weights of all modalities, each with its rows side by side; a copy of those that are not."""
-    return tuple(for_descriptors(w.contiguous()) for w in weights)
+    return tuple([
+        w if w.is_contiguous() and not w.data_ptr() % DESCRIPTOR_ALIGNMENT else for_descriptors(w.contiguous())
+        for w in weights
+    ])  # fmt: skip
 
 
 def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
@@ -254,7 +277,7 @@ def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Te
     """
     xs = [for_descriptors(x) for x, _ in pairs]
     weights = [contiguous_for_descriptors(w) for _, w in pairs]
-    rows, (inner, columns), groups = xs[0].shape[0], weights[0][0].shape, len(weights[0])
+    rows, (inner, columns), modalities = xs[0].shape[0], weights[0][0].shape, len(weights[0])
     out = torch.empty((rows, columns), dtype=xs[0].dtype, device=xs[0].device)
     both = len(pairs) > 1
     arguments = {
@@ -263,7 +286,10 @@ def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Te
         "out": out, "offsets": compact(offsets), "rows": rows, "inner": inner, "columns": columns,
         "x_0_stride": row_stride(xs[0]), "x_1_stride": row_stride(xs[-1]),
     }  # fmt: skip
-    launch_tiles(_input_gradient, "input_gradient", rows, columns, groups, arguments, {"GROUPS": groups})
+    launch_tiles(
+        grouped_gemm_input_gradient_kernel, "input_gradient", rows, columns, modalities, arguments,
+        {"MODALITIES": modalities},
+    )  # fmt: skip
     return out
 
 
@@ -272,26 +298,27 @@ def weight_gradient(xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequ
 
     All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
     """
-    groups = len(outs[0])
-    needed = [m for m in range(groups) if any(mine[m] is not None for mine in outs)]
+    modalities = len(outs[0])
+    needed = [modality for modality in range(modalities) if any(mine[modality] is not None for mine in outs)]
     if not needed:
         return
     xs, y = tuple(for_descriptors(x) for x in xs), for_descriptors(y)
     flat = [out for mine in outs for out in mine]
     shape = (xs[0].shape[1], y.shape[1])
-    unused = None if all(mine[m] is not None for mine in outs for m in needed) else y.new_empty(shape)
+    unused = None if all(mine[modality] is not None for mine in outs for modality in needed) else y.new_empty(shape)
     some = next(out for out in (unused, *flat) if out is not None)
     arguments = {
         "xs": xs, "y": y, "outs": tuple(some if out is None else out for out in flat), "offsets": compact(offsets),
         "rows": y.shape[0], "needed": bit_mask(needed), "x_columns": shape[0], "y_columns": shape[1],
         "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
     }  # fmt: skip
-    problems, constants = len(xs) * len(needed), {"GROUPS": groups}
+    problems, constants = len(xs) * len(needed), {"MODALITIES": modalities}
     launch_tiles(
-        _weight_gradient, "weight_gradient", problems * shape[0], shape[1], problems, arguments, constants
+        grouped_gemm_weight_gradient_kernel, "weight_gradient", problems * shape[0], shape[1], problems, arguments,
+        constants,
     )  # fmt: skip
 
 
 def bit_mask(needed: Sequence[int]) -> int:
     """The bits of these modalities."""
-    return sum(1 << m for m in needed)
+    return sum(1 << modality for modality in needed)

@@ -8,6 +8,7 @@ Registers do not hold the widest rows and all of that: the backward pass reads t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -15,33 +16,53 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.partial_sums import (
+    add_in_memory,
+    new_partials,
+    new_where_needed,
+    store_sum,
+    sum_by_norm,
+    sum_partials,
+)
 from onepeace_fast.kernels.rows import (
-    group_rows,
     load_rows,
     load_vector,
     row_extent,
     row_places,
+    rows_of_norm,
     rows_per_program,
     store_rows,
     store_zeros,
     store_zeros_unplaced,
 )
+from onepeace_fast.structures import LayerNormGradients, LayerNormInputs, LayerNormOutputs, LayerNormSaved, Needs
 
 
 @triton.jit
-def load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH: tl.constexpr):
+def load_head_scale(
+    scale,  # [width // head_dim]
+    width, head_dim, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """A part of the head scale, spread over the columns of its heads: float32 [1, BLOCK_WIDTH]."""
     column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
     return tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["index", "offsets"])
-def _forward(
-    x, y, mean, rstd, weight, bias, scale, index, offsets, rows, width, x_stride, groups, step, head_dim, eps,
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_index", "offsets"])
+def layer_norm_forward_kernel(
+    x,  # [rows or more, width]
+    y,  # [rows, width]
+    mean,  # [rows, 1]
+    rstd,  # [rows, 1]
+    weight,  # [norms, width] or None
+    bias,  # [norms, width] or None
+    scale,  # [width // head_dim] or None
+    row_index,  # [rows] or None
+    offsets,  # [norms * modalities_per_norm + 1] or None
+    rows, width, x_stride, norms, modalities_per_norm, head_dim, eps,
     IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    extent = row_extent(offsets, groups * step, rows)
+    extent = row_extent(offsets, norms * modalities_per_norm, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, extent)
@@ -49,23 +70,23 @@ def _forward(
     if scale is not None and not IN_MEMORY:
         for part in tl.static_range(PARTS):
             c += (load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH),)
-    group = 0
-    while group < groups:
-        tile, stop = group_rows(offsets, group, step, first, last)
+    norm = 0
+    while norm < norms:
+        tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
         if tile < stop:
             w = ()
             b = ()
             for part in tl.static_range(PARTS):
                 if weight is not None and not IN_MEMORY:
-                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    w += (load_vector(weight + norm * width, width, part, BLOCK_WIDTH),)
                 if bias is not None and not IN_MEMORY:
-                    b += (load_vector(bias + group * width, width, part, BLOCK_WIDTH),)
+                    b += (load_vector(bias + norm * width, width, part, BLOCK_WIDTH),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
-                if index is not None:
-                    source = tl.load(index + row, mask=live, other=0)
+                if row_index is not None:
+                    source = tl.load(row_index + row, mask=live, other=0)
                 held = ()
                 total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
@@ -88,19 +109,19 @@ def _forward(
                     result = (held[part] - mu) * r
                     if weight is not None:
                         if IN_MEMORY:
-                            result = result * load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+                            result = result * load_vector(weight + norm * width, width, part, BLOCK_WIDTH)
                         else:
                             result = result * w[part]
                     if bias is not None:
                         if IN_MEMORY:
-                            result = result + load_vector(bias + group * width, width, part, BLOCK_WIDTH)
+                            result = result + load_vector(bias + norm * width, width, part, BLOCK_WIDTH)
                         else:
                             result = result + b[part]
                     store_rows(y, row, live, width, result, part, BLOCK_WIDTH)
                 store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
                 tile += BLOCK_ROWS
-        group += 1
+        norm += 1
     if offsets is not None:
         store_zeros(y, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
         store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
@@ -109,7 +130,11 @@ def _forward(
 
 @triton.jit
 def load_terms(
-    grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
+    grad,  # [rows, width]
+    x,  # [rows or more, width]
+    weight,  # [norms, width] or None
+    scale,  # [width // head_dim] or None
+    row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm, part,
     BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dy, x, w * dy and xhat of a part of the columns."""
@@ -120,23 +145,29 @@ def load_terms(
         scaled = value * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
     g = dy
     if weight is not None:
-        g = dy * load_vector(weight + group * width, width, part, BLOCK_WIDTH)
+        g = dy * load_vector(weight + norm * width, width, part, BLOCK_WIDTH)
     return dy, value, g, (scaled - mu) * r
 
 
 @triton.jit
 def means_in_memory(
-    grad, x, weight, scale, dweight, dbias, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group,
+    grad,  # [rows, width]
+    x,  # [rows or more, width]
+    weight,  # [norms, width] or None
+    scale,  # [width // head_dim] or None
+    dweight,  # [norms, programs, width] or None
+    dbias,  # [norms, programs, width] or None
+    row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The means of w * dy and of w * dy * xhat over rows too wide to be held; the sums for dw and db are added to."""
-    sums = (group * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
+    sums = (norm * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
     g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
     g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
     part = 0
     while part < PARTS:
         dy, _, g, xhat = load_terms(
-            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
+            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm, part,
             BLOCK_WIDTH,
         )  # fmt: skip
         if dweight is not None:
@@ -151,18 +182,26 @@ def means_in_memory(
 
 @triton.jit
 def _backward_of_row_in_memory(
-    grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width, grad_stride, x_stride,
-    head_dim, group, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    grad,  # [rows, width]
+    x,  # [rows or more, width]
+    dx,  # like x
+    weight,  # [norms, width] or None
+    scale,  # [width // head_dim] or None
+    dweight,  # [norms, programs, width] or None
+    dbias,  # [norms, programs, width] or None
+    dscale,  # [programs, width] or None
+    row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``_backward`` of rows too wide to be held: they are read twice, and sums are added to in memory."""
+    """Backward for rows too wide to be held: they are read twice, and sums are added to in memory."""
     g_mean, g_xhat_mean = means_in_memory(
-        grad, x, weight, scale, dweight, dbias, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group,
+        grad, x, weight, scale, dweight, dbias, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm,
         PARTS, BLOCK_ROWS, BLOCK_WIDTH,
     )  # fmt: skip
     part = 0
     while part < PARTS:
         _, value, g, xhat = load_terms(
-            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, group, part,
+            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm, part,
             BLOCK_WIDTH,
         )  # fmt: skip
         result = (g - g_mean - xhat * g_xhat_mean) * r
@@ -175,14 +214,26 @@ def _backward_of_row_in_memory(
     tl.debug_barrier()
 
 
-@triton.jit(do_not_specialize=["rows", "x_rows"], do_not_specialize_on_alignment=["index", "offsets"])
-def _backward(
-    grad, x, dx, mean, rstd, weight, scale, dweight, dbias, dscale, index, place, offsets, rows, x_rows, width,
-    grad_stride, x_stride, groups, step, head_dim,
+@triton.jit(do_not_specialize=["rows", "x_rows"], do_not_specialize_on_alignment=["row_index", "offsets"])
+def layer_norm_backward_kernel(
+    grad,  # [rows, width]
+    x,  # [x_rows, width]
+    dx,  # [x_rows, width]
+    mean,  # [rows, 1]
+    rstd,  # [rows, 1]
+    weight,  # [norms, width] or None
+    scale,  # [width // head_dim] or None
+    dweight,  # [norms, programs, width] or None
+    dbias,  # [norms, programs, width] or None
+    dscale,  # [programs, width] or None
+    row_index,  # [rows] or None
+    place,  # [x_rows] or None
+    offsets,  # [norms * modalities_per_norm + 1] or None
+    rows, x_rows, width, grad_stride, x_stride, norms, modalities_per_norm, head_dim,
     IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    extent = row_extent(offsets, groups * step, rows)
+    extent = row_extent(offsets, norms * modalities_per_norm, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = program * share
     last = tl.minimum(first + share, extent)
@@ -192,31 +243,31 @@ def _backward(
         if scale is not None and not IN_MEMORY:
             c += (load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH),)
         c_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-    group = 0
-    while group < groups:
-        tile, stop = group_rows(offsets, group, step, first, last)
+    norm = 0
+    while norm < norms:
+        tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
         if tile < stop:
-            partial = (group * tl.num_programs(0) + program).to(tl.int64) * width
+            partial = (norm * tl.num_programs(0) + program).to(tl.int64) * width
             w = ()
             w_total = ()
             b_total = ()
             for part in tl.static_range(PARTS):
                 if weight is not None and not IN_MEMORY:
-                    w += (load_vector(weight + group * width, width, part, BLOCK_WIDTH),)
+                    w += (load_vector(weight + norm * width, width, part, BLOCK_WIDTH),)
                 w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
                 b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
-                if index is not None:
-                    source = tl.load(index + row, mask=live, other=0)
+                if row_index is not None:
+                    source = tl.load(row_index + row, mask=live, other=0)
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
                 if IN_MEMORY:
                     _backward_of_row_in_memory(
                         grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width,
-                        grad_stride, x_stride, head_dim, group, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+                        grad_stride, x_stride, head_dim, norm, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
                     )  # fmt: skip
                 else:
                     held = ()
@@ -266,7 +317,7 @@ def _backward(
                         store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
                     if dbias is not None:
                         store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
-        group += 1
+        norm += 1
     if dscale is not None and not IN_MEMORY:
         for part in tl.static_range(PARTS):
             store_sum(dscale + program.to(tl.int64) * width, c_total[part], width, part, BLOCK_WIDTH)
@@ -277,76 +328,65 @@ def _backward(
 
 
 def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
-    """The vectors of all groups one after another in memory, None without any."""
+    """The vectors of all norms one after another in memory, None without any."""
     return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
 
 
-def layer_norm(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], head_scale: Tensor | None, rows: Tensor | None,
-    offsets: Tensor | None, row_counts: Sequence[int], eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``_forward``: what ``layer_norm_specification`` returns."""
-    x, rows, offsets = unit_columns(x), compact(rows), compact(offsets)
-    width, count = x.shape[1], x.shape[0] if rows is None else rows.shape[0]
-    groups = max(len(weights), len(biases), 1)
-    y = torch.empty((count, width), dtype=x.dtype, device=x.device)
+def layer_norm_forward(given: LayerNormInputs) -> LayerNormOutputs:
+    """Launch ``layer_norm_forward_kernel``."""
+    x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
+    row_index = walk["row_index"]
+    count = x.shape[0] if row_index is None else row_index.shape[0]
+    y = torch.empty((count, x.shape[1]), dtype=x.dtype, device=x.device)
     mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     parameters, programs = parameters_for(_table_name("layer_norm", head_scale), x, count)
     arguments = {
-        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(weights), "bias": stacked(biases),
-        "scale": compact(head_scale), "index": rows, "offsets": offsets, "rows": count, "width": width,
-        "x_stride": x.stride(0), "groups": groups, "step": _step(offsets, groups),
-        "head_dim": _head_dim(width, head_scale), "eps": eps,
+        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(given.weight), "bias": stacked(given.bias),
+        "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
     }  # fmt: skip
-    launch_over_rows(_forward, programs, arguments, parameters)
-    return y, mean, rstd
+    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters)
+    return LayerNormOutputs(y, mean, rstd)
 
 
-def layer_norm_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-    head_scale: Tensor | None, rows: Tensor | None, offsets: Tensor | None, row_counts: Sequence[int],
-    weight_needs: Sequence[bool], bias_needs: Sequence[bool], head_scale_needed: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
-    """Launch ``_backward``, and a sum for each group that needs one: what the specification returns."""
-    grad, x, rows, offsets = unit_columns(grad), unit_columns(x), compact(rows), compact(offsets)
-    width, count = x.shape[1], grad.shape[0]
-    groups = max(len(weights), len(biases), 1)
+def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+    """Launch ``layer_norm_backward_kernel``, and a sum for each norm that needs one."""
+    grad, x, head_scale, walk = unit_columns(saved.grad_y), unit_columns(saved.x), saved.head_scale, _walk(saved)
+    row_index, offsets, norms = walk["row_index"], walk["offsets"], walk["norms"]
+    count, width = grad.shape
     parameters, programs = parameters_for(_table_name("layer_norm_backward", head_scale), x, count)
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = new_partials(groups, programs, x, parameters) if any(weight_needs) else None
-    dbias = new_partials(groups, programs, x, parameters) if any(bias_needs) else None
-    dscale = new_partials(1, programs, x, parameters) if head_scale_needed else None
+    partials = [
+        new_partials(norms, programs, x, parameters) if any(flags) else None for flags in (needs.weight, needs.bias)
+    ]
+    dscale = new_partials(1, programs, x, parameters) if needs.head_scale else None
     arguments = {
-        "grad": grad, "x": x, "dx": dx, "mean": mean, "rstd": rstd, "weight": stacked(weights),
-        "scale": compact(head_scale), "dweight": dweight, "dbias": dbias, "dscale": dscale, "index": rows,
-        "place": None if rows is None else row_places(rows, offsets, x.shape[0]), "offsets": offsets, "rows": count,
-        "x_rows": x.shape[0], "width": width, "grad_stride": grad.stride(0), "x_stride": x.stride(0),
-        "groups": groups, "step": _step(offsets, groups), "head_dim": _head_dim(width, head_scale),
+        "grad": grad, "x": x, "dx": dx, "mean": saved.mean, "rstd": saved.rstd, "weight": stacked(saved.weight),
+        "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1], "dscale": dscale,
+        "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]), "rows": count,
+        "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0), **walk,
     }  # fmt: skip
-    launch_over_rows(_backward, programs, arguments, parameters)
-    dweights = [w.new_empty(width if need else 0) for w, need in zip(weights, weight_needs, strict=True)]
-    dbiases = [b.new_empty(width if need else 0) for b, need in zip(biases, bias_needs, strict=True)]
-    for group in range(groups):
-        sums = [(dweight, dweights[group])] if weights and weight_needs[group] else []
-        sums += [(dbias, dbiases[group])] if biases and bias_needs[group] else []
-        if sums:
-            sum_partials(sums, offsets, count, group, groups, parameters)
-    if not head_scale_needed:
-        return dx, dweights, dbiases, x.new_empty(0)
-    by_column = torch.empty(width, dtype=torch.float32, device=x.device)
-    sum_partials([(dscale, by_column)], offsets, count, 0, 1, parameters)
-    return dx, dweights, dbiases, by_column.view(head_scale.shape[0], -1).sum(1).to(head_scale.dtype)
+    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters)
+    gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]
+    sum_by_norm(partials, gradients, norms, offsets, count, parameters)
+    by_head = None
+    if dscale is not None:
+        by_column = torch.empty(width, dtype=torch.float32, device=x.device)
+        sum_partials([(dscale, by_column)], offsets, count, 0, 1, parameters)
+        by_head = by_column.view(head_scale.shape[0], -1).sum(1).to(head_scale.dtype)
+    return LayerNormGradients(dx, *gradients, by_head)
+
+
+def _walk(given: LayerNormInputs | LayerNormSaved) -> dict[str, Any]:
+    """Which rows both kernels walk over, and how these share norms."""
+    offsets, norms, width = compact(given.routing.offsets), max(len(given.weight), len(given.bias), 1), given.x.shape[1]
+    return {
+        "row_index": compact(given.routing.row_index), "offsets": offsets, "width": width, "norms": norms,
+        # One where each modality has its own norm, all of them where they share one.
+        "modalities_per_norm": 0 if offsets is None else (offsets.shape[0] - 1) // norms,
+        "head_dim": 1 if given.head_scale is None else width // given.head_scale.shape[0],
+    }  # fmt: skip
 
 
 def _table_name(name: str, head_scale: Tensor | None) -> str:
     return name if head_scale is None else f"{name}_head_scale"
-
-
-def _step(offsets: Tensor | None, groups: int) -> int:
-    """Modalities of a group that shares its parameters."""
-    return 0 if offsets is None else (offsets.shape[0] - 1) // groups
-
-
-def _head_dim(width: int, head_scale: Tensor | None) -> int:
-    return 1 if head_scale is None else width // head_scale.shape[0]

@@ -6,16 +6,15 @@ all rows of the stream looks up each row's place among the branch's rows, so tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import load_terms, means_in_memory
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, store_sum, sum_partials
+from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, new_where_needed, store_sum, sum_partials
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -25,20 +24,29 @@ from onepeace_fast.kernels.rows import (
     store_rows,
     store_zeros,
 )
+from onepeace_fast.structures import Needs, ResidualGradients, ResidualInputs, ResidualOutputs, ResidualSaved
 
 
 @triton.jit
-def _keep_factor(keep, sample, row, live):
+def _drop_path_factor(
+    drop_path,  # [samples] or None
+    sample,  # [rows] or None
+    row, live,
+):  # fmt: skip
     """DropPath's factor of rows of the stream, float32 [BLOCK_ROWS, 1]; zero where not ``live``."""
     factor = tl.where(live, 1.0, 0.0)
-    if keep is not None:
+    if drop_path is not None:
         entry = tl.load(sample + row, mask=live, other=0)
-        factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)
+        factor = tl.load(drop_path + entry, mask=live, other=0).to(tl.float32)
     return factor[:, None]
 
 
 @triton.jit
-def _times_dropout(factor, seed, row, width, drop_below, kept_factor, part, BLOCK_WIDTH: tl.constexpr):
+def _times_dropout(
+    factor,
+    seed,  # [] or None
+    row, width, drop_below, dropout_scale, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """``factor`` times dropout's factor of a part of the columns."""
     if seed is not None:
         column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
@@ -46,16 +54,29 @@ def _times_dropout(factor, seed, row, width, drop_below, kept_factor, part, BLOC
         low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
         zero = tl.zeros_like(low)
         word, _, _, _ = tl.philox(tl.load(seed), low, high, zero, zero, 10)
-        factor = factor * tl.where(word.to(tl.int64) >= drop_below, kept_factor, 0.0)
+        factor = factor * tl.where(word.to(tl.int64) >= drop_below, dropout_scale, 0.0)
     return factor
 
 
 @triton.jit(
-    do_not_specialize=["rows", "drop_below"], do_not_specialize_on_alignment=["keep", "sample", "seed", "offsets"]
+    do_not_specialize=["rows", "drop_below"], do_not_specialize_on_alignment=["drop_path", "sample", "seed", "offsets"]
 )
-def _forward(
-    x, y, out, normed, mean, rstd, gamma, keep, sample, seed, place, offsets, norm_weight, norm_bias, rows, width,
-    x_stride, y_stride, modalities, drop_below, kept_factor, eps,
+def residual_forward_kernel(
+    x,  # [rows, width]
+    y,  # [branch rows, width]
+    out,  # [rows, width]
+    normed,  # [rows, width] or None
+    mean,  # [rows, 1] or None
+    rstd,  # [rows, 1] or None
+    gamma,  # [width] or None
+    drop_path,  # [samples] or None
+    sample,  # [rows] or None
+    seed,  # [] or None
+    place,  # [rows] or None
+    offsets,  # [modalities + 1] or None
+    norm_weight,  # [width] or None
+    norm_bias,  # [width] or None
+    rows, width, x_stride, y_stride, modalities, drop_below, dropout_scale, eps,
     IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     share = rows_per_program(rows, tl.num_programs(0), BLOCK_ROWS)
@@ -81,13 +102,13 @@ def _forward(
             if place is not None:
                 source = tl.load(place + row, mask=live, other=-1)
                 placed = source >= 0
-            kept = _keep_factor(keep, sample, row, placed)
+            path_factor = _drop_path_factor(drop_path, sample, row, placed)
             held = ()
             sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
             for part in tl.static_range(PARTS):
                 stream = load_rows(x, x_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
                 branch = load_rows(y, y_stride, source, placed, width, part, BLOCK_WIDTH).to(tl.float32)
-                factor = _times_dropout(kept, seed, row, width, drop_below, kept_factor, part, BLOCK_WIDTH)
+                factor = _times_dropout(path_factor, seed, row, width, drop_below, dropout_scale, part, BLOCK_WIDTH)
                 if gamma is not None:
                     if IN_MEMORY:
                         factor = factor * load_vector(gamma, width, part, BLOCK_WIDTH)
@@ -125,11 +146,23 @@ def _forward(
 
 @triton.jit
 def _backward_of_row_in_memory(
-    grad, grad_normed, y, out, dx, dy, gamma, seed, norm_weight, dgamma, dweight, dbias, row, stream_row, branch_row,
-    live, placed, kept, mu, r, width, grad_stride, grad_normed_stride, y_stride, out_stride, drop_below, kept_factor,
+    grad,  # [rows of the stream, width] or None
+    grad_normed,  # [rows of the stream, width] or None
+    y,  # [branch_rows, width] or None
+    out,  # [rows of the stream, width] or None
+    dx,  # [rows of the stream, width] or None
+    dy,  # [branch_rows, width]
+    gamma,  # [width] or None
+    seed,  # [] or None
+    norm_weight,  # [width] or None
+    dgamma,  # [1, programs, width] or None
+    dweight,  # [1, programs, width] or None
+    dbias,  # [1, programs, width] or None
+    row, stream_row, branch_row, live, placed, path_factor, mu, r, width, grad_stride, grad_normed_stride, y_stride,
+    out_stride, drop_below, dropout_scale,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """``_backward`` of rows too wide to be held: the norm's are read twice, and sums are added to in memory."""
+    """Backward for rows too wide to be held: the norm's are read twice, and sums are added to in memory."""
     sums = tl.program_id(0).to(tl.int64) * width
     if grad_normed is not None:
         g_mean, g_xhat_mean = means_in_memory(
@@ -149,7 +182,9 @@ def _backward_of_row_in_memory(
             total += (g - g_mean - xhat * g_xhat_mean) * r
         if dx is not None:
             store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
-        scaled = total * _times_dropout(kept, seed, stream_row, width, drop_below, kept_factor, part, BLOCK_WIDTH)
+        scaled = total * _times_dropout(
+            path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
+        )
         if dgamma is not None:
             branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
             product = tl.where(placed[:, None], scaled * branch, 0)
@@ -163,12 +198,31 @@ def _backward_of_row_in_memory(
 
 @triton.jit(
     do_not_specialize=["rows", "branch_rows", "drop_below"],
-    do_not_specialize_on_alignment=["keep", "sample", "seed", "index", "offsets", "branch_offsets"],
+    do_not_specialize_on_alignment=["drop_path", "sample", "seed", "row_index", "offsets", "branch_offsets"],
 )
-def _backward(
-    grad, grad_normed, y, out, dx, dy, mean, rstd, gamma, keep, sample, seed, norm_weight, dgamma, dweight, dbias,
-    index, place, offsets, branch_offsets, rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride,
-    out_stride, modalities, drop_below, kept_factor,
+def residual_backward_kernel(
+    grad,  # [rows of the stream, width] or None
+    grad_normed,  # [rows of the stream, width] or None
+    y,  # [branch_rows, width] or None
+    out,  # [rows of the stream, width] or None
+    dx,  # [rows of the stream, width] or None
+    dy,  # [branch_rows, width]
+    mean,  # [rows of the stream, 1] or None
+    rstd,  # [rows of the stream, 1] or None
+    gamma,  # [width] or None
+    drop_path,  # [samples] or None
+    sample,  # [rows of the stream] or None
+    seed,  # [] or None
+    norm_weight,  # [width] or None
+    dgamma,  # [1, programs, width] or None
+    dweight,  # [1, programs, width] or None
+    dbias,  # [1, programs, width] or None
+    row_index,  # [branch_rows] or None
+    place,  # [rows of the stream] or None
+    offsets,  # [modalities + 1] or None, of the rows that are walked over
+    branch_offsets,  # [modalities + 1] or None
+    rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride, out_stride, modalities, drop_below,
+    dropout_scale,
     IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -198,12 +252,12 @@ def _backward(
             stream_row = row
             branch_row = row
             placed = row < tl.minimum(stop, branch_extent)
-            if index is not None:  # a walk over the branch's rows
-                stream_row = tl.load(index + row, mask=live, other=0)
+            if row_index is not None:  # a walk over the branch's rows
+                stream_row = tl.load(row_index + row, mask=live, other=0)
             if place is not None:  # a walk over the stream's rows
                 branch_row = tl.load(place + row, mask=live, other=-1)
                 placed = branch_row >= 0
-            kept = _keep_factor(keep, sample, stream_row, placed)
+            path_factor = _drop_path_factor(drop_path, sample, stream_row, placed)
             mu = 0.0
             r = 0.0
             if grad_normed is not None:
@@ -212,8 +266,8 @@ def _backward(
             if IN_MEMORY:
                 _backward_of_row_in_memory(
                     grad, grad_normed, y, out, dx, dy, gamma, seed, norm_weight, dgamma, dweight, dbias, row,
-                    stream_row, branch_row, live, placed, kept, mu, r, width, grad_stride, grad_normed_stride, y_stride,
-                    out_stride, drop_below, kept_factor, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
+                    stream_row, branch_row, live, placed, path_factor, mu, r, width, grad_stride, grad_normed_stride,
+                    y_stride, out_stride, drop_below, dropout_scale, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
                 )  # fmt: skip
             else:
                 held = ()
@@ -249,7 +303,7 @@ def _backward(
                     if dx is not None:
                         store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
                     scaled = total * _times_dropout(
-                        kept, seed, stream_row, width, drop_below, kept_factor, part, BLOCK_WIDTH
+                        path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
                     )
                     if dgamma is not None:
                         branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
@@ -272,84 +326,77 @@ def _backward(
         store_zeros(dy, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
-def _dropout_arguments(dropout: float, seed: Tensor | None) -> dict[str, Tensor | int | float | None]:
-    if not dropout:
-        return {"seed": None, "drop_below": 0, "kept_factor": 1.0}
-    return {"seed": seed, "drop_below": int(dropout * 2**32), "kept_factor": 1 / (1 - dropout)}
-
-
-def residual(
-    x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, dropout: float,
-    seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``_forward``: what ``residual_specification`` returns."""
-    x, y, rows, offsets = unit_columns(x), unit_columns(y), compact(rows), compact(offsets)
+def residual_forward(given: ResidualInputs) -> ResidualOutputs:
+    """Launch ``residual_forward_kernel``."""
+    x, y = unit_columns(given.x), unit_columns(given.y)
+    row_index, offsets = compact(given.routing.row_index), compact(given.routing.offsets)
     count, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     normed = mean = rstd = None
-    if norm_weight is not None:
+    if given.norm_weight is not None:
         normed = torch.empty(x.shape, dtype=y.dtype, device=x.device)
         mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
     parameters, programs = parameters_for("residual" if normed is None else "residual_layer_norm", x, count)
     arguments = {
-        "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd, "gamma": compact(gamma),
-        "keep": compact(keep), "sample": compact(sample),
-        "place": None if rows is None else row_places(rows, offsets, count),
-        "offsets": offsets if rows is None else None, "norm_weight": compact(norm_weight),
-        "norm_bias": compact(norm_bias), "rows": count, "width": width, "x_stride": x.stride(0),
-        "y_stride": y.stride(0), "modalities": _modalities(offsets), "eps": eps, **_dropout_arguments(dropout, seed),
+        "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd,
+        "place": None if row_index is None else row_places(row_index, offsets, count),
+        "offsets": offsets if row_index is None else None, "norm_weight": compact(given.norm_weight),
+        "norm_bias": compact(given.norm_bias), "rows": count, "width": width, "x_stride": x.stride(0),
+        "y_stride": y.stride(0), "eps": given.eps, **_scaling(given),
     }  # fmt: skip
-    launch_over_rows(_forward, programs, arguments, parameters)
-    return out, *(x.new_empty(0) if result is None else result for result in (normed, mean, rstd))
+    launch_over_rows(residual_forward_kernel, programs, arguments, parameters)
+    return ResidualOutputs(out, normed, mean, rstd)
 
 
-def residual_backward(
-    grad: Tensor | None, grad_normed: Tensor | None, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    sample: Tensor | None, dropout: float, seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None,
-    out: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor | None,
-    rstd: Tensor | None, y_dtype: torch.dtype, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Launch ``_backward`` and the sum for the parameters: what ``residual_backward_specification`` returns.
+def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+    """Launch ``residual_backward_kernel`` and the sum for the parameters.
 
     Without a norm's gradient the walk is over the branch's rows, otherwise over the stream's.
     """
-    grad, grad_normed, y = (None if value is None else unit_columns(value) for value in (grad, grad_normed, y))
-    rows, offsets = compact(rows), compact(offsets)
+    grads = saved.grad_out, saved.grad_normed, saved.y if needs.gamma else None
+    grad, grad_normed, y = (None if value is None else unit_columns(value) for value in grads)
+    row_index, offsets = compact(saved.routing.row_index), compact(saved.routing.offsets)
     normed = grad_normed is not None
+    out, mean, rstd = (saved.out, saved.mean, saved.rstd) if normed else (None, None, None)
     like = out if normed else grad
     stream_rows, width = like.shape
-    branch_rows = stream_rows if rows is None else rows.shape[0]
+    branch_rows = stream_rows if row_index is None else row_index.shape[0]
     walked, walk_offsets = (stream_rows, None) if normed else (branch_rows, offsets)
     parameters, programs = parameters_for(f"residual{'_layer_norm' * normed}_backward", like, walked)
-    vectors = (gamma, norm_weight, norm_bias)
-    gradients = [like.new_empty(0) if not n else v.new_empty(v.shape) for v, n in zip(vectors, needs, strict=True)]
-    computed = [needs[0], needs[1] and normed, needs[2] and normed]
-    partials = [new_partials(1, programs, like, parameters) if needed else None for needed in computed]
+    vectors = (saved.gamma, saved.norm_weight, saved.norm_bias)
+    gradients = new_where_needed(vectors, (needs.gamma, needs.norm_weight, needs.norm_bias))
+    computed = gradients if normed else [gradients[0], None, None]
+    partials = [None if gradient is None else new_partials(1, programs, like, parameters) for gradient in computed]
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device) if normed else None
-    dy = torch.empty((branch_rows, width), dtype=y_dtype, device=like.device)
+    dy = torch.empty((branch_rows, width), dtype=saved.y_dtype, device=like.device)
     arguments = {
-        "grad": grad, "grad_normed": grad_normed, "y": y if needs[0] else None, "out": out if normed else None,
-        "dx": dx, "dy": dy, "mean": mean if normed else None, "rstd": rstd if normed else None,
-        "gamma": compact(gamma), "keep": compact(keep), "sample": compact(sample),
-        "norm_weight": compact(norm_weight) if normed else None,
-        "dgamma": partials[0], "dweight": partials[1], "dbias": partials[2], "index": None if normed else rows,
-        "place": row_places(rows, offsets, stream_rows) if normed and rows is not None else None,
+        "grad": grad, "grad_normed": grad_normed, "y": y, "out": out, "dx": dx, "dy": dy, "mean": mean, "rstd": rstd,
+        "norm_weight": compact(saved.norm_weight) if normed else None,
+        "dgamma": partials[0], "dweight": partials[1], "dbias": partials[2],
+        "row_index": None if normed else row_index,
+        "place": row_places(row_index, offsets, stream_rows) if normed and row_index is not None else None,
         "offsets": walk_offsets, "branch_offsets": offsets, "rows": walked, "branch_rows": branch_rows,
         "width": width, "grad_stride": 0 if grad is None else grad.stride(0),
-        "grad_normed_stride": grad_normed.stride(0) if normed else 0,
-        "y_stride": y.stride(0) if needs[0] else 0, "out_stride": out.stride(0) if normed else 0,
-        "modalities": _modalities(offsets), **_dropout_arguments(dropout, seed),
+        "grad_normed_stride": grad_normed.stride(0) if normed else 0, "y_stride": 0 if y is None else y.stride(0),
+        "out_stride": out.stride(0) if normed else 0, **_scaling(saved),
     }  # fmt: skip
-    launch_over_rows(_backward, programs, arguments, parameters)
-    sums = [pair for pair, needed in zip(zip(partials, gradients, strict=True), computed, strict=True) if needed]
+    launch_over_rows(residual_backward_kernel, programs, arguments, parameters)
+    sums = [pair for pair in zip(partials, computed, strict=True) if pair[0] is not None]
     if sums:
         sum_partials(sums, walk_offsets, walked, 0, 1, parameters)
-    for gradient, needed, done in zip(gradients, needs, computed, strict=True):
-        if needed and not done:  # a norm whose output received no gradient still owes zeros
-            gradient.zero_()
-    return like.new_empty(0) if dx is None else dx, dy, *gradients
+    if not normed:  # a norm whose output received no gradient still owes zeros
+        for gradient in gradients[1:]:
+            if gradient is not None:
+                gradient.zero_()
+    return ResidualGradients(dx, dy, *gradients)
 
 
-def _modalities(offsets: Tensor | None) -> int:
-    return 0 if offsets is None else offsets.shape[0] - 1
+def _scaling(given: ResidualInputs | ResidualSaved) -> dict[str, Any]:
+    """What the branch is scaled by, in both kernels."""
+    offsets, (probability, seed) = given.routing.offsets, given.dropout
+    return {
+        "gamma": compact(given.gamma), "drop_path": compact(given.drop_path.scale),
+        "sample": compact(given.drop_path.sample), "modalities": 0 if offsets is None else offsets.shape[0] - 1,
+        "seed": seed if probability else None, "drop_below": int(probability * 2**32),
+        "dropout_scale": 1 / (1 - probability),
+    }  # fmt: skip

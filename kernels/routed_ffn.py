@@ -10,35 +10,38 @@ tile's part of a row; the second takes what these merge to into its epilogue, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln
+from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_forward
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_wt,
     column_pieces,
     contiguous_for_descriptors,
-    expert,
     for_descriptors,
-    group_keys,
     launch_tiles,
     matrix,
-    next_group,
+    modality_keys,
+    next_modality,
+    of_modality,
     row_stride,
     tile_place,
     tiles_for,
     vectors,
 )
-from onepeace_fast.kernels.launch import compact, launch, unit_columns
+from onepeace_fast.kernels.launch import compact, unit_columns
+from onepeace_fast.kernels.routed_ffn_fold import fold, merge_statistics
 from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
-
-STATISTICS_ROWS = 32  # of one program that merges statistics
-FOLD_ROWS, FOLD_COLUMNS = 4, 512  # of W2, in registers at a time
+from onepeace_fast.structures import (
+    FeedForwardSettings,
+    FeedForwardWeights,
+    GatedSubLNInputs,
+    RoutedFFNInputs,
+    RoutedFFNOutputs,
+)
 
 
 @triton.jit
@@ -53,29 +56,39 @@ def _add_both(u, v, x, w0, w1, row, column, inner, GATE: tl.constexpr, BLOCK_INN
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def _hidden(
-    x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, offsets, rows, hidden, x_stride,
+def routed_ffn_hidden_kernel(
+    x,  # [rows, WIDTH]
+    w0,  # of each modality [hidden, WIDTH]
+    w1,  # of each modality [hidden, WIDTH], or None
+    u,  # [rows, hidden] or None
+    v,  # [rows, hidden] or None
+    a,  # [rows, hidden] or None
+    norm_weight,  # of each modality [hidden], or None
+    tile_mean,  # [column tiles, rows]
+    tile_squares,  # [column tiles, rows]
+    offsets,  # [MODALITIES + 1]
+    rows, hidden, x_stride,
     WIDTH: tl.constexpr,  # with a width that is no constant, sm_90's registers spill
-    GROUPS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     GATE: tl.constexpr = w1 is not None
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys = group_keys(offsets, rows, None, GROUPS)
+    keys = modality_keys(offsets, rows, None, MODALITIES)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _rank in range(GROUPS):
-        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+    for _rank in range(MODALITIES):
+        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
             x_rows = matrix(x, stop, WIDTH, x_stride, BLOCK_ROWS, BLOCK_INNER)
-            gate = matrix(expert(w0, group), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
+            gate = matrix(of_modality(w0, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
             value = gate
             if GATE:
-                value = matrix(expert(w1, group), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
+                value = matrix(of_modality(w1, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
             if u is not None:
                 u_rows = matrix(u, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
                 if GATE:
@@ -119,7 +132,7 @@ def _hidden(
                             part = count / tl.maximum(piece * PIECE_COLUMNS + count, 1)
                             mean += apart * part
                             squares += tl.sum(centred * centred, 1) + apart * apart * part * (piece * PIECE_COLUMNS)
-                            weight = tl.load(expert(norm_weight, group) + columns, mask=inside, other=0)
+                            weight = tl.load(of_modality(norm_weight, modality) + columns, mask=inside, other=0)
                             h = h * weight.to(tl.float32)[None, :]
                         a_rows.store([row, first], h.to(a.dtype.element_ty))
                 if norm_weight is not None:
@@ -130,59 +143,13 @@ def _hidden(
         before = end
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def _merge_statistics(
-    tile_mean, tile_squares, mean, rstd, offsets, rows, eps,
-    HIDDEN: tl.constexpr,  # so that the tiles' numbers of columns are constants, which take no registers
-    GROUPS: tl.constexpr, TILE_COLUMNS: tl.constexpr, TILES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-):  # fmt: skip
-    """Merge tiles' means and sums of squares (Chan, Golub and LeVeque, 1979); inert rows get zeros."""
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    tile = tl.arange(0, TILES)
-    live = row < row_extent(offsets, GROUPS, rows)
-    count = tl.minimum(tl.maximum(HIDDEN - tile * TILE_COLUMNS, 0), TILE_COLUMNS).to(tl.float32)[:, None]
-    cell = tile.to(tl.int64)[:, None] * rows + row[None, :]
-    mask = (count > 0) & live[None, :]
-    means = tl.load(tile_mean + cell, mask=mask, other=0)
-    total = tl.sum(means * count, 0) / HIDDEN
-    apart = means - total[None, :]
-    squares = tl.sum(tl.load(tile_squares + cell, mask=mask, other=0) + count * apart * apart, 0)
-    tl.store(mean + row, tl.where(live, total, 0), mask=row < rows)
-    tl.store(rstd + row, tl.where(live, tl.rsqrt(squares / HIDDEN + eps), 0), mask=row < rows)
-
-
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def _fold(
-    w2, norm_weight, norm_bias, b2, c, e, offsets, rows, width, hidden,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """c = W2 g and e = W2 b + b2 of every modality that has rows."""
-    group = tl.program_id(1)
-    start = tl.load(offsets + group)
-    if start < tl.minimum(tl.load(offsets + group + 1), rows):
-        row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-        live = row < width
-        weight, gain, shift = expert(w2, group), expert(norm_weight, group), expert(norm_bias, group)
-        c_parts = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-        e_parts = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-        for first in range(0, hidden, BLOCK_COLUMNS):
-            column = first + tl.arange(0, BLOCK_COLUMNS)
-            inside = column < hidden
-            cell = row.to(tl.int64)[:, None] * hidden + column[None, :]
-            part = tl.load(weight + cell, mask=live[:, None] & inside[None, :], other=0).to(tl.float32)
-            c_parts += part * tl.load(gain + column, mask=inside, other=0).to(tl.float32)[None, :]
-            e_parts += part * tl.load(shift + column, mask=inside, other=0).to(tl.float32)[None, :]
-        total = tl.sum(e_parts, 1)
-        if b2 is not None:
-            total += tl.load(expert(b2, group) + row, mask=live, other=0).to(tl.float32)
-        tl.store(c + group * width + row, tl.sum(c_parts, 1), mask=live)
-        tl.store(e + group * width + row, total, mask=live)
-
-
 @triton.jit
 def _copy_others(
-    residual, out, place, extent, rows, width, residual_stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
-):
+    residual,  # [rows, width]
+    out,  # [rows, width]
+    place,  # [rows] or None
+    extent, rows, width, residual_stride, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
     """Rows of the stream that the branch does not come back to: out = residual, by all programs together."""
     tile = tl.program_id(0) * BLOCK_ROWS
     while tile < rows:
@@ -202,27 +169,43 @@ def _copy_others(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "stream_rows"], do_not_specialize_on_alignment=["keep", "sample", "index", "offsets"]
+    do_not_specialize=["rows", "stream_rows"],
+    do_not_specialize_on_alignment=["drop_path", "sample", "row_index", "offsets"],
 )
-def _output(
-    a, w2, c, e, mean, rstd, b2, y, out, residual, gamma, keep, sample, index, place, offsets, rows, stream_rows,
-    width, hidden, a_stride, residual_stride,
-    GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+def routed_ffn_output_kernel(
+    a,  # [rows, hidden]
+    w2,  # of each modality [width, hidden]
+    c,  # [MODALITIES, width] or None
+    e,  # [MODALITIES, width] or None
+    mean,  # [rows, 1]
+    rstd,  # [rows, 1]
+    b2,  # of each modality [width], or None
+    y,  # [rows, width] or None
+    out,  # [stream_rows, width] or None
+    residual,  # [stream_rows, width] or None
+    gamma,  # [width] or None
+    drop_path,  # [samples] or None
+    sample,  # [stream_rows] or None
+    row_index,  # [rows] or None
+    place,  # [stream_rows] or None
+    offsets,  # [MODALITIES + 1]
+    rows, stream_rows, width, hidden, a_stride, residual_stride,
+    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(width, BLOCK_COLUMNS)
-    extent = row_extent(offsets, GROUPS, rows)
-    keys = group_keys(offsets, rows, None, GROUPS)
+    extent = row_extent(offsets, MODALITIES, rows)
+    keys = modality_keys(offsets, rows, None, MODALITIES)
     previous = tl.max(keys, 0) + 1
     tile = tl.program_id(0)
     before = 0
-    for _rank in range(GROUPS):
-        previous, group, start, stop = next_group(keys, previous, offsets, GROUPS)
+    for _rank in range(MODALITIES):
+        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
             a_rows = matrix(a, stop, hidden, a_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(expert(w2, group), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
+            weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
             if y is not None:
                 y_rows = matrix(y, stop, width, width, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
             while tile < end:
@@ -233,11 +216,11 @@ def _output(
                 rows_here = row + tl.arange(0, BLOCK_ROWS)
                 live = rows_here < stop
                 target = rows_here
-                if index is not None:
-                    target = tl.load(index + rows_here, mask=live, other=0)
-                if keep is not None:
+                if row_index is not None:
+                    target = tl.load(row_index + rows_here, mask=live, other=0)
+                if drop_path is not None:
                     entry = tl.load(sample + target, mask=live, other=0)
-                    factor = tl.load(keep + entry, mask=live, other=0).to(tl.float32)
+                    factor = tl.load(drop_path + entry, mask=live, other=0).to(tl.float32)
                 if c is not None:
                     r = tl.load(rstd + rows_here, mask=live, other=0)
                     mu = tl.load(mean + rows_here, mask=live, other=0)
@@ -248,16 +231,16 @@ def _output(
                     columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
                     inside = columns < width
                     if c is not None:
-                        correction = tl.load(c + group * width + columns, mask=inside, other=0)
-                        bias = tl.load(e + group * width + columns, mask=inside, other=0)
+                        correction = tl.load(c + modality * width + columns, mask=inside, other=0)
+                        bias = tl.load(e + modality * width + columns, mask=inside, other=0)
                         value = r[:, None] * (value - mu[:, None] * correction[None, :]) + bias[None, :]
                     elif b2 is not None:
-                        bias = tl.load(expert(b2, group) + columns, mask=inside, other=0).to(tl.float32)
+                        bias = tl.load(of_modality(b2, modality) + columns, mask=inside, other=0).to(tl.float32)
                         value = value + bias[None, :]
                     if y is not None:
                         y_rows.store([row, first], value.to(y.dtype.element_ty))
                     if out is not None:
-                        if keep is not None:
+                        if drop_path is not None:
                             value = value * factor[:, None]
                         if gamma is not None:
                             value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
@@ -275,105 +258,81 @@ def _output(
 
 
 def hidden(
-    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], offsets: Tensor,
-    activation: str, eps: float, keep_products: bool, keep_a: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """Launch ``_hidden`` and ``_merge_statistics``: u, v and a where they are kept, and mean and rstd of h."""
-    z, offsets = for_descriptors(z), compact(offsets)
-    rows, (columns, inner), groups = z.shape[0], w0[0].shape, len(w0)
+    z: Tensor, weights: FeedForwardWeights, offsets: Tensor, settings: FeedForwardSettings, *, normed: bool,
+    keep_products: bool, keep_a: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """Launch ``routed_ffn_hidden_kernel``: u, v and a where they are kept, mean and rstd of h where it is normed."""
+    z, offsets, (w0, w1, *_) = for_descriptors(z), compact(offsets), weights
+    rows, (columns, inner), modalities = z.shape[0], w0[0].shape, len(w0)
 
     def like_h(kept: bool) -> Tensor | None:
         return torch.empty((rows, columns), dtype=z.dtype, device=z.device) if kept else None
 
     u, v, a = like_h(keep_products), like_h(keep_products and bool(w1)), like_h(keep_a)
     parameters, _ = tiles_for("routed_ffn_hidden", z)
-    tiles = triton.cdiv(columns, parameters.block_columns)
-    normed = bool(norm_weight) and keep_a
-    tile_mean, tile_squares = (
-        torch.empty((tiles if normed else 0, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
-    )
-    mean, rstd = (torch.empty((rows if normed else 0, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
+    tile_mean = tile_squares = mean = rstd = None
+    if normed:
+        tiles = triton.cdiv(columns, parameters.block_columns)
+        tile_mean, tile_squares = (
+            torch.empty((tiles, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
+        )
+        mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
-        "a": a, "norm_weight": vectors(norm_weight) if normed else None, "tile_mean": tile_mean,
+        "a": a, "norm_weight": vectors(weights.norm_weight) if normed else None, "tile_mean": tile_mean,
         "tile_squares": tile_squares, "offsets": offsets, "rows": rows, "hidden": columns, "x_stride": row_stride(z),
     }  # fmt: skip
-    constants = {"WIDTH": inner, "GROUPS": groups, "ACTIVATION": activation, "PIECES": parameters.pieces}
-    launch_tiles(_hidden, "routed_ffn_hidden", rows, columns, groups, arguments, constants)
+    constants = {
+        "WIDTH": inner, "MODALITIES": modalities, "ACTIVATION": settings.activation, "PIECES": parameters.pieces,
+    }  # fmt: skip
+    launch_tiles(routed_ffn_hidden_kernel, "routed_ffn_hidden", rows, columns, modalities, arguments, constants)
     if normed:
-        arguments = {
-            "tile_mean": tile_mean, "tile_squares": tile_squares, "mean": mean, "rstd": rstd, "offsets": offsets,
-            "rows": rows, "eps": eps,
-        }  # fmt: skip
-        constants = {
-            "HIDDEN": columns, "GROUPS": groups, "TILE_COLUMNS": parameters.block_columns,
-            "TILES": triton.next_power_of_2(tiles), "BLOCK_ROWS": STATISTICS_ROWS,
-        }  # fmt: skip
-        launch(_merge_statistics, (max(1, triton.cdiv(rows, STATISTICS_ROWS)),), arguments, constants, num_warps=4)
+        merge_statistics(tile_mean, tile_squares, mean, rstd, offsets, settings.eps, columns, parameters.block_columns)
     return u, v, a, mean, rstd
 
 
-def fold(
-    w2: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], b2: Sequence[Tensor],
-    offsets: Tensor, rows: int, folded: Tensor,
-) -> None:  # fmt: skip
-    """Launch ``_fold``: store c and e into float32 [2, G, width], but for modalities without rows."""
-    (width, hidden_columns), groups = w2[0].shape, len(w2)
-    arguments = {
-        "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(norm_weight), "norm_bias": vectors(norm_bias),
-        "b2": vectors(b2), "c": folded[0], "e": folded[1], "offsets": compact(offsets), "rows": rows,
-        "width": width, "hidden": hidden_columns,
-    }  # fmt: skip
-    constants = {"BLOCK_ROWS": FOLD_ROWS, "BLOCK_COLUMNS": FOLD_COLUMNS}
-    launch(_fold, (triton.cdiv(width, FOLD_ROWS), groups), arguments, constants, num_warps=4)
-
-
 def output(
-    a: Tensor, w2: Sequence[Tensor], b2: Sequence[Tensor], folded: Tensor | None, mean: Tensor,
-    rstd: Tensor, offsets: Tensor, residual: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    sample: Tensor | None, index: Tensor | None, keep_y: bool,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Launch ``_output``: out, and y where it is kept and is not out itself."""
-    a, offsets, index = for_descriptors(a), compact(offsets), compact(index)
-    rows, (columns, inner), groups = a.shape[0], w2[0].shape, len(w2)
+    a: Tensor, given: RoutedFFNInputs, folded: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Launch ``routed_ffn_output_kernel``: out, and y where it is kept and is not out itself."""
+    a, residual, w2 = for_descriptors(a), given.residual, given.weights.w2
+    offsets, row_index = compact(given.routing.offsets), compact(given.routing.row_index)
+    rows, (columns, inner), modalities = a.shape[0], w2[0].shape, len(w2)
     y = out = place = None
-    if residual is None or keep_y:
+    if residual is None or given.settings.keep_y:
         y = torch.empty((rows, columns), dtype=a.dtype, device=a.device)
     if residual is not None:
         residual = unit_columns(residual)
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-        place = None if index is None else row_places(index, offsets, residual.shape[0])
+        place = None if row_index is None else row_places(row_index, offsets, residual.shape[0])
     c, e = (None, None) if folded is None else folded
     arguments = {
         "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
-        "b2": vectors(b2) if folded is None else None, "y": y, "out": out, "residual": residual,
-        "gamma": compact(gamma), "keep": compact(keep), "sample": compact(sample), "index": index, "place": place,
-        "offsets": offsets, "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
+        "b2": vectors(given.weights.b2) if folded is None else None, "y": y, "out": out, "residual": residual,
+        "gamma": compact(given.gamma), "drop_path": compact(given.drop_path.scale),
+        "sample": compact(given.drop_path.sample), "row_index": row_index, "place": place, "offsets": offsets,
+        "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
         "width": columns, "hidden": inner, "a_stride": row_stride(a),
         "residual_stride": 0 if residual is None else residual.stride(0),
     }  # fmt: skip
-    constants = {"GROUPS": groups, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces}
-    launch_tiles(_output, "routed_ffn_output", rows, columns, groups, arguments, constants)
+    constants = {"MODALITIES": modalities, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces}
+    launch_tiles(routed_ffn_output_kernel, "routed_ffn_output", rows, columns, modalities, arguments, constants)
     return (y, None) if out is None else (out, y)
 
 
-def routed_ffn(
-    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
-    w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, residual: Tensor | None, gamma: Tensor | None,
-    keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float, fold_norm: bool,
-    keep_products: bool, keep_y: bool, folded: Tensor,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor, Tensor]:  # fmt: skip
-    """What ``routed_ffn_specification`` returns, by grouped products; stores c and e into ``folded``."""
-    unfolded = bool(norm_weight) and not fold_norm
+def routed_ffn_forward(given: RoutedFFNInputs) -> RoutedFFNOutputs:
+    """The forward pass by grouped products; u and v also where the norm made them and they are not to be kept."""
+    z, weights, routing, settings = given.z, given.weights, given.routing, given.settings
+    normed = bool(weights.norm_weight)
+    unfolded = normed and not settings.fold_norm
     u, v, a, mean, rstd = hidden(
-        z, w0, w1, () if unfolded else norm_weight, offsets, activation, eps, keep_products or unfolded, not unfolded
-    )
-    if unfolded:
-        a, mean, rstd = gated_sub_ln(u, v, norm_weight, norm_bias, offsets, (), activation, eps)
-    if norm_weight:
-        fold(w2, norm_weight, norm_bias, b2, offsets, z.shape[0], folded)
-    out, y = output(
-        a, w2, b2, folded if norm_weight and fold_norm else None, mean, rstd, offsets, residual, gamma, keep, sample,
-        rows, keep_y,
+        z, weights, routing.offsets, settings, normed=normed and not unfolded,
+        keep_products=settings.keep_products or unfolded, keep_a=not unfolded,
     )  # fmt: skip
-    return out, u, v, y, mean, rstd
+    if unfolded:
+        a, mean, rstd = gated_sub_ln_forward(
+            GatedSubLNInputs(u, v, weights.norm_weight, weights.norm_bias, routing, settings.activation, settings.eps)
+        )
+    folded = fold(weights, routing.offsets, z.shape[0]) if normed else None
+    out, y = output(a, given, None if unfolded else folded, mean, rstd)
+    return RoutedFFNOutputs(out, u, v, y, mean, rstd, folded)

@@ -18,7 +18,10 @@ BLOCK_INDEX = 256
 
 
 @triton.jit
-def row_extent(offsets, modalities, rows):
+def row_extent(
+    offsets,  # [modalities + 1] or None
+    modalities, rows,
+):  # fmt: skip
     """Rows that are not inert: the plan's last offset, read on the device, or all rows without a plan."""
     extent = rows
     if offsets is not None:
@@ -33,21 +36,25 @@ def rows_per_program(extent, programs, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
-def group_rows(offsets, group, step, first, last):
-    """The rows of a group of modalities between ``first`` and ``last``.
-
-    A group is ``step`` modalities: one where each has its own parameters, all of them where they share them.
-    """
+def rows_of_norm(
+    offsets,  # [norms * modalities_per_norm + 1] or None
+    norm, modalities_per_norm, first, last,
+):  # fmt: skip
+    """The rows between ``first`` and ``last`` that a norm's parameters belong to: one modality's, or those of all."""
     start = first
     stop = last
     if offsets is not None:
-        start = tl.maximum(tl.load(offsets + group * step), first)
-        stop = tl.minimum(tl.load(offsets + group * step + step), last)
+        modality = norm * modalities_per_norm
+        start = tl.maximum(tl.load(offsets + modality), first)
+        stop = tl.minimum(tl.load(offsets + modality + modalities_per_norm), last)
     return start, stop
 
 
 @triton.jit
-def load_rows(matrix, stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr):
+def load_rows(
+    matrix,  # [rows, width]
+    stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """A part of the columns of some rows, [BLOCK_ROWS, BLOCK_WIDTH]; zero past the width and where not ``live``."""
     column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     cell = row.to(tl.int64)[:, None] * stride + column[None, :]
@@ -55,7 +62,10 @@ def load_rows(matrix, stride, row, live, width, part, BLOCK_WIDTH: tl.constexpr)
 
 
 @triton.jit
-def store_rows(matrix, row, live, width, value, part, BLOCK_WIDTH: tl.constexpr):
+def store_rows(
+    matrix,  # [rows, width]
+    row, live, width, value, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Store a part of the columns of some rows of a contiguous matrix."""
     column = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
     cell = row.to(tl.int64)[:, None] * width + column[None, :]
@@ -64,14 +74,20 @@ def store_rows(matrix, row, live, width, value, part, BLOCK_WIDTH: tl.constexpr)
 
 
 @triton.jit
-def load_vector(vector, width, part, BLOCK_WIDTH: tl.constexpr):
+def load_vector(
+    vector,  # [width]
+    width, part, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """A part of a vector over the columns: float32 [1, BLOCK_WIDTH], a row of one, so that it lies as rows do."""
     column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
     return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
 
 
 @triton.jit
-def store_zeros(out, first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def store_zeros(
+    out,  # [rows, width]
+    first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Zeros into this program's share of the rows from ``first`` to ``last`` of a contiguous matrix."""
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = first + tl.program_id(0) * BLOCK_ROWS
@@ -85,7 +101,11 @@ def store_zeros(out, first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: 
 
 
 @triton.jit
-def store_zeros_unplaced(out, place, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+def store_zeros_unplaced(
+    out,  # [rows, width]
+    place,  # [rows]
+    rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+):  # fmt: skip
     """Zeros into this program's share of the rows of a contiguous matrix that have no place."""
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = tl.program_id(0) * BLOCK_ROWS
@@ -99,22 +119,29 @@ def store_zeros_unplaced(out, place, rows, width, BLOCK_ROWS: tl.constexpr, BLOC
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
-@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["index", "offsets"])
-def _place_rows(index, place, offsets, modalities, entries, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["entries"], do_not_specialize_on_alignment=["row_index", "offsets"])
+def row_places_kernel(
+    row_index,  # [entries]
+    place,  # [rows]
+    offsets,  # [modalities + 1] or None
+    modalities, entries, BLOCK: tl.constexpr,
+):  # fmt: skip
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     live = entry < row_extent(offsets, modalities, entries)
-    tl.store(place + tl.load(index + entry, mask=live, other=0), entry, mask=live)
+    tl.store(place + tl.load(row_index + entry, mask=live, other=0), entry, mask=live)
 
 
-def row_places(index: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
+def row_places(row_index: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
     """The inverse of a row index: each of so many rows' place in it, -1 for those that it leaves out; int32 [rows].
 
     Entries past the last of ``offsets`` do not count.
     """
-    place = torch.full((rows,), -1, dtype=torch.int32, device=index.device)
-    entries = index.shape[0]
+    place = torch.full((rows,), -1, dtype=torch.int32, device=row_index.device)
+    entries = row_index.shape[0]
     modalities = 0 if offsets is None else offsets.shape[0] - 1
-    arguments = {"index": index, "place": place, "offsets": offsets, "modalities": modalities, "entries": entries}
+    arguments = {
+        "row_index": row_index, "place": place, "offsets": offsets, "modalities": modalities, "entries": entries,
+    }  # fmt: skip
     if entries:
-        launch(_place_rows, (triton.cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
+        launch(row_places_kernel, (triton.cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
     return place

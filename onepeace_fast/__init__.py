@@ -1,5 +1,7 @@
 """Fused GPU operations for modality-routed transformers such as ONE-PEACE."""
 
+from typing import TYPE_CHECKING, Any
+
 from onepeace_fast import (
     _interrupt,  # noqa: F401  (first, before what is slow)
     _source_tree,  # noqa: F401  makes onepeace_fast.kernels importable for all that follow
@@ -16,6 +18,9 @@ from onepeace_fast.ops import (
     routed_ffn,
 )
 from onepeace_fast.route_plan import RoutePlan
+
+if TYPE_CHECKING:
+    kernels: Any  # _source_tree imports it, where no type checker looks
 
 __version__ = "0.1.0"
 

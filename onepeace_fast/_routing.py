@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from onepeace_fast.relative_position import MAX_POSITIONS
 INTEGERS = (torch.int32, torch.int64)
 
 
-def copy_to_device(values: Sequence, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+def copy_to_device(values: Sequence[Any], dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A tensor of host values on a device."""
     return tensor_to_device(torch.tensor(values, dtype=dtype, device="cpu"), torch.device(device))
 
@@ -66,8 +67,10 @@ def check_masks(masks: Mapping[str, Tensor]) -> None:
         require_device(f"masks[{name!r}]", mask, device)
 
 
-def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor], codes: Tensor | None) -> None:
-    """Raise unless position ids are a matrix of integers of their mask's shape, and each has a code."""
+def check_positions(
+    name: str, value: Tensor, masks: Mapping[str, Tensor], codes: Tensor | None, first_is_cls: bool
+) -> None:
+    """Raise unless position ids are a matrix of integers of their mask's shape, each has a code, and 0 is CLS alone."""
     require(name in masks, f"positions: got {name!r}, takes modalities of the masks, {list(masks)}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
@@ -78,6 +81,12 @@ def check_positions(name: str, value: Tensor, masks: Mapping[str, Tensor], codes
         ((value >= 0) & (value < limit)).all(),
         f"positions[{name!r}]: got a position out of range, takes 0 to {limit - 1}",
     )
+    if first_is_cls:
+        first = torch.arange(value.shape[1], device=value.device) == 0
+        require_values(
+            (((value == 0) == first) | ~masks[name]).all(),
+            f"positions[{name!r}]: got 0 elsewhere than in the first column, takes it there alone, since it is CLS",
+        )
 
 
 def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]], total: int) -> None:
@@ -90,8 +99,8 @@ def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]
                 f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes its mask's counts, {describe(counted)}",
             )
     if next(iter(masks.values())).device.type != "cpu":
-        counted = sum(mask.sum() for mask in masks.values())
-        require_values(counted == total, "lengths: got another total than the masks count, takes what they count")
+        everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()
+        require_values(everywhere == total, "lengths: got another total than the masks count, takes what they count")
 
 
 def check_lengths(

@@ -14,9 +14,10 @@ def import_kernels() -> None:
     if _NAME in sys.modules or inside.exists() or not beside.exists():
         return
     spec = spec_from_file_location(_NAME, beside, submodule_search_locations=[str(beside.parent)])
+    assert spec is not None and spec.loader is not None
     sys.modules[_NAME] = module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.modules["onepeace_fast"].kernels = module
+    vars(sys.modules["onepeace_fast"])["kernels"] = module
 
 
 import_kernels()

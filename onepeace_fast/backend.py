@@ -53,4 +53,4 @@ def _proved_on(device: torch.device) -> bool:
     return measured is not None and measured.parity
 
 
-_proved_on._dynamo_marked_constant = True  # torch.compile reads no file: see ops/_strategies.py
+_proved_on.__dict__["_dynamo_marked_constant"] = True  # torch.compile reads no file: see ops/strategies.py

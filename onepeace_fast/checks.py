@@ -1,4 +1,4 @@
-"""Checks of arguments: each failure is one line with what came, what is taken and what to do."""
+"""Checks of arguments: each failure is one line with what was expected, what came and what to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def require(condition: bool, message: str | Callable[[], str]) -> None:
+def require(condition: bool, message: str | Callable[..., str]) -> None:
     """Raise ``ValueError`` with the message unless ``condition`` holds.
 
     A message that describes tensors is a function: building it would tie a compiled graph to these very sizes.
@@ -42,14 +42,14 @@ def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layo
     """Raise unless ``value`` is a tensor of one of ``dtypes`` with ``rank`` dimensions, described as ``layout``."""
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or value.dim() != rank:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: got {describe(value)}, takes {names} {layout}")
+        raise ValueError(f"{name}: expected {names} {layout}, got {describe(value)}")
 
 
 def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``value`` lies on ``device``."""
     require(
         value.device == device,
-        lambda: f"{name}: got a tensor on {value.device}, takes {device}; move it with .to('{device}')",
+        lambda: f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to('{device}')",
     )
 
 
@@ -58,6 +58,6 @@ def require_vector(name: str, value: torch.Tensor | None, length: int, device: t
     if value is not None:
         require(
             value.is_floating_point() and value.dim() == 1 and value.shape[0] == length,
-            lambda: f"{name}: got {describe(value)}, takes a floating-point [{length}]",
+            lambda: f"{name}: expected a floating-point [{length}], got {describe(value)}",
         )
         require_device(name, value, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         _silence()
         place = error.filename or "standard output"
-        print(f"{place}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # it may be the standard error itself
+            print(f"{place}: cannot be read or written: {error.strerror or error}", file=sys.stderr)
         return 2
 
 
@@ -99,9 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     selftest.add_arguments(
         commands.add_parser(
             "selftest",
-            help="hold every operation on this machine against its specification in float64",
+            help="hold every operation on this machine against its reference in float64",
             description="Runs every operation, forward and backward, on the GPU, or on the CPU where there is none, "
-            "and compares its results and every gradient with its specification in float64. Where all of them on a GPU "
+            "and compares its results and every gradient with its reference in float64. Where all of them on a GPU "
             "keep within their tolerances, it times the strategies and writes the GPU's file of measurements, which "
             f"makes the fused backend automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into "
             "your configuration.",

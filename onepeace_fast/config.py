@@ -33,7 +33,7 @@ def _require_positive_integers(config: object, *names: str) -> None:
             raise ValueError(f"{name}: got {value!r}, takes a positive integer")
 
 
-def _require_bucket_size(config: object) -> None:
+def _require_bucket_size(config: TextAdapterConfig | AudioAdapterConfig) -> None:
     _require_positive_integers(config, "bucket_size")
     if config.bucket_size < 2:
         raise ValueError(f"bucket_size: got {config.bucket_size}, takes at least 2")

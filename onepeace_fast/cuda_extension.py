@@ -7,6 +7,7 @@ import importlib
 import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 _LEFT_OUT = Path(__file__).with_name("cuda_left_out.txt")
 _launches = 0
@@ -26,8 +27,8 @@ def _import() -> ModuleType | str:
         return f"the CUDA extension cannot be imported: {' '.join(str(error).split())}"
 
 
-def extension() -> ModuleType | None:
-    """The extension; None where it is not here."""
+def extension() -> Any:
+    """The extension, a module; None where it is not here."""
     found = _import()
     return None if isinstance(found, str) else found
 
@@ -40,13 +41,13 @@ def unavailable_reason() -> str | None:
 
 
 def count_launch() -> None:
-    """Every launch of the extension is followed by this."""
+    """Count a pass: every launch of one is followed by this."""
     global _launches
     _launches += 1
 
 
 def launched() -> int:
-    """How many kernels of the extension this process has launched."""
+    """How many passes of the extension, forward or backward, this process has launched."""
     return _launches
 
 
@@ -59,18 +60,18 @@ def unsupported_reason(capability: tuple[int, int]) -> str | None:
 def _unsupported_reason(built: str, capability: tuple[int, int]) -> str | None:
     if any(_runs(architecture, capability) for architecture in built.split(",")):
         return None
-    found = "the GPU has compute capability {}.{}".format(*capability)
+    got = "got compute capability {}.{}".format(*capability)
     if capability < _OLDEST_GPU:
-        return f"{found}, and the kernel takes " + "{}.{} or later".format(*_OLDEST_GPU)
-    return (
-        f"{found} and the CUDA extension was built for {built}: "
-        f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
-    )
+        return "expected a GPU of {}.{} or later, ".format(*_OLDEST_GPU) + got
+    again = f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
+    return f"expected a GPU for which the CUDA extension was built ({built}), {got}; {again}"
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code of an architecture runs there: on its major version, PTX on all later ones, with an "a" on one."""
-    kind, digits, exact = re.fullmatch(r"(sm|compute)_(\d+)(a?)", architecture).groups()
+    found = re.fullmatch(r"(sm|compute)_(\d+)(a?)", architecture)
+    assert found is not None
+    kind, digits, exact = found.groups()
     built = (int(digits[:-1]), int(digits[-1]))
     if exact:
         return capability == built

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ class Branches(NamedTuple):
 def draw_keep(rates: Sequence[float], samples: int, generator: torch.Generator | None = None) -> Tensor:
     """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples] on the CPU, drawn independently."""
     require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
-    on_cpu = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
     kept = 1.0 - torch.tensor(list(rates), **on_cpu)[:, None, None]
     return (torch.rand(len(rates), 2, samples, generator=generator, **on_cpu) < kept).float() / kept
 
@@ -56,6 +56,7 @@ def branches(plan: RoutePlan) -> list[Branches]:
     Where the host knows a branch's rows, the branch holds just these. Otherwise it holds as many as the plan, the kept
     ones first and the others inert, and nothing is read from the device.
     """
+    assert plan.keep is not None
     flat, counts = plan.keep.flatten(0, 1), [count for layer in plan.kept_row_counts for count in layer]
     rows, restricted = _restrict(plan, flat != 0)
     found = []
@@ -65,8 +66,8 @@ def branches(plan: RoutePlan) -> list[Branches]:
             found.append(Branch(plan, None, keep, plan.sample))
             continue
         size = sum(row_counts) if counts else plan.capacity
-        whole = {"offsets": restricted["offsets"][b], "cu_seqlens": restricted["cu_seqlens"][b]}
-        by_row = {name: value[b, :size] for name, value in restricted.items() if name not in whole}
+        whole: dict[str, Any] = {"offsets": restricted["offsets"][b], "cu_seqlens": restricted["cu_seqlens"][b]}
+        by_row: dict[str, Any] = {name: value[b, :size] for name, value in restricted.items() if name not in whole}
         part = dataclasses.replace(
             plan, **whole, **by_row, row_counts=row_counts, segment_lengths=(), keep=None, kept_row_counts=()
         )

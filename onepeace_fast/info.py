@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -147,19 +148,19 @@ def _backends() -> list[tuple[str, str, str]]:
 
 def _implementation(operation: str) -> str:
     """What computes an operation."""
-    specification = "specification (eager PyTorch)"
+    reference = "reference (eager PyTorch)"
     if operation == "relative_bias_attention":
         return (
             "CUDA kernels, forward and backward, on float16 and bfloat16 CUDA tensors with heads of 32, 64 or 128, "
-            "else PyTorch's attention, and gradients by the specification in chunks of heads; "
-            f"{specification} on a CPU and for float64"
+            "else PyTorch's attention, and gradients by the reference in chunks of heads; "
+            f"{reference} on a CPU and for float64"
         )
     if operation == "routed_ffn":
         return (
-            "the vendor's products with Triton kernels between them, or by strategy='fused' Triton kernels alone, on "
-            f"CUDA tensors; {specification} on a CPU and for float64"
+            "the vendor's products with Triton kernels between them, or by strategy='grouped' Triton kernels alone, on "
+            f"CUDA tensors; {reference} on a CPU and for float64"
         )
-    return f"Triton kernel on CUDA tensors; {specification} on a CPU and for float64"
+    return f"Triton kernel on CUDA tensors; {reference} on a CPU and for float64"
 
 
 def _measurements() -> tuple[str, str]:
@@ -178,13 +179,13 @@ def _measurement() -> str:
     if measured is None:
         return f"not measured on this GPU: `{command('selftest')}` measures it; {SENDING_IN}"
     if not measured.parity:
-        return f"not held against the specification, or not within its tolerance: `{command('selftest')}`; {path}"
+        return f"not held against the reference, or not within its tolerance: `{command('selftest')}`; {path}"
     line = f"measured on {measured.date}, every operation within its tolerance: {path}"
     return line if path.parent == SHIPPED_FOLDER else f"{line}; {SENDING_IN}"
 
 
 def _triton_kernels() -> tuple[str, str]:
-    def kernels():
+    def kernels() -> Any:
         return importlib.import_module("onepeace_fast.kernels")
 
     if reason := _attempt(lambda: kernels().unavailable_reason() or ""):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -124,7 +125,7 @@ class RoutePlan:
             lengths: number of True in each row, where the host knows it; otherwise one synchronisation reads them all.
             capacity: rows to allocate, at least the number of real rows, which is the default; with it the plan may be
                 refilled by ``copy_``, so it holds no ``row_counts``, and ``max_length`` bounds every batch. Capturing
-                it in a graph needs kernels: the specifications read the counts on the host.
+                it in a graph needs kernels: the references read the counts on the host.
 
         Raises:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
@@ -134,9 +135,9 @@ class RoutePlan:
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
-            check_positions(name, value, masks, (codes or {}).get(name))
+            check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
         given_lengths = lengths is not None
-        if given_lengths:
+        if lengths is not None:
             check_lengths(lengths, shapes, names)
         else:
             counts = torch.cat([mask.sum(1) for mask in masks.values()]).tolist()
@@ -208,7 +209,7 @@ class RoutePlan:
         first_is_cls: bool = False,
         device: torch.device | str = "cpu",
         widths: Mapping[str, int] | None = None,
-        **keywords: object,
+        **keywords: Any,
     ) -> RoutePlan:
         """Build the plan from host-side lengths, CLS included where ``first_is_cls``, without any synchronisation.
 
@@ -248,7 +249,7 @@ class RoutePlan:
             max_position: largest position id, where it is not T - 1.
 
         Ids are checked here on a CPU, and by an assertion on the device elsewhere. The plan holds no host counts: on
-        a GPU the kernels read ``offsets`` on the device, elsewhere the specifications read them on the host.
+        a GPU the kernels read ``offsets`` on the device, elsewhere the references read them on the host.
         """
         require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
         require(samples > 0, f"samples: got {samples}, takes a positive number")
@@ -290,8 +291,9 @@ class RoutePlan:
         if isinstance(padded, Tensor):
             tensors = [padded]
         else:
+            self._require_padded()
             shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
-            expected = dict(zip(self.modalities, self.padded_shapes, strict=False))
+            expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
             require(
                 shapes == expected,
                 lambda: f"padded: got tensors of {shapes}, takes rows and lengths of {expected}, which the plan is of",
@@ -313,13 +315,7 @@ class RoutePlan:
         Raises:
             ValueError: rows that are not the plan's, or a plan of interleaved tokens of several modalities.
         """
-        require(
-            len(self.padded_shapes) == len(self.modalities),
-            lambda: (
-                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
-                "batches; use unpack_interleaved"
-            ),
-        )
+        self._require_padded()
         parts = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
         return {
             name: part.view(rows, length, packed.shape[1])
@@ -340,6 +336,15 @@ class RoutePlan:
         )
         return self._scatter(packed)
 
+    def _require_padded(self) -> None:
+        require(
+            len(self.padded_shapes) == len(self.modalities),
+            lambda: (
+                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
+                "batches; use pack(tensor) and unpack_interleaved"
+            ),
+        )
+
     def _scatter(self, packed: Tensor) -> Tensor:
         require(
             packed.dim() == 2 and packed.shape[0] == self.capacity,
@@ -353,7 +358,7 @@ class RoutePlan:
 
         On the CPU they are counted here, where the plan knows its segments' lengths, and copied to the plan's device.
         """
-        counts = ()
+        counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
         if keep.device.type == "cpu" and self.segment_lengths:
             counts = kept_rows(keep, self.segment_lengths)
         return dataclasses.replace(self, keep=tensor_to_device(keep, self.offsets.device), kept_row_counts=counts)

@@ -16,13 +16,13 @@ from onepeace_fast.config import (
 
 # Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
 _ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
-_REQUIRED = {
+_REQUIRED: dict[str, dict[str, Any]] = {
     "": {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu"},
     "text_adapter": _ADAPTER_REQUIRED,
     "image_adapter": _ADAPTER_REQUIRED,
     "audio_adapter": {**_ADAPTER_REQUIRED, "conv_pos_pre_ln": False, "conv_bias": False},
 }
-_UPSTREAM_DEFAULTS = {
+_UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
         "embed_dim": 512, "ffn_embed_dim": 2048, "layers": 6, "attention_heads": 8, "drop_path_rate": 0.0,
         "dropout": 0.1, "magneto_scale_attn": False, "scale_attn": True, "scale_fc": True, "scale_heads": True,
@@ -38,7 +38,7 @@ _UPSTREAM_DEFAULTS = {
         "use_attn_bias": False,
     },
 }  # fmt: skip
-_NO_EFFECT = {
+_NO_EFFECT: dict[str, set[str]] = {
     "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
          "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency"},
     "text_adapter": set(),

@@ -9,8 +9,12 @@ from types import ModuleType
 
 import pytest
 
+from tools.scratch import use_scratch
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = {"onepeace_fast": ROOT / "onepeace_fast", "onepeace_fast.kernels": ROOT / "kernels"}
+
+use_scratch()  # before anything that asks for these folders is imported
 
 
 def shadowed() -> str | None:

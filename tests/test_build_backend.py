@@ -115,12 +115,14 @@ def test_without_nvcc_and_driver_nothing_is_asked_for_and_the_reason_says_how_to
 def test_a_driver_for_which_pypi_has_no_nvcc_asks_for_nothing(machine):
     machine.driver((12, 8), H100)
     assert cuda_toolkit.build_requirements() == []
-    assert "the driver runs CUDA 12.8, and PyPI has nvcc from 13.0 on" in one_line(cuda_toolkit.decide().left_out)
+    said = one_line(cuda_toolkit.decide().left_out)
+    assert said.startswith("expected a driver of CUDA 13.0 or later, for which PyPI has nvcc, got 12.8; update it")
 
 
 def test_an_nvcc_too_old_and_missing_tools_are_named(machine):
     machine.nvcc("path", "11.8")
-    assert "is nvcc 11.8, and 12.0 or later is needed" in one_line(cuda_toolkit.decide().left_out)
+    said = one_line(cuda_toolkit.decide().left_out)
+    assert said.startswith("expected an nvcc of CUDA 12.0 or later, got ") and "of CUDA 11.8" in said
     machine.nvcc("home/bin")
     machine.monkeypatch.setenv("CUDA_HOME", str(machine.folder / "home"))
     machine.packages.clear()
@@ -147,7 +149,7 @@ def test_the_gpus_present_decide_the_architectures(machine, capabilities, archit
 def test_gpus_that_are_all_too_old_leave_it_out(machine):
     machine.nvcc("path")
     machine.driver((13, 0), T4)
-    assert one_line(cuda_toolkit.decide().left_out).endswith("8.0 or later, and here is 7.5")
+    assert one_line(cuda_toolkit.decide().left_out).endswith("8.0 or later, got 7.5")
 
 
 @pytest.mark.parametrize("driver", [(None,), ((13, 0),)])
@@ -182,14 +184,16 @@ def test_other_names_of_architectures_end_in_one_line(machine, bad):
     machine.wish(bad)
     with pytest.raises(SystemExit) as ended:
         cuda_toolkit.decide()
-    assert one_line(str(ended.value)).startswith("ONEPEACE_FAST_CUDA_ARCHITECTURES: got ")
+    message = one_line(str(ended.value))
+    assert message.startswith("ONEPEACE_FAST_CUDA_ARCHITECTURES: expected ") and ", got '" in message
 
 
 def test_architectures_that_nvcc_does_not_know_are_named_in_one_line(machine):
     program = machine.nvcc("path", "12.0")
     machine.wish("sm_80,sm_120,compute_120")
     decision = cuda_toolkit.decide()
-    expected = f"{program} is nvcc 12.0, which does not know sm_120, compute_120; update it, then install again"
+    got = f"{program} of CUDA 12.0; update it, then install again"
+    expected = f"expected an nvcc that knows sm_120, compute_120, got {got}"
     assert one_line(decision.left_out) == expected and decision.wanted and decision.architectures == ()
 
 

@@ -29,6 +29,11 @@ def test_a_closed_standard_error_changes_neither_exit_code_nor_output(tmp_path):
     assert (done.returncode, done.stdout) == (2, b"")
 
 
+def test_a_full_disk_behind_the_standard_error_changes_no_exit_code(tmp_path):
+    with open("/dev/full", "w") as full:
+        assert subprocess.run([*COMMAND, "train", str(tmp_path / "absent.yaml")], stderr=full).returncode == 2
+
+
 def test_a_full_disk_behind_the_standard_output_is_one_line(monkeypatch, capsys):
     with open("/dev/full", "w") as full:
         monkeypatch.setattr(sys, "stdout", full)
@@ -45,20 +50,35 @@ def test_ctrl_c_while_it_runs_is_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nInterrupted.\n"
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_ctrl_c_while_it_imports_is_one_line_also_where_the_import_catches_it(tmp_path, rank):
-    (tmp_path / "torch.py").write_text(
-        "import sys, time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    pass\n"
+@pytest.mark.parametrize(
+    ("inherited", "rank", "expected"),
+    [
+        (signal.SIG_DFL, "0", (130, b"\nInterrupted.\n")),
+        (signal.SIG_DFL, "1", (130, b"")),
+        (signal.SIG_IGN, "0", (7, b"")),  # as a shell's background jobs and nohup's do
+    ],
+)
+def test_ctrl_c_while_it_imports_is_one_line_also_where_the_import_catches_it_or_nothing_where_it_is_ignored(
+    tmp_path, inherited, rank, expected
+):
+    slow = (
+        "import os, sys\nprint('importing', flush=True)\ntry:\n    sys.stdin.read()\nexcept BaseException:\n    pass\n"
     )
+    (tmp_path / "torch.py").write_text(slow + "os._exit(7)\n")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "RANK": rank}
     process = subprocess.Popen(
-        [*COMMAND, "info"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+        [*COMMAND, "info"],
+        env=os.environ | {"PYTHONPATH": path, "RANK": rank},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, inherited),  # not as whoever runs the tests inherited it
     )
     assert process.stdout.readline() == b"importing\n"
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=30)
-    assert (process.returncode, error) == (130, b"\nInterrupted.\n" if rank == "0" else b"")
+    assert (process.returncode, error) == expected
 
 
 def test_importing_the_library_leaves_ctrl_c_as_it_is():

@@ -22,18 +22,18 @@ def compiles(test):
 
 
 NAME = "_ZN13onepeace_fast{length}{kernel}{parameters}Ev"
-FORWARD = NAME.format(length=14, kernel="forward_kernel", parameters="I6__halfLi64ELb0E")
-COMPACT = NAME.format(length=15, kernel="backward_kernel", parameters="I13__nv_bfloat16Li128ELb1ELb0E")
-WIDE = NAME.format(length=15, kernel="backward_kernel", parameters="I13__nv_bfloat16Li128ELb0ELb1E")
-SUMS = "_ZN13onepeace_fast18sum_entries_kernelENS_21RelativeBiasAttentionE"
+FORWARD = NAME.format(length=24, kernel="attention_forward_kernel", parameters="I6__halfLi64ELb0E")
+COMPACT = NAME.format(length=25, kernel="attention_backward_kernel", parameters="I13__nv_bfloat16Li128ELb1ELb0E")
+WIDE = NAME.format(length=25, kernel="attention_backward_kernel", parameters="I13__nv_bfloat16Li128ELb0ELb1E")
+SUMS = "_ZN13onepeace_fast28attention_sum_entries_kernelENS_21RelativeBiasAttentionE"
 
 
 def test_kernels_are_known_by_their_mangled_names():
-    assert compile_cuda.describe(FORWARD) == Kernel("forward_kernel", "half", 64)
-    assert compile_cuda.describe(COMPACT) == Kernel("backward_kernel", "nv_bfloat16", 128, compact=True)
-    assert compile_cuda.describe(WIDE) == Kernel("backward_kernel", "nv_bfloat16", 128, large=True)
-    assert compile_cuda.describe(SUMS) == Kernel("sum_entries_kernel")
-    assert compile_cuda.describe(WIDE).label == "backward_kernel nv_bfloat16 128 large"
+    assert compile_cuda.describe(FORWARD) == Kernel("attention_forward_kernel", "half", 64)
+    assert compile_cuda.describe(COMPACT) == Kernel("attention_backward_kernel", "nv_bfloat16", 128, compact=True)
+    assert compile_cuda.describe(WIDE) == Kernel("attention_backward_kernel", "nv_bfloat16", 128, large=True)
+    assert compile_cuda.describe(SUMS) == Kernel("attention_sum_entries_kernel")
+    assert compile_cuda.describe(WIDE).label == "attention_backward_kernel nv_bfloat16 128 large"
 
 
 def inspected(monkeypatch, architecture, symbol, plan, launched=True, registers=100, local=0, code="HMMA.16816.F32"):
@@ -87,10 +87,10 @@ def test_every_kernel_keeps_to_its_plan_on_every_chip(library):
     expected |= {"sum_queries": of_types, "sum_entries": 1}
     for architecture in compile_cuda.ARCHITECTURES:
         names = [result.name.split("_kernel")[0] for result in results if result.architecture == architecture]
-        assert Counter(names) == expected
+        assert Counter(names) == {f"attention_{name}": count for name, count in expected.items()}
     assert not [result for result in results if result.faults]
     assert all(result.local == 0 for result in results)
-    assert all(result.matrix_instructions or result.name.startswith("sum_") for result in results)
+    assert all(result.matrix_instructions or result.name.startswith("attention_sum_") for result in results)
 
 
 @compiles
@@ -115,7 +115,7 @@ def test_more_shared_memory_than_planned_is_a_fault(library, monkeypatch):
 
 @compiles
 def test_local_memory_is_a_fault(tmp_path, monkeypatch):
-    source = tmp_path / "csrc" / "relative_bias_attention_forward.cuh"
+    source = tmp_path / "csrc" / "forward_memory.cuh"
     shutil.copytree(compile_cuda.CSRC, source.parent)
     text = source.read_text()
     assert text.count("windowed ? 1 : 2") == 1
@@ -126,7 +126,7 @@ def test_local_memory_is_a_fault(tmp_path, monkeypatch):
         for r in compile_cuda.inspect(compile_cuda.compile_library(TOOLKIT.nvcc, tmp_path, ["sm_90a"]))
         if r.faults
     }
-    assert "bytes of local memory" in faults["forward_kernel nv_bfloat16 64"][0]
+    assert "bytes of local memory" in faults["attention_forward_kernel nv_bfloat16 64"][0]
 
 
 def test_a_machine_without_nvcc_is_told_so(monkeypatch, capsys):

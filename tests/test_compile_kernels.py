@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 SPILL_OF_SM_120 = (
-    r"FAULT sm_120 width 6144, _backward grad:bfloat16 u:.* ACTIVATION=gelu .*: spills: 24 bytes of local memory"
+    r"FAULT sm_120 width 6144, gated_sub_ln_backward_kernel grad:bfloat16 u:.* ACTIVATION=gelu .*: "
+    r"spills: 24 bytes of local memory"
 )
 
 

@@ -1,8 +1,10 @@
-"""The fourth modality of examples/pen_strokes.py and the code of docs/new_modality.md run as they stand."""
+"""The examples and the code of docs/new_modality.md run as they stand; the minimal model is the library's."""
 
 import importlib.util
 import re
+import runpy
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,36 +12,85 @@ import torch
 from onepeace_fast import OnePeaceConfig, OnePeacePretrain
 from onepeace_fast.config import ImageAdapterConfig, TextAdapterConfig, TransformerConfig
 
-pytest.importorskip("sklearn")
-pytest.importorskip("tqdm")
-
-from onepeace_fast.demo import data
-
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.fixture(scope="module")
-def pen_strokes():
-    """The example as a module."""
-    spec = importlib.util.spec_from_file_location("pen_strokes", ROOT / "examples" / "pen_strokes.py")
+def example(name: str) -> ModuleType:
+    """An example as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of a model of text and images as the demo's, with random weights."""
-    image = ImageAdapterConfig(position_grid=2, bias_grid=2)
+def of_text_and_images(vocab_size: int, **settings: float | None) -> OnePeaceConfig:
+    """The configuration of a small model of text and of images 32 pixels wide."""
     encoder = TransformerConfig(
-        embed_dim=32, ffn_embed_dim=32, layers=2, attention_heads=2, layer_scale=None, image=image, audio=None
-    )
+        embed_dim=32, ffn_embed_dim=32, layers=2, attention_heads=2, audio=None,
+        image=ImageAdapterConfig(position_grid=2, bias_grid=2), **settings,
+    )  # fmt: skip
     decoder = TransformerConfig(
         embed_dim=16, ffn_embed_dim=16, layers=1, attention_heads=1, layer_scale=None,
         text=TextAdapterConfig(use_bias=False), image=None, audio=None,
     )  # fmt: skip
+    return OnePeaceConfig(encoder=encoder, decoder=decoder, vocab_size=vocab_size)
+
+
+def test_the_minimal_model_is_the_library_s_in_value_and_every_gradient():
     torch.manual_seed(0)
-    model = OnePeacePretrain(OnePeaceConfig(encoder=encoder, decoder=decoder, vocab_size=len(data.Vocabulary())))
+    library = OnePeacePretrain(of_text_and_images(40, drop_path_rate=0.5))
+    with torch.no_grad():
+        for parameter in library.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)  # no table of zeros, no LayerScale that hides a branch
+        library.logit_scale.fill_(1.0)
+    weights = library.to_upstream_state_dict()
+    names = [name for name in weights if not re.search("decoder|_mask_", name)]  # the denoising task has these
+    minimal = example("minimal").OnePeace(32, 32, layers=2, heads=2, drop_path=0.5, vocabulary=40, grid=2)
+    minimal.load_state_dict({name: weights[name] for name in names})
+    text = torch.tensor([[5, 6, 7, 8, 9], [10, 11, 1, 1, 1], [12, 13, 14, 1, 1], [15, 16, 17, 18, 1]])  # 1 is padding
+    image = torch.randn(4, 3, 32, 32)
+    real = torch.nn.functional.pad(text != 1, (1, 0), value=True)
+
+    def outputs(model: torch.nn.Module) -> list[torch.Tensor]:
+        torch.manual_seed(1)  # the same samples are dropped
+        pair = model.encode(text=text, image=image)
+        return [pair["text"][real], pair["image"], model.embed(text=text), model.embed(image=image)]
+
+    expected, actual = outputs(library), outputs(minimal)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    directions = [torch.randn_like(value) for value in expected]
+    for model, values in ((library, expected), (minimal, actual)):
+        scale = model.logit_scale.exp()
+        (scale * sum((value * way).sum() for value, way in zip(values, directions, strict=True))).backward()
+    gradients = library.to_upstream_state_dict(grads=True)
+    for name, parameter in minimal.named_parameters():
+        largest = gradients[name].abs().max()
+        assert largest > 0, name
+        torch.testing.assert_close(
+            parameter.grad, gradients[name], rtol=1e-4, atol=1e-5 * float(largest), msg=f"{name}: {{}}".format
+        )
+
+
+def test_the_minimal_example_learns(capsys):
+    runpy.run_path(str(ROOT / "examples" / "minimal.py"), run_name="__main__")
+    losses = [float(loss) for loss in re.findall(r"loss (\S+),", capsys.readouterr().out)]
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.fixture(scope="module")
+def pen_strokes():
+    """The example as a module."""
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    return example("pen_strokes")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a model of text and images as the demo's, with random weights."""
+    data = pytest.importorskip("onepeace_fast.demo.data")
+    torch.manual_seed(0)
+    model = OnePeacePretrain(of_text_and_images(len(data.Vocabulary()), layer_scale=None))
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):

@@ -56,9 +56,9 @@ def test_parts_are_drawn_for_each_sample_and_keep_the_whole_grid_s_codes():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_dense_bias_and_the_code_form_are_alike_in_parts(shape):
     case = AttentionCase(shape, SIZES, CPU, torch.float32, sets=1)
-    factories = {"specification": lambda: case.specification(bias=True), "fused": lambda: case.fused(bias=True)}
+    factories = {"reference": lambda: case.reference(bias=True), "fused": lambda: case.fused(bias=True)}
     factories |= {"dense": lambda: case.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True)}
-    records = tiny_runner().measure(factories, base="specification")
+    records = tiny_runner().measure(factories, base="reference")
     for name in ("fused", "dense"):
         assert records[name]["output_relative_difference"] < 1e-5
         assert records[name]["gradient_relative_difference"] < 1e-5
@@ -88,7 +88,7 @@ def test_frozen_tables_get_no_gradient_and_the_bias_all_the_same():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_reads_the_same_bias(shape):
     case = AttentionCase(shape, SIZES, CPU, torch.float32, sets=1)
-    flex, expected = case.flex_attention(compile_it=False), case.specification(bias=True)
+    flex, expected = case.flex_attention(compile_it=False), case.reference(bias=True)
     with torch.no_grad():
         out = flex.rows(flex.forward(0))
     torch.testing.assert_close(out, expected.forward(0).detach(), rtol=1e-5, atol=1e-5)
@@ -105,7 +105,7 @@ def test_flash_attention_is_given_whole_samples_and_its_output_is_put_back(shape
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     case = AttentionCase(shape, SIZES, CPU, torch.float32, sets=2)
     factories = {name: factory for name, factory in case.factories().items() if "no_bias" in name}
-    records = tiny_runner().measure(factories, base="specification")
+    records = tiny_runner().measure(factories, base="reference")
     record = records["flash_attention_no_bias"]
     assert record["output_relative_difference"] < 1e-5 and record["gradient_relative_difference"] < 1e-5
 
@@ -114,9 +114,9 @@ def test_flash_attention_is_given_whole_samples_and_its_output_is_put_back(shape
 def test_attention_by_the_kernel_agrees_and_its_launches_are_counted(monkeypatch, host_extension):
     host.use(monkeypatch, host_extension)
     case = AttentionCase(attention.tiny_shapes()[1], Sizes(64, 64, 2), CPU, torch.bfloat16, sets=1)
-    factories = {name: case.factories()[name] for name in ("specification", "sdpa_memory_efficient", "fused")}
+    factories = {name: case.factories()[name] for name in ("reference", "sdpa_memory_efficient", "fused")}
     runner = Runner(HostClock(), Budget(60.0), rounds=1, tolerance=0.05)
-    records = runner.measure(factories, base="specification")
+    records = runner.measure(factories, base="reference")
     assert records["fused"]["output_relative_difference"] < 0.02
     assert records["sdpa_memory_efficient"]["gradient_relative_difference"] < 0.02
     launches = re.findall(r"\d+", records["fused"]["note"])
@@ -204,7 +204,7 @@ def test_the_routed_ffn_alone_agrees_in_all_variants_for_any_number_of_modalitie
     runner = Runner(clock_for(CPU), Budget(60, "left out"), rounds=1, tolerance=1e-5)
     records = runner.measure(case.factories(), base="sliced")
     compared = {name for name, record in records.items() if "output_relative_difference" in record}
-    assert compared == {"boolean_mask", "grouped_mm", "fused", "strategy_specification"}
+    assert compared == {"boolean_mask", "grouped_mm", "fused", "strategy_reference"}
     assert not any("error" in record for record in records.values())
 
 

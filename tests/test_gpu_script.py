@@ -55,13 +55,13 @@ def test_a_failing_peer_is_recorded_and_the_rest_goes_on(quick_run):
     by_rows = [name for name in kinds["ffn"] if "modalities" in name]
     assert by_rows == ["2 modalities, 16 rows", "2 modalities, 48 rows"]
     for name in by_rows:
-        assert list(kinds["ffn"][name]["variants"]) == ["products", "sliced", "strategy_specification"]
+        assert list(kinds["ffn"][name]["variants"]) == ["products", "sliced", "strategy_reference"]
     for shape in names:
         variants = {kind: kinds[kind][shape]["variants"] for kind in kinds}
         assert variants["ffn"]["grouped_mm"]["error"] == "RuntimeError: no such kernel"
-        layer = ("products", "products_joined", "baseline", "fused", "strategy_specification")
+        layer = ("products", "products_joined", "baseline", "fused", "strategy_reference")
         measured = [("layer", name) for name in layer]
-        ffn = ("products", "products_joined", "sliced", "boolean_mask", "fused", "strategy_specification")
+        ffn = ("products", "products_joined", "sliced", "boolean_mask", "fused", "strategy_reference")
         measured += [("ffn", name) for name in ffn]
         measured += [("bias", name) for name in ("baseline", "fused")]
         for part, name in measured:
@@ -69,7 +69,7 @@ def test_a_failing_peer_is_recorded_and_the_rest_goes_on(quick_run):
                 times = variants[part][name][mode]
                 assert 0 < times["min_ms"] <= times["median_ms"] <= times["max_ms"] and times["runs"] == 3
         compared = [("layer", "fused"), ("ffn", "fused"), ("ffn", "boolean_mask")]
-        for part, name in [*compared, ("layer", "strategy_specification"), ("ffn", "strategy_specification")]:
+        for part, name in [*compared, ("layer", "strategy_reference"), ("ffn", "strategy_reference")]:
             assert 0 <= variants[part][name]["output_relative_difference"] < 1e-4
             assert 0 <= variants[part][name]["gradient_relative_difference"] < 1e-4
 
@@ -92,7 +92,7 @@ def test_the_most_telling_comes_first_and_compiled_peers_come_after_all_of_the_h
 def test_what_compiles_long_can_be_compiled_beforehand():
     cuda = torch.device("cuda")
     warmed = {section.name: section.warmed for section in sections.headline(False, cuda) if section.warmed}
-    own = ("fused", "strategy_fused", "strategy_per_modality")
+    own = ("fused", "strategy_grouped", "strategy_per_modality")
     assert warmed["layer, vision-language 32"] == (*own, "fused_drop_path_0.4")
     assert warmed["routed FFN, vision-language 32"] == own
     assert [name for name, variants in warmed.items() if variants == ("fused",)] == [
@@ -164,7 +164,7 @@ def test_attention_alone_is_measured_against_its_floor_and_what_is_left_out_says
             assert found["over_floor"] == pytest.approx(median / (shape["bytes"][mode] / copied / 1e6), rel=0.05)
         assert shape["goals"]["backward"] == {}
     (compiled,) = of_kind(result, "attention", compiled=True).values()
-    assert list(compiled["variants"]) == ["specification", "flex_attention", "fused"]
+    assert list(compiled["variants"]) == ["reference", "flex_attention", "fused"]
     assert "--quick" in compiled["variants"]["flex_attention"]["skipped"]
     assert compiled["goals"]["backward"] == {"flex_attention_over_fused": "not measured, goal at least 1.0"}
     text = result["document"]
@@ -239,7 +239,7 @@ def test_only_the_library_and_its_baseline_decide_the_exit_code(quick_run):
     _, result = quick_run
     assert not gpu.failed(result)
     own = [("residual, vision-language tiny", "fused"), ("attention, 3 x up to 29", "fused")]
-    own += [("layer, audio tiny", name) for name in ("fused", "baseline", "products", "strategy_specification")]
+    own += [("layer, audio tiny", name) for name in ("fused", "baseline", "products", "strategy_reference")]
     for section, name in own:
         broken = copy.deepcopy(result)
         broken["sections"][section]["variants"][name] = {"error": "none"}
@@ -296,7 +296,7 @@ def test_what_was_measured_survives_a_kill_and_the_same_command_goes_on_with_wha
     assert result["sections"]["layer, vision-language tiny"] == left["sections"]["layer, vision-language tiny"]
     assert list(result["sections"])[2:] == [name, "routed FFN, 2 modalities, 16 rows"]
     variants = result["sections"][name]["variants"]
-    assert "forward_backward" in variants["sliced"] and "forward_backward" in variants["strategy_specification"]
+    assert "forward_backward" in variants["sliced"] and "forward_backward" in variants["strategy_reference"]
     if number == signal.SIGKILL:
         assert variants["fused"] == {"error": "an earlier process ended while this ran", "tax": {}}
     else:

@@ -4,7 +4,7 @@ import pytest
 
 from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDTHS, heuristic, width_class
 from onepeace_fast.kernels.launch_parameters import launch_parameters, use_launch_parameters
-from onepeace_fast.ops._library import MAX_WIDTH
+from onepeace_fast.ops.arguments import MAX_WIDTH
 
 REGISTERS, THREADS = 65536, 32
 

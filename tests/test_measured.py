@@ -19,7 +19,7 @@ from onepeace_fast.kernels.measured import MeasuredGPU, file_name, measured_file
 NAME = "NVIDIA H100 80GB HBM3"
 ENTRY = {"block_rows": 2, "num_warps": 16, "programs_per_multiprocessor": 3}
 CLASSES = [{"width": 768, "rows": None, "strategy": "per_modality"}, {"rows": 1000, "strategy": "per_modality"},
-           {"width": "any", "rows": None, "strategy": "fused"}]  # fmt: skip
+           {"width": "any", "rows": None, "strategy": "grouped"}]  # fmt: skip
 MEASURED = MeasuredGPU(
     NAME,
     "sm_90",
@@ -76,7 +76,7 @@ def test_the_first_class_that_holds_the_shape_decides():
         return MEASURED.strategy("routed_ffn", rows, width)
 
     assert [strategy(9500, 768), strategy(9500, 769), strategy(1000, 1536), strategy(1001, 1536)] == [
-        "per_modality", "fused", "per_modality", "fused",
+        "per_modality", "grouped", "per_modality", "grouped",
     ]  # fmt: skip
     assert MEASURED.strategy("layer_norm", 1, 1) is None
 
@@ -100,9 +100,9 @@ def test_measured_launch_parameters_replace_the_heuristic_s_of_that_class_alone(
         ({"parity": "yes"}, "parity: expected bool, got 'yes'"),
         ({"versions": {"torch": 2}}, "versions: expected text for torch, got 2"),
         ({"strategies": {"routed_ffn": []}}, "strategies: routed_ffn: expected a list of classes"),
-        ({"strategies": {"routed_ffn": [{"rows": 5, "strategy": "fused"}]}}, "expected a last class for any width"),
-        ({"strategies": {"routed_ffn": [{"rows": -5, "strategy": "fused"}, *CLASSES]}}, "whole numbers or null"),
-        ({"strategies": {"routed_ffn": [{"row": 5, "strategy": "fused"}]}}, "expected width and rows"),
+        ({"strategies": {"routed_ffn": [{"rows": 5, "strategy": "grouped"}]}}, "expected a last class for any width"),
+        ({"strategies": {"routed_ffn": [{"rows": -5, "strategy": "grouped"}, *CLASSES]}}, "whole numbers or null"),
+        ({"strategies": {"routed_ffn": [{"row": 5, "strategy": "grouped"}]}}, "expected width and rows"),
         ({"launch_parameters": {"layernorm": {}}}, "got 'layernorm'"),
         ({"launch_parameters": {"layer_norm": {"8": {}}}}, "expected one of 2, 4, got '8'"),
         ({"launch_parameters": {"layer_norm": {"2": {"1000": {}}}}}, "got '1000'"),

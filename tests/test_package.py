@@ -1,6 +1,8 @@
 """What is built and installed from this checkout: the right packages, outside the source tree, and nothing else."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -120,7 +122,7 @@ def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wh
     metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
     assert metadata["Version"] == onepeace_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    assert set(metadata.get_all("Provides-Extra")) == {"demo", "train", "bench", "peers", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"demo", "train", "docs", "bench", "peers", "dev"}
     assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{information}/entry_points.txt")
 
 
@@ -182,6 +184,19 @@ def test_installed_wheel_imports_outside_the_source_tree_without_demo_or_test_pa
     assert Path(library) == target / "onepeace_fast" / "__init__.py"
     assert Path(kernels) == target / "onepeace_fast" / "kernels" / "__init__.py"
     assert version == onepeace_fast.__version__
+
+
+def test_pre_commit_and_the_workflow_run_what_make_test_and_ci_run_do():
+    yaml = pytest.importorskip("yaml")
+    checks = runpy.run_path(str(ROOT / "bootstrap.py"))["CHECKS"]
+    (local,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = [hook["entry"].removesuffix(" --force-exclude") for hook in local["hooks"]]
+    assert entries == [
+        " ".join([".venv/bin/python", "-m", *(word for word in check if word != ".")]) for check in checks
+    ]
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    (parts,) = re.findall(r"set -- (.*)", (ROOT / ".ci" / "run").read_text())
+    assert workflow["jobs"]["cpu"]["strategy"]["matrix"]["part"] == parts.split()
 
 
 FORMS = {

@@ -1,9 +1,11 @@
-"""The README's code runs as it stands, and documents link to files that are there."""
+"""The README's code runs as it stands, and documents link to files and name things of the code that are there."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from support.known_names import is_known
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -61,3 +63,21 @@ def test_pages_that_code_names_are_there():
         text = path.read_text(encoding="utf-8")
         for page in re.findall(r"\b(?:docs|examples|benchmarks|csrc)/[\w/]+\.(?:md|yaml|py)\b", text):
             assert (ROOT / page).exists(), f"{path}: {page}"
+
+
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/glossary.md"])
+def test_names_of_the_code_on_a_page_about_it_are_there(page):
+    text = re.sub(r"^```(?!mermaid).*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
+    names = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)
+    names += [word for label in re.findall(r'"([^"\n]+)"\]', text) for word in re.findall(r"\w+_\w+|\w+\.\w+", label)]
+    assert [name for name in names if not is_known(name)] == []
+    assert len(names) > 20
+
+
+def test_the_fault_that_contributing_shows_can_be_planted():
+    pytest.importorskip("triton")
+    from tools.mutants.fault import KEYS, Fault
+
+    (block,) = re.findall(r"^```json\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.M | re.S)
+    shown = json.loads(block)
+    assert set(shown) <= KEYS and Fault(**shown).problem() is None

@@ -67,7 +67,7 @@ def ffn(dtype, **how):
 
 
 def test_sound():
-    assert ffn(torch.bfloat16, strategy="fused").is_cuda
+    assert ffn(torch.bfloat16, strategy="grouped").is_cuda
 
 
 def test_mixes_devices():
@@ -84,11 +84,11 @@ def test_reads_the_host():
 
 
 def test_float32_in_tiles():
-    ffn(torch.float32, strategy="fused")
+    ffn(torch.float32, strategy="grouped")
 
 
 def test_fails():
-    assert ffn(torch.bfloat16, strategy="fused").shape == (4, 32)
+    assert ffn(torch.bfloat16, strategy="grouped").shape == (4, 32)
 """
 
 

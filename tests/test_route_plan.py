@@ -230,6 +230,15 @@ def test_bad_positions_are_refused():
     )
 
 
+def test_a_position_0_that_is_not_the_first_column_s_is_refused_where_that_is_cls():
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    for bad in ([[0, 1, 2], [1, 0, 2]], [[0, 1, 0], [0, 1, 2]]):
+        positions = {"text": torch.tensor(bad)}
+        refused("positions['text']", RoutePlan.from_masks, {"text": mask}, positions=positions, first_is_cls=True)
+        RoutePlan.from_masks({"text": mask}, positions=positions)
+    RoutePlan.from_masks({"text": mask}, positions={"text": torch.tensor([[0, 1, 2], [0, 3, 0]])}, first_is_cls=True)
+
+
 def test_lengths_that_the_masks_do_not_count_are_refused():
     mask = torch.tensor([[True, True, False], [True, False, False]])
     for lengths in ([2, 2], [3, 1], [1, 2], [2, 0]):

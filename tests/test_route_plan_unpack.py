@@ -1,5 +1,6 @@
 """Plans without CLS, and what ``unpack`` makes of every kind of plan."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from support.contract import refused
@@ -47,6 +48,34 @@ def test_a_model_without_cls_agrees_with_plain_attention_with_relative_bias():
         assert plan.order.tolist()[:3] == [0, 1, 2]
 
 
+@pytest.mark.parametrize("positions", [None, [7, 0, 3, 11, 2, 5, 9, 1, 4]])
+def test_interleaved_tokens_without_cls_agree_with_plain_attention_with_relative_bias(positions):
+    modality, sample = torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 0]), torch.tensor([0, 0, 1, 0, 1, 0, 1, 0, 1])
+    generator, heads = torch.Generator().manual_seed(0), 2
+    positions = positions and torch.tensor(positions)
+    plan = RoutePlan.from_modality_ids(
+        modality, ("text", "image"), sample_ids=sample, samples=2, positions=positions,
+        max_position=None if positions is None else 11,
+    )  # fmt: skip
+    assert not plan.is_cls.any()
+    x = torch.randn(9, 3 * heads * 8, generator=generator).double()
+    bias = [torch.randn(heads, 2 * offset + 4, generator=generator).double() for offset in plan.code_offsets]
+    found = plan.unpack_interleaved(
+        relative_bias_attention(
+            plan.pack(x).view(9, 3, heads, 8), cu_seqlens=plan.cu_seqlens, modality=plan.modality, code=plan.code,
+            is_cls=plan.is_cls, bias=bias, code_offsets=plan.code_offsets,
+        ).flatten(1)
+    )  # fmt: skip
+    place = torch.arange(9) if positions is None else positions
+    distance, same = place[:, None] - place, modality[:, None] == modality
+    vectors = [vector[:, distance + plan.code_offsets[0]] for vector in bias]
+    mask = torch.where(same, torch.where(modality[:, None] == 0, *vectors), 0.0)
+    mask = mask.masked_fill(sample[:, None] != sample, float("-inf"))
+    q, k, v = x.view(9, 3, heads, 8).permute(1, 2, 0, 3)
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_no_token_is_cls_unless_that_is_said():
     mask = torch.ones(2, 3, dtype=torch.bool)
     ids = torch.zeros(6, dtype=torch.int64)
@@ -80,6 +109,7 @@ def test_unpack_refuses_rows_that_are_not_the_plans():
         refused("packed", plan.unpack, packed)
     refused("packed", interleaved.unpack_interleaved, torch.zeros(2, 8))
     refused("plan", interleaved.unpack, torch.zeros(3, 8))
+    refused("plan", interleaved.pack, {"text": torch.zeros(1, 3, 8)})
     refused("plan", plan.unpack_interleaved, torch.zeros(5, 8))
     single = RoutePlan.from_modality_ids(torch.tensor([0, 0, 0]), ("text",))
     assert torch.equal(single.unpack(torch.ones(3, 8))["text"], torch.ones(1, 3, 8))

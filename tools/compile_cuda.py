@@ -51,13 +51,13 @@ HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/
 class Plan(ctypes.Structure):
     """``LaunchPlan`` of csrc/relative_bias_attention.h."""
 
-    _fields_ = (("threads", ctypes.c_int32), ("blocks_at_once", ctypes.c_int32), ("shared_bytes", ctypes.c_int32))
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
 
 
 class BackwardPlan(ctypes.Structure):
     """``BackwardPlan`` of csrc/relative_bias_attention.h."""
 
-    _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in ("is_compact", "is_large", "walk_blocks")))
+    _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in ("is_compact", "is_large", "walk_key_blocks")))
 
 
 class Kernel(NamedTuple):
@@ -127,9 +127,9 @@ def installed_object(source: Path, architectures: Sequence[str]) -> Path | None:
 
 def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
     """How a kernel is launched, and whether a chip launches it: of the backward kernel's shapes it takes one."""
-    if kernel.name.startswith("sum_"):
+    if kernel.name.startswith("attention_sum_"):
         return Plan(SUM_THREADS, 1, 0), True
-    if kernel.name != "backward_kernel":
+    if kernel.name != "attention_backward_kernel":
         function = library.relative_bias_attention_forward_plan
         function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
         return function(kernel.head_dim, LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES), True
@@ -204,9 +204,9 @@ def inspect(path: Path) -> list[Result]:
         if launched and shared > chip.shared_of_program:
             faults.append(f"{shared} bytes of shared memory, of {chip.shared_of_program}")
         # Two thread blocks that are planned to run at once take more than a small chip has.
-        wanted = 1 if chip.shared == SMALL.shared else planned.blocks_at_once
+        wanted = 1 if chip.shared == SMALL.shared else planned.thread_blocks_at_once
         faults += [f"planned for {wanted} at once"] if launched and at_once < wanted else []
-        faults += [] if matrix or found.name.startswith("sum_") else ["no matrix instruction"]
+        faults += [] if matrix or found.name.startswith("attention_sum_") else ["no matrix instruction"]
         results.append(
             Result(
                 found.label, architecture, registers, stack + local, planned.threads, shared,

@@ -90,9 +90,8 @@ def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS)
     tensors = {name: value for name, value in configuration.arguments.items() if isinstance(value, Tensor)}
     sizes = {name: t.element_size() for name, t in tensors.items() if _is_row_tensor(t, rows, width)}
     used = usage(compiled)
-    module = configuration.kernel.module.rpartition(".")[2]
     return Result(
-        f"{architecture} {compiled.hash}", f"{module}{configuration.kernel.__name__}", architecture, width,
+        f"{architecture} {compiled.hash}", configuration.kernel.__name__, architecture, width,
         configuration.name, warps, used.registers, used.shared,
         chip.programs_at_once(used.registers, used.shared, warps), bytes_per_element(found, sizes),
         (
@@ -133,7 +132,7 @@ def configurations(architecture: str, width: int, dtype: Any, parts: Sequence[st
 
     from onepeace_fast.hardware.cases import empty_tensors, kernel_cases, product_cases
     from onepeace_fast.kernels.launch import recording
-    from onepeace_fast.ops._library import force_kernels
+    from onepeace_fast.ops.kernel_choice import force_kernels
     from tools.cubin import CHIPS
 
     cpu = torch.device("cpu")

@@ -16,17 +16,17 @@ from onepeace_fast.drop_path import Branches, branches
 from onepeace_fast.models.passes import PaddedTokens
 from onepeace_fast.models.reference import dense_biases
 from onepeace_fast.models.stack import Stack
-from onepeace_fast.ops._strategies import STRATEGIES
+from onepeace_fast.ops.strategies import STRATEGIES
 from onepeace_fast.route_plan import RoutePlan
 
 MODEL_LAYERS = 40
 DROP_PATH = 0.4
-SPECIFICATION = "specification"  # the only strategy on a CPU
+REFERENCE = "reference"  # the only strategy on a CPU
 
 
 def strategies(device: torch.device) -> list[str]:
     """The strategies of ``routed_ffn`` that a device runs."""
-    return [name for name in STRATEGIES if (name == SPECIFICATION) == (device.type != "cuda")]
+    return [name for name in STRATEGIES if (name == REFERENCE) == (device.type != "cuda")]
 
 
 class LayerCase:

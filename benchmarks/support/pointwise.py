@@ -123,7 +123,7 @@ def residual_operation(case: PointwiseCase) -> Operation:
     keep, sample = case.keep, case.sample
 
     def fused(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return residual_layer_norm(x, y, gamma, weight, bias, keep=keep, sample=sample, eps=EPS)
+        return residual_layer_norm(x, y, gamma, weight, bias, drop_path=keep, sample=sample, eps=EPS)
 
     def eager(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         out = x + (y * gamma * keep[sample.long(), None]).to(x.dtype)

@@ -26,13 +26,13 @@ from benchmarks.support.pointwise import Operation
 from benchmarks.support.shapes import Shape, Sizes, part_of
 from benchmarks.support.variants import MODES, Factory, LeftOut, Variant, compiled, trained
 from onepeace_fast import cuda_extension, relative_bias_attention
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 ALIGNMENT = 8  # elements that a row of a dense bias must begin at a multiple of, else it is copied first
 FOR_PARTS = (  # of a batch: a dense bias costs the same whatever the codes
-    "specification",
-    "specification_no_bias",
+    "reference",
+    "reference_no_bias",
     "flex_attention",
     "fused_no_bias",
     "fused_frozen_tables",
@@ -100,10 +100,10 @@ class AttentionCase:
         return operation
 
     def factories(self) -> dict[str, Factory]:
-        """The specification first: it is what outputs and gradients are compared with."""
+        """The reference first: it is what outputs and gradients are compared with."""
         factories = {
-            "specification": lambda: self.specification(bias=True),
-            "specification_no_bias": lambda: self.specification(bias=False),
+            "reference": lambda: self.reference(bias=True),
+            "reference_no_bias": lambda: self.reference(bias=False),
             "bias_built_sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True),
             "sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION),
             "sdpa_cudnn": lambda: self.sdpa(SDPBackend.CUDNN_ATTENTION, frozen=True),
@@ -129,8 +129,8 @@ class AttentionCase:
         variant.note = f"launches of the CUDA extension: {forward} forward, {both} forward and backward"
         return variant
 
-    def specification(self, bias: bool) -> Variant:
-        """The same by the specification, which computes in float32, for its values alone."""
+    def reference(self, bias: bool) -> Variant:
+        """The same by the reference, which computes in float32, for its values alone."""
         variant = self._operation(bias)
 
         def specified(call: Callable[[int], Any]) -> Callable[[int], Any]:
@@ -312,5 +312,5 @@ class AttentionCase:
         return code, is_cls.bool(), equal, cls, after - 1, after > 0
 
     def _described(self, variant: Variant, bias: bool) -> Variant:
-        variant.against = "specification" if bias else "specification_no_bias"
+        variant.against = "reference" if bias else "reference_no_bias"
         return variant

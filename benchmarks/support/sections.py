@@ -25,7 +25,7 @@ MODALITIES_BY_ROWS = 2
 COMPILED = {  # the compiled peers of each kind, and what is measured beside them
     "layer": ("products", "baseline", "baseline_compiled", "fused"),
     "ffn": ("products", "sliced", "sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled", "fused"),
-    "attention": ("specification", "flex_attention", "fused"),
+    "attention": ("reference", "flex_attention", "fused"),
     "pointwise": ("eager", "compiled", "fused"),
 }
 Records = dict[str, dict[str, Any]]
@@ -233,7 +233,7 @@ def _attention(shape: Shape) -> Section:
                 result["time_per_pair"] = goals.times_per_pair(records, whole["variants"], shape)
             return result
 
-        return Prepared(operation.factories, "specification", finish)
+        return Prepared(operation.factories, "reference", finish)
 
     return Section(f"attention, {shape.name}", "attention", prepare)
 

@@ -17,7 +17,7 @@ MODES = ("forward", "forward_backward")
 PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure
 HOW_FUSED_RUNS = (
     "on a GPU Triton kernels between the vendor's products, attention's forward and backward pass by the CUDA extension"
-    " where it is there and takes the tensors, else by PyTorch's attention and the specification; else eager"
+    " where it is there and takes the tensors, else by PyTorch's attention and the reference; else eager"
 )
 FIRST_COMPILE_SECONDS = 20.0  # what a variant that was never compiled is taken to need
 

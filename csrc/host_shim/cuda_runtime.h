@@ -20,7 +20,6 @@
 #define __launch_bounds__(...)
 #define threadIdx (host_shim::position().thread)
 #define blockIdx (host_shim::position().block)
-#define blockDim (host_shim::position().block_size)
 #define gridDim (host_shim::position().grid_size)
 
 using std::max;

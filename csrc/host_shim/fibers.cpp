@@ -173,7 +173,7 @@ void run_block(Index block, Index blocks, unsigned threads, size_t shared_bytes)
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = *fibers[i];
         fiber.state = State::RUNNABLE;
-        fiber.position = {{i}, block, {threads, 1, 1}, blocks};
+        fiber.position = {{i}, block, blocks};
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.get();
         fiber.context.uc_stack.ss_size = STACK_BYTES;

@@ -24,7 +24,7 @@ struct Index {
 };
 
 struct Position {
-    Index thread, block, block_size, grid_size;
+    Index thread, block, grid_size;
 };
 
 // End the process with a line that names the running fiber.

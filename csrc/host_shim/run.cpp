@@ -105,7 +105,7 @@ const char* run_backward(
 
 int main(int count, char** arguments) {
     if (count != 3) {
-        std::fprintf(stderr, "run: takes a case and a file for the results\n");
+        std::fprintf(stderr, "run: expected a case and a file for the results, got %d arguments\n", count - 1);
         return 2;
     }
     File in(arguments[1], "rb"), results(arguments[2], "wb");

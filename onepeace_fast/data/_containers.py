@@ -11,11 +11,14 @@ import struct
 import zlib
 from typing import BinaryIO
 
+UNKNOWN_LENGTH = "a header without a length"
 _UNKNOWN = 0xFFFFFFFF  # what a writer puts that cannot go back to the header, and in RF64 "see ds64"
 
 
 def missing_part(path: str) -> str | None:
     """What a file promises and does not have ("48,000 of 96,000 bytes of sound"); None where nothing is known to lack.
+
+    ``UNKNOWN_LENGTH`` where a header that has room for a length gives none, as of a file that was streamed.
 
     Raises:
         OSError: it cannot be read.
@@ -27,7 +30,7 @@ def missing_part(path: str) -> str | None:
             return _chunks(file, size, ">" if kind in (b"RIFX", b"FORM") else "<")
         if kind in (b".snd", b"dns.") and len(start) >= 12:
             offset, length = struct.unpack((">" if kind == b".snd" else "<") + "II", start[4:12])
-            return None if length == _UNKNOWN else _lack(length, size - offset)
+            return UNKNOWN_LENGTH if length == _UNKNOWN else _lack(length, size - offset)
         if kind == b"riff" and len(start) == 24:
             return _lack(struct.unpack("<Q", start[16:])[0], size)
         return _pages(start + file.read()) if kind == b"OggS" else None
@@ -43,7 +46,7 @@ def _chunks(file: BinaryIO, size: int, order: str) -> str | None:
             long_length = struct.unpack("<Q", file.read(16)[8:].ljust(8, b"\0"))[0]
         if name in (b"data", b"SSND", b"BODY"):
             length = long_length if length == _UNKNOWN else length
-            return None if length is None else _lack(length, size - place - 8)
+            return UNKNOWN_LENGTH if length is None else _lack(length, size - place - 8)
         place += 8 + length + length % 2
     return None
 
@@ -57,7 +60,9 @@ def _pages(data: bytes) -> str | None:
 
     Decoders bridge a hole, by invention (Opus) or by going on behind it.
     """
-    place, following, streams = 0, {}, set()
+    place = 0
+    following: dict[int, int] = {}
+    streams: set[int] = set()
     while data.startswith(b"OggS\0", place):
         body = place + 27 + data[place + 26] if place + 26 < len(data) else len(data) + 1
         end = body + sum(data[place + 27 : body])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -13,8 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.data._containers import missing_part
+from onepeace_fast.data._containers import UNKNOWN_LENGTH, missing_part
+from onepeace_fast.data._mp3 import DamagedMP3, with_frame_count
 from onepeace_fast.data._optional import optional
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
 
 SAMPLE_RATE = 16000
 _HIGHEST_RATE = 768_000  # beyond it resampling's filter alone would fill memory
@@ -22,6 +29,8 @@ _UNKNOWN_FRAMES = 2**62  # libsndfile's count for a header without a length is a
 _BLOCK_FRAMES = 1 << 18
 # Those of libsndfile's formats whose lost end is seen: by what their containers say, or by decoding.
 WHOLE_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3")
+# Codecs of one sample at a time; of others a decoder makes up the end of a block that was cut off.
+_SAMPLEWISE = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 TAKEN = "WAV, AIFF, AU, FLAC, OGG or MP3"
 
 
@@ -37,23 +46,27 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
         ImportError: soundfile or scipy is missing.
     """
     soundfile, signal = optional("soundfile"), optional("scipy.signal")
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an audio file")
     blocks = []
     try:
         lack = missing_part(path)
-        # As bytes, since soundfile encodes a name strictly and a file's may be no UTF-8.
-        with _forward(soundfile)(path if os.name == "nt" else os.fsencode(path)) as file:
+        with _open(soundfile, path) as file:
             rate, frames = file.samplerate, file.frames
             require(
                 file.format in WHOLE_FORMATS,
                 lambda: f"{path}: got a file of {file.format}, takes {TAKEN}: of others a lost end goes unseen",
             )
             _check_header(path, frames, rate, max_seconds)
-            require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
+            if lack == UNKNOWN_LENGTH:
+                require(file.subtype in _SAMPLEWISE, lambda: _without_length(path, file.subtype))
+            else:
+                require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
             # In blocks, so that many channels are never held at once; by read(), which says how much it decoded.
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
+    except DamagedMP3 as error:
+        raise ValueError(f"{path}: got {error}, takes a whole file: fetch it again") from None
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
         reason = " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
         raise ValueError(f"{path}: got a file that does not decode as audio ({reason}), takes {TAKEN}") from error
@@ -114,28 +127,41 @@ def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
     return torch.nn.utils.rnn.pad_sequence(list(waveforms), batch_first=True), [len(clip) for clip in waveforms]
 
 
-def _forward(soundfile: ModuleType) -> type:
-    """Soundfile's reader without its seek after every read, which behind a hole would decode a piece twice."""
+def _open(soundfile: ModuleType, path: str) -> SoundFile:
+    """Open a file so that it says how many samples it has, as well as that can be known."""
 
     class Forward(soundfile.SoundFile):
+        """Without the seek after every read, which behind a hole would decode a piece twice."""
+
         def seekable(self) -> bool:
             return False
 
-    return Forward
+    # As bytes, since soundfile encodes a name strictly and a file's may be no UTF-8.
+    file = Forward(path if os.name == "nt" else os.fsencode(path))
+    if file.format == "MP3":
+        with file:
+            require(
+                file.subtype == "MPEG_LAYER_III",
+                lambda: f"{path}: got {file.subtype}, takes {TAKEN}: of other layers a lost end goes unseen",
+            )
+            counted = with_frame_count(Path(path).read_bytes())
+        file = Forward(BytesIO(counted) if counted is not None else file.name)
+    return file
 
 
 def _check_header(path: str, frames: int, rate: int, max_seconds: float) -> None:
     require(
         0 < rate <= _HIGHEST_RATE, lambda: f"{path}: got a sample rate of {rate} Hz, takes at most {_HIGHEST_RATE} Hz"
     )
-    require(
-        frames < _UNKNOWN_FRAMES,
-        lambda: f"{path}: got a header without a length, takes one that has it: write the file anew, as WAV or FLAC",
-    )
+    require(frames < _UNKNOWN_FRAMES, lambda: _without_length(path, "FLAC"))
     require(
         frames <= max_seconds * rate,
         lambda: f"{path}: got {frames / rate:,.1f} s of audio, takes at most {max_seconds:g} s: cut it into clips",
     )
+
+
+def _without_length(path: str, codec: str) -> str:
+    return f"{path}: got {UNKNOWN_LENGTH} ({codec}), takes one that has it: write the file anew, as WAV or FLAC"
 
 
 def _check_sound(name: str, waveform: Tensor) -> None:

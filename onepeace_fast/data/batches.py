@@ -39,7 +39,7 @@ class BrokenFile(ValueError):
         super().__init__(message.strip().rpartition("\n")[2].removeprefix(f"{type(self).__module__}.BrokenFile: "))
 
 
-class PairDataset(Dataset):
+class PairDataset(Dataset[dict[str, Tensor]]):
     """Captions and their images or clips; ``dataset[epoch, index]`` is a sample, ready for ``collate``.
 
     Augmentation is a function of ``seed``, epoch and index alone. Captions are encoded once, at the start.
@@ -82,7 +82,12 @@ class PairDataset(Dataset):
             optional(package)
         self.modality, self.side, self.seed = modality, side, seed
         self._entries = entries
-        self._captions = TokenizedCaptions([entry.caption for entry in entries], tokenizer, max_tokens=max_tokens)
+        self._captions = TokenizedCaptions(
+            [entry.caption for entry in entries],
+            tokenizer,
+            max_tokens=max_tokens,
+            name=lambda place: f"{entries[place].path}, line {entries[place].line} of the manifest",
+        )
         # Shared by a loader's workers, so that each file is reported once.
         self._reported = (
             torch.zeros(len(entries), dtype=torch.bool, device="cpu").share_memory_() if broken == "skip" else None

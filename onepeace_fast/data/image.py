@@ -7,13 +7,15 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.data._image_files import check_gif, open_whole_jpeg
 from onepeace_fast.data._optional import optional
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
         ImportError: Pillow is missing.
     """
     pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
-    path = os.fspath(path)
+    path = os.path.expanduser(os.fspath(path))
     require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an image file")
     require(
         not optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES,
@@ -53,9 +55,14 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                 width * height <= MAX_PIXELS,
                 lambda: f"{path}: got {width} x {height} pixels, takes at most {MAX_PIXELS:,} of them: make it smaller",
             )
-            if image.format == "PNG":  # whose checksums decoding does not look at
-                with _decoding(path), pillow.open(path) as checked:
-                    checked.verify()
+            with _decoding(path):
+                if image.format == "PNG":  # whose checksums decoding does not look at
+                    with pillow.open(path) as checked:
+                        checked.verify()
+                elif image.format == "GIF":
+                    check_gif(Path(path).read_bytes())
+                elif image.format in ("JPEG", "MPO"):
+                    image = open_whole_jpeg(Path(path).read_bytes())
             with _decoding(path):
                 upright = operations.exif_transpose(image)
             _check_depth(path, upright)
@@ -129,7 +136,7 @@ def _decoding(path: str) -> Iterator[None]:
 
 def _check_depth(path: str, image: Image) -> None:
     if image.mode == "F" or image.mode.startswith("I"):
-        low, high = image.getextrema()
+        low, high = cast("tuple[float, float]", image.getextrema())  # of its one channel
         require(
             image.mode != "F" and low >= 0 and high <= 65535,
             lambda: f"{path}: got pixels from {low} to {high} (mode {image.mode}), takes 8 or 16 bits, unsigned",

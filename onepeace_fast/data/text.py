@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,11 @@ class Tokenizer:
             ImportError: tokenizers is missing.
         """
         tokenizers = optional("tokenizers")
-        path = os.fspath(path)
+        path = os.path.expanduser(os.fspath(path))
         require(os.path.isfile(path), lambda: f"{path}: got no file there, takes a tokenizer.json")
         try:
-            model = tokenizers.Tokenizer.from_file(path)
+            # from_file takes no name that is not UTF-8.
+            model = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
         except Exception as error:  # its own kind is Exception itself
             reason = " ".join(str(error).split())
             raise ValueError(f"{path}: got no tokenizer ({reason}), takes a tokenizer.json of tokenizers") from error
@@ -99,7 +100,7 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``tokenizer.json``."""
-        Path(path).write_text(self._model.to_str(pretty=True), encoding="utf-8")
+        Path(path).expanduser().write_text(self._model.to_str(pretty=True), encoding="utf-8")
 
     @property
     def vocab_size(self) -> int:
@@ -148,22 +149,30 @@ class TokenizedCaptions:
     Args:
         captions, tokenizer: every caption is encoded at once.
         max_tokens: a longer caption loses its end.
+        name: what a message calls the caption at a place, which counts from 0.
 
     Attributes:
         truncated: the number of captions that were cut.
 
     Raises:
-        ValueError: as ``Tokenizer.tokens``; the line says which caption, from 0.
+        ValueError: as ``Tokenizer.tokens``; the line says which caption.
     """
 
-    def __init__(self, captions: Sequence[str], tokenizer: Tokenizer, *, max_tokens: int = MAX_TOKENS) -> None:
+    def __init__(
+        self,
+        captions: Sequence[str],
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int = MAX_TOKENS,
+        name: Callable[[int], str] = "captions[{}]".format,
+    ) -> None:
         self.truncated = 0
         ids, starts, self._ends = array("i"), bytearray(), array("q")
         for place, caption in enumerate(captions):
             try:
                 tokens, words = tokenizer.tokens(caption)
             except ValueError as error:
-                raise ValueError(f"captions[{place}]: {error}") from None
+                raise ValueError(f"{name(place)}: {error}") from None
             self.truncated += len(tokens) > max_tokens
             ids.extend([*tokens[:max_tokens], END])
             starts.extend([*words[:max_tokens], False])

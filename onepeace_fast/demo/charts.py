@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -22,7 +23,7 @@ DIGITS = 10
 CHANCE = 1 / DIGITS
 SMOOTHED = 20  # steps
 BLUE, ORANGE, GREY = "#1f5fa8", "#b45309", "#5f6368"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.labelsize": 9,
     "axes.titlesize": 9,

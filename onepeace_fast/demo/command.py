@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from onepeace_fast.info import DEMO_INSTALL, DEMO_PACKAGES, missing
@@ -67,7 +68,7 @@ def _path(text: str) -> Path:
     return Path(os.path.expanduser(text))
 
 
-def _positive(least: int):
+def _positive(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < least:
             raise argparse.ArgumentTypeError(f"got {text!r}, takes a whole number from {least} on")

@@ -6,6 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ ROWS = 60  # pairs in a batch
 PAIRS = 120
 ROUNDS = 5
 
-Inputs = dict[str, Tensor]
+Inputs = dict[str, Any]  # tensors by modality
 
 
 def pair_batches(digits: Digits, speech: Speech, vocabulary: Vocabulary, pairs: int = PAIRS) -> list[Inputs]:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 SYNCHRONOUS, DO_NOT_EXIT = 2, 0x8000
 SPEED, PITCH = 1, 3
@@ -36,12 +37,12 @@ class Engine:
         self._callback = _Callback(self._receive)
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _receive(self, samples, count: int, events) -> int:
+    def _receive(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
             self._samples.frombytes(ctypes.string_at(samples, 2 * count))
         return 0
 
-    def say(self, voice: str, speed: int, pitch: int, text: str) -> array.array:
+    def say(self, voice: str, speed: int, pitch: int, text: str) -> array.array[int]:
         """Samples of a text, by a voice such as "en-us+f3", at words a minute and a pitch from 0 to 100."""
         variant = voice.partition("+")[2]
         # The engine passes over a variant that it does not have.

@@ -219,12 +219,12 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
         print(f"  {sentence}")
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
     where = [] if output == Path("report") else [f"--output {output}"]
-    rows = [
+    hints = [
         (str(page), "hear the sounds, see what they found: open it in a browser"),
         (command(" ".join(["demo", *where, "--wav mine.wav"])), "the images for a digit that you say, in English"),
         (command("demo --seeds 5"), "how much of this is luck"),
     ]
-    print(format_table(rows))
+    print(format_table(hints))
 
 
 def _write_spread(results: Sequence[Result], options: Options) -> Path:

@@ -1,6 +1,6 @@
 """Calls of every operation, in each form that is worth telling apart.
 
-selftest compares them with the specification, tune times the first of each entry of the table of launch parameters,
+selftest compares them with the reference, tune times the first of each entry of the table of launch parameters,
 `make kernels` compiles what they launch, and the tests count the bytes that they move.
 """
 
@@ -109,7 +109,7 @@ class Rows:
         return torch.full((), 7, dtype=torch.int64, device=self.device)
 
     @cached_property
-    def keep(self) -> Tensor:
+    def drop_path(self) -> Tensor:
         """DropPath's factor of each sample; one is dropped."""
         return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], dtype=torch.float32, device=self.device)
 
@@ -127,12 +127,12 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: 
 
 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
-    """The operations that are not one Triton kernel; attention's specification takes time with ``rows`` squared."""
+    """The operations that are not one Triton kernel; attention's reference takes time with ``rows`` squared."""
     batch = Rows(rows, device)
-    # The strategy of a GPU on which nothing was measured; a CPU has the specification alone.
+    # The strategy of a GPU on which nothing was measured; a CPU has the reference alone.
     strategy = "per_modality" if device.type == "cuda" else None
     yield _routed_ffn(
-        batch, 64, dtype, make, "Sub-LN, gamma, keep, residual", strategy=strategy, row_counts=batch.counts
+        batch, 64, dtype, make, "Sub-LN, gamma, drop_path, residual", strategy=strategy, row_counts=batch.counts
     )
     yield from _relative_bias_attention(batch, dtype, make)
 
@@ -160,7 +160,7 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
 
     def of_some(x: Tensor, **leaves: Tensor) -> Tensor:
         vectors = _listed("weight", leaves), _listed("bias", leaves)
-        return layer_norm(x, *vectors, rows=batch.some, offsets=batch.some_offsets)
+        return layer_norm(x, *vectors, row_index=batch.some, offsets=batch.some_offsets)
 
     shared, entries = _norm_parameters(width, torch.float32, make), ("layer_norm", "layer_norm_backward")
     yield Case("layer_norm", "weight, bias", layer_norm, {"x": x(), **shared}, entries)
@@ -185,29 +185,34 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         of_stream = "" if len(streams) == 1 else f", {str(stream).removeprefix('torch.')} stream"
 
         def scaled(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample)
+            return residual(x, y, gamma, drop_path=batch.drop_path, sample=batch.sample)
 
         def dropped(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-            return residual(x, y, gamma, keep=batch.keep, sample=batch.sample, dropout=0.1, seed=batch.seed)
+            return residual(x, y, gamma, drop_path=batch.drop_path, sample=batch.sample, dropout=0.1, seed=batch.seed)
 
         def normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            return residual_layer_norm(x, y, gamma, weight, bias, keep=batch.keep, sample=batch.sample)
+            return residual_layer_norm(x, y, gamma, weight, bias, drop_path=batch.drop_path, sample=batch.sample)
 
         def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            where = {"keep": batch.keep, "sample": batch.sample, "rows": batch.some, "offsets": batch.some_offsets}
+            where: dict[str, Any] = {
+                "drop_path": batch.drop_path,
+                "sample": batch.sample,
+                "row_index": batch.some,
+                "offsets": batch.some_offsets,
+            }
             if not norm:
                 return residual(x, y, gamma, dropout=0.1, seed=batch.seed, **where)
             return residual_layer_norm(x, y, gamma, *norm.values(), dropout=0.1, seed=batch.seed, **where)
 
         entries = ("residual", "residual_backward")
-        yield Case("residual", f"gamma, keep{of_stream}", scaled, {**rows, **gamma}, entries)
+        yield Case("residual", f"gamma, drop_path{of_stream}", scaled, {**rows, **gamma}, entries)
         yield Case("residual", f"plain{of_stream}", residual, rows, entries)
-        yield Case("residual", f"gamma, keep, dropout{of_stream}", dropped, {**rows, **gamma}, entries)
+        yield Case("residual", f"gamma, drop_path, dropout{of_stream}", dropped, {**rows, **gamma}, entries)
         some = {"x": rows["x"], "y": make(len(batch.some), width, dtype=dtype)}
         yield Case("residual", f"row index, dropout{of_stream}", of_some, {**some, **gamma}, entries)
         norm = _norm_parameters(width, torch.float32, make)
         entries = ("residual_layer_norm", "residual_layer_norm_backward")
-        yield Case("residual_layer_norm", f"gamma, keep{of_stream}", normed, {**rows, **gamma, **norm}, entries)
+        yield Case("residual_layer_norm", f"gamma, drop_path{of_stream}", normed, {**rows, **gamma, **norm}, entries)
         yield Case("residual_layer_norm", f"row index, dropout{of_stream}", of_some, {**some, **gamma, **norm}, entries)
 
 
@@ -231,11 +236,11 @@ def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> It
 def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations whose kernels are matrix products, in half precision or in the interpreter."""
     batch = Rows(rows, device)
-    fused = {"strategy": "fused"}
-    yield _routed_ffn(batch, width, dtype, make, "fused: Sub-LN, gamma, keep, residual", **fused)
-    yield _routed_ffn(batch, width, dtype, make, "fused: silu, row index, recompute", True, True, **fused,
+    grouped: dict[str, Any] = {"strategy": "grouped"}
+    yield _routed_ffn(batch, width, dtype, make, "grouped: Sub-LN, gamma, drop_path, residual", **grouped)
+    yield _routed_ffn(batch, width, dtype, make, "grouped: silu, row index, recompute", True, True, **grouped,
                       activation="silu", recompute=True, fold_norm=False)  # fmt: skip
-    yield _routed_ffn(batch, width, dtype, make, "fused: gelu_tanh alone", False, **fused, activation="gelu_tanh")
+    yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
 
 
 def timed_routed_ffn(
@@ -253,8 +258,8 @@ def _routed_ffn(
     """With everything, or without gate, norm, biases, LayerScale and residual; on all rows, or some of the stream's."""
     hidden = HIDDEN_FACTOR * width
     rows, offsets = (len(batch.some), batch.some_offsets) if of_some else (batch.rows, batch.offsets)
-    scaling = {"keep": batch.keep, "sample": batch.sample} if full else {}
-    scaling |= {"rows": batch.some} if of_some else {}
+    scaling: dict[str, Any] = {"drop_path": batch.drop_path, "sample": batch.sample} if full else {}
+    scaling |= {"row_index": batch.some} if of_some else {}
     leaves = {"z": make(rows, width, dtype=dtype)}
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}
     for name in shapes if full else ("w0", "w2"):
@@ -267,7 +272,9 @@ def _routed_ffn(
         leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
 
     def call(z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None, **parameters: Tensor) -> Tensor:
-        lists = {name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")}
+        lists: dict[str, Any] = {
+            name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")
+        }
         strategy = settings.get("strategy") if z.dtype == dtype else None
         return routed_ffn(
             z, _listed("w0", parameters), w2=_listed("w2", parameters), offsets=offsets, residual=residual,
@@ -286,7 +293,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
         modality[rows] = m
         code[rows] = torch.arange(lengths[m], dtype=torch.int32)
         is_cls[rows.stop - 1] |= lengths[m] > 0
-    columns = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
+    columns: dict[str, Any] = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
     leaves = {"qkv": make(batch.rows, 3, heads, HEAD_DIM, dtype=dtype)}
     for m, length in enumerate(lengths):
         leaves[f"bias{m}"] = make(heads, 2 * max(length, 1) - 1 + CLS_ENTRIES, dtype=torch.float32)
@@ -299,7 +306,7 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
             max_length=sum(lengths),
         )  # fmt: skip
 
-    slices = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
+    slices: dict[str, Sequence[object]] = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
     slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in _entries()] for m in range(MODALITIES)}
     yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices=slices)
 

@@ -1,6 +1,6 @@
 """What ``onepeace-fast selftest`` does: every operation and every gradient against float64, on the device at hand.
 
-Exact is an operation's specification in float64, plain PyTorch the specification in the dtype under test, both on the
+Exact is an operation's reference in float64, plain PyTorch the reference in the dtype under test, both on the
 CPU; the bound is that of ``onepeace_fast.tolerance``.
 """
 
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from onepeace_fast.info import SENDING_IN, format_table
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors, launched
 from onepeace_fast.kernels.measured import gpu_name, measured_for, user_folder, write_measured
 from onepeace_fast.kernels.tile_table import refusal
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.tolerance import DTYPES, HALF, compare
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ class Result(NamedTuple):
     @property
     def row(self) -> tuple[str, ...]:
         """As a row of the table."""
-        runs, ok = "kernel" if self.by_kernel else "specification", "yes" if self.kept else "NO"
+        runs, ok = "kernel" if self.by_kernel else "reference", "yes" if self.kept else "NO"
         dtype = str(self.dtype).removeprefix("torch.")
         return self.operation, self.variant, dtype, runs, self.tensor, f"{self.error:.2e}", f"{self.allowed:.2e}", ok
 
@@ -128,7 +128,7 @@ def _test(device: torch.device) -> int:
     own = "" if on_gpu else ", which on a CPU is compared with itself and float64"
     print(
         f"selftest on {device}: {len(results)} rows, {by_kernel} by kernels, {len(results) - by_kernel} by the "
-        f"specification{own}; {faults} faults"
+        f"reference{own}; {faults} faults"
     )
     if on_gpu and faults:
         path = withdraw(device)
@@ -158,11 +158,11 @@ def approve(device: torch.device) -> Path:
     )
 
 
-def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = TIMED) -> list[dict]:
+def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = TIMED) -> list[dict[str, Any]]:
     """The classes of rows of the routed FFN, each with the strategy that was faster at its shape, in bfloat16."""
     fastest = []
     for rows, width in shapes:
-        times = {name: seconds_of_strategy(name, rows, width, device) for name in ("per_modality", "fused")}
+        times = {name: seconds_of_strategy(name, rows, width, device) for name in ("per_modality", "grouped")}
         fastest.append((rows, min(times, key=times.__getitem__)))
         said = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in times.items())
         print(f"routed_ffn, forward and backward, {rows} rows of width {width}: {said}")

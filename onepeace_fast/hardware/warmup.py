@@ -27,8 +27,8 @@ from onepeace_fast.config import OnePeaceConfig, TransformerConfig
 from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, missing
 from onepeace_fast.kernels.launch import Configuration, recording
 from onepeace_fast.layers import Transformer
-from onepeace_fast.ops._library import force_kernels
-from onepeace_fast.ops._routed_ffn_arguments import chosen_strategy
+from onepeace_fast.ops.kernel_choice import force_kernels
+from onepeace_fast.ops.routed_ffn_arguments import chosen_strategy
 from onepeace_fast.route_plan import RoutePlan
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -115,7 +115,7 @@ def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     yield "per_modality"
     with contextlib.suppress(ValueError):
         z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        yield chosen_strategy("fused", z, config.ffn_embed_dim, 1, (1,))
+        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,))
 
 
 def _step(
@@ -125,7 +125,7 @@ def _step(
     with torch.device("meta"):
         model = Transformer(dataclasses.replace(config, layers=1, checkpoint_activations=False))
     model = model.to_empty(device="cpu").to(torch.float32 if autocast else dtype).train()
-    layer = model.layers[0]
+    layer: Any = model.layers[0]
     layer.route = functools.partial(layer.route, strategy=strategy)
     plan = RoutePlan.from_lengths(dict.fromkeys(config.modalities[:count], LENGTHS))
     if config.drop_path_rate:
@@ -196,8 +196,7 @@ def _compile(capability: int, kernel: Kernel) -> Compiled:
     arguments = {name: made(value) for name, value in kernel.arguments}
     configuration = Configuration(function, arguments, dict(kernel.constants), *kernel.options)
     function.warmup(grid=(1,), **configuration.keywords)
-    name = f"{kernel.module.rpartition('.')[2]}.{kernel.name.lstrip('_')}"
-    return Compiled(name, time.perf_counter() - start, all(cached))
+    return Compiled(kernel.name, time.perf_counter() - start, all(cached))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,16 +49,30 @@ def take(x: Tensor, ids: Tensor | None) -> Tensor:
     return F.embedding(ids + starts, x.flatten(0, 1))
 
 
-def with_unread(value: Tensor, *parameters: nn.Parameter) -> Tensor:
-    """``value``, bit for bit; parameters of its size that no pass reads get a gradient of zeros from it.
+class _Unread(torch.autograd.Function):
+    generate_vmap_rule = True
 
-    Upstream's checkpoints hold such parameters, and DistributedDataParallel waits for every parameter's gradient.
+    @staticmethod
+    def forward(value: Tensor, *parameters: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.parameters = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = zip(ctx.parameters, ctx.needs_input_grad[1:], strict=True)
+        return grad, *(torch.zeros_like(parameter) if needed else None for parameter, needed in wanted)
+
+
+def with_unread(value: Tensor, *parameters: nn.Parameter) -> Tensor:
+    """``value`` itself; parameters that train and that nothing reads get a gradient of zeros from it.
+
+    DistributedDataParallel waits for the gradient of every parameter that trains.
     """
-    for parameter in parameters:
-        if parameter.requires_grad and torch.is_grad_enabled():
-            everywhere = torch.ones_like(value, dtype=torch.bool)
-            value = torch.where(everywhere, value, parameter.view_as(value).to(value.dtype))
-    return value
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return _Unread.apply(value, *trained) if trained and torch.is_grad_enabled() else value
 
 
 def valid_from_padding(
@@ -123,11 +138,16 @@ class Adapter(nn.Module, ABC):
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
         """Add positions to ``tokens``; with ``ids`` int64 [rows, kept] only those tokens, side by side."""
-        positions = self.position_table(tokens.shape[1]).expand(tokens.shape[0], -1, -1)
-        return take(tokens, ids) + take(positions, ids)
+        positions = self.position_table(tokens.shape[1])
+        if ids is None:
+            return tokens + positions
+        return take(tokens, ids) + take(positions.expand(tokens.shape[0], -1, -1), ids)
 
     def forward(self, value: Tensor, ids: Tensor | None = None) -> Tensor:
-        """Embed an input with positions; with ``ids`` only those tokens."""
+        """Embed an input with positions; with ``ids`` only those tokens.
+
+        A decoder's takes what the decoder sees before positions, [rows, length, embed_dim].
+        """
         return self.place(self.tokens(value), ids)
 
     @abstractmethod
@@ -188,4 +208,4 @@ class SeriesAdapter(Adapter):
 
     def reset_tables(self) -> None:
         super().reset_tables()
-        self.series_index.copy_(series_index(self.bucket_size))
+        self.series_index = series_index(self.bucket_size).to(self.cls_embedding.device)

@@ -71,12 +71,12 @@ class TextAdapter(SeriesAdapter):
 
     def tokens(self, value: Tensor) -> Tensor:
         """Embed int64 [rows, length] to [rows, 1 + length, embed_dim]."""
+        if self.vocab_size is None:
+            return with_unread(value, self.cls_embedding)
         return torch.cat([self.cls_embedding.expand(value.shape[0], -1, -1), self.embed_tokens(value)], dim=1)
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
-        rows, length, _ = tokens.shape
-        position = torch.arange(length, device=tokens.device).expand(rows, -1) if ids is None else ids
-        return take(tokens, ids) + self.embed_positions(position)
+        return super().place(tokens, None) if ids is None else take(tokens, ids) + self.embed_positions(ids)
 
 
 class ChannelLayerNorm(nn.Module):
@@ -95,7 +95,7 @@ class ImageAdapter(Adapter):
 
     def __init__(self, config: ImageAdapterConfig, embed_dim: int, heads: int, tables: int, stem: bool) -> None:
         super().__init__(embed_dim, heads, tables, grid_table_rows(config.bias_grid))
-        self.position_grid, self.bias_grid = config.position_grid, config.bias_grid
+        self.position_grid, self.bias_grid, self.stem = config.position_grid, config.bias_grid, stem
         self.pos_embed = nn.Parameter(init_truncated_normal(torch.empty(self.position_grid**2 + 1, embed_dim)))
         if stem:
             quarter = embed_dim // 4
@@ -150,6 +150,8 @@ class ImageAdapter(Adapter):
 
     def tokens(self, value: Tensor) -> Tensor:
         """Embed [rows, 3, side, side] to [rows, 1 + patches, embed_dim]."""
+        if not self.stem:
+            return with_unread(value, self.cls_embedding)
         patches = self.embed_images(value).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_embedding.to(patches.dtype).expand(value.shape[0], -1, -1), patches], dim=1)
 
@@ -207,7 +209,7 @@ class AudioAdapter(SeriesAdapter):
     def __init__(self, config: AudioAdapterConfig, embed_dim: int, heads: int, tables: int, extractor: bool) -> None:
         super().__init__(embed_dim, heads, tables, config.bucket_size)
         self.feature_layers = config.feature_layers
-        self.max_positions = MAX_POSITIONS
+        self.max_positions, self.extractor = MAX_POSITIONS, extractor
         # Upstream's checkpoints hold this parameter although no forward pass reads it.
         self.mask_embedding = nn.Parameter(init_truncated_normal(torch.empty(1, embed_dim)))
         if extractor:
@@ -246,6 +248,8 @@ class AudioAdapter(SeriesAdapter):
 
     def tokens(self, value: Tensor) -> Tensor:
         """Embed waveforms [rows, samples] to [rows, 1 + frames, embed_dim]; CLS has its own position already."""
+        if not self.extractor:
+            return with_unread(value, self.cls_embedding, self.mask_embedding)
         frames = self.embed_audios(value)
         cls = with_unread(self.cls_embedding + self.cls_pos_embed, self.mask_embedding)
         return torch.cat([cls.to(frames.dtype).expand(value.shape[0], -1, -1), frames], dim=1)
@@ -255,6 +259,8 @@ class AudioAdapter(SeriesAdapter):
 
         A clip's embedding therefore depends on its padding.
         """
+        if not self.extractor:
+            return super().place(tokens, ids)
         kept = take(tokens, ids)
         cls, frames = kept[:, :1], kept[:, 1:]
         return torch.cat([cls, frames + self.embed_positions(frames)], dim=1)

@@ -10,27 +10,63 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as torch_module
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
-from onepeace_fast.ops._library import row_slices
+from onepeace_fast.checks import require
+from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
 
+Kind = TypeVar("Kind", bound=nn.Module)
 # A fake tensor is what tracing puts in place of a plain one.
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, type(None))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module computes what ``kind`` does with its parameters, and nothing watches or changes its call."""
+    if type(module) is not kind or is_watched(module):
+        return False
+    return all([type(parameter) in _PLAIN_TENSORS for parameter in module._parameters.values()])  # faster than lazily
+
+
+def inside(module: nn.Module, kind: type[Kind]) -> Kind:
+    """The module of a kind that a module is, or that it was put around: checkpoint_wrapper, DDP, a user's own class."""
+    found = next((inner for inner in module.modules() if isinstance(inner, kind)), None)
+    require(found is not None, f"expected a {kind.__name__} or a module around one, got {type(module).__name__}")
+    return found
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a ``forward`` of its own."""
     own = module.__dict__
-    if type(module) is not kind or "forward" in own:
-        return False
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return False
-    return all([type(parameter) in _PLAIN_TENSORS for parameter in own["_parameters"].values()])  # faster than lazily
+    hooks = own["_forward_pre_hooks"] or own["_forward_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return bool(hooks) or "forward" in own
+
+
+def refuse_advancing(model: nn.Module) -> None:
+    """Raise where a module's weight advances with every call: calls for several passes at once are not several calls.
+
+    Raises:
+        ValueError: spectral_norm, old or new, in training mode.
+    """
+    advancing = [module for module in model.modules() if module.training and _is_spectral(module)]
+    if advancing:
+        name = next(name for name, module in model.named_modules() if module is advancing[0])
+        raise ValueError(
+            f"{name}: expected a weight that only an optimizer changes, got spectral_norm, whose every call in "
+            "training changes it; the fused backend calls a module once for all passes: take backend='reference'"
+        )
+
+
+def _is_spectral(module: nn.Module) -> bool:
+    old = any(isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values())
+    return old or isinstance(module, _SpectralNorm)
 
 
 def watched_everywhere() -> bool:
@@ -69,11 +105,23 @@ def _say_once(part: str, got: str, plain: str) -> None:
     )
 
 
+@functools.cache
+def _say_that_the_host_waits() -> None:
+    warnings.warn(
+        "plan: expected row counts that the host knows, got none with modules that are not fused; the host waits for "
+        "the device in every layer; build the plan by from_lengths, or from_masks without capacity",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
 def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Tensor:
     """Every row [rows, width] through the module of its modality; inert rows come out as zero.
 
-    Without the plan's row counts the host reads its offsets.
+    Without the plan's row counts the host reads its offsets, which waits for a device and is said once.
     """
+    if not plan.row_counts and plan.offsets.device.type != "cpu" and not torch.compiler.is_compiling():
+        _say_that_the_host_waits()
     ranges = list(row_slices(plan.offsets, plan.row_counts))
     parts = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
     inert = x.shape[0] - ranges[-1].stop

@@ -90,7 +90,7 @@ def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> T
     if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
         # An embedding, since its gradient is summed in a fixed order on every device.
         return norm(x if branch is None or branch.rows is None else F.embedding(branch.rows, x))
-    index = {} if branch is None or branch.rows is None else {"rows": branch.rows, "offsets": branch.plan.offsets}
+    index = {} if branch is None or branch.rows is None else {"row_index": branch.rows, "offsets": branch.plan.offsets}
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
 
@@ -153,7 +153,7 @@ def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, T
     # Where rows are skipped, the branch's plan marks those behind its last as inert.
     offsets = None if branch.rows is None else branch.plan.offsets
     return {
-        "keep": branch.keep, "sample": branch.sample, "rows": branch.rows, "offsets": offsets,
+        "drop_path": branch.keep, "sample": branch.sample, "row_index": branch.rows, "offsets": offsets,
         "dropout": dropout, "seed": seed,
     }  # fmt: skip
 
@@ -232,8 +232,8 @@ class TransformerLayer(nn.Module):
             y = by_modality(experts, z, plan) if parts is None else self.route(z, plan, parts)
             return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
         return self.route(
-            z, feed_forward.plan, parts, residual=x, gamma=self.gamma_2, keep=feed_forward.keep,
-            sample=feed_forward.sample, rows=feed_forward.rows,
+            z, feed_forward.plan, parts, residual=x, gamma=self.gamma_2, drop_path=feed_forward.keep,
+            sample=feed_forward.sample, row_index=feed_forward.rows,
         )  # fmt: skip
 
     def route(

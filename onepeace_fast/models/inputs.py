@@ -26,7 +26,17 @@ class HostRead:
         return len(self._tensors) - 1
 
     def fetch(self) -> None:
-        """Copy everything registered: the only synchronisation."""
+        """Copy everything registered: the only synchronisation.
+
+        Raises:
+            ValueError: inside ``torch.vmap``, whose tensors have no values to read.
+        """
+        if torch._C._are_functorch_transforms_active():
+            require(
+                not any(map(torch._C._functorch.is_batchedtensor, self._tensors)),
+                "text, padding, masks, samples: expected tensors that the host can read, got a batch by torch.vmap; "
+                "give all samples as rows of one call",
+            )
         away = [tensor for tensor in self._tensors if tensor.device.type != "cpu"]
         flat = iter(torch.cat(away).tolist() if away else ())
         for tensor in self._tensors:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -12,8 +12,8 @@ from torch import nn
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers.adapter import Adapter, init_linear
-from onepeace_fast.layers.transformer import feed_forward
-from onepeace_fast.models.parameters import unwrapped
+from onepeace_fast.layers.plain import inside
+from onepeace_fast.layers.transformer import Transformer, TransformerLayer, feed_forward
 
 if TYPE_CHECKING:
     from onepeace_fast.models.pretrain import OnePeacePretrain
@@ -33,27 +33,30 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
     taken = [part for part in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, part)]
     require(not taken, f"name: got {name!r}, takes another: the model has a {', '.join(taken)} already")
 
-    stack, like = unwrapped(model.encoder_wrapper), model.logit_scale
-    transformer = unwrapped(stack.fusion_model)
+    stack, like = model.encoder, model.logit_scale
+    transformer = inside(stack.fusion_model, Transformer)
     reference = next(transformer.parameters())
 
     def placed(module: nn.Module) -> nn.Module:
         module = module.to(device=like.device, dtype=reference.dtype)
         return module.train(model.training).requires_grad_()
 
-    def new(kind: str, owner: nn.Module, fresh: nn.Module) -> nn.Module:
-        return placed(fresh if init_from is None else copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
+    def new(kind: str, owner: nn.Module, fresh: Callable[[], nn.Module]) -> nn.Module:
+        if init_from is not None:
+            return placed(copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
+        with like.device:
+            module = fresh()
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                init_linear(part)
+        return placed(module)
 
     stack.add_module(f"{name}_adapter", placed(adapter))
-    for layer in map(unwrapped, transformer.layers):
-        fresh = feed_forward(encoder)
-        for module in fresh.modules():
-            if isinstance(module, nn.Linear):
-                init_linear(module)
-        layer.add_module(f"{name}_ffn", new("ffn", layer, fresh))
-    transformer.add_module(f"{name}_layer_norm", new("layer_norm", transformer, nn.LayerNorm(encoder.embed_dim)))
-    projection = init_linear(nn.Linear(encoder.embed_dim, encoder.embed_dim))
-    model.add_module(f"{name}_proj", new("proj", model, projection))
+    for layer in (inside(layer, TransformerLayer) for layer in transformer.layers):
+        layer.add_module(f"{name}_ffn", new("ffn", layer, lambda: feed_forward(encoder)))
+    norm = new("layer_norm", transformer, lambda: nn.LayerNorm(encoder.embed_dim))
+    transformer.add_module(f"{name}_layer_norm", norm)
+    model.add_module(f"{name}_proj", new("proj", model, lambda: nn.Linear(encoder.embed_dim, encoder.embed_dim)))
     model.config, stack.config, transformer.config = config, config.encoder, config.encoder
 
 
@@ -61,15 +64,29 @@ def train_only(model: OnePeacePretrain, name: str) -> None:
     """See ``OnePeacePretrain.train_only``."""
     known = model.config.encoder.modalities
     require(name in known, f"name: got {name!r}, takes one of {list(known)}")
-    encoder, transformer = model.encoder_wrapper, model.encoder_wrapper.fusion_model
+    encoder = model.encoder
+    transformer = inside(encoder.fusion_model, Transformer)
     model.requires_grad_()
-    encoder.requires_grad_(False)
-    own = [unwrapped(layer).ffn(name) for layer in transformer.layers]
-    for module in (encoder.adapter(name), transformer.final_norm(name), *own):
+    model.encoder_wrapper.requires_grad_(False)
+    own = [inside(layer, TransformerLayer).ffn(name) for layer in transformer.layers]
+    for module in (encoder.embedder(name), transformer.final_norm(name), *own):
         module.requires_grad_()
     for other in known:
         model.get_submodule(f"{other}_proj").requires_grad_(other == name)
     model.reset_logit_scale()
+
+
+def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Parameter]:
+    """Every parameter that passes of these modalities alone read, in whatever it is wrapped."""
+    parts = {
+        part
+        for name in modalities
+        for part in (
+            *(f"{name}_adapter", f"{name}_ffn", f"{name}_layer_norm", f"{name}_proj"),
+            *(f"decoder_{name}_embed", f"{name}_mask_token", f"{name}_mask_head"),
+        )
+    }
+    return [parameter for name, parameter in model.named_parameters() if not parts.isdisjoint(name.split("."))]
 
 
 def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) -> None:

@@ -17,16 +17,6 @@ _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)  # whose own word, "module", may be a user's too
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside all wrappers."""
-    while True:
-        inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
-        inner = module.module if isinstance(module, _PARALLEL) else inner
-        if inner is None:
-            return module
-        module = inner
-
-
 def upstream_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter under the name that it has where nothing is wrapped."""
     return {_plain(model, name): parameter for name, parameter in model.named_parameters()}
@@ -38,8 +28,8 @@ def upstream_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def without_wrappers(name: str) -> str:
-    """A name in a file of a wrapped model, as upstream has it."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS).removeprefix("module.")
+    """A name in a file of a wrapped model, as upstream has it; what "module" means there remains to be seen."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _plain(model: nn.Module, name: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from onepeace_fast.route_plan import RoutePlan
 
@@ -22,12 +22,12 @@ Samples = Mapping[str, Sequence[int]]
 class PaddedTokens(NamedTuple):
     """One modality's tokens in one pass, padded, CLS first, and what is known of them.
 
-    ``x`` [rows, length, dim] holds their embeddings, None where rows are packed in another way. ``valid`` bool
-    [rows, length] marks real tokens, ``lengths`` counts them in each row; ``ids`` int64 [rows, length] are position ids
-    where they are a kept subset, else None; ``width`` is the number of positions before any was hidden.
+    ``x`` [rows, length, dim] holds their embeddings. ``valid`` bool [rows, length] marks real tokens, ``lengths``
+    counts them in each row; ``ids`` int64 [rows, length] are position ids where they are a kept subset, else None;
+    ``width`` is the number of positions before any was hidden.
     """
 
-    x: Tensor | None
+    x: Tensor
     valid: Tensor
     lengths: list[int]
     ids: Tensor | None
@@ -58,6 +58,21 @@ class Encoded:
 
     padded: dict[str, Tensor] | None = None
     packed: dict[str, PackedRows] | None = None
+
+    def through(self, modules: Mapping[str, nn.Module]) -> Encoded:
+        """What each modality's module makes of its rows."""
+        if self.padded is not None:
+            return Encoded(padded={name: modules[name](x) for name, x in self.padded.items()})
+        return Encoded(packed={name: rows._replace(x=modules[name](rows.x)) for name, rows in self.packed.items()})
+
+    def visible(self, name: str, seen: PaddedTokens) -> tuple[Tensor, Tensor]:
+        """The real rows [n, dim] of a modality, and the place of each among all positions: int64 [n]."""
+        if self.packed is not None:
+            rows = self.packed[name]
+            return rows.x, rows.row * seen.width + rows.position
+        real = seen.valid.flatten().nonzero().squeeze(1)
+        starts = torch.arange(seen.valid.shape[0], device=real.device)[:, None] * seen.width
+        return self.padded[name].flatten(0, 1)[real], (seen.ids + starts).flatten()[real]
 
     def unpacked(self) -> dict[str, Tensor]:
         """{modality: [rows, length, dim]}, CLS first; packed padding comes out as zero."""
@@ -116,7 +131,7 @@ def _join(parts: Sequence[PaddedTokens]) -> PaddedTokens:
     ids = None
     if any(part.ids is not None for part in parts):
         ids = rows([_position_ids(part) for part in parts])
-    x = None if parts[0].x is None else rows([part.x for part in parts], trailing=1)
+    x = rows([part.x for part in parts], trailing=1)
     lengths = [count for part in parts for count in part.lengths]
     return PaddedTokens(x, rows([part.valid for part in parts]), lengths, ids, parts[0].width)
 

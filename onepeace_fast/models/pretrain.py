@@ -15,6 +15,7 @@ from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapter import Adapter, init_linear, init_truncated_normal
+from onepeace_fast.layers.plain import inside
 from onepeace_fast.models import modalities, objectives, upstream
 from onepeace_fast.models.decoding import decode
 from onepeace_fast.models.inputs import read_batch
@@ -56,6 +57,16 @@ class OnePeacePretrain(nn.Module):
                 self.register_parameter(f"{name}_mask_token", token)
                 self.add_module(f"{name}_mask_head", init_linear(nn.Linear(decoder.embed_dim, encoder.embed_dim)))
 
+    @property
+    def encoder(self) -> Stack:
+        """The encoder, inside whatever was put around ``encoder_wrapper``."""
+        return inside(self.encoder_wrapper, Stack)
+
+    @property
+    def decoder(self) -> Stack:
+        """The decoder, inside whatever was put around ``decoder_wrapper``."""
+        return inside(self.decoder_wrapper, Stack)
+
     def forward(self, task: str, **inputs: Any) -> Any:
         """Call a method by its name, one of ``TASKS``, so that DistributedDataParallel and hooks see it."""
         require(task in TASKS, f"task: got {task!r}, takes one of {', '.join(TASKS)}")
@@ -80,9 +91,9 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: an argument that does not fit, before any work.
         """
-        encoder = self.encoder_wrapper
+        encoder = self.encoder
         batch, _ = read_batch(encoder.adapters, inputs, samples=samples)
-        (encoded,) = encoder([encoder.embed(batch)], batch.samples)
+        (encoded,) = self.encoder_wrapper([encoder.embed(batch)], batch.samples)
         return encoded.unpacked()
 
     def embed(self, **inputs: Tensor | None) -> Tensor:
@@ -90,11 +101,11 @@ class OnePeacePretrain(nn.Module):
 
         ``inputs`` are one modality's, as in ``encode``.
         """
-        encoder = self.encoder_wrapper
+        encoder = self.encoder
         batch, _ = read_batch(encoder.adapters, inputs)
         names = ", ".join(encoder.adapters)
         require(len(batch.inputs) == 1, f"{names}: got {sorted(batch.inputs)}, takes exactly one")
-        (encoded,) = encoder([encoder.embed(batch)])
+        (encoded,) = self.encoder_wrapper([encoder.embed(batch)])
         return self.project(encoded)
 
     def reconstruct(
@@ -109,7 +120,7 @@ class OnePeacePretrain(nn.Module):
         ``masks`` is {modality: bool [rows, length]}, CLS first, True where a token is hidden from the encoder; the rest
         is as in ``encode``. Returns {modality: [rows, length, embed_dim]}.
         """
-        encoder = self.encoder_wrapper
+        encoder = self.encoder
         given = [name for name in inputs if inputs[name] is not None and not name.endswith("_padding")]
         require_decoded(self, sorted(given))
         require_masks(masks, set(given))
@@ -117,7 +128,7 @@ class OnePeacePretrain(nn.Module):
             encoder.adapters, inputs, samples=samples, masks=masks, passes=[{name: name for name in masks}]
         )
         visible = [encoder.embed(batch, hidden.kept)]
-        (rebuilt,) = decode(self, [batch], visible, encoder(visible, batch.samples))
+        (rebuilt,) = decode(self, [batch], visible, self.encoder_wrapper(visible, batch.samples))
         return rebuilt
 
     def vision_language_loss(
@@ -132,6 +143,8 @@ class OnePeacePretrain(nn.Module):
 
         Returns:
             Scalars under upstream's names; "loss" is the total, itc + 0.5 text + image + 0.5 vl_text + 0.5 vl_image.
+            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
+            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -157,6 +170,8 @@ class OnePeacePretrain(nn.Module):
         Returns:
             Scalars under upstream's names; "loss" is the total, atc + audio + 0.5 al_text + 0.5 al_audio. Both audio
             terms are held against the pair's teacher pass.
+            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
+            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -222,7 +237,9 @@ class OnePeacePretrain(nn.Module):
     def load(
         cls, directory: str | Path, backend: str | None = None, adapters: Mapping[str, Adapter] | None = None
     ) -> OnePeacePretrain:
-        """Build the model that ``save`` wrote, on the CPU; ``adapters`` are those of its added modalities, by name.
+        """Build the model that ``save`` wrote, on the CPU, each parameter in the dtype that it has in the file.
+
+        ``adapters`` are those of its added modalities, by name; they take the file's values and dtypes.
 
         Raises:
             ValueError: a file that is missing or does not fit.

@@ -15,6 +15,7 @@ from torch import Tensor
 from onepeace_fast._routing import tensor_to_device
 from onepeace_fast.layers.adapter import Adapter
 from onepeace_fast.layers.padded_layer import Spans
+from onepeace_fast.layers.plain import inside
 from onepeace_fast.layers.transformer import Transformer
 from onepeace_fast.models.passes import PaddedTokens, Part
 
@@ -71,8 +72,8 @@ def dense_biases(
 ) -> list[Tensor]:
     """The bias of every table, [batch, heads, length, length], minus infinity where the key is padding."""
     batch, length, _ = x.shape
-    heads = transformer.config.attention_heads
-    tables = transformer.config.bias_tables
+    config = inside(transformer, Transformer).config
+    heads, tables = config.attention_heads, config.bias_tables
     if not tables and padding is None:
         return []
     result = []

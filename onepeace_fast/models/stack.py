@@ -8,11 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.backend import resolve_backend
+from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import draw_keep
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
 from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.plain import inside, is_watched, unfused, watched_everywhere
 from onepeace_fast.models.inputs import Batch, Subset
+from onepeace_fast.models.parameters import is_sharded
 from onepeace_fast.models.passes import Encoded, PaddedTokens, Part, Samples, join, sample_count, split
 from onepeace_fast.models.reference import encode_padded
 from onepeace_fast.route_plan import RoutePlan
@@ -46,9 +49,13 @@ class Stack(nn.Module):
             self.add_module(f"{name}_adapter", adapters[name])
         self.fusion_model = Transformer(config)
 
-    def adapter(self, modality: str) -> Adapter:
-        """The adapter of a modality."""
+    def embedder(self, modality: str) -> nn.Module:
+        """What embeds a modality when it is called: its adapter, or what a user put around it."""
         return self.get_submodule(f"{modality}_adapter")
+
+    def adapter(self, modality: str) -> Adapter:
+        """The adapter of a modality, inside whatever is around it."""
+        return inside(self.embedder(modality), Adapter)
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -60,36 +67,41 @@ class Stack(nn.Module):
         """The backend in force for this stack's device."""
         return resolve_backend(self.backend, next(self.parameters()).device)
 
-    def tokens(self, batch: Batch) -> dict[str, Tensor] | None:
-        """Embeddings of every modality, which all passes of a step share; no positions yet.
+    def tokens(self, batch: Batch) -> dict[str, Tensor]:
+        """Embeddings without positions, which all passes of a step share, of the adapters that nothing watches.
 
-        None with the reference backend, which embeds for every pass anew, as upstream does.
+        The others are called for every pass; with the reference backend all of them are, as upstream does.
         """
         if self.resolved_backend == "reference":
-            return None
-        return {name: self.adapter(name).tokens(value) for name, value in batch.inputs.items()}
+            return {}
+        modules = {name: self.embedder(name) for name in batch.inputs}
+        shared = [name for name, module in modules.items() if _embeds_in_two_steps(f"{name}_adapter", module)]
+        return {name: self.adapter(name).tokens(batch.inputs[name]) for name in shared}
 
     def embed(self, batch: Batch, kept: Subset | None = None, tokens: Mapping[str, Tensor] | None = None) -> Part:
-        """Embed every modality of the batch with positions; with ``kept`` only those tokens, side by side."""
+        """Embed every modality of the batch with positions; with ``kept`` only those tokens, side by side.
+
+        ``tokens`` holds what is embedded already.
+        """
         part = {}
         for name, value in batch.inputs.items():
-            adapter, valid = self.adapter(name), batch.valid.masks[name]
-            x = adapter.tokens(value) if tokens is None else tokens[name]
-            if kept is None:
-                part[name] = PaddedTokens(
-                    adapter.place(x, None), valid, batch.valid.lengths[name], None, valid.shape[1]
-                )
-            else:
+            present, lengths, ids = batch.valid.masks[name], batch.valid.lengths[name], None
+            width = present.shape[1]
+            if kept is not None:
                 lengths = kept.lengths[name]
                 present, ids = kept_ids(kept.masks[name], max(lengths, default=1))
-                part[name] = PaddedTokens(adapter.place(x, ids), present, lengths, ids, valid.shape[1])
+            if tokens and name in tokens:
+                x = self.adapter(name).place(tokens[name], ids)
+            else:
+                x = self.embedding(name, value, ids)
+            part[name] = PaddedTokens(x, present, lengths, ids, width)
         return part
 
     def draw_drop_path(self, samples: int) -> Tensor | None:
         """DropPath's factors of one pass, on the CPU, or None where nothing is dropped."""
         if not (self.training and self.config.drop_path_rate):
             return None
-        return draw_keep(self.fusion_model.drop_path_rates, samples)
+        return draw_keep(inside(self.fusion_model, Transformer).drop_path_rates, samples)
 
     def plan(self, tokens: Part, samples: Samples | None = None) -> RoutePlan:
         """The route plan of padded tokens; nothing is read back from the device."""
@@ -105,12 +117,28 @@ class Stack(nn.Module):
             lengths={name: part.lengths for name, part in tokens.items()},
         )
 
+    def embedding(self, name: str, *arguments: Tensor | None) -> Tensor:
+        """What a modality's adapter makes of its arguments, called as it stands."""
+        module = self.embedder(name)
+        if not is_watched(module):  # what gathers its own parameters does so by hooks
+            self._require_whole(name, self.adapter(name).cls_embedding)
+        return module(*arguments)
+
     def bias(self, widths: Mapping[str, int]) -> list[list[Tensor]]:
         """Per table, the modalities' expanded vectors; empty without a bias."""
         if not self.config.bias_tables:
             return []
+        for name in widths:
+            self._require_whole(name, *self.adapter(name).rel_pos_table_list.parameters())
         vectors = [self.adapter(name).bias_vectors(width) for name, width in widths.items()]
         return [list(table) for table in zip(*vectors, strict=True)]
+
+    def _require_whole(self, modality: str, *parameters: Tensor) -> None:
+        require(
+            not any(map(is_sharded, parameters)),
+            f"{modality}_adapter: expected whole parameters where they are read, got sharded ones; give fully_shard "
+            "the layers and the whole model, whose logit_scale it ignores, not a stack or an adapter",
+        )
 
     def forward(self, passes: Sequence[Part], samples: Samples | None = None) -> list[Encoded]:
         """Encode the embedded tokens of each pass: packed as one call of the transformer, padded one after another."""
@@ -139,6 +167,15 @@ class Stack(nn.Module):
     def _draw_drop_paths(self, passes: Sequence[Part], samples: Samples | None) -> list[Tensor | None]:
         """DropPath's factors of each pass, all drawn before the first runs."""
         return [self.draw_drop_path(sample_count(part, samples)) for part in passes]
+
+
+def _embeds_in_two_steps(part: str, module: nn.Module) -> bool:
+    """Whether calling a module does ``tokens``, then ``place``, and no more; where not, say so once."""
+    plain = isinstance(module, Adapter) and type(module).forward is Adapter.forward and not is_watched(module)
+    if plain and module._compiled_call_impl is None and not watched_everywhere():
+        return True
+    unfused(part, module, type(module) if isinstance(module, Adapter) else Adapter)
+    return False
 
 
 def kept_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:

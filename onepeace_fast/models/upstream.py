@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,17 +45,23 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         "model: got parameters without memory, takes a model on a device; call to_empty(device=...) first",
     )
     with gathered(model):
-        _load(model, state_dict)
+        values = _fitting(model, state_dict)
+        for name, parameter in upstream_names(model).items():
+            copy_into(parameter, values[name])
+        _reset_tables(model)
 
 
-def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
-    given = {_rename(name): value for name, value in state_dict.items()}
-    twice = [name for name in state_dict if _rename(name) != name and _rename(name) in state_dict]
+def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict's values under the model's names; raises ``ValueError`` listing all that does not fit."""
+    parameters = upstream_names(model)
+    renamed = _renamed(parameters, state_dict)
+    counts = Counter(renamed.values())
+    twice = [name for name, new in renamed.items() if counts[new] > 1 and name != new]
+    given = {renamed[name]: value for name, value in state_dict.items()}
     uncopyable = [f"{name} {describe(value)}" for name, value in given.items() if not _holds_data(value)]
     given = {name: value for name, value in given.items() if _holds_data(value)}
-    parameters = upstream_names(model)
     buffers = {name: value for name, value in given.items() if name not in parameters and _is_buffer(name)}
-    missing = sorted(set(parameters) - set(map(_rename, state_dict)))
+    missing = sorted(set(parameters) - set(renamed.values()))
     unexpected = sorted(set(given) - set(parameters) - set(buffers))
     misshaped = [
         f"{name} {list(given[name].shape)} instead of {list(parameter.shape)}"
@@ -71,8 +79,33 @@ def _load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     if found:
         raise ValueError(f"state_dict: got keys that do not fit, takes exactly this model's. {found}")
-    for name, parameter in parameters.items():
-        copy_into(parameter, given[name])
+    return {name: given[name] for name in parameters}
+
+
+def _renamed(parameters: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, str]:
+    """The name that each key of a state dict has in an unwrapped model of today."""
+    # DistributedDataParallel calls what it wraps "module", which a user's own part may be called too.
+    counts = Counter(map(_without_module, parameters))
+    in_parallel = {plain: name for name in parameters if counts[plain := _without_module(name)] == 1}
+    renamed = {}
+    for key in state_dict:
+        name = without_wrappers(key)
+        whole = name.removeprefix("module.")
+        name = whole if whole in parameters else name
+        if name.endswith("." + _OLD_TABLE):
+            name = name.removesuffix(_OLD_TABLE) + _NEW_TABLE
+        if name not in parameters:
+            plain = _without_module(name)
+            name = in_parallel.get(plain, plain if _is_buffer(plain) else name)
+        renamed[key] = name
+    return renamed
+
+
+def _without_module(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part != "module")
+
+
+def _reset_tables(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Adapter):
             module.reset_tables()
@@ -98,6 +131,8 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
     _check_names(model, set(values))
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
+    _check_ties(tensors)
+    tensors = {name: value.clone() if _is_part(value) else value for name, value in tensors.items()}
     if sharded and dist.get_rank() > 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -113,7 +148,7 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
 
 def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
     """Raise where ``restore`` would not take these names, before anything is written."""
-    adapters = model.encoder_wrapper.adapters
+    adapters = model.encoder.adapters
     with torch.device("meta"):
         plain = type(model)(model.config, adapters={name: adapters[name] for name in model.config.encoder.added})
     expected = set(upstream_names(plain))
@@ -128,27 +163,55 @@ def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
     )
 
 
+def _check_ties(tensors: Mapping[str, Tensor]) -> None:
+    """Raise where values share memory, which ``restore`` would not let them do."""
+    places = sorted((value.untyped_storage().data_ptr(), value.data_ptr(), name) for name, value in tensors.items())
+    for (storage, start, name), (other, following, second) in pairwise(places):
+        require(
+            storage != other or following >= start + tensors[name].nbytes or not tensors[name].nbytes,
+            f"model: expected a tensor of its own for every parameter, got {name} and {second} tied; untie them "
+            "first, or keep torch.save(model.state_dict())",
+        )
+
+
+def _is_part(value: Tensor) -> bool:
+    """Whether a tensor is part of a larger one, which its file would refuse."""
+    return value.untyped_storage().nbytes() > value.nbytes
+
+
 def restore(
     cls: type[OnePeacePretrain], directory: Path, backend: str | None, adapters: Mapping[str, Adapter] | None
 ) -> OnePeacePretrain:
     """Build a model from what ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
-    model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend, adapters)
+    with torch.device("meta"):  # no memory, and no numbers drawn, for what the file replaces
+        model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend, adapters)
     try:
-        weights = load_file(directory / WEIGHTS_FILE)
+        with torch.device("cpu"):
+            weights = load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"directory: got {directory / WEIGHTS_FILE}, which cannot be read ({reason}), takes one that save() wrote"
         ) from error
-    load(model, weights)
-    return model
+    _give(model, _fitting(model, weights))
+    return model.to("cpu")
 
 
-def _rename(name: str) -> str:
-    name = without_wrappers(name)
-    return name.removesuffix(_OLD_TABLE) + _NEW_TABLE if name.endswith("." + _OLD_TABLE) else name
+def _give(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Let every parameter be its value, in the value's dtype."""
+    fresh: dict[int, nn.Parameter] = {}
+    for name, parameter in upstream_names(model).items():
+        value = values[name].clone()  # what is read of a file may be its pages
+        if parameter.is_meta:
+            fresh[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
+        else:
+            parameter.data = value
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = fresh.get(id(parameter), parameter)
+    _reset_tables(model)
 
 
 def _holds_data(value: object) -> bool:

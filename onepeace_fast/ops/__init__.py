@@ -1,4 +1,4 @@
-"""The five fused operations, each behind a ``torch.library`` op with its specification beside it."""
+"""The five fused operations, each behind a ``torch.library`` op with its reference beside it."""
 
 from onepeace_fast.ops.gated_sub_ln import gated_sub_ln
 from onepeace_fast.ops.layer_norm import layer_norm

@@ -10,24 +10,25 @@ last modality are inert and come out as zero. The backward pass computes h again
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops._library import (
-    accumulation_dtype,
-    check_routing,
-    define,
-    no_gradient,
-    only_needed,
-    register_gradient,
-    require_rows,
-    row_slices,
+from onepeace_fast.ops.arguments import check_routing, require_rows
+from onepeace_fast.ops.kernel_choice import runs_kernel
+from onepeace_fast.ops.layer_norm import normalize, normalize_backward, zeros_where_needed
+from onepeace_fast.ops.operation import Gradient, Operation
+from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
+from onepeace_fast.structures import (
+    GatedSubLNGradients,
+    GatedSubLNInputs,
+    GatedSubLNOutputs,
+    GatedSubLNSaved,
+    Needs,
+    Routing,
 )
-from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -41,138 +42,118 @@ ACTIVATION_BACKWARD = {
 }
 
 
-def gated_sub_ln_specification(
-    u: Tensor, v: Tensor | None, norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], offsets: Tensor,
-    row_counts: Sequence[int], activation: str, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns n in u's dtype, and mean and rstd [rows, 1] of h, empty without a norm."""
+def gated_sub_ln_reference(given: GatedSubLNInputs) -> GatedSubLNOutputs:
+    """The rows of each modality after one another; h is never rounded."""
+    u, v, norm_weight = given.u, given.v, given.norm_weight
     n = torch.zeros_like(u, memory_format=torch.contiguous_format)
     mean, rstd = (statistics(u, norm_weight) for _ in range(2))
-    for m, rows in enumerate(row_slices(offsets, row_counts)):
+    for m, rows in enumerate(row_slices(given.routing)):
         u_m, v_m = _accumulable(u, v, rows)
-        h = ACTIVATIONS[activation](u_m)
+        h = ACTIVATIONS[given.activation](u_m)
         h = h if v is None else h * v_m
         if norm_weight:
-            h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], norm_bias[m], eps)
+            h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], given.norm_bias[m], given.eps)
         n[rows] = h
-    return n, mean, rstd
+    return GatedSubLNOutputs(n, mean, rstd)
 
 
-def gated_sub_ln_backward_specification(
-    grad: Tensor, u: Tensor, v: Tensor | None, mean: Tensor, rstd: Tensor, norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], activation: str,
-    weight_needs: Sequence[bool], bias_needs: Sequence[bool], n_needed: bool,
-) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
+def gated_sub_ln_backward_reference(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
     """With hhat = (h - mean) rstd and g = grad weight: dweight = sum(grad hhat), dbias = sum(grad),
 
     dh = rstd (g - mean(g) - hhat mean(g hhat)),  du = activation'(u) dh v,  dv = dh activation(u).
-
-    Returns du, dv, the gradients of the norms' weights and biases, empty where none is needed, and n once more where
-    ``n_needed``: the products on either side need it and it costs no further reading here.
     """
+    return gated_sub_ln_backward_and_n_reference(saved, needs, n_needed=False)[0]
+
+
+def gated_sub_ln_backward_and_n_reference(
+    saved: GatedSubLNSaved, needs: Needs, n_needed: bool = True
+) -> tuple[GatedSubLNGradients, Tensor | None]:
+    """The gradients, and n once more: the products on either side need it and it costs no further reading here."""
+    u, v, norm_weight, norm_bias = saved.u, saved.v, saved.norm_weight, saved.norm_bias
     du = torch.zeros_like(u, memory_format=torch.contiguous_format)
-    dv = u.new_empty(0) if v is None else torch.zeros_like(du)
-    n = torch.zeros_like(du) if n_needed else u.new_empty(0)
-    dweights, dbiases = _gradients(norm_weight, weight_needs), _gradients(norm_bias, bias_needs)
-    for m, rows in enumerate(row_slices(offsets, row_counts)):
+    dv = None if v is None else torch.zeros_like(du)
+    n = torch.zeros_like(du) if n_needed else None
+    dweight, dbias = zeros_where_needed(norm_weight, needs.norm_weight), zeros_where_needed(norm_bias, needs.norm_bias)
+    for m, rows in enumerate(row_slices(saved.routing)):
         u_m, v_m = _accumulable(u, v, rows)
-        activated, dh = ACTIVATIONS[activation](u_m), grad[rows].to(u_m.dtype)
+        activated, dh = ACTIVATIONS[saved.activation](u_m), saved.grad_n[rows].to(u_m.dtype)
         h = activated if v is None else activated * v_m
-        if norm_weight:
-            needs = (True, weight_needs[m], bias_needs[m])
-            dh, dweight, dbias = normalize_backward(dh, h, mean[rows], rstd[rows], norm_weight[m], needs)
-            for gradients, value, need in ((dweights, dweight, needs[1]), (dbiases, dbias, needs[2])):
-                if need:
-                    gradients[m].copy_(value)
-        if n_needed:
-            hhat = (h - mean[rows]) * rstd[rows] if norm_weight else h
+        if n is not None:
+            hhat = (h - saved.mean[rows]) * saved.rstd[rows] if norm_weight else h
             n[rows] = hhat * norm_weight[m] + norm_bias[m] if norm_weight else hhat
-        if v is not None:
+        if norm_weight:
+            wanted = (True, dweight[m] is not None, dbias[m] is not None)
+            dh, *parts = normalize_backward(dh, h, saved.mean[rows], saved.rstd[rows], norm_weight[m], wanted)
+            for gradient, part in zip((dweight[m], dbias[m]), parts, strict=True):
+                if gradient is not None:
+                    gradient.copy_(part)
+        if dv is not None:
             dv[rows] = dh * activated
-        du[rows] = ACTIVATION_BACKWARD[activation](dh if v is None else dh * v_m, u_m)
-    return du, dv, dweights, dbiases, n
+        du[rows] = ACTIVATION_BACKWARD[saved.activation](dh if v is None else dh * v_m, u_m)
+    return GatedSubLNGradients(du, dv, dweight, dbias), n
 
 
 def _accumulable(u: Tensor, v: Tensor | None, rows: slice) -> tuple[Tensor, Tensor | None]:
-    """Rows of u and v in at least float32: h is never rounded."""
+    """Rows of u and v in at least float32."""
     dtype = accumulation_dtype(u.dtype)
     return u[rows].to(dtype), None if v is None else v[rows].to(dtype)
 
 
-def statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor:
-    """A zero per row where there is a norm: [rows, 1], else [0, 1]."""
-    return u.new_zeros((u.shape[0] if norm_weight else 0, 1), dtype=accumulation_dtype(u.dtype))
+def statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor | None:
+    """A zero for each row [rows, 1], None where there is no norm."""
+    return u.new_zeros((u.shape[0], 1), dtype=accumulation_dtype(u.dtype)) if norm_weight else None
 
 
-def _gradients(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    """Zeros for each vector that needs a gradient, nothing for the others."""
-    return [
-        torch.zeros_like(vector) if need else vector.new_empty(0) for vector, need in zip(vectors, needs, strict=True)
-    ]
+def _by_kernel(given: GatedSubLNInputs) -> GatedSubLNOutputs:
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_forward
+
+    return gated_sub_ln_forward(given)
 
 
-def _fake(u, v, norm_weight, norm_bias, offsets, row_counts, activation, eps):
+def _backward_by_kernel(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_backward
+
+    return gated_sub_ln_backward(saved, needs)
+
+
+def gated_sub_ln_backward_and_n(
+    saved: GatedSubLNSaved, needs: Needs, n_needed: bool
+) -> tuple[GatedSubLNGradients, Tensor | None]:
+    """The gradients, and n once more, by the kernel where it runs."""
+    if not runs_kernel("gated_sub_ln_backward", saved.grad_n):
+        return gated_sub_ln_backward_and_n_reference(saved, needs, n_needed)
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_backward_and_n
+
+    return gated_sub_ln_backward_and_n(saved, needs, n_needed)
+
+
+def _fake(given: GatedSubLNInputs) -> GatedSubLNOutputs:
+    u, norm_weight = given.u, given.norm_weight
     n = torch.empty_like(u, memory_format=torch.contiguous_format)
-    return n, statistics(u, norm_weight), statistics(u, norm_weight)
+    return GatedSubLNOutputs(n, statistics(u, norm_weight), statistics(u, norm_weight))
 
 
-def _fake_backward(
-    grad, u, v, mean, rstd, norm_weight, norm_bias, offsets, row_counts, activation, weight_needs, bias_needs, n_needed
-):
-    du = torch.empty_like(u, memory_format=torch.contiguous_format)
-    dweights, dbiases = _gradients(norm_weight, weight_needs), _gradients(norm_bias, bias_needs)
-    dv = u.new_empty(0) if v is None else torch.empty_like(du)
-    return du, dv, dweights, dbiases, torch.empty_like(du) if n_needed else u.new_empty(0)
-
-
-_op = define(
-    "gated_sub_ln",
-    "(Tensor u, Tensor? v, Tensor[] norm_weight, Tensor[] norm_bias, Tensor offsets, SymInt[] row_counts,"
-    " str activation, float eps) -> (Tensor, Tensor, Tensor)",
-    gated_sub_ln_specification,
-    _fake,
-    kernel="gated_sub_ln",
-)
-_backward_op = define(
-    "gated_sub_ln_backward",
-    "(Tensor grad, Tensor u, Tensor? v, Tensor mean, Tensor rstd, Tensor[] norm_weight, Tensor[] norm_bias,"
-    " Tensor offsets, SymInt[] row_counts, str activation, bool[] weight_needs, bool[] bias_needs, bool n_needed)"
-    " -> (Tensor, Tensor, Tensor[], Tensor[], Tensor)",
-    gated_sub_ln_backward_specification,
-    _fake_backward,
-    kernel="gated_sub_ln",
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    u, v, norm_weight, norm_bias, offsets, row_counts, activation, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.row_counts, ctx.activation = row_counts, activation
-    ctx.save_for_backward(u, v, mean, rstd, offsets, *norm_weight, *norm_bias)
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    u, v, mean, rstd, offsets, *parameters = ctx.saved_tensors
-    groups = len(parameters) // 2
-    weight_needs, bias_needs = (list(ctx.needs_input_grad[i] or ()) for i in (2, 3))
-    du, dv, dweights, dbiases, _ = _backward_op(
-        grad, u, v, mean, rstd, parameters[:groups], parameters[groups:], offsets, ctx.row_counts, ctx.activation,
-        weight_needs, bias_needs, False,
-    )  # fmt: skip
-    return (
+def _fake_backward(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
+    du = torch.empty_like(saved.u, memory_format=torch.contiguous_format)
+    return GatedSubLNGradients(
         du,
-        None if v is None else dv,
-        only_needed(dweights, weight_needs),
-        only_needed(dbiases, bias_needs),
-        None,
-        no_gradient(ctx.row_counts),
-        None,
-        None,
+        None if saved.v is None else torch.empty_like(du),
+        zeros_where_needed(saved.norm_weight, needs.norm_weight),
+        zeros_where_needed(saved.norm_bias, needs.norm_bias),
     )
 
 
-register_gradient("gated_sub_ln", _setup_context, _backward)
+GATED_SUB_LN = Operation(
+    "gated_sub_ln",
+    GatedSubLNInputs,
+    GatedSubLNOutputs,
+    reference=gated_sub_ln_reference,
+    kernel=_by_kernel,
+    fake=_fake,
+    gradient=Gradient(
+        GatedSubLNSaved, GatedSubLNGradients, gated_sub_ln_backward_reference, _backward_by_kernel, _fake_backward
+    ),
+)
 
 
 def gated_sub_ln(
@@ -208,22 +189,36 @@ def gated_sub_ln(
         ValueError: a dtype, shape, device or name that does not fit.
     """
     norm_weight, norm_bias = list(norm_weight or ()), list(norm_bias or ())
+    routing = Routing(offsets, tuple(row_counts))
     require_rows("u", u)
-    check_routing(offsets, row_counts, u)
+    check_routing(routing, u)
     if v is not None:
         fits = isinstance(v, Tensor) and v.dtype == u.dtype and v.shape == u.shape
-        require(fits, lambda: f"v: got {describe(v)}, takes u's dtype and shape, {describe(u)}")
+        require(fits, lambda: f"v: expected u's dtype and shape, {describe(u)}, got {describe(v)}")
         require_device("v", v, u.device)
-    groups = offsets.shape[0] - 1
+    modalities = offsets.shape[0] - 1
     for name, vectors in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        fits = not vectors or len(vectors) == groups
-        require(
-            fits,
-            lambda name=name, vectors=vectors: f"{name}: got {len(vectors)} tensors, takes one per modality, {groups}",
-        )
+        require_one_per_modality(name, vectors, modalities)
         for m, vector in enumerate(vectors):
             require_vector(f"{name}[{m}]", vector, u.shape[1], u.device)
-    require(len(norm_weight) == len(norm_bias), "norm_weight, norm_bias: got one of them, takes both or none")
-    require(activation in ACTIVATIONS, lambda: f"activation: got {activation!r}, takes one of {', '.join(ACTIVATIONS)}")
-    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
-    return _op(u, v, norm_weight, norm_bias, offsets, row_counts, activation, eps)[0]
+    require_norm_and_activation(norm_weight, norm_bias, activation, eps)
+    return GATED_SUB_LN(GatedSubLNInputs(u, v, norm_weight, norm_bias, routing, activation, eps))[0]
+
+
+def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: int, optional: bool = True) -> None:
+    """Raise unless there is one tensor per modality, or none where they are optional."""
+    require(
+        len(tensors) == modalities or (optional and not tensors),
+        lambda: f"{name}: expected one tensor per modality, {modalities}, got {len(tensors)}",
+    )
+
+
+def require_norm_and_activation(
+    norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], activation: str, eps: float
+) -> None:
+    """Raise unless the Sub-LayerNorm has both parameters or none, and the activation and eps are ones there are."""
+    require(len(norm_weight) == len(norm_bias), "norm_weight, norm_bias: expected both or none, got one of them")
+    require(
+        activation in ACTIVATIONS, lambda: f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+    )
+    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")

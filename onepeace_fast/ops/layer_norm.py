@@ -9,23 +9,21 @@ inert and come out as zero.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops._library import (
-    accumulation_dtype,
-    check_routing,
-    check_row_index,
-    define,
-    no_gradient,
-    only_needed,
-    register_gradient,
-    require_row_index,
-    require_rows,
-    row_slices,
+from onepeace_fast.ops.arguments import check_routing, check_row_index, require_row_index, require_rows
+from onepeace_fast.ops.operation import Gradient, Operation
+from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
+from onepeace_fast.structures import (
+    LayerNormGradients,
+    LayerNormInputs,
+    LayerNormOutputs,
+    LayerNormSaved,
+    Needs,
+    Routing,
 )
 
 
@@ -53,66 +51,61 @@ def normalize_backward(
     return dx, dweight, dbias
 
 
-def layer_norm_specification(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], head_scale: Tensor | None, rows: Tensor | None,
-    offsets: Tensor | None, row_counts: Sequence[int], eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns y in x's dtype, mean and rstd [rows, 1]; ``rows`` are those of x that are read, all where it is None."""
-    count = x.shape[0] if rows is None else rows.shape[0]
+def layer_norm_reference(given: LayerNormInputs) -> LayerNormOutputs:
+    """The norm of the rows of x that the row index names, of all without one."""
+    x, routing = given.x, given.routing
+    count = x.shape[0] if routing.row_index is None else routing.row_index.shape[0]
     y = x.new_zeros(count, x.shape[1])
     mean, rstd = (x.new_zeros((count, 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    for group, part in enumerate(_groups(weights, biases, offsets, row_counts, count)):
-        scaled = _scaled(x[_source(rows, part, x)], head_scale)
-        y[part], mean[part], rstd[part] = normalize(scaled, _at(weights, group), _at(biases, group), eps)
-    return y, mean, rstd
+    for m, part in enumerate(_parts(given, count)):
+        scaled = _scaled(x[_source(routing, part, x)], given.head_scale)
+        y[part], mean[part], rstd[part] = normalize(scaled, _at(given.weight, m), _at(given.bias, m), given.eps)
+    return LayerNormOutputs(y, mean, rstd)
 
 
-def layer_norm_backward_specification(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-    head_scale: Tensor | None, rows: Tensor | None, offsets: Tensor | None, row_counts: Sequence[int],
-    weight_needs: Sequence[bool], bias_needs: Sequence[bool], head_scale_needed: bool,
-) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor]:  # fmt: skip
-    """With d the gradient of c * x: dx = c d, zero in rows that were not read, and dc = sum(x d) over rows and heads.
-
-    Returns dx and the gradients of the weights, the biases and the head scale c, empty where none is needed.
-    """
-    dweights = [torch.zeros_like(w) if n else w.new_empty(0) for w, n in zip(weights, weight_needs, strict=True)]
-    dbiases = [torch.zeros_like(b) if n else b.new_empty(0) for b, n in zip(biases, bias_needs, strict=True)]
+def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+    """With d the gradient of c * x: dx = c d, zero in rows that were not read, dc = sum(x d) over rows and heads."""
+    x, grad, head_scale = saved.x, saved.grad_y, saved.head_scale
+    dweight, dbias = zeros_where_needed(saved.weight, needs.weight), zeros_where_needed(saved.bias, needs.bias)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    dscale = mean.new_zeros(head_scale.shape) if head_scale_needed else x.new_empty(0)
-    for group, part in enumerate(_groups(weights, biases, offsets, row_counts, grad.shape[0])):
-        source = _source(rows, part, x)
-        needs = (True, bool(weights) and weight_needs[group], bool(biases) and bias_needs[group])
-        dscaled, dweight, dbias = normalize_backward(
-            grad[part], _scaled(x[source], head_scale), mean[part], rstd[part], _at(weights, group), needs
+    dscale = saved.mean.new_zeros(head_scale.shape) if needs.head_scale else None
+    for m, part in enumerate(_parts(saved, grad.shape[0])):
+        source = _source(saved.routing, part, x)
+        wanted = (True, _at(dweight, m) is not None, _at(dbias, m) is not None)
+        dscaled, weight_part, bias_part = normalize_backward(
+            grad[part], _scaled(x[source], head_scale), saved.mean[part], saved.rstd[part], _at(saved.weight, m), wanted
         )
         dx[source] = _scaled(dscaled, head_scale).to(x.dtype)
-        if head_scale_needed:
+        if dscale is not None:
             dscale += (dscaled * x[source]).unflatten(1, (head_scale.shape[0], -1)).sum((0, 2))
-        if needs[1]:
-            dweights[group].copy_(dweight)
-        if needs[2]:
-            dbiases[group].copy_(dbias)
-    return dx, dweights, dbiases, dscale.to(head_scale.dtype) if head_scale_needed else dscale
+        if wanted[1]:
+            dweight[m].copy_(weight_part)
+        if wanted[2]:
+            dbias[m].copy_(bias_part)
+    return LayerNormGradients(dx, dweight, dbias, None if dscale is None else dscale.to(head_scale.dtype))
 
 
-def _groups(
-    weights: Sequence[Tensor], biases: Sequence[Tensor], offsets: Tensor | None, row_counts: Sequence[int], count: int
-) -> Sequence[slice]:
+def zeros_where_needed(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """Zeros like each vector that needs a gradient, None for the others."""
+    return [torch.zeros_like(vector) if need else None for vector, need in zip(vectors, needs, strict=True)]
+
+
+def _parts(given: LayerNormInputs | LayerNormSaved, count: int) -> Sequence[slice]:
     """The row range of each modality, or one of all real rows where the modalities share their parameters."""
-    if offsets is None:
+    if given.routing.offsets is None:
         return [slice(0, count)]
-    ranges = list(row_slices(offsets, row_counts))
-    shared = max(len(weights), len(biases)) <= 1
+    ranges = list(row_slices(given.routing))
+    shared = max(len(given.weight), len(given.bias)) <= 1
     return [slice(0, ranges[-1].stop if ranges else 0)] if shared else ranges
 
 
-def _source(rows: Tensor | None, part: slice, x: Tensor) -> slice | Tensor:
+def _source(routing: Routing, part: slice, x: Tensor) -> slice | Tensor:
     """Where the rows of a range come from."""
-    if rows is None:
+    if routing.row_index is None:
         return part
-    check_row_index(rows[part], None, x)
-    return rows[part].long()
+    index = routing.row_index[part]
+    check_row_index(index, None, x)
+    return index.long()
 
 
 def _scaled(x: Tensor, head_scale: Tensor | None) -> Tensor:
@@ -124,74 +117,49 @@ def _scaled(x: Tensor, head_scale: Tensor | None) -> Tensor:
     return (heads * head_scale.to(dtype)[:, None]).flatten(1)
 
 
-def _at(tensors: Sequence[Tensor], group: int) -> Tensor | None:
-    return tensors[group] if tensors else None
+def _at(tensors: Sequence[Tensor | None], m: int) -> Tensor | None:
+    return tensors[m] if tensors else None
 
 
-def _fake(x, weights, biases, head_scale, rows, offsets, row_counts, eps):
-    count = x.shape[0] if rows is None else rows.shape[0]
+def _by_kernel(given: LayerNormInputs) -> LayerNormOutputs:
+    from onepeace_fast.kernels.layer_norm import layer_norm_forward
+
+    return layer_norm_forward(given)
+
+
+def _backward_by_kernel(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+    from onepeace_fast.kernels.layer_norm import layer_norm_backward
+
+    return layer_norm_backward(saved, needs)
+
+
+def _fake(given: LayerNormInputs) -> LayerNormOutputs:
+    x, row_index = given.x, given.routing.row_index
+    count = x.shape[0] if row_index is None else row_index.shape[0]
     statistics = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
-    return x.new_empty(count, x.shape[1]), statistics, torch.empty_like(statistics)
+    return LayerNormOutputs(x.new_empty(count, x.shape[1]), statistics, torch.empty_like(statistics))
 
 
-def _fake_backward(
-    grad, x, mean, rstd, weights, biases, head_scale, rows, offsets, row_counts, weight_needs, bias_needs,
-    head_scale_needed,
-):  # fmt: skip
-    dweights = [torch.empty_like(w) if n else w.new_empty(0) for w, n in zip(weights, weight_needs, strict=True)]
-    dbiases = [torch.empty_like(b) if n else b.new_empty(0) for b, n in zip(biases, bias_needs, strict=True)]
-    dscale = torch.empty_like(head_scale) if head_scale_needed else x.new_empty(0)
-    return torch.empty_like(x, memory_format=torch.contiguous_format), dweights, dbiases, dscale
-
-
-_op = define(
-    "layer_norm",
-    "(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? head_scale, Tensor? rows, Tensor? offsets,"
-    " SymInt[] row_counts, float eps) -> (Tensor, Tensor, Tensor)",
-    layer_norm_specification,
-    _fake,
-    kernel="layer_norm",
-)
-_backward_op = define(
-    "layer_norm_backward",
-    "(Tensor grad, Tensor x, Tensor mean, Tensor rstd, Tensor[] weights, Tensor[] biases, Tensor? head_scale,"
-    " Tensor? rows, Tensor? offsets, SymInt[] row_counts, bool[] weight_needs, bool[] bias_needs,"
-    " bool head_scale_needed) -> (Tensor, Tensor[], Tensor[], Tensor)",
-    layer_norm_backward_specification,
-    _fake_backward,
-    kernel="layer_norm",
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, weights, biases, head_scale, rows, offsets, row_counts, _ = inputs
-    _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.groups, ctx.row_counts = len(weights), row_counts
-    ctx.save_for_backward(x, mean, rstd, head_scale, rows, offsets, *weights, *biases)
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    x, mean, rstd, head_scale, rows, offsets, *parameters = ctx.saved_tensors
-    weights, biases = parameters[: ctx.groups], parameters[ctx.groups :]
-    _, weight_needs, bias_needs, head_scale_needed, *_ = ctx.needs_input_grad
-    dx, dweights, dbiases, dscale = _backward_op(
-        grad, x, mean, rstd, weights, biases, head_scale, rows, offsets, ctx.row_counts, list(weight_needs or ()),
-        list(bias_needs or ()), head_scale_needed,
-    )  # fmt: skip
-    return (
-        dx,
-        only_needed(dweights, weight_needs),
-        only_needed(dbiases, bias_needs),
-        dscale if head_scale_needed else None,
-        None,
-        None,
-        no_gradient(ctx.row_counts),
-        None,
+def _fake_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+    return LayerNormGradients(
+        torch.empty_like(saved.x, memory_format=torch.contiguous_format),
+        zeros_where_needed(saved.weight, needs.weight),
+        zeros_where_needed(saved.bias, needs.bias),
+        torch.empty_like(saved.head_scale) if needs.head_scale else None,
     )
 
 
-register_gradient("layer_norm", _setup_context, _backward)
+LAYER_NORM = Operation(
+    "layer_norm",
+    LayerNormInputs,
+    LayerNormOutputs,
+    reference=layer_norm_reference,
+    kernel=_by_kernel,
+    fake=_fake,
+    gradient=Gradient(
+        LayerNormSaved, LayerNormGradients, layer_norm_backward_reference, _backward_by_kernel, _fake_backward
+    ),
+)
 
 
 def layer_norm(
@@ -200,7 +168,7 @@ def layer_norm(
     bias: Tensor | Sequence[Tensor] | None = None,
     *,
     head_scale: Tensor | None = None,
-    rows: Tensor | None = None,
+    row_index: Tensor | None = None,
     offsets: Tensor | None = None,
     row_counts: Sequence[int] = (),
     eps: float = 1e-5,
@@ -212,42 +180,45 @@ def layer_norm(
         weight, bias: [width] for all rows, or with ``offsets`` a sequence of one per modality; None for none.
         head_scale: [heads], a factor of each head's width / heads columns in front of the norm (the head scale of
             NormFormer, Shleifer et al., arXiv 2110.09456).
-        rows: int32 [N], distinct rows of x: row i of the result is the norm of x[rows[i]], and no other is read.
+        row_index: int32 [N], distinct rows of x: row i of the result is the norm of x[row_index[i]], no other is read.
         offsets: int32 [G + 1], first row of each modality in the result; rows of the result past the last are zero.
         row_counts: rows of each modality in the result, where the host knows them.
         eps: added to the variance.
 
     Returns:
-        [rows, width], or [N, width] with ``rows``, in x's dtype; statistics are float32 for half precision.
+        [rows, width], or [N, width] with ``row_index``, in x's dtype; statistics are float32 for half precision.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
+    routing = Routing(offsets, tuple(row_counts), row_index)
     require_rows("x", x)
-    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
-    require_row_index(rows, x)
+    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
+    require_row_index(row_index, x)
     if offsets is not None:
-        check_routing(offsets, row_counts, x if rows is None else rows)
-    groups = 1 if offsets is None else offsets.shape[0] - 1
-    weights, biases = _per_group("weight", weight, groups, x), _per_group("bias", bias, groups, x)
+        check_routing(routing, x if row_index is None else row_index)
+    modalities = 1 if offsets is None else offsets.shape[0] - 1
+    weights, biases = _per_modality("weight", weight, modalities, x), _per_modality("bias", bias, modalities, x)
     if weights and biases and len(weights) != len(biases):  # one is shared and the other is not
-        weights, biases = (values * groups if len(values) == 1 else values for values in (weights, biases))
+        weights, biases = (values * modalities if len(values) == 1 else values for values in (weights, biases))
     if head_scale is not None:
         heads = head_scale.shape[0] if head_scale.dim() == 1 else 0
         require(
             head_scale.is_floating_point() and heads > 0 and x.shape[1] % heads == 0,
-            lambda: f"head_scale: got {describe(head_scale)}, takes a floating-point [heads] that divides {x.shape[1]}",
+            lambda: (
+                f"head_scale: expected a floating-point [heads] that divides {x.shape[1]}, got {describe(head_scale)}"
+            ),
         )
         require_device("head_scale", head_scale, x.device)
-    return _op(x, weights, biases, head_scale, rows, offsets, row_counts, eps)[0]
+    return LAYER_NORM(LayerNormInputs(x, weights, biases, head_scale, routing, eps))[0]
 
 
-def _per_group(name: str, value: Tensor | Sequence[Tensor] | None, groups: int, x: Tensor) -> list[Tensor]:
+def _per_modality(name: str, value: Tensor | Sequence[Tensor] | None, modalities: int, x: Tensor) -> list[Tensor]:
     """The given vectors: none, one for all rows, or one of each modality."""
     values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
     require(
-        isinstance(value, Tensor) or not values or len(values) == groups,
-        lambda: f"{name}: got {len(values)} tensors, takes {groups}, one per modality, or a tensor for all",
+        isinstance(value, Tensor) or not values or len(values) == modalities,
+        lambda: f"{name}: expected {modalities} tensors, one per modality, or a tensor for all, got {len(values)}",
     )
     for item in values:
         require_vector(name, item, x.shape[1], x.device)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +27,11 @@ from onepeace_fast.checks import (
     require_values,
     require_vector,
 )
-from onepeace_fast.ops._attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
-from onepeace_fast.ops._library import accumulation_dtype, define, no_gradient, only_needed, register_gradient
-from onepeace_fast.ops._segments import (
+from onepeace_fast.ops.arguments import FLOATS
+from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
+from onepeace_fast.ops.operation import Gradient, Operation
+from onepeace_fast.ops.packed_rows import accumulation_dtype
+from onepeace_fast.ops.segments import (
     Group,
     check_codes,
     check_segments,
@@ -41,6 +42,16 @@ from onepeace_fast.ops._segments import (
     sum_by_index,
 )
 from onepeace_fast.relative_position import CLS_ENTRIES
+from onepeace_fast.structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSaved,
+    Needs,
+    RelativeBias,
+    Segments,
+    VectorGradients,
+)
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float) -> Tensor:
@@ -59,21 +70,19 @@ def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     return group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
 
 
-def relative_bias_attention_specification(
-    qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
-    code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Returns out [rows, heads, head_dim] in qkv's dtype and the scores' log-sum-exp [rows, heads]."""
+def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutputs:
+    """Samples of similar length after one another."""
+    qkv, segments, head_scale = given.qkv, given.segments, given.head_scale
     dtype = accumulation_dtype(qkv.dtype)
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
-    if code.device.type == "cpu":
-        _check_values(rows, cu_seqlens, modality, code, is_cls, bias, code_offsets)
-    pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
-    for group in sample_groups(cu_seqlens, max_length):
+    if segments.code.device.type == "cpu":
+        _check_values(given)
+    pairs = pair_bias(given.bias, segments, dtype)
+    for group in sample_groups(segments):
         q, k, v = _heads(qkv, group)
-        score = scores(q, k, pairs and pairs.values(pairs.index(group)), group, scale)
+        score = scores(q, k, pairs and pairs.values(pairs.index(group)), group, given.scale)
         p = score.softmax(-1)
         # The largest probability is exp(largest score - log-sum-exp).
         total = score.amax(-1) - p.amax(-1).log()
@@ -82,33 +91,29 @@ def relative_bias_attention_specification(
             attended = attended * head_scale.to(dtype)[:, None, None]
         group.scatter(out, attended.transpose(1, 2))
         group.scatter(log_sum_exp, total.transpose(1, 2))
-    return out[:rows], log_sum_exp[:rows]
+    return AttentionOutputs(out[:rows], log_sum_exp[:rows])
 
 
-def relative_bias_attention_backward_specification(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor,
-    bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
-    max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
+def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
     """With p the probabilities, o = p v and do = c grad:
 
     dv = p^T do,  dp = do v^T,  ds = p (dp - sum_j p dp),  dq = scale ds k,  dk = scale ds^T q,
     dc = sum(grad o),  dbias[entry] = sum of ds over the pairs that take the entry.
 
-    Returns dqkv, the vectors' gradients and the head scale's, empty where none is needed. The kernel reads
-    ``log_sum_exp`` to repeat p block by block; here whole rows are at hand.
+    The kernel reads the log-sum-exp to repeat p block by block; here whole rows are at hand.
     """
+    qkv, head_scale, scale = saved.qkv, saved.head_scale, saved.scale
     dtype = accumulation_dtype(qkv.dtype)
     rows = qkv.shape[0]
     dqkv = qkv.new_zeros(rows + 1, *qkv.shape[1:])
-    pairs = pair_bias(bias, modality, code, is_cls, code_offsets, dtype)
-    dvectors = torch.zeros_like(pairs.vectors) if any(bias_needs) else None
-    dscale = torch.zeros_like(head_scale, dtype=dtype) if head_scale_need else None
-    for group in sample_groups(cu_seqlens, max_length):
+    pairs = pair_bias(saved.bias, saved.segments, dtype)
+    dvectors = torch.zeros_like(pairs.vectors) if any(needs.bias.vectors) else None
+    dscale = torch.zeros_like(head_scale, dtype=dtype) if needs.head_scale else None
+    for group in sample_groups(saved.segments):
         q, k, v = _heads(qkv, group)
         index = pairs and pairs.index(group)
         p = scores(q, k, pairs and pairs.values(index), group, scale).softmax(-1)
-        dout = group.read(grad).to(dtype).transpose(1, 2)
+        dout = group.read(saved.grad_out).to(dtype).transpose(1, 2)
         if group.valid is not None:
             p = p * group.valid[:, None, :, None]
         if dscale is not None:
@@ -122,41 +127,38 @@ def relative_bias_attention_backward_specification(
         dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
         for which, gradient in enumerate((dq, dk, dv)):
             group.scatter(dqkv[:, which], gradient.transpose(1, 2))
-    gradients = []
-    for m, (vector, need) in enumerate(zip(bias, bias_needs, strict=True)):
-        part = dvectors[:, pairs.starts[m] : pairs.starts[m + 1]] if need else vector.new_empty(0)
-        gradients.append(part.to(vector.dtype, copy=True))
-    return dqkv[:rows], gradients, qkv.new_empty(0) if dscale is None else dscale.to(head_scale.dtype, copy=True)
+    gradients: list[Tensor | None] = []
+    for m, (vector, need) in enumerate(zip(saved.bias.vectors, needs.bias.vectors, strict=True)):
+        part = dvectors[:, pairs.starts[m] : pairs.starts[m + 1]].to(vector.dtype, copy=True) if need else None
+        gradients.append(part)
+    dscale = None if dscale is None else dscale.to(head_scale.dtype, copy=True)
+    return AttentionGradients(dqkv[:rows], VectorGradients(gradients), dscale)
 
 
-def relative_bias_attention_on_gpu(
-    qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
-    code_offsets: Sequence[int], head_scale: Tensor | None, scale: float, max_length: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """What the specification returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
+def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
+    """What the reference returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
+    qkv, segments = given.qkv, given.segments
     if checks_devices():
-        _check_values(qkv.shape[0], cu_seqlens, modality, code, is_cls, bias, code_offsets)
-        _check_longest(cu_seqlens, max_length)
-    if (reason := refusal(qkv, cu_seqlens.shape[0], bias)) is None:
-        return launch_forward(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
-    _say_once(reason if max_length else f"{reason}; without max_length each call waits for the device")
-    pairs = pair_bias(bias, modality, code, is_cls, code_offsets, qkv.dtype)
-    return attend_by_sdpa(qkv, cu_seqlens, pairs, head_scale, scale, longest_sample(cu_seqlens, max_length))
+        _check_values(given)
+        _check_longest(segments)
+    if (reason := refusal(qkv, segments.cu_seqlens.shape[0], given.bias.vectors)) is None:
+        return launch_forward(given)
+    _say_once(reason if segments.max_length else f"{reason}; without max_length each call waits for the device")
+    return attend_by_sdpa(given, pair_bias(given.bias, segments, qkv.dtype))
 
 
-def _check_values(
-    rows: int, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
-    code_offsets: Sequence[int],
-) -> None:  # fmt: skip
-    check_segments(cu_seqlens, rows)
-    check_codes(bias, modality, code, is_cls, code_offsets)
+def _check_values(given: AttentionInputs) -> None:
+    check_segments(given.segments.cu_seqlens, given.qkv.shape[0])
+    check_codes(given.bias, given.segments)
 
 
-def _check_longest(cu_seqlens: Tensor, max_length: int) -> None:
+def _check_longest(segments: Segments) -> None:
     """Raise where a sample is longer than a ``max_length`` that was given."""
-    if max_length:
-        message = f"max_length: got {max_length} and a longer sample, takes the longest one's length, or 0"
-        require_values((cu_seqlens.diff(dim=1).sum(0) <= max_length).all(), message)
+    if segments.max_length:
+        message = (
+            f"max_length: expected the longest sample's length, or 0, got {segments.max_length} and a longer sample"
+        )
+        require_values((segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all(), message)
 
 
 @functools.cache
@@ -168,99 +170,66 @@ def _say_once(reason: str) -> None:
     )
 
 
-def relative_bias_attention_backward_on_gpu(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, modality: Tensor, code: Tensor, is_cls: Tensor,
-    bias: Sequence[Tensor], code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float,
-    max_length: int, bias_needs: Sequence[bool], head_scale_need: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """What the backward specification returns, by the CUDA extension wherever that ran the forward pass.
+def relative_bias_attention_backward_on_gpu(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
+    """What the backward reference returns, by the CUDA extension wherever that ran the forward pass.
 
-    Otherwise by the specification, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some
-    heads after others, so that memory is linear in rows.
+    Otherwise by the reference, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some heads
+    after others, so that memory is linear in rows.
     """
-    if refusal(qkv, cu_seqlens.shape[0], bias) is None:
-        return launch_backward(
-            grad, qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
-            bias_needs, head_scale_need,
-        )  # fmt: skip
-    longest = longest_sample(cu_seqlens, max_length)
+    qkv, segments = saved.qkv, saved.segments
+    if refusal(qkv, segments.cu_seqlens.shape[0], saved.bias.vectors) is None:
+        return launch_backward(saved, needs)
+    segments = segments._replace(max_length=longest_sample(segments))
     parts = [
-        relative_bias_attention_backward_specification(
-            grad[:, heads], qkv[:, :, heads], cu_seqlens, modality, code, is_cls, [vector[heads] for vector in bias],
-            code_offsets, None if head_scale is None else head_scale[heads], log_sum_exp[:, heads], scale, longest,
-            bias_needs, head_scale_need,
-        )
-        for heads in head_slices(qkv.shape[2], cu_seqlens.shape[1] - 1, longest)
-    ]  # fmt: skip
-    dqkv, dbias, dscale = zip(*parts, strict=True)
-    return torch.cat(dqkv, 2), [torch.cat(vectors) for vectors in zip(*dbias, strict=True)], torch.cat(dscale)
+        relative_bias_attention_backward_reference(_some_heads(saved, heads)._replace(segments=segments), needs)
+        for heads in head_slices(qkv.shape[2], segments.cu_seqlens.shape[1] - 1, segments.max_length)
+    ]
+    dvectors = [
+        torch.cat(vectors) if need else None
+        for need, *vectors in zip(needs.bias.vectors, *(part.bias.vectors for part in parts), strict=True)
+    ]
+    dscale = torch.cat([part.head_scale for part in parts]) if needs.head_scale else None
+    return AttentionGradients(torch.cat([part.qkv for part in parts], 2), VectorGradients(dvectors), dscale)
 
 
-def _fake(qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length):
-    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    return out, qkv.new_empty(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype))
-
-
-def _fake_backward(
-    grad, qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, log_sum_exp, scale, max_length,
-    bias_needs, head_scale_need,
-):  # fmt: skip
-    gradients = [b.new_empty(b.shape if n else 0) for b, n in zip(bias, bias_needs, strict=True)]
-    dscale = torch.empty_like(head_scale) if head_scale_need else qkv.new_empty(0)
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format), gradients, dscale
-
-
-_PLAN = "Tensor cu_seqlens, Tensor modality, Tensor code, Tensor is_cls, Tensor[] bias, SymInt[] code_offsets"
-_op = define(
-    "relative_bias_attention",
-    f"(Tensor qkv, {_PLAN}, Tensor? head_scale, float scale, SymInt max_length) -> (Tensor, Tensor)",
-    relative_bias_attention_specification,
-    _fake,
-    kernel=relative_bias_attention_on_gpu,
-    triton=False,
-)
-_backward_op = define(
-    "relative_bias_attention_backward",
-    f"(Tensor grad, Tensor qkv, {_PLAN}, Tensor? head_scale, Tensor log_sum_exp, float scale, SymInt max_length,"
-    " bool[] bias_needs, bool head_scale_need) -> (Tensor, Tensor[], Tensor)",
-    relative_bias_attention_backward_specification,
-    _fake_backward,
-    kernel=relative_bias_attention_backward_on_gpu,
-    triton=False,
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length = inputs
-    _, log_sum_exp = output
-    ctx.mark_non_differentiable(log_sum_exp)
-    ctx.code_offsets, ctx.scale, ctx.max_length = code_offsets, scale, max_length
-    ctx.save_for_backward(qkv, cu_seqlens, modality, code, is_cls, head_scale, log_sum_exp, *bias)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple:
-    qkv, cu_seqlens, modality, code, is_cls, head_scale, log_sum_exp, *bias = ctx.saved_tensors
-    bias_needs, scale_need = list(ctx.needs_input_grad[5] or ()), ctx.needs_input_grad[7]
-    dqkv, dbias, dscale = _backward_op(
-        grad, qkv, cu_seqlens, modality, code, is_cls, bias, ctx.code_offsets, head_scale, log_sum_exp, ctx.scale,
-        ctx.max_length, bias_needs, scale_need,
-    )  # fmt: skip
-    dscale = dscale if scale_need else None
-    return (
-        dqkv,
-        None,
-        None,
-        None,
-        None,
-        only_needed(dbias, bias_needs),
-        no_gradient(ctx.code_offsets),
-        dscale,
-        None,
-        None,
+def _some_heads(saved: AttentionSaved, heads: slice) -> AttentionSaved:
+    return saved._replace(
+        grad_out=saved.grad_out[:, heads],
+        qkv=saved.qkv[:, :, heads],
+        bias=saved.bias._replace(vectors=[vector[heads] for vector in saved.bias.vectors]),
+        head_scale=None if saved.head_scale is None else saved.head_scale[heads],
+        log_sum_exp=saved.log_sum_exp[:, heads],
     )
 
 
-register_gradient("relative_bias_attention", _setup_context, _backward)
+def _fake(given: AttentionInputs) -> AttentionOutputs:
+    qkv = given.qkv
+    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
+    return AttentionOutputs(out, qkv.new_empty(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype)))
+
+
+def _fake_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
+    vectors = zip(saved.bias.vectors, needs.bias.vectors, strict=True)
+    return AttentionGradients(
+        torch.empty_like(saved.qkv, memory_format=torch.contiguous_format),
+        VectorGradients([vector.new_empty(vector.shape) if need else None for vector, need in vectors]),
+        torch.empty_like(saved.head_scale) if needs.head_scale else None,
+    )
+
+
+RELATIVE_BIAS_ATTENTION = Operation(
+    "relative_bias_attention",
+    AttentionInputs,
+    AttentionOutputs,
+    reference=relative_bias_attention_reference,
+    kernel=relative_bias_attention_on_gpu,
+    fake=_fake,
+    gradient=Gradient(
+        AttentionSaved, AttentionGradients, relative_bias_attention_backward_reference,
+        relative_bias_attention_backward_on_gpu, _fake_backward,
+    ),
+    triton=False,
+)  # fmt: skip
 
 
 def relative_bias_attention(
@@ -292,7 +261,7 @@ def relative_bias_attention(
     Returns:
         [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
         On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernels, forward and backward; whatever
-        they cannot take runs PyTorch's attention, which says so once, and has its gradients from the specification.
+        they cannot take runs PyTorch's attention, which says so once, and has its gradients from the reference.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;
@@ -300,9 +269,8 @@ def relative_bias_attention(
             codes that differ by more than their vector covers; by that assertion alone samples past ``max_length``.
         RuntimeError: CUDA's error where the launch fails.
     """
-    floats = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-    require_tensor("qkv", qkv, floats, "[rows, 3, heads, head_dim]", 4)
-    require(qkv.shape[1] == 3, lambda: f"qkv: got {describe(qkv)}, takes 3 in dimension 1: query, key, value")
+    require_tensor("qkv", qkv, FLOATS, "[rows, 3, heads, head_dim]", 4)
+    require(qkv.shape[1] == 3, lambda: f"qkv: expected 3 in dimension 1, query, key, value, got {describe(qkv)}")
     rows, _, heads, head_dim = qkv.shape
     require_tensor("cu_seqlens", cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
     for name, value in (("modality", modality), ("code", code), ("is_cls", is_cls)):
@@ -310,29 +278,31 @@ def relative_bias_attention(
         require_tensor(name, value, (dtype,), "[rows]", 1)
         require(
             value.shape[0] == rows,
-            lambda name=name, value=value: f"{name}: got {describe(value)}, takes one entry per row, [{rows}]",
+            lambda name=name, value=value: f"{name}: expected one entry per row, [{rows}], got {describe(value)}",
         )
     for name, value in (("cu_seqlens", cu_seqlens), ("modality", modality), ("code", code), ("is_cls", is_cls)):
         require_device(name, value, qkv.device)
-    groups = cu_seqlens.shape[0]
+    modalities = cu_seqlens.shape[0]
     bias, code_offsets = list(bias), list(code_offsets)
     require(
-        not bias or len(bias) == groups,
-        lambda: f"bias: got {len(bias)} vectors, takes one per modality, {groups}, or none",
+        not bias or len(bias) == modalities,
+        lambda: f"bias: expected one vector per modality, {modalities}, or none, got {len(bias)}",
     )
     require(
-        not bias or len(code_offsets) == groups,
-        lambda: f"code_offsets: got {len(code_offsets)}, takes one per modality, {groups}",
+        not bias or len(code_offsets) == modalities,
+        lambda: f"code_offsets: expected one per modality, {modalities}, got {len(code_offsets)}",
     )
     for m, vector in enumerate(bias):
         fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
         require(
             fits and vector.shape[1] > CLS_ENTRIES,
             lambda m=m, vector=vector: (
-                f"bias[{m}]: got {describe(vector)}, takes floating point [{heads}, {CLS_ENTRIES + 1} or more]"
+                f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
             ),
         )
         require_device(f"bias[{m}]", vector, qkv.device)
     require_vector("head_scale", head_scale, heads, qkv.device)
     scale = head_dim**-0.5 if scale is None else scale
-    return _op(qkv, cu_seqlens, modality, code, is_cls, bias, code_offsets, head_scale, scale, max_length)[0]
+    segments = Segments(cu_seqlens, modality, code, is_cls, max_length)
+    given = AttentionInputs(qkv, segments, RelativeBias(bias, tuple(code_offsets)), head_scale, scale)
+    return RELATIVE_BIAS_ATTENTION(given)[0]

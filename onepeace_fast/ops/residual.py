@@ -1,122 +1,120 @@
 """The residual connection of a branch, and the LayerNorm that follows it.
 
-    out = x + keep * gamma * dropout(y),   normed = LayerNorm(out)
+    out = x + drop_path * gamma * dropout(y),   normed = LayerNorm(out)
 
-gamma is LayerScale (Touvron et al., arXiv 2103.17239), keep DropPath's factor of the row's sample (Huang et al., arXiv
-1603.09382). The residual stream may be float32 while the branch is half precision.
+gamma is LayerScale (Touvron et al., arXiv 2103.17239), drop_path DropPath's factor of the row's sample (Huang et al.,
+arXiv 1603.09382). The residual stream may be float32 while the branch is half precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
-from onepeace_fast.ops._dropout import dropout_factor
-from onepeace_fast.ops._library import (
-    FLOATS,
-    accumulation_dtype,
-    check_routing,
-    check_row_index,
-    define,
-    register_gradient,
-    require_row_index,
-    require_rows,
-)
+from onepeace_fast.ops.arguments import FLOATS, check_routing, check_row_index, require_row_index, require_rows
+from onepeace_fast.ops.dropout import dropout_factor
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
+from onepeace_fast.ops.operation import Gradient, Operation
+from onepeace_fast.ops.packed_rows import accumulation_dtype
+from onepeace_fast.structures import (
+    Dropout,
+    DropPath,
+    Needs,
+    ResidualGradients,
+    ResidualInputs,
+    ResidualOutputs,
+    ResidualSaved,
+    Routing,
+)
 
 
 def row_factor(
-    x: Tensor, y_dtype: torch.dtype, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, dropout: float,
-    seed: Tensor | None,
-) -> Tensor | None:  # fmt: skip
-    """keep * gamma * dropout's factor, broadcastable to x, in at least float32; None where all are absent."""
+    x: Tensor, y_dtype: torch.dtype, gamma: Tensor | None, drop_path: DropPath, dropout: Dropout
+) -> Tensor | None:
+    """drop_path * gamma * dropout's factor, broadcastable to x, in at least float32; None where all are absent."""
     dtype = torch.promote_types(torch.float32, y_dtype)
     factor = None if gamma is None else gamma.to(dtype)
-    if keep is not None:
-        per_row = keep.to(dtype)[sample.long(), None]
+    if drop_path.scale is not None:
+        per_row = drop_path.scale.to(dtype)[drop_path.sample.long(), None]
         factor = per_row if factor is None else factor * per_row
-    if dropout:
-        drop = dropout_factor(seed, x.shape, dropout).to(dtype)
+    if dropout.probability:
+        drop = dropout_factor(dropout.seed, x.shape, dropout.probability).to(dtype)
         factor = drop if factor is None else factor * drop
     return factor
 
 
-def branch_places(rows: Tensor | None, offsets: Tensor | None, y: Tensor, x_rows: int) -> tuple[Tensor, Tensor]:
-    """Which row of y each row of x gets, -1 for none, [x_rows]; and which row of x each row of y goes to, [N].
+def branch_places(routing: Routing, branch_rows: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Which row of y each row of x gets, -1 for none, [rows of x]; and which row of x each row of y goes to, [N].
 
     Rows of y past the last of ``offsets`` go to a row behind the last of x. Nothing is read on the host.
     """
-    entries = torch.arange(y.shape[0], device=y.device)
-    target = entries if rows is None else rows.long()
-    if offsets is not None:
-        target = torch.where(entries < offsets[-1], target, x_rows)
-    place = entries.new_full((x_rows + 1,), -1)
+    entries = torch.arange(branch_rows, device=x.device)
+    target = entries if routing.row_index is None else routing.row_index.long()
+    if routing.offsets is not None:
+        target = torch.where(entries < routing.offsets[-1], target, x.shape[0])
+    place = entries.new_full((x.shape[0] + 1,), -1)
     place[target] = entries
     return place[:-1], target
 
 
-def residual_specification(
-    x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, dropout: float,
-    seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None, norm_weight: Tensor | None,
-    norm_bias: Tensor | None, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns out in x's dtype and, with a norm, normed in y's dtype, mean and rstd; otherwise empty tensors."""
-    if rows is not None:
-        check_row_index(rows, offsets, x)
-    factor = row_factor(x, y.dtype, gamma, keep, sample, dropout, seed)
-    if rows is None and offsets is None:
+def residual_reference(given: ResidualInputs) -> ResidualOutputs:
+    """out in x's dtype and, with a norm, normed in y's dtype."""
+    x, y, routing = given.x, given.y, given.routing
+    if routing.row_index is not None:
+        check_row_index(routing.row_index, routing.offsets, x)
+    factor = row_factor(x, y.dtype, given.gamma, given.drop_path, given.dropout)
+    if routing.row_index is None and routing.offsets is None:
         out = (x + (y if factor is None else y * factor)).to(x.dtype).contiguous()
     else:
-        place, _ = branch_places(rows, offsets, y, x.shape[0])
+        place, _ = branch_places(routing, y.shape[0], x)
         branch = _rows_at(y, place)
         out = x + (branch if factor is None else branch * factor)
         out = torch.where(place[:, None] < 0, x, out.to(x.dtype)).contiguous()
-    if norm_weight is None:
-        return out, *(x.new_empty(0) for _ in range(3))
-    normed, mean, rstd = normalize(out, norm_weight, norm_bias, eps)
-    return out, normed.to(y.dtype), mean, rstd
+    if given.norm_weight is None:
+        return ResidualOutputs(out, None, None, None)
+    normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps)
+    return ResidualOutputs(out, normed.to(y.dtype), mean, rstd)
 
 
-def residual_backward_specification(
-    grad: Tensor | None, grad_normed: Tensor | None, y: Tensor | None, gamma: Tensor | None, keep: Tensor | None,
-    sample: Tensor | None, dropout: float, seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None,
-    out: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None, mean: Tensor | None,
-    rstd: Tensor | None, y_dtype: torch.dtype, needs: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """With total = grad + LayerNorm'(grad_normed): dx = total, dy = total * factor, dgamma = sum(total * keep * y).
+def residual_backward_reference(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+    """With total = grad_out + LayerNorm'(grad_normed): dx = total, dy = total * factor,
 
-    ``needs`` says which of gamma, norm_weight, norm_bias are needed; the others' gradients are empty. dx is empty
-    without ``grad_normed``: it is ``grad`` then. ``y`` is there where gamma needs it, ``out`` where there is a norm.
+    dgamma = sum(total * drop_path * y).
     """
-    dweight = dbias = None
-    total = grad
-    if grad_normed is not None:
-        total, dweight, dbias = normalize_backward(grad_normed, out, mean, rstd, norm_weight, (True, *needs[1:]))
+    y, grad, routing, y_dtype = saved.y, saved.grad_out, saved.routing, saved.y_dtype
+    total, dx, dweight, dbias, dgamma = grad, None, None, None, None
+    if saved.grad_normed is not None:
+        total, dweight, dbias = normalize_backward(
+            saved.grad_normed, saved.out, saved.mean, saved.rstd, saved.norm_weight,
+            (True, needs.norm_weight, needs.norm_bias),
+        )  # fmt: skip
         total = total if grad is None else total.add_(grad)
-    dx = total.new_empty(0) if grad_normed is None else total.to(out.dtype)
-    dgamma = total.new_empty(0)
-    factor = row_factor(total, y_dtype, gamma, keep, sample, dropout, seed)
+        dx = total.to(saved.out.dtype)
+    factor = row_factor(total, y_dtype, saved.gamma, saved.drop_path, saved.dropout)
     dy = total if factor is None else total * factor
-    if rows is not None or offsets is not None:
-        place, target = branch_places(rows, offsets, total if rows is None else rows[:, None], total.shape[0])
+    if routing.row_index is not None or routing.offsets is not None:
+        place, target = branch_places(routing, _branch_rows(total, routing), total)
         dy = _rows_at(dy, torch.where(target < total.shape[0], target, -1))
-        y = _rows_at(y, place) if needs[0] else None
+        y = _rows_at(y, place) if needs.gamma else None
         total = torch.where(place[:, None] < 0, 0, total)
-    if needs[0]:
-        scaled = row_factor(total, y_dtype, None, keep, sample, dropout, seed)
-        dgamma = (total * (y if scaled is None else y * scaled)).sum(0).to(gamma.dtype)
+    if needs.gamma:
+        scaled = row_factor(total, y_dtype, None, saved.drop_path, saved.dropout)
+        dgamma = (total * (y if scaled is None else y * scaled)).sum(0).to(saved.gamma.dtype)
     dy = dy.to(y_dtype).contiguous()
-    return (
+    return ResidualGradients(
         dx,
         dy.clone() if dy is grad or dy is dx else dy,
         dgamma,
-        _parameter_gradient(norm_weight, dweight) if needs[1] else total.new_empty(0),
-        _parameter_gradient(norm_bias, dbias) if needs[2] else total.new_empty(0),
+        _parameter_gradient(saved.norm_weight, dweight) if needs.norm_weight else None,
+        _parameter_gradient(saved.norm_bias, dbias) if needs.norm_bias else None,
     )
+
+
+def _branch_rows(stream: Tensor, routing: Routing) -> int:
+    return stream.shape[0] if routing.row_index is None else routing.row_index.shape[0]
 
 
 def _rows_at(x: Tensor, place: Tensor) -> Tensor:
@@ -131,77 +129,77 @@ def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
 
 
-def _fake(x, y, gamma, keep, sample, dropout, seed, rows, offsets, norm_weight, norm_bias, eps):
+def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
+    from onepeace_fast.kernels.residual import residual_forward
+
+    return residual_forward(given)
+
+
+def _backward_by_kernel(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+    from onepeace_fast.kernels.residual import residual_backward
+
+    return residual_backward(saved, needs)
+
+
+def _fake(given: ResidualInputs) -> ResidualOutputs:
+    x = given.x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    if norm_weight is None:
-        return out, *(x.new_empty(0) for _ in range(3))
+    if given.norm_weight is None:
+        return ResidualOutputs(out, None, None, None)
     statistics = x.new_empty((x.shape[0], 1), dtype=accumulation_dtype(x.dtype))
-    return out, torch.empty_like(out, dtype=y.dtype), statistics, torch.empty_like(statistics)
+    return ResidualOutputs(out, torch.empty_like(out, dtype=given.y.dtype), statistics, torch.empty_like(statistics))
 
 
-def _fake_backward(
-    grad, grad_normed, y, gamma, keep, sample, dropout, seed, rows, offsets, out, norm_weight, norm_bias, mean, rstd,
-    y_dtype, needs,
-):  # fmt: skip
-    like = grad if grad_normed is None else out
-    dx = like.new_empty(0 if grad_normed is None else like.shape)
-    dy = like.new_empty((like.shape[0] if rows is None else rows.shape[0], like.shape[1]), dtype=y_dtype)
-    parameters = (gamma, norm_weight, norm_bias)
-    return dx, dy, *(torch.empty_like(p) if n else like.new_empty(0) for p, n in zip(parameters, needs, strict=True))
+def _fake_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+    like = saved.grad_out if saved.grad_normed is None else saved.out
+    parameters = (
+        (saved.gamma, needs.gamma),
+        (saved.norm_weight, needs.norm_weight),
+        (saved.norm_bias, needs.norm_bias),
+    )
+    return ResidualGradients(
+        None if saved.grad_normed is None else like.new_empty(like.shape),
+        like.new_empty((_branch_rows(like, saved.routing), like.shape[1]), dtype=saved.y_dtype),
+        *(torch.empty_like(parameter) if need else None for parameter, need in parameters),
+    )
 
 
-_op = define(
+def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> dict:
+    selected = {"y": given.y if needs.gamma else None, "y_dtype": given.y.dtype}
+    if given.norm_weight is None:
+        selected["out"] = None
+    if not given.dropout.probability:
+        selected["dropout"] = Dropout()
+    return selected
+
+
+def _finish(backward: Callable, saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+    """Without a gradient of the norm, that of x is ``grad_out`` itself, and where nothing scales y its own too."""
+    if saved.norm_weight is None:
+        saved = saved._replace(grad_normed=None)
+    grad = saved.grad_out
+    if saved.grad_normed is not None:
+        return backward(saved, needs)
+    if grad is None:
+        return ResidualGradients(None, None, None, None, None)
+    scaled = saved.gamma, saved.drop_path.scale, saved.dropout.seed, saved.routing.row_index, saved.routing.offsets
+    if saved.norm_weight is None and all(value is None for value in scaled):
+        return ResidualGradients(grad, grad.to(saved.y_dtype), None, None, None)
+    return backward(saved, needs)._replace(x=grad)
+
+
+RESIDUAL = Operation(
     "residual",
-    "(Tensor x, Tensor y, Tensor? gamma, Tensor? keep, Tensor? sample, float dropout, Tensor? seed, Tensor? rows,"
-    " Tensor? offsets, Tensor? norm_weight, Tensor? norm_bias, float eps) -> (Tensor, Tensor, Tensor, Tensor)",
-    residual_specification,
-    _fake,
-    kernel="residual",
-)
-_backward_op = define(
-    "residual_backward",
-    "(Tensor? grad, Tensor? grad_normed, Tensor? y, Tensor? gamma, Tensor? keep, Tensor? sample, float dropout,"
-    " Tensor? seed, Tensor? rows, Tensor? offsets, Tensor? out, Tensor? norm_weight, Tensor? norm_bias, Tensor? mean,"
-    " Tensor? rstd, ScalarType y_dtype, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    residual_backward_specification,
-    _fake_backward,
-    kernel="residual",
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    _, y, gamma, keep, sample, dropout, seed, rows, offsets, norm_weight, norm_bias, _ = inputs
-    out, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
-    ctx.dropout, ctx.y_dtype = dropout, y.dtype
-    if gamma is None or not ctx.needs_input_grad[2]:
-        y = None
-    if norm_weight is None:
-        out = mean = rstd = None
-    seed = seed if dropout else None
-    ctx.save_for_backward(y, gamma, keep, sample, seed, rows, offsets, out, norm_weight, norm_bias, mean, rstd)
-
-
-def _backward(ctx: Any, grad: Tensor | None, grad_normed: Tensor | None, *_: Any) -> tuple:
-    y, gamma, keep, sample, seed, rows, offsets, out, norm_weight, norm_bias, mean, rstd = ctx.saved_tensors
-    needs = [ctx.needs_input_grad[i] for i in (2, 9, 10)]
-    if norm_weight is None:
-        grad_normed = None
-    if grad is None and grad_normed is None:
-        return (None,) * 12
-    if grad_normed is None and all(v is None for v in (norm_weight, gamma, keep, seed, rows, offsets)):
-        return grad, grad.to(ctx.y_dtype), *(None,) * 10
-    dx, dy, *gradients = _backward_op(
-        grad, grad_normed, y, gamma, keep, sample, ctx.dropout, seed, rows, offsets, out, norm_weight, norm_bias, mean,
-        rstd, ctx.y_dtype, needs,
-    )  # fmt: skip
-    dgamma, dweight, dbias = (g if n else None for g, n in zip(gradients, needs, strict=True))
-    dx = grad if grad_normed is None else dx
-    return dx, dy, dgamma, None, None, None, None, None, None, dweight, dbias, None
-
-
-register_gradient("residual", _setup_context, _backward)
+    ResidualInputs,
+    ResidualOutputs,
+    reference=residual_reference,
+    kernel=_by_kernel,
+    fake=_fake,
+    gradient=Gradient(
+        ResidualSaved, ResidualGradients, residual_backward_reference, _backward_by_kernel, _fake_backward, _select,
+        _finish,
+    ),
+)  # fmt: skip
 
 
 def residual(
@@ -209,24 +207,25 @@ def residual(
     y: Tensor,
     gamma: Tensor | None = None,
     *,
-    keep: Tensor | None = None,
+    drop_path: Tensor | None = None,
     sample: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    rows: Tensor | None = None,
+    row_index: Tensor | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    """x + keep * gamma * dropout(y).
+    """x + drop_path * gamma * dropout(y).
 
     Args:
         x: floating point [rows, width], the residual stream, at most 16,384 wide.
-        y: [rows, width], or [N, width] with ``rows``, the branch, in x's dtype or in half precision over a float32 x.
+        y: [rows, width], or [N, width] with ``row_index``, the branch, in x's dtype, or in half precision over a
+            float32 x.
         gamma: [width], LayerScale.
-        keep: float32 [samples], DropPath's factor of each sample; needs ``sample``.
+        drop_path: float32 [samples], DropPath's factor of each sample; needs ``sample``.
         sample: int32 [rows], sample of each row of x.
         dropout: probability in [0, 1) to zero an element of y; needs ``seed``.
         seed: int64 [] on y's device; the random numbers depend on it and on the element's place in x alone.
-        rows: int32 [N], distinct rows of x: y[i] is added to x[rows[i]], and all other rows are x bit by bit.
+        row_index: int32 [N], distinct rows of x: y[i] is added to x[row_index[i]], all other rows are x bit by bit.
         offsets: int32 [G + 1], first row of each modality in y; rows of y past the last are not read.
 
     Returns:
@@ -235,8 +234,19 @@ def residual(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    _check(x, y, gamma, keep, sample, dropout, seed, rows, offsets)
-    return _op(x, y, gamma, keep, sample, dropout, seed, rows, offsets, None, None, 1e-5)[0]
+    given = ResidualInputs(
+        x,
+        y,
+        gamma,
+        DropPath(drop_path, sample),
+        Dropout(dropout, seed),
+        Routing(offsets, (), row_index),
+        None,
+        None,
+        1e-5,
+    )
+    _check(given)
+    return RESIDUAL(given)[0]
 
 
 def residual_layer_norm(
@@ -246,11 +256,11 @@ def residual_layer_norm(
     norm_weight: Tensor,
     norm_bias: Tensor | None = None,
     *,
-    keep: Tensor | None = None,
+    drop_path: Tensor | None = None,
     sample: Tensor | None = None,
     dropout: float = 0.0,
     seed: Tensor | None = None,
-    rows: Tensor | None = None,
+    row_index: Tensor | None = None,
     offsets: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
@@ -258,50 +268,57 @@ def residual_layer_norm(
 
     ``norm_weight`` and ``norm_bias`` are [width]; everything else is as in ``residual``.
     """
-    _check(x, y, gamma, keep, sample, dropout, seed, rows, offsets)
-    require(norm_weight is not None, "norm_weight: got None, takes a floating-point vector; see residual() for none")
-    require(eps > 0, lambda: f"eps: got {eps}, takes a positive number")
+    given = ResidualInputs(
+        x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
+        norm_bias, eps,
+    )  # fmt: skip
+    _check(given)
+    require(norm_weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
+    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
     require_vector("norm_weight", norm_weight, x.shape[1], x.device)
     require_vector("norm_bias", norm_bias, x.shape[1], x.device)
-    return _op(x, y, gamma, keep, sample, dropout, seed, rows, offsets, norm_weight, norm_bias, eps)[:2]
+    return RESIDUAL(given)
 
 
-def _check(
-    x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, dropout: float,
-    seed: Tensor | None, rows: Tensor | None, offsets: Tensor | None,
-) -> None:  # fmt: skip
+def _check(given: ResidualInputs) -> None:
+    x, y, routing, dropout = given.x, given.y, given.routing, given.dropout
     require_rows("x", x)
     require_tensor("y", y, FLOATS, "[rows, width]", 2)
-    require_row_index(rows, x)
-    count = x.shape[0] if rows is None else rows.shape[0]
+    require_row_index(routing.row_index, x)
+    count = _branch_rows(x, routing)
     require(
         y.shape[0] == count and y.shape[1] == x.shape[1],
-        lambda: f"y: got {describe(y)}, takes [{count}, {x.shape[1]}], a row for each of x or of rows",
+        lambda: f"y: expected [{count}, {x.shape[1]}], a row for each of x or of row_index, got {describe(y)}",
     )
     require(
         y.dtype == x.dtype or (x.dtype == torch.float32 and y.dtype.itemsize == 2),
-        lambda: f"y: got {describe(y)}, takes x's dtype, or half precision over a float32 x (x is {describe(x)})",
+        lambda: f"y: expected x's dtype, or half precision over a float32 x, got {describe(y)} over {describe(x)}",
     )
     require_device("y", y, x.device)
-    if offsets is not None:
-        check_routing(offsets, (), y)
-    require_vector("gamma", gamma, x.shape[1], x.device)
-    check_keep(keep, sample, x)
-    require(0.0 <= dropout < 1.0, lambda: f"dropout: got {dropout}, takes a probability in [0, 1)")
-    require(not dropout or seed is not None, lambda: f"seed: got none with dropout {dropout}, takes an int64 []")
+    if routing.offsets is not None:
+        check_routing(routing, y)
+    require_vector("gamma", given.gamma, x.shape[1], x.device)
+    check_drop_path(given.drop_path, x)
+    probability, seed = dropout
+    require(0.0 <= probability < 1.0, lambda: f"dropout: expected a probability in [0, 1), got {probability}")
+    require(
+        not probability or seed is not None, lambda: f"seed: expected an int64 [] with dropout {probability}, got none"
+    )
     if seed is not None:
         require_tensor("seed", seed, (torch.int64,), "[]", 0)
         require_device("seed", seed, x.device)
 
 
-def check_keep(keep: Tensor | None, sample: Tensor | None, x: Tensor) -> None:
-    """Raise unless ``keep`` [samples] and ``sample`` [rows] are both absent or both fit x."""
-    require((keep is None) == (sample is None), "keep, sample: got one of them, takes both or none")
-    if keep is not None:
-        require_tensor("keep", keep, (torch.float32, torch.float64), "[samples]", 1)
+def check_drop_path(drop_path: DropPath, x: Tensor) -> None:
+    """Raise unless DropPath's scale [samples] and sample [rows] are both absent or both fit x."""
+    scale, sample = drop_path
+    require((scale is None) == (sample is None), "drop_path, sample: expected both or none, got one of them")
+    if scale is not None:
+        require_tensor("drop_path", scale, (torch.float32, torch.float64), "[samples]", 1)
         require_tensor("sample", sample, (torch.int32, torch.int64), "[rows]", 1)
         require(
-            sample.shape[0] == x.shape[0], lambda: f"sample: got {describe(sample)}, takes one per row, [{x.shape[0]}]"
+            sample.shape[0] == x.shape[0],
+            lambda: f"sample: expected one per row, [{x.shape[0]}], got {describe(sample)}",
         )
-        for name, value in (("keep", keep), ("sample", sample)):
+        for name, value in (("drop_path", scale), ("sample", sample)):
             require_device(name, value, x.device)

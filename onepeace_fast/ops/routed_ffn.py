@@ -1,6 +1,6 @@
 """One gated feed-forward network per modality, on contiguous row ranges of packed tokens.
 
-    h = activation(z W0^T) * (z W1^T),   y = LayerNorm(h) W2^T + b2,   out = residual + keep * gamma * y
+    h = activation(z W0^T) * (z W1^T),   y = LayerNorm(h) W2^T + b2,   out = residual + drop_path * gamma * y
 
 with W0, W1, W2, b2 and the Sub-LayerNorm of the row's modality (GeGLU: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang
 et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). Without W1 there is no gate: h = activation(z W0^T).
@@ -8,249 +8,216 @@ et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). Without W1 ther
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
-from onepeace_fast.ops._library import (
-    autocast_dtype,
-    check_offsets,
-    check_row_index,
-    define,
-    launcher,
-    no_gradient,
-    only_needed,
-    register_gradient,
-    regroup,
-    row_slices,
-)
-from onepeace_fast.ops._routed_ffn_arguments import check, chosen_strategy
+from onepeace_fast.ops import routed_ffn_per_modality as per_modality
+from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
-from onepeace_fast.ops.residual import residual_backward_specification, residual_specification, row_factor
+from onepeace_fast.ops.operation import Gradient, Operation
+from onepeace_fast.ops.packed_rows import row_slices
+from onepeace_fast.ops.residual import residual_backward_reference, residual_reference, row_factor
+from onepeace_fast.ops.routed_ffn_arguments import check, chosen_strategy
+from onepeace_fast.structures import (
+    Dropout,
+    DropPath,
+    FeedForwardSettings,
+    FeedForwardWeights,
+    Needs,
+    RoutedFFNGradients,
+    RoutedFFNInputs,
+    RoutedFFNOutputs,
+    RoutedFFNSaved,
+    Routing,
+)
 
 
-def routed_ffn_specification(
-    z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor],
-    w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor, row_counts: Sequence[int], residual: Tensor | None,
-    gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None, activation: str, eps: float,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Returns out and what the backward pass reads: u = z W0^T, v = z W1^T, y (for gamma), mean and rstd of h."""
-    rows_total, hidden = z.shape[0], w0[0].shape[0]
-    y = z.new_zeros(rows_total, w2[0].shape[0])
-    u = z.new_empty(rows_total, hidden)
+def routed_ffn_reference(given: RoutedFFNInputs) -> RoutedFFNOutputs:
+    """One modality after another."""
+    z, weights, settings = given.z, given.weights, given.settings
+    w0, w1, norm_weight, norm_bias, w2, b2 = weights
+    y = z.new_zeros(z.shape[0], w2[0].shape[0])
+    u = z.new_empty(z.shape[0], w0[0].shape[0])
     v = torch.empty_like(u) if w1 else None
     mean, rstd = (statistics(z, norm_weight) for _ in range(2))
-    for m, mine in enumerate(row_slices(offsets, row_counts)):
-        torch.mm(z[mine], w0[m].t(), out=u[mine])
-        h = ACTIVATIONS[activation](u[mine])
+    for m, rows in enumerate(row_slices(given.routing)):
+        torch.mm(z[rows], w0[m].t(), out=u[rows])
+        h = ACTIVATIONS[settings.activation](u[rows])
         if w1:
-            torch.mm(z[mine], w1[m].t(), out=v[mine])
-            h = h.mul_(v[mine])
+            torch.mm(z[rows], w1[m].t(), out=v[rows])
+            h = h.mul_(v[rows])
         if norm_weight:
-            h, mean[mine], rstd[mine] = normalize(h, norm_weight[m], norm_bias[m], eps)
-        y[mine] = F.linear(h, w2[m], b2[m] if b2 else None)
-    if residual is None:
-        return y, u, v, y, mean, rstd
-    if rows is not None:
-        out, *_ = residual_specification(residual, y, gamma, keep, sample, 0.0, None, rows, offsets, None, None, eps)
-    else:
-        factor = row_factor(y, y.dtype, gamma, keep, sample, 0.0, None)
-        out = (residual + (y if factor is None else y * factor)).to(residual.dtype).contiguous()
-    return out, u, v, y, mean, rstd
+            h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], norm_bias[m], settings.eps)
+        y[rows] = F.linear(h, w2[m], b2[m] if b2 else None)
+    return RoutedFFNOutputs(_added(given, y), u, v, y, mean, rstd, None)
 
 
-def routed_ffn_backward_specification(
-    grad: Tensor, z: Tensor, w0: Sequence[Tensor], w1: Sequence[Tensor], norm_weight: Sequence[Tensor],
-    norm_bias: Sequence[Tensor], w2: Sequence[Tensor], b2: Sequence[Tensor], offsets: Tensor,
-    row_counts: Sequence[int], gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, rows: Tensor | None,
-    u: Tensor | None, v: Tensor | None, y: Tensor, mean: Tensor, rstd: Tensor, activation: str, eps: float,
-    needs: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """With dy = grad * keep * gamma and n = LayerNorm(h):
+def _added(given: RoutedFFNInputs, y: Tensor) -> Tensor:
+    """The residual and the scaled result; y itself without a residual."""
+    if given.residual is None:
+        return y
+    if given.routing.row_index is not None:
+        return residual_reference(per_modality.as_branch(given, y)).out
+    factor = row_factor(y, y.dtype, given.gamma, given.drop_path, Dropout())
+    return (given.residual + (y if factor is None else y * factor)).to(given.residual.dtype).contiguous()
+
+
+def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+    """With dy = grad * drop_path * gamma and n = LayerNorm(h):
 
     db2 = sum dy, dW2 = dy^T n, dh = LayerNorm'(dy W2), du = activation'(u) dh v, dv = dh activation(u), dW0 = du^T z,
-    dW1 = dv^T z, dz = du W0 + dv W1, dgamma = sum grad * keep * y.
+    dW1 = dv^T z, dz = du W0 + dv W1, dgamma = sum grad * drop_path * y.
 
-    u and v are computed again where they were not kept. ``needs`` is one flag per parameter in the order of the lists,
-    then gamma's. Returns dz, the parameters' gradients in that order and dgamma, empty where none is needed.
+    u and v are computed again where they were not kept.
     """
-    lists = (w0, w1, norm_weight, norm_bias, w2, b2)
-    gradients = [parameter.new_empty(0) for group in lists for parameter in group]
-    starts = [sum(len(group) for group in lists[:i]) for i in range(len(lists))]
-
-    def needed(which: int, m: int) -> bool:
-        return bool(lists[which]) and needs[starts[which] + m]
-
-    def store(which: int, m: int, value: Tensor) -> None:
-        gradients[starts[which] + m] = value.to(lists[which][m].dtype)
-
-    groups = list(row_slices(offsets, row_counts))
-    if u is None:
-        u, v = per_modality.project(z, w0, w1, groups)
-    _, dy_all, dgamma, *_ = residual_backward_specification(
-        grad, None, y if needs[-1] else None, gamma, keep, sample, 0.0, None, rows, offsets, None, None, None, None,
-        None, z.dtype, [needs[-1], False, False],
-    )  # fmt: skip
+    z, (w0, w1, norm_weight, norm_bias, w2, _), settings = saved.z, saved.weights, saved.settings
+    wanted = needs.weights
+    gradients = FeedForwardWeights(*([None] * len(parameters) for parameters in saved.weights))
+    ranges = list(row_slices(saved.routing))
+    u, v = (saved.u, saved.v) if saved.u is not None else per_modality.project(z, saved.weights, ranges)
+    branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
     dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
-    for m, mine in enumerate(groups):
-        dy, z_m, u_m = dy_all[mine], z[mine], u[mine]
-        activated = ACTIVATIONS[activation](u_m)
-        h = activated * v[mine] if w1 else activated
-        if needed(5, m):
-            store(5, m, dy.sum(0))
-        if needed(4, m):
-            n = normalize(h, norm_weight[m], norm_bias[m], eps)[0] if norm_weight else h
-            store(4, m, dy.t() @ n)
+    for m, rows in enumerate(ranges):
+        dy, z_m, u_m = branch.y[rows], z[rows], u[rows]
+        activated = ACTIVATIONS[settings.activation](u_m)
+        h = activated * v[rows] if w1 else activated
+        if _wants(wanted.b2, m):
+            gradients.b2[m] = dy.sum(0)
+        if _wants(wanted.w2, m):
+            n = normalize(h, norm_weight[m], norm_bias[m], settings.eps)[0] if norm_weight else h
+            gradients.w2[m] = dy.t() @ n
         dh = dy @ w2[m]
         if norm_weight:
-            norm_needs = (needed(2, m), needed(3, m))
-            dh, dweight, dbias = normalize_backward(dh, h, mean[mine], rstd[mine], norm_weight[m], (True, *norm_needs))
-            for which, need, value in zip((2, 3), norm_needs, (dweight, dbias), strict=True):
-                if need:
-                    store(which, m, value)
+            dh, gradients.norm_weight[m], gradients.norm_bias[m] = normalize_backward(
+                dh, h, saved.mean[rows], saved.rstd[rows], norm_weight[m],
+                (True, _wants(wanted.norm_weight, m), _wants(wanted.norm_bias, m)),
+            )  # fmt: skip
             dh = dh.to(z.dtype)
-        du = ACTIVATION_BACKWARD[activation](dh * v[mine] if w1 else dh, u_m)
-        if needed(0, m):
-            store(0, m, du.t() @ z_m)
+        du = ACTIVATION_BACKWARD[settings.activation](dh * v[rows] if w1 else dh, u_m)
+        if _wants(wanted.w0, m):
+            gradients.w0[m] = du.t() @ z_m
         if w1:
             dv = dh.mul_(activated)
-            if needed(1, m):
-                store(1, m, dv.t() @ z_m)
-            torch.addmm(du @ w0[m], dv, w1[m], out=dz[mine])
+            if _wants(wanted.w1, m):
+                gradients.w1[m] = dv.t() @ z_m
+            torch.addmm(du @ w0[m], dv, w1[m], out=dz[rows])
         else:
-            torch.mm(du, w0[m], out=dz[mine])
-    return dz, gradients, dgamma
+            torch.mm(du, w0[m], out=dz[rows])
+    return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, branch.gamma)
 
 
-def _run(
-    z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, rows, activation,
-    eps, strategy, fold_norm, keep_products, keep_y, by_kernel,
-):  # fmt: skip
-    """The forward pass by its strategy; what is not kept comes out empty."""
-    check_offsets(offsets)
-    if rows is not None:
-        check_row_index(rows, offsets, residual)
-    arguments = (z, w0, w1, norm_weight, norm_bias, w2, b2, offsets)
-    scaled = (residual, gamma, keep, sample, rows, activation, eps)
-    folded = _folded(z, w2, norm_weight, strategy)
-    if by_kernel and strategy == "fused":
-        kernel = launcher("routed_ffn", "routed_ffn")
-        out, u, v, y, mean, rstd = kernel(*arguments, *scaled, fold_norm, keep_products, keep_y, folded)
-    else:
-        run = per_modality.routed_ffn if by_kernel and strategy == "per_modality" else routed_ffn_specification
-        out, u, v, y, mean, rstd = run(*arguments, row_counts, *scaled)
-    kept = (u if keep_products else None, v if keep_products else None, y if keep_y and residual is not None else None)
-    return out, *(z.new_empty(0) if value is None else value for value in kept), mean, rstd, folded
+def _wants(flags: Sequence[bool], m: int) -> bool:
+    return bool(flags) and flags[m]
 
 
-def _folded(z: Tensor, w2: Sequence[Tensor], norm_weight: Sequence[Tensor], strategy: str) -> Tensor:
-    """Room for W2 g and W2 b + b2 of each modality, float32 [2, G, width], which the fused strategy keeps."""
-    shape = (2, len(w2), w2[0].shape[0]) if norm_weight and strategy == "fused" else (0,)
-    return z.new_zeros(shape, dtype=torch.float32)
+def _in_dtypes_of(gradients: FeedForwardWeights, weights: FeedForwardWeights) -> FeedForwardWeights:
+    return FeedForwardWeights(*(
+        [None if gradient is None else gradient.to(weight.dtype) for gradient, weight in zip(some, those, strict=True)]
+        for some, those in zip(gradients, weights, strict=True)
+    ))  # fmt: skip
 
 
-def _run_backward(
-    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows, u, v, y, mean,
-    rstd, folded, activation, eps, strategy, needs, by_kernel,
-):  # fmt: skip
-    """The backward pass by its strategy."""
-    u, v = (None, None) if not u.numel() and z.numel() else (u, v if w1 else None)
-    if by_kernel and strategy == "fused":
-        if u is None:
-            u, v, *_ = launcher("routed_ffn", "hidden")(z, w0, w1, (), offsets, activation, eps, True, False)
-        return launcher("routed_ffn_backward", "routed_ffn_backward")(
-            grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd,
-            folded, activation, needs,
-        )  # fmt: skip
-    arguments = (grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows)
-    saved = (u, v, y, mean, rstd)
-    if by_kernel and strategy == "per_modality":
-        return per_modality.routed_ffn_backward(*arguments, *saved, activation, needs)
-    return routed_ffn_backward_specification(*arguments, *saved, activation, eps, needs)
+def _by_reference(given: RoutedFFNInputs) -> RoutedFFNOutputs:
+    _check_values(given)
+    return _what_is_kept(given, routed_ffn_reference(given))
 
 
-def _fake(
-    z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, residual, gamma, keep, sample, rows, activation,
-    eps, strategy, fold_norm, keep_products, keep_y,
-):  # fmt: skip
-    y = z.new_empty(z.shape[0], w2[0].shape[0])
-    u, v = (z.new_empty((z.shape[0], w0[0].shape[0]) if kept else 0) for kept in (keep_products, keep_products and w1))
-    out = y if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
-    saved_y = y if keep_y and residual is not None else z.new_empty(0)
-    row_statistics = (statistics(z, norm_weight) for _ in range(2))
-    return out, u, v, saved_y, *row_statistics, _folded(z, w2, norm_weight, strategy)
+def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
+    """By the strategy that was chosen."""
+    strategy = given.settings.strategy
+    if strategy == "reference":
+        return _by_reference(given)
+    _check_values(given)
+    if strategy == "per_modality":
+        return _what_is_kept(given, per_modality.routed_ffn(given))
+    from onepeace_fast.kernels.routed_ffn import routed_ffn_forward
+
+    return _what_is_kept(given, routed_ffn_forward(given))
 
 
-def _fake_backward(
-    grad, z, w0, w1, norm_weight, norm_bias, w2, b2, offsets, row_counts, gamma, keep, sample, rows, u, v, y, mean,
-    rstd, folded, activation, eps, strategy, needs,
-):  # fmt: skip
-    parameters = (*w0, *w1, *norm_weight, *norm_bias, *w2, *b2)
-    gradients = [torch.empty_like(p) if n else p.new_empty(0) for p, n in zip(parameters, needs, strict=False)]
-    dgamma = torch.empty_like(gamma) if needs[-1] else z.new_empty(0)
-    return torch.empty_like(z, memory_format=torch.contiguous_format), gradients, dgamma
+def _check_values(given: RoutedFFNInputs) -> None:
+    check_offsets(given.routing.offsets)
+    if given.routing.row_index is not None:
+        check_row_index(given.routing.row_index, given.routing.offsets, given.residual)
 
 
-_LISTS = "Tensor[] w0, Tensor[] w1, Tensor[] norm_weight, Tensor[] norm_bias, Tensor[] w2, Tensor[] b2"
-_ROWS = "Tensor? gamma, Tensor? keep, Tensor? sample, Tensor? rows"
-_op = define(
-    "routed_ffn",
-    f"(Tensor z, {_LISTS}, Tensor offsets, SymInt[] row_counts, Tensor? residual, {_ROWS}, str activation, float eps,"
-    " str strategy, bool fold_norm, bool keep_products, bool keep_y)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    lambda *arguments: _run(*arguments, by_kernel=False),
-    _fake,
-    kernel=lambda *arguments: _run(*arguments, by_kernel=True),
-)
-_backward_op = define(
-    "routed_ffn_backward",
-    f"(Tensor grad, Tensor z, {_LISTS}, Tensor offsets, SymInt[] row_counts, {_ROWS}, Tensor u, Tensor v, Tensor y,"
-    " Tensor mean, Tensor rstd, Tensor folded, str activation, float eps, str strategy, bool[] needs)"
-    " -> (Tensor, Tensor[], Tensor)",
-    lambda *arguments: _run_backward(*arguments, by_kernel=False),
-    _fake_backward,
-    kernel=lambda *arguments: _run_backward(*arguments, by_kernel=True),
-)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    z, *lists, offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps, strategy, _, _, _ = inputs
-    out, u, v, y, mean, rstd, folded = output
-    ctx.mark_non_differentiable(u, v, y, mean, rstd, folded)
-    ctx.row_counts, ctx.has_residual = row_counts, residual is not None
-    ctx.settings = activation, eps, strategy
-    ctx.list_lengths = [len(group) for group in lists]
-    parameters = [parameter for group in lists for parameter in group]
-    y = out if residual is None and folded.numel() else y
-    ctx.save_for_backward(z, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd, folded, *parameters)
-
-
-def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple:
-    z, offsets, gamma, keep, sample, rows, u, v, y, mean, rstd, folded, *parameters = ctx.saved_tensors
-    list_needs = [list(ctx.needs_input_grad[1 + i] or ()) for i in range(len(ctx.list_lengths))]
-    needs = [*(need for group in list_needs for need in group), ctx.needs_input_grad[10]]
-    dz, gradients, dgamma = _backward_op(
-        grad, z, *regroup(parameters, ctx.list_lengths), offsets, ctx.row_counts, gamma, keep, sample, rows,
-        u, v, y, mean, rstd, folded, *ctx.settings, needs,
-    )  # fmt: skip
-    grouped = regroup(gradients, ctx.list_lengths)
-    return (
-        dz,
-        *(only_needed(group, need) for group, need in zip(grouped, list_needs, strict=True)),
-        None,
-        no_gradient(ctx.row_counts),
-        grad if ctx.has_residual else None,
-        dgamma if needs[-1] else None,
-        *(None,) * 9,
+def _what_is_kept(given: RoutedFFNInputs, outputs: RoutedFFNOutputs) -> RoutedFFNOutputs:
+    """The outputs but for what the backward pass is not to read."""
+    products, y = given.settings.keep_products, given.settings.keep_y and given.residual is not None
+    return outputs._replace(
+        u=outputs.u if products else None,
+        v=outputs.v if products else None,
+        y=outputs.y if y else None,
+        mean=outputs.mean if given.weights.norm_weight else None,
+        rstd=outputs.rstd if given.weights.norm_weight else None,
+        folded=_folded(given) if outputs.folded is None else outputs.folded,
     )
 
 
-register_gradient("routed_ffn", _setup_context, _backward)
+def _folded(given: RoutedFFNInputs) -> Tensor | None:
+    """Room for W2 g and W2 b + b2 of each modality, which the grouped strategy keeps."""
+    w2 = given.weights.w2
+    if not given.weights.norm_weight or given.settings.strategy != "grouped":
+        return None
+    return given.z.new_zeros((2, len(w2), w2[0].shape[0]), dtype=torch.float32)
+
+
+def _backward_by_kernel(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+    """By the strategy that was chosen."""
+    if saved.settings.strategy == "reference":
+        return routed_ffn_backward_reference(saved, needs)
+    if saved.settings.strategy == "per_modality":
+        return per_modality.routed_ffn_backward(saved, needs)
+    from onepeace_fast.kernels.routed_ffn_backward import routed_ffn_backward
+
+    return routed_ffn_backward(saved, needs)
+
+
+def _fake(given: RoutedFFNInputs) -> RoutedFFNOutputs:
+    z, weights, residual = given.z, given.weights, given.residual
+    y = z.new_empty(z.shape[0], weights.w2[0].shape[0])
+    u = z.new_empty(z.shape[0], weights.w0[0].shape[0])
+    out = y if residual is None else torch.empty_like(residual, memory_format=torch.contiguous_format)
+    v = torch.empty_like(u) if weights.w1 else None
+    mean, rstd = (statistics(z, weights.norm_weight) for _ in range(2))
+    return _what_is_kept(given, RoutedFFNOutputs(out, u, v, y, mean, rstd, None))
+
+
+def _fake_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+    gradients = FeedForwardWeights(*(
+        [torch.empty_like(parameter) if need else None for parameter, need in zip(parameters, flags, strict=True)]
+        for parameters, flags in zip(saved.weights, needs.weights, strict=True)
+    ))  # fmt: skip
+    dgamma = torch.empty_like(saved.gamma) if needs.gamma else None
+    dz = torch.empty_like(saved.z, memory_format=torch.contiguous_format)
+    return RoutedFFNGradients(dz, gradients, None, dgamma)
+
+
+def _select(given: RoutedFFNInputs, outputs: RoutedFFNOutputs, needs: Needs) -> dict:
+    """Without a residual the result is y itself."""
+    return {"y": outputs.out} if given.residual is None and given.settings.keep_y else {}
+
+
+def _finish(backward: Callable, saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+    return backward(saved, needs)._replace(residual=saved.grad_out)
+
+
+ROUTED_FFN = Operation(
+    "routed_ffn",
+    RoutedFFNInputs,
+    RoutedFFNOutputs,
+    reference=_by_reference,
+    kernel=_by_kernel,
+    fake=_fake,
+    gradient=Gradient(
+        RoutedFFNSaved, RoutedFFNGradients, routed_ffn_backward_reference, _backward_by_kernel, _fake_backward,
+        _select, _finish,
+    ),
+)  # fmt: skip
 
 
 def routed_ffn(
@@ -266,9 +233,9 @@ def routed_ffn(
     norm_bias: Sequence[Tensor] | None = None,
     residual: Tensor | None = None,
     gamma: Tensor | None = None,
-    keep: Tensor | None = None,
+    drop_path: Tensor | None = None,
     sample: Tensor | None = None,
-    rows: Tensor | None = None,
+    row_index: Tensor | None = None,
     activation: str = "gelu",
     eps: float = 1e-5,
     recompute: bool = False,
@@ -283,21 +250,23 @@ def routed_ffn(
         w2: one [width, hidden] per modality; output projections.
         b2: one [width] per modality, or None.
         offsets: int32 [G + 1], the plan's.
-        row_counts: the plan's row counts, where the host knows them. Without them all but the fused strategy read
+        row_counts: the plan's row counts, where the host knows them. Without them all but the grouped strategy read
             offsets on the host, since each modality's products are launched from there.
         norm_weight, norm_bias: one [hidden] per modality, Sub-LayerNorm; None for none.
-        residual: floating point [rows, width], added to the scaled result; without it gamma, keep and rows are refused.
-        gamma, keep, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
-        rows: int32 [N], the row of the residual that each row of z comes back to; all others keep theirs bit by bit.
+        residual: floating point [rows, width], added to the scaled result; without it gamma, drop_path and row_index
+            are refused.
+        gamma, drop_path, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
+        row_index: int32 [N], the row of the residual that each row of z comes back to; all others keep theirs bit by
+            bit.
         activation: "gelu" (exact, by erf), "gelu_tanh" or "silu".
         eps: of the Sub-LayerNorm.
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
-        strategy: "fused" (products of all modalities in one launch, and all else inside them), "per_modality" (a vendor
-            product for each, a kernel between them) or "specification"; None: what was measured to be the fastest on
-            this GPU, "per_modality" where nothing was, and "fused" on a GPU without ``row_counts``, where it takes z.
-            A CPU runs the specification.
-        fold_norm: in the fused strategy, apply the Sub-LayerNorm behind the output product; False applies it before, by
-            a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
+        strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a
+            vendor product for each, a kernel between them) or "reference"; None: what was measured to be the fastest
+            on this GPU, "per_modality" where nothing was, and "grouped" on a GPU without ``row_counts``, where it takes
+            z. A CPU runs the reference.
+        fold_norm: in the grouped strategy, apply the Sub-LayerNorm behind the output product; False applies it before,
+            by a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
             which is not finite beyond 65504. Where a row of h has a mean far above its deviation the fold loses digits:
             at 16 times its error was 1.4 times the other's, and as large as that of plain PyTorch.
 
@@ -308,19 +277,21 @@ def routed_ffn(
     Raises:
         ValueError: a dtype, shape, device, name or width that does not fit.
     """
-    has_gate = w1 is not None
-    w0, w1, w2, b2, norm_weight, norm_bias = (list(v or ()) for v in (w0, w1, w2, b2, norm_weight, norm_bias))
+    weights = FeedForwardWeights(*(list(some or ()) for some in (w0, w1, norm_weight, norm_bias, w2, b2)))
     if (dtype := autocast_dtype(z)) is not None:
         z = z.to(dtype)
-        w0, w1, w2, b2 = ([tensor.to(dtype) for tensor in tensors] for tensors in (w0, w1, w2, b2))
-    lists = {"w0": w0, "w1": w1, "norm_weight": norm_weight, "norm_bias": norm_bias, "w2": w2, "b2": b2}
-    check(z, lists, has_gate, offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps)
-    strategy = chosen_strategy(strategy, z, w0[0].shape[0], len(w0), row_counts)
-    fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
-    leaves = (z, *(parameter for group in lists.values() for parameter in group), gamma)
+        norms = {"norm_weight": weights.norm_weight, "norm_bias": weights.norm_bias}
+        weights = FeedForwardWeights(*([w.to(dtype) for w in some] for some in weights))._replace(**norms)
+    routing, factors = Routing(offsets, tuple(row_counts), row_index), DropPath(drop_path, sample)
+    settings = FeedForwardSettings(activation, eps, strategy or "", bool(fold_norm), False, False)
+    given = RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings)
+    check(given, has_gate=w1 is not None)
+    strategy = chosen_strategy(strategy, z, weights.w0[0].shape[0], len(weights.w0), routing.row_counts)
+    leaves = (z, *(parameter for some in weights for parameter in some), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    y_needed = gamma is not None or (len(norm_weight) > 0 and strategy == "fused")
-    return _op(
-        z, *lists.values(), offsets, row_counts, residual, gamma, keep, sample, rows, activation, eps, strategy,
-        fold_norm, differentiable and not recompute, differentiable and y_needed,
-    )[0]  # fmt: skip
+    y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy == "grouped")
+    settings = FeedForwardSettings(
+        activation, eps, strategy, z.dtype != torch.float16 if fold_norm is None else fold_norm,
+        keep_products=differentiable and not recompute, keep_y=differentiable and y_needed,
+    )  # fmt: skip
+    return ROUTED_FFN(given._replace(settings=settings))[0]

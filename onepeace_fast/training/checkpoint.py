@@ -46,8 +46,8 @@ def folder_of(output: Path, step: int) -> Path:
 
 def all_in(output: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
-    folders = [path for path in output.glob("step-*") if _NAME.fullmatch(path.name)]
-    return sorted(folders, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    found = [(match, path) for path in output.glob("step-*") if (match := _NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]))]
 
 
 @contextlib.contextmanager
@@ -114,7 +114,7 @@ def newest(output: Path) -> Found:
     Raises:
         ValueError: there are checkpoints, and all of them are damaged.
     """
-    damaged = {}
+    damaged: dict[Path, str] = {}
     for folder in reversed(all_in(output)):
         if (reason := damage(folder)) is None:
             return Found(folder, damaged)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, overload
 
 import yaml
 
@@ -33,7 +33,7 @@ class Kind(NamedTuple):
     takes: str
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
@@ -105,6 +105,10 @@ class TrainingConfig:
             self.stage == "vision_language" or self.init is not None,
             "init: got none, takes the model folder of a finished vision_language run where stage is audio_language",
         )
+        for name in ("output", "init"):
+            path = str(self.path(name))
+            whole = path.encode(errors="replace").decode() == path
+            require(whole, f"{name}: got {path!r}, takes a path in UTF-8: safetensors takes no other")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:
@@ -133,6 +137,12 @@ class TrainingConfig:
         """What the stage pairs with text: image or audio."""
         return STAGES[self.stage]
 
+    @overload
+    def path(self, name: Literal["manifest", "output"]) -> Path: ...  # the keys that every file has
+
+    @overload
+    def path(self, name: str) -> Path | None: ...
+
     def path(self, name: str) -> Path | None:
         """The path that a key holds, ``~`` expanded, from the configuration's folder; None where there is none."""
         value = getattr(self, name)
@@ -151,14 +161,15 @@ class TrainingConfig:
 
     def model_fields(self) -> Any:
         """What the key ``model`` holds, or the file that it names; empty where there is neither."""
-        return _read_json(self.path("model")) if isinstance(self.model, str) else self.model or {}
+        path = self.path("model") if isinstance(self.model, str) else None
+        return self.model or {} if path is None else _read_json(path)
 
     def settings(self) -> dict[str, Any]:
         """The keys that change what training computes, but for those whose files do."""
         return {item.name: getattr(self, item.name) for item in _keys() if item.metadata["changes_result"]}
 
 
-def _keys() -> list[dataclasses.Field]:
+def _keys() -> list[dataclasses.Field[Any]]:
     return [item for item in dataclasses.fields(TrainingConfig) if item.metadata]
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.transformer import TransformerLayer
 from onepeace_fast.models.parameters import full
+from onepeace_fast.models.pretrain import OnePeacePretrain
 
 Result = TypeVar("Result")
 
@@ -51,7 +52,7 @@ class Processes:
             torch.cuda.set_device(local)
         if count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        return cls(rank, count, torch.device(kind, local if kind == "cuda" else None))
+        return cls(rank, count, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
 
     def __enter__(self) -> Processes:
         return self
@@ -73,7 +74,7 @@ class Processes:
         """
         if self.count == 1:
             return function()
-        outcome: list[object] = [False, None]
+        outcome: list[Any] = [False, None]
         if self.is_main:
             try:
                 outcome = [True, function()]
@@ -99,7 +100,7 @@ class Processes:
             value /= self.count
         return value
 
-    def place(self, model: nn.Module) -> None:
+    def place(self, model: OnePeacePretrain) -> None:
         """Move a model to its device, sharded over all processes where there are several.
 
         Each layer gathers its weights when it runs, all others belong to the root. The scalar ``logit_scale`` cannot be
@@ -114,7 +115,7 @@ class Processes:
         for module in (*layers, model):
             fully_shard(module, mesh=mesh, ignored_params={model.logit_scale})
             # gloo in older releases of torch sums where it is asked for an average.
-            module.set_force_sum_reduction_for_comms(True)
+            cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
 
     def clip_gradients(self, parameters: Iterable[Tensor], maximum: float) -> Tensor:
         """Scale the gradients of all processes to a total norm of at most ``maximum``; returns the norm before that.
@@ -126,10 +127,15 @@ class Processes:
         whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         if self.count > 1:
             for parameter in whole:
-                self.average(parameter.grad)
+                self.average(_gradient(parameter))
         groups = [group for group in (sharded, whole) if group]
-        norms = [full(nn.utils.get_total_norm([parameter.grad for parameter in group])) for group in groups]
+        norms = [full(nn.utils.get_total_norm([_gradient(parameter) for parameter in group])) for group in groups]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, maximum, norm)
         return norm
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -29,7 +29,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
         ValueError: a negative or infinite ``weight_decay``, or a model without trainable parameters.
     """
     _require_number("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
-    decayed, spared = [], []
+    decayed: list[nn.Parameter] = []
+    spared: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             exempt = parameter.dim() < 2 or any(f".{name}".endswith(f".{ending}") for ending in SPARED)

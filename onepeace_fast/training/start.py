@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from onepeace_fast.checks import require
-from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.config import ImageAdapterConfig, OnePeaceConfig
 from onepeace_fast.data.batches import BatchSampler, PairDataset, collate
 from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
@@ -83,10 +83,11 @@ def _model_config(config: TrainingConfig, folder: Path | None) -> OnePeaceConfig
     """The model's sizes: the checkpoint's, or those of the configuration on top of the initial model's."""
     if folder is not None:
         return OnePeaceConfig.load(folder / CONFIG_FILE)
-    if config.init is None:
+    initial = config.path("init")
+    if initial is None:
         return config.model_config(OnePeaceConfig())
-    path = config.path("init") / CONFIG_FILE
-    require(path.is_file(), f"init: got {config.path('init')} without {CONFIG_FILE}, takes the folder of a model")
+    path = initial / CONFIG_FILE
+    require(path.is_file(), f"init: got {initial} without {CONFIG_FILE}, takes the folder of a model")
     try:
         base = OnePeaceConfig.load(path)
     except ValueError as error:
@@ -98,11 +99,11 @@ def _tokenizer_file(config: TrainingConfig, folder: Path | None) -> Path | None:
     """The tokenizer that is there already: the configuration's, the checkpoint's or the initial model's."""
     if config.tokenizer is not None:
         return config.path("tokenizer")
-    places = [folder] if folder is not None else [config.path("init")] if config.init is not None else []
-    if not places:
+    place = config.path("init") if folder is None else folder
+    if place is None:
         return None
-    path = places[0] / TOKENIZER_FILE
-    require(path.is_file(), f"tokenizer: got none, takes a path, since {places[0]} has no {TOKENIZER_FILE}")
+    path = place / TOKENIZER_FILE
+    require(path.is_file(), f"tokenizer: got none, takes a path, since {place} has no {TOKENIZER_FILE}")
     return path
 
 
@@ -137,6 +138,7 @@ def _require_same(folder: Path, saved: dict[str, Any], current: dict[str, Any]) 
 
 
 def _set_aside(found: checkpoint.Found) -> list[str]:
+    assert found.folder is not None
     lines = []
     for folder, reason in found.damaged.items():
         name = checkpoint.set_aside(folder).name
@@ -146,8 +148,9 @@ def _set_aside(found: checkpoint.Found) -> list[str]:
 
 def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | None) -> OnePeacePretrain:
     model = OnePeacePretrain(model_config, config.backend)
-    if folder is None and config.init is not None:
-        weights = _read_weights(config.path("init") / WEIGHTS_FILE)
+    initial = config.path("init")
+    if folder is None and initial is not None:
+        weights = _read_weights(initial / WEIGHTS_FILE)
         try:
             model.load_upstream_state_dict(_added(model, weights) | weights)
         except ValueError as error:
@@ -163,7 +166,8 @@ def _added(model: OnePeacePretrain, weights: dict[str, Tensor]) -> dict[str, Ten
     """The fresh parameters of modalities that the initial model does not have at all."""
     names = [name for name in model.config.encoder.modalities if f"{name}_proj.weight" not in weights]
     parameters = model.to_upstream_state_dict()
-    return {key: value for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
+    added = {key: value for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
+    return {key: value for key, value in added.items() if value is not None}
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
@@ -182,12 +186,12 @@ def _batches(
     step: int,
 ) -> Iterator[dict[str, Any]]:
     encoder, image = model_config.encoder, config.modality == "image"
-    side = encoder.image.position_grid * PATCH if image else None
+    side = cast(ImageAdapterConfig, encoder.image).position_grid * PATCH if image else None
     pairs = PairDataset(entries, tokenizer, config.modality, side=side, seed=config.seed, broken=config.broken)
     first = step * config.accumulation
     sampler = BatchSampler(len(pairs), config.batch_size, config.seed, processes.rank, processes.count, first)
     # Of the adapter's method, since a worker may get a pickled copy; all it reads is the configuration.
-    frames = None if image else functools.partial(AudioAdapter.frames, encoder.audio)
+    frames = None if image else functools.partial(cast(Any, AudioAdapter.frames), encoder.audio)
     return iter(
         DataLoader(
             pairs,

@@ -66,11 +66,11 @@ class Trainer:
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = self.processes.clip_gradients(parameters, config.clip)
         values = self.processes.average(torch.stack([value.float() for value in sums.values()]) / config.accumulation)
-        *values, norm = torch.cat([values, norm.float().view(1)]).tolist()  # the step's only wait for the device
-        result = dict(zip(sums, values, strict=True)) | {"gradient_norm": norm, "learning_rate": rate}
-        if not (math.isfinite(result["loss"]) and math.isfinite(norm)):
-            numbers = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
-            raise NotFinite(f"step {self.step_number + 1} is not finite ({numbers})")
+        *numbers, total = torch.cat([values, norm.float().view(1)]).tolist()  # the step's only wait for the device
+        result = dict(zip(sums, numbers, strict=True)) | {"gradient_norm": total, "learning_rate": rate}
+        if not (math.isfinite(result["loss"]) and math.isfinite(total)):
+            found = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
+            raise NotFinite(f"step {self.step_number + 1} is not finite ({found})")
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

@@ -55,7 +55,7 @@ def test_no_two_threads_of_the_compact_shape_touch_the_same_memory_unordered(bui
 
 
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
-BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "relative_bias_attention_backward.cuh", "spread_block.cuh"
+BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
@@ -71,7 +71,7 @@ BARRIERS = {
     "backward: next keys": ("two walks", BACKWARD, "    __syncthreads();  // the next keys"),
     "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
     "backward: next sample": ("frozen", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
-    "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every block is known"),
+    "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every key block is known"),
     "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
     "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
     "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),

@@ -279,11 +279,11 @@ def test_batches_without_tokens_give_zeros(differentiate, counts, capacity, walk
 
 
 REFUSED = {
-    "grad: got an address": ({}, 4),
-    "grad: got an address or strides": ({"row_stride": 36}, 0),
-    "grad: got an address or strides off": ({"head_stride": 36}, 0),
-    "workspace: got": ({"workspace": 8}, 0),
-    "workspace: got an address": ({"qkv": 8}, 0),
+    "grad: expected an address that 16 divides, got one that is 8 modulo 16": ({}, 4),
+    "grad: expected strides that 8 divides, got 36": ({"row_stride": 36}, 0),
+    "grad: expected strides that 8 divides, got 52": ({"head_stride": 52}, 0),
+    "workspace: expected an address that 16 divides, got one that is 8 modulo 16": ({"workspace": 8}, 0),
+    "gradient of qkv: expected an address that 16 divides, got one that is 8 modulo 16": ({"qkv": 8}, 0),
 }
 
 
@@ -296,4 +296,4 @@ def test_what_the_kernels_cannot_take_is_refused_in_one_line(build, tmp_path, li
     case = host_shim.attention_case(leaves["qkv"], **arguments(batch, leaves), gradients=gradients)
     process = host_shim.run(build("address"), tmp_path, case)
     said = [text for text in process.stderr.splitlines() if "makecontext" not in text]  # of which the sanitizer warns
-    assert process.returncode == 1 and len(said) == 1 and said[0].startswith(line) and "takes" in said[0], said
+    assert process.returncode == 1 and len(said) == 1 and said[0].startswith(line), said

@@ -86,4 +86,5 @@ def test_a_device_that_gives_too_little_ends_in_one_line(build, tmp_path):
     leaves = rounded(batch, torch.bfloat16, 1, 64)
     case = host_shim.attention_case(leaves["qkv"], **arguments(batch, leaves))
     process = host_shim.run(build("address"), tmp_path, case, shared_limit=48 * 1024)
-    assert process.returncode == 1 and process.stderr == "invalid argument\n"
+    assert process.returncode == 1
+    assert process.stderr == "relative_bias_attention: CUDA refuses the launch: invalid argument\n"

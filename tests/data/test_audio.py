@@ -233,6 +233,22 @@ def test_a_header_that_does_not_know_its_length_is_no_promise_and_one_that_says_
         refused(lambda: read_audio(path), str(path), "got 16,000 of 4,294,967,040 bytes of sound")
 
 
+@pytest.mark.parametrize("form", ["wav", "au", "aiff"])
+@pytest.mark.parametrize("subtype", ["PCM_16", "ULAW", "a codec of blocks"])
+def test_without_a_length_no_sample_of_a_block_that_was_cut_off_is_made_up(tmp_path, form, subtype):
+    whole = subtype != "a codec of blocks"
+    subtype = subtype if whole else {"wav": "IMA_ADPCM", "au": "G721_32", "aiff": "GSM610"}[form]
+    path = write(tmp_path / "clip", numpy.random.default_rng(0).uniform(-0.3, 0.3, 4000), format=form, subtype=subtype)
+    content, read = path.read_bytes(), read_audio(path)
+    place = {"wav": content.find(b"data") + 4, "au": 8, "aiff": content.find(b"SSND") + 4}[form]
+    path.write_bytes((content[:place] + b"\xff" * 4 + content[place + 4 :])[: len(content) * 2 // 3])
+    if whole:
+        part = read_audio(path)
+        assert 2000 < len(part) < 3000 and part.equal(read[: len(part)])
+    else:
+        refused(lambda: read_audio(path), str(path), "without a length", subtype)
+
+
 def test_what_stands_before_and_behind_the_samples_is_no_loss(tmp_path):
     path = write(tmp_path / "clip.wav", tone(0.5))
     content = path.read_bytes()
@@ -245,9 +261,11 @@ def test_what_stands_before_and_behind_the_samples_is_no_loss(tmp_path):
 
 
 def test_telephone_codecs_keep_the_tone(tmp_path):
-    for name, subtype in (("gsm.wav", "GSM610"), ("g721.wav", "G721_32"), ("g723.au", "G723_24"), ("a.au", "ALAW")):
-        read = read_audio(write(tmp_path / name, tone(1.0), subtype=subtype)).numpy()[:SAMPLE_RATE]
-        assert abs(numpy.fft.rfft(read)).argmax() == 440, name
+    names = {"GSM610": ("wav", "aiff"), "G721_32": ("wav", "au"), "G723_24": ("au",), "G723_40": ("au",)}
+    names |= {law: ("wav", "au", "aiff") for law in ("ALAW", "ULAW")}
+    for subtype, form in ((subtype, form) for subtype, forms in names.items() for form in forms):
+        path = write(tmp_path / f"clip.{form}", tone(1.0, 8000), 8000, subtype=subtype)
+        assert abs(numpy.fft.rfft(read_audio(path).numpy()[:SAMPLE_RATE])).argmax() == 440, (subtype, form)
 
 
 def test_a_file_whose_name_is_no_utf_8_is_read(tmp_path):

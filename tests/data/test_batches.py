@@ -327,6 +327,12 @@ def open_nothing():
     raise ValueError("nothing")
 
 
+def test_a_caption_that_does_not_fit_is_named_by_its_file_and_line(images, tokenizer):
+    images[3] = images[3]._replace(caption=" ")
+    with pytest.raises(ValueError, match=f"^{images[3].path}, line 5 of the manifest: caption: "):
+        PairDataset(images, tokenizer, "image", side=SIDE, seed=0)
+
+
 def test_captions_that_are_cut_are_counted(images, tokenizer, caplog):
     entries = [*images, Entry(images[0].path, "long " * 90, 12)]
     with caplog.at_level(logging.WARNING, logger="onepeace_fast"):

@@ -138,9 +138,11 @@ def browser(profile: Path) -> Iterator[Browser]:
     pipes = [os.pipe(), os.pipe()]
     commands_read, answers_write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (pipes[0][0], pipes[1][1]))
     options = [*OPTIONS, "--remote-debugging-pipe", f"--user-data-dir={profile}"]
+    home = {f"XDG_{name}_HOME": str(profile) for name in ("CACHE", "CONFIG", "DATA", "STATE")} | {"HOME": str(profile)}
     process = subprocess.Popen(
         [sys.executable, "-c", _LAUNCH, str(commands_read), str(answers_write), str(program()), *options],
-        pass_fds=(commands_read, answers_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        env={**os.environ, **home, "XDG_RUNTIME_DIR": str(profile)}, pass_fds=(commands_read, answers_write),
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     for descriptor in (commands_read, answers_write, pipes[0][0], pipes[1][1]):
         os.close(descriptor)

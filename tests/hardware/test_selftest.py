@@ -88,8 +88,8 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU on which every comparison is kept, or not, and on which "fused" takes the time that is set."""
-    state = {"error": 1.0, "architecture": "sm_90", "fused": 1.0}
+    """A GPU on which every comparison is kept, or not, and on which "grouped" takes the time that is set."""
+    state = {"error": 1.0, "architecture": "sm_90", "grouped": 1.0}
 
     def rows(device):
         assert device == GPU
@@ -98,7 +98,7 @@ def gpu(monkeypatch, tmp_path):
         yield selftest.Result("layer_norm", "plain", torch.float32, True, "out0", state["error"], 2.0)
 
     def seconds(strategy, rows, width, device):
-        return 1e-3 * rows if strategy == "per_modality" else state["fused"] * (1e-3 * rows + 1e-3)
+        return 1e-3 * rows if strategy == "per_modality" else state["grouped"] * (1e-3 * rows + 1e-3)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -130,17 +130,17 @@ def test_a_gpu_that_passes_gets_its_file_and_the_fused_backend(gpu, tmp_path, ca
 
 
 def test_the_strategy_of_each_class_of_rows_is_the_faster_one_there(gpu):
-    gpu["fused"] = 0.9995  # 1 ms more at any size: slower for few rows, faster for many
+    gpu["grouped"] = 0.9995  # 1 ms more at any size: slower for few rows, faster for many
     shapes = ((1000, 1536), (4000, 1536))
     assert selftest.timed_strategies(GPU, shapes) == [
-        {"width": None, "rows": 2000, "strategy": "per_modality"}, {"width": None, "rows": None, "strategy": "fused"},
+        {"width": None, "rows": 2000, "strategy": "per_modality"}, {"width": None, "rows": None, "strategy": "grouped"},
     ]  # fmt: skip
     assert tuple(sorted(selftest.TIMED)) == selftest.TIMED
 
 
 def test_launch_parameters_and_other_operations_strategies_stay(gpu):
     launches = {"layer_norm": {"2": {"1024": {"block_rows": 2, "num_warps": 4, "programs_per_multiprocessor": 1}}}}
-    others = {"another": [{"strategy": "fused"}]}
+    others = {"another": [{"strategy": "grouped"}]}
     before = files.MeasuredGPU("A GPU", "sm_90", {}, "2026-01-01", False, others, launches)
     files.write_measured(before, files.user_folder())
     assert cli.main(["selftest"]) == 0
@@ -193,7 +193,7 @@ def test_a_cpu_writes_nothing(results, tmp_path, monkeypatch):
     assert cli.main(["selftest", "--device", "cpu"]) == 0 and not (tmp_path / "own").exists()
 
 
-@pytest.mark.parametrize("strategy", ["fused", "per_modality"])
+@pytest.mark.parametrize("strategy", ["grouped", "per_modality"])
 def test_both_strategies_are_timed_forward_and_backward_with_the_counts_on_the_host(monkeypatch, strategy):
     seen = []
 

@@ -15,7 +15,7 @@ from onepeace_fast.kernels.measured import MeasuredGPU, measured_for, write_meas
 KERNEL = "layer_norm_backward"
 MINE = heuristic(KERNEL, 1024)
 KNOWN = MeasuredGPU(
-    "A GPU", "sm_120", {}, "2026-11-28", True, {"routed_ffn": [{"strategy": "fused"}]},
+    "A GPU", "sm_120", {}, "2026-11-28", True, {"routed_ffn": [{"strategy": "grouped"}]},
     {KERNEL: {"2": {"1024": {"block_rows": 1, "num_warps": 1, "programs_per_multiprocessor": 1}}}},
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from onepeace_fast.drop_path import branches
 from onepeace_fast.hardware import warmup
 from onepeace_fast.kernels.launch import recording
 from onepeace_fast.layers import Transformer
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.route_plan import RoutePlan
 
 pytestmark = pytest.mark.skipif(
@@ -40,7 +40,7 @@ def compiled_for(configuration):
     return f"{kernel.fn.__module__}.{kernel.fn.__name__} {specialization} {options}"
 
 
-def layer_step(lengths, frozen=(), strategy="fused"):
+def layer_step(lengths, frozen=(), strategy="grouped"):
     """What one layer in bfloat16 asks of Triton for a batch, forward and backward; the frozen modality's FFN is."""
     model = Transformer(STACK).bfloat16().train()
     layer = model.layers[0]
@@ -63,13 +63,13 @@ def layer_step(lengths, frozen=(), strategy="fused"):
     return found
 
 
-@pytest.mark.parametrize("strategy", ("fused", "per_modality"))
+@pytest.mark.parametrize("strategy", ("grouped", "per_modality"))
 def test_neither_another_batch_nor_a_frozen_modality_compiles_anything(strategy):
     first = layer_step({"text": [16, 16], "image": [16, 16]}, strategy=strategy)
     assert len(first) > 8
     for lengths in ({"text": [1, 1], "image": [0, 1]}, {"text": [3, 2, 30], "image": [17, 1, 300]}):
         assert layer_step(lengths, strategy=strategy) <= first
-    if strategy == "fused":
+    if strategy == "grouped":
         for frozen in (("text",), ("image",)):
             assert layer_step({"text": [16, 16], "image": [16, 16]}, frozen, strategy) <= first
 
@@ -79,29 +79,30 @@ def test_the_products_of_another_width_are_compiled_but_for_two_the_same():
     for width, hidden in ((64, 128), (96, 256)):
         config = dataclasses.replace(STACK, embed_dim=width, ffn_embed_dim=hidden)
         kernels_of = needed(OnePeaceConfig(encoder=config, decoder=config))
-        found.append(
-            {kernel for kernel in kernels_of if kernel.module.endswith(("grouped_gemm", "ffn", "ffn_backward"))}
-        )
-    assert {kernel.name for kernel in found[0] ^ found[1]} == {"_hidden", "_merge_statistics"}
+        found.append({kernel for kernel in kernels_of if kernel.name.startswith(("grouped_gemm", "routed_ffn"))})
+    assert {kernel.name for kernel in found[0] ^ found[1]} == {
+        "routed_ffn_hidden_kernel",
+        "routed_ffn_statistics_kernel",
+    }
 
 
 def test_the_kernels_of_both_strategies_are_listed_once_each():
     found = needed()
-    names = {(kernel.module.rpartition(".")[2], kernel.name) for kernel in found}
+    names = {kernel.name for kernel in found}
     assert len(set(found)) == len(found)
-    assert {("routed_ffn", "_hidden"), ("gated_sub_ln", "_forward"), ("residual", "_backward")} <= names
+    assert {"routed_ffn_hidden_kernel", "gated_sub_ln_forward_kernel", "residual_backward_kernel"} <= names
     assert len(needed(modalities=(2,))) < len(found)
 
 
 def test_a_kernel_that_was_compiled_is_found_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    (kernel,) = [one for one in needed(modalities=(1,)) if one.name == "_fold"][:1]
+    (kernel,) = [one for one in needed(modalities=(1,)) if one.name == "routed_ffn_fold_kernel"][:1]
     results = []
     for _ in range(2):  # processes of their own, as ``warmup`` has: this one's Triton keeps its driver
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             results.append(pool.apply(warmup._compile, (90, kernel)))
     assert [result.cached for result in results] == [False, True]
-    assert results[0].name == "routed_ffn.fold"
+    assert results[0].name == "routed_ffn_fold_kernel"
 
 
 def test_the_command_prints_every_kernel_and_the_total(tmp_path, monkeypatch, capsys):
@@ -110,7 +111,10 @@ def test_the_command_prints_every_kernel_and_the_total(tmp_path, monkeypatch, ca
 
     def pretended(config, *, progress, **how):
         asked.append((config, how))
-        done = [warmup.Compiled("layer_norm.forward", 1.5, False), warmup.Compiled("residual.forward", 0.0, True)]
+        done = [
+            warmup.Compiled("layer_norm_forward_kernel", 1.5, False),
+            warmup.Compiled("residual_forward_kernel", 0.0, True),
+        ]
         for number, one in enumerate(done, 1):
             progress(number, len(done), one)
         return done
@@ -121,7 +125,7 @@ def test_the_command_prints_every_kernel_and_the_total(tmp_path, monkeypatch, ca
     assert config == CONFIG
     assert how == {"dtype": torch.float16, "target": "sm_90", "modalities": None, "jobs": 3}
     lines = capsys.readouterr().out.splitlines()
-    assert "1 of 2" in lines[0] and "1.5 s  layer_norm.forward" in lines[0] and lines[1].endswith("(cached)")
+    assert "1 of 2" in lines[0] and "1.5 s  layer_norm_forward_kernel" in lines[0] and lines[1].endswith("(cached)")
     assert lines[2].startswith("2 kernels in") and lines[2].endswith("1 were in the cache")
 
 

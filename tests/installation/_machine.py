@@ -5,7 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-LINT = "-m ruff check ."
+CHECKS = ("-m ruff check .", "-m ruff format --check .", "-m mypy")
 SCRIPT = Path(__file__).resolve().parents[2] / "bootstrap.py"
 
 

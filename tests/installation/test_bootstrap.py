@@ -14,7 +14,7 @@ try:
 except ModuleNotFoundError:
     ensurepip = None
 
-from installation._machine import LINT, SCRIPT, offer, one_line
+from installation._machine import CHECKS, SCRIPT, offer, one_line
 
 BUNDLED = Path(ensurepip.__file__).parent / "_bundled" if ensurepip else Path()
 
@@ -52,9 +52,9 @@ def test_second_demo_calls_no_pip(bootstrap, machine):
 def test_demo_after_test_calls_no_pip_and_test_after_demo_adds_its_tools_to_the_same_environment(bootstrap, machine):
     machine.started("demo")
     machine.torches[str(bootstrap.PYTHON)] = ("2.13.0+cpu", False, "site-packages/torch")
-    assert machine.started("test")[:2] == [PIP + " --editable .[demo,train,dev]", f"VENV {LINT}"]
+    assert machine.started("test")[:2] == [PIP + " --editable .[demo,train,docs,dev]", f"VENV {CHECKS[0]}"]
     assert machine.started("demo") == ["VENV -m onepeace_fast.cli demo"]
-    assert machine.started("test")[0] == f"VENV {LINT}"
+    assert machine.started("test")[0] == f"VENV {CHECKS[0]}"
 
 
 @pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "build_backend/backend.py", "csrc/kernel.cuh"])
@@ -236,8 +236,8 @@ def test_the_extension_is_compiled_for_the_gpus_that_are_here_unless_others_are_
 PARALLEL = "VENV -m pytest -n auto --dist loadfile"
 
 
-def test_test_runs_ruff_and_then_the_quick_tests_on_all_cores(bootstrap, machine):
-    assert machine.started("test")[-2:] == [f"VENV {LINT}", PARALLEL]
+def test_test_checks_the_code_and_then_runs_the_quick_tests_on_all_cores(bootstrap, machine):
+    assert machine.started("test")[-4:] == [*(f"VENV {check}" for check in CHECKS), PARALLEL]
 
 
 def test_coverage_has_a_threshold(bootstrap, machine):
@@ -267,9 +267,10 @@ def test_a_fault_of_either_kind_of_kernel_is_passed_through(machine, tool):
     machine.started("kernels", code=1)
 
 
-def test_ruff_that_complains_ends_test_with_its_code(bootstrap, machine):
-    machine.codes[LINT] = 5
-    assert machine.started("test", code=5)[-1] == f"VENV {LINT}"
+@pytest.mark.parametrize("check", CHECKS)
+def test_a_check_that_complains_ends_test_with_its_code(bootstrap, machine, check):
+    machine.codes[check] = 5
+    assert machine.started("test", code=5)[-1] == f"VENV {check}"
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ def test_help_names_every_command_and_starts_nothing(bootstrap, machine, capsys,
 
 def test_unknown_command_ends_in_one_line(bootstrap, machine, capsys):
     assert machine.started("tset", code=2) == []
-    assert "choose one of demo, test, test-all, bench, kernels, mutants, rehearse, gpu" in one_line(
+    assert "choose one of demo, test, test-all, bench, docs, kernels, mutants, rehearse, gpu" in one_line(
         capsys.readouterr().err
     )
 
@@ -308,7 +309,7 @@ def test_old_python_can_parse_the_script():
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 @pytest.mark.parametrize(
     ("target", "command"),
-    [(name, name) for name in ("demo", "test", "test-all", "bench", "gpu")] + [("help", "--help")],
+    [(name, name) for name in ("demo", "test", "test-all", "bench", "docs", "gpu")] + [("help", "--help")],
 )
 def test_make_targets_only_call_bootstrap(target, command):
     call = ["make", "--dry-run", "--no-print-directory", "PYTHON=python3", target]

@@ -167,13 +167,14 @@ def sections(**times) -> dict:
 
 def test_the_faster_strategy_by_rows_is_proposed():
     measured = sections(
-        d=(32768, {"fused": 1.0, "other": 2.0}), a=(256, {"fused": 3.0, "other": 1.0}),
-        b=(1024, {"fused": 2.0, "other": 1.0}), c=(4096, {"fused": 1.0, "other": 1.1}), alone=(64, {"fused": 1.0}),
+        d=(32768, {"grouped": 1.0, "other": 2.0}), a=(256, {"grouped": 3.0, "other": 1.0}),
+        b=(1024, {"grouped": 2.0, "other": 1.0}), c=(4096, {"grouped": 1.0, "other": 1.1}),
+        alone=(64, {"grouped": 1.0}),
     )  # fmt: skip
     measured["elsewhere"] = {**measured["a"], "kind": "layer", "rows": 1}
     times = proposal.times_by_rows(measured)
     assert list(times) == [256, 1024, 4096, 32768]
-    assert proposal.classes(times) == [{"rows": 2048, "strategy": "other"}, {"rows": None, "strategy": "fused"}]
+    assert proposal.classes(times) == [{"rows": 2048, "strategy": "other"}, {"rows": None, "strategy": "grouped"}]
     assert proposal.classes({}) == []
 
 
@@ -181,7 +182,7 @@ def test_the_proposal_says_what_was_measured_where(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(proposal.cuda_extension, "unavailable_reason", lambda: None)
     results = tmp_path / "gpu.json"
     machine = {"gpu": "NVIDIA H200", "capability": "9.0", "versions": {"torch": "2.11"}}
-    measured = sections(a=(256, {"fused": 3.0, "per_modality": 1.0}))
+    measured = sections(a=(256, {"grouped": 3.0, "per_modality": 1.0}))
     results.write_text(json.dumps({"date": "now", "machine": machine, "sections": measured}))
     assert proposal.main([str(results), str(tmp_path / "out")]) == 0
     (path,) = (tmp_path / "out").iterdir()

@@ -18,6 +18,9 @@ from support.kernels import (
     on_device,
 )
 
+from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN, gated_sub_ln_backward_and_n
+from onepeace_fast.structures import GatedSubLNGradients, GatedSubLNInputs, GatedSubLNSaved, Routing
+
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 MODALITIES = ([7], [5, 0, 7], [0, 1, 2, 0, 9, 3, 1])[DEVICE == "cuda" :]
 
@@ -112,10 +115,9 @@ def test_the_backward_kernel_gives_n_once_more(width):
             norms = [[leaves[f"{kind}{m}"] for m in range(3) if "weight0" in leaves] for kind in ("weight", "bias")]
             offsets = int32([0, 3, 3, 5])
             u, v, needs = leaves["u"], leaves.get("v"), [False] * len(norms[0])
-            n, *statistics = torch.ops.onepeace_fast.gated_sub_ln(u, v, *norms, offsets, counts, "gelu", 1e-5)
-            again = torch.ops.onepeace_fast.gated_sub_ln_backward(
-                u, u, v, *statistics, *norms, offsets, counts, "gelu", needs, needs, True
-            )[-1]
+            n, *statistics = GATED_SUB_LN.run(GatedSubLNInputs(u, v, *norms, Routing(offsets), "gelu", 1e-5))
+            saved = GatedSubLNSaved(u, u, v, *statistics, *norms, Routing(offsets), "gelu")
+            _, again = gated_sub_ln_backward_and_n(saved, GatedSubLNGradients(True, True, needs, needs), n_needed=True)
             epsilon = torch.finfo(dtype).eps
             torch.testing.assert_close(again, n, rtol=2 * epsilon, atol=4 * epsilon)
 

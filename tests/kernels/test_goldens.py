@@ -1,4 +1,4 @@
-"""Tensors recorded from upstream, through the kernels and the fused strategy of the FFN."""
+"""Tensors recorded from upstream, through the kernels and the grouped strategy of the FFN."""
 
 import pytest
 from models._goldens import compare, golden
@@ -6,14 +6,14 @@ from support.kernels import DEVICE
 from support.tiles import small_tiles
 
 from onepeace_fast.kernels import grouped_gemm
-from onepeace_fast.ops import _routed_ffn_arguments
+from onepeace_fast.ops import routed_ffn_arguments
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda", reason="recorded in float32, which a GPU's tensor cores do not multiply")
 @pytest.mark.parametrize("name", ["tiny", "flags", "perlayer"])
 def test_every_recorded_tensor_is_reproduced_by_the_kernels(name, monkeypatch):
-    monkeypatch.setattr(_routed_ffn_arguments, "strategy_for", lambda *_: "fused")
+    monkeypatch.setattr(routed_ffn_arguments, "strategy_for", lambda *_: "grouped")
     launch, kernels = grouped_gemm.launch, set()
 
     def noted(kernel, *rest, **how):
@@ -23,6 +23,8 @@ def test_every_recorded_tensor_is_reproduced_by_the_kernels(name, monkeypatch):
     monkeypatch.setattr(grouped_gemm, "launch", noted)
     with small_tiles():
         report = compare(golden(name).to(DEVICE), "fused")
-    assert {"_hidden", "_output", "_hidden_gradient", "_input_gradient", "_weight_gradient"} <= kernels
+    products = ("routed_ffn_hidden", "routed_ffn_output", "routed_ffn_hidden_gradient", "grouped_gemm_input_gradient",
+                "grouped_gemm_weight_gradient")  # fmt: skip
+    assert {f"{product}_kernel" for product in products} <= kernels
     assert not report.failures, f"{len(report.failures)} of {report.count} failed:\n" + "\n".join(report.failures)
     assert report.count > 400

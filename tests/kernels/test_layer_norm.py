@@ -43,7 +43,7 @@ def routed_leaves(counts, width, rows=None, heads=None):
 def op(counts, index=None, eps=1e-5):
     """The op for per-modality parameters, or for shared ones where the leaves have a single weight or bias."""
     extra = {"offsets": ragged_offsets(counts).to(DEVICE)} if counts else {}
-    extra |= {} if index is None else {"rows": int32(index)}
+    extra |= {} if index is None else {"row_index": int32(index)}
 
     def call(x, weight=None, bias=None, head_scale=None, **parameters):
         if parameters:
@@ -183,9 +183,9 @@ def test_strides_of_offsets_and_index_do_not_matter():
     leaves = on_device(routed_leaves([3, 0, 2], 16, 8), torch.float32)
     offsets, index = ragged_offsets([3, 0, 2]).to(DEVICE), int32([7, 1, 0, 4, 5, GARBAGE])
     weights, biases = ([leaves[f"{kind}{m}"] for m in range(3)] for kind in ("weight", "bias"))
-    expected = layer_norm(leaves["x"], weights, biases, rows=index, offsets=offsets)
+    expected = layer_norm(leaves["x"], weights, biases, row_index=index, offsets=offsets)
     apart = [torch.stack([value, torch.full_like(value, 3)], dim=1)[:, 0] for value in (index, offsets)]
-    assert torch.equal(layer_norm(leaves["x"], weights, biases, rows=apart[0], offsets=apart[1]), expected)
+    assert torch.equal(layer_norm(leaves["x"], weights, biases, row_index=apart[0], offsets=apart[1]), expected)
 
 
 def test_rows_are_independent_and_nan_in_inert_rows_reaches_nothing():

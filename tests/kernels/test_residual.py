@@ -19,10 +19,10 @@ from support.kernels import (
 )
 
 from onepeace_fast import layer_norm, residual, residual_layer_norm
-from onepeace_fast.ops._dropout import dropout_factor
+from onepeace_fast.ops.dropout import dropout_factor
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
-KEEP = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0], device=DEVICE)
+DROP_PATH = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0], device=DEVICE)
 SEED = torch.tensor(2**40 + 12345, device=DEVICE)
 NORM = pytest.mark.parametrize("norm", (False, True), ids=("residual", "residual_layer_norm"))
 
@@ -41,11 +41,11 @@ def leaves_of(rows, width, norm=False, gamma=True, bias=True, branch_rows=None):
     return on_device(leaves | ({"norm_bias": normal(width, seed=6)} if norm and bias else {}))
 
 
-def op(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
+def op(rows, drop_path=True, dropout=0.0, index=None, extent=None, eps=1e-5):
     """The op with a row index, and with offsets whose last entry is ``extent``."""
-    extra = {"keep": KEEP, "sample": sample_of(rows)} if keep else {}
+    extra = {"drop_path": DROP_PATH, "sample": sample_of(rows)} if drop_path else {}
     extra |= {"dropout": dropout, "seed": SEED} if dropout else {}
-    extra |= {} if index is None else {"rows": int32(index)}
+    extra |= {} if index is None else {"row_index": int32(index)}
     extra |= {} if extent is None else {"offsets": int32([0, extent // 2, extent // 2, extent])}
 
     def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
@@ -56,7 +56,7 @@ def op(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
     return call
 
 
-def plain(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
+def plain(rows, drop_path=True, dropout=0.0, index=None, extent=None, eps=1e-5):
     """The same, written the obvious way; the random numbers are those that tests/ops/test_dropout.py proves."""
 
     def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
@@ -64,7 +64,7 @@ def plain(rows, keep=True, dropout=0.0, index=None, extent=None, eps=1e-5):
         places = places if extent is None else places[:extent]
         factor = dropout_factor(SEED, x.shape, dropout)[places] if dropout else None
         sample = sample_of(rows)[places]
-        added = naive.residual(x[places], y[: len(places)], gamma, KEEP if keep else None, sample, factor)
+        added = naive.residual(x[places], y[: len(places)], gamma, DROP_PATH if drop_path else None, sample, factor)
         out = x.clone()
         out[places] = added
         if norm_weight is None:
@@ -99,9 +99,9 @@ def test_many_rows_follow_the_naive_ones_in_every_sample(norm):
 def test_every_combination_of_options_follows_the_naive_one(norm, dtype):
     rows, width = 7, 16
     for gamma in (False, True):
-        for keep in (False, True):
+        for drop_path in (False, True):
             for dropout in (0.0, 0.4):
-                options = {"keep": keep, "dropout": dropout, "eps": 0.1}
+                options = {"drop_path": drop_path, "dropout": dropout, "eps": 0.1}
                 leaves = leaves_of(rows, width, norm, gamma, bias=gamma)
                 contract.check_against_naive(op(rows, **options), plain(rows, **options), leaves, dtype)
 
@@ -161,7 +161,7 @@ def test_rows_past_the_extent_are_x(extent, norm, dtype):
 @NORM
 def test_skipped_rows_are_x_and_the_others_have_the_bits_of_the_whole(norm):
     rows = 30
-    dropped = KEEP[sample_of(rows).long()] == 0
+    dropped = DROP_PATH[sample_of(rows).long()] == 0
     index = torch.nonzero(~dropped).flatten().tolist()
     assert 0 < len(index) < rows
     for dtype in DTYPES:
@@ -192,7 +192,7 @@ def test_an_output_without_a_gradient_counts_as_zero(which):
 
 @NORM
 def test_strides_of_inputs_and_gradients_do_not_matter(norm):
-    for options in first(({"dropout": 0.3}, {"keep": False}, {"index": [5, 0, 6]})):
+    for options in first(({"dropout": 0.3}, {"drop_path": False}, {"index": [5, 0, 6]})):
         leaves = leaves_of(7, 9, norm, branch_rows=3 if "index" in options else None)
         leaves = on_device(leaves, torch.float32)
         contract.check_input_layouts(op(7, **options), leaves, ["x", "y", "gamma"])
@@ -247,7 +247,7 @@ def test_elements_past_2_to_the_31st_are_reached(tmp_path):
     assert torch.equal(residual(y, rows), residual(y.contiguous(), rows))
 
 
-def test_dropout_s_random_numbers_are_those_of_the_specification():
+def test_dropout_s_random_numbers_are_those_of_the_reference():
     rows, width, seeds = 5, 70, (0, -1, 2**63 - 1, 2**32)
     for seed in (torch.tensor(value, device=DEVICE) for value in seeds):
         out = residual(torch.zeros(rows, width, device=DEVICE), torch.ones(rows, width, device=DEVICE),

@@ -40,7 +40,7 @@ WIDTH, HIDDEN = 96, 200  # neither is a multiple of a tile
 COUNTS = [5, 0, 40]
 MANY = [1, 0, 64, 3, 0, 33, 2]
 RAGGED = ([64, 1, 63], MANY) if DEVICE == "cuda" else ([300], [65, 0], [64, 1, 63], MANY)
-FUSED = {"strategy": "fused"}
+GROUPED = {"strategy": "grouped"}
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def check(counts, dtype, options=ALL, inert=0, width=WIDTH, hidden=HIDDEN, eps=1
     leaves = on_device(leaves_of(counts, width, hidden, options, inert))
     activation = {"activation": how["activation"]} if "activation" in how else {}
     contract.check_against_naive(
-        op(counts, options, inert=inert, eps=eps, **where, **FUSED, **how),
+        op(counts, options, inert=inert, eps=eps, **where, **GROUPED, **how),
         plain(counts, options, inert=inert, eps=eps, **where, **activation), leaves, dtype, slices_of(counts),
     )  # fmt: skip
 
@@ -81,27 +81,27 @@ def test_the_ffn_without_a_gate_a_norm_and_a_residual_follows_the_naive_one():
 def test_every_combination_of_options_follows_the_naive_one():
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
-        if "residual" in options or not options & {"gamma", "keep"}:
+        if "residual" in options or not options & {"gamma", "drop_path"}:
             check([5, 0, 7], PRODUCT_DTYPE, options, 1, 8, 12, eps=0.1)
 
 
 def test_the_residual_may_be_float32_over_half_precision_products():
     leaves = on_device(leaves_of(COUNTS, *product_size(64, 96)))
     dtypes = {name: torch.float32 if name in ("residual", "gamma") else HALF for name in leaves}
-    contract.check_against_naive(op(COUNTS, **FUSED), plain(COUNTS), leaves, dtypes, slices_of(COUNTS))
+    contract.check_against_naive(op(COUNTS, **GROUPED), plain(COUNTS), leaves, dtypes, slices_of(COUNTS))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("keep", ([1.25, 1.25, 1.25], [0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
-def test_rows_come_back_where_the_index_says(keep, dtype):
+@pytest.mark.parametrize("drop_path", ([1.25, 1.25, 1.25], [0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
+def test_rows_come_back_where_the_index_says(drop_path, dtype):
     counts, stream_rows = [17, 0, 30], 60
     order = torch.randperm(stream_rows, generator=torch.Generator().manual_seed(0))
     index = int32(order[: sum(counts) + 2].tolist())  # the last two are inert
     width, hidden = product_size(WIDTH, 72)
     leaves = leaves_of(counts, width, hidden, inert=2)
     leaves["residual"] = 2 * contract.normal(stream_rows, width, seed=2)
-    where = {"keep": torch.tensor(keep), "rows": index}
-    call = op(counts, **where, **FUSED)
+    where = {"drop_path": torch.tensor(drop_path), "row_index": index}
+    call = op(counts, **where, **GROUPED)
     contract.check_against_naive(call, plain(counts, **where), on_device(leaves), dtype)
     rounded = on_device(leaves, dtype)
     others = order[sum(counts) :].to(DEVICE)
@@ -111,7 +111,7 @@ def test_rows_come_back_where_the_index_says(keep, dtype):
 def test_interleaved_tokens_need_no_permutation_of_their_own():
     """The pre-LN reads by the index, the last product writes by it: the bits are those of packed tokens."""
     width, hidden = product_size(32, 72)
-    leaves = on_device(leaves_of(COUNTS, width, hidden, ALL - {"keep"}), PRODUCT_DTYPE)
+    leaves = on_device(leaves_of(COUNTS, width, hidden, ALL - {"drop_path"}), PRODUCT_DTYPE)
     norm = [contract.normal(width, seed=s).to(DEVICE, PRODUCT_DTYPE) for s in (70, 71)]
     order = torch.randperm(45, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     packed, index = leaves.pop("residual"), order.int()
@@ -120,15 +120,17 @@ def test_interleaved_tokens_need_no_permutation_of_their_own():
     stream[order] = packed
     before = launched()
     with torch.no_grad():
-        z = layer_norm(stream, *norm, rows=index, offsets=ragged_offsets(COUNTS).to(DEVICE))
-        out = op(COUNTS, ALL - {"keep"}, rows=index, **FUSED)(z, stream, **leaves)
+        z = layer_norm(stream, *norm, row_index=index, offsets=ragged_offsets(COUNTS).to(DEVICE))
+        out = op(COUNTS, ALL - {"drop_path"}, row_index=index, **GROUPED)(z, stream, **leaves)
     assert launched() - before == 6  # the norm, the four of the FFN, and the inverse of the index
-    assert torch.equal(out[order], op(COUNTS, ALL - {"keep"}, **FUSED)(layer_norm(packed, *norm), packed, **leaves))
+    assert torch.equal(
+        out[order], op(COUNTS, ALL - {"drop_path"}, **GROUPED)(layer_norm(packed, *norm), packed, **leaves)
+    )
 
 
 def test_the_branch_keeps_little_of_what_plain_pytorch_keeps():
     leaves = on_device(memory.branch_leaves(PRODUCT_DTYPE))
-    kept, recomputing = (memory.saved_bytes(memory.branch(recompute=r, **FUSED), leaves) for r in (False, True))
+    kept, recomputing = (memory.saved_bytes(memory.branch(recompute=r, **GROUPED), leaves) for r in (False, True))
     assert kept <= memory.MOST * memory.saved_bytes(memory.plain, leaves)
     assert recomputing <= 0.3 * kept
 
@@ -136,42 +138,42 @@ def test_the_branch_keeps_little_of_what_plain_pytorch_keeps():
 def test_nan_in_one_modality_leaves_the_others_alone():
     counts, options = [33, 40, 9], ALL - {"gamma"}
     leaves = on_device(leaves_of(counts, *product_size(WIDTH, 72), options), PRODUCT_DTYPE)
-    check_nan_in_one_modality(op(counts, options, **FUSED), counts, leaves)
+    check_nan_in_one_modality(op(counts, options, **GROUPED), counts, leaves)
 
 
 @pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
     leaves = on_device(leaves_of(COUNTS, *product_size(16, 24), inert=3), PRODUCT_DTYPE)
-    check_nan_in_inert_rows(op(COUNTS, inert=3, **FUSED), COUNTS, leaves, poisoned)
+    check_nan_in_inert_rows(op(COUNTS, inert=3, **GROUPED), COUNTS, leaves, poisoned)
 
 
 def test_inert_rows_keep_the_residual_and_are_zero_without_one():
     leaves = on_device(leaves_of(COUNTS, *product_size(16, 24), inert=3), PRODUCT_DTYPE)
-    assert torch.equal(op(COUNTS, inert=3, **FUSED)(**leaves)[-3:], leaves["residual"][-3:])
+    assert torch.equal(op(COUNTS, inert=3, **GROUPED)(**leaves)[-3:], leaves["residual"][-3:])
     bare = {name: leaf for name, leaf in leaves.items() if name not in ("residual", "gamma")}
-    assert not op(COUNTS, frozenset(), inert=3, **FUSED)(**bare)[-3:].any()
+    assert not op(COUNTS, frozenset(), inert=3, **GROUPED)(**bare)[-3:].any()
 
 
 def test_what_is_recomputed_has_the_bits_of_what_is_kept():
     leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN, inert=2), HALF)
     contract.assert_same(
-        contract.run(op(COUNTS, inert=2, recompute=True, **FUSED), leaves),
-        contract.run(op(COUNTS, inert=2, **FUSED), leaves), "recompute",
+        contract.run(op(COUNTS, inert=2, recompute=True, **GROUPED), leaves),
+        contract.run(op(COUNTS, inert=2, **GROUPED), leaves), "recompute",
     )  # fmt: skip
 
 
 def test_without_gradients_the_result_is_the_same():
     leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), HALF)
-    expected = contract.run(op(COUNTS, **FUSED), leaves)[0][0]
+    expected = contract.run(op(COUNTS, **GROUPED), leaves)[0][0]
     with torch.no_grad():
-        assert torch.equal(op(COUNTS, **FUSED)(**leaves), expected)
+        assert torch.equal(op(COUNTS, **GROUPED)(**leaves), expected)
 
 
 def test_the_host_s_counts_are_not_read():
     leaves = on_device(leaves_of(COUNTS, *product_size(32, 72), inert=2), PRODUCT_DTYPE)
     contract.assert_same(
-        contract.run(op(COUNTS, host=False, inert=2, **FUSED), leaves),
-        contract.run(op(COUNTS, inert=2, **FUSED), leaves), "host counts",
+        contract.run(op(COUNTS, host=False, inert=2, **GROUPED), leaves),
+        contract.run(op(COUNTS, inert=2, **GROUPED), leaves), "host counts",
     )  # fmt: skip
 
 
@@ -181,35 +183,35 @@ def test_as_many_launches_for_any_number_of_modalities():
         leaves = on_device(leaves_of(counts, *product_size(16, 24)), PRODUCT_DTYPE)
         before = launched()
         with torch.no_grad():
-            op(counts, **FUSED)(**leaves)
+            op(counts, **GROUPED)(**leaves)
         found.add(launched() - before)
     assert found == {4}  # both products, the statistics between them, Sub-LayerNorm folded into the second
 
 
 def test_strides_do_not_matter():
     leaves = on_device(leaves_of([5, 0, 7], *product_size(16, 24)), PRODUCT_DTYPE)
-    expected = contract.run(op([5, 0, 7], **FUSED), leaves)
+    expected = contract.run(op([5, 0, 7], **GROUPED), leaves)
     for layout in contract.LAYOUTS:
         moved = {name: layout(leaf) for name, leaf in leaves.items()}
-        contract.assert_same(contract.run(op([5, 0, 7], **FUSED), moved), expected, layout.__name__)
-    contract.check_gradient_layouts(op([5, 0, 7], **FUSED), leaves)
+        contract.assert_same(contract.run(op([5, 0, 7], **GROUPED), moved), expected, layout.__name__)
+    contract.check_gradient_layouts(op([5, 0, 7], **GROUPED), leaves)
 
 
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
     counts = [5, 0, 7]
     leaves = on_device(leaves_of(counts, *product_size(16, 24)), PRODUCT_DTYPE)
-    outputs, gradients = contract.run(op(counts, **FUSED), leaves)
+    outputs, gradients = contract.run(op(counts, **GROUPED), leaves)
     idle = [name for name in leaves if name.endswith("_1")]
     assert len(idle) == 6 and not any(gradients[name].any() for name in idle)
     for kind in ("z", "w0", "w1", "w2", "b2", "norm_weight", "norm_bias", "gamma", "residual"):
         frozen = [name for name in leaves if name.startswith(kind) and not name.endswith("_2")]
         left = {name: None if name in frozen else gradient for name, gradient in gradients.items()}
-        contract.assert_same(contract.run(op(counts, **FUSED), leaves, frozen=frozen), (outputs, left), kind)
+        contract.assert_same(contract.run(op(counts, **GROUPED), leaves, frozen=frozen), (outputs, left), kind)
 
 
 def test_repeats_are_bitwise_equal():
     leaves = on_device(leaves_of([9, 0, 33], *product_size(32, 40), inert=3), DTYPES[-1])
-    contract.check_deterministic(op([9, 0, 33], inert=3, **FUSED), leaves, REPEATS if DEVICE == "cuda" else 3)
+    contract.check_deterministic(op([9, 0, 33], inert=3, **GROUPED), leaves, REPEATS if DEVICE == "cuda" else 3)
 
 
 def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_deviation(capsys):
@@ -228,7 +230,7 @@ def test_both_places_of_the_norm_keep_the_rule_where_the_mean_is_far_above_the_d
         eager = plain(counts, options)(**half)
         scale = exact.square().mean().sqrt().item()
         for fold in (True, False):
-            out = op(counts, options, fold_norm=fold, **FUSED)(**half)
+            out = op(counts, options, fold_norm=fold, **GROUPED)(**half)
             assert_within_rule(f"ratio {ratio}, fold_norm {fold}", out, eager, exact)
             rms[ratio, fold] = errors(out, exact)[1] / scale
         with capsys.disabled():
@@ -246,10 +248,10 @@ def test_float16_stays_finite_where_the_hidden_rows_are_beyond_its_range():
     exact = plain(counts, options)(**{name: leaf.double() for name, leaf in half.items()})
     u, v = (half["z"].double() @ half[name].double().t() for name in ("w0_0", "w1_0"))
     assert (u * v).abs().max() > 65504 > u.abs().max()
-    (out,), gradients = contract.run(op(counts, options, **FUSED), half)
+    (out,), gradients = contract.run(op(counts, options, **GROUPED), half)
     torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-2)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
-    assert not op(counts, options, fold_norm=True, **FUSED)(**half).isfinite().all()
+    assert not op(counts, options, fold_norm=True, **GROUPED)(**half).isfinite().all()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter shows the descriptors")
@@ -264,7 +266,7 @@ def test_no_descriptor_is_of_no_rows(monkeypatch):
 
     monkeypatch.setattr(InterpreterBuilder, "create_make_tensor_descriptor", noting)
     for counts in ([0, 0], [0, 3], [3, 0], [0, 0, 3], [0, 3, 0]):
-        contract.run(op(counts, **FUSED), on_device(leaves_of(counts, 8, 8), torch.float32))
+        contract.run(op(counts, **GROUPED), on_device(leaves_of(counts, 8, 8), torch.float32))
         assert extents and min(extents) > 0, counts
 
 
@@ -278,4 +280,4 @@ def test_any_ragged_plan(counts, inert):
 
 def test_compiled_equals_eager():
     leaves = on_device(leaves_of(COUNTS, *product_size(8, 16), inert=1), PRODUCT_DTYPE)
-    contract.check_compiled(op(COUNTS, inert=1, **FUSED), leaves)
+    contract.check_compiled(op(COUNTS, inert=1, **GROUPED), leaves)

@@ -24,7 +24,7 @@ from support.tiles import small_tiles
 from onepeace_fast.kernels.launch import launched
 
 COUNTS = [5, 0, 40]
-FUSED = {"strategy": "fused"}
+GROUPED = {"strategy": "grouped"}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def tiles():
 def check(counts, dtype, width, hidden, options=ALL, inert=0, leaves=None, **where):
     leaves = leaves or leaves_of(counts, width, hidden, options, inert)
     contract.check_against_naive(
-        op(counts, options, inert=inert, **where, **FUSED), plain(counts, options, inert=inert, **where),
+        op(counts, options, inert=inert, **where, **GROUPED), plain(counts, options, inert=inert, **where),
         on_device(leaves), dtype, slices_of(counts),
     )  # fmt: skip
 
@@ -44,7 +44,7 @@ def check(counts, dtype, width, hidden, options=ALL, inert=0, leaves=None, **whe
 def backward_launches(leaves, counts, frozen=()):
     """How many kernels a backward pass launches."""
     mine = {name: leaf.detach().requires_grad_(name not in frozen) for name, leaf in leaves.items()}
-    out = op(counts, **FUSED)(**mine)
+    out = op(counts, **GROUPED)(**mine)
     before = launched()
     out.backward(torch.ones_like(out))
     return launched() - before
@@ -63,7 +63,7 @@ def test_sums_over_many_tiles_of_rows_follow_the_naive_ones(dtype):
 
 @pytest.mark.parametrize("factor", (0.0, 1.25))
 def test_samples_may_all_be_dropped_or_all_be_kept(factor):
-    check(COUNTS, PRODUCT_DTYPE, *product_size(32, 72), keep=torch.full((3,), factor))
+    check(COUNTS, PRODUCT_DTYPE, *product_size(32, 72), drop_path=torch.full((3,), factor))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -81,10 +81,10 @@ def test_gradients_keep_the_rule_where_the_mean_of_h_is_far_above_its_deviation(
 def test_each_gradient_alone_has_the_bits_that_it_has_among_the_others():
     counts = [5, 0, 7]
     leaves = on_device(leaves_of(counts, *product_size(16, 24), inert=1), PRODUCT_DTYPE)
-    expected = contract.run(op(counts, inert=1, **FUSED), leaves)[1]
+    expected = contract.run(op(counts, inert=1, **GROUPED), leaves)[1]
     for name in ("z", "w0_0", "w1_2", "w2_0", "w2_1", "b2_0", "norm_weight_2", "norm_bias_0", "gamma"):
         frozen = [other for other in leaves if other != name]
-        actual = contract.run(op(counts, inert=1, **FUSED), leaves, frozen=frozen)[1]
+        actual = contract.run(op(counts, inert=1, **GROUPED), leaves, frozen=frozen)[1]
         contract.assert_same_gradients(actual, {**dict.fromkeys(frozen), name: expected[name]}, f"{name} alone")
 
 
@@ -109,8 +109,8 @@ def test_norms_of_different_dtypes_get_gradients_of_their_own():
     counts = [5, 0, 7]
     leaves = on_device(leaves_of(counts, *product_size(16, 24)), HALF)
     wide = {name: leaf.float() if name.endswith("_2") and "norm" in name else leaf for name, leaf in leaves.items()}
-    expected = contract.run(op(counts, **FUSED), leaves)[1]
-    actual = contract.run(op(counts, **FUSED), wide)[1]
+    expected = contract.run(op(counts, **GROUPED), leaves)[1]
+    actual = contract.run(op(counts, **GROUPED), wide)[1]
     for name, gradient in expected.items():
         assert torch.equal(actual[name].to(HALF), gradient), name
 
@@ -119,22 +119,22 @@ def test_the_gradient_s_rows_may_lie_past_2_to_the_31_elements(tmp_path):
     width, hidden = product_size(8, 16)
     leaves = on_device(leaves_of([2, 1], width, hidden), HALF)
     given = [normal(3, width, seed=9, dtype=HALF).to(DEVICE)]
-    expected = contract.run(op([2, 1], **FUSED), leaves, given)
-    actual = contract.run(op([2, 1], **FUSED), leaves, [far_apart(given[0], tmp_path)])
+    expected = contract.run(op([2, 1], **GROUPED), leaves, given)
+    actual = contract.run(op([2, 1], **GROUPED), leaves, [far_apart(given[0], tmp_path)])
     contract.assert_same(actual, expected, "gradient far apart")
 
 
 def test_rows_of_the_stream_that_the_index_leaves_out_give_nothing():
     counts, stream_rows = [9, 0, 24], 50
     order = torch.randperm(stream_rows, generator=torch.Generator().manual_seed(1))
-    where = {"rows": int32(order[: sum(counts)].tolist())}
+    where = {"row_index": int32(order[: sum(counts)].tolist())}
     width, hidden = product_size(16, 24)
     leaves = leaves_of(counts, width, hidden)
     leaves["residual"] = 2 * normal(stream_rows, width, seed=2)
     leaves = on_device(leaves, PRODUCT_DTYPE)
     given = [normal(stream_rows, width, seed=9).to(DEVICE)]
-    expected = contract.run(op(counts, **where, **FUSED), leaves, given)[1]
+    expected = contract.run(op(counts, **where, **GROUPED), leaves, given)[1]
     given[0][order[sum(counts) :]] = torch.nan
-    actual = contract.run(op(counts, **where, **FUSED), leaves, given)[1]
+    actual = contract.run(op(counts, **where, **GROUPED), leaves, given)[1]
     del actual["residual"], expected["residual"]
     contract.assert_same_gradients(actual, expected, "NaN in rows that are left out")

@@ -33,7 +33,7 @@ def test_values_and_gradients_follow_the_naive_ones(counts, width, hidden, inert
 def test_every_combination_of_options_follows_the_naive_one():
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
-        if "residual" in options or not options & {"gamma", "keep"}:
+        if "residual" in options or not options & {"gamma", "drop_path"}:
             contract.check_against_naive(
                 op(COUNTS, options, inert=1, eps=0.1), plain(COUNTS, options, inert=1, eps=0.1),
                 on_device(leaves_of(COUNTS, 6, 10, options, 1)), torch.float32, slices_of(COUNTS),

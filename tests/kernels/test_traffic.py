@@ -57,7 +57,11 @@ def times_read(launch: Launch, operation: str, name: str) -> int:
         "residual_layer_norm": ("grad_normed", "out"),
         "gated_sub_ln": ("grad", "u", "v") if "weight" in launch.tensors else (),
     }
-    return 2 if launch.in_memory and launch.kernel == "_backward" and name in of_norm.get(operation, ()) else 1
+    return (
+        2
+        if launch.in_memory and launch.kernel.endswith("backward_kernel") and name in of_norm.get(operation, ())
+        else 1
+    )
 
 
 def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
@@ -90,7 +94,7 @@ def check(launch: Launch, case, batch: Rows, size: tuple[int, int], moved: dict[
     moved = dict(moved)
     for (way, name), elements in launch.elements().items():
         tensor, what = launch.tensors[name], f"{launch.kernel} {way} {name}"
-        if not elements or launch.kernel == "_place_rows":
+        if not elements or launch.kernel == "row_places_kernel":
             continue
         kind = kind_of(tensor, batch, size[1])
         if kind == "rows":
@@ -105,7 +109,7 @@ def check(launch: Launch, case, batch: Rows, size: tuple[int, int], moved: dict[
             assert launch.times(way, name).max() == 1, what
         elif kind == "vector" and name != "offsets" and tensor.numel() >= 1 and not launch.in_memory:
             by_program = getattr(launch, way)[name].sum(1).max()
-            assert by_program <= max(tensor.numel(), size[1], size[0] if name == "keep" else 0), what
+            assert by_program <= max(tensor.numel(), size[1], size[0] if name == "drop_path" else 0), what
         group = "rows" if kind in ("rows", "column") else "vector"
         moved[group] += elements * tensor.element_size()
     return moved

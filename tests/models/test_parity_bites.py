@@ -1,42 +1,37 @@
-"""Every number that an op's specification returns matters: scaling any of them by 1% makes the parity checks fail."""
+"""Every number that an op's reference returns matters: scaling any of them by 1% makes the parity checks fail."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import cache
+from operator import attrgetter
 
 import pytest
 import torch
 from models._goldens import Report, check_losses, golden
 
-LISTS = ("w0", "w1", "norm_weight", "norm_bias", "w2", "b2")
-# What each op returns, and the recording that exercises it: gamma is in "perlayer", head scale in "flags".
-OUTPUTS = {
-    "layer_norm": [("y", 0, "flags"), ("mean", 1, "flags"), ("rstd", 2, "flags")],
-    "layer_norm_backward": [("dx", 0, "flags"), ("dweights", 1, "flags"), ("dbiases", 2, "flags")],
-    "residual": [("out", 0, "flags"), ("normed", 1, "flags"), ("mean", 2, "flags"), ("rstd", 3, "flags")],
-    "residual_backward": [
-        ("dx", 0, "flags"), ("dy", 1, "flags"), ("dgamma", 2, "perlayer"), ("dweight", 3, "flags"),
-        ("dbias", 4, "flags"),
-    ],
-    "routed_ffn": [
-        ("out", 0, "flags"), ("u", 1, "flags"), ("v", 2, "flags"), ("y", 3, "perlayer"), ("mean", 4, "flags"),
-        ("rstd", 5, "flags"),
-    ],
-    "routed_ffn_backward": [
-        ("dz", 0, "flags"), *((f"d{name}", (1, i), "flags") for i, name in enumerate(LISTS)), ("dgamma", 2, "perlayer"),
-    ],
-    "relative_bias_attention": [("out", 0, "flags")],
-    "relative_bias_attention_backward": [("dqkv", 0, "flags"), ("dbias", 1, "flags"), ("dhead_scale", 2, "flags")],
-}  # fmt: skip
+from onepeace_fast.ops.layer_norm import LAYER_NORM
+from onepeace_fast.ops.relative_bias_attention import RELATIVE_BIAS_ATTENTION
+from onepeace_fast.ops.residual import RESIDUAL
+from onepeace_fast.ops.routed_ffn import ROUTED_FFN
+
+OPERATIONS = [
+    op for operation in (LAYER_NORM, RESIDUAL, ROUTED_FFN, RELATIVE_BIAS_ATTENTION)
+    for op in (operation, operation.backward)
+]  # fmt: skip
 NOT_IN_A_MODEL = {
-    "relative_bias_attention": {1},  # log-sum-exp: the specification's backward computes it again
-    "routed_ffn": {6},  # what the fused strategy folds
-    "layer_norm_backward": {3},  # dhead_scale: in a model attention applies the head scale
+    "relative_bias_attention": {"log_sum_exp"},  # the reference's backward computes it again
+    "routed_ffn": {"folded"},  # the grouped strategy's
+    "routed_ffn_backward": {"residual"},  # the output's own gradient
+    "layer_norm_backward": {"head_scale"},  # in a model attention applies the head scale
 }
 # Where no kernel runs, routed_ffn does their work itself.
 ONLY_KERNELS_CALL = {"gated_sub_ln", "gated_sub_ln_backward"}
-MUTANTS = [(op, *output) for op, outputs in OUTPUTS.items() for output in outputs]
+# The recording that exercises an output: gamma is in "perlayer", head scale in "flags".
+PER_LAYER = {("residual_backward", "gamma"), ("routed_ffn", "y"), ("routed_ffn_backward", "gamma")}
+MUTANTS = [
+    (op, ".".join(leaf.path)) for op in OPERATIONS for leaf in op.output_leaves
+    if ".".join(leaf.path) not in NOT_IN_A_MODEL.get(op.name, ())
+]  # fmt: skip
 
 
 def scale_half(tensor: torch.Tensor) -> None:
@@ -46,35 +41,25 @@ def scale_half(tensor: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def broken(op: str, place: int | tuple[int, int]) -> Iterator[list[int]]:
+def broken(op, output: str) -> Iterator[list[int]]:
     """Scale one output of an op; yields the list of how many numbers were changed by each call."""
-    specification = specification_of(op)
+    reference = op.reference
     calls: list[int] = []
 
-    def mutant(*arguments):
-        results = specification(*arguments)
-        first, expert = place if isinstance(place, tuple) else (place, None)
-        chosen = results[first]
-        if expert is not None:  # gradients come as one flat list, one kind of parameter after another
-            kinds = [len(kind) for kind in arguments[2:8]]
-            chosen = chosen[sum(kinds[:expert]) : sum(kinds[: expert + 1])]
-        chosen = [chosen] if isinstance(chosen, torch.Tensor) else chosen
-        for tensor in chosen:
+    def mutant(*given):
+        results = reference(*given)
+        chosen = attrgetter(output)(results)
+        changed = [tensor for tensor in (chosen if isinstance(chosen, list) else [chosen]) if tensor is not None]
+        for tensor in changed:
             scale_half(tensor)
-        calls.append(sum(tensor.numel() for tensor in chosen))
+        calls.append(sum(tensor.numel() for tensor in changed))
         return results
 
-    with torch.library._scoped_library("onepeace_fast", "IMPL") as library:
-        library.impl(op, mutant, "CPU")
+    op.reference = mutant
+    try:
         yield calls
-
-
-def specification_of(op: str):
-    """What runs an op on a CPU; its module has the name of its public function."""
-    module = sys.modules[f"onepeace_fast.ops.{op.removesuffix('_backward')}"]
-    if op.startswith("routed_ffn"):  # has several strategies
-        return partial(module._run_backward if op.endswith("_backward") else module._run, by_kernel=False)
-    return getattr(module, f"{op}_specification")
+    finally:
+        op.reference = reference
 
 
 @cache
@@ -96,16 +81,15 @@ def failures(name: str) -> list[str]:
 def test_every_op_has_its_mutants():
     schemas = torch._C._dispatch_get_all_op_names()
     ops = {name.removeprefix("onepeace_fast::") for name in schemas if name.startswith("onepeace_fast::")}
-    assert ops == set(OUTPUTS) | ONLY_KERNELS_CALL
-    for op, outputs in OUTPUTS.items():
-        returned = getattr(torch.ops.onepeace_fast, op).default._schema.returns
-        places = {place[0] if isinstance(place, tuple) else place for _, place, _ in outputs}
-        assert places | NOT_IN_A_MODEL.get(op, set()) == set(range(len(returned)))
+    assert ops == {op.name for op in OPERATIONS} | ONLY_KERNELS_CALL
+    assert all(missing <= {".".join(leaf.path) for op in OPERATIONS if op.name == name for leaf in op.output_leaves}
+               for name, missing in NOT_IN_A_MODEL.items())  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "output", "place", "recording"), MUTANTS, ids=[f"{m[0]}-{m[1]}" for m in MUTANTS])
-def test_parity_fails_when_an_output_is_one_percent_off(op, output, place, recording):
-    with broken(op, place) as calls:
+@pytest.mark.parametrize(("op", "output"), MUTANTS, ids=[f"{op.name}-{output}" for op, output in MUTANTS])
+def test_parity_fails_when_an_output_is_one_percent_off(op, output):
+    recording = "perlayer" if (op.name, output) in PER_LAYER else "flags"
+    with broken(op, output) as calls:
         assert failures(recording)
     assert sum(calls) > 0
     assert not failures(recording), "the op stayed broken"

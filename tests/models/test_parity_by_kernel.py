@@ -1,7 +1,7 @@
 """The recordings of upstream ONE-PEACE with attention by the CUDA kernel, compiled for the CPU.
 
 All but attention stays float32, so what differs from the recording is half precision inside attention: as much as the
-tolerance rule allows against the specification in the same dtype.
+tolerance rule allows against the reference in the same dtype.
 """
 
 import pytest

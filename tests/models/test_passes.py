@@ -13,7 +13,7 @@ from models._small import (
     small_model,
 )
 
-from onepeace_fast.layers.adapters import AudioAdapter
+from onepeace_fast.layers.adapters import FeatureExtractor
 from onepeace_fast.models import stack as stack_module
 from onepeace_fast.models.inputs import read_batch
 from onepeace_fast.models.objectives import vision_language_loss
@@ -56,8 +56,8 @@ def test_a_step_is_one_gradient_carrying_call_of_the_encoder_and_one_of_the_deco
 
 
 def test_the_waveforms_are_convolved_once_in_a_step(monkeypatch):
-    calls, tokens = [], AudioAdapter.tokens
-    monkeypatch.setattr(AudioAdapter, "tokens", lambda self, value: (calls.append(1), tokens(self, value))[1])
+    calls, forward = [], FeatureExtractor.forward
+    monkeypatch.setattr(FeatureExtractor, "forward", lambda self, value: (calls.append(1), forward(self, value))[1])
     name, inputs = audio_language()
     small_model("fused")(name, **inputs)
     assert len(calls) == 1

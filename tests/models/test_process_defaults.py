@@ -5,6 +5,7 @@ import contextlib
 import pytest
 import torch
 from models._small import BACKENDS, batch_of, small_config, small_model
+from models.test_add_modality import SensorAdapter, extended
 from training._batches import STAGES, batch_number, masks_of
 
 from onepeace_fast import OnePeacePretrain
@@ -46,8 +47,8 @@ def test_a_model_computes_the_same_whatever_the_default_dtype_is(backend):
     batch = batch_of(text=[3, 5], image=(2, 4), audio=[9, 20], dtype=torch.float32)  # the positions are 3 x 3
     samples = {"text": [0, 1], "image": [1, 2], "audio": [2, 0]}
     expected = model.encode(**batch, samples=samples)
-    for dtype in DTYPES:
-        with default(dtype):
+    for value in (*DTYPES, "meta"):
+        with default(value):
             same(model.encode(**batch, samples=samples), expected)
 
 
@@ -65,9 +66,33 @@ def test_losses_and_gradients_are_the_same_whatever_the_default_dtype_is(backend
         return parts | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     expected = run()
-    for dtype in (torch.float64, torch.bfloat16):
-        with default(dtype):
+    for value in (torch.float64, torch.bfloat16, "meta"):
+        with default(value):
             same(run(), expected)
+
+
+@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_loaded_model_has_its_file_s_dtypes_whatever_the_defaults_are(dtype, value, tmp_path):
+    model = extended().to(dtype)
+    model.logit_scale.data = model.logit_scale.data.float()
+    adapter = SensorAdapter()
+    model.save(tmp_path)
+    with default(value):
+        loaded = OnePeacePretrain.load(tmp_path, adapters={"sensor": adapter})
+    same(dict(loaded.named_parameters()), dict(model.named_parameters()))
+    same(dict(loaded.named_buffers()), dict(model.named_buffers()))
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
+    assert loaded.encoder.adapter("sensor") is adapter and loaded.training
+
+
+@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+def test_an_added_modality_has_the_model_s_dtype_whatever_the_defaults_are(value):
+    adapter = SensorAdapter()
+    model = small_model("fused", dtype=torch.float32)
+    with default(value):
+        model.add_modality("sensor", adapter)
+    assert {(p.dtype, p.device.type) for p in model.parameters()} == {(torch.float32, "cpu")}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

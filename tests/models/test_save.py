@@ -39,6 +39,21 @@ def test_what_load_would_refuse_is_not_written(tmp_path, change):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("tie", ["parameter", "memory"])
+def test_tied_weights_are_refused_and_parts_of_one_tensor_are_written(tmp_path, tie):
+    model, both = small_model("fused"), torch.randn(2, 48, 48, dtype=torch.float64)
+    model.image_proj.weight.data, model.text_proj.weight.data = both
+    model.save(tmp_path / "parts")
+    assert same(OnePeacePretrain.load(tmp_path / "parts"), model)
+    if tie == "parameter":
+        model.image_proj.weight = model.text_proj.weight
+    else:
+        model.image_proj.weight.data = model.text_proj.weight.data
+    with pytest.raises(ValueError, match=r"^model: [^\n]*image_proj.weight[^\n]*tied[^\n]*torch.save") as caught:
+        model.save(tmp_path / "tied")
+    assert "\n" not in str(caught.value) and not (tmp_path / "tied").exists()
+
+
 def test_saving_again_replaces_the_files(tmp_path):
     first, second = (small_model("fused", dtype=torch.float32, seed=seed) for seed in (1, 2))
     first.save(tmp_path)

@@ -47,7 +47,7 @@ def wrapped_model(wrapper, seed=0):
     layers = model.encoder_wrapper.fusion_model.layers
     for place, layer in enumerate(layers):
         layers[place] = wrap(layer)
-    if wrapper not in ("DistributedDataParallel", "FSDP2"):  # they only know forward, the model calls other methods
+    if wrapper != "FSDP2":  # bias tables are read beside its forward
         model.encoder_wrapper.text_adapter = wrap(model.encoder_wrapper.text_adapter)
     model.image_proj = wrap(model.image_proj)
     return model
@@ -92,17 +92,29 @@ def test_a_wrapped_model_is_as_strict_as_a_plain_one(group, wrapper):
     assert same(values_of(model), before)
 
 
-@pytest.mark.parametrize("wrapper", [*UNSHARDED, "DistributedDataParallel"])
-def test_a_wrapped_model_s_own_state_dict_loads_into_a_plain_model(group, wrapper):
-    model, plain = wrapped_model(wrapper, seed=1), small_model("fused", dtype=torch.float32)
-    state_dict = model.state_dict()
-    if wrapper == "DistributedDataParallel":  # a word that a user's adapter may have as well
-        state_dict = DistributedDataParallel(small_model("fused", dtype=torch.float32, seed=1)).state_dict()
-    plain.load_upstream_state_dict(state_dict)
-    assert same(values_of(plain), values_of(model))
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_a_wrapped_model_s_own_state_dict_loads_into_plain_and_wrapped_ones(group, wrapper):
+    state_dict, expected = wrapped_model(wrapper, seed=1).state_dict(), small_model("fused", seed=1).float()
+    names = list(WRAPPERS)
+    other = names[(names.index(wrapper) + 3) % len(names)]
+    for model in (small_model("fused", dtype=torch.float32), wrapped_model(wrapper), wrapped_model(other)):
+        model.load_upstream_state_dict(state_dict)
+        assert same(values_of(model), values_of(expected))
+
+
+def test_a_state_dict_with_wrappers_at_several_depths_loads_and_one_with_a_name_twice_does_not(group):
+    expected, plain = small_model("fused", dtype=torch.float32, seed=1), small_model("fused", dtype=torch.float32)
+    around = small_model("fused", dtype=torch.float32, seed=1)
+    for adapter in ("text", "image"):
+        name = f"{adapter}_adapter"
+        around.encoder_wrapper.add_module(name, DistributedDataParallel(getattr(around.encoder_wrapper, name)))
+    plain.load_upstream_state_dict(DistributedDataParallel(torch.compile(around)).state_dict())
+    assert same(values_of(plain), values_of(expected))
     twice = {f"encoder_wrapper._orig_mod.{name}": value for name, value in plain.encoder_wrapper.state_dict().items()}
-    with pytest.raises(ValueError, match=r"also there under the new name: encoder_wrapper\._orig_mod"):
-        plain.load_upstream_state_dict(plain.to_upstream_state_dict() | twice)
+    thrice = {key.replace("._orig_mod", ".module"): value for key, value in twice.items()}
+    for more in (twice, thrice, twice | thrice):
+        with pytest.raises(ValueError, match=r"also there under the new name: encoder_wrapper\.(_orig_mod|module)"):
+            plain.load_upstream_state_dict(plain.to_upstream_state_dict() | more)
 
 
 @pytest.mark.parametrize("wrapper", UNSHARDED)
@@ -115,6 +127,15 @@ def test_gradients_of_a_wrapped_model_have_upstream_s_names(wrapper):
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert gradients[name] is None if gradient is None else torch.equal(gradients[name], gradient), name
+
+
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_a_stack_whose_adapters_are_read_before_they_are_gathered_is_refused_in_one_line(group, stack):
+    model = small_model("fused", dtype=torch.float32)
+    sharded(model.get_submodule(f"{stack}_wrapper"))
+    hidden = torch.tensor([[False, True, False, False]])
+    with pytest.raises(ValueError, match=r"^text_adapter: expected whole parameters [^\n]*, got sharded ones;[^\n]*$"):
+        model.reconstruct(**batch_of(text=[3]), masks={"text": hidden})
 
 
 def test_gradients_that_fsdp_1_flattens_are_refused(group):

@@ -8,7 +8,7 @@ import torch
 from support import naive
 
 from onepeace_fast import residual, residual_layer_norm
-from onepeace_fast.ops._dropout import dropout_factor, philox
+from onepeace_fast.ops.dropout import dropout_factor, philox
 
 KNOWN_ANSWERS = [  # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, output
     ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),

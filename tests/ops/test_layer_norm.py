@@ -9,7 +9,7 @@ from support.contract import normal
 from support.plans import ragged_offsets
 
 from onepeace_fast import layer_norm
-from onepeace_fast.ops._library import MAX_WIDTH
+from onepeace_fast.ops.arguments import MAX_WIDTH
 from onepeace_fast.tolerance import DTYPES
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
@@ -57,7 +57,7 @@ def indexed(index: list[int], counts: list[int] | None = None, host: bool = Fals
     def call(x, weight=None, bias=None, head_scale=None, **parameters):
         if parameters:
             weight, bias = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
-        return layer_norm(x, weight, bias, head_scale=head_scale, rows=int32(index), **extra)
+        return layer_norm(x, weight, bias, head_scale=head_scale, row_index=int32(index), **extra)
 
     return call
 
@@ -316,8 +316,8 @@ def test_bad_input_is_refused():
     for bad in (torch.ones(3), torch.ones(2, 4), torch.ones(2, dtype=torch.int64), torch.ones(2, device="meta")):
         contract.refused("head_scale", layer_norm, x, w, head_scale=bad)
     for bad in (int32([0]).long(), int32([[0]]), int32([0]).to("meta"), int32([4]), int32([-1]), int32([1, 1])):
-        contract.refused("rows", layer_norm, x, w, rows=bad)
-    contract.refused("row_counts", layer_norm, x, [w, w], rows=int32([0, 1]), offsets=offsets, row_counts=[1, 3])
+        contract.refused("row_index", layer_norm, x, w, row_index=bad)
+    contract.refused("row_counts", layer_norm, x, [w, w], row_index=int32([0, 1]), offsets=offsets, row_counts=[1, 3])
 
 
 def test_bad_offsets_and_counts_are_refused():

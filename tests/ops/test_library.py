@@ -1,4 +1,4 @@
-"""Where an op runs its kernel and where its specification."""
+"""Where an op runs its kernel and where its reference."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from onepeace_fast import kernels
-from onepeace_fast.ops import _library
+from onepeace_fast.ops import kernel_choice
 
 CUDA = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
 RUN_EVERYTHING = """
@@ -21,7 +21,7 @@ print("triton" in sys.modules, [name for name in kernels if hasattr(sys.modules[
 """
 
 
-def test_a_cpu_runs_specifications_and_imports_neither_triton_nor_a_kernel():
+def test_a_cpu_runs_references_and_imports_neither_triton_nor_a_kernel():
     command = [sys.executable, "-c", RUN_EVERYTHING]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.split() == ["False", "[]"]
@@ -31,17 +31,17 @@ def test_a_cpu_runs_specifications_and_imports_neither_triton_nor_a_kernel():
 def test_a_kernel_runs_on_cuda_and_where_the_interpreter_was_asked_for(monkeypatch, interpreted):
     monkeypatch.setattr(kernels, "INTERPRETED", interpreted)
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
-    assert _library.runs_kernel("layer_norm", CUDA)
-    assert _library.runs_kernel("layer_norm", torch.zeros(1)) is interpreted
-    assert not _library.runs_kernel("layer_norm", torch.zeros(1, device="meta"))
+    assert kernel_choice.runs_kernel("layer_norm", CUDA)
+    assert kernel_choice.runs_kernel("layer_norm", torch.zeros(1)) is interpreted
+    assert not kernel_choice.runs_kernel("layer_norm", torch.zeros(1, device="meta"))
     for tensor in (torch.zeros(1).double(), SimpleNamespace(**{**vars(CUDA), "dtype": torch.float64})):
-        assert not _library.runs_kernel("layer_norm", tensor)
+        assert not kernel_choice.runs_kernel("layer_norm", tensor)
 
 
 def test_a_cuda_tensor_without_triton_is_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(kernels, "unavailable_reason", lambda: "Triton is not installed")
     with pytest.raises(RuntimeError) as caught:
-        _library.runs_kernel("layer_norm", CUDA)
+        kernel_choice.runs_kernel("layer_norm", CUDA)
     message = str(caught.value)
     assert message.startswith("layer_norm: got a tensor on cuda:0, takes Triton") and "\n" not in message
     assert "Triton is not installed" in message

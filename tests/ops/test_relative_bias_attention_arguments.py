@@ -6,8 +6,8 @@ from support.contract import refused
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import cuda_extension, relative_bias_attention
-from onepeace_fast.ops import _library
-from onepeace_fast.ops import _segments as segments
+from onepeace_fast.ops import operation
+from onepeace_fast.ops import segments as segments
 
 LAYOUT = naive_layout(whole_rows({"text": [3, 2], "image": [4, 1]}))
 ROWS, HEADS = LAYOUT.capacity, 2
@@ -83,7 +83,7 @@ def test_segments_that_are_not_those_of_the_rows_are_refused(bounds):
 @pytest.mark.filterwarnings("ignore:.*takes the slower path:RuntimeWarning")
 @pytest.mark.parametrize("wrong", ("code_offsets", "cu_seqlens"))
 def test_values_on_a_device_are_checked_where_the_environment_asks_for_it(monkeypatch, wrong):
-    monkeypatch.setattr(_library, "runs_kernel", lambda name, tensor, triton=True: True)  # as on a device
+    monkeypatch.setattr(operation, "runs_kernel", lambda name, tensor, triton=True: True)  # as on a device
     monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "none is there")
     bad = {"code_offsets": [2, 1], "cu_seqlens": torch.tensor([[0, 3, 5], [5, 9, 8]], dtype=torch.int32)}
     asked = []

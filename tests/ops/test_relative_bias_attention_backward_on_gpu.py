@@ -13,7 +13,8 @@ from support.plans import kept_positions, naive_layout, whole_rows
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast import cuda_extension, relative_bias_attention
-from onepeace_fast.ops import _attention_on_gpu
+from onepeace_fast.ops import attention_on_gpu
+from onepeace_fast.structures import AttentionGradients, AttentionSaved, RelativeBias, Segments, VectorGradients
 from onepeace_fast.tolerance import DTYPES, HALF
 
 pytestmark = [pytest.mark.requires_compiler, pytest.mark.filterwarnings("error::RuntimeWarning")]
@@ -74,11 +75,11 @@ def test_the_device_s_multiprocessors_are_asked_for_once(monkeypatch):
     asked = []
     properties = type("Properties", (), {"multi_processor_count": 114})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
-    _attention_on_gpu._multiprocessors.cache_clear()
+    attention_on_gpu._multiprocessors.cache_clear()
     devices = [torch.device("cuda", index) for index in (0, 1, 0)]
-    assert [_attention_on_gpu._multiprocessors(device) for device in devices] == [114] * 3
+    assert [attention_on_gpu._multiprocessors(device) for device in devices] == [114] * 3
     assert asked == devices[:2]
-    _attention_on_gpu._multiprocessors.cache_clear()
+    attention_on_gpu._multiprocessors.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -124,19 +125,19 @@ def test_gradients_of_any_layout_give_the_same_bits(kernel):
     contract.assert_same_gradients(contract.run(batch.call, leaves, [one.expand_as(out)])[1], repeated, "expanded")
 
 
-def launch_backward(batch, leaves, **changes):
+def launch_backward(batch, leaves, bias_needs=(True,) * 4, head_scale_need=True, **changes):
     """The launch without autograd; ``changes`` override its tensors."""
     plan = batch.arguments
     qkv = leaves["qkv"]
     bias = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(batch.tables)]
-    values = {
-        "grad": torch.zeros(qkv.shape[0], *qkv.shape[2:], dtype=qkv.dtype), "qkv": qkv, "bias": bias,
-        "log_sum_exp": torch.zeros(qkv.shape[0], qkv.shape[2]), "head_scale": leaves["head_scale"], "scale": 1.0,
-        "code_offsets": [table.offset for table in batch.tables], "max_length": plan["max_length"],
-        "bias_needs": [True] * len(bias), "head_scale_need": True,
-    }  # fmt: skip
-    values |= {name: plan[name] for name in ("cu_seqlens", "code", "is_cls")}
-    return _attention_on_gpu.launch_backward(**{**values, **changes})
+    saved = AttentionSaved(
+        grad_out=torch.zeros(qkv.shape[0], *qkv.shape[2:], dtype=qkv.dtype), qkv=qkv,
+        segments=Segments(*(plan[name] for name in Segments._fields)),
+        bias=RelativeBias(bias, tuple(table.offset for table in batch.tables)), head_scale=leaves["head_scale"],
+        log_sum_exp=torch.zeros(qkv.shape[0], qkv.shape[2]), scale=1.0,
+    )  # fmt: skip
+    needs = AttentionGradients(True, VectorGradients([*bias_needs][: len(bias)]), head_scale_need)
+    return attention_on_gpu.launch_backward(saved._replace(**changes), needs)
 
 
 def test_a_gradient_or_qkv_that_does_not_fit_is_refused_in_one_line(kernel):
@@ -144,9 +145,9 @@ def test_a_gradient_or_qkv_that_does_not_fit_is_refused_in_one_line(kernel):
     leaves = rounded(batch)
     good = torch.zeros_like(leaves["qkv"][:, 0])
     for bad in (good.half(), good.float(), good.to("meta"), good[1:], good.flatten(1)):
-        contract.refused("grad", launch_backward, batch, leaves, grad=bad)
+        contract.refused("grad", launch_backward, batch, leaves, grad_out=bad)
     contract.refused("qkv", launch_backward, batch, leaves, qkv=contract.transposed(leaves["qkv"]))
-    launch_backward(batch, leaves, grad=good)
+    launch_backward(batch, leaves, grad_out=good)
 
 
 def test_frozen_parameters_get_no_gradient_and_the_others_the_same_bits(kernel):
@@ -160,14 +161,14 @@ def test_frozen_parameters_get_no_gradient_and_the_others_the_same_bits(kernel):
         contract.assert_same(actual, (outputs, expected | dict.fromkeys(frozen)), f"{frozen} frozen")
 
 
-def test_what_is_frozen_comes_back_empty_from_the_launch(kernel):
+def test_what_is_frozen_gets_nothing_from_the_launch(kernel):
     batch = mixed()
     leaves = rounded(batch)
     for needs in itertools.product([True, False], repeat=2):
         bias_needs = [needs[0], not needs[0], False, needs[0]]
-        dqkv, dbias, dscale = launch_backward(batch, leaves, bias_needs=bias_needs, head_scale_need=needs[1])
+        dqkv, (dbias,), dscale = launch_backward(batch, leaves, bias_needs=bias_needs, head_scale_need=needs[1])
         assert dqkv.shape == leaves["qkv"].shape and dqkv.is_contiguous()
-        assert [gradient.numel() > 0 for gradient in dbias] == bias_needs and (dscale.numel() > 0) == needs[1]
+        assert [gradient is not None for gradient in dbias] == bias_needs and (dscale is not None) == needs[1]
 
 
 def test_a_modality_without_tokens_gets_zeros(kernel):

@@ -61,7 +61,7 @@ def refused_in_one_line(name, run, *arguments, **changes):
     with pytest.raises((RuntimeError, ValueError)) as caught:
         run(*arguments, **changes)
     message = str(caught.value)
-    assert message.startswith(f"{name}: got ") and ", takes " in message and "\n" not in message
+    assert message.startswith(f"{name}: expected ") and ", got " in message and "\n" not in message
 
 
 BAD_ARGUMENTS = [
@@ -99,7 +99,7 @@ def test_the_backward_pass_refuses_the_same_arguments(host_extension, name, bad)
     [
         ("grad", {"grad": 8}),
         ("grad", {"grad_strides": (33, 32)}),
-        ("workspace", {"qkv": 8}),
+        ("gradient of qkv", {"qkv": 8}),
         ("workspace", {"workspace": 8}),
         ("bias", {"bias": [16]}),
         ("head_scale", {"head_scale": 16}),
@@ -121,6 +121,13 @@ def test_the_workspace_grows_with_what_is_learned(host_extension):
     assert size(0, 0) < size(0, 16) < size(16, 16) and size(0, 0) < size(16, 0)
     for name, bad in (("bias", {"bias": [], "head_scale": 0}), ("bias", {"bias": [0, 0], "head_scale": 0})):
         refused_in_one_line(name, call.attention.backward_workspace, multiprocessors=1, **bad)
+
+
+def test_a_longest_length_beyond_all_rows_counts_as_all_rows(host_extension):
+    longest, exact = (Call(host_extension, max_length=length) for length in (2**31 - 1, 1))
+    size = lambda call: call.attention.backward_workspace(multiprocessors=1, bias=[], head_scale=0)  # noqa: E731
+    assert size(longest) == size(exact)
+    assert torch.equal(longest.forward()[0], exact.forward()[0])
 
 
 # Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.

@@ -19,8 +19,9 @@ from support.plans import naive_layout, whole_rows
 from onepeace_fast import cuda_extension, relative_bias_attention
 from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import random_tensors, specified_cases
-from onepeace_fast.ops import _attention_on_gpu, _segments
+from onepeace_fast.ops import attention_on_gpu, segments
 from onepeace_fast.ops.relative_bias_attention import _say_once
+from onepeace_fast.structures import AttentionInputs, RelativeBias, Segments
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
 
 BATCHES = {"text": text_only, "kept text": kept_text, "kept grid": kept_grid, "mixed": mixed}
@@ -146,11 +147,10 @@ def test_the_log_sum_exp_is_pytorchs_and_inert_rows_are_zero(kernel):
     leaves = batch.leaves(2, 32)
     plan = batch.arguments
     bias = [leaves[f"table{m}"][table.entries].t().float() for m, table in enumerate(batch.tables)]
-    offsets, head_scale = [table.offset for table in batch.tables], leaves["head_scale"].float()
-    rest = (bias, offsets, head_scale, 0.2, plan["max_length"])
-    qkv = leaves["qkv"].half()
-    tensors = (plan["cu_seqlens"], plan["code"], plan["is_cls"])
-    out, total = _attention_on_gpu.launch_forward(qkv, *tensors, *rest)
+    bias = RelativeBias(bias, tuple(table.offset for table in batch.tables))
+    segments = Segments(*(plan[name] for name in Segments._fields))
+    qkv, head_scale = leaves["qkv"].half(), leaves["head_scale"].float()
+    out, total = attention_on_gpu.launch_forward(AttentionInputs(qkv, segments, bias, head_scale, 0.2))
     rounded = {name: leaf.half() if name == "qkv" else leaf.float() for name, leaf in leaves.items()}
     plain, exact = (
         batch.log_sum_exp(**{name: leaf.to(dtype) for name, leaf in rounded.items()})
@@ -183,9 +183,9 @@ def test_heads_and_samples_one_at_a_time_give_what_all_at_once_give(monkeypatch,
     batch = mixed()
     leaves = {name: leaf.float() for name, leaf in batch.leaves(3, 8).items()}
     together = contract.run(batch.call, leaves)
-    assert len(list(_segments.head_slices(3, 4, batch.layout.max_length))) == 1
-    monkeypatch.setattr(_segments, "PAIRS_OF_DEVICE_HEADS", 1)
-    assert list(_segments.head_slices(3, 4, 9)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+    assert len(list(segments.head_slices(3, 4, batch.layout.max_length))) == 1
+    monkeypatch.setattr(segments, "PAIRS_OF_DEVICE_HEADS", 1)
+    assert list(segments.head_slices(3, 4, 9)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
     apart = contract.run(batch.call, leaves)
     torch.testing.assert_close(apart[0][0], together[0][0])
     contract.assert_close_gradients(apart[1], together[1], "heads apart")
@@ -211,8 +211,8 @@ MISFITS = {
     "the kernel takes float16 or bfloat16, got float32": {"dtype": torch.float32},
     "the kernel takes heads of 32, 64, 128, got 48": {"head_dim": 48},
     "the kernel takes at most 16 modalities, got 17": {"modalities": 17},
-    r"compute capability 7.5, and the kernel takes 8.0 or later": {"capability": (7, 5)},
-    r"compute capability 8.6 and .* built for sm_90a: install again with .*=sm_86": {"built": "sm_90a"},
+    r"expected a GPU of 8.0 or later, got compute capability 7.5": {"capability": (7, 5)},
+    r"was built \(sm_90a\), got compute capability 8.6; install again with .*=sm_86": {"built": "sm_90a"},
     "takes 120000 bytes of shared memory for a thread block, and this GPU has 65536": {"needed": 120000},
     "no NVIDIA driver is found": {"driver": "no NVIDIA driver is found"},
 }
@@ -233,7 +233,7 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
         monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: driver)
         monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
         bias = [torch.zeros(1, 9)] * modalities
-        return _attention_on_gpu.refusal(torch.zeros(2, 3, 1, head_dim, dtype=dtype), modalities, bias)
+        return attention_on_gpu.refusal(torch.zeros(2, 3, 1, head_dim, dtype=dtype), modalities, bias)
 
     assert refused(**found) is None
     line = refused(**{**found, **MISFITS[reason]})
@@ -300,7 +300,7 @@ def test_the_kernels_read_nothing_on_the_host_though_it_does_not_know_the_longes
 
 @pytest.mark.parametrize("captured", (True, False))
 def test_the_slower_path_says_that_it_waits_and_is_not_captured(slower_path, monkeypatch, captured):
-    monkeypatch.setattr(_segments, "_is_captured", lambda tensor: captured)
+    monkeypatch.setattr(segments, "_is_captured", lambda tensor: captured)
     _say_once.cache_clear()
     batch = text_only()
     leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}

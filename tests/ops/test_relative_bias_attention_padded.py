@@ -1,6 +1,6 @@
 """The path of ``relative_bias_attention`` that devices other than the CPU take: all samples padded to the longest.
 
-Here it runs on the CPU, from the specification's own source with its question for the CPU answered by no.
+Here it runs on the CPU, from the reference's own source with its question for the CPU answered by no.
 """
 
 import importlib
@@ -16,7 +16,15 @@ from support.attention_cases import Batch, kept_grid, mixed, series, text_only
 from support.contract import normal
 from support.plans import naive_layout, whole_rows
 
-from onepeace_fast.ops import _library
+from onepeace_fast.ops import operation
+from onepeace_fast.structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionSaved,
+    RelativeBias,
+    Segments,
+    VectorGradients,
+)
 
 NAME = "relative_bias_attention"
 
@@ -24,10 +32,9 @@ NAME = "relative_bias_attention"
 @pytest.fixture
 def padded(monkeypatch):
     """The op's module as it behaves elsewhere; nothing is registered."""
-    monkeypatch.setattr(_library, "define", lambda *args, **keywords: None)
-    monkeypatch.setattr(_library, "register_gradient", lambda *args: None)
+    monkeypatch.setattr(operation, "Operation", lambda *args, **keywords: None)
     asked = False
-    for name in ("_segments", NAME):
+    for name in ("segments", NAME):
         full_name = f"onepeace_fast.ops.{name}"
         source = inspect.getsource(importlib.import_module(full_name))
         elsewhere = re.sub(r"""(\.device\.type [!=]= )(["'])cpu\2""", r'\1"none"', source)
@@ -35,22 +42,21 @@ def padded(monkeypatch):
         copy = types.ModuleType(full_name)
         monkeypatch.setitem(sys.modules, full_name, copy)
         exec(compile(elsewhere, f"<{full_name}>", "exec"), copy.__dict__)
-    assert asked, "the specification no longer asks for the CPU: test what it asks for instead"
+    assert asked, "the reference no longer asks for the CPU: test what it asks for instead"
     return copy
 
 
 def run(module: types.ModuleType, batch: Batch, leaves: dict, max_length: int | None = None) -> dict[str, torch.Tensor]:
-    """The specification's results and all gradients, by module's code."""
+    """The reference's results and all gradients, by module's code."""
     arguments = batch.arguments | ({} if max_length is None else {"max_length": max_length})
     bias = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(batch.tables)]
-    names = ("cu_seqlens", "modality", "code", "is_cls")
-    offsets = [table.offset for table in batch.tables]
-    places = (*(arguments[name] for name in names), bias, offsets, leaves["head_scale"])
-    length = arguments["max_length"]
-    forward, backward = (getattr(module, f"{NAME}{kind}_specification") for kind in ("", "_backward"))
-    out, total = forward(leaves["qkv"], *places, 0.5, length)
+    segments = Segments(*(arguments[name] for name in Segments._fields))
+    places = (segments, RelativeBias(bias, tuple(table.offset for table in batch.tables)), leaves["head_scale"])
+    forward, backward = (getattr(module, f"{NAME}{kind}_reference") for kind in ("", "_backward"))
+    out, total = forward(AttentionInputs(leaves["qkv"], *places, 0.5))
     given = normal(*out.shape, seed=5, dtype=out.dtype)
-    dqkv, dbias, dscale = backward(given, leaves["qkv"], *places, total, 0.5, length, [True] * len(bias), True)
+    needs = AttentionGradients(True, VectorGradients([True] * len(bias)), True)
+    dqkv, (dbias,), dscale = backward(AttentionSaved(given, leaves["qkv"], *places, total, 0.5), needs)
     return {"out": out, "dqkv": dqkv, "dscale": dscale} | {f"dbias{m}": value for m, value in enumerate(dbias)}
 
 
@@ -69,7 +75,7 @@ def test_padded_samples_give_what_samples_of_their_own_length_give(monkeypatch, 
     leaves = batch.leaves()
     expected = run(importlib.import_module(f"onepeace_fast.ops.{NAME}"), batch, leaves)
     for longer, pairs in ((0, 2**22), (3, 2**22), (0, 1)) if batch.layout.samples else ((0, 1),):
-        monkeypatch.setattr(sys.modules["onepeace_fast.ops._segments"], "PAIRS_OF_A_DEVICE_GROUP", pairs)
+        monkeypatch.setattr(sys.modules["onepeace_fast.ops.segments"], "PAIRS_OF_A_DEVICE_GROUP", pairs)
         actual = run(padded, batch, leaves, batch.layout.max_length + longer)
         for key, value in expected.items():
             torch.testing.assert_close(actual[key], value, rtol=1e-11, atol=1e-11, msg=key)

@@ -9,7 +9,7 @@ from support.dense_attention import dense_attention
 from support.graphs import captured
 
 from onepeace_fast import RoutePlan, cuda_extension, relative_bias_attention
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.relative_position import (
     CLS_ENTRIES,
     grid_code_offset,
@@ -126,7 +126,7 @@ def no_slower_path():
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_values_follow_the_specification(length, dtype):
+def test_values_follow_the_reference(length, dtype):
     plan, qkv, bias, head_scale = inputs(length, dtype)
     actual = call(plan, qkv, bias, head_scale)
     with force_kernels(False):

@@ -8,11 +8,11 @@ from support.contract import normal
 from support.plans import ragged_offsets
 
 from onepeace_fast import residual, residual_layer_norm
-from onepeace_fast.ops._library import MAX_WIDTH
+from onepeace_fast.ops.arguments import MAX_WIDTH
 from onepeace_fast.tolerance import DTYPES
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
-KEEP = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0])
+DROP_PATH = torch.tensor([1.25, 0.0, 1.25, 1.25, 0.0])
 SEED = 2**40 + 12345
 
 
@@ -28,8 +28,8 @@ def leaves_of(rows: int, width: int, gamma: bool = True, norm: bool = False, bia
     return leaves | ({"norm_bias": normal(width, seed=6)} if norm and bias else {})
 
 
-def op(rows: int, keep: bool = True, dropout: float = 0.0, eps: float = 1e-5, seed: int = SEED):
-    extra = {"keep": KEEP, "sample": sample_of(rows)} if keep else {}
+def op(rows: int, drop_path: bool = True, dropout: float = 0.0, eps: float = 1e-5, seed: int = SEED):
+    extra = {"drop_path": DROP_PATH, "sample": sample_of(rows)} if drop_path else {}
     extra |= {"dropout": dropout, "seed": torch.tensor(seed)} if dropout else {}
 
     def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
@@ -40,11 +40,11 @@ def op(rows: int, keep: bool = True, dropout: float = 0.0, eps: float = 1e-5, se
     return call
 
 
-def plain(rows: int, width: int, keep: bool = True, dropout: float = 0.0, eps: float = 1e-5):
+def plain(rows: int, width: int, drop_path: bool = True, dropout: float = 0.0, eps: float = 1e-5):
     factor = naive.dropout_factor(SEED, rows, width, dropout) if dropout else None
 
     def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
-        out = naive.residual(x, y, gamma, KEEP if keep else None, sample_of(rows), factor)
+        out = naive.residual(x, y, gamma, DROP_PATH if drop_path else None, sample_of(rows), factor)
         if norm_weight is None:
             return out
         weight, bias = (None if p is None else p.to(out.dtype) for p in (norm_weight, norm_bias))
@@ -66,8 +66,8 @@ def test_values_and_gradients_follow_the_naive_ones(rows, width, norm, dtype):
 
 def indexed(index: list[int] | None, extent: int | None, rows: int, dropout: float = 0.0):
     """The op with a row index, and with offsets whose last entry is ``extent``."""
-    extra = {"keep": KEEP, "sample": sample_of(rows), "dropout": dropout, "seed": torch.tensor(SEED)}
-    extra |= {} if index is None else {"rows": torch.tensor(index, dtype=torch.int32)}
+    extra = {"drop_path": DROP_PATH, "sample": sample_of(rows), "dropout": dropout, "seed": torch.tensor(SEED)}
+    extra |= {} if index is None else {"row_index": torch.tensor(index, dtype=torch.int32)}
     extra |= {} if extent is None else {"offsets": ragged_offsets([extent // 2, 0, extent - extent // 2])}
 
     def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
@@ -85,7 +85,7 @@ def naive_indexed(index: list[int] | None, extent: int | None, rows: int, dropou
     def call(x, y, gamma=None, norm_weight=None, norm_bias=None):
         factor = naive.dropout_factor(SEED, rows, x.shape[1], dropout)[places] if dropout else None
         out = x.clone()
-        out[places] = naive.residual(x[places], y[: len(places)], gamma, KEEP, sample_of(rows)[places], factor)
+        out[places] = naive.residual(x[places], y[: len(places)], gamma, DROP_PATH, sample_of(rows)[places], factor)
         if norm_weight is None:
             return out
         return out, F.layer_norm(out, out.shape[1:], norm_weight, norm_bias).to(y.dtype)
@@ -119,11 +119,14 @@ def test_rows_of_the_branch_past_the_extent_are_not_read(norm):
 def test_every_combination_of_options_follows_the_naive_one(norm, dtype):
     rows, width = 7, 16
     for gamma in (False, True):
-        for keep in (False, True):
+        for drop_path in (False, True):
             for dropout in (0.0, 0.4):
                 leaves = leaves_of(rows, width, gamma, norm, bias=gamma)
                 contract.check_against_naive(
-                    op(rows, keep, dropout, eps=0.1), plain(rows, width, keep, dropout, eps=0.1), leaves, dtype
+                    op(rows, drop_path, dropout, eps=0.1),
+                    plain(rows, width, drop_path, dropout, eps=0.1),
+                    leaves,
+                    dtype,
                 )
 
 
@@ -140,7 +143,7 @@ def test_dropped_rows_keep_x_bitwise_and_kept_rows_add_the_scaled_branch():
     for dtype in DTYPES:
         leaves = {name: leaf.to(dtype) for name, leaf in leaves_of(30, 64, gamma=False).items()}
         outputs, gradients = contract.run(op(30), leaves)
-        dropped = KEEP[sample_of(30).long()] == 0
+        dropped = DROP_PATH[sample_of(30).long()] == 0
         assert dropped.any() and not dropped.all()
         assert torch.equal(outputs[0][dropped], leaves["x"][dropped])
         assert not gradients["y"][dropped].any()
@@ -152,7 +155,7 @@ def test_dropped_rows_keep_x_bitwise_and_kept_rows_add_the_scaled_branch():
 def test_dropped_rows_hide_whatever_the_branch_gave_gamma():
     leaves = leaves_of(30, 16)
     expected = contract.run(op(30), leaves)[1]["gamma"]
-    dropped = KEEP[sample_of(30).long()] == 0
+    dropped = DROP_PATH[sample_of(30).long()] == 0
     leaves["y"] = torch.where(dropped[:, None], 1e6, leaves["y"])
     assert torch.equal(contract.run(op(30), leaves)[1]["gamma"], expected)
 
@@ -179,7 +182,7 @@ def test_finite_differences_agree():
     contract.check_gradcheck(op(4, dropout=0.3), leaves_of(4, 3, norm=True))
     indexed_leaves = leaves_of(5, 3, norm=True) | {"y": normal(3, 3, seed=3)}
     contract.check_gradcheck(indexed([4, 0, GARBAGE], 2, 5, dropout=0.3), indexed_leaves)
-    contract.check_gradcheck(op(4, keep=False), leaves_of(4, 3, gamma=False, norm=True, bias=False))
+    contract.check_gradcheck(op(4, drop_path=False), leaves_of(4, 3, gamma=False, norm=True, bias=False))
 
 
 def test_registration():
@@ -195,7 +198,7 @@ def test_strides_of_inputs_and_gradients_do_not_matter(norm):
     leaves = leaves_of(7, 9, norm=norm)
     contract.check_input_layouts(op(7, dropout=0.3), leaves, ["x", "y"])
     contract.check_gradient_layouts(op(7, dropout=0.3), leaves)
-    contract.check_gradient_layouts(op(7, keep=False), leaves_of(7, 9, gamma=False, norm=norm))
+    contract.check_gradient_layouts(op(7, drop_path=False), leaves_of(7, 9, gamma=False, norm=norm))
     contract.check_gradient_layouts(op(7), {name: leaf.bfloat16() for name, leaf in leaves.items()})
 
 
@@ -258,7 +261,7 @@ def test_compiled_equals_eager():
 
 def test_one_dynamic_graph_serves_every_number_of_rows():
     def call(x, y, gamma, norm_weight, norm_bias, sample):
-        return residual_layer_norm(x, y, gamma, norm_weight, norm_bias, keep=KEEP, sample=sample)
+        return residual_layer_norm(x, y, gamma, norm_weight, norm_bias, drop_path=DROP_PATH, sample=sample)
 
     cases = [(leaves_of(rows, 16, norm=True), {"sample": sample_of(rows)}) for rows in (7, 12, 9)]
     contract.check_compiled_once(cases, call)
@@ -278,22 +281,22 @@ def test_bad_input_is_refused():
         contract.refused("y", function, x.half(), x.bfloat16())
         contract.refused("x", function, torch.zeros(1, MAX_WIDTH + 1), torch.zeros(1, MAX_WIDTH + 1))
         index = torch.tensor([0, 2], dtype=torch.int32)
-        contract.refused("y", function, x, x, rows=index)
+        contract.refused("y", function, x, x, row_index=index)
         for bad in (index.long(), index[None], index.to("meta"), index + 2, index - 1, index * 0):
-            contract.refused("rows", function, x, x[:2], rows=bad)
+            contract.refused("row_index", function, x, x[:2], row_index=bad)
         contract.refused("offsets", function, x, x, offsets=sample.long())
         contract.refused("offsets", function, x, x, offsets=sample.to("meta"))
         contract.refused("gamma", function, x, x, torch.ones(4))
         contract.refused("gamma", function, x, x, torch.ones(8, dtype=torch.int32))
         contract.refused("gamma", function, x, x, torch.ones(8, device="meta"))
-        contract.refused("keep", function, x, x, keep=KEEP)
-        contract.refused("keep", function, x, x, sample=sample)
-        contract.refused("keep", function, x, x, keep=KEEP.bfloat16(), sample=sample)
-        contract.refused("keep", function, x, x, keep=KEEP[None], sample=sample)
-        contract.refused("keep", function, x, x, keep=KEEP.to("meta"), sample=sample)
-        contract.refused("sample", function, x, x, keep=KEEP, sample=sample[:3])
-        contract.refused("sample", function, x, x, keep=KEEP, sample=sample.float())
-        contract.refused("sample", function, x, x, keep=KEEP, sample=sample.to("meta"))
+        contract.refused("drop_path", function, x, x, drop_path=DROP_PATH)
+        contract.refused("drop_path", function, x, x, sample=sample)
+        contract.refused("drop_path", function, x, x, drop_path=DROP_PATH.bfloat16(), sample=sample)
+        contract.refused("drop_path", function, x, x, drop_path=DROP_PATH[None], sample=sample)
+        contract.refused("drop_path", function, x, x, drop_path=DROP_PATH.to("meta"), sample=sample)
+        contract.refused("sample", function, x, x, drop_path=DROP_PATH, sample=sample[:3])
+        contract.refused("sample", function, x, x, drop_path=DROP_PATH, sample=sample.float())
+        contract.refused("sample", function, x, x, drop_path=DROP_PATH, sample=sample.to("meta"))
         contract.refused("dropout", function, x, x, dropout=1.0, seed=seed)
         contract.refused("dropout", function, x, x, dropout=-0.1, seed=seed)
         contract.refused("seed", function, x, x, dropout=0.1)

@@ -5,7 +5,7 @@ import torch
 from support import contract
 from support.ffn_cases import (
     ALL,
-    KEEP,
+    DROP_PATH,
     OPTIONS,
     check_nan_in_inert_rows,
     check_nan_in_one_modality,
@@ -39,7 +39,7 @@ def test_every_combination_of_options_follows_the_naive_one(dtype):
     counts = [5, 0, 7]
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
-        if "residual" in options or not options & {"gamma", "keep"}:
+        if "residual" in options or not options & {"gamma", "drop_path"}:
             leaves = leaves_of(counts, 6, 10, options, 1)
             contract.check_against_naive(
                 op(counts, options, inert=1, eps=0.1), plain(counts, options, inert=1, eps=0.1), leaves, dtype,
@@ -82,12 +82,12 @@ def test_dropped_rows_keep_x_bitwise_and_kept_rows_add_the_scaled_branch():
     for dtype in DTYPES:
         leaves = {name: leaf.to(dtype) for name, leaf in leaves_of(counts, 32, 48).items()}
         outputs, gradients = contract.run(op(counts), leaves)
-        dropped = KEEP[sample_of(counts).long()] == 0
+        dropped = DROP_PATH[sample_of(counts).long()] == 0
         assert dropped.any() and not dropped.all()
         assert torch.equal(outputs[0][dropped], leaves["residual"][dropped])
         assert not gradients["z"][dropped].any() and gradients["z"][~dropped].any(1).all()
         branch = {name: leaf for name, leaf in leaves.items() if name not in ("residual", "gamma")}
-        y = op(counts, ALL - {"keep"})(**branch).float()
+        y = op(counts, ALL - {"drop_path"})(**branch).float()
         kept = (leaves["residual"].float() + y * (leaves["gamma"].float() * 1.25)).to(dtype)
         assert torch.equal(outputs[0][~dropped], kept[~dropped])
 
@@ -95,7 +95,7 @@ def test_dropped_rows_keep_x_bitwise_and_kept_rows_add_the_scaled_branch():
 def test_dropped_samples_leave_no_trace_in_parameter_gradients():
     counts, leaves = [6, 9], leaves_of([6, 9], 16, 24)
     expected = contract.run(op(counts), leaves)[1]
-    dropped = KEEP[sample_of(counts).long()] == 0
+    dropped = DROP_PATH[sample_of(counts).long()] == 0
     leaves["z"] = torch.where(dropped[:, None], 7 * leaves["z"].flip(0), leaves["z"])
     actual = contract.run(op(counts), leaves)[1]
     for name, gradient in expected.items():
@@ -185,7 +185,14 @@ def test_one_dynamic_graph_serves_every_number_of_rows():
         lists = lists_of(parameters, 2)
         rows = [first, second]
         return routed_ffn(
-            z, offsets=offsets, row_counts=rows, residual=residual, gamma=gamma, keep=KEEP, sample=sample, **lists
+            z,
+            offsets=offsets,
+            row_counts=rows,
+            residual=residual,
+            gamma=gamma,
+            drop_path=DROP_PATH,
+            sample=sample,
+            **lists,
         )
 
     cases = []

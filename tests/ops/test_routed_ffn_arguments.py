@@ -6,7 +6,7 @@ from support.contract import refused
 from support.plans import ragged_offsets
 
 from onepeace_fast import routed_ffn
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 
 WIDTH, HIDDEN = 8, 12
 
@@ -24,7 +24,7 @@ def arguments(**changes) -> dict:
         "row_counts": [1, 3],
         "residual": torch.zeros(4, WIDTH),
         "gamma": torch.zeros(WIDTH),
-        "keep": torch.ones(3),
+        "drop_path": torch.ones(3),
         "sample": torch.zeros(4, dtype=torch.int32),
     }
     return values | changes
@@ -75,14 +75,14 @@ def test_wrong_tensors_are_refused():
     for bad in (torch.zeros(WIDTH - 1), torch.zeros(WIDTH).int(), torch.zeros(WIDTH, device="meta")):
         refused("gamma", routed_ffn, **arguments(gamma=bad))
     for bad in (torch.ones(3, 1), torch.ones(3).half(), torch.ones(3, device="meta"), None):
-        refused("keep", routed_ffn, **arguments(keep=bad))
+        refused("drop_path", routed_ffn, **arguments(drop_path=bad))
     for bad in (sample[:3], sample.bool(), sample.to("meta")):
         refused("sample", routed_ffn, **arguments(sample=bad))
 
 
 def test_scaling_without_a_residual_is_refused():
     refused("residual", routed_ffn, **arguments(residual=None))
-    refused("residual", routed_ffn, **arguments(residual=None, keep=None, sample=None))
+    refused("residual", routed_ffn, **arguments(residual=None, drop_path=None, sample=None))
     refused("residual", routed_ffn, **arguments(residual=None, gamma=None))
 
 
@@ -111,7 +111,7 @@ def test_an_unknown_activation_or_strategy_is_refused():
     refused("eps", routed_ffn, **arguments(eps=0.0))
 
 
-@pytest.mark.parametrize("strategy", ("fused", "per_modality"))
+@pytest.mark.parametrize("strategy", ("grouped", "per_modality"))
 def test_a_strategy_of_kernels_is_refused_on_a_cpu(strategy):
     refused("strategy", routed_ffn, **arguments(strategy=strategy))
 
@@ -131,14 +131,16 @@ def test_what_tiles_cannot_take_is_refused_before_a_launch():
             ("z", narrow(16, 16, torch.float64)),
             ("offsets", narrow(16, 16, torch.float16, groups=65)),
         ):
-            refused(name, routed_ffn, strategy="fused", **bad)
+            refused(name, routed_ffn, strategy="grouped", **bad)
 
 
 def test_a_row_index_has_to_fit():
     index = torch.tensor([5, 0, 2, 3], dtype=torch.int32)
     stream = {"residual": torch.zeros(6, WIDTH), "sample": torch.zeros(6, dtype=torch.int32)}
-    assert routed_ffn(**arguments(rows=index, **stream)).shape == (6, WIDTH)
+    assert routed_ffn(**arguments(row_index=index, **stream)).shape == (6, WIDTH)
     for bad in (index[:3], index.long(), index.to("meta"), index + 1, index - 1, index.clamp(max=3)):
-        refused("rows", routed_ffn, **arguments(rows=bad, **stream))
-    refused("sample", routed_ffn, **arguments(rows=index, **{**stream, "sample": stream["sample"][:4]}))
-    refused("residual", routed_ffn, **arguments(rows=index, residual=None, gamma=None, keep=None, sample=None))
+        refused("row_index", routed_ffn, **arguments(row_index=bad, **stream))
+    refused("sample", routed_ffn, **arguments(row_index=index, **{**stream, "sample": stream["sample"][:4]}))
+    refused(
+        "residual", routed_ffn, **arguments(row_index=index, residual=None, gamma=None, drop_path=None, sample=None)
+    )

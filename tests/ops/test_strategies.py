@@ -8,25 +8,25 @@ import pytest
 import torch
 
 from onepeace_fast.kernels.measured import MeasuredGPU, write_measured
-from onepeace_fast.ops import _routed_ffn_arguments as arguments
-from onepeace_fast.ops import _strategies
-from onepeace_fast.ops._strategies import UNMEASURED, strategy_for
+from onepeace_fast.ops import routed_ffn_arguments as arguments
+from onepeace_fast.ops import strategies
+from onepeace_fast.ops.strategies import UNMEASURED, strategy_for
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CLASSES = [{"width": None, "rows": 1000, "strategy": "per_modality"}, {"strategy": "fused"}]
+CLASSES = [{"width": None, "rows": 1000, "strategy": "per_modality"}, {"strategy": "grouped"}]
 
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):
     """A GPU of which these classes were measured."""
     monkeypatch.setenv("ONEPEACE_FAST_MEASURED", str(tmp_path))
-    monkeypatch.setattr(_strategies, "gpu_name", lambda device: "A GPU" if device.type == "cuda" else "")
+    monkeypatch.setattr(strategies, "gpu_name", lambda device: "A GPU" if device.type == "cuda" else "")
 
     def write(classes=CLASSES):
         write_measured(MeasuredGPU("A GPU", "sm_90", {}, "2026-11-28", True, {"routed_ffn": classes}, {}), tmp_path)
 
     yield write
-    _strategies.measured_for.cache_clear()
+    strategies.measured_for.cache_clear()
 
 
 def test_a_gpu_that_was_not_measured_trusts_the_vendor_s_products(measured):
@@ -37,13 +37,13 @@ def test_a_gpu_that_was_not_measured_trusts_the_vendor_s_products(measured):
 def test_a_measured_gpu_takes_the_first_class_that_holds_the_rows(measured):
     measured()
     found = {rows: strategy_for("routed_ffn", GPU, rows, 1536) for rows in (1, 1000, 1001, 65536)}
-    assert found == {1: "per_modality", 1000: "per_modality", 1001: "fused", 65536: "fused"}
+    assert found == {1: "per_modality", 1000: "per_modality", 1001: "grouped", 65536: "grouped"}
     assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED
 
 
 def test_a_strategy_that_there_is_not_is_one_line_that_names_the_file(measured, tmp_path):
     measured([{"strategy": "fastest"}])
-    with pytest.raises(ValueError, match=r"expected strategies of fused, .*, got fastest; delete the file") as caught:
+    with pytest.raises(ValueError, match=r"expected strategies of grouped, .*, got fastest; delete the file") as caught:
         strategy_for("routed_ffn", GPU, 1, 1)
     assert str(tmp_path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
@@ -53,7 +53,7 @@ def test_torch_compile_takes_the_measured_strategy_without_reading_files(measure
     measured()
 
     def scaled(x):
-        return x * {"fused": 2, "per_modality": 3}[strategy_for("routed_ffn", GPU, x.shape[0], x.shape[1])]
+        return x * {"grouped": 2, "per_modality": 3}[strategy_for("routed_ffn", GPU, x.shape[0], x.shape[1])]
 
     compiled = torch.compile(scaled, fullgraph=True, backend="eager", dynamic=True)
     for rows, factor in ((8, 3), (2000, 2)):
@@ -98,7 +98,7 @@ def test_without_row_counts_a_gpu_runs_the_strategy_that_reads_none(measured, ca
     measured([{"strategy": "per_modality"}])
     capturing["capturing"] = capture
     for none in ((), []):
-        assert arguments.chosen_strategy(None, on_gpu(dtype), 256, 3, none) == "fused"
+        assert arguments.chosen_strategy(None, on_gpu(dtype), 256, 3, none) == "grouped"
     for known in ((10, 30, 0), (0, 0), [0]):
         assert arguments.chosen_strategy(None, on_gpu(dtype), 256, 3, known) == "per_modality"
 
@@ -129,10 +129,10 @@ def test_inside_a_graph_capture_it_is_refused_in_one_line(measured, capturing, z
 
 
 def test_a_gpu_that_is_too_old_for_any_tile_is_refused_the_fused_strategy_in_one_line(measured, capturing):
-    measured([{"strategy": "fused"}])
+    measured([{"strategy": "grouped"}])
     capturing["architecture"] = "sm_75"
     with pytest.raises(ValueError, match=r"^z: expected a GPU of sm_80 or later, got sm_75 .*use 'per_modality'$"):
-        arguments.chosen_strategy("fused", on_gpu(), 256, 3, (40,))
+        arguments.chosen_strategy("grouped", on_gpu(), 256, 3, (40,))
     assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "per_modality"
     capturing["architecture"] = "sm_80"
-    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "fused"
+    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "grouped"

@@ -1,7 +1,7 @@
 """Between the plan and the end of the backward pass nothing makes the host wait for the device.
 
 Shown without a device, on fake tensors: see ``support.synchronization``. Under fake tensors an op runs its fake, so the
-specifications, which are what runs on a device as long as no kernel does, are run by themselves as well.
+references, which are what runs on a device as long as no kernel does, are run by themselves as well.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from onepeace_fast import RoutePlan, kernels
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.kernels.launch import recording
 from onepeace_fast.layers import transformer
-from onepeace_fast.ops import _routed_ffn_per_modality as per_modality
+from onepeace_fast.ops import routed_ffn_per_modality as per_modality
 from onepeace_fast.ops.relative_bias_attention import (
     relative_bias_attention_backward_on_gpu,
     relative_bias_attention_on_gpu,
@@ -169,7 +169,9 @@ def test_the_launchers_read_no_tensor_on_the_host(where):
             [True] * 3,
         )  # fmt: skip
     names = {configuration.kernel.__name__ for configuration in configurations}
-    assert {"_hidden", "_output", "_weight_gradient", "_input_gradient", "_scale_gradient"} <= names
+    needed = ("routed_ffn_hidden", "routed_ffn_output", "routed_ffn_scale_gradient", "grouped_gemm_input_gradient",
+              "grouped_gemm_weight_gradient")  # fmt: skip
+    assert {f"{name}_kernel" for name in needed} <= names
     assert len(configurations) > 25
 
 
@@ -194,13 +196,13 @@ def test_a_plan_from_masks_on_the_device_waits_exactly_once(monkeypatch):
     assert reads == [(6,)] and plan.row_counts == (15, 14, 6) and plan.max_length == 15
 
 
-def specification(name: str):
+def reference(name: str):
     module = importlib.import_module(f"onepeace_fast.ops.{name}")
-    return getattr(module, f"{name}_specification"), getattr(module, f"{name}_backward_specification")
+    return getattr(module, f"{name}_reference"), getattr(module, f"{name}_backward_reference")
 
 
-def run_specifications(plan: RoutePlan) -> None:
-    """All specifications and their backward ones, and the FFN over kernels, on the plan, with every option."""
+def run_references(plan: RoutePlan) -> None:
+    """All references and their backward ones, and the FFN over kernels, on the plan, with every option."""
     rows, groups, width, heads = plan.capacity, len(plan.modalities), 8, 2
 
     def random(*shape: int) -> torch.Tensor:
@@ -209,24 +211,24 @@ def run_specifications(plan: RoutePlan) -> None:
     x, y, gamma = random(rows, width), random(rows, width), random(width)
     seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
     weights, keep = [random(width) for _ in range(groups)], random(plan.samples)
-    forward, backward = specification("layer_norm")
+    forward, backward = reference("layer_norm")
     scale, index = random(heads), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
     _, mean, rstd = forward(x, weights, weights, scale, index, plan.offsets, plan.row_counts, 1e-5)
     needs = [True] * groups
     backward(x, x, mean, rstd, weights, weights, scale, index, plan.offsets, plan.row_counts, needs, needs, True)
 
-    forward, backward = specification("residual")
+    forward, backward = reference("residual")
     scaling = (gamma, keep, plan.sample, 0.1, seed)
     for places in ((None, None), (index, plan.offsets)):
         out, normed, mean, rstd = forward(x, y, *scaling, *places, gamma, gamma, 1e-5)
         saved = (out, gamma, gamma, mean, rstd)
         backward(out, normed, y, *scaling, *places, *saved, y.dtype, [True] * 3)
 
-    forward, backward = specification("gated_sub_ln")
+    forward, backward = reference("gated_sub_ln")
     _, mean, rstd = forward(x, y, weights, weights, plan.offsets, plan.row_counts, "gelu", 1e-5)
     backward(x, x, y, mean, rstd, weights, weights, plan.offsets, plan.row_counts, "gelu", needs, needs, True)
 
-    forward, backward = specification("routed_ffn")
+    forward, backward = reference("routed_ffn")
     shapes = ((12, width), (12, width), (12,), (12,), (width, 12), (width,))
     lists = [[random(*shape) for _ in range(groups)] for shape in shapes]
     extents = (plan.offsets, plan.row_counts)
@@ -238,7 +240,7 @@ def run_specifications(plan: RoutePlan) -> None:
         out, *saved = per_modality.routed_ffn(x, *lists, *extents, y, *scaling, places, "gelu", 1e-5)
         per_modality.routed_ffn_backward(out, x, *lists, *extents, *scaling, places, *saved, "gelu", needed)
 
-    forward, backward = specification("relative_bias_attention")
+    forward, backward = reference("relative_bias_attention")
     qkv, head_scale = random(rows, 3, heads, 4), random(heads)
     bias = [random(heads, 2 * offset + 4) for offset in plan.code_offsets]
     places = (plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, bias, plan.code_offsets, head_scale)
@@ -250,17 +252,17 @@ def run_specifications(plan: RoutePlan) -> None:
     assert dqkv.shape == qkv.shape and dqkv.device == DEVICE
 
 
-def test_the_specifications_never_wait():
+def test_the_references_never_wait():
     with no_synchronization():
-        run_specifications(make_plan())
+        run_references(make_plan())
 
 
 @pytest.mark.parametrize("missing", ({"row_counts": ()}, {"max_length": 0}), ids=str)
-def test_without_the_host_s_numbers_the_specifications_do_wait(missing):
+def test_without_the_host_s_numbers_the_references_do_wait(missing):
     with no_synchronization():
         plan = dataclasses.replace(make_plan(), **missing)
         with pytest.raises(SYNCHRONIZED):
-            run_specifications(plan)
+            run_references(plan)
 
 
 WAITS = {

@@ -14,7 +14,7 @@ from onepeace_fast import (
     residual_layer_norm,
     routed_ffn,
 )
-from onepeace_fast.ops import _library
+from onepeace_fast.ops import kernel_choice, operation
 
 OFFSETS = torch.tensor([0, 2, 4], dtype=torch.int32)
 PLAN = RoutePlan.from_lengths({"text": [2, 2]}, first_is_cls=True)
@@ -81,9 +81,9 @@ def test_a_transform_is_refused_in_one_line_that_names_the_op(op, transform, by_
             raise AssertionError("a kernel was launched")
 
         monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
-        monkeypatch.setattr(_library, "launcher", lambda *_: launch)
+        monkeypatch.setattr(operation, "launcher", lambda *_: launch)
         forced = True
-    with _library.force_kernels(forced), pytest.raises(RuntimeError) as caught:
+    with kernel_choice.force_kernels(forced), pytest.raises(RuntimeError) as caught:
         TRANSFORMS[transform](OPS[op])
     message = str(caught.value)
     assert message.startswith("onepeace_fast::" + op.partition("'")[0].removesuffix("_layer_norm"))

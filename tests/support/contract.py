@@ -252,9 +252,9 @@ def check_compiled_once(cases: Sequence[tuple[Call, Leaves, Mapping[str, Any]]],
 
 
 def refused(argument: str, function: Call, *args: Any, **kwargs: Any) -> None:
-    """The call raises ``ValueError`` in one line that begins with the argument and says what came and what is taken."""
+    """The call raises ``ValueError`` in one line that begins with the argument and says what was expected."""
     with pytest.raises(ValueError) as caught:
         function(*args, **kwargs)
     message = str(caught.value)
     assert message.startswith(argument), message
-    assert "\n" not in message and ("got" in message or "differs" in message) and "takes" in message, message
+    assert "\n" not in message and ("expected" in message or "takes" in message) and "got" in message, message

@@ -13,8 +13,8 @@ from support import contract, naive
 from support.contract import normal
 from support.plans import ragged_offsets
 
-KEEP = torch.tensor([1.25, 0.0, 1.25])
-OPTIONS = ("bias", "norm", "residual", "gamma", "keep")
+DROP_PATH = torch.tensor([1.25, 0.0, 1.25])
+OPTIONS = ("bias", "norm", "residual", "gamma", "drop_path")
 ALL = frozenset(OPTIONS)
 NO_GATE = "no gate"
 LISTS = ("w0", "w1", "w2", "b2", "norm_weight", "norm_bias")
@@ -54,15 +54,15 @@ def lists_of(parameters: dict, groups: int) -> dict[str, list[Tensor]]:
 
 def op(
     counts: Sequence[int], options: frozenset = ALL, host: bool = True, inert: int = 0, eps: float = 1e-5,
-    keep: Tensor = KEEP, rows: Tensor | None = None, **settings: object,
+    drop_path: Tensor = DROP_PATH, row_index: Tensor | None = None, **settings: object,
 ) -> Callable:  # fmt: skip
-    """The op as ``call(**leaves)``; with ``rows``, an index, the samples are those of the residual's rows."""
+    """The op as ``call(**leaves)``; with ``row_index``, the samples are those of the residual's rows."""
 
     def call(z, residual=None, gamma=None, **parameters):
         lists = lists_of(parameters, len(counts))
-        sample = sample_of(counts, inert) if rows is None else sample_of([residual.shape[0]])
-        tensors = {"keep": keep, "sample": sample} if "keep" in options else {}
-        tensors |= {} if rows is None else {"rows": rows}
+        sample = sample_of(counts, inert) if row_index is None else sample_of([residual.shape[0]])
+        tensors = {"drop_path": drop_path, "sample": sample} if "drop_path" in options else {}
+        tensors |= {} if row_index is None else {"row_index": row_index}
         return routed_ffn(
             z, offsets=ragged_offsets(counts).to(z.device), row_counts=list(counts) if host else (), residual=residual,
             gamma=gamma, eps=eps, **{"w1": None, **lists}, **settings,
@@ -73,8 +73,8 @@ def op(
 
 
 def plain(
-    counts: Sequence[int], options: frozenset = ALL, inert: int = 0, eps: float = 1e-5, keep: Tensor = KEEP,
-    rows: Tensor | None = None, activation: str = "gelu",
+    counts: Sequence[int], options: frozenset = ALL, inert: int = 0, eps: float = 1e-5, drop_path: Tensor = DROP_PATH,
+    row_index: Tensor | None = None, activation: str = "gelu",
 ) -> Callable:  # fmt: skip
     """The naive network as ``call(**leaves)``."""
 
@@ -89,10 +89,10 @@ def plain(
         y = torch.cat([*parts, torch.zeros_like(z[start:])])
         if residual is None:
             return y
-        kept = keep.to(z.device) if "keep" in options else None
-        if rows is None:
+        kept = drop_path.to(z.device) if "drop_path" in options else None
+        if row_index is None:
             return naive.residual(residual, y, gamma, kept, sample_of(counts, inert))
-        mine = rows[:start].long()
+        mine = row_index[:start].long()
         sample = sample_of([residual.shape[0]])[mine.cpu()]
         branch = naive.residual(residual[mine], y[:start], gamma, kept, sample)
         return residual.index_put((mine,), branch)

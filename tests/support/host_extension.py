@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from onepeace_fast import cuda_extension
-from onepeace_fast.ops import _attention_on_gpu, _library
+from onepeace_fast.ops import attention_on_gpu, operation
 from support.built_once import built_once, digest, version
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
@@ -59,7 +59,7 @@ def _compile(compiler: str, folder: Path, name: str) -> None:
 def force_gpu_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let ops that need no Triton run on CPU tensors what they run on a GPU, but for float64."""
     takes = lambda name, tensor, triton=True: not triton and tensor.dtype != torch.float64  # noqa: E731
-    monkeypatch.setattr(_library, "runs_kernel", takes)
+    monkeypatch.setattr(operation, "runs_kernel", takes)
 
 
 def use(monkeypatch: pytest.MonkeyPatch, extension: ModuleType, multiprocessors: int = 132) -> None:
@@ -68,5 +68,5 @@ def use(monkeypatch: pytest.MonkeyPatch, extension: ModuleType, multiprocessors:
     monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
     monkeypatch.setattr(cuda_extension, "unavailable_reason", extension.unavailable_reason)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_attention_on_gpu, "_current_stream", lambda device: 0)
-    monkeypatch.setattr(_attention_on_gpu, "_multiprocessors", lambda device: multiprocessors)
+    monkeypatch.setattr(attention_on_gpu, "_current_stream", lambda device: 0)
+    monkeypatch.setattr(attention_on_gpu, "_multiprocessors", lambda device: multiprocessors)

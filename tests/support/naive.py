@@ -24,14 +24,19 @@ def layer_norm(
 
 
 def residual(
-    x: Tensor, y: Tensor, gamma: Tensor | None, keep: Tensor | None, sample: Tensor | None, factor: Tensor | None = None
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None,
+    drop_path: Tensor | None,
+    sample: Tensor | None,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """x + keep * gamma * dropout(y), row by row; ``factor`` is dropout's."""
-    rows, samples = [], None if keep is None else sample.tolist()
+    """x + drop_path * gamma * dropout(y), row by row; ``factor`` is dropout's."""
+    rows, samples = [], None if drop_path is None else sample.tolist()
     for i in range(x.shape[0]):
         branch = y[i] if factor is None else y[i] * factor[i].to(y.dtype)
         branch = branch if gamma is None else gamma * branch
-        rows.append(x[i] + (branch if keep is None else keep[samples[i]].to(branch.dtype) * branch))
+        rows.append(x[i] + (branch if drop_path is None else drop_path[samples[i]].to(branch.dtype) * branch))
     return torch.stack(rows).to(x.dtype) if rows else (x + (y if gamma is None else gamma * y)).to(x.dtype)
 
 

@@ -176,3 +176,11 @@ def test_a_name_that_no_file_can_have_is_refused_in_one_line(name):
     with pytest.raises(ValueError, match=r": cannot be read: ") as caught:
         TrainingConfig.load(name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_computed(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    folder.mkdir()
+    with pytest.raises(ValueError, match=r"run\.yaml: output: got '.*caf\\udce9/run', takes a path in UTF-8"):
+        load(folder, SMALLEST)
+    load(folder, SMALLEST.replace("output: run", f"output: {tmp_path}/run"))

@@ -16,6 +16,7 @@ from tools.gpu_run import plan
 from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Log, Outcome, run_jobs
 from tools.gpu_run.records import STAGE_HEADS, Files, outcomes_of, stage_row
 from tools.gpu_run.schedule import LEFT_OUT, Stage, State, run_stages
+from tools.scratch import use_scratch
 
 MINUTES = 8.0
 MOST_AT_ONCE = 12  # jobs, for the device's memory
@@ -109,6 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("-k", dest="keyword", default="", metavar="EXPRESSION", help="of the tests only these")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
+    use_scratch()  # all stages, so that each finds the kernels that those before it compiled
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
     date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
     with tempfile.TemporaryDirectory(prefix="onepeace_fast_gpu_") as work:

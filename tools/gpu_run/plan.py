@@ -58,7 +58,7 @@ def stages(machine: Machine) -> list[Stage]:
             [lambda _: _install(machine), lambda _: [*_extension(machine), *_compile(machine, "headline")]],
         ),
         Stage(
-            "smoke", 90, "each op in bfloat16 against its specification, each in its own process; a fault ends the run",
+            "smoke", 90, "each op in bfloat16 against its reference, each in its own process; a fault ends the run",
             [lambda _: [_smoke(machine, n) for n in SMOKE if machine.on_gpu or n not in NEEDS_KERNELS]], ends_run=True,
         ),
         Stage(

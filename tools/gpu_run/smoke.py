@@ -1,7 +1,7 @@
-"""One operation in bfloat16, forward and backward, against its specification: python3 -m tools.gpu_run.smoke CHECK
+"""One operation in bfloat16, forward and backward, against its reference: python3 -m tools.gpu_run.smoke CHECK
 
 What ``onepeace-fast selftest`` holds an operation to, in seconds: every output and gradient by the tolerance rule.
-Exact is the specification in float64, plain PyTorch that in bfloat16, both on the CPU. Returns 1 for a fault.
+Exact is the reference in float64, plain PyTorch that in bfloat16, both on the CPU. Returns 1 for a fault.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from onepeace_fast import cuda_extension
 from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors, specified_cases
 from onepeace_fast.hardware.selftest import outputs_and_gradients
 from onepeace_fast.kernels.launch import launched
-from onepeace_fast.ops._library import force_kernels
+from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.tolerance import compare
 from tools.gpu_run.plan import LEFT_OUT, SMOKE
 
@@ -66,7 +66,7 @@ def checks(full: bool) -> dict[str, Check]:
 
 
 def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> int:
-    """Hold every case of a check against its specification; tells each case's worst tensor, and how many broke it."""
+    """Hold every case of a check against its reference; tells each case's worst tensor, and how many broke it."""
     make, same = (random_tensors(CPU) for _ in range(2))
 
     def copied(*shape: int, **how: object) -> Tensor:

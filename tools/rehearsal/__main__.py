@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from tools.rehearsal import run, versions
+from tools.scratch import use_scratch
 
 
 def main(arguments: list[str]) -> int:
@@ -13,6 +14,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--python", help="with --versions: an interpreter that has these versions already")
     parser.add_argument("files", nargs="*", help="files of tests, instead of all that need a GPU")
     options = parser.parse_args(arguments)
+    use_scratch()
     if options.versions:
         return versions.main(options.versions, options.short, options.python)
     return run.main(options.short, options.files)

@@ -40,8 +40,8 @@ def feed_forward(counts: tuple[int, ...], inert: int = 1, frozen: int | None = N
     offsets = [sum(counts[:m]) for m in range(len(counts) + 1)]
     out = routed_ffn(
         _random(rows, WIDTH).requires_grad_(), **lists, residual=_random(rows, WIDTH).requires_grad_(),
-        gamma=_random(WIDTH).requires_grad_(), keep=torch.ones(2, device="cuda"),
-        sample=torch.zeros(rows, dtype=torch.int32, device="cuda"), strategy="fused",
+        gamma=_random(WIDTH).requires_grad_(), drop_path=torch.ones(2, device="cuda"),
+        sample=torch.zeros(rows, dtype=torch.int32, device="cuda"), strategy="grouped",
         offsets=torch.tensor(offsets, dtype=torch.int32, device="cuda"),
     )  # fmt: skip
     out.backward(_random(rows, WIDTH))
@@ -64,7 +64,9 @@ def residual_layer_norm() -> None:
     vectors = [_random(WIDTH).requires_grad_() for _ in range(3)]
     rows = torch.tensor([7, 0, 3, 2, 9, 4], dtype=torch.int32, device="cuda")
     sample = torch.zeros(10, dtype=torch.int32, device="cuda")
-    out, normed = residual_layer_norm(x, y, *vectors, keep=torch.ones(1, device="cuda"), sample=sample, rows=rows)
+    out, normed = residual_layer_norm(
+        x, y, *vectors, drop_path=torch.ones(1, device="cuda"), sample=sample, row_index=rows
+    )
     torch.autograd.backward([out, normed], [_random(10, WIDTH)] * 2)
 
 

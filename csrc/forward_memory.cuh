@@ -1,4 +1,4 @@
-// What a thread block of the forward kernel holds in shared memory, and how it is loaded.
+// What a thread block of the forward kernel, and of the row sums' kernel, holds in shared memory, and how it is loaded.
 
 #pragma once
 
@@ -14,9 +14,9 @@
 
 namespace onepeace_fast {
 
-constexpr int STAGES = 2;
+constexpr int STAGES = 2;  // tiles in shared memory: one is computed while the next one is copied
 constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
-constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // that a thread block may have, of compute capability 8.6, 8.9, 12.0
+constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 give a thread block
 
 // Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
 template <int HEAD_DIM>
@@ -25,17 +25,23 @@ struct ForwardLaunch {
     static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
     static constexpr int THREADS = WARPS * WARP;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-    static constexpr int at_once(bool) { return 1; }  // shared memory of a multiprocessor holds no second one
+    // The shared memory of such a multiprocessor holds no second one.
+    static constexpr int thread_blocks_at_once(bool) { return 1; }
 #else
-    static constexpr int at_once(bool windowed) { return windowed ? 1 : 2; }
+    static constexpr int thread_blocks_at_once(bool windowed) { return windowed ? 1 : 2; }
 #endif
 };
 
-// Of a thread's two rows: the largest score so far, and the sum of probabilities in this thread's columns. It stands in
-// shared memory between tiles: the matrix products need its registers.
-struct alignas(16) Softmax {
-    float largest[2];
-    float sum[2];
+// Of a thread's two rows, between tiles: the matrix products need these registers.
+struct alignas(16) RowState {
+    float largest[2];  // score so far, base 2
+    float sum[2];      // of probabilities relative to it, in this thread's columns
+};
+
+// The same of a pass over rows whose log-sum-exp is known.
+struct alignas(16) RowSumState {
+    float log_sum_exp[2];  // base 2
+    float sum[2];          // of probability times its gradient, in this thread's columns
 };
 
 template <typename T, int HEAD_DIM>
@@ -44,13 +50,16 @@ struct alignas(128) ForwardShared {
 
     T keys[STAGES][KEYS * HEAD_DIM];
     T values[STAGES][KEYS * HEAD_DIM];
-    T rows[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp: its queries, at the end its results
-    int key_code[STAGES][KEYS];            // of CLS keys: their modality
-    Block tiles[STAGES];                   // the keys of each stage
-    Softmax softmax[ForwardLaunch<HEAD_DIM>::THREADS];
-    int row_code[WARPS][BLOCK_ROWS];       // of CLS queries: their modality
-    Block blocks[WARPS];                   // the queries of each warp, none where the count is 0
-    Range codes[WARPS];                    // of body queries, where the bias is windowed
+    T queries[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp; at the end its results
+    int key_code[STAGES][KEYS];               // of CLS keys: their modality
+    RowBlock key_rows[STAGES];
+    union {
+        RowState row_states[ForwardLaunch<HEAD_DIM>::THREADS];
+        RowSumState row_sum_states[ForwardLaunch<HEAD_DIM>::THREADS];
+    };
+    int query_code[WARPS][BLOCK_ROWS];  // of CLS queries: their modality
+    RowBlock query_rows[WARPS];         // of each warp; none where the count is 0
+    Range query_codes[WARPS];           // of body queries, where the bias is windowed
     Sample sample;
     float cls[MAX_MODALITIES][CLS_ENTRIES];
     int bias_start[MAX_MODALITIES];
@@ -74,16 +83,18 @@ struct Forward {
     const RelativeBiasAttention& arguments;
     Memory& shared;
 
+    // A row's queries (0), keys (1) or values (2): [HEAD_DIM].
     __device__ const T* source(int row, int which) const {
         return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
                blockIdx.y * arguments.head_stride;
     }
 
-    // Begin to copy a tile's keys, values and codes; rows past its end repeat the last, lest a foreign NaN come in.
-    __device__ __forceinline__ void load_keys(int stage, const Block& tile) const {
+    // Begin to copy a tile's keys, values and codes. Rows past its end repeat the last one: what stands there in memory
+    // may be NaN, which a product with zero would keep.
+    __device__ __forceinline__ void load_keys(int stage, const RowBlock& tile) const {
         const bool is_cls = tile.modality == arguments.modalities;
         const int rows = is_cls ? BLOCK_ROWS : KEYS, thread = thread_index();
-        if (thread == 0) shared.tiles[stage] = tile;
+        if (thread == 0) shared.key_rows[stage] = tile;
 #pragma unroll 1
         for (int i = thread; i < rows * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
@@ -102,23 +113,23 @@ struct Forward {
     }
 
     // Begin to copy this warp's queries and their codes.
-    __device__ void load_queries(const Block& block) const {
+    __device__ void load_queries(const RowBlock& row_block) const {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
 #pragma unroll 1
         for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            const int from = find_row(shared.sample, arguments.modalities, block, row).index;
-            cp_async_16(shared.rows[warp] + swizzled<HEAD_DIM>(row, chunk), source(from, 0) + chunk * CHUNK);
+            const int from = find_row(shared.sample, arguments.modalities, row_block, row).index;
+            cp_async_16(shared.queries[warp] + swizzled<HEAD_DIM>(row, chunk), source(from, 0) + chunk * CHUNK);
         }
-        if (lane == 0) shared.blocks[warp] = block;
-        const Row row = find_row(shared.sample, arguments.modalities, block, lane % BLOCK_ROWS);
-        const bool is_cls = block.modality == arguments.modalities;
+        if (lane == 0) shared.query_rows[warp] = row_block;
+        const Row row = find_row(shared.sample, arguments.modalities, row_block, lane % BLOCK_ROWS);
+        const bool is_cls = row_block.modality == arguments.modalities;
         const int code = is_cls ? row.modality : arguments.code[row.index];
-        if (lane < BLOCK_ROWS) shared.row_code[warp][lane] = code;
+        if (lane < BLOCK_ROWS) shared.query_code[warp][lane] = code;
         if (WINDOWED && !is_cls) {
             Range codes{code, code};
             codes.include_lanes();
-            if (lane == 0) shared.codes[warp] = codes;
+            if (lane == 0) shared.query_codes[warp] = codes;
         }
     }
 
@@ -137,12 +148,12 @@ struct Forward {
         }
     }
 
-    // Whole vectors of the modalities that have body rows among the blocks of queries.
-    __device__ void load_whole_bias(int first_block, int end_block) const {
+    // Whole vectors of the modalities that have body rows among these row blocks of queries.
+    __device__ void load_whole_bias(int first_row_block, int end_row_block) const {
 #pragma unroll 1
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
             const int end = start + ceil_div(shared.sample.body[m], BLOCK_ROWS);
-            if (start < end_block && end > first_block) {
+            if (start < end_row_block && end > first_row_block) {
                 const BiasVector& vector = arguments.bias[m];
                 for (int i = thread_index(); i < vector.entries - CLS_ENTRIES; i += THREADS) {
                     shared.bias()[shared.bias_start[m] + i] = load_entry(vector, blockIdx.y, i);
@@ -156,7 +167,8 @@ struct Forward {
     __device__ Range find_entries(int stage, int modality) const {
         Range queries{INT_MAX, INT_MIN}, keys{INT_MAX, INT_MIN};
         for (int w = 0; w < ForwardLaunch<HEAD_DIM>::WARPS; ++w) {
-            if (shared.blocks[w].count && shared.blocks[w].modality == modality) queries.include(shared.codes[w]);
+            const RowBlock& rows = shared.query_rows[w];
+            if (rows.count && rows.modality == modality) queries.include(shared.query_codes[w]);
         }
         if (queries.first > queries.last) return queries;
         for (int i = thread_index() % WARP; i < KEYS; i += WARP) {
@@ -167,6 +179,7 @@ struct Forward {
         return {queries.first - keys.last + offset, queries.last - keys.first + offset};
     }
 
+    // Some entries of a vector, from entry `first` on.
     __device__ void load_window(int modality, int first, int count) const {
         for (int i = thread_index(); i < count; i += THREADS) {
             shared.bias()[i] = load_entry(arguments.bias[modality], blockIdx.y, first + i);

@@ -1,4 +1,4 @@
-"""What attention's specification walks: packed samples in groups, and the bias entry of every pair of their tokens."""
+"""What attention's reference walks: packed samples in groups, and the bias entry of every pair of their tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onepeace_fast.checks import require, require_values
 from onepeace_fast.relative_position import CLS_ENTRIES
+from onepeace_fast.structures import RelativeBias, Segments
 
 PAIRS_OF_A_GROUP = 2**13
 PAIRS_OF_A_DEVICE_GROUP = 2**22
@@ -45,16 +46,17 @@ class Group(NamedTuple):
             x[rows] = value.to(x.dtype)
 
 
-def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
+def sample_groups(segments: Segments) -> Iterator[Group]:
     """Samples to compute at once, few enough for linear memory: on a CPU by length, elsewhere at ``max_length``.
 
     With ``max_length`` nothing is read from a device.
     """
+    cu_seqlens = segments.cu_seqlens
     if cu_seqlens.shape[1] == 1:
         return
     starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
     if cu_seqlens.device.type != "cpu":
-        longest = longest_sample(cu_seqlens, max_length)
+        longest = longest_sample(segments)
         step = _samples_at_once(longest)
         for first in range(0, cu_seqlens.shape[1] - 1, step):
             some = slice(first, first + step)
@@ -71,13 +73,14 @@ def sample_groups(cu_seqlens: Tensor, max_length: int) -> Iterator[Group]:
             yield Group(rows, None if host_totals[first] == longest else valid)
 
 
-def longest_sample(cu_seqlens: Tensor, max_length: int) -> int:
+def longest_sample(segments: Segments) -> int:
     """``max_length``, or where the host does not know it the longest sample, read from the device.
 
     Raises ValueError while a CUDA graph is captured, which no host read can be part of.
     """
-    if max_length or cu_seqlens.shape[1] == 1:
-        return max_length
+    cu_seqlens = segments.cu_seqlens
+    if segments.max_length or cu_seqlens.shape[1] == 1:
+        return segments.max_length
     require(
         not _is_captured(cu_seqlens),
         "max_length: expected the longest sample's length while a CUDA graph is captured and PyTorch's attention runs,"
@@ -153,25 +156,22 @@ class PairBias(NamedTuple):
         return self.vectors.index_select(1, index.flatten()).view(heads, *index.shape).movedim(0, 1)
 
 
-def pair_bias(
-    bias: Sequence[Tensor],
-    modality: Tensor,
-    code: Tensor,
-    is_cls: Tensor,
-    code_offsets: Sequence[int],
-    dtype: torch.dtype,
-) -> PairBias | None:
+def pair_bias(bias: RelativeBias, segments: Segments, dtype: torch.dtype) -> PairBias | None:
     """Join the vectors of all modalities so that one index reaches any of them; None without a bias."""
-    if not bias:
+    vectors = bias.vectors
+    if not vectors:
         return None
     starts = [0]
-    for vector in bias:
+    for vector in vectors:
         starts.append(starts[-1] + vector.shape[1])
-    zero = bias[0].new_zeros(bias[0].shape[0], 1)
-    equal = [start + offset for start, offset in zip(starts[:-1], code_offsets, strict=True)]
+    zero = vectors[0].new_zeros(vectors[0].shape[0], 1)
+    equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
     cls = [stop - CLS_ENTRIES for stop in starts[1:]]
-    look_up = [_by_modality(modality, entries) for entries in (equal, cls)]
-    return PairBias(torch.cat([*bias, zero], dim=1).to(dtype), starts, modality, is_cls, code.long(), *look_up)
+    look_up = [_by_modality(segments.modality, entries) for entries in (equal, cls)]
+    return PairBias(
+        torch.cat([*vectors, zero], dim=1).to(dtype), starts, segments.modality, segments.is_cls, segments.code.long(),
+        *look_up,
+    )  # fmt: skip
 
 
 def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
@@ -187,16 +187,17 @@ def check_segments(cu_seqlens: Tensor, rows: int) -> None:
     if not cu_seqlens.numel():
         return
     inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
-    require_values(inside, f"cu_seqlens: got segments outside the rows, takes growing bounds from 0 to at most {rows}")
+    require_values(
+        inside, f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
+    )
 
 
-def check_codes(
-    bias: Sequence[Tensor], modality: Tensor, code: Tensor, is_cls: Tensor, code_offsets: Sequence[int]
-) -> None:
+def check_codes(bias: RelativeBias, segments: Segments) -> None:
     """Raise where two codes of a modality differ by more than its vector covers; only a CPU is read by the host."""
-    for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
+    code = segments.code
+    for m, (vector, offset) in enumerate(zip(*bias, strict=True)):
         covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
-        counted = (modality == m) & ~is_cls
+        counted = (segments.modality == m) & ~segments.is_cls
         # Without a row counted this is negative.
         largest = torch.where(counted, code.long(), -(2**31)).amax() if code.numel() else code.new_zeros(())
         smallest = torch.where(counted, code.long(), 2**31).amin() if code.numel() else largest
@@ -204,7 +205,7 @@ def check_codes(
         found = int(span) if span.device.type == "cpu" else "more"
         require_values(
             span <= covered,
-            f"code: got codes of modality {m} that differ by {found}, takes at most {covered}, what bias[{m}] covers",
+            f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got {found}",
         )
 
 

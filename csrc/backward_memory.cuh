@@ -10,9 +10,8 @@
 #include "backward_workspace.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
-#include "entries.cuh"
+#include "forward_memory.cuh"
 #include "relative_bias_attention.h"
-#include "relative_bias_attention_forward.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -20,30 +19,30 @@ namespace onepeace_fast {
 
 template <typename T, typename Launch>
 struct alignas(128) BackwardShared {
-    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, BLOCKS = Launch::BLOCKS;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEY_BLOCKS = Launch::KEY_BLOCKS;
 
-    T keys[BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end their gradients
-    T values[BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end theirs
+    T keys[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end of a walk their gradients
+    T values[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end of a walk theirs
     T queries[STAGES][TILE * HEAD_DIM];
     T grad[STAGES][TILE * HEAD_DIM];
-    T score_gradient[BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
+    T score_gradient[KEY_BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
     T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
     float log_sum_exp[STAGES][TILE];               // infinite past the last query
     float row_sums[STAGES][TILE];
     int query_code[STAGES][TILE];  // of CLS queries: their modality
-    int key_code[BLOCKS * BLOCK_ROWS];
-    T spread_rows[BLOCK_ROWS * TILE];              // probabilities of the block that is spread
+    int key_code[KEY_BLOCKS * BLOCK_ROWS];
+    T spread_rows[BLOCK_ROWS * TILE];  // probabilities of the key block that is spread
     float spread_probabilities[BLOCK_ROWS][TILE + CHUNK];
     float spread_gradients[BLOCK_ROWS][TILE + CHUNK];
     float partial_sums[WARPS][TILE];  // of probability times its gradient over a warp's keys
-    float scale_sums[WARP];           // of row sums, of each row of a tile
-    uint32_t largest[WARPS];          // magnitude of a gradient of probabilities
-    Block query_blocks[STAGES][HALVES];
-    Block key_blocks[BLOCKS];
+    float scale_sums[WARP];           // of row sums, for each row of a tile
+    uint32_t largest[WARPS];          // magnitude of a gradient of probabilities, of each warp
+    RowBlock query_rows[STAGES][HALVES];
+    RowBlock key_rows[KEY_BLOCKS];
     int bias_start[MAX_MODALITIES];
     Sample sample;
-    int exponent;     // of the fixed point in which sums stand
-    int is_finite;    // whether all gradients of scores have been so far
+    int exponent;   // of the fixed point in which sums stand
+    int is_finite;  // whether all gradients of scores have been so far
     // float bias[entries], int sums[2 * entries] follow, unless the vectors are large.
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
@@ -53,33 +52,6 @@ struct alignas(128) BackwardShared {
 static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, false>>) <= SMALLEST_SHARED_BYTES);
 static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, true>>) <= SMALLEST_SHARED_BYTES);
 static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, true>>) <= SMALLEST_SHARED_BYTES);
-
-template <typename Launch>
-BackwardPlan backward_plan(int64_t entries, int64_t shared_limit) {
-    const int64_t least = sizeof(BackwardShared<bfloat16, Launch>), all = least + 3 * sizeof(float) * entries;
-    const bool is_large = all > shared_limit;
-    return {
-        {Launch::THREADS, 1, static_cast<int32_t>(is_large ? least : all)}, Launch::COMPACT, is_large, Launch::BLOCKS};
-}
-
-// For a head size, the entries of all vectors with those of CLS, and the bytes that a thread block may have: the larger
-// shape where it fits, and in either the vectors with the sums of their gradient where they do.
-template <int HEAD_DIM>
-BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
-    const BackwardPlan plan = backward_plan<BackwardLaunch<HEAD_DIM, false>>(entries, shared_limit);
-    if constexpr (HAS_COMPACT_SHAPE<HEAD_DIM>) {
-        if (plan.launch.shared_bytes > shared_limit) {
-            return backward_plan<BackwardLaunch<HEAD_DIM, true>>(entries, shared_limit);
-        }
-    }
-    return plan;
-}
-
-inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
-    return head_dim == 32   ? choose_backward_plan<32>(entries, shared_limit)
-           : head_dim == 64 ? choose_backward_plan<64>(entries, shared_limit)
-                            : choose_backward_plan<128>(entries, shared_limit);
-}
 
 // One thread block's view of its head, its samples one after another.
 template <typename T, typename Launch_, bool LARGE>
@@ -93,11 +65,13 @@ struct Backward {
     const BackwardWorkspace& workspace;
     Memory& shared;
 
+    // A row's queries (0), keys (1) or values (2): [HEAD_DIM].
     __device__ const T* source(int row, int which) const {
         return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
                blockIdx.y * arguments.head_stride;
     }
 
+    // Their gradients.
     __device__ T* result(int row, int which) const {
         return static_cast<T*>(gradients.qkv) +
                ((static_cast<int64_t>(row) * 3 + which) * arguments.heads + blockIdx.y) * HEAD_DIM;
@@ -107,6 +81,7 @@ struct Backward {
         return workspace.first_entry(blockIdx.z, blockIdx.x, blockIdx.y, arguments.heads);
     }
 
+    // [2, entries].
     __device__ int* sums() const {
         if (LARGE) return workspace.sums + 2 * first_entry();
         return reinterpret_cast<int*>(shared.bias() + workspace.entries);
@@ -118,12 +93,12 @@ struct Backward {
         return arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
     }
 
-    __device__ Side keys(int block) const {
-        return side(shared.key_blocks[block], shared.key_code + block * BLOCK_ROWS);
+    __device__ Side keys(int key_block) const {
+        return side(shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
     }
 
     __device__ Side queries(int stage, int half) const {
-        return side(shared.query_blocks[stage][half], shared.query_code[stage] + half * BLOCK_ROWS);
+        return side(shared.query_rows[stage][half], shared.query_code[stage] + half * BLOCK_ROWS);
     }
 
     // The bias of a pair in base 2.
@@ -132,7 +107,7 @@ struct Backward {
         return load_entry(arguments.bias[modality], blockIdx.y, entry - shared.bias_start[modality]);
     }
 
-    // The vectors, and nothing added up.
+    // Load the vectors, and set all sums to zero.
     __device__ void begin() const {
 #pragma unroll 1
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
@@ -161,14 +136,15 @@ struct Backward {
     // The key that stands in a row of shared memory.
     __device__ Row find_key(int row) const {
         return find_row(
-            shared.sample, arguments.modalities, shared.key_blocks[row / BLOCK_ROWS], row % BLOCK_ROWS);
+            shared.sample, arguments.modalities, shared.key_rows[row / BLOCK_ROWS], row % BLOCK_ROWS);
     }
 
-    // Scores of a block of keys and half a tile of queries become probabilities, zero past the last key and query.
-    __device__ __forceinline__ void find_probabilities(float (&scores)[2][4], int stage, int block, int half) const {
+    // Scores of a key block and half a tile of queries become probabilities, zero past the last key and query.
+    __device__ __forceinline__ void find_probabilities(
+        float (&scores)[2][4], int stage, int key_block, int half) const {
         const int lane = thread_index() % WARP;
         const float scale = LOG2_E * arguments.scale;
-        const Side keys = this->keys(block);
+        const Side keys = this->keys(key_block);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
@@ -186,43 +162,43 @@ struct Backward {
         }
     }
 
-    // Begin to copy blocks of keys and values from block `first` of the sample on; by all threads, behind a barrier.
-    __device__ void load_keys(int first, int blocks) const {
+    // Begin to copy the keys and values of key blocks from `first` of the sample on; by all threads, behind a barrier.
+    __device__ void load_keys(int first, int key_blocks) const {
         const int thread = thread_index();
-        if (thread < blocks) {
-            shared.key_blocks[thread] = find_block(shared.sample, arguments.modalities, BLOCK_ROWS, first + thread);
+        if (thread < key_blocks) {
+            shared.key_rows[thread] = find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, first + thread);
         }
-        __syncthreads();  // every block is known
+        __syncthreads();  // every key block is known
 #pragma unroll 1
-        for (int i = thread; i < blocks * BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
+        for (int i = thread; i < key_blocks * BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
             const int from = find_key(row).index;
             cp_async_16(shared.keys + target, source(from, 1) + chunk * CHUNK);
             cp_async_16(shared.values + target, source(from, 2) + chunk * CHUNK);
         }
 #pragma unroll 1
-        for (int i = thread; i < blocks * BLOCK_ROWS; i += THREADS) load_code(shared.key_code + i, find_key(i));
+        for (int i = thread; i < key_blocks * BLOCK_ROWS; i += THREADS) load_code(shared.key_code + i, find_key(i));
     }
 
-    // Begin to copy a tile of queries, their gradients and what else belongs to them. Rows past the last one repeat it,
-    // lest a foreign NaN come in, and have no probabilities.
+    // Begin to copy a tile of queries, the gradients of their outputs, log-sum-exp and codes. Rows past the last one
+    // repeat it, since what stands there in memory may be NaN, and have no probabilities.
     __device__ __forceinline__ void load_queries(int stage, int tile, bool is_whole) const {
-        const int thread = thread_index(), blocks = shared.sample.row_blocks;
+        const int thread = thread_index(), row_blocks = shared.sample.row_blocks;
         const auto find = [&](int half) {
-            return find_block(
-                shared.sample, arguments.modalities, BLOCK_ROWS, min(HALVES * tile + half, blocks - 1));
+            return find_row_block(
+                shared.sample, arguments.modalities, BLOCK_ROWS, min(HALVES * tile + half, row_blocks - 1));
         };
-        const Block first = find(0), second = find(1);
+        const RowBlock first = find(0), second = find(1);
         const auto choose = [&](bool later) {  // not by reference, which would put both into local memory
-            return Block{
+            return RowBlock{
                 later ? second.modality : first.modality, later ? second.first : first.first,
                 later ? second.count : first.count};
         };
 #pragma unroll 1
         for (int i = thread; i < TILE * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
-            const Block block = choose(row >= BLOCK_ROWS);
-            const int64_t from = find_row(shared.sample, arguments.modalities, block, row % BLOCK_ROWS).index;
+            const RowBlock row_block = choose(row >= BLOCK_ROWS);
+            const int64_t from = find_row(shared.sample, arguments.modalities, row_block, row % BLOCK_ROWS).index;
             cp_async_16(shared.queries[stage] + target, source(from, 0) + chunk * CHUNK);
             cp_async_16(
                 shared.grad[stage] + target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
@@ -230,9 +206,9 @@ struct Backward {
         }
         if (thread < TILE) {
             const int half = thread / BLOCK_ROWS;
-            const Block block = choose(half);
-            const int count = HALVES * tile + half < blocks ? block.count : 0;
-            const Row row = find_row(shared.sample, arguments.modalities, block, thread % BLOCK_ROWS);
+            const RowBlock row_block = choose(half);
+            const int count = HALVES * tile + half < row_blocks ? row_block.count : 0;
+            const Row row = find_row(shared.sample, arguments.modalities, row_block, thread % BLOCK_ROWS);
             load_code(shared.query_code[stage] + thread, row);
             const int64_t index = static_cast<int64_t>(row.index) * arguments.heads + blockIdx.y;
             if (thread % BLOCK_ROWS < count) {
@@ -242,15 +218,18 @@ struct Backward {
                 shared.log_sum_exp[stage][thread] = INFINITY;
                 shared.row_sums[stage][thread] = 0.f;
             }
-            if (thread % BLOCK_ROWS == 0) shared.query_blocks[stage][half] = {block.modality, block.first, count};
+            if (thread % BLOCK_ROWS == 0) {
+                shared.query_rows[stage][half] = {row_block.modality, row_block.first, count};
+            }
         }
     }
 
-    // Store the gradients of a block of keys or values, which a warp holds, through the memory that held these.
+    // Store the gradients of a key block or of its values, which a warp holds, through the memory `staged` that held
+    // these: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
     __device__ __forceinline__ void store_keys(
-        const float (&values)[HEAD_DIM / 8][4], float factor, int block, T* staged, int which) const {
+        const float (&values)[HEAD_DIM / 8][4], float factor, int key_block, T* staged, int which) const {
         const int lane = thread_index() % WARP;
-        staged += block * BLOCK_ROWS * HEAD_DIM;
+        staged += key_block * BLOCK_ROWS * HEAD_DIM;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -262,9 +241,9 @@ struct Backward {
         }
         __syncwarp();  // the rows are complete
 #pragma unroll 1
-        for (int i = lane; i < shared.key_blocks[block].count * ROW_CHUNKS; i += WARP) {
+        for (int i = lane; i < shared.key_rows[key_block].count * ROW_CHUNKS; i += WARP) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            *reinterpret_cast<uint4*>(result(find_key(block * BLOCK_ROWS + row).index, which) + chunk * CHUNK) =
+            *reinterpret_cast<uint4*>(result(find_key(key_block * BLOCK_ROWS + row).index, which) + chunk * CHUNK) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, chunk));
         }
     }
@@ -274,10 +253,10 @@ struct Backward {
     __device__ __forceinline__ void store_queries(
         const float (&values)[2][4], int stage, int half, int columns, bool is_whole, bool is_first) const {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
-        const Block block = shared.query_blocks[stage][half];
-        if (block.count == 0) return;
+        const RowBlock row_block = shared.query_rows[stage][half];
+        if (row_block.count == 0) return;
         const auto find = [&](int row) {
-            return static_cast<int64_t>(find_row(shared.sample, arguments.modalities, block, row).index);
+            return static_cast<int64_t>(find_row(shared.sample, arguments.modalities, row_block, row).index);
         };
         if (is_whole) {
             T* staged = shared.results[warp];
@@ -289,7 +268,7 @@ struct Backward {
             }
             __syncwarp();  // the rows are complete
             const int row = lane / 2, chunk = lane % 2;
-            if (row < block.count) {
+            if (row < row_block.count) {
                 *reinterpret_cast<uint4*>(result(find(row), 0) + columns + chunk * CHUNK) =
                     *reinterpret_cast<const uint4*>(staged + row * BLOCK_ROWS + chunk * CHUNK);
             }
@@ -298,7 +277,7 @@ struct Backward {
         }
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i % 2 * 8;
-            if (row >= block.count) continue;
+            if (row >= row_block.count) continue;
             const int64_t index = (blockIdx.x * static_cast<int64_t>(arguments.rows) + find(row)) * arguments.heads;
             auto* target = reinterpret_cast<float2*>(
                 workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + i / 2 * 8 + 2 * (lane % 4));
@@ -307,7 +286,7 @@ struct Backward {
         }
     }
 
-    // Of a sample that is done: its sums go to this thread block's own, and begin anew.
+    // Add the sums of a sample that is done to those of this thread block, and begin anew.
     __device__ void flush() const {
         if (!is_learned()) return;
         __syncthreads();  // every warp has added
@@ -353,11 +332,11 @@ private:
 
     static __device__ int64_t join(int high, int low, int bits) { return (static_cast<int64_t>(high) << bits) + low; }
 
-    __device__ Side side(const Block& block, const int* code) const {
-        return {code, block.modality, block.count, block.modality == arguments.modalities};
+    __device__ Side side(const RowBlock& row_block, const int* code) const {
+        return {code, row_block.modality, row_block.count, row_block.modality == arguments.modalities};
     }
 
-    // By a row's block: CLS rows stand last in their segments.
+    // A row's code, or the modality of a CLS row, which stands last in its segment.
     __device__ void load_code(int* target, const Row& row) const {
         if (row.index < shared.sample.first[row.modality] + shared.sample.body[row.modality]) {
             cp_async_4(target, arguments.code + row.index);
@@ -367,7 +346,8 @@ private:
     }
 };
 
-// Rows past the last sample are zero; the thread blocks past the last group share them.
+// Rows of qkv [rows, 3, heads, HEAD_DIM] past the last sample are zero; the thread blocks past the last group share
+// them.
 template <typename Launch, typename T>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;

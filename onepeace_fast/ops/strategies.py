@@ -6,7 +6,7 @@ import torch
 
 from onepeace_fast.kernels.measured import first_class, gpu_name, measured_file, measured_for
 
-STRATEGIES = ("fused", "per_modality", "specification")
+STRATEGIES = ("grouped", "per_modality", "reference")
 UNMEASURED = "per_modality"  # the vendor's products are trusted
 
 

@@ -1,24 +1,24 @@
-// A block of keys more than warps have slots for, spread over all of them: most often the CLS row of an image whose
-// patches fill the slots. Two warps find its probabilities, each row's score gradient is one warp's, and every warp
-// holds some columns of its gradients.
+// A key block more than warps have slots for, spread over all of them: most often the CLS row of an image whose patches
+// fill the slots. Two warps find its probabilities, each row's score gradient is one warp's, and every warp holds some
+// columns of its gradients.
 
 #pragma once
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include "backward_memory.cuh"
+#include "bias.cuh"
 #include "bias_gradient.cuh"
-#include "entries.cuh"
-#include "relative_bias_attention_backward.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
 namespace onepeace_fast {
 
 template <typename T, typename Launch, bool LARGE>
-struct SpreadBlock {
+struct SpreadKeyBlock {
     static constexpr int HEAD_DIM = Launch::HEAD_DIM;
-    static constexpr int BLOCK = Launch::SLOT_BLOCKS;  // its place among the blocks of keys
+    static constexpr int KEY_BLOCK = Launch::SLOT_KEY_BLOCKS;  // its place among the walk's
     static constexpr int COLUMN_TILES = HEAD_DIM / 8, TILES = (COLUMN_TILES + Launch::WARPS - 1) / Launch::WARPS;
 
     const Backward<T, Launch, LARGE>& backward;
@@ -29,7 +29,7 @@ struct SpreadBlock {
     __device__ void begin() const {
         for (int i = thread_index(); i < BLOCK_ROWS * TILE; i += Launch::THREADS) {
             backward.shared.spread_rows[i] = from_float<T>(0.f);
-            backward.shared.score_gradient[BLOCK * BLOCK_ROWS * TILE + i] = from_float<T>(0.f);
+            backward.shared.score_gradient[KEY_BLOCK * BLOCK_ROWS * TILE + i] = from_float<T>(0.f);
         }
     }
 
@@ -43,16 +43,16 @@ struct SpreadBlock {
 #pragma unroll
         for (int k = 0; k < HEAD_DIM / 16; ++k) {
             uint32_t a[4], b[4];
-            left_operand<HEAD_DIM>(a, shared.keys, lane, BLOCK, k);
+            left_operand<HEAD_DIM>(a, shared.keys, lane, KEY_BLOCK, k);
             transposed_right_operand<HEAD_DIM>(b, shared.queries[stage], lane, half, k);
             mma<T>(scores[0], a, b[0], b[1]);
             mma<T>(scores[1], a, b[2], b[3]);
-            left_operand<HEAD_DIM>(a, shared.values, lane, BLOCK, k);
+            left_operand<HEAD_DIM>(a, shared.values, lane, KEY_BLOCK, k);
             transposed_right_operand<HEAD_DIM>(b, shared.grad[stage], lane, half, k);
             mma<T>(gradients[0], a, b[0], b[1]);
             mma<T>(gradients[1], a, b[2], b[3]);
         }
-        backward.find_probabilities(scores, stage, BLOCK, half);
+        backward.find_probabilities(scores, stage, KEY_BLOCK, half);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const int row = lane / 4 + i % 4 / 2 * 8, query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
@@ -69,7 +69,7 @@ struct SpreadBlock {
         const int lane = thread_index() % WARP;
         float sum = 0.f;
 #pragma unroll 1
-        for (int row = 0; row < backward.shared.key_blocks[BLOCK].count; ++row) {
+        for (int row = 0; row < backward.shared.key_rows[KEY_BLOCK].count; ++row) {
             sum += backward.shared.spread_probabilities[row][lane] * backward.shared.spread_gradients[row][lane];
         }
         return sum;
@@ -79,7 +79,7 @@ struct SpreadBlock {
     __device__ __forceinline__ void differentiate(int stage, float mean, const Sums& sums) const {
         auto& shared = backward.shared;
         const int lane = thread_index() % WARP, half = lane / BLOCK_ROWS, chunk = lane / CHUNK;
-        const Side keys = backward.keys(BLOCK), queries = backward.queries(stage, half);
+        const Side keys = backward.keys(KEY_BLOCK), queries = backward.queries(stage, half);
 #pragma unroll 1
         for (int row = thread_index() / WARP; row < keys.count; row += Launch::WARPS) {
             const float probability = shared.spread_probabilities[row][lane];
@@ -87,11 +87,11 @@ struct SpreadBlock {
                 backward.head_scale() * probability * (shared.spread_gradients[row][lane] - mean);
             const int place = swizzled<TILE>(row, chunk) + lane % CHUNK;
             shared.spread_rows[place] = from_float<T>(probability);
-            shared.score_gradient[BLOCK * BLOCK_ROWS * TILE + place] = from_float<T>(gradient);
+            shared.score_gradient[KEY_BLOCK * BLOCK_ROWS * TILE + place] = from_float<T>(gradient);
             if (!backward.is_learned()) continue;
             const int entry = find_entry(
                 backward.arguments, shared.bias_start, keys, row, queries, lane % BLOCK_ROWS);
-            // Body queries of a block share the entry of a CLS key.
+            // Body queries of a row block share the entry of a CLS key.
             float sum = gradient;
             for (int step = BLOCK_ROWS / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);
             const bool shares = keys.is_cls && !queries.is_cls;
@@ -105,7 +105,7 @@ struct SpreadBlock {
     __device__ __forceinline__ void accumulate(int stage) {
         const auto& shared = backward.shared;
         add(value_gradient, shared.spread_rows, shared.grad[stage]);
-        add(key_gradient, shared.score_gradient + BLOCK * BLOCK_ROWS * TILE, shared.queries[stage]);
+        add(key_gradient, shared.score_gradient + KEY_BLOCK * BLOCK_ROWS * TILE, shared.queries[stage]);
     }
 
     __device__ __forceinline__ void store() const {
@@ -117,6 +117,7 @@ private:
     // Which eight columns are a warp's, past the last where it has fewer.
     __device__ static int own_columns(int i) { return thread_index() / WARP * TILES + i; }
 
+    // sums += left right: left [BLOCK_ROWS, TILE], right [TILE, HEAD_DIM], both in shared memory.
     __device__ __forceinline__ void add(float (&sums)[TILES][4], const T* left, const T* right) {
         const int lane = thread_index() % WARP;
 #pragma unroll
@@ -133,6 +134,7 @@ private:
         }
     }
 
+    // Through the memory `staged` that held the keys or values: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
     __device__ __forceinline__ void store_columns(
         const float (&sums)[TILES][4], float factor, T* staged, int which) const {
         const int lane = thread_index() % WARP;
@@ -143,13 +145,13 @@ private:
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 T* target =
-                    staged + swizzled<HEAD_DIM>(BLOCK * BLOCK_ROWS + lane / 4 + 8 * below, tile) + 2 * (lane % 4);
+                    staged + swizzled<HEAD_DIM>(KEY_BLOCK * BLOCK_ROWS + lane / 4 + 8 * below, tile) + 2 * (lane % 4);
                 *reinterpret_cast<uint32_t*>(target) =
                     pack<T>(sums[i][2 * below] * factor, sums[i][2 * below + 1] * factor);
             }
             __syncwarp();  // the columns are complete
-            if (lane < backward.shared.key_blocks[BLOCK].count) {
-                const int row = BLOCK * BLOCK_ROWS + lane;
+            if (lane < backward.shared.key_rows[KEY_BLOCK].count) {
+                const int row = KEY_BLOCK * BLOCK_ROWS + lane;
                 *reinterpret_cast<uint4*>(backward.result(backward.find_key(row).index, which) + tile * CHUNK) =
                     *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, tile));
             }

@@ -12,8 +12,16 @@ from torch import Tensor
 
 from onepeace_fast import cuda_extension
 from onepeace_fast.checks import describe, require
-from onepeace_fast.ops._library import accumulation_dtype
-from onepeace_fast.ops._segments import PairBias, head_slices, sample_groups
+from onepeace_fast.ops.packed_rows import accumulation_dtype
+from onepeace_fast.ops.segments import PairBias, head_slices, longest_sample, sample_groups
+from onepeace_fast.structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSaved,
+    Needs,
+    VectorGradients,
+)
 
 HEAD_SIZES = (32, 64, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
@@ -44,54 +52,47 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def launch_forward(
-    qkv: Tensor, cu_seqlens: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor], code_offsets: Sequence[int],
-    head_scale: Tensor | None, scale: float, max_length: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The CUDA kernel on the current stream: out [rows, heads, head_dim] and the log-sum-exp, float32 [rows, heads]."""
+def launch_forward(given: AttentionInputs) -> AttentionOutputs:
+    """The CUDA kernel on the current stream."""
+    qkv = given.qkv
     rows, _, heads, head_dim = qkv.shape
     _require_readable(qkv)
     out, log_sum_exp = qkv.new_empty(rows, heads, head_dim), qkv.new_empty(rows, heads, dtype=torch.float32)
     if not rows:
-        return out, log_sum_exp
-    attention, _held = _arguments(qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length)
+        return AttentionOutputs(out, log_sum_exp)
+    attention, _held = _arguments(given)
     with torch.cuda.device_of(qkv):  # a launch makes the tensors' device the current one
         attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(qkv.device))
     cuda_extension.count_launch()
-    return out, log_sum_exp
+    return AttentionOutputs(out, log_sum_exp)
 
 
-def launch_backward(
-    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor],
-    code_offsets: Sequence[int], head_scale: Tensor | None, log_sum_exp: Tensor, scale: float, max_length: int,
-    bias_needs: Sequence[bool], head_scale_need: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:  # fmt: skip
-    """The CUDA kernels on the current stream: gradients of qkv, the vectors and the head scale, empty where not needed.
+def launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
+    """The CUDA kernels on the current stream.
 
-    ``log_sum_exp`` is that of ``launch_forward``. Gradients of float64 parameters are computed in float32.
+    The log-sum-exp is that of ``launch_forward``. Gradients of float64 parameters are computed in float32.
     """
+    qkv, grad, bias_needs = saved.qkv, saved.grad_out, needs.bias.vectors
     rows, _, heads, head_dim = qkv.shape
     _require_readable(qkv)
     require(
         grad.dtype == qkv.dtype and grad.device == qkv.device and grad.shape == (rows, heads, head_dim),
         lambda: (
-            f"grad: got {describe(grad)}, takes {_name(qkv.dtype)} {[rows, heads, head_dim]} on {qkv.device},"
-            " like the output of the forward pass"
+            f"grad: expected {_name(qkv.dtype)} {[rows, heads, head_dim]} on {qkv.device}, like the output of the"
+            f" forward pass, got {describe(grad)}"
         ),
     )
-    attention, (_plan, vectors, scales) = _arguments(
-        qkv, cu_seqlens, code, is_cls, bias, code_offsets, head_scale, scale, max_length
-    )
+    attention, (_plan, vectors, scales) = _arguments(saved)
     # Autograd hands over expanded, transposed and sliced gradients, and contiguous ones that are off 16 bytes.
     grad = grad if _reads_16_bytes(grad) else grad.clone(memory_format=torch.contiguous_format)
-    log_sum_exp = log_sum_exp.contiguous()
+    log_sum_exp = saved.log_sum_exp.contiguous()
     dqkv = qkv.new_empty(rows, 3, heads, head_dim)
-    dbias = [v.new_empty(v.shape if need else 0) for v, need in zip(vectors, bias_needs, strict=True)]
-    dscale = scales[0].new_empty(heads) if head_scale_need else qkv.new_empty(0)
+    dbias = [v.new_empty(v.shape) if need else None for v, need in zip(vectors, bias_needs, strict=True)]
+    dscale = scales[0].new_empty(heads) if needs.head_scale else None
     wanted: dict[str, Any] = {
         "multiprocessors": _multiprocessors(qkv.device),
-        "bias": [gradient.data_ptr() if need else 0 for gradient, need in zip(dbias, bias_needs, strict=True)],
-        "head_scale": dscale.data_ptr() if head_scale_need else 0,
+        "bias": [0 if gradient is None else gradient.data_ptr() for gradient in dbias],
+        "head_scale": 0 if dscale is None else dscale.data_ptr(),
     }
     workspace = qkv.new_empty(attention.backward_workspace(**wanted), dtype=torch.uint8)
     with torch.cuda.device_of(qkv):
@@ -105,28 +106,32 @@ def launch_backward(
             stream=_current_stream(qkv.device),
         )
     cuda_extension.count_launch()
-    dbias = [gradient.to(vector.dtype) for gradient, vector in zip(dbias, bias, strict=True)]
-    return dqkv, dbias, dscale.to(head_scale.dtype) if head_scale_need else dscale
+    gradients = [
+        None if gradient is None else gradient.to(vector.dtype)
+        for gradient, vector in zip(dbias, saved.bias.vectors, strict=True)
+    ]
+    dscale = None if dscale is None else dscale.to(saved.head_scale.dtype)
+    return AttentionGradients(dqkv, VectorGradients(gradients), dscale)
 
 
 def _arguments(
-    qkv: Tensor, cu_seqlens: Tensor, code: Tensor, is_cls: Tensor, bias: Sequence[Tensor], code_offsets: Sequence[int],
-    head_scale: Tensor | None, scale: float, max_length: int,
-) -> tuple[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]]:  # fmt: skip
+    given: AttentionInputs | AttentionSaved,
+) -> tuple[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]]:
     """The extension's arguments, and what must live until the launch: the plan, the vectors, the head scale if any."""
+    qkv, segments = given.qkv, given.segments
     rows, _, heads, head_dim = qkv.shape
-    plan = [cu_seqlens.contiguous(), code.contiguous(), is_cls.contiguous()]
-    vectors = [_readable(vector) for vector in bias]
-    scales = [] if head_scale is None else [_readable(head_scale).contiguous()]
+    plan = [segments.cu_seqlens.contiguous(), segments.code.contiguous(), segments.is_cls.contiguous()]
+    vectors = [_readable(vector) for vector in given.bias.vectors]
+    scales = [] if given.head_scale is None else [_readable(given.head_scale).contiguous()]
     attention = cuda_extension.extension().RelativeBiasAttention(
         device=qkv.get_device(),
-        samples=cu_seqlens.shape[1] - 1,
-        modalities=cu_seqlens.shape[0],
+        samples=plan[0].shape[1] - 1,
+        modalities=plan[0].shape[0],
         rows=rows,
         heads=heads,
         head_dim=head_dim,
-        max_length=max_length,
-        scale=scale,
+        max_length=segments.max_length,
+        scale=given.scale,
         type=_name(qkv.dtype),
         qkv=qkv.data_ptr(),
         strides=qkv.stride()[:3],
@@ -135,9 +140,9 @@ def _arguments(
         is_cls=plan[2].data_ptr(),
         bias=[
             (vector.data_ptr(), _name(vector.dtype), *vector.stride(), vector.shape[1], offset)
-            for vector, offset in zip(vectors, code_offsets, strict=True)
+            for vector, offset in zip(vectors, given.bias.code_offsets, strict=True)
         ],
-        head_scale=scales[0].data_ptr() if scales else 0,
+        head_scale=given.scales[0].data_ptr() if scales else 0,
         head_scale_type=_name(scales[0].dtype) if scales else "float32",
     )
     return attention, (plan, vectors, scales)
@@ -147,8 +152,8 @@ def _require_readable(qkv: Tensor) -> None:
     require(
         _reads_16_bytes(qkv),
         lambda: (
-            f"qkv: got strides {list(qkv.stride())} at an address that is {qkv.data_ptr() % 16} modulo 16, takes a last"
-            f" stride of 1, others that {ALIGNMENT} divides and an address that 16 divides; call"
+            f"qkv: expected a last stride of 1, others that {ALIGNMENT} divides and an address that 16 divides, got"
+            f" strides {list(qkv.stride())} at an address that is {qkv.data_ptr() % 16} modulo 16; call"
             " .clone(memory_format=torch.contiguous_format)"
         ),
     )
@@ -174,20 +179,19 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def attend_by_sdpa(
-    qkv: Tensor, cu_seqlens: Tensor, pairs: PairBias | None, head_scale: Tensor | None, scale: float, longest: int
-) -> tuple[Tensor, Tensor]:
+def attend_by_sdpa(given: AttentionInputs, pairs: PairBias | None) -> AttentionOutputs:
     """PyTorch's attention with the bias built for some samples and heads at once.
 
-    The log-sum-exp, which PyTorch does not give and the backward specification does not read, is -inf on real rows.
+    The log-sum-exp, which PyTorch does not give and the backward reference does not read, is -inf on real rows.
     """
+    qkv, head_scale = given.qkv, given.head_scale
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=accumulation_dtype(qkv.dtype))
     unknown = log_sum_exp.new_full((), -torch.inf)
     # A bias whose rows begin at multiples of 16 bytes is not copied once more.
-    aligned = -(-longest // ALIGNMENT) * ALIGNMENT
-    for group in sample_groups(cu_seqlens, aligned):
+    aligned = -(-longest_sample(given.segments) // ALIGNMENT) * ALIGNMENT
+    for group in sample_groups(given.segments._replace(max_length=aligned)):
         q, k, v = group.read(qkv).permute(2, 0, 3, 1, 4).unbind()
         index = pairs and pairs.index(group)
         visible = None if group.valid is None else group.valid[:, None, None, :]
@@ -197,9 +201,11 @@ def attend_by_sdpa(
                 mask = pairs._replace(vectors=pairs.vectors[some]).values(index)
                 if visible is not None:
                     mask.masked_fill_(~visible, -torch.inf)
-            attended = F.scaled_dot_product_attention(q[:, some], k[:, some], v[:, some], attn_mask=mask, scale=scale)
+            attended = F.scaled_dot_product_attention(
+                q[:, some], k[:, some], v[:, some], attn_mask=mask, scale=given.scale
+            )
             if head_scale is not None:
                 attended = attended * head_scale[some, None, None]
             group.scatter(out[:, some], attended.transpose(1, 2))
         group.scatter(log_sum_exp, unknown.expand(q.shape[0], q.shape[2], heads))
-    return out[:rows], log_sum_exp[:rows]
+    return AttentionOutputs(out[:rows], log_sum_exp[:rows])

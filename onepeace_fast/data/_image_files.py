@@ -1,0 +1,109 @@
+"""Whether an image file is whole, of those whose decoders make up what is missing and say nothing.
+
+libjpeg fills a scan that ends early with grey, and shows a progressive image without its last scans as a coarse one.
+What decodes a GIF takes the zeros of a file that was never written to its end for pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from io import BytesIO
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy
+
+from onepeace_fast.data._optional import optional
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # within a scan only restarts and escaped bytes are none
+_END, _SCAN = 0xD9, 0xDA
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
+# libjpeg reads this far ahead of a scan's last bit. No Huffman code consists of ones.
+_AHEAD = b"\xff\x00" * 8
+_PROBE = bytes(181 * place % 251 for place in range(1, 65))  # any bytes, but no marker
+
+
+class _Jpeg(NamedTuple):
+    """A JPEG's kind of frame, the ends of its scans in bytes, and the bits that it lacks of any coefficient."""
+
+    frame: int
+    ends: list[int]
+    lacking: bool
+
+
+def open_whole_jpeg(data: bytes) -> Image:
+    """Open a JPEG, or the first image of an MPO, so that only a whole one can be loaded.
+
+    A single scan is given to libjpeg without the marker that ends it: it then waits for what is missing. Several are
+    decoded twice, once with other bytes behind each: they change what a scan that ended early shows, and no other.
+    What ends within the last two blocks of 8 x 8 pixels of a single scan goes unseen.
+
+    Raises:
+        OSError: bytes, scans or the end are missing.
+    """
+    pillow = optional("PIL.Image")
+    jpeg = _read_jpeg(data)
+    if jpeg.lacking:
+        raise OSError("its last scans are missing")
+    if jpeg.frame in _SEQUENTIAL and len(jpeg.ends) == 1:
+        return pillow.open(BytesIO(data[: jpeg.ends[0]] + _AHEAD))
+    image = pillow.open(BytesIO(data))
+    if jpeg.frame in (*_SEQUENTIAL, _PROGRESSIVE):
+        pieces = [data[start:end] for start, end in zip([0, *jpeg.ends], [*jpeg.ends, len(data)], strict=True)]
+        with pillow.open(BytesIO(_PROBE.join(pieces))) as probed:
+            if not numpy.array_equal(numpy.asarray(image), numpy.asarray(probed)):
+                raise OSError("a scan ends early")
+    return image
+
+
+def _read_jpeg(data: bytes) -> _Jpeg:
+    """Walk the markers up to the end of the image."""
+    place, frame, ends, components, exact = 2, 0, [], b"", set()
+    while (marker := _MARKER.search(data, place)) is not None:
+        code, place = marker[0][1], marker.end()
+        if len(ends) and ends[-1] < 0:
+            ends[-1] = marker.start()
+        if code == _END and ends:
+            lacking = frame == _PROGRESSIVE and len(exact) < 64 * len(components)
+            return _Jpeg(frame, ends, lacking)
+        length = int.from_bytes(data[place : place + 2], "big")
+        segment = data[place + 2 : place + length]
+        if code in _FRAMES:
+            frame, components = code, segment[6::3]
+        elif code == _SCAN:
+            count = segment[0]
+            first, last, approximation = segment[1 + 2 * count : 4 + 2 * count]
+            if not approximation & 15:
+                exact |= {(part, k) for part in segment[1 : 1 + 2 * count : 2] for k in range(first, last + 1)}
+            ends.append(-1)
+        place += length
+    raise OSError("its end marker is missing")
+
+
+def check_gif(data: bytes) -> None:
+    """Walk the blocks of a GIF up to the end of its first image, behind which another block or the end must stand.
+
+    Raises:
+        OSError: there is something else.
+    """
+    place = 13 + _colours(data[10])
+    while data[place : place + 1] == b"!":
+        place = _behind_blocks(data, place + 2)
+    if data[place : place + 1] == b",":
+        place = _behind_blocks(data, place + 11 + _colours(data[place + 9]))
+    if data[place : place + 1] not in (b"", b"!", b",", b";"):
+        raise OSError("its end was never written")
+
+
+def _colours(flags: int) -> int:
+    """Bytes of a table of colours."""
+    return 3 * 2 ** (1 + flags % 8) if flags & 0x80 else 0
+
+
+def _behind_blocks(data: bytes, place: int) -> int:
+    while place < len(data) and data[place]:
+        place += 1 + data[place]
+    return place + 1

@@ -1,0 +1,77 @@
+"""Checks of arguments that several ops take."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.structures import Routing
+
+FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+MAX_WIDTH = 16384
+# Asked once: torch.compile traces a set, and in torch 2.11 not the question.
+AUTOCAST_DEVICES = frozenset(kind for kind in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(kind))
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast runs this tensor's matrix products, None where it leaves them alone."""
+    kind = tensor.device.type
+    enabled = kind in AUTOCAST_DEVICES and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if enabled and tensor.dtype != torch.float64 else None
+
+
+def check_routing(routing: Routing, x: Tensor) -> None:
+    """Raise unless a plan's offsets and row counts fit x's rows and device."""
+    offsets, counts, _ = routing
+    require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
+    require_device("offsets", offsets, x.device)
+    modalities = offsets.shape[0] - 1
+    fits = len(counts) == 0 or (len(counts) == modalities and sum(counts) <= x.shape[0])
+    require(
+        fits,
+        lambda: (
+            f"row_counts: expected one per modality, {modalities}, in all at most {x.shape[0]} rows, got {list(counts)}"
+        ),
+    )
+
+
+def check_offsets(offsets: Tensor) -> None:
+    """Raise where offsets decrease; the host can read them on a CPU."""
+    if offsets.device.type == "cpu":
+        require(
+            bool((offsets.diff() >= 0).all()) and int(offsets[0]) == 0,
+            lambda: f"offsets: expected row numbers from 0 on that do not decrease, got {offsets.tolist()}",
+        )
+
+
+def require_rows(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a floating-point matrix whose rows a kernel can hold."""
+    require_tensor(name, x, FLOATS, "[rows, width]", 2)
+    require(
+        x.shape[1] <= MAX_WIDTH,
+        lambda: f"{name}: expected rows of at most {MAX_WIDTH} columns, got {describe(x)}; split them",
+    )
+
+
+def require_row_index(row_index: Tensor | None, x: Tensor) -> None:
+    """Raise unless ``row_index`` is absent or a row index on x's device."""
+    if row_index is not None:
+        require_tensor("row_index", row_index, (torch.int32,), "[N]", 1)
+        require_device("row_index", row_index, x.device)
+
+
+def check_row_index(row_index: Tensor, offsets: Tensor | None, x: Tensor) -> None:
+    """Raise unless the index, up to the last of ``offsets``, is of distinct rows of x; the host reads a CPU's alone."""
+    if row_index.device.type != "cpu":
+        return
+    rows = row_index if offsets is None else row_index[: int(offsets[-1])]
+    least, most = (int(rows.min()), int(rows.max())) if rows.numel() else (0, -1)
+    require(
+        least >= 0 and most < x.shape[0],
+        lambda: f"row_index: expected rows of x, 0 to {x.shape[0] - 1}, got an index from {least} to {most}",
+    )
+    require(
+        rows.unique().numel() == rows.numel(),
+        lambda: "row_index: expected distinct rows, got an index that repeats a row",
+    )

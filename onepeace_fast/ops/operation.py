@@ -1,0 +1,371 @@
+"""One description per op: its schema, fake, gradient and the way past the dispatcher are made from it.
+
+An op is ``Operation(name, inputs, outputs, ...)`` over the structures of ``onepeace_fast.structures``. It is registered
+as ``torch.ops.onepeace_fast.name``, and so it runs wherever something looks at ops: compiled, exported, traced, under
+a mode, a profiler, ``torch.func`` or for tensors of another kind. Otherwise a call goes straight to the same functions,
+through one ``torch.autograd.Function`` if a gradient is needed: the dispatcher takes longer than some kernels run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, get_type_hints
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from onepeace_fast.ops.kernel_choice import runs_kernel
+from onepeace_fast.structures import Needs
+
+NAMESPACE = "onepeace_fast"
+SCHEMA_TYPES = {
+    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor[]",
+    tuple[int, ...]: "SymInt[]", int: "SymInt", float: "float", str: "str", bool: "bool", list[bool]: "bool[]",
+    torch.dtype: "ScalarType",
+}  # fmt: skip
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+_Keys = torch._C.DispatchKey
+# What a tensor may have beside its values: one that is batched, negated by a bit or a subclass has other keys too.
+_PLAIN_KEYS = 0
+for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
+    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(_Keys, _key)).raw_repr()
+
+
+class Leaf(NamedTuple):
+    """A field of a structure that is no structure itself: its place, and its type in a schema."""
+
+    path: tuple[str, ...]
+    type: str
+
+
+def leaves(structure: type) -> list[Leaf]:
+    """The leaves of a class of structures, those of nested ones included."""
+    found = []
+    for name, kind in get_type_hints(structure).items():
+        inner = leaves(kind) if hasattr(kind, "_fields") else [Leaf((), SCHEMA_TYPES[kind])]
+        found += [Leaf((name, *leaf.path), leaf.type) for leaf in inner]
+    return found
+
+
+def flatten(structure: tuple) -> list:
+    """The values of a structure's leaves, in their order."""
+    flat: list = []
+    for value in structure:
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            flat += flatten(value)
+        else:
+            flat.append(value)
+    return flat
+
+
+class Builder:
+    """Makes structures of a class out of the values of their leaves; a tuple holds numbers, a list tensors."""
+
+    def __init__(self, structure: type) -> None:
+        self.structure = structure
+        kinds = get_type_hints(structure).values()
+        self.makers = [
+            Builder(kind) if hasattr(kind, "_fields") else _numbers if SCHEMA_TYPES[kind] == "SymInt[]" else next
+            for kind in kinds
+        ]
+
+    def __call__(self, flat: Iterator[Any]) -> Any:
+        return self.structure(*[make(flat) for make in self.makers])
+
+
+def _numbers(flat: Iterator[Any]) -> tuple:
+    return tuple(next(flat))
+
+
+def is_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing but plain eager execution looks at a call with these tensors."""
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    ):
+        return False
+    keys = torch._C._dispatch_keys
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN_TYPES or keys(tensor).raw_repr() & ~_PLAIN_KEYS):
+            return False
+    return True
+
+
+class _Library(torch.library.Library):
+    """A library whose ops refuse the derivatives that they do not have; torch would drop a tangent without a word."""
+
+    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+        """Register ``fn``; what differentiates looks at its tensors first."""
+
+        def checked(keyset: torch.DispatchKeySet, *arguments: Any) -> Any:
+            _refuse_transforms(op_name, arguments)
+            return fn(keyset, *arguments)
+
+        super().impl(op_name, checked if dispatch_key == "Autograd" else fn, dispatch_key, **options)
+
+
+def _refuse_transforms(op_name: str, arguments: Sequence[Any]) -> None:
+    """Raise where a tensor carries a forward-mode tangent, or is differentiated by ``torch.func``."""
+    transformed = torch._C._are_functorch_transforms_active()
+    if not transformed and forward_ad._current_level < 0:
+        return
+    tensors = [tensor for tensor in _tensors(arguments) if tensor.is_floating_point()]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        got = "a forward-mode derivative (torch.func.jvp or torch.autograd.forward_ad)"
+    elif transformed and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        got = "a derivative by torch.func"
+    else:
+        return
+    raise RuntimeError(
+        f"{NAMESPACE}::{op_name}: expected plain reverse mode, got {got}; use backward() or torch.autograd.grad, or "
+        "the reference backend"
+    )
+
+
+def _tensors(flat: Sequence[Any]) -> list[Tensor]:
+    """The tensors among the values of leaves, those of lists included."""
+    found: list[Tensor] = []
+    for value in flat:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif type(value) is list:
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
+
+
+_LIBRARY = _Library(NAMESPACE, "DEF")
+
+
+class _Op:
+    """A registered op: structures in, a structure out."""
+
+    def __init__(
+        self, name: str, inputs: Sequence[type], arguments: Sequence[Leaf], outputs: type, reference: Callable,
+        kernel: Callable, fake: Callable, triton: bool,
+    ) -> None:  # fmt: skip
+        self.name, self.reference, self.kernel, self.triton = name, reference, kernel, triton
+        self.outputs, self.output_leaves = outputs, leaves(outputs)
+        self._build_inputs, self._build_outputs = [Builder(structure) for structure in inputs], Builder(outputs)
+        taken = ", ".join(f"{leaf.type} {'_'.join(leaf.path)}" for leaf in arguments)
+        given = ", ".join(leaf.type.removesuffix("?") for leaf in self.output_leaves)
+        _LIBRARY.define(f"{name}({taken}) -> ({given})", tags=(torch.Tag.pt2_compliant_tag,))
+        _LIBRARY.impl(name, self._at_boundary(self.run), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", self._at_boundary(fake), lib=_LIBRARY)
+        for key in ("FuncTorchBatched", "Batched"):  # the second is that of is_grads_batched
+            _LIBRARY.impl(name, self._refuse_batch, key)
+        self.overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def run(self, *given: Any) -> Any:
+        """By the kernel where it runs on the first tensor, else by the reference."""
+        first = next(value for value in given[0] if isinstance(value, Tensor))
+        # The public function has chosen the dtypes: autocast must not change what is inside, as compiled it does not.
+        with torch._C._DisableAutocast():
+            return (self.kernel if runs_kernel(self.name, first, self.triton) else self.reference)(*given)
+
+    def _at_boundary(self, function: Callable) -> Callable:
+        """``function`` over flat arguments and results. An op returns no None: what is absent is an empty vector."""
+
+        def flat_function(*flat: Any) -> tuple:
+            values = iter(flat)
+            results = flatten(function(*[build(values) for build in self._build_inputs]))
+            like = _tensors(flat)[0]
+
+            def present(value: Tensor | None) -> Tensor:
+                return like.new_empty(0) if value is None else value
+
+            return tuple(list(map(present, r)) if isinstance(r, list) else present(r) for r in results)
+
+        return flat_function
+
+    def _refuse_batch(self, *_: Any) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{self.name}: expected packed rows, got a batch by torch.vmap; pack all samples by one "
+            "route plan, or use the reference backend"
+        )
+
+
+class Gradient(NamedTuple):
+    """How an op is differentiated, once.
+
+    ``reference``, ``kernel`` and ``fake`` take what was saved and the needs, and give gradients, None where none is
+    needed. ``select`` gives those fields of what is saved that are not inputs and outputs by name. ``finish`` gives
+    the gradients by a call of the backward op, and beside it those that cost nothing.
+    """
+
+    saved: type
+    gradients: type
+    reference: Callable
+    kernel: Callable
+    fake: Callable
+    select: Callable[[Any, Any, Needs], dict[str, Any]] = lambda given, outputs, needs: {}
+    finish: Callable[[Callable, Any, Needs], Any] = lambda backward, saved, needs: backward(saved, needs)
+
+
+class _Backward(_Op):
+    """The backward op of an operation."""
+
+    def __init__(self, name: str, gradient: Gradient, triton: bool) -> None:
+        needs = [
+            Leaf(("needs", *leaf.path), "bool[]" if leaf.type == "Tensor[]" else "bool")
+            for leaf in leaves(gradient.gradients)
+        ]
+        super().__init__(
+            name, (gradient.saved, gradient.gradients), [*leaves(gradient.saved), *needs], gradient.gradients,
+            gradient.reference, gradient.kernel, gradient.fake, triton,
+        )  # fmt: skip
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", self._refuse, lib=_LIBRARY)
+        self.grads = sum(field.startswith("grad_") for field in gradient.saved._fields)
+
+    def __call__(self, saved: Any, needs: Needs) -> Any:
+        # With create_graph a second derivative may follow, which the registered op refuses.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_eager(saved[: self.grads]):
+            return self._build_outputs(iter(self.overload(*flatten(saved), *flatten(needs))))
+        return self.run(saved, needs)
+
+    def _refuse(self, ctx: Any, *gradients: Any) -> None:
+        raise RuntimeError(
+            f"{NAMESPACE}::{self.name.removesuffix('_backward')} is differentiable once: expected a first derivative, "
+            "got a request for its second; use the reference backend for it"
+        )
+
+
+class Operation(_Op):
+    """A differentiable op, called with the structure of its inputs.
+
+    A call returns those outputs that have a gradient: the first ones, for which ``gradient.saved`` has a ``grad_``.
+    """
+
+    def __init__(
+        self, name: str, inputs: type, outputs: type, *, reference: Callable, kernel: Callable, fake: Callable,
+        gradient: Gradient, triton: bool = True,
+    ) -> None:  # fmt: skip
+        arguments = leaves(inputs)
+        super().__init__(name, (inputs,), arguments, outputs, reference, kernel, fake, triton)
+        self.gradient = gradient
+        self.backward = _Backward(f"{name}_backward", gradient, triton)
+        self.visible = self.backward.grads
+        assert gradient.saved._fields[: self.visible] == tuple(f"grad_{f}" for f in outputs._fields[: self.visible])
+        self._saved_fields = gradient.saved._fields[self.visible :]
+        self._optional_grads = leaves(gradient.saved)[0].type == "Tensor?"
+        self._build_saved, self._build_gradients = Builder(gradient.saved), Builder(gradient.gradients)
+        paths = [leaf.path for leaf in arguments]
+        self._places = [paths.index(leaf.path) for leaf in leaves(gradient.gradients)]
+        # Beside lists of tensors torch takes an empty list of numbers for one of those.
+        types = [leaf.type for leaf in arguments]
+        self._numbers = [i for i, kind in enumerate(types) if kind == "SymInt[]" and "Tensor[]" in types]
+        self._arguments = len(arguments)
+        self._function = type(name, (_EagerFunction,), {})
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", self._registered_backward, setup_context=self._setup_context, lib=_LIBRARY
+        )
+
+    def __call__(self, given: Any) -> tuple[Tensor, ...]:
+        flat = flatten(given)
+        if torch.compiler.is_compiling() or not is_eager(_tensors(flat)):
+            return self.overload(*flat)[: self.visible]
+        if torch.is_grad_enabled():
+            differentiable = []
+            for place in self._places:
+                value = flat[place]
+                differentiable += value if type(value) is list else (value,)
+            if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
+                return self._function.apply(self, given, *differentiable)
+        return self.run(given)[: self.visible]
+
+    def save(self, ctx: Any, given: Any, outputs: Any, needs: Needs) -> None:
+        """Keep for the backward pass what it reads: tensors where hooks see them, all else beside them."""
+        selected = self.gradient.select(given, outputs, needs)
+        tensors, kept = [], []
+        for field in self._saved_fields:
+            value = (
+                selected[field] if field in selected else getattr(outputs if hasattr(outputs, field) else given, field)
+            )
+            for item in flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,):
+                if isinstance(item, Tensor):
+                    tensors.append(item)
+                    kept.append(_SAVED)
+                elif type(item) is list:
+                    tensors += item
+                    kept.append([_SAVED] * len(item))
+                else:
+                    kept.append(item)
+        ctx.save_for_backward(*tensors)
+        ctx.kept = kept
+        if self._optional_grads:
+            ctx.set_materialize_grads(False)
+
+    def differentiate(self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs) -> list:
+        """Gradients by leaf, None where none is needed or no output had one."""
+        flags = flatten(needs)
+        grads = grads[: self.visible]
+        if all([grad is None for grad in grads]):
+            return [[None] * len(flag) if type(flag) is list else None for flag in flags]
+        tensors = iter(ctx.saved_tensors)
+        flat = [*grads]
+        for item in ctx.kept:
+            if item is _SAVED:
+                flat.append(next(tensors))
+            else:
+                flat.append([next(tensors) for _ in item] if type(item) is list else item)
+        gradients = flatten(self.gradient.finish(self.backward, self._build_saved(iter(flat)), needs))
+        return [
+            [one if need else None for one, need in zip(value, flag, strict=True)] if type(flag) is list
+            else value if flag else None
+            for value, flag in zip(gradients, flags, strict=True)
+        ]  # fmt: skip
+
+    def needs(self, flags: Sequence[Any]) -> Needs:
+        """Flags by leaf as a structure."""
+        return self._build_gradients(iter(flags))
+
+    def _setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+        ctx.mark_non_differentiable(*output[self.visible :])
+        ctx.without_numbers = [place for place in self._numbers if not len(inputs[place])]
+        # An optional output is a matrix; where it is absent it has come out as an empty vector.
+        results = [
+            None if leaf.type == "Tensor?" and value.dim() == 1 else value
+            for leaf, value in zip(self.output_leaves, output, strict=True)
+        ]
+        (build,) = self._build_inputs
+        self.save(ctx, build(iter(inputs)), self._build_outputs(iter(results)), self._registered_needs(ctx))
+
+    def _registered_needs(self, ctx: Any) -> Needs:
+        flags = (ctx.needs_input_grad[place] for place in self._places)
+        return self.needs([flag if isinstance(flag, bool) else list(flag or ()) for flag in flags])
+
+    def _registered_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
+        found: list = [None] * self._arguments
+        for place, value in zip(self._places, self.differentiate(ctx, grads, self._registered_needs(ctx)), strict=True):
+            found[place] = value
+        for place in ctx.without_numbers:
+            found[place] = []
+        return tuple(found)
+
+
+_SAVED = object()
+
+
+class _EagerFunction(torch.autograd.Function):
+    """An operation's way past the dispatcher; the tensors that may get a gradient stand behind its inputs again."""
+
+    @staticmethod
+    def forward(ctx: Any, operation: Operation, given: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = operation.run(given)
+        flags, flat = iter(ctx.needs_input_grad[2:]), flatten(given)
+        shape = [flat[place] for place in operation._places]
+        needs = operation.needs([[next(flags) for _ in v] if type(v) is list else next(flags) for v in shape])
+        ctx.operation, ctx.needs = operation, needs
+        operation.save(ctx, given, outputs, needs)
+        return outputs[: operation.visible]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        found: list = [None, None]
+        for value in ctx.operation.differentiate(ctx, grads, ctx.needs):
+            found += value if type(value) is list else (value,)
+        return tuple(found)
