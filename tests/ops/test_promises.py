@@ -1,4 +1,4 @@
-"""The precision that an op promises, held against float64 and not against its own reference: rounded once at the end."""
+"""What ops promise, held against float64 and not their own reference: precision, which widths and what by default."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onepeace_fast.ops import gated_sub_ln, layer_norm, relative_bias_attention, residual_layer_norm, routed_ffn
+from onepeace_fast.ops import gated_sub_ln, layer_norm, relative_bias_attention, routed_ffn
 
 HALF = (torch.float16, torch.bfloat16)
 ROWS, HEADS, HEAD_DIM = 12, 2, 16
@@ -79,31 +79,33 @@ def test_float64_stays_float64_under_autocast(op):
     assert inside.dtype == torch.float64 and torch.equal(inside, op(x))
 
 
-def quiet(seed):
-    """Rows whose variance is about epsilon."""
-    return 3e-3 * random(ROWS, WIDTH, seed=seed)
-
-
-NORMS = {
-    "layer_norm": lambda **eps: layer_norm(quiet(0), **eps),
-    "residual_layer_norm": lambda **eps: residual_layer_norm(
-        quiet(0), quiet(1), None, random(WIDTH), random(WIDTH), **eps
-    )[1],
-    "gated_sub_ln": lambda **eps: gated_sub_ln(
-        quiet(0), 1 + quiet(1), [random(WIDTH)] * 2, [random(WIDTH)] * 2, offsets=OFFSETS, **eps
-    ),
-    "routed_ffn": lambda **eps: ffn(0.05 * random(ROWS, WIDTH), **eps),
-}
-
-
-@pytest.mark.parametrize("op", NORMS)
-def test_epsilon_is_a_hundred_thousandth_unless_that_is_said(op):
-    default, said, smaller = NORMS[op](), NORMS[op](eps=1e-5), NORMS[op](eps=1e-6)
-    assert torch.equal(default, said)
-    assert not torch.allclose(default, smaller, rtol=1e-2)
-
-
 def test_scores_are_scaled_by_the_root_of_the_heads_width_unless_that_is_said():
     qkv = random(ROWS, 3, HEADS, HEAD_DIM)
     default, said, other = attention(qkv), attention(qkv, scale=1 / math.sqrt(HEAD_DIM)), attention(qkv, scale=1.0)
     assert torch.equal(default, said) and not torch.equal(default, other)
+
+
+@pytest.mark.parametrize("width", [16384, 16385])
+def test_rows_of_at_most_16384_columns_are_taken(width):
+    refused = ""
+    try:
+        out = layer_norm(random(1, width))
+    except ValueError as error:
+        refused = str(error)
+    assert bool(refused) == (width > 16384), refused
+    if not refused:
+        assert out.shape == (1, width)
+
+
+@pytest.mark.parametrize("op", ["gated_sub_ln", "routed_ffn"])
+def test_epsilon_of_a_sub_layer_norm_is_a_hundred_thousandth_unless_that_is_said(op):
+    """On rows whose variance is about as much."""
+    weight, bias = [random(WIDTH)] * 2, [random(WIDTH, seed=1)] * 2
+    if op == "routed_ffn":
+        results = [ffn(0.05 * random(ROWS, WIDTH), **eps) for eps in ({}, {"eps": 1e-5}, {"eps": 1e-6})]
+    else:
+        u, v = 3e-3 * random(ROWS, WIDTH), 1 + 3e-3 * random(ROWS, WIDTH, seed=2)
+        results = [gated_sub_ln(u, v, weight, bias, offsets=OFFSETS, **e) for e in ({}, {"eps": 1e-5}, {"eps": 1e-6})]
+    default, said, smaller = results
+    assert torch.equal(default, said)
+    assert not torch.allclose(default, smaller, rtol=1e-2)
