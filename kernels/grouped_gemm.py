@@ -18,9 +18,9 @@ from torch import Tensor
 
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors, compact, launch
 from onepeace_fast.kernels.rows import row_extent, store_zeros
-from onepeace_fast.kernels.tile_table import TileParameters, tiles_of
+from onepeace_fast.kernels.tile_table import MAX_MODALITIES, TileParameters, tiles_of
 
-MAX_MODALITIES = 64
+SLOTS = tl.constexpr(MAX_MODALITIES)
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of a matrix's first element and of the distance of its rows
 
 
@@ -29,11 +29,10 @@ def modality_keys(
     offsets,  # [MODALITIES + 1]
     rows, needed, MODALITIES: tl.constexpr,
 ):  # fmt: skip
-    """A number for each modality, larger where it has more rows, -1 where its bit in ``needed`` is not set.
+    """A number for each modality, larger where it has more rows, -1 where it is not ``needed``; and one above all.
 
-    Which modalities are frozen is no constant, so that freezing one compiles nothing; None: all are needed.
+    Of ``needed`` each modality has a bit: freezing one changes no constant, and compiles nothing. None: all are.
     """
-    SLOTS: tl.constexpr = 64  # MAX_MODALITIES
     modality = tl.arange(0, SLOTS)
     inside = modality < MODALITIES
     start = tl.minimum(tl.load(offsets + modality, mask=inside, other=0), rows)
@@ -41,7 +40,8 @@ def modality_keys(
     key = tl.maximum(stop - start, 0).to(tl.int64) * MODALITIES + (MODALITIES - 1 - modality)
     if needed is not None:
         inside = inside & ((needed.to(tl.int64) >> modality.to(tl.int64)) & 1 != 0)
-    return tl.where(inside, key, -1)
+    keys = tl.where(inside, key, -1)
+    return keys, tl.max(keys, 0) + 1
 
 
 @triton.jit
@@ -151,8 +151,7 @@ def grouped_gemm_input_gradient_kernel(
     ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, None, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):
@@ -191,8 +190,7 @@ def grouped_gemm_weight_gradient_kernel(
 ):  # fmt: skip
     row_tiles = tl.cdiv(x_columns, BLOCK_ROWS)
     column_tiles = tl.cdiv(y_columns, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, needed, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, needed, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):

@@ -143,7 +143,7 @@ def launch_over_rows(
 ) -> None:
     """Launch a kernel whose programs each walk over a share of the rows."""
     constants |= {
-        "IN_MEMORY": parameters.held_in == "memory", "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
+        "PARTS": parameters.parts, "BLOCK_ROWS": parameters.block_rows,
         "BLOCK_WIDTH": parameters.block_width // parameters.parts,
     }  # fmt: skip
     launch(kernel, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)

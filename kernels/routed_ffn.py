@@ -75,8 +75,7 @@ def routed_ffn_hidden_kernel(
     GATE: tl.constexpr = w1 is not None
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, None, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):
@@ -195,8 +194,7 @@ def routed_ffn_output_kernel(
 ):  # fmt: skip
     column_tiles = tl.cdiv(width, BLOCK_COLUMNS)
     extent = row_extent(offsets, MODALITIES, rows)
-    keys = modality_keys(offsets, rows, None, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):

@@ -73,8 +73,7 @@ def routed_ffn_hidden_gradient_kernel(
 ):  # fmt: skip
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, None, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):
@@ -140,8 +139,7 @@ def routed_ffn_output_weight_gradient_kernel(
     PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
     row_tiles = tl.cdiv(width, BLOCK_ROWS)
     column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, needed, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, needed, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):

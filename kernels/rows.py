@@ -76,11 +76,14 @@ def store_rows(
 @triton.jit
 def load_vector(
     vector,  # [width]
-    width, part, BLOCK_WIDTH: tl.constexpr,
+    width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A part of a vector over the columns: float32 [1, BLOCK_WIDTH], a row of one, so that it lies as rows do."""
-    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-    return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
+    """A vector over the columns as a tuple of parts: float32 [1, BLOCK_WIDTH], which lie as rows do."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+        parts += (tl.load(vector + column, mask=column < width, other=0).to(tl.float32),)
+    return parts
 
 
 @triton.jit

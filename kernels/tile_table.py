@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+MAX_MODALITIES = 64  # of a launch of products
 OLDEST = 80  # the first architecture with bfloat16 in its tensor cores and copies that do not pass through registers
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-from onepeace_fast._installation import install_command
+from onepeace_fast.installation import install_command
 
 
 def optional(module: str) -> ModuleType:

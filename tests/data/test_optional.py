@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from onepeace_fast._installation import install_command
 from onepeace_fast.data import audio, batches, image, manifest, text
 from onepeace_fast.data._optional import optional
+from onepeace_fast.installation import install_command
 
 NEEDS = {
     "soundfile": lambda folder: audio.read_audio(folder / "clip.wav"),

@@ -20,7 +20,7 @@ pytest.importorskip("scipy")
 from training._runs import checkpoints, curves, same_training, small_fields, write_clips, write_config, write_images
 
 from onepeace_fast import OnePeacePretrain, info
-from onepeace_fast._installation import install_command
+from onepeace_fast.installation import install_command
 from onepeace_fast.training import checkpoint, command
 from onepeace_fast.training.trainer import Trainer
 
@@ -287,20 +287,26 @@ def test_an_interruption_before_the_first_checkpoint_says_so(corpus, name, monke
 @pytest.mark.parametrize(
     ("keys", "part"),
     [
-        ({"manifest": "none.tsv"}, "none.tsv: got no file there"),
-        ({"batch_size": 11}, "batch_size: got 11 on each of 1 ranks"),
-        ({"init": "nowhere"}, "init: got {folder}/nowhere without config.json"),
-        ({"tokenizer": "nowhere.json"}, "nowhere.json: got no file there"),
-        ({"model": {"encoder": {"layer": 1}}}, "model: encoder: got unknown fields ['layer']"),
-        ({"model": small_fields() | {"vocab_size": 100}}, "vocab_size: got 100, takes at least 260"),
-        ({"model": {"encoder": {"image": None}, "decoder": {"image": None}}}, "model: got one without image"),
-        ({"model": None, "init": "stage1/step-00000004", "tokenizer": "large.json"}, "tokenizer: got one of 301"),
-        ({"model": {"encoder": {"layers": 3}}, "init": "stage1/step-00000004"}, "init: state_dict: got keys"),
-        ({"output": "images.tsv"}, "output: got {folder}/images.tsv, takes a folder"),
-        ({"device": "cuda"}, "device: got cuda"),
-        ({"stage": "audio_language", "init": "stage1/step-00000004", "model": None}, "takes exactly one"),
-        ({"manifest": "broken.tsv"}, "broken.png: got a file that does not decode as an image"),
-        ({"manifest": "broken.tsv", "workers": 1}, "broken.png: got a file that does not decode as an image"),
+        ({"manifest": "none.tsv"}, "none.tsv: expected a manifest, TSV or Parquet, got no file there"),
+        (
+            {"batch_size": 11},
+            "batch_size: expected at most the 10 samples of the dataset in all, got 11 on each",
+        ),
+        ({"init": "nowhere"}, "init: expected the folder of a model, got {folder}/nowhere without config.json"),
+        ({"tokenizer": "nowhere.json"}, "nowhere.json: expected a tokenizer.json, got no file there"),
+        ({"model": {"encoder": {"layer": 1}}}, "['layer']"),
+        ({"model": small_fields() | {"vocab_size": 100}}, "vocab_size: expected at least 260, got 100"),
+        (
+            {"model": {"encoder": {"image": None}, "decoder": {"image": None}}},
+            "model: expected image in encoder",
+        ),
+        ({"model": None, "init": "stage1/step-00000004", "tokenizer": "large.json"}, "vocab_size, 300, got 301 tokens"),
+        ({"model": {"encoder": {"layers": 3}}, "init": "stage1/step-00000004"}, "init: state_dict: "),
+        ({"output": "images.tsv"}, "output: expected a folder that can be written, got {folder}/images.tsv"),
+        ({"device": "cuda"}, "device: expected a GPU"),
+        ({"stage": "audio_language", "init": "stage1/step-00000004", "model": None}, "expected one column 'audio'"),
+        ({"manifest": "broken.tsv"}, "got what does not decode as an image"),
+        ({"manifest": "broken.tsv", "workers": 1}, "got what does not decode as an image"),
     ],
 )
 def test_bad_input_is_one_line_and_makes_no_checkpoint(corpus, name, capfd, monkeypatch, keys, part):
