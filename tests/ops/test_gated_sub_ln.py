@@ -8,7 +8,7 @@ import torch
 from support import contract
 from support.contract import normal
 from support.gated_cases import leaves_of, op, plain, slices_of
-from support.kernels import CHECKED, DEVICE, HALF, INTERPRETED, REPEATS, on_device
+from support.kernels import CHECKED, DEVICE, HALF, INTERPRETED, REPEATS, interpreter_only, on_device
 from support.plans import ragged_offsets
 
 from onepeace_fast import gated_sub_ln
@@ -31,6 +31,7 @@ def test_values_and_gradients_follow_the_naive_ones_in_every_modality(counts, wi
     contract.check_against_naive(op(counts), plain(counts), leaves, dtype, slices_of(counts))
 
 
+@interpreter_only
 @pytest.mark.parametrize("absent", ABSENT, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_follows_the_naive_one_with_and_without_gate_and_norm(activation, absent):

@@ -26,7 +26,7 @@ CHECKED = torch.float64 if REFERENCE_ONLY else torch.float32
 HALF = torch.bfloat16 if REFERENCE_ONLY else DTYPES[-1]
 # Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
-interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: the interpreter runs these")
+interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: a CPU runs these")
 MANY_ROWS = 9500 if DEVICE == "cuda" else 400
 REPEATS = 50 if DEVICE == "cuda" else 10 if REFERENCE_ONLY else 3  # the interpreter runs one program after another
 
