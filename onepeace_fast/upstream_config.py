@@ -41,12 +41,12 @@ _NO_EFFECT: dict[str, set[str]] = {
 
 def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: got {values!r}, takes a section of upstream's model YAML")
+        raise ValueError(f"{where}: expected a section of upstream's model YAML, got {values!r}")
     defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
     if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
-        raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")
+        raise ValueError(f"{where}: expected keys of upstream's model section, got unknown ones {unknown}")
     if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
-        raise ValueError(f"{where}: got {refused}, takes { ({k: required[k] for k in refused}) }")
+        raise ValueError(f"{where}: expected { ({k: required[k] for k in refused}) }, got {refused}")
     return {**defaults, **values}
 
 
@@ -67,7 +67,7 @@ def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
         layers = ()
     if not layers or min(map(min, layers)) < 1:
         raise ValueError(
-            f"feature_encoder_spec: got {spec!r}, takes lists of positive (channels, kernel, stride) joined by + or *"
+            f"feature_encoder_spec: expected lists of positive (channels, kernel, stride), + and *, got {spec!r}"
         )
     return layers
 
@@ -120,7 +120,7 @@ def _text_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any
 def _image_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind, expected = section["vision_encoder_type"], "hmlp" if where == "encoder" else "none"
     if kind != expected:
-        raise ValueError(f"{where}.image_adapter.vision_encoder_type: got {kind!r}, takes {expected!r}")
+        raise ValueError(f"{where}.image_adapter.vision_encoder_type: expected {expected!r}, got {kind!r}")
     return dict(
         position_grid=section["bucket_size"], bias_grid=section["rel_bucket_size"], use_bias=section["use_attn_bias"]
     )
@@ -129,7 +129,7 @@ def _image_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, An
 def _audio_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind, expected = section["abs_pos_type"], "conv" if where == "encoder" else "fixed"
     if kind != expected:
-        raise ValueError(f"{where}.audio_adapter.abs_pos_type: got {kind!r}, takes {expected!r}")
+        raise ValueError(f"{where}.audio_adapter.abs_pos_type: expected {expected!r}, got {kind!r}")
     extractor = {}
     if where == "encoder":
         extractor["feature_layers"] = _feature_layers(section["feature_encoder_spec"])

@@ -216,5 +216,5 @@ def test_a_refilled_plan_takes_its_new_factors_along():
 
 def test_factors_beside_packed_rows_are_refused():
     layer, x, plan, bias = stack_inputs()
-    with pytest.raises(ValueError, match=r"^drop_path: got factors with packed rows, takes them in route"):
+    with pytest.raises(ValueError, match=r"^drop_path: expected none with packed rows, got factors; route is branches"):
         layer(x, plan, bias, torch.ones(2, 4))

@@ -73,7 +73,7 @@ def same_tensors(a: RoutePlan, b: RoutePlan) -> bool:
 @given(ragged_batches())
 def test_every_tensor_is_that_of_the_naive_layout(batch):
     plan, naive = build(batch), naive_of(batch)
-    assert plan.modalities == tuple(batch["masks"]) and plan.samples == naive.samples
+    assert plan.modalities == tuple(batch["masks"]) and plan.sample_count == naive.samples
     assert plan.capacity == naive.capacity
     assert torch.equal(plan.offsets, naive.offsets) and plan.offsets.dtype == torch.int32
     assert torch.equal(plan.cu_seqlens, naive.cu_seqlens) and plan.cu_seqlens.dtype == torch.int32
@@ -306,10 +306,10 @@ def test_tensors_of_other_rows_or_lengths_are_refused_and_not_packed():
     swapped = {"a": tensors["b"], "b": tensors["a"]}
     length_first = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
     for bad in (swapped, length_first, {"a": tensors["a"]}):
-        with pytest.raises(ValueError, match=r"padded: got tensors of .*, takes rows and lengths of"):
+        with pytest.raises(ValueError, match=r"padded: expected tensors of the plan's rows and lengths, .*, got"):
             plan.pack(bad)
 
 
 def test_a_length_below_zero_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"lengths\['a'\]: got \[2, -1\], takes none below 0"):
+    with pytest.raises(ValueError, match=r"lengths\['a'\]: expected none below 0, got \[2, -1\]"):
         RoutePlan.from_lengths({"a": [2, -1]})

@@ -14,18 +14,18 @@ from onepeace_fast.models.losses import denoising_loss
 def require_masks(masks: Mapping[str, Tensor], names: set[str]) -> None:
     """Raise unless ``masks`` holds exactly these."""
     got = sorted(masks) if isinstance(masks, Mapping) else describe(masks)
-    require(got == sorted(names), f"masks: got {got}, takes exactly one for each of {sorted(names)}")
+    require(got == sorted(names), f"masks: expected exactly one for each of {sorted(names)}, got {got}")
 
 
 def require_pairs(first: str, value: object, other: str, other_value: object) -> None:
     """Raise unless both modalities have as many rows."""
     rows = [len(tensor) if isinstance(tensor, Tensor) and tensor.dim() else 0 for tensor in (value, other_value)]
-    require(rows[0] == rows[1], f"{first}, {other}: got {rows[0]} and {rows[1]} rows, takes a pair in every row")
+    require(rows[0] == rows[1], f"{first}, {other}: expected a pair in every row, got {rows[0]} and {rows[1]} rows")
 
 
 def require_smoothing(smoothing: float) -> None:
     """Raise unless a label smoothing is a probability below 1."""
-    require(0.0 <= smoothing < 1.0, f"label_smoothing: got {smoothing}, takes a probability in [0, 1)")
+    require(0.0 <= smoothing < 1.0, f"label_smoothing: expected a probability in [0, 1), got {smoothing}")
 
 
 def denoising_term(

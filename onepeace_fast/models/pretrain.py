@@ -71,7 +71,7 @@ class OnePeacePretrain(nn.Module):
 
     def forward(self, task: str, **inputs: Any) -> Any:
         """Call a method by its name, one of ``TASKS``, so that DistributedDataParallel and hooks see it."""
-        require(task in TASKS, f"task: got {task!r}, takes one of {', '.join(TASKS)}")
+        require(task in TASKS, f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         return getattr(self, task)(**inputs)
 
     def encode(
@@ -106,7 +106,7 @@ class OnePeacePretrain(nn.Module):
         encoder = self.encoder
         batch, _ = read_batch(encoder.adapters, inputs)
         names = ", ".join(encoder.adapters)
-        require(len(batch.inputs) == 1, f"{names}: got {sorted(batch.inputs)}, takes exactly one")
+        require(len(batch.inputs) == 1, f"{names}: expected exactly one, got {sorted(batch.inputs)}")
         (encoded,) = self.encoder_wrapper([encoder.embed(batch)])
         return self.project(encoded)
 
@@ -365,14 +365,14 @@ class OnePeacePretrain(nn.Module):
             for modality, name in one.items():
                 require(
                     found.counts[modality] > 0,
-                    f"masks[{name!r}]: got no hidden token in the whole batch, takes at least one for its loss",
+                    f"masks[{name!r}]: expected at least one hidden token in the whole batch, got none",
                 )
         return batch, hidden
 
     def _require_decoded(self, names: Collection[str]) -> None:
         for name in sorted(names):
             decoded = name in self.config.decoder.modalities or name not in self.config.encoder.modalities
-            require(decoded, f"{name}: got a tensor to reconstruct, takes none: the decoder lacks this modality")
+            require(decoded, f"{name}: expected no tensor to reconstruct, got one: the decoder lacks this modality")
 
     def _with_others(self, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
         """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it."""

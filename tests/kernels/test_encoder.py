@@ -163,7 +163,7 @@ def test_a_whole_layer_captured_forward_and_backward_follows_its_refilled_plan(d
     config = TransformerConfig(**sizes, layers=1, layer_scale=0.1, head_scale=True, audio=None)
     torch.manual_seed(0)
     layer = TransformerLayer(config).to(DEVICE, dtype).train()
-    layer.route = functools.partial(layer.route, strategy="grouped")
+    layer.packed_ffn = functools.partial(layer.packed_ffn, strategy="grouped")
 
     def plan_of(text, image, keep):
         lengths, widths = {"text": text, "image": image}, {"text": 9, "image": 10}

@@ -136,11 +136,11 @@ def test_a_model_may_be_a_config_file(tmp_path):
     [
         ({"layers": 3}, "unknown fields ['layers']"),
         ({"encoder": {"layer": 3}}, "unknown fields ['layer']"),
-        ({"encoder": {"layers": "three"}}, "layers: got 'three', takes a positive integer"),
+        ({"encoder": {"layers": "three"}}, "layers: expected a positive integer, got 'three'"),
         ({"encoder": 3}, "encoder: got int 3, takes a section"),
         ({"encoder": {"text": 3}}, "encoder.text: got int 3, takes a section"),
         ({"encoder": {"sub_layer_norm": 1}}, "encoder.sub_layer_norm: got int 1, takes true or false"),
-        ({"encoder": {"drop_path_rate": 1.0}}, "drop_path_rate: got 1.0, takes a probability"),
+        ({"encoder": {"drop_path_rate": 1.0}}, "drop_path_rate: expected a probability in [0, 1), got 1.0"),
         ({"encoder": {"audio": {"feature_layers": 3}}}, ""),
     ],
 )
