@@ -53,6 +53,12 @@ const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream);
 
+// Row blocks of a sample that the grids of the smaller kernels have room for: no more than all rows fill, whatever
+// max_length promises.
+inline int launched_row_blocks(const RelativeBiasAttention& arguments, const BackwardWorkspace& workspace) {
+    return std::min(workspace.sample_row_blocks, most_row_blocks(arguments, arguments.rows));
+}
+
 template <typename T, int HEAD_DIM>
 const char* launch_row_sums(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
@@ -63,8 +69,8 @@ const char* launch_row_sums(
     const LaunchPlan planned = relative_bias_attention_forward_plan(HEAD_DIM, entries);
     const auto kernel = entries > BIAS_CAPACITY ? attention_row_sums_kernel<T, HEAD_DIM, true>
                                                 : attention_row_sums_kernel<T, HEAD_DIM, false>;
-    const dim3 grid(
-        ceil_div(workspace.sample_row_blocks, ForwardLaunch<HEAD_DIM>::WARPS), arguments.heads, arguments.samples);
+    const int parts = ceil_div(launched_row_blocks(arguments, workspace), ForwardLaunch<HEAD_DIM>::WARPS);
+    const dim3 grid(parts, arguments.heads, arguments.samples);
     return launch_kernel(
         kernel, arguments.device, grid, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
         static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
@@ -83,9 +89,8 @@ const char* launch_backward(
     const auto launch_compact = launch_walks<T, HEAD_DIM, HAS_COMPACT_SHAPE<HEAD_DIM>>;
     problem = (plan.is_compact ? launch_compact : launch)(arguments, gradients, workspace, plan.launch, stream);
     if (!problem && has_parts) {
-        const dim3 grid(
-            ceil_div(workspace.sample_row_blocks * BLOCK_ROWS, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads,
-            arguments.samples);
+        const int rows = launched_row_blocks(arguments, workspace) * BLOCK_ROWS;
+        const dim3 grid(ceil_div(rows, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads, arguments.samples);
         problem = launch_kernel(
             attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(Sample), stream,
             arguments, gradients, workspace);

@@ -96,9 +96,8 @@ inline BackwardWorkspace plan_workspace(
     workspace.is_large = plan.is_large;
     workspace.entries = static_cast<int>(count_entries(arguments));
     const int samples = std::max(arguments.samples, 1), multiprocessors = std::max(gradients.multiprocessors, 1);
-    const int mean = ceil_div(arguments.rows, samples);
-    const int length = std::min(arguments.max_length ? arguments.max_length : mean, arguments.rows);
-    workspace.sample_row_blocks = most_row_blocks(arguments, length);
+    const int64_t mean = ceil_div(arguments.rows, samples);
+    workspace.sample_row_blocks = most_row_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
     // Two thread blocks for each multiprocessor, one after the other, even out unlike lengths.
     workspace.groups = std::min(samples, std::max(1, 2 * multiprocessors / arguments.heads));
     // Where samples and heads leave multiprocessors idle, keys are split among them.

@@ -85,17 +85,19 @@ class Layer(nn.Module):
             self.add_module(name, nn.ModuleList([gate, nn.Identity(), sub_norm, out]))
         self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), layer_scale)) for _ in range(2))
 
-    def forward(self, x: Tensor, plan: RoutePlan, bias: list[Tensor], keep: Tensor) -> Tensor:
+    def forward(self, x: Tensor, plan: RoutePlan, bias: list[Tensor], drop_path: Tensor) -> Tensor:
         norm, then = self.self_attn_layer_norm, self.final_layer_norm
         y = self.self_attn(layer_norm(x, norm.weight, norm.bias), plan, bias)
-        # x <- x + keep * gamma_1 * y,  z = LayerNorm(x)
-        x, z = residual_layer_norm(x, y, self.gamma_1, then.weight, then.bias, keep=keep[0], sample=plan.sample)
+        # x <- x + drop_path * gamma_1 * y,  z = LayerNorm(x)
+        x, z = residual_layer_norm(
+            x, y, self.gamma_1, then.weight, then.bias, drop_path=drop_path[0], sample=plan.sample
+        )
         gates, _, norms, outs = zip(*(self.get_submodule(f"{name}_ffn") for name in plan.modalities), strict=True)
-        # x <- x + keep * gamma_2 * W2 LayerNorm(gelu(W0 z) * W1 z), by the weights of each row's modality
+        # x <- x + drop_path * gamma_2 * W2 LayerNorm(gelu(W0 z) * W1 z), by the weights of each row's modality
         return routed_ffn(
             z, [g["wi_0"].weight for g in gates], [g["wi_1"].weight for g in gates], [o.weight for o in outs],
             [o.bias for o in outs], norm_weight=[n.weight for n in norms], norm_bias=[n.bias for n in norms],
-            offsets=plan.offsets, residual=x, gamma=self.gamma_2, keep=keep[1], sample=plan.sample,
+            offsets=plan.offsets, residual=x, gamma=self.gamma_2, drop_path=drop_path[1], sample=plan.sample,
         )  # fmt: skip
 
 

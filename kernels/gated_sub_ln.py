@@ -2,8 +2,7 @@
 
 A program walks over rows of u and v and computes h in float32 registers; h is never stored. Both passes read a row
 once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows. The
-backward pass holds what it read and computes h twice, which takes fewer registers than to hold what follows from it;
-the widest rows even so do not fit, and with a norm it reads those, cached, a second time.
+backward pass holds what it read and computes h twice, which takes fewer registers than to hold what follows from it.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
-from onepeace_fast.kernels.layer_norm import stacked
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, new_where_needed, store_sum, sum_by_norm
+from onepeace_fast.kernels.layer_norm import mean_and_rstd, stacked
+from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_by_norm, zero_sums
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -65,8 +64,7 @@ def gated_sub_ln_forward_kernel(
     bias,  # [modalities, width] or None
     offsets,  # [modalities + 1]
     rows, width, u_stride, v_stride, modalities, eps,
-    ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, modalities, rows)
     store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
@@ -80,126 +78,28 @@ def gated_sub_ln_forward_kernel(
     while modality < modalities:
         tile, stop = rows_of_norm(offsets, modality, 1, first, last)
         if tile < stop:
-            w = ()
-            b = ()
-            if weight is not None and not IN_MEMORY:
-                for part in tl.static_range(PARTS):
-                    w += (load_vector(weight + modality * width, width, part, BLOCK_WIDTH),)
-                    b += (load_vector(bias + modality * width, width, part, BLOCK_WIDTH),)
+            if weight is not None:
+                w = load_vector(weight + modality * width, width, PARTS, BLOCK_WIDTH)
+                b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 h = ()
-                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
                     u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
                     hidden, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     h += (hidden,)
-                    total += hidden
                 if weight is not None:
-                    mu = (tl.sum(total, 1) / width)[:, None]
-                    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    for part in tl.static_range(PARTS):
-                        inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
-                        centred = tl.where(inside[None, :], h[part] - mu, 0)
-                        total += centred * centred
-                    r = tl.rsqrt(tl.sum(total, 1) / width + eps)[:, None]
+                    mu, r = mean_and_rstd(h, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                     store_rows(mean, row, live, 1, mu, 0, 1)
                     store_rows(rstd, row, live, 1, r, 0, 1)
                 for part in tl.static_range(PARTS):
                     result = h[part]
                     if weight is not None:
-                        if IN_MEMORY:
-                            w_part = load_vector(weight + modality * width, width, part, BLOCK_WIDTH)
-                            b_part = load_vector(bias + modality * width, width, part, BLOCK_WIDTH)
-                        else:
-                            w_part = w[part]
-                            b_part = b[part]
-                        result = (result - mu) * r * w_part + b_part
+                        result = (result - mu) * r * w[part] + b[part]
                     store_rows(n, row, live, width, result, part, BLOCK_WIDTH)
                 tile += BLOCK_ROWS
         modality += 1
-
-
-@triton.jit
-def _store_gradients(
-    du,  # [rows, width]
-    dv,  # [rows, width] or None
-    n,  # [rows, width] or None
-    row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    if n is not None:
-        store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
-    if dv is not None:
-        store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
-    store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
-
-
-@triton.jit
-def _load_terms(
-    grad,  # [rows, width]
-    u,  # [rows, width]
-    v,  # [rows, width] or None
-    row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """dn, h, and h's derivatives by v and u, of a part of the columns."""
-    dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
-    u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
-    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
-    return dn, h, activated, slope
-
-
-@triton.jit
-def _backward_of_row_in_memory(
-    grad,  # [rows, width]
-    u,  # [rows, width]
-    v,  # [rows, width] or None
-    du,  # [rows, width]
-    dv,  # [rows, width] or None
-    n,  # [rows, width] or None
-    weight,  # [modalities, width] or None
-    bias,  # [modalities, width] or None
-    dweight,  # [modalities, programs, width] or None
-    dbias,  # [modalities, programs, width] or None
-    row, live, mu, r, width, grad_stride, u_stride, v_stride, modality,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Backward for rows too wide to be held: with a norm they are read twice, and sums are added to in memory."""
-    if weight is not None:
-        sums = (modality * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
-        g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-        g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-        part = 0
-        while part < PARTS:
-            dn, h, _, _ = _load_terms(
-                grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION, BLOCK_WIDTH
-            )
-            hhat = (h - mu) * r
-            if dweight is not None:
-                add_in_memory(dweight + sums, dn * hhat, width, part, BLOCK_WIDTH)
-            if dbias is not None:
-                add_in_memory(dbias + sums, dn, width, part, BLOCK_WIDTH)
-            g = dn * load_vector(weight + modality * width, width, part, BLOCK_WIDTH)
-            g_total += g
-            g_hhat_total += g * hhat
-            part += 1
-        g_mean = (tl.sum(g_total, 1) / width)[:, None]
-        g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
-    part = 0
-    while part < PARTS:
-        dh, h, activated, slope = _load_terms(
-            grad, u, v, row, live, width, grad_stride, u_stride, v_stride, part, ACTIVATION, BLOCK_WIDTH
-        )
-        if weight is not None:
-            w = load_vector(weight + modality * width, width, part, BLOCK_WIDTH)
-            h = (h - mu) * r
-            dh = (dh * w - g_mean - h * g_hhat_mean) * r
-            if bias is not None:
-                h = h * w + load_vector(bias + modality * width, width, part, BLOCK_WIDTH)
-        _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
-        part += 1
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -218,8 +118,7 @@ def gated_sub_ln_backward_kernel(
     dbias,  # [modalities, programs, width] or None
     offsets,  # [modalities + 1]
     rows, width, grad_stride, u_stride, v_stride, modalities,
-    ACTIVATION: tl.constexpr, IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
@@ -236,17 +135,12 @@ def gated_sub_ln_backward_kernel(
         start, stop = rows_of_norm(offsets, modality, 1, first, last)
         if start < stop:
             partial = (modality * tl.num_programs(0) + program).to(tl.int64) * width
-            w = ()
-            b = ()
-            w_total = ()
-            b_total = ()
-            if weight is not None and not IN_MEMORY:
-                for part in tl.static_range(PARTS):
-                    w += (load_vector(weight + modality * width, width, part, BLOCK_WIDTH),)
-                    if bias is not None:
-                        b += (load_vector(bias + modality * width, width, part, BLOCK_WIDTH),)
-                    w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-                    b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+            if weight is not None:
+                w = load_vector(weight + modality * width, width, PARTS, BLOCK_WIDTH)
+                if bias is not None:
+                    b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
+                w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+                b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             tile = start
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
@@ -256,52 +150,48 @@ def gated_sub_ln_backward_kernel(
                 if weight is not None:
                     mu = tl.load(mean + row, mask=live, other=0)[:, None]
                     r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                if IN_MEMORY:
-                    _backward_of_row_in_memory(
-                        grad, u, v, du, dv, n, weight, bias, dweight, dbias, row, live, mu, r, width, grad_stride,
-                        u_stride, v_stride, modality, ACTIVATION, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
-                    )  # fmt: skip
-                else:
-                    held = ()
-                    w_sums = ()
-                    b_sums = ()
-                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    # Past the width dn is zero, and so is what hhat takes part in.
-                    for part in tl.static_range(PARTS):
-                        dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                        u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
-                        held += ((dn, u_part, v_part),)
-                        if weight is not None:
-                            h, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
-                            hhat = (h - mu) * r
-                            g = dn.to(tl.float32)
-                            w_sums += (w_total[part] + g * hhat,)
-                            b_sums += (b_total[part] + g,)
-                            g_total += g * w[part]
-                            g_hhat_total += g * w[part] * hhat
-                    if weight is not None:
-                        w_total = w_sums
-                        b_total = b_sums
-                        g_mean = (tl.sum(g_total, 1) / width)[:, None]
-                        g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
-                    for part in tl.static_range(PARTS):
-                        dn, u_part, v_part = held[part]
-                        dh = dn.to(tl.float32)
-                        h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
-                        if weight is not None:
-                            h = (h - mu) * r
-                            dh = (dh * w[part] - g_mean - h * g_hhat_mean) * r
-                            if bias is not None:
-                                h = h * w[part] + b[part]
-                        _store_gradients(du, dv, n, row, live, width, dh, activated, slope, h, part, BLOCK_WIDTH)
-                tile += BLOCK_ROWS
-            if weight is not None and not IN_MEMORY:
+                held = ()
+                w_sums = ()
+                b_sums = ()
+                g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                g_hhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                # Past the width dn is zero, and so is what hhat takes part in.
                 for part in tl.static_range(PARTS):
-                    if dweight is not None:
-                        store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
-                    if dbias is not None:
-                        store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
+                    dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                    u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
+                    held += ((dn, u_part, v_part),)
+                    if weight is not None:
+                        h, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
+                        hhat = (h - mu) * r
+                        g = dn.to(tl.float32)
+                        w_sums += (w_total[part] + g * hhat,)
+                        b_sums += (b_total[part] + g,)
+                        g_total += g * w[part]
+                        g_hhat_total += g * w[part] * hhat
+                if weight is not None:
+                    w_total = w_sums
+                    b_total = b_sums
+                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                    g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
+                for part in tl.static_range(PARTS):
+                    dn, u_part, v_part = held[part]
+                    dh = dn.to(tl.float32)
+                    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
+                    if weight is not None:
+                        h = (h - mu) * r
+                        dh = (dh * w[part] - g_mean - h * g_hhat_mean) * r
+                        if bias is not None:
+                            h = h * w[part] + b[part]
+                    if n is not None:
+                        store_rows(n, row, live, width, h, part, BLOCK_WIDTH)
+                    if dv is not None:
+                        store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
+                    store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
+                tile += BLOCK_ROWS
+            if dweight is not None:
+                store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
+            if dbias is not None:
+                store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
         modality += 1
 
 
@@ -343,8 +233,7 @@ def gated_sub_ln_backward_and_n(
 
     du, dv, n = like_u(True), like_u(v is not None), like_u(n_needed)
     partials = [
-        new_partials(modalities, programs, u, parameters) if any(flags) else None
-        for flags in (needs.norm_weight, needs.norm_bias)
+        new_partials(modalities, programs, u) if any(flags) else None for flags in (needs.norm_weight, needs.norm_bias)
     ]
     arguments = {
         "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,

@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import architecture_and_multiprocessors, compact, launch
+from onepeace_fast.kernels.launch import architecture_and_multiprocessors, cdiv, compact, launch
 from onepeace_fast.kernels.rows import row_extent, store_zeros
-from onepeace_fast.kernels.tile_table import TileParameters, tiles_of
+from onepeace_fast.kernels.tile_table import MAX_MODALITIES, TileParameters, tiles_of
 
-MAX_MODALITIES = 64
+SLOTS = tl.constexpr(MAX_MODALITIES)
 DESCRIPTOR_ALIGNMENT = 16  # bytes, of a matrix's first element and of the distance of its rows
 
 
@@ -29,11 +29,10 @@ def modality_keys(
     offsets,  # [MODALITIES + 1]
     rows, needed, MODALITIES: tl.constexpr,
 ):  # fmt: skip
-    """A number for each modality, larger where it has more rows, -1 where its bit in ``needed`` is not set.
+    """A number for each modality, larger where it has more rows, -1 where it is not ``needed``; and one above all.
 
-    Which modalities are frozen is no constant, so that freezing one compiles nothing; None: all are needed.
+    Of ``needed`` each modality has a bit: freezing one changes no constant, and compiles nothing. None: all are.
     """
-    SLOTS: tl.constexpr = 64  # MAX_MODALITIES
     modality = tl.arange(0, SLOTS)
     inside = modality < MODALITIES
     start = tl.minimum(tl.load(offsets + modality, mask=inside, other=0), rows)
@@ -41,7 +40,8 @@ def modality_keys(
     key = tl.maximum(stop - start, 0).to(tl.int64) * MODALITIES + (MODALITIES - 1 - modality)
     if needed is not None:
         inside = inside & ((needed.to(tl.int64) >> modality.to(tl.int64)) & 1 != 0)
-    return tl.where(inside, key, -1)
+    keys = tl.where(inside, key, -1)
+    return keys, tl.max(keys, 0) + 1
 
 
 @triton.jit
@@ -151,8 +151,7 @@ def grouped_gemm_input_gradient_kernel(
     ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, None, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):
@@ -191,8 +190,7 @@ def grouped_gemm_weight_gradient_kernel(
 ):  # fmt: skip
     row_tiles = tl.cdiv(x_columns, BLOCK_ROWS)
     column_tiles = tl.cdiv(y_columns, BLOCK_COLUMNS)
-    keys = modality_keys(offsets, rows, needed, MODALITIES)
-    previous = tl.max(keys, 0) + 1
+    keys, previous = modality_keys(offsets, rows, needed, MODALITIES)
     tile = tl.program_id(0)
     before = 0
     for _rank in range(MODALITIES):
@@ -224,7 +222,7 @@ def launch_tiles(
     ``rows`` and ``columns`` are those of all results together, in so many modalities that begin a tile each.
     """
     parameters, multiprocessors = tiles_for(entry, arguments["offsets"])
-    tiles = (rows // parameters.block_rows + modalities) * triton.cdiv(columns, parameters.block_columns)
+    tiles = (rows // parameters.block_rows + modalities) * cdiv(columns, parameters.block_columns)
     programs = max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
     launch(
         kernel, (programs,), arguments, {**constants, **parameters.constants}, parameters.num_warps,
@@ -243,9 +241,9 @@ def for_descriptors(x: Tensor) -> Tensor:
 
     The widths are checked by the op: the rows of the copy lie 16 bytes apart, or a multiple of that.
     """
-    size = x.element_size()
+    stride = row_stride(x)
     # An expanded row, at a distance of 0, is no matrix to a descriptor.
-    lies_well = x.stride(1) == 1 and row_stride(x) >= x.shape[1] and row_stride(x) * size % DESCRIPTOR_ALIGNMENT == 0
+    lies_well = x.stride(1) == 1 and stride >= x.shape[1] and stride * x.element_size() % DESCRIPTOR_ALIGNMENT == 0
     if lies_well and x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0:
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
@@ -266,8 +264,11 @@ def contiguous_for_descriptors(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Vectors of all modalities, of one dtype and compact; None where there are none."""
-    same = len({tensor.dtype for tensor in tensors}) == 1
-    return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
+    if not tensors:
+        return None
+    first = tensors[0].dtype
+    same = all([tensor.dtype == first for tensor in tensors])
+    return tuple([(tensor if same else tensor.float()).contiguous() for tensor in tensors])
 
 
 def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Tensor) -> Tensor:
@@ -299,16 +300,16 @@ def weight_gradient(xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequ
     All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
     """
     modalities = len(outs[0])
-    needed = [modality for modality in range(modalities) if any(mine[modality] is not None for mine in outs)]
+    needed = [modality for modality in range(modalities) if any([mine[modality] is not None for mine in outs])]
     if not needed:
         return
-    xs, y = tuple(for_descriptors(x) for x in xs), for_descriptors(y)
+    xs, y = tuple([for_descriptors(x) for x in xs]), for_descriptors(y)
     flat = [out for mine in outs for out in mine]
     shape = (xs[0].shape[1], y.shape[1])
-    unused = None if all(mine[modality] is not None for mine in outs for modality in needed) else y.new_empty(shape)
+    unused = None if all([mine[modality] is not None for mine in outs for modality in needed]) else y.new_empty(shape)
     some = next(out for out in (unused, *flat) if out is not None)
     arguments = {
-        "xs": xs, "y": y, "outs": tuple(some if out is None else out for out in flat), "offsets": compact(offsets),
+        "xs": xs, "y": y, "outs": tuple([some if out is None else out for out in flat]), "offsets": compact(offsets),
         "rows": y.shape[0], "needed": bit_mask(needed), "x_columns": shape[0], "y_columns": shape[1],
         "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
     }  # fmt: skip

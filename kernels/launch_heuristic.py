@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-WIDTHS = (256, 512, 1024, 2048, 4096, 6144, 8192, 16384)  # the classes; a width belongs to the smallest that holds it
-PART = 2048  # columns of a part, where rows are no power of two wide or too wide to be held whole
+WIDTHS = (256, 512, 1024, 2048, 4096, 6144)  # the classes; a width belongs to the smallest that holds it
+PART = 2048  # columns of a part, where rows are no power of two wide
 THREADS = 32  # of a warp
 MOST_REGISTERS = 255  # of a thread
 
@@ -19,17 +19,14 @@ class Parameters(NamedTuple):
 
     ``block_rows`` rows of ``block_width`` columns are in registers at a time, in ``parts`` of a power of two of columns
     each, so that a class may be 6144 wide; a launch has at most ``programs_per_multiprocessor`` programs for each
-    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows. ``held_in`` says
-    where a program keeps the parameters and its sums over rows: in "registers", or in "memory" where rows are so wide
-    that registers do not hold these as well. ``max_registers`` bounds a thread's registers, so that a multiprocessor
-    holds more programs.
+    multiprocessor, and each walks over its share of the rows; None: a program for every block of rows.
+    ``max_registers`` bounds a thread's registers, so that a multiprocessor holds more programs.
     """
 
     block_width: int
     block_rows: int
     num_warps: int
     programs_per_multiprocessor: int | None
-    held_in: str = "registers"
     parts: int = 1
     max_registers: int | None = None
 
@@ -38,16 +35,13 @@ class Kernel(NamedTuple):
     """What the rule has to know of a kernel.
 
     A thread holds ``elements`` of a row tensor at a time. A program has at least ``fewest_warps``, and all programs of
-    a multiprocessor have ``warps`` together: 32 leave a thread 64 registers, 16 leave it 128. Rows of more than
-    ``whole`` columns are walked over in parts; past ``held`` columns registers do not hold the parameters and the sums
-    over rows beside them. It has at most ``rows`` rows at a time.
+    a multiprocessor have ``warps`` together: 32 leave a thread 64 registers, 16 leave it 128. It has at most ``rows``
+    rows at a time.
     """
 
     elements: int
     fewest_warps: int
     warps: int
-    whole: int
-    held: int
     rows: int = 16
 
 
@@ -57,17 +51,25 @@ class Kernel(NamedTuple):
 # few of them. Where a norm is in it, it holds two to four row tensors and sums for two or three vectors: half as many
 # elements of each.
 KERNELS = {
-    "layer_norm": Kernel(16, 4, 32, whole=8192, held=8192),
-    "layer_norm_head_scale": Kernel(16, 4, 16, whole=8192, held=8192),
-    "layer_norm_backward": Kernel(8, 8, 16, whole=8192, held=8192),
-    "layer_norm_backward_head_scale": Kernel(8, 8, 16, whole=4096, held=6144),
-    "residual": Kernel(16, 4, 32, whole=8192, held=8192),
-    "residual_backward": Kernel(16, 8, 16, whole=8192, held=8192),
-    "residual_layer_norm": Kernel(16, 4, 32, whole=4096, held=8192),
-    "residual_layer_norm_backward": Kernel(8, 8, 16, whole=4096, held=4096),
-    "gated_sub_ln": Kernel(16, 4, 16, whole=8192, held=8192, rows=4),
-    "gated_sub_ln_backward": Kernel(8, 8, 16, whole=4096, held=6144),
+    "layer_norm": Kernel(16, 4, 32),
+    "layer_norm_head_scale": Kernel(16, 4, 16),
+    "layer_norm_backward": Kernel(8, 8, 16),
+    "layer_norm_backward_head_scale": Kernel(8, 8, 16),
+    "residual": Kernel(16, 4, 32),
+    "residual_backward": Kernel(16, 8, 16),
+    "residual_layer_norm": Kernel(16, 4, 32),
+    "residual_layer_norm_backward": Kernel(8, 8, 16),
+    "gated_sub_ln": Kernel(16, 4, 16, rows=4),
+    "gated_sub_ln_backward": Kernel(8, 8, 16),
 }
+# The widest rows that an operation's kernels hold in registers, beside the parameters and the sums over rows of its
+# backward pass; the reference takes wider ones.
+WIDEST = {"layer_norm": 6144, "residual": 4096, "gated_sub_ln": 6144}
+
+
+def widest(kernel: str) -> int:
+    """The widest rows that a kernel is launched for."""
+    return next(most for operation, most in WIDEST.items() if kernel.startswith(operation))
 
 
 def width_class(width: int) -> int:
@@ -78,7 +80,7 @@ def width_class(width: int) -> int:
 def heuristic(kernel: str, width: int) -> Parameters:
     """The launch of a kernel for rows of this width, in any dtype: registers hold float32 whatever is read."""
     form, columns = KERNELS[kernel], width_class(width)
-    if columns > form.whole or columns & (columns - 1):
+    if columns & (columns - 1):
         return _in_parts(kernel, columns)
     # As many warps as a row needs, as a power of two; a narrow row leaves room for more rows.
     warps = min(form.warps, max(form.fewest_warps, columns // (THREADS * form.elements)))
@@ -95,10 +97,7 @@ def _bound(kernel: str, rows: int) -> int | None:
 
 
 def _in_parts(kernel: str, columns: int) -> Parameters:
-    """8 warps hold 8 elements of a part for each thread, and may have all registers: more programs matter less."""
-    form, warps = KERNELS[kernel], 8
-    held_in = "registers" if columns <= form.held else "memory"
-    # A backward kernel, and one that reads its vectors again for each row, fills a multiprocessor alone.
-    programs = 2 if form.fewest_warps < warps and held_in == "registers" else 1
-    bound = 128 if kernel == "gated_sub_ln" and programs == 2 else MOST_REGISTERS
-    return Parameters(columns, 1, warps, programs, held_in, columns // PART, bound)
+    """8 warps hold 8 elements of a part for each thread; a backward kernel fills a multiprocessor alone."""
+    programs = 2 if KERNELS[kernel].fewest_warps < 8 else 1
+    bound = 128 if kernel == "gated_sub_ln" else MOST_REGISTERS
+    return Parameters(columns, 1, 8, programs, columns // PART, bound)

@@ -2,7 +2,6 @@
 
 A row is in registers as a whole, so it is read once and written once; statistics are float32. A program keeps the
 parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
-Registers do not hold the widest rows and all of that: the backward pass reads those, cached, a second time.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.partial_sums import (
-    add_in_memory,
     new_partials,
     new_where_needed,
-    store_sum,
+    store_sums,
     sum_by_norm,
     sum_partials,
+    zero_sums,
 )
 from onepeace_fast.kernels.rows import (
     load_rows,
@@ -41,11 +40,34 @@ from onepeace_fast.structures import LayerNormGradients, LayerNormInputs, LayerN
 @triton.jit
 def load_head_scale(
     scale,  # [width // head_dim]
-    width, head_dim, part, BLOCK_WIDTH: tl.constexpr,
+    width, head_dim, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A part of the head scale, spread over the columns of its heads: float32 [1, BLOCK_WIDTH]."""
-    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-    return tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32)
+    """The head scale spread over the columns of its heads, as a tuple of parts: float32 [1, BLOCK_WIDTH]."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+        parts += (tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32),)
+    return parts
+
+
+@triton.jit
+def mean_and_rstd(
+    parts, width, eps, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+):  # fmt: skip
+    """Mean and reciprocal deviation, float32 [BLOCK_ROWS, 1], of rows that are held as a tuple of parts.
+
+    The deviation is taken from the mean, so that one that is far above it cancels nothing.
+    """
+    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += parts[part].to(tl.float32)
+    mean = (tl.sum(total, 1) / width)[:, None]
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
+        centred = tl.where(inside[None, :], parts[part].to(tl.float32) - mean, 0)
+        squares += centred * centred
+    return mean, tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_index", "offsets"])
@@ -60,27 +82,22 @@ def layer_norm_forward_kernel(
     row_index,  # [rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
     rows, width, x_stride, norms, modalities_per_norm, head_dim, eps,
-    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = tl.program_id(0) * share
     last = tl.minimum(first + share, extent)
-    c = ()
-    if scale is not None and not IN_MEMORY:
-        for part in tl.static_range(PARTS):
-            c += (load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH),)
+    if scale is not None:
+        c = load_head_scale(scale, width, head_dim, PARTS, BLOCK_WIDTH)
     norm = 0
     while norm < norms:
         tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
         if tile < stop:
-            w = ()
-            b = ()
-            for part in tl.static_range(PARTS):
-                if weight is not None and not IN_MEMORY:
-                    w += (load_vector(weight + norm * width, width, part, BLOCK_WIDTH),)
-                if bias is not None and not IN_MEMORY:
-                    b += (load_vector(bias + norm * width, width, part, BLOCK_WIDTH),)
+            if weight is not None:
+                w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
+            if bias is not None:
+                b = load_vector(bias + norm * width, width, PARTS, BLOCK_WIDTH)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -88,35 +105,18 @@ def layer_norm_forward_kernel(
                 if row_index is not None:
                     source = tl.load(row_index + row, mask=live, other=0)
                 held = ()
-                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
                 for part in tl.static_range(PARTS):
                     value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH).to(tl.float32)
                     if scale is not None:
-                        if IN_MEMORY:
-                            value = value * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
-                        else:
-                            value = value * c[part]
+                        value = value * c[part]
                     held += (value,)
-                    total += value
-                mu = (tl.sum(total, 1) / width)[:, None]
-                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                for part in tl.static_range(PARTS):
-                    inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
-                    centred = tl.where(inside[None, :], held[part] - mu, 0)
-                    total += centred * centred
-                r = tl.rsqrt(tl.sum(total, 1) / width + eps)[:, None]
+                mu, r = mean_and_rstd(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 for part in tl.static_range(PARTS):
                     result = (held[part] - mu) * r
                     if weight is not None:
-                        if IN_MEMORY:
-                            result = result * load_vector(weight + norm * width, width, part, BLOCK_WIDTH)
-                        else:
-                            result = result * w[part]
+                        result = result * w[part]
                     if bias is not None:
-                        if IN_MEMORY:
-                            result = result + load_vector(bias + norm * width, width, part, BLOCK_WIDTH)
-                        else:
-                            result = result + b[part]
+                        result = result + b[part]
                     store_rows(y, row, live, width, result, part, BLOCK_WIDTH)
                 store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
@@ -126,92 +126,6 @@ def layer_norm_forward_kernel(
         store_zeros(y, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
         store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
         store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
-
-
-@triton.jit
-def load_terms(
-    grad,  # [rows, width]
-    x,  # [rows or more, width]
-    weight,  # [norms, width] or None
-    scale,  # [width // head_dim] or None
-    row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm, part,
-    BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """dy, x, w * dy and xhat of a part of the columns."""
-    dy = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
-    value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH).to(tl.float32)
-    scaled = value
-    if scale is not None:
-        scaled = value * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
-    g = dy
-    if weight is not None:
-        g = dy * load_vector(weight + norm * width, width, part, BLOCK_WIDTH)
-    return dy, value, g, (scaled - mu) * r
-
-
-@triton.jit
-def means_in_memory(
-    grad,  # [rows, width]
-    x,  # [rows or more, width]
-    weight,  # [norms, width] or None
-    scale,  # [width // head_dim] or None
-    dweight,  # [norms, programs, width] or None
-    dbias,  # [norms, programs, width] or None
-    row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The means of w * dy and of w * dy * xhat over rows too wide to be held; the sums for dw and db are added to."""
-    sums = (norm * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * width
-    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-    part = 0
-    while part < PARTS:
-        dy, _, g, xhat = load_terms(
-            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm, part,
-            BLOCK_WIDTH,
-        )  # fmt: skip
-        if dweight is not None:
-            add_in_memory(dweight + sums, dy * xhat, width, part, BLOCK_WIDTH)
-        if dbias is not None:
-            add_in_memory(dbias + sums, dy, width, part, BLOCK_WIDTH)
-        g_total += g
-        g_xhat_total += g * xhat
-        part += 1
-    return (tl.sum(g_total, 1) / width)[:, None], (tl.sum(g_xhat_total, 1) / width)[:, None]
-
-
-@triton.jit
-def _backward_of_row_in_memory(
-    grad,  # [rows, width]
-    x,  # [rows or more, width]
-    dx,  # like x
-    weight,  # [norms, width] or None
-    scale,  # [width // head_dim] or None
-    dweight,  # [norms, programs, width] or None
-    dbias,  # [norms, programs, width] or None
-    dscale,  # [programs, width] or None
-    row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Backward for rows too wide to be held: they are read twice, and sums are added to in memory."""
-    g_mean, g_xhat_mean = means_in_memory(
-        grad, x, weight, scale, dweight, dbias, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm,
-        PARTS, BLOCK_ROWS, BLOCK_WIDTH,
-    )  # fmt: skip
-    part = 0
-    while part < PARTS:
-        _, value, g, xhat = load_terms(
-            grad, x, weight, scale, row, source, live, mu, r, width, grad_stride, x_stride, head_dim, norm, part,
-            BLOCK_WIDTH,
-        )  # fmt: skip
-        result = (g - g_mean - xhat * g_xhat_mean) * r
-        if dscale is not None:
-            add_in_memory(dscale + tl.program_id(0).to(tl.int64) * width, result * value, width, part, BLOCK_WIDTH)
-        if scale is not None:
-            result = result * load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH)
-        store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
-        part += 1
-    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["rows", "x_rows"], do_not_specialize_on_alignment=["row_index", "offsets"])
@@ -230,32 +144,25 @@ def layer_norm_backward_kernel(
     place,  # [x_rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
     rows, x_rows, width, grad_stride, x_stride, norms, modalities_per_norm, head_dim,
-    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
     share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
     first = program * share
     last = tl.minimum(first + share, extent)
-    c = ()
-    c_total = ()
-    for part in tl.static_range(PARTS):
-        if scale is not None and not IN_MEMORY:
-            c += (load_head_scale(scale, width, head_dim, part, BLOCK_WIDTH),)
-        c_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+    if scale is not None:
+        c = load_head_scale(scale, width, head_dim, PARTS, BLOCK_WIDTH)
+    c_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
     norm = 0
     while norm < norms:
         tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
         if tile < stop:
             partial = (norm * tl.num_programs(0) + program).to(tl.int64) * width
-            w = ()
-            w_total = ()
-            b_total = ()
-            for part in tl.static_range(PARTS):
-                if weight is not None and not IN_MEMORY:
-                    w += (load_vector(weight + norm * width, width, part, BLOCK_WIDTH),)
-                w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-                b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+            if weight is not None:
+                w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
+            w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+            b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -264,63 +171,54 @@ def layer_norm_backward_kernel(
                     source = tl.load(row_index + row, mask=live, other=0)
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                if IN_MEMORY:
-                    _backward_of_row_in_memory(
-                        grad, x, dx, weight, scale, dweight, dbias, dscale, row, source, live, mu, r, width,
-                        grad_stride, x_stride, head_dim, norm, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
-                    )  # fmt: skip
-                else:
-                    held = ()
-                    w_sums = ()
-                    b_sums = ()
-                    c_sums = ()
-                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    # Past the width dy is zero, and so is what xhat takes part in.
-                    for part in tl.static_range(PARTS):
-                        dy = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
-                        value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH)
-                        held += ((dy, value),)
-                        g = dy.to(tl.float32)
-                        scaled = value.to(tl.float32)
-                        if scale is not None:
-                            scaled = scaled * c[part]
-                        xhat = (scaled - mu) * r
-                        w_sums += (w_total[part] + g * xhat,)
-                        b_sums += (b_total[part] + g,)
-                        if weight is not None:
-                            g = g * w[part]
-                        g_total += g
-                        g_xhat_total += g * xhat
-                    w_total = w_sums
-                    b_total = b_sums
-                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
-                    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
-                    for part in tl.static_range(PARTS):
-                        dy, value = held[part]
-                        g = dy.to(tl.float32)
-                        scaled = value.to(tl.float32)
-                        if scale is not None:
-                            scaled = scaled * c[part]
-                        if weight is not None:
-                            g = g * w[part]
-                        result = (g - g_mean - (scaled - mu) * r * g_xhat_mean) * r
-                        c_sums += (c_total[part] + result * value.to(tl.float32),)
-                        if scale is not None:
-                            result = result * c[part]
-                        store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
-                    c_total = c_sums
-                tile += BLOCK_ROWS
-            if not IN_MEMORY:
+                held = ()
+                w_sums = ()
+                b_sums = ()
+                c_sums = ()
+                g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                # Past the width dy is zero, and so is what xhat takes part in.
                 for part in tl.static_range(PARTS):
-                    if dweight is not None:
-                        store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
-                    if dbias is not None:
-                        store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
+                    dy = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
+                    value = load_rows(x, x_stride, source, live, width, part, BLOCK_WIDTH)
+                    held += ((dy, value),)
+                    g = dy.to(tl.float32)
+                    scaled = value.to(tl.float32)
+                    if scale is not None:
+                        scaled = scaled * c[part]
+                    xhat = (scaled - mu) * r
+                    w_sums += (w_total[part] + g * xhat,)
+                    b_sums += (b_total[part] + g,)
+                    if weight is not None:
+                        g = g * w[part]
+                    g_total += g
+                    g_xhat_total += g * xhat
+                w_total = w_sums
+                b_total = b_sums
+                g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+                for part in tl.static_range(PARTS):
+                    dy, value = held[part]
+                    g = dy.to(tl.float32)
+                    scaled = value.to(tl.float32)
+                    if scale is not None:
+                        scaled = scaled * c[part]
+                    if weight is not None:
+                        g = g * w[part]
+                    result = (g - g_mean - (scaled - mu) * r * g_xhat_mean) * r
+                    c_sums += (c_total[part] + result * value.to(tl.float32),)
+                    if scale is not None:
+                        result = result * c[part]
+                    store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
+                c_total = c_sums
+                tile += BLOCK_ROWS
+            if dweight is not None:
+                store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
+            if dbias is not None:
+                store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
         norm += 1
-    if dscale is not None and not IN_MEMORY:
-        for part in tl.static_range(PARTS):
-            store_sum(dscale + program.to(tl.int64) * width, c_total[part], width, part, BLOCK_WIDTH)
+    if dscale is not None:
+        store_sums(dscale + program.to(tl.int64) * width, c_total, width, PARTS, BLOCK_WIDTH)
     if place is not None:
         store_zeros_unplaced(dx, place, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     elif offsets is not None:
@@ -356,10 +254,8 @@ def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradien
     parameters, programs = parameters_for(_table_name("layer_norm_backward", head_scale), x, count)
 
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    partials = [
-        new_partials(norms, programs, x, parameters) if any(flags) else None for flags in (needs.weight, needs.bias)
-    ]
-    dscale = new_partials(1, programs, x, parameters) if needs.head_scale else None
+    partials = [new_partials(norms, programs, x) if any(flags) else None for flags in (needs.weight, needs.bias)]
+    dscale = new_partials(1, programs, x) if needs.head_scale else None
     arguments = {
         "grad": grad, "x": x, "dx": dx, "mean": saved.mean, "rstd": saved.rstd, "weight": stacked(saved.weight),
         "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1], "dscale": dscale,

@@ -167,10 +167,9 @@ def check_entry(where: str, entry: Any) -> None:
     counts = [parameters.parts, *(n for n in (parameters.programs_per_multiprocessor, parameters.max_registers)
                                   if n is not None)]  # fmt: skip
     fits = all(map(_is_count, (*powers, *counts))) and parameters.num_warps <= 32
-    if not fits or any(n & (n - 1) for n in powers) or parameters.held_in not in ("registers", "memory"):
+    if not fits or any(n & (n - 1) for n in powers):
         raise ValueError(
-            f"{where}: expected whole numbers, rows and warps powers of two, at most 32 warps, held_in 'registers' or "
-            f"'memory', got {entry!r}"
+            f"{where}: expected whole numbers, rows and warps powers of two, at most 32 warps, got {entry!r}"
         )
 
 

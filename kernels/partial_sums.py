@@ -9,34 +9,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import Parameters, launch
+from onepeace_fast.kernels.launch import Parameters, cdiv, launch
 from onepeace_fast.kernels.rows import row_extent, rows_of_norm, rows_per_program
 
 BLOCK_PROGRAMS, BLOCK_COLUMNS = 32, 128
 
 
 @triton.jit
-def store_sum(
-    sums,  # [width]
-    value, width, part, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Store a part of this program's sums over its rows, ``value`` [BLOCK_ROWS, BLOCK_WIDTH] summed."""
-    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-    tl.store(sums + column, tl.sum(value, 0, keep_dims=True), mask=column < width)
+def zero_sums(PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """Where a program adds up: a tuple of [BLOCK_ROWS, BLOCK_WIDTH], one for each part of the columns."""
+    parts = ()
+    for _part in tl.static_range(PARTS):
+        parts += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+    return parts
 
 
 @triton.jit
-def add_in_memory(
+def store_sums(
     sums,  # [width]
-    value, width, part, BLOCK_WIDTH: tl.constexpr,
+    parts, width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Add ``value`` [BLOCK_ROWS, BLOCK_WIDTH], summed, to a part of the sums that this program keeps in memory.
-
-    A barrier must stand between two calls: other threads may read an element than wrote it.
-    """
-    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-    before = tl.load(sums + column, mask=column < width, other=0)
-    tl.store(sums + column, before + tl.sum(value, 0, keep_dims=True), mask=column < width)
+    """Store this program's sums over its rows, a tuple of [BLOCK_ROWS, BLOCK_WIDTH], each summed over the block."""
+    for part in tl.static_range(PARTS):
+        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+        tl.store(sums + column, tl.sum(parts[part], 0, keep_dims=True), mask=column < width)
 
 
 @triton.jit
@@ -106,10 +102,9 @@ def partial_sums_kernel(
             _sum_vector(partial_2 + before, out_2, first, last, width, BLOCK_PROGRAMS, BLOCK_COLUMNS)
 
 
-def new_partials(norms: int, programs: int, like: Tensor, parameters: Parameters) -> Tensor:
-    """float32 [norms, programs, width] for the sums of every program; those kept in memory start at zero."""
-    new = torch.zeros if parameters.held_in == "memory" else torch.empty
-    return new((norms, programs, like.shape[1]), dtype=torch.float32, device=like.device)
+def new_partials(norms: int, programs: int, like: Tensor) -> Tensor:
+    """float32 [norms, programs, width] for the sums of every program."""
+    return torch.empty((norms, programs, like.shape[1]), dtype=torch.float32, device=like.device)
 
 
 def sum_partials(
@@ -136,7 +131,7 @@ def sum_partials(
     constants = {
         "BLOCK_ROWS": parameters.block_rows, "BLOCK_PROGRAMS": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS,
     }  # fmt: skip
-    launch(partial_sums_kernel, (triton.cdiv(width, BLOCK_COLUMNS), len(sums)), arguments, constants, num_warps=4)
+    launch(partial_sums_kernel, (cdiv(width, BLOCK_COLUMNS), len(sums)), arguments, constants, num_warps=4)
 
 
 def new_where_needed(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -157,5 +152,5 @@ def sum_by_norm(
 
 def with_unused(vectors: Sequence[Tensor | None], width: int, like: Tensor) -> tuple[Tensor, ...]:
     """The vectors, and for frozen ones a vector like them that nobody reads: freezing one compiles nothing."""
-    unused = None if all(vector is not None for vector in vectors) else like.new_empty(width)
-    return tuple(unused if vector is None else vector for vector in vectors)
+    unused = None if all([vector is not None for vector in vectors]) else like.new_empty(width)
+    return tuple([unused if vector is None else vector for vector in vectors])

@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
-from onepeace_fast.kernels.layer_norm import load_terms, means_in_memory
-from onepeace_fast.kernels.partial_sums import add_in_memory, new_partials, new_where_needed, store_sum, sum_partials
+from onepeace_fast.kernels.layer_norm import mean_and_rstd
+from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_partials, zero_sums
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -77,23 +77,19 @@ def residual_forward_kernel(
     norm_weight,  # [width] or None
     norm_bias,  # [width] or None
     rows, width, x_stride, y_stride, modalities, drop_below, dropout_scale, eps,
-    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     share = rows_per_program(rows, tl.num_programs(0), BLOCK_ROWS)
     tile = tl.program_id(0) * share
     stop = tl.minimum(tile + share, rows)
     branch_extent = row_extent(offsets, modalities, rows)
     if tile < stop:
-        gammas = ()
-        w = ()
-        b = ()
-        for part in tl.static_range(PARTS):
-            if gamma is not None and not IN_MEMORY:
-                gammas += (load_vector(gamma, width, part, BLOCK_WIDTH),)
-            if norm_weight is not None and not IN_MEMORY:
-                w += (load_vector(norm_weight, width, part, BLOCK_WIDTH),)
-            if norm_bias is not None and not IN_MEMORY:
-                b += (load_vector(norm_bias, width, part, BLOCK_WIDTH),)
+        if gamma is not None:
+            gammas = load_vector(gamma, width, PARTS, BLOCK_WIDTH)
+        if norm_weight is not None:
+            w = load_vector(norm_weight, width, PARTS, BLOCK_WIDTH)
+        if norm_bias is not None:
+            b = load_vector(norm_bias, width, PARTS, BLOCK_WIDTH)
         while tile < stop:
             row = tile + tl.arange(0, BLOCK_ROWS)
             live = row < stop
@@ -104,96 +100,25 @@ def residual_forward_kernel(
                 placed = source >= 0
             path_factor = _drop_path_factor(drop_path, sample, row, placed)
             held = ()
-            sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
             for part in tl.static_range(PARTS):
                 stream = load_rows(x, x_stride, row, live, width, part, BLOCK_WIDTH).to(tl.float32)
                 branch = load_rows(y, y_stride, source, placed, width, part, BLOCK_WIDTH).to(tl.float32)
                 factor = _times_dropout(path_factor, seed, row, width, drop_below, dropout_scale, part, BLOCK_WIDTH)
                 if gamma is not None:
-                    if IN_MEMORY:
-                        factor = factor * load_vector(gamma, width, part, BLOCK_WIDTH)
-                    else:
-                        factor = factor * gammas[part]
+                    factor = factor * gammas[part]
                 total = tl.where(placed[:, None], stream + branch * factor, stream).to(out.dtype.element_ty)
                 store_rows(out, row, live, width, total, part, BLOCK_WIDTH)
-                if normed is not None:
-                    held += (total,)
-                    sums += total.to(tl.float32)
+                held += (total,)
             if normed is not None:
-                mu = (tl.sum(sums, 1) / width)[:, None]
-                sums = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                mu, r = mean_and_rstd(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 for part in tl.static_range(PARTS):
-                    inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
-                    centred = tl.where(inside[None, :], held[part].to(tl.float32) - mu, 0)
-                    sums += centred * centred
-                r = tl.rsqrt(tl.sum(sums, 1) / width + eps)[:, None]
-                for part in tl.static_range(PARTS):
-                    result = (held[part].to(tl.float32) - mu) * r
-                    if IN_MEMORY:
-                        result = result * load_vector(norm_weight, width, part, BLOCK_WIDTH)
-                    else:
-                        result = result * w[part]
+                    result = (held[part].to(tl.float32) - mu) * r * w[part]
                     if norm_bias is not None:
-                        if IN_MEMORY:
-                            result = result + load_vector(norm_bias, width, part, BLOCK_WIDTH)
-                        else:
-                            result = result + b[part]
+                        result = result + b[part]
                     store_rows(normed, row, live, width, result, part, BLOCK_WIDTH)
                 store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
             tile += BLOCK_ROWS
-
-
-@triton.jit
-def _backward_of_row_in_memory(
-    grad,  # [rows of the stream, width] or None
-    grad_normed,  # [rows of the stream, width] or None
-    y,  # [branch_rows, width] or None
-    out,  # [rows of the stream, width] or None
-    dx,  # [rows of the stream, width] or None
-    dy,  # [branch_rows, width]
-    gamma,  # [width] or None
-    seed,  # [] or None
-    norm_weight,  # [width] or None
-    dgamma,  # [1, programs, width] or None
-    dweight,  # [1, programs, width] or None
-    dbias,  # [1, programs, width] or None
-    row, stream_row, branch_row, live, placed, path_factor, mu, r, width, grad_stride, grad_normed_stride, y_stride,
-    out_stride, drop_below, dropout_scale,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Backward for rows too wide to be held: the norm's are read twice, and sums are added to in memory."""
-    sums = tl.program_id(0).to(tl.int64) * width
-    if grad_normed is not None:
-        g_mean, g_xhat_mean = means_in_memory(
-            grad_normed, out, norm_weight, None, dweight, dbias, row, row, live, mu, r, width, grad_normed_stride,
-            out_stride, 1, 0, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
-        )  # fmt: skip
-    part = 0
-    while part < PARTS:
-        total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-        if grad is not None:
-            total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
-        if grad_normed is not None:
-            _, _, g, xhat = load_terms(
-                grad_normed, out, norm_weight, None, row, row, live, mu, r, width, grad_normed_stride, out_stride, 1, 0,
-                part, BLOCK_WIDTH,
-            )  # fmt: skip
-            total += (g - g_mean - xhat * g_xhat_mean) * r
-        if dx is not None:
-            store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
-        scaled = total * _times_dropout(
-            path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
-        )
-        if dgamma is not None:
-            branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
-            product = tl.where(placed[:, None], scaled * branch, 0)
-            add_in_memory(dgamma + sums, product, width, part, BLOCK_WIDTH)
-        if gamma is not None:
-            scaled = scaled * load_vector(gamma, width, part, BLOCK_WIDTH)
-        store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
-        part += 1
-    tl.debug_barrier()
 
 
 @triton.jit(
@@ -223,7 +148,7 @@ def residual_backward_kernel(
     branch_offsets,  # [modalities + 1] or None
     rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride, out_stride, modalities, drop_below,
     dropout_scale,
-    IN_MEMORY: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
@@ -233,19 +158,13 @@ def residual_backward_kernel(
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
     if tile < stop:
         partial = program.to(tl.int64) * width
-        gammas = ()
-        w = ()
-        gamma_total = ()
-        w_total = ()
-        b_total = ()
-        for part in tl.static_range(PARTS):
-            if gamma is not None and not IN_MEMORY:
-                gammas += (load_vector(gamma, width, part, BLOCK_WIDTH),)
-            if grad_normed is not None and not IN_MEMORY:
-                w += (load_vector(norm_weight, width, part, BLOCK_WIDTH),)
-            gamma_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-            w_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
-            b_total += (tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32),)
+        if gamma is not None:
+            gammas = load_vector(gamma, width, PARTS, BLOCK_WIDTH)
+        if grad_normed is not None:
+            w = load_vector(norm_weight, width, PARTS, BLOCK_WIDTH)
+        gamma_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+        w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+        b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
         while tile < stop:
             row = tile + tl.arange(0, BLOCK_ROWS)
             live = row < stop
@@ -263,65 +182,56 @@ def residual_backward_kernel(
             if grad_normed is not None:
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
-            if IN_MEMORY:
-                _backward_of_row_in_memory(
-                    grad, grad_normed, y, out, dx, dy, gamma, seed, norm_weight, dgamma, dweight, dbias, row,
-                    stream_row, branch_row, live, placed, path_factor, mu, r, width, grad_stride, grad_normed_stride,
-                    y_stride, out_stride, drop_below, dropout_scale, PARTS, BLOCK_ROWS, BLOCK_WIDTH,
-                )  # fmt: skip
-            else:
-                held = ()
-                gamma_sums = ()
-                w_sums = ()
-                b_sums = ()
-                if grad_normed is not None:
-                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    # Past the width dn is zero, and so is what xhat takes part in.
-                    for part in tl.static_range(PARTS):
-                        dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH)
-                        value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH)
-                        held += ((dn, value),)
-                        g = dn.to(tl.float32)
-                        xhat = (value.to(tl.float32) - mu) * r
-                        w_sums += (w_total[part] + g * xhat,)
-                        b_sums += (b_total[part] + g,)
-                        g_total += g * w[part]
-                        g_xhat_total += g * w[part] * xhat
-                    w_total = w_sums
-                    b_total = b_sums
-                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
-                    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+            held = ()
+            gamma_sums = ()
+            w_sums = ()
+            b_sums = ()
+            if grad_normed is not None:
+                g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                # Past the width dn is zero, and so is what xhat takes part in.
                 for part in tl.static_range(PARTS):
-                    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                    if grad is not None:
-                        total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
-                    if grad_normed is not None:
-                        dn, value = held[part]
-                        xhat = (value.to(tl.float32) - mu) * r
-                        total += (dn.to(tl.float32) * w[part] - g_mean - xhat * g_xhat_mean) * r
-                    if dx is not None:
-                        store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
-                    scaled = total * _times_dropout(
-                        path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
-                    )
-                    if dgamma is not None:
-                        branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
-                        gamma_sums += (gamma_total[part] + tl.where(placed[:, None], scaled * branch, 0),)
-                    if gamma is not None:
-                        scaled = scaled * gammas[part]
-                    store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
-                if dgamma is not None:
-                    gamma_total = gamma_sums
-            tile += BLOCK_ROWS
-        if not IN_MEMORY:
+                    dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH)
+                    value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH)
+                    held += ((dn, value),)
+                    g = dn.to(tl.float32)
+                    xhat = (value.to(tl.float32) - mu) * r
+                    w_sums += (w_total[part] + g * xhat,)
+                    b_sums += (b_total[part] + g,)
+                    g_total += g * w[part]
+                    g_xhat_total += g * w[part] * xhat
+                w_total = w_sums
+                b_total = b_sums
+                g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
             for part in tl.static_range(PARTS):
+                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                if grad is not None:
+                    total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+                if grad_normed is not None:
+                    dn, value = held[part]
+                    xhat = (value.to(tl.float32) - mu) * r
+                    total += (dn.to(tl.float32) * w[part] - g_mean - xhat * g_xhat_mean) * r
+                if dx is not None:
+                    store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
+                scaled = total * _times_dropout(
+                    path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
+                )
                 if dgamma is not None:
-                    store_sum(dgamma + partial, gamma_total[part], width, part, BLOCK_WIDTH)
-                if dweight is not None:
-                    store_sum(dweight + partial, w_total[part], width, part, BLOCK_WIDTH)
-                if dbias is not None:
-                    store_sum(dbias + partial, b_total[part], width, part, BLOCK_WIDTH)
+                    branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
+                    gamma_sums += (gamma_total[part] + tl.where(placed[:, None], scaled * branch, 0),)
+                if gamma is not None:
+                    scaled = scaled * gammas[part]
+                store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
+            if dgamma is not None:
+                gamma_total = gamma_sums
+            tile += BLOCK_ROWS
+        if dgamma is not None:
+            store_sums(dgamma + partial, gamma_total, width, PARTS, BLOCK_WIDTH)
+        if dweight is not None:
+            store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
+        if dbias is not None:
+            store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
     if branch_offsets is not None:
         store_zeros(dy, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
@@ -366,7 +276,7 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     vectors = (saved.gamma, saved.norm_weight, saved.norm_bias)
     gradients = new_where_needed(vectors, (needs.gamma, needs.norm_weight, needs.norm_bias))
     computed = gradients if normed else [gradients[0], None, None]
-    partials = [None if gradient is None else new_partials(1, programs, like, parameters) for gradient in computed]
+    partials = [None if gradient is None else new_partials(1, programs, like) for gradient in computed]
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device) if normed else None
     dy = torch.empty((branch_rows, width), dtype=saved.y_dtype, device=like.device)
     arguments = {

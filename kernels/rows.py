@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import launch
+from onepeace_fast.kernels.launch import cdiv, launch
 
 BLOCK_INDEX = 256
 
@@ -76,11 +76,14 @@ def store_rows(
 @triton.jit
 def load_vector(
     vector,  # [width]
-    width, part, BLOCK_WIDTH: tl.constexpr,
+    width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """A part of a vector over the columns: float32 [1, BLOCK_WIDTH], a row of one, so that it lies as rows do."""
-    column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-    return tl.load(vector + column, mask=column < width, other=0).to(tl.float32)
+    """A vector over the columns as a tuple of parts: float32 [1, BLOCK_WIDTH], which lie as rows do."""
+    parts = ()
+    for part in tl.static_range(PARTS):
+        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
+        parts += (tl.load(vector + column, mask=column < width, other=0).to(tl.float32),)
+    return parts
 
 
 @triton.jit
@@ -143,5 +146,5 @@ def row_places(row_index: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
         "row_index": row_index, "place": place, "offsets": offsets, "modalities": modalities, "entries": entries,
     }  # fmt: skip
     if entries:
-        launch(row_places_kernel, (triton.cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
+        launch(row_places_kernel, (cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
     return place

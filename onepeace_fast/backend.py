@@ -19,7 +19,7 @@ _override: contextvars.ContextVar[str | None] = contextvars.ContextVar("onepeace
 def check_backend(name: str, source: str = "backend") -> str:
     """Return ``name`` if it is a backend, else raise ``ValueError``."""
     if name not in BACKENDS:
-        raise ValueError(f"{source}: got {name!r}, takes one of {', '.join(BACKENDS)}")
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
     return name
 
 

@@ -238,7 +238,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
         raise ValueError(f"{where}: expected a section of fields, got {values!r}")
     known = {item.name for item in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where}: expected fields out of {sorted(known)}, got unknown ones {unknown}")
+        raise ValueError(f"{where}: expected some of {sorted(known)}, got unknown fields {unknown}")
     arguments = {}
     for name, value in values.items():
         if name in _NESTED and value is not None:

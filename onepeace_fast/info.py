@@ -7,7 +7,6 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 import onepeace_fast
 from onepeace_fast import cuda_extension
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
-from onepeace_fast.installation import install_command
+from onepeace_fast.installation import install_command, program_command
 
 OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
 DEMO_PACKAGES = {
@@ -35,15 +34,6 @@ _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch: the baseline",
     "fused": "packed tokens, by the fused operations",
 }
-
-
-def command(arguments: str) -> str:
-    """How to type ``onepeace-fast`` here: with its folder where that is not on the PATH."""
-    program = Path(sys.executable).parent / "onepeace-fast"
-    if shutil.which("onepeace-fast") or not program.exists():
-        return f"onepeace-fast {arguments}"
-    inside = program.is_relative_to(Path.cwd())
-    return f"{program.relative_to(Path.cwd()) if inside else program} {arguments}"
 
 
 def missing(packages: Mapping[str, str]) -> list[str]:
@@ -160,7 +150,12 @@ def _implementation(operation: str) -> str:
             "the vendor's products with Triton kernels between them, or by strategy='grouped' Triton kernels alone, on "
             f"CUDA tensors; {reference} on a CPU and for float64"
         )
-    return f"Triton kernel on CUDA tensors; {reference} on a CPU and for float64"
+    from onepeace_fast.kernels.launch_heuristic import WIDEST
+
+    return (
+        f"Triton kernel on CUDA tensors of at most {WIDEST[operation]} columns; {reference} on wider ones, on a CPU "
+        "and for float64"
+    )
 
 
 def _measurements() -> tuple[str, str]:
@@ -177,9 +172,10 @@ def _measurement() -> str:
     name = gpu_name(torch.device("cuda"))
     measured, path = measured_for(name), measured_file(name)
     if measured is None:
-        return f"not measured on this GPU: `{command('selftest')}` measures it; {SENDING_IN}"
+        return f"not measured on this GPU: `{program_command('selftest')}` measures it; {SENDING_IN}"
     if not measured.parity:
-        return f"not held against the reference, or not within its tolerance: `{command('selftest')}`; {path}"
+        why = "not held against the reference, or not within its tolerance"
+        return f"{why}: `{program_command('selftest')}`; {path}"
     line = f"measured on {measured.date}, every operation within its tolerance: {path}"
     return line if path.parent == SHIPPED_FOLDER else f"{line}; {SENDING_IN}"
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import shutil
+import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -11,11 +16,41 @@ ROOT = Path(__file__).resolve().parent.parent
 def install_command(extra: str) -> str:
     """A command that installs the packages of an extra: of the checkout where this is one, else by their names."""
     if (ROOT / "pyproject.toml").is_file():
-        return f"pip install -e '{'.' if Path.cwd() == ROOT else ROOT}[{extra}]'"
+        place = "." if Path.cwd() == ROOT else ROOT
+        return f"{_pip()} -e {shlex.quote(f'{place}[{extra}]')}"
     try:
         requirements = metadata.requires("onepeace_fast") or []
     except metadata.PackageNotFoundError:
         requirements = []
     marked = (requirement.partition(";") for requirement in requirements)
     names = [name.strip() for name, _, marker in marked if f'extra == "{extra}"' in marker.replace("'", '"')]
-    return f"pip install {' '.join(names)}" if names else f"pip install -e '.[{extra}]' in the checkout"
+    return f"{_pip()} {shlex.join(names)}" if names else f"{_pip()} -e '.[{extra}]' in the checkout"
+
+
+def program_command(arguments: str) -> str:
+    """How to type ``onepeace-fast`` here: with its folder where the PATH does not lead to it."""
+    program = Path(sys.executable).parent / "onepeace-fast"
+    if not program.exists():
+        found = shutil.which("onepeace-fast")
+        return f"onepeace-fast {arguments}" if found else f"{_python()} -m onepeace_fast.cli {arguments}"
+    return f"{_shown(program)} {arguments}"
+
+
+def _pip() -> str:
+    """The pip of this interpreter, whatever the PATH says; uv where it has none, as in environments that uv made."""
+    if find_spec("pip") is None and shutil.which("uv"):
+        return f"uv pip install --python {_python()}"
+    return f"{_python()} -m pip install"
+
+
+def _python() -> str:
+    return _shown(Path(sys.executable))
+
+
+def _shown(program: Path) -> str:
+    """The shortest way to type a program: its name, from the current folder, or whole."""
+    found = shutil.which(program.name)
+    if found and os.path.abspath(found) == os.path.abspath(program):
+        return program.name
+    inside = program.is_relative_to(Path.cwd())
+    return shlex.quote(str(program.relative_to(Path.cwd()) if inside else program))

@@ -89,9 +89,10 @@ def pen_strokes():
 def trained(tmp_path_factory):
     """The folder of a model of text and images as the demo's, with random weights."""
     data = pytest.importorskip("onepeace_fast.demo.data")
-    torch.manual_seed(0)
+    torch.manual_seed(1)
     model = OnePeacePretrain(of_text_and_images(len(data.Vocabulary()), layer_scale=None))
     with torch.no_grad():
+        model.encoder_wrapper.text_adapter.embed_tokens.weight *= 10  # captions differ by their words
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight *= (1536 / 32) ** 0.5

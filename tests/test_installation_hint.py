@@ -1,6 +1,10 @@
 """What a user is told to type where a package is missing works where the user is."""
 
+import os
 import re
+import shlex
+import shutil
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -11,24 +15,64 @@ from onepeace_fast import info, installation
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture
+def python(monkeypatch, tmp_path):
+    """An interpreter in ``env ü/bin`` with its commands and pip, in no folder of the PATH."""
+    folder = tmp_path / "env ü" / "bin"
+    folder.mkdir(parents=True)
+    for name in ("python", "onepeace-fast"):
+        (folder / name).touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(installation, "find_spec", lambda name: name)
+    return folder / "python"
+
+
 @pytest.mark.parametrize("extra", ["demo", "train"])
-def test_in_a_checkout_it_is_installed_from_there(extra, monkeypatch, tmp_path):
+def test_in_a_checkout_it_is_installed_from_there(extra, python, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(python.parent))
     monkeypatch.chdir(ROOT)
-    assert installation.install_command(extra) == f"pip install -e '.[{extra}]'"
+    assert installation.install_command(extra) == f"python -m pip install -e '.[{extra}]'"
     monkeypatch.chdir(tmp_path)
-    assert installation.install_command(extra) == f"pip install -e '{ROOT}[{extra}]'"
+    assert shlex.split(installation.install_command(extra))[-1] == f"{ROOT}[{extra}]"
+    monkeypatch.setattr(installation, "ROOT", tmp_path / "it's here")
+    installation.ROOT.mkdir()
+    (installation.ROOT / "pyproject.toml").touch()
+    assert shlex.split(installation.install_command(extra))[-1] == f"{installation.ROOT}[{extra}]"
     assert re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
 
 
-def test_elsewhere_the_extra_s_packages_are_named(monkeypatch, tmp_path):
+def test_it_is_installed_into_the_python_that_lacks_it(python, monkeypatch, tmp_path):
+    monkeypatch.chdir(python.parents[1])
+    assert installation.install_command("demo").startswith("bin/python -m pip install -e ")
+    monkeypatch.chdir(ROOT / "docs")
+    assert shlex.split(installation.install_command("demo"))[:4] == [str(python), "-m", "pip", "install"]
+    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    (tmp_path / "uv").touch(mode=0o755)
+    assert shlex.split(installation.install_command("demo"))[:5] == ["uv", "pip", "install", "--python", str(python)]
+
+
+def test_elsewhere_the_extra_s_packages_are_named(python, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(python.parent))
     monkeypatch.setattr(installation, "ROOT", tmp_path)
     for marker in ("extra == 'train'", 'extra == "train"'):
-        monkeypatch.setattr(metadata, "requires", lambda name, marker=marker: ["torch>=2.8", f"pyyaml; {marker}"])
-        assert installation.install_command("train") == "pip install pyyaml"
+        monkeypatch.setattr(metadata, "requires", lambda name, marker=marker: ["torch>=2.8", f"pyyaml>=6; {marker}"])
+        assert installation.install_command("train") == "python -m pip install 'pyyaml>=6'"
     monkeypatch.undo()
     monkeypatch.setattr(installation, "ROOT", tmp_path)
-    names = installation.install_command("train").removeprefix("pip install ").split()
-    assert set(info.TRAINING_PACKAGES) <= set(names)
+    assert set(info.TRAINING_PACKAGES) <= set(installation.install_command("train").split())
+
+
+def test_the_command_is_named_so_that_it_is_found(python, monkeypatch, tmp_path):
+    monkeypatch.chdir(python.parents[1])
+    assert installation.program_command("demo") == "bin/onepeace-fast demo"
+    shutil.copy(python.parent / "onepeace-fast", tmp_path)  # another environment's, which the PATH leads to
+    assert installation.program_command("demo") == "bin/onepeace-fast demo"
+    monkeypatch.setenv("PATH", os.pathsep.join([str(python.parent), str(tmp_path)]))
+    assert installation.program_command("demo") == "onepeace-fast demo"
+    (python.parent / "onepeace-fast").unlink()
+    (tmp_path / "onepeace-fast").unlink()
+    assert installation.program_command("demo") == "python -m onepeace_fast.cli demo"
 
 
 def test_no_hint_takes_the_library_from_an_index():

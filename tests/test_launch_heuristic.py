@@ -2,49 +2,46 @@
 
 import pytest
 
-from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDTHS, heuristic, width_class
+from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDEST, WIDTHS, heuristic, widest, width_class
 from onepeace_fast.kernels.launch_parameters import launch_parameters, use_launch_parameters
-from onepeace_fast.ops.arguments import MAX_WIDTH
 
 REGISTERS, THREADS = 65536, 32
+LAUNCHES = [(kernel, width) for kernel in KERNELS for width in WIDTHS if width <= widest(kernel)]
 
 
 def test_every_width_belongs_to_the_smallest_class_that_holds_it():
-    assert WIDTHS[-1] == MAX_WIDTH and [*WIDTHS] == sorted(WIDTHS)
-    for width in (1, *WIDTHS, *(widest + 1 for widest in WIDTHS[:-1])):
-        assert width_class(width) == min(widest for widest in WIDTHS if widest >= width)
+    assert WIDTHS[-1] == max(WIDEST.values()) and [*WIDTHS] == sorted(WIDTHS)
+    for width in (1, *WIDTHS, *(most + 1 for most in WIDTHS[:-1])):
+        assert width_class(width) == min(most for most in WIDTHS if most >= width)
         assert {heuristic(kernel, width).block_width for kernel in KERNELS} == {width_class(width)}
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel, width", LAUNCHES)
 def test_a_launch_can_be_compiled_and_leaves_registers_for_what_it_holds(kernel, width):
     launch = heuristic(kernel, width)
     part, threads = width // launch.parts, THREADS * launch.num_warps
     assert part * launch.parts == width and part & (part - 1) == 0
     assert all(n & (n - 1) == 0 and n > 0 for n in (launch.block_rows, launch.num_warps))
     assert 4 <= launch.num_warps <= 16 and launch.programs_per_multiprocessor * launch.num_warps <= 32
-    held = launch.block_rows * part // threads * (1 if launch.held_in == "memory" else launch.parts)
-    assert 1 <= held <= (32 if launch.parts > 1 else 16), "elements of a row tensor in a thread"
+    held = launch.block_rows * part // threads * launch.parts
+    assert 1 <= held <= (24 if launch.parts > 1 else 16), "elements of a row tensor in a thread"
     assert threads * (launch.max_registers or 1) <= REGISTERS
     assert launch.block_rows == 1 or launch.parts == 1
 
 
 def test_narrow_rows_share_a_program_and_wide_ones_take_more_warps():
     for kernel in KERNELS:
-        launches = [heuristic(kernel, width) for width in WIDTHS]
+        launches = [heuristic(kernel, width) for width in WIDTHS if width <= widest(kernel)]
         rows, warps = ([getattr(one, name) for one in launches] for name in ("block_rows", "num_warps"))
         assert rows == sorted(rows, reverse=True) and rows[0] > 1 and rows[-1] == 1
         assert warps[:4] == sorted(warps[:4])
-        assert launches[-1].held_in == "memory", "no kernel holds rows of 16,384 columns and its sums"
 
 
 def test_backward_kernels_are_few_programs_since_each_leaves_sums_to_add_up():
-    for width in WIDTHS:
-        for kernel in KERNELS:
-            if "backward" in kernel:
-                assert heuristic(kernel, width).programs_per_multiprocessor <= 2
-                assert heuristic(kernel, width).num_warps >= 8
+    for kernel, width in LAUNCHES:
+        if "backward" in kernel:
+            assert heuristic(kernel, width).programs_per_multiprocessor <= 2
+            assert heuristic(kernel, width).num_warps >= 8
 
 
 def test_other_parameters_hold_inside_a_block_for_that_kernel_alone():

@@ -109,7 +109,7 @@ def test_measured_launch_parameters_replace_the_heuristic_s_of_that_class_alone(
         ({"launch_parameters": {"layer_norm": []}}, "expected an object at layer_norm"),
         ({"launch_parameters": {"layer_norm": {"2": {"1024": {"block_rows": 2}}}}}, "num_warps"),
         ({"launch_parameters": {"layer_norm": {"2": {"1024": {**ENTRY, "num_warps": 3}}}}}, "powers of two"),
-        ({"launch_parameters": {"layer_norm": {"2": {"1024": {**ENTRY, "held_in": "cache"}}}}}, "held_in"),
+        ({"launch_parameters": {"layer_norm": {"2": {"1024": {**ENTRY, "stages": 3}}}}}, "expected block_rows, "),
     ],
 )
 def test_a_file_that_could_not_be_followed_is_one_line_that_says_what_to_do(folders, change, complaint):

@@ -65,7 +65,7 @@ def test_pages_that_code_names_are_there():
             assert (ROOT / page).exists(), f"{path}: {page}"
 
 
-@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/glossary.md"])
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/glossary.md", "CONTRIBUTING.md"])
 def test_names_of_the_code_on_a_page_about_it_are_there(page):
     text = re.sub(r"^```(?!mermaid).*?^```", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.M | re.S)
     names = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text)

@@ -103,7 +103,7 @@ def test_bad_tensors_are_refused():
         refused(name, RoutePlan.from_modality_ids, ids, NAMES, **{name: good.float()})
 
 
-def test_with_keep_changes_nothing_else():
+def test_with_drop_path_changes_nothing_else():
     plan = RoutePlan.from_lengths({"text": [2, 3]}, first_is_cls=True)
     keep = draw_drop_path([0.5], 2)
     other = plan.with_drop_path(keep)

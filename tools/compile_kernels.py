@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-WIDTHS = (256, 384, 768, 1536, 3072, 6144, 7168, 12288)  # one in each width class of each kernel
+WIDTHS = (256, 384, 768, 1536, 3072, 6144)  # one in each width class
 ROW_GPUS = ("sm_80", "sm_90")
 PRODUCT_WIDTHS = (768, 1536)  # the tiles of matrix products are the same for all; other GPUs compile the first
 PARTS = ("rows", "products")

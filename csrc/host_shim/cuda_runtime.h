@@ -73,7 +73,8 @@ void call_kernel(void (*kernel)(Parameters...), void** values, std::index_sequen
 template <typename... Parameters>
 cudaError_t cudaLaunchKernel(
     void (*kernel)(Parameters...), dim3 blocks, dim3 threads, void** values, size_t shared_bytes, cudaStream_t) {
-    if (!host_shim::may_launch(reinterpret_cast<void*>(kernel), shared_bytes)) return cudaErrorInvalidValue;
+    const bool fits = blocks.x - 1 < 0x7fffffff && blocks.y - 1 < 0xffff && blocks.z - 1 < 0xffff;
+    if (!fits || !host_shim::may_launch(reinterpret_cast<void*>(kernel), shared_bytes)) return cudaErrorInvalidValue;
     host_shim::run_grid(blocks, threads.x, shared_bytes, [&] {
         call_kernel(kernel, values, std::index_sequence_for<Parameters...>());
     });

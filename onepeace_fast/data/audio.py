@@ -47,7 +47,7 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
     """
     soundfile, signal = optional("soundfile"), optional("scipy.signal")
     path = os.path.expanduser(os.fspath(path))
-    require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an audio file")
+    require(os.path.isfile(path), lambda: f"{path}: expected an audio file, got no file there")
     blocks = []
     try:
         lack = missing_part(path)
@@ -55,27 +55,29 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
             rate, frames = file.samplerate, file.frames
             require(
                 file.format in WHOLE_FORMATS,
-                lambda: f"{path}: got a file of {file.format}, takes {TAKEN}: of others a lost end goes unseen",
+                lambda: f"{path}: expected {TAKEN}, got {file.format}; of other formats a lost end goes unseen",
             )
             _check_header(path, frames, rate, max_seconds)
             if lack == UNKNOWN_LENGTH:
                 require(file.subtype in _SAMPLEWISE, lambda: _without_length(path, file.subtype))
             else:
-                require(lack is None, lambda: f"{path}: got {lack}, takes a whole file: it was cut off, fetch it again")
+                require(
+                    lack is None, lambda: f"{path}: expected a whole file, got {lack}; it was cut off, fetch it again"
+                )
             # In blocks, so that many channels are never held at once; by read(), which says how much it decoded.
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
     except DamagedMP3 as error:
-        raise ValueError(f"{path}: got {error}, takes a whole file: fetch it again") from None
+        raise ValueError(f"{path}: expected a whole file, got {error}; fetch it again") from None
     except (soundfile.SoundFileError, OSError, TypeError, UnicodeError) as error:
         reason = " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
-        raise ValueError(f"{path}: got a file that does not decode as audio ({reason}), takes {TAKEN}") from error
+        raise ValueError(f"{path}: expected {TAKEN}, got what does not decode as audio ({reason})") from error
     mono = torch.from_numpy(numpy.concatenate(blocks or [numpy.empty(0, "float32")]))
     require(
         len(mono) >= frames,
         lambda: (
-            f"{path}: got {len(mono):,} of {frames:,} samples decoded, takes a whole file: it was cut off or is "
-            "damaged, fetch it again"
+            f"{path}: expected a whole file, got {len(mono):,} of {frames:,} samples decoded; "
+            "it was cut off or is damaged, fetch it again"
         ),
     )
     _check_sound(path, mono)
@@ -108,7 +110,7 @@ def prepare_waveform(
     """
     require(
         isinstance(waveform, Tensor) and waveform.dtype == torch.float32 and waveform.dim() == 1,
-        lambda: f"waveform: got {describe(waveform)}, takes float32 [samples]",
+        lambda: f"waveform: expected float32 [samples], got {describe(waveform)}",
     )
     _check_sound("waveform", waveform)
     waveform = F.layer_norm(waveform, waveform.shape)
@@ -142,7 +144,7 @@ def _open(soundfile: ModuleType, path: str) -> SoundFile:
         with file:
             require(
                 file.subtype == "MPEG_LAYER_III",
-                lambda: f"{path}: got {file.subtype}, takes {TAKEN}: of other layers a lost end goes unseen",
+                lambda: f"{path}: expected {TAKEN}, got {file.subtype}; of other layers a lost end goes unseen",
             )
             counted = with_frame_count(Path(path).read_bytes())
         file = Forward(BytesIO(counted) if counted is not None else file.name)
@@ -151,24 +153,25 @@ def _open(soundfile: ModuleType, path: str) -> SoundFile:
 
 def _check_header(path: str, frames: int, rate: int, max_seconds: float) -> None:
     require(
-        0 < rate <= _HIGHEST_RATE, lambda: f"{path}: got a sample rate of {rate} Hz, takes at most {_HIGHEST_RATE} Hz"
+        0 < rate <= _HIGHEST_RATE,
+        lambda: f"{path}: expected a sample rate of at most {_HIGHEST_RATE} Hz, got {rate} Hz",
     )
     require(frames < _UNKNOWN_FRAMES, lambda: _without_length(path, "FLAC"))
     require(
         frames <= max_seconds * rate,
-        lambda: f"{path}: got {frames / rate:,.1f} s of audio, takes at most {max_seconds:g} s: cut it into clips",
+        lambda: f"{path}: expected at most {max_seconds:g} s of audio, got {frames / rate:,.1f} s; cut it into clips",
     )
 
 
 def _without_length(path: str, codec: str) -> str:
-    return f"{path}: got {UNKNOWN_LENGTH} ({codec}), takes one that has it: write the file anew, as WAV or FLAC"
+    return f"{path}: expected a header with a length, got none ({codec}); write the file anew, as WAV or FLAC"
 
 
 def _check_sound(name: str, waveform: Tensor) -> None:
-    require(len(waveform) > 0, lambda: f"{name}: got 0 samples of audio, takes at least one")
+    require(len(waveform) > 0, lambda: f"{name}: expected samples of audio, got none")
     low, high = waveform.aminmax()
     require(
         bool(torch.isfinite(torch.var(waveform, correction=0))),
-        lambda: f"{name}: got samples that are not finite or too large, takes finite ones",
+        lambda: f"{name}: expected finite samples, got some that are not or are too large",
     )
-    require(bool(low < high), lambda: f"{name}: got silence, every sample is {float(low):g}, takes sound")
+    require(bool(low < high), lambda: f"{name}: expected sound, got silence (every sample is {float(low):g})")

@@ -70,14 +70,14 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         broken: str = "fatal",
         max_tokens: int = MAX_TOKENS,
     ) -> None:
-        require(modality in _PACKAGES, lambda: f"modality: got {modality!r}, takes one of {', '.join(_PACKAGES)}")
-        require(broken in BROKEN, lambda: f"broken: got {broken!r}, takes one of {', '.join(BROKEN)}")
+        require(modality in _PACKAGES, lambda: f"modality: expected one of {', '.join(_PACKAGES)}, got {modality!r}")
+        require(broken in BROKEN, lambda: f"broken: expected one of {', '.join(BROKEN)}, got {broken!r}")
         image = modality == "image"
         require(
             type(side) is int and side > 0 if image else side is None,
-            lambda: f"side: got {side!r}, takes {'a positive number of pixels' if image else 'None'} for {modality}",
+            lambda: f"side: expected {'a positive number of pixels' if image else 'None'} for {modality}, got {side!r}",
         )
-        require(len(entries) > 0, "entries: got none, takes at least one")
+        require(len(entries) > 0, "entries: expected at least one, got none")
         for package in _PACKAGES[modality]:
             optional(package)
         self.modality, self.side, self.seed = modality, side, seed
@@ -110,7 +110,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         """
         require(
             isinstance(key, tuple) and len(key) == 2 and 0 <= key[1] < len(self),
-            lambda: f"key: got {key!r}, takes (epoch, index), an index below {len(self)}: a BatchSampler gives them",
+            lambda: f"key: expected (epoch, index), an index below {len(self)}, got {key!r}; a BatchSampler gives them",
         )
         epoch, index = key
         attempts = min(MAX_BROKEN_IN_A_ROW, len(self))
@@ -127,7 +127,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             text, word_starts = self._captions[place]
             return {"text": text, "word_starts": word_starts, self.modality: media}
         first = self._entries[index].path
-        raise BrokenFile(f"{first}: got {attempts} broken files in a row from this one on, takes fewer")
+        raise BrokenFile(f"{first}: expected fewer broken files, got {attempts} in a row from this one on")
 
     def _read(self, epoch: int, index: int) -> Tensor:
         path = self._entries[index].path
@@ -157,7 +157,7 @@ def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], in
     batch = {"text": text, "word_starts": word_starts}
     if "image" in items[0]:
         return {**batch, "image": torch.stack([item["image"] for item in items])}
-    require(frames is not None, "frames: got None, takes a function from samples to frames, as AudioAdapter.frames")
+    require(frames is not None, "frames: expected a function from samples to frames, as AudioAdapter.frames, got None")
     audio, samples = pad_waveforms([item["audio"] for item in items])
     lengths = [frames(count) for count in samples]
     places = torch.arange(1 + max(lengths), device="cpu")
@@ -192,14 +192,14 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         ):
             require(
                 type(value) is int and value >= least,
-                lambda name=name, value=value, least=least: f"{name}: got {describe(value)}, takes {least} or more",
+                lambda name=name, value=value, least=least: f"{name}: expected {least} or more, got {describe(value)}",
             )
-        require(0 <= rank < world_size, lambda: f"rank: got {rank}, takes 0 to {world_size - 1}")
+        require(0 <= rank < world_size, lambda: f"rank: expected 0 to {world_size - 1}, got {rank}")
         require(
             batch_size * world_size <= count,
             lambda: (
-                f"batch_size: got {batch_size} on each of {world_size} ranks, takes at most {count} samples in all, "
-                "those of the dataset: make it smaller"
+                f"batch_size: expected at most the {count} samples of the dataset in all, got {batch_size} on each of "
+                f"{world_size} ranks; make it smaller"
             ),
         )
         self.count, self.batch_size, self.seed = count, batch_size, seed

@@ -40,10 +40,12 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     """
     pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
     path = os.path.expanduser(os.fspath(path))
-    require(os.path.isfile(path), lambda: f"{path}: got no file there, takes an image file")
+    require(os.path.isfile(path), lambda: f"{path}: expected an image file, got no file there")
     require(
         not optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES,
-        lambda: f"{path}: got PIL.ImageFile.LOAD_TRUNCATED_IMAGES set, takes False: it makes up what a file lacks",
+        lambda: (
+            f"{path}: expected PIL.ImageFile.LOAD_TRUNCATED_IMAGES to be False, got True; it makes up what a file lacks"
+        ),
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF, and about sizes, which are checked here
@@ -53,7 +55,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
             width, height = image.size
             require(
                 width * height <= MAX_PIXELS,
-                lambda: f"{path}: got {width} x {height} pixels, takes at most {MAX_PIXELS:,} of them: make it smaller",
+                lambda: f"{path}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}; make it smaller",
             )
             with _decoding(path):
                 if image.format == "PNG":  # whose checksums decoding does not look at
@@ -87,10 +89,10 @@ def prepare_image(image: Image, side: int, *, generator: torch.Generator | None 
         ValueError: an image that is not RGB, or a side that is no positive integer.
     """
     pillow = optional("PIL.Image")
-    require(type(side) is int and side > 0, lambda: f"side: got {side!r}, takes a positive number of pixels")
+    require(type(side) is int and side > 0, lambda: f"side: expected a positive number of pixels, got {side!r}")
     require(
         isinstance(image, pillow.Image) and image.mode == "RGB",
-        lambda: f"image: got {describe(image)}, takes an RGB Pillow image: read_image gives one",
+        lambda: f"image: expected an RGB Pillow image, got {describe(image)}; read_image gives one",
     )
     box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
     resized = image.resize((side, side), pillow.Resampling.BICUBIC, box=box)
@@ -125,12 +127,12 @@ def _decoding(path: str) -> Iterator[None]:
     try:
         yield
     except pillow.DecompressionBombError as error:
-        raise ValueError(f"{path}: got too large an image ({error}), takes at most {MAX_PIXELS:,} pixels") from error
+        raise ValueError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more ({error})") from error
     except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
         reason = "not an image" if isinstance(error, pillow.UnidentifiedImageError) else " ".join(str(error).split())
         raise ValueError(
-            f"{path}: got a file that does not decode as an image ({reason or type(error).__name__}), takes JPEG, PNG, "
-            "WebP or another format that Pillow reads"
+            f"{path}: expected JPEG, PNG, WebP or another format that Pillow reads, got what does not decode as an "
+            f"image ({reason or type(error).__name__})"
         ) from error
 
 
@@ -139,7 +141,7 @@ def _check_depth(path: str, image: Image) -> None:
         low, high = cast("tuple[float, float]", image.getextrema())  # of its one channel
         require(
             image.mode != "F" and low >= 0 and high <= 65535,
-            lambda: f"{path}: got pixels from {low} to {high} (mode {image.mode}), takes 8 or 16 bits, unsigned",
+            lambda: f"{path}: expected pixels of 8 or 16 bits, unsigned, got {low} to {high} (mode {image.mode})",
         )
 
 

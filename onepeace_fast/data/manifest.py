@@ -43,10 +43,10 @@ def read_manifest(path: str | os.PathLike[str], modality: str, *, missing: str =
             no pairs at all; one line that names the manifest.
         ImportError: a Parquet file, and pyarrow is missing.
     """
-    require(modality in COLUMNS, lambda: f"modality: got {modality!r}, takes one of {', '.join(COLUMNS)}")
-    require(missing in MISSING, lambda: f"missing: got {missing!r}, takes one of {', '.join(MISSING)}")
+    require(modality in COLUMNS, lambda: f"modality: expected one of {', '.join(COLUMNS)}, got {modality!r}")
+    require(missing in MISSING, lambda: f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
     manifest = Path(os.path.expanduser(path))
-    require(manifest.is_file(), lambda: f"{manifest}: got no file there, takes a manifest, TSV or Parquet")
+    require(manifest.is_file(), lambda: f"{manifest}: expected a manifest, TSV or Parquet, got no file there")
     parquet = manifest.suffix.lower() == ".parquet"
     entries, problems = [], []
     for line, file, caption in (_parquet_rows if parquet else _tsv_rows)(manifest, modality):
@@ -56,10 +56,10 @@ def read_manifest(path: str | os.PathLike[str], modality: str, *, missing: str =
         else:
             entries.append(entry)
     total = len(entries) + len(problems)
-    require(total > 0, lambda: f"{manifest}: got no pairs below the header, takes at least one")
+    require(total > 0, lambda: f"{manifest}: expected pairs below the header, got none")
     if problems:
         _report(manifest, problems, total, missing)
-    require(bool(entries), lambda: f"{manifest}: got {total} pairs, none of them usable, takes at least one")
+    require(bool(entries), lambda: f"{manifest}: expected a usable pair, got none among {total}")
     return entries
 
 
@@ -72,16 +72,19 @@ def _problem(entry: Entry, file: str) -> str | None:
 
 
 def _report(manifest: Path, problems: list[str], total: int, missing: str) -> None:
-    found = f"{manifest}: got {len(problems)} of {total} pairs without a file or a caption"
+    found = f"{len(problems)} of {total} pairs without a file or a caption"
     if missing == "skip":
-        _log.warning("%s; they are left out", found)
+        _log.warning("%s: %s; they are left out", manifest, found)
         return
     if missing == "list":
         for problem in problems:
             _log.error("%s, %s", manifest, problem)
-        raise ValueError(f"{found}, takes all with both; they are listed above")
+        raise ValueError(f"{manifest}: expected both of every pair, got {found}; they are listed above")
     shown = "; ".join(problems[:_SHOWN]) + ("; ..." if len(problems) > _SHOWN else "")
-    raise ValueError(f"{found} ({shown}), takes all with both: missing='list' shows all, 'skip' leaves them out")
+    raise ValueError(
+        f"{manifest}: expected both of every pair, got {found} ({shown}); missing='list' shows all, 'skip' leaves them "
+        "out"
+    )
 
 
 def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
@@ -93,7 +96,7 @@ def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8").removesuffix("\n").removesuffix("\r")
             except UnicodeDecodeError as error:
                 raise ValueError(
-                    f"{manifest}: got bytes that are not UTF-8 in line {line} ({error.reason}), takes UTF-8: save it so"
+                    f"{manifest}: expected UTF-8, got other bytes in line {line} ({error.reason}); save it so"
                 ) from None
             if not text:
                 continue
@@ -105,12 +108,12 @@ def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
                 continue
             if len(cells) != len(header):
                 raise ValueError(
-                    f"{manifest}: got {len(cells)} columns in line {line}, takes {len(header)} as in the header, one "
-                    "tab between them"
+                    f"{manifest}: expected {len(header)} columns as in the header, got {len(cells)} in line {line}; "
+                    "one tab stands between two"
                 )
             yield line, cells[places[0]], cells[places[1]]
     require(
-        header is not None, lambda: f"{manifest}: got an empty file, takes a header with {modality!r} and 'caption'"
+        header is not None, lambda: f"{manifest}: expected a header with {modality!r} and 'caption', got an empty file"
     )
 
 
@@ -131,19 +134,17 @@ def _parquet_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str
                 kind = schema.field(name).type
                 require(
                     arrow.types.is_string(kind) or arrow.types.is_large_string(kind),
-                    lambda name=name, kind=kind: f"{manifest}: got a column {name!r} of {kind}, takes strings",
+                    lambda name=name, kind=kind: f"{manifest}: expected a column {name!r} of strings, got {kind}",
                 )
             for batch in file.iter_batches(columns=columns):
                 for file_name, caption in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                     row += 1
                     yield row, file_name or "", caption or ""
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{manifest}: got bytes that are not UTF-8 after row {row} ({error.reason}), takes UTF-8"
-        ) from None
+        raise ValueError(f"{manifest}: expected UTF-8, got other bytes after row {row} ({error.reason})") from None
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{manifest}: got no Parquet ({reason}), takes a Parquet file") from error
+        raise ValueError(f"{manifest}: expected a Parquet file, got another ({reason})") from error
 
 
 def _check_columns(manifest: Path, names: list[str], modality: str, place: str) -> None:
@@ -151,7 +152,7 @@ def _check_columns(manifest: Path, names: list[str], modality: str, place: str) 
         require(
             names.count(name) == 1,
             lambda name=name: (
-                f"{manifest}: got {names.count(name)} columns {name!r}{place} (its columns are "
-                f"{', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}), takes exactly one"
+                f"{manifest}: expected one column {name!r}{place}, got {names.count(name)} among "
+                f"{', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
             ),
         )

@@ -49,16 +49,16 @@ class Tokenizer:
         """
         tokenizers = optional("tokenizers")
         path = os.path.expanduser(os.fspath(path))
-        require(os.path.isfile(path), lambda: f"{path}: got no file there, takes a tokenizer.json")
+        require(os.path.isfile(path), lambda: f"{path}: expected a tokenizer.json, got no file there")
         try:
             # from_file takes no name that is not UTF-8.
             model = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
         except Exception as error:  # its own kind is Exception itself
             reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: got no tokenizer ({reason}), takes a tokenizer.json of tokenizers") from error
+            raise ValueError(f"{path}: expected a tokenizer.json of tokenizers, got another file ({reason})") from error
         ids = {token: model.token_to_id(token) for token in SPECIAL_TOKENS}
-        takes = {token: place for place, token in enumerate(SPECIAL_TOKENS)}
-        require(ids == takes, lambda: f"{path}: got special tokens {ids}, takes {takes}")
+        expected = {token: place for place, token in enumerate(SPECIAL_TOKENS)}
+        require(ids == expected, lambda: f"{path}: expected special tokens {expected}, got {ids}")
         return cls(model)
 
     @classmethod
@@ -78,12 +78,12 @@ class Tokenizer:
         require(
             type(vocab_size) is int and vocab_size >= smallest,
             lambda: (
-                f"vocab_size: got {vocab_size!r}, takes at least {smallest}: {len(SPECIAL_TOKENS)} special tokens "
+                f"vocab_size: expected at least {smallest}, got {vocab_size!r}; {len(SPECIAL_TOKENS)} special tokens "
                 f"and {_BYTES} bytes"
             ),
         )
         cleaned = [text for caption in captions if (text := _one_line(caption))]
-        require(bool(cleaned), "captions: got none with text, takes at least one")
+        require(bool(cleaned), "captions: expected at least one with text, got none")
         byte_level = tokenizers.pre_tokenizers.ByteLevel
         model = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=SPECIAL_TOKENS[UNKNOWN]))
         model.normalizer = tokenizers.normalizers.Lowercase()
@@ -117,16 +117,15 @@ class Tokenizer:
                 hide or end the rest.
         """
         text = _one_line(caption)
-        require(bool(text), lambda: f"caption: got {caption!r}, takes some text")
+        require(bool(text), lambda: f"caption: expected some text, got {caption!r}")
         encoding = self._model.encode(text, add_special_tokens=False)
         ids = encoding.ids
-        require(bool(ids), lambda: f"caption: got {describe(text)} without a token, takes what the tokenizer knows")
+        require(
+            bool(ids), lambda: f"caption: expected what the tokenizer knows, got {describe(text)}, which has no token"
+        )
         require(
             not {BEGIN, PADDING_TOKEN, END} & set(ids),
-            lambda: (
-                f"caption: got {describe(text)} with a special token, takes text without "
-                f"{', '.join(SPECIAL_TOKENS[:UNKNOWN])}"
-            ),
+            lambda: f"caption: expected text without {', '.join(SPECIAL_TOKENS[:UNKNOWN])}, got {describe(text)}",
         )
         # A space counts as part of the word behind it: some tokenizers give it to the token, some leave it out.
         word_of = list(accumulate(character == " " for character in text))
@@ -213,6 +212,6 @@ def _one_line(caption: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"caption: got {describe(text)} with half a character (a lone surrogate), takes Unicode: write it anew"
+            f"caption: expected whole characters, got {describe(text)} with a lone surrogate; write it anew"
         ) from None
     return text

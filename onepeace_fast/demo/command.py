@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
-        return _stop("--device: got cuda and torch sees no CUDA device here; leave the option out, or take cpu", 2)
+        return _stop("--device: expected cpu, got cuda, and torch sees no CUDA device here; leave the option out", 2)
     half = (arguments.steps or 0) // 2
     steps = Steps(half, arguments.steps - half) if half else Steps()
     device = arguments.device or ("cuda" if gpu else "cpu")
@@ -71,7 +71,7 @@ def _path(text: str) -> Path:
 def _positive(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, takes a whole number from {least} on")
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
         return int(text)
 
     return parse

@@ -58,7 +58,7 @@ class Card(NamedTuple):
 
 def write(result: Result, folder: Path) -> Path:
     """Write ``folder/index.html`` in one step and return its path."""
-    require(bool(np.isfinite(result.similarity).all()), "similarity: got NaN or infinity, takes cosines")
+    require(bool(np.isfinite(result.similarity).all()), "similarity: expected cosines, got NaN or infinity")
     title, sentence = verdict(result)
     images, sounds = np.asarray(result.image_labels), np.asarray(result.sound_labels)
     wrong = np.flatnonzero(images[result.similarity.argmax(1)] != sounds).tolist()
@@ -109,7 +109,7 @@ def write_ranking(
     held-out digits, [8, 8] from 0 to 16, with their labels and scores: both best first. The page stands in ``folder``
     under the sound's own name and ``-ranking.html``, so that the report beside it stays.
     """
-    require(len(ranking) > 0, "ranking: got no digit, takes at least one")
+    require(len(ranking) > 0, "ranking: expected at least one digit, got none")
     return _write(
         folder / f"{Path(wav_name).stem}-ranking.html",
         "ranking.html",
@@ -171,7 +171,7 @@ def choose(labels: Sequence[int], voices: Sequence[str]) -> list[int]:
 
 def image_uri(image: np.ndarray) -> str:
     """A handwritten digit, [8, 8] from 0 (paper) to 16 (ink), as a PNG data URI of 8 x 8 pixels."""
-    require(image.shape == (8, 8), f"image: got {list(image.shape)}, takes [8, 8]")
+    require(image.shape == (8, 8), f"image: expected [8, 8], got {list(image.shape)}")
     shades = np.round(255 * (1 - image / DARKEST)).clip(0, 255).astype(np.uint8)
     file = io.BytesIO()
     Image.fromarray(shades).save(file, "PNG")
@@ -182,7 +182,7 @@ def sound_uri(waveform: np.ndarray) -> str:
     """A sound, int16 [samples] at 16 kHz, as a WAV data URI."""
     require(
         waveform.ndim == 1 and waveform.dtype == np.int16,
-        f"waveform: got {waveform.dtype} {list(waveform.shape)}, takes int16 [samples]",
+        f"waveform: expected int16 [samples], got {waveform.dtype} {list(waveform.shape)}",
     )
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:

@@ -20,7 +20,8 @@ from onepeace_fast.demo.error import DemoError
 from onepeace_fast.demo.experiment import Steps
 from onepeace_fast.demo.result import Result
 from onepeace_fast.demo.waveform import WINDOW, loudest_second, trim
-from onepeace_fast.info import command, format_table
+from onepeace_fast.info import format_table
+from onepeace_fast.installation import program_command
 from onepeace_fast.models.pretrain import OnePeacePretrain
 
 MODEL = "model"
@@ -167,7 +168,9 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def _restore(folder: Path) -> OnePeacePretrain:
     model = OnePeacePretrain.load(folder).eval()
     if model.config.encoder != experiment.configuration(len(data.Vocabulary())).encoder:
-        raise DemoError(f"{folder}: got a model of another version of the demo; type: {command('demo')}")
+        raise DemoError(
+            f"{folder}: expected a model of this version of the demo, got another; type: {program_command('demo')}"
+        )
     return model
 
 
@@ -221,8 +224,11 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
     where = [] if output == Path("report") else [f"--output {output}"]
     hints = [
         (str(page), "hear the sounds, see what they found: open it in a browser"),
-        (command(" ".join(["demo", *where, "--wav mine.wav"])), "the images for a digit that you say, in English"),
-        (command("demo --seeds 5"), "how much of this is luck"),
+        (
+            program_command(" ".join(["demo", *where, "--wav mine.wav"])),
+            "the images for a digit that you say, in English",
+        ),
+        (program_command("demo --seeds 5"), "how much of this is luck"),
     ]
     print(format_table(hints))
 

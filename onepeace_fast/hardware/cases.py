@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast.kernels.launch_heuristic import WIDEST
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.ops.gated_sub_ln import gated_sub_ln
 from onepeace_fast.relative_position import CLS_ENTRIES
@@ -119,11 +120,12 @@ def _integers(values: Sequence[int], device: torch.device) -> Tensor:
 
 
 def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
-    """The operations that have kernels, on packed rows of one width."""
+    """The operations that have kernels for packed rows of one width."""
     batch = Rows(rows, device)
-    yield from _layer_norm(batch, width, dtype, make)
-    yield from _residual(batch, width, dtype, make)
-    yield from _gated_sub_ln(batch, width, dtype, make)
+    cases = {"layer_norm": _layer_norm, "residual": _residual, "gated_sub_ln": _gated_sub_ln}
+    for operation, cases_of in cases.items():
+        if width <= WIDEST[operation]:
+            yield from cases_of(batch, width, dtype, make)
 
 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:

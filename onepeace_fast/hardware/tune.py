@@ -1,8 +1,8 @@
 """What ``onepeace-fast tune`` does: time a few launch parameters of every kernel, and write the fastest down.
 
 Candidates are those of the heuristic, half and twice its rows in a block, half and twice its warps, half and twice its
-programs for each multiprocessor, and parameters and sums held in the other place. Each is timed by the median device
-time of calls in turn, over inputs that together are several times the L2 cache.
+programs for each multiprocessor. Each is timed by the median device time of calls in turn, over inputs that together
+are several times the L2 cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from onepeace_fast import kernels
 from onepeace_fast.hardware.cases import Case, empty_tensors, kernel_cases, random_tensors
 from onepeace_fast.info import versions
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
-from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDTHS, Parameters, heuristic, width_class
+from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDTHS, Parameters, heuristic, widest, width_class
 from onepeace_fast.kernels.launch_parameters import use_launch_parameters
 from onepeace_fast.kernels.measured import MeasuredGPU, gpu_name, measured_for, user_folder, write_measured
 
@@ -133,7 +133,7 @@ def todo(widths: Sequence[int]) -> Iterator[tuple[str, str, int]]:
     classes = {width_class(width): width for width in sorted(widths)}
     for kernel in KERNELS:
         for size in DTYPES:
-            yield from ((kernel, size, width) for width in classes.values())
+            yield from ((kernel, size, width) for width in classes.values() if width <= widest(kernel))
 
 
 def candidates(parameters: Parameters) -> Iterator[Parameters]:
@@ -143,7 +143,6 @@ def candidates(parameters: Parameters) -> Iterator[Parameters]:
     for name, most in bounds.items():
         if (now := getattr(parameters, name)) is not None:
             yield from (parameters._replace(**{name: n}) for n in (now // 2, now * 2) if 1 <= n <= most)
-    yield parameters._replace(held_in="registers" if parameters.held_in == "memory" else "memory")
 
 
 def measure(

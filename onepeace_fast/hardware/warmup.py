@@ -115,7 +115,8 @@ def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     yield "per_modality"
     with contextlib.suppress(ValueError):
         z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,))
+        unfolded = config.ffn_layer_norm and dtype == torch.float16
+        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,), unfolded)
 
 
 def _step(

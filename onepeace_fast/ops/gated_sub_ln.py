@@ -172,8 +172,8 @@ def gated_sub_ln(
     That is GeGLU, or SwiGLU with silu (Shazeer, arXiv 2002.05202), and Sub-LN (Wang et al., arXiv 2210.06423).
 
     Args:
-        u: floating point [rows, width], any row stride, at most 16,384 wide; rows offsets[m] to offsets[m + 1] are
-            those of modality m.
+        u: floating point [rows, width], any row stride, at most 16,384 wide, past 6,144 by the reference; rows
+            offsets[m] to offsets[m + 1] are those of modality m.
         v: as u, the values that the activation gates; None for none.
         norm_weight, norm_bias: one [width] per modality; None for no norm.
         offsets: int32 [G + 1], the plan's.

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from onepeace_fast import kernels
+from onepeace_fast.kernels.launch_heuristic import WIDEST
 
 _kernels_forced: bool | None = None
 
@@ -30,7 +33,10 @@ def kernels_forced() -> bool | None:
 
 
 def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:
-    """Whether an op's kernel runs on its first tensor; raise where it should and Triton, which it needs, cannot."""
+    """Whether an op's kernel runs on its first tensor; raise where it should and Triton, which it needs, cannot.
+
+    Rows that are wider than the kernel holds are the reference's, which a warning says once.
+    """
     wanted = tensor.is_cuda or (triton and kernels.INTERPRETED and tensor.device.type == "cpu")
     if _kernels_forced is not None:
         wanted = _kernels_forced and (triton or tensor.is_cuda)
@@ -41,4 +47,17 @@ def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:
             f"{name}: expected Triton for a tensor on {tensor.device}, got none: {reason}; install it, or use "
             "backend='reference'"
         )
+    most = WIDEST.get(name.removesuffix("_backward"))
+    if most is not None and tensor.shape[-1] > most:
+        _warn_of_width(name, tensor.shape[-1], most)
+        return False
     return True
+
+
+@functools.cache
+def _warn_of_width(name: str, width: int, most: int) -> None:
+    warnings.warn(
+        f"{name}: expected rows of at most {most} columns, which the kernel holds, got {width}; the slower reference "
+        "computes them",
+        stacklevel=2,
+    )

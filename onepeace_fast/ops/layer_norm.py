@@ -176,7 +176,7 @@ def layer_norm(
     """LayerNorm over the last dimension (Ba et al., arXiv 1607.06450), of all rows or of some.
 
     Args:
-        x: floating point [rows, width], any row stride, at most 16,384 wide.
+        x: floating point [rows, width], any row stride, at most 16,384 wide, past 6,144 by the reference.
         weight, bias: [width] for all rows, or with ``offsets`` a sequence of one per modality; None for none.
         head_scale: [heads], a factor of each head's width / heads columns in front of the norm (the head scale of
             NormFormer, Shleifer et al., arXiv 2110.09456).

@@ -217,7 +217,7 @@ def residual(
     """x + drop_path * gamma * dropout(y).
 
     Args:
-        x: floating point [rows, width], the residual stream, at most 16,384 wide.
+        x: floating point [rows, width], the residual stream, at most 16,384 wide, past 4,096 by the reference.
         y: [rows, width], or [N, width] with ``row_index``, the branch, in x's dtype, or in half precision over a
             float32 x.
         gamma: [width], LayerScale.

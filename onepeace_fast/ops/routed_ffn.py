@@ -286,12 +286,16 @@ def routed_ffn(
     settings = FeedForwardSettings(activation, eps, strategy or "", bool(fold_norm), False, False)
     given = RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings)
     check(given, has_gate=w1 is not None)
-    strategy = chosen_strategy(strategy, z, weights.w0[0].shape[0], len(weights.w0), routing.row_counts)
+    fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
+    strategy = chosen_strategy(
+        strategy, z, weights.w0[0].shape[0], len(weights.w0), routing.row_counts,
+        unfolded=len(weights.norm_weight) > 0 and not fold_norm,
+    )  # fmt: skip
     leaves = (z, *(parameter for some in weights for parameter in some), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy == "grouped")
     settings = FeedForwardSettings(
-        activation, eps, strategy, z.dtype != torch.float16 if fold_norm is None else fold_norm,
-        keep_products=differentiable and not recompute, keep_y=differentiable and y_needed,
+        activation, eps, strategy, fold_norm, keep_products=differentiable and not recompute,
+        keep_y=differentiable and y_needed,
     )  # fmt: skip
     return ROUTED_FFN(given._replace(settings=settings))[0]

@@ -12,7 +12,8 @@ from torch import Tensor
 from onepeace_fast import kernels
 from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
-from onepeace_fast.kernels.tile_table import refusal
+from onepeace_fast.kernels.launch_heuristic import WIDEST
+from onepeace_fast.kernels.tile_table import MAX_MODALITIES, refusal
 from onepeace_fast.ops.arguments import MAX_WIDTH, check_routing, require_row_index, require_rows
 from onepeace_fast.ops.gated_sub_ln import require_norm_and_activation, require_one_per_modality
 from onepeace_fast.ops.kernel_choice import kernels_forced
@@ -20,7 +21,6 @@ from onepeace_fast.ops.residual import check_drop_path
 from onepeace_fast.ops.strategies import STRATEGIES, strategy_for
 from onepeace_fast.structures import FeedForwardWeights, RoutedFFNInputs
 
-MAX_MODALITIES = 64
 TILE_ALIGNMENT = 16  # bytes, of the distance of two rows in a tensor descriptor
 OPTIONAL = ("b2", "norm_weight", "norm_bias")
 
@@ -35,9 +35,11 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     shapes = FeedForwardWeights((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
     for name, tensors, shape in zip(weights._fields, weights, shapes, strict=True):
         require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
+        dtype = None if name.startswith("norm") else z.dtype
         for m, tensor in enumerate(tensors):
-            _check_parameter(f"{name}[{m}]", tensor, shape, None if name.startswith("norm") else z.dtype)
-            require_device(f"{name}[{m}]", tensor, z.device)
+            fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+            if not (fits and tensor.shape == shape and tensor.device == z.device):
+                _refuse_parameter(f"{name}[{m}]", tensor, shape, dtype, z.device)
     require_norm_and_activation(weights.norm_weight, weights.norm_bias, settings.activation, settings.eps)
     row_index = routing.row_index
     require(
@@ -66,28 +68,28 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
         )
 
 
-def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def _refuse_parameter(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
+) -> None:
     """Norms may have any floating-point dtype (``dtype`` None), the others z's."""
-    fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    require_device(name, tensor, device)
     wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
-    require(
-        fits and tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
-        lambda: f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}",
-    )
+    raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}")
 
 
 def chosen_strategy(
-    strategy: str | None, z: Tensor, hidden: int, modalities: int, row_counts: Sequence[int]
+    strategy: str | None, z: Tensor, hidden: int, modalities: int, row_counts: Sequence[int], unfolded: bool = False
 ) -> str:  # fmt: skip
     """The strategy that was asked for, if it can run; for None what was measured on this GPU and that can run.
 
-    On a GPU without ``row_counts`` that is "grouped", the one that reads no offsets on the host.
+    On a GPU without ``row_counts`` that is "grouped", the one that reads no offsets on the host. ``unfolded``: there is
+    a Sub-LayerNorm, which "grouped" would apply by a kernel of its own.
     """
     has_kernels = z.is_cuda or kernels_forced() or (kernels.INTERPRETED and z.device.type == "cpu")
     if strategy is None:
         if not has_kernels or z.dtype == torch.float64:
             return "reference"
-        reason = _untaken_by_tiles(z, hidden, modalities)
+        reason = _untaken_by_tiles(z, hidden, modalities, unfolded)
         if z.is_cuda and not row_counts:
             return "grouped" if reason is None else _by_host(reason)
         measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
@@ -102,7 +104,7 @@ def chosen_strategy(
             lambda: f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both",
         )
     if strategy == "grouped":
-        require((reason := _untaken_by_tiles(z, hidden, modalities)) is None, lambda: reason)
+        require((reason := _untaken_by_tiles(z, hidden, modalities, unfolded)) is None, lambda: reason)
     return strategy
 
 
@@ -122,7 +124,7 @@ def _warn_of_host_read(reason: str) -> None:
     )
 
 
-def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int) -> str | None:
+def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int, unfolded: bool) -> str | None:
     """Why grouped products cannot take these tensors, in one line."""
     multiple = TILE_ALIGNMENT // z.element_size()
     for name, columns in (("z", z.shape[1]), ("w0", hidden)):
@@ -136,6 +138,11 @@ def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int) -> str | None:
     half = z.dtype in (torch.float16, torch.bfloat16)
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
         return f"z: expected float16 or bfloat16 with strategy 'grouped', got {describe(z)}; use 'per_modality'"
+    if unfolded and hidden > (most := WIDEST["gated_sub_ln"]):
+        return (
+            f"w0: expected at most {most} hidden columns with strategy 'grouped' and a norm that is not folded, got "
+            f"{hidden}; use 'per_modality'"
+        )
     if modalities > MAX_MODALITIES:
         return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy 'grouped', got {modalities}"
     return None

@@ -66,8 +66,8 @@ def claimed(output: Path) -> Iterator[None]:
                 shutil.rmtree(path)
         except OSError as error:
             taken = error.errno in (errno.EACCES, errno.EAGAIN) and not error.filename
-            takes = "one that no other run is writing" if taken else f"a folder that can be written: {error.strerror}"
-            raise ValueError(f"output: got {output}, takes {takes}") from None
+            expected, reason = ("no other run is writing", "") if taken else ("can be written", f" ({error.strerror})")
+            raise ValueError(f"output: expected a folder that {expected}, got {output}{reason}") from None
         yield
 
 
@@ -121,7 +121,7 @@ def newest(output: Path) -> Found:
         damaged[folder] = reason
     if damaged:
         found = "; ".join(f"{path.name}: {reason}" for path, reason in damaged.items())
-        raise ValueError(f"output: got {output} whose checkpoints are all damaged ({found}), takes another folder")
+        raise ValueError(f"output: expected a folder with a whole checkpoint or none, got {output} ({found})")
     return Found(None, {})
 
 

@@ -27,10 +27,10 @@ DEVICES = ("cpu", "cuda")
 
 
 class Kind(NamedTuple):
-    """What a key takes: a test of its value, and its description."""
+    """What a key may hold: a test of its value, and its description."""
 
     fits: Callable[[Any], bool]
-    takes: str
+    expected: str
 
 
 def _is_number(value: Any) -> bool:
@@ -94,21 +94,21 @@ class TrainingConfig:
         for item in _keys():
             value, kind = getattr(self, item.name), item.metadata["kind"]
             optional = item.default is None and value is None
-            require(optional or kind.fits(value), f"{item.name}: got {describe(value)}, takes {kind.takes}")
-        require(self.warm_up < self.steps, f"warm_up: got {self.warm_up}, takes fewer than steps ({self.steps})")
+            require(optional or kind.fits(value), f"{item.name}: expected {kind.expected}, got {describe(value)}")
+        require(self.warm_up < self.steps, f"warm_up: expected fewer than steps ({self.steps}), got {self.warm_up}")
         require(
             self.minimum_learning_rate <= self.learning_rate,
-            f"minimum_learning_rate: got {self.minimum_learning_rate}, takes at most learning_rate "
-            f"({self.learning_rate})",
+            f"minimum_learning_rate: expected at most learning_rate ({self.learning_rate}), got "
+            f"{self.minimum_learning_rate}",
         )
         require(
             self.stage == "vision_language" or self.init is not None,
-            "init: got none, takes the model folder of a finished vision_language run where stage is audio_language",
+            "init: expected the model folder of a finished vision_language run where stage is audio_language, got none",
         )
         for name in ("output", "init"):
             path = str(self.path(name))
             whole = path.encode(errors="replace").decode() == path
-            require(whole, f"{name}: got {path!r}, takes a path in UTF-8: safetensors takes no other")
+            require(whole, f"{name}: expected a path in UTF-8, got {path!r}; safetensors takes no other")
 
     @classmethod
     def load(cls, path: str | Path) -> TrainingConfig:
@@ -119,14 +119,14 @@ class TrainingConfig:
         """
         path = Path(os.path.expanduser(path))
         values = _read_yaml(path)
-        require(isinstance(values, Mapping), f"{path}: got {describe(values)}, takes a mapping of keys to values")
+        require(isinstance(values, Mapping), f"{path}: expected a mapping of keys to values, got {describe(values)}")
         known = [item.name for item in _keys()]
         for name in values:
             close = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            require(name in known, f"{path}: got unknown key {name!r}, takes {', '.join(known)}{hint}")
+            require(name in known, f"{path}: expected some of {', '.join(known)}, got {name!r}{hint}")
         missing = [item.name for item in _keys() if item.default is dataclasses.MISSING and item.name not in values]
-        require(not missing, f"{path}: got no {', '.join(missing)}, takes a value for each")
+        require(not missing, f"{path}: expected {', '.join(missing)}, got no value")
         try:
             return cls(**values, folder=path.parent)
         except ValueError as error:
@@ -219,14 +219,14 @@ def _read_json(path: Path) -> Any:
 
 def _merged(base: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]:
     """``base`` with the entries of ``changes``, section by section; a section that was None starts empty."""
-    require(isinstance(changes, Mapping), f"{where or 'model'}: got {describe(changes)}, takes a section of fields")
+    require(isinstance(changes, Mapping), f"{where or 'model'}: expected a section of fields, got {describe(changes)}")
     result = dict(base)
     for name, value in changes.items():
         old, place = base.get(name), f"{where}.{name}" if where else str(name)
         if isinstance(old, Mapping) and value is not None:
             result[name] = _merged(old, value, place)
         elif isinstance(old, bool):
-            require(isinstance(value, bool), f"{place}: got {describe(value)}, takes true or false")
+            require(isinstance(value, bool), f"{place}: expected true or false, got {describe(value)}")
             result[name] = value
         else:
             result[name] = value

@@ -48,7 +48,10 @@ class Processes:
         rank, count, local = (int(os.environ.get(n, v)) for n, v in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         if kind == "cuda":
             found = torch.cuda.device_count()
-            require(found > local, f"device: got cuda for process {local + 1} of this machine, torch sees {found} GPUs")
+            require(
+                found > local,
+                f"device: expected a GPU for process {local + 1} of this machine, got {found} that torch sees",
+            )
             torch.cuda.set_device(local)
         if count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")

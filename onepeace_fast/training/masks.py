@@ -58,7 +58,7 @@ def vision_language_masks(
     """
     tokens = _check_text(text, word_starts)
     _check_generator(generator)
-    require(type(patches) is int and patches > 0, f"patches: got {describe(patches)}, takes a positive integer")
+    require(type(patches) is int and patches > 0, f"patches: expected a positive integer, got {describe(patches)}")
     hidden = _hide_words(tokens, word_starts, TEXT_WORDS, generator)
     visible = tokens & ~hidden
     wanted = [int(PAIR_TEXT_TOKENS * count) for count in tokens.sum(1).tolist()]
@@ -103,14 +103,14 @@ def audio_language_masks(
     _check_generator(generator)
     require(
         isinstance(frames, Sequence) and all(type(count) is int and count >= 0 for count in frames),
-        f"frames: got {describe(frames)}, takes a list of integers, 0 or more",
+        f"frames: expected a list of integers, 0 or more, got {describe(frames)}",
     )
     rows, longest = text.shape[0], max(frames, default=0)
-    require(len(frames) == rows, f"frames: got {len(frames)} clips for {rows} rows of text, takes one for each")
+    require(len(frames) == rows, f"frames: expected one clip for each of {rows} rows of text, got {len(frames)}")
     width = longest if width is None else width
     require(
         type(width) is int and width >= longest,
-        f"width: got {describe(width)}, takes an integer of at least the longest clip's {longest} frames",
+        f"width: expected an integer of at least the longest clip's {longest} frames, got {describe(width)}",
     )
     masks = {"al_text": _hide_words(tokens, word_starts, PAIR_TEXT_WORDS, generator)}
     for name, share in (("audio", AUDIO_FRAMES), ("al_audio", PAIR_AUDIO_FRAMES)):
@@ -171,7 +171,7 @@ def _check_text(text: Tensor, word_starts: Tensor) -> Tensor:
         require_device(name, value, torch.device("cpu"))
     require(
         word_starts.shape == text.shape,
-        f"word_starts: got shape {list(word_starts.shape)}, takes that of text, {list(text.shape)}",
+        f"word_starts: expected text's shape, {list(text.shape)}, got {list(word_starts.shape)}",
     )
     real = text != PADDING_TOKEN
     column, last = torch.arange(text.shape[1], device="cpu"), real.sum(1, keepdim=True) - 1
@@ -179,8 +179,8 @@ def _check_text(text: Tensor, word_starts: Tensor) -> Tensor:
     require(
         bool(ordered.all()),
         lambda: (
-            f"text: got row {_first_false(ordered)} that is not tokens, then one end-of-sequence token "
-            f"({END}), then padding ({PADDING_TOKEN}), takes that order"
+            f"text: expected tokens, then one end-of-sequence token ({END}), then padding ({PADDING_TOKEN}), got "
+            f"another order in row {_first_false(ordered)}"
         ),
     )
     tokens = real & (text != END)
@@ -189,8 +189,8 @@ def _check_text(text: Tensor, word_starts: Tensor) -> Tensor:
     require(
         bool(fits.all()),
         lambda: (
-            f"word_starts: got row {_first_false(fits)} where the end or padding begins a word or the first token "
-            "does not, takes True at the first token of each word"
+            "word_starts: expected True at the first token and at no end or padding, got another value in row "
+            f"{_first_false(fits)}"
         ),
     )
     return tokens
@@ -203,5 +203,5 @@ def _first_false(rows: Tensor) -> int:
 def _check_generator(generator: torch.Generator) -> None:
     require(
         isinstance(generator, torch.Generator) and generator.device.type == "cpu",
-        lambda: f"generator: got {describe(generator)}, takes a torch.Generator on the CPU",
+        lambda: f"generator: expected a torch.Generator on the CPU, got {describe(generator)}",
     )

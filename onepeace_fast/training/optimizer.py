@@ -35,7 +35,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
         if parameter.requires_grad:
             exempt = parameter.dim() < 2 or any(f".{name}".endswith(f".{ending}") for ending in SPARED)
             (spared if exempt else decayed).append(parameter)
-    require(bool(decayed or spared), "model: got no parameter with requires_grad, takes at least one")
+    require(bool(decayed or spared), "model: expected a parameter with requires_grad, got none")
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
 
 
@@ -72,10 +72,10 @@ def learning_rate(step: int, *, peak: float, warm_up: int, total: int, minimum: 
         ValueError: an argument that does not fit.
     """
     for name, value in (("step", step), ("warm_up", warm_up)):
-        require(type(value) is int and value >= 0, f"{name}: got {describe(value)}, takes an integer, 0 or more")
+        require(type(value) is int and value >= 0, f"{name}: expected an integer, 0 or more, got {describe(value)}")
     require(
         type(total) is int and total > warm_up,
-        f"total: got {describe(total)}, takes an integer above warm_up, {warm_up}",
+        f"total: expected an integer above warm_up, {warm_up}, got {describe(total)}",
     )
     _require_number("peak", peak, peak > 0, "more than 0")
     _require_number("minimum", minimum, 0 <= minimum <= peak, f"0 to the peak, {peak}")
@@ -86,5 +86,5 @@ def learning_rate(step: int, *, peak: float, warm_up: int, total: int, minimum: 
     return minimum + (peak - minimum) * share
 
 
-def _require_number(name: str, value: float, fits: bool, takes: str) -> None:
-    require(math.isfinite(value) and fits, f"{name}: got {value!r}, takes a number, {takes}")
+def _require_number(name: str, value: float, fits: bool, expected: str) -> None:
+    require(math.isfinite(value) and fits, f"{name}: expected a number, {expected}, got {value!r}")

@@ -87,7 +87,7 @@ def _model_config(config: TrainingConfig, folder: Path | None) -> OnePeaceConfig
     if initial is None:
         return config.model_config(OnePeaceConfig())
     path = initial / CONFIG_FILE
-    require(path.is_file(), f"init: got {initial} without {CONFIG_FILE}, takes the folder of a model")
+    require(path.is_file(), f"init: expected the folder of a model, got {initial} without {CONFIG_FILE}")
     try:
         base = OnePeaceConfig.load(path)
     except ValueError as error:
@@ -103,7 +103,7 @@ def _tokenizer_file(config: TrainingConfig, folder: Path | None) -> Path | None:
     if place is None:
         return None
     path = place / TOKENIZER_FILE
-    require(path.is_file(), f"tokenizer: got none, takes a path, since {place} has no {TOKENIZER_FILE}")
+    require(path.is_file(), f"tokenizer: expected a path, since {place} has no {TOKENIZER_FILE}, got none")
     return path
 
 
@@ -118,13 +118,12 @@ def _require_fit(config: TrainingConfig, model: OnePeaceConfig, tokenizer: Token
         both = name in model.encoder.modalities and name in model.decoder.modalities
         require(
             both,
-            f"model: got one without {name} in encoder and decoder, takes one with it for stage {config.stage}: give "
+            f"model: expected {name} in encoder and decoder for stage {config.stage}, got a model without; give "
             f"encoder: {{{name}: {{}}}} and decoder: {{{name}: {{use_bias: false}}}}",
         )
     require(
         tokenizer.vocab_size <= model.vocab_size,
-        f"tokenizer: got one of {tokenizer.vocab_size} tokens, takes at most the model's vocab_size, "
-        f"{model.vocab_size}",
+        f"tokenizer: expected at most the model's vocab_size, {model.vocab_size}, got {tokenizer.vocab_size} tokens",
     )
 
 
@@ -132,8 +131,7 @@ def _require_same(folder: Path, saved: dict[str, Any], current: dict[str, Any]) 
     changed = checkpoint.differences(saved, current)
     require(
         not changed,
-        f"output: got {folder}, which was written with other settings ({'; '.join(changed)}), takes the same ones, or "
-        "another output folder",
+        f"output: expected the settings that {folder} was written with, or another folder, got {'; '.join(changed)}",
     )
 
 

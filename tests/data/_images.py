@@ -5,7 +5,6 @@ import warnings
 import zlib
 
 import numpy
-import pytest
 from PIL import Image
 
 from onepeace_fast.data.image import read_image
@@ -36,15 +35,6 @@ def png(width, height, depth, kind, rows=b"", *, interlace=0, chunks=()):
     header = struct.pack(">IIBBBBB", width, height, depth, kind, 0, 0, interlace)
     parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows) if rows else b""), (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
-
-
-def refused(call, *parts):
-    """The call raises one line in the common form that holds every part."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    assert all(part in line for part in (": got ", "takes ", *parts)), line
 
 
 def colours():

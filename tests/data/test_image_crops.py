@@ -6,7 +6,8 @@ import torch
 
 pytest.importorskip("PIL")
 
-from data._images import RED, colours, refused
+from data._images import RED, colours
+from data._refused import refused
 from PIL import Image
 
 from onepeace_fast.data import image as module
@@ -97,12 +98,12 @@ def test_the_same_generator_gives_the_same_crop():
 
 @pytest.mark.parametrize("side", [0, -16, 16.0, None])
 def test_a_side_that_is_no_number_of_pixels_is_refused(side):
-    refused(lambda: prepare_image(colours(), side), "side: got ", repr(side))
+    refused(lambda: prepare_image(colours(), side), "side: expected a positive number of pixels, got ", repr(side))
 
 
 @pytest.mark.parametrize("image", [Image.new("L", (4, 4)), "image.png"])
 def test_what_is_not_an_rgb_image_is_refused(image):
-    refused(lambda: prepare_image(image, 16), "image: got ", "RGB")
+    refused(lambda: prepare_image(image, 16), "image: expected an RGB Pillow image, got ")
 
 
 def bicubic(values, size, start, stop):

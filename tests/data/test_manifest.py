@@ -4,6 +4,7 @@ import logging
 from pathlib import Path
 
 import pytest
+from data._refused import refused
 
 from onepeace_fast.data.manifest import Entry, read_manifest
 
@@ -28,16 +29,6 @@ def parquet(folder, columns, **options):
     path = folder / "manifest.parquet"
     module.write_table(arrow.table(columns), path, **options)
     return path
-
-
-def refused(call, path, *parts):
-    """The call raises one line that begins with the manifest's name and holds every part."""
-    with pytest.raises(ValueError) as caught:
-        call()
-    line = str(caught.value)
-    assert "\n" not in line
-    assert line.startswith(f"{path}: got ")
-    assert all(part in line for part in ("takes ", *parts)), line
 
 
 def test_pairs_come_in_order_with_paths_from_the_manifests_folder(folder, monkeypatch):
@@ -162,7 +153,7 @@ def test_missing_files_and_captions_are_all_listed_and_then_it_stops(folder, cap
 def test_missing_files_and_captions_are_left_out_and_counted_in_one_line(folder, caplog):
     path = tsv(folder, *DAMAGED)
     assert [entry.line for entry in read_manifest(path, "image", missing="skip")] == [2, 7]
-    assert caplog.messages == [f"{path}: got 4 of 6 pairs without a file or a caption; they are left out"]
+    assert caplog.messages == [f"{path}: 4 of 6 pairs without a file or a caption; they are left out"]
 
 
 @pytest.mark.parametrize("missing", ["fatal", "list", "skip"])
@@ -179,26 +170,35 @@ def test_nulls_of_parquet_are_missing_too(folder):
 
 def test_nothing_left_is_refused(folder):
     path = tsv(folder, "image\tcaption", "images/no.png\ta")
-    refused(lambda: read_manifest(path, "image", missing="skip"), path, "got 1 pairs, none of them usable")
+    refused(lambda: read_manifest(path, "image", missing="skip"), path, "expected a usable pair, got none among 1")
 
 
 HEADERS = {
-    "an empty file": (b"", "got an empty file, takes a header with 'image' and 'caption'"),
+    "an empty file": (b"", "expected a header with 'image' and 'caption', got an empty file"),
     "empty lines": (b"\n\r\n\n", "got an empty file"),
-    "a header alone": (b"image\tcaption\n", "got no pairs below the header"),
-    "no header": (b"images/a.png\ta cat\n", "got 0 columns 'image' in line 1"),
+    "a header alone": (b"image\tcaption\n", "pairs below the header, got none"),
+    "no header": (b"images/a.png\ta cat\n", "one column 'image' in line 1, got 0 among"),
     "no caption": (
         b"image\ttext\nimages/a.png\ta\n",
-        "got 0 columns 'caption' in line 1 (its columns are 'image', 'text')",
+        "one column 'caption' in line 1, got 0 among 'image', 'text'",
     ),
-    "another modality": (b"audio\tcaption\nimages/a.png\ta\n", "got 0 columns 'image' in line 1"),
-    "commas": (b"image,caption\nimages/a.png,a\n", "its columns are 'image,caption'"),
-    "a column twice": (b"image\tcaption\timage\nx\ty\tz\n", "got 2 columns 'image' in line 1"),
-    "broken header": (b"image\tcapt\xffion\n", "not UTF-8 in line 1"),
-    "UTF-16": ("image\tcaption\nimages/a.png\ta\n".encode("utf-16"), "not UTF-8 in line 1"),
-    "Latin-1": (b"image\tcaption\nimages/a.png\ta\nimages/a.png\tB\xe4r\n", "not UTF-8 in line 3"),
-    "a column too few": (b"image\tcaption\nimages/a.png\ta\nimages/a.png\n", "got 1 columns in line 3, takes 2"),
-    "a column too many": (b"image\tcaption\n\nimages/a.png\ta\tb\n", "got 3 columns in line 3, takes 2"),
+    "another modality": (b"audio\tcaption\nimages/a.png\ta\n", "one column 'image' in line 1, got 0 among"),
+    "commas": (b"image,caption\nimages/a.png,a\n", "got 0 among 'image,caption'"),
+    "a column twice": (b"image\tcaption\timage\nx\ty\tz\n", "one column 'image' in line 1, got 2 among"),
+    "broken header": (b"image\tcapt\xffion\n", "expected UTF-8, got other bytes in line 1"),
+    "UTF-16": ("image\tcaption\nimages/a.png\ta\n".encode("utf-16"), "expected UTF-8, got other bytes in line 1"),
+    "Latin-1": (
+        b"image\tcaption\nimages/a.png\ta\nimages/a.png\tB\xe4r\n",
+        "UTF-8, got other bytes in line 3",
+    ),
+    "a column too few": (
+        b"image\tcaption\nimages/a.png\ta\nimages/a.png\n",
+        "2 columns as in the header, got 1 in line 3",
+    ),
+    "a column too many": (
+        b"image\tcaption\n\nimages/a.png\ta\tb\n",
+        "2 columns as in the header, got 3 in line 3",
+    ),
 }
 
 
@@ -221,36 +221,36 @@ def test_a_broken_parquet_file_is_refused(folder):
     path = folder / "manifest.parquet"
     for content in (b"", b"image\tcaption\n", whole[: len(whole) // 2], whole[: len(whole) // 2] + whole[-8:]):
         path.write_bytes(content)
-        refused(lambda: read_manifest(path, "image"), path, "got no Parquet")
+        refused(lambda: read_manifest(path, "image"), path, "expected a Parquet file, got another (")
 
 
 def test_parquet_columns_that_are_no_strings_are_refused(folder):
     path = parquet(folder, {"image": [b"PNG"], "caption": ["a"]})
-    refused(lambda: read_manifest(path, "image"), path, "got a column 'image' of binary, takes strings")
+    refused(lambda: read_manifest(path, "image"), path, "expected a column 'image' of strings, got binary")
     path = parquet(folder, {"image": ["images/a.png"], "caption": [["a", "b"]]})
-    refused(lambda: read_manifest(path, "image"), path, "got a column 'caption' of list")
+    refused(lambda: read_manifest(path, "image"), path, "expected a column 'caption' of strings, got list")
 
 
 def test_parquet_without_a_column_or_rows_is_refused(folder):
     arrow = pytest.importorskip("pyarrow")
     path = parquet(folder, {"image": ["images/a.png"]})
-    refused(lambda: read_manifest(path, "image"), path, "got 0 columns 'caption'")
+    refused(lambda: read_manifest(path, "image"), path, "one column 'caption', got 0 among")
     path = parquet(folder, {name: arrow.array([], arrow.string()) for name in ("image", "caption")})
-    refused(lambda: read_manifest(path, "image"), path, "got no pairs")
+    refused(lambda: read_manifest(path, "image"), path, "got none")
 
 
 def test_parquet_text_that_is_not_utf_8_is_refused(folder):
     arrow = pytest.importorskip("pyarrow")
     broken = arrow.array([b"a", b"B\xe4r"]).view(arrow.string())
     path = parquet(folder, {"image": ["images/a.png"] * 2, "caption": broken})
-    refused(lambda: read_manifest(path, "image"), path, "not UTF-8")
+    refused(lambda: read_manifest(path, "image"), path, "expected UTF-8, got other bytes after row")
 
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        (("m.tsv", "text"), "modality: got 'text', takes one of image, audio"),
-        (("m.tsv", "image", "ignore"), "missing: got 'ignore', takes one of fatal, list, skip"),
+        (("m.tsv", "text"), "modality: expected one of image, audio, got 'text'"),
+        (("m.tsv", "image", "ignore"), "missing: expected one of fatal, list, skip, got 'ignore'"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(arguments, part):

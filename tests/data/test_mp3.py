@@ -57,7 +57,7 @@ def test_of_one_that_was_cut_off_or_lost_its_middle_no_sample_is_read(tmp_path, 
         try:
             read = read_audio(path)
         except ValueError as error:
-            assert str(error).startswith(f"{path}: got "), case
+            assert str(error).startswith(f"{path}: expected "), case
         else:
             pytest.fail(f"{case}: {len(read)} samples were read")
 

@@ -91,7 +91,7 @@ def test_report_can_be_read_aloud(page):
 def test_an_earlier_report_stays_until_the_new_one_is_whole(result, tmp_path, monkeypatch):
     index = tmp_path / "index.html"
     index.write_text("earlier")
-    with pytest.raises(ValueError, match="similarity: got NaN"):
+    with pytest.raises(ValueError, match="similarity: expected cosines, got NaN"):
         report.write(dataclasses.replace(result, similarity=np.full_like(result.similarity, np.nan)), tmp_path)
     assert index.read_text() == "earlier"
 
@@ -336,6 +336,6 @@ def test_ranking_is_a_page_of_its_own_beside_the_report(result, tmp_path):
 
 @pytest.mark.parametrize("waveform", [np.zeros(16), np.zeros((1, 16), dtype=np.int16)])
 def test_ranking_refuses_what_is_no_int16_sound(waveform, tmp_path):
-    with pytest.raises(ValueError, match="waveform: got"):
+    with pytest.raises(ValueError, match="waveform: expected int16"):
         report.write_ranking("mine.wav", waveform, [(3, 0.5)], [], tmp_path)
     assert list(tmp_path.iterdir()) == []

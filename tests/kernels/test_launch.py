@@ -1,15 +1,18 @@
 """How kernels are launched: the record of launches, and that the ops launch at all."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
 from support.kernels import DEVICE
 
-from onepeace_fast import layer_norm, residual_layer_norm
+from onepeace_fast import gated_sub_ln, layer_norm, residual, residual_layer_norm
 from onepeace_fast.kernels import launch
-from onepeace_fast.kernels import layer_norm as layer_norm_kernels
-from onepeace_fast.kernels.launch_heuristic import heuristic
+from onepeace_fast.kernels.launch_heuristic import WIDEST, heuristic
+from onepeace_fast.kernels.layer_norm import layer_norm_forward
+from onepeace_fast.ops import kernel_choice
+from onepeace_fast.structures import LayerNormInputs, Routing
 
 
 @pytest.fixture
@@ -45,6 +48,37 @@ def test_frozen_experts_have_no_sum(launched):
     offsets = torch.tensor([0, 2, 3, 5], dtype=torch.int32, device=DEVICE)
     layer_norm(x, weights, offsets=offsets).sum().backward()
     assert launched == ["layer_norm_forward_kernel", "layer_norm_backward_kernel", "partial_sums_kernel"]
+
+
+@pytest.mark.parametrize("operation", WIDEST)
+def test_rows_that_the_kernels_do_not_hold_are_the_reference_s_and_it_is_said_once(launched, operation):
+    offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
+    call = {
+        "layer_norm": layer_norm, "residual": lambda x: residual(x, x, x.detach()[0]),
+        "gated_sub_ln": lambda x: gated_sub_ln(x, offsets=offsets),
+    }[operation]  # fmt: skip
+
+    def output_and_gradient(width):
+        x = torch.linspace(-2, 2, 5 * width, device=DEVICE).view(5, width).requires_grad_()
+        out = call(x)
+        return out, *torch.autograd.grad(out, x, out.detach().square())
+
+    kernel_choice._warn_of_width.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output_and_gradient(WIDEST[operation])
+    assert {name.removesuffix("_kernel") for name in launched} >= {f"{operation}_forward", f"{operation}_backward"}
+    launched.clear()
+    refused = f"at most {WIDEST[operation]} columns, .* got {WIDEST[operation] + 1}"
+    with pytest.warns(UserWarning, match=refused) as said:
+        wide = output_and_gradient(WIDEST[operation] + 1)
+    assert [str(one.message).partition(":")[0] for one in said] == [operation, f"{operation}_backward"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output_and_gradient(WIDEST[operation] + 1)
+    assert not launched
+    with kernel_choice.force_kernels(False):
+        assert all(map(torch.equal, wide, output_and_gradient(WIDEST[operation] + 1)))
 
 
 class OnGpu(torch.Tensor):
@@ -113,7 +147,7 @@ def test_launches_are_recorded_for_another_architecture_without_a_device():
     x = torch.empty(1000, 1536, dtype=torch.bfloat16, device="meta")
     weight = torch.empty(1536, device="meta")
     with launch.recording("sm_80", 108) as configurations:
-        layer_norm_kernels.layer_norm(x, [weight], [weight], None, None, None, (), 1e-5)
+        layer_norm_forward(LayerNormInputs(x, [weight], [weight], None, Routing(), 1e-5))
     (configuration,) = configurations
     assert configuration.arguments["x"] is x
     assert configuration.constants["BLOCK_WIDTH"] == 2048

@@ -10,7 +10,7 @@ import torch
 from onepeace_fast import kernels
 from onepeace_fast.ops import kernel_choice
 
-CUDA = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0))
+CUDA = SimpleNamespace(dtype=torch.float32, is_cuda=True, device=torch.device("cuda", 0), shape=(1, 8))
 RUN_EVERYTHING = """
 import sys, torch, onepeace_fast
 x = torch.ones(3, 8, requires_grad=True)
@@ -43,5 +43,5 @@ def test_a_cuda_tensor_without_triton_is_refused_in_one_line(monkeypatch):
     with pytest.raises(RuntimeError) as caught:
         kernel_choice.runs_kernel("layer_norm", CUDA)
     message = str(caught.value)
-    assert message.startswith("layer_norm: got a tensor on cuda:0, takes Triton") and "\n" not in message
+    assert message.startswith("layer_norm: expected Triton for a tensor on cuda:0, got none") and "\n" not in message
     assert "Triton is not installed" in message

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from onepeace_fast.kernels.launch_heuristic import WIDEST
 from onepeace_fast.kernels.measured import MeasuredGPU, write_measured
 from onepeace_fast.ops import routed_ffn_arguments as arguments
 from onepeace_fast.ops import strategies
@@ -117,6 +118,16 @@ def test_what_that_strategy_cannot_take_reads_offsets_on_the_host_and_says_so_on
         warnings.simplefilter("error")
         assert arguments.chosen_strategy(None, z, hidden, groups, ()) == "per_modality"
         assert arguments.chosen_strategy(None, z, hidden, groups, (40,)) == "per_modality"
+
+
+def test_a_norm_that_is_not_folded_is_as_wide_as_its_kernel_s_rows(measured, capturing):
+    measured([{"strategy": "grouped"}])
+    z, known, most = on_gpu(torch.float16), (40,), WIDEST["gated_sub_ln"]
+    for hidden, unfolded in ((most, True), (most + 8, False)):
+        assert arguments.chosen_strategy("grouped", z, hidden, 3, known, unfolded) == "grouped"
+    with pytest.raises(ValueError, match=rf"^w0: expected at most {most} hidden columns .* got {most + 8}; use"):
+        arguments.chosen_strategy("grouped", z, most + 8, 3, known, unfolded=True)
+    assert arguments.chosen_strategy(None, z, most + 8, 3, known, unfolded=True) == "per_modality"
 
 
 @pytest.mark.parametrize("z, hidden, groups, reason", UNTAKEN)

@@ -64,5 +64,9 @@ def is_known(text: str) -> bool:
         return True
     if first in classes and rest:
         return rest[0] in classes[first] and all(part in names for part in rest[1:])
+    if first.endswith("_") and any(name.startswith(first) for name in names):
+        return True  # a prefix
+    if any(name.endswith(text) for name in classes):
+        return True  # what several classes end in
     known = names | set(keyword.kwlist) | set(dir(builtins)) | set(dir(torch))
     return all(part in known for part in (first, *rest))

@@ -19,14 +19,11 @@ from onepeace_fast.kernels.launch import Configuration
 class Launch:
     """A kernel that ran: its tensors by name, and how often it loaded and stored each element of them.
 
-    ``in_memory``: its rows are too wide for registers to hold the vectors and sums as well.
-
     ``loads`` and ``stores`` have a row for each program: [programs, elements of the tensor's memory].
     """
 
     kernel: str
     programs: int
-    in_memory: bool
     tensors: dict[str, Tensor]
     loads: dict[str, np.ndarray] = field(default_factory=dict)
     stores: dict[str, np.ndarray] = field(default_factory=dict)
@@ -89,8 +86,7 @@ def counted() -> Iterator[list[Launch]]:
 
     def counted_launch(configuration: Configuration, grid: tuple[int, ...]) -> None:
         tensors = {name: value for name, value in configuration.arguments.items() if isinstance(value, Tensor)}
-        in_memory = configuration.constants.get("IN_MEMORY", False)
-        launches.append(Launch(configuration.kernel.__name__, int(np.prod(grid)), in_memory, tensors))
+        launches.append(Launch(configuration.kernel.__name__, int(np.prod(grid)), tensors))
         launch(configuration, grid)
 
     InterpreterBuilder.create_masked_load = counted_load

@@ -49,26 +49,26 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ("stepz: 3", ["unknown key 'stepz'", "did you mean steps?"]),
-        ("3: 3", ["unknown key 3", "takes stage, manifest"]),
-        ("accumulation: 0", ["accumulation: got int 0", "takes a positive integer"]),
-        ("accumulation: true", ["accumulation: got bool True", "takes a positive integer"]),
-        ("accumulation: 1.5", ["accumulation: got float 1.5"]),
-        ("weight_decay: -0.1", ["weight_decay: got float -0.1", "takes a number from 0 on"]),
-        ("clip: .inf", ["clip: got float inf", "takes a positive number"]),
-        ("clip: much", ["clip: got str 'much'", "takes a positive number"]),
-        ("precision: float16", ["precision: got str 'float16'", "takes one of float32, bfloat16"]),
-        ("precision: [float32]", ["precision: got list", "takes one of float32, bfloat16"]),
-        ("missing: ignore", ["missing: got str 'ignore'", "takes one of fatal, list, skip"]),
-        ("broken: list", ["broken: got str 'list'", "takes one of fatal, skip"]),
-        ("backend: fast", ["backend: got str 'fast'", "takes one of reference, fused"]),
-        ("device: tpu", ["device: got str 'tpu'", "takes one of cpu, cuda"]),
-        ("seed: -1", ["seed: got int -1", "takes an integer from 0 on"]),
-        ("tokenizer: 3", ["tokenizer: got int 3", "takes a path"]),
-        ("model: 3", ["model: got int 3", "takes fields of a model configuration"]),
-        ("warm_up: 20", ["warm_up: got 20", "fewer than steps (20)"]),
-        ("minimum_learning_rate: 0.1", ["minimum_learning_rate: got 0.1", "at most learning_rate (0.001)"]),
-        ("keep: 0", ["keep: got int 0", "takes a positive integer"]),
+        ("stepz: 3", ["got 'stepz'; did you mean steps?"]),
+        ("3: 3", ["expected some of stage, manifest", "got 3"]),
+        ("accumulation: 0", ["accumulation: expected a positive integer, got int 0"]),
+        ("accumulation: true", ["accumulation: expected a positive integer, got bool True"]),
+        ("accumulation: 1.5", ["accumulation: expected a positive integer, got float 1.5"]),
+        ("weight_decay: -0.1", ["weight_decay: expected a number from 0 on, got float -0.1"]),
+        ("clip: .inf", ["clip: expected a positive number, got float inf"]),
+        ("clip: much", ["clip: expected a positive number, got str 'much'"]),
+        ("precision: float16", ["precision: expected one of float32, bfloat16, got str 'float16'"]),
+        ("precision: [float32]", ["precision: expected one of float32, bfloat16, got list"]),
+        ("missing: ignore", ["missing: expected one of fatal, list, skip, got str 'ignore'"]),
+        ("broken: list", ["broken: expected one of fatal, skip, got str 'list'"]),
+        ("backend: fast", ["backend: expected one of reference, fused, got str 'fast'"]),
+        ("device: tpu", ["device: expected one of cpu, cuda, got str 'tpu'"]),
+        ("seed: -1", ["seed: expected an integer from 0 on, got int -1"]),
+        ("tokenizer: 3", ["tokenizer: expected a path, got int 3"]),
+        ("model: 3", ["model: expected fields of a model configuration, or a config.json, got int 3"]),
+        ("warm_up: 20", ["warm_up: expected fewer than steps (20), got 20"]),
+        ("minimum_learning_rate: 0.1", ["minimum_learning_rate: expected at most learning_rate (0.001), got 0.1"]),
+        ("keep: 0", ["keep: expected a positive integer, got int 0"]),
         ("steps: 30", ["line 7", "steps stands twice"]),
         ("clip: [", ["not valid YAML"]),
         ("clip:\n\t- 3", ["line 8", "not valid YAML"]),
@@ -83,17 +83,17 @@ def test_a_wrong_line_is_refused_by_its_key(tmp_path, line, parts):
 
 def test_missing_keys_are_named_together(tmp_path):
     message = refusal(tmp_path, "stage: vision_language\noutput: run\nsteps: 3\n")
-    assert "got no manifest, batch_size, learning_rate" in message
+    assert "expected manifest, batch_size, learning_rate, got no value" in message
 
 
 @pytest.mark.parametrize("text", ["", "3\n", "- stage\n"])
 def test_a_file_without_keys_is_refused(tmp_path, text):
-    assert "takes a mapping of keys to values" in refusal(tmp_path, text)
+    assert "expected a mapping of keys to values, got " in refusal(tmp_path, text)
 
 
 def test_an_unknown_stage_is_refused_and_the_second_needs_a_model(tmp_path):
-    assert "takes one of vision_language, audio_language" in refusal(tmp_path, SMALLEST.replace("vision", "video"))
-    assert "init: got none" in refusal(tmp_path, SMALLEST.replace("vision", "audio"))
+    assert "expected one of vision_language, audio_language, " in refusal(tmp_path, SMALLEST.replace("vision", "video"))
+    assert "init: expected the model folder" in refusal(tmp_path, SMALLEST.replace("vision", "audio"))
     second = load(tmp_path, SMALLEST.replace("vision", "audio") + "init: first/step-00000020\n")
     assert second.path("init") == tmp_path / "first/step-00000020"
 
@@ -137,9 +137,9 @@ def test_a_model_may_be_a_config_file(tmp_path):
         ({"layers": 3}, "unknown fields ['layers']"),
         ({"encoder": {"layer": 3}}, "unknown fields ['layer']"),
         ({"encoder": {"layers": "three"}}, "layers: expected a positive integer, got 'three'"),
-        ({"encoder": 3}, "encoder: got int 3, takes a section"),
-        ({"encoder": {"text": 3}}, "encoder.text: got int 3, takes a section"),
-        ({"encoder": {"sub_layer_norm": 1}}, "encoder.sub_layer_norm: got int 1, takes true or false"),
+        ({"encoder": 3}, "encoder: expected a section of fields, got int 3"),
+        ({"encoder": {"text": 3}}, "encoder.text: expected a section of fields, got int 3"),
+        ({"encoder": {"sub_layer_norm": 1}}, "encoder.sub_layer_norm: expected true or false, got int 1"),
         ({"encoder": {"drop_path_rate": 1.0}}, "drop_path_rate: expected a probability in [0, 1), got 1.0"),
         ({"encoder": {"audio": {"feature_layers": 3}}}, ""),
     ],
@@ -181,6 +181,6 @@ def test_a_name_that_no_file_can_have_is_refused_in_one_line(name):
 def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_computed(tmp_path):
     folder = tmp_path / "caf\udce9"
     folder.mkdir()
-    with pytest.raises(ValueError, match=r"run\.yaml: output: got '.*caf\\udce9/run', takes a path in UTF-8"):
+    with pytest.raises(ValueError, match=r"run\.yaml: output: expected a path in UTF-8, got '.*caf\\udce9/run'"):
         load(folder, SMALLEST)
     load(folder, SMALLEST.replace("output: run", f"output: {tmp_path}/run"))

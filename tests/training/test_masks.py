@@ -293,7 +293,7 @@ def test_the_audio_language_loss_takes_the_masks(backend):
 def test_the_loss_refuses_a_batch_of_captions_too_short_for_the_pair():
     text, starts = captions([[1], [2], [1, 1]])
     masks = vision_language_masks(text, starts, 9, seeded())
-    with pytest.raises(ValueError, match=r"^masks\['vl_text'\]: got no hidden token in the whole batch"):
+    with pytest.raises(ValueError, match=r"^masks\['vl_text'\]: [^\n]*hidden token in the whole batch"):
         small_model("reference").vision_language_loss(text=text, image=image_batch(3, grid=3), masks=masks)
 
 
@@ -315,18 +315,18 @@ TEXT, STARTS = captions([[2, 1], [1, 1]])  # row 1: token, token, end, padding
         ("text", {"text": TEXT[0]}),
         ("text", {"text": TEXT.tolist()}),
         ("text", {"text": TEXT.to("meta")}),
-        ("text: got row 1", {"text": changed(TEXT, c2=7)}),  # no end
-        ("text: got row 1", {"text": changed(TEXT, c1=END)}),  # an end inside
-        ("text: got row 1", {"text": changed(TEXT, c3=7)}),  # a token after the end
-        ("text: got row 1", {"text": changed(TEXT, c0=PADDING)}),
-        ("text: got row 1", {"text": changed(TEXT, c2=PADDING, c3=END)}),
-        ("text: got row 1", {"text": changed(TEXT, c0=PADDING, c1=END, c2=7)}),
+        ("text: expected tokens", {"text": changed(TEXT, c2=7)}),  # no end
+        ("text: expected tokens", {"text": changed(TEXT, c1=END)}),  # an end inside
+        ("text: expected tokens", {"text": changed(TEXT, c3=7)}),  # a token after the end
+        ("text: expected tokens", {"text": changed(TEXT, c0=PADDING)}),
+        ("text: expected tokens", {"text": changed(TEXT, c2=PADDING, c3=END)}),
+        ("text: expected tokens", {"text": changed(TEXT, c0=PADDING, c1=END, c2=7)}),
         ("word_starts", {"word_starts": STARTS.int()}),
         ("word_starts", {"word_starts": STARTS[:, :-1]}),
         ("word_starts", {"word_starts": STARTS.to("meta")}),
-        ("word_starts: got row 1", {"word_starts": changed(STARTS, c2=True)}),  # at the end
-        ("word_starts: got row 1", {"word_starts": changed(STARTS, c3=True)}),  # at padding
-        ("word_starts: got row 1", {"word_starts": changed(STARTS, c0=False)}),
+        ("word_starts: expected True", {"word_starts": changed(STARTS, c2=True)}),  # at the end
+        ("word_starts: expected True", {"word_starts": changed(STARTS, c3=True)}),  # at padding
+        ("word_starts: expected True", {"word_starts": changed(STARTS, c0=False)}),
         ("generator", {"generator": None}),
         ("generator", {"generator": 0}),
     ],
@@ -334,14 +334,15 @@ TEXT, STARTS = captions([[2, 1], [1, 1]])  # row 1: token, token, end, padding
 def test_text_that_does_not_fit_is_refused_in_one_line(name, arguments):
     usual = {"text": TEXT, "word_starts": STARTS, "generator": seeded()}
     for function, own in ((vision_language_masks, {"patches": 4}), (audio_language_masks, {"frames": [3, 4]})):
-        with pytest.raises(ValueError, match=r"^[^\n]*: got [^\n]*, takes [^\n]*$") as refusal:
+        with pytest.raises(ValueError, match=r"^[^\n]*: expected [^\n]*, got [^\n]*$") as refusal:
             function(**{**usual, **own, **arguments})
         assert str(refusal.value).startswith(name)
+        assert str(refusal.value).endswith("in row 1") == ("expected" in name)
 
 
 @pytest.mark.parametrize("patches", [0, -1, 4.0, True, None])
 def test_a_number_of_patches_that_does_not_fit_is_refused_in_one_line(patches):
-    with pytest.raises(ValueError, match=r"^patches: got [^\n]*, takes [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^patches: expected [^\n]*, got [^\n]*$"):
         vision_language_masks(TEXT, STARTS, patches, seeded())
 
 
@@ -358,5 +359,5 @@ def test_a_number_of_patches_that_does_not_fit_is_refused_in_one_line(patches):
     ],
 )
 def test_clips_that_do_not_fit_are_refused_in_one_line(name, arguments):
-    with pytest.raises(ValueError, match=rf"^{name}: got [^\n]*, takes [^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^{name}: expected [^\n]*, got [^\n]*$"):
         audio_language_masks(TEXT, STARTS, generator=seeded(), **{"frames": [3, 4], **arguments})

@@ -159,17 +159,17 @@ def test_the_learning_rate_without_warm_up_starts_at_its_peak_and_ends_at_zero()
 )  # fmt: skip
 def test_a_schedule_that_does_not_fit_is_refused_in_one_line(name, value):
     arguments = {"step": 0, "peak": 1e-3, "warm_up": 3, "total": 10, "minimum": 0.0, name: value}
-    with pytest.raises(ValueError, match=r"^(step|warm_up|total|peak|minimum): got .*, takes [^\n]*$") as refusal:
+    with pytest.raises(ValueError, match=r"^(step|warm_up|total|peak|minimum): expected [^\n]*, got .*$") as refusal:
         learning_rate(**arguments)
     assert str(refusal.value).startswith("total" if (name, value) == ("warm_up", 10) else name)
 
 
 @pytest.mark.parametrize("weight_decay", [-0.1, math.inf, math.nan])
 def test_a_decay_that_does_not_fit_is_refused_in_one_line(weight_decay):
-    with pytest.raises(ValueError, match=r"^weight_decay: got [^\n]*, takes [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^weight_decay: expected [^\n]*, got [^\n]*$"):
         parameter_groups(nn.Linear(2, 2), weight_decay)
 
 
 def test_a_model_that_is_frozen_whole_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"^model: got no parameter with requires_grad, takes [^\n]*$"):
+    with pytest.raises(ValueError, match=r"^model: expected a parameter with requires_grad, got none$"):
         parameter_groups(nn.Linear(2, 2).requires_grad_(False))

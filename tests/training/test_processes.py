@@ -156,5 +156,5 @@ def test_a_checkpoint_of_two_processes_is_not_continued_by_one(launched, capsys)
 
 def test_bad_input_is_said_once(launched):
     _, done = launched
-    assert done.stderr.count("none.tsv: got no file there") == 1
+    assert done.stderr.count(", got no file there") == 1
     assert "Traceback" not in done.stderr
