@@ -136,7 +136,12 @@ def test_a_captured_graph_follows_its_refilled_plan():
         attend = branches(plan)[0].attention
         z = layer_norm(x, weights[0], weights[1], row_index=attend.row_index, offsets=attend.plan.offsets)
         stream = residual(
-            x, z, drop_path=attend.drop_path, sample=plan.sample, row_index=attend.row_index, offsets=attend.plan.offsets
+            x,
+            z,
+            drop_path=attend.drop_path,
+            sample=plan.sample,
+            row_index=attend.row_index,
+            offsets=attend.plan.offsets,
         )
         stream, normed = residual_layer_norm(stream, stream, weights[0][0], weights[1][0])
         n = gated_sub_ln(normed, stream, weights[2], weights[3], offsets=plan.offsets)
