@@ -101,6 +101,8 @@ def read_batch(
         require_device(name, value, device)
     rows = {name: value.shape[0] for name, value in values.items()}
     places = [(modality, name) for names in passes for modality, name in names.items()]
+    if passes:
+        _check_mask_names(masks, sorted(name for _, name in places))
     for modality, name in places:
         _check_mask(name, masks[name], valid[modality])
     if samples is None:
@@ -165,6 +167,11 @@ def _check_sample_rows(samples: object, device: torch.device) -> None:
         else:
             fits = isinstance(value, Sequence) and all(type(item) is int for item in value)
         require(fits, f"samples[{name!r}]: expected int64 [rows] or a list of integers, got {describe(value)}")
+
+
+def _check_mask_names(masks: object, names: list[str]) -> None:
+    got = sorted(masks) if isinstance(masks, Mapping) else describe(masks)
+    require(got == names, f"masks: expected exactly one for each of {names}, got {got}")
 
 
 def _check_mask(name: str, mask: Tensor, valid: Tensor) -> None:

@@ -69,9 +69,9 @@ def record(backend: str, backward: bool) -> Recorder:
     x = plan.pack({name: part.x for name, part in tokens.items()}).detach().requires_grad_()
     assert x.shape[0] == TOTAL
     with recorder:
-        (encoded,) = stack.encode_packed(x, plan, [tokens])
+        packed = stack.fusion_model(x, plan, stack.bias({name: padded.width for name, padded in tokens.items()}))
         if backward:
-            sum(output.sum() for output in encoded.tensors()).backward()
+            packed.sum().backward()
     return recorder
 
 
