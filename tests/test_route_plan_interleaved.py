@@ -105,6 +105,6 @@ def test_bad_tensors_are_refused():
 
 def test_with_drop_path_changes_nothing_else():
     plan = RoutePlan.from_lengths({"text": [2, 3]}, first_is_cls=True)
-    keep = draw_drop_path([0.5], 2)
-    other = plan.with_drop_path(keep)
-    assert plan.drop_path is None and other.drop_path is keep and other.source is plan.source
+    drop_path = draw_drop_path([0.5], 2)
+    other = plan.with_drop_path(drop_path)
+    assert plan.drop_path is None and other.drop_path is drop_path and other.source is plan.source
