@@ -139,9 +139,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_kept_aside(tmp_path, nam
 def test_nothing_is_made_anew_where_every_checkpoint_is_damaged(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "training.pt").unlink()
-    with pytest.raises(
-        ValueError, match=r"or none, got [^\n]* \(step-00000001: training.pt: No such file"
-    ):
+    with pytest.raises(ValueError, match=r"or none, got [^\n]* \(step-00000001: training.pt: No such file"):
         checkpoint.newest(tmp_path)
     assert names(tmp_path) == ["step-00000001"]
 

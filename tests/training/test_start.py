@@ -2,13 +2,14 @@
 
 import logging
 
+import numpy
 import pytest
 import torch
 
 pytest.importorskip("yaml")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tensorboard")
-pytest.importorskip("PIL")
+Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("soundfile")
 pytest.importorskip("scipy")
 
@@ -29,6 +30,9 @@ ONE = Processes(0, 1, torch.device("cpu"))
 def folder(tmp_path):
     write_images(tmp_path)
     write_clips(tmp_path)
+    noise = numpy.random.default_rng(0)
+    for path in tmp_path.glob("*.png"):  # so that one crop differs from another
+        Image.fromarray(noise.integers(0, 256, (40, 50, 3), dtype="uint8")).save(path)
     (tmp_path / "run").mkdir()
     return tmp_path
 
