@@ -9,10 +9,11 @@ import torch
 pytest.importorskip("yaml")
 pytest.importorskip("tokenizers")
 pytest.importorskip("tensorboard")
-Image = pytest.importorskip("PIL.Image")
+pytest.importorskip("PIL")
 pytest.importorskip("soundfile")
 pytest.importorskip("scipy")
 
+from PIL import Image
 from training._runs import write_clips, write_config, write_images
 
 from onepeace_fast.data.batches import BatchSampler, PairDataset, collate
