@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from onepeace_fast import RoutePlan, layer_norm, relative_bias_attention, residual_layer_norm, routed_ffn
 from onepeace_fast import relative_position as relative
-from onepeace_fast.drop_path import draw_keep
+from onepeace_fast.drop_path import draw_drop_path
 from onepeace_fast.models.losses import contrastive_loss
 
 BUCKETS = 256  # of distances in a text: exact when near, logarithmic when far
@@ -120,7 +120,7 @@ class OnePeace(nn.Module):
         tokens, real, bias, codes, same = (dict(zip(inputs, part, strict=True)) for part in zip(*embedded, strict=True))
         plan = RoutePlan.from_masks(real, first_is_cls=True, codes=codes, code_offsets=same)
         x, stack = plan.pack(tokens), self.encoder_wrapper["fusion_model"]
-        keeps = draw_keep(
+        keeps = draw_drop_path(
             self.rates if self.training else [0.0] * len(self.rates), plan.samples
         )  # [layers, 2, samples]
         for layer, keep in zip(stack["layers"], keeps, strict=True):

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from onepeace_fast import OnePeacePretrain
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.adapter import SeriesAdapter, init_truncated_normal, valid_from_padding
+from onepeace_fast.layers.adapters import SeriesAdapter, init_truncated_normal, valid_from_padding
 from onepeace_fast.models.losses import contrastive_loss
 
 INK = 6  # of 16: a pixel at least this dark is a point of the path

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import architecture_and_multiprocessors, compact, launch
+from onepeace_fast.kernels.launch import architecture_and_multiprocessors, cdiv, compact, launch
 from onepeace_fast.kernels.rows import row_extent, store_zeros
 from onepeace_fast.kernels.tile_table import MAX_MODALITIES, TileParameters, tiles_of
 
@@ -222,7 +222,7 @@ def launch_tiles(
     ``rows`` and ``columns`` are those of all results together, in so many modalities that begin a tile each.
     """
     parameters, multiprocessors = tiles_for(entry, arguments["offsets"])
-    tiles = (rows // parameters.block_rows + modalities) * triton.cdiv(columns, parameters.block_columns)
+    tiles = (rows // parameters.block_rows + modalities) * cdiv(columns, parameters.block_columns)
     programs = max(1, min(tiles, multiprocessors * parameters.programs_per_multiprocessor))
     launch(
         kernel, (programs,), arguments, {**constants, **parameters.constants}, parameters.num_warps,
@@ -241,9 +241,9 @@ def for_descriptors(x: Tensor) -> Tensor:
 
     The widths are checked by the op: the rows of the copy lie 16 bytes apart, or a multiple of that.
     """
-    size = x.element_size()
+    stride = row_stride(x)
     # An expanded row, at a distance of 0, is no matrix to a descriptor.
-    lies_well = x.stride(1) == 1 and row_stride(x) >= x.shape[1] and row_stride(x) * size % DESCRIPTOR_ALIGNMENT == 0
+    lies_well = x.stride(1) == 1 and stride >= x.shape[1] and stride * x.element_size() % DESCRIPTOR_ALIGNMENT == 0
     if lies_well and x.data_ptr() % DESCRIPTOR_ALIGNMENT == 0:
         return x
     return torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
@@ -264,8 +264,11 @@ def contiguous_for_descriptors(weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     """Vectors of all modalities, of one dtype and compact; None where there are none."""
-    same = len({tensor.dtype for tensor in tensors}) == 1
-    return tuple((tensor if same else tensor.float()).contiguous() for tensor in tensors) or None
+    if not tensors:
+        return None
+    first = tensors[0].dtype
+    same = all([tensor.dtype == first for tensor in tensors])
+    return tuple([(tensor if same else tensor.float()).contiguous() for tensor in tensors])
 
 
 def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Tensor) -> Tensor:
@@ -297,16 +300,16 @@ def weight_gradient(xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequ
     All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
     """
     modalities = len(outs[0])
-    needed = [modality for modality in range(modalities) if any(mine[modality] is not None for mine in outs)]
+    needed = [modality for modality in range(modalities) if any([mine[modality] is not None for mine in outs])]
     if not needed:
         return
-    xs, y = tuple(for_descriptors(x) for x in xs), for_descriptors(y)
+    xs, y = tuple([for_descriptors(x) for x in xs]), for_descriptors(y)
     flat = [out for mine in outs for out in mine]
     shape = (xs[0].shape[1], y.shape[1])
-    unused = None if all(mine[modality] is not None for mine in outs for modality in needed) else y.new_empty(shape)
+    unused = None if all([mine[modality] is not None for mine in outs for modality in needed]) else y.new_empty(shape)
     some = next(out for out in (unused, *flat) if out is not None)
     arguments = {
-        "xs": xs, "y": y, "outs": tuple(some if out is None else out for out in flat), "offsets": compact(offsets),
+        "xs": xs, "y": y, "outs": tuple([some if out is None else out for out in flat]), "offsets": compact(offsets),
         "rows": y.shape[0], "needed": bit_mask(needed), "x_columns": shape[0], "y_columns": shape[1],
         "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
     }  # fmt: skip

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import Parameters, launch
+from onepeace_fast.kernels.launch import Parameters, cdiv, launch
 from onepeace_fast.kernels.rows import row_extent, rows_of_norm, rows_per_program
 
 BLOCK_PROGRAMS, BLOCK_COLUMNS = 32, 128
@@ -131,7 +131,7 @@ def sum_partials(
     constants = {
         "BLOCK_ROWS": parameters.block_rows, "BLOCK_PROGRAMS": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS,
     }  # fmt: skip
-    launch(partial_sums_kernel, (triton.cdiv(width, BLOCK_COLUMNS), len(sums)), arguments, constants, num_warps=4)
+    launch(partial_sums_kernel, (cdiv(width, BLOCK_COLUMNS), len(sums)), arguments, constants, num_warps=4)
 
 
 def new_where_needed(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
@@ -152,5 +152,5 @@ def sum_by_norm(
 
 def with_unused(vectors: Sequence[Tensor | None], width: int, like: Tensor) -> tuple[Tensor, ...]:
     """The vectors, and for frozen ones a vector like them that nobody reads: freezing one compiles nothing."""
-    unused = None if all(vector is not None for vector in vectors) else like.new_empty(width)
-    return tuple(unused if vector is None else vector for vector in vectors)
+    unused = None if all([vector is not None for vector in vectors]) else like.new_empty(width)
+    return tuple([unused if vector is None else vector for vector in vectors])

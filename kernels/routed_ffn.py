@@ -32,7 +32,7 @@ from onepeace_fast.kernels.grouped_gemm import (
     tiles_for,
     vectors,
 )
-from onepeace_fast.kernels.launch import compact, unit_columns
+from onepeace_fast.kernels.launch import cdiv, compact, unit_columns
 from onepeace_fast.kernels.routed_ffn_fold import fold, merge_statistics
 from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
 from onepeace_fast.structures import (
@@ -262,19 +262,17 @@ def hidden(
     """Launch ``routed_ffn_hidden_kernel``: u, v and a where they are kept, mean and rstd of h where it is normed."""
     z, offsets, (w0, w1, *_) = for_descriptors(z), compact(offsets), weights
     rows, (columns, inner), modalities = z.shape[0], w0[0].shape, len(w0)
-
-    def like_h(kept: bool) -> Tensor | None:
-        return torch.empty((rows, columns), dtype=z.dtype, device=z.device) if kept else None
-
-    u, v, a = like_h(keep_products), like_h(keep_products and bool(w1)), like_h(keep_a)
+    shape = (rows, columns)
+    u = z.new_empty(shape) if keep_products else None
+    v = z.new_empty(shape) if keep_products and w1 else None
+    a = z.new_empty(shape) if keep_a else None
     parameters, _ = tiles_for("routed_ffn_hidden", z)
     tile_mean = tile_squares = mean = rstd = None
     if normed:
-        tiles = triton.cdiv(columns, parameters.block_columns)
-        tile_mean, tile_squares = (
-            torch.empty((tiles, rows), dtype=torch.float32, device=z.device) for _rank in range(2)
-        )
-        mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=z.device) for _rank in range(2))
+        tiles = cdiv(columns, parameters.block_columns)
+        tile_mean = z.new_empty((tiles, rows), dtype=torch.float32)
+        mean = z.new_empty((rows, 1), dtype=torch.float32)
+        tile_squares, rstd = torch.empty_like(tile_mean), torch.empty_like(mean)
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
         "a": a, "norm_weight": vectors(weights.norm_weight) if normed else None, "tile_mean": tile_mean,
@@ -303,7 +301,7 @@ def output(
         residual = unit_columns(residual)
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
         place = None if row_index is None else row_places(row_index, offsets, residual.shape[0])
-    c, e = (None, None) if folded is None else folded
+    c, e = (None, None) if folded is None else folded.unbind()
     arguments = {
         "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
         "b2": vectors(given.weights.b2) if folded is None else None, "y": y, "out": out, "residual": residual,

@@ -39,7 +39,7 @@ from onepeace_fast.kernels.grouped_gemm import (
     vectors,
     weight_gradient,
 )
-from onepeace_fast.kernels.launch import compact, launch
+from onepeace_fast.kernels.launch import cdiv, compact, launch
 from onepeace_fast.kernels.partial_sums import (
     BLOCK_COLUMNS,
     BLOCK_PROGRAMS,
@@ -204,10 +204,8 @@ def hidden_gradient(
     w2 = contiguous_for_descriptors(saved.weights.w2)
     dy, u, v = for_descriptors(dy), saved.u.contiguous(), compact(saved.v)
     rows, (width, hidden) = dy.shape[0], w2[0].shape
-    du, dv, hhat = (
-        torch.empty((rows, hidden), dtype=u.dtype, device=u.device) if needed else None
-        for needed in (True, v is not None, hhat_needed)
-    )
+    du = torch.empty((rows, hidden), dtype=u.dtype, device=u.device)
+    dv, hhat = None if v is None else torch.empty_like(du), torch.empty_like(du) if hhat_needed else None
     arguments = {
         "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": saved.mean, "rstd": saved.rstd,
         "m1": m1, "m2": m2, "norm_weight": vectors(saved.weights.norm_weight),
@@ -236,11 +234,11 @@ def output_weight_gradient(
     (width, hidden), modalities = w2[0].shape, len(w2)
     entry = "routed_ffn_output_gradient"
     tiles, _ = tiles_for(entry, dy)
-    row_tiles = triton.cdiv(width, tiles.block_rows)
+    row_tiles = cdiv(width, tiles.block_rows)
     dweight, dbias = (dy.new_empty((modalities * row_tiles, hidden), dtype=torch.float32) for _rank in range(2))
-    unused = None if all(out is not None for out in outs) else torch.empty_like(w2[0])
+    unused = None if all([out is not None for out in outs]) else torch.empty_like(w2[0])
     arguments = {
-        "dy": dy, "hhat": hhat, "outs": tuple(unused if out is None else out for out in outs), "w2": w2,
+        "dy": dy, "hhat": hhat, "outs": tuple([unused if out is None else out for out in outs]), "w2": w2,
         "norm_weight": vectors(weights.norm_weight), "norm_bias": vectors(weights.norm_bias), "db2": db2,
         "dweight": dweight, "dbias": dbias, "offsets": compact(saved.routing.offsets), "rows": dy.shape[0],
         "needed": bit_mask(needed), "width": width, "hidden": hidden, "dy_stride": row_stride(dy),
@@ -256,13 +254,13 @@ def output_weight_gradient(
             "bias_gradients": with_unused(bias_gradients, hidden, weights.norm_bias[0]),
         }  # fmt: skip
         constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-        grid = (triton.cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
+        grid = (cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
         launch(routed_ffn_sum_norm_tiles_kernel, grid, arguments, constants, num_warps=4)
 
 
 def any_given(tensors: Sequence[Tensor | None]) -> bool:
     """Whether one of them is not None."""
-    return any(tensor is not None for tensor in tensors)
+    return any([tensor is not None for tensor in tensors])
 
 
 def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:

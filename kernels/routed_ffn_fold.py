@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.grouped_gemm import contiguous_for_descriptors, of_modality, vectors
-from onepeace_fast.kernels.launch import compact, launch
+from onepeace_fast.kernels.launch import cdiv, compact, launch
 from onepeace_fast.kernels.rows import row_extent
 from onepeace_fast.structures import FeedForwardWeights
 
@@ -90,9 +90,9 @@ def merge_statistics(
     }  # fmt: skip
     constants = {
         "HIDDEN": hidden, "MODALITIES": modalities, "TILE_COLUMNS": tile_columns,
-        "TILES": triton.next_power_of_2(tiles), "BLOCK_ROWS": STATISTICS_ROWS,
+        "TILES": 1 << (tiles - 1).bit_length(), "BLOCK_ROWS": STATISTICS_ROWS,
     }  # fmt: skip
-    grid = (max(1, triton.cdiv(rows, STATISTICS_ROWS)),)
+    grid = (max(1, cdiv(rows, STATISTICS_ROWS)),)
     launch(routed_ffn_statistics_kernel, grid, arguments, constants, num_warps=4)
 
 
@@ -101,12 +101,12 @@ def fold(weights: FeedForwardWeights, offsets: Tensor, rows: int) -> Tensor:
     w2 = weights.w2
     (width, hidden_columns), modalities = w2[0].shape, len(w2)
     folded = torch.zeros((2, modalities, width), dtype=torch.float32, device=w2[0].device)
-    c, e = folded
+    c, e = folded.unbind()
     arguments = {
         "w2": contiguous_for_descriptors(w2), "norm_weight": vectors(weights.norm_weight),
         "norm_bias": vectors(weights.norm_bias), "b2": vectors(weights.b2), "c": c, "e": e,
         "offsets": compact(offsets), "rows": rows, "width": width, "hidden": hidden_columns,
     }  # fmt: skip
     constants = {"BLOCK_ROWS": FOLD_ROWS, "BLOCK_COLUMNS": FOLD_COLUMNS}
-    launch(routed_ffn_fold_kernel, (triton.cdiv(width, FOLD_ROWS), modalities), arguments, constants, num_warps=4)
+    launch(routed_ffn_fold_kernel, (cdiv(width, FOLD_ROWS), modalities), arguments, constants, num_warps=4)
     return folded

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch, unit_columns
+from onepeace_fast.kernels.launch import cdiv, compact, launch, unit_columns
 from onepeace_fast.kernels.partial_sums import (
     BLOCK_COLUMNS,
     BLOCK_PROGRAMS,
@@ -153,16 +153,16 @@ def scaled_gradient(
     like, offsets, row_index = saved.z, compact(saved.routing.offsets), saved.routing.row_index
     (rows, width), modalities = like.shape, offsets.shape[0] - 1
     grad, gamma, (drop_path, sample) = unit_columns(saved.grad_out), saved.gamma, saved.drop_path
-    c, e = (None, None) if saved.folded is None else saved.folded
+    c, e = (None, None) if saved.folded is None else saved.folded.unbind()
     scaled = gamma is not None or drop_path is not None or row_index is not None or grad.dtype != like.dtype
     dy = torch.empty((rows, width), dtype=like.dtype, device=like.device) if scaled else None
-    m1, m2 = (None if c is None else torch.empty(rows, dtype=torch.float32, device=like.device) for _rank in range(2))
+    m1 = m2 = None
+    if c is not None:
+        m1, m2 = like.new_empty(rows, dtype=torch.float32), like.new_empty(rows, dtype=torch.float32)
     totals = like.new_empty((modalities, width), dtype=torch.float32) if sums_needed else None
     tiles = rows // BLOCK_ROWS + modalities
-    db2, dgamma = (
-        like.new_empty((tiles, width), dtype=torch.float32) if needed else None
-        for needed in (sums_needed, gamma_gradient is not None)
-    )
+    db2 = like.new_empty((tiles, width), dtype=torch.float32) if sums_needed else None
+    dgamma = None if gamma_gradient is None else like.new_empty((tiles, width), dtype=torch.float32)
     shared = {"db2": db2, "dgamma": dgamma, "offsets": offsets, "rows": rows, "width": width}
     if scaled or c is not None or sums_needed:
         y = unit_columns(saved.y) if c is not None or dgamma is not None else None
@@ -183,6 +183,6 @@ def scaled_gradient(
             "MODALITIES": modalities, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_TILES": BLOCK_PROGRAMS,
             "BLOCK_COLUMNS": BLOCK_COLUMNS,
         }  # fmt: skip
-        grid = (triton.cdiv(width, BLOCK_COLUMNS), modalities + 1)
+        grid = (cdiv(width, BLOCK_COLUMNS), modalities + 1)
         launch(routed_ffn_sum_row_tiles_kernel, grid, arguments, constants, num_warps=4)
     return grad if dy is None else dy, m1, m2, totals

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import launch
+from onepeace_fast.kernels.launch import cdiv, launch
 
 BLOCK_INDEX = 256
 
@@ -146,5 +146,5 @@ def row_places(row_index: Tensor, offsets: Tensor | None, rows: int) -> Tensor:
         "row_index": row_index, "place": place, "offsets": offsets, "modalities": modalities, "entries": entries,
     }  # fmt: skip
     if entries:
-        launch(row_places_kernel, (triton.cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
+        launch(row_places_kernel, (cdiv(entries, BLOCK_INDEX),), arguments, {"BLOCK": BLOCK_INDEX}, num_warps=4)
     return place

@@ -7,6 +7,7 @@ GPU and refuses spills, more shared memory than there is, and a product without 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -91,12 +92,17 @@ def tiles_of(kernel: str, architecture: str) -> TileParameters:
     """The tiles of a kernel on an architecture; raise ValueError in one line where there are none."""
     if _used_instead is not None:
         return _used_instead[kernel]
+    try:
+        return _kind(architecture)[kernel]
+    except ValueError as error:
+        raise ValueError(f"{kernel}: {error}") from None
+
+
+@functools.cache
+def _kind(architecture: str) -> Mapping[str, TileParameters]:
     if (reason := refusal(architecture)) is not None:
-        raise ValueError(f"{kernel}: {reason}")
-    return _kind(_number(architecture))[kernel]
-
-
-def _kind(number: int) -> Mapping[str, TileParameters]:
+        raise ValueError(reason)
+    number = _number(architecture)
     if number < 90:
         return _MMA
     if number < 100:

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from onepeace_fast.upstream_config import read_transformer
+
 MODALITIES = ("text", "image", "audio")
 _NAME = re.compile("[a-z][a-z0-9_]*")
 
@@ -215,13 +217,11 @@ class OnePeaceConfig:
 
         Raises ``ValueError`` naming every key whose value this library does not implement.
         """
-        from onepeace_fast.upstream_config import read_transformer  # which itself imports this module
-
-        return cls(
-            encoder=read_transformer(encoder, "encoder"),
-            decoder=read_transformer(decoder, "decoder"),
-            vocab_size=vocab_size,
-        )
+        sections = {
+            "encoder": read_transformer(encoder, "encoder"),
+            "decoder": read_transformer(decoder, "decoder"),
+        }
+        return cls.from_dict({**sections, "vocab_size": vocab_size})
 
 
 _NESTED = {

@@ -1,9 +1,9 @@
 """DropPath (stochastic depth: Huang et al., arXiv 1603.09382) as skipped work.
 
-A sample that a branch drops contributes nothing to it, forward or backward. So the branch runs on the rows of the kept
+A sample that a branch drops contributes nothing to it, forward or backward. So the branch runs on the rows of the other
 samples alone, side by side; a row index says where they stand, and all other rows of the residual stream stay as they
 are, bit for bit. All factors of a step are drawn before the first layer, on the host, which then knows how many rows
-every branch keeps without asking the device.
+every branch computes without asking the device.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ class Branch(NamedTuple):
 
     Attributes:
         plan: the route plan of the branch's rows; dropped samples have empty segments.
-        rows: int32 [R], the place of each in the stream; None where the branch takes every row.
-        keep: float32 [samples], DropPath's factor of each sample; None where there is no DropPath.
-        sample: int32 [C], the sample of each row of the stream; None without ``keep``.
+        row_index: int32 [R], the place of each in the stream; None where the branch takes every row.
+        drop_path: float32 [samples], DropPath's factor of each sample; None where there is no DropPath.
+        sample: int32 [C], the sample of each row of the stream; None without ``drop_path``.
     """
 
     plan: RoutePlan
-    rows: Tensor | None = None
-    keep: Tensor | None = None
+    row_index: Tensor | None = None
+    drop_path: Tensor | None = None
     sample: Tensor | None = None
 
 
@@ -42,49 +42,49 @@ class Branches(NamedTuple):
     feed_forward: Branch
 
 
-def draw_keep(rates: Sequence[float], samples: int, generator: torch.Generator | None = None) -> Tensor:
+def draw_drop_path(rates: Sequence[float], samples: int, generator: torch.Generator | None = None) -> Tensor:
     """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples] on the CPU, drawn independently."""
     require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
-    kept = 1.0 - torch.tensor(list(rates), **on_cpu)[:, None, None]
-    return (torch.rand(len(rates), 2, samples, generator=generator, **on_cpu) < kept).float() / kept
+    share = 1.0 - torch.tensor(list(rates), **on_cpu)[:, None, None]
+    return (torch.rand(len(rates), 2, samples, generator=generator, **on_cpu) < share).float() / share
 
 
 def branches(plan: RoutePlan) -> list[Branches]:
     """Both branches of every layer of a plan that has DropPath's factors.
 
-    Where the host knows a branch's rows, the branch holds just these. Otherwise it holds as many as the plan, the kept
-    ones first and the others inert, and nothing is read from the device.
+    Where the host knows a branch's rows, the branch holds just these. Otherwise it holds as many as the plan, its own
+    first and the others inert, and nothing is read from the device.
     """
-    assert plan.keep is not None
-    flat, counts = plan.keep.flatten(0, 1), [count for layer in plan.kept_row_counts for count in layer]
+    assert plan.drop_path is not None
+    flat, counts = plan.drop_path.flatten(0, 1), [count for layer in plan.branch_row_counts for count in layer]
     rows, restricted = _restrict(plan, flat != 0)
     found = []
-    for b, keep in enumerate(flat):
+    for b, drop_path in enumerate(flat):
         row_counts = counts[b] if counts else ()
         if counts and row_counts == plan.row_counts:
-            found.append(Branch(plan, None, keep, plan.sample))
+            found.append(Branch(plan, None, drop_path, plan.sample))
             continue
         size = sum(row_counts) if counts else plan.capacity
         whole: dict[str, Any] = {"offsets": restricted["offsets"][b], "cu_seqlens": restricted["cu_seqlens"][b]}
         by_row: dict[str, Any] = {name: value[b, :size] for name, value in restricted.items() if name not in whole}
         part = dataclasses.replace(
-            plan, **whole, **by_row, row_counts=row_counts, segment_lengths=(), keep=None, kept_row_counts=()
+            plan, **whole, **by_row, row_counts=row_counts, segment_lengths=(), drop_path=None, branch_row_counts=()
         )
-        found.append(Branch(part, rows[b, :size], keep, plan.sample))
+        found.append(Branch(part, rows[b, :size], drop_path, plan.sample))
     return [Branches(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
 
 
-def _restrict(plan: RoutePlan, kept: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Row indices int32 [B, C], kept rows first, and the fields of the plans of these rows; ``kept`` is [B, S]."""
+def _restrict(plan: RoutePlan, computed: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Row indices int32 [B, C], a branch's rows first, and the fields of their plans; ``computed`` is bool [B, S]."""
     real = plan.modality < len(plan.modalities)
-    row_kept = kept[:, plan.sample.long()] & real
-    row = torch.arange(plan.capacity, device=kept.device)
-    before, total = row_kept.cumsum(1), row_kept.sum(1, keepdim=True)
-    place = torch.where(row_kept, before - 1, total + row - before)
+    of_branch = computed[:, plan.sample.long()] & real
+    row = torch.arange(plan.capacity, device=computed.device)
+    before, total = of_branch.cumsum(1), of_branch.sum(1, keepdim=True)
+    place = torch.where(of_branch, before - 1, total + row - before)
     rows = torch.empty_like(place).scatter_(1, place, row.expand_as(place))
 
-    lengths = plan.cu_seqlens.diff(dim=1) * kept[:, None, :]
+    lengths = plan.cu_seqlens.diff(dim=1) * computed[:, None, :]
     ends = lengths.flatten(1).cumsum(1).view_as(lengths)
     cu_seqlens = torch.cat([ends - lengths, ends[:, :, -1:]], dim=2).int()
     offsets = torch.cat([cu_seqlens[:, :, 0], cu_seqlens[:, -1:, -1]], dim=1)

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast._routing import (
+from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.routing import (
     INTEGERS,
+    branch_row_counts,
     check_ids,
     check_lengths,
     check_masks,
@@ -32,14 +34,12 @@ from onepeace_fast._routing import (
     copy_to_device,
     cumulative_rows,
     full_column,
-    kept_rows,
     order_in_sample,
     per_row,
     segment_lengths,
     split_counts,
     tensor_to_device,
 )
-from onepeace_fast.checks import describe, require, require_device, require_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +60,9 @@ class RoutePlan:
         row_counts: rows of each modality where the host knows them, else empty.
         max_length: longest sample, all modalities together, where the host knows it, else 0.
         segment_lengths: per modality, the rows of each sample where the host knows them, else empty.
-        keep: float32 [layers, 2, S] or None: DropPath's factor of each sample, 0 or 1 / (1 - p), for the attention
+        drop_path: float32 [layers, 2, S] or None: DropPath's factor of each sample, 0 or 1 / (1 - p), for the attention
             and for the FFN branch of each layer.
-        kept_row_counts: per layer and branch, the rows of each modality that ``keep`` keeps, where the host knows them,
+        branch_row_counts: per layer and branch, the rows of each modality that it computes, where the host knows them,
             else empty.
     """
 
@@ -81,8 +81,8 @@ class RoutePlan:
     row_counts: tuple[int, ...] = ()
     max_length: int = 0
     segment_lengths: tuple[tuple[int, ...], ...] = ()
-    keep: Tensor | None = None
-    kept_row_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    drop_path: Tensor | None = None
+    branch_row_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
 
     @property
     def capacity(self) -> int:
@@ -118,7 +118,7 @@ class RoutePlan:
             masks: per modality, in the order of a sequence, bool [B_m, L_m]; True marks the tokens to route.
             first_is_cls: whether position 0 of every modality is its CLS, whose bias has entries of its own; by default
                 none is CLS, and those entries of the bias vectors are not read.
-            positions: int [B_m, L_m], position ids where they are not 0 to L_m - 1 (kept subsets).
+            positions: int [B_m, L_m], position ids where they are not 0 to L_m - 1 (where only some are visible).
             codes: int [L] indexed by position id, codes where they are not the position ids (grids).
             code_offsets: see the attribute; by default L_m - 1, for codes 0 to L_m - 1.
             samples: the sample of each row; by default rows are samples 0 to B_m - 1.
@@ -353,15 +353,16 @@ class RoutePlan:
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
 
-    def with_keep(self, keep: Tensor) -> RoutePlan:
-        """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_keep`` draws.
+    def with_drop_path(self, drop_path: Tensor) -> RoutePlan:
+        """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_drop_path`` draws.
 
         On the CPU they are counted here, where the plan knows its segments' lengths, and copied to the plan's device.
         """
         counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
-        if keep.device.type == "cpu" and self.segment_lengths:
-            counts = kept_rows(keep, self.segment_lengths)
-        return dataclasses.replace(self, keep=tensor_to_device(keep, self.offsets.device), kept_row_counts=counts)
+        if drop_path.device.type == "cpu" and self.segment_lengths:
+            counts = branch_row_counts(drop_path, self.segment_lengths)
+        on_device = tensor_to_device(drop_path, self.offsets.device)
+        return dataclasses.replace(self, drop_path=on_device, branch_row_counts=counts)
 
     def copy_(self, other: RoutePlan) -> RoutePlan:
         """Refill this plan in place, for a captured graph; both must be built with the same ``capacity``.

@@ -1,18 +1,10 @@
-"""Reads the model sections of upstream's YAML files into this library's configuration."""
+"""Reads the model sections of upstream's YAML files as fields of this library's configuration."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Mapping
 from typing import Any
-
-from onepeace_fast.config import (
-    MODALITIES,
-    AudioAdapterConfig,
-    ImageAdapterConfig,
-    TextAdapterConfig,
-    TransformerConfig,
-)
 
 # Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
 _ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
@@ -84,18 +76,18 @@ def _parse(spec: str) -> ast.expr:
     return ast.parse(spec, mode="eval").body
 
 
-def read_transformer(values: Mapping[str, Any], where: str) -> TransformerConfig:
-    """Read the section of one stack, "encoder" or "decoder"; absent keys take upstream's defaults.
+def read_transformer(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The fields of one stack from its section, "encoder" or "decoder"; absent keys take upstream's defaults.
 
     Raises:
         ValueError: keys that are unknown, or whose value this library does not implement.
     """
     top = _read_section(values, "", where)
     adapters: dict[str, Any] = {}
-    for name in MODALITIES:
+    for name, read in _ADAPTER_READERS.items():
         section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter")
-        adapters[name] = _ADAPTER_READERS[name](section, where) if top[f"use_{name}_moe"] else None
-    return TransformerConfig(
+        adapters[name] = read(section, where) if top[f"use_{name}_moe"] else None
+    return dict(
         embed_dim=top["embed_dim"],
         ffn_embed_dim=top["ffn_embed_dim"],
         layers=top["layers"],
@@ -121,27 +113,27 @@ def _float(value: Any) -> Any:
         return value
 
 
-def _text_from_upstream(section: Mapping[str, Any], where: str) -> TextAdapterConfig:
-    return TextAdapterConfig(bucket_size=section["bucket_size"], use_bias=section["use_attn_bias"])
+def _text_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return dict(bucket_size=section["bucket_size"], use_bias=section["use_attn_bias"])
 
 
-def _image_from_upstream(section: Mapping[str, Any], where: str) -> ImageAdapterConfig:
+def _image_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind, expected = section["vision_encoder_type"], "hmlp" if where == "encoder" else "none"
     if kind != expected:
         raise ValueError(f"{where}.image_adapter.vision_encoder_type: got {kind!r}, takes {expected!r}")
-    return ImageAdapterConfig(
+    return dict(
         position_grid=section["bucket_size"], bias_grid=section["rel_bucket_size"], use_bias=section["use_attn_bias"]
     )
 
 
-def _audio_from_upstream(section: Mapping[str, Any], where: str) -> AudioAdapterConfig:
+def _audio_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     kind, expected = section["abs_pos_type"], "conv" if where == "encoder" else "fixed"
     if kind != expected:
         raise ValueError(f"{where}.audio_adapter.abs_pos_type: got {kind!r}, takes {expected!r}")
     extractor = {}
     if where == "encoder":
         extractor["feature_layers"] = _feature_layers(section["feature_encoder_spec"])
-    return AudioAdapterConfig(
+    return dict(
         position_layers=section["conv_pos_depth"],
         position_width=section["conv_pos_width"],
         position_groups=section["conv_pos_groups"],

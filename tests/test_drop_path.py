@@ -10,7 +10,7 @@ from models._small import assert_close, batch_of, small_config, small_model
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.drop_path import Branch, Branches, branches, draw_keep
+from onepeace_fast.drop_path import Branch, Branches, branches, draw_drop_path
 from onepeace_fast.layers import transformer
 from onepeace_fast.models.inputs import read_batch
 
@@ -32,12 +32,12 @@ def whole_plan(**keywords):
 
 def on_the_device(plan):
     """The same plan, of which the host knows nothing."""
-    return dataclasses.replace(plan, kept_row_counts=())
+    return dataclasses.replace(plan, branch_row_counts=())
 
 
 def test_keep_is_zero_or_the_reciprocal_of_the_rate_of_kept_samples():
     rates, samples = [0.0, 0.1, 0.4], 4000
-    keep = draw_keep(rates, samples, torch.Generator().manual_seed(1))
+    keep = draw_drop_path(rates, samples, torch.Generator().manual_seed(1))
     assert keep.shape == (3, 2, samples) and keep.dtype == torch.float32
     assert (keep[0] == 1).all()
     for layer, rate in enumerate(rates):
@@ -49,7 +49,7 @@ def test_keep_is_zero_or_the_reciprocal_of_the_rate_of_kept_samples():
 
 
 def test_branches_layers_and_samples_are_drawn_independently():
-    kept = draw_keep([0.5, 0.5], 4000, torch.Generator().manual_seed(2)) != 0
+    kept = draw_drop_path([0.5, 0.5], 4000, torch.Generator().manual_seed(2)) != 0
     flat = kept.flatten(0, 1).float() - 0.5
     correlation = flat @ flat.t() / 4000 * 4
     assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 4.5 / math.sqrt(4000)
@@ -57,24 +57,24 @@ def test_branches_layers_and_samples_are_drawn_independently():
 
 
 def test_a_generator_repeats_its_draw():
-    draws = [draw_keep([0.5], 50, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    draws = [draw_drop_path([0.5], 50, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
 def test_a_draw_does_not_follow_the_process_s_default_dtype_or_device():
-    expected = draw_keep([0.3], 9, torch.Generator().manual_seed(1))
+    expected = draw_drop_path([0.3], 9, torch.Generator().manual_seed(1))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert torch.equal(draw_keep([0.3], 9, torch.Generator().manual_seed(1)), expected)
+            assert torch.equal(draw_drop_path([0.3], 9, torch.Generator().manual_seed(1)), expected)
     finally:
         torch.set_default_dtype(before)
 
 
 def test_a_rate_of_one_gives_no_nan():
     try:
-        keep = draw_keep([1.0], 10)
+        keep = draw_drop_path([1.0], 10)
     except ValueError as error:
         assert "\n" not in str(error)
     else:
@@ -84,7 +84,7 @@ def test_a_rate_of_one_gives_no_nan():
 @pytest.mark.parametrize("capacity", [None, 50])
 @pytest.mark.parametrize("known", [True, False], ids=["rows known", "rows on the device"])
 def test_a_branch_is_the_plan_of_its_kept_samples(known, capacity):
-    plan = whole_plan(capacity=capacity).with_keep(KEEP)
+    plan = whole_plan(capacity=capacity).with_drop_path(KEEP)
     known = known and capacity is None
     layout = naive_layout(whole_rows(LENGTHS), SAMPLES)
     for layer, pair in enumerate(branches(plan if known else on_the_device(plan))):
@@ -94,18 +94,18 @@ def test_a_branch_is_the_plan_of_its_kept_samples(known, capacity):
             counts = [sum(layout.tokens[i].modality == m for i in rows) for m in range(3)]
             part = branch.plan
             assert part.offsets.tolist() == [sum(counts[:m]) for m in range(4)]
-            assert torch.equal(branch.keep, KEEP[layer, which]) and branch.sample is plan.sample
+            assert torch.equal(branch.drop_path, KEEP[layer, which]) and branch.sample is plan.sample
             for m in range(3):
                 segments = [(layout.tokens[i].modality, layout.tokens[i].sample) for i in rows]
                 lengths = [segments.count((m, s)) for s in range(4)]
                 assert part.cu_seqlens[m].diff().tolist() == lengths
             if known and len(kept) == 4:
-                assert branch.rows is None and part is plan
+                assert branch.row_index is None and part is plan
                 continue
             assert part.row_counts == (tuple(counts) if known else ())
-            assert branch.rows.dtype == torch.int32 and branch.rows[: len(rows)].tolist() == rows
-            assert len(branch.rows) == len(part.sample) == (len(rows) if known else plan.capacity)
-            assert branch.rows.unique().numel() == len(branch.rows)
+            assert branch.row_index.dtype == torch.int32 and branch.row_index[: len(rows)].tolist() == rows
+            assert len(branch.row_index) == len(part.sample) == (len(rows) if known else plan.capacity)
+            assert branch.row_index.unique().numel() == len(branch.row_index)
             for name in FIELDS:
                 mine, whole = getattr(part, name), getattr(plan, name)
                 assert mine.dtype == whole.dtype and torch.equal(mine[: len(rows)], whole[rows]), name
@@ -157,7 +157,7 @@ CHOICES = {
 def test_skipping_gives_what_multiplying_by_zero_gives(choice, known, encoder):
     layer, x, plan, bias = stack_inputs(**encoder)
     keep = torch.tensor(CHOICES[choice])
-    given = plan.with_keep(keep[None])
+    given = plan.with_drop_path(keep[None])
     (route,) = branches(given if known else on_the_device(given))
     expected, got = run(layer, x, unskipped(plan, keep), bias), run(layer, x, route, bias)
     assert set(got) == set(expected) and len(got) > 20
@@ -169,7 +169,7 @@ def test_skipping_gives_what_multiplying_by_zero_gives(choice, known, encoder):
 def test_dropped_rows_are_not_read_and_reach_no_gradient():
     layer, x, plan, bias = stack_inputs()
     keep = torch.tensor([[0.0, 1.25, 1.25, 0.0]] * 2)
-    (route,) = branches(plan.with_keep(keep[None]))
+    (route,) = branches(plan.with_drop_path(keep[None]))
     expected = run(layer, x, route, bias)
     spoiled = x.clone()
     dropped = (keep[0] == 0)[plan.sample.long()]
@@ -185,7 +185,7 @@ def test_dropped_rows_are_not_read_and_reach_no_gradient():
 def test_products_run_on_the_kept_rows_alone(monkeypatch):
     layer, x, plan, bias = stack_inputs()
     keep = torch.tensor([[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 0.0, 0.0]])
-    (route,) = branches(plan.with_keep(keep[None]))
+    (route,) = branches(plan.with_drop_path(keep[None]))
     seen = []
     linear, ffn = F.linear, transformer.routed_ffn
     monkeypatch.setattr(F, "linear", lambda z, *rest: (seen.append(len(z)), linear(z, *rest))[1])
@@ -200,21 +200,21 @@ def test_dropout_of_a_kept_row_does_not_depend_on_what_is_skipped(dropout):
     layer, x, plan, bias = stack_inputs(dropout=dropout)
     keep = torch.tensor([[0.0, 1.25, 1.25, 1.25], [1.25, 0.0, 1.25, 1.25]])
     seeds = torch.tensor([5, 6])
-    (route,) = branches(plan.with_keep(keep[None]))
+    (route,) = branches(plan.with_drop_path(keep[None]))
     results = [layer(x, r, bias, None, seeds if dropout else None) for r in (route, unskipped(plan, keep))]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_a_refilled_plan_takes_its_new_factors_along():
-    plan = whole_plan(capacity=60).with_keep(KEEP)
-    other = whole_plan(capacity=60).with_keep(KEEP.flip(0))
+    plan = whole_plan(capacity=60).with_drop_path(KEEP)
+    other = whole_plan(capacity=60).with_drop_path(KEEP.flip(0))
     plan.copy_(other)
     for got, want in zip(branches(plan), branches(other), strict=True):
         for a, b in zip(got, want, strict=True):
-            assert torch.equal(a.rows, b.rows) and torch.equal(a.plan.offsets, b.plan.offsets)
+            assert torch.equal(a.row_index, b.row_index) and torch.equal(a.plan.offsets, b.plan.offsets)
 
 
 def test_factors_beside_packed_rows_are_refused():
     layer, x, plan, bias = stack_inputs()
-    with pytest.raises(ValueError, match=r"^keep: got factors with packed rows, takes them in route"):
+    with pytest.raises(ValueError, match=r"^drop_path: got factors with packed rows, takes them in route"):
         layer(x, plan, bias, torch.ones(2, 4))

@@ -76,7 +76,7 @@ def test_nothing_waits_between_the_plan_and_the_end_of_the_backward_pass(make, d
     if drop_path:
         keep = torch.ones(2, 2, plan.samples)
         keep[1, :, 0] = 0
-        plan = plan.with_keep(keep)
+        plan = plan.with_drop_path(keep)
     x = torch.randn(plan.capacity, WIDTH, device="cuda", dtype=torch.bfloat16)
     bias = [torch.randn(2, 2 * offset + 4, device="cuda", requires_grad=True) for offset in plan.code_offsets]
     step(model, plan, x, bias)  # the first round loads libraries and compiles, which may wait

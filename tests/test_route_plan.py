@@ -267,9 +267,9 @@ def test_pack_refuses_other_padded_sizes():
 
 def test_refilling_keeps_the_storage():
     masks = torch.ones(2, 4, dtype=torch.bool)
-    first = RoutePlan.from_masks({"text": masks}, capacity=9, first_is_cls=True).with_keep(torch.ones(1, 2, 2))
+    first = RoutePlan.from_masks({"text": masks}, capacity=9, first_is_cls=True).with_drop_path(torch.ones(1, 2, 2))
     masks = torch.tensor([[True, False, True, True], [True, True, False, False]])
-    second = RoutePlan.from_masks({"text": masks}, capacity=9, first_is_cls=True).with_keep(torch.zeros(1, 2, 2))
+    second = RoutePlan.from_masks({"text": masks}, capacity=9, first_is_cls=True).with_drop_path(torch.zeros(1, 2, 2))
     tensors = {i.name: getattr(first, i.name) for i in dataclasses.fields(first)}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     assert len(tensors) == 10
@@ -290,12 +290,12 @@ def test_refilling_from_another_kind_of_plan_is_refused():
         "capacity": RoutePlan.from_lengths(lengths, capacity=7, first_is_cls=True),
         "padded_shapes": RoutePlan.from_lengths(lengths, widths={"text": 4}, capacity=8, first_is_cls=True),
         "code_offsets": RoutePlan.from_lengths(lengths, code_offsets={"text": 9}, capacity=8, first_is_cls=True),
-        "keep": plan.with_keep(keep),
+        "keep": plan.with_drop_path(keep),
     }
     for other in others.values():
         refused("other", plan.copy_, other)
-    refused("other", plan.with_keep(keep).copy_, plan)
-    refused("other", plan.with_keep(keep).copy_, plan.with_keep(torch.ones(2, 2, 2)))
+    refused("other", plan.with_drop_path(keep).copy_, plan)
+    refused("other", plan.with_drop_path(keep).copy_, plan.with_drop_path(torch.ones(2, 2, 2)))
     assert same_tensors(plan, before)
 
 

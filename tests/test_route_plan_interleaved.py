@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from support.contract import refused
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.drop_path import draw_keep
+from onepeace_fast.drop_path import draw_drop_path
 
 FEW = settings(max_examples=60, deadline=None)
 NAMES = ("text", "image", "audio")
@@ -105,6 +105,6 @@ def test_bad_tensors_are_refused():
 
 def test_with_keep_changes_nothing_else():
     plan = RoutePlan.from_lengths({"text": [2, 3]}, first_is_cls=True)
-    keep = draw_keep([0.5], 2)
-    other = plan.with_keep(keep)
-    assert plan.keep is None and other.keep is keep and other.source is plan.source
+    keep = draw_drop_path([0.5], 2)
+    other = plan.with_drop_path(keep)
+    assert plan.drop_path is None and other.drop_path is keep and other.source is plan.source

@@ -97,7 +97,7 @@ def test_unpack_undoes_pack_for_a_refilled_plan_and_leaves_dropped_samples_zero(
     assert torch.equal(first.unpack(first.pack({"text": x}))["text"], x * masks[1][..., None])
     for capacity in (None, 6):
         whole = RoutePlan.from_masks({"text": masks[0]}, first_is_cls=True, capacity=capacity)
-        part = branches(whole.with_keep(torch.tensor([[[0.0, 2.0], [2.0, 2.0]]])))[0].attention.plan
+        part = branches(whole.with_drop_path(torch.tensor([[[0.0, 2.0], [2.0, 2.0]]])))[0].attention.plan
         expected = x * masks[0][..., None] * torch.tensor([0.0, 1.0])[:, None, None]
         assert torch.equal(part.unpack(part.pack({"text": x}))["text"], expected)
 

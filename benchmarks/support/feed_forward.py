@@ -104,7 +104,7 @@ class FeedForwardCase:
 
     def fused(self, strategy: str | None = None) -> Variant:
         """The library's op, by the strategy that it takes itself or by another."""
-        variant = self._variant(lambda z: self.layer.route(z, self.plan, strategy=strategy), False)
+        variant = self._variant(lambda z: self.layer.packed_ffn(z, self.plan, strategy=strategy), False)
         variant.note = HOW_FUSED_RUNS if strategy is None else ""
         return variant
 

@@ -121,7 +121,7 @@ class LayerCase:
         if drop_path:
             dropped = torch.arange(self.plan.samples) < round(drop_path * self.plan.samples)
             keep = (~dropped).float().expand(1, 2, -1) / (1 - drop_path)
-            (route,) = branches(self.plan.with_keep(keep))
+            (route,) = branches(self.plan.with_drop_path(keep))
         vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]
         sets = [(packed.clone().requires_grad_(), *vectors) for packed in self.packed]
 

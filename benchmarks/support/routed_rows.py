@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.support.shapes import Shape, Sizes
-from onepeace_fast.layers.transformer import TransformerLayer, feed_forward
+from onepeace_fast.layers.transformer import TransformerLayer, new_ffn
 from onepeace_fast.route_plan import RoutePlan
 
 
@@ -27,7 +27,7 @@ class RoutedRows:
         config = sizes.config(["text"])
         self.layer = TransformerLayer(config)
         for name in shape.lengths:
-            self.layer.add_module(f"{name}_ffn", feed_forward(config))
+            self.layer.add_module(f"{name}_ffn", new_ffn(config))
         self.layer.to(device, dtype)
         self.plan = RoutePlan.from_lengths(shape.lengths, device=device, first_is_cls=True)
         self.packed = [self._random() for _ in range(sets)]

@@ -132,7 +132,7 @@ def _step(
     if config.drop_path_rate:
         keep = torch.ones(1, 2, plan.samples)
         keep[:, :, 1:] = float(all_kept)
-        plan = plan.with_keep(keep)
+        plan = plan.with_drop_path(keep)
     stream = torch.float32 if autocast else dtype
     x = torch.empty(plan.capacity, config.embed_dim, dtype=stream, requires_grad=True)
     sizes = [2 * offset + 4 for offset in plan.code_offsets] if config.use_bias else []

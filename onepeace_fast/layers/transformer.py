@@ -1,7 +1,7 @@
 """The modality-routed transformer over packed tokens: parameters under upstream's names, and its ops.
 
-    x <- x + keep * gamma_1 * Wo( LN_sub( c * Attention(LN_1(x)) ) )
-    x <- x + keep' * gamma_2 * FFN_m( LN_2(x) )                        m: the token's modality
+    x <- x + drop_path * gamma_1 * Wo( LN_sub( c * Attention(LN_1(x)) ) )
+    x <- x + drop_path' * gamma_2 * FFN( LN_2(x) )      the FFN of the token's modality
 
 (ONE-PEACE, arXiv 2305.11172, section 3.1.)
 """
@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
-from onepeace_fast.layers.adapter import init_linear
-from onepeace_fast.layers.padded_layer import Spans, attend, each_span, encode_layer
+from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import are_plain, by_modality, is_plain, unfused, watched_everywhere
+from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan
 
@@ -46,7 +46,8 @@ class SelfAttention(nn.Module):
         ``route`` and ``bias`` are as in ``TransformerLayer``.
         """
         if not isinstance(route, RoutePlan):
-            return attend(self, z, bias)
+            attended = attend(self.q_proj(z), self.k_proj(z), self.v_proj(z), self.heads, bias, self.c_attn)
+            return self.out_proj(attended if self.ln is None else self.ln(attended))
         attended = relative_bias_attention(
             self.project(z),
             cu_seqlens=route.cu_seqlens,
@@ -89,12 +90,14 @@ def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> T
     """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
     if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
         # An embedding, since its gradient is summed in a fixed order on every device.
-        return norm(x if branch is None or branch.rows is None else F.embedding(branch.rows, x))
-    index = {} if branch is None or branch.rows is None else {"row_index": branch.rows, "offsets": branch.plan.offsets}
+        return norm(x if branch is None or branch.row_index is None else F.embedding(branch.row_index, x))
+    index = {}
+    if branch is not None and branch.row_index is not None:
+        index = {"row_index": branch.row_index, "offsets": branch.plan.offsets}
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
 
-def feed_forward(config: TransformerConfig) -> nn.Sequential:
+def new_ffn(config: TransformerConfig) -> nn.Sequential:
     """One modality's FFN; the identity keeps upstream's numbering: GeGLU 0, Sub-LayerNorm 2, output projection 3."""
     norm = nn.LayerNorm(config.ffn_embed_dim) if config.ffn_layer_norm else nn.Identity()
     return nn.Sequential(
@@ -105,8 +108,8 @@ def feed_forward(config: TransformerConfig) -> nn.Sequential:
     )
 
 
-class FeedForward(NamedTuple):
-    """The parts of one modality's FFN; ``norm`` is an identity without Sub-LayerNorm."""
+class FFNModules(NamedTuple):
+    """What one modality's FFN consists of; ``norm`` is an identity without Sub-LayerNorm."""
 
     wi_0: nn.Linear
     wi_1: nn.Linear
@@ -114,46 +117,46 @@ class FeedForward(NamedTuple):
     out: nn.Linear
 
 
-def plain_parts(experts: Sequence[nn.Module]) -> list[FeedForward] | None:
-    """The parts of all modalities' FFNs where one op may compute them: plain and alike; None where it may not."""
-    found: list[FeedForward] = []
+def plain_ffns(ffns: Sequence[nn.Module]) -> list[FFNModules] | None:
+    """The modules of all modalities' FFNs where one op may compute them: plain and alike; None where it may not."""
+    found: list[FFNModules] = []
     everywhere = watched_everywhere()
-    for expert in experts:
-        parts = None if everywhere else _plain_parts(expert)
-        if parts is None or not _alike(parts, found[0] if found else parts):
-            unfused("FFN", expert, nn.Sequential)
+    for ffn in ffns:
+        modules = None if everywhere else _plain_ffn(ffn)
+        if modules is None or not _alike(modules, found[0] if found else modules):
+            unfused("FFN", ffn, nn.Sequential)
             return None
-        found.append(parts)
+        found.append(modules)
     return found
 
 
-def _plain_parts(expert: nn.Module) -> FeedForward | None:
-    if not is_plain(expert, nn.Sequential) or len(expert._modules) != 4:
+def _plain_ffn(ffn: nn.Module) -> FFNModules | None:
+    if not is_plain(ffn, nn.Sequential) or len(ffn._modules) != 4:
         return None
-    gate, identity, norm, out = expert._modules.values()
+    gate, identity, norm, out = ffn._modules.values()
     if not (is_plain(gate, GeGLU) and is_plain(identity, nn.Identity) and is_plain(out, nn.Linear)):
         return None
     if not (is_plain(norm, nn.Identity) or (is_plain(norm, nn.LayerNorm) and norm.bias is not None)):
         return None
-    parts = FeedForward(*gate._modules.values(), norm, out)
-    linears = is_plain(parts.wi_0, nn.Linear) and is_plain(parts.wi_1, nn.Linear)
-    return parts if linears and parts.wi_0.bias is None and parts.wi_1.bias is None else None
+    modules = FFNModules(*gate._modules.values(), norm, out)
+    linears = is_plain(modules.wi_0, nn.Linear) and is_plain(modules.wi_1, nn.Linear)
+    return modules if linears and modules.wi_0.bias is None and modules.wi_1.bias is None else None
 
 
-def _alike(parts: FeedForward, first: FeedForward) -> bool:
+def _alike(one: FFNModules, first: FFNModules) -> bool:
     """Whether both have or lack the Sub-LayerNorm, with one eps, and the output's bias, and are of one width."""
-    if parts.wi_0.weight.shape != first.wi_0.weight.shape:
+    if one.wi_0.weight.shape != first.wi_0.weight.shape:
         return False
-    same_norm = type(parts.norm) is type(first.norm) and getattr(parts.norm, "eps", 0) == getattr(first.norm, "eps", 0)
-    return same_norm and (parts.out.bias is None) == (first.out.bias is None)
+    same_norm = type(one.norm) is type(first.norm) and getattr(one.norm, "eps", 0) == getattr(first.norm, "eps", 0)
+    return same_norm and (one.out.bias is None) == (first.out.bias is None)
 
 
 def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Tensor | float | None]:
     """How a branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
     # Where rows are skipped, the branch's plan marks those behind its last as inert.
-    offsets = None if branch.rows is None else branch.plan.offsets
+    offsets = None if branch.row_index is None else branch.plan.offsets
     return {
-        "drop_path": branch.keep, "sample": branch.sample, "row_index": branch.rows, "offsets": offsets,
+        "drop_path": branch.drop_path, "sample": branch.sample, "row_index": branch.row_index, "offsets": offsets,
         "dropout": dropout, "seed": seed,
     }  # fmt: skip
 
@@ -170,7 +173,7 @@ class TransformerLayer(nn.Module):
         self.attn_ln = nn.LayerNorm(dim) if config.attention_layer_norm else None
         self.final_layer_norm = nn.LayerNorm(dim)
         for modality in config.modalities:
-            self.add_module(f"{modality}_ffn", feed_forward(config))
+            self.add_module(f"{modality}_ffn", new_ffn(config))
         self.gamma_1 = self.gamma_2 = None
         if config.layer_scale is not None:
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), config.layer_scale)) for _ in range(2))
@@ -184,7 +187,7 @@ class TransformerLayer(nn.Module):
         x: Tensor,
         route: RoutePlan | Branches | Spans,
         bias: Sequence[Tensor] | Tensor | None,
-        keep: Tensor | None = None,
+        drop_path: Tensor | None = None,
         seeds: Tensor | None = None,
     ) -> Tensor:
         """One layer over packed rows [C, dim], or over a padded batch [length, batch, dim]; the same shape comes out.
@@ -194,58 +197,70 @@ class TransformerLayer(nn.Module):
             route: the plan of packed rows, or with DropPath what each branch computes of them; or the spans of a padded
                 sequence.
             bias: the modalities' expanded vectors, or the dense bias [batch, heads, length, length].
-            keep: float32 [2, S], DropPath's factors of the two branches of a padded batch.
+            drop_path: float32 [2, S], DropPath's factors of the two branches of a padded batch.
             seeds: int64 [2], dropout's seeds of the two branches of packed rows.
         """
         if isinstance(route, RoutePlan):
             route = Branches(Branch(route), Branch(route))
         if isinstance(route, Branches):
             require(
-                keep is None, "keep: got factors with packed rows, takes them in route: branches(plan.with_keep(...))"
+                drop_path is None,
+                "drop_path: got factors with packed rows, takes them in route: branches(plan.with_drop_path(...))",
             )
             return self.packed(x, *route, bias, seeds)
-        return encode_layer(self, x, bias, route, keep, self.dropout if self.training else 0.0)
+        return self.padded(x, route, bias, drop_path)
+
+    def padded(self, x: Tensor, spans: Spans, bias: Tensor | None, drop_path: Tensor | None) -> Tensor:
+        """The reference's layer over a padded batch."""
+        dropout = self.dropout if self.training else 0.0
+        drop_paths = (None, None) if drop_path is None else drop_path[:, :, None].to(x.dtype)
+        attended = self.self_attn(self.self_attn_layer_norm(x), spans, bias)
+        if self.attn_ln is not None:
+            attended = self.attn_ln(attended)
+        x = add_branch(x, attended, self.gamma_1, drop_paths[0], dropout)
+        y = each_span(self.ffn, self.final_layer_norm(x), spans)
+        return add_branch(x, y, self.gamma_2, drop_paths[1], dropout)
 
     def packed(
-        self, x: Tensor, attend: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
+        self, x: Tensor, attention: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
     ) -> Tensor:
-        """The layer over packed rows, by the ops; each branch computes the rows that it keeps."""
+        """The layer over packed rows, by the ops; each branch computes its own rows."""
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
 
-        attended = self.self_attn(normalized(x, self.self_attn_layer_norm, attend), attend.plan, bias)
+        attended = self.self_attn(normalized(x, self.self_attn_layer_norm, attention), attention.plan, bias)
         if self.attn_ln is not None:
             attended = normalized(attended, self.attn_ln)
 
         norm = self.final_layer_norm
-        arrive = _arrival(attend, dropout, seeds[0])
+        arrive = _arrival(attention, dropout, seeds[0])
         plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
-        if plain and feed_forward.rows is None:
+        if plain and feed_forward.row_index is None:
             x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
             z = normalized(x, norm, feed_forward)
-        experts = [self.ffn(modality) for modality in feed_forward.plan.modalities]
-        parts = plain_parts(experts)
-        if dropout or parts is None:
-            plan = feed_forward.plan
-            y = by_modality(experts, z, plan) if parts is None else self.route(z, plan, parts)
+        plan = feed_forward.plan
+        ffns = [self.ffn(modality) for modality in plan.modalities]
+        modules = plain_ffns(ffns)
+        if dropout or modules is None:
+            y = by_modality(ffns, z, plan) if modules is None else self.packed_ffn(z, plan, modules)
             return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
-        return self.route(
-            z, feed_forward.plan, parts, residual=x, gamma=self.gamma_2, drop_path=feed_forward.keep,
-            sample=feed_forward.sample, row_index=feed_forward.rows,
+        return self.packed_ffn(
+            z, plan, modules, residual=x, gamma=self.gamma_2, drop_path=feed_forward.drop_path,
+            sample=feed_forward.sample, row_index=feed_forward.row_index,
         )  # fmt: skip
 
-    def route(
-        self, z: Tensor, plan: RoutePlan, parts: Sequence[FeedForward] | None = None, **settings: Tensor | str | None
+    def packed_ffn(
+        self, z: Tensor, plan: RoutePlan, modules: Sequence[FFNModules] | None = None, **settings: Tensor | str | None
     ) -> Tensor:
         """Every row through the FFN of its modality, in one op; ``settings`` are further arguments of ``routed_ffn``.
 
-        ``parts`` are those of the plan's modalities, looked up without them.
+        ``modules`` are those of the plan's modalities, looked up without them.
         """
-        if parts is None:
-            parts = plain_parts([self.ffn(modality) for modality in plan.modalities])
-        wi_0, wi_1, norms, outs = zip(*parts, strict=True)
+        if modules is None:
+            modules = plain_ffns([self.ffn(modality) for modality in plan.modalities])
+        wi_0, wi_1, norms, outs = zip(*modules, strict=True)
         has_norm = isinstance(norms[0], nn.LayerNorm)
         return routed_ffn(
             z,
@@ -296,24 +311,24 @@ class Transformer(nn.Module):
         x: Tensor,
         route: RoutePlan | Spans,
         bias: Sequence[Sequence[Tensor] | Tensor] = (),
-        keep: Tensor | None = None,
+        drop_path: Tensor | None = None,
     ) -> Tensor:
         """Packed rows [C, dim], or a padded batch [length, batch, dim], through all layers and the final norms.
 
         Args:
             x: floating point, ``plan.pack`` of the embedded tokens, or the embedded tokens padded.
-            route: the route plan, whose ``keep`` holds DropPath's factors, None for none; or the spans of a padded
+            route: the route plan, whose ``drop_path`` holds DropPath's factors, None for none; or the spans of a padded
                 sequence.
             bias: per table (one for the stack or one per layer), the modalities' vectors [heads, entries], or the dense
                 bias [batch, heads, length, length].
-            keep: float32 [layers, 2, S], DropPath's factors of a padded batch.
+            drop_path: float32 [layers, 2, S], DropPath's factors of a padded batch.
         """
         packed = isinstance(route, RoutePlan)
         seeds = self.draw_seeds(x.device) if packed else None
-        routes = [route] * len(self.layers) if not packed or route.keep is None else branches(route)
+        routes = [route] * len(self.layers) if not packed or route.drop_path is None else branches(route)
         for i, layer in enumerate(self.layers):
             tables = bias[i if len(bias) > 1 else 0] if bias else (() if packed else None)
-            arguments = (x, routes[i], tables, *(None if value is None else value[i] for value in (keep, seeds)))
+            arguments = (x, routes[i], tables, *(None if value is None else value[i] for value in (drop_path, seeds)))
             if self.config.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:

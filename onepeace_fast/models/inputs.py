@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onepeace_fast._routing import INTEGERS, check_samples
 from onepeace_fast.checks import describe, require, require_device, require_tensor
-from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.routing import INTEGERS, check_samples
 
 
 class HostRead:
@@ -74,11 +74,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Hidden:
-    """A denoising pass: hidden tokens bool [rows, length] (padding excluded), their number, and the tokens kept."""
+    """A denoising pass: hidden tokens bool [rows, length] without padding, how many they are, and the visible ones."""
 
     masks: dict[str, Tensor]
     counts: dict[str, int]
-    kept: Subset
+    visible: Subset
 
 
 def read_batch(
@@ -113,9 +113,9 @@ def read_batch(
     faults = [fault for name, value in values.items() for fault in adapters[name].faults(name, value, paddings[name])]
     faults_at = [read.add(count) for count, _ in faults]
     samples_at = {name: read.add(value) for name, value in (samples or {}).items() if isinstance(value, Tensor)}
-    kept = {name: valid[modality] & ~masks[name] for modality, name in places}
-    kept_at = {name: read.add(mask.sum(1)) for name, mask in kept.items()}
-    hidden_cls_at = {name: read.add(masks[name][:, 0].sum()) for name in kept}
+    visible = {name: valid[modality] & ~masks[name] for modality, name in places}
+    visible_at = {name: read.add(mask.sum(1)) for name, mask in visible.items()}
+    hidden_cls_at = {name: read.add(masks[name][:, 0].sum()) for name in visible}
     read.fetch()
 
     for place, (_, message) in zip(faults_at, faults, strict=True):
@@ -130,10 +130,10 @@ def read_batch(
         sample_of = check_samples(rows, lists)
     hidden = []
     for names in passes:
-        kept_lengths = {modality: read[kept_at[name]] for modality, name in names.items()}
-        counts = {modality: sum(lengths[modality]) - sum(kept_lengths[modality]) for modality in names}
+        visible_lengths = {modality: read[visible_at[name]] for modality, name in names.items()}
+        counts = {modality: sum(lengths[modality]) - sum(visible_lengths[modality]) for modality in names}
         hidden_masks = {modality: masks[name] & valid[modality] for modality, name in names.items()}
-        subset = Subset({modality: kept[name] for modality, name in names.items()}, kept_lengths)
+        subset = Subset({modality: visible[name] for modality, name in names.items()}, visible_lengths)
         hidden.append(Hidden(hidden_masks, counts, subset))
     return Batch(values, Subset(valid, lengths), sample_of), hidden
 

@@ -5,27 +5,27 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.adapter import Adapter, init_linear
+from onepeace_fast.config import OnePeaceConfig, TransformerConfig
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import inside
-from onepeace_fast.layers.transformer import Transformer, TransformerLayer, feed_forward
-
-if TYPE_CHECKING:
-    from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.layers.transformer import Transformer, TransformerLayer, new_ffn
+from onepeace_fast.models.stack import Stack
 
 
-def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from: str | None) -> None:
-    """See ``OnePeacePretrain.add_modality``."""
-    encoder = model.config.encoder
+def add_modality(
+    model: nn.Module, stack: Stack, config: OnePeaceConfig, name: str, adapter: Adapter, init_from: str | None
+) -> OnePeaceConfig:
+    """Give a model's encoder one more modality; returns the model's configuration with it."""
+    encoder = config.encoder
     known = encoder.modalities
     require(name not in known, f"name: got {name!r}, takes one that the model does not have yet: it has {list(known)}")
     # The configuration checks the name; nothing of the model is touched before all checks have passed.
-    config = dataclasses.replace(model.config, encoder=dataclasses.replace(encoder, added=(*encoder.added, name)))
+    config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, added=(*encoder.added, name)))
     require(
         init_from is None or init_from in known, f"init_from: got {init_from!r}, takes None or one of {list(known)}"
     )
@@ -33,12 +33,11 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
     taken = [part for part in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, part)]
     require(not taken, f"name: got {name!r}, takes another: the model has a {', '.join(taken)} already")
 
-    stack, like = model.encoder, model.logit_scale
     transformer = inside(stack.fusion_model, Transformer)
-    reference = next(transformer.parameters())
+    like = next(transformer.parameters())
 
     def placed(module: nn.Module) -> nn.Module:
-        module = module.to(device=like.device, dtype=reference.dtype)
+        module = module.to(device=like.device, dtype=like.dtype)
         return module.train(model.training).requires_grad_()
 
     def new(kind: str, owner: nn.Module, fresh: Callable[[], nn.Module]) -> nn.Module:
@@ -53,27 +52,26 @@ def add_modality(model: OnePeacePretrain, name: str, adapter: Adapter, init_from
 
     stack.add_module(f"{name}_adapter", placed(adapter))
     for layer in (inside(layer, TransformerLayer) for layer in transformer.layers):
-        layer.add_module(f"{name}_ffn", new("ffn", layer, lambda: feed_forward(encoder)))
+        layer.add_module(f"{name}_ffn", new("ffn", layer, lambda: new_ffn(encoder)))
     norm = new("layer_norm", transformer, lambda: nn.LayerNorm(encoder.embed_dim))
     transformer.add_module(f"{name}_layer_norm", norm)
     model.add_module(f"{name}_proj", new("proj", model, lambda: nn.Linear(encoder.embed_dim, encoder.embed_dim)))
-    model.config, stack.config, transformer.config = config, config.encoder, config.encoder
+    stack.config = transformer.config = config.encoder
+    return config
 
 
-def train_only(model: OnePeacePretrain, name: str) -> None:
-    """See ``OnePeacePretrain.train_only``."""
-    known = model.config.encoder.modalities
+def train_only(model: nn.Module, wrapper: nn.Module, encoder: Stack, name: str) -> None:
+    """Freeze all of a model's encoder, in its wrapper, and of the projections, but what is one modality's own."""
+    known = encoder.config.modalities
     require(name in known, f"name: got {name!r}, takes one of {list(known)}")
-    encoder = model.encoder
     transformer = inside(encoder.fusion_model, Transformer)
     model.requires_grad_()
-    model.encoder_wrapper.requires_grad_(False)
+    wrapper.requires_grad_(False)
     own = [inside(layer, TransformerLayer).ffn(name) for layer in transformer.layers]
     for module in (encoder.embedder(name), transformer.final_norm(name), *own):
         module.requires_grad_()
     for other in known:
         model.get_submodule(f"{other}_proj").requires_grad_(other == name)
-    model.reset_logit_scale()
 
 
 def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Parameter]:

@@ -33,12 +33,12 @@ def without_wrappers(name: str) -> str:
 
 
 def _plain(model: nn.Module, name: str) -> str:
-    kept, owner = [], model
+    names, owner = [], model
     for part in name.split("."):
         if part not in _WRAPPERS and not (part == "module" and isinstance(owner, _PARALLEL)):
-            kept.append(part)
+            names.append(part)
         owner = owner._modules.get(part) if owner is not None else None
-    return ".".join(kept)
+    return ".".join(names)
 
 
 def is_flattened(model: nn.Module) -> bool:

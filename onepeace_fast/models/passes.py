@@ -23,7 +23,7 @@ class PaddedTokens(NamedTuple):
     """One modality's tokens in one pass, padded, CLS first, and what is known of them.
 
     ``x`` [rows, length, dim] holds their embeddings. ``valid`` bool [rows, length] marks real tokens, ``lengths``
-    counts them in each row; ``ids`` int64 [rows, length] are position ids where they are a kept subset, else None;
+    counts them in each row; ``ids`` int64 [rows, length] are position ids where only some are visible, else None;
     ``width`` is the number of positions before any was hidden.
     """
 
@@ -34,7 +34,7 @@ class PaddedTokens(NamedTuple):
     width: int
 
 
-Part = Mapping[str, PaddedTokens]
+Tokens = Mapping[str, PaddedTokens]
 
 
 class PackedRows(NamedTuple):
@@ -65,14 +65,14 @@ class Encoded:
             return Encoded(padded={name: modules[name](x) for name, x in self.padded.items()})
         return Encoded(packed={name: rows._replace(x=modules[name](rows.x)) for name, rows in self.packed.items()})
 
-    def visible(self, name: str, seen: PaddedTokens) -> tuple[Tensor, Tensor]:
-        """The real rows [n, dim] of a modality, and the place of each among all positions: int64 [n]."""
+    def rows_of(self, name: str, tokens: PaddedTokens) -> tuple[Tensor, Tensor]:
+        """The real rows [n, dim] of a modality, and the place of each in [rows, width]: int64 [n]."""
         if self.packed is not None:
             rows = self.packed[name]
-            return rows.x, rows.row * seen.width + rows.position
-        real = seen.valid.flatten().nonzero().squeeze(1)
-        starts = torch.arange(seen.valid.shape[0], device=real.device)[:, None] * seen.width
-        return self.padded[name].flatten(0, 1)[real], (seen.ids + starts).flatten()[real]
+            return rows.x, rows.row * tokens.width + rows.position
+        real = tokens.valid.flatten().nonzero().squeeze(1)
+        starts = torch.arange(tokens.valid.shape[0], device=real.device)[:, None] * tokens.width
+        return self.padded[name].flatten(0, 1)[real], (tokens.ids + starts).flatten()[real]
 
     def unpacked(self) -> dict[str, Tensor]:
         """{modality: [rows, length, dim]}, CLS first; packed padding comes out as zero."""
@@ -98,72 +98,75 @@ class Encoded:
         return name, rows.x[rows.cls]
 
 
-def sample_count(part: Part, samples: Samples | None) -> int:
-    """Samples that a pass has."""
+def sample_count(tokens: Tokens, samples: Samples | None) -> int:
+    """How many samples a pass has."""
     if samples is None:
-        return len(next(iter(part.values())).lengths)
-    return len(set().union(*(samples[name] for name in part)))
+        return len(next(iter(tokens.values())).lengths)
+    return len(set().union(*(samples[name] for name in tokens)))
 
 
-def join(parts: Sequence[Part], samples: Samples | None, order: Sequence[str]) -> tuple[Part, Samples | None]:
+def join(passes: Sequence[Tokens], samples: Samples | None, order: Sequence[str]) -> tuple[Tokens, Samples | None]:
     """One padded batch of all passes, modalities in ``order``, and the sample of each of its rows."""
-    if len(parts) == 1:
-        return parts[0], samples
-    names = [name for name in order if any(name in part for part in parts)]
-    joined = {name: _join([part[name] for part in parts if name in part]) for name in names}
-    sample_of: dict[str, list[int]] = {name: [] for name in names}
+    if len(passes) == 1:
+        return passes[0], samples
+    names = [name for name in order if any(name in tokens for tokens in passes)]
+    joined = {name: _join([tokens[name] for tokens in passes if name in tokens]) for name in names}
+    joined_samples: dict[str, list[int]] = {name: [] for name in names}
     base = 0
-    for part in parts:
-        for name, tokens in part.items():
-            own = range(len(tokens.lengths)) if samples is None else samples[name]
-            sample_of[name] += [base + sample for sample in own]
-        base += sample_count(part, samples)
-    return joined, sample_of
+    for tokens in passes:
+        for name, padded in tokens.items():
+            own = range(len(padded.lengths)) if samples is None else samples[name]
+            joined_samples[name] += [base + sample for sample in own]
+        base += sample_count(tokens, samples)
+    return joined, joined_samples
 
 
-def _join(parts: Sequence[PaddedTokens]) -> PaddedTokens:
-    length = max(part.valid.shape[1] for part in parts)
+def _join(each: Sequence[PaddedTokens]) -> PaddedTokens:
+    length = max(padded.valid.shape[1] for padded in each)
 
     def rows(tensors: Sequence[Tensor], trailing: int = 0) -> Tensor:
         padding = [0, 0] * trailing
         return torch.cat([F.pad(tensor, [*padding, 0, length - tensor.shape[1]]) for tensor in tensors])
 
     ids = None
-    if any(part.ids is not None for part in parts):
-        ids = rows([_position_ids(part) for part in parts])
-    x = rows([part.x for part in parts], trailing=1)
-    lengths = [count for part in parts for count in part.lengths]
-    return PaddedTokens(x, rows([part.valid for part in parts]), lengths, ids, parts[0].width)
+    if any(padded.ids is not None for padded in each):
+        ids = rows([_position_ids(padded) for padded in each])
+    x = rows([padded.x for padded in each], trailing=1)
+    lengths = [count for padded in each for count in padded.lengths]
+    return PaddedTokens(x, rows([padded.valid for padded in each]), lengths, ids, each[0].width)
 
 
-def _position_ids(part: PaddedTokens) -> Tensor:
-    if part.ids is not None:
-        return part.ids
-    return torch.arange(part.valid.shape[1], device=part.valid.device).expand(part.valid.shape)
+def _position_ids(padded: PaddedTokens) -> Tensor:
+    if padded.ids is not None:
+        return padded.ids
+    return torch.arange(padded.valid.shape[1], device=padded.valid.device).expand(padded.valid.shape)
 
 
-def split(packed: Tensor, plan: RoutePlan, parts: Sequence[Part], samples: Samples | None) -> list[Encoded]:
+def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Samples | None) -> list[Encoded]:
     """Take the packed rows [C, dim] of joined passes apart; the inverse of ``join``."""
     starts = [0]
-    for part in parts:
-        starts.append(starts[-1] + sample_count(part, samples))
-    results: list[dict[str, PackedRows]] = [{} for _ in parts]
+    for tokens in passes:
+        starts.append(starts[-1] + sample_count(tokens, samples))
+    results: list[dict[str, PackedRows]] = [{} for _ in passes]
     pieces = [
-        (group, name, i) for group, name in enumerate(plan.modalities) for i in range(len(parts)) if name in parts[i]
+        (index, name, i)
+        for index, name in enumerate(plan.modalities)
+        for i, tokens in enumerate(passes)
+        if name in tokens
     ]
-    counts = [sum(parts[i][name].lengths) for _, name, i in pieces]
+    counts = [sum(passes[i][name].lengths) for _, name, i in pieces]
     own = (packed.split(counts), plan.source.split(counts), plan.position.split(counts))
     first_row = first_place = 0
-    for (group, name, i), x, source, position in zip(pieces, *own, strict=True):
-        rows, length = parts[i][name].valid.shape
-        joint_length = plan.padded_shapes[group][1]
+    for (index, name, i), x, source, position in zip(pieces, *own, strict=True):
+        rows, length = passes[i][name].valid.shape
+        joint_length = plan.padded_shapes[index][1]
         row = (source - first_place).div(joint_length, rounding_mode="floor")
         results[i][name] = PackedRows(
             x=x,
             row=row,
             position=position.long(),
             place=source - first_place + row * (length - joint_length),
-            cls=plan.cu_seqlens[group, starts[i] + 1 : starts[i + 1] + 1].long() - 1 - first_row,
+            cls=plan.cu_seqlens[index, starts[i] + 1 : starts[i + 1] + 1].long() - 1 - first_row,
             shape=(rows, length),
         )
         first_row, first_place = first_row + x.shape[0], first_place + rows * joint_length

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapter import Adapter, init_linear, init_truncated_normal
-from onepeace_fast.layers.plain import inside
-from onepeace_fast.models import modalities, objectives, upstream
-from onepeace_fast.models.decoding import decode
-from onepeace_fast.models.inputs import read_batch
-from onepeace_fast.models.objectives import require_decoded, require_masks
-from onepeace_fast.models.passes import Encoded
+from onepeace_fast.layers.adapters import Adapter
+from onepeace_fast.layers.parameters import init_linear, init_truncated_normal, with_unread
+from onepeace_fast.layers.plain import inside, refuse_advancing
+from onepeace_fast.models import modalities, upstream
+from onepeace_fast.models.inputs import Batch, Hidden, read_batch
+from onepeace_fast.models.losses import contrastive_loss
+from onepeace_fast.models.objectives import denoising_term, require_masks, require_pairs, require_smoothing
+from onepeace_fast.models.passes import Encoded, Tokens
 from onepeace_fast.models.stack import Stack
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
@@ -122,13 +124,13 @@ class OnePeacePretrain(nn.Module):
         """
         encoder = self.encoder
         given = [name for name in inputs if inputs[name] is not None and not name.endswith("_padding")]
-        require_decoded(self, sorted(given))
+        self._require_decoded(given)
         require_masks(masks, set(given))
         batch, (hidden,) = read_batch(
             encoder.adapters, inputs, samples=samples, masks=masks, passes=[{name: name for name in masks}]
         )
-        visible = [encoder.embed(batch, hidden.kept)]
-        (rebuilt,) = decode(self, [batch], visible, self.encoder_wrapper(visible, batch.samples))
+        visible = [encoder.embed(batch, hidden.visible)]
+        (rebuilt,) = self._decode([batch], visible, self.encoder_wrapper(visible, batch.samples))
         return rebuilt
 
     def vision_language_loss(
@@ -149,7 +151,39 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
         """
-        return objectives.vision_language_loss(self, text, image, masks, label_smoothing)
+        batch, (alone, pair) = self._read_pairs(
+            {"text": text, "image": image}, masks, label_smoothing,
+            [{"text": "text", "image": "image"}, {"text": "vl_text", "image": "vl_image"}],
+        )  # fmt: skip
+        encoder, tokens = self.encoder, self.encoder.tokens(batch)
+        texts, images = batch.select("text"), batch.select("image")
+        passes = [(texts, alone), (images, alone), (batch, pair)]
+        visible = [encoder.embed(one, hidden.visible, tokens) for one, hidden in passes]
+        teachers = [encoder.embed(one, None, tokens) for one in (texts, images)]
+        text_teacher, image_teacher, *students = self.encoder_wrapper([*teachers, *visible])
+        with torch.no_grad():
+            (pair_teacher,) = self.encoder_wrapper([encoder.embed(batch, None, tokens)])
+        contrast, i2t, t2i = contrastive_loss(
+            self.project(image_teacher), self.project(text_teacher), self.logit_scale_exp()
+        )
+        text_rebuilt, image_rebuilt, pair_rebuilt = self._decode([texts, images, batch], visible, students)
+        denoise, together = partial(denoising_term, batch, label_smoothing), pair_teacher.unpacked()
+        losses = {
+            "dcl_text_loss": denoise("text", text_rebuilt, text_teacher.unpacked(), alone),
+            "dcl_image_loss": denoise("image", image_rebuilt, image_teacher.unpacked(), alone),
+            "dcl_vl_text_loss": denoise("text", pair_rebuilt, together, pair),
+            "dcl_vl_image_loss": denoise("image", pair_rebuilt, together, pair),
+        }
+        total = (
+            contrast
+            + 0.5 * losses["dcl_text_loss"]
+            + losses["dcl_image_loss"]
+            + 0.5 * (losses["dcl_vl_text_loss"] + losses["dcl_vl_image_loss"])
+        )
+        return {
+            "loss": self._with_others({"text", "image"}, total), "itc_loss": contrast, **losses, "i2t_ncorrect": i2t,
+            "t2i_ncorrect": t2i, "logit_scale_exp": self.logit_scale_exp(),
+        }  # fmt: skip
 
     def audio_language_loss(
         self,
@@ -176,7 +210,32 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
         """
-        return objectives.audio_language_loss(self, text, audio, audio_padding, masks, label_smoothing)
+        batch, (alone, pair) = self._read_pairs(
+            {"text": text, "audio": audio, "audio_padding": audio_padding}, masks, label_smoothing,
+            [{"audio": "audio"}, {"text": "al_text", "audio": "al_audio"}],
+        )  # fmt: skip
+        encoder, tokens = self.encoder, self.encoder.tokens(batch)
+        texts, audios = batch.select("text"), batch.select("audio")
+        visible = [encoder.embed(one, hidden.visible, tokens) for one, hidden in ((audios, alone), (batch, pair))]
+        audio_teacher, *students = self.encoder_wrapper([encoder.embed(audios, None, tokens), *visible])
+        # After the passes with gradient: older torch's autocast keeps casts made without one, and gradients were lost.
+        with torch.no_grad():
+            teachers = [encoder.embed(one, None, tokens) for one in (texts, batch)]
+            text_teacher, pair_teacher = self.encoder_wrapper(teachers)
+            text_embedding = self.project(text_teacher)
+        contrast, a2t, t2a = contrastive_loss(self.project(audio_teacher), text_embedding, self.logit_scale_exp())
+        audio_rebuilt, pair_rebuilt = self._decode([audios, batch], visible, students)
+        denoise, together = partial(denoising_term, batch, label_smoothing), pair_teacher.unpacked()
+        losses = {
+            "dcl_audio_loss": denoise("audio", audio_rebuilt, together, alone),
+            "dcl_al_text_loss": denoise("text", pair_rebuilt, together, pair),
+            "dcl_al_audio_loss": denoise("audio", pair_rebuilt, together, pair),
+        }
+        total = contrast + losses["dcl_audio_loss"] + 0.5 * (losses["dcl_al_text_loss"] + losses["dcl_al_audio_loss"])
+        return {
+            "loss": self._with_others({"text", "audio"}, total, *self.text_proj.parameters()), "atc_loss": contrast,
+            **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a, "logit_scale_exp": self.logit_scale_exp(),
+        }  # fmt: skip
 
     def add_modality(self, name: str, adapter: Adapter, init_from: str | None = None) -> None:
         """Give the model one more modality; all others' outputs stay bitwise the same.
@@ -186,13 +245,13 @@ class OnePeacePretrain(nn.Module):
 
         Args:
             name: lower-case letters, digits and underscores.
-            adapter: built for this model's ``config.encoder``; see ``onepeace_fast.layers.adapter``.
+            adapter: built for this model's ``config.encoder``; see ``onepeace_fast.layers.adapters``.
             init_from: the modality whose FFNs, final norm and projection are copied; None: fresh ones.
 
         Raises:
             ValueError: a name that is taken, or an adapter that does not fit; nothing is changed.
         """
-        modalities.add_modality(self, name, adapter, init_from)
+        self.config = modalities.add_modality(self, self.encoder, self.config, name, adapter, init_from)
 
     def train_only(self, name: str) -> None:
         """Freeze for stage 2: of the encoder only the adapter, FFNs and final norm of one modality go on training.
@@ -203,7 +262,8 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: a modality that the model does not have.
         """
-        modalities.train_only(self, name)
+        modalities.train_only(self, self.encoder_wrapper, self.encoder, name)
+        self.reset_logit_scale()
 
     def load_upstream_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load parameters under upstream's names; strict, and nothing is changed unless everything fits.
@@ -231,7 +291,10 @@ class OnePeacePretrain(nn.Module):
             ValueError: parameters that ``load`` would refuse, since a part was replaced or parametrized; nothing is
                 written.
         """
-        upstream.save(self, Path(directory).expanduser())
+        adapters = {name: self.encoder.adapter(name) for name in self.config.encoder.added}
+        with torch.device("meta"):
+            expected = type(self)(self.config, adapters=adapters)
+        upstream.save(self, self.config, expected, Path(directory).expanduser())
 
     @classmethod
     def load(
@@ -244,7 +307,11 @@ class OnePeacePretrain(nn.Module):
         Raises:
             ValueError: a file that is missing or does not fit.
         """
-        return upstream.restore(cls, Path(directory).expanduser(), backend, adapters)
+        config, weights = upstream.read_folder(Path(directory).expanduser())
+        with torch.device("meta"):  # no memory, and no numbers drawn, for what the file replaces
+            model = cls(config, backend, adapters)
+        upstream.take_over(model, weights)
+        return model.to("cpu")
 
     def logit_scale_exp(self) -> Tensor:
         """exp(s), s clamped in place to [0, ln 100]."""
@@ -261,3 +328,53 @@ class OnePeacePretrain(nn.Module):
         """The L2-normalised projection of the CLS of a pass of one modality: [rows, embed_dim]."""
         name, cls = encoded.cls()
         return F.normalize(self.get_submodule(f"{name}_proj")(cls), dim=1)
+
+    def _decode(
+        self, batches: Sequence[Batch], visible: Sequence[Tokens], encoded: Sequence[Encoded]
+    ) -> list[dict[str, Tensor]]:
+        """Reconstruct every token of each denoising pass: {modality: [rows, length, embed_dim]}, CLS first.
+
+        ``visible`` are the tokens that the encoder saw in each pass, ``encoded`` what it made of them.
+        """
+        names = self.config.decoder.modalities
+        embeds, heads = (
+            {name: self.get_submodule(pattern.format(name)) for name in names}
+            for pattern in ("decoder_{}_embed", "{}_mask_head")
+        )
+        mask_tokens = {name: getattr(self, f"{name}_mask_token") for name in names}
+        passes = [
+            self.decoder.among_mask_tokens(mask_tokens, batch, seen, one.through(embeds))
+            for batch, seen, one in zip(batches, visible, encoded, strict=True)
+        ]
+        return [one.through(heads).unpacked() for one in self.decoder_wrapper(passes, batches[0].samples)]
+
+    def _read_pairs(
+        self, inputs: Mapping[str, Tensor | None], masks: Mapping[str, Tensor], label_smoothing: float,
+        passes: Sequence[Mapping[str, str]],
+    ) -> tuple[Batch, list[Hidden]]:  # fmt: skip
+        """Check a pretraining task's arguments and read them; the last of ``passes`` has both modalities."""
+        first, other = passes[-1]
+        self._require_decoded((first, other))
+        require_masks(masks, {name for one in passes for name in one.values()})
+        require_pairs(first, inputs[first], other, inputs[other])
+        require_smoothing(label_smoothing)
+        if self.training and self.encoder.resolved_backend == "fused":
+            refuse_advancing(self)
+        batch, hidden = read_batch(self.encoder.adapters, inputs, masks=masks, passes=passes)
+        for one, found in zip(passes, hidden, strict=True):
+            for modality, name in one.items():
+                require(
+                    found.counts[modality] > 0,
+                    f"masks[{name!r}]: got no hidden token in the whole batch, takes at least one for its loss",
+                )
+        return batch, hidden
+
+    def _require_decoded(self, names: Collection[str]) -> None:
+        for name in sorted(names):
+            decoded = name in self.config.decoder.modalities or name not in self.config.encoder.modalities
+            require(decoded, f"{name}: got a tensor to reconstruct, takes none: the decoder lacks this modality")
+
+    def _with_others(self, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
+        """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it."""
+        others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read)
+        return with_unread(total, *others, *unread)

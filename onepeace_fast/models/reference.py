@@ -1,4 +1,4 @@
-"""The baseline: ONE-PEACE as upstream computes it, on padded batches, with plain PyTorch.
+"""The reference: ONE-PEACE as upstream computes it, on padded batches, with plain PyTorch.
 
 Sequences are padded and concatenated, the [batch, heads, length, length] bias is materialised once per forward pass,
 every layer slices the sequence by modality for its FFNs and concatenates the results. Later comparisons rest on this
@@ -12,37 +12,37 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast._routing import tensor_to_device
-from onepeace_fast.layers.adapter import Adapter
-from onepeace_fast.layers.padded_layer import Spans
+from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.plain import inside
+from onepeace_fast.layers.reference import Spans
 from onepeace_fast.layers.transformer import Transformer
-from onepeace_fast.models.passes import PaddedTokens, Part
+from onepeace_fast.models.passes import PaddedTokens, Tokens
+from onepeace_fast.routing import tensor_to_device
 
 
 def encode_padded(
     transformer: Transformer,
     adapters: Mapping[str, Adapter],
-    tokens: Part,
+    tokens: Tokens,
     samples: Mapping[str, Sequence[int]] | None,
-    keep: Tensor | None,
+    drop_path: Tensor | None,
 ) -> dict[str, Tensor]:
     """Every layer over the padded batch: {modality: [rows, length, dim]}; rows at padding mean nothing."""
     if samples is not None:
-        tokens = {name: _spread(part, samples[name], samples) for name, part in tokens.items()}
-    x = torch.cat([part.x for part in tokens.values()], dim=1)
-    padding = ~torch.cat([part.valid for part in tokens.values()], dim=1)
+        tokens = {name: _spread(padded, samples[name], samples) for name, padded in tokens.items()}
+    x = torch.cat([padded.x for padded in tokens.values()], dim=1)
+    padding = ~torch.cat([padded.valid for padded in tokens.values()], dim=1)
     has_padding = bool(padding.any())
     if has_padding:
         x = x * (1 - padding.unsqueeze(-1).to(x.dtype))
     spans, start = [], 0
-    for name, part in tokens.items():
-        spans.append((name, start, start + part.x.shape[1]))
-        start += part.x.shape[1]
+    for name, padded in tokens.items():
+        spans.append((name, start, start + padded.x.shape[1]))
+        start += padded.x.shape[1]
     biases = dense_biases(transformer, adapters, tokens, spans, padding if has_padding else None, x)
 
-    keep = None if keep is None else tensor_to_device(keep, x.device)
-    x = transformer(x.transpose(0, 1), spans, biases, keep)
+    drop_path = None if drop_path is None else tensor_to_device(drop_path, x.device)
+    x = transformer(x.transpose(0, 1), spans, biases, drop_path)
     result = {name: x[start:stop].transpose(0, 1) for name, start, stop in spans}
     if samples is None:
         return result
@@ -50,22 +50,22 @@ def encode_padded(
     return {name: output[rows[name]] for name, output in result.items()}
 
 
-def _spread(part: PaddedTokens, rows: Sequence[int], samples: Mapping[str, Sequence[int]]) -> PaddedTokens:
+def _spread(padded: PaddedTokens, rows: Sequence[int], samples: Mapping[str, Sequence[int]]) -> PaddedTokens:
     """Put a modality's rows at their samples; samples without it are padding."""
     count = len(set().union(*map(set, samples.values())))
-    index = torch.tensor(list(rows), dtype=torch.int64, device=part.x.device)
+    index = torch.tensor(list(rows), dtype=torch.int64, device=padded.x.device)
 
     def at(value: Tensor) -> Tensor:
         return value.new_zeros(count, *value.shape[1:]).index_copy(0, index, value)
 
-    ids = None if part.ids is None else at(part.ids)
-    return PaddedTokens(at(part.x), at(part.valid), part.lengths, ids, part.width)
+    ids = None if padded.ids is None else at(padded.ids)
+    return PaddedTokens(at(padded.x), at(padded.valid), padded.lengths, ids, padded.width)
 
 
 def dense_biases(
     transformer: Transformer,
     adapters: Mapping[str, Adapter],
-    tokens: Part,
+    tokens: Tokens,
     spans: Spans,
     padding: Tensor | None,
     x: Tensor,
@@ -87,12 +87,12 @@ def dense_biases(
     return result
 
 
-def _modality_bias(adapter: Adapter, table: int, part: PaddedTokens, batch: int) -> Tensor:
-    """One modality's bias [batch, heads, length, length], gathered twice where its tokens are a kept subset."""
-    index = adapter.dense_table_index(part.width)
+def _modality_bias(adapter: Adapter, table: int, padded: PaddedTokens, batch: int) -> Tensor:
+    """One modality's bias [batch, heads, length, length], gathered twice where only some tokens are visible."""
+    index = adapter.dense_table_index(padded.width)
     bias = adapter.rel_pos_table_list[table](index).unsqueeze(0).expand(batch, -1, -1, -1).permute(0, 3, 1, 2)
-    if part.ids is not None:
-        heads, kept = bias.shape[1], part.ids.shape[1]
-        bias = bias.gather(2, part.ids[:, None, :, None].expand(-1, heads, -1, part.width))
-        bias = bias.gather(3, part.ids[:, None, None, :].expand(-1, heads, kept, -1))
+    if padded.ids is not None:
+        heads, visible = bias.shape[1], padded.ids.shape[1]
+        bias = bias.gather(2, padded.ids[:, None, :, None].expand(-1, heads, -1, padded.width))
+        bias = bias.gather(3, padded.ids[:, None, None, :].expand(-1, heads, visible, -1))
     return bias

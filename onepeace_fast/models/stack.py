@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from onepeace_fast.backend import resolve_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.drop_path import draw_keep
+from onepeace_fast.drop_path import draw_drop_path
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
-from onepeace_fast.layers.adapter import Adapter
+from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.plain import inside, is_watched, unfused, watched_everywhere
 from onepeace_fast.models.inputs import Batch, Subset
 from onepeace_fast.models.parameters import is_sharded
-from onepeace_fast.models.passes import Encoded, PaddedTokens, Part, Samples, join, sample_count, split
+from onepeace_fast.models.passes import Encoded, PaddedTokens, Samples, Tokens, join, sample_count, split
 from onepeace_fast.models.reference import encode_padded
 from onepeace_fast.route_plan import RoutePlan
 
@@ -78,43 +78,57 @@ class Stack(nn.Module):
         shared = [name for name, module in modules.items() if _embeds_in_two_steps(f"{name}_adapter", module)]
         return {name: self.adapter(name).tokens(batch.inputs[name]) for name in shared}
 
-    def embed(self, batch: Batch, kept: Subset | None = None, tokens: Mapping[str, Tensor] | None = None) -> Part:
-        """Embed every modality of the batch with positions; with ``kept`` only those tokens, side by side.
+    def embed(self, batch: Batch, visible: Subset | None = None, tokens: Mapping[str, Tensor] | None = None) -> Tokens:
+        """Embed every modality of the batch with positions; of ``visible`` only those tokens, side by side.
 
         ``tokens`` holds what is embedded already.
         """
-        part = {}
+        result = {}
         for name, value in batch.inputs.items():
-            present, lengths, ids = batch.valid.masks[name], batch.valid.lengths[name], None
-            width = present.shape[1]
-            if kept is not None:
-                lengths = kept.lengths[name]
-                present, ids = kept_ids(kept.masks[name], max(lengths, default=1))
+            valid, lengths, ids = batch.valid.masks[name], batch.valid.lengths[name], None
+            width = valid.shape[1]
+            if visible is not None:
+                lengths = visible.lengths[name]
+                valid, ids = visible_ids(visible.masks[name], max(lengths, default=1))
             if tokens and name in tokens:
                 x = self.adapter(name).place(tokens[name], ids)
             else:
                 x = self.embedding(name, value, ids)
-            part[name] = PaddedTokens(x, present, lengths, ids, width)
-        return part
+            result[name] = PaddedTokens(x, valid, lengths, ids, width)
+        return result
 
-    def draw_drop_path(self, samples: int) -> Tensor | None:
-        """DropPath's factors of one pass, on the CPU, or None where nothing is dropped."""
-        if not (self.training and self.config.drop_path_rate):
-            return None
-        return draw_keep(inside(self.fusion_model, Transformer).drop_path_rates, samples)
+    def among_mask_tokens(
+        self, mask_tokens: Mapping[str, Tensor], batch: Batch, visible: Tokens, encoded: Encoded
+    ) -> Tokens:
+        """A decoder's input: what is encoded of the visible tokens, mask tokens elsewhere, and positions.
 
-    def plan(self, tokens: Part, samples: Samples | None = None) -> RoutePlan:
+        Upstream masks padding through the bias alone: a decoder without bias attends to its padding, zeroed at first.
+        """
+        result = {}
+        for name, seen in visible.items():
+            x, place = encoded.rows_of(name, seen)
+            valid, lengths = batch.valid.masks[name], batch.valid.lengths[name]
+            x = mask_tokens[name].to(x.dtype).repeat(valid.numel(), 1).index_copy(0, place, x)
+            x = self.embedding(name, x.view(*valid.shape, x.shape[1]))
+            if sum(lengths) < valid.numel():
+                x = x * valid[..., None].to(x.dtype)
+            if not self.config.use_bias:
+                valid, lengths = torch.ones_like(valid), [valid.shape[1]] * valid.shape[0]
+            result[name] = PaddedTokens(x, valid, lengths, None, valid.shape[1])
+        return result
+
+    def plan(self, tokens: Tokens, samples: Samples | None = None) -> RoutePlan:
         """The route plan of padded tokens; nothing is read back from the device."""
-        widths = {name: part.width for name, part in tokens.items()}
-        codes = {name: self.adapter(name).codes(width) for name, width in widths.items()}
+        adapters = {name: self.adapter(name) for name in tokens}
+        codes = {name: adapters[name].codes(padded.width) for name, padded in tokens.items()}
         return RoutePlan.from_masks(
-            {name: part.valid for name, part in tokens.items()},
+            {name: padded.valid for name, padded in tokens.items()},
             first_is_cls=True,
-            positions={name: part.ids for name, part in tokens.items() if part.ids is not None},
+            positions={name: padded.ids for name, padded in tokens.items() if padded.ids is not None},
             codes={name: code for name, code in codes.items() if code is not None},
-            code_offsets={name: self.adapter(name).code_offset(width) for name, width in widths.items()},
+            code_offsets={name: adapters[name].code_offset(padded.width) for name, padded in tokens.items()},
             samples=samples,
-            lengths={name: part.lengths for name, part in tokens.items()},
+            lengths={name: padded.lengths for name, padded in tokens.items()},
         )
 
     def embedding(self, name: str, *arguments: Tensor | None) -> Tensor:
@@ -140,33 +154,35 @@ class Stack(nn.Module):
             "the layers and the whole model, whose logit_scale it ignores, not a stack or an adapter",
         )
 
-    def forward(self, passes: Sequence[Part], samples: Samples | None = None) -> list[Encoded]:
+    def forward(self, passes: Sequence[Tokens], samples: Samples | None = None) -> list[Encoded]:
         """Encode the embedded tokens of each pass: packed as one call of the transformer, padded one after another."""
         if self.resolved_backend == "reference":
-            keeps = self._draw_drop_paths(passes, samples)
             return [
-                Encoded(padded=encode_padded(self.fusion_model, self.adapters, part, samples, keep))
-                for part, keep in zip(passes, keeps, strict=True)
+                Encoded(padded=encode_padded(self.fusion_model, self.adapters, tokens, samples, drop_path))
+                for tokens, drop_path in zip(passes, self._draw_drop_path(passes, samples), strict=True)
             ]
-        joined, sample_of = join(passes, samples, self.config.modalities)
-        plan = self.plan(joined, sample_of)
-        x = plan.pack({name: part.x for name, part in joined.items()})
+        joined, joined_samples = join(passes, samples, self.config.modalities)
+        plan = self.plan(joined, joined_samples)
+        x = plan.pack({name: padded.x for name, padded in joined.items()})
         return self.encode_packed(x, plan, passes, samples)
 
     def encode_packed(
-        self, x: Tensor, plan: RoutePlan, passes: Sequence[Part], samples: Samples | None = None
+        self, x: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Samples | None = None
     ) -> list[Encoded]:
         """Run the packed rows [C, dim] of joined passes through the transformer."""
-        keeps = self._draw_drop_paths(passes, samples)
-        if keeps[0] is not None:
-            plan = plan.with_keep(torch.cat(keeps, dim=2))
-        widths = {name: part.width for one in passes for name, part in one.items()}
+        drop_path = self._draw_drop_path(passes, samples)
+        if drop_path[0] is not None:
+            plan = plan.with_drop_path(torch.cat(drop_path, dim=2))
+        widths = {name: padded.width for tokens in passes for name, padded in tokens.items()}
         packed = self.fusion_model(x, plan, self.bias({name: widths[name] for name in plan.modalities}))
         return split(packed, plan, passes, samples)
 
-    def _draw_drop_paths(self, passes: Sequence[Part], samples: Samples | None) -> list[Tensor | None]:
-        """DropPath's factors of each pass, all drawn before the first runs."""
-        return [self.draw_drop_path(sample_count(part, samples)) for part in passes]
+    def _draw_drop_path(self, passes: Sequence[Tokens], samples: Samples | None) -> list[Tensor | None]:
+        """DropPath's factors of each pass, on the CPU, all drawn before the first runs; None where none is dropped."""
+        if not (self.training and self.config.drop_path_rate):
+            return [None] * len(passes)
+        rates = inside(self.fusion_model, Transformer).drop_path_rates
+        return [draw_drop_path(rates, sample_count(tokens, samples)) for tokens in passes]
 
 
 def _embeds_in_two_steps(part: str, module: nn.Module) -> bool:
@@ -178,11 +194,11 @@ def _embeds_in_two_steps(part: str, module: nn.Module) -> bool:
     return False
 
 
-def kept_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def visible_ids(mask: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Position ids of the True entries of each row, ascending: whether each is real, and the ids, [rows, width] each.
 
     Short rows are filled with position ``width - 1``: the audio position convolutions see that frame, as upstream's do.
     """
     order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
-    present = torch.arange(width, device=mask.device) < mask.sum(1, keepdim=True)
-    return present, torch.where(present, order, width - 1)
+    valid = torch.arange(width, device=mask.device) < mask.sum(1, keepdim=True)
+    return valid, torch.where(valid, order, width - 1)

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers.adapter import Adapter, SeriesAdapter
-from onepeace_fast.layers.adapters import ImageAdapter
+from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.models.parameters import (
     copy_into,
     full,
@@ -30,9 +28,6 @@ from onepeace_fast.models.parameters import (
     without_wrappers,
 )
 from onepeace_fast.relative_position import MAX_POSITIONS
-
-if TYPE_CHECKING:
-    from onepeace_fast.models.pretrain import OnePeacePretrain
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
@@ -111,7 +106,7 @@ def _reset_tables(model: nn.Module) -> None:
             module.reset_tables()
 
 
-def state_dict(model: OnePeacePretrain, grads: bool) -> dict[str, Tensor | None]:
+def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     """See ``OnePeacePretrain.to_upstream_state_dict``."""
     flattened = is_flattened(model)
     require(not (grads and flattened), "grads: got True for a model in FSDP1, takes False: its gradients are flattened")
@@ -122,13 +117,14 @@ def state_dict(model: OnePeacePretrain, grads: bool) -> dict[str, Tensor | None]
     return {name: p.grad if grads else p.detach() for name, p in parameters.items()}
 
 
-def save(model: OnePeacePretrain, directory: Path) -> None:
+def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, directory: Path) -> None:
     """Write the weights and the configuration, each under another name first, then in its place in one step.
 
-    Of a sharded model every process must call it, and the first one writes.
+    ``expected`` is the model that ``load`` would build of this configuration. Of a sharded model every process must
+    call it, and the first one writes.
     """
-    values = model.to_upstream_state_dict()
-    _check_names(model, set(values))
+    values = state_dict(model, grads=False)
+    _check_names(set(values), set(upstream_names(expected)))
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
     _check_ties(tensors)
@@ -138,7 +134,7 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     writers: dict[str, Callable[[Path], None]] = {
         WEIGHTS_FILE: lambda path: save_file(tensors, path),
-        CONFIG_FILE: model.config.save,
+        CONFIG_FILE: config.save,
     }
     for name, write in writers.items():
         draft = directory / f"{name}.new"
@@ -146,12 +142,8 @@ def save(model: OnePeacePretrain, directory: Path) -> None:
         os.replace(draft, directory / name)
 
 
-def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
-    """Raise where ``restore`` would not take these names, before anything is written."""
-    adapters = model.encoder.adapters
-    with torch.device("meta"):
-        plain = type(model)(model.config, adapters={name: adapters[name] for name in model.config.encoder.added})
-    expected = set(upstream_names(plain))
+def _check_names(found: set[str], expected: set[str]) -> None:
+    """Raise where loading would not take these names, before anything is written."""
     problems = {"missing": sorted(expected - found), "unexpected": sorted(found - expected)}
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
     require(
@@ -164,7 +156,7 @@ def _check_names(model: OnePeacePretrain, found: set[str]) -> None:
 
 
 def _check_ties(tensors: Mapping[str, Tensor]) -> None:
-    """Raise where values share memory, which ``restore`` would not let them do."""
+    """Raise where values share memory, which a loaded model would not let them do."""
     places = sorted((value.untyped_storage().data_ptr(), value.data_ptr(), name) for name, value in tensors.items())
     for (storage, start, name), (other, following, second) in pairwise(places):
         require(
@@ -179,38 +171,34 @@ def _is_part(value: Tensor) -> bool:
     return value.untyped_storage().nbytes() > value.nbytes
 
 
-def restore(
-    cls: type[OnePeacePretrain], directory: Path, backend: str | None, adapters: Mapping[str, Adapter] | None
-) -> OnePeacePretrain:
-    """Build a model from what ``save`` wrote."""
+def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
+    """The configuration and the weights that ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
-    with torch.device("meta"):  # no memory, and no numbers drawn, for what the file replaces
-        model = cls(OnePeaceConfig.load(directory / CONFIG_FILE), backend, adapters)
+    config = OnePeaceConfig.load(directory / CONFIG_FILE)
     try:
         with torch.device("cpu"):
-            weights = load_file(directory / WEIGHTS_FILE)
+            return config, load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"directory: got {directory / WEIGHTS_FILE}, which cannot be read ({reason}), takes one that save() wrote"
         ) from error
-    _give(model, _fitting(model, weights))
-    return model.to("cpu")
 
 
-def _give(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Let every parameter be its value, in the value's dtype."""
-    fresh: dict[int, nn.Parameter] = {}
-    for name, parameter in upstream_names(model).items():
-        value = values[name].clone()  # what is read of a file may be its pages
-        if parameter.is_meta:
-            fresh[id(parameter)] = nn.Parameter(value, parameter.requires_grad)
-        else:
-            parameter.data = value
+def take_over(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Let every parameter be its value on the CPU, in the value's dtype; those on meta get memory."""
+    fresh = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        for parameter in model.parameters()
+        if parameter.is_meta
+    }
     for module in model.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = fresh.get(id(parameter), parameter)
+    values = _fitting(model, weights)
+    for name, parameter in upstream_names(model).items():
+        parameter.data = values[name].clone()  # what is read of a file may be its pages
     _reset_tables(model)
 
 

@@ -8,7 +8,7 @@ through one ``torch.autograd.Function`` if a gradient is needed: the dispatcher 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_type_hints
 
 import torch
@@ -39,43 +39,44 @@ class Leaf(NamedTuple):
     type: str
 
 
-def leaves(structure: type) -> list[Leaf]:
-    """The leaves of a class of structures, those of nested ones included."""
-    found = []
-    for name, kind in get_type_hints(structure).items():
-        inner = leaves(kind) if hasattr(kind, "_fields") else [Leaf((), SCHEMA_TYPES[kind])]
-        found += [Leaf((name, *leaf.path), leaf.type) for leaf in inner]
-    return found
-
-
-def flatten(structure: tuple) -> list:
-    """The values of a structure's leaves, in their order."""
-    flat: list = []
-    for value in structure:
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            flat += flatten(value)
-        else:
-            flat.append(value)
-    return flat
-
-
-class Builder:
-    """Makes structures of a class out of the values of their leaves; a tuple holds numbers, a list tensors."""
+class Layout:
+    """The leaves of a class of structures, which holds structures one level deep: flat to a structure and back."""
 
     def __init__(self, structure: type) -> None:
         self.structure = structure
-        kinds = get_type_hints(structure).values()
-        self.makers = [
-            Builder(kind) if hasattr(kind, "_fields") else _numbers if SCHEMA_TYPES[kind] == "SymInt[]" else next
-            for kind in kinds
-        ]
+        self._inner = [kind if hasattr(kind, "_fields") else None for kind in get_type_hints(structure).values()]
+        self._nested = [place for place, kind in enumerate(self._inner) if kind is not None][::-1]
+        self.leaves = _leaves(structure)
 
-    def __call__(self, flat: Iterator[Any]) -> Any:
-        return self.structure(*[make(flat) for make in self.makers])
+    def flatten(self, structure: tuple) -> list:
+        """The values of the leaves in their order."""
+        flat = [*structure]
+        for place in self._nested:  # the last first, so that the others stay where they are
+            flat[place : place + 1] = flat[place]
+        return flat
+
+    def build(self, flat: Sequence[Any]) -> Any:
+        """A structure with these values of its leaves."""
+        if not self._nested:
+            return self.structure._make(flat)
+        values, start = [], 0
+        for kind in self._inner:
+            if kind is None:
+                values.append(flat[start])
+                start += 1
+            else:
+                stop = start + len(kind._fields)
+                values.append(kind._make(flat[start:stop]))
+                start = stop
+        return self.structure._make(values)
 
 
-def _numbers(flat: Iterator[Any]) -> tuple:
-    return tuple(next(flat))
+def _leaves(structure: type) -> list[Leaf]:
+    found = []
+    for name, kind in get_type_hints(structure).items():
+        inner = _leaves(kind) if hasattr(kind, "_fields") else [Leaf((), SCHEMA_TYPES[kind])]
+        found += [Leaf((name, *leaf.path), leaf.type) for leaf in inner]
+    return found
 
 
 def is_eager(tensors: Sequence[Tensor | None]) -> bool:
@@ -145,14 +146,14 @@ class _Op:
     """A registered op: structures in, a structure out."""
 
     def __init__(
-        self, name: str, inputs: Sequence[type], arguments: Sequence[Leaf], outputs: type, reference: Callable,
+        self, name: str, inputs: Sequence[Layout], arguments: Sequence[Leaf], outputs: Layout, reference: Callable,
         kernel: Callable, fake: Callable, triton: bool,
     ) -> None:  # fmt: skip
         self.name, self.reference, self.kernel, self.triton = name, reference, kernel, triton
-        self.outputs, self.output_leaves = outputs, leaves(outputs)
-        self._build_inputs, self._build_outputs = [Builder(structure) for structure in inputs], Builder(outputs)
+        self.inputs, self.outputs = inputs, outputs
+        self._numbers = [place for place, leaf in enumerate(arguments) if leaf.type == "SymInt[]"]
         taken = ", ".join(f"{leaf.type} {'_'.join(leaf.path)}" for leaf in arguments)
-        given = ", ".join(leaf.type.removesuffix("?") for leaf in self.output_leaves)
+        given = ", ".join(leaf.type.removesuffix("?") for leaf in outputs.leaves)
         _LIBRARY.define(f"{name}({taken}) -> ({given})", tags=(torch.Tag.pt2_compliant_tag,))
         _LIBRARY.impl(name, self._at_boundary(self.run), "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", self._at_boundary(fake), lib=_LIBRARY)
@@ -167,12 +168,22 @@ class _Op:
         with torch._C._DisableAutocast():
             return (self.kernel if runs_kernel(self.name, first, self.triton) else self.reference)(*given)
 
+    def from_boundary(self, flat: Sequence[Any]) -> list[Any]:
+        """The structures of an op's arguments."""
+        flat, structures = [*flat], []
+        for place in self._numbers:
+            flat[place] = tuple(flat[place])
+        for layout in self.inputs:
+            size = len(layout.leaves)
+            structures.append(layout.build(flat[:size]))
+            flat = flat[size:]
+        return structures
+
     def _at_boundary(self, function: Callable) -> Callable:
         """``function`` over flat arguments and results. An op returns no None: what is absent is an empty vector."""
 
         def flat_function(*flat: Any) -> tuple:
-            values = iter(flat)
-            results = flatten(function(*[build(values) for build in self._build_inputs]))
+            results = self.outputs.flatten(function(*self.from_boundary(flat)))
             like = _tensors(flat)[0]
 
             def present(value: Tensor | None) -> Tensor:
@@ -210,13 +221,13 @@ class _Backward(_Op):
     """The backward op of an operation."""
 
     def __init__(self, name: str, gradient: Gradient, triton: bool) -> None:
+        saved, gradients = Layout(gradient.saved), Layout(gradient.gradients)
         needs = [
-            Leaf(("needs", *leaf.path), "bool[]" if leaf.type == "Tensor[]" else "bool")
-            for leaf in leaves(gradient.gradients)
+            Leaf(("needs", *leaf.path), "bool[]" if leaf.type == "Tensor[]" else "bool") for leaf in gradients.leaves
         ]
         super().__init__(
-            name, (gradient.saved, gradient.gradients), [*leaves(gradient.saved), *needs], gradient.gradients,
-            gradient.reference, gradient.kernel, gradient.fake, triton,
+            name, (saved, gradients), [*saved.leaves, *needs], gradients, gradient.reference, gradient.kernel,
+            gradient.fake, triton,
         )  # fmt: skip
         torch.library.register_autograd(f"{NAMESPACE}::{name}", self._refuse, lib=_LIBRARY)
         self.grads = sum(field.startswith("grad_") for field in gradient.saved._fields)
@@ -224,7 +235,8 @@ class _Backward(_Op):
     def __call__(self, saved: Any, needs: Needs) -> Any:
         # With create_graph a second derivative may follow, which the registered op refuses.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_eager(saved[: self.grads]):
-            return self._build_outputs(iter(self.overload(*flatten(saved), *flatten(needs))))
+            of_saved, of_needs = self.inputs
+            return self.outputs.build(self.overload(*of_saved.flatten(saved), *of_needs.flatten(needs)))
         return self.run(saved, needs)
 
     def _refuse(self, ctx: Any, *gradients: Any) -> None:
@@ -244,56 +256,78 @@ class Operation(_Op):
         self, name: str, inputs: type, outputs: type, *, reference: Callable, kernel: Callable, fake: Callable,
         gradient: Gradient, triton: bool = True,
     ) -> None:  # fmt: skip
-        arguments = leaves(inputs)
-        super().__init__(name, (inputs,), arguments, outputs, reference, kernel, fake, triton)
+        layout = Layout(inputs)
+        super().__init__(name, (layout,), layout.leaves, Layout(outputs), reference, kernel, fake, triton)
         self.gradient = gradient
         self.backward = _Backward(f"{name}_backward", gradient, triton)
         self.visible = self.backward.grads
-        assert gradient.saved._fields[: self.visible] == tuple(f"grad_{f}" for f in outputs._fields[: self.visible])
-        self._saved_fields = gradient.saved._fields[self.visible :]
-        self._optional_grads = leaves(gradient.saved)[0].type == "Tensor?"
-        self._build_saved, self._build_gradients = Builder(gradient.saved), Builder(gradient.gradients)
-        paths = [leaf.path for leaf in arguments]
-        self._places = [paths.index(leaf.path) for leaf in leaves(gradient.gradients)]
-        # Beside lists of tensors torch takes an empty list of numbers for one of those.
-        types = [leaf.type for leaf in arguments]
-        self._numbers = [i for i, kind in enumerate(types) if kind == "SymInt[]" and "Tensor[]" in types]
-        self._arguments = len(arguments)
+        self._inputs, (self._saved, self._gradients) = layout, self.backward.inputs
+        fields = gradient.saved._fields
+        assert fields[: self.visible] == tuple(f"grad_{field}" for field in outputs._fields[: self.visible])
+        self._saved_fields = [(field, field in outputs._fields) for field in fields[self.visible :]]
+        self._optional_grads = self._saved.leaves[0].type == "Tensor?"
+        paths = [leaf.path for leaf in layout.leaves]
+        self._places = [paths.index(leaf.path) for leaf in self._gradients.leaves]
+        self._has_lists = any(leaf.type == "Tensor[]" for leaf in layout.leaves)
         self._function = type(name, (_EagerFunction,), {})
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._registered_backward, setup_context=self._setup_context, lib=_LIBRARY
         )
 
     def __call__(self, given: Any) -> tuple[Tensor, ...]:
-        flat = flatten(given)
+        flat = self._inputs.flatten(given)
         if torch.compiler.is_compiling() or not is_eager(_tensors(flat)):
             return self.overload(*flat)[: self.visible]
         if torch.is_grad_enabled():
-            differentiable = []
-            for place in self._places:
-                value = flat[place]
-                differentiable += value if type(value) is list else (value,)
+            differentiable = self._differentiable(flat)
             if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
                 return self._function.apply(self, given, *differentiable)
         return self.run(given)[: self.visible]
 
+    def _differentiable(self, flat: Sequence[Any]) -> list[Tensor | None]:
+        """The tensors that may get a gradient, those of lists one by one."""
+        found: list[Tensor | None] = []
+        for place in self._places:
+            value = flat[place]
+            if type(value) is list:
+                found += value
+            else:
+                found.append(value)
+        return found
+
+    def needs(self, given: Any) -> Needs:
+        """True where an input requires a gradient."""
+        flat = self._inputs.flatten(given)
+        return self._gradients.build([
+            [tensor.requires_grad for tensor in flat[place]] if type(flat[place]) is list
+            else flat[place] is not None and flat[place].requires_grad
+            for place in self._places
+        ])  # fmt: skip
+
+    def saved(self, given: Any, outputs: Any, grads: Sequence[Tensor | None], needs: Needs) -> Any:
+        """What the backward pass is given."""
+        selected = self.gradient.select(given, outputs, needs)
+        return self.gradient.saved._make([
+            *grads,
+            *[
+                selected[field] if field in selected else getattr(outputs if is_output else given, field)
+                for field, is_output in self._saved_fields
+            ],
+        ])  # fmt: skip
+
     def save(self, ctx: Any, given: Any, outputs: Any, needs: Needs) -> None:
         """Keep for the backward pass what it reads: tensors where hooks see them, all else beside them."""
-        selected = self.gradient.select(given, outputs, needs)
+        saved = self.saved(given, outputs, [None] * self.visible, needs)
         tensors, kept = [], []
-        for field in self._saved_fields:
-            value = (
-                selected[field] if field in selected else getattr(outputs if hasattr(outputs, field) else given, field)
-            )
-            for item in flatten(value) if isinstance(value, tuple) and hasattr(value, "_fields") else (value,):
-                if isinstance(item, Tensor):
-                    tensors.append(item)
-                    kept.append(_SAVED)
-                elif type(item) is list:
-                    tensors += item
-                    kept.append([_SAVED] * len(item))
-                else:
-                    kept.append(item)
+        for value in self._saved.flatten(saved)[self.visible :]:
+            if isinstance(value, Tensor):
+                tensors.append(value)
+                kept.append(_SAVED)
+            elif type(value) is list:
+                tensors += value
+                kept.append([_SAVED] * len(value))
+            else:
+                kept.append(value)
         ctx.save_for_backward(*tensors)
         ctx.kept = kept
         if self._optional_grads:
@@ -301,45 +335,41 @@ class Operation(_Op):
 
     def differentiate(self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs) -> list:
         """Gradients by leaf, None where none is needed or no output had one."""
-        flags = flatten(needs)
-        grads = grads[: self.visible]
-        if all([grad is None for grad in grads]):
+        flags = self._gradients.flatten(needs)
+        flat = [*grads[: self.visible]]
+        if all([grad is None for grad in flat]):
             return [[None] * len(flag) if type(flag) is list else None for flag in flags]
         tensors = iter(ctx.saved_tensors)
-        flat = [*grads]
         for item in ctx.kept:
             if item is _SAVED:
                 flat.append(next(tensors))
             else:
                 flat.append([next(tensors) for _ in item] if type(item) is list else item)
-        gradients = flatten(self.gradient.finish(self.backward, self._build_saved(iter(flat)), needs))
+        gradients = self.gradient.finish(self.backward, self._saved.build(flat), needs)
         return [
             [one if need else None for one, need in zip(value, flag, strict=True)] if type(flag) is list
             else value if flag else None
-            for value, flag in zip(gradients, flags, strict=True)
+            for value, flag in zip(self._gradients.flatten(gradients), flags, strict=True)
         ]  # fmt: skip
-
-    def needs(self, flags: Sequence[Any]) -> Needs:
-        """Flags by leaf as a structure."""
-        return self._build_gradients(iter(flags))
 
     def _setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.mark_non_differentiable(*output[self.visible :])
-        ctx.without_numbers = [place for place in self._numbers if not len(inputs[place])]
+        # Beside lists of tensors torch takes an empty list of numbers for one of those.
+        ctx.without_numbers = [place for place in self._numbers if self._has_lists and not len(inputs[place])]
         # An optional output is a matrix; where it is absent it has come out as an empty vector.
         results = [
             None if leaf.type == "Tensor?" and value.dim() == 1 else value
-            for leaf, value in zip(self.output_leaves, output, strict=True)
+            for leaf, value in zip(self.outputs.leaves, output, strict=True)
         ]
-        (build,) = self._build_inputs
-        self.save(ctx, build(iter(inputs)), self._build_outputs(iter(results)), self._registered_needs(ctx))
+        (given,) = self.from_boundary(inputs)
+        self.save(ctx, given, self.outputs.build(results), self._registered_needs(ctx))
 
     def _registered_needs(self, ctx: Any) -> Needs:
         flags = (ctx.needs_input_grad[place] for place in self._places)
-        return self.needs([flag if isinstance(flag, bool) else list(flag or ()) for flag in flags])
+        return self._gradients.build([flag if isinstance(flag, bool) else list(flag or ()) for flag in flags])
 
     def _registered_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        found: list = [None] * self._arguments
+        found: list = [None] * len(self._inputs.leaves)
         for place, value in zip(self._places, self.differentiate(ctx, grads, self._registered_needs(ctx)), strict=True):
             found[place] = value
         for place in ctx.without_numbers:
@@ -356,11 +386,8 @@ class _EagerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, operation: Operation, given: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:
         outputs = operation.run(given)
-        flags, flat = iter(ctx.needs_input_grad[2:]), flatten(given)
-        shape = [flat[place] for place in operation._places]
-        needs = operation.needs([[next(flags) for _ in v] if type(v) is list else next(flags) for v in shape])
-        ctx.operation, ctx.needs = operation, needs
-        operation.save(ctx, given, outputs, needs)
+        ctx.operation, ctx.needs = operation, operation.needs(given)
+        operation.save(ctx, given, outputs, ctx.needs)
         return outputs[: operation.visible]
 
     @staticmethod

@@ -35,9 +35,11 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     shapes = FeedForwardWeights((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
     for name, tensors, shape in zip(weights._fields, weights, shapes, strict=True):
         require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
+        dtype = None if name.startswith("norm") else z.dtype
         for m, tensor in enumerate(tensors):
-            _check_parameter(f"{name}[{m}]", tensor, shape, None if name.startswith("norm") else z.dtype)
-            require_device(f"{name}[{m}]", tensor, z.device)
+            fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+            if not (fits and tensor.shape == shape and tensor.device == z.device):
+                _refuse_parameter(f"{name}[{m}]", tensor, shape, dtype, z.device)
     require_norm_and_activation(weights.norm_weight, weights.norm_bias, settings.activation, settings.eps)
     row_index = routing.row_index
     require(
@@ -66,14 +68,13 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
         )
 
 
-def _check_parameter(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None) -> None:
+def _refuse_parameter(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
+) -> None:
     """Norms may have any floating-point dtype (``dtype`` None), the others z's."""
-    fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    require_device(name, tensor, device)
     wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
-    require(
-        fits and tensor.dim() == len(shape) and all(a == b for a, b in zip(tensor.shape, shape, strict=True)),
-        lambda: f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}",
-    )
+    raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}")
 
 
 def chosen_strategy(

@@ -51,7 +51,7 @@ def layer_step(lengths, frozen=(), strategy="grouped"):
     keep[:, :, 0] = 0
     found = set()
     # Of three layers' branches, each lies elsewhere in the tensors of all.
-    for branch in branches(plan.with_keep(keep)):
+    for branch in branches(plan.with_drop_path(keep)):
         with force_kernels(True), recording("sm_90", 132) as configurations:
             x = torch.zeros(plan.capacity, 64, dtype=torch.bfloat16, requires_grad=True)
             bias = [torch.zeros(2, 2 * offset + 4, dtype=torch.bfloat16) for offset in plan.code_offsets]

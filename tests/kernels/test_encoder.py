@@ -94,7 +94,7 @@ def run(layer, x, route, bias):
 def test_skipped_rows_keep_their_bits_and_the_rest_is_as_if_all_were_computed(which):
     layer, x, plan, bias = layer_inputs()
     keep = KEEP[which : which + 1]
-    (route,) = branches(plan.with_keep(keep))
+    (route,) = branches(plan.with_drop_path(keep))
     whole = Branches(*(Branch(plan, None, factors.to(DEVICE), plan.sample) for factors in keep[0]))
     expected, got = run(layer, x, whole, bias), run(layer, x, route, bias)
     assert_close(got, expected, 1e-4)
@@ -113,7 +113,7 @@ def test_a_step_with_drop_path_repeats_bit_for_bit():
 def test_a_layer_compiles_in_one_graph_with_skipped_rows():
     torch._dynamo.reset()
     layer, x, plan, bias = layer_inputs()
-    (route,) = branches(plan.with_keep(KEEP[:1]))
+    (route,) = branches(plan.with_drop_path(KEEP[:1]))
     expected = run(layer, x, route, bias)
     got = run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, route, bias)
     got = {name.removeprefix("_orig_mod."): value for name, value in got.items()}
@@ -126,7 +126,7 @@ def test_a_captured_graph_follows_its_refilled_plan():
         lengths = {"text": text, "image": image}
         widths = {"text": 9, "image": 10}
         plan = RoutePlan.from_lengths(lengths, device=DEVICE, widths=widths, capacity=64, first_is_cls=True)
-        return plan.with_keep(keep.to(DEVICE))
+        return plan.with_drop_path(keep.to(DEVICE))
 
     width = 48
     weights = [[torch.randn(width, device=DEVICE) for _ in range(2)] for _ in range(4)]
@@ -168,7 +168,7 @@ def test_a_whole_layer_captured_forward_and_backward_follows_its_refilled_plan(d
     def plan_of(text, image, keep):
         lengths, widths = {"text": text, "image": image}, {"text": 9, "image": 10}
         plan = RoutePlan.from_lengths(lengths, device=DEVICE, widths=widths, capacity=64)
-        return plan.with_keep(keep.to(DEVICE)) if drop_path else plan
+        return plan.with_drop_path(keep.to(DEVICE)) if drop_path else plan
 
     plan = plan_of([9, 3, 5], [10, 10, 10], KEEP[:1])
     x = torch.randn(64, sizes["embed_dim"], device=DEVICE, dtype=dtype).requires_grad_()

@@ -17,7 +17,7 @@ from models._small import (
 from torch import nn
 
 from onepeace_fast import OnePeacePretrain
-from onepeace_fast.layers.adapter import SeriesAdapter, valid_from_padding
+from onepeace_fast.layers.adapters import SeriesAdapter, valid_from_padding
 
 
 class SensorAdapter(SeriesAdapter):

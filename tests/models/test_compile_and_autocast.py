@@ -41,7 +41,7 @@ def test_compiled_layer_and_its_gradients_equal_the_eager_ones(drop_path):
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         x, plan, bias = layer_inputs(model, batch)
         model.zero_grad(set_to_none=True)
-        out = run(x, branches(plan.with_keep(keep))[0] if drop_path else plan, bias)
+        out = run(x, branches(plan.with_drop_path(keep))[0] if drop_path else plan, bias)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results.append({"out": out.detach(), "x": x.grad, **{f"bias {i}": v.grad for i, v in enumerate(bias)}})
         results[-1] |= {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}

@@ -7,9 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import OnePeacePretrain, RoutePlan
-from onepeace_fast._routing import kept_rows
-from onepeace_fast.drop_path import draw_keep
+from onepeace_fast.drop_path import draw_drop_path
 from onepeace_fast.layers import transformer
+from onepeace_fast.routing import branch_row_counts
 
 BATCH = batch_of(text=[3, 1], image=(2, 2))
 
@@ -27,7 +27,7 @@ def test_drop_path_grows_linearly_from_zero_to_the_configured_rate(layers, rates
 
 
 def test_a_kept_sample_counts_for_the_dropped_ones():
-    keep = draw_keep([0.75], 64, torch.Generator().manual_seed(0))
+    keep = draw_drop_path([0.75], 64, torch.Generator().manual_seed(0))
     assert set(keep.unique().tolist()) == {0.0, 4.0}
 
 
@@ -179,8 +179,8 @@ def test_the_references_softmax_runs_in_at_least_float32_in_a_model_of_any_dtype
 
 @pytest.mark.parametrize("counts", [[2049], [1500, 549, 4], [70001]], ids=str)
 def test_kept_rows_are_counted_exactly_past_what_half_precision_holds(counts):
-    ((attention, feed_forward),) = kept_rows(torch.ones(1, 2, len(counts)), [counts])
+    ((attention, feed_forward),) = branch_row_counts(torch.ones(1, 2, len(counts)), [counts])
     assert attention == feed_forward == (sum(counts),)
     plan = RoutePlan.from_lengths({"text": counts}, first_is_cls=True)
-    kept = plan.with_keep(torch.full((1, 2, len(counts)), 1.25)).kept_row_counts
+    kept = plan.with_drop_path(torch.full((1, 2, len(counts)), 1.25)).branch_row_counts
     assert kept == (((sum(counts),), (sum(counts),)),)

@@ -10,7 +10,7 @@ from torch import nn
 
 from onepeace_fast import OnePeacePretrain
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.padded_layer import attend
+from onepeace_fast.layers.reference import attend
 from onepeace_fast.layers.transformer import SelfAttention, Transformer
 from onepeace_fast.models import losses, stack
 
@@ -88,9 +88,9 @@ def test_drop_path_grows_in_a_line_from_zero_to_the_configured_rate_at_the_last_
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_pass_draws_by_its_own_stack_s_rates_in_training_alone(backend, monkeypatch):
-    asked, draw = [], stack.draw_keep
+    asked, draw = [], stack.draw_drop_path
     monkeypatch.setattr(
-        stack, "draw_keep", lambda rates, samples: asked.append((list(rates), samples)) or draw(rates, samples)
+        stack, "draw_drop_path", lambda rates, samples: asked.append((list(rates), samples)) or draw(rates, samples)
     )
     model = small_model(backend, small_config(decoder={"drop_path_rate": 0.2, "layers": 2}, drop_path_rate=0.4))
     batch = batch_of(text=[5, 4, 3])
@@ -125,10 +125,11 @@ def test_the_reference_s_softmax_is_float32_s_in_a_model_of_half_precision(dtype
     nn.init.eye_(attention.out_proj.weight)
     nn.init.zeros_(attention.out_proj.bias)
     x = torch.randn(200, 1, 32).to(dtype)
-    heads = [p(x).view(200, 2, 16).transpose(0, 1) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    projected = [p(x) for p in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    heads = [each.view(200, 2, 16).transpose(0, 1) for each in projected]
     weights = torch.bmm(heads[0] * 16**-0.5, heads[1].transpose(1, 2)).double().softmax(-1).to(dtype)
     expected = torch.bmm(weights, heads[2]).transpose(0, 1).reshape(200, 1, 32)
-    got = attend(attention, x, None)
+    got = attend(*projected, 2, None, None)
     assert (got == expected).double().mean() > 0.97
 
 

@@ -29,7 +29,7 @@ ONLY_KERNELS_CALL = {"gated_sub_ln", "gated_sub_ln_backward"}
 # The recording that exercises an output: gamma is in "perlayer", head scale in "flags".
 PER_LAYER = {("residual_backward", "gamma"), ("routed_ffn", "y"), ("routed_ffn_backward", "gamma")}
 MUTANTS = [
-    (op, ".".join(leaf.path)) for op in OPERATIONS for leaf in op.output_leaves
+    (op, ".".join(leaf.path)) for op in OPERATIONS for leaf in op.outputs.leaves
     if ".".join(leaf.path) not in NOT_IN_A_MODEL.get(op.name, ())
 ]  # fmt: skip
 
@@ -82,7 +82,7 @@ def test_every_op_has_its_mutants():
     schemas = torch._C._dispatch_get_all_op_names()
     ops = {name.removeprefix("onepeace_fast::") for name in schemas if name.startswith("onepeace_fast::")}
     assert ops == {op.name for op in OPERATIONS} | ONLY_KERNELS_CALL
-    assert all(missing <= {".".join(leaf.path) for op in OPERATIONS if op.name == name for leaf in op.output_leaves}
+    assert all(missing <= {".".join(leaf.path) for op in OPERATIONS if op.name == name for leaf in op.outputs.leaves}
                for name, missing in NOT_IN_A_MODEL.items())  # fmt: skip
 
 

@@ -13,10 +13,9 @@ from models._small import (
     small_model,
 )
 
-from onepeace_fast.layers.adapters import FeatureExtractor
+from onepeace_fast.layers.adapters.audio import FeatureExtractor
 from onepeace_fast.models import stack as stack_module
 from onepeace_fast.models.inputs import read_batch
-from onepeace_fast.models.objectives import vision_language_loss
 
 TEXT = [7, 2, 5]
 
@@ -82,9 +81,9 @@ def test_both_backends_draw_the_same_drop_path_in_every_pass_of_a_step(task):
 
 def test_drop_path_is_drawn_for_every_sample_of_every_pass(monkeypatch):
     drawn = []
-    draw = stack_module.draw_keep
+    draw = stack_module.draw_drop_path
     monkeypatch.setattr(
-        stack_module, "draw_keep", lambda rates, samples, *a: (drawn.append(samples), draw(rates, samples, *a))[1]
+        stack_module, "draw_drop_path", lambda rates, samples, *a: (drawn.append(samples), draw(rates, samples, *a))[1]
     )
     name, inputs = vision_language()
     small_model("fused", small_config(drop_path_rate=0.4)).train()(name, **inputs)
@@ -99,8 +98,8 @@ def test_joined_passes_give_each_sample_what_it_has_alone():
     read, (hidden,) = read_batch(encoder.adapters, batch, masks=masks, passes=[{name: name for name in masks}])
     parts = [
         encoder.embed(read.select("text")),
-        encoder.embed(read.select("image"), hidden.kept),
-        encoder.embed(read, hidden.kept),
+        encoder.embed(read.select("image"), hidden.visible),
+        encoder.embed(read, hidden.visible),
         encoder.embed(read),
     ]
     joined = encoder(parts)
@@ -152,4 +151,4 @@ def test_the_text_side_of_audio_contrast_gets_no_gradient():
 def test_the_checks_of_a_step_come_before_any_work():
     _, inputs = vision_language()
     with pytest.raises(ValueError, match="text, image: got 3 and 2 rows"):
-        vision_language_loss(small_model("fused"), inputs["text"], inputs["image"][:2], inputs["masks"], 0.1)
+        small_model("fused").vision_language_loss(**inputs | {"image": inputs["image"][:2]})

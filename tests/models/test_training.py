@@ -73,7 +73,7 @@ def test_a_sample_dropped_in_every_layer_passes_unchanged_and_leaves_the_others_
     batch = batch_of(text=[7, 2, 5])
     valid = valid_tokens(batch)["text"]
     model = small_model(backend, small_config(drop_path_rate=0.4)).train()
-    monkeypatch.setattr(stack, "draw_keep", draw)
+    monkeypatch.setattr(stack, "draw_drop_path", draw)
     got = model.encode(**batch)["text"]
     encoder = model.encoder_wrapper
     embedded = encoder.fusion_model.final_norm("text")(encoder.adapter("text")(batch["text"]))
@@ -84,7 +84,7 @@ def test_a_sample_dropped_in_every_layer_passes_unchanged_and_leaves_the_others_
     assert not any(grad.any() for grad in inside.values())
     rest = model.encode(text=batch["text"][[0, 2]])["text"]
     assert (rest[1] - got[2]).abs().max() > 1e-3  # there the dropped row of the two is row 1
-    monkeypatch.setattr(stack, "draw_keep", lambda rates, samples: torch.full((len(rates), 2, samples), 1.25))
+    monkeypatch.setattr(stack, "draw_drop_path", lambda rates, samples: torch.full((len(rates), 2, samples), 1.25))
     kept = model.encode(**batch)["text"]
     assert_close({"others": got[[0, 2]][valid[[0, 2]]]}, {"others": kept[[0, 2]][valid[[0, 2]]]}, 1e-12)
 

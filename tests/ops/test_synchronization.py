@@ -5,10 +5,10 @@ references, which are what runs on a device as long as no kernel does, are run b
 """
 
 import dataclasses
-import importlib
 
 import pytest
 import torch
+from support.every_op import attention_inputs, rowwise_inputs, run_both_passes
 from support.plans import naive_layout, whole_rows
 from support.synchronization import DEVICE, SYNCHRONIZED, no_synchronization
 from torch._subclasses.fake_tensor import FakeTensor
@@ -17,11 +17,8 @@ from onepeace_fast import RoutePlan, kernels
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.kernels.launch import recording
 from onepeace_fast.layers import transformer
-from onepeace_fast.ops import routed_ffn_per_modality as per_modality
-from onepeace_fast.ops.relative_bias_attention import (
-    relative_bias_attention_backward_on_gpu,
-    relative_bias_attention_on_gpu,
-)
+from onepeace_fast.ops.routed_ffn import ROUTED_FFN
+from onepeace_fast.structures import DropPath, Routing, Segments
 
 LENGTHS = {"text": [5, 7, 3], "image": [4, 10], "audio": [6]}
 SAMPLES = {"text": [0, 1, 2], "image": [2, 0], "audio": [1]}
@@ -32,14 +29,14 @@ CONFIG = TransformerConfig(
 
 # The host's own tensors must stay out of the fake mode, so what it counts is counted here.
 KEEP = torch.tensor([[[1.0, 1, 1], [1, 1, 1]], [[0, 1.25, 1.25], [1.25, 0, 0]]])
-KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True).with_keep(KEEP).kept_row_counts
+KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True).with_drop_path(KEEP).branch_row_counts
 
 
 def make_plan(on_host: bool = True) -> RoutePlan:
     """With DropPath's factors on the device, and what they keep known to the host or not."""
     plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, first_is_cls=True)
-    plan = plan.with_keep(torch.empty(2, 2, plan.samples, device=DEVICE))
-    return dataclasses.replace(plan, kept_row_counts=KEPT if on_host else ())
+    plan = plan.with_drop_path(torch.empty(2, 2, plan.samples, device=DEVICE))
+    return dataclasses.replace(plan, branch_row_counts=KEPT if on_host else ())
 
 
 def make_model(dropout: bool = True) -> transformer.Transformer:
@@ -107,7 +104,7 @@ def test_no_kind_of_plan_waits_from_packing_to_the_gradients(kind, drop_path):
     with no_synchronization():
         plan, model = PLANS[kind](), make_model()
         if drop_path:
-            plan = plan.with_keep(torch.empty(2, 2, plan.samples, device=DEVICE))
+            plan = plan.with_drop_path(torch.empty(2, 2, plan.samples, device=DEVICE))
         shapes = [(plan.padded_rows, 8)] if kind == "modality ids" else [(*shape, 8) for shape in plan.padded_shapes]
         padded = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes]
         interleaved = kind == "modality ids"
@@ -124,54 +121,25 @@ def test_no_kind_of_plan_waits_from_packing_to_the_gradients(kind, drop_path):
 @pytest.mark.parametrize("where", ("all rows", "some rows"))
 def test_the_launchers_read_no_tensor_on_the_host(where):
     """On plain tensors of the meta device, which refuse it; nothing of a plan is known to the host."""
-    rows, stream, width, hidden, groups = 24, 32, 16, 32, 3
+    rows = 24
 
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 
-    offsets, index = empty(groups + 1, dtype=torch.int32), empty(rows, dtype=torch.int32)
-    some = where == "some rows"
-    place = index if some else None
-    residual_rows = stream if some else rows
-    gamma, keep, sample = empty(width), empty(4), empty(residual_rows, dtype=torch.int32)
-    shapes = ((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
-    lists = [[empty(*shape) for _ in range(groups)] for shape in shapes]
-    z, x, seed = empty(rows, width), empty(residual_rows, width), empty(dtype=torch.int64)
-    vectors = [empty(width) for _ in range(groups)]
-
-    def run(module: str, name: str, *arguments: object) -> tuple:
-        return getattr(importlib.import_module(f"onepeace_fast.kernels.{module}"), name)(*arguments)
-
+    offsets, index = empty(4, dtype=torch.int32), empty(rows, dtype=torch.int32)
     with pytest.raises((RuntimeError, NotImplementedError)):
         offsets.tolist()
+    routing = Routing(offsets, (), index if where == "some rows" else None)
+    stream = 32 if where == "some rows" else rows
+    drop_path = DropPath(empty(4), empty(stream, dtype=torch.int32))
     with recording("sm_90", 132) as configurations:
-        for fold in (True, False):
-            out, u, v, y, mean, rstd = run(
-                "routed_ffn", "routed_ffn", z, *lists, offsets, x, gamma, keep, sample, place, "gelu", 1e-5, fold,
-                True, True, empty(2, groups, width, dtype=torch.float32),
-            )  # fmt: skip
-            run(
-                "routed_ffn_backward", "routed_ffn_backward", out, z, *lists, offsets, gamma, keep, sample, place, u, v,
-                y, mean, rstd, empty(2, groups, width, dtype=torch.float32), "gelu", [True] * (6 * groups + 1),
-            )  # fmt: skip
-        given = x if some else z
-        normed, mean, rstd = run("layer_norm", "layer_norm", given, vectors, vectors, None, place, offsets, (), 1e-5)
-        needs = [True] * groups
-        run(
-            "layer_norm", "layer_norm_backward", normed, given, mean, rstd, vectors, vectors, None, place, offsets, (),
-            needs, needs, False,
-        )  # fmt: skip
-        branch_offsets = offsets if some else None
-        scaling = (gamma, keep, sample, 0.1, seed, place, branch_offsets)
-        out, normed, mean, rstd = run("residual", "residual", x, z, *scaling, gamma, gamma, 1e-5)
-        run(
-            "residual", "residual_backward", out, normed, z, *scaling, out, gamma, gamma, mean, rstd, z.dtype,
-            [True] * 3,
-        )  # fmt: skip
+        for operation, given in rowwise_inputs(empty, rows, stream, routing, drop_path, ("grouped",)):
+            run_both_passes(operation, given, "kernel")
     names = {configuration.kernel.__name__ for configuration in configurations}
-    needed = ("routed_ffn_hidden", "routed_ffn_output", "routed_ffn_scale_gradient", "grouped_gemm_input_gradient",
-              "grouped_gemm_weight_gradient")  # fmt: skip
-    assert {f"{name}_kernel" for name in needed} <= names
+    assert {
+        "routed_ffn_hidden_kernel", "routed_ffn_output_kernel", "grouped_gemm_weight_gradient_kernel",
+        "grouped_gemm_input_gradient_kernel", "routed_ffn_scale_gradient_kernel",
+    } <= names  # fmt: skip
     assert len(configurations) > 25
 
 
@@ -196,60 +164,24 @@ def test_a_plan_from_masks_on_the_device_waits_exactly_once(monkeypatch):
     assert reads == [(6,)] and plan.row_counts == (15, 14, 6) and plan.max_length == 15
 
 
-def reference(name: str):
-    module = importlib.import_module(f"onepeace_fast.ops.{name}")
-    return getattr(module, f"{name}_reference"), getattr(module, f"{name}_backward_reference")
-
-
 def run_references(plan: RoutePlan) -> None:
-    """All references and their backward ones, and the FFN over kernels, on the plan, with every option."""
-    rows, groups, width, heads = plan.capacity, len(plan.modalities), 8, 2
+    """Both passes of all references, the FFN over kernels and attention on a GPU, on the plan, with every option."""
 
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE)
 
-    x, y, gamma = random(rows, width), random(rows, width), random(width)
-    seed = torch.zeros((), dtype=torch.int64, device=DEVICE)
-    weights, keep = [random(width) for _ in range(groups)], random(plan.samples)
-    forward, backward = reference("layer_norm")
-    scale, index = random(heads), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
-    _, mean, rstd = forward(x, weights, weights, scale, index, plan.offsets, plan.row_counts, 1e-5)
-    needs = [True] * groups
-    backward(x, x, mean, rstd, weights, weights, scale, index, plan.offsets, plan.row_counts, needs, needs, True)
-
-    forward, backward = reference("residual")
-    scaling = (gamma, keep, plan.sample, 0.1, seed)
-    for places in ((None, None), (index, plan.offsets)):
-        out, normed, mean, rstd = forward(x, y, *scaling, *places, gamma, gamma, 1e-5)
-        saved = (out, gamma, gamma, mean, rstd)
-        backward(out, normed, y, *scaling, *places, *saved, y.dtype, [True] * 3)
-
-    forward, backward = reference("gated_sub_ln")
-    _, mean, rstd = forward(x, y, weights, weights, plan.offsets, plan.row_counts, "gelu", 1e-5)
-    backward(x, x, y, mean, rstd, weights, weights, plan.offsets, plan.row_counts, "gelu", needs, needs, True)
-
-    forward, backward = reference("routed_ffn")
-    shapes = ((12, width), (12, width), (12,), (12,), (width, 12), (width,))
-    lists = [[random(*shape) for _ in range(groups)] for shape in shapes]
-    extents = (plan.offsets, plan.row_counts)
-    scaling = (gamma, keep, plan.sample)
-    needed = [True] * (6 * groups + 1)
-    for places in (None, index):
-        out, *saved = forward(x, *lists, *extents, y, *scaling, places, "gelu", 1e-5)
-        backward(out, x, *lists, *extents, *scaling, places, *saved, "gelu", 1e-5, needed)
-        out, *saved = per_modality.routed_ffn(x, *lists, *extents, y, *scaling, places, "gelu", 1e-5)
-        per_modality.routed_ffn_backward(out, x, *lists, *extents, *scaling, places, *saved, "gelu", needed)
-
-    forward, backward = reference("relative_bias_attention")
-    qkv, head_scale = random(rows, 3, heads, 4), random(heads)
-    bias = [random(heads, 2 * offset + 4) for offset in plan.code_offsets]
-    places = (plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, bias, plan.code_offsets, head_scale)
-    out, total = forward(qkv, *places, 0.5, plan.max_length)
-    backward(out, qkv, *places, total, 0.5, plan.max_length, needs, True)
-    out, total = relative_bias_attention_on_gpu(qkv, *places, 0.5, plan.max_length)
-    rest = (total, 0.5, plan.max_length, needs, True)
-    dqkv, *_ = relative_bias_attention_backward_on_gpu(out, qkv, *places, *rest)
-    assert dqkv.shape == qkv.shape and dqkv.device == DEVICE
+    rows, drop_path = plan.capacity, DropPath(random(plan.samples), plan.sample)
+    index = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    for row_index in (None, index):
+        routing = Routing(plan.offsets, plan.row_counts, row_index)
+        given = rowwise_inputs(random, rows, rows, routing, drop_path, ("reference", "per_modality"))
+        for operation, inputs in given:
+            run_both_passes(operation, inputs, "kernel" if operation is ROUTED_FFN else "reference")
+    segments = Segments(plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, plan.max_length)
+    for by in ("reference", "kernel"):
+        attention, inputs = attention_inputs(random, rows, segments, plan.code_offsets)
+        _, gradients = run_both_passes(attention, inputs, by)
+        assert gradients.qkv.shape == inputs.qkv.shape and gradients.qkv.device == DEVICE
 
 
 def test_the_references_never_wait():

@@ -14,7 +14,11 @@ from onepeace_fast import (
     residual_layer_norm,
     routed_ffn,
 )
-from onepeace_fast.ops import kernel_choice, operation
+from onepeace_fast.ops import kernel_choice
+from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN
+from onepeace_fast.ops.layer_norm import LAYER_NORM
+from onepeace_fast.ops.residual import RESIDUAL
+from onepeace_fast.ops.routed_ffn import ROUTED_FFN
 
 OFFSETS = torch.tensor([0, 2, 4], dtype=torch.int32)
 PLAN = RoutePlan.from_lengths({"text": [2, 2]}, first_is_cls=True)
@@ -81,18 +85,21 @@ def test_a_transform_is_refused_in_one_line_that_names_the_op(op, transform, by_
             raise AssertionError("a kernel was launched")
 
         monkeypatch.setattr(kernels, "unavailable_reason", lambda: None)
-        monkeypatch.setattr(operation, "launcher", lambda *_: launch)
+        for operation in (LAYER_NORM, RESIDUAL, GATED_SUB_LN, ROUTED_FFN):
+            monkeypatch.setattr(operation, "kernel", launch)
         forced = True
     with kernel_choice.force_kernels(forced), pytest.raises(RuntimeError) as caught:
         TRANSFORMS[transform](OPS[op])
     message = str(caught.value)
     assert message.startswith("onepeace_fast::" + op.partition("'")[0].removesuffix("_layer_norm"))
-    assert ": got " in message and ", takes " in message and "; " in message and "\n" not in message
+    assert ": expected " in message and ", got " in message and "; " in message and "\n" not in message
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_backward_pass_with_a_tangent_is_refused(op):
-    with pytest.raises(RuntimeError, match=r"^onepeace_fast::\w+_backward: got a forward-mode derivative"):
+    with pytest.raises(
+        RuntimeError, match=r"^onepeace_fast::\w+_backward: expected plain reverse mode, got a forward-mode derivative"
+    ):
         by_dual_cotangent(OPS[op])
 
 

@@ -13,33 +13,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require, require_device
+from onepeace_fast.layers.parameters import init_truncated_normal, with_unread
 from onepeace_fast.relative_position import dense_index, series_index, series_table_rows, series_vector_index
 
 Fault = tuple[Tensor, Callable[[int], str]]
 
 
-def init_truncated_normal(tensor: Tensor) -> Tensor:
-    """Normal of deviation 0.02, cut at one deviation."""
-    return nn.init.trunc_normal_(tensor, std=0.02, a=-0.02, b=0.02)
-
-
-def init_linear(linear: nn.Linear) -> nn.Linear:
-    """Truncated normal weights, zero bias."""
-    init_truncated_normal(linear.weight)
-    if linear.bias is not None:
-        nn.init.zeros_(linear.bias)
-    return linear
-
-
 def take(x: Tensor, ids: Tensor | None) -> Tensor:
-    """Rows ``ids`` [batch, kept] of x [batch, length, width]; all of them without ids.
+    """Rows ``ids`` [batch, visible] of x [batch, length, width]; all of them without ids.
 
     An embedding, since its gradient is summed in a fixed order on every device, also where ids repeat.
     """
@@ -47,32 +34,6 @@ def take(x: Tensor, ids: Tensor | None) -> Tensor:
         return x
     starts = torch.arange(x.shape[0], device=x.device)[:, None] * x.shape[1]
     return F.embedding(ids + starts, x.flatten(0, 1))
-
-
-class _Unread(torch.autograd.Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(value: Tensor, *parameters: Tensor) -> Tensor:
-        return value.view_as(value)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.parameters = inputs[1:]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = zip(ctx.parameters, ctx.needs_input_grad[1:], strict=True)
-        return grad, *(torch.zeros_like(parameter) if needed else None for parameter, needed in wanted)
-
-
-def with_unread(value: Tensor, *parameters: nn.Parameter) -> Tensor:
-    """``value`` itself; parameters that train and that nothing reads get a gradient of zeros from it.
-
-    DistributedDataParallel waits for the gradient of every parameter that trains.
-    """
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    return _Unread.apply(value, *trained) if trained and torch.is_grad_enabled() else value
 
 
 def valid_from_padding(
@@ -94,6 +55,13 @@ def valid_from_padding(
     return ~padding
 
 
+def accepted_floats(parameter: Tensor) -> tuple[torch.dtype, ...]:
+    """Dtypes that a convolution takes: its weights', and under autocast the other ones too."""
+    autocast = torch.is_autocast_enabled(parameter.device.type)
+    others = (torch.float32, torch.float16, torch.bfloat16) if autocast else ()
+    return tuple(dict.fromkeys((parameter.dtype, *others)))
+
+
 class Adapter(nn.Module, ABC):
     """A CLS embedding and the bias tables, ``tables`` of them, ``rows`` x ``heads`` each; the rest is a subclass's.
 
@@ -104,6 +72,7 @@ class Adapter(nn.Module, ABC):
     """
 
     takes_padding = False
+    embeds = True  # False in a decoder, whose adapters hold positions alone
 
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
         super().__init__()
@@ -137,7 +106,7 @@ class Adapter(nn.Module, ABC):
         """Position embeddings [width, embed_dim], CLS at 0."""
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
-        """Add positions to ``tokens``; with ``ids`` int64 [rows, kept] only those tokens, side by side."""
+        """Add positions to ``tokens``; with ``ids`` int64 [rows, visible] only those tokens, side by side."""
         positions = self.position_table(tokens.shape[1])
         if ids is None:
             return tokens + positions
@@ -146,9 +115,10 @@ class Adapter(nn.Module, ABC):
     def forward(self, value: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embed an input with positions; with ``ids`` only those tokens.
 
-        A decoder's takes what the decoder sees before positions, [rows, length, embed_dim].
+        A decoder's takes tokens without positions, [rows, length, embed_dim].
         """
-        return self.place(self.tokens(value), ids)
+        tokens = self.tokens(value) if self.embeds else with_unread(value, *self.parameters(recurse=False))
+        return self.place(tokens, ids)
 
     @abstractmethod
     def vector_index(self, width: int) -> Tensor:
@@ -170,12 +140,12 @@ class Adapter(nn.Module, ABC):
     def dense_table_index(self, width: int) -> Tensor:
         """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].
 
-        The last one is kept, as upstream keeps its largest.
+        The last one is remembered, as upstream remembers its largest.
         """
         index = self.vector_index(width)
-        kept = self._dense_index
-        if kept is not None and kept.shape[0] == width and kept.device == index.device:
-            return kept
+        last = self._dense_index
+        if last is not None and last.shape[0] == width and last.device == index.device:
+            return last
         position = torch.arange(width, device=index.device)
         codes = self.codes(width)
         code = position if codes is None else codes

@@ -27,10 +27,12 @@ def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def kept_rows(keep: Tensor, segment_lengths: Sequence[Sequence[int]]) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """Rows of each modality that every branch keeps, from factors [layers, 2, S] on the CPU: [layers][2][G]."""
+def branch_row_counts(
+    drop_path: Tensor, segment_lengths: Sequence[Sequence[int]]
+) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """Rows of each modality that every branch computes, from factors [layers, 2, S] on the CPU: [layers][2][G]."""
     lengths = torch.tensor(segment_lengths, dtype=torch.float64, device="cpu")
-    counts = ((keep != 0).double() @ lengths.t()).long().tolist()
+    counts = ((drop_path != 0).double() @ lengths.t()).long().tolist()
     return tuple(tuple(map(tuple, layer)) for layer in counts)
 
 

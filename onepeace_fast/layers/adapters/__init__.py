@@ -1,0 +1,22 @@
+"""What turns a modality's input into tokens of the model's width, CLS first. Parameter names are upstream's.
+
+In a decoder an adapter holds positions alone.
+"""
+
+from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_from_padding
+from onepeace_fast.layers.adapters.audio import AudioAdapter
+from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
+from onepeace_fast.layers.adapters.text import PADDING_TOKEN, TextAdapter
+from onepeace_fast.layers.parameters import init_truncated_normal
+
+__all__ = [
+    "PADDING_TOKEN",
+    "PATCH",
+    "Adapter",
+    "AudioAdapter",
+    "ImageAdapter",
+    "SeriesAdapter",
+    "TextAdapter",
+    "init_truncated_normal",
+    "valid_from_padding",
+]
