@@ -105,3 +105,12 @@ def test_clips_are_cropped_at_another_place_in_every_epoch_where_there_is_a_seed
     first, again, other = (seeded[epoch, 0]["audio"] for epoch in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(held_out[0, 0]["audio"], held_out[1, 0]["audio"])
+
+
+def test_a_vocabulary_of_the_specials_and_bytes_alone_is_enough():
+    refused = ""
+    try:
+        tokenizer = Tokenizer.train(["a red kite"], 260)
+    except ValueError as error:
+        refused = str(error)
+    assert not refused and tokenizer.vocab_size == 260
