@@ -114,3 +114,14 @@ def test_a_vocabulary_of_the_specials_and_bytes_alone_is_enough():
     except ValueError as error:
         refused = str(error)
     assert not refused and tokenizer.vocab_size == 260
+
+
+def test_captions_are_cut_at_the_number_of_tokens_that_is_said(tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "image.png")
+    entries = [Entry(tmp_path / "image.png", "a b c d e", 2)]
+    tokenizer = Tokenizer.train(["a b c d e"], 300)
+    lengths = [
+        len(PairDataset(entries, tokenizer, "image", side=16, seed=None, **most)[0, 0]["text"])
+        for most in ({}, {"max_tokens": 5}, {"max_tokens": 3})
+    ]
+    assert lengths == [6, 6, 4]  # END is one more
