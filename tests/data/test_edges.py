@@ -125,3 +125,10 @@ def test_captions_are_cut_at_the_number_of_tokens_that_is_said(tmp_path):
         for most in ({}, {"max_tokens": 5}, {"max_tokens": 3})
     ]
     assert lengths == [6, 6, 4]  # END is one more
+
+
+@pytest.mark.parametrize("size", [(21, 16), (16, 19)])
+def test_the_centre_is_between_two_pixels_where_an_odd_number_is_left(size):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype="uint8")
+    prepared, turned = (image.prepare_image(Image.fromarray(part), 16) for part in (pixels, pixels[::-1, ::-1].copy()))
+    torch.testing.assert_close(turned, prepared.flip(1, 2), atol=0.03, rtol=0)
