@@ -25,6 +25,7 @@ from torch.nn.utils import parametrize, prune
 
 from onepeace_fast import RoutePlan
 from onepeace_fast.layers import plain
+from onepeace_fast.layers.adapters import Adapter
 
 PROJECTIONS = [f"layers.0.self_attn.{name}_proj" for name in "qkv"] + ["layers.0.self_attn.out_proj"]
 NORMS = [
@@ -405,3 +406,27 @@ def test_an_epsilon_that_all_norms_share_is_obeyed_and_stays_fused():
         warnings.simplefilter("error")
         reference, fused = (two_steps(backend, "", change_all) for backend in BACKENDS)
     assert_close(fused, reference, 1e-9)
+
+
+def test_hooks_of_all_modules_reach_the_adapters_of_a_step():
+    def halve(module, inputs, output):
+        return 0.5 * output if isinstance(module, Adapter) else None
+
+    masks = {name: torch.zeros(2, length, dtype=torch.bool) for name, length in (("text", 4), ("image", 5))}
+    for mask in masks.values():
+        mask[:, 1] = True
+    masks |= {f"vl_{name}": mask for name, mask in masks.items()}
+
+    def losses(backend):
+        return {"loss": small_model(backend, CONFIG).vision_language_loss(**BATCH, masks=masks)["loss"].detach()}
+
+    plain = losses("reference")
+    handle = nn.modules.module.register_module_forward_hook(halve)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            reference, fused = map(losses, BACKENDS)
+    finally:
+        handle.remove()
+    assert_close(fused, reference, 1e-9)
+    assert not torch.allclose(reference["loss"], plain["loss"], rtol=1e-3)
