@@ -136,11 +136,11 @@ def test_a_model_may_be_a_config_file(tmp_path):
     [
         ({"layers": 3}, "unknown fields ['layers']"),
         ({"encoder": {"layer": 3}}, "unknown fields ['layer']"),
-        ({"encoder": {"layers": "three"}}, "layers: "),
+        ({"encoder": {"layers": "three"}}, "layers: expected a positive integer, got 'three'"),
         ({"encoder": 3}, "encoder: expected a section of fields, got int 3"),
         ({"encoder": {"text": 3}}, "encoder.text: expected a section of fields, got int 3"),
         ({"encoder": {"sub_layer_norm": 1}}, "encoder.sub_layer_norm: expected true or false, got int 1"),
-        ({"encoder": {"drop_path_rate": 1.0}}, "drop_path_rate: "),
+        ({"encoder": {"drop_path_rate": 1.0}}, "drop_path_rate: expected a probability in [0, 1), got 1.0"),
         ({"encoder": {"audio": {"feature_layers": 3}}}, ""),
     ],
 )
