@@ -79,7 +79,7 @@ def _read_jpeg(data: bytes) -> _Jpeg:
             count = segment[0]
             first, last, approximation = segment[1 + 2 * count : 4 + 2 * count]
             if not approximation & 15:
-                exact |= {(part, k) for part in segment[1 : 1 + 2 * count : 2] for k in range(first, last + 1)}
+                exact |= {(name, k) for name in segment[1 : 1 + 2 * count : 2] for k in range(first, last + 1)}
             ends.append(-1)
         place += length
     raise OSError("its end marker is missing")
