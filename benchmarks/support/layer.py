@@ -119,7 +119,7 @@ class LayerCase:
         """
         route: RoutePlan | Branches = self.plan
         if drop_path:
-            dropped = torch.arange(self.plan.samples) < round(drop_path * self.plan.samples)
+            dropped = torch.arange(self.plan.sample_count) < round(drop_path * self.plan.sample_count)
             factors = (~dropped).float().expand(1, 2, -1) / (1 - drop_path)
             (route,) = branches(self.plan.with_drop_path(factors))
         vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]
@@ -139,7 +139,7 @@ class LayerCase:
     def _routed_by(self, strategy: str | None) -> Iterator[None]:
         """Let the layer's FFN run by a strategy."""
         if strategy is not None:
-            self.layer.route = functools.partial(type(self.layer).route, self.layer, strategy=strategy)
+            self.layer.packed_ffn = functools.partial(type(self.layer).packed_ffn, self.layer, strategy=strategy)
         try:
             yield
         finally:
