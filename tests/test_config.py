@@ -268,3 +268,37 @@ def test_a_decoder_with_a_modality_that_the_encoder_lacks_is_refused():
 
 def test_a_vocabulary_without_the_specials_is_refused():
     refused("vocab_size: got 3", lambda: OnePeaceConfig(vocab_size=3))
+
+
+READ = {
+    "embed_dim": 48, "ffn_embed_dim": 72, "layers": 3, "attention_heads": 4, "drop_path_rate": 0.4, "dropout": 0.2,
+    "magneto_scale_attn": True, "scale_attn": False, "scale_fc": False, "scale_heads": False,
+    "layer_scale_init_value": 0.5, "copy_rel_pos_table": True, "checkpoint_activations": True,
+}  # fmt: skip
+FIELDS = {
+    "magneto_scale_attn": "sub_layer_norm", "scale_attn": "attention_layer_norm", "scale_fc": "ffn_layer_norm",
+    "scale_heads": "head_scale", "layer_scale_init_value": "layer_scale", "copy_rel_pos_table": "bias_table_per_layer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", READ)
+def test_each_key_of_upstreams_changes_its_own_field_and_no_other(key):
+    plain, changed = (dataclasses.asdict(from_upstream(values).encoder) for values in ({}, {key: READ[key]}))
+    differing = {name: value for name, value in changed.items() if value != plain[name]}
+    assert differing == {FIELDS.get(key, key): READ[key]}
+
+
+def test_keys_with_the_one_value_that_is_implemented_are_taken():
+    common = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
+    given = {
+        "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu",
+        "text_adapter": {**BIASED, **common}, "image_adapter": {**BIASED, **common},
+        "audio_adapter": {**BIASED, **common, "conv_pos_pre_ln": False, "conv_bias": False},
+    }  # fmt: skip
+    refused = ""
+    try:
+        read = from_upstream(given)
+    except ValueError as error:
+        refused = str(error)
+    assert not refused
+    assert read == from_upstream()

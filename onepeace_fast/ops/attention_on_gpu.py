@@ -142,7 +142,7 @@ def _arguments(
             (vector.data_ptr(), _name(vector.dtype), *vector.stride(), vector.shape[1], offset)
             for vector, offset in zip(vectors, given.bias.code_offsets, strict=True)
         ],
-        head_scale=given.scales[0].data_ptr() if scales else 0,
+        head_scale=scales[0].data_ptr() if scales else 0,
         head_scale_type=_name(scales[0].dtype) if scales else "float32",
     )
     return attention, (plan, vectors, scales)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models._small import small_model, text_batch
+from models._small import BACKENDS, small_model, text_batch
 
 from onepeace_fast import use_backend
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
@@ -49,3 +49,10 @@ def test_the_context_manager_decides_over_all_and_ends(ran):
             assert ran(model) == "fused"
         assert ran(model) == "reference"
     assert ran(model) == "fused"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_stacks_run_by_the_models_argument(backend, monkeypatch):
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    model = small_model(backend)
+    assert [s.resolved_backend for s in model.modules() if isinstance(s, stack.Stack)] == [backend, backend]

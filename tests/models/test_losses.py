@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models._small import BACKENDS, batch_of, gradients_of, hide, small_model, valid_tokens
 
+from onepeace_fast.models import objectives
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss, smoothed_nll
 
 
@@ -249,3 +250,24 @@ def test_rows_in_half_precision_are_normalised_in_float32_and_rounded_once(dtype
 
     assert torch.equal(got, expected(torch.float32))
     assert not torch.equal(got, expected(dtype))
+
+
+@pytest.mark.parametrize(("other", "pair", "letter"), [("image", "vl", "i"), ("audio", "al", "a")])
+def test_hits_are_named_by_what_is_searched_with_and_what_for(other, pair, letter, monkeypatch):
+    asked = []
+
+    def contrast(a, b, scale):
+        asked.append((a, b))
+        return scale, torch.tensor(1.0), torch.tensor(2.0)  # a's rows that find theirs first, then b's
+
+    monkeypatch.setattr(objectives, "contrastive_loss", contrast)
+    batch = batch_of(text=[7, 2], image=(2, 3)) if other == "image" else batch_of(text=[7, 2], audio=[9, 4])
+    hidden, model = hide(batch, seed=1), small_model("fused")
+    masks = {other: hidden[other], f"{pair}_text": hidden["text"], f"{pair}_{other}": hidden[other]}
+    masks |= {"text": hidden["text"]} if other == "image" else {}
+    found = model(f"{'vision' if other == 'image' else other}_language_loss", **batch, masks=masks)
+    ((a, b),) = asked
+    torch.testing.assert_close(a, model.embed(**{name: value for name, value in batch.items() if name != "text"}))
+    torch.testing.assert_close(b, model.embed(text=batch["text"]))
+    assert (found[f"{letter}2t_ncorrect"], found[f"t2{letter}_ncorrect"]) == (1, 2)
+    assert found["logit_scale_exp"].item() == pytest.approx(1 / 0.07, rel=1e-6)

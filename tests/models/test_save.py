@@ -91,3 +91,21 @@ def test_weights_that_are_cut_off_are_refused_in_one_line(tmp_path):
         with pytest.raises(ValueError, match=f"^directory: got .*{WEIGHTS_FILE}, which cannot be read") as caught:
             OnePeacePretrain.load(tmp_path)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["a bias less", "a parameter more"])
+def test_a_parameter_too_few_or_too_many_is_not_written(tmp_path, change):
+    model = small_model("fused", dtype=torch.float32)
+    projection = model.text_proj
+    if change == "a bias less":
+        projection.register_parameter("bias", None)
+    else:
+        projection.factor = torch.nn.Parameter(torch.ones(1))
+    told = ""
+    try:
+        model.save(tmp_path / "model")
+    except ValueError as error:
+        told = str(error)
+    kind = "missing: text_proj.bias" if change == "a bias less" else "unexpected: text_proj.factor"
+    assert kind in told and told.count(": text_proj") == 1
+    assert not (tmp_path / "model").exists()

@@ -183,3 +183,11 @@ def test_training_goes_on_from_a_wrapped_model_s_state_in_a_plain_one(wrapper):
     assert numbers[0]["loss"] == pytest.approx(numbers[1]["loss"], rel=1e-5)
     for name, value in trainer.weights().items():
         torch.testing.assert_close(again.weights()[name], value, rtol=1e-4, atol=1e-4)
+
+
+def test_data_parallel_leaves_no_trace_in_the_names():
+    plain, model = (small_model("fused", dtype=torch.float32, seed=seed) for seed in (1, 2))
+    model.text_proj = torch.nn.DataParallel(model.text_proj)
+    assert set(model.to_upstream_state_dict()) == set(plain.to_upstream_state_dict())
+    model.load_upstream_state_dict(plain.to_upstream_state_dict())
+    assert torch.equal(model.text_proj.module.weight, plain.text_proj.weight)

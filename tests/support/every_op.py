@@ -1,4 +1,4 @@
-"""Inputs of every op with every option, and both passes of an op by its reference or by its kernel, without autograd."""
+"""Inputs of every op with every option, and both passes by the reference or the kernel, without autograd."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _leaf(make: Make, *shape: int) -> Tensor:
 def rowwise_inputs(
     make: Make, rows: int, stream: int, routing: Routing, drop_path: DropPath, strategies: tuple[str, ...]
 ) -> list[tuple[Operation, Any]]:
-    """Those of the ops over packed rows, of ``rows`` rows out of a stream of so many; ``make(*shape)`` gives tensors."""
+    """Those of the ops over packed rows, of ``rows`` rows out of a stream; ``make(*shape)`` gives tensors."""
     modalities = routing.offsets.shape[0] - 1
     x, y, u, v = (_leaf(make, *shape) for shape in ((stream, WIDTH), (rows, WIDTH), (rows, HIDDEN), (rows, HIDDEN)))
     seed = torch.zeros((), dtype=torch.int64, device=x.device)
