@@ -139,11 +139,11 @@ class LayerCase:
     def _routed_by(self, strategy: str | None) -> Iterator[None]:
         """Let the layer's FFN run by a strategy."""
         if strategy is not None:
-            self.layer.route = functools.partial(type(self.layer).route, self.layer, strategy=strategy)
+            self.layer.packed_ffn = functools.partial(type(self.layer).packed_ffn, self.layer, strategy=strategy)
         try:
             yield
         finally:
-            self.layer.__dict__.pop("route", None)
+            self.layer.__dict__.pop("packed_ffn", None)
 
     def products(self, joined: bool = False) -> products.BareProducts:
         """The layer's bare products."""
