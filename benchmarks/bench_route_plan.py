@@ -38,7 +38,7 @@ def builder(name: str, case: EncoderCase) -> Callable[[], RoutePlan]:
         "from_lengths": lambda: RoutePlan.from_lengths(lengths, first_is_cls=True),
         "from_masks": lambda: RoutePlan.from_masks(masks, first_is_cls=True),
         "from_modality_ids": lambda: RoutePlan.from_modality_ids(
-            modality, plan.modalities, sample_ids=sample, samples=plan.samples
+            modality, plan.modalities, sample_ids=sample, sample_count=plan.sample_count
         ),
     }[name]
 

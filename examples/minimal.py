@@ -121,7 +121,7 @@ class OnePeace(nn.Module):
         plan = RoutePlan.from_masks(real, first_is_cls=True, codes=codes, code_offsets=same)
         x, stack = plan.pack(tokens), self.encoder_wrapper["fusion_model"]
         keeps = draw_drop_path(
-            self.rates if self.training else [0.0] * len(self.rates), plan.samples
+            self.rates if self.training else [0.0] * len(self.rates), plan.sample_count
         )  # [layers, 2, samples]
         for layer, keep in zip(stack["layers"], keeps, strict=True):
             x = layer(x, plan, list(bias.values()), keep)

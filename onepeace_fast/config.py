@@ -32,13 +32,13 @@ def _is_layer(value: object) -> bool:
 def _require_positive_integers(config: object, *names: str) -> None:
     for name in names:
         if not _is_positive_integer(value := getattr(config, name)):
-            raise ValueError(f"{name}: got {value!r}, takes a positive integer")
+            raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def _require_bucket_size(config: TextAdapterConfig | AudioAdapterConfig) -> None:
     _require_positive_integers(config, "bucket_size")
     if config.bucket_size < 2:
-        raise ValueError(f"bucket_size: got {config.bucket_size}, takes at least 2")
+        raise ValueError(f"bucket_size: expected at least 2, got {config.bucket_size}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class AudioAdapterConfig:
         layers = self.feature_layers
         if not layers or not all(map(_is_layer, layers)):
             raise ValueError(
-                f"feature_layers: got {layers!r}, takes (channels, kernel, stride) of each layer, positive"
+                f"feature_layers: expected (channels, kernel, stride) of each layer, positive, got {layers!r}"
             )
 
 
@@ -115,25 +115,25 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         _require_positive_integers(self, "embed_dim", "ffn_embed_dim", "layers", "attention_heads")
         if self.layer_scale is not None and not _is_number(self.layer_scale):
-            raise ValueError(f"layer_scale: got {self.layer_scale!r}, takes a number or None")
+            raise ValueError(f"layer_scale: expected a number or None, got {self.layer_scale!r}")
         if self.embed_dim % self.attention_heads:
             raise ValueError(
-                f"embed_dim: got {self.embed_dim}, takes a multiple of attention_heads ({self.attention_heads})"
+                f"embed_dim: expected a multiple of attention_heads ({self.attention_heads}), got {self.embed_dim}"
             )
         built_in = self.modalities[: len(self.modalities) - len(self.added)]
         if not built_in:
-            raise ValueError("text, image, audio: got no adapter, takes at least one")
+            raise ValueError("text, image, audio: expected at least one adapter, got none")
         names = [*MODALITIES, *self.added]
         if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names) or len(set(names)) < len(names):
             raise ValueError(
-                f"added: got {list(self.added)}, takes names of lower-case letters, digits and underscores, each once "
-                f"and none of {list(MODALITIES)}"
+                f"added: expected names of lower-case letters, digits and underscores, each once and none of "
+                f"{list(MODALITIES)}, got {list(self.added)}"
             )
         if len({getattr(self, name).use_bias for name in built_in}) > 1:
-            raise ValueError("use_bias: got both True and False, takes the same value in every adapter of a stack")
+            raise ValueError("use_bias: expected the same value in every adapter of a stack, got both True and False")
         for name in ("drop_path_rate", "dropout"):
             if not (_is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
-                raise ValueError(f"{name}: got {value!r}, takes a probability in [0, 1)")
+                raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -174,17 +174,17 @@ class OnePeaceConfig:
 
     def __post_init__(self) -> None:
         if not self.encoder.use_bias:
-            raise ValueError("encoder: got use_bias False, takes True: upstream masks an encoder's padding by its bias")
+            raise ValueError(
+                "encoder: expected use_bias True, got False: upstream masks an encoder's padding by its bias"
+            )
         if self.decoder.added:
             raise ValueError(
-                f"decoder: got added {list(self.decoder.added)}, takes none: only an encoder can have some"
+                f"decoder: expected no added modalities, got {list(self.decoder.added)}: only an encoder can have some"
             )
         if extra := set(self.decoder.modalities) - set(self.encoder.modalities):
-            raise ValueError(
-                f"decoder: got modalities {sorted(extra)} that the encoder lacks, takes a subset of its own"
-            )
+            raise ValueError(f"decoder: expected modalities that the encoder has too, got {sorted(extra)}")
         if not _is_positive_integer(self.vocab_size) or self.vocab_size < 4:
-            raise ValueError(f"vocab_size: got {self.vocab_size}, takes at least the 4 specials")
+            raise ValueError(f"vocab_size: expected at least the 4 specials, got {self.vocab_size}")
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
@@ -200,7 +200,7 @@ class OnePeaceConfig:
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: got no JSON ({error}), takes a configuration that save() wrote") from None
+            raise ValueError(f"{path}: expected a configuration that save() wrote, got no JSON ({error})") from None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> OnePeaceConfig:
@@ -235,10 +235,10 @@ _NESTED = {
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: got {values!r}, takes a section of fields")
+        raise ValueError(f"{where}: expected a section of fields, got {values!r}")
     known = {item.name for item in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where}: got unknown fields {unknown}, takes {sorted(known)}")
+        raise ValueError(f"{where}: expected some of {sorted(known)}, got unknown fields {unknown}")
     arguments = {}
     for name, value in values.items():
         if name in _NESTED and value is not None:
@@ -253,5 +253,5 @@ def _build(cls: type, values: Any, where: str) -> Any:
 
 def _tuples(name: str, value: Any, takes: str) -> tuple[Any, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name}: got {value!r}, takes {takes}")
+        raise ValueError(f"{name}: expected {takes}, got {value!r}")
     return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)

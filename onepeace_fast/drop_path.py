@@ -44,7 +44,7 @@ class Branches(NamedTuple):
 
 def draw_drop_path(rates: Sequence[float], samples: int, generator: torch.Generator | None = None) -> Tensor:
     """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples] on the CPU, drawn independently."""
-    require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: got {list(rates)}, takes probabilities in [0, 1)")
+    require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: expected probabilities in [0, 1), got {list(rates)}")
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
     share = 1.0 - torch.tensor(list(rates), **on_cpu)[:, None, None]
     return (torch.rand(len(rates), 2, samples, generator=generator, **on_cpu) < share).float() / share
@@ -68,10 +68,10 @@ def branches(plan: RoutePlan) -> list[Branches]:
         size = sum(row_counts) if counts else plan.capacity
         whole: dict[str, Any] = {"offsets": restricted["offsets"][b], "cu_seqlens": restricted["cu_seqlens"][b]}
         by_row: dict[str, Any] = {name: value[b, :size] for name, value in restricted.items() if name not in whole}
-        part = dataclasses.replace(
+        own = dataclasses.replace(
             plan, **whole, **by_row, row_counts=row_counts, segment_lengths=(), drop_path=None, branch_row_counts=()
         )
-        found.append(Branch(part, rows[b, :size], drop_path, plan.sample))
+        found.append(Branch(own, rows[b, :size], drop_path, plan.sample))
     return [Branches(*pair) for pair in zip(found[::2], found[1::2], strict=True)]
 
 

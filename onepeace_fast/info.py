@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import onepeace_fast
-from onepeace_fast import cuda_extension
+from onepeace_fast import cuda_extension, ops
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 from onepeace_fast.installation import install_command, program_command
 
-OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+OPERATIONS = tuple(ops.__all__)
 DEMO_PACKAGES = {
     "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
     "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
@@ -152,9 +152,11 @@ def _implementation(operation: str) -> str:
         )
     from onepeace_fast.kernels.launch_heuristic import WIDEST
 
+    most = next((most for name, most in WIDEST.items() if operation.startswith(name)), None)
+    if most is None:
+        return f"{reference} everywhere"
     return (
-        f"Triton kernel on CUDA tensors of at most {WIDEST[operation]} columns; {reference} on wider ones, on a CPU "
-        "and for float64"
+        f"Triton kernel on CUDA tensors of at most {most} columns; {reference} on wider ones, on a CPU and for float64"
     )
 
 

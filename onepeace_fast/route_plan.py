@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,7 +38,6 @@ from onepeace_fast.routing import (
     order_in_sample,
     per_row,
     segment_lengths,
-    split_counts,
     tensor_to_device,
 )
 
@@ -90,7 +90,7 @@ class RoutePlan:
         return self.source.shape[0]
 
     @property
-    def samples(self) -> int:
+    def sample_count(self) -> int:
         """Number of samples."""
         return self.cu_seqlens.shape[1] - 1
 
@@ -140,8 +140,8 @@ class RoutePlan:
         if lengths is not None:
             check_lengths(lengths, shapes, names)
         else:
-            counts = torch.cat([mask.sum(1) for mask in masks.values()]).tolist()
-            lengths = dict(zip(names, split_counts(counts, [rows for rows, _ in shapes]), strict=True))
+            counts = iter(torch.cat([mask.sum(1) for mask in masks.values()]).tolist())
+            lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
         sample_of = check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
         segments, row_order = segment_lengths(names, lengths, sample_of)
         row_counts = tuple(sum(row) for row in segments)
@@ -150,7 +150,7 @@ class RoutePlan:
         if capacity is None:
             capacity = total
         else:
-            require(total <= capacity, f"capacity: got {capacity}, takes at least the {total} rows of this batch")
+            require(total <= capacity, f"capacity: expected at least the {total} rows of this batch, got {capacity}")
             # A plan to refill must not carry what holds for its first batch alone.
             row_counts, max_length = (), sum(length for _, length in shapes)
         known = tuple(map(tuple, segments)) if row_counts else ()
@@ -164,7 +164,7 @@ class RoutePlan:
             base += rows * length
         if given_lengths:
             check_total(masks, lengths, total)
-        source = compact_index(torch.cat([m.flatten() for m in masks.values()]), torch.cat(flat), capacity, base)
+        source = compact_index(torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base)
 
         position = per_row(
             source,
@@ -174,7 +174,7 @@ class RoutePlan:
                 for name, (rows, length) in zip(names, shapes, strict=True)
             ],
         )  # fmt: skip
-        modality = per_row(source, [full_column(g, shape, device) for g, shape in enumerate(shapes)], len(names))
+        modality = per_row(source, [full_column(i, shape, device) for i, shape in enumerate(shapes)], len(names))
         sample = per_row(
             source,
             [
@@ -218,9 +218,11 @@ class RoutePlan:
         masks = {}
         for name, row_lengths in lengths.items():
             longest = max(row_lengths, default=1)
-            require(min(row_lengths, default=0) >= 0, f"lengths[{name!r}]: got {list(row_lengths)}, takes none below 0")
+            require(
+                min(row_lengths, default=0) >= 0, f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}"
+            )
             width = (widths or {}).get(name, longest)
-            require(width >= longest, f"widths[{name!r}]: got {width}, takes at least the longest row, {longest}")
+            require(width >= longest, f"widths[{name!r}]: expected at least the longest row, {longest}, got {width}")
             limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
         return cls.from_masks(masks, first_is_cls=first_is_cls, lengths=lengths, **keywords)
@@ -232,7 +234,7 @@ class RoutePlan:
         modalities: Sequence[str],
         *,
         sample_ids: Tensor | None = None,
-        samples: int = 1,
+        sample_count: int = 1,
         positions: Tensor | None = None,
         is_cls: Tensor | None = None,
         max_position: int | None = None,
@@ -243,7 +245,7 @@ class RoutePlan:
             modality_ids: int [T], index into ``modalities`` of each token.
             modalities: names, in the order of the rows.
             sample_ids: int [T], sample of each token; by default all belong to sample 0.
-            samples: number of samples.
+            sample_count: how many samples there are.
             positions: int [T], position ids, which are also the codes; by default the token's index.
             is_cls: bool [T]; by default none is CLS.
             max_position: largest position id, where it is not T - 1.
@@ -252,28 +254,28 @@ class RoutePlan:
         a GPU the kernels read ``offsets`` on the device, elsewhere the references read them on the host.
         """
         require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
-        require(samples > 0, f"samples: got {samples}, takes a positive number")
-        count, device, groups = modality_ids.shape[0], modality_ids.device, len(modalities)
+        require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
+        count, device = modality_ids.shape[0], modality_ids.device
         sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
         positions = torch.arange(count, device=device) if positions is None else positions
         is_cls = torch.zeros(count, dtype=torch.bool, device=device) if is_cls is None else is_cls
         for name, value in (("sample_ids", sample_ids), ("positions", positions), ("is_cls", is_cls)):
-            require(value.shape == (count,), f"{name}: got {describe(value)}, takes one entry per token, [{count}]")
+            require(value.shape == (count,), f"{name}: expected one entry per token, [{count}], got {describe(value)}")
             require_device(name, value, device)
         limit = count - 1 if max_position is None else max_position
-        check_ids("modality_ids", modality_ids, groups)
-        check_ids("sample_ids", sample_ids, samples)
+        check_ids("modality_ids", modality_ids, len(modalities))
+        check_ids("sample_ids", sample_ids, sample_count)
         check_ids("positions", positions, limit + 1)
         require_tensor("is_cls", is_cls, (torch.bool,), "[tokens]", 1)
-        key = modality_ids.long() * samples + sample_ids.long()
+        key = modality_ids.long() * sample_count + sample_ids.long()
         source = torch.argsort(key * 2 + is_cls, stable=True)
-        starts = torch.searchsorted(key[source], torch.arange(groups * samples + 1, device=device)).int()
-        segment_starts = starts[:-1].view(groups, samples)
-        cu_seqlens = torch.cat([segment_starts, starts[samples::samples, None]], dim=1)
+        starts = torch.searchsorted(key[source], torch.arange(len(modalities) * sample_count + 1, device=device)).int()
+        segment_starts = starts[:-1].view(len(modalities), sample_count)
+        cu_seqlens = torch.cat([segment_starts, starts[sample_count::sample_count, None]], dim=1)
         modality, sample = modality_ids[source].int(), sample_ids[source].int()
         return cls(
             modalities=tuple(modalities),
-            offsets=torch.cat([starts[:-1:samples], starts[-1:]]),
+            offsets=torch.cat([starts[:-1:sample_count], starts[-1:]]),
             cu_seqlens=cu_seqlens,
             modality=modality,
             sample=sample,
@@ -282,7 +284,7 @@ class RoutePlan:
             order=order_in_sample(cu_seqlens, modality, sample),
             is_cls=is_cls[source],
             source=source,
-            code_offsets=(limit,) * groups,
+            code_offsets=(limit,) * len(modalities),
             padded_shapes=((1, count),),
         )
 
@@ -296,14 +298,14 @@ class RoutePlan:
             expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
             require(
                 shapes == expected,
-                lambda: f"padded: got tensors of {shapes}, takes rows and lengths of {expected}, which the plan is of",
+                lambda: f"padded: expected tensors of the plan's rows and lengths, {expected}, got {shapes}",
             )
             tensors = [padded[name] for name in self.modalities]
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
-        count = sum(part.shape[0] for part in flat)
+        count = sum(rows.shape[0] for rows in flat)
         require(
             count == self.padded_rows,
-            lambda: f"padded: got {count} tokens, takes the {self.padded_rows} that the plan was built from",
+            lambda: f"padded: expected the {self.padded_rows} tokens that the plan was built from, got {count}",
         )
         matrix = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])
         # The gradient of an embedding is summed in a fixed order on every device; that of index_select is not.
@@ -316,10 +318,10 @@ class RoutePlan:
             ValueError: rows that are not the plan's, or a plan of interleaved tokens of several modalities.
         """
         self._require_padded()
-        parts = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
+        padded = self._scatter(packed).split([rows * length for rows, length in self.padded_shapes])
         return {
-            name: part.view(rows, length, packed.shape[1])
-            for name, part, (rows, length) in zip(self.modalities, parts, self.padded_shapes, strict=True)
+            name: x.view(rows, length, packed.shape[1])
+            for name, x, (rows, length) in zip(self.modalities, padded, self.padded_shapes, strict=True)
         }
 
     def unpack_interleaved(self, packed: Tensor) -> Tensor:
@@ -331,7 +333,7 @@ class RoutePlan:
         require(
             self.padded_shapes == ((1, self.padded_rows),),
             lambda: (
-                f"plan: got one of padded batches {self.padded_shapes}, takes one of interleaved tokens; use unpack"
+                f"plan: expected one of interleaved tokens, got one of padded batches {self.padded_shapes}; use unpack"
             ),
         )
         return self._scatter(packed)
@@ -340,15 +342,15 @@ class RoutePlan:
         require(
             len(self.padded_shapes) == len(self.modalities),
             lambda: (
-                f"plan: got one of interleaved tokens of {len(self.modalities)} modalities, takes one of padded "
-                "batches; use pack(tensor) and unpack_interleaved"
+                f"plan: expected one of padded batches, got one of interleaved tokens of {len(self.modalities)} "
+                "modalities; use pack(tensor) and unpack_interleaved"
             ),
         )
 
     def _scatter(self, packed: Tensor) -> Tensor:
         require(
             packed.dim() == 2 and packed.shape[0] == self.capacity,
-            lambda: f"packed: got {describe(packed)}, takes the plan's rows, [{self.capacity}, width]",
+            lambda: f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}",
         )
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
@@ -371,7 +373,8 @@ class RoutePlan:
             ValueError: a plan of other modalities, shapes or capacity, or one without capacity; nothing is changed.
         """
         require(
-            not self.row_counts and not other.row_counts, "other: got a plan without capacity, takes two built with it"
+            not self.row_counts and not other.row_counts,
+            "other: expected two plans built with capacity, got one without",
         )
         pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in dataclasses.fields(self)}
         for name, (mine, theirs) in pairs.items():
@@ -379,7 +382,7 @@ class RoutePlan:
                 same = mine.shape == theirs.shape
             else:
                 same = type(mine) is type(theirs) and mine == theirs
-            require(same, f"other: its {name} differs, takes a plan of the same modalities, samples and capacity")
+            require(same, f"other: expected a plan of the same modalities, samples and capacity, got another {name}")
         for mine, theirs in pairs.values():
             if isinstance(mine, Tensor):
                 mine.copy_(theirs)

@@ -41,28 +41,31 @@ def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] 
     if samples is None:
         require(
             len(set(rows.values())) <= 1,
-            f"samples: got none with {rows} rows, takes the sample of each row where modalities differ in rows",
+            f"samples: expected the sample of each row where modalities differ in rows, got none with {rows} rows",
         )
         return {name: list(range(count)) for name, count in rows.items()}
     require(
-        set(samples) == set(rows), f"samples: got {sorted(samples)}, takes exactly the modalities given, {sorted(rows)}"
+        set(samples) == set(rows),
+        f"samples: expected exactly the modalities given, {sorted(rows)}, got {sorted(samples)}",
     )
     result = {name: list(samples[name]) for name in rows}
     for name, values in result.items():
         require(
-            len(values) == rows[name], f"samples[{name!r}]: got {len(values)} entries, takes one per row, {rows[name]}"
+            len(values) == rows[name], f"samples[{name!r}]: expected an entry per row, {rows[name]}, got {len(values)}"
         )
         repeated = sorted(value for value, count in Counter(values).items() if count > 1)
-        require(not repeated, f"samples[{name!r}]: got {repeated} more than once, takes each sample once per modality")
+        require(
+            not repeated, f"samples[{name!r}]: expected each sample once per modality, got {repeated} more than once"
+        )
     used = set().union(*map(set, result.values()))
     gaps = sorted(set(range(len(used))) - used)
-    require(not gaps, f"samples: got no row for {gaps[:5]}, takes every sample from 0 on in at least one modality")
+    require(not gaps, f"samples: expected every sample from 0 on in at least one modality, got no row for {gaps[:5]}")
     return result
 
 
 def check_masks(masks: Mapping[str, Tensor]) -> None:
     """Raise unless masks are bool matrices on one device, at least one of them."""
-    require(len(masks) > 0, "masks: got none, takes at least one modality")
+    require(len(masks) > 0, "masks: expected at least one modality, got none")
     device = next(iter(masks.values())).device
     for name, mask in masks.items():
         require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
@@ -73,21 +76,23 @@ def check_positions(
     name: str, value: Tensor, masks: Mapping[str, Tensor], codes: Tensor | None, first_is_cls: bool
 ) -> None:
     """Raise unless position ids are a matrix of integers of their mask's shape, each has a code, and 0 is CLS alone."""
-    require(name in masks, f"positions: got {name!r}, takes modalities of the masks, {list(masks)}")
+    require(name in masks, f"positions: expected modalities of the masks, {list(masks)}, got {name!r}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
-    require(list(value.shape) == shape, f"positions[{name!r}]: got {describe(value)}, takes its mask's shape, {shape}")
+    require(
+        list(value.shape) == shape, f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}"
+    )
     require_device(f"positions[{name!r}]", value, masks[name].device)
     limit = MAX_POSITIONS if codes is None else codes.shape[0]
     require_values(
         ((value >= 0) & (value < limit)).all(),
-        f"positions[{name!r}]: got a position out of range, takes 0 to {limit - 1}",
+        f"positions[{name!r}]: expected 0 to {limit - 1}, got a position out of range",
     )
     if first_is_cls:
         first = torch.arange(value.shape[1], device=value.device) == 0
         require_values(
             (((value == 0) == first) | ~masks[name]).all(),
-            f"positions[{name!r}]: got 0 elsewhere than in the first column, takes it there alone, since it is CLS",
+            f"positions[{name!r}]: expected 0 in the first column, which is CLS, and nowhere else, got others",
         )
 
 
@@ -98,11 +103,11 @@ def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]
             counted = mask.sum(1).tolist()
             require(
                 counted == list(lengths[name]),
-                f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes its mask's counts, {describe(counted)}",
+                f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(list(lengths[name]))}",
             )
     if next(iter(masks.values())).device.type != "cpu":
         everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()
-        require_values(everywhere == total, "lengths: got another total than the masks count, takes what they count")
+        require_values(everywhere == total, "lengths: expected the masks' total, got another")
 
 
 def check_lengths(
@@ -110,13 +115,13 @@ def check_lengths(
 ) -> None:
     """Raise unless lengths fit the masks row by row."""
     require(
-        set(lengths) == set(names), f"lengths: got {list(lengths)}, takes the modalities of the masks, {list(names)}"
+        set(lengths) == set(names), f"lengths: expected the modalities of the masks, {list(names)}, got {list(lengths)}"
     )
     for name, (rows, width) in zip(names, shapes, strict=True):
         fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
         require(
             fits,
-            f"lengths[{name!r}]: got {describe(list(lengths[name]))}, takes 0 to {width} for each of {rows} rows",
+            f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(list(lengths[name]))}",
         )
 
 
@@ -124,16 +129,7 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
     """Raise unless ids are integers from 0 to ``limit`` - 1."""
     require_tensor(name, ids, INTEGERS, "[tokens]", 1)
     inside = ((ids >= 0) & (ids < limit)).all()
-    require_values(inside, f"{name}: got an id out of range, takes 0 to {limit - 1}")
-
-
-def split_counts(values: list[int], counts: Sequence[int]) -> list[list[int]]:
-    """Cut a list into parts of these lengths."""
-    parts, start = [], 0
-    for count in counts:
-        parts.append(values[start : start + count])
-        start += count
-    return parts
+    require_values(inside, f"{name}: expected 0 to {limit - 1}, got an id out of range")
 
 
 def segment_lengths(
@@ -184,11 +180,11 @@ def per_row(source: Tensor, padded: list[Tensor], inert: int = 0) -> Tensor:
 def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:
     """Code of each row: its position, or the entry of its modality's table of codes."""
     result = position
-    for group, name in enumerate(names):
+    for index, name in enumerate(names):
         if name in codes:
             table = codes[name].to(torch.int32)
             chosen = table[position.clamp(max=table.shape[0] - 1).long()]
-            result = torch.where(modality == group, chosen, result)
+            result = torch.where(modality == index, chosen, result)
     return result
 
 

@@ -41,12 +41,12 @@ _NO_EFFECT: dict[str, set[str]] = {
 
 def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: got {values!r}, takes a section of upstream's model YAML")
+        raise ValueError(f"{where}: expected a section of upstream's model YAML, got {values!r}")
     defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
     if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
-        raise ValueError(f"{where}: got unknown keys {unknown}, takes those of upstream's model section")
+        raise ValueError(f"{where}: expected keys of upstream's model section, got unknown ones {unknown}")
     if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
-        raise ValueError(f"{where}: got {refused}, takes { ({k: required[k] for k in refused}) }")
+        raise ValueError(f"{where}: expected { ({k: required[k] for k in refused}) }, got {refused}")
     return {**defaults, **values}
 
 
@@ -62,18 +62,17 @@ def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
         return ast.literal_eval(node)
 
     try:
-        layers = tuple((int(channels), int(kernel), int(stride)) for channels, kernel, stride in read(_parse(spec)))
+        layers = tuple(
+            (int(channels), int(kernel), int(stride))
+            for channels, kernel, stride in read(ast.parse(spec, mode="eval").body)
+        )
     except (SyntaxError, TypeError, ValueError):
         layers = ()
     if not layers or min(map(min, layers)) < 1:
         raise ValueError(
-            f"feature_encoder_spec: got {spec!r}, takes lists of positive (channels, kernel, stride) joined by + or *"
+            f"feature_encoder_spec: expected lists of positive (channels, kernel, stride), + and *, got {spec!r}"
         )
     return layers
-
-
-def _parse(spec: str) -> ast.expr:
-    return ast.parse(spec, mode="eval").body
 
 
 def read_transformer(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -87,22 +86,17 @@ def read_transformer(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, read in _ADAPTER_READERS.items():
         section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter")
         adapters[name] = read(section, where) if top[f"use_{name}_moe"] else None
-    return dict(
-        embed_dim=top["embed_dim"],
-        ffn_embed_dim=top["ffn_embed_dim"],
-        layers=top["layers"],
-        attention_heads=top["attention_heads"],
-        drop_path_rate=top["drop_path_rate"],
-        dropout=top["dropout"],
-        sub_layer_norm=top["magneto_scale_attn"],
-        attention_layer_norm=top["scale_attn"],
-        ffn_layer_norm=top["scale_fc"],
-        head_scale=top["scale_heads"],
-        layer_scale=_float(top["layer_scale_init_value"]) if top["use_layer_scale"] else None,
-        bias_table_per_layer=top["copy_rel_pos_table"],
-        checkpoint_activations=top["checkpoint_activations"],
+    fields = {
+        "sub_layer_norm": "magneto_scale_attn", "attention_layer_norm": "scale_attn", "ffn_layer_norm": "scale_fc",
+        "head_scale": "scale_heads", "bias_table_per_layer": "copy_rel_pos_table",
+    }  # fmt: skip
+    same = ("embed_dim", "ffn_embed_dim", "layers", "attention_heads", "drop_path_rate", "dropout")
+    return {
+        **{name: top[name] for name in (*same, "checkpoint_activations")},
+        **{name: top[key] for name, key in fields.items()},
+        "layer_scale": _float(top["layer_scale_init_value"]) if top["use_layer_scale"] else None,
         **adapters,
-    )
+    }
 
 
 def _float(value: Any) -> Any:
@@ -113,34 +107,27 @@ def _float(value: Any) -> Any:
         return value
 
 
-def _text_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return dict(bucket_size=section["bucket_size"], use_bias=section["use_attn_bias"])
+def _text(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    return {"bucket_size": section["bucket_size"], "use_bias": section["use_attn_bias"]}
 
 
-def _image_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind, expected = section["vision_encoder_type"], "hmlp" if where == "encoder" else "none"
-    if kind != expected:
-        raise ValueError(f"{where}.image_adapter.vision_encoder_type: got {kind!r}, takes {expected!r}")
-    return dict(
-        position_grid=section["bucket_size"], bias_grid=section["rel_bucket_size"], use_bias=section["use_attn_bias"]
-    )
+def _image(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _require_kind(f"{where}.image_adapter", "vision_encoder_type", section, "hmlp" if where == "encoder" else "none")
+    fields = {"position_grid": "bucket_size", "bias_grid": "rel_bucket_size", "use_bias": "use_attn_bias"}
+    return {name: section[key] for name, key in fields.items()}
 
 
-def _audio_from_upstream(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    kind, expected = section["abs_pos_type"], "conv" if where == "encoder" else "fixed"
-    if kind != expected:
-        raise ValueError(f"{where}.audio_adapter.abs_pos_type: got {kind!r}, takes {expected!r}")
-    extractor = {}
-    if where == "encoder":
-        extractor["feature_layers"] = _feature_layers(section["feature_encoder_spec"])
-    return dict(
-        position_layers=section["conv_pos_depth"],
-        position_width=section["conv_pos_width"],
-        position_groups=section["conv_pos_groups"],
-        bucket_size=section["bucket_size"],
-        use_bias=section["use_attn_bias"],
-        **extractor,
-    )
+def _audio(section: Mapping[str, Any], where: str) -> dict[str, Any]:
+    _require_kind(f"{where}.audio_adapter", "abs_pos_type", section, "conv" if where == "encoder" else "fixed")
+    fields = {"position_layers": "conv_pos_depth", "position_width": "conv_pos_width"}
+    fields |= {"position_groups": "conv_pos_groups", "bucket_size": "bucket_size", "use_bias": "use_attn_bias"}
+    layers = {"feature_layers": _feature_layers(section["feature_encoder_spec"])} if where == "encoder" else {}
+    return {name: section[key] for name, key in fields.items()} | layers
 
 
-_ADAPTER_READERS = {"text": _text_from_upstream, "image": _image_from_upstream, "audio": _audio_from_upstream}
+def _require_kind(where: str, key: str, section: Mapping[str, Any], expected: str) -> None:
+    if section[key] != expected:
+        raise ValueError(f"{where}.{key}: expected {expected!r}, got {section[key]!r}")
+
+
+_ADAPTER_READERS = {"text": _text, "image": _image, "audio": _audio}

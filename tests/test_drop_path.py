@@ -16,7 +16,7 @@ from onepeace_fast.models.inputs import read_batch
 
 LENGTHS = {"text": [5, 2, 7, 3], "image": [4, 4], "audio": [6, 0, 3]}
 SAMPLES = {"text": [0, 1, 2, 3], "image": [3, 1], "audio": [0, 1, 2]}
-KEEP = torch.tensor(
+DROP_PATH = torch.tensor(
     [
         [[1.0, 1, 1, 1], [1, 1, 1, 1]],
         [[0, 1.25, 1.25, 0], [1.25, 0, 1.25, 1.25]],
@@ -35,22 +35,22 @@ def on_the_device(plan):
     return dataclasses.replace(plan, branch_row_counts=())
 
 
-def test_keep_is_zero_or_the_reciprocal_of_the_rate_of_kept_samples():
+def test_drop_path_is_zero_or_the_reciprocal_of_the_rate_of_computed_samples():
     rates, samples = [0.0, 0.1, 0.4], 4000
-    keep = draw_drop_path(rates, samples, torch.Generator().manual_seed(1))
-    assert keep.shape == (3, 2, samples) and keep.dtype == torch.float32
-    assert (keep[0] == 1).all()
+    drop_path = draw_drop_path(rates, samples, torch.Generator().manual_seed(1))
+    assert drop_path.shape == (3, 2, samples) and drop_path.dtype == torch.float32
+    assert (drop_path[0] == 1).all()
     for layer, rate in enumerate(rates):
-        kept = keep[layer] != 0
-        assert torch.equal(keep[layer][kept], torch.full_like(keep[layer][kept], 1 / (1 - rate)))
+        computed = drop_path[layer] != 0
+        assert torch.equal(drop_path[layer][computed], torch.full_like(drop_path[layer][computed], 1 / (1 - rate)))
         deviation = math.sqrt(rate * (1 - rate) / samples)
         for branch in range(2):
-            assert abs(kept[branch].float().mean().item() - (1 - rate)) <= 4.5 * deviation
+            assert abs(computed[branch].float().mean().item() - (1 - rate)) <= 4.5 * deviation
 
 
 def test_branches_layers_and_samples_are_drawn_independently():
-    kept = draw_drop_path([0.5, 0.5], 4000, torch.Generator().manual_seed(2)) != 0
-    flat = kept.flatten(0, 1).float() - 0.5
+    computed = draw_drop_path([0.5, 0.5], 4000, torch.Generator().manual_seed(2)) != 0
+    flat = computed.flatten(0, 1).float() - 0.5
     correlation = flat @ flat.t() / 4000 * 4
     assert (correlation - torch.diag(correlation.diagonal())).abs().max() < 4.5 / math.sqrt(4000)
     assert ((flat[:, 1:] * flat[:, :-1]).mean(1) * 4).abs().max() < 4.5 / math.sqrt(4000)
@@ -74,32 +74,32 @@ def test_a_draw_does_not_follow_the_process_s_default_dtype_or_device():
 
 def test_a_rate_of_one_gives_no_nan():
     try:
-        keep = draw_drop_path([1.0], 10)
+        drop_path = draw_drop_path([1.0], 10)
     except ValueError as error:
         assert "\n" not in str(error)
     else:
-        assert not keep.any()
+        assert not drop_path.any()
 
 
 @pytest.mark.parametrize("capacity", [None, 50])
 @pytest.mark.parametrize("known", [True, False], ids=["rows known", "rows on the device"])
-def test_a_branch_is_the_plan_of_its_kept_samples(known, capacity):
-    plan = whole_plan(capacity=capacity).with_drop_path(KEEP)
+def test_a_branch_is_the_plan_of_its_computed_samples(known, capacity):
+    plan = whole_plan(capacity=capacity).with_drop_path(DROP_PATH)
     known = known and capacity is None
     layout = naive_layout(whole_rows(LENGTHS), SAMPLES)
     for layer, pair in enumerate(branches(plan if known else on_the_device(plan))):
         for which, branch in enumerate(pair):
-            kept = [s for s in range(4) if KEEP[layer, which, s]]
-            rows = [i for i, token in enumerate(layout.tokens) if token.sample in kept]
+            computed = [s for s in range(4) if DROP_PATH[layer, which, s]]
+            rows = [i for i, token in enumerate(layout.tokens) if token.sample in computed]
             counts = [sum(layout.tokens[i].modality == m for i in rows) for m in range(3)]
             part = branch.plan
             assert part.offsets.tolist() == [sum(counts[:m]) for m in range(4)]
-            assert torch.equal(branch.drop_path, KEEP[layer, which]) and branch.sample is plan.sample
+            assert torch.equal(branch.drop_path, DROP_PATH[layer, which]) and branch.sample is plan.sample
             for m in range(3):
                 segments = [(layout.tokens[i].modality, layout.tokens[i].sample) for i in rows]
                 lengths = [segments.count((m, s)) for s in range(4)]
                 assert part.cu_seqlens[m].diff().tolist() == lengths
-            if known and len(kept) == 4:
+            if known and len(computed) == 4:
                 assert branch.row_index is None and part is plan
                 continue
             assert part.row_counts == (tuple(counts) if known else ())
@@ -137,15 +137,15 @@ def run(layer, x, route, bias):
     return {"out": out.detach(), "x": x.grad, **{name: p.grad.clone() for name, p in layer.named_parameters()}}
 
 
-def unskipped(plan, keep):
+def unskipped(plan, drop_path):
     """The same factors with every row computed."""
-    return Branches(*(Branch(plan, None, factors, plan.sample) for factors in keep))
+    return Branches(*(Branch(plan, None, factors, plan.sample) for factors in drop_path))
 
 
 CHOICES = {
     "mixed": [[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 1.25, 0.0]],
-    "all kept": [[1.25] * 4, [2.0] * 4],
-    "none kept": [[0.0] * 4, [0.0] * 4],
+    "all computed": [[1.25] * 4, [2.0] * 4],
+    "none computed": [[0.0] * 4, [0.0] * 4],
     "one branch": [[1.0] * 4, [0.0, 0.0, 2.0, 0.0]],
     "other branch": [[0.0, 0.0, 2.0, 0.0], [1.0] * 4],
 }
@@ -156,23 +156,23 @@ CHOICES = {
 @pytest.mark.parametrize("encoder", [{}, {"head_scale": True, "layer_scale": None}], ids=["plain", "head scale"])
 def test_skipping_gives_what_multiplying_by_zero_gives(choice, known, encoder):
     layer, x, plan, bias = stack_inputs(**encoder)
-    keep = torch.tensor(CHOICES[choice])
-    given = plan.with_drop_path(keep[None])
+    drop_path = torch.tensor(CHOICES[choice])
+    given = plan.with_drop_path(drop_path[None])
     (route,) = branches(given if known else on_the_device(given))
-    expected, got = run(layer, x, unskipped(plan, keep), bias), run(layer, x, route, bias)
+    expected, got = run(layer, x, unskipped(plan, drop_path), bias), run(layer, x, route, bias)
     assert set(got) == set(expected) and len(got) > 20
     assert_close(got, expected, 1e-12)
-    dropped = (keep == 0).all(0)[plan.sample.long()]
+    dropped = (drop_path == 0).all(0)[plan.sample.long()]
     assert torch.equal(got["out"][dropped], x[dropped])
 
 
 def test_dropped_rows_are_not_read_and_reach_no_gradient():
     layer, x, plan, bias = stack_inputs()
-    keep = torch.tensor([[0.0, 1.25, 1.25, 0.0]] * 2)
-    (route,) = branches(plan.with_drop_path(keep[None]))
+    drop_path = torch.tensor([[0.0, 1.25, 1.25, 0.0]] * 2)
+    (route,) = branches(plan.with_drop_path(drop_path[None]))
     expected = run(layer, x, route, bias)
     spoiled = x.clone()
-    dropped = (keep[0] == 0)[plan.sample.long()]
+    dropped = (drop_path[0] == 0)[plan.sample.long()]
     spoiled[dropped] = math.nan
     got = run(layer, spoiled, route, bias)
     assert got["out"][dropped].isnan().all()
@@ -182,32 +182,32 @@ def test_dropped_rows_are_not_read_and_reach_no_gradient():
         assert torch.equal(got[name][~dropped], expected[name][~dropped]), name
 
 
-def test_products_run_on_the_kept_rows_alone(monkeypatch):
+def test_products_run_on_the_computed_rows_alone(monkeypatch):
     layer, x, plan, bias = stack_inputs()
-    keep = torch.tensor([[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 0.0, 0.0]])
-    (route,) = branches(plan.with_drop_path(keep[None]))
+    drop_path = torch.tensor([[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 0.0, 0.0]])
+    (route,) = branches(plan.with_drop_path(drop_path[None]))
     seen = []
     linear, ffn = F.linear, transformer.routed_ffn
     monkeypatch.setattr(F, "linear", lambda z, *rest: (seen.append(len(z)), linear(z, *rest))[1])
     monkeypatch.setattr(transformer, "routed_ffn", lambda z, *rest, **k: (seen.append(len(z)), ffn(z, *rest, **k))[1])
     layer(x, route, bias)
-    rows = [int((factors != 0)[plan.sample.long()].sum()) for factors in keep]
+    rows = [int((factors != 0)[plan.sample.long()].sum()) for factors in drop_path]
     assert seen[:2] == [rows[0], rows[0]] and seen[2] == rows[1] and 0 < rows[1] < rows[0] < len(x)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_dropout_of_a_kept_row_does_not_depend_on_what_is_skipped(dropout):
+def test_dropout_of_a_computed_row_does_not_depend_on_what_is_skipped(dropout):
     layer, x, plan, bias = stack_inputs(dropout=dropout)
-    keep = torch.tensor([[0.0, 1.25, 1.25, 1.25], [1.25, 0.0, 1.25, 1.25]])
+    drop_path = torch.tensor([[0.0, 1.25, 1.25, 1.25], [1.25, 0.0, 1.25, 1.25]])
     seeds = torch.tensor([5, 6])
-    (route,) = branches(plan.with_drop_path(keep[None]))
-    results = [layer(x, r, bias, None, seeds if dropout else None) for r in (route, unskipped(plan, keep))]
+    (route,) = branches(plan.with_drop_path(drop_path[None]))
+    results = [layer(x, r, bias, None, seeds if dropout else None) for r in (route, unskipped(plan, drop_path))]
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_a_refilled_plan_takes_its_new_factors_along():
-    plan = whole_plan(capacity=60).with_drop_path(KEEP)
-    other = whole_plan(capacity=60).with_drop_path(KEEP.flip(0))
+    plan = whole_plan(capacity=60).with_drop_path(DROP_PATH)
+    other = whole_plan(capacity=60).with_drop_path(DROP_PATH.flip(0))
     plan.copy_(other)
     for got, want in zip(branches(plan), branches(other), strict=True):
         for a, b in zip(got, want, strict=True):
@@ -216,5 +216,5 @@ def test_a_refilled_plan_takes_its_new_factors_along():
 
 def test_factors_beside_packed_rows_are_refused():
     layer, x, plan, bias = stack_inputs()
-    with pytest.raises(ValueError, match=r"^drop_path: got factors with packed rows, takes them in route"):
+    with pytest.raises(ValueError, match=r"^drop_path: expected none with packed rows, got factors; route is branches"):
         layer(x, plan, bias, torch.ones(2, 4))

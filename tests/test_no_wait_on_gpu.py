@@ -45,7 +45,7 @@ def from_masks_alone():
 
 def from_ids():
     ids = torch.tensor([0, 1, 1, 0, 0, 1], device="cuda")
-    return RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids.flip(0), samples=2)
+    return RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids.flip(0), sample_count=2)
 
 
 PLANS = (from_lengths, refillable, from_masks, from_masks_alone, from_ids)
@@ -74,7 +74,7 @@ def test_nothing_waits_between_the_plan_and_the_end_of_the_backward_pass(make, d
     model = Transformer(config).cuda().to(torch.bfloat16)
     plan = make()
     if drop_path:
-        keep = torch.ones(2, 2, plan.samples)
+        keep = torch.ones(2, 2, plan.sample_count)
         keep[1, :, 0] = 0
         plan = plan.with_drop_path(keep)
     x = torch.randn(plan.capacity, WIDTH, device="cuda", dtype=torch.bfloat16)

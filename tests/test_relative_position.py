@@ -64,7 +64,7 @@ def test_a_vector_takes_the_rows_of_its_distances_and_ends_with_the_three_of_cls
 
 
 @pytest.mark.parametrize("buckets, limit", [(4, 12), (256, 1023)])
-def test_the_code_form_of_a_series_is_the_dense_index_also_for_kept_subsets(buckets, limit):
+def test_the_code_form_of_a_series_is_the_dense_index_also_for_visible_subsets(buckets, limit):
     table = series(buckets, limit + 1)
     for seed, count in enumerate((1, 2, 13)):
         positions = kept_positions([count], limit, seed)[0]
@@ -76,7 +76,7 @@ def test_the_code_form_of_a_series_is_the_dense_index_also_for_kept_subsets(buck
 
 
 @pytest.mark.parametrize("side, table_grid", [(1, 1), (3, 3), (3, 5), (4, 4), (1, 4)])
-def test_the_code_form_of_a_grid_is_the_dense_index_also_for_smaller_images_and_kept_subsets(side, table_grid):
+def test_the_code_form_of_a_grid_is_the_dense_index_also_for_smaller_images_and_visible_subsets(side, table_grid):
     table, codes = grid(table_grid, side), grid_codes(side, table_grid)
     assert codes.dtype == torch.int32 and codes.shape == (side * side + 1,)
     total = side * side + 1

@@ -59,9 +59,9 @@ def build(batch: dict[str, Any], **changes: Any) -> RoutePlan:
 
 
 def naive_of(batch: dict[str, Any]):
-    kept = {name: [row.nonzero().flatten().tolist() for row in mask] for name, mask in batch["masks"].items()}
-    count = sum(map(len, (row for rows in kept.values() for row in rows)))
-    return naive_layout(kept, batch["samples"], batch["positions"], batch["codes"], count + batch["extra"])
+    real = {name: [row.nonzero().flatten().tolist() for row in mask] for name, mask in batch["masks"].items()}
+    count = sum(map(len, (row for rows in real.values() for row in rows)))
+    return naive_layout(real, batch["samples"], batch["positions"], batch["codes"], count + batch["extra"])
 
 
 def same_tensors(a: RoutePlan, b: RoutePlan) -> bool:
@@ -73,7 +73,7 @@ def same_tensors(a: RoutePlan, b: RoutePlan) -> bool:
 @given(ragged_batches())
 def test_every_tensor_is_that_of_the_naive_layout(batch):
     plan, naive = build(batch), naive_of(batch)
-    assert plan.modalities == tuple(batch["masks"]) and plan.samples == naive.samples
+    assert plan.modalities == tuple(batch["masks"]) and plan.sample_count == naive.samples
     assert plan.capacity == naive.capacity
     assert torch.equal(plan.offsets, naive.offsets) and plan.offsets.dtype == torch.int32
     assert torch.equal(plan.cu_seqlens, naive.cu_seqlens) and plan.cu_seqlens.dtype == torch.int32
@@ -125,10 +125,10 @@ def test_the_gradient_of_pack_and_unpack_is_zero_at_padding(batch):
 @FEW
 @given(ragged_batches(), st.data())
 def test_host_lengths_give_the_plan_of_masks(batch, data):
-    kept = {name: mask.sum(1).tolist() for name, mask in batch["masks"].items()}
-    assert same_tensors(build(batch, lengths=kept), build(batch))
+    real = {name: mask.sum(1).tolist() for name, mask in batch["masks"].items()}
+    assert same_tensors(build(batch, lengths=real), build(batch))
     widths = {name: mask.shape[1] for name, mask in batch["masks"].items()}
-    lengths = {name: [data.draw(st.integers(0, widths[name])) for _ in rows] for name, rows in kept.items()}
+    lengths = {name: [data.draw(st.integers(0, widths[name])) for _ in rows] for name, rows in real.items()}
     masks = {
         name: torch.arange(widths[name]) < torch.tensor(values, dtype=torch.int64)[:, None]
         for name, values in lengths.items()
@@ -281,7 +281,7 @@ def test_refilling_keeps_the_storage():
 
 
 def test_refilling_from_another_kind_of_plan_is_refused():
-    lengths, keep = {"text": [2, 3]}, torch.ones(1, 2, 2)
+    lengths, drop_path = {"text": [2, 3]}, torch.ones(1, 2, 2)
     plan = RoutePlan.from_lengths(lengths, capacity=8, first_is_cls=True)
     before = dataclasses.replace(plan, sample=plan.sample.clone())
     others = {
@@ -290,12 +290,12 @@ def test_refilling_from_another_kind_of_plan_is_refused():
         "capacity": RoutePlan.from_lengths(lengths, capacity=7, first_is_cls=True),
         "padded_shapes": RoutePlan.from_lengths(lengths, widths={"text": 4}, capacity=8, first_is_cls=True),
         "code_offsets": RoutePlan.from_lengths(lengths, code_offsets={"text": 9}, capacity=8, first_is_cls=True),
-        "keep": plan.with_drop_path(keep),
+        "drop_path": plan.with_drop_path(drop_path),
     }
     for other in others.values():
         refused("other", plan.copy_, other)
-    refused("other", plan.with_drop_path(keep).copy_, plan)
-    refused("other", plan.with_drop_path(keep).copy_, plan.with_drop_path(torch.ones(2, 2, 2)))
+    refused("other", plan.with_drop_path(drop_path).copy_, plan)
+    refused("other", plan.with_drop_path(drop_path).copy_, plan.with_drop_path(torch.ones(2, 2, 2)))
     assert same_tensors(plan, before)
 
 
@@ -306,10 +306,10 @@ def test_tensors_of_other_rows_or_lengths_are_refused_and_not_packed():
     swapped = {"a": tensors["b"], "b": tensors["a"]}
     length_first = {name: tensor.transpose(0, 1) for name, tensor in tensors.items()}
     for bad in (swapped, length_first, {"a": tensors["a"]}):
-        with pytest.raises(ValueError, match=r"padded: got tensors of .*, takes rows and lengths of"):
+        with pytest.raises(ValueError, match=r"padded: expected tensors of the plan's rows and lengths, .*, got"):
             plan.pack(bad)
 
 
 def test_a_length_below_zero_is_refused_in_one_line():
-    with pytest.raises(ValueError, match=r"lengths\['a'\]: got \[2, -1\], takes none below 0"):
+    with pytest.raises(ValueError, match=r"lengths\['a'\]: expected none below 0, got \[2, -1\]"):
         RoutePlan.from_lengths({"a": [2, -1]})

@@ -26,7 +26,7 @@ def interleaved(draw) -> dict[str, list[int]]:
 def build(case: dict, dtype: torch.dtype = torch.int64) -> RoutePlan:
     modality, sample, position, is_cls = (torch.tensor([t[i] for t in case["tokens"]], dtype=dtype) for i in range(4))
     return RoutePlan.from_modality_ids(
-        modality, NAMES, sample_ids=sample, samples=case["samples"], positions=position, is_cls=is_cls.bool(),
+        modality, NAMES, sample_ids=sample, sample_count=case["samples"], positions=position, is_cls=is_cls.bool(),
         max_position=30,
     )  # fmt: skip
 
@@ -49,7 +49,7 @@ def test_rows_are_grouped_by_modality_and_sample_with_cls_last(case, dtype):
     assert plan.offsets.tolist() == firsts and plan.offsets.dtype == torch.int32
     assert plan.cu_seqlens.tolist() == [[firsts[m] + sum(counts[m][:s]) for s in range(samples + 1)] for m in range(3)]
     assert plan.cu_seqlens.dtype == torch.int32
-    assert (plan.capacity, plan.samples) == (len(tokens), samples)
+    assert (plan.capacity, plan.sample_count) == (len(tokens), samples)
     for s in range(samples):
         assert plan.order[plan.sample == s].tolist() == list(range(sum(t[1] == s for t in tokens)))
 
@@ -72,7 +72,7 @@ def test_the_permutation_and_its_inverse(case):
 def test_defaults_are_one_sample_without_cls_at_the_tokens_own_places():
     plan = RoutePlan.from_modality_ids(torch.tensor([1, 0, 1, 0, 0]), ("text", "image"))
     assert plan.source.tolist() == [1, 3, 4, 0, 2] == plan.position.tolist()
-    assert plan.samples == 1 and not plan.is_cls.any() and not plan.sample.any()
+    assert plan.sample_count == 1 and not plan.is_cls.any() and not plan.sample.any()
     assert plan.offsets.tolist() == [0, 3, 5] and plan.cu_seqlens.tolist() == [[0, 3], [3, 5]]
     assert plan.code_offsets == (4, 4) and plan.row_counts == () and plan.max_length == 0
 
@@ -81,8 +81,8 @@ def test_defaults_are_one_sample_without_cls_at_the_tokens_own_places():
 def test_ids_out_of_range_are_refused(ids):
     good, bad = torch.tensor([0, 1]), torch.tensor(ids)
     refused("modality_ids", RoutePlan.from_modality_ids, bad, ("text", "image"))
-    refused("sample_ids", RoutePlan.from_modality_ids, good, ("text", "image"), sample_ids=bad, samples=2)
-    RoutePlan.from_modality_ids(good, ("text", "image"), sample_ids=good, samples=2)
+    refused("sample_ids", RoutePlan.from_modality_ids, good, ("text", "image"), sample_ids=bad, sample_count=2)
+    RoutePlan.from_modality_ids(good, ("text", "image"), sample_ids=good, sample_count=2)
 
 
 def test_position_ids_past_the_largest_are_refused():
@@ -103,8 +103,8 @@ def test_bad_tensors_are_refused():
         refused(name, RoutePlan.from_modality_ids, ids, NAMES, **{name: good.float()})
 
 
-def test_with_keep_changes_nothing_else():
+def test_with_drop_path_changes_nothing_else():
     plan = RoutePlan.from_lengths({"text": [2, 3]}, first_is_cls=True)
-    keep = draw_drop_path([0.5], 2)
-    other = plan.with_drop_path(keep)
-    assert plan.drop_path is None and other.drop_path is keep and other.source is plan.source
+    drop_path = draw_drop_path([0.5], 2)
+    other = plan.with_drop_path(drop_path)
+    assert plan.drop_path is None and other.drop_path is drop_path and other.source is plan.source

@@ -54,7 +54,7 @@ def test_interleaved_tokens_without_cls_agree_with_plain_attention_with_relative
     generator, heads = torch.Generator().manual_seed(0), 2
     positions = positions and torch.tensor(positions)
     plan = RoutePlan.from_modality_ids(
-        modality, ("text", "image"), sample_ids=sample, samples=2, positions=positions,
+        modality, ("text", "image"), sample_ids=sample, sample_count=2, positions=positions,
         max_position=None if positions is None else 11,
     )  # fmt: skip
     assert not plan.is_cls.any()

@@ -119,7 +119,7 @@ class LayerCase:
         """
         route: RoutePlan | Branches = self.plan
         if drop_path:
-            dropped = torch.arange(self.plan.samples) < round(drop_path * self.plan.samples)
+            dropped = torch.arange(self.plan.sample_count) < round(drop_path * self.plan.sample_count)
             factors = (~dropped).float().expand(1, 2, -1) / (1 - drop_path)
             (route,) = branches(self.plan.with_drop_path(factors))
         vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]

@@ -132,7 +132,7 @@ def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 def _open(soundfile: ModuleType, path: str) -> SoundFile:
     """Open a file so that the number of its samples is known."""
 
-    class Forward(soundfile.SoundFile):
+    class Forward(soundfile.SoundFile):  # type: ignore[name-defined]  # imported where it is needed
         """Does not seek after every read, which would decode a piece twice behind a hole."""
 
         def seekable(self) -> bool:

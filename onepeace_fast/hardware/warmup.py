@@ -127,10 +127,10 @@ def _step(
         model = Transformer(dataclasses.replace(config, layers=1, checkpoint_activations=False))
     model = model.to_empty(device="cpu").to(torch.float32 if autocast else dtype).train()
     layer: Any = model.layers[0]
-    layer.route = functools.partial(layer.route, strategy=strategy)
+    layer.packed_ffn = functools.partial(layer.packed_ffn, strategy=strategy)
     plan = RoutePlan.from_lengths(dict.fromkeys(config.modalities[:count], LENGTHS))
     if config.drop_path_rate:
-        keep = torch.ones(1, 2, plan.samples)
+        keep = torch.ones(1, 2, plan.sample_count)
         keep[:, :, 1:] = float(all_kept)
         plan = plan.with_drop_path(keep)
     stream = torch.float32 if autocast else dtype

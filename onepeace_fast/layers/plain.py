@@ -22,6 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from onepeace_fast.checks import require
 from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
+from onepeace_fast.structures import Routing
 
 Kind = TypeVar("Kind", bound=nn.Module)
 # A fake tensor is what tracing puts in place of a plain one.
@@ -99,7 +100,7 @@ def unfused(part: str, module: nn.Module, kind: type[nn.Module]) -> None:
 def _say_once(part: str, got: str, plain: str) -> None:
     got = f"a {got} with hooks, a forward, weights or settings of its own" if got == plain else got
     warnings.warn(
-        f"{part}: got {got}, takes a plain {plain} to be fused; this part runs through its modules, which costs time",
+        f"{part}: expected a plain {plain}, to be fused, got {got}; this part runs through its modules and costs time",
         RuntimeWarning,
         stacklevel=2,
     )
@@ -122,7 +123,7 @@ def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Ten
     """
     if not plan.row_counts and plan.offsets.device.type != "cpu" and not torch.compiler.is_compiling():
         _say_that_the_host_waits()
-    ranges = list(row_slices(plan.offsets, plan.row_counts))
-    parts = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
+    ranges = list(row_slices(Routing(plan.offsets, plan.row_counts)))
+    outputs = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
     inert = x.shape[0] - ranges[-1].stop
-    return torch.cat([*parts, parts[0].new_zeros(inert, parts[0].shape[1])])
+    return torch.cat([*outputs, outputs[0].new_zeros(inert, outputs[0].shape[1])])

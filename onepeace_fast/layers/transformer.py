@@ -205,7 +205,7 @@ class TransformerLayer(nn.Module):
         if isinstance(route, Branches):
             require(
                 drop_path is None,
-                "drop_path: got factors with packed rows, takes them in route: branches(plan.with_drop_path(...))",
+                "drop_path: expected none with packed rows, got factors; route is branches(plan.with_drop_path(...))",
             )
             return self.packed(x, *route, bias, seeds)
         return self.padded(x, route, bias, drop_path)

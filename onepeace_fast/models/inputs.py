@@ -101,6 +101,8 @@ def read_batch(
         require_device(name, value, device)
     rows = {name: value.shape[0] for name, value in values.items()}
     places = [(modality, name) for names in passes for modality, name in names.items()]
+    if passes:
+        _check_mask_names(masks, sorted(name for _, name in places))
     for modality, name in places:
         _check_mask(name, masks[name], valid[modality])
     if samples is None:
@@ -122,7 +124,7 @@ def read_batch(
         (count,) = read[place]
         require(not count, lambda message=message, count=count: message(count))
     for name, place in hidden_cls_at.items():
-        require(not read[place][0], f"masks[{name!r}]: got True at CLS, column 0, takes False there")
+        require(not read[place][0], f"masks[{name!r}]: expected False at CLS, column 0, got True there")
     lengths = {name: read[place] for name, place in lengths_at.items()}
     sample_of = None
     if samples is not None:
@@ -148,27 +150,32 @@ def _sort_inputs(
     for name in given:
         require(
             name in adapters or name in padded,
-            f"{name}: got a tensor, takes none: the model was built without this modality; it has {known}",
+            f"{name}: expected no tensor, got one: the model was built without this modality; it has {known}",
         )
     values = {name: given[name] for name in adapters if name in given}
     for key, name in padded.items():
-        require(name in values or key not in given, f"{key}: got a tensor without {name}, takes both")
-    require(bool(values), f"{known}: got none, takes at least one modality")
+        require(name in values or key not in given, f"{key}: expected {name} with it, got it alone")
+    require(bool(values), f"{known}: expected at least one modality, got none")
     return values, {name: given.get(f"{name}_padding") for name in values}
 
 
 def _check_sample_rows(samples: object, device: torch.device) -> None:
-    require(isinstance(samples, Mapping), f"samples: got {describe(samples)}, takes {{modality: int64 [rows]}}")
+    require(isinstance(samples, Mapping), f"samples: expected {{modality: int64 [rows]}}, got {describe(samples)}")
     for name, value in samples.items():
         if isinstance(value, Tensor):
             fits = value.dtype in INTEGERS and value.dim() == 1 and value.device.type in ("cpu", device.type)
         else:
             fits = isinstance(value, Sequence) and all(type(item) is int for item in value)
-        require(fits, f"samples[{name!r}]: got {describe(value)}, takes int64 [rows] or a list of integers")
+        require(fits, f"samples[{name!r}]: expected int64 [rows] or a list of integers, got {describe(value)}")
+
+
+def _check_mask_names(masks: object, names: list[str]) -> None:
+    got = sorted(masks) if isinstance(masks, Mapping) else describe(masks)
+    require(got == names, f"masks: expected exactly one for each of {names}, got {got}")
 
 
 def _check_mask(name: str, mask: Tensor, valid: Tensor) -> None:
     require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
     shape = list(valid.shape)
-    require(list(mask.shape) == shape, f"masks[{name!r}]: got {describe(mask)}, takes bool {shape}, CLS first")
+    require(list(mask.shape) == shape, f"masks[{name!r}]: expected bool {shape}, CLS first, got {describe(mask)}")
     require_device(f"masks[{name!r}]", mask, valid.device)

@@ -23,15 +23,17 @@ def add_modality(
     """Give a model's encoder one more modality; returns the model's configuration with it."""
     encoder = config.encoder
     known = encoder.modalities
-    require(name not in known, f"name: got {name!r}, takes one that the model does not have yet: it has {list(known)}")
+    require(
+        name not in known, f"name: expected one that the model does not have yet, got {name!r}: it has {list(known)}"
+    )
     # The configuration checks the name; nothing of the model is touched before all checks have passed.
     config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, added=(*encoder.added, name)))
     require(
-        init_from is None or init_from in known, f"init_from: got {init_from!r}, takes None or one of {list(known)}"
+        init_from is None or init_from in known, f"init_from: expected None or one of {list(known)}, got {init_from!r}"
     )
     check_adapter(encoder, name, adapter)
-    taken = [part for part in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, part)]
-    require(not taken, f"name: got {name!r}, takes another: the model has a {', '.join(taken)} already")
+    taken = [own for own in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, own)]
+    require(not taken, f"name: expected another, got {name!r}: the model has a {', '.join(taken)} already")
 
     transformer = inside(stack.fusion_model, Transformer)
     like = next(transformer.parameters())
@@ -45,9 +47,9 @@ def add_modality(
             return placed(copy.deepcopy(owner.get_submodule(f"{init_from}_{kind}")))
         with like.device:
             module = fresh()
-        for part in module.modules():
-            if isinstance(part, nn.Linear):
-                init_linear(part)
+        for inner in module.modules():
+            if isinstance(inner, nn.Linear):
+                init_linear(inner)
         return placed(module)
 
     stack.add_module(f"{name}_adapter", placed(adapter))
@@ -63,7 +65,7 @@ def add_modality(
 def train_only(model: nn.Module, wrapper: nn.Module, encoder: Stack, name: str) -> None:
     """Freeze all of a model's encoder, in its wrapper, and of the projections, but what is one modality's own."""
     known = encoder.config.modalities
-    require(name in known, f"name: got {name!r}, takes one of {list(known)}")
+    require(name in known, f"name: expected one of {list(known)}, got {name!r}")
     transformer = inside(encoder.fusion_model, Transformer)
     model.requires_grad_()
     wrapper.requires_grad_(False)
@@ -76,23 +78,23 @@ def train_only(model: nn.Module, wrapper: nn.Module, encoder: Stack, name: str) 
 
 def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Parameter]:
     """Every parameter that passes of these modalities alone read, in whatever it is wrapped."""
-    parts = {
-        part
+    own = {
+        place
         for name in modalities
-        for part in (
+        for place in (
             *(f"{name}_adapter", f"{name}_ffn", f"{name}_layer_norm", f"{name}_proj"),
             *(f"decoder_{name}_embed", f"{name}_mask_token", f"{name}_mask_head"),
         )
     }
-    return [parameter for name, parameter in model.named_parameters() if not parts.isdisjoint(name.split("."))]
+    return [parameter for name, parameter in model.named_parameters() if not own.isdisjoint(name.split("."))]
 
 
 def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) -> None:
     """Raise unless there is a fitting adapter for exactly the added modalities."""
     require(
         set(adapters) == set(encoder.added),
-        f"adapters: got {sorted(adapters)}, takes one for each added modality of the configuration, "
-        f"{list(encoder.added)}",
+        f"adapters: expected one for each added modality of the configuration, {list(encoder.added)}, "
+        f"got {sorted(adapters)}",
     )
     for name, adapter in adapters.items():
         check_adapter(encoder, name, adapter)
@@ -100,13 +102,13 @@ def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) 
 
 def check_adapter(encoder: TransformerConfig, name: str, adapter: Adapter) -> None:
     """Raise unless an adapter has the width, heads and bias tables of an encoder."""
-    require(isinstance(adapter, Adapter), f"adapter {name}: got {describe(adapter)}, takes a subclass of Adapter")
+    require(isinstance(adapter, Adapter), f"adapter {name}: expected a subclass of Adapter, got {describe(adapter)}")
     width = adapter.cls_embedding.shape[-1]
-    require(width == encoder.embed_dim, f"adapter {name}: got embed_dim {width}, takes {encoder.embed_dim}")
+    require(width == encoder.embed_dim, f"adapter {name}: expected embed_dim {encoder.embed_dim}, got {width}")
     tables = list(adapter.rel_pos_table_list) if adapter.has_bias else []
     heads = {table.embedding_dim for table in tables} or {encoder.attention_heads}
     require(
         len(tables) == encoder.bias_tables and heads == {encoder.attention_heads},
-        f"adapter {name}: got {len(tables)} bias tables of {sorted(heads)} heads, takes {encoder.bias_tables} of "
-        f"{encoder.attention_heads}",
+        f"adapter {name}: expected {encoder.bias_tables} bias tables of {encoder.attention_heads} heads, got "
+        f"{len(tables)} of {sorted(heads)}",
     )

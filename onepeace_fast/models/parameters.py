@@ -29,15 +29,15 @@ def upstream_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def without_wrappers(name: str) -> str:
     """A name in a file of a wrapped model, as upstream has it; what "module" means there remains to be seen."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+    return ".".join(word for word in name.split(".") if word not in _WRAPPERS)
 
 
 def _plain(model: nn.Module, name: str) -> str:
     names, owner = [], model
-    for part in name.split("."):
-        if part not in _WRAPPERS and not (part == "module" and isinstance(owner, _PARALLEL)):
-            names.append(part)
-        owner = owner._modules.get(part) if owner is not None else None
+    for word in name.split("."):
+        if word not in _WRAPPERS and not (word == "module" and isinstance(owner, _PARALLEL)):
+            names.append(word)
+        owner = owner._modules.get(word) if owner is not None else None
     return ".".join(names)
 
 

@@ -105,10 +105,8 @@ def sample_count(tokens: Tokens, samples: Samples | None) -> int:
     return len(set().union(*(samples[name] for name in tokens)))
 
 
-def join(passes: Sequence[Tokens], samples: Samples | None, order: Sequence[str]) -> tuple[Tokens, Samples | None]:
+def join(passes: Sequence[Tokens], samples: Samples | None, order: Sequence[str]) -> tuple[Tokens, Samples]:
     """One padded batch of all passes, modalities in ``order``, and the sample of each of its rows."""
-    if len(passes) == 1:
-        return passes[0], samples
     names = [name for name in order if any(name in tokens for tokens in passes)]
     joined = {name: _join([tokens[name] for tokens in passes if name in tokens]) for name in names}
     joined_samples: dict[str, list[int]] = {name: [] for name in names}

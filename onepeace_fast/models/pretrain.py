@@ -20,8 +20,7 @@ from onepeace_fast.layers.parameters import init_linear, init_truncated_normal, 
 from onepeace_fast.layers.plain import inside, refuse_advancing
 from onepeace_fast.models import modalities, upstream
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch
-from onepeace_fast.models.losses import contrastive_loss
-from onepeace_fast.models.objectives import denoising_term, require_masks, require_pairs, require_smoothing
+from onepeace_fast.models.losses import contrastive_loss, denoising_loss
 from onepeace_fast.models.passes import Encoded, Tokens
 from onepeace_fast.models.stack import Stack
 
@@ -71,7 +70,7 @@ class OnePeacePretrain(nn.Module):
 
     def forward(self, task: str, **inputs: Any) -> Any:
         """Call a method by its name, one of ``TASKS``, so that DistributedDataParallel and hooks see it."""
-        require(task in TASKS, f"task: got {task!r}, takes one of {', '.join(TASKS)}")
+        require(task in TASKS, f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         return getattr(self, task)(**inputs)
 
     def encode(
@@ -106,7 +105,7 @@ class OnePeacePretrain(nn.Module):
         encoder = self.encoder
         batch, _ = read_batch(encoder.adapters, inputs)
         names = ", ".join(encoder.adapters)
-        require(len(batch.inputs) == 1, f"{names}: got {sorted(batch.inputs)}, takes exactly one")
+        require(len(batch.inputs) == 1, f"{names}: expected exactly one, got {sorted(batch.inputs)}")
         (encoded,) = self.encoder_wrapper([encoder.embed(batch)])
         return self.project(encoded)
 
@@ -125,9 +124,8 @@ class OnePeacePretrain(nn.Module):
         encoder = self.encoder
         given = [name for name in inputs if inputs[name] is not None and not name.endswith("_padding")]
         self._require_decoded(given)
-        require_masks(masks, set(given))
         batch, (hidden,) = read_batch(
-            encoder.adapters, inputs, samples=samples, masks=masks, passes=[{name: name for name in masks}]
+            encoder.adapters, inputs, samples=samples, masks=masks, passes=[{name: name for name in given}]
         )
         visible = [encoder.embed(batch, hidden.visible)]
         (rebuilt,) = self._decode([batch], visible, self.encoder_wrapper(visible, batch.samples))
@@ -167,7 +165,7 @@ class OnePeacePretrain(nn.Module):
             self.project(image_teacher), self.project(text_teacher), self.logit_scale_exp()
         )
         text_rebuilt, image_rebuilt, pair_rebuilt = self._decode([texts, images, batch], visible, students)
-        denoise, together = partial(denoising_term, batch, label_smoothing), pair_teacher.unpacked()
+        denoise, together = partial(_denoise, batch, label_smoothing), pair_teacher.unpacked()
         losses = {
             "dcl_text_loss": denoise("text", text_rebuilt, text_teacher.unpacked(), alone),
             "dcl_image_loss": denoise("image", image_rebuilt, image_teacher.unpacked(), alone),
@@ -225,7 +223,7 @@ class OnePeacePretrain(nn.Module):
             text_embedding = self.project(text_teacher)
         contrast, a2t, t2a = contrastive_loss(self.project(audio_teacher), text_embedding, self.logit_scale_exp())
         audio_rebuilt, pair_rebuilt = self._decode([audios, batch], visible, students)
-        denoise, together = partial(denoising_term, batch, label_smoothing), pair_teacher.unpacked()
+        denoise, together = partial(_denoise, batch, label_smoothing), pair_teacher.unpacked()
         losses = {
             "dcl_audio_loss": denoise("audio", audio_rebuilt, together, alone),
             "dcl_al_text_loss": denoise("text", pair_rebuilt, together, pair),
@@ -355,9 +353,10 @@ class OnePeacePretrain(nn.Module):
         """Check a pretraining task's arguments and read them; the last of ``passes`` has both modalities."""
         first, other = passes[-1]
         self._require_decoded((first, other))
-        require_masks(masks, {name for one in passes for name in one.values()})
-        require_pairs(first, inputs[first], other, inputs[other])
-        require_smoothing(label_smoothing)
+        rows = [len(x) if isinstance(x, Tensor) and x.dim() else 0 for x in (inputs[first], inputs[other])]
+        require(rows[0] == rows[1], f"{first}, {other}: expected a pair in every row, got {rows[0]} and {rows[1]} rows")
+        smooth = 0.0 <= label_smoothing < 1.0
+        require(smooth, f"label_smoothing: expected a probability in [0, 1), got {label_smoothing}")
         if self.training and self.encoder.resolved_backend == "fused":
             refuse_advancing(self)
         batch, hidden = read_batch(self.encoder.adapters, inputs, masks=masks, passes=passes)
@@ -365,16 +364,27 @@ class OnePeacePretrain(nn.Module):
             for modality, name in one.items():
                 require(
                     found.counts[modality] > 0,
-                    f"masks[{name!r}]: got no hidden token in the whole batch, takes at least one for its loss",
+                    f"masks[{name!r}]: expected at least one hidden token in the whole batch, got none",
                 )
         return batch, hidden
 
     def _require_decoded(self, names: Collection[str]) -> None:
         for name in sorted(names):
             decoded = name in self.config.decoder.modalities or name not in self.config.encoder.modalities
-            require(decoded, f"{name}: got a tensor to reconstruct, takes none: the decoder lacks this modality")
+            require(decoded, f"{name}: expected no tensor to reconstruct, got one: the decoder lacks this modality")
 
     def _with_others(self, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
         """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it."""
         others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read)
         return with_unread(total, *others, *unread)
+
+
+def _denoise(
+    batch: Batch, smoothing: float, modality: str, rebuilt: Mapping[str, Tensor], teacher: Mapping[str, Tensor],
+    hidden: Hidden,
+) -> Tensor:  # fmt: skip
+    """The loss of one modality's hidden tokens in one pass: what was rebuilt of them against the teacher's features."""
+    valid, lengths = batch.valid.masks[modality], batch.valid.lengths[modality]
+    real = sum(lengths) - len(lengths)
+    student, mask, count = rebuilt[modality], hidden.masks[modality], hidden.counts[modality]
+    return denoising_loss(student, teacher[modality], valid, real, mask, count, smoothing)

@@ -156,25 +156,20 @@ class Stack(nn.Module):
 
     def forward(self, passes: Sequence[Tokens], samples: Samples | None = None) -> list[Encoded]:
         """Encode the embedded tokens of each pass: packed as one call of the transformer, padded one after another."""
+        drop_path = self._draw_drop_path(passes, samples)
         if self.resolved_backend == "reference":
             return [
-                Encoded(padded=encode_padded(self.fusion_model, self.adapters, tokens, samples, drop_path))
-                for tokens, drop_path in zip(passes, self._draw_drop_path(passes, samples), strict=True)
+                Encoded(padded=encode_padded(self.fusion_model, self.adapters, tokens, samples, own))
+                for tokens, own in zip(passes, drop_path, strict=True)
             ]
-        joined, joined_samples = join(passes, samples, self.config.modalities)
-        plan = self.plan(joined, joined_samples)
-        x = plan.pack({name: padded.x for name, padded in joined.items()})
-        return self.encode_packed(x, plan, passes, samples)
-
-    def encode_packed(
-        self, x: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Samples | None = None
-    ) -> list[Encoded]:
-        """Run the packed rows [C, dim] of joined passes through the transformer."""
-        drop_path = self._draw_drop_path(passes, samples)
+        tokens, sample_of = passes[0], samples
+        if len(passes) > 1:
+            tokens, sample_of = join(passes, samples, self.config.modalities)
+        plan = self.plan(tokens, sample_of)
         if drop_path[0] is not None:
             plan = plan.with_drop_path(torch.cat(drop_path, dim=2))
-        widths = {name: padded.width for tokens in passes for name, padded in tokens.items()}
-        packed = self.fusion_model(x, plan, self.bias({name: widths[name] for name in plan.modalities}))
+        x = plan.pack({name: padded.x for name, padded in tokens.items()})
+        packed = self.fusion_model(x, plan, self.bias({name: padded.width for name, padded in tokens.items()}))
         return split(packed, plan, passes, samples)
 
     def _draw_drop_path(self, passes: Sequence[Tokens], samples: Samples | None) -> list[Tensor | None]:

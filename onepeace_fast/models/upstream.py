@@ -37,7 +37,7 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """Copy every parameter; raises ``ValueError`` listing all that does not fit, weights untouched."""
     require(
         not any(parameter.is_meta for parameter in model.parameters()),
-        "model: got parameters without memory, takes a model on a device; call to_empty(device=...) first",
+        "model: expected a model on a device, got parameters without memory; call to_empty(device=...) first",
     )
     with gathered(model):
         values = _fitting(model, state_dict)
@@ -73,7 +73,7 @@ def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Te
     }
     found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
     if found:
-        raise ValueError(f"state_dict: got keys that do not fit, takes exactly this model's. {found}")
+        raise ValueError(f"state_dict: expected exactly this model's keys, got some that do not fit. {found}")
     return {name: given[name] for name in parameters}
 
 
@@ -97,7 +97,7 @@ def _renamed(parameters: Mapping[str, Tensor], state_dict: Mapping[str, Tensor])
 
 
 def _without_module(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != "module")
+    return ".".join(word for word in name.split(".") if word != "module")
 
 
 def _reset_tables(model: nn.Module) -> None:
@@ -109,7 +109,9 @@ def _reset_tables(model: nn.Module) -> None:
 def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     """See ``OnePeacePretrain.to_upstream_state_dict``."""
     flattened = is_flattened(model)
-    require(not (grads and flattened), "grads: got True for a model in FSDP1, takes False: its gradients are flattened")
+    require(
+        not (grads and flattened), "grads: expected False, got True for a model in FSDP1: its gradients are flattened"
+    )
     with gathered(model):
         parameters = upstream_names(model)
         if flattened:  # outside they are in pieces again
@@ -128,7 +130,7 @@ def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, director
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
     _check_ties(tensors)
-    tensors = {name: value.clone() if _is_part(value) else value for name, value in tensors.items()}
+    tensors = {name: value.clone() if _shares_storage(value) else value for name, value in tensors.items()}
     if sharded and dist.get_rank() > 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -149,7 +151,7 @@ def _check_names(found: set[str], expected: set[str]) -> None:
     require(
         not told,
         lambda: (
-            f"model: got parameters that load() would refuse, takes those of its configuration. {told}. A part was "
+            f"model: expected parameters of its configuration, got some that load() would refuse. {told}. A part was "
             "replaced, parametrized or tied: merge or remove that first, or keep torch.save(model.state_dict())"
         ),
     )
@@ -166,7 +168,7 @@ def _check_ties(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _is_part(value: Tensor) -> bool:
+def _shares_storage(value: Tensor) -> bool:
     """Whether a tensor is part of a larger one, which its file would refuse."""
     return value.untyped_storage().nbytes() > value.nbytes
 
@@ -174,7 +176,10 @@ def _is_part(value: Tensor) -> bool:
 def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
     """The configuration and the weights that ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        require((directory / name).is_file(), f"directory: got {directory} without {name}, takes one that save() wrote")
+        require(
+            (directory / name).is_file(),
+            f"directory: expected a folder that save() wrote, got {directory} without {name}",
+        )
     config = OnePeaceConfig.load(directory / CONFIG_FILE)
     try:
         with torch.device("cpu"):
@@ -182,7 +187,8 @@ def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"directory: got {directory / WEIGHTS_FILE}, which cannot be read ({reason}), takes one that save() wrote"
+            f"directory: expected a folder that save() wrote, got {directory / WEIGHTS_FILE}, which cannot be read "
+            f"({reason})"
         ) from error
 
 

@@ -47,7 +47,7 @@ def layer_step(lengths, frozen=(), strategy="grouped"):
     for modality in frozen:
         layer.ffn(modality).requires_grad_(False)
     plan = RoutePlan.from_lengths(lengths)
-    keep = torch.ones(3, 2, plan.samples)
+    keep = torch.ones(3, 2, plan.sample_count)
     keep[:, :, 0] = 0
     found = set()
     # Of three layers' branches, each lies elsewhere in the tensors of all.
@@ -55,10 +55,10 @@ def layer_step(lengths, frozen=(), strategy="grouped"):
         with force_kernels(True), recording("sm_90", 132) as configurations:
             x = torch.zeros(plan.capacity, 64, dtype=torch.bfloat16, requires_grad=True)
             bias = [torch.zeros(2, 2 * offset + 4, dtype=torch.bfloat16) for offset in plan.code_offsets]
-            original = layer.route
-            layer.route = lambda *given, original=original, **more: original(*given, strategy=strategy, **more)
+            original = layer.packed_ffn
+            layer.packed_ffn = lambda *given, original=original, **more: original(*given, strategy=strategy, **more)
             layer(x, branch, bias).sum().backward()
-            del layer.route
+            del layer.packed_ffn
         found |= {compiled_for(one) for one in configurations}
     return found
 

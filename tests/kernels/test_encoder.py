@@ -134,9 +134,14 @@ def test_a_captured_graph_follows_its_refilled_plan():
 
     def step(plan):
         attend = branches(plan)[0].attention
-        z = layer_norm(x, weights[0], weights[1], row_index=attend.rows, offsets=attend.plan.offsets)
+        z = layer_norm(x, weights[0], weights[1], row_index=attend.row_index, offsets=attend.plan.offsets)
         stream = residual(
-            x, z, drop_path=attend.keep, sample=plan.sample, row_index=attend.rows, offsets=attend.plan.offsets
+            x,
+            z,
+            drop_path=attend.drop_path,
+            sample=plan.sample,
+            row_index=attend.row_index,
+            offsets=attend.plan.offsets,
         )
         stream, normed = residual_layer_norm(stream, stream, weights[0][0], weights[1][0])
         n = gated_sub_ln(normed, stream, weights[2], weights[3], offsets=plan.offsets)
@@ -163,7 +168,7 @@ def test_a_whole_layer_captured_forward_and_backward_follows_its_refilled_plan(d
     config = TransformerConfig(**sizes, layers=1, layer_scale=0.1, head_scale=True, audio=None)
     torch.manual_seed(0)
     layer = TransformerLayer(config).to(DEVICE, dtype).train()
-    layer.route = functools.partial(layer.route, strategy="grouped")
+    layer.packed_ffn = functools.partial(layer.packed_ffn, strategy="grouped")
 
     def plan_of(text, image, keep):
         lengths, widths = {"text": text, "image": image}, {"text": 9, "image": 10}

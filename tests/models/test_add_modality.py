@@ -159,7 +159,7 @@ def test_a_saved_model_with_an_added_modality_loads_with_its_adapter(tmp_path, c
     inputs = readings([4, 6, 3])
     inputs["sensor"] = inputs["sensor"].float()
     assert torch.equal(loaded.embed(**inputs), model.eval().embed(**inputs))
-    with pytest.raises(ValueError, match=r"adapters: got \[\], takes one for each added modality .*sensor"):
+    with pytest.raises(ValueError, match=r"adapters: expected one for each added modality .*sensor.*, got \[\]"):
         OnePeacePretrain.load(tmp_path)
 
 
@@ -196,18 +196,18 @@ def test_freezing_for_another_modality_starts_from_the_whole_model():
 @pytest.mark.parametrize(
     ("name", "adapter", "init_from", "message"),
     [
-        ("audio", SensorAdapter, None, "name: got 'audio', takes one that the model does not have yet"),
-        ("Sensor 1", SensorAdapter, None, "added: got ['Sensor 1'], takes names of lower-case letters"),
-        ("sensor", SensorAdapter, "video", "init_from: got 'video', takes None or one of"),
-        ("sensor", lambda: SensorAdapter(embed_dim=24), None, "adapter sensor: got embed_dim 24, takes 48"),
+        ("audio", SensorAdapter, None, "name: expected one that the model does not have yet, got 'audio'"),
+        ("Sensor 1", SensorAdapter, None, "added: expected names of lower-case letters"),
+        ("sensor", SensorAdapter, "video", "init_from: expected None or one of"),
+        ("sensor", lambda: SensorAdapter(embed_dim=24), None, "adapter sensor: expected embed_dim 48, got 24"),
         (
             "sensor",
             lambda: SensorAdapter(heads=2),
             None,
-            "adapter sensor: got 1 bias tables of [2] heads, takes 1 of 3",
+            "adapter sensor: expected 1 bias tables of 3 heads, got 1 of [2]",
         ),
-        ("sensor", lambda: SensorAdapter(tables=0), None, "adapter sensor: got 0 bias tables"),
-        ("sensor", lambda: nn.Linear(2, 48), None, "adapter sensor: got Linear"),
+        ("sensor", lambda: SensorAdapter(tables=0), None, "adapter sensor: expected 1 bias tables of 3 heads, got 0"),
+        ("sensor", lambda: nn.Linear(2, 48), None, "adapter sensor: expected a subclass of Adapter, got Linear"),
     ],
 )
 def test_a_modality_that_does_not_fit_is_refused_and_nothing_changes(name, adapter, init_from, message):
@@ -222,15 +222,15 @@ def test_a_modality_that_does_not_fit_is_refused_and_nothing_changes(name, adapt
 def test_padding_of_an_added_modality_is_checked_as_audios_is():
     model = extended()
     inputs = readings([4, 6, 3])
-    with pytest.raises(ValueError, match=r"sensor_padding: got bool \[3, 6\] on cpu, takes bool \[3, 7\]"):
+    with pytest.raises(ValueError, match=r"sensor_padding: expected bool \[3, 7\].*, got bool \[3, 6\] on cpu"):
         model.embed(sensor=inputs["sensor"], sensor_padding=inputs["sensor_padding"][:, :6])
     wrong = inputs["sensor_padding"].clone()
     wrong[1, 0] = True
-    with pytest.raises(ValueError, match="sensor_padding: got True at CLS, column 0, takes False there"):
+    with pytest.raises(ValueError, match="sensor_padding: expected False at CLS, column 0, got True there"):
         model.embed(sensor=inputs["sensor"], sensor_padding=wrong)
-    with pytest.raises(ValueError, match="sensor: got a tensor to reconstruct, takes none: the decoder lacks"):
+    with pytest.raises(ValueError, match="sensor: expected no tensor to reconstruct, got one: the decoder lacks"):
         model.reconstruct(sensor=inputs["sensor"], masks={"sensor": inputs["sensor_padding"]})
-    with pytest.raises(ValueError, match="video: got a tensor, takes none: the model was built without"):
+    with pytest.raises(ValueError, match="video: expected no tensor, got one: the model was built without"):
         model.encode(video=inputs["sensor"])
 
 

@@ -13,10 +13,10 @@ from onepeace_fast.models import stack
 def ran(monkeypatch):
     """Names the backend that a model runs."""
     seen = []
-    padded, packed = stack.encode_padded, stack.Stack.encode_packed
+    padded, split = stack.encode_padded, stack.split
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(stack, "encode_padded", lambda *a: (seen.append("reference"), padded(*a))[1])
-    monkeypatch.setattr(stack.Stack, "encode_packed", lambda *a: (seen.append("fused"), packed(*a))[1])
+    monkeypatch.setattr(stack, "split", lambda *a: (seen.append("fused"), split(*a))[1])
 
     def backend_of(model):
         seen.clear()

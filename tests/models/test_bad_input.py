@@ -15,109 +15,126 @@ from models._small import (
 ENCODE = {
     "text of another rank": (
         {"text": torch.full((7,), 5)},
-        "text: got int64 [7] on cpu, takes int64 or int32 [rows, length]",
+        "text: expected int64 or int32 [rows, length], got int64 [7] on cpu",
     ),
-    "text of another dtype": ({"text": torch.zeros(2, 7)}, "text: got float32 [2, 7] on cpu, takes int64"),
-    "text that is a list": ({"text": [[5, 6]]}, "text: got list [[5, 6]], takes int64"),
+    "text of another dtype": (
+        {"text": torch.zeros(2, 7)},
+        "[rows, length], got float32 [2, 7] on cpu",
+    ),
+    "text that is a list": ({"text": [[5, 6]]}, "text: expected int64 or int32 [rows, length], got list [[5, 6]]"),
     "text on another device": (
         {"text": torch.full((2, 7), 5, device="meta")},
-        "text: got a tensor on meta, takes cpu; move it with .to('cpu')",
+        "text: expected a tensor on cpu, got one on meta; move it with .to('cpu')",
     ),
     "token past the vocabulary": (
         {"text": torch.tensor([[4, 29, 30]])},
-        "text: got 1 token ids outside the vocabulary, takes 0 to 29",
+        "text: expected token ids from 0 to 29, got 1 others",
     ),
     "negative tokens": (
         {"text": torch.tensor([[4, -1, -7]])},
-        "text: got 2 token ids outside the vocabulary, takes 0 to 29",
+        "text: expected token ids from 0 to 29, got 2 others",
     ),
     "text past the positions": (
         {"text": torch.full((1, 514), 5)},
-        "text: got 514 tokens a row, takes at most 513 beside CLS",
+        "text: expected at most 513 tokens a row beside CLS, got 514",
     ),
     "image of another rank": (
         {"image": torch.zeros(3, 32, 32)},
-        "image: got float32 [3, 32, 32] on cpu, takes float32 [rows, 3",
+        "image: expected float32 [rows, 3, side, side], got float32 [3, 32, 32] on cpu",
     ),
     "image of another dtype": (
         {"image": torch.zeros(1, 3, 32, 32, dtype=torch.uint8)},
-        "image: got uint8 [1, 3, 32, 32]",
+        "image: expected float32 [rows, 3, side, side], got uint8 [1, 3, 32, 32]",
     ),
     "image of the wrong precision": (
         {"image": torch.zeros(1, 3, 32, 32).double()},
-        "image: got float64 [1, 3, 32, 32]",
+        "image: expected float32 [rows, 3, side, side], got float64 [1, 3, 32, 32]",
     ),
     "image on another device": (
         {"image": torch.zeros(1, 3, 32, 32, device="meta")},
-        "image: got a tensor on meta, takes cpu",
+        "image: expected a tensor on cpu, got one on meta",
     ),
     "image of other channels": (
         {"image": torch.zeros(1, 4, 32, 32)},
-        "image: got float32 [1, 4, 32, 32] on cpu, takes a square",
+        "side a multiple of 16, got float32 [1, 4, 32, 32] on cpu",
     ),
     "image that is not square": (
         {"image": torch.zeros(1, 3, 32, 48)},
-        "image: got float32 [1, 3, 32, 48] on cpu, takes a square",
+        "side a multiple of 16, got float32 [1, 3, 32, 48] on cpu",
     ),
     "image of a broken patch": ({"image": torch.zeros(1, 3, 40, 40)}, "with side a multiple of 16"),
-    "image without pixels": ({"image": torch.zeros(1, 3, 0, 0)}, "image: got float32 [1, 3, 0, 0]"),
-    "image past the bias table": ({"image": torch.zeros(1, 3, 80, 80)}, "image: got side 80, takes at most 64"),
+    "image without pixels": ({"image": torch.zeros(1, 3, 0, 0)}, "got float32 [1, 3, 0, 0]"),
+    "image past the bias table": ({"image": torch.zeros(1, 3, 80, 80)}, "image: expected a side of at most 64, got 80"),
     "audio of another rank": (
         {"audio": torch.zeros(1, 1, 99)},
-        "audio: got float32 [1, 1, 99] on cpu, takes float32 [rows, samples]",
+        "audio: expected float32 [rows, samples], got float32 [1, 1, 99] on cpu",
     ),
-    "audio of another dtype": ({"audio": torch.zeros(1, 99, dtype=torch.int16)}, "audio: got int16 [1, 99]"),
-    "audio on another device": ({"audio": torch.zeros(1, 99, device="meta")}, "audio: got a tensor on meta, takes cpu"),
+    "audio of another dtype": (
+        {"audio": torch.zeros(1, 99, dtype=torch.int16)},
+        "[rows, samples], got int16 [1, 99]",
+    ),
+    "audio on another device": (
+        {"audio": torch.zeros(1, 99, device="meta")},
+        "audio: expected a tensor on cpu",
+    ),
     "audio too short for a frame": (
         {"audio": torch.zeros(1, samples_of(1) - 1)},
-        "audio: got 19 samples, takes enough for one frame",
+        "audio: expected samples for one frame at least, got 19",
     ),
     "audio past the positions": (
         {"audio": torch.zeros(1, samples_of(1024))},
-        "audio: got 10250 samples, 1024 frames, takes at most 1023 frames",
+        "audio: expected at most 1023 frames, got 1024 of 10250 samples",
     ),
     "audio_padding of another shape": (
         {"audio": torch.zeros(2, samples_of(5)), "audio_padding": torch.zeros(2, 5, dtype=torch.bool)},
-        "audio_padding: got bool [2, 5] on cpu, takes bool [2, 6]",
+        "audio_padding: expected bool [2, 6], CLS and 5 frames, True at padding, got bool [2, 5] on cpu",
     ),
     "audio_padding of another dtype": (
         {"audio": torch.zeros(2, samples_of(5)), "audio_padding": torch.zeros(2, 6)},
-        "audio_padding: got float32 [2, 6]",
+        "True at padding, got float32 [2, 6]",
     ),
     "audio_padding on another device": (
         {"audio": torch.zeros(2, samples_of(5)), "audio_padding": torch.zeros(2, 6, dtype=torch.bool, device="meta")},
-        "audio_padding: got a tensor on meta, takes cpu",
+        "audio_padding: expected a tensor on cpu, got one on meta",
     ),
     "audio_padding at CLS": (
         {"audio": torch.zeros(2, samples_of(5)), "audio_padding": torch.eye(2, 6, dtype=torch.bool)},
-        "audio_padding: got True at CLS, column 0, takes False there",
+        "audio_padding: expected False at CLS, column 0, got True there",
     ),
     "audio_padding without audio": (
         {"text": torch.full((2, 3), 5), "audio_padding": torch.zeros(2, 6, dtype=torch.bool)},
-        "audio_padding: got a tensor without audio, takes both",
+        "audio_padding: expected audio with it, got it alone",
     ),
-    "nothing at all": ({}, "text, image, audio: got none, takes at least one modality"),
+    "nothing at all": ({}, "text, image, audio: expected at least one modality, got none"),
 }
 TWO = {"text": torch.full((2, 3), 5), "image": torch.zeros(2, 3, 32, 32)}
 SAMPLES = {
     "rows that differ": (
         {"text": [0, 1]},
         3,
-        "samples: got ['text'], takes exactly the modalities given, ['image', 'text']",
+        "samples: expected exactly the modalities given, ['image', 'text'], got ['text']",
     ),
     "a modality without samples": (
         None,
         3,
-        "samples: got none with {'text': 2, 'image': 3} rows, takes the sample of each row",
+        "modalities differ in rows, got none with {'text': 2, 'image': 3}",
     ),
     "samples of an absent modality": (
         {"text": [0, 1], "image": [0, 1], "audio": [0]},
         2,
-        "samples: got ['audio', 'image', 'text']",
+        "got ['audio', 'image', 'text']",
     ),
-    "too few entries": ({"text": [0, 1], "image": [0]}, 2, "samples['image']: got 1 entries, takes one per row, 2"),
-    "a sample twice": ({"text": [0, 0], "image": [0, 1]}, 2, "samples['text']: got [0] more than once"),
-    "a gap": ({"text": [0, 1], "image": [0, 3]}, 2, "samples: got no row for [2]"),
+    "too few entries": ({"text": [0, 1], "image": [0]}, 2, "samples['image']: expected an entry per row, 2, got 1"),
+    "a sample twice": (
+        {"text": [0, 0], "image": [0, 1]},
+        2,
+        "per modality, got [0] more than once",
+    ),
+    "a gap": (
+        {"text": [0, 1], "image": [0, 3]},
+        2,
+        "modality, got no row for [2]",
+    ),
     "a negative sample": ({"text": [0, -1], "image": [0, 1]}, 2, "samples"),
 }
 
@@ -159,12 +176,12 @@ UNFIT_SAMPLES = {
 def test_encode_refuses_samples_that_are_no_row_of_integers(case, monkeypatch):
     model = small_model("fused", dtype=torch.float32)
     samples = {"text": UNFIT_SAMPLES[case], "image": [0, 1]}
-    refuse("samples['text']: got ", lambda: model.encode(**TWO, samples=samples), monkeypatch)
+    refuse("samples['text']: expected ", lambda: model.encode(**TWO, samples=samples), monkeypatch)
 
 
 def test_embed_refuses_two_modalities(monkeypatch):
     model = small_model("fused", dtype=torch.float32)
-    refuse("text, image, audio: got ['image', 'text'], takes exactly one", lambda: model.embed(**TWO), monkeypatch)
+    refuse("text, image, audio: expected exactly one, got ['image', 'text']", lambda: model.embed(**TWO), monkeypatch)
 
 
 @pytest.mark.parametrize("modality", ["text", "image", "audio"])
@@ -173,7 +190,7 @@ def test_a_model_refuses_a_modality_it_was_built_without(modality, monkeypatch):
     inputs = batch_of(text=[3, 2], image=(2, 2), audio=[4, 3])
     inputs = {name: value for name, value in inputs.items() if name.startswith(modality)}
     refuse(
-        f"{modality}: got a tensor, takes none: the model was built without",
+        f"{modality}: expected no tensor, got one: the model was built without",
         lambda: model.encode(**inputs),
         monkeypatch,
     )

@@ -36,19 +36,31 @@ def masked(**changes):
 
 
 MASKS = {
-    "a missing mask": (masked(image=None), "masks: got ['text'], takes exactly one for each of ['image', 'text']"),
-    "a mask too many": (masked(audio=torch.zeros(2, 4, dtype=torch.bool)), "masks: got ['audio', 'image', 'text']"),
+    "a missing mask": (masked(image=None), "masks: expected exactly one for each of ['image', 'text'], got ['text']"),
+    "a mask too many": (
+        masked(audio=torch.zeros(2, 4, dtype=torch.bool)),
+        "'text'], got ['audio', 'image', 'text']",
+    ),
     "a mask of another shape": (
         masked(text=torch.zeros(2, 3, dtype=torch.bool)),
-        "masks['text']: got bool [2, 3] on cpu, takes bool [2, 4], CLS first",
+        "masks['text']: expected bool [2, 4], CLS first, got bool [2, 3] on cpu",
     ),
-    "a mask of another dtype": (masked(text=torch.zeros(2, 4)), "masks['text']: got float32 [2, 4] on cpu, takes bool"),
-    "a mask of another rank": (masked(text=torch.zeros(4, dtype=torch.bool)), "masks['text']: got bool [4]"),
+    "a mask of another dtype": (
+        masked(text=torch.zeros(2, 4)),
+        "got float32 [2, 4]",
+    ),
+    "a mask of another rank": (
+        masked(text=torch.zeros(4, dtype=torch.bool)),
+        "[rows, length], got bool [4]",
+    ),
     "a mask on another device": (
         masked(text=torch.zeros(2, 4, dtype=torch.bool, device="meta")),
-        "masks['text']: got a tensor on meta",
+        "masks['text']: expected a tensor on cpu, got one on meta",
     ),
-    "a hidden CLS": (masked(image=torch.eye(2, 5, dtype=torch.bool)), "masks['image']: got True at CLS, column 0"),
+    "a hidden CLS": (
+        masked(image=torch.eye(2, 5, dtype=torch.bool)),
+        "column 0, got True there",
+    ),
 }
 
 
@@ -79,13 +91,21 @@ def test_a_loss_refuses_a_term_without_any_hidden_token(task, term, backend, mon
     call, masks = loss_call(small_model(backend), task)
     assert call(masks)["loss"].isfinite()
     nothing = {**masks, term: torch.zeros_like(masks[term])}
-    refuse(f"masks[{term!r}]: got no hidden token in the whole batch", lambda: call(nothing), monkeypatch)
+    refuse(
+        f"masks[{term!r}]: expected at least one hidden token",
+        lambda: call(nothing),
+        monkeypatch,
+    )
     only_padding = {**masks, term: torch.zeros_like(masks[term])}
     if "image" not in term:
         only_padding[term][1, -1] = True
-        refuse(f"masks[{term!r}]: got no hidden token in the whole batch", lambda: call(only_padding), monkeypatch)
+        refuse(
+            f"masks[{term!r}]: expected at least one hidden token",
+            lambda: call(only_padding),
+            monkeypatch,
+        )
     missing = {name: mask for name, mask in masks.items() if name != term}
-    refuse("masks: got", lambda: call(missing), monkeypatch)
+    refuse("masks: expected", lambda: call(missing), monkeypatch)
 
 
 @pytest.mark.parametrize(("task", "term"), [*(("vl", t) for t in VISION), *(("al", t) for t in AUDIO)])
@@ -107,7 +127,7 @@ def test_reconstruct_takes_or_refuses_audio_of_which_every_frame_is_hidden(backe
     try:
         rebuilt = model.reconstruct(**batch, masks=masks)["audio"]
     except ValueError as error:
-        assert "masks['audio']: got " in str(error)
+        assert "masks['audio']: expected " in str(error)
         assert "\n" not in str(error)
     else:
         assert rebuilt.isfinite().all()
@@ -122,7 +142,7 @@ def test_a_loss_over_a_single_real_token_is_zero_or_refused():
         losses = model.vision_language_loss(text=text, image=image, masks=masks, label_smoothing=0.1)
     except ValueError as error:
         assert "\n" not in str(error)
-        assert ": got " in str(error)
+        assert ", got " in str(error)
     else:
         assert losses["dcl_text_loss"].item() == pytest.approx(0.0, abs=1e-12)
 

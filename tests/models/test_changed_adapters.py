@@ -161,8 +161,8 @@ def test_a_watched_adapter_is_said_once_in_one_line():
         two_steps("fused", ADAPTERS[1], wrap)
         two_steps("fused", ADAPTERS[0], CHANGES["forward hook"])
     said = [str(warning.message) for warning in caught if "_adapter" in str(warning.message)]
-    assert said[0].startswith("image_adapter: got Wrapper, takes a plain Adapter to be fused")
-    assert said[1].startswith("text_adapter: got a TextAdapter with hooks") and len(said) == 2
+    assert said[0].startswith("image_adapter: expected a plain Adapter, to be fused, got Wrapper;")
+    assert said[1].startswith("text_adapter: expected a plain TextAdapter, to be fused, got a") and len(said) == 2
 
 
 @pytest.mark.parametrize("part", [*STACKS, ADAPTERS[1]])

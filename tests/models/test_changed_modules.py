@@ -251,12 +251,12 @@ def test_a_changed_part_is_said_once_in_one_line_and_a_plain_model_says_nothing(
         two_steps("fused", PROJECTIONS[0], wrap)
         two_steps("fused", PROJECTIONS[1], ON_ALL["forward hook"])
     assert [str(warning.message) for warning in caught] == [
-        "FFN: got a Sequential with hooks, a forward, weights or settings of its own, takes a plain Sequential to be "
-        "fused; this part runs through its modules, which costs time",
-        "q_proj, k_proj, v_proj: got Wrapper, takes a plain Linear to be fused; this part runs through its modules, "
-        "which costs time",
-        "q_proj, k_proj, v_proj: got a Linear with hooks, a forward, weights or settings of its own, takes a plain "
-        "Linear to be fused; this part runs through its modules, which costs time",
+        "FFN: expected a plain Sequential, to be fused, got a Sequential with hooks, a forward, weights or settings of "
+        "its own; this part runs through its modules and costs time",
+        "q_proj, k_proj, v_proj: expected a plain Linear, to be fused, got Wrapper; this part runs through its modules "
+        "and costs time",
+        "q_proj, k_proj, v_proj: expected a plain Linear, to be fused, got a Linear with hooks, a forward, weights or "
+        "settings of its own; this part runs through its modules and costs time",
     ]
 
 

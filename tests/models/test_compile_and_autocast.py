@@ -36,12 +36,12 @@ def test_compiled_layer_and_its_gradients_equal_the_eager_ones(drop_path):
     model = small_model("fused", dtype=torch.float32)
     layer = model.encoder_wrapper.fusion_model.layers[0]
     batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6], dtype=torch.float32)
-    keep = torch.tensor([[[0.0, 1.25, 1.25], [1.25, 0.0, 1.25]]])
+    factors = torch.tensor([[[0.0, 1.25, 1.25], [1.25, 0.0, 1.25]]])
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         x, plan, bias = layer_inputs(model, batch)
         model.zero_grad(set_to_none=True)
-        out = run(x, branches(plan.with_drop_path(keep))[0] if drop_path else plan, bias)
+        out = run(x, branches(plan.with_drop_path(factors))[0] if drop_path else plan, bias)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
         results.append({"out": out.detach(), "x": x.grad, **{f"bias {i}": v.grad for i, v in enumerate(bias)}})
         results[-1] |= {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}

@@ -26,9 +26,9 @@ def test_drop_path_grows_linearly_from_zero_to_the_configured_rate(layers, rates
     assert found == pytest.approx(rates or [0.4 * layer / 39 for layer in range(layers)])
 
 
-def test_a_kept_sample_counts_for_the_dropped_ones():
-    keep = draw_drop_path([0.75], 64, torch.Generator().manual_seed(0))
-    assert set(keep.unique().tolist()) == {0.0, 4.0}
+def test_a_computed_sample_counts_for_the_dropped_ones():
+    drop_path = draw_drop_path([0.75], 64, torch.Generator().manual_seed(0))
+    assert set(drop_path.unique().tolist()) == {0.0, 4.0}
 
 
 def test_all_seeds_of_dropout_differ_and_every_step_draws_anew():
@@ -90,13 +90,13 @@ def test_gamma_1_scales_attention_and_gamma_2_the_ffn(backend, dropout):
     model = small_model(backend, small_config(layers=1, dropout=dropout)).train()
     layer = model.encoder_wrapper.fusion_model.layers[0]
     for gamma, silenced, other in (("gamma_1", "self_attn", "text_ffn"), ("gamma_2", "text_ffn", "self_attn")):
-        kept = layer.get_parameter(gamma).detach().clone()
+        before = layer.get_parameter(gamma).detach().clone()
         with torch.no_grad():
             layer.get_parameter(gamma).zero_()
         torch.manual_seed(0)
         _, gradients = encode_with_gradients(model, BATCH)
         with torch.no_grad():
-            layer.get_parameter(gamma).copy_(kept)
+            layer.get_parameter(gamma).copy_(before)
         of = {n: [g for name, g in gradients.items() if f"layers.0.{n}." in name] for n in (silenced, other)}
         assert of[silenced] and of[other]
         assert not any(gradient.any() for gradient in of[silenced])
@@ -178,9 +178,9 @@ def test_the_references_softmax_runs_in_at_least_float32_in_a_model_of_any_dtype
 
 
 @pytest.mark.parametrize("counts", [[2049], [1500, 549, 4], [70001]], ids=str)
-def test_kept_rows_are_counted_exactly_past_what_half_precision_holds(counts):
+def test_rows_of_a_branch_are_counted_exactly_past_what_half_precision_holds(counts):
     ((attention, feed_forward),) = branch_row_counts(torch.ones(1, 2, len(counts)), [counts])
     assert attention == feed_forward == (sum(counts),)
     plan = RoutePlan.from_lengths({"text": counts}, first_is_cls=True)
-    kept = plan.with_drop_path(torch.full((1, 2, len(counts)), 1.25)).branch_row_counts
-    assert kept == (((sum(counts),), (sum(counts),)),)
+    before = plan.with_drop_path(torch.full((1, 2, len(counts)), 1.25)).branch_row_counts
+    assert before == (((sum(counts),), (sum(counts),)),)

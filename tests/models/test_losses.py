@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from models._small import BACKENDS, batch_of, gradients_of, hide, small_model, valid_tokens
 
-from onepeace_fast.models import objectives
+from onepeace_fast.models import pretrain
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss, smoothed_nll
 
 
@@ -260,7 +260,7 @@ def test_hits_are_named_by_what_is_searched_with_and_what_for(other, pair, lette
         asked.append((a, b))
         return scale, torch.tensor(1.0), torch.tensor(2.0)  # a's rows that find theirs first, then b's
 
-    monkeypatch.setattr(objectives, "contrastive_loss", contrast)
+    monkeypatch.setattr(pretrain, "contrastive_loss", contrast)
     batch = batch_of(text=[7, 2], image=(2, 3)) if other == "image" else batch_of(text=[7, 2], audio=[9, 4])
     hidden, model = hide(batch, seed=1), small_model("fused")
     masks = {other: hidden[other], f"{pair}_text": hidden["text"], f"{pair}_{other}": hidden[other]}

@@ -69,9 +69,9 @@ def record(backend: str, backward: bool) -> Recorder:
     x = plan.pack({name: part.x for name, part in tokens.items()}).detach().requires_grad_()
     assert x.shape[0] == TOTAL
     with recorder:
-        (encoded,) = stack.encode_packed(x, plan, [tokens])
+        packed = stack.fusion_model(x, plan, stack.bias({name: padded.width for name, padded in tokens.items()}))
         if backward:
-            sum(output.sum() for output in encoded.tensors()).backward()
+            packed.sum().backward()
     return recorder
 
 
@@ -92,7 +92,7 @@ def test_every_layer_calls_the_four_ops():
         assert calls[f"onepeace_fast::layer_norm{suffix}"] == 2 * LAYERS + 1  # before and inside attention; final
 
 
-def test_the_baseline_calls_none_of_the_ops():
+def test_the_reference_calls_none_of_the_ops():
     calls = record("reference", backward=True).calls
     assert not [name for name in calls if name.startswith("onepeace_fast::")]
     assert calls["aten::bmm"] == 3 * 2 * LAYERS  # forward, and two gradients each
@@ -107,7 +107,7 @@ def test_packed_stack_holds_no_padding_and_no_square_of_lengths(backward):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_the_same_look_finds_padding_and_squares_in_the_baseline(backward):
+def test_the_same_look_finds_padding_and_squares_in_the_reference(backward):
     found = "\n".join(record("reference", backward).padded())
     assert f"[{ROWS}, 3, {PADDED_LENGTH}, {PADDED_LENGTH}]" in found
     assert f"[{PADDED_LENGTH}, {ROWS}, 48]" in found

@@ -150,5 +150,5 @@ def test_the_text_side_of_audio_contrast_gets_no_gradient():
 
 def test_the_checks_of_a_step_come_before_any_work():
     _, inputs = vision_language()
-    with pytest.raises(ValueError, match="text, image: got 3 and 2 rows"):
+    with pytest.raises(ValueError, match="text, image: expected a pair in every row, got 3 and 2 rows"):
         small_model("fused").vision_language_loss(**inputs | {"image": inputs["image"][:2]})

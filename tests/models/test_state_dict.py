@@ -57,7 +57,7 @@ def refuse(model, state_dict, *expected):
         model.load_upstream_state_dict(state_dict)
     message = str(caught.value)
     assert "\n" not in message
-    assert message.startswith("state_dict: got ")
+    assert message.startswith("state_dict: expected ")
     for part in expected:
         assert part in message
     after = model.to_upstream_state_dict()

@@ -66,9 +66,9 @@ def test_a_sample_dropped_in_every_layer_passes_unchanged_and_leaves_the_others_
     dropped = 1
 
     def draw(rates, samples):
-        keep = torch.full((len(rates), 2, samples), 1.25)
-        keep[:, :, dropped] = 0
-        return keep
+        drop_path = torch.full((len(rates), 2, samples), 1.25)
+        drop_path[:, :, dropped] = 0
+        return drop_path
 
     batch = batch_of(text=[7, 2, 5])
     valid = valid_tokens(batch)["text"]
@@ -85,8 +85,8 @@ def test_a_sample_dropped_in_every_layer_passes_unchanged_and_leaves_the_others_
     rest = model.encode(text=batch["text"][[0, 2]])["text"]
     assert (rest[1] - got[2]).abs().max() > 1e-3  # there the dropped row of the two is row 1
     monkeypatch.setattr(stack, "draw_drop_path", lambda rates, samples: torch.full((len(rates), 2, samples), 1.25))
-    kept = model.encode(**batch)["text"]
-    assert_close({"others": got[[0, 2]][valid[[0, 2]]]}, {"others": kept[[0, 2]][valid[[0, 2]]]}, 1e-12)
+    alone = model.encode(**batch)["text"]
+    assert_close({"others": got[[0, 2]][valid[[0, 2]]]}, {"others": alone[[0, 2]][valid[[0, 2]]]}, 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_checkpointed_activations_give_bitwise_the_same_gradients(encoder):
     assert_same_bits(checkpointed[1], plain[1])
 
 
-def test_checkpointed_baseline_gives_the_same_gradients():
+def test_checkpointed_reference_gives_the_same_gradients():
     batch = batch_of(**ROWS)
     plain, checkpointed = (
         training_results("reference", 0, batch, drop_path_rate=0.4, checkpoint_activations=flag)

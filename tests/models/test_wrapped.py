@@ -139,7 +139,7 @@ def test_a_stack_whose_adapters_are_read_before_they_are_gathered_is_refused_in_
 
 
 def test_gradients_that_fsdp_1_flattens_are_refused(group):
-    with pytest.raises(ValueError, match=r"^grads: got True for a model in FSDP1, takes False"):
+    with pytest.raises(ValueError, match=r"^grads: expected False, got True for a model in FSDP1"):
         wrapped_model("FSDP1").to_upstream_state_dict(grads=True)
 
 

@@ -35,7 +35,7 @@ KEPT = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, first_is_cls=True).with_
 def make_plan(on_host: bool = True) -> RoutePlan:
     """With DropPath's factors on the device, and what they keep known to the host or not."""
     plan = RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE, first_is_cls=True)
-    plan = plan.with_drop_path(torch.empty(2, 2, plan.samples, device=DEVICE))
+    plan = plan.with_drop_path(torch.empty(2, 2, plan.sample_count, device=DEVICE))
     return dataclasses.replace(plan, branch_row_counts=KEPT if on_host else ())
 
 
@@ -80,7 +80,7 @@ def refilled_plan() -> RoutePlan:
 def plan_of_ids() -> RoutePlan:
     """Interleaved tokens of two samples."""
     ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
-    return RoutePlan.from_modality_ids(ids, ("text", "image", "audio"), sample_ids=ids, samples=2)
+    return RoutePlan.from_modality_ids(ids, ("text", "image", "audio"), sample_ids=ids, sample_count=2)
 
 
 def plan_of_masks() -> RoutePlan:
@@ -104,7 +104,7 @@ def test_no_kind_of_plan_waits_from_packing_to_the_gradients(kind, drop_path):
     with no_synchronization():
         plan, model = PLANS[kind](), make_model()
         if drop_path:
-            plan = plan.with_drop_path(torch.empty(2, 2, plan.samples, device=DEVICE))
+            plan = plan.with_drop_path(torch.empty(2, 2, plan.sample_count, device=DEVICE))
         shapes = [(plan.padded_rows, 8)] if kind == "modality ids" else [(*shape, 8) for shape in plan.padded_shapes]
         padded = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes]
         interleaved = kind == "modality ids"
@@ -146,7 +146,7 @@ def test_the_launchers_read_no_tensor_on_the_host(where):
 def test_a_plan_from_modality_ids_never_waits():
     with no_synchronization():
         ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
-        plan = RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids, samples=2)
+        plan = RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids, sample_count=2)
         assert plan.unpack_interleaved(plan.pack(torch.zeros(6, 4, device=DEVICE))).shape == (6, 4)
 
 
@@ -170,7 +170,7 @@ def run_references(plan: RoutePlan) -> None:
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=DEVICE)
 
-    rows, drop_path = plan.capacity, DropPath(random(plan.samples), plan.sample)
+    rows, drop_path = plan.capacity, DropPath(random(plan.sample_count), plan.sample)
     index = torch.zeros(rows, dtype=torch.int32, device=DEVICE)
     for row_index in (None, index):
         routing = Routing(plan.offsets, plan.row_counts, row_index)

@@ -48,8 +48,8 @@ def valid_from_padding(
         return torch.ones(rows, length, dtype=torch.bool, device=device)
     require(
         isinstance(padding, Tensor) and padding.dtype == torch.bool and padding.shape == (rows, length),
-        f"{name}_padding: got {describe(padding)}, takes bool {[rows, length]}, CLS and {length - 1} {tokens}, "
-        "True at padding",
+        f"{name}_padding: expected bool {[rows, length]}, CLS and {length - 1} {tokens}, True at padding, "
+        f"got {describe(padding)}",
     )
     require_device(f"{name}_padding", padding, device)
     return ~padding
@@ -95,7 +95,7 @@ class Adapter(nn.Module, ABC):
         """Checks of values: counts on the device, read together with all others, and the line for one above zero."""
         if padding is None:
             return []
-        return [(padding[:, 0].sum(), lambda _: f"{name}_padding: got True at CLS, column 0, takes False there")]
+        return [(padding[:, 0].sum(), lambda _: f"{name}_padding: expected False at CLS, column 0, got True there")]
 
     @abstractmethod
     def tokens(self, value: Tensor) -> Tensor:

@@ -99,9 +99,9 @@ class AudioAdapter(SeriesAdapter):
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         require_tensor(name, value, accepted_floats(self.cls_embedding), "[rows, samples]", 2)
         frames = self.frames(value.shape[1])
-        require(frames > 0, f"{name}: got {value.shape[1]} samples, takes enough for one frame of the extractor")
+        require(frames > 0, f"{name}: expected samples for one frame at least, got {value.shape[1]}")
         limit = min(self.max_positions, MAX_POSITIONS) - 1
-        require(frames <= limit, f"{name}: got {value.shape[1]} samples, {frames} frames, takes at most {limit} frames")
+        require(frames <= limit, f"{name}: expected at most {limit} frames, got {frames} of {value.shape[1]} samples")
         device = self.cls_embedding.device
         return valid_from_padding(name, padding, value.shape[0], frames + 1, device, tokens="frames")
 

@@ -76,11 +76,11 @@ class ImageAdapter(Adapter):
         side, largest = value.shape[2], self.bias_grid * PATCH
         require(
             value.shape[1] == 3 and side == value.shape[3] and side > 0 and side % PATCH == 0,
-            f"{name}: got {describe(value)}, takes a square [rows, 3, side, side] with side a multiple of {PATCH}",
+            f"{name}: expected a square [rows, 3, side, side] with side a multiple of {PATCH}, got {describe(value)}",
         )
         require(
             not self.has_bias or side <= largest,
-            f"{name}: got side {side}, takes at most {largest}: the bias table covers {self.bias_grid} patches",
+            f"{name}: expected a side of at most {largest}, got {side}: the bias table covers {self.bias_grid} patches",
         )
         return torch.ones(value.shape[0], 1 + (side // PATCH) ** 2, dtype=torch.bool, device=value.device)
 

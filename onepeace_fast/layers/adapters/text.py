@@ -38,13 +38,15 @@ class TextAdapter(SeriesAdapter):
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         require_tensor(name, value, (torch.int64, torch.int32), "[rows, length]", 2)
         limit = self.max_positions - 1
-        require(value.shape[1] <= limit, f"{name}: got {value.shape[1]} tokens a row, takes at most {limit} beside CLS")
+        require(
+            value.shape[1] <= limit, f"{name}: expected at most {limit} tokens a row beside CLS, got {value.shape[1]}"
+        )
         return torch.cat([value.new_ones(value.shape[0], 1, dtype=torch.bool), value != PADDING_TOKEN], dim=1)
 
     def faults(self, name: str, value: Tensor, padding: Tensor | None) -> list[Fault]:
         limit = self.vocab_size
         outside = ((value < 0) | (value >= limit)).sum()
-        return [(outside, lambda n: f"{name}: got {n} token ids outside the vocabulary, takes 0 to {limit - 1}")]
+        return [(outside, lambda n: f"{name}: expected token ids from 0 to {limit - 1}, got {n} others")]
 
     def tokens(self, value: Tensor) -> Tensor:
         """Embed int64 [rows, length] to [rows, 1 + length, embed_dim]."""
