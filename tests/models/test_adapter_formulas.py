@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from onepeace_fast.layers.adapters import FeatureExtractor, PositionConvolutions
+from onepeace_fast.layers.adapters.audio import FeatureExtractor, PositionConvolutions
 
 
 def normalised(x):
