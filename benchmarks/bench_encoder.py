@@ -1,7 +1,7 @@
-"""Forward and backward of the transformer stack from embedded tokens: the packed layout against the baseline.
+"""Forward and backward of the transformer stack from embedded tokens: the packed layout against the reference.
 
 The adapters are left out: they are the same code in both backends, and their time would only dilute the ratio. The
-fused backend's time includes its route plan, packing and the bias vectors, the baseline's its dense bias.
+fused backend's time includes its route plan, packing and the bias vectors, the reference's its dense bias.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NOISY = 1.25
 
 @pytest.mark.parametrize("name", inputs())
 def test_encoder(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
-    """One input: a timed baseline step before every timed step of the fused backend."""
+    """One input: a timed reference step before every timed step of the fused backend."""
     EncoderCase(inputs(samples=2)[name]).check()  # a time of something else is worth nothing
     case = EncoderCase(inputs()[name])
     fused, reference = paired(benchmark, case.fused_step, case.reference_step, seconds=case_seconds, rounds=15)

@@ -59,13 +59,13 @@ def saved_bytes(case: EncoderCase, backend: str) -> int:
     """Bytes of the unique storages that the forward pass saves, parameters excluded."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in case.stack.parameters()}
     storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # an address counts once only while its storage lives
+    alive: list[Tensor] = []  # an address counts once only while its storage lives
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             storages[storage.data_ptr()] = storage.nbytes()
-            kept.append(tensor)
+            alive.append(tensor)
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -79,8 +79,8 @@ def peak_bytes(case: EncoderCase, backend: str) -> int:
     case.step(backend)
     for parameter in case.stack.parameters():
         parameter.grad = None
-    for part in case.tokens.values():
-        part.x.grad = None
+    for tokens in case.tokens.values():
+        tokens.x.grad = None
     return peak_of(lambda: case.step(backend))
 
 

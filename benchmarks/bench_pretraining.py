@@ -1,7 +1,7 @@
 """Whole pretraining steps, forward and backward, from waveforms, pixels and token ids to every gradient.
 
 The fused backend runs all gradient-carrying passes of a step as one packed call and embeds each input once; the
-baseline runs upstream's passes one after another and embeds for each. Both take the same masks.
+reference runs upstream's passes one after another and embeds for each. Both take the same masks.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class PretrainingStep:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_pretraining_step(task: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
-    """One task: a timed baseline step before every timed step of the fused backend."""
+    """One task: a timed reference step before every timed step of the fused backend."""
     PretrainingStep(task, samples=2).check()  # a time of something else is worth nothing
     step = PretrainingStep(task, SAMPLES)
     fused, reference = paired(

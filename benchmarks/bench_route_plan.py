@@ -31,7 +31,7 @@ def shape_of(tokens: int) -> Shape:
 def builder(name: str, case: EncoderCase) -> Callable[[], RoutePlan]:
     """A call that builds the plan of a case in one of the three ways, from what a user would hold."""
     lengths, plan = case.shape.lengths, case.plan
-    masks = {name: part.valid for name, part in case.tokens.items()}
+    masks = {name: tokens.valid for name, tokens in case.tokens.items()}
     sample_major = torch.argsort(plan.sample, stable=True)
     modality, sample = plan.modality[sample_major], plan.sample[sample_major]
     return {
@@ -45,7 +45,7 @@ def builder(name: str, case: EncoderCase) -> Callable[[], RoutePlan]:
 
 def layer_call(case: EncoderCase) -> Callable[[], torch.Tensor]:
     """A call that runs one layer forward over the case's packed tokens, without gradients."""
-    x = case.plan.pack({name: part.x.detach() for name, part in case.tokens.items()})
+    x = case.plan.pack({name: tokens.x.detach() for name, tokens in case.tokens.items()})
     bias = [vector.detach() for vector in case.stack.bias({n: p.width for n, p in case.tokens.items()})[0]]
     layer = case.stack.fusion_model.layers[0]
 

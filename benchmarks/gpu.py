@@ -39,7 +39,7 @@ from benchmarks.support.variants import HOW_FUSED_RUNS, Budget, Runner  # noqa: 
 
 PARTS = ("headline", "rest")
 DEVICE_LOST = 3  # exit code: start the same command again, and it goes on with what is left
-OWN = ("products", "baseline", "fused", "strategy_", "all_layers_fused")  # an error of one of these is a failure
+OWN = ("products", "reference", "fused", "strategy_", "all_layers_fused")  # an error of one of these is a failure
 METHOD = {
     "time": "device time between CUDA events, wall clock on a CPU; variants in turn, round after round; medians",
     "launches": "the device sleeps before the first event while the host queues the work: launch gaps do not count,"
@@ -62,8 +62,8 @@ METHOD = {
     " from its tables, autograd adding up each layer's gradient of it and taking the sum to the tables once, and its"
     " times are of one layer; bytes are those of q, k, v and output, and backward of these and their gradients; the"
     " share is of the copy measured in this run, the floor all of it",
-    "time_per_pair": "of a query and a key, over that in the whole batch that a part is of: kept patches in order of"
-    " position or all of them out of order, drawn at random for each sample",
+    "time_per_pair": "of a query and a key, over that in the whole batch that a subset is of: visible patches in order"
+    " of position or all of them out of order, drawn at random for each sample",
     "bias": "built once for all layers and not in the layer's time; per_layer_ms is its share of one of"
     f" {MODEL_LAYERS} layers; summing the layers' gradients of the bias is in neither",
 }
@@ -203,7 +203,7 @@ class Run:
 
 
 def failed(result: dict[str, Any]) -> bool:
-    """Tell whether the library or its baseline has an error; a failing peer does not count, nor what time left out."""
+    """Tell whether the library or its reference has an error; a failing peer does not count, nor what time left out."""
     return any(
         "error" in section or any("error" in record and name.startswith(OWN) for name, record in variants.items())
         for section in result["sections"].values()
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line.
 
     Returns:
-        0: measured. 1: the library or its baseline could not be. 2: there is no such device. 3: the device was lost,
+        0: measured. 1: the library or its reference could not be. 2: there is no such device. 3: the device was lost,
         and the same command with the same --date goes on.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -36,7 +36,7 @@ class MeasuredGPU:
         architecture: such as sm_90.
         versions: of "torch", "triton", "cuda", "driver" and "onepeace_fast", as far as they were found out.
         date: of the measurement, in ISO 8601.
-        parity: whether every operation kept within its tolerance of the specification.
+        parity: whether every operation kept within its tolerance of the reference.
         strategies: by operation, classes of shapes, ``{"width": most, "rows": most, "strategy": name}``, of which the
             first that holds a shape decides. None or no entry means any; the last class has to hold every shape.
         launch_parameters: by kernel, bytes of an element ("2" or "4") and width class ("1024"), the fields of

@@ -28,7 +28,7 @@ def end() -> None:
 
 
 def _for_the_command() -> bool:
-    started = [os.path.basename(part).removesuffix(".exe") for part in sys.orig_argv[1:3]]
+    started = [os.path.basename(word).removesuffix(".exe") for word in sys.orig_argv[1:3]]
     return "onepeace-fast" in started or "onepeace_fast.cli" in started
 
 

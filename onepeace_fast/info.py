@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import onepeace_fast
-from onepeace_fast import cuda_extension
+from onepeace_fast import cuda_extension, ops
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 from onepeace_fast.installation import install_command, program_command
 
-OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+OPERATIONS = tuple(ops.__all__)
 DEMO_PACKAGES = {
     "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
     "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
@@ -31,7 +31,7 @@ TRAINING_PACKAGES = {
 TRAINING_INSTALL = install_command("train")
 SENDING_IN = "to send its file in, add it to kernels/measured/ by a pull request, or attach it to an issue"
 _BACKEND_NOTES = {
-    "reference": "padded tokens, plain PyTorch: the baseline",
+    "reference": "padded tokens, plain PyTorch, as upstream computes it",
     "fused": "packed tokens, by the fused operations",
 }
 
@@ -49,7 +49,7 @@ def format_table(rows: Sequence[Sequence[str]], indent: str = "  ") -> str:
 
 
 def describe() -> str:
-    """The whole report; a part that cannot be found out says so in its place."""
+    """The whole report; what cannot be found out says so in its place."""
     found = versions()
     shown = [
         ("onepeace_fast", found["onepeace_fast"]),
@@ -60,9 +60,9 @@ def describe() -> str:
         ("NVIDIA driver", found["driver"]),
         ("GPU", _attempt(_gpu)),
     ]
-    parts = [("What", "Here", "Why"), *_backends()]
-    parts += [(f"operation {name}", "works", _implementation(name)) for name in OPERATIONS]
-    parts += [
+    rows = [("What", "Here", "Why"), *_backends()]
+    rows += [(f"operation {name}", "works", _implementation(name)) for name in OPERATIONS]
+    rows += [
         ("Triton kernels", *_triton_kernels()),
         ("measurements of the GPU", *_measurements()),
         ("CUDA extension", *_cuda_extension()),
@@ -70,7 +70,7 @@ def describe() -> str:
         ("onepeace-fast demo", *_command(DEMO_PACKAGES, DEMO_INSTALL)),
         ("onepeace-fast train", *_command(TRAINING_PACKAGES, TRAINING_INSTALL)),
     ]
-    return f"Versions\n{format_table(shown)}\n\nWhat works here\n{format_table(parts)}"
+    return f"Versions\n{format_table(shown)}\n\nWhat works here\n{format_table(rows)}"
 
 
 def versions() -> dict[str, str]:
@@ -152,9 +152,11 @@ def _implementation(operation: str) -> str:
         )
     from onepeace_fast.kernels.launch_heuristic import WIDEST
 
+    most = next((most for name, most in WIDEST.items() if operation.startswith(name)), None)
+    if most is None:
+        return f"{reference} everywhere"
     return (
-        f"Triton kernel on CUDA tensors of at most {WIDEST[operation]} columns; {reference} on wider ones, on a CPU "
-        "and for float64"
+        f"Triton kernel on CUDA tensors of at most {most} columns; {reference} on wider ones, on a CPU and for float64"
     )
 
 

@@ -274,22 +274,22 @@ class TestVariants:
         assert records["breaks"] == {"error": "an earlier process died of it"} and "forward" in records["first"]
 
     def test_bare_products_are_those_of_the_layer(self):
-        shape = Shape("image", {"image": [5, 5]})  # without padding the baseline multiplies the same matrices
+        shape = Shape("image", {"image": [5, 5]})  # without padding the reference multiplies the same matrices
         case = LayerCase(shape, SIZES, CPU, torch.float32, sets=1)
-        bare, baseline = case.products(), case.baseline()
+        bare, reference = case.products(), case.reference()
         counted = {}
         for name, call in {
             "products": bare.forward,
             "products with backward": bare.variant().forward_backward,
-            "baseline": baseline.forward,
-            "baseline with backward": baseline.forward_backward,
+            "reference": reference.forward,
+            "reference with backward": reference.forward_backward,
             "joined": case.products(joined=True).forward,
         }.items():
             with OperationCounter() as counter:
                 call(0)
             counted[name] = counter.operations
-        assert counted["products"] == counted["baseline"] == counted["joined"] == bare.operations > 0
-        assert counted["products with backward"] == counted["baseline with backward"] == 3 * bare.operations
+        assert counted["products"] == counted["reference"] == counted["joined"] == bare.operations > 0
+        assert counted["products with backward"] == counted["reference with backward"] == 3 * bare.operations
 
 
 class TestMachine:

@@ -18,7 +18,7 @@ from benchmarks.support.layer import LayerCase
 from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.relative_bias_attention import AttentionCase
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
-from benchmarks.support.shapes import Shape, Sizes, part_of
+from benchmarks.support.shapes import Shape, Sizes, subset_of
 from benchmarks.support.timing import HostClock, clock_for
 from benchmarks.support.variants import PASSES, Budget, Runner, Variant
 
@@ -26,15 +26,15 @@ CPU = torch.device("cpu")
 
 
 def test_attention_runs_at_the_model_s_lengths():
-    whole = [shape for shape in attention.full_shapes() if shape.part_of is None]
+    whole = [shape for shape in attention.full_shapes() if shape.subset_of is None]
     assert [max(shape.sample_lengths) for shape in whole] == [257, 72, 329, 750, 822, 1025]
     assert (whole[0].name, whole[0].samples, set(whole[0].sample_lengths)) == (goals.GOALS_SHAPE, 64, {257})
-    parts = {shape.name: shape for shape in attention.full_shapes() if shape.part_of is not None}
-    found = {name: (shape.samples, *set(shape.sample_lengths), shape.in_order) for name, shape in parts.items()}
+    subsets = {shape.name: shape for shape in attention.full_shapes() if shape.subset_of is not None}
+    found = {name: (shape.samples, *set(shape.sample_lengths), shape.in_order) for name, shape in subsets.items()}
     assert found == {
-        "64 x 193, 75% kept": (64, 193, True),
-        "64 x 129, 50% kept": (64, 129, True),
-        "64 x 65, 25% kept": (64, 65, True),
+        "64 x 193, 75% visible": (64, 193, True),
+        "64 x 129, 50% visible": (64, 129, True),
+        "64 x 65, 25% visible": (64, 65, True),
         "64 x 257, shuffled": (64, 257, False),
         "2 x 1025": (2, 1025, True),
     }
@@ -42,11 +42,11 @@ def test_attention_runs_at_the_model_s_lengths():
 
 def test_parts_are_drawn_for_each_sample_and_keep_the_whole_grid_s_codes():
     whole = Shape("whole", {"image": [17] * 3})
-    kept, shuffled = part_of(whole, "kept", 0.5), part_of(whole, "shuffled", in_order=False)
-    for row in kept.position_ids("image"):
+    visible, shuffled = subset_of(whole, "visible", 0.5), subset_of(whole, "shuffled", in_order=False)
+    for row in visible.position_ids("image"):
         assert row == sorted(set(row)) and len(row) == 9 and row[0] == 0
     assert all(row[0] == 0 and sorted(row) == list(range(17)) for row in shuffled.position_ids("image"))
-    for shape in (kept, shuffled):
+    for shape in (visible, shuffled):
         first, second, third = shape.position_ids("image")
         assert first != second != third != first
     assert shuffled.position_ids("image")[0] != list(range(17)) and whole.position_ids("image") is None
@@ -72,9 +72,9 @@ def test_all_layers_add_up_one_gradient_of_the_tables_in_both_ways():
     found, expected = (variant.forward_backward(1)[-tables:] for variant in (fused, dense))
     single = case.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True)
     layers = [single.forward_backward(index)[-tables:] for index in (1, 2, 3)]
-    for actual, other, parts in zip(found, expected, zip(*layers, strict=True), strict=True):
-        torch.testing.assert_close(actual, sum(parts), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(other, sum(parts), rtol=1e-4, atol=1e-4)
+    for actual, other, gradients in zip(found, expected, zip(*layers, strict=True), strict=True):
+        torch.testing.assert_close(actual, sum(gradients), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(other, sum(gradients), rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_tables_get_no_gradient_and_the_bias_all_the_same():
@@ -97,9 +97,9 @@ def test_flex_attention_reads_the_same_bias(shape):
 @pytest.mark.parametrize("shape", attention.tiny_shapes()[:2], ids=lambda shape: shape.name)
 def test_flash_attention_is_given_whole_samples_and_its_output_is_put_back(shape, monkeypatch):
     def naive(qkv, bounds, longest):
-        parts = [part.permute(1, 2, 0, 3) for part in qkv.split(bounds.diff().tolist())]
-        assert max(part.shape[2] for part in parts) == longest
-        return torch.cat([F.scaled_dot_product_attention(*part).transpose(0, 1) for part in parts])
+        samples = [sample.permute(1, 2, 0, 3) for sample in qkv.split(bounds.diff().tolist())]
+        assert max(sample.shape[2] for sample in samples) == longest
+        return torch.cat([F.scaled_dot_product_attention(*sample).transpose(0, 1) for sample in samples])
 
     module = types.SimpleNamespace(flash_attn_varlen_qkvpacked_func=naive)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
@@ -172,7 +172,7 @@ def test_ratios_and_verdicts_of_every_pass():
 
 def test_a_pair_s_time_is_held_against_the_whole_batch():
     whole = Shape("whole", {"image": [9] * 4})
-    shapes = [whole, part_of(whole, "kept", 0.5), part_of(whole, "few", samples=2)]
+    shapes = [whole, subset_of(whole, "visible", 0.5), subset_of(whole, "few", samples=2)]
     times = [{"fused": 8.1}, {"fused": 5.0, "fused_no_bias": 1.0}, {"fused": 8.1}]
     measured = [{name: {"backward": {"median_ms": t}} for name, t in row.items()} for row in times]
     assert goals.times_per_pair(measured[1], measured[0], shapes[1]) == {

@@ -59,11 +59,11 @@ def test_a_failing_peer_is_recorded_and_the_rest_goes_on(quick_run):
     for shape in names:
         variants = {kind: kinds[kind][shape]["variants"] for kind in kinds}
         assert variants["ffn"]["grouped_mm"]["error"] == "RuntimeError: no such kernel"
-        layer = ("products", "products_joined", "baseline", "fused", "strategy_reference")
+        layer = ("products", "products_joined", "reference", "fused", "strategy_reference")
         measured = [("layer", name) for name in layer]
         ffn = ("products", "products_joined", "sliced", "boolean_mask", "fused", "strategy_reference")
         measured += [("ffn", name) for name in ffn]
-        measured += [("bias", name) for name in ("baseline", "fused")]
+        measured += [("bias", name) for name in ("reference", "fused")]
         for part, name in measured:
             for mode in ("forward", "forward_backward"):
                 times = variants[part][name][mode]
@@ -175,7 +175,7 @@ def test_attention_alone_is_measured_against_its_floor_and_what_is_left_out_says
 def test_compiled_variants_are_left_out_with_a_reason(quick_run):
     _, result = quick_run
     names = ("sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled")
-    expected = {"layer": {"baseline_compiled"}, "ffn": set(names), "pointwise": {"compiled"}}
+    expected = {"layer": {"reference_compiled"}, "ffn": set(names), "pointwise": {"compiled"}}
     for kind, compiled in expected.items():
         ((shape, section),) = of_kind(result, kind, compiled=True).items()
         left_out = {name: r["skipped"] for name, r in section["variants"].items() if "skipped" in r}
@@ -208,7 +208,7 @@ def test_operations_between_the_products_are_measured_against_a_copy(quick_run):
 
 def test_taxes_are_ratios_of_medians(quick_run):
     _, result = quick_run
-    for part, name in (("layer", "baseline"), ("layer", "fused"), ("ffn", "sliced")):
+    for part, name in (("layer", "reference"), ("layer", "fused"), ("ffn", "sliced")):
         for section in of_kind(result, part).values():
             if name not in section["variants"]:
                 continue
@@ -226,7 +226,7 @@ def test_what_a_reader_needs_is_there(quick_run):
     assert ceilings["copy"]["GB_per_second"] > 0 and ceilings["product"]["TFLOP_per_second"] >= 0
     layers, biases = of_kind(result, "layer"), of_kind(result, "bias")
     for expected in sections.tiny_shapes():
-        layer, bias = layers[expected.name], biases[expected.name]["variants"]["baseline"]
+        layer, bias = layers[expected.name], biases[expected.name]["variants"]["reference"]
         assert (layer["rows"], layer["padded_tokens"]) == (expected.real_tokens, expected.padded_tokens)
         assert layer["forward_operations"] > 0
         assert bias["per_layer_ms"] == pytest.approx(bias["forward_backward"]["median_ms"] / 40)
@@ -235,11 +235,11 @@ def test_what_a_reader_needs_is_there(quick_run):
     assert "| copy | " in text
 
 
-def test_only_the_library_and_its_baseline_decide_the_exit_code(quick_run):
+def test_only_the_library_and_its_reference_decide_the_exit_code(quick_run):
     _, result = quick_run
     assert not gpu.failed(result)
     own = [("residual, vision-language tiny", "fused"), ("attention, 3 x up to 29", "fused")]
-    own += [("layer, audio tiny", name) for name in ("fused", "baseline", "products", "strategy_reference")]
+    own += [("layer, audio tiny", name) for name in ("fused", "reference", "products", "strategy_reference")]
     for section, name in own:
         broken = copy.deepcopy(result)
         broken["sections"][section]["variants"][name] = {"error": "none"}
@@ -306,7 +306,7 @@ def test_what_was_measured_survives_a_kill_and_the_same_command_goes_on_with_wha
 
 def made_up(name: str, factories: dict) -> sections.Section:
     """A section of these variants."""
-    prepared = sections.Prepared(factories, "baseline", lambda records: {"rows": 1})
+    prepared = sections.Prepared(factories, "reference", lambda records: {"rows": 1})
     return sections.Section(name, "layer", lambda setting: prepared)
 
 
@@ -322,8 +322,8 @@ def test_a_lost_device_ends_the_process_and_the_next_one_leaves_out_what_lost_it
         return Variant(lambda _: torch.ones(2), lambda _: (torch.ones(2),))
 
     measured = []
-    both = {"baseline": right, "fused": lambda: Variant(faults, faults)}
-    listed = [made_up("first", {"baseline": lambda: measured.append(1) or right()}), made_up("second", both)]
+    both = {"reference": right, "fused": lambda: Variant(faults, faults)}
+    listed = [made_up("first", {"reference": lambda: measured.append(1) or right()}), made_up("second", both)]
     monkeypatch.setattr(gpu, "sections_of", lambda *_: listed)
     monkeypatch.setattr(gpu, "clock_for", lambda _: Clock())
     monkeypatch.setattr(gpu, "ceilings", lambda *_, **__: {"copy": {}, "product": {"side": 1, "dtype": "none"}})
@@ -335,7 +335,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_leaves_out_what_lost_it
     result = json.loads(path.read_text())
     variants = result["sections"]["second"]["variants"]
     assert variants["fused"] == {"error": "the device was lost: RuntimeError: illegal memory access"}
-    assert "forward_backward" in variants["baseline"] and list(result["sections"]) == ["ceilings", "first", "second"]
+    assert "forward_backward" in variants["reference"] and list(result["sections"]) == ["ceilings", "first", "second"]
 
 
 def test_a_section_whose_inputs_lose_the_device_is_left_out_as_a_whole(tmp_path, monkeypatch):

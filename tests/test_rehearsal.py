@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.rehearsal.run import Part, judge
+from tools.rehearsal.run import Outcome, judge
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,7 +125,7 @@ def test_every_planted_fault_is_one_line_and_what_is_sound_is_none(tmp_path):
 
 
 def test_no_test_at_all_is_a_fault():
-    faults, summary = judge([Part("tests", tests=Counter(skipped=3))])
+    faults, summary = judge([Outcome("tests", tests=Counter(skipped=3))])
     assert faults == ["the rehearsal: expected tests for a GPU, got none that ran"]
     assert summary == "rehearsal: 0 tests, 0 compiles, 0 launches, 1 faults (3 more cannot run here)"
 

@@ -76,16 +76,16 @@ def _verdict(name: str, goal: float, ratio: float | None) -> str:
     return f"{ratio:.2f}, {stated}: {'met' if met else 'missed'}"
 
 
-def times_per_pair(part: Variants, whole: Variants, shape: Shape) -> dict[str, Any]:
-    """Of a shape that is part of another, the time of a pair of tokens over that of a pair of the whole."""
+def times_per_pair(subset: Variants, whole: Variants, shape: Shape) -> dict[str, Any]:
+    """Of a shape that is a subset of another, the time of a pair of tokens over that of a pair of the whole."""
     found: dict[str, dict[str, float]] = {mode: {} for mode in PASSES}
     for mode in PASSES:
         for name in PER_PAIR:
-            own, other = (variants.get(name, {}).get(mode) for variants in (part, whole))
+            own, other = (variants.get(name, {}).get(mode) for variants in (subset, whole))
             if own and other:
                 longer = own["median_ms"] / other["median_ms"]
-                found[mode][name] = round(longer * shape.part_of.pairs / shape.pairs, 3)
-    return {"over": shape.part_of.name, **found}
+                found[mode][name] = round(longer * shape.subset_of.pairs / shape.pairs, 3)
+    return {"over": shape.subset_of.name, **found}
 
 
 def goal_rows(shape: Mapping[str, Any]) -> list[Sequence[str]]:
@@ -97,7 +97,7 @@ def goal_rows(shape: Mapping[str, Any]) -> list[Sequence[str]]:
 
 
 def pair_rows(shape: Mapping[str, Any]) -> list[Sequence[str]]:
-    """The table of what a pair of tokens costs in part of a batch, over the whole."""
+    """The table of what a pair of tokens costs in a subset of a batch, over the whole."""
     found = shape.get("time_per_pair", {})
     rows = [(f"time per pair of tokens, over {found.get('over')}", "forward", "backward", "fwd+bwd")]
     for name in PER_PAIR if found else ():

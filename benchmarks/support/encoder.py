@@ -57,7 +57,7 @@ class EncoderCase:
 
     def step(self, backend: str) -> None:
         """Forward and backward to the tokens, the bias tables and all weights."""
-        for tensor in (*self.stack.parameters(), *(part.x for part in self.tokens.values())):
+        for tensor in (*self.stack.parameters(), *(tokens.x for tokens in self.tokens.values())):
             tensor.grad = None
         encoded = self.forward(backend)
         if encoded.padded is None:
@@ -66,7 +66,7 @@ class EncoderCase:
             torch.autograd.backward(list(encoded.padded.values()), [self.gradients[name] for name in encoded.padded])
 
     def reference_step(self) -> None:
-        """The baseline: padded, eager."""
+        """The reference: padded, eager."""
         self.step("reference")
 
     def fused_step(self) -> None:
@@ -79,7 +79,7 @@ class EncoderCase:
         with torch.no_grad():
             encoded = self.forward(backend)
             output = torch.cat(encoded.tensors()) if encoded.padded is None else self.plan.pack(encoded.padded)
-        found = {f"gradient of {name} tokens": part.x.grad.clone() for name, part in self.tokens.items()}
+        found = {f"gradient of {name} tokens": tokens.x.grad.clone() for name, tokens in self.tokens.items()}
         found |= {
             f"gradient of {name}": parameter.grad.clone()
             for name, parameter in self.stack.named_parameters()

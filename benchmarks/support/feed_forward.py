@@ -46,7 +46,7 @@ class FeedForwardCase:
         experts, counts = self.experts, self.counts
 
         def run(z: Tensor) -> Tensor:
-            return torch.cat([expert(part) for expert, part in zip(experts, z.split(counts), strict=True)])
+            return torch.cat([expert(rows) for expert, rows in zip(experts, z.split(counts), strict=True)])
 
         return self._variant(run, compile_it)
 
@@ -85,9 +85,9 @@ class FeedForwardCase:
         def run(z: Tensor) -> Tensor:
             u, v = (grouped_product(z, w.transpose(-2, -1), offs=ends) for w in (w0, w1))
             h = (F.gelu(u) * v).split(padded)
-            n = [F.layer_norm(part, (hidden,), norm_weight[m], norm_bias[m], eps) for m, part in enumerate(h)]
+            n = [F.layer_norm(rows, (hidden,), norm_weight[m], norm_bias[m], eps) for m, rows in enumerate(h)]
             y = grouped_product(torch.cat(n), w2.transpose(-2, -1), offs=ends).split(padded)
-            return torch.cat([part + b2[m] for m, part in enumerate(y)])
+            return torch.cat([rows + b2[m] for m, rows in enumerate(y)])
 
         def spaced(x: Tensor) -> Tensor:
             return x.new_zeros(sum(padded), x.shape[1]).index_copy(0, rows, x)

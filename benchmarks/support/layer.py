@@ -1,4 +1,4 @@
-"""One layer of ONE-PEACE: the baseline, the baseline compiled, and the fused backend."""
+"""One layer of ONE-PEACE: the reference, the reference compiled, and the fused backend."""
 
 from __future__ import annotations
 
@@ -73,16 +73,16 @@ class LayerCase:
         return spans
 
     def padded(self, packed: Tensor) -> Tensor:
-        """Packed rows as the baseline's [batch, length, width], padding zero."""
+        """Packed rows as the reference's [batch, length, width], padding zero."""
         return torch.cat(list(self.plan.unpack(packed).values()), dim=1)
 
     def to_rows(self, output: Tensor) -> Tensor:
-        """The baseline's [length, batch, width] as packed rows."""
+        """The reference's [length, batch, width] as packed rows."""
         return self.plan.pack({name: output[start:stop].transpose(0, 1) for name, start, stop in self.spans})
 
     def dense_bias(self) -> Tensor:
-        """The baseline's bias of the whole batch, minus infinity at padding."""
-        padding = ~torch.cat([part.valid for part in self.tokens.values()], dim=1)
+        """The reference's bias of the whole batch, minus infinity at padding."""
+        padding = ~torch.cat([tokens.valid for tokens in self.tokens.values()], dim=1)
         x = torch.zeros(*padding.shape, self.sizes.width, device=self.device, dtype=self.dtype)
         has_padding = self.shape.padded_tokens > self.shape.real_tokens
         adapters, model = self.stack.adapters, self.stack.fusion_model
@@ -92,7 +92,7 @@ class LayerCase:
         """The packed layout's bias, one vector for each modality."""
         return self.stack.bias(self.shape.positions)[0]
 
-    def baseline(self, compile_it: bool = False) -> Variant:
+    def reference(self, compile_it: bool = False) -> Variant:
         """Upstream's layer over the padded batch with its materialised bias."""
         spans, layer = self.spans, self.layer
 
@@ -120,8 +120,8 @@ class LayerCase:
         route: RoutePlan | Branches = self.plan
         if drop_path:
             dropped = torch.arange(self.plan.sample_count) < round(drop_path * self.plan.sample_count)
-            keep = (~dropped).float().expand(1, 2, -1) / (1 - drop_path)
-            (route,) = branches(self.plan.with_drop_path(keep))
+            factors = (~dropped).float().expand(1, 2, -1) / (1 - drop_path)
+            (route,) = branches(self.plan.with_drop_path(factors))
         vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]
         sets = [(packed.clone().requires_grad_(), *vectors) for packed in self.packed]
 
@@ -158,8 +158,8 @@ class LayerCase:
         return {
             "products": lambda: self.products().variant(),
             "products_joined": lambda: self.products(joined=True).variant(joined),
-            "baseline": self.baseline,
-            "baseline_compiled": compiled(lambda: self.baseline(compile_it=True)),
+            "reference": self.reference,
+            "reference_compiled": compiled(lambda: self.reference(compile_it=True)),
             "fused": self.fused,
             **{f"strategy_{name}": functools.partial(self.fused, 0.0, name) for name in strategies(self.device)},
             f"fused_drop_path_{DROP_PATH}": lambda: self.fused(DROP_PATH),
@@ -179,4 +179,4 @@ class LayerCase:
         def dense() -> Sequence[Tensor]:
             return [self.dense_bias()]
 
-        return {"baseline": built(dense), "fused": built(self.bias_vectors)}
+        return {"reference": built(dense), "fused": built(self.bias_vectors)}

@@ -34,7 +34,7 @@ class PointwiseCase:
         self.offsets = torch.tensor(bounds, dtype=torch.int32, device=device)
         samples = [torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in shape.lengths.values()]
         self.sample = torch.cat(samples).to(device=device, dtype=torch.int32)
-        self.keep = torch.where(torch.arange(shape.samples, device=device) % 5 == 0, 0.0, 1.25)
+        self.drop_path = torch.where(torch.arange(shape.samples, device=device) % 5 == 0, 0.0, 1.25)
 
     def tensors(self, width: int, dtype: torch.dtype | None = None, leaf: bool = False) -> list[Tensor]:
         """One random matrix of rows for each set."""
@@ -120,13 +120,13 @@ def residual_operation(case: PointwiseCase) -> Operation:
     (gamma,), (weight,), (bias,) = case.vectors(width), case.vectors(width, around=1.0), case.vectors(width)
     xs, ys = case.tensors(width, case.stream, leaf=True), case.tensors(width, leaf=True)
     gradients = list(zip(case.tensors(width, case.stream), case.tensors(width), strict=True))
-    keep, sample = case.keep, case.sample
+    drop_path, sample = case.drop_path, case.sample
 
     def fused(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return residual_layer_norm(x, y, gamma, weight, bias, drop_path=keep, sample=sample, eps=EPS)
+        return residual_layer_norm(x, y, gamma, weight, bias, drop_path=drop_path, sample=sample, eps=EPS)
 
     def eager(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        out = x + (y * gamma * keep[sample.long(), None]).to(x.dtype)
+        out = x + (y * gamma * drop_path[sample.long(), None]).to(x.dtype)
         return out, F.layer_norm(out.to(y.dtype), (width,), weight, bias, EPS)
 
     stream, row = (width, case.stream), (width, case.dtype)
@@ -147,8 +147,8 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
         return gated_sub_ln(u, v, weights, biases, offsets=offsets, row_counts=counts, eps=EPS)
 
     def norms(h: Tensor) -> Tensor:
-        parts = zip(h.split(counts), weights, biases, strict=True)
-        return torch.cat([F.layer_norm(part, (width,), weight, bias, EPS) for part, weight, bias in parts])
+        norms_of = zip(h.split(counts), weights, biases, strict=True)
+        return torch.cat([F.layer_norm(rows, (width,), weight, bias, EPS) for rows, weight, bias in norms_of])
 
     def eager(u: Tensor, v: Tensor) -> Tensor:
         return norms(F.gelu(u) * v)
@@ -158,8 +158,8 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
         norm = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
 
         def run(u: Tensor, v: Tensor) -> Tensor:
-            parts = zip(geglu.apply(u, v).split(counts), weights, biases, strict=True)
-            return torch.cat([norm.apply(part, weight, bias, EPS) for part, weight, bias in parts])
+            norms_of = zip(geglu.apply(u, v).split(counts), weights, biases, strict=True)
+            return torch.cat([norm.apply(rows, weight, bias, EPS) for rows, weight, bias in norms_of])
 
         return run
 

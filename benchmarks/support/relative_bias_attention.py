@@ -23,14 +23,14 @@ from benchmarks.support import shapes
 from benchmarks.support.attention_goals import GOALS, GOALS_SHAPE
 from benchmarks.support.layer import MODEL_LAYERS, LayerCase
 from benchmarks.support.pointwise import Operation
-from benchmarks.support.shapes import Shape, Sizes, part_of
+from benchmarks.support.shapes import Shape, Sizes, subset_of
 from benchmarks.support.variants import MODES, Factory, LeftOut, Variant, compiled, trained
 from onepeace_fast import cuda_extension, relative_bias_attention
 from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 ALIGNMENT = 8  # elements that a row of a dense bias must begin at a multiple of, else it is copied first
-FOR_PARTS = (  # of a batch: a dense bias costs the same whatever the codes
+FOR_SUBSETS = (  # of a batch: a dense bias costs the same whatever the codes
     "reference",
     "reference_no_bias",
     "flex_attention",
@@ -43,7 +43,7 @@ FOR_PARTS = (  # of a batch: a dense bias costs the same whatever the codes
 def full_shapes() -> list[Shape]:
     """The model's sequences; where there are two modalities, the longest samples of both belong together.
 
-    Then parts of them: kept patches, whose codes run on for one to four tokens, tokens whose codes never do, and
+    Then subsets of them: visible patches, whose codes run on for one to four tokens, tokens whose codes never do, and
     samples so few that their keys must be split to fill a GPU.
     """
     image = Shape(GOALS_SHAPE, {"image": shapes.image(64)})
@@ -55,11 +55,11 @@ def full_shapes() -> list[Shape]:
         Shape("16 x up to 750", {"audio": shapes.audio(16)}),
         Shape("16 x up to 822", {"text": shapes.text(16), "audio": shapes.audio(16, seed=1)}),
         long_image,
-        part_of(image, "64 x 193, 75% kept", 0.75),
-        part_of(image, "64 x 129, 50% kept", 0.5),
-        part_of(image, "64 x 65, 25% kept", 0.25),
-        part_of(image, "64 x 257, shuffled", in_order=False),
-        part_of(long_image, "2 x 1025", samples=2),
+        subset_of(image, "64 x 193, 75% visible", 0.75),
+        subset_of(image, "64 x 129, 50% visible", 0.5),
+        subset_of(image, "64 x 65, 25% visible", 0.25),
+        subset_of(image, "64 x 257, shuffled", in_order=False),
+        subset_of(long_image, "2 x 1025", samples=2),
     ]
 
 
@@ -69,8 +69,8 @@ def tiny_shapes() -> list[Shape]:
     return [
         image,
         Shape("3 x up to 29", {"text": shapes.text(3, 2, 6), "audio": shapes.audio(3, 5, 20, seed=1)}),
-        part_of(image, "3 x 9, 50% kept", 0.5),
-        part_of(image, "2 x 17, shuffled", samples=2, in_order=False),
+        subset_of(image, "3 x 9, 50% visible", 0.5),
+        subset_of(image, "2 x 17, shuffled", samples=2, in_order=False),
     ]
 
 
@@ -116,7 +116,7 @@ class AttentionCase:
             "fused": lambda: self.fused(bias=True),
             "all_layers_fused": self.all_layers_fused,
         }
-        return {name: factories[name] for name in FOR_PARTS} if self.shape.part_of else factories
+        return {name: factories[name] for name in FOR_SUBSETS} if self.shape.subset_of else factories
 
     def fused(self, bias: bool, frozen: bool = False) -> Variant:
         """The library's operation on packed rows; the note counts what it launched of the CUDA extension."""
@@ -133,14 +133,15 @@ class AttentionCase:
         """The same by the reference, which computes in float32, for its values alone."""
         variant = self._operation(bias)
 
-        def specified(call: Callable[[int], Any]) -> Callable[[int], Any]:
+        def without_kernels(call: Callable[[int], Any]) -> Callable[[int], Any]:
             def run(index: int) -> Any:
                 with force_kernels(False):
                     return call(index)
 
             return run
 
-        variant.forward, variant.forward_backward = specified(variant.forward), specified(variant.forward_backward)
+        for mode in MODES:
+            setattr(variant, mode, without_kernels(getattr(variant, mode)))
         variant.timed, variant.note = False, "not timed: what the others are compared with"
         return variant
 

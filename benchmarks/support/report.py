@@ -45,11 +45,11 @@ class Report:
 
     def text(self) -> str:
         """All tables."""
-        parts = []
+        tables = []
         for title, rows in self.rows.items():
             body = table([list(rows[0]["shown"]), *(list(row["shown"].values()) for row in rows)])
-            parts.append("\n".join(filter(None, (title, body, self.footers[title]))))
-        return "\n\n".join(parts)
+            tables.append("\n".join(filter(None, (title, body, self.footers[title]))))
+        return "\n\n".join(tables)
 
     def measured(self) -> dict[str, list[dict[str, Any]]]:
         """Everything that was measured, by title."""

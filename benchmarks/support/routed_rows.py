@@ -12,8 +12,8 @@ from onepeace_fast.route_plan import RoutePlan
 
 def ragged_shape(modalities: int, rows: int) -> Shape:
     """One sample whose modalities have rows in the proportion of 1 to 2 to 3 and so on, all together ``rows``."""
-    parts = modalities * (modalities + 1) // 2
-    bounds = [rows * (m * (m + 1) // 2) // parts for m in range(modalities + 1)]
+    steps = modalities * (modalities + 1) // 2
+    bounds = [rows * (m * (m + 1) // 2) // steps for m in range(modalities + 1)]
     lengths = {f"modality_{m}": [bounds[m + 1] - bounds[m]] for m in range(modalities)}
     return Shape(f"{modalities} modalities, {rows} rows", lengths)
 

@@ -23,7 +23,7 @@ FULL = Sizes(width=1536, hidden=6144, heads=24)
 TINY = Sizes(width=64, hidden=128, heads=2)
 MODALITIES_BY_ROWS = 2
 COMPILED = {  # the compiled peers of each kind, and what is measured beside them
-    "layer": ("products", "baseline", "baseline_compiled", "fused"),
+    "layer": ("products", "reference", "reference_compiled", "fused"),
     "ffn": ("products", "sliced", "sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled", "fused"),
     "attention": ("reference", "flex_attention", "fused"),
     "pointwise": ("eager", "compiled", "fused"),
@@ -53,7 +53,7 @@ class Setting:
     layers: int
     copy_rate: float | None = None
     found: Mapping[str, Any] = field(default_factory=dict)
-    _kept: tuple[Shape, LayerCase] | None = None
+    _last_case: tuple[Shape, LayerCase] | None = None
 
     @property
     def where(self) -> tuple[Sizes, torch.device, torch.dtype, int]:
@@ -61,15 +61,15 @@ class Setting:
         return self.sizes, self.device, self.dtype, self.sets
 
     def layer_case(self, shape: Shape) -> LayerCase:
-        """A layer and a batch, kept for the section that follows with the same shape."""
-        if self._kept is None or self._kept[0] != shape:
-            self._kept = None  # for its memory
-            self._kept = (shape, LayerCase(shape, *self.where))
-        return self._kept[1]
+        """A layer and a batch, which the section that follows gets too with the same shape."""
+        if self._last_case is None or self._last_case[0] != shape:
+            self._last_case = None  # for its memory
+            self._last_case = (shape, LayerCase(shape, *self.where))
+        return self._last_case[1]
 
 
 class Section(NamedTuple):
-    """One part of a run, with a table of its own.
+    """What is measured together, with a table of its own.
 
     ``names`` are the variants that are measured, None for all that are not compiled; ``warmed`` those whose kernels or
     graphs a process of its own may compile beforehand.
@@ -184,7 +184,7 @@ def _layer(shape: Shape, **how: Any) -> Section:
         operations = case.products().operations
         return Prepared(
             case.factories(),
-            "baseline",
+            "reference",
             lambda records: {**_described(shape), **with_tax(records), "forward_operations": operations},
         )
 
@@ -215,7 +215,7 @@ def _bias(shape: Shape) -> Section:
         return _described(shape)
 
     def prepare(setting: Setting) -> Prepared:
-        return Prepared(setting.layer_case(shape).bias_factories(), "baseline", finish)
+        return Prepared(setting.layer_case(shape).bias_factories(), "reference", finish)
 
     return Section(f"bias, {shape.name}", "bias", prepare)
 
@@ -228,7 +228,7 @@ def _attention(shape: Shape) -> Section:
             result = {**_described(shape), **operation.with_shares(records, setting.copy_rate)}
             result["ratios"] = goals.ratios(records, operation.bytes, setting.copy_rate)
             result["goals"] = goals.verdicts(result["ratios"], shape.name, records)
-            whole = setting.found.get(f"attention, {shape.part_of.name}") if shape.part_of else None
+            whole = setting.found.get(f"attention, {shape.subset_of.name}") if shape.subset_of else None
             if whole and goals.PER_PAIR[-1] in records:
                 result["time_per_pair"] = goals.times_per_pair(records, whole["variants"], shape)
             return result

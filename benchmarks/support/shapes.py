@@ -37,13 +37,13 @@ class Sizes:
 class Shape:
     """A batch: per modality, in the order of a sequence, the tokens of each sample, CLS included.
 
-    Where it is ``part_of`` another batch, its tokens are CLS and some others of that batch's longest sample, drawn at
+    Where it is ``subset_of`` another batch, its tokens are CLS and some others of that batch's longest sample, drawn at
     random for each of its own samples, ``in_order`` of their positions or not.
     """
 
     name: str
     lengths: Mapping[str, list[int]]
-    part_of: Shape | None = None
+    subset_of: Shape | None = None
     in_order: bool = True
 
     @property
@@ -79,11 +79,11 @@ class Shape:
     @property
     def positions(self) -> dict[str, int]:
         """Each modality's positions before any was hidden, CLS included."""
-        return {name: max(lengths) for name, lengths in (self.part_of or self).lengths.items()}
+        return {name: max(lengths) for name, lengths in (self.subset_of or self).lengths.items()}
 
     def position_ids(self, name: str) -> list[list[int]] | None:
         """The positions of each sample's tokens, CLS first, or None where none is hidden or out of order."""
-        if self.part_of is None:
+        if self.subset_of is None:
             return None
         draw, rows = random.Random(3), []
         for length in self.lengths[name]:
@@ -115,7 +115,7 @@ def audio(samples: int, low: int = 149, high: int = 749, seed: int = 2) -> list[
     return [length + 1 for length in spread(low, high, samples, seed)]
 
 
-def part_of(whole: Shape, name: str, share: float = 1.0, samples: int = 0, in_order: bool = True) -> Shape:
+def subset_of(whole: Shape, name: str, share: float = 1.0, samples: int = 0, in_order: bool = True) -> Shape:
     """That share of a batch's tokens, CLS apart, in as many samples, all of one length."""
     lengths = {
         modality: [1 + round(share * (max(row) - 1))] * (samples or whole.samples)

@@ -37,18 +37,18 @@ def document(result: Mapping[str, Any]) -> str:
     """The whole run as Markdown."""
     machine = result["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    parts = [f"# {machine.get('gpu', machine['processor'])}, {result['date']}", f"{versions}; {result['dtype']}."]
+    blocks = [f"# {machine.get('gpu', machine['processor'])}, {result['date']}", f"{versions}; {result['dtype']}."]
     for name, section in result["sections"].items():
-        parts.append(f"## {name}")
-        parts += [markdown(rows) for rows in section_tables(name, section)]
-    parts.append(f"Pointwise operations: the goal is {GOAL:.0%} of a copy's bandwidth.")
+        blocks.append(f"## {name}")
+        blocks += [markdown(rows) for rows in section_tables(name, section)]
+    blocks.append(f"Pointwise operations: the goal is {GOAL:.0%} of a copy's bandwidth.")
     if result["errors"]:
-        parts.append("## Errors\n\n" + "\n".join(f"- {line}" for line in result["errors"]))
+        blocks.append("## Errors\n\n" + "\n".join(f"- {line}" for line in result["errors"]))
     if left := reasons(result["skipped"]):
-        parts.append("## Left out\n\n" + "\n".join(f"- {line}" for line in left))
+        blocks.append("## Left out\n\n" + "\n".join(f"- {line}" for line in left))
     if result["unmeasured"]:
-        parts.append("## Sections not reached\n\n" + "\n".join(f"- {name}" for name in result["unmeasured"]))
-    return "\n\n".join(parts) + "\n"
+        blocks.append("## Sections not reached\n\n" + "\n".join(f"- {name}" for name in result["unmeasured"]))
+    return "\n\n".join(blocks) + "\n"
 
 
 def reasons(skipped: Sequence[str]) -> list[str]:

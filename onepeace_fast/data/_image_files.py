@@ -61,7 +61,9 @@ def open_whole_jpeg(data: bytes) -> Image:
 
 def _read_jpeg(data: bytes) -> _Jpeg:
     """Walk the markers up to the end of the image."""
-    place, frame, ends, components, exact = 2, 0, [], b"", set()
+    place, frame, components = 2, 0, b""
+    ends: list[int] = []
+    exact: set[tuple[int, int]] = set()
     while (marker := _MARKER.search(data, place)) is not None:
         code, place = marker[0][1], marker.end()
         if len(ends) and ends[-1] < 0:
@@ -77,7 +79,7 @@ def _read_jpeg(data: bytes) -> _Jpeg:
             count = segment[0]
             first, last, approximation = segment[1 + 2 * count : 4 + 2 * count]
             if not approximation & 15:
-                exact |= {(part, k) for part in segment[1 : 1 + 2 * count : 2] for k in range(first, last + 1)}
+                exact |= {(name, k) for name in segment[1 : 1 + 2 * count : 2] for k in range(first, last + 1)}
             ends.append(-1)
         place += length
     raise OSError("its end marker is missing")

@@ -52,6 +52,7 @@ def with_frame_count(data: bytes) -> bytes | None:
     # The same header, without a checksum and with the longest frame that it can have.
     header = (int.from_bytes(data[start : start + 4], "big") | 0x10000) & ~0xF000 | 0xE000
     frame = _frame(header.to_bytes(4, "big"), 0)
+    assert frame is not None  # it differs from the first one's in what it may have
     count = b"Xing" + (1).to_bytes(4, "big") + len(frames).to_bytes(4, "big")
     counting = (header.to_bytes(4, "big") + bytes(frame.beginning - 4) + count).ljust(frame.length, b"\0")
     return counting + data[frames[0].place if frames else end : end]

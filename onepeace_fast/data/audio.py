@@ -132,7 +132,7 @@ def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 def _open(soundfile: ModuleType, path: str) -> SoundFile:
     """Open a file so that it says how many samples it has, as well as that can be known."""
 
-    class Forward(soundfile.SoundFile):
+    class Forward(soundfile.SoundFile):  # type: ignore[name-defined]  # imported where it is needed
         """Without the seek after every read, which behind a hole would decode a piece twice."""
 
         def seekable(self) -> bool:

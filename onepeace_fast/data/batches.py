@@ -133,7 +133,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         path = self._entries[index].path
         generator = None if self.seed is None else generator_of(self.seed, "augmentation", epoch, index)
         try:
-            if self.modality == "image":
+            if self.side is not None:
                 return prepare_image(read_image(path), self.side, generator=generator)
             return prepare_waveform(read_audio(path), generator=generator)
         except ValueError as error:
@@ -148,6 +148,9 @@ def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], in
         items: samples of a ``PairDataset``.
         frames: for audio, the frames that a number of samples gives, such as ``AudioAdapter.frames``.
 
+    Raises:
+        ValueError: audio without ``frames``.
+
     Returns:
         "text" int64 [rows, length] and "word_starts" bool [rows, length], neither with CLS; END is inside and begins no
         word, padding is token 1. Then "image" float32 [rows, 3, side, side], or "audio" float32 [rows, samples],
@@ -157,7 +160,8 @@ def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], in
     batch = {"text": text, "word_starts": word_starts}
     if "image" in items[0]:
         return {**batch, "image": torch.stack([item["image"] for item in items])}
-    require(frames is not None, "frames: expected a function from samples to frames, as AudioAdapter.frames, got None")
+    if frames is None:
+        raise ValueError("frames: expected a function from samples to frames, as AudioAdapter.frames, got None")
     audio, samples = pad_waveforms([item["audio"] for item in items])
     lengths = [frames(count) for count in samples]
     places = torch.arange(1 + max(lengths), device="cpu")

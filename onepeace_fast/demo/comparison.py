@@ -51,7 +51,7 @@ def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs], rou
     model.to(device).requires_grad_()
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     results = {name: _results(model, batches, name) for name in BACKENDS}
-    parts = [_difference(results["reference"][what], results["fused"][what]) for what in results["reference"]]
+    compared = [_difference(results["reference"][what], results["fused"][what]) for what in results["reference"]]
     times: dict[str, list[float]] = {name: [] for name in BACKENDS}
     for _ in range(rounds):
         for name in BACKENDS:
@@ -59,8 +59,8 @@ def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs], rou
     tokens = sum(int(mask.sum()) for batch in batches for mask in _real(model, batch).values())
     speeds = {name: tokens / statistics.median(values) for name, values in times.items()}
     # Not "greater than", so that NaN disagrees and is the largest.
-    agree = all(difference <= AGREEMENT * value for difference, value in parts)
-    worst = max(parts, key=lambda part: math.inf if math.isnan(part[0]) else part[0] / max(part[1], 1e-30))
+    agree = all(difference <= AGREEMENT * value for difference, value in compared)
+    worst = max(compared, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / max(pair[1], 1e-30))
     return Comparison(device, agree, speeds, *worst)
 
 

@@ -132,6 +132,6 @@ def draw_captions(templates: Sequence[str], digits: Tensor, generator: torch.Gen
     for digit in digits.tolist():
         words = templates[int(torch.randint(len(templates), (), generator=generator, device="cpu"))].split()
         left_out = (torch.rand(len(words), generator=generator, dtype=torch.float32, device="cpu") < LEFT_OUT).tolist()
-        kept = [word for word, out in zip(words, left_out, strict=True) if "{" in word or not out]
-        captions.append(caption(" ".join(kept), digit))
+        said = [word for word, out in zip(words, left_out, strict=True) if "{" in word or not out]
+        captions.append(caption(" ".join(said), digit))
     return captions

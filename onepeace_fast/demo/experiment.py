@@ -180,15 +180,15 @@ def caption_embeddings(model: OnePeacePretrain, templates: Sequence[str], vocabu
 def image_embeddings(model: OnePeacePretrain, images: Tensor) -> Tensor:
     """Images [rows, 8, 8] embedded one modality alone: [rows, dim] on the CPU."""
     device = model.logit_scale.device
-    return torch.cat([model.embed(image=enlarge(part).to(device)).cpu() for part in images.split(ROWS)])
+    return torch.cat([model.embed(image=enlarge(chunk).to(device)).cpu() for chunk in images.split(ROWS)])
 
 
 @torch.no_grad()
 def sound_embeddings(model: OnePeacePretrain, sounds: Sequence[np.ndarray]) -> Tensor:
     """Sounds embedded alone: [rows, dim] on the CPU."""
     device = model.logit_scale.device
-    parts = [sounds[i : i + ROWS] for i in range(0, len(sounds), ROWS)]
-    return torch.cat([model.embed(audio=waveforms(part).to(device)).cpu() for part in parts])
+    chunks = [sounds[i : i + ROWS] for i in range(0, len(sounds), ROWS)]
+    return torch.cat([model.embed(audio=waveforms(chunk).to(device)).cpu() for chunk in chunks])
 
 
 def similarity(sounds: Tensor, images: Tensor) -> np.ndarray:

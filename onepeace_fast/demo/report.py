@@ -140,15 +140,15 @@ def agreement(comparisons: Sequence[Comparison]) -> list[str]:
     """Sentences: where the backends agree, and how fast the fused one is beside the reference."""
     disagreeing = [row.device for row in comparisons if not row.agree]
     if disagreeing:
-        parts = [f"THE BACKENDS DISAGREE by more than rounding on {' and '.join(disagreeing)}."]
+        sentences = [f"THE BACKENDS DISAGREE by more than rounding on {' and '.join(disagreeing)}."]
     else:
-        parts = ["Both backends compute the same outputs and gradients, up to rounding."]
+        sentences = ["Both backends compute the same outputs and gradients, up to rounding."]
     for row in comparisons:
         ratio = row.tokens_per_second["fused"] / row.tokens_per_second["reference"]
-        parts.append(f"On {row.device} the fused backend is {ratio:.2f} times as fast as the reference.")
+        sentences.append(f"On {row.device} the fused backend is {ratio:.2f} times as fast as the reference.")
         if ratio < 1:
-            parts.append("In sequences this short the packed layout costs more in Python than it saves in padding.")
-    return parts
+            sentences.append("In sequences this short the packed layout costs more in Python than it saves in padding.")
+    return sentences
 
 
 def choose(labels: Sequence[int], voices: Sequence[str]) -> list[int]:

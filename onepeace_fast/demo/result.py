@@ -63,12 +63,12 @@ class Result:
 
     @property
     def sound_to_image(self) -> float:
-        """The part of the sounds whose nearest image shows the digit that they say."""
+        """The share of the sounds whose nearest image shows the digit that they say."""
         return _top_1(self.similarity, self.sound_labels, self.image_labels)
 
     @property
     def image_to_sound(self) -> float:
-        """The part of the images whose nearest sound says the digit that they show."""
+        """The share of the images whose nearest sound says the digit that they show."""
         return _top_1(self.similarity.T, self.image_labels, self.sound_labels)
 
     @property

@@ -82,11 +82,11 @@ def load(clips: Sequence[Clip]) -> tuple[Speech, Speech]:
         DemoError: eSpeak NG does not work here, in one line.
     """
     sounds = _cached(clips)
-    parts = []
+    halves = []
     for held_out in (False, True):
         rows = [row for row, clip in enumerate(clips) if (clip.voice in HELD_OUT_VOICES) is held_out]
-        parts.append(Speech([sounds[row] for row in rows], [clips[row] for row in rows]))
-    return parts[0], parts[1]
+        halves.append(Speech([sounds[row] for row in rows], [clips[row] for row in rows]))
+    return halves[0], halves[1]
 
 
 def cache_folder() -> Path:
@@ -131,7 +131,7 @@ def _read(path: Path, count: int) -> list[np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         samples, lengths = file["samples"], file["lengths"]
     if samples.dtype != np.int16 or len(lengths) != count or lengths.sum() != len(samples):
-        raise ValueError("its parts do not fit together")
+        raise ValueError("its arrays do not fit together")
     return np.split(samples, np.cumsum(lengths)[:-1])
 
 

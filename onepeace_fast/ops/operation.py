@@ -165,7 +165,8 @@ class _Op:
         """By the kernel where it runs on the first tensor, else by the reference."""
         first = next(value for value in given[0] if isinstance(value, Tensor))
         # The public function has chosen the dtypes: autocast must not change what is inside, as compiled it does not.
-        with torch._C._DisableAutocast():
+        # Nor is anything inside differentiated.
+        with torch._C._DisableAutocast(), torch._C._AutoDispatchBelowAutograd():
             return (self.kernel if runs_kernel(self.name, first, self.triton) else self.reference)(*given)
 
     def from_boundary(self, flat: Sequence[Any]) -> list[Any]:

@@ -21,6 +21,7 @@ from onepeace_fast.data.batches import BatchSampler, PairDataset, collate
 from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.layers.adapters import PATCH, AudioAdapter
+from onepeace_fast.models.modalities import parameters_of
 from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
@@ -155,6 +156,9 @@ def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | 
             raise ValueError(f"init: {error}") from None
     if config.stage == "audio_language":
         model.train_only("audio")
+    unread = set(model_config.encoder.modalities) - {"text", config.modality}
+    for parameter in parameters_of(model, unread):
+        parameter.requires_grad_(False)  # else weight decay would wear it away
     if folder is not None:
         model.load_upstream_state_dict(load_file(folder / WEIGHTS_FILE))
     return model

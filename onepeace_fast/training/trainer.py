@@ -59,9 +59,9 @@ class Trainer:
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for _ in range(config.accumulation):
-            parts = self._loss(next(batches))
-            (parts["loss"] / config.accumulation).backward()
-            for name, value in parts.items():
+            losses = self._loss(next(batches))
+            (losses["loss"] / config.accumulation).backward()
+            for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = self.processes.clip_gradients(parameters, config.clip)
@@ -99,7 +99,7 @@ class Trainer:
         return self._gather({name: parameter.detach() for name, parameter in upstream_names(self.model).items()})
 
     def state(self) -> dict[str, Any]:
-        """What besides the weights the next step depends on; the optimizer's part is empty but in the main process."""
+        """What besides the weights the next step depends on; the optimizer's is empty but in the main process."""
         generators = {"cpu": torch.get_rng_state(), "masks": self.masks.get_state()}
         if self.processes.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.processes.device)

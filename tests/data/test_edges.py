@@ -105,3 +105,30 @@ def test_clips_are_cropped_at_another_place_in_every_epoch_where_there_is_a_seed
     first, again, other = (seeded[epoch, 0]["audio"] for epoch in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(held_out[0, 0]["audio"], held_out[1, 0]["audio"])
+
+
+def test_a_vocabulary_of_the_specials_and_bytes_alone_is_enough():
+    refused = ""
+    try:
+        tokenizer = Tokenizer.train(["a red kite"], 260)
+    except ValueError as error:
+        refused = str(error)
+    assert not refused and tokenizer.vocab_size == 260
+
+
+def test_captions_are_cut_at_the_number_of_tokens_that_is_said(tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "image.png")
+    entries = [Entry(tmp_path / "image.png", "a b c d e", 2)]
+    tokenizer = Tokenizer.train(["a b c d e"], 300)
+    lengths = [
+        len(PairDataset(entries, tokenizer, "image", side=16, seed=None, **most)[0, 0]["text"])
+        for most in ({}, {"max_tokens": 5}, {"max_tokens": 3})
+    ]
+    assert lengths == [6, 6, 4]  # END is one more
+
+
+@pytest.mark.parametrize("size", [(21, 16), (16, 19)])
+def test_the_centre_is_between_two_pixels_where_an_odd_number_is_left(size):
+    pixels = numpy.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype="uint8")
+    prepared, turned = (image.prepare_image(Image.fromarray(part), 16) for part in (pixels, pixels[::-1, ::-1].copy()))
+    torch.testing.assert_close(turned, prepared.flip(1, 2), atol=0.03, rtol=0)

@@ -127,9 +127,9 @@ def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not
     assert all(("-k (norm) " in command_of(job)) == bool(keyword) for job in tests)
     assert {job.environment["GPU_RUN_TESTED"] for job in parity} == {""}
     assert {job.environment["GPU_RUN_TESTED"] for job in tests} == {str(record)}
-    parts = [job.environment["GPU_RUN_PART"] for job in tests if "kernels/test_layer_norm" in command_of(job)]
-    assert parts == ["1/3", "2/3", "3/3"]
-    assert {job.environment["GPU_RUN_PART"] for job in parity} == {"1/1"}
+    shards = [job.environment["GPU_RUN_SHARD"] for job in tests if "kernels/test_layer_norm" in command_of(job)]
+    assert shards == ["1/3", "2/3", "3/3"]
+    assert {job.environment["GPU_RUN_SHARD"] for job in parity} == {"1/1"}
     assert tests[0].judge(plan.NOTHING_COLLECTED, []) == (PASSED, "no test is left for it")
     assert tests[0].judge(1, ["1 failed"]) == (FAILED, "exit code 1: 1 failed")
 

@@ -163,12 +163,12 @@ def tested(tmp_path):
     """Run pytest with the plugin over a file of its own; returns outcomes by name, and the exit code."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\n")
 
-    def run(*options: str, tests: str = TESTS, earlier: str = "", part: str = "1/1", again: bool = False):
+    def run(*options: str, tests: str = TESTS, earlier: str = "", shard: str = "1/1", again: bool = False):
         record = tmp_path / "tests.jsonl"
         if not again:
             (tmp_path / "test_a.py").write_text(tests)
             record.unlink(missing_ok=True)
-        given = {"GPU_RUN_TESTS": str(record), "GPU_RUN_TESTED": earlier, "GPU_RUN_PART": part}
+        given = {"GPU_RUN_TESTS": str(record), "GPU_RUN_TESTED": earlier, "GPU_RUN_SHARD": shard}
         environment = {**os.environ, **given, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.gpu_run.plugin", *options]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
@@ -205,5 +205,5 @@ def test_a_process_that_takes_the_place_of_one_that_died_goes_on_behind_the_test
 
 def test_the_parts_of_a_file_make_the_whole(tested):
     tests = "".join(f"def test_{i}(): pass\n" for i in range(7))
-    parts = [list(tested("test_a.py", tests=tests, part=f"{i}/3")[0]) for i in (1, 2, 3)]
+    parts = [list(tested("test_a.py", tests=tests, shard=f"{i}/3")[0]) for i in (1, 2, 3)]
     assert parts == [["test_0", "test_3", "test_6"], ["test_1", "test_4"], ["test_2", "test_5"]]

@@ -4,71 +4,43 @@ from itertools import pairwise
 
 import pytest
 import torch
-from support import contract, naive
+from ops.test_layer_norm import (  # noqa: F401  what holds of the reference as well
+    test_compiled_equals_eager,
+    test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros,
+    test_parameters_may_have_another_dtype_than_x,
+    test_registration,
+    test_repeats_are_bitwise_equal,
+    test_rows_of_one_element_have_nothing_left_but_the_bias,
+    test_strides_of_inputs_and_gradients_do_not_matter,
+    test_weight_and_bias_are_each_optional,
+)
+from support import contract
+from support import layer_norm_cases as cases
 from support.contract import normal
 from support.kernels import (
     DEVICE,
     DTYPES,
     MANY_ROWS,
-    REPEATS,
     WIDTHS,
     far_apart,
     first,
     int32,
-    interpreter_only,
     on_device,
 )
+from support.layer_norm_cases import GARBAGE, op, plain
 from support.plans import ragged_offsets
 
 from onepeace_fast import layer_norm
 
 MODALITIES = first(([5, 0, 7], [30, 7, 0, 0, 90], [1], [0, 1, 65], [0, 0]), 2)
-GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 
 
-def shared_leaves(rows, width, weight=True, bias=True):
-    leaves = {"x": 3 * normal(rows, width, seed=1) + 2 * normal(rows, 1, seed=2)}
-    leaves |= {"weight": 1 + 0.5 * normal(width, seed=3)} if weight else {}
-    return on_device(leaves | ({"bias": normal(width, seed=4)} if bias else {}))
+def shared_leaves(rows, width):
+    return on_device(cases.shared_leaves(rows, width))
 
 
 def routed_leaves(counts, width, rows=None, heads=None):
-    rows = sum(counts) if rows is None else rows
-    leaves = {"x": 2 * normal(rows, width, seed=5) + normal(rows, 1, seed=6)}
-    for m in range(len(counts)):
-        leaves |= {f"weight{m}": 1 + 0.5 * normal(width, seed=10 + m), f"bias{m}": normal(width, seed=20 + m)}
-    return on_device(leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=7)} if heads else {}))
-
-
-def op(counts, index=None, eps=1e-5):
-    """The op for per-modality parameters, or for shared ones where the leaves have a single weight or bias."""
-    extra = {"offsets": ragged_offsets(counts).to(DEVICE)} if counts else {}
-    extra |= {} if index is None else {"row_index": int32(index)}
-
-    def call(x, weight=None, bias=None, head_scale=None, **parameters):
-        if parameters:
-            weight, bias = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
-        return layer_norm(x, weight, bias, head_scale=head_scale, eps=eps, **extra)
-
-    return call
-
-
-def plain(counts, index=None, eps=1e-5):
-    """The same, written the obvious way."""
-
-    def call(x, weight=None, bias=None, head_scale=None, **parameters):
-        groups = counts or [x.shape[0] if index is None else len(index)]
-        weights, biases = [weight] * len(groups), [bias] * len(groups)
-        if parameters:
-            weights, biases = ([parameters[f"{kind}{m}"] for m in range(len(groups))] for kind in ("weight", "bias"))
-        if head_scale is not None:
-            x = (x.unflatten(1, (head_scale.shape[0], -1)) * head_scale[:, None]).flatten(1)
-        if index is not None:
-            kept = x[torch.tensor(index[: sum(groups)], dtype=torch.int64, device=x.device)]
-            x = torch.cat([kept, x.new_zeros(len(index) - len(kept), x.shape[1])])
-        return naive.layer_norm(x, groups, weights, biases, eps)
-
-    return call
+    return on_device(cases.routed_leaves(counts, width, rows, heads))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -88,27 +60,6 @@ def test_rows_in_parts_take_a_row_index_and_a_head_scale():
     index, counts = [4, 0, 5, 2, 9, 1, 11, 7, 6], [6, 3]  # more than one row for each program
     leaves = routed_leaves(counts, 6144, rows=12, heads=8)
     contract.check_against_naive(op(counts, index), plain(counts, index), leaves, torch.float32)
-
-
-def test_rows_of_one_element_have_nothing_left_but_the_bias():
-    for dtype in DTYPES:
-        leaves = {name: leaf.to(dtype) for name, leaf in shared_leaves(65, 1).items()}
-        outputs, gradients = contract.run(op(None), leaves)
-        assert torch.equal(outputs[0], leaves["bias"].expand(65, 1))
-        given = contract.cotangents(outputs)[0]
-        torch.testing.assert_close(gradients["bias"], given.double().sum(0).to(dtype), rtol=2e-2, atol=1e-5)
-        for name in ("x", "weight"):  # exactly zero but for rounding: 1 / sqrt(eps) times the magnitude of x
-            assert gradients[name].abs().max() < 1e-2
-
-
-@interpreter_only
-@pytest.mark.parametrize("weight, bias", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("eps", (1e-5, 0.5))
-def test_weight_and_bias_are_each_optional(weight, bias, eps):
-    leaves = shared_leaves(7, 63, weight, bias)
-    leaves["x"][3] = 0.25  # a row without variance
-    contract.check_against_naive(op(None, eps=eps), plain(None, eps=eps), leaves, torch.float32)
-    contract.check_against_naive(op([3, 0, 2], eps=eps), plain([3, 0, 2], eps=eps), leaves, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -151,23 +102,6 @@ def test_rows_read_by_an_index_have_the_bits_of_the_whole_norm():
         assert torch.equal(some["x"][index], every["x"][index])
         left_out = [row for row in range(13) if row not in index]
         assert not some["x"][left_out].any()
-
-
-def test_parameters_may_have_another_dtype_than_x():
-    half = DTYPES[-1]
-
-    def in_float32(x, weight, bias):
-        return plain(None)(x.to(weight.dtype), weight, bias).to(x.dtype)
-
-    dtypes = {"x": half, "weight": torch.float32, "bias": torch.float32}
-    contract.check_against_naive(op(None), in_float32, shared_leaves(65, 64), dtypes)
-
-
-def test_strides_of_inputs_and_gradients_do_not_matter():
-    for call, leaves in ((op(None), shared_leaves(7, 9)), (op([3, 0, 4]), routed_leaves([3, 0, 4], 9, 8, 3))):
-        leaves = on_device(leaves, torch.float32)
-        contract.check_input_layouts(call, leaves, ["x", *(name for name in leaves if name == "head_scale")])
-        contract.check_gradient_layouts(call, leaves)
 
 
 def test_strides_of_offsets_and_index_do_not_matter():
@@ -233,27 +167,3 @@ def test_elements_past_2_to_the_31st_are_reached(tmp_path):
     assert torch.equal(out, expected[0][0])
     (dx,) = torch.autograd.grad(out, x, given)
     assert torch.equal(dx, expected[1]["x"])
-
-
-def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
-    contract.check_frozen(op(None), on_device(shared_leaves(7, 9), torch.float32))
-    leaves = on_device(routed_leaves([5, 0, 2], 9, heads=3), torch.float32)
-    contract.check_frozen(op([5, 0, 2]), leaves)
-    gradients = contract.run(op([5, 0, 2]), leaves)[1]
-    for name in ("weight1", "bias1"):
-        assert torch.equal(gradients[name], torch.zeros_like(gradients[name]))
-    for name in ("weight0", "bias2", "head_scale"):
-        assert gradients[name].all()
-
-
-def test_repeats_are_bitwise_equal():
-    dtype = DTYPES[-1]
-    contract.check_deterministic(op([9, 0, 5]), on_device(routed_leaves([9, 0, 5], 65, 16, 5), dtype), REPEATS)
-
-
-def test_registration_and_compiled_graphs():
-    index = [3, 0, 6, GARBAGE]
-    cases = ((op(None), shared_leaves(5, 8)), (op([1, 2], index), routed_leaves([1, 2], 8, 7, 2)))
-    for call, leaves in cases:
-        contract.check_registration(call, on_device(leaves, torch.float32), "layer_norm")
-        contract.check_compiled(call, on_device(leaves, torch.float32))

@@ -1,4 +1,7 @@
-"""``layer_norm``: shared by all rows, and per modality on packed rows."""
+"""``layer_norm``: shared by all rows, and per modality on packed rows.
+
+The tests that take ``CHECKED`` and ``on_device`` hold of the reference and of the kernels: tests/kernels runs them too.
+"""
 
 from itertools import pairwise
 
@@ -6,77 +9,15 @@ import pytest
 import torch
 from support import contract, naive
 from support.contract import normal
+from support.kernels import CHECKED, HALF, INTERPRETED, REPEATS, interpreter_only, on_device
+from support.layer_norm_cases import GARBAGE, op, plain, routed_leaves, shared_leaves
 from support.plans import ragged_offsets
 
 from onepeace_fast import layer_norm
 from onepeace_fast.ops.arguments import MAX_WIDTH
 from onepeace_fast.tolerance import DTYPES
 
-GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 ROWS, WIDTHS = (0, 1, 7, 65, 300), (63, 64, 200)
-
-
-def shared_leaves(rows: int, width: int, weight: bool = True, bias: bool = True) -> dict[str, torch.Tensor]:
-    leaves = {"x": 3 * normal(rows, width, seed=1) + 2 * normal(rows, 1, seed=2)}
-    leaves |= {"weight": 1 + 0.5 * normal(width, seed=3)} if weight else {}
-    return leaves | ({"bias": normal(width, seed=4)} if bias else {})
-
-
-def naive_shared(x, weight=None, bias=None, eps=1e-5):
-    return naive.layer_norm(x, [x.shape[0]], [weight], [bias], eps)
-
-
-def routed_leaves(counts: list[int], width: int, inert: int = 0) -> dict[str, torch.Tensor]:
-    leaves = {"x": 2 * normal(sum(counts) + inert, width, seed=5) + normal(sum(counts) + inert, 1, seed=6)}
-    for m in range(len(counts)):
-        leaves |= {f"weight{m}": 1 + 0.5 * normal(width, seed=10 + m), f"bias{m}": normal(width, seed=20 + m)}
-    return leaves
-
-
-def routed(counts: list[int], host: bool = True, eps: float = 1e-5):
-    def call(x, **parameters):
-        weights, biases = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
-        rows = counts if host else ()
-        return layer_norm(x, weights, biases, offsets=ragged_offsets(counts), row_counts=rows, eps=eps)
-
-    return call
-
-
-def naive_routed(counts: list[int], eps: float = 1e-5):
-    def call(x, **parameters):
-        weights, biases = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
-        return naive.layer_norm(x, counts, weights, biases, eps)
-
-    return call
-
-
-def indexed(index: list[int], counts: list[int] | None = None, host: bool = False):
-    """Per-modality parameters, or shared ones where the leaves have a single weight."""
-    extra = {"offsets": ragged_offsets(counts), "row_counts": counts if host else ()} if counts else {}
-
-    def call(x, weight=None, bias=None, head_scale=None, **parameters):
-        if parameters:
-            weight, bias = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
-        return layer_norm(x, weight, bias, head_scale=head_scale, row_index=int32(index), **extra)
-
-    return call
-
-
-def naive_indexed(index: list[int], counts: list[int] | None = None):
-    def call(x, weight=None, bias=None, head_scale=None, **parameters):
-        groups = counts or [len(index)]
-        weights, biases = [weight] * len(groups), [bias] * len(groups)
-        if parameters:
-            weights, biases = ([parameters[f"{kind}{m}"] for m in range(len(groups))] for kind in ("weight", "bias"))
-        kept = scaled(x, head_scale)[index[: sum(groups)]]
-        rows = torch.cat([kept, kept.new_zeros(len(index) - len(kept), x.shape[1])])
-        return naive.layer_norm(rows, groups, weights, biases, 1e-5)
-
-    return call
-
-
-def scaled(x, head_scale):
-    return x if head_scale is None else (x.unflatten(1, (head_scale.shape[0], -1)) * head_scale[:, None]).flatten(1)
 
 
 def int32(values: list[int]) -> torch.Tensor:
@@ -87,29 +28,35 @@ def int32(values: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_shared_norm_follows_the_naive_one_at_every_number_of_rows(width, dtype):
     for rows in ROWS:
-        contract.check_against_naive(layer_norm, naive_shared, shared_leaves(rows, width), dtype)
+        contract.check_against_naive(op(), plain(), shared_leaves(rows, width), dtype)
 
 
 def test_rows_of_one_element_have_nothing_left_but_the_bias():
-    for dtype in (torch.float64, *DTYPES):
-        outputs, gradients = contract.run(layer_norm, {k: v.to(dtype) for k, v in shared_leaves(65, 1).items()})
-        assert torch.equal(outputs[0], gradients["bias"].new_ones(65, 1) * normal(1, seed=4, dtype=dtype))
+    for dtype in (CHECKED, torch.float32, HALF):
+        leaves = on_device(shared_leaves(65, 1), dtype)
+        outputs, gradients = contract.run(op(), leaves)
+        assert torch.equal(outputs[0], leaves["bias"].expand(65, 1))
         given = contract.cotangents(outputs)[0]
         torch.testing.assert_close(gradients["bias"], given.double().sum(0).to(dtype), rtol=2e-2, atol=1e-5)
         for name in ("x", "weight"):  # exactly zero but for rounding: 1 / sqrt(eps) times the magnitude of x
             assert gradients[name].abs().max() < 1e-2
 
 
-@pytest.mark.parametrize("weight, bias", [(False, False), (True, False), (False, True)])
-def test_weight_and_bias_are_each_optional(weight, bias):
-    for dtype in (torch.float64, torch.bfloat16):
-        contract.check_against_naive(layer_norm, naive_shared, shared_leaves(7, 64, weight, bias), dtype)
+@interpreter_only
+@pytest.mark.parametrize("weight, bias", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("eps", (1e-5, 0.5))
+def test_weight_and_bias_are_each_optional(weight, bias, eps):
+    leaves = on_device(shared_leaves(7, 63, weight, bias))
+    leaves["x"][3] = 0.25  # a row without variance
+    for counts in (None, [3, 0, 2]):
+        for dtype in (CHECKED, HALF) if counts is None else (CHECKED,):
+            contract.check_against_naive(op(counts, eps=eps), plain(counts, eps=eps), leaves, dtype)
 
 
 @pytest.mark.parametrize("kind", ["weight", "bias"])
 @pytest.mark.parametrize("counts", [[3, 4], [2, 0, 5]], ids=str)
 def test_every_modality_has_its_own_weight_without_bias_and_its_own_bias_without_weight(counts, kind):
-    leaves = {n: leaf for n, leaf in routed_leaves(counts, 63, inert=2).items() if n == "x" or n.startswith(kind)}
+    leaves = {n: leaf for n, leaf in routed_leaves(counts, 63, 9).items() if n == "x" or n.startswith(kind)}
 
     def parameters(given):
         values = [given[f"{kind}{m}"] for m in range(len(counts))]
@@ -126,39 +73,21 @@ def test_every_modality_has_its_own_weight_without_bias_and_its_own_bias_without
         contract.check_against_naive(call, plain, leaves, dtype)
 
 
-@pytest.mark.parametrize("eps", (1e-5, 0.5))
-def test_eps_is_added_to_the_variance(eps):
-    leaves = shared_leaves(7, 63)
-    leaves["x"][3] = 0.25  # a row without variance
-    contract.check_against_naive(
-        lambda **mine: layer_norm(**mine, eps=eps), lambda **mine: naive_shared(**mine, eps=eps), leaves, torch.float64
-    )
-    counts = [3, 4]
-    contract.check_against_naive(
-        routed(counts, eps=eps), naive_routed(counts, eps=eps), routed_leaves(counts, 63), torch.float64
-    )
-
-
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
 @pytest.mark.parametrize("counts", ([5, 0, 7], [1], [0, 1, 65], [300, 7], [0, 0]), ids=str)
 def test_routed_norm_follows_the_naive_one_in_every_modality(counts, dtype):
     bounds = ragged_offsets(counts).tolist()
     parts = [slice(a, b) for a, b in pairwise(bounds)]
     for width, inert in ((63, 0), (64, 3)):
-        leaves = routed_leaves(counts, width, inert)
-        slices = {"out0": parts, "x": parts}
-        contract.check_against_naive(routed(counts), naive_routed(counts), leaves, dtype, slices)
+        leaves = routed_leaves(counts, width, sum(counts) + inert)
+        contract.check_against_naive(op(counts, host=True), plain(counts), leaves, dtype, {"out0": parts, "x": parts})
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
 @pytest.mark.parametrize("width, heads", [(64, 4), (63, 3), (64, 64), (8, 1)])
 def test_a_head_scale_stands_in_front_of_the_norm(width, heads, dtype):
     leaves = shared_leaves(9, width) | {"head_scale": 1 + 0.5 * normal(heads, seed=7)}
-
-    def plain(x, weight, bias, head_scale):
-        return naive_shared(scaled(x, head_scale), weight, bias)
-
-    contract.check_against_naive(layer_norm, plain, leaves, dtype)
+    contract.check_against_naive(op(), plain(), leaves, dtype)
 
 
 @pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
@@ -166,71 +95,63 @@ def test_a_head_scale_stands_in_front_of_the_norm(width, heads, dtype):
 def test_a_row_index_reads_these_rows_and_writes_them_one_after_another(counts, dtype):
     index = [11, 0, 5, 4, 9]
     index = [GARBAGE if i >= sum(counts or [5]) else row for i, row in enumerate(index)]
-    leaves = routed_leaves(counts, 64, inert=12 - sum(counts)) if counts else shared_leaves(12, 64)
+    leaves = routed_leaves(counts, 64, 12) if counts else shared_leaves(12, 64)
     leaves["head_scale"] = 1 + 0.5 * normal(4, seed=7)
-    contract.check_against_naive(indexed(index, counts), naive_indexed(index, counts), leaves, dtype)
+    contract.check_against_naive(op(counts, index), plain(counts, index), leaves, dtype)
     if counts:
-        host = contract.run(indexed(index, counts, host=True), leaves)
-        contract.assert_same(host, contract.run(indexed(index, counts), leaves), "host")
+        host = contract.run(op(counts, index, host=True), leaves)
+        contract.assert_same(host, contract.run(op(counts, index), leaves), "host")
 
 
 def test_parameters_may_be_shared_by_the_modalities_of_offsets():
     counts, leaves = [3, 0, 4], shared_leaves(9, 64)
 
-    def plain(x, weight, bias):
-        return naive.layer_norm(x, counts, [weight] * 3, [bias] * 3, 1e-5)
-
-    def call(x, weight, bias):
-        return layer_norm(x, weight, bias, offsets=ragged_offsets(counts))
-
-    contract.check_against_naive(call, plain, leaves, torch.float64)
+    contract.check_against_naive(op(counts), plain(counts), leaves, torch.float64)
     one_list = lambda x, weight, bias: layer_norm(x, weight, [bias] * 3, offsets=ragged_offsets(counts))  # noqa: E731
-    contract.check_against_naive(one_list, plain, leaves, torch.float64)
+    contract.check_against_naive(one_list, plain(counts), leaves, torch.float64)
 
 
 def test_parameters_may_have_another_dtype_than_x():
-    dtypes = {"x": torch.bfloat16, "weight": torch.float32, "bias": torch.float32}
+    dtypes = {"x": HALF, "weight": torch.float32, "bias": torch.float32}
 
-    def plain(x, weight, bias):
-        return naive_shared(x.to(weight.dtype), weight, bias).to(x.dtype)
+    def in_float32(x, weight, bias):
+        return plain()(x.to(weight.dtype), weight, bias).to(x.dtype)
 
-    contract.check_against_naive(layer_norm, plain, shared_leaves(65, 64), dtypes)
+    contract.check_against_naive(op(), in_float32, on_device(shared_leaves(65, 64)), dtypes)
 
 
 def test_offsets_alone_and_host_counts_give_the_same_bits():
-    counts, leaves = [5, 0, 7], routed_leaves([5, 0, 7], 64, 2)
-    contract.assert_same(contract.run(routed(counts, host=False), leaves), contract.run(routed(counts), leaves), "host")
+    counts, leaves = [5, 0, 7], routed_leaves([5, 0, 7], 64, 14)
+    contract.assert_same(contract.run(op(counts), leaves), contract.run(op(counts, host=True), leaves), "host")
+
+
+INDEXED = (op([1, 2], [4, 0, 2, GARBAGE]), routed_leaves([1, 2], 8, 5, 2))
+SHARED, ROUTED = (op(), shared_leaves(5, 8)), (op([3, 0, 2]), routed_leaves([3, 0, 2], 8, 6))
 
 
 def test_finite_differences_agree():
-    contract.check_gradcheck(layer_norm, shared_leaves(4, 7))
-    contract.check_gradcheck(layer_norm, shared_leaves(4, 7, weight=False, bias=False))
-    contract.check_gradcheck(routed([3, 0, 2]), routed_leaves([3, 0, 2], 5, 1))
-    leaves = routed_leaves([1, 2], 6, 2) | {"head_scale": normal(2, seed=7)}
-    contract.check_gradcheck(indexed([4, 0, 2, GARBAGE], [1, 2]), leaves)
+    for call, leaves in (SHARED, ROUTED, INDEXED, (op(), shared_leaves(4, 7, weight=False, bias=False))):
+        contract.check_gradcheck(call, leaves)
 
 
 def test_registration():
-    contract.check_registration(layer_norm, shared_leaves(5, 8), "layer_norm")
-    contract.check_registration(routed([3, 0, 2]), routed_leaves([3, 0, 2], 8, 1), "layer_norm")
-    leaves = routed_leaves([1, 2], 8, 2) | {"head_scale": normal(2, seed=7)}
-    contract.check_registration(indexed([4, 0, 2, GARBAGE], [1, 2]), leaves, "layer_norm")
+    for call, leaves in (SHARED, ROUTED, INDEXED):
+        contract.check_registration(call, on_device(leaves, CHECKED), "layer_norm")
 
 
-@pytest.mark.parametrize("kind", ("shared", "routed"))
-def test_strides_of_inputs_and_gradients_do_not_matter(kind):
-    call, leaves = (layer_norm, shared_leaves(7, 9)) if kind == "shared" else (routed([3, 4]), routed_leaves([3, 4], 9))
-    contract.check_input_layouts(call, leaves, ["x"])
-    contract.check_gradient_layouts(call, leaves)
-    contract.check_gradient_layouts(call, {name: leaf.bfloat16() for name, leaf in leaves.items()})
+def test_strides_of_inputs_and_gradients_do_not_matter():
+    for call, leaves in ((op(), shared_leaves(7, 9)), (op([3, 0, 4]), routed_leaves([3, 0, 4], 9, 8, 3))):
+        contract.check_input_layouts(call, on_device(leaves, CHECKED), ["x", *({"head_scale"} & leaves.keys())])
+        for dtype in (CHECKED, HALF):
+            contract.check_gradient_layouts(call, on_device(leaves, dtype))
 
 
 def test_rows_are_independent():
     leaves = shared_leaves(8, 64)
-    expected = contract.run(layer_norm, leaves)
+    expected = contract.run(op(), leaves)
     leaves["x"] = leaves["x"].clone()
     leaves["x"][3] = torch.nan
-    actual = contract.run(layer_norm, leaves)
+    actual = contract.run(op(), leaves)
     others = torch.arange(8) != 3
     assert torch.equal(actual[0][0][others], expected[0][0][others])
     assert torch.equal(actual[1]["x"][others], expected[1]["x"][others])
@@ -238,20 +159,20 @@ def test_rows_are_independent():
 
 def test_nan_in_inert_rows_reaches_nothing():
     counts, width, inert = [5, 0, 7], 64, 3
-    leaves = routed_leaves(counts, width, inert)
+    leaves = routed_leaves(counts, width, sum(counts) + inert)
     given = [normal(sum(counts) + inert, width, seed=9)]
-    expected = contract.run(routed(counts), leaves, given)
+    expected = contract.run(op(counts), leaves, given)
     for tensor in (leaves["x"], given[0]):
         tensor[-inert:] = torch.nan
-    contract.assert_same(contract.run(routed(counts), leaves, given), expected, "NaN in inert rows")
+    contract.assert_same(contract.run(op(counts), leaves, given), expected, "NaN in inert rows")
     assert not expected[0][0][-inert:].any()
 
 
 def test_nan_in_one_modality_leaves_the_others_alone():
     counts, leaves = [5, 4, 7], routed_leaves([5, 4, 7], 64)
-    expected = contract.run(routed(counts), leaves)
+    expected = contract.run(op(counts), leaves)
     leaves["x"][5:9] = torch.nan
-    actual = contract.run(routed(counts), leaves)
+    actual = contract.run(op(counts), leaves)
     real = [*range(5), *range(9, 16)]
     assert torch.equal(actual[0][0][real], expected[0][0][real])
     for name in ("weight0", "bias0", "weight2", "bias2"):
@@ -260,32 +181,31 @@ def test_nan_in_one_modality_leaves_the_others_alone():
 
 
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
-    contract.check_frozen(layer_norm, shared_leaves(7, 9))
-    counts, leaves = [5, 0, 2], routed_leaves([5, 0, 2], 9)
-    contract.check_frozen(routed(counts), leaves)
-    gradients = contract.run(routed(counts), leaves)[1]
+    contract.check_frozen(op(), on_device(shared_leaves(7, 9), CHECKED))
+    counts, leaves = [5, 0, 2], on_device(routed_leaves([5, 0, 2], 9, heads=3), CHECKED)
+    contract.check_frozen(op(counts), leaves)
+    gradients = contract.run(op(counts), leaves)[1]
     for name in ("weight1", "bias1"):
-        assert torch.equal(gradients[name], torch.zeros(9, dtype=torch.float64))
-    for name in ("weight0", "bias2"):
+        assert torch.equal(gradients[name], torch.zeros_like(gradients[name]))
+    for name in ("weight0", "bias2", "head_scale"):
         assert gradients[name].all()
 
 
 def test_second_derivative_is_refused():
-    contract.check_second_derivative(layer_norm, shared_leaves(5, 8))
-    contract.check_second_derivative(routed([3, 2]), routed_leaves([3, 2], 8))
+    contract.check_second_derivative(*SHARED)
+    contract.check_second_derivative(*ROUTED)
 
 
 def test_repeats_are_bitwise_equal():
-    leaves = {name: leaf.float() for name, leaf in routed_leaves([65, 0, 131], 200, 4).items()}
-    contract.check_deterministic(routed([65, 0, 131]), leaves)
-    contract.check_deterministic(layer_norm, {k: v.bfloat16() for k, v in shared_leaves(300, 200).items()})
+    counts = [9, 0, 5] if INTERPRETED else [65, 0, 131]
+    leaves = routed_leaves(counts, 65, sum(counts) + 4, heads=5)
+    for dtype in (torch.float32, HALF):
+        contract.check_deterministic(op(counts), on_device(leaves, dtype), REPEATS)
 
 
 def test_compiled_equals_eager():
-    contract.check_compiled(layer_norm, shared_leaves(7, 16))
-    contract.check_compiled(routed([3, 0, 4]), routed_leaves([3, 0, 4], 16, 2))
-    leaves = routed_leaves([1, 2], 8, 2) | {"head_scale": normal(2, seed=7)}
-    contract.check_compiled(indexed([4, 0, 2, GARBAGE], [1, 2]), leaves)
+    for call, leaves in (SHARED, ROUTED, INDEXED):
+        contract.check_compiled(call, on_device(leaves, CHECKED))
 
 
 def test_one_dynamic_graph_serves_every_number_of_rows():

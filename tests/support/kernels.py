@@ -20,12 +20,15 @@ DTYPES = (torch.bfloat16,) if DEVICE == "cuda" else (torch.float32, torch.float1
 WIDTHS = (63, 1536, 6144) if DEVICE == "cuda" else (63, 64, 768, 1536, 6144)
 # Tensor cores multiply half precision alone: on a GPU grouped products refuse float32.
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-HALF = DTYPES[-1]
+# float64 runs the reference everywhere: a test of the reference alone takes it.
+REFERENCE_ONLY = DEVICE == "cpu" and not INTERPRETED
+CHECKED = torch.float64 if REFERENCE_ONLY else torch.float32
+HALF = torch.bfloat16 if REFERENCE_ONLY else DTYPES[-1]
 # Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
-interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: the interpreter runs these")
+interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: a CPU runs these")
 MANY_ROWS = 9500 if DEVICE == "cuda" else 400
-REPEATS = 50 if DEVICE == "cuda" else 3  # the interpreter runs one program after another
+REPEATS = 50 if DEVICE == "cuda" else 10 if REFERENCE_ONLY else 3  # the interpreter runs one program after another
 
 
 def on_device(leaves: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

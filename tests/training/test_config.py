@@ -184,3 +184,19 @@ def test_a_folder_whose_name_is_not_utf_8_is_refused_before_anything_is_computed
     with pytest.raises(ValueError, match=r"run\.yaml: output: expected a path in UTF-8, got '.*caf\\udce9/run'"):
         load(folder, SMALLEST)
     load(folder, SMALLEST.replace("output: run", f"output: {tmp_path}/run"))
+
+
+@pytest.mark.parametrize("keys", ["minimum_learning_rate: 0.001\nlearning_rate: 0.001\n", "warm_up: 9\nsteps: 10\n"])
+def test_a_constant_rate_and_a_warm_up_to_the_last_step_are_taken(tmp_path, keys):
+    names = [line.split(":")[0] for line in keys.splitlines()]
+    rest = {"stage": "vision_language", "manifest": "a.tsv", "output": "out", "batch_size": 1, "steps": 10}
+    rest |= {"learning_rate": 0.001}
+    path = tmp_path / "run.yaml"
+    path.write_text(keys + "".join(f"{name}: {value}\n" for name, value in rest.items() if name not in names))
+    refused = ""
+    try:
+        config = TrainingConfig.load(path)
+    except ValueError as error:
+        refused = str(error)
+    assert not refused
+    assert config.learning_rate == 0.001 and config.steps == 10

@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ pytest.importorskip("PIL")
 pytest.importorskip("soundfile")
 pytest.importorskip("scipy")
 
+from PIL import Image
 from training._runs import write_clips, write_config, write_images
 
 from onepeace_fast.data.batches import BatchSampler, PairDataset, collate
@@ -29,6 +31,9 @@ ONE = Processes(0, 1, torch.device("cpu"))
 def folder(tmp_path):
     write_images(tmp_path)
     write_clips(tmp_path)
+    noise = numpy.random.default_rng(0)
+    for path in tmp_path.glob("*.png"):  # so that one crop differs from another
+        Image.fromarray(noise.integers(0, 256, (40, 50, 3), dtype="uint8")).save(path)
     (tmp_path / "run").mkdir()
     return tmp_path
 

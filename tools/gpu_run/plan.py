@@ -23,7 +23,7 @@ SMOKE = (
 NEEDS_KERNELS = ("grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain")  # which a rehearsal on a CPU has not
 SANITIZED = ("attention_72", "attention_33")  # at most 72 tokens: racecheck is hundreds of times slower
 PARITY = "repeat or test_parity or test_on_gpu or test_goldens or test_encoder"
-KERNEL_TESTS, PARTS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels
+KERNEL_TESTS, SHARDS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels
 NOTHING_COLLECTED, LEFT_OUT, BENCHMARK_LOST_DEVICE = 5, 4, 3  # exit codes: pytest's, our tools', the benchmark's
 FINISH = 3.0  # seconds of its share that the benchmark is not told of, to end by itself
 PROPOSAL = 12.0  # seconds that the headline leaves for the proposal, which imports torch
@@ -174,21 +174,21 @@ def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
     After a test by which a process lost the device, or its life, another one goes on behind it: pytest-xdist would run
     that test again, and wait for ever.
     """
-    chosen = " and ".join(f"({part})" for part in (keyword, machine.keyword) if part)
+    chosen = " and ".join(f"({words})" for words in (keyword, machine.keyword) if words)
     common = ["-m", "pytest", "-p", "tools.gpu_run.plugin", "-p", "no:cacheprovider", "-q", "--tb=short", "-m", "gpu"]
     common += ["-k", chosen] if chosen else []
     tested = ":".join(str(path) for path in sorted(machine.work.glob("*.jsonl")))
 
-    def job(file: str, part: int, parts: int) -> Job:
-        name = file.replace("/", ".") + (f".{part}" if parts > 1 else "")
+    def job(file: str, shard: int, shards: int) -> Job:
+        name = file.replace("/", ".") + (f".{shard}" if shards > 1 else "")
         environment = {
             "GPU_RUN_TESTS": str(machine.work / f"{stage}-{name}.jsonl"), "GPU_RUN_TESTED": tested,
-            "GPU_RUN_PART": f"{part}/{parts}",
+            "GPU_RUN_SHARD": f"{shard}/{shards}",
         }  # fmt: skip
         return Job(f"{stage} {name}", python(*common, file), environment, judge=_tests_judge, again=_died)
 
-    parts_of = {file: PARTS if file.startswith(KERNEL_TESTS) and not keyword else 1 for file in files_of_gpu_tests()}
-    return [job(file, part, parts) for file, parts in parts_of.items() for part in range(1, parts + 1)]
+    shards_of = {file: SHARDS if file.startswith(KERNEL_TESTS) and not keyword else 1 for file in files_of_gpu_tests()}
+    return [job(file, shard, shards) for file, shards in shards_of.items() for shard in range(1, shards + 1)]
 
 
 def _died(code: int) -> bool:

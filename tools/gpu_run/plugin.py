@@ -3,7 +3,7 @@
 ``GPU_RUN_TESTS`` names the file that it adds to; tests whose outcome is in ``GPU_RUN_TESTED`` already, files with
 colons between them, are not run again. A process whose device answers no more, as after an illegal access, ends after
 the test by which that is seen; started again, it goes on after that test, as it does after one that ended its process
-itself. ``GPU_RUN_PART``, as in 2/3, chooses one part of a file's tests.
+itself. ``GPU_RUN_SHARD``, as in 2/3, chooses one shard of a file's tests.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def device_lost() -> bool:
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leave out the other parts, and what has an outcome already."""
-    part, parts = map(int, os.environ.get("GPU_RUN_PART", "1/1").split("/"))
-    mine = {item.nodeid for item in items[part - 1 :: parts]}
+    """Leave out the other shards, and what has an outcome already."""
+    shard, shards = map(int, os.environ.get("GPU_RUN_SHARD", "1/1").split("/"))
+    mine = {item.nodeid for item in items[shard - 1 :: shards]}
     for name in filter(None, os.environ.get("GPU_RUN_TESTED", "").split(":")):
         mine -= {record["test"] for record in read_records(Path(name)) if "outcome" in record}
     mine -= config.pluginmanager.get_plugin("gpu_run_recorder").tested

@@ -46,18 +46,18 @@ def checks(full: bool) -> dict[str, Check]:
     def pointwise(columns: int) -> Cases:
         return lambda device, make: kernel_cases(rows, columns, DTYPE, make, device)
 
-    def specified(tokens: int) -> Cases:
+    def tokens_of(tokens: int) -> Cases:
         return lambda device, make: specified_cases(tokens + INERT, DTYPE, make, device)
 
     def products(device: torch.device, make: Callable[..., Tensor]) -> Iterator[Case]:
         return product_cases(rows, width, DTYPE, make, device)
 
-    attention = {f"attention_{tokens}": Check(specified(tokens), "relative_bias_attention") for tokens in (33, 72, 257)}
+    attention = {f"attention_{tokens}": Check(tokens_of(tokens), "relative_bias_attention") for tokens in (33, 72, 257)}
     return {
         "layer_norm": Check(pointwise(width), "layer_norm"),
         "residual": Check(pointwise(width), "residual", "float32 stream"),
         "gated_sub_ln": Check(pointwise(4 * width), "gated_sub_ln"),
-        "routed_ffn": Check(specified(72), "routed_ffn"),
+        "routed_ffn": Check(tokens_of(72), "routed_ffn"),
         "grouped_ffn": Check(products, "routed_ffn", "Sub-LN"),
         "grouped_ffn_row_index": Check(products, "routed_ffn", "row index"),
         "grouped_ffn_plain": Check(products, "routed_ffn", "alone"),

@@ -24,7 +24,7 @@ SHORT_STEPS = ("routed_ffn", "layer_norm", "residual_layer_norm", "gated_sub_ln"
 
 
 @dataclass
-class Part:
+class Outcome:
     """What a process of the rehearsal found. ``tests`` counts how tests ended: passed, left out, values, skipped."""
 
     name: str
@@ -42,7 +42,9 @@ def gpu_test_files() -> list[Path]:
     return sorted({*kernels, *marked})
 
 
-def _process(part: Part, command: Sequence[str], compiling: bool, **environment: str) -> subprocess.CompletedProcess:
+def _process(
+    outcome: Outcome, command: Sequence[str], compiling: bool, **environment: str
+) -> subprocess.CompletedProcess:
     """Run a process of the rehearsal in the checkout, with the emulated GPU's compiling on or off."""
     start = time.monotonic()
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -51,48 +53,48 @@ def _process(part: Part, command: Sequence[str], compiling: bool, **environment:
     result = subprocess.run(
         [sys.executable, "-m", *command], cwd=ROOT, env={**inherited, **mine}, text=True, capture_output=True
     )
-    part.seconds = time.monotonic() - start
+    outcome.seconds = time.monotonic() - start
     return result
 
 
-def rehearse_tests(path: Path, compiling: bool) -> Part:
+def rehearse_tests(path: Path, compiling: bool) -> Outcome:
     """The GPU tests of a file."""
-    part = Part(os.path.relpath(path, ROOT))
+    outcome = Outcome(os.path.relpath(path, ROOT))
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ["-p", "tools.rehearsal.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-q", "--tb=no"]
-        result = _process(part, ["pytest", *options, str(path)], compiling, REHEARSAL_REPORT=str(report))
+        result = _process(outcome, ["pytest", *options, str(path)], compiling, REHEARSAL_REPORT=str(report))
         found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     if found is None:
         lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
-        part.faults.append(f"{part.name}: expected a report, got exit code {result.returncode}: {lines[-1]}")
-        return part
-    part.programs, part.launches = found["programs"], found["launches"]
+        outcome.faults.append(f"{outcome.name}: expected a report, got exit code {result.returncode}: {lines[-1]}")
+        return outcome
+    outcome.programs, outcome.launches = found["programs"], found["launches"]
     for name, test in found["tests"].items():
-        part.tests[test["ended"]] += 1
+        outcome.tests[test["ended"]] += 1
         if test["ended"] == "fault":
-            part.faults.append(f"{name}: {test['line']}")
-    if result.returncode not in (0, 5) and not part.faults:
-        part.faults.append(f"{part.name}: expected exit code 0, got {result.returncode}")
-    return part
+            outcome.faults.append(f"{name}: {test['line']}")
+    if result.returncode not in (0, 5) and not outcome.faults:
+        outcome.faults.append(f"{outcome.name}: expected exit code 0, got {result.returncode}")
+    return outcome
 
 
-def rehearse_module(module: str, arguments: Sequence[str], compiling: bool) -> Part:
+def rehearse_module(module: str, arguments: Sequence[str], compiling: bool) -> Outcome:
     """A module that prints what it found as JSON in its last line."""
-    part = Part(module)
-    result = _process(part, [module, *arguments], compiling)
+    outcome = Outcome(module)
+    result = _process(outcome, [module, *arguments], compiling)
     try:
         found = json.loads(result.stdout.strip().splitlines()[-1])
     except (IndexError, ValueError):
         lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
-        part.faults.append(f"{module}: expected its findings, got exit code {result.returncode}: {lines[-1]}")
-        return part
-    part.programs, part.launches, part.faults = found["programs"], found["launches"], found["faults"]
-    return part
+        outcome.faults.append(f"{module}: expected its findings, got exit code {result.returncode}: {lines[-1]}")
+        return outcome
+    outcome.programs, outcome.launches, outcome.faults = found["programs"], found["launches"], found["faults"]
+    return outcome
 
 
-def rehearse(short: bool, chosen: Sequence[str] = ()) -> list[Part]:
-    """All parts, as many at a time as there are cores; ``chosen`` files of tests alone where there are any."""
+def rehearse(short: bool, chosen: Sequence[str] = ()) -> list[Outcome]:
+    """All outcomes, as many at a time as there are cores; ``chosen`` files of tests alone where there are any."""
     files = [Path(name).resolve() for name in chosen] or gpu_test_files()
     steps = [argument for name in SHORT_STEPS for argument in ("--only", name)] if short else []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
@@ -100,30 +102,31 @@ def rehearse(short: bool, chosen: Sequence[str] = ()) -> list[Part]:
         waiting += [threads.submit(rehearse_tests, path, not short) for path in files]
         if not (short or chosen):
             waiting.append(threads.submit(rehearse_module, "tools.rehearsal.benchmark", [], False))
-        parts = []
+        outcomes = []
         for future in waiting:
-            parts.append(future.result())
-            print(line_of(parts[-1]), flush=True)
-    return parts
+            outcomes.append(future.result())
+            print(line_of(outcomes[-1]), flush=True)
+    return outcomes
 
 
-def line_of(part: Part) -> str:
-    """What a part did, in one line."""
-    ends = ", ".join(f"{count} {ended}" for ended, count in sorted(part.tests.items()))
-    return f"{part.name}: {ends + '; ' if ends else ''}{len(part.programs)} compiles, {part.launches} launches, " + (
-        f"{part.seconds:.0f} s"
+def line_of(outcome: Outcome) -> str:
+    """What a process did, in one line."""
+    ends = ", ".join(f"{count} {ended}" for ended, count in sorted(outcome.tests.items()))
+    return (
+        f"{outcome.name}: {ends + '; ' if ends else ''}{len(outcome.programs)} compiles, {outcome.launches} launches, "
+        + (f"{outcome.seconds:.0f} s")
     )
 
 
-def judge(parts: Sequence[Part]) -> tuple[list[str], str]:
+def judge(outcomes: Sequence[Outcome]) -> tuple[list[str], str]:
     """Every fault in a line, and the line that sums up."""
-    tests = sum((part.tests for part in parts), Counter())
-    faults = [fault for part in parts for fault in part.faults]
+    tests = sum((outcome.tests for outcome in outcomes), Counter())
+    faults = [fault for outcome in outcomes for fault in outcome.faults]
     ran = tests["passed"] + tests["fault"] + tests["values"]
     if not ran:
         faults.append("the rehearsal: expected tests for a GPU, got none that ran")
-    programs = {key for part in parts for key in part.programs}
-    launches = sum(part.launches for part in parts)
+    programs = {key for outcome in outcomes for key in outcome.programs}
+    launches = sum(outcome.launches for outcome in outcomes)
     notes = []
     if tests["values"]:
         notes.append(f"{tests['values']} end where they look at what nobody computed")

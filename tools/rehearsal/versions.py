@@ -136,7 +136,7 @@ def main(name: str, short: bool, installed: str | None = None) -> int:
     _write(name, result, start)
     result["tests in the interpreter"] = _tests(python, INTERPRETED_TESTS, TRITON_INTERPRET="1")
     _write(name, result, start)
-    failed = [failure for part in ("tests", "tests in the interpreter") for failure in result[part]["failures"]]
+    failed = [failure for form in ("tests", "tests in the interpreter") for failure in result[form]["failures"]]
     for failure in failed:
         print(f"failed: {failure}")
     print(f"{name}: {result['rehearsal']}; {len(failed)} other tests failed; written to {RESULTS}", flush=True)
