@@ -155,7 +155,7 @@ def test_adapters_of_audio_and_an_unwatched_one_beside_it(backend):
 
 
 def test_a_watched_adapter_is_said_once_in_one_line():
-    plain._say_once.cache_clear()
+    plain._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         two_steps("fused", ADAPTERS[1], wrap)
