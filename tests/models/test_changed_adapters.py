@@ -78,7 +78,7 @@ def check_obeyed(part, change):
         warnings.simplefilter("ignore")
         reference, fused = (two_steps(backend, part, change) for backend in BACKENDS)
     assert_close(fused, reference, 1e-9)
-    same = set(reference) == set(PLAIN) and all(torch.equal(reference[n], v) for n, v in PLAIN.items())
+    same = all(torch.equal(reference[name], PLAIN[name]) for name in set(reference) & set(PLAIN))
     assert not same, "the change changes nothing"
 
 
