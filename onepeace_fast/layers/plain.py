@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from onepeace_fast.checks import require
 from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Routing
@@ -29,7 +28,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, type(None))
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether a module computes what ``kind`` does with its parameters, and nothing watches or changes its call."""
     if type(module) is not kind or is_watched(module):
         return False
@@ -39,7 +38,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def inside(module: nn.Module, kind: type[Kind]) -> Kind:
     """The module of a kind that a module is, or that it was put around: checkpoint_wrapper, DDP, a user's own class."""
     found = next((inner for inner in module.modules() if isinstance(inner, kind)), None)
-    require(found is not None, f"expected a {kind.__name__} or a module around one, got {type(module).__name__}")
+    if found is None:
+        raise ValueError(f"expected a {kind.__name__} or a module around one, got {type(module).__name__}")
     return found
 
 

@@ -371,37 +371,3 @@ def test_positions_that_a_module_gives_are_called_and_not_read(backend):
         text = torch.randint(4, 9, (2, 3))
         model.reconstruct(text=text, masks={"text": hidden})["text"].sum().backward()
     assert len(called) >= 2 and adapter.embed_positions.weight_v.grad is not None
-
-
-def doubled_at_parts(gradients):
-    return tuple(None if gradient is None else 2 * gradient for gradient in gradients)
-
-
-WATCHED = (nn.Linear, nn.LayerNorm)
-ON_EVERYTHING = {
-    "forward_pre_hook": lambda module, inputs: (0.5 * inputs[0],) if isinstance(module, WATCHED) else None,
-    "full_backward_hook": lambda module, into, out: doubled_at_parts(into) if isinstance(module, WATCHED) else None,
-    "full_backward_pre_hook": lambda module, out: doubled_at_parts(out) if isinstance(module, WATCHED) else None,
-}
-
-
-@pytest.mark.parametrize("kind", ON_EVERYTHING)
-def test_hooks_of_each_kind_of_all_modules_are_obeyed_by_both_backends(kind):
-    handle = getattr(nn.modules.module, f"register_module_{kind}")(ON_EVERYTHING[kind])
-    try:
-        check_obeyed("", None)
-    finally:
-        handle.remove()
-
-
-def test_an_epsilon_that_all_norms_share_is_obeyed_and_stays_fused():
-    def change_all(owner, place, module):
-        norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
-        assert len(norms) > 8
-        for norm in norms:
-            norm.eps = 0.3
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reference, fused = (two_steps(backend, "", change_all) for backend in BACKENDS)
-    assert_close(fused, reference, 1e-9)
