@@ -92,6 +92,7 @@ def read_batch(
     places = [(modality, name) for names in passes for modality, name in names.items()]
     if passes:
         _check_mask_names(masks, sorted(name for _, name in places))
+    masks = masks or {}
     for modality, name in places:
         _check_mask(name, masks[name], valid[modality])
     if samples is None:
@@ -116,7 +117,8 @@ def read_batch(
     lengths = {name: read["lengths", name] for name in valid}
     sample_of = None
     if samples is not None:
-        sample_of = check_samples(rows, {name: read.get(("sample", name), value) for name, value in samples.items()})
+        found: dict[str, Any] = {name: read.get(("sample", name), value) for name, value in samples.items()}
+        sample_of = check_samples(rows, found)
     hidden = []
     for names in passes:
         visible_lengths = {modality: read["visible", name] for modality, name in names.items()}
@@ -146,7 +148,7 @@ def _sort_inputs(
     return values, {name: given.get(f"{name}_padding") for name in values}
 
 
-def _check_sample_rows(samples: object, device: torch.device) -> None:
+def _check_sample_rows(samples: Any, device: torch.device) -> None:
     require(isinstance(samples, Mapping), f"samples: expected {{modality: int64 [rows]}}, got {describe(samples)}")
     for name, value in samples.items():
         if isinstance(value, Tensor):
