@@ -70,7 +70,7 @@ class PenAdapter(SeriesAdapter):
 
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         fits = value.dim() == 3 and value.shape[1] <= LONGEST and value.shape[2] == FEATURES
-        require(fits, f"{name}: got {describe(value)}, takes [rows, points up to {LONGEST}, {FEATURES}]")
+        require(fits, f"{name}: expected [rows, points up to {LONGEST}, {FEATURES}], got {describe(value)}")
         return valid_from_padding(name, padding, value.shape[0], 1 + value.shape[1], value.device, tokens="points")
 
     def tokens(self, value: Tensor) -> Tensor:
@@ -146,7 +146,6 @@ def main(folder: Path, steps: int = 300, held_out: int = 200) -> dict[str, float
     from onepeace_fast.demo import data
 
     torch.set_num_threads(1)  # tensors this small gain nothing from more
-    torch.manual_seed(0)
     model = OnePeacePretrain.load(folder).eval()
     training, test = data.load()
     vocabulary = data.Vocabulary()
@@ -158,6 +157,7 @@ def main(folder: Path, steps: int = 300, held_out: int = 200) -> dict[str, float
     texts = vocabulary.encode([data.caption(data.HELD_OUT_TEMPLATES[0], digit) for digit in range(10)])
 
     before = others(model, images, texts)
+    torch.manual_seed(0)
     add_pen(model)
     untrained = image_accuracy(model.eval(), test_paths, images, labels)
     training_paths = [pen_path(image) for image in training.images]

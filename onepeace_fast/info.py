@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import onepeace_fast
-from onepeace_fast import cuda_extension
+from onepeace_fast import cuda_extension, ops
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, resolve_backend
 from onepeace_fast.installation import install_command, program_command
 
-OPERATIONS = ("gated_sub_ln", "layer_norm", "relative_bias_attention", "residual", "routed_ffn")
+OPERATIONS = tuple(ops.__all__)
 DEMO_PACKAGES = {
     "scikit-learn": "sklearn", "scipy": "scipy", "espeakng-loader": "espeakng_loader", "soundfile": "soundfile",
     "matplotlib": "matplotlib", "jinja2": "jinja2", "tqdm": "tqdm",
@@ -37,7 +37,7 @@ _BACKEND_NOTES = {
 
 
 def missing(packages: Mapping[str, str]) -> list[str]:
-    """Those packages, given with their modules, that are not installed."""
+    """The packages whose modules are not installed."""
     return [package for package, module in packages.items() if not _installed(module)]
 
 
@@ -87,7 +87,7 @@ def versions() -> dict[str, str]:
 def _attempt(find_out: Callable[[], str]) -> str:
     try:
         return find_out()
-    except Exception as error:  # a damaged installation raises anything, and this report is what shows it
+    except Exception as error:  # a damaged installation may raise anything, and this report shows it
         return f"cannot be found out: {' '.join(f'{type(error).__name__}: {error}'.split())}"
 
 
@@ -123,7 +123,7 @@ def _gpu() -> str:
 
 
 def _backends() -> list[tuple[str, str, str]]:
-    """A row for each backend; the one that runs where nothing is chosen is marked."""
+    """A row for each backend; the default one is marked."""
     rows = []
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = _attempt(lambda: resolve_backend(None, torch.device(kind)))
@@ -152,9 +152,11 @@ def _implementation(operation: str) -> str:
         )
     from onepeace_fast.kernels.launch_heuristic import WIDEST
 
+    most = next((most for name, most in WIDEST.items() if operation.startswith(name)), None)
+    if most is None:
+        return f"{reference} everywhere"
     return (
-        f"Triton kernel on CUDA tensors of at most {WIDEST[operation]} columns; {reference} on wider ones, on a CPU "
-        "and for float64"
+        f"Triton kernel on CUDA tensors of at most {most} columns; {reference} on wider ones, on a CPU and for float64"
     )
 
 

@@ -89,10 +89,9 @@ def pen_strokes():
 def trained(tmp_path_factory):
     """The folder of a model of text and images as the demo's, with random weights."""
     data = pytest.importorskip("onepeace_fast.demo.data")
-    torch.manual_seed(1)
+    torch.manual_seed(0)
     model = OnePeacePretrain(of_text_and_images(len(data.Vocabulary()), layer_scale=None))
     with torch.no_grad():
-        model.encoder_wrapper.text_adapter.embed_tokens.weight *= 10  # captions differ by their words
         for module in model.modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight *= (1536 / 32) ** 0.5
@@ -113,16 +112,31 @@ def test_a_pen_visits_every_dark_pixel_once_and_begins_at_the_top(pen_strokes):
 
 
 def test_pens_train_beside_images_and_captions_that_stay_bitwise_the_same(pen_strokes, trained, capsys):
-    figures = pen_strokes.main(trained, steps=60, held_out=30)
+    figures = pen_strokes.main(trained, steps=10, held_out=30)
     assert figures["same"] is True
-    assert figures["last"] < 0.8 * figures["first"]
     assert "30 pens find an image" in capsys.readouterr().out
+
+
+def test_pens_learn_their_captions(pen_strokes, trained):
+    model = OnePeacePretrain.load(trained)
+    torch.manual_seed(0)
+    pen_strokes.add_pen(model)
+    captions = torch.linalg.qr(torch.randn(32, 32))[0][:10, None]  # as unlike as they can be
+    labels = torch.arange(10).repeat_interleave(4)
+    starts = [torch.tensor([digit % 5, 4 * (digit // 5)]) for digit in labels.tolist()]  # a corner for each digit
+    steps = torch.tensor([[0, 0], [1, 0], [1, 1]])
+    paths = [torch.cat([start + steps.cumsum(0), steps, torch.ones(3, 1), torch.zeros(3, 1)], 1) for start in starts]
+    losses = pen_strokes.train(model, paths, labels, captions, steps=40, seed=0)
+    assert losses[0] > 2 and losses[-1] < 0.5  # by chance ln 10 = 2.3
+    with torch.no_grad():
+        found = (model.embed(**pen_strokes.pad(paths)) @ captions[:, 0].t()).argmax(1)
+    assert torch.equal(found, labels)
 
 
 def test_pens_of_a_wrong_shape_are_refused_in_one_line(pen_strokes, trained):
     model = OnePeacePretrain.load(trained)
     pen_strokes.add_pen(model)
-    with pytest.raises(ValueError, match=r"pen: got float32 \[2, 9, 5\] on cpu, takes \[rows, points up to 64, 6\]"):
+    with pytest.raises(ValueError, match=r"pen: expected \[rows, points up to 64, 6\], got float32 \[2, 9, 5\] on cpu"):
         model.embed(pen=torch.zeros(2, 9, 5))
 
 

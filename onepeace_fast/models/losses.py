@@ -49,7 +49,7 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
         logits = scale * query @ gather_without_gradient(key).t()
         losses.append(smoothed_nll(log_softmax(logits), target, 0.0))
         correct.append((logits.argmax(1) == target).float().sum())
-    return (losses[0] + losses[1]) / 2, *correct
+    return (losses[0] + losses[1]) / 2, correct[0], correct[1]
 
 
 def select_rows(mask: Tensor, count: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -105,7 +106,7 @@ def check_adapter(encoder: TransformerConfig, name: str, adapter: Adapter) -> No
     require(isinstance(adapter, Adapter), f"adapter {name}: expected a subclass of Adapter, got {describe(adapter)}")
     width = adapter.cls_embedding.shape[-1]
     require(width == encoder.embed_dim, f"adapter {name}: expected embed_dim {encoder.embed_dim}, got {width}")
-    tables = list(adapter.rel_pos_table_list) if adapter.has_bias else []
+    tables: list[Any] = list(adapter.rel_pos_table_list) if adapter.has_bias else []
     heads = {table.embedding_dim for table in tables} or {encoder.attention_heads}
     require(
         len(tables) == encoder.bias_tables and heads == {encoder.attention_heads},

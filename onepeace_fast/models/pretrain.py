@@ -231,8 +231,9 @@ class OnePeacePretrain(nn.Module):
         }
         total = contrast + losses["dcl_audio_loss"] + 0.5 * (losses["dcl_al_text_loss"] + losses["dcl_al_audio_loss"])
         return {
-            "loss": self._with_others({"text", "audio"}, total, *self.text_proj.parameters()), "atc_loss": contrast,
-            **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a, "logit_scale_exp": self.logit_scale_exp(),
+            "loss": self._with_others({"text", "audio"}, total, *self.get_submodule("text_proj").parameters()),
+            "atc_loss": contrast, **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a,
+            "logit_scale_exp": self.logit_scale_exp(),
         }  # fmt: skip
 
     def add_modality(self, name: str, adapter: Adapter, init_from: str | None = None) -> None:
