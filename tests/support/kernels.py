@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +63,12 @@ def far_apart(rows: Tensor, folder: Path) -> Tensor:
     else:
         storage = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=rows.dtype)
     return storage.as_strided(rows.shape, (stride, 1)).copy_(rows)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty hands out: NaN, and the largest number for integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # that fills what is not initialised
+    yield
+    torch.use_deterministic_algorithms(before)
