@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -375,8 +376,13 @@ class OnePeacePretrain(nn.Module):
             require(decoded, f"{name}: expected no tensor to reconstruct, got one: the decoder lacks this modality")
 
     def _with_others(self, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
-        """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it."""
-        others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read)
+        """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it.
+
+        The other modalities only where processes train together, and no gradient elsewhere: an optimizer's weight decay
+        wears away what has a gradient of zeros.
+        """
+        together = dist.is_available() and dist.is_initialized()
+        others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read) if together else ()
         return with_unread(total, *others, *unread)
 
 
