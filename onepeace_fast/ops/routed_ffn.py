@@ -244,15 +244,17 @@ def routed_ffn(
 ) -> Tensor:
     """The gated feed-forward network of each row's modality, with Sub-LayerNorm, LayerScale, DropPath and residual.
 
+    Gate: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172.
+
     Args:
         z: floating point [N, width], modality-major: rows offsets[m] to offsets[m + 1] are those of modality m.
-        w0, w1: one [hidden, width] per modality; gate and value projections. ``w1`` None: no gate.
-        w2: one [width, hidden] per modality; output projections.
-        b2: one [width] per modality, or None.
+        w0, w1: one [hidden, width] per modality in z's dtype; gate and value projections. ``w1`` None: no gate.
+        w2: one [width, hidden] per modality in z's dtype; output projections.
+        b2: one [width] per modality in z's dtype, or None.
         offsets: int32 [G + 1], the plan's.
         row_counts: the plan's row counts, where the host knows them. Without them all but the grouped strategy read
             offsets on the host, since each modality's products are launched from there.
-        norm_weight, norm_bias: one [hidden] per modality, Sub-LayerNorm; None for none.
+        norm_weight, norm_bias: one floating-point [hidden] per modality, Sub-LayerNorm; None for none.
         residual: floating point [rows, width], added to the scaled result; without it gamma, drop_path and row_index
             are refused.
         gamma, drop_path, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.

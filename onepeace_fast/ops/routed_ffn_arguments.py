@@ -14,10 +14,16 @@ from onepeace_fast.checks import describe, require, require_device, require_vect
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
 from onepeace_fast.kernels.launch_heuristic import WIDEST
 from onepeace_fast.kernels.tile_table import MAX_MODALITIES, refusal
-from onepeace_fast.ops.arguments import MAX_WIDTH, check_routing, require_row_index, require_rows
-from onepeace_fast.ops.gated_sub_ln import require_norm_and_activation, require_one_per_modality
+from onepeace_fast.ops.arguments import (
+    MAX_WIDTH,
+    check_routing,
+    require_drop_path,
+    require_one_per_modality,
+    require_row_index,
+    require_rows,
+)
+from onepeace_fast.ops.gated_sub_ln import require_norm_and_activation
 from onepeace_fast.ops.kernel_choice import kernels_forced
-from onepeace_fast.ops.residual import check_drop_path
 from onepeace_fast.ops.strategies import STRATEGIES, strategy_for
 from onepeace_fast.structures import FeedForwardWeights, RoutedFFNInputs
 
@@ -59,7 +65,7 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
         f"{list(z.shape) if row_index is None else f'[rows, {width}]'}, got {describe(residual)}",
     )  # fmt: skip
     require_device("residual", residual, z.device)
-    check_drop_path(drop_path, residual)
+    require_drop_path(drop_path, residual)
     require_row_index(row_index, z)
     if row_index is not None:
         require(
@@ -109,7 +115,7 @@ def chosen_strategy(
 
 
 def _by_host(reason: str) -> str:
-    """ "per_modality", which reads offsets on the host; said once, and refused where a graph is captured."""
+    """Warn once that "per_modality" reads offsets on the host, and refuse that where a graph is captured."""
     if not torch.compiler.is_compiling():
         if torch.cuda.is_current_stream_capturing():
             raise ValueError(f"row_counts: expected the plan's inside a graph capture, got none; {reason}")

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from onepeace_fast import tolerance
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter's arithmetic in bfloat16 is wrong without a word.
@@ -24,6 +26,7 @@ PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 REFERENCE_ONLY = DEVICE == "cpu" and not INTERPRETED
 CHECKED = torch.float64 if REFERENCE_ONLY else torch.float32
 HALF = torch.bfloat16 if REFERENCE_ONLY else DTYPES[-1]
+CONTRACT_DTYPES = (torch.float64, *tolerance.DTYPES) if REFERENCE_ONLY else DTYPES
 # Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
 interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: a CPU runs these")
