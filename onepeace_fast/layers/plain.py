@@ -92,28 +92,21 @@ def are_plain(part: str, modules: Sequence[nn.Module], kind: type[nn.Module]) ->
 
 def unfused(part: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Say once that a part runs through its modules, and because of which."""
-    if not torch.compiler.is_compiling():
-        _say_once(part, type(module).__name__, kind.__name__)
-
-
-@functools.cache
-def _say_once(part: str, got: str, plain: str) -> None:
+    got, plain = type(module).__name__, kind.__name__
     got = f"a {got} with hooks, a forward, weights or settings of its own" if got == plain else got
-    warnings.warn(
-        f"{part}: expected a plain {plain}, to be fused, got {got}; this part runs through its modules and costs time",
-        RuntimeWarning,
-        stacklevel=2,
+    _say_once(
+        f"{part}: expected a plain {plain}, to be fused, got {got}; this part runs through its modules and costs time"
     )
+
+
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn(message)
 
 
 @functools.cache
-def _say_that_the_host_waits() -> None:
-    warnings.warn(
-        "plan: expected row counts that the host knows, got none with modules that are not fused; the host waits for "
-        "the device in every layer; build the plan by from_lengths, or from_masks without capacity",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Tensor:
@@ -121,8 +114,11 @@ def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Ten
 
     Without the plan's row counts the host reads its offsets, which waits for a device and is said once.
     """
-    if not plan.row_counts and plan.offsets.device.type != "cpu" and not torch.compiler.is_compiling():
-        _say_that_the_host_waits()
+    if not plan.row_counts and plan.offsets.device.type != "cpu":
+        _say_once(
+            "plan: expected row counts that the host knows, got none with modules that are not fused; the host waits "
+            "for the device in every layer; build the plan by from_lengths, or from_masks without capacity"
+        )
     ranges = list(row_slices(Routing(plan.offsets, plan.row_counts)))
     outputs = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
     inert = x.shape[0] - ranges[-1].stop

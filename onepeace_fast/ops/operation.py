@@ -237,7 +237,13 @@ class _Backward(_Op):
         # With create_graph a second derivative may follow, which the registered op refuses.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_eager(saved[: self.grads]):
             of_saved, of_needs = self.inputs
-            return self.outputs.build(self.overload(*of_saved.flatten(saved), *of_needs.flatten(needs)))
+            flags = of_needs.flatten(needs)
+            results = self.overload(*of_saved.flatten(saved), *flags)
+            return self.outputs.build([
+                [one if need else None for one, need in zip(value, flag, strict=True)] if type(flag) is list
+                else value if flag else None
+                for value, flag in zip(results, flags, strict=True)
+            ])  # fmt: skip
         return self.run(saved, needs)
 
     def _refuse(self, ctx: Any, *gradients: Any) -> None:
@@ -270,7 +276,8 @@ class Operation(_Op):
         paths = [leaf.path for leaf in layout.leaves]
         self._places = [paths.index(leaf.path) for leaf in self._gradients.leaves]
         self._has_lists = any(leaf.type == "Tensor[]" for leaf in layout.leaves)
-        self._function: Any = type(name, (_EagerFunction,), {})
+        # Function.apply itself first looks at every argument for what ``is_eager`` has excluded.
+        self._apply = super(torch.autograd.Function, type(name, (_EagerFunction,), {})).apply  # type: ignore[misc]
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._registered_backward, setup_context=self._setup_context, lib=_LIBRARY
         )
@@ -282,7 +289,7 @@ class Operation(_Op):
         if torch.is_grad_enabled():
             differentiable = self._differentiable(flat)
             if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
-                return self._function.apply(self, given, *differentiable)
+                return self._apply(self, given, *differentiable)
         return self.run(given)[: self.visible]
 
     def _differentiable(self, flat: Sequence[Any]) -> list[Tensor | None]:
@@ -335,11 +342,10 @@ class Operation(_Op):
             ctx.set_materialize_grads(False)
 
     def differentiate(self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs) -> list[Any]:
-        """Gradients by leaf, None where none is needed or no output had one."""
-        flags = self._gradients.flatten(needs)
+        """Gradients by leaf; None where no output had one."""
         flat: list[Any] = [*grads[: self.visible]]
         if all([grad is None for grad in flat]):
-            return [[None] * len(flag) if type(flag) is list else None for flag in flags]
+            return [[None] * len(flag) if type(flag) is list else None for flag in self._gradients.flatten(needs)]
         tensors = iter(ctx.saved_tensors)
         for item in ctx.kept:
             if item is _SAVED:
@@ -347,11 +353,7 @@ class Operation(_Op):
             else:
                 flat.append([next(tensors) for _ in item] if type(item) is list else item)
         gradients = self.gradient.finish(self.backward, self._saved.build(flat), needs)
-        return [
-            [one if need else None for one, need in zip(value, flag, strict=True)] if type(flag) is list
-            else value if flag else None
-            for value, flag in zip(self._gradients.flatten(gradients), flags, strict=True)
-        ]  # fmt: skip
+        return self._gradients.flatten(gradients)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.mark_non_differentiable(*output[self.visible :])

@@ -204,7 +204,7 @@ def _select(given: RoutedFFNInputs, outputs: RoutedFFNOutputs, needs: Needs) -> 
 
 
 def _finish(backward: Callable[..., Any], saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
-    return backward(saved, needs)._replace(residual=saved.grad_out)
+    return backward(saved, needs)._replace(residual=saved.grad_out if needs.residual else None)
 
 
 ROUTED_FFN = Operation(
