@@ -267,7 +267,11 @@ def residual_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """``residual`` and the LayerNorm of all its rows: returns out in x's dtype and LayerNorm(out) in y's dtype.
 
-    ``norm_weight`` and ``norm_bias`` are [width]; everything else is as in ``residual``.
+    ``norm_weight`` and ``norm_bias`` are floating point [width], ``eps`` is positive; everything else is as in
+    ``residual``.
+
+    Raises:
+        ValueError: a norm's parameter or ``eps`` that does not fit, or what ``residual`` refuses.
     """
     given = ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
@@ -312,7 +316,10 @@ def _check(given: ResidualInputs) -> None:
 
 
 def check_drop_path(drop_path: DropPath, x: Tensor) -> None:
-    """Raise unless DropPath's scale [samples] and sample [rows] are both absent or both fit x."""
+    """Raise ``ValueError`` unless both parts of DropPath are absent or both fit x.
+
+    The scale is float32 or float64 [samples], the sample int32 or int64 [rows].
+    """
     scale, sample = drop_path
     require((scale is None) == (sample is None), "drop_path, sample: expected both or none, got one of them")
     if scale is not None:

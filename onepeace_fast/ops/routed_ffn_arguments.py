@@ -85,6 +85,9 @@ def chosen_strategy(
 
     On a GPU without ``row_counts`` that is "grouped", the one that reads no offsets on the host. ``unfolded``: there is
     a Sub-LayerNorm, which "grouped" would apply by a kernel of its own.
+
+    Raises:
+        ValueError: another name, or a strategy that cannot run on z.
     """
     has_kernels = z.is_cuda or kernels_forced() or (kernels.INTERPRETED and z.device.type == "cpu")
     if strategy is None:
