@@ -70,7 +70,7 @@ class OnePeacePretrain(nn.Module):
         return inside(self.decoder_wrapper, Stack)
 
     def forward(self, task: str, **inputs: Any) -> Any:
-        """Call a method by its name, one of ``TASKS``, so that DistributedDataParallel and hooks see it."""
+        """Call a method by its name, one of ``TASKS`` (else ``ValueError``), so that wrappers and hooks see it."""
         require(task in TASKS, f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         return getattr(self, task)(**inputs)
 
@@ -102,6 +102,9 @@ class OnePeacePretrain(nn.Module):
         """Embed one modality for retrieval: its CLS, projected and L2-normalised, [rows, embed_dim].
 
         ``inputs`` are one modality's, as in ``encode``.
+
+        Raises:
+            ValueError: none or several modalities, or what ``encode`` refuses.
         """
         encoder = self.encoder
         batch, _ = read_batch(encoder.adapters, inputs)
@@ -121,6 +124,9 @@ class OnePeacePretrain(nn.Module):
 
         ``masks`` is {modality: bool [rows, length]}, CLS first, True where a token is hidden from the encoder; the rest
         is as in ``encode``. Returns {modality: [rows, length, embed_dim]}.
+
+        Raises:
+            ValueError: a modality that the decoder lacks, masks of others than the inputs, or what ``encode`` refuses.
         """
         encoder = self.encoder
         given = [name for name in inputs if inputs[name] is not None and not name.endswith("_padding")]
