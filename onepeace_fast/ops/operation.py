@@ -1,9 +1,9 @@
-"""One description per op: its schema, fake, gradient and the way past the dispatcher are made from it.
+"""One description per op, from which its schema, fake, autograd registration and direct eager path are made.
 
 An op is ``Operation(name, inputs, outputs, ...)`` over the structures of ``onepeace_fast.structures``. It is registered
-as ``torch.ops.onepeace_fast.name``, and so it runs wherever something looks at ops: compiled, exported, traced, under
-a mode, a profiler, ``torch.func`` or for tensors of another kind. Otherwise a call goes straight to the same functions,
-through one ``torch.autograd.Function`` if a gradient is needed: the dispatcher takes longer than some kernels run.
+as ``torch.ops.onepeace_fast.name``, which everything that looks at ops gets: compiled, exported and traced code, modes,
+profilers, ``torch.func`` and tensors of other kinds. A plain eager call runs the same functions directly, through one
+``torch.autograd.Function`` where a gradient is needed: the dispatcher takes longer than some kernels run.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "Autoc
 
 
 class Leaf(NamedTuple):
-    """A field of a structure that is no structure itself: its place, and its type in a schema."""
+    """A field that is not a structure itself: its place, and its type in a schema."""
 
     path: tuple[str, ...]
     type: str
 
 
 class Layout:
-    """The leaves of a class of structures, which holds structures one level deep: flat to a structure and back."""
+    """The leaves of a class of structures, which may nest one level deep: flattens a structure and builds it again."""
 
     def __init__(self, structure: type[Any]) -> None:
         self.structure = structure
@@ -384,7 +384,7 @@ _SAVED = object()
 
 
 class _EagerFunction(torch.autograd.Function):
-    """An operation's way past the dispatcher; the tensors that may get a gradient stand behind its inputs again."""
+    """A direct call with a gradient: autograd sees the tensors that may get one behind the inputs that hold them."""
 
     @staticmethod
     def forward(ctx: Any, operation: Operation, given: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:
