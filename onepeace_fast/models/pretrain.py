@@ -150,8 +150,7 @@ class OnePeacePretrain(nn.Module):
 
         Returns:
             Scalars under upstream's names; "loss" is the total, itc + 0.5 text + image + 0.5 vl_text + 0.5 vl_image.
-            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
-            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
+            Where processes train together, what trains of other modalities gets gradients of zeros from it.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -209,8 +208,7 @@ class OnePeacePretrain(nn.Module):
         Returns:
             Scalars under upstream's names; "loss" is the total, atc + audio + 0.5 al_text + 0.5 al_audio. Both audio
             terms are held against the pair's teacher pass.
-            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
-            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
+            Where processes train together, what trains of other modalities gets gradients of zeros from it.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -382,11 +380,8 @@ class OnePeacePretrain(nn.Module):
             require(decoded, f"{name}: expected no tensor to reconstruct, got one: the decoder lacks this modality")
 
     def _with_others(self, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
-        """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it.
-
-        The other modalities only where processes train together, and no gradient elsewhere: an optimizer's weight decay
-        wears away what has a gradient of zeros.
-        """
+        """The total; ``unread`` and, where processes train together, other modalities get zeros as gradients."""
+        # Elsewhere the others get none: an optimizer's weight decay wears away what has a gradient of zeros.
         together = dist.is_available() and dist.is_initialized()
         others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read) if together else ()
         return with_unread(total, *others, *unread)
