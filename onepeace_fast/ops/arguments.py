@@ -81,7 +81,10 @@ def check_row_index(row_index: Tensor, offsets: Tensor | None, x: Tensor) -> Non
 
 
 def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
-    """Raise unless DropPath's scale [samples] and sample [rows] are both absent or both fit x."""
+    """Raise ``ValueError`` unless DropPath's scale, floating point [samples], and sample, int32 or int64 [rows], fit x.
+
+    Both may be absent.
+    """
     scale, sample = drop_path
     require((scale is None) == (sample is None), "drop_path, sample: expected both or none, got one of them")
     if scale is not None:

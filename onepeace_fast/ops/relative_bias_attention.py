@@ -67,7 +67,8 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float
 
 def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
-    return group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutputs:

@@ -9,6 +9,7 @@ arXiv 1603.09382). The residual stream may be float32 while the branch is half p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,8 +173,8 @@ def _fake_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     )
 
 
-def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> dict:
-    selected = {"y": given.y if needs.gamma else None, "y_dtype": given.y.dtype}
+def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> dict[str, Any]:
+    selected: dict[str, Any] = {"y": given.y if needs.gamma else None, "y_dtype": given.y.dtype}
     if given.norm_weight is None:
         selected["out"] = None
     if not given.dropout.probability:
@@ -181,7 +182,7 @@ def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> di
     return selected
 
 
-def _finish(backward: Callable, saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+def _finish(backward: Callable[..., Any], saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     """Without a gradient of the norm, that of x is ``grad_out`` itself, and where nothing scales y its own too."""
     if saved.norm_weight is None:
         saved = saved._replace(grad_normed=None)
@@ -289,7 +290,8 @@ def residual_layer_norm(
     require_eps(eps)
     require_vector("norm_weight", norm_weight, x.shape[1], x.device)
     require_vector("norm_bias", norm_bias, x.shape[1], x.device)
-    return RESIDUAL(given)
+    out, normed = RESIDUAL(given)
+    return out, normed
 
 
 def _check(given: ResidualInputs) -> None:

@@ -9,6 +9,7 @@ et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). Without W1 ther
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
     """
     z, (w0, w1, norm_weight, norm_bias, w2, _), settings = saved.z, saved.weights, saved.settings
     wanted = needs.weights
-    gradients = FeedForwardWeights(*([None] * len(parameters) for parameters in saved.weights))
+    gradients = FeedForwardWeights._make([None] * len(parameters) for parameters in saved.weights)
     ranges = list(row_slices(saved.routing))
     u, v = (saved.u, saved.v) if saved.u is not None else per_modality.project(z, saved.weights, ranges)
     branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
@@ -197,12 +198,12 @@ def _fake_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
     return RoutedFFNGradients(dz, gradients, None, dgamma)
 
 
-def _select(given: RoutedFFNInputs, outputs: RoutedFFNOutputs, needs: Needs) -> dict:
+def _select(given: RoutedFFNInputs, outputs: RoutedFFNOutputs, needs: Needs) -> dict[str, Any]:
     """Without a residual the result is y itself."""
     return {"y": outputs.out} if given.residual is None and given.settings.keep_y else {}
 
 
-def _finish(backward: Callable, saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+def _finish(backward: Callable[..., Any], saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
     return backward(saved, needs)._replace(residual=saved.grad_out if needs.residual else None)
 
 
