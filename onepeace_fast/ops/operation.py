@@ -25,11 +25,10 @@ SCHEMA_TYPES = {
     torch.dtype: "ScalarType",
 }  # fmt: skip
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_Keys = torch._C.DispatchKey
 # What a tensor may have beside its values: one that is batched, negated by a bit or a subclass has other keys too.
 _PLAIN_KEYS = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
-    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(_Keys, _key)).raw_repr()
+    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
 
 
 class Leaf(NamedTuple):
