@@ -1,6 +1,6 @@
-"""Triton kernels and their launchers, and nothing else.
+"""Triton kernels, their launchers and what decides a launch.
 
-A module here is imported when an op of `onepeace_fast.ops` first runs its kernel, so that a CPU never imports Triton.
+A module with kernels is imported when an op of `onepeace_fast.ops` first runs one, so that a CPU never imports Triton.
 This folder installs as `onepeace_fast.kernels`.
 """
 

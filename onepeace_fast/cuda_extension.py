@@ -27,7 +27,7 @@ def _import() -> ModuleType | str:
         return f"the CUDA extension cannot be imported: {' '.join(str(error).split())}"
 
 
-def extension() -> Any:
+def extension() -> Any:  # csrc/binding.cpp says what it has
     """The extension, a module; None where it is not here."""
     found = _import()
     return None if isinstance(found, str) else found

@@ -1,7 +1,8 @@
 """A model's parameters under upstream's names and whole, whatever wraps or shards its parts.
 
-torch.compile, checkpoint_wrapper, FSDP1 and DistributedDataParallel put a module around a module, whose parameters then
-have a longer name; FSDP flattens or shards them.
+The attributes of `Stack`, `TransformerLayer` and the adapters are named as upstream names them, so a plain model's own
+names are upstream's. torch.compile, checkpoint_wrapper, FSDP1 and DistributedDataParallel put a module around a module,
+whose parameters then have a longer name; FSDP flattens or shards them.
 """
 
 from __future__ import annotations

@@ -95,7 +95,9 @@ def test_two_processes_give_one_processs_loss_and_gradients(gathered, stage):
     counts = [value for name, value in numbers.items() if name.endswith("_ncorrect")]
     assert 2 * sum(counts) == pytest.approx(wanted["correct"])
     assert "logit_scale" in gradients
-    assert_close(gradients, wanted_gradients, 1e-4)
+    unread = gradients.keys() - wanted_gradients.keys()  # zeros, since processes train together
+    assert unread and not any(gradients[name].any() for name in unread)
+    assert_close({name: gradients[name] for name in gradients.keys() - unread}, wanted_gradients, 1e-4)
     norm = torch.stack([gradient.norm() for gradient in wanted_gradients.values()]).norm().item()
     assert numbers["gradient_norm"] == pytest.approx(norm, rel=1e-4)
 
