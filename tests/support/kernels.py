@@ -11,12 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from onepeace_fast import tolerance
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # The interpreter's arithmetic in bfloat16 is wrong without a word.
 # A GPU compiles a program for each dtype and width: there float32 is left to the tests that name it, and the widths are
 # an odd one, the model's, and a hidden width that is held in parts.
 DTYPES = (torch.bfloat16,) if DEVICE == "cuda" else (torch.float32, torch.float16)
+# float64 is the reference's, wherever it runs.
+CONTRACT_DTYPES = (torch.float64, *(tolerance.DTYPES if DEVICE == "cpu" and not INTERPRETED else DTYPES))
 WIDTHS = (63, 1536, 6144) if DEVICE == "cuda" else (63, 64, 768, 1536, 6144)
 # Tensor cores multiply half precision alone: on a GPU grouped products refuse float32.
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
