@@ -264,6 +264,7 @@ def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> It
     yield Case("gated_sub_ln", "gelu, gate, norm", call("gelu"), {**gated, **norm}, entries, slices)
     yield Case("gated_sub_ln", "silu, gate", call("silu"), gated, entries)
     yield Case("gated_sub_ln", "gelu_tanh, norm", call("gelu_tanh"), {**gate, **norm}, entries, slices)
+    yield Case("gated_sub_ln", "relu, gate, norm", call("relu"), {**gated, **norm}, entries, slices)
 
 
 OVER_ROWS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "residual": _residual, "gated_sub_ln": _gated_sub_ln}
@@ -277,6 +278,7 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
     yield _routed_ffn(batch, width, dtype, make, "grouped: silu, row index, recompute", True, True, **grouped,
                       activation="silu", recompute=True, fold_norm=False)  # fmt: skip
     yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
+    yield _routed_ffn(batch, width, dtype, make, "grouped: relu, Sub-LN", **grouped, activation="relu")
 
 
 def timed_routed_ffn(

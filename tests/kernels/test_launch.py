@@ -54,9 +54,9 @@ def test_frozen_experts_have_no_sum(launched):
 @pytest.mark.parametrize("operation", WIDEST)
 def test_rows_that_the_kernels_do_not_hold_are_the_reference_s_and_it_is_said_once(launched, operation):
     device = torch.device(DEVICE)
-    make = cases.random_tensors(device)
 
     def output_and_gradient(width):
+        make = cases.random_tensors(device)
         case = next(cases.OVER_ROWS[operation](cases.Rows(8, device), width, torch.float32, make))
         leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
         out = case.call(**leaves)

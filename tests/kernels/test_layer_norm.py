@@ -4,16 +4,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from ops.test_layer_norm import (  # noqa: F401  what holds of the reference as well
-    test_compiled_equals_eager,
-    test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros,
-    test_parameters_may_have_another_dtype_than_x,
-    test_registration,
-    test_repeats_are_bitwise_equal,
-    test_rows_of_one_element_have_nothing_left_but_the_bias,
-    test_strides_of_inputs_and_gradients_do_not_matter,
-    test_weight_and_bias_are_each_optional,
-)
 from support import contract
 from support import layer_norm_cases as cases
 from support.contract import normal

@@ -1,6 +1,6 @@
 """``layer_norm``: shared by all rows, and per modality on packed rows.
 
-The tests that take ``CHECKED`` and ``on_device`` hold of the reference and of the kernels: tests/kernels runs them too.
+The tests that are marked ``by_kernels`` hold of the kernels too.
 """
 
 from itertools import pairwise
@@ -31,6 +31,7 @@ def test_shared_norm_follows_the_naive_one_at_every_number_of_rows(width, dtype)
         contract.check_against_naive(op(), plain(), shared_leaves(rows, width), dtype)
 
 
+@pytest.mark.by_kernels
 def test_rows_of_one_element_have_nothing_left_but_the_bias():
     for dtype in (CHECKED, torch.float32, HALF):
         leaves = on_device(shared_leaves(65, 1), dtype)
@@ -42,6 +43,7 @@ def test_rows_of_one_element_have_nothing_left_but_the_bias():
             assert gradients[name].abs().max() < 1e-2
 
 
+@pytest.mark.by_kernels
 @interpreter_only
 @pytest.mark.parametrize("weight, bias", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("eps", (1e-5, 0.5))
@@ -111,6 +113,7 @@ def test_parameters_may_be_shared_by_the_modalities_of_offsets():
     contract.check_against_naive(one_list, plain(counts), leaves, torch.float64)
 
 
+@pytest.mark.by_kernels
 def test_parameters_may_have_another_dtype_than_x():
     dtypes = {"x": HALF, "weight": torch.float32, "bias": torch.float32}
 
@@ -134,11 +137,13 @@ def test_finite_differences_agree():
         contract.check_gradcheck(call, leaves)
 
 
+@pytest.mark.by_kernels
 def test_registration():
     for call, leaves in (SHARED, ROUTED, INDEXED):
         contract.check_registration(call, on_device(leaves, CHECKED), "layer_norm")
 
 
+@pytest.mark.by_kernels
 def test_strides_of_inputs_and_gradients_do_not_matter():
     for call, leaves in ((op(), shared_leaves(7, 9)), (op([3, 0, 4]), routed_leaves([3, 0, 4], 9, 8, 3))):
         contract.check_input_layouts(call, on_device(leaves, CHECKED), ["x", *({"head_scale"} & leaves.keys())])
@@ -180,6 +185,7 @@ def test_nan_in_one_modality_leaves_the_others_alone():
     assert torch.equal(actual[1]["x"][real], expected[1]["x"][real])
 
 
+@pytest.mark.by_kernels
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
     contract.check_frozen(op(), on_device(shared_leaves(7, 9), CHECKED))
     counts, leaves = [5, 0, 2], on_device(routed_leaves([5, 0, 2], 9, heads=3), CHECKED)
@@ -196,6 +202,7 @@ def test_second_derivative_is_refused():
     contract.check_second_derivative(*ROUTED)
 
 
+@pytest.mark.by_kernels
 def test_repeats_are_bitwise_equal():
     counts = [9, 0, 5] if INTERPRETED else [65, 0, 131]
     leaves = routed_leaves(counts, 65, sum(counts) + 4, heads=5)
@@ -203,6 +210,7 @@ def test_repeats_are_bitwise_equal():
         contract.check_deterministic(op(counts), on_device(leaves, dtype), REPEATS)
 
 
+@pytest.mark.by_kernels
 def test_compiled_equals_eager():
     for call, leaves in (SHARED, ROUTED, INDEXED):
         contract.check_compiled(call, on_device(leaves, CHECKED))

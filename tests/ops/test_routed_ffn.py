@@ -16,9 +16,11 @@ from support.ffn_cases import (
     sample_of,
     slices_of,
 )
+from support.kernels import CHECKED, HALF, interpreter_only, on_device
 from support.plans import ragged_offsets
 
 from onepeace_fast import routed_ffn
+from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
 from onepeace_fast.tolerance import DTYPES
 
 
@@ -45,6 +47,17 @@ def test_every_combination_of_options_follows_the_naive_one(dtype):
                 op(counts, options, inert=1, eps=0.1), plain(counts, options, inert=1, eps=0.1), leaves, dtype,
                 slices_of(counts),
             )  # fmt: skip
+
+
+@pytest.mark.by_kernels
+@interpreter_only
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_follows_the_naive_one(activation):
+    counts = [5, 0, 7]
+    leaves = on_device(leaves_of(counts, 16, 40, inert=1))
+    for dtype in (CHECKED, HALF):
+        given = op(counts, inert=1, activation=activation), plain(counts, inert=1, activation=activation)
+        contract.check_against_naive(*given, leaves, dtype, slices_of(counts))
 
 
 def test_the_residual_may_be_float32_over_half_precision_products():
