@@ -14,7 +14,7 @@ def _sigmoid_and_slope(t):
 
 @triton.jit
 def activation_and_slope(u, ACTIVATION: tl.constexpr):
-    """activation(u) and activation'(u): "relu", "gelu" (Hendrycks and Gimpel, arXiv 1606.08415), "gelu_tanh", "silu"."""
+    """activation(u) and its slope: "relu", "gelu" (Hendrycks and Gimpel, arXiv 1606.08415), "gelu_tanh" and "silu"."""
     if ACTIVATION == "relu":
         value = tl.where(u <= 0, 0.0, u)
         slope = tl.where(u <= 0, 0.0, 1.0)

@@ -61,6 +61,8 @@ KERNELS = {
     "residual_backward": Kernel(16, 8, 16),
     "residual_layer_norm": Kernel(16, 4, 32),
     "residual_layer_norm_backward": Kernel(8, 8, 16),
+    "residual_rms_norm": Kernel(16, 4, 32),
+    "residual_rms_norm_backward": Kernel(8, 8, 16),
     "gated_sub_ln": Kernel(16, 4, 16, rows=4),
     "gated_sub_ln_backward": Kernel(8, 8, 16),
 }
@@ -95,6 +97,8 @@ def _bound(kernel: str, rows: int) -> int | None:
     """Registers of a thread, where the compiler left alone gives too many for the programs, or spills to fit more."""
     if kernel in ("layer_norm_backward", "rms_norm_backward"):
         return 128
+    if kernel == "residual_rms_norm" and rows > 1:
+        return 80
     return 128 if kernel in ("gated_sub_ln", "layer_norm") and rows == 1 else None
 
 

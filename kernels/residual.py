@@ -256,7 +256,7 @@ def residual_forward(given: ResidualInputs) -> ResidualOutputs:
         normed = torch.empty(x.shape, dtype=y.dtype, device=x.device)
         rstd = torch.empty((count, 1), dtype=torch.float32, device=x.device)
         mean = None if given.norm_is_rms else torch.empty_like(rstd)
-    parameters, programs = parameters_for("residual" if normed is None else "residual_layer_norm", x, count)
+    parameters, programs = parameters_for(_table_name(normed is not None, mean is not None), x, count)
     arguments = {
         "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd,
         "place": None if row_index is None else row_places(row_index, offsets, count),
@@ -282,7 +282,7 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     stream_rows, width = like.shape
     branch_rows = stream_rows if row_index is None else row_index.shape[0]
     walked, walk_offsets = (stream_rows, None) if normed else (branch_rows, offsets)
-    parameters, programs = parameters_for(f"residual{'_layer_norm' * normed}_backward", like, walked)
+    parameters, programs = parameters_for(f"{_table_name(normed, mean is not None)}_backward", like, walked)
     vectors = (saved.gamma, saved.norm_weight, saved.norm_bias)
     gradients = new_where_needed(vectors, (needs.gamma, needs.norm_weight, needs.norm_bias))
     computed = gradients if normed else [gradients[0], None, None]
@@ -309,6 +309,10 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
             if gradient is not None:
                 gradient.zero_()
     return ResidualGradients(dx, dy, *gradients)
+
+
+def _table_name(normed: bool, has_mean: bool) -> str:
+    return "residual" if not normed else "residual_layer_norm" if has_mean else "residual_rms_norm"
 
 
 def _scaling(given: ResidualInputs | ResidualSaved) -> dict[str, Any]:

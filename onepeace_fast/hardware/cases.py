@@ -245,7 +245,7 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         entries = ("residual_layer_norm", "residual_layer_norm_backward")
         yield Case("residual_layer_norm", f"gamma, drop_path{of_stream}", normed, {**rows, **gamma, **norm}, entries)
         yield Case("residual_layer_norm", f"row index, dropout{of_stream}", of_some, {**some, **gamma, **norm}, entries)
-        rms = {**rows, **gamma, "weight": norm["weight"]}
+        rms, entries = {**rows, **gamma, "weight": norm["weight"]}, ("residual_rms_norm", "residual_rms_norm_backward")
         yield Case("residual_rms_norm", f"gamma, drop_path{of_stream}", rms_normed, rms, entries)
 
 
