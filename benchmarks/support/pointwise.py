@@ -5,6 +5,7 @@ They are bound by bandwidth, so a time is read as bytes that must move over byte
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Factory, Variant, compiled, trained
-from onepeace_fast.ops import gated_sub_ln, layer_norm, residual_layer_norm
+from onepeace_fast.ops import gated_sub_ln, layer_norm, residual_layer_norm, rms_norm
 
 EPS = 1e-5
 GOAL = 0.85  # of the bandwidth of a copy
@@ -74,11 +75,7 @@ class Operation:
 
 def operations(case: PointwiseCase) -> dict[str, Callable[[], Operation]]:
     """What is measured, by the name of the operation's file; made when it is its turn, for its memory."""
-    return {
-        "layer_norm": lambda: layer_norm_operation(case),
-        "residual": lambda: residual_operation(case),
-        "gated_sub_ln": lambda: gated_sub_ln_operation(case),
-    }
+    return {name: functools.partial(make, case) for name, make in OPERATIONS.items()}
 
 
 def layer_norm_operation(case: PointwiseCase) -> Operation:
@@ -109,6 +106,30 @@ def layer_norm_operation(case: PointwiseCase) -> Operation:
     row = (width, case.dtype)
     return Operation(
         _factories(fused, eager, peers, [(x,) for x in xs], gradients, [weight, bias]),
+        forward_bytes=case.moved(row, row),
+        backward_bytes=case.moved(row, row, row),
+    )
+
+
+def rms_norm_operation(case: PointwiseCase) -> Operation:
+    """One weight for all rows."""
+    width = case.sizes.width
+    (weight,) = case.vectors(width, around=1.0)
+    xs, gradients = case.tensors(width, leaf=True), case.tensors(width)
+
+    def fused(x: Tensor) -> Tensor:
+        return rms_norm(x, weight, eps=EPS)
+
+    def eager(x: Tensor) -> Tensor:
+        return F.rms_norm(x, (width,), weight, EPS)
+
+    def liger() -> Function:
+        function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+        return lambda x: function.apply(x, weight, EPS, 0.0, "gemma", False)  # float32 throughout, no gradient overwritten
+
+    row = (width, case.dtype)
+    return Operation(
+        _factories(fused, eager, {"liger": liger}, [(x,) for x in xs], gradients, [weight]),
         forward_bytes=case.moved(row, row),
         backward_bytes=case.moved(row, row, row),
     )
@@ -169,6 +190,14 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
         forward_bytes=case.moved(row, row, row),
         backward_bytes=case.moved(row, row, row, row, row),
     )
+
+
+OPERATIONS = {
+    "layer_norm": layer_norm_operation,
+    "rms_norm": rms_norm_operation,
+    "residual": residual_operation,
+    "gated_sub_ln": gated_sub_ln_operation,
+}
 
 
 def _factories(
