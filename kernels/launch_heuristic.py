@@ -98,7 +98,7 @@ def _bound(kernel: str, rows: int) -> int | None:
     if kernel in ("layer_norm_backward", "rms_norm_backward"):
         return 128
     if kernel == "residual_rms_norm" and rows > 1:
-        return 80
+        return 96
     return 128 if kernel in ("gated_sub_ln", "layer_norm") and rows == 1 else None
 
 

@@ -125,7 +125,7 @@ def rms_norm_operation(case: PointwiseCase) -> Operation:
 
     def liger() -> Function:
         function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-        return lambda x: function.apply(x, weight, EPS, 0.0, "gemma", False)  # float32 throughout, no gradient overwritten
+        return lambda x: function.apply(x, weight, EPS, 0.0, "gemma", False)  # float32 throughout
 
     row = (width, case.dtype)
     return Operation(
