@@ -26,7 +26,7 @@ NOISY = 1.25
 @pytest.mark.parametrize("name", inputs())
 def test_encoder(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
     """One input: a timed reference step before every timed step of the fused backend."""
-    EncoderCase(inputs(samples=2)[name]).check()  # a time of something else is worth nothing
+    EncoderCase(inputs(samples=2)[name]).check()  # the time of a wrong result is worth nothing
     case = EncoderCase(inputs()[name])
     fused, reference = paired(benchmark, case.fused_step, case.reference_step, seconds=case_seconds, rounds=15)
     add_row(report, benchmark.extra_info, case, fused, reference, threads)

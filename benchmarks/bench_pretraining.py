@@ -98,7 +98,7 @@ class PretrainingStep:
 @pytest.mark.parametrize("task", TASKS)
 def test_pretraining_step(task: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
     """One task: a timed reference step before every timed step of the fused backend."""
-    PretrainingStep(task, samples=2).check()  # a time of something else is worth nothing
+    PretrainingStep(task, samples=2).check()  # the time of a wrong result is worth nothing
     step = PretrainingStep(task, SAMPLES)
     fused, reference = paired(
         benchmark, lambda: step.run("fused"), lambda: step.run("reference"), seconds=case_seconds, rounds=9

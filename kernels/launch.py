@@ -7,7 +7,6 @@ import contextvars
 import functools
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +20,7 @@ _asking = threading.Lock()  # one thread at a time replaces Triton's hook and pu
 INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no GPU
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(NamedTuple):
     """A kernel and all that it is launched with, by the names of its parameters."""
 
     kernel: Any

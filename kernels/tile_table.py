@@ -85,7 +85,7 @@ def refusal(architecture: str) -> str | None:
     """Why there are no tiles for an architecture, in one line; None where there are."""
     if _number(architecture) >= OLDEST:
         return None
-    return f"expected a GPU of sm_{OLDEST} or later, got {architecture}"
+    return f"expected a GPU of compute capability {OLDEST / 10} or later, got {_number(architecture) / 10}"
 
 
 def tiles_of(kernel: str, architecture: str) -> TileParameters:

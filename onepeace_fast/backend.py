@@ -25,7 +25,13 @@ def check_backend(name: str, source: str = "backend") -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run every model inside the ``with`` block by this backend, whatever it was built with."""
+    """Run every model inside the ``with`` block by "reference" or "fused", whatever it was built with.
+
+    It holds for this thread or task, and for blocks inside it that do not name another.
+
+    Raises:
+        ValueError: another name.
+    """
     token = _override.set(check_backend(name))
     try:
         yield

@@ -19,8 +19,8 @@ from onepeace_fast.training import command as training
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: success. 1: a failed check. 2: something is missing, or what was printed could not be written. 130: interrupted.
-    141: whoever read what is printed went away.
+    0: success. 1: a failed check. 2: something is missing, or the output could not be written. 130: interrupted.
+    141: the reader of the output has gone.
     """
     _interrupt.end()
     _prepare_streams()
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # here and not at exit, where an error has no exit code of ours
+            sys.stdout.flush()  # here, because an error at exit would end with another code
     except BrokenPipeError:
         _silence()
         return 141
@@ -56,7 +56,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _prepare_streams() -> None:
-    """Open closed streams on the null device, lest other files get their numbers; print every character somehow."""
+    """Open closed streams on the null device, so that no file gets their numbers; escape what cannot be printed."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -64,7 +64,7 @@ def _prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
-    if hasattr(sys.stdout, "reconfigure"):  # a name of a file may be no text
+    if hasattr(sys.stdout, "reconfigure"):  # file names may hold undecodable bytes
         sys.stdout.reconfigure(errors="backslashreplace")
 
 

@@ -60,11 +60,11 @@ def unsupported_reason(capability: tuple[int, int]) -> str | None:
 def _unsupported_reason(built: str, capability: tuple[int, int]) -> str | None:
     if any(_runs(architecture, capability) for architecture in built.split(",")):
         return None
-    got = "got compute capability {}.{}".format(*capability)
+    got = "{}.{}".format(*capability)
     if capability < _OLDEST_GPU:
-        return "expected a GPU of {}.{} or later, ".format(*_OLDEST_GPU) + got
+        return "expected a GPU of compute capability {}.{} or later, got ".format(*_OLDEST_GPU) + got
     again = f"install again with {_ARCHITECTURES_VARIABLE}=" + "sm_{}{}".format(*capability)
-    return f"expected a GPU for which the CUDA extension was built ({built}), {got}; {again}"
+    return f"expected a GPU for which the CUDA extension was built ({built}), got compute capability {got}; {again}"
 
 
 def _runs(architecture: str, capability: tuple[int, int]) -> bool:

@@ -42,12 +42,21 @@ class Branches(NamedTuple):
     feed_forward: Branch
 
 
-def draw_drop_path(rates: Sequence[float], samples: int, generator: torch.Generator | None = None) -> Tensor:
-    """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, samples] on the CPU, drawn independently."""
+def draw_drop_path(rates: Sequence[float], sample_count: int, generator: torch.Generator | None = None) -> Tensor:
+    """DropPath's factors, 0 or 1 / (1 - p): float32 [layers, 2, S] on the CPU, drawn independently.
+
+    Args:
+        rates: the probability p of each layer, in [0, 1).
+        sample_count: S.
+        generator: of the random numbers, on the CPU; None: the default one.
+
+    Raises:
+        ValueError: a rate outside [0, 1).
+    """
     require(all(0.0 <= rate < 1.0 for rate in rates), f"rates: expected probabilities in [0, 1), got {list(rates)}")
     on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
     share = 1.0 - torch.tensor(list(rates), **on_cpu)[:, None, None]
-    return (torch.rand(len(rates), 2, samples, generator=generator, **on_cpu) < share).float() / share
+    return (torch.rand(len(rates), 2, sample_count, generator=generator, **on_cpu) < share).float() / share
 
 
 def branches(plan: RoutePlan) -> list[Branches]:

@@ -37,7 +37,7 @@ _BACKEND_NOTES = {
 
 
 def missing(packages: Mapping[str, str]) -> list[str]:
-    """Those packages, given with their modules, that are not installed."""
+    """The packages whose modules are not installed."""
     return [package for package, module in packages.items() if not _installed(module)]
 
 
@@ -87,7 +87,7 @@ def versions() -> dict[str, str]:
 def _attempt(find_out: Callable[[], str]) -> str:
     try:
         return find_out()
-    except Exception as error:  # a damaged installation raises anything, and this report is what shows it
+    except Exception as error:  # a damaged installation may raise anything, and this report shows it
         return f"cannot be found out: {' '.join(f'{type(error).__name__}: {error}'.split())}"
 
 
@@ -123,7 +123,7 @@ def _gpu() -> str:
 
 
 def _backends() -> list[tuple[str, str, str]]:
-    """A row for each backend; the one that runs where nothing is chosen is marked."""
+    """A row for each backend; the default one is marked."""
     rows = []
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = _attempt(lambda: resolve_backend(None, torch.device(kind)))

@@ -214,6 +214,9 @@ class RoutePlan:
         """Build the plan from host-side lengths, CLS included where ``first_is_cls``, without any synchronisation.
 
         ``widths`` gives L_m of the padded inputs (by default the longest row); keywords are those of ``from_masks``.
+
+        Raises:
+            ValueError: a length below 0 or above its width, or what ``from_masks`` refuses.
         """
         masks = {}
         for name, row_lengths in lengths.items():
@@ -252,6 +255,9 @@ class RoutePlan:
 
         Ids are checked here on a CPU, and by an assertion on the device elsewhere. The plan holds no host counts: on
         a GPU the kernels read ``offsets`` on the device, elsewhere the references read them on the host.
+
+        Raises:
+            ValueError: a dtype, shape or device that does not fit, or on a CPU an id that is out of range.
         """
         require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
         require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")

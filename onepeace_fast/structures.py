@@ -8,11 +8,13 @@ made from these fields: see ``onepeace_fast.ops.operation``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+Function = Callable[..., Any]  # over structures
 # In the shape of an op's gradients, True where one is needed.
 Needs = Any
 

@@ -70,7 +70,7 @@ def test_its_binaries_run_where_nvidia_says(monkeypatch):
 def test_a_gpu_too_old_for_any_build_is_told_so_and_another_how_to_install(monkeypatch):
     monkeypatch.setattr(cuda_extension, "extension", lambda: SimpleNamespace(ARCHITECTURES="sm_90a"))
     found = {capability: cuda_extension.unsupported_reason(capability) for capability in ((7, 5), (8, 9))}
-    assert found[7, 5] == "expected a GPU of 8.0 or later, got compute capability 7.5"
+    assert found[7, 5] == "expected a GPU of compute capability 8.0 or later, got 7.5"
     assert found[8, 9].endswith("; install again with ONEPEACE_FAST_CUDA_ARCHITECTURES=sm_89")
     assert "was built (sm_90a), got" in found[8, 9] and "\n" not in found[8, 9]
 

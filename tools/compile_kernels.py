@@ -249,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=PARTS, help="only the kernels over rows, or only the matrix products")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("make kernels: got TRITON_INTERPRET=1, takes a process without it: the interpreter compiles nothing")
+        print("make kernels: expected no TRITON_INTERPRET, got 1: the interpreter compiles nothing")
         return 2
     from onepeace_fast import kernels
 

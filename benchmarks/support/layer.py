@@ -143,7 +143,7 @@ class LayerCase:
         try:
             yield
         finally:
-            self.layer.__dict__.pop("route", None)
+            self.layer.__dict__.pop("packed_ffn", None)
 
     def products(self, joined: bool = False) -> products.BareProducts:
         """The layer's bare products."""

@@ -29,7 +29,7 @@ from onepeace_fast import cuda_extension, relative_bias_attention
 from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.relative_position import CLS_ENTRIES
 
-ALIGNMENT = 8  # elements that a row of a dense bias must begin at a multiple of, else it is copied first
+ALIGNMENT = 8  # elements; a dense bias whose rows begin elsewhere than at multiples is copied first
 FOR_SUBSETS = (  # of a batch: a dense bias costs the same whatever the codes
     "reference",
     "reference_no_bias",

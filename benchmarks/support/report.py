@@ -62,7 +62,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file in one step: whoever ends this process, the file is whole, the old one or the new one."""
+    """Write a file in one step: if this process ends, the old or the new file is there, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".new")
     draft.write_text(text, encoding="utf-8")

@@ -63,7 +63,7 @@ class Setting:
     def layer_case(self, shape: Shape) -> LayerCase:
         """A layer and a batch, which the section that follows gets too with the same shape."""
         if self._last_case is None or self._last_case[0] != shape:
-            self._last_case = None  # for its memory
+            self._last_case = None  # to free its memory
             self._last_case = (shape, LayerCase(shape, *self.where))
         return self._last_case[1]
 

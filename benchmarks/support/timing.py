@@ -119,7 +119,7 @@ class EventClock:
         return start.elapsed_time(stop) / 1e3, host
 
     def recover(self) -> None:
-        """Give memory back, of which the failed call may have run out; after a fault of the device nothing helps."""
+        """Free memory, in case the call ran out of it; a device with a fault cannot be recovered."""
         try:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()

@@ -106,7 +106,7 @@ class Budget:
         return self.stop - time.perf_counter()
 
     def timing_seconds(self) -> float:
-        """How long this section may take times, asked when all has been compiled: compiling is nobody's share."""
+        """How long this section may measure; asked after compiling, which no section's share contains."""
         return max(self.seconds_left, 0.0) / self.sections_left
 
     def refusal(self, name: str, is_compiled: bool) -> str | None:

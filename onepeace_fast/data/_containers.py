@@ -1,4 +1,4 @@
-"""What an audio file says of its own length: decoders take a file that was cut off for a shorter one and say nothing.
+"""What an audio file says about its length. A decoder reads a file that was cut off as a shorter one and says nothing.
 
 Chunked files (WAV, RF64, AIFF), AU and Wave64 tell how many bytes of sound follow; the pages of Ogg are numbered, have
 checksums, and the last is marked. FLAC and MP3 count samples, which the reader holds against what was decoded.
@@ -12,11 +12,11 @@ import zlib
 from typing import BinaryIO
 
 UNKNOWN_LENGTH = "a header without a length"
-_UNKNOWN = 0xFFFFFFFF  # what a writer puts that cannot go back to the header, and in RF64 "see ds64"
+_UNKNOWN = 0xFFFFFFFF  # from writers that cannot go back to the header; in RF64 it refers to ds64
 
 
 def missing_part(path: str) -> str | None:
-    """What a file promises and does not have ("48,000 of 96,000 bytes of sound"); None where nothing is known to lack.
+    """What a file promises but lacks ("48,000 of 96,000 bytes of sound"), or None if nothing is known to be missing.
 
     ``UNKNOWN_LENGTH`` where a header that has room for a length gives none, as of a file that was streamed.
 
@@ -56,9 +56,9 @@ def _lack(promised: int, there: int) -> str | None:
 
 
 def _pages(data: bytes) -> str | None:
-    """Walk the pages of an Ogg file: every one whole and as it was written, none left out, every stream with its end.
+    """Check that every page of an Ogg file is whole and unchanged, that none is missing and every stream has its end.
 
-    Decoders bridge a hole, by invention (Opus) or by going on behind it.
+    Decoders bridge a hole: Opus invents sound, others go on behind it.
     """
     place = 0
     following: dict[int, int] = {}

@@ -1,7 +1,7 @@
-"""Whether an image file is whole, of those whose decoders make up what is missing and say nothing.
+"""Checks of images whose decoders make up what a file lacks and say nothing.
 
 libjpeg fills a scan that ends early with grey, and shows a progressive image without its last scans as a coarse one.
-What decodes a GIF takes the zeros of a file that was never written to its end for pixels.
+Pillow decodes the zeros of a GIF that was never written to its end as pixels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PROBE = bytes(181 * place % 251 for place in range(1, 65))  # any bytes, but no
 
 
 class _Jpeg(NamedTuple):
-    """A JPEG's kind of frame, the ends of its scans in bytes, and the bits that it lacks of any coefficient."""
+    """The kind of a JPEG's frame, where each scan ends, and whether scans of some coefficients are missing."""
 
     frame: int
     ends: list[int]
@@ -37,9 +37,9 @@ class _Jpeg(NamedTuple):
 def open_whole_jpeg(data: bytes) -> Image:
     """Open a JPEG, or the first image of an MPO, so that only a whole one can be loaded.
 
-    A single scan is given to libjpeg without the marker that ends it: it then waits for what is missing. Several are
-    decoded twice, once with other bytes behind each: they change what a scan that ended early shows, and no other.
-    What ends within the last two blocks of 8 x 8 pixels of a single scan goes unseen.
+    libjpeg gets a single scan without the marker behind it, and waits for what is missing. Several scans are decoded
+    twice, the second time with more bytes behind each, which change a scan that ended early and no other. An end within
+    the last two blocks (8 x 8 pixels) of a single scan goes unseen.
 
     Raises:
         OSError: bytes, scans or the end are missing.
@@ -86,7 +86,7 @@ def _read_jpeg(data: bytes) -> _Jpeg:
 
 
 def check_gif(data: bytes) -> None:
-    """Walk the blocks of a GIF up to the end of its first image, behind which another block or the end must stand.
+    """Check that the first image of a GIF is followed by another block or the end.
 
     Raises:
         OSError: there is something else.

@@ -1,6 +1,6 @@
-"""MP3 files that do not say how many frames they have: counted, and the count written in front, as encoders do.
+"""Counts the frames of an MP3 file that does not say how many it has, and puts the count in front, as encoders do.
 
-Without it libmpg123 guesses a length from the first frame and the file's size, and reads no further than that.
+Without a count libmpg123 guesses a length from the first frame and the file's size, and stops reading there.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def with_frame_count(data: bytes) -> bytes | None:
 
 
 def _first_frame(data: bytes) -> int:
-    """Behind ID3 tags and what else stands in front: where two frames begin in a row, or the last one."""
+    """Where the first frame begins: behind ID3 tags, where another frame or the end of the file follows it."""
     place = 0
     while data.startswith(b"ID3", place):
         size = 0

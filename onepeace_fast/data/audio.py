@@ -27,9 +27,9 @@ SAMPLE_RATE = 16000
 _HIGHEST_RATE = 768_000  # beyond it resampling's filter alone would fill memory
 _UNKNOWN_FRAMES = 2**62  # libsndfile's count for a header without a length is about 2**63
 _BLOCK_FRAMES = 1 << 18
-# Those of libsndfile's formats whose lost end is seen: by what their containers say, or by decoding.
+# Formats of libsndfile whose lost end is noticed, by their containers or by decoding.
 WHOLE_FORMATS = ("WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "FLAC", "OGG", "MP3")
-# Codecs of one sample at a time; of others a decoder makes up the end of a block that was cut off.
+# These code each sample alone; with others a decoder makes up the end of a block that was cut off.
 _SAMPLEWISE = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 TAKEN = "WAV, AIFF, AU, FLAC, OGG or MP3"
 
@@ -37,8 +37,8 @@ TAKEN = "WAV, AIFF, AU, FLAC, OGG or MP3"
 def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Tensor:
     """Decode a file of any sample rate, channels (averaged) and sample format: float32 [samples], mono at 16 kHz.
 
-    A header that says more than ``max_seconds`` is refused before anything is decoded. A file that was cut off, or from
-    which fewer samples are decoded than its header says, is refused: what is returned was decoded.
+    A header that says more than ``max_seconds`` is refused before anything is decoded. A file that was cut off, or that
+    gives fewer samples than its header says, is refused: what is returned was decoded.
 
     Raises:
         ValueError: no such file, not audio, broken, cut off, empty, silent, not finite, or too long; one line naming
@@ -84,7 +84,7 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
         mono = torch.from_numpy(signal.resample_poly(mono.numpy(), SAMPLE_RATE // common, rate // common))
-        _check_sound(path, mono)  # of two samples one may be left, and the largest grow
+        _check_sound(path, mono)  # resampling may leave one sample of two, and make the largest larger
     return mono
 
 
@@ -130,10 +130,10 @@ def pad_waveforms(waveforms: Sequence[Tensor]) -> tuple[Tensor, list[int]]:
 
 
 def _open(soundfile: ModuleType, path: str) -> SoundFile:
-    """Open a file so that it says how many samples it has, as well as that can be known."""
+    """Open a file so that the number of its samples is known."""
 
     class Forward(soundfile.SoundFile):  # type: ignore[name-defined]  # imported where it is needed
-        """Without the seek after every read, which behind a hole would decode a piece twice."""
+        """Does not seek after every read, which would decode a piece twice behind a hole."""
 
         def seekable(self) -> bool:
             return False

@@ -1,9 +1,9 @@
-"""Batches of pairs: which samples belong to a step, reading them, and putting them together.
+"""Batches of pairs: which ones belong to a step, how they are read and put together.
 
     sampler = BatchSampler(len(dataset), batch_size, seed, rank, world_size, start_step)
     DataLoader(dataset, batch_sampler=sampler, collate_fn=partial(collate, frames=adapter.frames), num_workers=4)
 
-What a step holds follows from the seed and its number alone: not from workers, ranks or where a run was resumed.
+The pairs of a step depend on the seed and its number alone, not on workers, ranks or where a run was resumed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class BrokenFile(ValueError):
 
 
 class PairDataset(Dataset[dict[str, Tensor]]):
-    """Captions and their images or clips; ``dataset[epoch, index]`` is a sample, ready for ``collate``.
+    """Captions and their images or clips; ``dataset[epoch, index]`` is a pair, ready for ``collate``.
 
     Augmentation is a function of ``seed``, epoch and index alone. Captions are encoded once, at the start.
 
@@ -49,8 +49,8 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         tokenizer: for the captions; only needed here.
         modality: "image" or "audio".
         side: of the images, in pixels; None for audio.
-        seed: of the augmentation; None: no augmentation, for samples held out.
-        broken: about a file that does not decode. "fatal": ``BrokenFile``; "skip": the next sample takes its place, and
+        seed: of the augmentation; None: no augmentation, for held-out pairs.
+        broken: about a file that does not decode. "fatal": ``BrokenFile``; "skip": the next pair takes its place, and
             one line is logged for each such file.
         max_tokens: a longer caption is cut; how many were is logged.
 
@@ -102,7 +102,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         return self._captions.truncated
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
-        """The sample ``index`` in an epoch: "text" int64 [length], "word_starts" bool [length], and either "image"
+        """The pair ``index`` in an epoch: "text" int64 [length], "word_starts" bool [length], and either "image"
         float32 [3, side, side] or "audio" float32 [samples].
 
         Raises:
@@ -122,7 +122,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
                     raise BrokenFile(str(error)) from error
                 if not self._reported[place]:
                     self._reported[place] = True
-                    _log.warning("%s; the next sample takes its place", error)
+                    _log.warning("%s; the next pair takes its place", error)
                 continue
             text, word_starts = self._captions[place]
             return {"text": text, "word_starts": word_starts, self.modality: media}
@@ -142,10 +142,10 @@ class PairDataset(Dataset[dict[str, Tensor]]):
 
 
 def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], int] | None = None) -> dict[str, Any]:
-    """Put samples of one modality together.
+    """Put pairs of one modality together.
 
     Args:
-        items: samples of a ``PairDataset``.
+        items: pairs of a ``PairDataset``.
         frames: for audio, the frames that a number of samples gives, such as ``AudioAdapter.frames``.
 
     Raises:
@@ -172,18 +172,18 @@ def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], in
 class BatchSampler(Sampler[list[tuple[int, int]]]):
     """The (epoch, index) pairs of one rank's batches, step after step without end.
 
-    Every epoch is a new permutation of all samples; what is left over after its last whole batch waits for another
-    epoch. All ranks together take the same samples at a step as one rank would with their batch sizes added up.
+    Every epoch is a new permutation of all pairs; those after its last whole batch wait for another epoch. All ranks
+    together take the same pairs at a step as one rank would with their batch sizes added up.
 
     Args:
-        count: samples in the dataset.
-        batch_size: samples of one rank at a step.
+        count: pairs in the dataset.
+        batch_size: pairs of one rank at a step.
         seed: of the permutations.
         rank, world_size: this process and how many there are.
         start_step: the first step, counted from 0, to resume at.
 
     Raises:
-        ValueError: an argument that does not fit, or fewer samples than all ranks take at one step.
+        ValueError: an argument that does not fit, or fewer pairs than all ranks take at one step.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
         require(
             batch_size * world_size <= count,
             lambda: (
-                f"batch_size: expected at most the {count} samples of the dataset in all, got {batch_size} on each of "
+                f"batch_size: expected at most the {count} pairs of the dataset in all, got {batch_size} on each of "
                 f"{world_size} ranks; make it smaller"
             ),
         )

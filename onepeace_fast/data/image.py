@@ -48,7 +48,7 @@ def read_image(path: str | os.PathLike[str]) -> Image:
         ),
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about damaged EXIF, and about sizes, which are checked here
+        warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes, which are checked here
         with _decoding(path):
             image = pillow.open(path)
         with image:
@@ -111,7 +111,7 @@ def _random_box(width: int, height: int, generator: torch.Generator) -> tuple[fl
     area, ratio, across, down = torch.rand(4, generator=generator, dtype=torch.float64, device="cpu").tolist()
     area = width * height * (CROP_SCALE[0] + area * (CROP_SCALE[1] - CROP_SCALE[0]))
     ratio = CROP_RATIO[0] * (CROP_RATIO[1] / CROP_RATIO[0]) ** ratio
-    # The aspect ratio gives way to the area as far as it may; only of a long image is the crop smaller then.
+    # The aspect ratio gives way to the area; only in a long image is the crop smaller.
     ratio = min(max(ratio, area / height**2), width**2 / area)
     ratio = min(max(ratio, CROP_RATIO[0]), CROP_RATIO[1])
     crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
@@ -128,7 +128,7 @@ def _decoding(path: str) -> Iterator[None]:
         yield
     except pillow.DecompressionBombError as error:
         raise ValueError(f"{path}: expected at most {MAX_PIXELS:,} pixels, got more ({error})") from error
-    except Exception as error:  # Pillow's decoders raise whatever a broken file leads them to
+    except Exception as error:  # Pillow's decoders may raise anything
         reason = "not an image" if isinstance(error, pillow.UnidentifiedImageError) else " ".join(str(error).split())
         raise ValueError(
             f"{path}: expected JPEG, PNG, WebP or another format that Pillow reads, got what does not decode as an "
@@ -146,7 +146,7 @@ def _check_depth(path: str, image: Image) -> None:
 
 
 def _transparent_colour(path: str, image: Image, upright: Image) -> Image | None:
-    """Where a PNG without alpha shows its one transparent colour, as a mask, or None where it has none.
+    """The mask of the one transparent colour of a PNG without alpha, or None if it has none.
 
     Pillow compares that colour, which stands in the file's own depth, with the 8 bits that it made of it.
     """

@@ -49,14 +49,14 @@ def run(arguments: argparse.Namespace) -> int:
     device = arguments.device or ("cuda" if gpu else "cpu")
     options = Options(arguments.seed, steps, arguments.denoise, device, arguments.output)
     try:
-        options.output.mkdir(parents=True, exist_ok=True)  # now rather than after minutes of training
+        options.output.mkdir(parents=True, exist_ok=True)  # fail now, not after minutes of training
         with one_thread():
             if arguments.wav is not None:
                 return rank(arguments.wav, options)
             return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)
     except (DemoError, ValueError) as error:
         return _stop(str(error), 2)
-    except BrokenPipeError:  # whoever read this went away
+    except BrokenPipeError:  # the reader has gone
         raise
     except OSError as error:
         return _stop(f"{error.filename or options.output}: {error.strerror or error}", 2)

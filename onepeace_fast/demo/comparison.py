@@ -29,7 +29,7 @@ Inputs = dict[str, Any]  # tensors by modality
 
 
 def pair_batches(digits: Digits, speech: Speech, vocabulary: Vocabulary, pairs: int = PAIRS) -> list[Inputs]:
-    """The first images, and the first sounds, each with a caption of its own, templates in turn."""
+    """The first images and the first sounds, each with its caption; the templates take turns."""
     texts = _captions(data.IMAGE_TEMPLATES + data.HELD_OUT_TEMPLATES, digits.labels[:pairs].tolist())
     spoken = _captions(data.SOUND_TEMPLATES, speech.labels[:pairs])
     batches: list[Inputs] = []
@@ -83,7 +83,7 @@ def _results(model: OnePeacePretrain, batches: Sequence[Inputs], backend: str) -
             outputs += [encoded[name][mask] for name, mask in _real(model, batch).items()]
         for kind in ("image", "audio"):
             batch = next(batch for batch in batches if kind in batch)
-            # Each against its neighbour's caption: on the right pairs a trained model's gradients are next to zero.
+            # With the neighbour's caption: on the right pairs a trained model's gradients are almost zero.
             text, other = batch["text"].roll(1, 0), batch[kind]
             contrast(model, model.embed(**{kind: other}), model.embed(text=text)).backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -1,7 +1,7 @@
-"""What keeps the demo from running."""
+"""The demo's error."""
 
 from __future__ import annotations
 
 
 class DemoError(Exception):
-    """Something that whoever runs the demo can put right; its text is one line."""
+    """A problem that the user can solve; its text is one line."""

@@ -1,4 +1,4 @@
-"""Drives eSpeak NG by ctypes, as a program of its own that needs the standard library alone.
+"""Drives eSpeak NG through ctypes, as a separate program that needs only the standard library.
 
 A clip depends on the calls before it, so all of a set come from one process in one order:
 ``python espeak.py LIBRARY DATA PLAN OUTPUT``. PLAN is JSON, a list of [voice, speed, pitch, text]; OUTPUT receives one

@@ -49,7 +49,7 @@ class Steps:
 
 
 def configuration(vocabulary_size: int, denoise: bool = False) -> OnePeaceConfig:
-    """A ONE-PEACE small enough for a CPU. Its decoder, of no use to contrast, is tiny unless it is to denoise."""
+    """A ONE-PEACE small enough for a CPU. Contrast does not use its decoder, which is tiny unless it denoises."""
     grid = SIDE // PATCH
     audio = AudioAdapterConfig(
         feature_layers=FEATURE_LAYERS, position_layers=1, position_width=9, position_groups=16, bucket_size=64

@@ -149,7 +149,7 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One CPU thread: matrices this small gain little from a second, and lose much where other programs run."""
+    """One CPU thread: such small matrices gain little from a second, and lose much if other programs run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

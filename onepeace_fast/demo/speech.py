@@ -1,7 +1,7 @@
 """The demo's sounds: the digits spoken by eSpeak NG in many voices, accents, speeds and pitches, at 16 kHz.
 
 The engine and its voices come with the package espeakng-loader. Some voices are held out: whatever the accent, speed or
-pitch, nothing of them is trained on. Synthesis takes seconds; its clips are kept in the user's cache folder.
+pitch, none of their speech is trained on. Synthesis takes seconds; its clips are kept in the user's cache folder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Has eSpeak NG say texts, in a process of its own, and brings what it says to 16 kHz."""
+"""Speaks texts with eSpeak NG in a separate process, and resamples the sound to 16 kHz."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,6 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from onepeace_fast.checks import require
 from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Routing
@@ -29,7 +28,7 @@ Kind = TypeVar("Kind", bound=nn.Module)
 _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, type(None))
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether a module computes what ``kind`` does with its parameters, and nothing watches or changes its call."""
     if type(module) is not kind or is_watched(module):
         return False
@@ -39,7 +38,8 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def inside(module: nn.Module, kind: type[Kind]) -> Kind:
     """The module of a kind that a module is, or that it was put around: checkpoint_wrapper, DDP, a user's own class."""
     found = next((inner for inner in module.modules() if isinstance(inner, kind)), None)
-    require(found is not None, f"expected a {kind.__name__} or a module around one, got {type(module).__name__}")
+    if found is None:
+        raise ValueError(f"expected a {kind.__name__} or a module around one, got {type(module).__name__}")
     return found
 
 
@@ -92,28 +92,21 @@ def are_plain(part: str, modules: Sequence[nn.Module], kind: type[nn.Module]) ->
 
 def unfused(part: str, module: nn.Module, kind: type[nn.Module]) -> None:
     """Say once that a part runs through its modules, and because of which."""
-    if not torch.compiler.is_compiling():
-        _say_once(part, type(module).__name__, kind.__name__)
-
-
-@functools.cache
-def _say_once(part: str, got: str, plain: str) -> None:
+    got, plain = type(module).__name__, kind.__name__
     got = f"a {got} with hooks, a forward, weights or settings of its own" if got == plain else got
-    warnings.warn(
-        f"{part}: expected a plain {plain}, to be fused, got {got}; this part runs through its modules and costs time",
-        RuntimeWarning,
-        stacklevel=2,
+    _say_once(
+        f"{part}: expected a plain {plain}, to be fused, got {got}; this part runs through its modules and costs time"
     )
+
+
+def _say_once(message: str) -> None:
+    if not torch.compiler.is_compiling():
+        _warn(message)
 
 
 @functools.cache
-def _say_that_the_host_waits() -> None:
-    warnings.warn(
-        "plan: expected row counts that the host knows, got none with modules that are not fused; the host waits for "
-        "the device in every layer; build the plan by from_lengths, or from_masks without capacity",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
 def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Tensor:
@@ -121,8 +114,11 @@ def by_modality(modules: Sequence[nn.Module], x: Tensor, plan: RoutePlan) -> Ten
 
     Without the plan's row counts the host reads its offsets, which waits for a device and is said once.
     """
-    if not plan.row_counts and plan.offsets.device.type != "cpu" and not torch.compiler.is_compiling():
-        _say_that_the_host_waits()
+    if not plan.row_counts and plan.offsets.device.type != "cpu":
+        _say_once(
+            "plan: expected row counts that the host knows, got none with modules that are not fused; the host waits "
+            "for the device in every layer; build the plan by from_lengths, or from_masks without capacity"
+        )
     ranges = list(row_slices(Routing(plan.offsets, plan.row_counts)))
     outputs = [module(x[rows]) for module, rows in zip(modules, ranges, strict=True)]
     inert = x.shape[0] - ranges[-1].stop

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
         ``route`` and ``bias`` are as in ``TransformerLayer``.
         """
         if not isinstance(route, RoutePlan):
-            attended = attend(self.q_proj(z), self.k_proj(z), self.v_proj(z), self.heads, bias, self.c_attn)
+            attended = attend(self.q_proj(z), self.k_proj(z), self.v_proj(z), self.heads, bias, self.c_attn)  # type: ignore[arg-type]
             return self.out_proj(attended if self.ln is None else self.ln(attended))
         attended = relative_bias_attention(
             self.project(z),
@@ -54,7 +54,7 @@ class SelfAttention(nn.Module):
             modality=route.modality,
             code=route.code,
             is_cls=route.is_cls,
-            bias=bias,
+            bias=bias,  # type: ignore[arg-type]  # a vector for each modality goes with a plan
             code_offsets=route.code_offsets if bias else (),
             head_scale=self.c_attn,
             max_length=route.max_length,
@@ -69,8 +69,11 @@ class SelfAttention(nn.Module):
         if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear):
             projected = torch.stack([projection(z) for projection in projections], dim=1)
         else:
-            biases = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections]
-            projected = F.linear(z, torch.cat([p.weight for p in projections]), torch.cat(biases))
+            biases: list[Tensor] = [
+                p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections
+            ]
+            weights: list[Tensor] = [p.weight for p in projections]
+            projected = F.linear(z, torch.cat(weights), torch.cat(biases))
         return projected.view(z.shape[0], 3, self.heads, self.head_dim)
 
 
@@ -91,7 +94,7 @@ def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> T
     if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
         # An embedding, since its gradient is summed in a fixed order on every device.
         return norm(x if branch is None or branch.row_index is None else F.embedding(branch.row_index, x))
-    index = {}
+    index: dict[str, Any] = {}
     if branch is not None and branch.row_index is not None:
         index = {"row_index": branch.row_index, "offsets": branch.plan.offsets}
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
@@ -138,7 +141,7 @@ def _plain_ffn(ffn: nn.Module) -> FFNModules | None:
         return None
     if not (is_plain(norm, nn.Identity) or (is_plain(norm, nn.LayerNorm) and norm.bias is not None)):
         return None
-    modules = FFNModules(*gate._modules.values(), norm, out)
+    modules = FFNModules(gate.wi_0, gate.wi_1, norm, out)
     linears = is_plain(modules.wi_0, nn.Linear) and is_plain(modules.wi_1, nn.Linear)
     return modules if linears and modules.wi_0.bias is None and modules.wi_1.bias is None else None
 
@@ -151,7 +154,7 @@ def _alike(one: FFNModules, first: FFNModules) -> bool:
     return same_norm and (one.out.bias is None) == (first.out.bias is None)
 
 
-def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Tensor | float | None]:
+def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Any]:
     """How a branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
     # Where rows are skipped, the branch's plan marks those behind its last as inert.
     offsets = None if branch.row_index is None else branch.plan.offsets
@@ -178,7 +181,7 @@ class TransformerLayer(nn.Module):
         if config.layer_scale is not None:
             self.gamma_1, self.gamma_2 = (nn.Parameter(torch.full((dim,), config.layer_scale)) for _ in range(2))
 
-    def ffn(self, modality: str) -> nn.Sequential:
+    def ffn(self, modality: str) -> nn.Module:
         """The FFN of a modality."""
         return self.get_submodule(f"{modality}_ffn")
 
@@ -207,13 +210,15 @@ class TransformerLayer(nn.Module):
                 drop_path is None,
                 "drop_path: expected none with packed rows, got factors; route is branches(plan.with_drop_path(...))",
             )
-            return self.packed(x, *route, bias, seeds)
-        return self.padded(x, route, bias, drop_path)
+            return self.packed(x, *route, bias, seeds)  # type: ignore[arg-type]  # vectors go with packed rows
+        return self.padded(x, route, bias, drop_path)  # type: ignore[arg-type]  # and one tensor with spans
 
     def padded(self, x: Tensor, spans: Spans, bias: Tensor | None, drop_path: Tensor | None) -> Tensor:
         """The reference's layer over a padded batch."""
         dropout = self.dropout if self.training else 0.0
-        drop_paths = (None, None) if drop_path is None else drop_path[:, :, None].to(x.dtype)
+        drop_paths: Sequence[Tensor | None] | Tensor = (
+            (None, None) if drop_path is None else drop_path[:, :, None].to(x.dtype)
+        )
         attended = self.self_attn(self.self_attn_layer_norm(x), spans, bias)
         if self.attn_ln is not None:
             attended = self.attn_ln(attended)
@@ -222,7 +227,12 @@ class TransformerLayer(nn.Module):
         return add_branch(x, y, self.gamma_2, drop_paths[1], dropout)
 
     def packed(
-        self, x: Tensor, attention: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
+        self,
+        x: Tensor,
+        attention: Branch,
+        feed_forward: Branch,
+        bias: Sequence[Tensor],
+        seeds: Sequence[Tensor | None] | Tensor | None,
     ) -> Tensor:
         """The layer over packed rows, by the ops; each branch computes its own rows."""
         seeds = (None, None) if seeds is None else seeds
@@ -252,7 +262,7 @@ class TransformerLayer(nn.Module):
         )  # fmt: skip
 
     def packed_ffn(
-        self, z: Tensor, plan: RoutePlan, modules: Sequence[FFNModules] | None = None, **settings: Tensor | str | None
+        self, z: Tensor, plan: RoutePlan, modules: Sequence[FFNModules] | None = None, **settings: Any
     ) -> Tensor:
         """Every row through the FFN of its modality, in one op; ``settings`` are further arguments of ``routed_ffn``.
 
@@ -260,6 +270,7 @@ class TransformerLayer(nn.Module):
         """
         if modules is None:
             modules = plain_ffns([self.ffn(modality) for modality in plan.modalities])
+        assert modules is not None  # others are not given to this op
         wi_0, wi_1, norms, outs = zip(*modules, strict=True)
         has_norm = isinstance(norms[0], nn.LayerNorm)
         return routed_ffn(
@@ -296,7 +307,7 @@ class Transformer(nn.Module):
         last = max(len(self.layers) - 1, 1)
         return [self.config.drop_path_rate * layer / last for layer in range(len(self.layers))]
 
-    def final_norm(self, modality: str) -> nn.LayerNorm:
+    def final_norm(self, modality: str) -> nn.Module:
         """The final LayerNorm of a modality."""
         return self.get_submodule(f"{modality}_layer_norm")
 
@@ -325,7 +336,9 @@ class Transformer(nn.Module):
         """
         packed = isinstance(route, RoutePlan)
         seeds = self.draw_seeds(x.device) if packed else None
-        routes = [route] * len(self.layers) if not packed or route.drop_path is None else branches(route)
+        routes: Sequence[RoutePlan | Branches | Spans] = [route] * len(self.layers)
+        if isinstance(route, RoutePlan) and route.drop_path is not None:
+            routes = branches(route)
         for i, layer in enumerate(self.layers):
             tables = bias[i if len(bias) > 1 else 0] if bias else (() if packed else None)
             arguments = (x, routes[i], tables, *(None if value is None else value[i] for value in (drop_path, seeds)))
@@ -333,12 +346,12 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        if packed:
+        if isinstance(route, RoutePlan):
             return self._normalized_by_modality(x, route)
         return each_span(self.final_norm, x, route)
 
     def _normalized_by_modality(self, x: Tensor, plan: RoutePlan) -> Tensor:
-        norms = [self.final_norm(modality) for modality in plan.modalities]
+        norms: list[Any] = [self.final_norm(modality) for modality in plan.modalities]
         if not are_plain("final LayerNorm", norms, nn.LayerNorm):
             return by_modality(norms, x, plan)
         if any(norm.eps != norms[0].eps or norm.bias is None for norm in norms):

@@ -4,47 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.routing import INTEGERS, check_samples
 
 
-class HostRead:
-    """Collects small integer tensors and brings all of them to the host in one copy."""
+def read_together(tensors: Mapping[tuple[str, Any], Tensor]) -> dict[tuple[str, Any], list[int]]:
+    """Values of small integer tensors, flat, in one copy from the device.
 
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
-        self._values: list[list[int]] = []
-
-    def add(self, tensor: Tensor) -> int:
-        """Register a tensor; returns its place."""
-        self._tensors.append(tensor.flatten().long())
-        return len(self._tensors) - 1
-
-    def fetch(self) -> None:
-        """Copy everything registered: the only synchronisation.
-
-        Raises:
-            ValueError: inside ``torch.vmap``, whose tensors have no values to read.
-        """
-        if torch._C._are_functorch_transforms_active():
-            require(
-                not any(map(torch._C._functorch.is_batchedtensor, self._tensors)),
-                "text, padding, masks, samples: expected tensors that the host can read, got a batch by torch.vmap; "
-                "give all samples as rows of one call",
-            )
-        away = [tensor for tensor in self._tensors if tensor.device.type != "cpu"]
-        flat = iter(torch.cat(away).tolist() if away else ())
-        for tensor in self._tensors:
-            here = tensor.device.type == "cpu"
-            self._values.append(tensor.tolist() if here else [next(flat) for _ in range(tensor.numel())])
-
-    def __getitem__(self, place: int) -> list[int]:
-        return self._values[place]
+    Raises:
+        ValueError: inside ``torch.vmap``, whose tensors have no values to read.
+    """
+    batched = torch._C._are_functorch_transforms_active() and any(map(is_batchedtensor, tensors.values()))
+    require(
+        not batched,
+        "text, padding, masks, samples: expected tensors that the host can read, got a batch by torch.vmap; "
+        "give all samples as rows of one call",
+    )
+    away = [value.flatten().long() for value in tensors.values() if value.device.type != "cpu"]
+    flat = iter(torch.cat(away).tolist() if away else ())
+    return {
+        key: value.flatten().tolist() if value.device.type == "cpu" else list(islice(flat, value.numel()))
+        for key, value in tensors.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -103,6 +92,7 @@ def read_batch(
     places = [(modality, name) for names in passes for modality, name in names.items()]
     if passes:
         _check_mask_names(masks, sorted(name for _, name in places))
+    masks = masks or {}
     for modality, name in places:
         _check_mask(name, masks[name], valid[modality])
     if samples is None:
@@ -110,29 +100,28 @@ def read_batch(
     else:
         _check_sample_rows(samples, device)
 
-    read = HostRead()
-    lengths_at = {name: read.add(mask.sum(1)) for name, mask in valid.items()}
     faults = [fault for name, value in values.items() for fault in adapters[name].faults(name, value, paddings[name])]
-    faults_at = [read.add(count) for count, _ in faults]
-    samples_at = {name: read.add(value) for name, value in (samples or {}).items() if isinstance(value, Tensor)}
     visible = {name: valid[modality] & ~masks[name] for modality, name in places}
-    visible_at = {name: read.add(mask.sum(1)) for name, mask in visible.items()}
-    hidden_cls_at = {name: read.add(masks[name][:, 0].sum()) for name in visible}
-    read.fetch()
-
-    for place, (_, message) in zip(faults_at, faults, strict=True):
-        (count,) = read[place]
+    read = read_together(
+        {("lengths", name): mask.sum(1) for name, mask in valid.items()}
+        | {("fault", i): count for i, (count, _) in enumerate(faults)}
+        | {("sample", name): value for name, value in (samples or {}).items() if isinstance(value, Tensor)}
+        | {("visible", name): mask.sum(1) for name, mask in visible.items()}
+        | {("hidden CLS", name): masks[name][:, 0].sum() for name in visible}
+    )
+    for i, (_, message) in enumerate(faults):
+        (count,) = read["fault", i]
         require(not count, lambda message=message, count=count: message(count))
-    for name, place in hidden_cls_at.items():
-        require(not read[place][0], f"masks[{name!r}]: expected False at CLS, column 0, got True there")
-    lengths = {name: read[place] for name, place in lengths_at.items()}
+    for name in visible:
+        require(not read["hidden CLS", name][0], f"masks[{name!r}]: expected False at CLS, column 0, got True there")
+    lengths = {name: read["lengths", name] for name in valid}
     sample_of = None
     if samples is not None:
-        lists = {name: read[samples_at[name]] if name in samples_at else value for name, value in samples.items()}
-        sample_of = check_samples(rows, lists)
+        found: dict[str, Any] = {name: read.get(("sample", name), value) for name, value in samples.items()}
+        sample_of = check_samples(rows, found)
     hidden = []
     for names in passes:
-        visible_lengths = {modality: read[visible_at[name]] for modality, name in names.items()}
+        visible_lengths = {modality: read["visible", name] for modality, name in names.items()}
         counts = {modality: sum(lengths[modality]) - sum(visible_lengths[modality]) for modality in names}
         hidden_masks = {modality: masks[name] & valid[modality] for modality, name in names.items()}
         subset = Subset({modality: visible[name] for modality, name in names.items()}, visible_lengths)
@@ -159,7 +148,7 @@ def _sort_inputs(
     return values, {name: given.get(f"{name}_padding") for name in values}
 
 
-def _check_sample_rows(samples: object, device: torch.device) -> None:
+def _check_sample_rows(samples: Any, device: torch.device) -> None:
     require(isinstance(samples, Mapping), f"samples: expected {{modality: int64 [rows]}}, got {describe(samples)}")
     for name, value in samples.items():
         if isinstance(value, Tensor):

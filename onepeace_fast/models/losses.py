@@ -11,9 +11,9 @@ MASK_LOGIT_SCALE = 2.5
 
 
 def smoothed_nll(log_probabilities: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Mean negative log-likelihood of ``target`` [rows] under [rows, classes].
+    """Mean negative log-likelihood of ``target`` int64 [rows] under floating point [rows, classes]: a scalar.
 
-    Smoothing is spread as eps / (classes - 1) over the other classes.
+    The label smoothing of probability ``smoothing`` is spread evenly over the other classes.
     """
     nll = -log_probabilities.gather(1, target[:, None]).squeeze(1)
     if smoothing:
@@ -40,7 +40,11 @@ def gather_without_gradient(local: Tensor) -> Tensor:
 def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Symmetric contrast of L2-normalised [rows, dim] against the detached rows of all ranks.
 
-    Returns the mean of both directions and how many rows of a and of b find their own partner first.
+    ``scale`` is the factor of the similarities, a scalar such as ``OnePeacePretrain.logit_scale_exp`` gives. All ranks
+    must have equally many rows.
+
+    Returns the mean of both directions, in at least float32, and how many rows of a and of b find their own partner
+    first, as float32 scalars on the device.
     """
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
     target = torch.arange(a.shape[0], device=a.device) + rank * a.shape[0]
@@ -49,7 +53,7 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
         logits = scale * query @ gather_without_gradient(key).t()
         losses.append(smoothed_nll(log_softmax(logits), target, 0.0))
         correct.append((logits.argmax(1) == target).float().sum())
-    return (losses[0] + losses[1]) / 2, *correct
+    return (losses[0] + losses[1]) / 2, correct[0], correct[1]
 
 
 def select_rows(mask: Tensor, count: int) -> Tensor:
@@ -63,10 +67,10 @@ def select_rows(mask: Tensor, count: int) -> Tensor:
 def denoising_loss(
     student: Tensor, teacher: Tensor, valid: Tensor, tokens: int, hidden: Tensor, hidden_count: int, smoothing: float
 ) -> Tensor:
-    """Cross-entropy of every hidden token's reconstruction against all real tokens of the batch.
+    """Cross-entropy of every hidden token's reconstruction against all real tokens of the batch: a scalar.
 
     Args:
-        student, teacher: [rows, length, dim]; the teacher is detached here.
+        student, teacher: floating point [rows, length, dim]; the teacher is detached here.
         valid, hidden: bool [rows, length]; CLS is excluded here.
         tokens, hidden_count: how many of them are True, CLS not counted.
         smoothing: of the targets.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -20,7 +21,10 @@ from onepeace_fast.models.stack import Stack
 def add_modality(
     model: nn.Module, stack: Stack, config: OnePeaceConfig, name: str, adapter: Adapter, init_from: str | None
 ) -> OnePeaceConfig:
-    """Give a model's encoder one more modality; returns the model's configuration with it."""
+    """See ``OnePeacePretrain.add_modality``: ``stack`` is its encoder, ``config`` its configuration.
+
+    Returns the configuration with the modality; raises ``ValueError``, and then has changed nothing.
+    """
     encoder = config.encoder
     known = encoder.modalities
     require(
@@ -63,7 +67,11 @@ def add_modality(
 
 
 def train_only(model: nn.Module, wrapper: nn.Module, encoder: Stack, name: str) -> None:
-    """Freeze all of a model's encoder, in its wrapper, and of the projections, but what is one modality's own."""
+    """Freeze all of a model's encoder, in its wrapper, and of the projections, but what is one modality's own.
+
+    Raises:
+        ValueError: a modality that the encoder does not have.
+    """
     known = encoder.config.modalities
     require(name in known, f"name: expected one of {list(known)}, got {name!r}")
     transformer = inside(encoder.fusion_model, Transformer)
@@ -90,7 +98,7 @@ def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Para
 
 
 def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) -> None:
-    """Raise unless there is a fitting adapter for exactly the added modalities."""
+    """Raise ``ValueError`` unless there is a fitting adapter for exactly the added modalities."""
     require(
         set(adapters) == set(encoder.added),
         f"adapters: expected one for each added modality of the configuration, {list(encoder.added)}, "
@@ -101,11 +109,11 @@ def check_adapters(encoder: TransformerConfig, adapters: Mapping[str, Adapter]) 
 
 
 def check_adapter(encoder: TransformerConfig, name: str, adapter: Adapter) -> None:
-    """Raise unless an adapter has the width, heads and bias tables of an encoder."""
+    """Raise ``ValueError`` unless an adapter has the width, heads and bias tables of an encoder."""
     require(isinstance(adapter, Adapter), f"adapter {name}: expected a subclass of Adapter, got {describe(adapter)}")
     width = adapter.cls_embedding.shape[-1]
     require(width == encoder.embed_dim, f"adapter {name}: expected embed_dim {encoder.embed_dim}, got {width}")
-    tables = list(adapter.rel_pos_table_list) if adapter.has_bias else []
+    tables: list[Any] = list(adapter.rel_pos_table_list) if adapter.has_bias else []
     heads = {table.embedding_dim for table in tables} or {encoder.attention_heads}
     require(
         len(tables) == encoder.bias_tables and heads == {encoder.attention_heads},

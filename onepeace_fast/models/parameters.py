@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ def without_wrappers(name: str) -> str:
 
 
 def _plain(model: nn.Module, name: str) -> str:
-    names, owner = [], model
+    names: list[str] = []
+    owner: nn.Module | None = model
     for word in name.split("."):
         if word not in _WRAPPERS and not (word == "module" and isinstance(owner, _PARALLEL)):
             names.append(word)
@@ -70,7 +72,7 @@ def is_sharded(value: Tensor) -> bool:
     return module is not None and isinstance(value, module.DTensor)
 
 
-def full(value: Tensor) -> Tensor:
+def full(value: Any) -> Tensor:
     """A tensor whole, on its device; every process must ask for it."""
     return value.full_tensor() if is_sharded(value) else value
 
@@ -89,7 +91,7 @@ def copy_into(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(_distribute(value, parameter) if is_sharded(parameter) else value)
 
 
-def _distribute(value: Tensor, like: Tensor) -> Tensor:
+def _distribute(value: Tensor, like: Any) -> Tensor:
     from torch.distributed.tensor import distribute_tensor  # there already, where ``like`` is sharded
 
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)

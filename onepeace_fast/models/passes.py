@@ -63,6 +63,7 @@ class Encoded:
         """What each modality's module makes of its rows."""
         if self.padded is not None:
             return Encoded(padded={name: modules[name](x) for name, x in self.padded.items()})
+        assert self.packed is not None  # what is not padded is packed
         return Encoded(packed={name: rows._replace(x=modules[name](rows.x)) for name, rows in self.packed.items()})
 
     def rows_of(self, name: str, tokens: PaddedTokens) -> tuple[Tensor, Tensor]:
@@ -70,6 +71,7 @@ class Encoded:
         if self.packed is not None:
             rows = self.packed[name]
             return rows.x, rows.row * tokens.width + rows.position
+        assert self.padded is not None and tokens.ids is not None  # and the other way round; ids: some are visible
         real = tokens.valid.flatten().nonzero().squeeze(1)
         starts = torch.arange(tokens.valid.shape[0], device=real.device)[:, None] * tokens.width
         return self.padded[name].flatten(0, 1)[real], (tokens.ids + starts).flatten()[real]
@@ -78,6 +80,7 @@ class Encoded:
         """{modality: [rows, length, dim]}, CLS first; packed padding comes out as zero."""
         if self.padded is not None:
             return self.padded
+        assert self.packed is not None  # what is not padded is packed
         result = {}
         for name, rows in self.packed.items():
             count, length = rows.shape
@@ -87,13 +90,14 @@ class Encoded:
 
     def tensors(self) -> list[Tensor]:
         """Every modality's output as it is, padded or packed."""
-        return list(self.padded.values()) if self.packed is None else [rows.x for rows in self.packed.values()]
+        return [rows.x for rows in self.packed.values()] if self.packed else list((self.padded or {}).values())
 
     def cls(self) -> tuple[str, Tensor]:
         """The only modality and its CLS rows, [rows, dim]."""
         if self.padded is not None:
             ((name, x),) = self.padded.items()
             return name, x[:, 0]
+        assert self.packed is not None  # what is not padded is packed
         ((name, rows),) = self.packed.items()
         return name, rows.x[rows.cls]
 

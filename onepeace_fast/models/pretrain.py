@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,7 +70,7 @@ class OnePeacePretrain(nn.Module):
         return inside(self.decoder_wrapper, Stack)
 
     def forward(self, task: str, **inputs: Any) -> Any:
-        """Call a method by its name, one of ``TASKS``, so that DistributedDataParallel and hooks see it."""
+        """Call a method by its name, one of ``TASKS`` (else ``ValueError``), so that wrappers and hooks see it."""
         require(task in TASKS, f"task: expected one of {', '.join(TASKS)}, got {task!r}")
         return getattr(self, task)(**inputs)
 
@@ -101,6 +102,9 @@ class OnePeacePretrain(nn.Module):
         """Embed one modality for retrieval: its CLS, projected and L2-normalised, [rows, embed_dim].
 
         ``inputs`` are one modality's, as in ``encode``.
+
+        Raises:
+            ValueError: none or several modalities, or what ``encode`` refuses.
         """
         encoder = self.encoder
         batch, _ = read_batch(encoder.adapters, inputs)
@@ -120,6 +124,9 @@ class OnePeacePretrain(nn.Module):
 
         ``masks`` is {modality: bool [rows, length]}, CLS first, True where a token is hidden from the encoder; the rest
         is as in ``encode``. Returns {modality: [rows, length, embed_dim]}.
+
+        Raises:
+            ValueError: a modality that the decoder lacks, masks of others than the inputs, or what ``encode`` refuses.
         """
         encoder = self.encoder
         given = [name for name in inputs if inputs[name] is not None and not name.endswith("_padding")]
@@ -143,8 +150,7 @@ class OnePeacePretrain(nn.Module):
 
         Returns:
             Scalars under upstream's names; "loss" is the total, itc + 0.5 text + image + 0.5 vl_text + 0.5 vl_image.
-            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
-            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
+            Where processes train together, what trains of other modalities gets gradients of zeros from it.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -202,8 +208,7 @@ class OnePeacePretrain(nn.Module):
         Returns:
             Scalars under upstream's names; "loss" is the total, atc + audio + 0.5 al_text + 0.5 al_audio. Both audio
             terms are held against the pair's teacher pass.
-            Parameters that train and are not read, such as another modality's, get gradients of zeros from it, which
-            DistributedDataParallel waits for: freeze what weight decay is to leave alone.
+            Where processes train together, what trains of other modalities gets gradients of zeros from it.
 
         Raises:
             ValueError: an argument that does not fit, or a mask that hides nothing in the whole batch.
@@ -231,8 +236,9 @@ class OnePeacePretrain(nn.Module):
         }
         total = contrast + losses["dcl_audio_loss"] + 0.5 * (losses["dcl_al_text_loss"] + losses["dcl_al_audio_loss"])
         return {
-            "loss": self._with_others({"text", "audio"}, total, *self.text_proj.parameters()), "atc_loss": contrast,
-            **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a, "logit_scale_exp": self.logit_scale_exp(),
+            "loss": self._with_others({"text", "audio"}, total, *self.get_submodule("text_proj").parameters()),
+            "atc_loss": contrast, **losses, "a2t_ncorrect": a2t, "t2a_ncorrect": t2a,
+            "logit_scale_exp": self.logit_scale_exp(),
         }  # fmt: skip
 
     def add_modality(self, name: str, adapter: Adapter, init_from: str | None = None) -> None:
@@ -374,8 +380,10 @@ class OnePeacePretrain(nn.Module):
             require(decoded, f"{name}: expected no tensor to reconstruct, got one: the decoder lacks this modality")
 
     def _with_others(self, read: set[str], total: Tensor, *unread: nn.Parameter) -> Tensor:
-        """The total; what trains of other modalities, and the given parameters, get gradients of zeros from it."""
-        others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read)
+        """The total; ``unread`` and, where processes train together, other modalities get zeros as gradients."""
+        # Elsewhere the others get none: an optimizer's weight decay wears away what has a gradient of zeros.
+        together = dist.is_available() and dist.is_initialized()
+        others = modalities.parameters_of(self, set(self.config.encoder.modalities) - read) if together else ()
         return with_unread(total, *others, *unread)
 
 

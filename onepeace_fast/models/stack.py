@@ -46,7 +46,7 @@ class Stack(nn.Module):
         if config.audio is not None:
             self.audio_adapter = AudioAdapter(config.audio, *shared, extractor=encoder)
         for name in config.added:
-            self.add_module(f"{name}_adapter", adapters[name])
+            self.add_module(f"{name}_adapter", (adapters or {})[name])
         self.fusion_model = Transformer(config)
 
     def embedder(self, modality: str) -> nn.Module:
@@ -55,7 +55,7 @@ class Stack(nn.Module):
 
     def adapter(self, modality: str) -> Adapter:
         """The adapter of a modality, inside whatever is around it."""
-        return inside(self.embedder(modality), Adapter)
+        return inside(self.embedder(modality), Adapter)  # type: ignore[type-abstract]
 
     @property
     def adapters(self) -> dict[str, Adapter]:
@@ -167,7 +167,7 @@ class Stack(nn.Module):
             tokens, sample_of = join(passes, samples, self.config.modalities)
         plan = self.plan(tokens, sample_of)
         if drop_path[0] is not None:
-            plan = plan.with_drop_path(torch.cat(drop_path, dim=2))
+            plan = plan.with_drop_path(torch.cat(drop_path, dim=2))  # type: ignore[arg-type]  # of all passes or none
         x = plan.pack({name: padded.x for name, padded in tokens.items()})
         packed = self.fusion_model(x, plan, self.bias({name: padded.width for name, padded in tokens.items()}))
         return split(packed, plan, passes, samples)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -125,7 +126,7 @@ def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, director
     ``expected`` is the model that ``load`` would build of this configuration. Of a sharded model every process must
     call it, and the first one writes.
     """
-    values = state_dict(model, grads=False)
+    values: dict[str, Any] = {**state_dict(model, grads=False)}
     _check_names(set(values), set(upstream_names(expected)))
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
@@ -228,7 +229,7 @@ def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
         expected = torch.arange(module.position_grid**2 + 1, device="cpu")
     elif kind == "rp_bucket" and isinstance(module, Adapter) and module.has_bias:
         module.reset_tables()
-        width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else module.bias_grid**2 + 1
+        width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else cast(ImageAdapter, module).bias_grid ** 2 + 1
         expected = module.dense_table_index(width).cpu()
     else:
         return f"{name} belongs to no part of this model"

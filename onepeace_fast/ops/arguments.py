@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
-from onepeace_fast.structures import Routing
+from onepeace_fast.structures import DropPath, Routing
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 MAX_WIDTH = 16384
@@ -78,6 +78,37 @@ def check_row_index(row_index: Tensor, offsets: Tensor | None, x: Tensor) -> Non
         rows.unique().numel() == rows.numel(),
         lambda: "row_index: expected distinct rows, got an index that repeats a row",
     )
+
+
+def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
+    """Raise ``ValueError`` unless DropPath's scale, floating point [samples], and sample, int32 or int64 [rows], fit x.
+
+    Both may be absent.
+    """
+    scale, sample = drop_path
+    require((scale is None) == (sample is None), "drop_path, sample: expected both or none, got one of them")
+    if scale is not None:
+        require_tensor("drop_path", scale, (torch.float32, torch.float64), "[samples]", 1)
+        require_tensor("sample", sample, (torch.int32, torch.int64), "[rows]", 1)
+        require(
+            sample.shape[0] == x.shape[0],
+            lambda: f"sample: expected one per row, [{x.shape[0]}], got {describe(sample)}",
+        )
+        for name, value in (("drop_path", scale), ("sample", sample)):
+            require_device(name, value, x.device)
+
+
+def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: int, optional: bool = True) -> None:
+    """Raise unless there is one tensor per modality, or none where they are optional."""
+    require(
+        len(tensors) == modalities or (optional and not tensors),
+        lambda: f"{name}: expected one tensor per modality, {modalities}, got {len(tensors)}",
+    )
+
+
+def require_eps(eps: float) -> None:
+    """Raise unless what is added to a variance is positive."""
+    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
 
 
 def require_norm_routing(routing: Routing, x: Tensor) -> int:

@@ -31,20 +31,20 @@ ALIGNMENT = 8  # elements of 16 bits that one access of 16 bytes takes
 def refusal(qkv: Tensor, modalities: int, bias: Sequence[Tensor]) -> str | None:
     """Why the CUDA kernels do not run on these tensors, in one line, or None: for both passes of a call alike."""
     if qkv.dtype not in KERNEL_DTYPES:
-        return f"the kernel takes float16 or bfloat16, got {_name(qkv.dtype)}"
+        return f"expected float16 or bfloat16, got {_name(qkv.dtype)}"
     if qkv.shape[-1] not in HEAD_SIZES:
-        return f"the kernel takes heads of {', '.join(map(str, HEAD_SIZES))}, got {qkv.shape[-1]}"
+        return f"expected heads of {', '.join(map(str, HEAD_SIZES))}, got {qkv.shape[-1]}"
     if (reason := cuda_extension.unavailable_reason()) is not None:
         return reason
     if modalities > (most := cuda_extension.extension().MAX_MODALITIES):
-        return f"the kernel takes at most {most} modalities, got {modalities}"
+        return f"expected at most {most} modalities, got {modalities}"
     if (reason := cuda_extension.unsupported_reason(torch.cuda.get_device_capability(qkv.device))) is not None:
         return reason
     needed, limit = cuda_extension.extension().shared_memory(
         device=qkv.get_device(), head_dim=qkv.shape[-1], entries=[vector.shape[1] for vector in bias]
     )
     if needed > limit:
-        return f"the kernel takes {needed} bytes of shared memory for a thread block, and this GPU has {limit}"
+        return f"expected at most {limit} bytes of shared memory for a thread block, got {needed}"
     return None
 
 

@@ -9,14 +9,14 @@ last modality are inert and come out as zero. The backward pass computes h again
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops.arguments import check_routing, require_rows
+from onepeace_fast.ops.arguments import check_routing, require_eps, require_one_per_modality, require_rows
 from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward, zeros_where_needed
 from onepeace_fast.ops.operation import Gradient, Operation
@@ -30,13 +30,13 @@ from onepeace_fast.structures import (
     Routing,
 )
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
     "silu": F.silu,
     "relu": F.relu,
 }
-ACTIVATION_BACKWARD = {
+ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, u: torch.ops.aten.gelu_backward(grad, u, approximate="tanh"),
     "silu": torch.ops.aten.silu_backward,
@@ -178,7 +178,7 @@ def gated_sub_ln(
         u: floating point [rows, width], any row stride, at most 16,384 wide, past 6,144 by the reference; rows
             offsets[m] to offsets[m + 1] are those of modality m.
         v: as u, the values that the activation gates; None for none.
-        norm_weight, norm_bias: one [width] per modality; None for no norm.
+        norm_weight, norm_bias: one floating-point [width] per modality; None for no norm.
         offsets: int32 [G + 1], the plan's.
         row_counts: the plan's row counts, where the host knows them.
         activation: "gelu" (exact, by erf), "gelu_tanh" (its approximation by tanh), "silu" or "relu", whose derivative
@@ -209,14 +209,6 @@ def gated_sub_ln(
     return GATED_SUB_LN(GatedSubLNInputs(u, v, norm_weight, norm_bias, routing, activation, eps))[0]
 
 
-def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: int, optional: bool = True) -> None:
-    """Raise unless there is one tensor per modality, or none where they are optional."""
-    require(
-        len(tensors) == modalities or (optional and not tensors),
-        lambda: f"{name}: expected one tensor per modality, {modalities}, got {len(tensors)}",
-    )
-
-
 def require_norm_and_activation(
     norm_weight: Sequence[Tensor], norm_bias: Sequence[Tensor], activation: str, eps: float
 ) -> None:
@@ -225,4 +217,4 @@ def require_norm_and_activation(
     require(
         activation in ACTIVATIONS, lambda: f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}"
     )
-    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
+    require_eps(eps)

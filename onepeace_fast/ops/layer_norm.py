@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device
-from onepeace_fast.ops.arguments import norm_vectors, require_norm_routing, require_rows
+from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, rows_of_norms, source_rows
 from onepeace_fast.structures import (
@@ -163,9 +163,10 @@ def layer_norm(
 
     Args:
         x: floating point [rows, width], any row stride, at most 16,384 wide, past 6,144 by the reference.
-        weight, bias: [width] for all rows, or with ``offsets`` a sequence of one per modality; None for none.
-        head_scale: [heads], a factor of each head's width / heads columns in front of the norm (the head scale of
-            NormFormer, Shleifer et al., arXiv 2110.09456).
+        weight, bias: floating point [width] for all rows, or with ``offsets`` a sequence of one per modality; None for
+            none.
+        head_scale: floating point [heads], a factor of each head's width / heads columns in front of the norm (the head
+            scale of NormFormer, Shleifer et al., arXiv 2110.09456).
         row_index: int32 [N], distinct rows of x: row i of the result is the norm of x[row_index[i]], no other is read.
         offsets: int32 [G + 1], first row of each modality in the result; rows of the result past the last are zero.
         row_counts: rows of each modality in the result, where the host knows them.
@@ -179,7 +180,7 @@ def layer_norm(
     """
     routing = Routing(offsets, tuple(row_counts), row_index)
     require_rows("x", x)
-    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
+    require_eps(eps)
     modalities = require_norm_routing(routing, x)
     weights, biases = (norm_vectors(*given, modalities, x) for given in (("weight", weight), ("bias", bias)))
     if weights and biases and len(weights) != len(biases):  # one is shared and the other is not

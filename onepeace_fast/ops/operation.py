@@ -1,9 +1,9 @@
-"""One description per op: its schema, fake, gradient and the way past the dispatcher are made from it.
+"""One description per op, from which its schema, fake, autograd registration and direct eager path are made.
 
 An op is ``Operation(name, inputs, outputs, ...)`` over the structures of ``onepeace_fast.structures``. It is registered
-as ``torch.ops.onepeace_fast.name``, and so it runs wherever something looks at ops: compiled, exported, traced, under
-a mode, a profiler, ``torch.func`` or for tensors of another kind. Otherwise a call goes straight to the same functions,
-through one ``torch.autograd.Function`` if a gradient is needed: the dispatcher takes longer than some kernels run.
+as ``torch.ops.onepeace_fast.name``, which everything that looks at ops gets: compiled, exported and traced code, modes,
+profilers, ``torch.func`` and tensors of other kinds. A plain eager call runs the same functions directly, through one
+``torch.autograd.Function`` where a gradient is needed: the dispatcher takes longer than some kernels run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from onepeace_fast.ops.kernel_choice import runs_kernel
-from onepeace_fast.structures import Needs
+from onepeace_fast.structures import Function, Needs
 
 NAMESPACE = "onepeace_fast"
 SCHEMA_TYPES = {
@@ -25,30 +25,29 @@ SCHEMA_TYPES = {
     torch.dtype: "ScalarType",
 }  # fmt: skip
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
-_Keys = torch._C.DispatchKey
 # What a tensor may have beside its values: one that is batched, negated by a bit or a subclass has other keys too.
 _PLAIN_KEYS = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
-    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(_Keys, _key)).raw_repr()
+    _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
 
 
 class Leaf(NamedTuple):
-    """A field of a structure that is no structure itself: its place, and its type in a schema."""
+    """A field that is not a structure itself: its place, and its type in a schema."""
 
     path: tuple[str, ...]
     type: str
 
 
 class Layout:
-    """The leaves of a class of structures, which holds structures one level deep: flat to a structure and back."""
+    """The leaves of a class of structures, which may nest one level deep: flattens a structure and builds it again."""
 
-    def __init__(self, structure: type) -> None:
+    def __init__(self, structure: type[Any]) -> None:
         self.structure = structure
         self._inner = [kind if hasattr(kind, "_fields") else None for kind in get_type_hints(structure).values()]
         self._nested = [place for place, kind in enumerate(self._inner) if kind is not None][::-1]
         self.leaves = _leaves(structure)
 
-    def flatten(self, structure: tuple) -> list:
+    def flatten(self, structure: tuple[Any, ...]) -> list[Any]:
         """The values of the leaves in their order."""
         flat = [*structure]
         for place in self._nested:  # the last first, so that the others stay where they are
@@ -71,7 +70,7 @@ class Layout:
         return self.structure._make(values)
 
 
-def _leaves(structure: type) -> list[Leaf]:
+def _leaves(structure: type[Any]) -> list[Leaf]:
     found = []
     for name, kind in get_type_hints(structure).items():
         inner = _leaves(kind) if hasattr(kind, "_fields") else [Leaf((), SCHEMA_TYPES[kind])]
@@ -87,7 +86,7 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()
+        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
     ):
         return False
     keys = torch._C._dispatch_keys
@@ -100,7 +99,7 @@ def is_eager(tensors: Sequence[Tensor | None]) -> bool:
 class _Library(torch.library.Library):
     """A library whose ops refuse the derivatives that they do not have; torch would drop a tangent without a word."""
 
-    def impl(self, op_name: str, fn: Callable[..., Any], dispatch_key: str = "", **options: Any) -> None:
+    def impl(self, op_name: str, fn: Function, dispatch_key: str = "", **options: Any) -> None:
         """Register ``fn``; what differentiates looks at its tensors first."""
 
         def checked(keyset: torch.DispatchKeySet, *arguments: Any) -> Any:
@@ -146,8 +145,8 @@ class _Op:
     """A registered op: structures in, a structure out."""
 
     def __init__(
-        self, name: str, inputs: Sequence[Layout], arguments: Sequence[Leaf], outputs: Layout, reference: Callable,
-        kernel: Callable, fake: Callable, triton: bool,
+        self, name: str, inputs: Sequence[Layout], arguments: Sequence[Leaf], outputs: Layout, reference: Function,
+        kernel: Function, fake: Function, triton: bool,
     ) -> None:  # fmt: skip
         self.name, self.reference, self.kernel, self.triton = name, reference, kernel, triton
         self.inputs, self.outputs = inputs, outputs
@@ -180,10 +179,10 @@ class _Op:
             flat = flat[size:]
         return structures
 
-    def _at_boundary(self, function: Callable) -> Callable:
+    def _at_boundary(self, function: Function) -> Function:
         """``function`` over flat arguments and results. An op returns no None: what is absent is an empty vector."""
 
-        def flat_function(*flat: Any) -> tuple:
+        def flat_function(*flat: Any) -> tuple[Any, ...]:
             results = self.outputs.flatten(function(*self.from_boundary(flat)))
             like = _tensors(flat)[0]
 
@@ -209,13 +208,13 @@ class Gradient(NamedTuple):
     the gradients by a call of the backward op, and beside it those that cost nothing.
     """
 
-    saved: type
-    gradients: type
-    reference: Callable
-    kernel: Callable
-    fake: Callable
+    saved: type[Any]
+    gradients: type[Any]
+    reference: Function
+    kernel: Function
+    fake: Function
     select: Callable[[Any, Any, Needs], dict[str, Any]] = lambda given, outputs, needs: {}
-    finish: Callable[[Callable, Any, Needs], Any] = lambda backward, saved, needs: backward(saved, needs)
+    finish: Callable[[Function, Any, Needs], Any] = lambda backward, saved, needs: backward(saved, needs)
 
 
 class _Backward(_Op):
@@ -237,7 +236,13 @@ class _Backward(_Op):
         # With create_graph a second derivative may follow, which the registered op refuses.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not is_eager(saved[: self.grads]):
             of_saved, of_needs = self.inputs
-            return self.outputs.build(self.overload(*of_saved.flatten(saved), *of_needs.flatten(needs)))
+            flags = of_needs.flatten(needs)
+            results = self.overload(*of_saved.flatten(saved), *flags)
+            return self.outputs.build([
+                [one if need else None for one, need in zip(value, flag, strict=True)] if type(flag) is list
+                else value if flag else None
+                for value, flag in zip(results, flags, strict=True)
+            ])  # fmt: skip
         return self.run(saved, needs)
 
     def _refuse(self, ctx: Any, *gradients: Any) -> None:
@@ -254,8 +259,8 @@ class Operation(_Op):
     """
 
     def __init__(
-        self, name: str, inputs: type, outputs: type, *, reference: Callable, kernel: Callable, fake: Callable,
-        gradient: Gradient, triton: bool = True,
+        self, name: str, inputs: type[Any], outputs: type[Any], *, reference: Function, kernel: Function,
+        fake: Function, gradient: Gradient, triton: bool = True,
     ) -> None:  # fmt: skip
         layout = Layout(inputs)
         super().__init__(name, (layout,), layout.leaves, Layout(outputs), reference, kernel, fake, triton)
@@ -270,7 +275,8 @@ class Operation(_Op):
         paths = [leaf.path for leaf in layout.leaves]
         self._places = [paths.index(leaf.path) for leaf in self._gradients.leaves]
         self._has_lists = any(leaf.type == "Tensor[]" for leaf in layout.leaves)
-        self._function = type(name, (_EagerFunction,), {})
+        # Function.apply itself first looks at every argument for what ``is_eager`` has excluded.
+        self._apply = super(torch.autograd.Function, type(name, (_EagerFunction,), {})).apply  # type: ignore[misc]
         torch.library.register_autograd(
             f"{NAMESPACE}::{name}", self._registered_backward, setup_context=self._setup_context, lib=_LIBRARY
         )
@@ -282,7 +288,7 @@ class Operation(_Op):
         if torch.is_grad_enabled():
             differentiable = self._differentiable(flat)
             if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
-                return self._function.apply(self, given, *differentiable)
+                return self._apply(self, given, *differentiable)
         return self.run(given)[: self.visible]
 
     def _differentiable(self, flat: Sequence[Any]) -> list[Tensor | None]:
@@ -334,12 +340,11 @@ class Operation(_Op):
         if self._optional_grads:
             ctx.set_materialize_grads(False)
 
-    def differentiate(self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs) -> list:
-        """Gradients by leaf, None where none is needed or no output had one."""
-        flags = self._gradients.flatten(needs)
-        flat = [*grads[: self.visible]]
+    def differentiate(self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs) -> list[Any]:
+        """Gradients by leaf; None where no output had one."""
+        flat: list[Any] = [*grads[: self.visible]]
         if all([grad is None for grad in flat]):
-            return [[None] * len(flag) if type(flag) is list else None for flag in flags]
+            return [[None] * len(flag) if type(flag) is list else None for flag in self._gradients.flatten(needs)]
         tensors = iter(ctx.saved_tensors)
         for item in ctx.kept:
             if item is _SAVED:
@@ -347,13 +352,9 @@ class Operation(_Op):
             else:
                 flat.append([next(tensors) for _ in item] if type(item) is list else item)
         gradients = self.gradient.finish(self.backward, self._saved.build(flat), needs)
-        return [
-            [one if need else None for one, need in zip(value, flag, strict=True)] if type(flag) is list
-            else value if flag else None
-            for value, flag in zip(self._gradients.flatten(gradients), flags, strict=True)
-        ]  # fmt: skip
+        return self._gradients.flatten(gradients)
 
-    def _setup_context(self, ctx: Any, inputs: tuple, output: tuple) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         ctx.mark_non_differentiable(*output[self.visible :])
         # Beside lists of tensors torch takes an empty list of numbers for one of those.
         ctx.without_numbers = [place for place in self._numbers if self._has_lists and not len(inputs[place])]
@@ -369,8 +370,8 @@ class Operation(_Op):
         flags = (ctx.needs_input_grad[place] for place in self._places)
         return self._gradients.build([flag if isinstance(flag, bool) else list(flag or ()) for flag in flags])
 
-    def _registered_backward(self, ctx: Any, *grads: Tensor | None) -> tuple:
-        found: list = [None] * len(self._inputs.leaves)
+    def _registered_backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        found: list[Any] = [None] * len(self._inputs.leaves)
         for place, value in zip(self._places, self.differentiate(ctx, grads, self._registered_needs(ctx)), strict=True):
             found[place] = value
         for place in ctx.without_numbers:
@@ -382,7 +383,7 @@ _SAVED = object()
 
 
 class _EagerFunction(torch.autograd.Function):
-    """An operation's way past the dispatcher; the tensors that may get a gradient stand behind its inputs again."""
+    """A direct call with a gradient: autograd sees the tensors that may get one behind the inputs that hold them."""
 
     @staticmethod
     def forward(ctx: Any, operation: Operation, given: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:
@@ -392,8 +393,8 @@ class _EagerFunction(torch.autograd.Function):
         return outputs[: operation.visible]
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        found: list = [None, None]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        found: list[Any] = [None, None]
         for value in ctx.operation.differentiate(ctx, grads, ctx.needs):
             found += value if type(value) is list else (value,)
         return tuple(found)

@@ -67,7 +67,8 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float
 
 def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
-    return group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+    return q, k, v
 
 
 def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutputs:
@@ -247,14 +248,17 @@ def relative_bias_attention(
 ) -> Tensor:
     """Self-attention of every sample over all its tokens, with a relative position bias in code form.
 
+    The bias is that of ONE-PEACE (arXiv 2305.11172), the head scale that of NormFormer (arXiv 2110.09456).
+
     Args:
         qkv: floating point [rows, 3, heads, head_dim], queries, keys and values of packed rows, any strides.
         cu_seqlens: int32 [G, S + 1]; rows cu_seqlens[m, s] to cu_seqlens[m, s + 1] are sample s's of modality m.
         modality, code: int32 [rows], the plan's.
         is_cls: bool [rows], the plan's.
-        bias: one [heads, entries] per modality, the expanded vectors with their three CLS entries last; empty for none.
+        bias: one floating-point [heads, entries] per modality, the expanded vectors with their three CLS entries last;
+            empty for none.
         code_offsets: per modality, the entry that belongs to equal codes.
-        head_scale: [heads], or None.
+        head_scale: floating point [heads], a factor of each head's output, or None.
         scale: of q . k; by default head_dim ** -0.5.
         max_length: longest sample, where the host knows it; on a GPU a longer one may get gradients that are NaN.
 

@@ -9,12 +9,21 @@ arXiv 1603.09382). The residual stream may be float32 while the branch is half p
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
-from onepeace_fast.ops.arguments import FLOATS, check_routing, check_row_index, require_row_index, require_rows
+from onepeace_fast.ops.arguments import (
+    FLOATS,
+    check_routing,
+    check_row_index,
+    require_drop_path,
+    require_eps,
+    require_row_index,
+    require_rows,
+)
 from onepeace_fast.ops.dropout import dropout_factor
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
@@ -174,8 +183,8 @@ def _fake_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     )
 
 
-def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> dict:
-    selected = {"y": given.y if needs.gamma else None, "y_dtype": given.y.dtype}
+def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> dict[str, Any]:
+    selected: dict[str, Any] = {"y": given.y if needs.gamma else None, "y_dtype": given.y.dtype}
     if given.norm_weight is None:
         selected["out"] = None
     if not given.dropout.probability:
@@ -183,7 +192,7 @@ def _select(given: ResidualInputs, outputs: ResidualOutputs, needs: Needs) -> di
     return selected
 
 
-def _finish(backward: Callable, saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+def _finish(backward: Callable[..., Any], saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     """Without a gradient of the norm, that of x is ``grad_out`` itself, and where nothing scales y its own too."""
     if saved.norm_weight is None:
         saved = saved._replace(grad_normed=None)
@@ -230,9 +239,10 @@ def residual(
         x: floating point [rows, width], the residual stream, at most 16,384 wide, past 4,096 by the reference.
         y: [rows, width], or [N, width] with ``row_index``, the branch, in x's dtype, or in half precision over a
             float32 x.
-        gamma: [width], LayerScale.
-        drop_path: float32 [samples], DropPath's factor of each sample; needs ``sample``.
-        sample: int32 [rows], sample of each row of x.
+        gamma: floating point [width], LayerScale (Touvron et al., arXiv 2103.17239).
+        drop_path: float32 or float64 [samples], DropPath's factor of each sample (Huang et al., arXiv 1603.09382);
+            needs ``sample``.
+        sample: int32 or int64 [rows], sample of each row of x.
         dropout: probability in [0, 1) to zero an element of y; needs ``seed``.
         seed: int64 [] on y's device; the random numbers depend on it and on the element's place in x alone.
         row_index: int32 [N], distinct rows of x: y[i] is added to x[row_index[i]], all other rows are x bit by bit.
@@ -245,16 +255,9 @@ def residual(
         ValueError: a dtype, shape or device that does not fit.
     """
     given = ResidualInputs(
-        x,
-        y,
-        gamma,
-        DropPath(drop_path, sample),
-        Dropout(dropout, seed),
-        Routing(offsets, (), row_index),
-        None,
-        None,
-        1e-5,
-    )
+        x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), None, None,
+        eps=1e-5,
+    )  # fmt: skip
     _check(given)
     return RESIDUAL(given)[0]
 
@@ -274,9 +277,19 @@ def residual_layer_norm(
     offsets: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """``residual`` and the LayerNorm of all its rows: returns out in x's dtype and LayerNorm(out) in y's dtype.
+    """``residual``, and the LayerNorm of all its rows (Ba et al., arXiv 1607.06450).
 
-    ``norm_weight`` and ``norm_bias`` are [width]; everything else is as in ``residual``.
+    Args:
+        x, y, gamma, drop_path, sample, dropout, seed, row_index, offsets: as in ``residual``.
+        norm_weight, norm_bias: floating point [width]; the bias may be None.
+        eps: added to the variance.
+
+    Returns:
+        out [rows, width] in x's dtype, and LayerNorm(out) [rows, width] in y's dtype; statistics are those of out as it
+        is stored, float32 for half precision.
+
+    Raises:
+        ValueError: a dtype, shape or device that does not fit.
     """
     given = ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
@@ -284,7 +297,8 @@ def residual_layer_norm(
     )  # fmt: skip
     _check(given)
     _check_norm(given)
-    return RESIDUAL(given)
+    out, normed = RESIDUAL(given)
+    return out, normed
 
 
 def residual_rms_norm(
@@ -311,13 +325,14 @@ def residual_rms_norm(
     )  # fmt: skip
     _check(given)
     _check_norm(given)
-    return RESIDUAL(given)
+    out, normed = RESIDUAL(given)
+    return out, normed
 
 
 def _check_norm(given: ResidualInputs) -> None:
-    x, weight, eps = given.x, given.norm_weight, given.eps
+    x, weight = given.x, given.norm_weight
     require(weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
-    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
+    require_eps(given.eps)
     require_vector("norm_weight", weight, x.shape[1], x.device)
     require_vector("norm_bias", given.norm_bias, x.shape[1], x.device)
 
@@ -340,7 +355,7 @@ def _check(given: ResidualInputs) -> None:
     if routing.offsets is not None:
         check_routing(routing, y)
     require_vector("gamma", given.gamma, x.shape[1], x.device)
-    check_drop_path(given.drop_path, x)
+    require_drop_path(given.drop_path, x)
     probability, seed = dropout
     require(0.0 <= probability < 1.0, lambda: f"dropout: expected a probability in [0, 1), got {probability}")
     require(
@@ -349,18 +364,3 @@ def _check(given: ResidualInputs) -> None:
     if seed is not None:
         require_tensor("seed", seed, (torch.int64,), "[]", 0)
         require_device("seed", seed, x.device)
-
-
-def check_drop_path(drop_path: DropPath, x: Tensor) -> None:
-    """Raise unless DropPath's scale [samples] and sample [rows] are both absent or both fit x."""
-    scale, sample = drop_path
-    require((scale is None) == (sample is None), "drop_path, sample: expected both or none, got one of them")
-    if scale is not None:
-        require_tensor("drop_path", scale, (torch.float32, torch.float64), "[samples]", 1)
-        require_tensor("sample", sample, (torch.int32, torch.int64), "[rows]", 1)
-        require(
-            sample.shape[0] == x.shape[0],
-            lambda: f"sample: expected one per row, [{x.shape[0]}], got {describe(sample)}",
-        )
-        for name, value in (("drop_path", scale), ("sample", sample)):
-            require_device(name, value, x.device)

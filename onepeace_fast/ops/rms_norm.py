@@ -13,8 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require
-from onepeace_fast.ops.arguments import norm_vectors, require_norm_routing, require_rows
+from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
 from onepeace_fast.ops.layer_norm import zeros_where_needed
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, rows_of_norms, source_rows
@@ -144,6 +143,6 @@ def rms_norm(
     """
     routing = Routing(offsets, tuple(row_counts), row_index)
     require_rows("x", x)
-    require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
+    require_eps(eps)
     weights = norm_vectors("weight", weight, require_norm_routing(routing, x), x)
     return RMS_NORM(RMSNormInputs(x, weights, routing, eps))[0]

@@ -9,6 +9,7 @@ et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). Without W1 ther
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
     """
     z, (w0, w1, norm_weight, norm_bias, w2, _), settings = saved.z, saved.weights, saved.settings
     wanted = needs.weights
-    gradients = FeedForwardWeights(*([None] * len(parameters) for parameters in saved.weights))
+    gradients = FeedForwardWeights._make([None] * len(parameters) for parameters in saved.weights)
     ranges = list(row_slices(saved.routing))
     u, v = (saved.u, saved.v) if saved.u is not None else per_modality.project(z, saved.weights, ranges)
     branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
@@ -197,13 +198,13 @@ def _fake_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
     return RoutedFFNGradients(dz, gradients, None, dgamma)
 
 
-def _select(given: RoutedFFNInputs, outputs: RoutedFFNOutputs, needs: Needs) -> dict:
+def _select(given: RoutedFFNInputs, outputs: RoutedFFNOutputs, needs: Needs) -> dict[str, Any]:
     """Without a residual the result is y itself."""
     return {"y": outputs.out} if given.residual is None and given.settings.keep_y else {}
 
 
-def _finish(backward: Callable, saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
-    return backward(saved, needs)._replace(residual=saved.grad_out)
+def _finish(backward: Callable[..., Any], saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
+    return backward(saved, needs)._replace(residual=saved.grad_out if needs.residual else None)
 
 
 ROUTED_FFN = Operation(
@@ -244,15 +245,17 @@ def routed_ffn(
 ) -> Tensor:
     """The gated feed-forward network of each row's modality, with Sub-LayerNorm, LayerScale, DropPath and residual.
 
+    Gate: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172.
+
     Args:
         z: floating point [N, width], modality-major: rows offsets[m] to offsets[m + 1] are those of modality m.
-        w0, w1: one [hidden, width] per modality; gate and value projections. ``w1`` None: no gate.
-        w2: one [width, hidden] per modality; output projections.
-        b2: one [width] per modality, or None.
+        w0, w1: one [hidden, width] per modality in z's dtype; gate and value projections. ``w1`` None: no gate.
+        w2: one [width, hidden] per modality in z's dtype; output projections.
+        b2: one [width] per modality in z's dtype, or None.
         offsets: int32 [G + 1], the plan's.
         row_counts: the plan's row counts, where the host knows them. Without them all but the grouped strategy read
             offsets on the host, since each modality's products are launched from there.
-        norm_weight, norm_bias: one [hidden] per modality, Sub-LayerNorm; None for none.
+        norm_weight, norm_bias: one floating-point [hidden] per modality, Sub-LayerNorm; None for none.
         residual: floating point [rows, width], added to the scaled result; without it gamma, drop_path and row_index
             are refused.
         gamma, drop_path, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.

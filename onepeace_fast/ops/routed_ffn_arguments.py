@@ -14,12 +14,18 @@ from onepeace_fast.checks import describe, require, require_device, require_vect
 from onepeace_fast.kernels.launch import architecture_and_multiprocessors
 from onepeace_fast.kernels.launch_heuristic import WIDEST
 from onepeace_fast.kernels.tile_table import MAX_MODALITIES, refusal
-from onepeace_fast.ops.arguments import MAX_WIDTH, check_routing, require_row_index, require_rows
-from onepeace_fast.ops.gated_sub_ln import require_norm_and_activation, require_one_per_modality
+from onepeace_fast.ops.arguments import (
+    MAX_WIDTH,
+    check_routing,
+    require_drop_path,
+    require_one_per_modality,
+    require_row_index,
+    require_rows,
+)
+from onepeace_fast.ops.gated_sub_ln import require_norm_and_activation
 from onepeace_fast.ops.kernel_choice import kernels_forced
-from onepeace_fast.ops.residual import check_drop_path
 from onepeace_fast.ops.strategies import STRATEGIES, strategy_for
-from onepeace_fast.structures import FeedForwardWeights, RoutedFFNInputs
+from onepeace_fast.structures import RoutedFFNInputs
 
 TILE_ALIGNMENT = 16  # bytes, of the distance of two rows in a tensor descriptor
 OPTIONAL = ("b2", "norm_weight", "norm_bias")
@@ -32,7 +38,8 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     check_routing(routing, z)
     modalities, width, hidden = routing.offsets.shape[0] - 1, z.shape[1], weights.w0[0].shape[0] if weights.w0 else 0
     require(hidden <= MAX_WIDTH, lambda: f"w0: expected at most {MAX_WIDTH} hidden columns, got {hidden}")
-    shapes = FeedForwardWeights((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
+    shapes: tuple[tuple[int, ...], ...]
+    shapes = ((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
     for name, tensors, shape in zip(weights._fields, weights, shapes, strict=True):
         require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
         dtype = None if name.startswith("norm") else z.dtype
@@ -59,7 +66,7 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
         f"{list(z.shape) if row_index is None else f'[rows, {width}]'}, got {describe(residual)}",
     )  # fmt: skip
     require_device("residual", residual, z.device)
-    check_drop_path(drop_path, residual)
+    require_drop_path(drop_path, residual)
     require_row_index(row_index, z)
     if row_index is not None:
         require(
@@ -84,6 +91,9 @@ def chosen_strategy(
 
     On a GPU without ``row_counts`` that is "grouped", the one that reads no offsets on the host. ``unfolded``: there is
     a Sub-LayerNorm, which "grouped" would apply by a kernel of its own.
+
+    Raises:
+        ValueError: another name, or a strategy that cannot run on z.
     """
     has_kernels = z.is_cuda or kernels_forced() or (kernels.INTERPRETED and z.device.type == "cpu")
     if strategy is None:
@@ -109,7 +119,7 @@ def chosen_strategy(
 
 
 def _by_host(reason: str) -> str:
-    """ "per_modality", which reads offsets on the host; said once, and refused where a graph is captured."""
+    """Warn once that "per_modality" reads offsets on the host, and refuse that where a graph is captured."""
     if not torch.compiler.is_compiling():
         if torch.cuda.is_current_stream_capturing():
             raise ValueError(f"row_counts: expected the plan's inside a graph capture, got none; {reason}")
@@ -152,4 +162,5 @@ def _refused_by(device: torch.device) -> str | None:
     return refusal(architecture_and_multiprocessors(device)[0])
 
 
-_refused_by._dynamo_marked_constant = True  # what a GPU is does not change: torch.compile need not trace the question
+# What a GPU is does not change: torch.compile need not trace the question.
+_refused_by._dynamo_marked_constant = True  # type: ignore[attr-defined]

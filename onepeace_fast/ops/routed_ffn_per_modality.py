@@ -54,7 +54,7 @@ def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved,
         grad_out=saved.grad_out, y=y, gamma=saved.gamma, drop_path=saved.drop_path, dropout=Dropout(),
         routing=saved.routing, y_dtype=saved.z.dtype, **nothing,
     )  # fmt: skip
-    return branch, ResidualGradients(False, True, needs.gamma, False, False)
+    return branch, ResidualGradients._make((False, True, needs.gamma, False, False))
 
 
 def routed_ffn(given: RoutedFFNInputs) -> RoutedFFNOutputs:
@@ -92,7 +92,7 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         GatedSubLNSaved(
             dn, u, v, saved.mean, saved.rstd, weights.norm_weight, weights.norm_bias, routing, saved.settings.activation
         ),
-        GatedSubLNGradients(True, v is not None, wanted.norm_weight, wanted.norm_bias),
+        GatedSubLNGradients._make((True, v is not None, wanted.norm_weight, wanted.norm_bias)),
         any(wanted.w2),
     )
     dz = torch.empty_like(z, memory_format=torch.contiguous_format)

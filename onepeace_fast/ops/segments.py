@@ -138,7 +138,7 @@ class PairBias(NamedTuple):
     equal_code_entry: Tensor
     cls_entry: Tensor
 
-    def index(self, group: Group) -> Tensor:
+    def index(self, group: Group) -> Tensor:  # type: ignore[override]  # of a tuple, which nobody asks
         """Entry of every pair of tokens, queries before keys: int64 [N, L, L]."""
         code, is_cls, modality = (group.gather(x) for x in (self.code, self.is_cls, self.modality))
         entry, cls_entry = group.gather(self.equal_code_entry), group.gather(self.cls_entry)

@@ -28,7 +28,7 @@ def measured_classes(operation: str, device: torch.device) -> tuple[tuple[int | 
 
 # What torch.compiler.assume_constant_result sets, without the seconds that an import of Dynamo takes: it does not
 # trace the reading of a file.
-measured_classes._dynamo_marked_constant = True
+measured_classes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def strategy_for(operation: str, device: torch.device, rows: int, width: int) -> str:

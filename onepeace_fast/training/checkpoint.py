@@ -199,7 +199,7 @@ def _flush(path: Path) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The line that names the cause: an OSError's own where one is behind it."""
+    """The cause in one line: the text of the OSError behind it, if there is one."""
     behind: BaseException | None = error
     while behind is not None:
         if isinstance(behind, OSError) and behind.strerror:

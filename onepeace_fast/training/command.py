@@ -36,7 +36,7 @@ def run(path: str) -> int:
         return _stop(f"Stopped: {error}; {last_checkpoint(output)}", 1)
     except (ValueError, ImportError) as error:
         return _stop(str(error), 2, everywhere=True)
-    except BrokenPipeError:  # whoever read this went away
+    except BrokenPipeError:  # the reader has gone
         raise
     except OSError as error:
         return _stop(f"{error.filename or output}: {error.strerror or error}", 2, everywhere=True)
@@ -45,7 +45,7 @@ def run(path: str) -> int:
 
 
 def _stop(line: str, code: int, everywhere: bool = False) -> int:
-    """Print a line, in the main process alone unless only one process may know."""
+    """Print a line in the main process; with ``everywhere`` in each, where only one of them may know it."""
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or everywhere:
         print(line if rank == 0 else f"process {rank}: {line}", file=sys.stderr)

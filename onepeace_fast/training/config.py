@@ -165,7 +165,7 @@ class TrainingConfig:
         return self.model or {} if path is None else _read_json(path)
 
     def settings(self) -> dict[str, Any]:
-        """The keys that change what training computes, but for those whose files do."""
+        """The keys that change the result, except those that name files, whose contents count instead."""
         return {item.name: getattr(self, item.name) for item in _keys() if item.metadata["changes_result"]}
 
 

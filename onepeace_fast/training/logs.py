@@ -21,11 +21,11 @@ class Logs:
         output: the run's folder; event files go into its ``tensorboard``.
         step, steps: optimizer steps done, and of the whole run.
         every: steps between two entries, each the mean over them.
-        samples: of one optimizer step, over all processes.
+        pairs: of one optimizer step, over all processes.
     """
 
-    def __init__(self, output: Path, step: int, steps: int, every: int, samples: int) -> None:
-        self._folder, self._every, self._samples = output / FOLDER, every, samples
+    def __init__(self, output: Path, step: int, steps: int, every: int, pairs: int) -> None:
+        self._folder, self._every, self._pairs = output / FOLDER, every, pairs
         self._writer: SummaryWriter | None = None
         self._failed = False
         self._next = step + 1  # a killed run's entries from here on are hidden: these steps are computed again
@@ -62,7 +62,7 @@ class Logs:
         if step % self._every and step != self._bar.total:
             return
         means = {name: total / self._count for name, total in self._sums.items()}
-        means["samples_per_second"] = self._count * self._samples / (time.perf_counter() - self._start)
+        means["samples_per_second"] = self._count * self._pairs / (time.perf_counter() - self._start)
         self._bar.set_postfix(loss=f"{means['loss']:.4g}", rate=f"{means['learning_rate']:.3g}", refresh=False)
         self._attempt(lambda: self._write(step, means))
         self._begin()

@@ -145,7 +145,7 @@ def _hide_spans(frames: int, share: float, generator: torch.Generator) -> Tensor
 
 
 def _draw(shape: Sequence[int], generator: torch.Generator) -> Tensor:
-    """Uniform numbers in [0, 1), in float64: equal ones are as good as impossible."""
+    """Uniform numbers in [0, 1), in float64: practically never equal."""
     return torch.rand(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
 

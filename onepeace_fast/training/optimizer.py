@@ -22,7 +22,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
     All else decays: matrices, convolutions (audio's position convolutions too), token embeddings, bias tables, mask
     tokens, and of audio mask_embedding and cls_pos_embed.
 
-    Upstream's public code does the same but for two names: a missing comma in its list makes the decoder's image
+    Upstream's public code does the same except for two names: a missing comma in its list makes the decoder's image
     positions and text CLS decay. Here they are spared like the encoder's, as that list means.
 
     Raises:
@@ -42,7 +42,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
 def adamw(model: nn.Module, peak: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
     """AdamW over ``parameter_groups(model, weight_decay)``, betas (0.9, 0.98) and eps 1e-8 as upstream pretrains.
 
-    It is torch's fused kernel, which takes no mixture of sharded and whole tensors: these stand in groups of their own.
+    It uses torch's fused kernel, which does not mix sharded and whole tensors: each kind has its own groups.
     ``peak`` is its learning rate until the caller sets each group's "lr" from ``learning_rate``. Clip gradients before
     a step with ``torch.nn.utils.clip_grad_norm_`` (upstream: 3.0).
     """

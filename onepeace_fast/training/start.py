@@ -158,7 +158,7 @@ def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | 
         model.train_only("audio")
     unread = set(model_config.encoder.modalities) - {"text", config.modality}
     for parameter in parameters_of(model, unread):
-        parameter.requires_grad_(False)  # else weight decay would wear it away
+        parameter.requires_grad_(False)  # so that weight decay leaves them alone
     if folder is not None:
         model.load_upstream_state_dict(load_file(folder / WEIGHTS_FILE))
     return model
@@ -192,7 +192,7 @@ def _batches(
     pairs = PairDataset(entries, tokenizer, config.modality, side=side, seed=config.seed, broken=config.broken)
     first = step * config.accumulation
     sampler = BatchSampler(len(pairs), config.batch_size, config.seed, processes.rank, processes.count, first)
-    # Of the adapter's method, since a worker may get a pickled copy; all it reads is the configuration.
+    # The method over the configuration, without the adapter, because workers may get it pickled.
     frames = None if image else functools.partial(cast(Any, AudioAdapter.frames), encoder.audio)
     return iter(
         DataLoader(
@@ -201,7 +201,7 @@ def _batches(
             collate_fn=functools.partial(collate, frames=frames),
             num_workers=config.workers,
             pin_memory=processes.device.type == "cuda",
-            generator=torch.Generator(),  # else it draws from the one that DropPath draws from
+            generator=torch.Generator(),  # the default one draws DropPath
         )
     )
 

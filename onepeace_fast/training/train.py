@@ -35,8 +35,8 @@ def train(config: TrainingConfig, processes: Processes) -> int:
         if processes.is_main and trainer.step_number < config.steps:
             for line in run.lines:
                 print(line, flush=True)
-            samples = config.batch_size * config.accumulation * processes.count
-            logs = stack.enter_context(Logs(output, trainer.step_number, config.steps, config.log_every, samples))
+            pairs = config.batch_size * config.accumulation * processes.count
+            logs = stack.enter_context(Logs(output, trainer.step_number, config.steps, config.log_every, pairs))
         while trainer.step_number < config.steps:
             numbers = trainer.step(run.batches)
             step = trainer.step_number

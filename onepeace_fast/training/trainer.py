@@ -27,7 +27,7 @@ class NotFinite(Exception):
 class Trainer:
     """A model on its device, its optimizer and its generators; ``step_number`` counts the optimizer steps done.
 
-    Under several processes every method is to be called by all of them.
+    With several processes, all of them must call every method.
     """
 
     def __init__(self, model: OnePeacePretrain, config: TrainingConfig, processes: Processes) -> None:
@@ -82,7 +82,7 @@ class Trainer:
         masks = self._draw_masks(batch)
         inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
         masks = {name: mask.to(device, non_blocking=True) for name, mask in masks.items()}
-        # Without the cache: older torch loses the gradients of weights that a pass without gradient was first to cast.
+        # Without the cache: in older torch a weight that was first cast without gradient loses its gradient.
         with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16", cache_enabled=False):
             return self.model(f"{config.stage}_loss", **inputs, masks=masks)
 
@@ -99,7 +99,7 @@ class Trainer:
         return self._gather({name: parameter.detach() for name, parameter in upstream_names(self.model).items()})
 
     def state(self) -> dict[str, Any]:
-        """What besides the weights the next step depends on; the optimizer's is empty but in the main process."""
+        """What the next step needs besides the weights; the optimizer's state is empty except in the main process."""
         generators = {"cpu": torch.get_rng_state(), "masks": self.masks.get_state()}
         if self.processes.device.type == "cuda":
             generators["cuda"] = torch.cuda.get_rng_state(self.processes.device)

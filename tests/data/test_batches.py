@@ -125,12 +125,12 @@ def test_sampling_leaves_the_global_generator_alone():
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ({"count": 7, "batch_size": 8}, ("batch_size: expected at most the 7 samples", "got 8 on each of 1 ranks")),
+        ({"count": 7, "batch_size": 8}, ("batch_size: expected at most the 7 pairs", "got 8 on each of 1 ranks")),
         (
             {"count": 7, "batch_size": 4, "world_size": 2},
-            ("batch_size: ", "at most the 7 samples", "got 4 on each of 2"),
+            ("batch_size: ", "at most the 7 pairs", "got 4 on each of 2"),
         ),
-        ({"count": 0, "batch_size": 1}, ("batch_size: expected at most the 0 samples", "got 1")),
+        ({"count": 0, "batch_size": 1}, ("batch_size: expected at most the 0 pairs", "got 1")),
         ({"count": 7, "batch_size": 0}, ("batch_size: expected 1 or more, got int 0",)),
         ({"count": 7, "batch_size": 2.0}, ("batch_size: expected 1 or more, got float 2.0",)),
         ({"count": 7, "batch_size": 2, "start_step": -1}, ("start_step: expected 0 or more, got int -1",)),
@@ -285,7 +285,7 @@ def test_a_broken_file_is_replaced_by_the_next_and_named_once(images, tokenizer,
             same(dataset[epoch, 3], dataset[epoch, 5])
             same(dataset[epoch, 9], dataset[epoch, 0])
     assert [message.partition(": ")[0] for message in caplog.messages] == [str(images[p].path) for p in (3, 4, 9)]
-    assert all(message.endswith("the next sample takes its place") for message in caplog.messages)
+    assert all(message.endswith("the next pair takes its place") for message in caplog.messages)
 
 
 def test_workers_name_a_broken_file_once_among_them(images, tokenizer, capfd):

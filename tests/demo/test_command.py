@@ -121,7 +121,7 @@ def test_a_model_of_another_version_is_refused_in_one_line(trained, tmp_path, ca
     path = recording(tmp_path / "mine.wav", spoken[1].sounds[0])
     assert demo("--output", trained, "--wav", path) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "another version of the demo" in error
+    assert error.count("\n") == 1 and "expected a model of this version of the demo, got another" in error
 
 
 @pytest.mark.parametrize("fault", ["missing", "text", "silent", "damaged model"])

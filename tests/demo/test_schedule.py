@@ -7,7 +7,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("scipy")
 
-from onepeace_fast.demo import data, experiment
+from onepeace_fast.demo import comparison, data, experiment
 from onepeace_fast.training.optimizer import learning_rate
 
 
@@ -89,3 +89,21 @@ def test_images_are_moved_to_either_side(digits):
     middle = ((still.sum(1) * column).sum(1) / still.sum((1, 2))).item()
     assert centre.mean().item() == pytest.approx(middle, abs=0.4)
     assert centre.min() < middle - 1 and centre.max() > middle + 1
+
+
+def test_a_fifth_of_the_words_beside_the_digit_is_left_out():
+    digits, generator = torch.arange(10).repeat(50), torch.Generator().manual_seed(0)
+    captions = data.draw_captions(["a b c d e f g h {name}"], digits, generator)
+    left = sum(len(caption.split()) - 1 for caption in captions) / (8 * len(captions))
+    assert left == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.parametrize("off", [0.9e-4, 1.1e-4])
+def test_backends_disagree_from_a_ten_thousandth_of_the_largest_value_on(model, monkeypatch, off):
+    values = torch.tensor([2.0, 1.0, -4.0], dtype=torch.float64)
+    results = {"reference": values, "fused": values + torch.tensor([0.0, 4 * off, 0.0])}
+    monkeypatch.setattr(comparison, "_results", lambda model, batches, backend: {"outputs": [results[backend]]})
+    monkeypatch.setattr(comparison, "_seconds", lambda *_: 1.0)
+    found = comparison.compare(model, "cpu", [], rounds=1)
+    assert found.agree == (off < 1e-4)
+    assert (found.largest_difference, found.largest_value) == pytest.approx((4 * off, 4.0))

@@ -169,7 +169,7 @@ def test_a_gpu_that_fails_gets_no_file_and_loses_what_an_older_one_said(gpu, tmp
 def test_a_gpu_that_is_too_old_or_has_a_damaged_file_is_one_line_and_code_2(gpu, tmp_path, capsys):
     gpu["architecture"] = "sm_75"
     assert cli.main(["selftest"]) == 2
-    assert "expected a GPU of sm_80 or later, got sm_75" in (line := capsys.readouterr().err)
+    assert "expected a GPU of compute capability 8.0 or later, got 7.5" in (line := capsys.readouterr().err)
     assert len(line.splitlines()) == 1
     gpu["architecture"] = "sm_80"
     (tmp_path / "own").mkdir()

@@ -15,8 +15,7 @@ filled with NaN, so that an element that a kernel should have written and did no
 from typing import Any
 
 import pytest
-import torch
-from support.kernels import DEVICE, INTERPRETED
+from support.kernels import DEVICE, INTERPRETED, poisoned_memory  # noqa: F401  a fixture of all tests here
 
 collect_ignore_glob = [] if INTERPRETED or DEVICE == "cuda" else ["test_*.py"]
 
@@ -41,12 +40,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.path.parent.name == "kernels":
                 item.add_marker(pytest.mark.gpu)
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """Fill what torch.empty hands out: NaN, and the largest number for integers."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # that fills what is not initialised
-    yield
-    torch.use_deterministic_algorithms(before)

@@ -2,6 +2,19 @@
 
 import pytest
 import torch
+from ops.test_gated_sub_ln import (  # noqa: F401  what holds of the reference as well
+    test_compiled_equals_eager,
+    test_every_activation_follows_the_naive_one_with_and_without_gate_and_norm,
+    test_frozen_norms_get_no_gradient_and_idle_ones_get_zeros,
+    test_nan_in_inert_rows_reaches_nothing,
+    test_nan_in_one_modality_leaves_the_others_alone,
+    test_norms_may_have_another_dtype_than_u,
+    test_offsets_alone_and_host_counts_give_the_same_bits,
+    test_relu_has_the_derivative_zero_at_zero_and_keeps_what_is_no_number,
+    test_repeats_are_bitwise_equal,
+    test_rows_are_independent,
+    test_strides_of_inputs_and_gradients_do_not_matter,
+)
 from support import contract
 from support.contract import normal
 from support.gated_cases import leaves_of, op, plain, slices_of

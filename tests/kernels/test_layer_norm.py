@@ -1,9 +1,21 @@
 """The LayerNorm kernels: every option against the naive norm, hostile layouts, inert rows, repeats."""
 
-from itertools import pairwise
-
 import pytest
 import torch
+from ops.test_layer_norm import (  # noqa: F401  what holds of the reference as well
+    test_a_head_scale_stands_in_front_of_the_norm,
+    test_a_row_index_reads_these_rows_and_writes_them_one_after_another,
+    test_compiled_equals_eager,
+    test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros,
+    test_parameters_may_have_another_dtype_than_x,
+    test_registration,
+    test_repeats_are_bitwise_equal,
+    test_routed_norm_follows_the_naive_one_in_every_modality,
+    test_rows_are_independent_and_nan_in_inert_rows_reaches_nothing,
+    test_rows_of_one_element_have_nothing_left_but_the_bias,
+    test_strides_of_inputs_and_gradients_do_not_matter,
+    test_weight_and_bias_are_each_optional,
+)
 from support import contract
 from support import layer_norm_cases as cases
 from support.contract import normal
@@ -13,7 +25,6 @@ from support.kernels import (
     MANY_ROWS,
     WIDTHS,
     far_apart,
-    first,
     int32,
     on_device,
 )
@@ -21,8 +32,6 @@ from support.layer_norm_cases import GARBAGE, op, plain
 from support.plans import ragged_offsets
 
 from onepeace_fast import layer_norm
-
-MODALITIES = first(([5, 0, 7], [30, 7, 0, 0, 90], [1], [0, 1, 65], [0, 0]), 2)
 
 
 def shared_leaves(rows, width):
@@ -52,35 +61,6 @@ def test_rows_in_parts_take_a_row_index_and_a_head_scale():
     contract.check_against_naive(op(counts, index), plain(counts, index), leaves, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", MODALITIES, ids=str)
-def test_routed_norm_follows_the_naive_one_in_every_modality(counts, dtype):
-    bounds = ragged_offsets(counts).tolist()
-    parts = [slice(a, b) for a, b in pairwise(bounds)]
-    for width, inert in ((63, 0), (64, 3)):
-        leaves = routed_leaves(counts, width, sum(counts) + inert)
-        contract.check_against_naive(op(counts), plain(counts), leaves, dtype, {"out0": parts, "x": parts})
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width, heads", first([(768, 12), (63, 3), (64, 64), (64, 1)]))
-def test_a_head_scale_stands_in_front_of_the_norm(width, heads, dtype):
-    for counts in first(([3, 0, 4], [9])):
-        leaves = routed_leaves(counts, width, 10, heads)
-        contract.check_against_naive(op(counts), plain(counts), leaves, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", (None, [4, 0, 3], [0, 0]), ids=str)
-def test_a_row_index_reads_these_rows_and_writes_them_one_after_another(counts, dtype):
-    index = [11, 0, 5, 4, 9, 2, 12] + ([GARBAGE] * 3 if counts else [])
-    index = [GARBAGE if i >= sum(counts or [7]) else entry for i, entry in enumerate(index)]
-    for width, heads in first(((64, 4), (63, None))):
-        leaves = routed_leaves(counts, width, 13, heads) if counts else shared_leaves(13, width)
-        contract.check_against_naive(op(counts, index), plain(counts, index), leaves, dtype)
-    contract.check_against_naive(op(counts, index), plain(counts, index), shared_leaves(13, 64), dtype)
-
-
 def test_rows_read_by_an_index_have_the_bits_of_the_whole_norm():
     for dtype in DTYPES:
         index = [11, 0, 5, 4, 9, 2, 12]
@@ -101,24 +81,6 @@ def test_strides_of_offsets_and_index_do_not_matter():
     expected = layer_norm(leaves["x"], weights, biases, row_index=index, offsets=offsets)
     apart = [torch.stack([value, torch.full_like(value, 3)], dim=1)[:, 0] for value in (index, offsets)]
     assert torch.equal(layer_norm(leaves["x"], weights, biases, row_index=apart[0], offsets=apart[1]), expected)
-
-
-def test_rows_are_independent_and_nan_in_inert_rows_reaches_nothing():
-    counts, inert = [5, 0, 7], 3
-    leaves = on_device(routed_leaves(counts, 64, 15, 4), torch.float32)
-    given = [normal(15, 64, seed=9, dtype=torch.float32).to(DEVICE)]
-    expected = contract.run(op(counts), leaves, given)
-    assert not expected[0][0][-inert:].any() and not expected[1]["x"][-inert:].any()
-    for tensor in (leaves["x"], given[0]):
-        tensor[-inert:] = torch.nan
-    contract.assert_same(contract.run(op(counts), leaves, given), expected, "NaN in inert rows")
-    leaves["x"][7] = torch.nan
-    actual = contract.run(op(counts), leaves, given)
-    others = torch.arange(15) != 7
-    assert torch.equal(actual[0][0][others], expected[0][0][others])
-    assert torch.equal(actual[1]["x"][others], expected[1]["x"][others])
-    for name in ("weight0", "bias0", "weight1", "bias1"):
-        assert torch.equal(actual[1][name], expected[1][name])
 
 
 def test_nan_in_rows_that_an_index_leaves_out_reaches_nothing():

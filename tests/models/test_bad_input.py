@@ -203,5 +203,5 @@ def test_tokens_may_be_int32():
 
 @pytest.mark.parametrize("backend", ["triton", "", "Fused"])
 def test_an_unknown_backend_is_refused(backend):
-    with pytest.raises(ValueError, match=r"^backend: got .*, takes one of reference, fused$"):
+    with pytest.raises(ValueError, match=r"^backend: expected one of reference, fused, got .*$"):
         small_model(backend)

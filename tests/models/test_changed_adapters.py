@@ -78,7 +78,7 @@ def check_obeyed(part, change):
         warnings.simplefilter("ignore")
         reference, fused = (two_steps(backend, part, change) for backend in BACKENDS)
     assert_close(fused, reference, 1e-9)
-    same = set(reference) == set(PLAIN) and all(torch.equal(reference[n], v) for n, v in PLAIN.items())
+    same = all(torch.equal(reference[name], PLAIN[name]) for name in set(reference) & set(PLAIN))
     assert not same, "the change changes nothing"
 
 
@@ -155,7 +155,7 @@ def test_adapters_of_audio_and_an_unwatched_one_beside_it(backend):
 
 
 def test_a_watched_adapter_is_said_once_in_one_line():
-    plain._say_once.cache_clear()
+    plain._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         two_steps("fused", ADAPTERS[1], wrap)

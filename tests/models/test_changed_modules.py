@@ -168,7 +168,7 @@ def check_obeyed(part, change, **keywords):
         warnings.simplefilter("ignore")
         reference, fused = (two_steps(backend, part, change, **keywords) for backend in BACKENDS)
     assert_close(fused, reference, 1e-9)
-    same = set(reference) == set(PLAIN) and all(torch.equal(reference[n], v) for n, v in PLAIN.items())
+    same = all(torch.equal(reference[name], PLAIN[name]) for name in set(reference) & set(PLAIN))
     assert not same, "the change changes nothing"
 
 
@@ -242,7 +242,7 @@ def test_dynamic_quantization_is_obeyed_by_both_backends():
 
 
 def test_a_changed_part_is_said_once_in_one_line_and_a_plain_model_says_nothing():
-    plain._say_once.cache_clear()
+    plain._warn.cache_clear()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         two_steps("fused", "", None)
@@ -261,7 +261,7 @@ def test_a_changed_part_is_said_once_in_one_line_and_a_plain_model_says_nothing(
 
 
 def test_that_the_host_reads_the_device_for_modules_that_are_not_fused_is_said_once():
-    plain._say_that_the_host_waits.cache_clear()
+    plain._warn.cache_clear()
     offsets = torch.tensor([0, 2, 5], dtype=torch.int32)
     known, unknown = (dataclasses.replace(PLAN, offsets=offsets, row_counts=counts) for counts in ((2, 3), ()))
     norms, x = [nn.LayerNorm(4), nn.LayerNorm(4)], torch.zeros(5, 4)
@@ -319,7 +319,7 @@ def run_wrapped(wrap, backend="fused"):
 )
 def test_wrappers_that_leave_the_parameters_plain_stay_fused(wrap, backend, recwarn):
     expected = run_wrapped(lambda model: model, backend)
-    plain._say_once.cache_clear()
+    plain._warn.cache_clear()
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
@@ -371,37 +371,3 @@ def test_positions_that_a_module_gives_are_called_and_not_read(backend):
         text = torch.randint(4, 9, (2, 3))
         model.reconstruct(text=text, masks={"text": hidden})["text"].sum().backward()
     assert len(called) >= 2 and adapter.embed_positions.weight_v.grad is not None
-
-
-def doubled_at_parts(gradients):
-    return tuple(None if gradient is None else 2 * gradient for gradient in gradients)
-
-
-WATCHED = (nn.Linear, nn.LayerNorm)
-ON_EVERYTHING = {
-    "forward_pre_hook": lambda module, inputs: (0.5 * inputs[0],) if isinstance(module, WATCHED) else None,
-    "full_backward_hook": lambda module, into, out: doubled_at_parts(into) if isinstance(module, WATCHED) else None,
-    "full_backward_pre_hook": lambda module, out: doubled_at_parts(out) if isinstance(module, WATCHED) else None,
-}
-
-
-@pytest.mark.parametrize("kind", ON_EVERYTHING)
-def test_hooks_of_each_kind_of_all_modules_are_obeyed_by_both_backends(kind):
-    handle = getattr(nn.modules.module, f"register_module_{kind}")(ON_EVERYTHING[kind])
-    try:
-        check_obeyed("", None)
-    finally:
-        handle.remove()
-
-
-def test_an_epsilon_that_all_norms_share_is_obeyed_and_stays_fused():
-    def change_all(owner, place, module):
-        norms = [norm for norm in module.modules() if isinstance(norm, nn.LayerNorm)]
-        assert len(norms) > 8
-        for norm in norms:
-            norm.eps = 0.3
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        reference, fused = (two_steps(backend, "", change_all) for backend in BACKENDS)
-    assert_close(fused, reference, 1e-9)

@@ -11,8 +11,10 @@ from models._small import (
     hide,
     small_config,
     small_model,
+    text_batch,
 )
 
+from onepeace_fast.config import TextAdapterConfig
 from onepeace_fast.layers.adapters.audio import FeatureExtractor
 from onepeace_fast.models import stack as stack_module
 from onepeace_fast.models.inputs import read_batch
@@ -152,3 +154,16 @@ def test_the_checks_of_a_step_come_before_any_work():
     _, inputs = vision_language()
     with pytest.raises(ValueError, match="text, image: expected a pair in every row, got 3 and 2 rows"):
         small_model("fused").vision_language_loss(**inputs | {"image": inputs["image"][:2]})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_decoder_with_a_bias_does_not_see_padding_and_one_without_does(backend, bias):
+    decoder = {"text": TextAdapterConfig(bucket_size=6, use_bias=bias), "image": None, "audio": None}
+    model = small_model(backend, small_config(decoder=decoder))
+    padded, alone = text_batch([6, 3], seed=1), text_batch([6, 3], seed=1)[1:, :3]
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[:, 2] = True
+    together = model.reconstruct(text=padded, masks={"text": mask})["text"][1, :4]
+    single = model.reconstruct(text=alone, masks={"text": mask[1:, :4]})["text"][0]
+    assert torch.allclose(together, single, rtol=1e-9, atol=1e-12) == bias

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from models._small import small_model
+from safetensors.torch import load_file, save_file
 
 from onepeace_fast import OnePeacePretrain
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
@@ -53,6 +54,18 @@ def test_tied_weights_are_refused_and_parts_of_one_tensor_are_written(tmp_path, 
     with pytest.raises(ValueError, match=r"^model: [^\n]*image_proj.weight[^\n]*tied[^\n]*torch.save") as caught:
         model.save(tmp_path / "tied")
     assert "\n" not in str(caught.value) and not (tmp_path / "tied").exists()
+
+
+def test_a_file_with_upstream_s_buffers_is_loaded_and_one_with_others_refused(tmp_path):
+    model = small_model("fused", dtype=torch.float32)
+    model.save(tmp_path)
+    name, weights = "encoder_wrapper.text_adapter.rp_bucket", load_file(tmp_path / WEIGHTS_FILE)
+    bucket = model.encoder.adapter("text").dense_table_index(1024)
+    save_file(weights | {name: bucket}, tmp_path / WEIGHTS_FILE)
+    assert same(OnePeacePretrain.load(tmp_path), model)
+    save_file(weights | {name: bucket + 1}, tmp_path / WEIGHTS_FILE)
+    with pytest.raises(ValueError, match=f"^state_dict: expected .*{name} differs"):
+        OnePeacePretrain.load(tmp_path)
 
 
 def test_saving_again_replaces_the_files(tmp_path):

@@ -1,4 +1,4 @@
-"""Every parameter that trains gets a gradient in both stages: DistributedDataParallel waits for none in vain."""
+"""Where processes train together every parameter that trains gets a gradient: DistributedDataParallel waits for all."""
 
 import socket
 
@@ -20,6 +20,14 @@ VARIANTS = {
 }
 
 
+@pytest.fixture
+def together():
+    """A group of processes, of this one alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 def model_of(backend, variant, stage_two):
     model = small_model(backend, small_config(**VARIANTS[variant])).train()
     if variant == "other settings":
@@ -32,7 +40,7 @@ def model_of(backend, variant, stage_two):
 @pytest.mark.parametrize("stage_two", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_parameter_that_trains_has_a_gradient(backend, variant, stage_two):
+def test_every_parameter_that_trains_has_a_gradient(backend, variant, stage_two, together):
     tasks = [audio_language] if stage_two or variant == "a decoder of two" else [vision_language, audio_language]
     for task in tasks:
         model, (name, inputs) = model_of(backend, variant, stage_two), task()
@@ -43,7 +51,7 @@ def test_every_parameter_that_trains_has_a_gradient(backend, variant, stage_two)
 
 
 @pytest.mark.parametrize("task", [vision_language, audio_language])
-def test_what_a_stage_does_not_read_gets_zeros_and_changes_nothing(task):
+def test_what_a_stage_does_not_read_gets_zeros_and_changes_nothing(task, together):
     results = []
     for fill in (0.5, torch.nan):
         model, (name, inputs) = small_model("fused"), task()
@@ -56,6 +64,17 @@ def test_what_a_stage_does_not_read_gets_zeros_and_changes_nothing(task):
         assert len(own) == len(parameters_of(model, [unread])) and not any(gradients[key].any() for key in own)
         results.append(gradients)
     assert_same_bits(*results)
+
+
+@pytest.mark.parametrize("task", [vision_language, audio_language])
+def test_alone_a_step_leaves_what_its_stage_does_not_read_as_it_is(task):
+    model, (name, inputs) = small_model("fused"), task()
+    unread = parameters_of(model, [{"vision_language_loss": "audio", "audio_language_loss": "image"}[name]])
+    before = [parameter.detach().clone() for parameter in unread]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.5)
+    model(name, **inputs)["loss"].backward()
+    optimizer.step()
+    assert unread and all(torch.equal(*pair) for pair in zip(unread, before, strict=True))
 
 
 def one_of_two(rank, port, results):

@@ -1,4 +1,4 @@
-"""The way past the dispatcher: taken in plain eager execution alone, with the bits of the registered op."""
+"""The direct eager path: taken in plain eager execution alone, with the bits of the registered op."""
 
 from unittest import mock
 

@@ -1,6 +1,6 @@
 """``gated_sub_ln``: activation, gate and Sub-LayerNorm per modality.
 
-The tests that are marked ``by_kernels`` hold of the kernels too.
+The tests that take ``CHECKED`` and ``on_device`` hold of the reference and of the kernels: tests/kernels runs them too.
 """
 
 import pytest
@@ -30,7 +30,6 @@ def test_values_and_gradients_follow_the_naive_ones_in_every_modality(counts, wi
     contract.check_against_naive(op(counts), plain(counts), leaves, dtype, slices_of(counts))
 
 
-@pytest.mark.by_kernels
 @interpreter_only
 @pytest.mark.parametrize("absent", ABSENT, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -43,7 +42,6 @@ def test_every_activation_follows_the_naive_one_with_and_without_gate_and_norm(a
         )  # fmt: skip
 
 
-@pytest.mark.by_kernels
 def test_relu_has_the_derivative_zero_at_zero_and_keeps_what_is_no_number():
     u = torch.tensor([[0.0, -0.0, 3.0, -3.0, torch.inf, -torch.inf, torch.nan]], dtype=CHECKED, device=DEVICE)
     outputs, gradients = contract.run(op([1], "relu"), {"u": u}, [torch.ones_like(u)])
@@ -51,7 +49,6 @@ def test_relu_has_the_derivative_zero_at_zero_and_keeps_what_is_no_number():
     assert torch.equal(gradients["u"], u.new_tensor([[0, 0, 1, 0, 1, 0, 1]]))
 
 
-@pytest.mark.by_kernels
 def test_norms_may_have_another_dtype_than_u():
     counts, leaves = [5, 0, 7], on_device(leaves_of([5, 0, 7], 64))
     dtypes = {name: HALF if name in ("u", "v") else torch.float32 for name in leaves}
@@ -62,7 +59,6 @@ def test_norms_may_have_another_dtype_than_u():
     contract.check_against_naive(op(counts), by_hand, leaves, dtypes, slices_of(counts))
 
 
-@pytest.mark.by_kernels
 def test_offsets_alone_and_host_counts_give_the_same_bits():
     counts, leaves = [5, 0, 7], on_device(leaves_of([5, 0, 7], 64, inert=2), CHECKED)
     contract.assert_same(contract.run(op(counts, host=False), leaves), contract.run(op(counts), leaves), "host")
@@ -91,7 +87,6 @@ def test_the_backward_pass_gives_n_once_more(absent):
     torch.testing.assert_close(again, n, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.by_kernels
 def test_strides_of_inputs_and_gradients_do_not_matter():
     counts, leaves = [3, 4], on_device(leaves_of([3, 4], 70), CHECKED)
     contract.check_input_layouts(op(counts), leaves, ["u", "v"])
@@ -99,7 +94,6 @@ def test_strides_of_inputs_and_gradients_do_not_matter():
     contract.check_gradient_layouts(op(counts), on_device(leaves, HALF))
 
 
-@pytest.mark.by_kernels
 def test_rows_are_independent():
     counts, leaves = [8], on_device(leaves_of([8], 64), CHECKED)
     expected = contract.run(op(counts), leaves)
@@ -111,7 +105,6 @@ def test_rows_are_independent():
         assert torch.equal(actual[1][name][others], expected[1][name][others])
 
 
-@pytest.mark.by_kernels
 @pytest.mark.parametrize("poisoned", ("u", "v", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
     counts, width, inert = [5, 0, 7], 64, 3
@@ -124,7 +117,6 @@ def test_nan_in_inert_rows_reaches_nothing(poisoned):
         assert not tensor[-inert:].any()
 
 
-@pytest.mark.by_kernels
 def test_nan_in_one_modality_leaves_the_others_alone():
     counts, leaves = [5, 4, 7], on_device(leaves_of([5, 4, 7], 63), CHECKED)
     expected = contract.run(op(counts), leaves)
@@ -139,7 +131,6 @@ def test_nan_in_one_modality_leaves_the_others_alone():
         assert torch.equal(actual[1][name][real], expected[1][name][real]), name
 
 
-@pytest.mark.by_kernels
 def test_frozen_norms_get_no_gradient_and_idle_ones_get_zeros():
     counts, leaves = [5, 0, 2], on_device(leaves_of([5, 0, 2], 63), CHECKED)
     contract.check_frozen(op(counts), leaves)
@@ -154,14 +145,12 @@ def test_second_derivative_is_refused():
     contract.check_second_derivative(op([3, 2]), leaves_of([3, 2], 8))
 
 
-@pytest.mark.by_kernels
 def test_repeats_are_bitwise_equal():
     counts = [19, 0, 10] if INTERPRETED else [4019, 0, 3010]
     for dtype in (torch.float32, HALF):
         contract.check_deterministic(op(counts), on_device(leaves_of(counts, 70, inert=4), dtype), REPEATS)
 
 
-@pytest.mark.by_kernels
 @pytest.mark.parametrize("absent", ABSENT, ids=str)
 def test_compiled_equals_eager(absent):
     contract.check_compiled(op([3, 0, 4]), on_device(leaves_of([3, 0, 4], 16, inert=2, **absent), CHECKED))

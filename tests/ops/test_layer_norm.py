@@ -1,6 +1,7 @@
 """``layer_norm``: shared by all rows, and per modality on packed rows.
 
-The tests that are marked ``by_kernels`` hold of the kernels too.
+The tests that take ``CHECKED`` or ``CONTRACT_DTYPES`` hold of the reference and of the kernels, which tests/kernels
+runs them with.
 """
 
 from itertools import pairwise
@@ -9,7 +10,18 @@ import pytest
 import torch
 from support import contract, naive
 from support.contract import normal
-from support.kernels import CHECKED, HALF, INTERPRETED, REPEATS, interpreter_only, on_device
+from support.kernels import (
+    CHECKED,
+    CONTRACT_DTYPES,
+    DEVICE,
+    HALF,
+    INTERPRETED,
+    REFERENCE_ONLY,
+    REPEATS,
+    first,
+    interpreter_only,
+    on_device,
+)
 from support.layer_norm_cases import GARBAGE, op, plain, routed_leaves, shared_leaves
 from support.plans import ragged_offsets
 
@@ -18,6 +30,8 @@ from onepeace_fast.ops.arguments import MAX_WIDTH
 from onepeace_fast.tolerance import DTYPES
 
 ROWS, WIDTHS = (0, 1, 7, 65, 300), (63, 64, 200)
+MODALITIES = first(([5, 0, 7], [30, 7, 0, 0, 90], [1], [0, 1, 65], [0, 0]), 2)
+MODALITIES += [[300, 7]] if REFERENCE_ONLY else []
 
 
 def int32(values: list[int]) -> torch.Tensor:
@@ -31,7 +45,6 @@ def test_shared_norm_follows_the_naive_one_at_every_number_of_rows(width, dtype)
         contract.check_against_naive(op(), plain(), shared_leaves(rows, width), dtype)
 
 
-@pytest.mark.by_kernels
 def test_rows_of_one_element_have_nothing_left_but_the_bias():
     for dtype in (CHECKED, torch.float32, HALF):
         leaves = on_device(shared_leaves(65, 1), dtype)
@@ -43,7 +56,6 @@ def test_rows_of_one_element_have_nothing_left_but_the_bias():
             assert gradients[name].abs().max() < 1e-2
 
 
-@pytest.mark.by_kernels
 @interpreter_only
 @pytest.mark.parametrize("weight, bias", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("eps", (1e-5, 0.5))
@@ -75,30 +87,37 @@ def test_every_modality_has_its_own_weight_without_bias_and_its_own_bias_without
         contract.check_against_naive(call, plain, leaves, dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
-@pytest.mark.parametrize("counts", ([5, 0, 7], [1], [0, 1, 65], [300, 7], [0, 0]), ids=str)
+@pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+@pytest.mark.parametrize("counts", MODALITIES, ids=str)
 def test_routed_norm_follows_the_naive_one_in_every_modality(counts, dtype):
     bounds = ragged_offsets(counts).tolist()
     parts = [slice(a, b) for a, b in pairwise(bounds)]
     for width, inert in ((63, 0), (64, 3)):
-        leaves = routed_leaves(counts, width, sum(counts) + inert)
-        contract.check_against_naive(op(counts, host=True), plain(counts), leaves, dtype, {"out0": parts, "x": parts})
+        leaves = on_device(routed_leaves(counts, width, sum(counts) + inert))
+        contract.check_against_naive(
+            op(counts, host=REFERENCE_ONLY), plain(counts), leaves, dtype, {"out0": parts, "x": parts}
+        )
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
-@pytest.mark.parametrize("width, heads", [(64, 4), (63, 3), (64, 64), (8, 1)])
+@pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+@pytest.mark.parametrize("width, heads", first([(768, 12), (63, 3), (64, 64), (8, 1)]))
 def test_a_head_scale_stands_in_front_of_the_norm(width, heads, dtype):
-    leaves = shared_leaves(9, width) | {"head_scale": 1 + 0.5 * normal(heads, seed=7)}
-    contract.check_against_naive(op(), plain(), leaves, dtype)
+    for counts in first(([3, 0, 4], [9], None)):
+        leaves = routed_leaves(counts, width, 10) if counts else shared_leaves(9, width)
+        leaves["head_scale"] = 1 + 0.5 * normal(heads, seed=7)
+        contract.check_against_naive(op(counts), plain(counts), on_device(leaves), dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
-@pytest.mark.parametrize("counts", (None, [4, 0, 1], [0, 0]), ids=str)
+@pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+@pytest.mark.parametrize("counts", (None, [4, 0, 3], [0, 0]), ids=str)
 def test_a_row_index_reads_these_rows_and_writes_them_one_after_another(counts, dtype):
-    index = [11, 0, 5, 4, 9]
-    index = [GARBAGE if i >= sum(counts or [5]) else row for i, row in enumerate(index)]
-    leaves = routed_leaves(counts, 64, 12) if counts else shared_leaves(12, 64)
-    leaves["head_scale"] = 1 + 0.5 * normal(4, seed=7)
+    index = [11, 0, 5, 4, 9, 2, 12] + ([GARBAGE] * 3 if counts else [])
+    index = [GARBAGE if i >= sum(counts or [7]) else entry for i, entry in enumerate(index)]
+    for width, heads in first(((64, 4), (63, None))):
+        leaves = routed_leaves(counts, width, 13) if counts else shared_leaves(13, width)
+        leaves |= {"head_scale": 1 + 0.5 * normal(heads, seed=7)} if heads else {}
+        contract.check_against_naive(op(counts, index), plain(counts, index), on_device(leaves), dtype)
+    leaves = on_device(shared_leaves(13, 64))
     contract.check_against_naive(op(counts, index), plain(counts, index), leaves, dtype)
     if counts:
         host = contract.run(op(counts, index, host=True), leaves)
@@ -113,7 +132,6 @@ def test_parameters_may_be_shared_by_the_modalities_of_offsets():
     contract.check_against_naive(one_list, plain(counts), leaves, torch.float64)
 
 
-@pytest.mark.by_kernels
 def test_parameters_may_have_another_dtype_than_x():
     dtypes = {"x": HALF, "weight": torch.float32, "bias": torch.float32}
 
@@ -137,13 +155,11 @@ def test_finite_differences_agree():
         contract.check_gradcheck(call, leaves)
 
 
-@pytest.mark.by_kernels
 def test_registration():
     for call, leaves in (SHARED, ROUTED, INDEXED):
         contract.check_registration(call, on_device(leaves, CHECKED), "layer_norm")
 
 
-@pytest.mark.by_kernels
 def test_strides_of_inputs_and_gradients_do_not_matter():
     for call, leaves in ((op(), shared_leaves(7, 9)), (op([3, 0, 4]), routed_leaves([3, 0, 4], 9, 8, 3))):
         contract.check_input_layouts(call, on_device(leaves, CHECKED), ["x", *({"head_scale"} & leaves.keys())])
@@ -151,41 +167,24 @@ def test_strides_of_inputs_and_gradients_do_not_matter():
             contract.check_gradient_layouts(call, on_device(leaves, dtype))
 
 
-def test_rows_are_independent():
-    leaves = shared_leaves(8, 64)
-    expected = contract.run(op(), leaves)
-    leaves["x"] = leaves["x"].clone()
-    leaves["x"][3] = torch.nan
-    actual = contract.run(op(), leaves)
-    others = torch.arange(8) != 3
-    assert torch.equal(actual[0][0][others], expected[0][0][others])
-    assert torch.equal(actual[1]["x"][others], expected[1]["x"][others])
-
-
-def test_nan_in_inert_rows_reaches_nothing():
-    counts, width, inert = [5, 0, 7], 64, 3
-    leaves = routed_leaves(counts, width, sum(counts) + inert)
-    given = [normal(sum(counts) + inert, width, seed=9)]
+def test_rows_are_independent_and_nan_in_inert_rows_reaches_nothing():
+    counts, inert = [5, 0, 7], 3
+    leaves = on_device(routed_leaves(counts, 64, 15, 4), CHECKED)
+    given = [normal(15, 64, seed=9, dtype=CHECKED).to(DEVICE)]
     expected = contract.run(op(counts), leaves, given)
+    assert not expected[0][0][-inert:].any() and not expected[1]["x"][-inert:].any()
     for tensor in (leaves["x"], given[0]):
         tensor[-inert:] = torch.nan
     contract.assert_same(contract.run(op(counts), leaves, given), expected, "NaN in inert rows")
-    assert not expected[0][0][-inert:].any()
-
-
-def test_nan_in_one_modality_leaves_the_others_alone():
-    counts, leaves = [5, 4, 7], routed_leaves([5, 4, 7], 64)
-    expected = contract.run(op(counts), leaves)
-    leaves["x"][5:9] = torch.nan
-    actual = contract.run(op(counts), leaves)
-    real = [*range(5), *range(9, 16)]
-    assert torch.equal(actual[0][0][real], expected[0][0][real])
-    for name in ("weight0", "bias0", "weight2", "bias2"):
+    leaves["x"][7] = torch.nan
+    actual = contract.run(op(counts), leaves, given)
+    others = torch.arange(15) != 7
+    assert torch.equal(actual[0][0][others], expected[0][0][others])
+    assert torch.equal(actual[1]["x"][others], expected[1]["x"][others])
+    for name in ("weight0", "bias0", "weight1", "bias1"):
         assert torch.equal(actual[1][name], expected[1][name])
-    assert torch.equal(actual[1]["x"][real], expected[1]["x"][real])
 
 
-@pytest.mark.by_kernels
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
     contract.check_frozen(op(), on_device(shared_leaves(7, 9), CHECKED))
     counts, leaves = [5, 0, 2], on_device(routed_leaves([5, 0, 2], 9, heads=3), CHECKED)
@@ -202,7 +201,6 @@ def test_second_derivative_is_refused():
     contract.check_second_derivative(*ROUTED)
 
 
-@pytest.mark.by_kernels
 def test_repeats_are_bitwise_equal():
     counts = [9, 0, 5] if INTERPRETED else [65, 0, 131]
     leaves = routed_leaves(counts, 65, sum(counts) + 4, heads=5)
@@ -210,7 +208,6 @@ def test_repeats_are_bitwise_equal():
         contract.check_deterministic(op(counts), on_device(leaves, dtype), REPEATS)
 
 
-@pytest.mark.by_kernels
 def test_compiled_equals_eager():
     for call, leaves in (SHARED, ROUTED, INDEXED):
         contract.check_compiled(call, on_device(leaves, CHECKED))

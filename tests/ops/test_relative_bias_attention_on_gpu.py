@@ -208,12 +208,12 @@ def test_the_slower_path_is_said_once_for_each_reason(monkeypatch):
 
 
 MISFITS = {
-    "the kernel takes float16 or bfloat16, got float32": {"dtype": torch.float32},
-    "the kernel takes heads of 32, 64, 128, got 48": {"head_dim": 48},
-    "the kernel takes at most 16 modalities, got 17": {"modalities": 17},
-    r"expected a GPU of 8.0 or later, got compute capability 7.5": {"capability": (7, 5)},
+    "expected float16 or bfloat16, got float32": {"dtype": torch.float32},
+    "expected heads of 32, 64, 128, got 48": {"head_dim": 48},
+    "expected at most 16 modalities, got 17": {"modalities": 17},
+    "expected a GPU of compute capability 8.0 or later, got 7.5": {"capability": (7, 5)},
     r"was built \(sm_90a\), got compute capability 8.6; install again with .*=sm_86": {"built": "sm_90a"},
-    "takes 120000 bytes of shared memory for a thread block, and this GPU has 65536": {"needed": 120000},
+    "expected at most 65536 bytes of shared memory for a thread block, got 120000": {"needed": 120000},
     "no NVIDIA driver is found": {"driver": "no NVIDIA driver is found"},
 }
 
@@ -258,7 +258,7 @@ def test_a_gpu_with_too_little_shared_memory_takes_the_slower_path_in_both_passe
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(64 * 1024))
     _say_once.cache_clear()
     batch, launched = mixed(), cuda_extension.launched()
-    with pytest.warns(RuntimeWarning, match=r"takes \d+ bytes of shared memory for a thread block, and .* has 65536$"):
+    with pytest.warns(RuntimeWarning, match=r"at most 65536 bytes of shared memory for a thread block, got \d+$"):
         contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 64), torch.bfloat16, batch.slices())
     assert cuda_extension.launched() == launched
 

@@ -1,4 +1,8 @@
-"""``routed_ffn``: one GeGLU network per modality, with Sub-LayerNorm, bias, LayerScale, DropPath and residual."""
+"""``routed_ffn``: one GeGLU network per modality, with Sub-LayerNorm, bias, LayerScale, DropPath and residual.
+
+The tests that take ``CHECKED`` or ``CONTRACT_DTYPES`` hold of the reference and of the "per_modality" strategy, which
+tests/kernels runs them with.
+"""
 
 import pytest
 import torch
@@ -16,40 +20,48 @@ from support.ffn_cases import (
     sample_of,
     slices_of,
 )
-from support.kernels import CHECKED, HALF, interpreter_only, on_device
+from support.kernels import (
+    CHECKED,
+    CONTRACT_DTYPES,
+    HALF,
+    REFERENCE_ONLY,
+    REPEATS,
+    first,
+    interpreter_only,
+    on_device,
+)
 from support.plans import ragged_offsets
 
 from onepeace_fast import routed_ffn
 from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
 from onepeace_fast.tolerance import DTYPES
 
+IN_PARTS = pytest.param([2, 0, 1], 32, 6144, 2, marks=pytest.mark.slow)  # a kernel holds such rows in parts
+SHAPES = [([5, 0, 7], 16, 40, 0), IN_PARTS, ([1], 63, 64, 0), ([7, 65], 64, 200, 3), ([0, 0], 8, 16, 1)]
+SHAPES += [([300, 1, 7], 8, 16, 2), ([7, 1], 1, 63, 0)] if REFERENCE_ONLY else []
 
-@pytest.mark.parametrize("dtype", (torch.float64, *DTYPES), ids=str)
-@pytest.mark.parametrize(
-    "counts, width, hidden, inert",
-    [([5, 0, 7], 16, 40, 0), ([1], 63, 64, 0), ([7, 65], 64, 200, 3), ([300, 1, 7], 8, 16, 2), ([0, 0], 8, 16, 1),
-     ([7, 1], 1, 63, 0)],
-    ids=str,
-)  # fmt: skip
+
+@pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+@pytest.mark.parametrize("counts, width, hidden, inert", first(SHAPES, 2), ids=str)
 def test_values_and_gradients_follow_the_naive_ones(counts, width, hidden, inert, dtype):
-    leaves = leaves_of(counts, width, hidden, inert=inert)
+    leaves = on_device(leaves_of(counts, width, hidden, inert=inert))
     contract.check_against_naive(op(counts, inert=inert), plain(counts, inert=inert), leaves, dtype, slices_of(counts))
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=str)
+@interpreter_only
+@pytest.mark.parametrize("dtype", (CHECKED, HALF)[: 1 + REFERENCE_ONLY], ids=str)
 def test_every_combination_of_options_follows_the_naive_one(dtype):
     counts = [5, 0, 7]
     for number in range(2 ** len(OPTIONS)):
         options = frozenset(name for i, name in enumerate(OPTIONS) if number >> i & 1)
         if "residual" in options or not options & {"gamma", "drop_path"}:
-            leaves = leaves_of(counts, 6, 10, options, 1)
+            leaves = on_device(leaves_of(counts, 6, 10, options, 1))
             contract.check_against_naive(
                 op(counts, options, inert=1, eps=0.1), plain(counts, options, inert=1, eps=0.1), leaves, dtype,
                 slices_of(counts),
             )  # fmt: skip
 
 
-@pytest.mark.by_kernels
 @interpreter_only
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_follows_the_naive_one(activation):
@@ -61,8 +73,8 @@ def test_every_activation_follows_the_naive_one(activation):
 
 
 def test_the_residual_may_be_float32_over_half_precision_products():
-    counts, leaves = [7, 12], leaves_of([7, 12], 64, 96)
-    dtypes = {name: torch.float32 if name in ("residual", "gamma") else torch.bfloat16 for name in leaves}
+    counts, leaves = [7, 0, 12], on_device(leaves_of([7, 0, 12], 64, 96))
+    dtypes = {name: torch.float32 if name in ("residual", "gamma") else HALF for name in leaves}
     contract.check_against_naive(op(counts), plain(counts), leaves, dtypes, slices_of(counts))
 
 
@@ -84,7 +96,7 @@ def test_autocast_runs_the_products_in_its_dtype_and_returns_parameter_gradients
 
 
 def test_offsets_alone_and_host_counts_give_the_same_bits():
-    counts, leaves = [5, 0, 7], leaves_of([5, 0, 7], 16, 24, inert=2)
+    counts, leaves = [5, 0, 7], on_device(leaves_of([5, 0, 7], 16, 24, inert=2), CHECKED)
     contract.assert_same(
         contract.run(op(counts, host=False, inert=2), leaves), contract.run(op(counts, inert=2), leaves), "host counts"
     )
@@ -154,18 +166,19 @@ def test_nan_in_one_row_leaves_the_other_rows_alone():
 @pytest.mark.parametrize("poisoned", ("z", "residual", "gradient"))
 def test_nan_in_inert_rows_reaches_nothing(poisoned):
     counts = [5, 0, 7]
-    check_nan_in_inert_rows(op(counts, inert=3), counts, leaves_of(counts, 16, 24, inert=3), poisoned)
+    leaves = on_device(leaves_of(counts, 16, 24, inert=3), CHECKED)
+    check_nan_in_inert_rows(op(counts, inert=3), counts, leaves, poisoned)
 
 
 def test_inert_rows_keep_the_residual_and_are_zero_without_one():
-    counts, leaves = [5, 2], leaves_of([5, 2], 16, 24, inert=3)
+    counts, leaves = [5, 0, 2], on_device(leaves_of([5, 0, 2], 16, 24, inert=3), CHECKED)
     assert torch.equal(op(counts, inert=3)(**leaves)[-3:], leaves["residual"][-3:])
     bare = {name: leaf for name, leaf in leaves.items() if name not in ("residual", "gamma")}
     assert not op(counts, frozenset(), inert=3)(**bare)[-3:].any()
 
 
 def test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros():
-    counts, leaves = [3, 0, 2], leaves_of([3, 0, 2], 4, 6)
+    counts, leaves = [3, 0, 2], on_device(leaves_of([3, 0, 2], 4, 6), CHECKED)
     contract.check_frozen(op(counts), leaves)
     gradients = contract.run(op(counts), leaves)[1]
     idle = [name for name in leaves if name.endswith("_1")]
@@ -181,16 +194,16 @@ def test_second_derivative_is_refused():
 
 
 def test_repeats_are_bitwise_equal():
-    counts = [65, 0, 67]
-    for dtype in (torch.float32, torch.bfloat16):
-        leaves = {name: leaf.to(dtype) for name, leaf in leaves_of(counts, 31, 33, inert=3).items()}
-        contract.check_deterministic(op(counts, inert=3), leaves)
+    counts = [65, 0, 67] if REFERENCE_ONLY else [9, 0, 8]
+    for dtype in (torch.float32, HALF)[not REFERENCE_ONLY :]:
+        leaves = on_device(leaves_of(counts, 31, 33, inert=3), dtype)
+        contract.check_deterministic(op(counts, inert=3), leaves, REPEATS)
 
 
 def test_compiled_equals_eager():
-    contract.check_compiled(op([3, 0, 4], inert=1), leaves_of([3, 0, 4], 8, 12, inert=1))
+    contract.check_compiled(op([3, 0, 4], inert=1), on_device(leaves_of([3, 0, 4], 8, 12, inert=1), CHECKED))
     bare = frozenset()
-    contract.check_compiled(op([3, 4], bare), leaves_of([3, 4], 8, 12, bare))
+    contract.check_compiled(op([3, 4], bare), on_device(leaves_of([3, 4], 8, 12, bare), CHECKED))
 
 
 def test_one_dynamic_graph_serves_every_number_of_rows():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 # A GPU compiles a program for each dtype and width: there float32 is left to the tests that name it, and the widths are
 # an odd one, the model's, and a hidden width that is held in parts.
 DTYPES = (torch.bfloat16,) if DEVICE == "cuda" else (torch.float32, torch.float16)
-# float64 is the reference's, wherever it runs.
-CONTRACT_DTYPES = (torch.float64, *(tolerance.DTYPES if DEVICE == "cpu" and not INTERPRETED else DTYPES))
 WIDTHS = (63, 1536, 6144) if DEVICE == "cuda" else (63, 64, 768, 1536, 6144)
 # Tensor cores multiply half precision alone: on a GPU grouped products refuse float32.
 PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -28,6 +26,7 @@ PRODUCT_DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 REFERENCE_ONLY = DEVICE == "cpu" and not INTERPRETED
 CHECKED = torch.float64 if REFERENCE_ONLY else torch.float32
 HALF = torch.bfloat16 if REFERENCE_ONLY else DTYPES[-1]
+CONTRACT_DTYPES = (torch.float64, *tolerance.DTYPES) if REFERENCE_ONLY else DTYPES
 # Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
 interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: a CPU runs these")
@@ -64,3 +63,12 @@ def far_apart(rows: Tensor, folder: Path) -> Tensor:
     else:
         storage = torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=rows.dtype)
     return storage.as_strided(rows.shape, (stride, 1)).copy_(rows)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fill what torch.empty hands out: NaN, and the largest number for integers."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # that fills what is not initialised
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -290,7 +290,7 @@ def test_an_interruption_before_the_first_checkpoint_says_so(corpus, name, monke
         ({"manifest": "none.tsv"}, "none.tsv: expected a manifest, TSV or Parquet, got no file there"),
         (
             {"batch_size": 11},
-            "batch_size: expected at most the 10 samples of the dataset in all, got 11 on each",
+            "batch_size: expected at most the 10 pairs of the dataset in all, got 11 on each",
         ),
         ({"init": "nowhere"}, "init: expected the folder of a model, got {folder}/nowhere without config.json"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json: expected a tokenizer.json, got no file there"),

@@ -16,7 +16,7 @@ from onepeace_fast.training.logs import Logs
 def test_an_entry_is_of_the_steps_since_the_last_one_also_where_the_run_ends_between_two(tmp_path, monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(logs.time, "perf_counter", lambda: float(next(clock)))
-    with Logs(tmp_path, 0, 5, every=2, samples=12) as written:
+    with Logs(tmp_path, 0, 5, every=2, pairs=12) as written:
         for step in range(1, 6):
             written.add(step, {"loss": float(step**2), "learning_rate": 0.1})
     seen = curves(tmp_path)

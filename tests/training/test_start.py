@@ -85,7 +85,7 @@ def test_files_that_are_broken_or_missing_are_skipped_where_the_configuration_sa
             refused = str(error)
     assert not refused and rows == 9
     assert run.settings["pairs"] == 9
-    assert sum("3.png" in line and "next sample" in line for line in caplog.messages) == 1
+    assert sum("3.png" in line and "next pair" in line for line in caplog.messages) == 1
     assert sum("1 of 10 pairs" in line for line in caplog.messages) == 1
 
 
@@ -113,8 +113,8 @@ def test_the_speed_counts_every_batch_of_every_process(folder, alone, monkeypatc
     class Begun(Exception):
         """Stops the run where its logs begin."""
 
-    def begin(output, step, steps, every, samples):
-        raise Begun(step, steps, every, samples)
+    def begin(output, step, steps, every, pairs):
+        raise Begun(step, steps, every, pairs)
 
     monkeypatch.setattr(train, "Logs", begin)
     config = TrainingConfig.load(write_config(folder, accumulation=3, log_every=5))

@@ -112,10 +112,8 @@ def rehearse(short: bool, chosen: Sequence[str] = ()) -> list[Outcome]:
 def line_of(outcome: Outcome) -> str:
     """What a process did, in one line."""
     ends = ", ".join(f"{count} {ended}" for ended, count in sorted(outcome.tests.items()))
-    return (
-        f"{outcome.name}: {ends + '; ' if ends else ''}{len(outcome.programs)} compiles, {outcome.launches} launches, "
-        + (f"{outcome.seconds:.0f} s")
-    )
+    counts = f"{len(outcome.programs)} compiles, {outcome.launches} launches, {outcome.seconds:.0f} s"
+    return f"{outcome.name}: {ends + '; ' if ends else ''}{counts}"
 
 
 def judge(outcomes: Sequence[Outcome]) -> tuple[list[str], str]:

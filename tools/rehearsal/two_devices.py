@@ -208,7 +208,7 @@ def emulate(function: Any, args: tuple, kwargs: Mapping[str, Any]) -> Any:
 
 
 def _check_devices(function: Any, args: tuple, given: list[Any]) -> None:
-    """Raise where PyTorch on a GPU would: tensors of both devices, but for copies, indices and scalars."""
+    """Raise where PyTorch on a GPU would: tensors of both devices, except in copies, as indices or scalars."""
     mine = function.namespace == NAMESPACE
     strangers = [value for value in given if isinstance(value, Tensor) and not isinstance(value, EmulatedTensor)]
     strangers = [tensor for tensor in strangers if mine or tensor.dim()]

@@ -81,7 +81,7 @@ class Adapter(nn.Module, ABC):
         if tables:
             self.rel_pos_table_list = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(tables))
             for table in self.rel_pos_table_list:
-                nn.init.zeros_(table.weight)
+                nn.init.zeros_(table.weight)  # type: ignore[arg-type]  # an embedding's
 
     @abstractmethod
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -33,7 +35,9 @@ class FeatureExtractor(nn.Module):
     def forward(self, waveforms: Tensor) -> Tensor:
         """[batch, samples] to [batch, frames, channels]."""
         x = waveforms.unsqueeze(1)
-        for convolution, _, norm, activation in self.conv_layers:
+        block: Any
+        for block in self.conv_layers:
+            convolution, _, norm, activation = block
             x = activation(norm(convolution(x).transpose(1, 2)).transpose(1, 2))
         return x.transpose(1, 2)
 
@@ -79,13 +83,14 @@ class AudioAdapter(SeriesAdapter):
                 nn.LayerNorm(channels),
                 init_linear(nn.Linear(channels, embed_dim)),
             )
-            self.embed_positions = PositionConvolutions(
+            self.embed_positions: nn.Module = PositionConvolutions(
                 embed_dim, config.position_layers, config.position_width, config.position_groups
             )
             self.cls_pos_embed = nn.Parameter(init_truncated_normal(torch.empty(1, 1, embed_dim)))
         else:
-            self.embed_positions = nn.Embedding(DECODER_AUDIO_POSITIONS, embed_dim)
-            init_truncated_normal(self.embed_positions.weight)
+            positions = nn.Embedding(DECODER_AUDIO_POSITIONS, embed_dim)
+            init_truncated_normal(positions.weight)
+            self.embed_positions = positions
 
     def frames(self, samples: int) -> int:
         """Frames that a waveform of this many samples has, CLS not counted; 0 or less where it is too short."""

@@ -45,7 +45,7 @@ class ImageAdapter(Adapter):
                 nn.Conv2d(quarter, embed_dim, kernel_size=2, stride=2),
             )
             for module in self.embed_images:
-                if isinstance(module, nn.Conv2d):
+                if isinstance(module, nn.Conv2d) and module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def vector_index(self, width: int) -> Tensor:

@@ -45,6 +45,7 @@ class TextAdapter(SeriesAdapter):
 
     def faults(self, name: str, value: Tensor, padding: Tensor | None) -> list[Fault]:
         limit = self.vocab_size
+        assert limit is not None  # a decoder's reads no token ids
         outside = ((value < 0) | (value >= limit)).sum()
         return [(outside, lambda n: f"{name}: expected token ids from 0 to {limit - 1}, got {n} others")]
 

@@ -1,6 +1,6 @@
 """Host time of the ops without a launch: past the dispatcher, and by the registered op, in one interleaved run.
 
-    python -m benchmarks.bench_host_time [ROUNDS]
+    python -m benchmarks.host_time [ROUNDS]
 
 It runs without a GPU: Triton's launchers do all that they do before a launch, on tensors of a CPU, and launch nothing.
 Values that only a CPU's host would read are not read. Medians of one thread's CPU time, in microseconds; ``backward``
