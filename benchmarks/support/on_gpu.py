@@ -11,7 +11,6 @@ import torch
 
 from benchmarks.support import relative_bias_attention as attention
 from benchmarks.support import shapes
-from benchmarks.support.pointwise import OPERATIONS as POINTWISE
 from benchmarks.support.pointwise import Operation, PointwiseCase, operations
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import MODES, LeftOut, Variant
@@ -22,8 +21,9 @@ SIZES = Sizes(width=1536, hidden=6144, heads=24)
 _NOTHING = PointwiseCase(
     Shape("one", {"text": [1]}), Sizes(1, 1, 1), torch.device("meta"), torch.float32, 1, stream=torch.float32
 )
+POINTWISE = {name: tuple(make().factories) for name, make in operations(_NOTHING).items()}
 VARIANTS = {
-    **{name: tuple(make().factories) for name, make in operations(_NOTHING).items()},
+    **POINTWISE,
     "relative_bias_attention": (
         "bias_built_sdpa_memory_efficient",
         "sdpa_memory_efficient",

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Factory, Variant, compiled, trained
-from onepeace_fast.ops import gated_sub_ln, layer_norm, residual_layer_norm, rms_norm
+from onepeace_fast.hardware.cases import OVER_ROWS, Rows, empty_tensors
+from onepeace_fast.ops import gated_sub_ln, layer_norm, residual_layer_norm
 
 EPS = 1e-5
 GOAL = 0.85  # of the bandwidth of a copy
@@ -75,7 +76,8 @@ class Operation:
 
 def operations(case: PointwiseCase) -> dict[str, Callable[[], Operation]]:
     """What is measured, by the name of the operation's file; made when it is its turn, for its memory."""
-    return {name: functools.partial(make, case) for name, make in OPERATIONS.items()}
+    others = {name: functools.partial(case_operation, name) for name in OVER_ROWS if name not in OPERATIONS}
+    return {name: functools.partial(make, case) for name, make in {**OPERATIONS, **others}.items()}
 
 
 def layer_norm_operation(case: PointwiseCase) -> Operation:
@@ -111,27 +113,23 @@ def layer_norm_operation(case: PointwiseCase) -> Operation:
     )
 
 
-def rms_norm_operation(case: PointwiseCase) -> Operation:
-    """One weight for all rows."""
-    width = case.sizes.width
-    (weight,) = case.vectors(width, around=1.0)
-    xs, gradients = case.tensors(width, leaf=True), case.tensors(width)
+def case_operation(name: str, case: PointwiseCase) -> Operation:
+    """An operation of one output in the form of its first case, against that case's plain PyTorch."""
+    width, rows = case.sizes.width, Rows(case.rows, case.device)
+    first = next(OVER_ROWS[name](rows, width, case.dtype, empty_tensors(case.device)))
+    matrices = {key: (width, leaf.dtype) for key, leaf in first.leaves.items() if leaf.dim() == 2}
+    names = [key for key in first.leaves if key not in matrices]
+    vectors = dict(zip(names, case.vectors(width, len(names), around=1.0), strict=True))
 
-    def fused(x: Tensor) -> Tensor:
-        return rms_norm(x, weight, eps=EPS)
+    def of_rows(function: Function) -> Function:
+        return lambda *rows: function(**dict(zip(matrices, rows, strict=True)), **vectors)
 
-    def eager(x: Tensor) -> Tensor:
-        return F.rms_norm(x, (width,), weight, EPS)
-
-    def liger() -> Function:
-        function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-        return lambda x: function.apply(x, weight, EPS, 0.0, "gemma", False)  # float32 throughout
-
-    row = (width, case.dtype)
+    sets = list(zip(*(case.tensors(*matrix, leaf=True) for matrix in matrices.values()), strict=True))
+    inputs, output = list(matrices.values()), (width, case.dtype)
     return Operation(
-        _factories(fused, eager, {"liger": liger}, [(x,) for x in xs], gradients, [weight]),
-        forward_bytes=case.moved(row, row),
-        backward_bytes=case.moved(row, row, row),
+        _factories(of_rows(first.call), of_rows(first.plain), {}, sets, case.tensors(width), list(vectors.values())),
+        forward_bytes=case.moved(*inputs, output),
+        backward_bytes=case.moved(*inputs, *inputs, output),
     )
 
 
@@ -194,7 +192,6 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
 
 OPERATIONS = {
     "layer_norm": layer_norm_operation,
-    "rms_norm": rms_norm_operation,
     "residual": residual_operation,
     "gated_sub_ln": gated_sub_ln_operation,
 }

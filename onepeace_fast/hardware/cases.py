@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.kernels.launch_heuristic import WIDEST
@@ -41,7 +42,7 @@ class Case:
     """``call(**leaves)`` is the operation; every leaf takes a gradient.
 
     ``entries`` are the launch parameters of its forward and its backward kernel in the table; ``slices`` those parts of
-    outputs and leaves that are looked at one by one.
+    outputs and leaves that are looked at one by one; ``plain`` is the same in plain PyTorch, for a benchmark.
     """
 
     operation: str
@@ -50,6 +51,7 @@ class Case:
     leaves: Mapping[str, Tensor]
     entries: tuple[str, ...] = ()
     slices: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    plain: Callable[..., Any] | None = None
 
 
 def random_tensors(device: torch.device, seed: int = 0) -> Make:
@@ -195,8 +197,12 @@ def _rms_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         return rms_norm(x, _listed("weight", weights), row_index=batch.some, offsets=batch.some_offsets)
 
     entries, leaves = ("rms_norm", "rms_norm_backward"), _vectors("weight", width, dtype, make)
-    weight = make(width, dtype=torch.float32, scale=0.5, shift=1.0)
-    yield Case("rms_norm", "weight", rms_norm, {"x": x(), "weight": weight}, entries)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[1:], weight.to(x.dtype), 1e-5)
+
+    shared = {"x": x(), "weight": make(width, dtype=torch.float32, scale=0.5, shift=1.0)}
+    yield Case("rms_norm", "weight", rms_norm, shared, entries, plain=plain)
     yield Case("rms_norm", "no weight", rms_norm, {"x": x()}, entries)
     slices = {"out0": batch.modalities, "x": batch.modalities}
     yield Case("rms_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
