@@ -16,7 +16,7 @@ def _sigmoid_and_slope(t):
 def activation_and_slope(u, ACTIVATION: tl.constexpr):
     """activation(u) and its slope: "relu", "gelu" (Hendrycks and Gimpel, arXiv 1606.08415), "gelu_tanh" and "silu"."""
     if ACTIVATION == "relu":
-        value = tl.where(u <= 0, 0.0, u)
+        value = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
         slope = tl.where(u <= 0, 0.0, 1.0)
     else:
         if ACTIVATION == "gelu":
