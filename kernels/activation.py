@@ -14,17 +14,22 @@ def _sigmoid_and_slope(t):
 
 @triton.jit
 def activation_and_slope(u, ACTIVATION: tl.constexpr):
-    """activation(u) and activation'(u), for "gelu" (Hendrycks and Gimpel, arXiv 1606.08415), "gelu_tanh" and "silu"."""
-    if ACTIVATION == "gelu":
-        gate = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)  # the normal distribution's cumulative function
-        slope = gate + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
-    elif ACTIVATION == "gelu_tanh":
-        linear = 1.5957691216057308 * u  # (1 + tanh(t / 2)) / 2 is sigmoid(t)
-        cubic = 0.044715 * linear * u * u
-        gate, gate_slope = _sigmoid_and_slope(linear + cubic)
-        slope = gate + gate_slope * (linear + 3 * cubic)
+    """activation(u) and its slope: "relu", "gelu" (Hendrycks and Gimpel, arXiv 1606.08415), "gelu_tanh" and "silu"."""
+    if ACTIVATION == "relu":
+        value = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        slope = tl.where(u <= 0, 0.0, 1.0)
     else:
-        tl.static_assert(ACTIVATION == "silu")
-        gate, gate_slope = _sigmoid_and_slope(u)
-        slope = gate + gate_slope * u
-    return u * gate, slope
+        if ACTIVATION == "gelu":
+            gate = 0.5 + 0.5 * tl.erf(u * 0.7071067811865476)  # the normal distribution's cumulative function
+            slope = gate + u * tl.exp(-0.5 * u * u) * 0.3989422804014327
+        elif ACTIVATION == "gelu_tanh":
+            linear = 1.5957691216057308 * u  # (1 + tanh(t / 2)) / 2 is sigmoid(t)
+            cubic = 0.044715 * linear * u * u
+            gate, gate_slope = _sigmoid_and_slope(linear + cubic)
+            slope = gate + gate_slope * (linear + 3 * cubic)
+        else:
+            tl.static_assert(ACTIVATION == "silu")
+            gate, gate_slope = _sigmoid_and_slope(u)
+            slope = gate + gate_slope * u
+        value = u * gate
+    return value, slope

@@ -55,16 +55,20 @@ KERNELS = {
     "layer_norm_head_scale": Kernel(16, 4, 16),
     "layer_norm_backward": Kernel(8, 8, 16),
     "layer_norm_backward_head_scale": Kernel(8, 8, 16),
+    "rms_norm": Kernel(16, 4, 32),
+    "rms_norm_backward": Kernel(8, 8, 16),
     "residual": Kernel(16, 4, 32),
     "residual_backward": Kernel(16, 8, 16),
     "residual_layer_norm": Kernel(16, 4, 32),
     "residual_layer_norm_backward": Kernel(8, 8, 16),
+    "residual_rms_norm": Kernel(16, 4, 32),
+    "residual_rms_norm_backward": Kernel(8, 8, 16),
     "gated_sub_ln": Kernel(16, 4, 16, rows=4),
     "gated_sub_ln_backward": Kernel(8, 8, 16),
 }
 # The widest rows that an operation's kernels hold in registers, beside the parameters and the sums over rows of its
 # backward pass; the reference takes wider ones.
-WIDEST = {"layer_norm": 6144, "residual": 4096, "gated_sub_ln": 6144}
+WIDEST = {"layer_norm": 6144, "rms_norm": 6144, "residual": 4096, "gated_sub_ln": 6144}
 
 
 def widest(kernel: str) -> int:
@@ -91,8 +95,10 @@ def heuristic(kernel: str, width: int) -> Parameters:
 
 def _bound(kernel: str, rows: int) -> int | None:
     """Registers of a thread, where the compiler left alone gives too many for the programs, or spills to fit more."""
-    if kernel == "layer_norm_backward":
+    if kernel in ("layer_norm_backward", "rms_norm_backward"):
         return 128
+    if kernel == "residual_rms_norm" and rows > 1:
+        return 96
     return 128 if kernel in ("gated_sub_ln", "layer_norm") and rows == 1 else None
 
 

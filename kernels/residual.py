@@ -1,7 +1,8 @@
-"""The residual connection, alone or with the LayerNorm behind it: the formulas stand in ``ops/residual.py``.
+"""The residual connection, alone or with the norm behind it: the formulas stand in ``ops/residual.py``.
 
-A program holds gamma and the norm's parameters in registers while it walks over its rows. With a row index a walk over
-all rows of the stream looks up each row's place among the branch's rows, so that every row is read and written once.
+A norm with a mean is LayerNorm, one without RMSNorm; it is a small part of these kernels. A program holds gamma and the
+norm's parameters in registers while it walks over its rows. With a row index a walk over all rows of the stream looks
+up each row's place among the branch's rows, so that every row is read and written once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton.language as tl
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import mean_and_rstd
 from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_partials, zero_sums
+from onepeace_fast.kernels.rms_norm import reciprocal_rms
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
@@ -110,13 +112,17 @@ def residual_forward_kernel(
                 store_rows(out, row, live, width, total, part, BLOCK_WIDTH)
                 held += (total,)
             if normed is not None:
-                mu, r = mean_and_rstd(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+                if mean is not None:
+                    mu, r = mean_and_rstd(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+                    store_rows(mean, row, live, 1, mu, 0, 1)
+                else:
+                    mu = 0.0
+                    r = reciprocal_rms(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 for part in tl.static_range(PARTS):
                     result = (held[part].to(tl.float32) - mu) * r * w[part]
                     if norm_bias is not None:
                         result = result + b[part]
                     store_rows(normed, row, live, width, result, part, BLOCK_WIDTH)
-                store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
             tile += BLOCK_ROWS
 
@@ -179,8 +185,9 @@ def residual_backward_kernel(
             path_factor = _drop_path_factor(drop_path, sample, stream_row, placed)
             mu = 0.0
             r = 0.0
-            if grad_normed is not None:
+            if mean is not None:
                 mu = tl.load(mean + row, mask=live, other=0)[:, None]
+            if grad_normed is not None:
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
             held = ()
             gamma_sums = ()
@@ -202,7 +209,9 @@ def residual_backward_kernel(
                     g_xhat_total += g * w[part] * xhat
                 w_total = w_sums
                 b_total = b_sums
-                g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                g_mean = 0.0
+                if mean is not None:
+                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
                 g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
             for part in tl.static_range(PARTS):
                 total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
@@ -245,8 +254,9 @@ def residual_forward(given: ResidualInputs) -> ResidualOutputs:
     normed = mean = rstd = None
     if given.norm_weight is not None:
         normed = torch.empty(x.shape, dtype=y.dtype, device=x.device)
-        mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
-    parameters, programs = parameters_for("residual" if normed is None else "residual_layer_norm", x, count)
+        rstd = torch.empty((count, 1), dtype=torch.float32, device=x.device)
+        mean = None if given.norm_is_rms else torch.empty_like(rstd)
+    parameters, programs = parameters_for(_table_name(normed is not None, mean is not None), x, count)
     arguments = {
         "x": x, "y": y, "out": out, "normed": normed, "mean": mean, "rstd": rstd,
         "place": None if row_index is None else row_places(row_index, offsets, count),
@@ -272,7 +282,7 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     stream_rows, width = like.shape
     branch_rows = stream_rows if row_index is None else row_index.shape[0]
     walked, walk_offsets = (stream_rows, None) if normed else (branch_rows, offsets)
-    parameters, programs = parameters_for(f"residual{'_layer_norm' * normed}_backward", like, walked)
+    parameters, programs = parameters_for(f"{_table_name(normed, mean is not None)}_backward", like, walked)
     vectors = (saved.gamma, saved.norm_weight, saved.norm_bias)
     gradients = new_where_needed(vectors, (needs.gamma, needs.norm_weight, needs.norm_bias))
     computed = gradients if normed else [gradients[0], None, None]
@@ -299,6 +309,10 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
             if gradient is not None:
                 gradient.zero_()
     return ResidualGradients(dx, dy, *gradients)
+
+
+def _table_name(normed: bool, has_mean: bool) -> str:
+    return "residual" if not normed else "residual_layer_norm" if has_mean else "residual_rms_norm"
 
 
 def _scaling(given: ResidualInputs | ResidualSaved) -> dict[str, Any]:

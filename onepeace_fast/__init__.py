@@ -5,18 +5,12 @@ from typing import TYPE_CHECKING, Any
 from onepeace_fast import (
     _interrupt,  # noqa: F401  (first, before what is slow)
     _source_tree,  # noqa: F401  makes onepeace_fast.kernels importable for all that follow
+    ops,
 )
 from onepeace_fast.backend import use_backend
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.models import OnePeacePretrain
-from onepeace_fast.ops import (
-    gated_sub_ln,
-    layer_norm,
-    relative_bias_attention,
-    residual,
-    residual_layer_norm,
-    routed_ffn,
-)
+from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.route_plan import RoutePlan
 
 if TYPE_CHECKING:
@@ -24,15 +18,5 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "OnePeaceConfig",
-    "OnePeacePretrain",
-    "RoutePlan",
-    "gated_sub_ln",
-    "layer_norm",
-    "relative_bias_attention",
-    "residual",
-    "residual_layer_norm",
-    "routed_ffn",
-    "use_backend",
-]
+__all__ = ["OnePeaceConfig", "OnePeacePretrain", "RoutePlan", "use_backend"]
+__all__ += ops.__all__

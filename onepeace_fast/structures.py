@@ -82,8 +82,41 @@ class LayerNormGradients(NamedTuple):
     head_scale: Tensor | None
 
 
+class RMSNormInputs(NamedTuple):
+    """``rms_norm``."""
+
+    x: Tensor  # [rows, width]
+    weight: list[Tensor]  # [width], none, one for all rows or one per modality
+    routing: Routing
+    eps: float
+
+
+class RMSNormOutputs(NamedTuple):
+    """The norm of N rows, and the reciprocal of each row's root mean square, float32 for half precision."""
+
+    y: Tensor  # [N, width]
+    rrms: Tensor  # [N, 1]
+
+
+class RMSNormSaved(NamedTuple):
+    """What the backward pass of ``rms_norm`` is given."""
+
+    grad_y: Tensor  # [N, width]
+    x: Tensor
+    rrms: Tensor
+    weight: list[Tensor]
+    routing: Routing
+
+
+class RMSNormGradients(NamedTuple):
+    """Gradients of ``rms_norm``."""
+
+    x: Tensor
+    weight: list[Tensor | None]
+
+
 class ResidualInputs(NamedTuple):
-    """``residual``, or with ``norm_weight`` ``residual_layer_norm``."""
+    """``residual``, or with ``norm_weight`` ``residual_layer_norm`` or ``residual_rms_norm``."""
 
     x: Tensor  # [rows, width]
     y: Tensor  # [rows, width], or [N, width] with a row index
@@ -94,10 +127,11 @@ class ResidualInputs(NamedTuple):
     norm_weight: Tensor | None  # [width]
     norm_bias: Tensor | None  # [width]
     eps: float
+    norm_is_rms: bool = False  # no LayerNorm but RMSNorm
 
 
 class ResidualOutputs(NamedTuple):
-    """The stream, and with a norm its norm and statistics."""
+    """The stream, and with a norm its norm and statistics; an RMSNorm has no mean, and rstd is 1 / RMS."""
 
     out: Tensor  # [rows, width]
     normed: Tensor | None  # [rows, width]
@@ -106,7 +140,10 @@ class ResidualOutputs(NamedTuple):
 
 
 class ResidualSaved(NamedTuple):
-    """What the backward pass of ``residual`` is given; ``y`` only where gamma needs it, ``out`` only with a norm."""
+    """What the backward pass of ``residual`` is given; ``y`` only where gamma needs it, ``out`` only with a norm.
+
+    Without a mean the norm is RMSNorm.
+    """
 
     grad_out: Tensor | None
     grad_normed: Tensor | None

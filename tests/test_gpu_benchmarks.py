@@ -213,6 +213,7 @@ def test_bytes_are_those_of_every_row_tensor_once_each_way():
     rows = tiny_shape().real_tokens
     expected = {"layer_norm": (2 * 2 * 32, 3 * 2 * 32), "gated_sub_ln": (3 * 2 * 48, 5 * 2 * 48)}
     expected["residual"] = ((4 + 2 + 4 + 2) * 32, (4 + 2 + 4 + 2 + 4 + 2) * 32)
+    expected["rms_norm"] = expected["layer_norm"]
     for name, (forward, backward) in expected.items():
         found = operations(case)[name]().bytes
         passes = (forward, backward, forward + backward)

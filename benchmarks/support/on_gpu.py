@@ -17,10 +17,13 @@ from benchmarks.support.variants import MODES, LeftOut, Variant
 
 SHAPE = Shape("vision-language 32", {"text": shapes.text(32), "image": shapes.image(32)})
 SIZES = Sizes(width=1536, hidden=6144, heads=24)
+# Of tensors that hold nothing: only the names are asked for.
+_NOTHING = PointwiseCase(
+    Shape("one", {"text": [1]}), Sizes(1, 1, 1), torch.device("meta"), torch.float32, 1, stream=torch.float32
+)
+POINTWISE = {name: tuple(make().factories) for name, make in operations(_NOTHING).items()}
 VARIANTS = {
-    "layer_norm": ("eager", "compiled", "liger", "apex", "flash-attn", "fused"),
-    "residual": ("eager", "compiled", "fused"),
-    "gated_sub_ln": ("eager", "compiled", "liger, tanh", "fused"),
+    **POINTWISE,
     "relative_bias_attention": (
         "bias_built_sdpa_memory_efficient",
         "sdpa_memory_efficient",
@@ -37,7 +40,7 @@ ATTENTION_SHAPES = {shape.name: shape for shape in attention.full_shapes()}
 ROUNDS, WARM_UP, SETS = 50, 5, 4
 skip_without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
-__all__ = ["ATTENTION_SHAPES", "MODES", "VARIANTS", "run_attention", "run_pointwise", "skip_without_gpu"]
+__all__ = ["ATTENTION_SHAPES", "MODES", "POINTWISE", "VARIANTS", "run_attention", "run_pointwise", "skip_without_gpu"]
 
 
 @functools.cache

@@ -5,6 +5,7 @@ They are bound by bandwidth, so a time is read as bytes that must move over byte
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Factory, Variant, compiled, trained
+from onepeace_fast.hardware.cases import OVER_ROWS, Rows, empty_tensors
 from onepeace_fast.ops import gated_sub_ln, layer_norm, residual_layer_norm
 
 EPS = 1e-5
@@ -74,11 +76,8 @@ class Operation:
 
 def operations(case: PointwiseCase) -> dict[str, Callable[[], Operation]]:
     """What is measured, by the name of the operation's file; made when it is its turn, for its memory."""
-    return {
-        "layer_norm": lambda: layer_norm_operation(case),
-        "residual": lambda: residual_operation(case),
-        "gated_sub_ln": lambda: gated_sub_ln_operation(case),
-    }
+    others = {name: functools.partial(case_operation, name) for name in OVER_ROWS if name not in OPERATIONS}
+    return {name: functools.partial(make, case) for name, make in {**OPERATIONS, **others}.items()}
 
 
 def layer_norm_operation(case: PointwiseCase) -> Operation:
@@ -111,6 +110,26 @@ def layer_norm_operation(case: PointwiseCase) -> Operation:
         _factories(fused, eager, peers, [(x,) for x in xs], gradients, [weight, bias]),
         forward_bytes=case.moved(row, row),
         backward_bytes=case.moved(row, row, row),
+    )
+
+
+def case_operation(name: str, case: PointwiseCase) -> Operation:
+    """An operation of one output in the form of its first case, against that case's plain PyTorch."""
+    width, rows = case.sizes.width, Rows(case.rows, case.device)
+    first = next(OVER_ROWS[name](rows, width, case.dtype, empty_tensors(case.device)))
+    matrices = {key: (width, leaf.dtype) for key, leaf in first.leaves.items() if leaf.dim() == 2}
+    names = [key for key in first.leaves if key not in matrices]
+    vectors = dict(zip(names, case.vectors(width, len(names), around=1.0), strict=True))
+
+    def of_rows(function: Function) -> Function:
+        return lambda *rows: function(**dict(zip(matrices, rows, strict=True)), **vectors)
+
+    sets = list(zip(*(case.tensors(*matrix, leaf=True) for matrix in matrices.values()), strict=True))
+    inputs, output = list(matrices.values()), (width, case.dtype)
+    return Operation(
+        _factories(of_rows(first.call), of_rows(first.plain), {}, sets, case.tensors(width), list(vectors.values())),
+        forward_bytes=case.moved(*inputs, output),
+        backward_bytes=case.moved(*inputs, *inputs, output),
     )
 
 
@@ -169,6 +188,13 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
         forward_bytes=case.moved(row, row, row),
         backward_bytes=case.moved(row, row, row, row, row),
     )
+
+
+OPERATIONS = {
+    "layer_norm": layer_norm_operation,
+    "residual": residual_operation,
+    "gated_sub_ln": gated_sub_ln_operation,
+}
 
 
 def _factories(

@@ -13,11 +13,20 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.kernels.launch_heuristic import WIDEST
-from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
-from onepeace_fast.ops.gated_sub_ln import gated_sub_ln
+from onepeace_fast.ops import (
+    gated_sub_ln,
+    layer_norm,
+    relative_bias_attention,
+    residual,
+    residual_layer_norm,
+    residual_rms_norm,
+    rms_norm,
+    routed_ffn,
+)
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 MODALITIES = 3
@@ -33,7 +42,7 @@ class Case:
     """``call(**leaves)`` is the operation; every leaf takes a gradient.
 
     ``entries`` are the launch parameters of its forward and its backward kernel in the table; ``slices`` those parts of
-    outputs and leaves that are looked at one by one.
+    outputs and leaves that are looked at one by one; ``plain`` is the same in plain PyTorch, for a benchmark.
     """
 
     operation: str
@@ -42,6 +51,7 @@ class Case:
     leaves: Mapping[str, Tensor]
     entries: tuple[str, ...] = ()
     slices: Mapping[str, Sequence[object]] = field(default_factory=dict)
+    plain: Callable[..., Any] | None = None
 
 
 def random_tensors(device: torch.device, seed: int = 0) -> Make:
@@ -122,10 +132,9 @@ def _integers(values: Sequence[int], device: torch.device) -> Tensor:
 def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations that have kernels for packed rows of one width."""
     batch = Rows(rows, device)
-    cases = {"layer_norm": _layer_norm, "residual": _residual, "gated_sub_ln": _gated_sub_ln}
-    for operation, cases_of in cases.items():
-        if width <= WIDEST[operation]:
-            yield from cases_of(batch, width, dtype, make)
+    for operation, most in WIDEST.items():
+        if width <= most:
+            yield from OVER_ROWS[operation](batch, width, dtype, make)
 
 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
@@ -177,6 +186,29 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
         yield Case("layer_norm", "head scale", layer_norm, {"x": x(), **shared, **scale}, entries)
 
 
+def _rms_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    def x() -> Tensor:
+        return make(batch.rows, width, dtype=dtype, scale=3.0, shift=1.0)
+
+    def per_modality(x: Tensor, **weights: Tensor) -> Tensor:
+        return rms_norm(x, _listed("weight", weights), offsets=batch.offsets)
+
+    def of_some(x: Tensor, **weights: Tensor) -> Tensor:
+        return rms_norm(x, _listed("weight", weights), row_index=batch.some, offsets=batch.some_offsets)
+
+    entries, leaves = ("rms_norm", "rms_norm_backward"), _vectors("weight", width, dtype, make)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[1:], weight.to(x.dtype), 1e-5)
+
+    shared = {"x": x(), "weight": make(width, dtype=torch.float32, scale=0.5, shift=1.0)}
+    yield Case("rms_norm", "weight", rms_norm, shared, entries, plain=plain)
+    yield Case("rms_norm", "no weight", rms_norm, {"x": x()}, entries)
+    slices = {"out0": batch.modalities, "x": batch.modalities}
+    yield Case("rms_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
+    yield Case("rms_norm", "row index", of_some, {"x": x(), **leaves}, entries)
+
+
 def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
     streams = {torch.float32, dtype}
     for stream in sorted(streams, key=str):
@@ -194,6 +226,9 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
 
         def normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
             return residual_layer_norm(x, y, gamma, weight, bias, drop_path=batch.drop_path, sample=batch.sample)
+
+        def rms_normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return residual_rms_norm(x, y, gamma, weight, drop_path=batch.drop_path, sample=batch.sample)
 
         def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
             where: dict[str, Any] = {
@@ -216,6 +251,8 @@ def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterat
         entries = ("residual_layer_norm", "residual_layer_norm_backward")
         yield Case("residual_layer_norm", f"gamma, drop_path{of_stream}", normed, {**rows, **gamma, **norm}, entries)
         yield Case("residual_layer_norm", f"row index, dropout{of_stream}", of_some, {**some, **gamma, **norm}, entries)
+        rms, entries = {**rows, **gamma, "weight": norm["weight"]}, ("residual_rms_norm", "residual_rms_norm_backward")
+        yield Case("residual_rms_norm", f"gamma, drop_path{of_stream}", rms_normed, rms, entries)
 
 
 def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
@@ -233,6 +270,10 @@ def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> It
     yield Case("gated_sub_ln", "gelu, gate, norm", call("gelu"), {**gated, **norm}, entries, slices)
     yield Case("gated_sub_ln", "silu, gate", call("silu"), gated, entries)
     yield Case("gated_sub_ln", "gelu_tanh, norm", call("gelu_tanh"), {**gate, **norm}, entries, slices)
+    yield Case("gated_sub_ln", "relu, gate, norm", call("relu"), {**gated, **norm}, entries, slices)
+
+
+OVER_ROWS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "residual": _residual, "gated_sub_ln": _gated_sub_ln}
 
 
 def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
@@ -243,6 +284,7 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
     yield _routed_ffn(batch, width, dtype, make, "grouped: silu, row index, recompute", True, True, **grouped,
                       activation="silu", recompute=True, fold_norm=False)  # fmt: skip
     yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
+    yield _routed_ffn(batch, width, dtype, make, "grouped: relu, Sub-LN", **grouped, activation="relu")
 
 
 def timed_routed_ffn(

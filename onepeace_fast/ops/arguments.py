@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
 from onepeace_fast.structures import DropPath, Routing
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -109,3 +109,25 @@ def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: i
 def require_eps(eps: float) -> None:
     """Raise unless what is added to a variance is positive."""
     require(eps > 0, lambda: f"eps: expected a positive number, got {eps}")
+
+
+def require_norm_routing(routing: Routing, x: Tensor) -> int:
+    """Raise unless offsets, row counts and row index, each optional, fit x; returns the number of modalities."""
+    offsets, _, row_index = routing
+    require_row_index(row_index, x)
+    if offsets is None:
+        return 1
+    check_routing(routing, x if row_index is None else row_index)
+    return offsets.shape[0] - 1
+
+
+def norm_vectors(name: str, value: Tensor | Sequence[Tensor] | None, modalities: int, x: Tensor) -> list[Tensor]:
+    """A norm's vectors: none, one for all rows, or one of each modality."""
+    values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+    require(
+        isinstance(value, Tensor) or not values or len(values) == modalities,
+        lambda: f"{name}: expected {modalities} tensors, one per modality, or a tensor for all, got {len(values)}",
+    )
+    for item in values:
+        require_vector(name, item, x.shape[1], x.device)
+    return values

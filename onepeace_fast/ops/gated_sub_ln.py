@@ -34,11 +34,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
     "silu": F.silu,
+    "relu": F.relu,
 }
 ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward,
     "gelu_tanh": lambda grad, u: torch.ops.aten.gelu_backward(grad, u, approximate="tanh"),
     "silu": torch.ops.aten.silu_backward,
+    "relu": lambda grad, u: torch.ops.aten.threshold_backward(grad, u, 0),  # 0 at 0
 }
 
 
@@ -169,7 +171,8 @@ def gated_sub_ln(
 ) -> Tensor:
     """activation(u) * v and the Sub-LayerNorm of each row's modality.
 
-    That is GeGLU, or SwiGLU with silu (Shazeer, arXiv 2002.05202), and Sub-LN (Wang et al., arXiv 2210.06423).
+    That is GeGLU, SwiGLU with silu or ReGLU with relu (Shazeer, arXiv 2002.05202), and Sub-LN (Wang et al., arXiv
+    2210.06423).
 
     Args:
         u: floating point [rows, width], any row stride, at most 16,384 wide, past 6,144 by the reference; rows
@@ -178,7 +181,8 @@ def gated_sub_ln(
         norm_weight, norm_bias: one floating-point [width] per modality; None for no norm.
         offsets: int32 [G + 1], the plan's.
         row_counts: the plan's row counts, where the host knows them.
-        activation: "gelu" (exact, by erf), "gelu_tanh" (its approximation by tanh) or "silu".
+        activation: "gelu" (exact, by erf), "gelu_tanh" (its approximation by tanh), "silu" or "relu", whose derivative
+            at 0 is 0.
         eps: added to the variance.
 
     Returns:

@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops.arguments import check_routing, check_row_index, require_eps, require_row_index, require_rows
+from onepeace_fast.checks import describe, require, require_device
+from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
 from onepeace_fast.ops.operation import Gradient, Operation
-from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
+from onepeace_fast.ops.packed_rows import accumulation_dtype, rows_of_norms, source_rows
 from onepeace_fast.structures import (
     LayerNormGradients,
     LayerNormInputs,
@@ -58,7 +58,7 @@ def layer_norm_reference(given: LayerNormInputs) -> LayerNormOutputs:
     y = x.new_zeros(count, x.shape[1])
     mean, rstd = (x.new_zeros((count, 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
     for m, part in enumerate(_parts(given, count)):
-        scaled = _scaled(x[_source(routing, part, x)], given.head_scale)
+        scaled = _scaled(x[source_rows(routing, part, x)], given.head_scale)
         y[part], mean[part], rstd[part] = normalize(scaled, _at(given.weight, m), _at(given.bias, m), given.eps)
     return LayerNormOutputs(y, mean, rstd)
 
@@ -70,7 +70,7 @@ def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerN
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
     dscale = saved.mean.new_zeros(head_scale.shape) if needs.head_scale else None
     for m, part in enumerate(_parts(saved, grad.shape[0])):
-        source = _source(saved.routing, part, x)
+        source = source_rows(saved.routing, part, x)
         wanted = (True, _at(dweight, m) is not None, _at(dbias, m) is not None)
         dscaled, weight_part, bias_part = normalize_backward(
             grad[part], _scaled(x[source], head_scale), saved.mean[part], saved.rstd[part], _at(saved.weight, m), wanted
@@ -91,21 +91,7 @@ def zeros_where_needed(vectors: Sequence[Tensor], needs: Sequence[bool]) -> list
 
 
 def _parts(given: LayerNormInputs | LayerNormSaved, count: int) -> Sequence[slice]:
-    """The row range of each modality, or one of all real rows where the modalities share their parameters."""
-    if given.routing.offsets is None:
-        return [slice(0, count)]
-    ranges = list(row_slices(given.routing))
-    shared = max(len(given.weight), len(given.bias)) <= 1
-    return [slice(0, ranges[-1].stop if ranges else 0)] if shared else ranges
-
-
-def _source(routing: Routing, part: slice, x: Tensor) -> slice | Tensor:
-    """Where the rows of a range come from."""
-    if routing.row_index is None:
-        return part
-    index = routing.row_index[part]
-    check_row_index(index, None, x)
-    return index.long()
+    return rows_of_norms(given.routing, max(len(given.weight), len(given.bias)), count)
 
 
 def _scaled(x: Tensor, head_scale: Tensor | None) -> Tensor:
@@ -195,11 +181,8 @@ def layer_norm(
     routing = Routing(offsets, tuple(row_counts), row_index)
     require_rows("x", x)
     require_eps(eps)
-    require_row_index(row_index, x)
-    if offsets is not None:
-        check_routing(routing, x if row_index is None else row_index)
-    modalities = 1 if offsets is None else offsets.shape[0] - 1
-    weights, biases = _per_modality("weight", weight, modalities, x), _per_modality("bias", bias, modalities, x)
+    modalities = require_norm_routing(routing, x)
+    weights, biases = (norm_vectors(*given, modalities, x) for given in (("weight", weight), ("bias", bias)))
     if weights and biases and len(weights) != len(biases):  # one is shared and the other is not
         weights, biases = (values * modalities if len(values) == 1 else values for values in (weights, biases))
     if head_scale is not None:
@@ -212,15 +195,3 @@ def layer_norm(
         )
         require_device("head_scale", head_scale, x.device)
     return LAYER_NORM(LayerNormInputs(x, weights, biases, head_scale, routing, eps))[0]
-
-
-def _per_modality(name: str, value: Tensor | Sequence[Tensor] | None, modalities: int, x: Tensor) -> list[Tensor]:
-    """The given vectors: none, one for all rows, or one of each modality."""
-    values = [] if value is None else [value] if isinstance(value, Tensor) else list(value)
-    require(
-        isinstance(value, Tensor) or not values or len(values) == modalities,
-        lambda: f"{name}: expected {modalities} tensors, one per modality, or a tensor for all, got {len(values)}",
-    )
-    for item in values:
-        require_vector(name, item, x.shape[1], x.device)
-    return values

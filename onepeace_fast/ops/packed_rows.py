@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
+from onepeace_fast.ops.arguments import check_row_index
 from onepeace_fast.structures import Routing
 
 
@@ -19,6 +21,23 @@ def row_slices(routing: Routing) -> Iterator[slice]:
     else:
         bounds = routing.offsets.tolist()
     return (slice(start, stop) for start, stop in pairwise(bounds))
+
+
+def rows_of_norms(routing: Routing, norms: int, count: int) -> Sequence[slice]:
+    """The row range of each modality, or one of all real rows where the modalities share a norm or have none."""
+    if routing.offsets is None:
+        return [slice(0, count)]
+    ranges = list(row_slices(routing))
+    return [slice(0, ranges[-1].stop if ranges else 0)] if norms <= 1 else ranges
+
+
+def source_rows(routing: Routing, rows: slice, x: Tensor) -> slice | Tensor:
+    """The rows of x that a range of rows stands for."""
+    if routing.row_index is None:
+        return rows
+    index = routing.row_index[rows]
+    check_row_index(index, None, x)
+    return index.long()
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

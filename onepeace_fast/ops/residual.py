@@ -1,6 +1,6 @@
-"""The residual connection of a branch, and the LayerNorm that follows it.
+"""The residual connection of a branch, and the LayerNorm or RMSNorm that follows it.
 
-    out = x + drop_path * gamma * dropout(y),   normed = LayerNorm(out)
+    out = x + drop_path * gamma * dropout(y),   normed = LayerNorm(out) or RMSNorm(out)
 
 gamma is LayerScale (Touvron et al., arXiv 2103.17239), drop_path DropPath's factor of the row's sample (Huang et al.,
 arXiv 1603.09382). The residual stream may be float32 while the branch is half precision.
@@ -28,6 +28,7 @@ from onepeace_fast.ops.dropout import dropout_factor
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
+from onepeace_fast.ops.rms_norm import rms_normalize, rms_normalize_backward
 from onepeace_fast.structures import (
     Dropout,
     DropPath,
@@ -84,22 +85,30 @@ def residual_reference(given: ResidualInputs) -> ResidualOutputs:
         out = torch.where(place[:, None] < 0, x, out.to(x.dtype)).contiguous()
     if given.norm_weight is None:
         return ResidualOutputs(out, None, None, None)
-    normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps)
+    if given.norm_is_rms:
+        (normed, rstd), mean = rms_normalize(out, given.norm_weight, given.eps), None
+    else:
+        normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps)
     return ResidualOutputs(out, normed.to(y.dtype), mean, rstd)
 
 
 def residual_backward_reference(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
-    """With total = grad_out + LayerNorm'(grad_normed): dx = total, dy = total * factor,
+    """With total = grad_out + norm'(grad_normed): dx = total, dy = total * factor,
 
     dgamma = sum(total * drop_path * y).
     """
     y, grad, routing, y_dtype = saved.y, saved.grad_out, saved.routing, saved.y_dtype
     total, dx, dweight, dbias, dgamma = grad, None, None, None, None
-    if saved.grad_normed is not None:
+    if saved.grad_normed is not None and saved.mean is None:
+        total, dweight = rms_normalize_backward(
+            saved.grad_normed, saved.out, saved.rstd, saved.norm_weight, needs.norm_weight
+        )
+    elif saved.grad_normed is not None:
         total, dweight, dbias = normalize_backward(
             saved.grad_normed, saved.out, saved.mean, saved.rstd, saved.norm_weight,
             (True, needs.norm_weight, needs.norm_bias),
         )  # fmt: skip
+    if saved.grad_normed is not None:
         total = total if grad is None else total.add_(grad)
         dx = total.to(saved.out.dtype)
     factor = row_factor(total, y_dtype, saved.gamma, saved.drop_path, saved.dropout)
@@ -155,8 +164,9 @@ def _fake(given: ResidualInputs) -> ResidualOutputs:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if given.norm_weight is None:
         return ResidualOutputs(out, None, None, None)
-    statistics = x.new_empty((x.shape[0], 1), dtype=accumulation_dtype(x.dtype))
-    return ResidualOutputs(out, torch.empty_like(out, dtype=given.y.dtype), statistics, torch.empty_like(statistics))
+    rstd = x.new_empty((x.shape[0], 1), dtype=accumulation_dtype(x.dtype))
+    mean = None if given.norm_is_rms else torch.empty_like(rstd)
+    return ResidualOutputs(out, torch.empty_like(out, dtype=given.y.dtype), mean, rstd)
 
 
 def _fake_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
@@ -286,12 +296,45 @@ def residual_layer_norm(
         norm_bias, eps,
     )  # fmt: skip
     _check(given)
-    require(norm_weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
-    require_eps(eps)
-    require_vector("norm_weight", norm_weight, x.shape[1], x.device)
-    require_vector("norm_bias", norm_bias, x.shape[1], x.device)
+    _check_norm(given)
     out, normed = RESIDUAL(given)
     return out, normed
+
+
+def residual_rms_norm(
+    x: Tensor,
+    y: Tensor,
+    gamma: Tensor | None,
+    norm_weight: Tensor,
+    *,
+    drop_path: Tensor | None = None,
+    sample: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+    row_index: Tensor | None = None,
+    offsets: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """``residual`` and the RMSNorm of all its rows: returns out in x's dtype and RMSNorm(out) in y's dtype.
+
+    ``norm_weight`` is [width], the norm that of ``rms_norm``; everything else is as in ``residual``.
+    """
+    given = ResidualInputs(
+        x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
+        None, eps, norm_is_rms=True,
+    )  # fmt: skip
+    _check(given)
+    _check_norm(given)
+    out, normed = RESIDUAL(given)
+    return out, normed
+
+
+def _check_norm(given: ResidualInputs) -> None:
+    x, weight = given.x, given.norm_weight
+    require(weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
+    require_eps(given.eps)
+    require_vector("norm_weight", weight, x.shape[1], x.device)
+    require_vector("norm_bias", given.norm_bias, x.shape[1], x.device)
 
 
 def _check(given: ResidualInputs) -> None:

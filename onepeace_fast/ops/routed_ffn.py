@@ -261,7 +261,7 @@ def routed_ffn(
         gamma, drop_path, sample: LayerScale and DropPath as in ``onepeace_fast.ops.residual``.
         row_index: int32 [N], the row of the residual that each row of z comes back to; all others keep theirs bit by
             bit.
-        activation: "gelu" (exact, by erf), "gelu_tanh" or "silu".
+        activation: "gelu" (exact, by erf), "gelu_tanh", "silu" or "relu".
         eps: of the Sub-LayerNorm.
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
         strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a

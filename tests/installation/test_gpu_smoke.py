@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 def test_every_check_has_cases(name):
     check = smoke.checks(full=False)[name]
     held = [case for case in check.cases(CPU, empty_tensors(CPU)) if check.holds(case)]
-    assert held and len({case.operation.removesuffix("_layer_norm") for case in held}) == 1
+    assert held and len({case.operation.partition("_")[0] for case in held}) == 1
 
 
 def test_attention_s_checks_have_the_lengths_that_they_name():

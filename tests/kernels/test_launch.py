@@ -7,7 +7,8 @@ import pytest
 import torch
 from support.kernels import DEVICE
 
-from onepeace_fast import gated_sub_ln, layer_norm, residual, residual_layer_norm
+from onepeace_fast import layer_norm, residual_layer_norm
+from onepeace_fast.hardware import cases
 from onepeace_fast.kernels import launch
 from onepeace_fast.kernels.launch_heuristic import WIDEST, heuristic
 from onepeace_fast.kernels.layer_norm import layer_norm_forward
@@ -52,16 +53,14 @@ def test_frozen_experts_have_no_sum(launched):
 
 @pytest.mark.parametrize("operation", WIDEST)
 def test_rows_that_the_kernels_do_not_hold_are_the_reference_s_and_it_is_said_once(launched, operation):
-    offsets = torch.tensor([0, 2, 5], dtype=torch.int32, device=DEVICE)
-    call = {
-        "layer_norm": layer_norm, "residual": lambda x: residual(x, x, x.detach()[0]),
-        "gated_sub_ln": lambda x: gated_sub_ln(x, offsets=offsets),
-    }[operation]  # fmt: skip
+    device = torch.device(DEVICE)
 
     def output_and_gradient(width):
-        x = torch.linspace(-2, 2, 5 * width, device=DEVICE).view(5, width).requires_grad_()
-        out = call(x)
-        return out, *torch.autograd.grad(out, x, out.detach().square())
+        make = cases.random_tensors(device)
+        case = next(cases.OVER_ROWS[operation](cases.Rows(8, device), width, torch.float32, make))
+        leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
+        out = case.call(**leaves)
+        return out, *torch.autograd.grad(out, list(leaves.values()), out.detach().square())
 
     kernel_choice._warn_of_width.cache_clear()
     with warnings.catch_warnings():

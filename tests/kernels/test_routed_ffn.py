@@ -34,6 +34,7 @@ from support.tiles import small_tiles
 
 from onepeace_fast import layer_norm
 from onepeace_fast.kernels.launch import launched
+from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
 from onepeace_fast.tolerance import assert_within_rule, errors
 
 WIDTH, HIDDEN = 96, 200  # neither is a multiple of a tile
@@ -67,7 +68,7 @@ def test_values_and_gradients_follow_the_naive_ones(counts, dtype):
 
 @interpreter_only
 @pytest.mark.parametrize("gate", ("gate", NO_GATE))
-@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_every_activation_with_and_without_a_gate(activation, gate):
     check(COUNTS, PRODUCT_DTYPE, ALL | {gate}, 1, 32, 72, activation=activation)
 

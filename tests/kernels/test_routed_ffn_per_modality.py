@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops.test_routed_ffn import (  # noqa: F401  what holds of the reference as well
     test_compiled_equals_eager,
+    test_every_activation_follows_the_naive_one,
     test_every_combination_of_options_follows_the_naive_one,
     test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros,
     test_inert_rows_keep_the_residual_and_are_zero_without_one,

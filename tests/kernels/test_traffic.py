@@ -57,7 +57,7 @@ def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
         return list(range(tensor.shape[0]))
     if tensor.shape[0] == len(batch.some):
         return list(range(batch.some_offsets[-1]))
-    if case.operation == "residual_layer_norm":  # the norm is of all rows, and so is its backward pass
+    if case.operation.startswith("residual_"):  # the norm is of all rows, and so is its backward pass
         return list(range(batch.rows))
     return sorted(batch.some[: batch.some_offsets[-1]].tolist())
 

@@ -12,11 +12,10 @@ from support.kernels import CHECKED, DEVICE, HALF, INTERPRETED, REPEATS, interpr
 from support.plans import ragged_offsets
 
 from onepeace_fast import gated_sub_ln
-from onepeace_fast.ops.gated_sub_ln import gated_sub_ln_backward_and_n, gated_sub_ln_reference
+from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS, gated_sub_ln_backward_and_n, gated_sub_ln_reference
 from onepeace_fast.structures import GatedSubLNGradients, GatedSubLNInputs, GatedSubLNSaved, Routing
 from onepeace_fast.tolerance import DTYPES
 
-ACTIVATIONS = ("gelu", "gelu_tanh", "silu")
 ABSENT = ({}, {"gate": False}, {"norm": False}, {"gate": False, "norm": False})
 
 
@@ -41,6 +40,13 @@ def test_every_activation_follows_the_naive_one_with_and_without_gate_and_norm(a
             op(counts, activation, eps=0.1), plain(counts, activation, eps=0.1),
             on_device(leaves_of(counts, 24, inert=1, **absent)), dtype, slices_of(counts),
         )  # fmt: skip
+
+
+def test_relu_has_the_derivative_zero_at_zero_and_keeps_what_is_no_number():
+    u = torch.tensor([[0.0, -0.0, 3.0, -3.0, torch.inf, -torch.inf, torch.nan]], dtype=CHECKED, device=DEVICE)
+    outputs, gradients = contract.run(op([1], "relu"), {"u": u}, [torch.ones_like(u)])
+    assert torch.equal(outputs[0].nan_to_num(-1.0), u.new_tensor([[0, 0, 3, 0, torch.inf, 0, -1]]).nan_to_num(-1.0))
+    assert torch.equal(gradients["u"], u.new_tensor([[0, 0, 1, 0, 1, 0, 1]]))
 
 
 def test_norms_may_have_another_dtype_than_u():
@@ -174,7 +180,7 @@ def test_bad_input_is_refused():
     contract.refused("norm_weight", gated_sub_ln, u, u, w, **rows)
     contract.refused("norm_weight[1]", gated_sub_ln, u, u, [w[0], torch.ones(7)], w, **rows)
     contract.refused("norm_bias[0]", gated_sub_ln, u, u, w, [torch.ones(8, device="meta"), w[0]], **rows)
-    contract.refused("activation", gated_sub_ln, u, u, activation="relu", **rows)
+    contract.refused("activation", gated_sub_ln, u, u, activation="elu", **rows)
     contract.refused("eps", gated_sub_ln, u, u, w, w, eps=0.0, **rows)
 
 

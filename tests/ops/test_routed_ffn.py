@@ -33,6 +33,7 @@ from support.kernels import (
 from support.plans import ragged_offsets
 
 from onepeace_fast import routed_ffn
+from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS
 from onepeace_fast.tolerance import DTYPES
 
 IN_PARTS = pytest.param([2, 0, 1], 32, 6144, 2, marks=pytest.mark.slow)  # a kernel holds such rows in parts
@@ -59,6 +60,16 @@ def test_every_combination_of_options_follows_the_naive_one(dtype):
                 op(counts, options, inert=1, eps=0.1), plain(counts, options, inert=1, eps=0.1), leaves, dtype,
                 slices_of(counts),
             )  # fmt: skip
+
+
+@interpreter_only
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation_follows_the_naive_one(activation):
+    counts = [5, 0, 7]
+    leaves = on_device(leaves_of(counts, 16, 40, inert=1))
+    for dtype in (CHECKED, HALF):
+        given = op(counts, inert=1, activation=activation), plain(counts, inert=1, activation=activation)
+        contract.check_against_naive(*given, leaves, dtype, slices_of(counts))
 
 
 def test_the_residual_may_be_float32_over_half_precision_products():

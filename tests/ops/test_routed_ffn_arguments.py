@@ -106,7 +106,7 @@ def test_offsets_that_decrease_or_do_not_begin_at_zero_are_refused():
 
 
 def test_an_unknown_activation_or_strategy_is_refused():
-    refused("activation", routed_ffn, **arguments(activation="relu"))
+    refused("activation", routed_ffn, **arguments(activation="elu"))
     refused("strategy", routed_ffn, **arguments(strategy="fastest"))
     refused("eps", routed_ffn, **arguments(eps=0.0))
 

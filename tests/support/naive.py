@@ -49,7 +49,7 @@ def gated_sub_ln(
     eps: float = 1e-5,
 ) -> Tensor:
     """activation(u) * v, and one ``F.layer_norm`` per modality if there are norms; rows past them are zero."""
-    h = F.silu(u) if activation == "silu" else F.gelu(u, approximate="tanh" if activation == "gelu_tanh" else "none")
+    h = ACTIVATIONS[activation](u)
     h = h if v is None else h * v
     if not norms:
         return torch.cat([h[: sum(counts)], torch.zeros_like(h[sum(counts) :])])
@@ -57,7 +57,7 @@ def gated_sub_ln(
     return layer_norm(h, counts, weights, biases, eps)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"), "silu": F.silu, "relu": F.relu}
 
 
 def feed_forward(
