@@ -276,6 +276,7 @@ def test_a_broken_file_stops_a_loader_with_the_same_line(images, tokenizer, work
     assert ", got what does not decode as an image" in line
 
 
+@pytest.mark.slow
 def test_a_broken_file_is_replaced_by_the_next_and_named_once(images, tokenizer, caplog):
     for place in (3, 4, 9):
         images[place].path.write_bytes(b"no image")

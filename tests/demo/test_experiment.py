@@ -46,6 +46,7 @@ def test_contrast_is_that_of_each_group_alone(model, digits, vocabulary):
     torch.testing.assert_close(whole, (parts[0] + parts[1]) / 2)
 
 
+@pytest.mark.slow
 def test_the_first_stage_lowers_the_loss_and_names_more_digits_than_chance(model, digits, vocabulary, monkeypatch):
     monkeypatch.setattr(experiment, "PEAK", 1e-3)  # so short a warm-up does not bear more
     losses = experiment.train_image_text(model, digits[0], 100, vocabulary, seed=0)

@@ -87,6 +87,7 @@ def slices(name, value, cu_seqlens):
     return [(head, part) for head in range(value.shape[0]) for part in parts] if name != "head_scale" else ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, dtype", [("vl", torch.float16), ("al", torch.bfloat16)], ids=str)
 @pytest.mark.parametrize("name", RECORDINGS)
 def test_every_launch_of_a_recorded_loss_follows_the_dense_bias(monkeypatch, host_extension, name, dtype, kind):

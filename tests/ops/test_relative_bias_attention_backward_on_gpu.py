@@ -53,6 +53,7 @@ def test_values_and_gradients_follow_the_dense_bias(monkeypatch, host_extension,
     contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), dtype, batch.slices())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("multiprocessors, dtype, known", [(1, torch.float16, False), (132, torch.bfloat16, True)])
 @pytest.mark.parametrize("dim", [32, 64, 128])
 def test_keys_of_long_samples(monkeypatch, host_extension, dim, multiprocessors, dtype, known):

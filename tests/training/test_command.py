@@ -104,6 +104,7 @@ def test_stage_two_can_add_audio_to_a_model_without(corpus, name):
     assert image and all(torch.equal(own[key], new[key]) for key in image)
 
 
+@pytest.mark.slow
 def test_training_matches_ten_images_with_their_captions(corpus, name):
     fields = small_fields()
     fields["encoder"] |= {"drop_path_rate": 0.0, "dropout": 0.0}

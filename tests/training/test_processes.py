@@ -25,6 +25,9 @@ TESTS = Path(__file__).resolve().parent.parent
 PLAIN = {"drop_path_rate": 0.0, "dropout": 0.0}
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """The folder in which ``_processes.py`` ran under torchrun, and what it printed."""
