@@ -56,9 +56,9 @@ def test_rows_that_the_kernels_do_not_hold_are_the_reference_s_and_it_is_said_on
     device = torch.device(DEVICE)
 
     def output_and_gradient(width):
-        make = cases.random_tensors(device)
+        make = cases.random_tensors(torch.device("cpu"))
         case = next(cases.OVER_ROWS[operation](cases.Rows(8, device), width, torch.float32, make))
-        leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
+        leaves = {name: leaf.to(device).requires_grad_() for name, leaf in case.leaves.items()}
         out = case.call(**leaves)
         return out, *torch.autograd.grad(out, list(leaves.values()), out.detach().square())
 
