@@ -315,9 +315,19 @@ def residual_rms_norm(
     offsets: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """``residual`` and the RMSNorm of all its rows: returns out in x's dtype and RMSNorm(out) in y's dtype.
+    """``residual``, and the RMSNorm of all its rows (Zhang and Sennrich, arXiv 1910.07467, equation 4).
 
-    ``norm_weight`` is [width], the norm that of ``rms_norm``; everything else is as in ``residual``.
+    Args:
+        x, y, gamma, drop_path, sample, dropout, seed, row_index, offsets: as in ``residual``.
+        norm_weight: floating point [width].
+        eps: added to the mean of squares.
+
+    Returns:
+        out [rows, width] in x's dtype, and RMSNorm(out) [rows, width] in y's dtype; statistics are those of out as it
+        is stored, float32 for half precision.
+
+    Raises:
+        ValueError: a dtype, shape or device that does not fit.
     """
     given = ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
