@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor
 from onepeace_fast.routing import (
     INTEGERS,
     branch_row_counts,
@@ -140,7 +140,7 @@ class RoutePlan:
         if lengths is not None:
             check_lengths(lengths, shapes, names)
         else:
-            counts = iter(torch.cat([mask.sum(1) for mask in masks.values()]).tolist())
+            counts = iter(read_values(torch.cat([mask.sum(1) for mask in masks.values()])))
             lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
         sample_of = check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
         segments, row_order = segment_lengths(names, lengths, sample_of)

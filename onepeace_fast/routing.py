@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 INTEGERS = (torch.int32, torch.int64)
@@ -100,7 +100,7 @@ def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]
     """Raise unless lengths count the masks' True entries: row by row on a CPU, in all elsewhere."""
     for name, mask in masks.items():
         if mask.device.type == "cpu":
-            counted = mask.sum(1).tolist()
+            counted = read_values(mask.sum(1))
             require(
                 counted == list(lengths[name]),
                 f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(list(lengths[name]))}",
