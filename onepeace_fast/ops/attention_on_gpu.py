@@ -13,7 +13,8 @@ from torch import Tensor
 from onepeace_fast import cuda_extension
 from onepeace_fast.checks import describe, require
 from onepeace_fast.ops.packed_rows import accumulation_dtype
-from onepeace_fast.ops.segments import PairBias, head_slices, longest_sample, sample_groups
+from onepeace_fast.ops.pair_bias import PairEntries, joined, pair_values
+from onepeace_fast.ops.segments import head_slices, longest_sample, sample_groups
 from onepeace_fast.structures import (
     AttentionGradients,
     AttentionInputs,
@@ -179,7 +180,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def attend_by_sdpa(given: AttentionInputs, pairs: PairBias | None) -> AttentionOutputs:
+def attend_by_sdpa(given: AttentionInputs, entries: PairEntries | None) -> AttentionOutputs:
     """PyTorch's attention with the bias built for some samples and heads at once.
 
     The log-sum-exp, which PyTorch does not give and the backward reference does not read, is -inf on real rows.
@@ -191,14 +192,15 @@ def attend_by_sdpa(given: AttentionInputs, pairs: PairBias | None) -> AttentionO
     unknown = log_sum_exp.new_full((), -torch.inf)
     # A bias whose rows begin at multiples of 16 bytes is not copied once more.
     aligned = -(-longest_sample(given.segments) // ALIGNMENT) * ALIGNMENT
+    vectors = joined(given.bias.vectors, qkv.dtype) if entries is not None else None
     for group in sample_groups(given.segments._replace(max_length=aligned)):
         q, k, v = group.read(qkv).permute(2, 0, 3, 1, 4).unbind()
-        index = pairs and pairs.index(group)
+        index = None if entries is None else entries.of(group)
         visible = None if group.valid is None else group.valid[:, None, None, :]
         for some in head_slices(heads, q.shape[0], q.shape[2]):
             mask = visible
-            if pairs is not None:
-                mask = pairs._replace(vectors=pairs.vectors[some]).values(index)
+            if vectors is not None:
+                mask = pair_values(vectors[some], index)
                 if visible is not None:
                     mask.masked_fill_(~visible, -torch.inf)
             attended = F.scaled_dot_product_attention(

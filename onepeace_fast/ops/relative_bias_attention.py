@@ -31,16 +31,8 @@ from onepeace_fast.ops.arguments import FLOATS
 from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
-from onepeace_fast.ops.segments import (
-    Group,
-    check_codes,
-    check_segments,
-    head_slices,
-    longest_sample,
-    pair_bias,
-    sample_groups,
-    sum_by_index,
-)
+from onepeace_fast.ops.pair_bias import pair_entries, sum_by_index, walk
+from onepeace_fast.ops.segments import Group, check_codes, check_segments, head_slices, longest_sample
 from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import (
     AttentionGradients,
@@ -54,15 +46,22 @@ from onepeace_fast.structures import (
 )
 
 
-def scores(q: Tensor, k: Tensor, bias: Tensor | None, group: Group, scale: float) -> Tensor:
-    """scale q k^T + bias, the smallest number where the key is padding: [N, heads, L, L]."""
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + bias) v, [N, heads, L, head_dim], and the scores' log-sum-exp, [N, heads, L]."""
+    if q.device.type == "cpu":
+        bias = None if bias is None else bias.expand(q.shape[0], q.shape[1], q.shape[2], q.shape[2])
+        # Twice as fast as the products below, and what scaled_dot_product_attention runs, which hides the log-sum-exp.
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    score = scores(q, k, bias, scale)
+    p = score.softmax(-1)
+    # The largest probability is exp(largest score - log-sum-exp).
+    return torch.matmul(p, v), score.amax(-1) - p.amax(-1).log()
+
+
+def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """scale q k^T + bias: [N, heads, L, L]."""
     score = torch.matmul(q * scale, k.transpose(-1, -2))
-    if bias is not None:
-        score += bias
-    if group.valid is not None:
-        # Not minus infinity: a sample without tokens would be 0 / 0.
-        score.masked_fill_(~group.valid[:, None, None, :], torch.finfo(score.dtype).min)
-    return score
+    return score if bias is None else score.add_(bias)
 
 
 def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,21 +72,13 @@ def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
 
 def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutputs:
     """Samples of similar length after one another."""
-    qkv, segments, head_scale = given.qkv, given.segments, given.head_scale
+    qkv, head_scale = given.qkv, given.head_scale
     dtype = accumulation_dtype(qkv.dtype)
     rows, _, heads, head_dim = qkv.shape
     out = qkv.new_zeros(rows + 1, heads, head_dim)
     log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
-    if segments.code.device.type == "cpu":
-        _check_values(given)
-    pairs = pair_bias(given.bias, segments, dtype)
-    for group in sample_groups(segments):
-        q, k, v = _heads(qkv, group)
-        score = scores(q, k, pairs and pairs.values(pairs.index(group)), group, given.scale)
-        p = score.softmax(-1)
-        # The largest probability is exp(largest score - log-sum-exp).
-        total = score.amax(-1) - p.amax(-1).log()
-        attended = torch.matmul(p, v)
+    for group, _, bias in walk(given.bias, given.segments, rows, dtype):
+        attended, total = attend(*_heads(qkv, group), bias, given.scale)
         if head_scale is not None:
             attended = attended * head_scale.to(dtype)[:, None, None]
         group.scatter(out, attended.transpose(1, 2))
@@ -105,15 +96,14 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
     """
     qkv, head_scale, scale = saved.qkv, saved.head_scale, saved.scale
     dtype = accumulation_dtype(qkv.dtype)
-    rows = qkv.shape[0]
+    rows, heads = qkv.shape[0], qkv.shape[2]
     dqkv = qkv.new_zeros(rows + 1, *qkv.shape[1:])
-    pairs = pair_bias(saved.bias, saved.segments, dtype)
-    dvectors = torch.zeros_like(pairs.vectors) if any(needs.bias.vectors) else None
+    widths = [vector.shape[1] for vector in saved.bias.vectors]
+    dvectors = qkv.new_zeros(heads, sum(widths) + 1, dtype=dtype) if any(needs.bias.vectors) else None
     dscale = torch.zeros_like(head_scale, dtype=dtype) if needs.head_scale else None
-    for group in sample_groups(saved.segments):
+    for group, entries, bias in walk(saved.bias, saved.segments, rows, dtype):
         q, k, v = _heads(qkv, group)
-        index = pairs and pairs.index(group)
-        p = scores(q, k, pairs and pairs.values(index), group, scale).softmax(-1)
+        p = scores(q, k, bias, scale).softmax(-1)
         dout = group.read(saved.grad_out).to(dtype).transpose(1, 2)
         if group.valid is not None:
             p = p * group.valid[:, None, :, None]
@@ -124,14 +114,16 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
         dv = torch.matmul(p.transpose(-1, -2), dout)
         ds = torch.ops.aten._softmax_backward_data(torch.matmul(dout, v.transpose(-1, -2)), p, -1, dtype)
         if dvectors is not None:
-            dvectors += sum_by_index(ds.movedim(1, 0).flatten(1), index.flatten(), dvectors.shape[1])
+            by_entry = ds.sum(0, keepdim=True) if entries.shape[0] < group.samples else ds
+            dvectors += sum_by_index(by_entry.movedim(1, 0).flatten(1), entries.flatten(), dvectors.shape[1])
         dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
         for which, gradient in enumerate((dq, dk, dv)):
             group.scatter(dqkv[:, which], gradient.transpose(1, 2))
-    gradients: list[Tensor | None] = []
-    for m, (vector, need) in enumerate(zip(saved.bias.vectors, needs.bias.vectors, strict=True)):
-        part = dvectors[:, pairs.starts[m] : pairs.starts[m + 1]].to(vector.dtype, copy=True) if need else None
-        gradients.append(part)
+    parts = [None] * len(widths) if dvectors is None else dvectors.split([*widths, 1], dim=1)[:-1]
+    gradients = [
+        part.to(vector.dtype, copy=True) if need else None
+        for part, vector, need in zip(parts, saved.bias.vectors, needs.bias.vectors, strict=True)
+    ]
     dscale = None if dscale is None else dscale.to(head_scale.dtype, copy=True)
     return AttentionGradients(dqkv[:rows], VectorGradients(gradients), dscale)
 
@@ -145,7 +137,7 @@ def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
     if (reason := refusal(qkv, segments.cu_seqlens.shape[0], given.bias.vectors)) is None:
         return launch_forward(given)
     _say_once(reason if segments.max_length else f"{reason}; without max_length each call waits for the device")
-    return attend_by_sdpa(given, pair_bias(given.bias, segments, qkv.dtype))
+    return attend_by_sdpa(given, pair_entries(given.bias, segments))
 
 
 def _check_values(given: AttentionInputs) -> None:

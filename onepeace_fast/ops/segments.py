@@ -18,17 +18,19 @@ PAIRS_OF_DEVICE_HEADS = 2**24
 
 
 class Group(NamedTuple):
-    """N samples side by side: the rows of their tokens, int64 [N, L], or one slice of rows where N is 1.
+    """N samples side by side: the rows of their tokens, int64 [N, L], or the slice of rows that they are.
 
     ``valid`` bool [N, L] marks real tokens, None where all are; padding is written to a spare row.
     """
 
     rows: Tensor | slice
     valid: Tensor | None
+    samples: int
+    length: int
 
     def gather(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding repeats row 0."""
-        return x[self.rows].unsqueeze(0) if isinstance(self.rows, slice) else x[self.rows]
+        return x[self.rows].unflatten(0, (self.samples, -1)) if isinstance(self.rows, slice) else x[self.rows]
 
     def read(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding is zero, so that a NaN in row 0 stays in its own sample."""
@@ -40,7 +42,7 @@ class Group(NamedTuple):
     def scatter(self, x: Tensor, value: Tensor) -> None:
         """Store [N, L, ...] at its rows of x, whose last row is spare."""
         if isinstance(self.rows, slice):
-            x[self.rows] = value[0]
+            x[self.rows].unflatten(0, (self.samples, -1)).copy_(value)
         else:
             rows = self.rows if self.valid is None else torch.where(self.valid, self.rows, x.shape[0] - 1)
             x[rows] = value.to(x.dtype)
@@ -60,17 +62,26 @@ def sample_groups(segments: Segments) -> Iterator[Group]:
         step = _samples_at_once(longest)
         for first in range(0, cu_seqlens.shape[1] - 1, step):
             some = slice(first, first + step)
-            yield Group(*_padded_rows(starts[:, some], lengths[:, some], longest))
+            rows, valid = _padded_rows(starts[:, some], lengths[:, some], longest)
+            yield Group(rows, valid, rows.shape[0], longest)
         return
     host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), lengths.sum(0).tolist()
     for samples in _by_length(host_totals):
-        first, longest = samples[0], host_totals[samples[-1]]
-        parts = [(start, start + n) for start, n in zip(host_starts[first], host_lengths[first], strict=True) if n]
-        if len(samples) == 1 and len(parts) == 1:
-            yield Group(slice(*parts[0]), None)
+        shortest, longest = host_totals[samples[0]], host_totals[samples[-1]]
+        if (together := _as_slice([(host_starts[s], host_lengths[s]) for s in samples], longest)) is not None:
+            yield Group(together, None, len(samples), longest)
         else:
-            rows, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
-            yield Group(rows, None if host_totals[first] == longest else valid)
+            index, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
+            yield Group(index, None if shortest == longest else valid, len(samples), longest)
+
+
+def _as_slice(samples: Sequence[tuple[list[int], list[int]]], length: int) -> slice | None:
+    """The rows of samples of one modality and one length that follow one another; None for others."""
+    parts = [(start, n) for starts, lengths in samples for start, n in zip(starts, lengths, strict=True) if n]
+    first = parts[0][0]
+    if parts != [(first + i * length, length) for i in range(len(samples))]:
+        return None
+    return slice(first, first + len(samples) * length)
 
 
 def longest_sample(segments: Segments) -> int:
@@ -127,61 +138,6 @@ def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor,
     return rows, place < lengths.sum(0)[:, None]
 
 
-class PairBias(NamedTuple):
-    """All modalities' vectors side by side, [heads, entries], a zero last, and each row's way into them, [rows]."""
-
-    vectors: Tensor
-    starts: list[int]
-    modality: Tensor
-    is_cls: Tensor
-    code: Tensor
-    equal_code_entry: Tensor
-    cls_entry: Tensor
-
-    def index(self, group: Group) -> Tensor:  # type: ignore[override]  # of a tuple, which nobody asks
-        """Entry of every pair of tokens, queries before keys: int64 [N, L, L]."""
-        code, is_cls, modality = (group.gather(x) for x in (self.code, self.is_cls, self.modality))
-        entry, cls_entry = group.gather(self.equal_code_entry), group.gather(self.cls_entry)
-        index = (code + entry).unsqueeze(-1) - code.unsqueeze(-2)
-        as_query = torch.where(is_cls, cls_entry + 2, cls_entry)
-        index = torch.where(is_cls.unsqueeze(-2), (cls_entry + 1).unsqueeze(-1), index)
-        index = torch.where(is_cls.unsqueeze(-1), as_query.unsqueeze(-2), index)
-        if len(self.starts) > 2:
-            index = torch.where(modality.unsqueeze(-1) == modality.unsqueeze(-2), index, self.starts[-1])
-        return index
-
-    def values(self, index: Tensor) -> Tensor:
-        """The bias of every pair: [N, heads, L, L]."""
-        heads = self.vectors.shape[0]
-        return self.vectors.index_select(1, index.flatten()).view(heads, *index.shape).movedim(0, 1)
-
-
-def pair_bias(bias: RelativeBias, segments: Segments, dtype: torch.dtype) -> PairBias | None:
-    """Join the vectors of all modalities so that one index reaches any of them; None without a bias."""
-    vectors = bias.vectors
-    if not vectors:
-        return None
-    starts = [0]
-    for vector in vectors:
-        starts.append(starts[-1] + vector.shape[1])
-    zero = vectors[0].new_zeros(vectors[0].shape[0], 1)
-    equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
-    cls = [stop - CLS_ENTRIES for stop in starts[1:]]
-    look_up = [_by_modality(segments.modality, entries) for entries in (equal, cls)]
-    return PairBias(
-        torch.cat([*vectors, zero], dim=1).to(dtype), starts, segments.modality, segments.is_cls, segments.code.long(),
-        *look_up,
-    )  # fmt: skip
-
-
-def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
-    """The value of each row's modality, int64 [rows]; inert rows get 0. No table is copied to the device."""
-    result = torch.zeros_like(modality, dtype=torch.int64)
-    for m, value in enumerate(values):
-        result = torch.where(modality == m, value, result)
-    return result
-
-
 def check_segments(cu_seqlens: Tensor, rows: int) -> None:
     """Raise where segments end past the rows or before they begin; only a CPU is read by the host."""
     if not cu_seqlens.numel():
@@ -207,11 +163,3 @@ def check_codes(bias: RelativeBias, segments: Segments) -> None:
             span <= covered,
             f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got {found}",
         )
-
-
-def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
-    """Sum [heads, pairs] into [heads, size] by the pairs' index, in the same order every time on every device."""
-    if values.device.type == "cpu":
-        return values.new_zeros(values.shape[0], size).scatter_add_(1, index.expand_as(values), values)
-    # On a GPU scatter_add is atomic; an accumulating index_put sorts first.
-    return values.new_zeros(size, values.shape[0]).index_put_((index,), values.t(), accumulate=True).t()
