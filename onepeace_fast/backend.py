@@ -39,19 +39,25 @@ def use_backend(name: str) -> Iterator[None]:
         _override.reset(token)
 
 
-def resolve_backend(argument: str | None, device: torch.device) -> str:
-    """The backend in force: ``use_backend``, else the model's argument, else the environment, else by device.
-
-    The automatic choice is ``fused`` on a CPU, and on a GPU whose file of measurements says that every operation kept
-    within its tolerance there, else ``reference``. Raises ValueError where that file is damaged.
-    """
+def requested_backend(argument: str | None) -> str | None:
+    """The backend that was asked for: by ``use_backend``, else the model's argument, else the environment."""
     if (name := _override.get()) is not None:
         return name
     if argument is not None:
         return check_backend(argument)
-    if name := os.environ.get(ENVIRONMENT_VARIABLE):
-        return check_backend(name, ENVIRONMENT_VARIABLE)
-    return "fused" if device.type == "cpu" or _proved_on(device) else "reference"
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    return check_backend(name, ENVIRONMENT_VARIABLE) if name else None
+
+
+def resolve_backend(argument: str | None, device: torch.device) -> str:
+    """The backend in force: the one that was asked for, else by device.
+
+    The automatic choice is ``fused`` on a CPU, where a stack still takes the reference for batches that gain nothing by
+    packing, and on a GPU whose file of measurements says that every operation kept within its tolerance there, else
+    ``reference``. Raises ValueError where that file is damaged.
+    """
+    requested = requested_backend(argument)
+    return requested or ("fused" if device.type == "cpu" or _proved_on(device) else "reference")
 
 
 def _proved_on(device: torch.device) -> bool:

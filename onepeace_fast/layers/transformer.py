@@ -66,14 +66,13 @@ class SelfAttention(nn.Module):
     def project(self, z: Tensor) -> Tensor:
         """Queries, keys and values in one product: [rows, dim] to [rows, 3, heads, head_dim]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear):
-            projected = torch.stack([projection(z) for projection in projections], dim=1)
-        else:
-            biases: list[Tensor] = [
-                p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections
-            ]
-            weights: list[Tensor] = [p.weight for p in projections]
-            projected = F.linear(z, torch.cat(weights), torch.cat(biases))
+        # On a CPU joining the weights takes longer than one product for three saves.
+        if z.device.type == "cpu" or not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear):
+            projected = torch.stack([projection(z) for projection in projections])
+            return projected.unflatten(2, (self.heads, self.head_dim)).transpose(0, 1)
+        biases = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections]
+        weights: list[Tensor] = [p.weight for p in projections]
+        projected = F.linear(z, torch.cat(weights), torch.cat(biases))
         return projected.view(z.shape[0], 3, self.heads, self.head_dim)
 
 

@@ -88,6 +88,15 @@ class Encoded:
             result[name] = target.index_copy(0, rows.place, rows.x).view(count, length, rows.x.shape[1])
         return result
 
+    def without_padding(self, tokens: Tokens) -> Encoded:
+        """The same padded results with zeros at padding, as packed rows unpacked have them."""
+        assert self.padded is not None  # packed rows have no padding
+        result = dict(self.padded)
+        for name, one in tokens.items():
+            if sum(one.lengths) < one.valid.numel():
+                result[name] = result[name].masked_fill(~one.valid[..., None], 0)
+        return Encoded(padded=result)
+
     def tensors(self) -> list[Tensor]:
         """Every modality's output as it is, padded or packed."""
         return [rows.x for rows in self.packed.values()] if self.packed else list((self.padded or {}).values())

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from onepeace_fast.backend import resolve_backend
+from onepeace_fast.backend import requested_backend, resolve_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import draw_drop_path
 from onepeace_fast.layers import AudioAdapter, ImageAdapter, TextAdapter, Transformer
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.plain import inside, is_watched, unfused, watched_everywhere
+from onepeace_fast.models.choice import choose
 from onepeace_fast.models.inputs import Batch, Subset
 from onepeace_fast.models.parameters import is_sharded
 from onepeace_fast.models.passes import Encoded, PaddedTokens, Samples, Tokens, join, sample_count, split
@@ -158,9 +159,12 @@ class Stack(nn.Module):
         """Encode the embedded tokens of each pass: packed as one call of the transformer, padded one after another."""
         drop_path = self._draw_drop_path(passes, samples)
         if self.resolved_backend == "reference":
+            return self._padded(passes, samples, drop_path)
+        if self._may_choose(passes) and choose(passes, samples).backend == "reference":
+            # As the packed rows come out, so that a choice by lengths changes no result.
             return [
-                Encoded(padded=encode_padded(self.fusion_model, self.adapters, tokens, samples, own))
-                for tokens, own in zip(passes, drop_path, strict=True)
+                one.without_padding(tokens)
+                for one, tokens in zip(self._padded(passes, samples, drop_path), passes, strict=True)
             ]
         tokens, sample_of = passes[0], samples
         if len(passes) > 1:
@@ -171,6 +175,20 @@ class Stack(nn.Module):
         x = plan.pack({name: padded.x for name, padded in tokens.items()})
         packed = self.fusion_model(x, plan, self.bias({name: padded.width for name, padded in tokens.items()}))
         return split(packed, plan, passes, samples)
+
+    def _padded(
+        self, passes: Sequence[Tokens], samples: Samples | None, drop_path: Sequence[Tensor | None]
+    ) -> list[Encoded]:
+        return [
+            Encoded(padded=encode_padded(self.fusion_model, self.adapters, tokens, samples, own))
+            for tokens, own in zip(passes, drop_path, strict=True)
+        ]
+
+    def _may_choose(self, passes: Sequence[Tokens]) -> bool:
+        """Whether the backend may depend on the batch: none was asked for, on a CPU, and both draw the same numbers."""
+        x = next(iter(passes[0].values())).x
+        draws = self.training and self.config.dropout > 0
+        return not (x.is_cuda or draws or requested_backend(self.backend) or torch.compiler.is_compiling())
 
     def _draw_drop_path(self, passes: Sequence[Tokens], samples: Samples | None) -> list[Tensor | None]:
         """DropPath's factors of each pass, on the CPU, all drawn before the first runs; None where none is dropped."""

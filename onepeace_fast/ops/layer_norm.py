@@ -55,9 +55,13 @@ def layer_norm_reference(given: LayerNormInputs) -> LayerNormOutputs:
     """The norm of the rows of x that the row index names, of all without one."""
     x, routing = given.x, given.routing
     count = x.shape[0] if routing.row_index is None else routing.row_index.shape[0]
+    parts = _parts(given, count)
+    if routing.row_index is None and parts == [slice(0, count)]:
+        y, mean, rstd = normalize(_scaled(x, given.head_scale), _at(given.weight, 0), _at(given.bias, 0), given.eps)
+        return LayerNormOutputs(y.to(x.dtype), mean, rstd)
     y = x.new_zeros(count, x.shape[1])
     mean, rstd = (x.new_zeros((count, 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    for m, part in enumerate(_parts(given, count)):
+    for m, part in enumerate(parts):
         scaled = _scaled(x[source_rows(routing, part, x)], given.head_scale)
         y[part], mean[part], rstd[part] = normalize(scaled, _at(given.weight, m), _at(given.bias, m), given.eps)
     return LayerNormOutputs(y, mean, rstd)

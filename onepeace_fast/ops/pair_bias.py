@@ -27,7 +27,7 @@ class PairEntries(NamedTuple):
     cls_entry: Tensor
 
     def of(self, group: Group, alike: bool = False) -> Tensor:
-        """Entry of every pair of tokens, queries before keys: int64 [N, L, L], or [1, L, L] of samples that are alike."""
+        """Entry of every pair of tokens, queries before keys: int64 [N, L, L], or [1, L, L] for samples all alike."""
         rows = (self.code, self.is_cls, self.modality, self.equal_code_entry, self.cls_entry)
         tokens = [group.gather(x) for x in rows]
         if alike:
@@ -85,7 +85,8 @@ def _are_alike(group: Group, segments: Segments) -> bool:
 class Step(NamedTuple):
     """A group of samples, the entries of its pairs [N, L, L], and what is added to its scores [N, heads, L, L].
 
-    Both have one sample for all where all are alike. Where the key is padding that is the smallest number: minus infinity would make a sample without tokens 0 / 0.
+    Both have one sample for all where all are alike. Where the key is padding, that is the smallest number: minus
+    infinity would make a sample without tokens 0 / 0.
     """
 
     group: Group

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.ops import routed_ffn_per_modality as per_modality
@@ -41,11 +40,12 @@ def routed_ffn_reference(given: RoutedFFNInputs) -> RoutedFFNOutputs:
     """One modality after another."""
     z, weights, settings = given.z, given.weights, given.settings
     w0, w1, norm_weight, norm_bias, w2, b2 = weights
-    y = z.new_zeros(z.shape[0], w2[0].shape[0])
+    y = z.new_empty(z.shape[0], w2[0].shape[0])
     u = z.new_empty(z.shape[0], w0[0].shape[0])
     v = torch.empty_like(u) if w1 else None
     mean, rstd = (statistics(z, norm_weight) for _ in range(2))
-    for m, rows in enumerate(row_slices(given.routing)):
+    ranges = list(row_slices(given.routing))
+    for m, rows in enumerate(ranges):
         torch.mm(z[rows], w0[m].t(), out=u[rows])
         h = ACTIVATIONS[settings.activation](u[rows])
         if w1:
@@ -53,7 +53,11 @@ def routed_ffn_reference(given: RoutedFFNInputs) -> RoutedFFNOutputs:
             h = h.mul_(v[rows])
         if norm_weight:
             h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], norm_bias[m], settings.eps)
-        y[rows] = F.linear(h, w2[m], b2[m] if b2 else None)
+        if b2:
+            torch.addmm(b2[m], h, w2[m].t(), out=y[rows])
+        else:
+            torch.mm(h, w2[m].t(), out=y[rows])
+    y[ranges[-1].stop :] = 0
     return RoutedFFNOutputs(_added(given, y), u, v, y, mean, rstd, None)
 
 
@@ -64,7 +68,8 @@ def _added(given: RoutedFFNInputs, y: Tensor) -> Tensor:
     if given.routing.row_index is not None:
         return residual_reference(per_modality.as_branch(given, y)).out
     factor = row_factor(y, y.dtype, given.gamma, given.drop_path, Dropout())
-    return (given.residual + (y if factor is None else y * factor)).to(given.residual.dtype).contiguous()
+    out = given.residual + y if factor is None else torch.addcmul(given.residual, y, factor)
+    return out.to(given.residual.dtype).contiguous()
 
 
 def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
