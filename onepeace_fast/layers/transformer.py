@@ -70,8 +70,8 @@ class SelfAttention(nn.Module):
         if z.device.type == "cpu" or not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear):
             projected = torch.stack([projection(z) for projection in projections])
             return projected.unflatten(2, (self.heads, self.head_dim)).transpose(0, 1)
-        biases = [p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections]
-        weights: list[Tensor] = [p.weight for p in projections]
+        weights = tuple(p.weight for p in projections)
+        biases = tuple(p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections)
         projected = F.linear(z, torch.cat(weights), torch.cat(biases))
         return projected.view(z.shape[0], 3, self.heads, self.head_dim)
 

@@ -186,9 +186,10 @@ class Stack(nn.Module):
 
     def _may_choose(self, passes: Sequence[Tokens]) -> bool:
         """Whether the backend may depend on the batch: none was asked for, on a CPU, and both draw the same numbers."""
-        x = next(iter(passes[0].values())).x
+        if requested_backend(self.backend) or torch.compiler.is_compiling():
+            return False
         draws = self.training and self.config.dropout > 0
-        return not (x.is_cuda or draws or requested_backend(self.backend) or torch.compiler.is_compiling())
+        return next(iter(passes[0].values())).x.device.type == "cpu" and not draws
 
     def _draw_drop_path(self, passes: Sequence[Tokens], samples: Samples | None) -> list[Tensor | None]:
         """DropPath's factors of each pass, on the CPU, all drawn before the first runs; None where none is dropped."""
