@@ -221,9 +221,8 @@ class RoutePlan:
         masks = {}
         for name, row_lengths in lengths.items():
             longest = max(row_lengths, default=1)
-            require(
-                min(row_lengths, default=0) >= 0, f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}"
-            )
+            if min(row_lengths, default=0) < 0:
+                raise ValueError(f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}")
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: expected at least the longest row, {longest}, got {width}")
             limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
@@ -302,10 +301,8 @@ class RoutePlan:
             self._require_padded()
             shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
             expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
-            require(
-                shapes == expected,
-                lambda: f"padded: expected tensors of the plan's rows and lengths, {expected}, got {shapes}",
-            )
+            if shapes != expected:
+                raise ValueError(f"padded: expected tensors of the plan's rows and lengths, {expected}, got {shapes}")
             tensors = [padded[name] for name in self.modalities]
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
         count = sum(rows.shape[0] for rows in flat)
@@ -336,28 +333,22 @@ class RoutePlan:
         Raises:
             ValueError: rows that are not the plan's, or a plan of padded batches.
         """
-        require(
-            self.padded_shapes == ((1, self.padded_rows),),
-            lambda: (
+        if self.padded_shapes != ((1, self.padded_rows),):
+            raise ValueError(
                 f"plan: expected one of interleaved tokens, got one of padded batches {self.padded_shapes}; use unpack"
-            ),
-        )
+            )
         return self._scatter(packed)
 
     def _require_padded(self) -> None:
-        require(
-            len(self.padded_shapes) == len(self.modalities),
-            lambda: (
+        if len(self.padded_shapes) != len(self.modalities):
+            raise ValueError(
                 f"plan: expected one of padded batches, got one of interleaved tokens of {len(self.modalities)} "
                 "modalities; use pack(tensor) and unpack_interleaved"
-            ),
-        )
+            )
 
     def _scatter(self, packed: Tensor) -> Tensor:
-        require(
-            packed.dim() == 2 and packed.shape[0] == self.capacity,
-            lambda: f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}",
-        )
+        if packed.dim() != 2 or packed.shape[0] != self.capacity:
+            raise ValueError(f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}")
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
 
@@ -378,10 +369,8 @@ class RoutePlan:
         Raises:
             ValueError: a plan of other modalities, shapes or capacity, or one without capacity; nothing is changed.
         """
-        require(
-            not self.row_counts and not other.row_counts,
-            "other: expected two plans built with capacity, got one without",
-        )
+        if self.row_counts or other.row_counts:
+            raise ValueError("other: expected two plans built with capacity, got one without")
         pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in dataclasses.fields(self)}
         for name, (mine, theirs) in pairs.items():
             if isinstance(mine, Tensor) and isinstance(theirs, Tensor):

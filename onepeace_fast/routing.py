@@ -44,15 +44,12 @@ def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] 
             f"samples: expected the sample of each row where modalities differ in rows, got none with {rows} rows",
         )
         return {name: list(range(count)) for name, count in rows.items()}
-    require(
-        set(samples) == set(rows),
-        f"samples: expected exactly the modalities given, {sorted(rows)}, got {sorted(samples)}",
-    )
+    if set(samples) != set(rows):
+        raise ValueError(f"samples: expected exactly the modalities given, {sorted(rows)}, got {sorted(samples)}")
     result = {name: list(samples[name]) for name in rows}
     for name, values in result.items():
-        require(
-            len(values) == rows[name], f"samples[{name!r}]: expected an entry per row, {rows[name]}, got {len(values)}"
-        )
+        if len(values) != rows[name]:
+            raise ValueError(f"samples[{name!r}]: expected an entry per row, {rows[name]}, got {len(values)}")
         repeated = sorted(value for value, count in Counter(values).items() if count > 1)
         require(
             not repeated, f"samples[{name!r}]: expected each sample once per modality, got {repeated} more than once"
@@ -79,9 +76,8 @@ def check_positions(
     require(name in masks, f"positions: expected modalities of the masks, {list(masks)}, got {name!r}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
-    require(
-        list(value.shape) == shape, f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}"
-    )
+    if list(value.shape) != shape:
+        raise ValueError(f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}")
     require_device(f"positions[{name!r}]", value, masks[name].device)
     limit = MAX_POSITIONS if codes is None else codes.shape[0]
     require_values(
@@ -114,9 +110,8 @@ def check_lengths(
     lengths: Mapping[str, Sequence[int]], shapes: Sequence[tuple[int, int]], names: Sequence[str]
 ) -> None:
     """Raise unless lengths fit the masks row by row."""
-    require(
-        set(lengths) == set(names), f"lengths: expected the modalities of the masks, {list(names)}, got {list(lengths)}"
-    )
+    if set(lengths) != set(names):
+        raise ValueError(f"lengths: expected the modalities of the masks, {list(names)}, got {list(lengths)}")
     for name, (rows, width) in zip(names, shapes, strict=True):
         fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
         require(

@@ -180,10 +180,8 @@ def image_uri(image: np.ndarray) -> str:
 
 def sound_uri(waveform: np.ndarray) -> str:
     """A sound, int16 [samples] at 16 kHz, as a WAV data URI."""
-    require(
-        waveform.ndim == 1 and waveform.dtype == np.int16,
-        f"waveform: expected int16 [samples], got {waveform.dtype} {list(waveform.shape)}",
-    )
+    if waveform.ndim != 1 or waveform.dtype != np.int16:
+        raise ValueError(f"waveform: expected int16 [samples], got {waveform.dtype} {list(waveform.shape)}")
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)

@@ -110,9 +110,8 @@ def _reset_tables(model: nn.Module) -> None:
 def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     """See ``OnePeacePretrain.to_upstream_state_dict``."""
     flattened = is_flattened(model)
-    require(
-        not (grads and flattened), "grads: expected False, got True for a model in FSDP1: its gradients are flattened"
-    )
+    if grads and flattened:
+        raise ValueError("grads: expected False, got True for a model in FSDP1: its gradients are flattened")
     with gathered(model):
         parameters = upstream_names(model)
         if flattened:  # outside they are in pieces again
@@ -149,13 +148,11 @@ def _check_names(found: set[str], expected: set[str]) -> None:
     """Raise where loading would not take these names, before anything is written."""
     problems = {"missing": sorted(expected - found), "unexpected": sorted(found - expected)}
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-    require(
-        not told,
-        lambda: (
+    if told:
+        raise ValueError(
             f"model: expected parameters of its configuration, got some that load() would refuse. {told}. A part was "
             "replaced, parametrized or tied: merge or remove that first, or keep torch.save(model.state_dict())"
-        ),
-    )
+        )
 
 
 def _check_ties(tensors: Mapping[str, Tensor]) -> None:
@@ -177,10 +174,8 @@ def _shares_storage(value: Tensor) -> bool:
 def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
     """The configuration and the weights that ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        require(
-            (directory / name).is_file(),
-            f"directory: expected a folder that save() wrote, got {directory} without {name}",
-        )
+        if not (directory / name).is_file():
+            raise ValueError(f"directory: expected a folder that save() wrote, got {directory} without {name}")
     config = OnePeaceConfig.load(directory / CONFIG_FILE)
     try:
         with torch.device("cpu"):

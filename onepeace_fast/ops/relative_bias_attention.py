@@ -280,30 +280,22 @@ def relative_bias_attention(
     for name, value in (("modality", modality), ("code", code), ("is_cls", is_cls)):
         dtype = torch.bool if name == "is_cls" else torch.int32
         require_tensor(name, value, (dtype,), "[rows]", 1)
-        require(
-            value.shape[0] == rows,
-            lambda name=name, value=value: f"{name}: expected one entry per row, [{rows}], got {describe(value)}",
-        )
+        if value.shape[0] != rows:
+            raise ValueError(f"{name}: expected one entry per row, [{rows}], got {describe(value)}")
     for name, value in (("cu_seqlens", cu_seqlens), ("modality", modality), ("code", code), ("is_cls", is_cls)):
         require_device(name, value, qkv.device)
     modalities = cu_seqlens.shape[0]
     bias, code_offsets = list(bias), list(code_offsets)
-    require(
-        not bias or len(bias) == modalities,
-        lambda: f"bias: expected one vector per modality, {modalities}, or none, got {len(bias)}",
-    )
-    require(
-        not bias or len(code_offsets) == modalities,
-        lambda: f"code_offsets: expected one per modality, {modalities}, got {len(code_offsets)}",
-    )
+    if bias and len(bias) != modalities:
+        raise ValueError(f"bias: expected one vector per modality, {modalities}, or none, got {len(bias)}")
+    if bias and len(code_offsets) != modalities:
+        raise ValueError(f"code_offsets: expected one per modality, {modalities}, got {len(code_offsets)}")
     for m, vector in enumerate(bias):
         fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
-        require(
-            fits and vector.shape[1] > CLS_ENTRIES,
-            lambda m=m, vector=vector: (
+        if not fits or vector.shape[1] <= CLS_ENTRIES:
+            raise ValueError(
                 f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
-            ),
-        )
+            )
         require_device(f"bias[{m}]", vector, qkv.device)
     require_vector("head_scale", head_scale, heads, qkv.device)
     scale = head_dim**-0.5 if scale is None else scale

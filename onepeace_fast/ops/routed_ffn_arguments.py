@@ -55,9 +55,8 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     )
     require_vector("gamma", gamma, width, z.device)
     if residual is None:
-        require(
-            drop_path.sample is None, "sample: expected both or none of drop_path and sample, got one without drop_path"
-        )
+        if drop_path.sample is not None:
+            raise ValueError("sample: expected both or none of drop_path and sample, got one without drop_path")
         return
     require(
         residual.is_floating_point() and residual.dim() == 2 and residual.shape[1] == width
@@ -68,11 +67,8 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     require_device("residual", residual, z.device)
     require_drop_path(drop_path, residual)
     require_row_index(row_index, z)
-    if row_index is not None:
-        require(
-            row_index.shape[0] == z.shape[0],
-            lambda: f"row_index: expected one entry per row of z, {z.shape[0]}, got {describe(row_index)}",
-        )
+    if row_index is not None and row_index.shape[0] != z.shape[0]:
+        raise ValueError(f"row_index: expected one entry per row of z, {z.shape[0]}, got {describe(row_index)}")
 
 
 def _refuse_parameter(
@@ -104,9 +100,8 @@ def chosen_strategy(
             return "grouped" if reason is None else _by_host(reason)
         measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
         return "per_modality" if measured == "grouped" and reason else measured
-    require(
-        strategy in STRATEGIES, lambda: f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}"
-    )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}")
     if strategy != "reference":
         fits = has_kernels or kernels_forced() is False
         require(
