@@ -21,12 +21,9 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is an integer or a float, and finite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_layer(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_positive_integer, value))
 
 
 def _require_positive_integers(config: object, *names: str) -> None:
@@ -79,7 +76,9 @@ class AudioAdapterConfig:
         _require_bucket_size(self)
         _require_positive_integers(self, "position_layers", "position_width", "position_groups")
         layers = self.feature_layers
-        if not layers or not all(map(_is_layer, layers)):
+        if not layers or not all(
+            isinstance(layer, tuple) and len(layer) == 3 and all(map(_is_positive_integer, layer)) for layer in layers
+        ):
             raise ValueError(
                 f"feature_layers: expected (channels, kernel, stride) of each layer, positive, got {layers!r}"
             )
@@ -114,7 +113,7 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         _require_positive_integers(self, "embed_dim", "ffn_embed_dim", "layers", "attention_heads")
-        if self.layer_scale is not None and not _is_number(self.layer_scale):
+        if self.layer_scale is not None and not is_number(self.layer_scale):
             raise ValueError(f"layer_scale: expected a number or None, got {self.layer_scale!r}")
         if self.embed_dim % self.attention_heads:
             raise ValueError(
@@ -132,7 +131,7 @@ class TransformerConfig:
         if len({getattr(self, name).use_bias for name in built_in}) > 1:
             raise ValueError("use_bias: expected the same value in every adapter of a stack, got both True and False")
         for name in ("drop_path_rate", "dropout"):
-            if not (_is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
+            if not (is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
 
     @property
@@ -217,10 +216,7 @@ class OnePeaceConfig:
 
         Raises ``ValueError`` naming every key whose value this library does not implement.
         """
-        sections = {
-            "encoder": read_transformer(encoder, "encoder"),
-            "decoder": read_transformer(decoder, "decoder"),
-        }
+        sections = {"encoder": read_transformer(encoder, "encoder"), "decoder": read_transformer(decoder, "decoder")}
         return cls.from_dict({**sections, "vocab_size": vocab_size})
 
 

@@ -20,26 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onepeace_fast import routing
 from onepeace_fast.checks import describe, require, require_device, require_tensor
-from onepeace_fast.routing import (
-    INTEGERS,
-    branch_row_counts,
-    check_ids,
-    check_lengths,
-    check_masks,
-    check_positions,
-    check_samples,
-    check_total,
-    codes_of,
-    compact_index,
-    copy_to_device,
-    cumulative_rows,
-    full_column,
-    order_in_sample,
-    per_row,
-    segment_lengths,
-    tensor_to_device,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +113,19 @@ class RoutePlan:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
         """
         names = tuple(masks)
-        check_masks(masks)
+        routing.check_masks(masks)
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
-            check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
+            routing.check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
         given_lengths = lengths is not None
         if lengths is not None:
-            check_lengths(lengths, shapes, names)
+            routing.check_lengths(lengths, shapes, names)
         else:
             counts = iter(torch.cat([mask.sum(1) for mask in masks.values()]).tolist())
             lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
-        sample_of = check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
-        segments, row_order = segment_lengths(names, lengths, sample_of)
+        sample_of = routing.check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
+        segments, row_order = routing.segment_lengths(names, lengths, sample_of)
         row_counts = tuple(sum(row) for row in segments)
         max_length = max((sum(column) for column in zip(*segments, strict=True)), default=0)
         total = sum(row_counts)
@@ -159,14 +141,16 @@ class RoutePlan:
         for name, (rows, length) in zip(names, shapes, strict=True):
             index = torch.arange(base, base + rows * length, device=device).view(rows, length)
             if row_order[name] != list(range(rows)):
-                index = index[copy_to_device(row_order[name], torch.int64, device)]
+                index = index[routing.copy_to_device(row_order[name], torch.int64, device)]
             flat.append((index.roll(-1, 1) if first_is_cls else index).flatten())
             base += rows * length
         if given_lengths:
-            check_total(masks, lengths, total)
-        source = compact_index(torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base)
+            routing.check_total(masks, lengths, total)
+        source = routing.compact_index(
+            torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base
+        )
 
-        position = per_row(
+        position = routing.per_row(
             source,
             [
                 positions[name].to(torch.int32) if positions and name in positions
@@ -174,15 +158,17 @@ class RoutePlan:
                 for name, (rows, length) in zip(names, shapes, strict=True)
             ],
         )  # fmt: skip
-        modality = per_row(source, [full_column(i, shape, device) for i, shape in enumerate(shapes)], len(names))
-        sample = per_row(
+        modality = routing.per_row(
+            source, [routing.full_column(i, shape, device) for i, shape in enumerate(shapes)], len(names)
+        )
+        sample = routing.per_row(
             source,
             [
-                copy_to_device(sample_of[name], torch.int32, device)[:, None].expand(shape)
+                routing.copy_to_device(sample_of[name], torch.int32, device)[:, None].expand(shape)
                 for name, shape in zip(names, shapes, strict=True)
             ],
         )
-        cu_seqlens = cumulative_rows(segments, device)
+        cu_seqlens = routing.cumulative_rows(segments, device)
         return cls(
             modalities=names,
             offsets=torch.cat([cu_seqlens[:, 0], cu_seqlens[-1:, -1]]),
@@ -190,8 +176,8 @@ class RoutePlan:
             modality=modality,
             sample=sample,
             position=position,
-            code=codes_of(names, codes or {}, position, modality),
-            order=order_in_sample(cu_seqlens, modality, sample),
+            code=routing.codes_of(names, codes or {}, position, modality),
+            order=routing.order_in_sample(cu_seqlens, modality, sample),
             is_cls=(position == 0) & (modality < len(names)) & first_is_cls,
             source=source,
             code_offsets=tuple((code_offsets or {}).get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
@@ -225,7 +211,7 @@ class RoutePlan:
                 raise ValueError(f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}")
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: expected at least the longest row, {longest}, got {width}")
-            limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
+            limit = routing.copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
         return cls.from_masks(masks, first_is_cls=first_is_cls, lengths=lengths, **keywords)
 
@@ -258,7 +244,7 @@ class RoutePlan:
         Raises:
             ValueError: a dtype, shape or device that does not fit, or on a CPU an id that is out of range.
         """
-        require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
+        require_tensor("modality_ids", modality_ids, routing.INTEGERS, "[tokens]", 1)
         require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
         count, device = modality_ids.shape[0], modality_ids.device
         sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
@@ -268,9 +254,9 @@ class RoutePlan:
             require(value.shape == (count,), f"{name}: expected one entry per token, [{count}], got {describe(value)}")
             require_device(name, value, device)
         limit = count - 1 if max_position is None else max_position
-        check_ids("modality_ids", modality_ids, len(modalities))
-        check_ids("sample_ids", sample_ids, sample_count)
-        check_ids("positions", positions, limit + 1)
+        routing.check_ids("modality_ids", modality_ids, len(modalities))
+        routing.check_ids("sample_ids", sample_ids, sample_count)
+        routing.check_ids("positions", positions, limit + 1)
         require_tensor("is_cls", is_cls, (torch.bool,), "[tokens]", 1)
         key = modality_ids.long() * sample_count + sample_ids.long()
         source = torch.argsort(key * 2 + is_cls, stable=True)
@@ -286,7 +272,7 @@ class RoutePlan:
             sample=sample,
             position=positions[source].int(),
             code=positions[source].int(),
-            order=order_in_sample(cu_seqlens, modality, sample),
+            order=routing.order_in_sample(cu_seqlens, modality, sample),
             is_cls=is_cls[source],
             source=source,
             code_offsets=(limit,) * len(modalities),
@@ -359,8 +345,8 @@ class RoutePlan:
         """
         counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
         if drop_path.device.type == "cpu" and self.segment_lengths:
-            counts = branch_row_counts(drop_path, self.segment_lengths)
-        on_device = tensor_to_device(drop_path, self.offsets.device)
+            counts = routing.branch_row_counts(drop_path, self.segment_lengths)
+        on_device = routing.tensor_to_device(drop_path, self.offsets.device)
         return dataclasses.replace(self, drop_path=on_device, branch_row_counts=counts)
 
     def copy_(self, other: RoutePlan) -> RoutePlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -113,11 +114,9 @@ def check_lengths(
     if set(lengths) != set(names):
         raise ValueError(f"lengths: expected the modalities of the masks, {list(names)}, got {list(lengths)}")
     for name, (rows, width) in zip(names, shapes, strict=True):
-        fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
-        require(
-            fits,
-            f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(list(lengths[name]))}",
-        )
+        own = list(lengths[name])
+        if len(own) != rows or not all(0 <= length <= width for length in own):
+            raise ValueError(f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(own)}")
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
@@ -146,11 +145,8 @@ def cumulative_rows(segments: list[list[int]], device: torch.device) -> Tensor:
     """First row of every segment and, last in each row, the end: int32 [modalities, samples + 1]."""
     rows, start = [], 0
     for row in segments:
-        bounds = [start]
-        for length in row:
-            bounds.append(bounds[-1] + length)
-        rows.append(bounds)
-        start = bounds[-1]
+        rows.append([*accumulate(row, initial=start)])
+        start = rows[-1][-1]
     return copy_to_device(rows, torch.int32, device)
 
 

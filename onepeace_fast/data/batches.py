@@ -96,11 +96,6 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def truncated(self) -> int:
-        """The number of captions that were cut."""
-        return self._captions.truncated
-
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """The pair ``index`` in an epoch: "text" int64 [length], "word_starts" bool [length], and either "image"
         float32 [3, side, side] or "audio" float32 [samples].

@@ -94,7 +94,8 @@ def similarity(
     panels[0].set_ylabel("spoken digit")
     figure.colorbar(drawn, ax=panels, orientation="horizontal", aspect=40, label="mean cosine (dot: the row's largest)")
     (hits_before, asked), (hits, _) = (_diagonal_hits(values) for values in means.values())
-    same, other = _same_and_other(means["after stage 2"])
+    of_same = np.eye(DIGITS, dtype=bool)
+    same, other = (float(np.nanmean(means["after stage 2"][which])) for which in (of_same, ~of_same))
     if hits > 0.8 * asked and hits > hits_before:
         lead = "After stage 2 the diagonal stands out"
     else:
@@ -208,11 +209,6 @@ def _diagonal_hits(means: np.ndarray) -> tuple[int, int]:
     """How many spoken digits have their largest mean at their own handwriting, and how many there are."""
     asked = [digit for digit, row in enumerate(means) if not np.isnan(row).all()]
     return sum(int(np.nanargmax(means[digit])) == digit for digit in asked), len(asked)
-
-
-def _same_and_other(means: np.ndarray) -> tuple[float, float]:
-    same = np.eye(DIGITS, dtype=bool)
-    return float(np.nanmean(means[same])), float(np.nanmean(means[~same]))
 
 
 def _bias_title(modality: str, values: np.ndarray, places: Sequence[str]) -> str:

@@ -79,7 +79,7 @@ def load(clips: Sequence[Clip]) -> tuple[Speech, Speech]:
     """The sounds for training and those of the held-out voices, from the cache or synthesised.
 
     Raises:
-        DemoError: eSpeak NG does not work here, in one line.
+        ValueError: eSpeak NG does not work here, in one line.
     """
     sounds = _cached(clips)
     halves = []

@@ -130,7 +130,8 @@ def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, director
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
     _check_ties(tensors)
-    tensors = {name: value.clone() if _shares_storage(value) else value for name, value in tensors.items()}
+    # A part of a larger tensor would be refused by its file.
+    tensors = {n: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for n, x in tensors.items()}
     if sharded and dist.get_rank() > 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -164,11 +165,6 @@ def _check_ties(tensors: Mapping[str, Tensor]) -> None:
             f"model: expected a tensor of its own for every parameter, got {name} and {second} tied; untie them "
             "first, or keep torch.save(model.state_dict())",
         )
-
-
-def _shares_storage(value: Tensor) -> bool:
-    """Whether a tensor is part of a larger one, which its file would refuse."""
-    return value.untyped_storage().nbytes() > value.nbytes
 
 
 def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:

@@ -29,8 +29,7 @@ def check_routing(routing: Routing, x: Tensor) -> None:
     require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
     require_device("offsets", offsets, x.device)
     modalities = offsets.shape[0] - 1
-    fits = len(counts) == 0 or (len(counts) == modalities and sum(counts) <= x.shape[0])
-    if not fits:
+    if len(counts) > 0 and (len(counts) != modalities or sum(counts) > x.shape[0]):
         raise ValueError(
             f"row_counts: expected one per modality, {modalities}, in all at most {x.shape[0]} rows, got {list(counts)}"
         )

@@ -141,7 +141,10 @@ def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
     qkv, segments = given.qkv, given.segments
     if checks_devices():
         _check_values(given)
-        _check_longest(segments)
+        if segments.max_length:
+            taken = f"the longest sample's length, or 0, got {segments.max_length} and a longer sample"
+            fits = (segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all()
+            require_values(fits, f"max_length: expected {taken}")
     if (reason := refusal(qkv, segments.cu_seqlens.shape[0], given.bias.vectors)) is None:
         return launch_forward(given)
     _say_once(reason if segments.max_length else f"{reason}; without max_length each call waits for the device")
@@ -151,15 +154,6 @@ def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
 def _check_values(given: AttentionInputs) -> None:
     check_segments(given.segments.cu_seqlens, given.qkv.shape[0])
     check_codes(given.bias, given.segments)
-
-
-def _check_longest(segments: Segments) -> None:
-    """Raise where a sample is longer than a ``max_length`` that was given."""
-    if segments.max_length:
-        message = (
-            f"max_length: expected the longest sample's length, or 0, got {segments.max_length} and a longer sample"
-        )
-        require_values((segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all(), message)
 
 
 @functools.cache

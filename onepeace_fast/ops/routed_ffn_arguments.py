@@ -42,11 +42,13 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     shapes = ((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
     for name, tensors, shape in zip(weights._fields, weights, shapes, strict=True):
         require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
-        dtype = None if name.startswith("norm") else z.dtype
+        dtype = None if name.startswith("norm") else z.dtype  # norms may have any floating-point dtype
         for m, tensor in enumerate(tensors):
             fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not (fits and tensor.shape == shape and tensor.device == z.device):
-                _refuse_parameter(f"{name}[{m}]", tensor, shape, dtype, z.device)
+                require_device(f"{name}[{m}]", tensor, z.device)
+                wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
+                raise ValueError(f"{name}[{m}]: expected {wanted} {list(shape)}, got {describe(tensor)}")
     require_norm_and_activation(weights.norm_weight, weights.norm_bias, settings.activation, settings.eps)
     row_index = routing.row_index
     require(
@@ -71,15 +73,6 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
         raise ValueError(f"row_index: expected one entry per row of z, {z.shape[0]}, got {describe(row_index)}")
 
 
-def _refuse_parameter(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
-) -> None:
-    """Norms may have any floating-point dtype (``dtype`` None), the others z's."""
-    require_device(name, tensor, device)
-    wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
-    raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}")
-
-
 def chosen_strategy(
     strategy: str | None, z: Tensor, hidden: int, modalities: int, row_counts: Sequence[int], unfolded: bool = False
 ) -> str:  # fmt: skip
@@ -102,14 +95,10 @@ def chosen_strategy(
         return "per_modality" if measured == "grouped" and reason else measured
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}")
-    if strategy != "reference":
-        fits = has_kernels or kernels_forced() is False
-        require(
-            fits,
-            lambda: f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both",
-        )
-    if strategy == "grouped":
-        require((reason := _untaken_by_tiles(z, hidden, modalities, unfolded)) is None, lambda: reason)
+    if strategy != "reference" and not has_kernels and kernels_forced() is not False:
+        raise ValueError(f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both")
+    if strategy == "grouped" and (reason := _untaken_by_tiles(z, hidden, modalities, unfolded)) is not None:
+        raise ValueError(reason)
     return strategy
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -161,9 +162,7 @@ def pair_bias(bias: RelativeBias, segments: Segments, dtype: torch.dtype) -> Pai
     vectors = bias.vectors
     if not vectors:
         return None
-    starts = [0]
-    for vector in vectors:
-        starts.append(starts[-1] + vector.shape[1])
+    starts = [*accumulate((vector.shape[1] for vector in vectors), initial=0)]
     zero = vectors[0].new_zeros(vectors[0].shape[0], 1)
     equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
     cls = [stop - CLS_ENTRIES for stop in starts[1:]]

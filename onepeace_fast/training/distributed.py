@@ -130,15 +130,10 @@ class Processes:
         whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         if self.count > 1:
             for parameter in whole:
-                self.average(_gradient(parameter))
+                self.average(cast(Tensor, parameter.grad))
         groups = [group for group in (sharded, whole) if group]
-        norms = [full(nn.utils.get_total_norm([_gradient(parameter) for parameter in group])) for group in groups]
+        norms = [full(nn.utils.get_total_norm([cast(Tensor, p.grad) for p in group])) for group in groups]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, maximum, norm)
         return norm
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

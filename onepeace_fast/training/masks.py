@@ -163,9 +163,8 @@ def _with_cls(mask: Tensor) -> Tensor:
 
 def _check_text(text: Tensor, word_starts: Tensor) -> Tensor:
     """Raise unless captions are as described; return where they have tokens that may be hidden: bool [rows, length]."""
-    require_tensor("text", text, (torch.int64,), "[rows, length]", 2)
-    require_tensor("word_starts", word_starts, (torch.bool,), "[rows, length]", 2)
-    for name, value in (("text", text), ("word_starts", word_starts)):
+    for name, value, dtype in (("text", text, torch.int64), ("word_starts", word_starts, torch.bool)):
+        require_tensor(name, value, (dtype,), "[rows, length]", 2)
         require_device(name, value, torch.device("cpu"))
     if word_starts.shape != text.shape:
         raise ValueError(f"word_starts: expected text's shape, {list(text.shape)}, got {list(word_starts.shape)}")
