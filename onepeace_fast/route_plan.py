@@ -118,9 +118,8 @@ class RoutePlan:
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
             routing.check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
-        given_lengths = lengths is not None
         if lengths is not None:
-            routing.check_lengths(lengths, shapes, names)
+            routing.check_lengths(lengths, masks)
         else:
             counts = iter(torch.cat([mask.sum(1) for mask in masks.values()]).tolist())
             lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
@@ -144,8 +143,6 @@ class RoutePlan:
                 index = index[routing.copy_to_device(row_order[name], torch.int64, device)]
             flat.append((index.roll(-1, 1) if first_is_cls else index).flatten())
             base += rows * length
-        if given_lengths:
-            routing.check_total(masks, lengths, total)
         source = routing.compact_index(
             torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base
         )

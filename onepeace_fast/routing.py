@@ -93,30 +93,19 @@ def check_positions(
         )
 
 
-def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]], total: int) -> None:
-    """Raise unless lengths count the masks' True entries: row by row on a CPU, in all elsewhere."""
+def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tensor]) -> None:
+    """Raise unless lengths fit the masks and count their True entries: row by row on a CPU, in all elsewhere."""
+    if set(lengths) != set(masks):
+        raise ValueError(f"lengths: expected the modalities of the masks, {list(masks)}, got {list(lengths)}")
     for name, mask in masks.items():
-        if mask.device.type == "cpu":
-            counted = mask.sum(1).tolist()
-            require(
-                counted == list(lengths[name]),
-                f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(list(lengths[name]))}",
-            )
-    if next(iter(masks.values())).device.type != "cpu":
-        everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()
-        require_values(everywhere == total, "lengths: expected the masks' total, got another")
-
-
-def check_lengths(
-    lengths: Mapping[str, Sequence[int]], shapes: Sequence[tuple[int, int]], names: Sequence[str]
-) -> None:
-    """Raise unless lengths fit the masks row by row."""
-    if set(lengths) != set(names):
-        raise ValueError(f"lengths: expected the modalities of the masks, {list(names)}, got {list(lengths)}")
-    for name, (rows, width) in zip(names, shapes, strict=True):
-        own = list(lengths[name])
+        (rows, width), own = mask.shape, list(lengths[name])
         if len(own) != rows or not all(0 <= length <= width for length in own):
             raise ValueError(f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(own)}")
+        if mask.device.type == "cpu" and own != (counted := mask.sum(1).tolist()):
+            raise ValueError(f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(own)}")
+    if next(iter(masks.values())).device.type != "cpu":
+        everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()
+        require_values(everywhere == sum(map(sum, lengths.values())), "lengths: expected the masks' total, got another")
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:

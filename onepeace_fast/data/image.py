@@ -63,7 +63,6 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                     check_gif(Path(path).read_bytes())
                 elif image.format in ("JPEG", "MPO"):
                     image = open_whole_jpeg(Path(path).read_bytes())
-            with _decoding(path):
                 upright = operations.exif_transpose(image)
             _check_depth(path, upright)
             with _decoding(path):

@@ -40,16 +40,6 @@ class Match(NamedTuple):
     right: bool
 
 
-class Card(NamedTuple):
-    """A sound with its nearest images, best first."""
-
-    label: int
-    name: str
-    voice: str
-    uri: str
-    matches: list[Match]
-
-
 def write(result: Result, folder: Path) -> Path:
     """Write ``folder/index.html`` in one step and return its path."""
     require(bool(np.isfinite(result.similarity).all()), "similarity: expected cosines, got NaN or infinity")
@@ -180,15 +170,16 @@ def sound_uri(waveform: np.ndarray) -> str:
     return "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _card(result: Result, row: int) -> Card:
-    """One sound and the images nearest to it; of equal ones the first."""
+def _card(result: Result, row: int) -> dict[str, Any]:
+    """One sound and the images nearest to it, best first; of equal ones the first."""
     label = result.sound_labels[row]
     nearest = np.argsort(-result.similarity[row], kind="stable")[:NEAREST].tolist()
     matches = [
         Match(image_uri(result.images[i]), found := result.image_labels[i], result.similarity[row, i], found == label)
         for i in nearest
     ]
-    return Card(label, NAMES[label], result.sound_voices[row], sound_uri(result.sounds[row]), matches)
+    sound = {"label": label, "name": NAMES[label], "voice": result.sound_voices[row]}
+    return {**sound, "uri": sound_uri(result.sounds[row]), "matches": matches}
 
 
 def _pictures(result: Result) -> dict[str, Any]:

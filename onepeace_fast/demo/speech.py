@@ -33,13 +33,7 @@ VOICES = (
     "Annie", "Mike", "belinda", "edward", "f5", "grandma", "klatt4", "m8",
 )  # fmt: skip
 HELD_OUT_VOICES = VOICES[-8:]
-ACCENTS = {
-    "en-us": "American",
-    "en": "British",
-    "en-gb-scotland": "Scottish",
-    "en-029": "Caribbean",
-    "en-gb-x-gbclan": "Lancashire",
-}
+ACCENTS = ("en-us", "en", "en-gb-scotland", "en-029", "en-gb-x-gbclan")  # the last two: Caribbean, Lancashire
 MANNERS = tuple((speed, pitch) for speed in (120, 145, 170) for pitch in (35, 50, 65))
 
 

@@ -95,7 +95,11 @@ def read_batch(
         require(got == wanted, f"masks: expected exactly one for each of {wanted}, got {got}")
     masks = masks or {}
     for modality, name in places:
-        _check_mask(name, masks[name], valid[modality])
+        mask, real = masks[name], valid[modality]
+        require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
+        shape = list(real.shape)
+        require(list(mask.shape) == shape, f"masks[{name!r}]: expected bool {shape}, CLS first, got {describe(mask)}")
+        require_device(f"masks[{name!r}]", mask, real.device)
     if samples is None:
         check_samples(rows, None)
     else:
@@ -157,10 +161,3 @@ def _check_sample_rows(samples: Any, device: torch.device) -> None:
         else:
             fits = isinstance(value, Sequence) and all(type(item) is int for item in value)
         require(fits, f"samples[{name!r}]: expected int64 [rows] or a list of integers, got {describe(value)}")
-
-
-def _check_mask(name: str, mask: Tensor, valid: Tensor) -> None:
-    require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
-    shape = list(valid.shape)
-    require(list(mask.shape) == shape, f"masks[{name!r}]: expected bool {shape}, CLS first, got {describe(mask)}")
-    require_device(f"masks[{name!r}]", mask, valid.device)
