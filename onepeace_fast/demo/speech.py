@@ -106,7 +106,6 @@ def requests(clips: Sequence[Clip]) -> list[tuple[str, int, int, str]]:
 
 
 def _cached(clips: Sequence[Clip]) -> list[np.ndarray]:
-    synthesis.require_engine()
     path = cache_file(clips)
     if path.exists():
         try:

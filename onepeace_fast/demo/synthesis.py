@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -20,20 +19,13 @@ from onepeace_fast.demo.waveform import trim
 from onepeace_fast.info import DEMO_INSTALL
 
 
-def require_engine() -> None:
-    """Raise ``ValueError`` unless the package with eSpeak NG is installed."""
-    if importlib.util.find_spec("espeakng_loader") is None:
-        raise ValueError(f"espeakng-loader, which brings eSpeak NG, is not installed: {DEMO_INSTALL}")
-
-
 def synthesise(requests: Sequence[tuple[str, int, int, str]]) -> list[np.ndarray]:
     """Say all of (voice, speed, pitch, text), in this order: int16 [samples] at 16 kHz each, quiet ends cut off.
 
     Raises:
         ValueError: eSpeak NG does not work here, in one line.
     """
-    require_engine()
-    import espeakng_loader
+    import espeakng_loader  # the command has seen that it is installed
 
     with tempfile.TemporaryDirectory() as folder:
         plan, output = Path(folder, "plan.json"), Path(folder, "clips")

@@ -33,7 +33,6 @@ def engine(monkeypatch):
         calls.append(len(requests))
         return [np.full(100 + row, row + 1, np.int16) for row in range(len(requests))]
 
-    monkeypatch.setattr(synthesis, "require_engine", lambda: None)
     monkeypatch.setattr(synthesis, "synthesise", synthesise)
     return calls
 
@@ -97,12 +96,6 @@ def test_a_cache_that_cannot_be_written_costs_a_line_and_nothing_else(cache, eng
 
 def test_other_clips_have_another_cache_file(cache):
     assert speech.cache_file(speech.plan(["adam"])) != speech.cache_file(speech.plan(["zac"]))
-
-
-def test_without_the_engine_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "espeakng_loader", None)
-    with pytest.raises(ValueError, match=r"^espeakng-loader.* is not installed: .* install .*\[demo\]'$"):
-        synthesis.synthesise(REQUESTS)
 
 
 def test_an_engine_that_fails_is_one_line(monkeypatch):
