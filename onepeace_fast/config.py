@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,9 @@ class TransformerConfig:
     layer_scale: float | None = 1e-6
     bias_table_per_layer: bool = False
     checkpoint_activations: bool = False
-    text: TextAdapterConfig | None = field(default_factory=TextAdapterConfig)
-    image: ImageAdapterConfig | None = field(default_factory=ImageAdapterConfig)
-    audio: AudioAdapterConfig | None = field(default_factory=AudioAdapterConfig)
+    text: TextAdapterConfig | None = TextAdapterConfig()
+    image: ImageAdapterConfig | None = ImageAdapterConfig()
+    audio: AudioAdapterConfig | None = AudioAdapterConfig()
     added: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -150,8 +150,12 @@ class TransformerConfig:
         return (self.layers if self.bias_table_per_layer else 1) if self.use_bias else 0
 
 
-def _small_decoder() -> TransformerConfig:
-    return TransformerConfig(
+@dataclass(frozen=True, kw_only=True)
+class OnePeaceConfig:
+    """ONE-PEACE: an encoder, and the light decoder of the denoising task. ``vocab_size`` counts the 4 specials."""
+
+    encoder: TransformerConfig = TransformerConfig()
+    decoder: TransformerConfig = TransformerConfig(
         embed_dim=768,
         ffn_embed_dim=2048,
         layers=2,
@@ -161,14 +165,6 @@ def _small_decoder() -> TransformerConfig:
         image=ImageAdapterConfig(use_bias=False),
         audio=AudioAdapterConfig(use_bias=False),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnePeaceConfig:
-    """ONE-PEACE: an encoder, and the light decoder of the denoising task. ``vocab_size`` counts the 4 specials."""
-
-    encoder: TransformerConfig = field(default_factory=TransformerConfig)
-    decoder: TransformerConfig = field(default_factory=_small_decoder)
     vocab_size: int = 50264
 
     def __post_init__(self) -> None:

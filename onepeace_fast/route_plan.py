@@ -151,20 +151,15 @@ class RoutePlan:
             source,
             [
                 positions[name].to(torch.int32) if positions and name in positions
-                else torch.arange(length, dtype=torch.int32, device=device).expand(rows, length)
-                for name, (rows, length) in zip(names, shapes, strict=True)
+                else torch.arange(length, dtype=torch.int32, device=device)
+                for name, (_, length) in zip(names, shapes, strict=True)
             ],
+            shapes,
         )  # fmt: skip
-        modality = routing.per_row(
-            source, [routing.full_column(i, shape, device) for i, shape in enumerate(shapes)], len(names)
-        )
-        sample = routing.per_row(
-            source,
-            [
-                routing.copy_to_device(sample_of[name], torch.int32, device)[:, None].expand(shape)
-                for name, shape in zip(names, shapes, strict=True)
-            ],
-        )
+        numbers = [torch.full((1, 1), i, dtype=torch.int32, device=device) for i in range(len(names))]
+        modality = routing.per_row(source, numbers, shapes, len(names))
+        samples_of_rows = [routing.copy_to_device(sample_of[name], torch.int32, device)[:, None] for name in names]
+        sample = routing.per_row(source, samples_of_rows, shapes)
         cu_seqlens = routing.cumulative_rows(segments, device)
         return cls(
             modalities=names,

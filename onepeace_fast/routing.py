@@ -146,15 +146,10 @@ def compact_index(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tens
     return index.new_full((capacity + 1,), fill).scatter_(0, target, index)[:capacity]
 
 
-def full_column(value: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """A value for every token of a padded shape, without memory of its own."""
-    return torch.full((1, 1), value, dtype=torch.int32, device=device).expand(shape)
-
-
-def per_row(source: Tensor, padded: list[Tensor], inert: int = 0) -> Tensor:
-    """Gather an int32 value of each row from its padded form; inert rows get ``inert``."""
-    tail = torch.full((1,), inert, dtype=torch.int32, device=source.device)
-    return torch.cat([*(tensor.reshape(-1) for tensor in padded), tail])[source]
+def per_row(source: Tensor, values: Sequence[Tensor], shapes: Sequence[tuple[int, int]], inert: int = 0) -> Tensor:
+    """Gather an int32 value of each row from what expands to each modality's padded shape; inert rows get ``inert``."""
+    padded = [value.expand(shape).reshape(-1) for value, shape in zip(values, shapes, strict=True)]
+    return torch.cat([*padded, torch.full((1,), inert, dtype=torch.int32, device=source.device)])[source]
 
 
 def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:

@@ -25,11 +25,7 @@ SMOOTHED = 20  # steps
 BLUE, ORANGE, GREY = "#1f5fa8", "#b45309", "#5f6368"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
-    "axes.labelsize": 9,
     "axes.titlesize": 9,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.fonttype": "path",  # the same letters on every machine

@@ -219,13 +219,10 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
     for sentence in report.agreement(result.comparisons):
         print(f"  {sentence}")
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
-    where = [] if output == Path("report") else [f"--output {output}"]
+    where = "" if output == Path("report") else f" --output {output}"
     hints = [
         (str(page), "hear the sounds, see what they found: open it in a browser"),
-        (
-            program_command(" ".join(["demo", *where, "--wav mine.wav"])),
-            "the images for a digit that you say, in English",
-        ),
+        (program_command(f"demo{where} --wav mine.wav"), "the images for a digit that you say, in English"),
         (program_command("demo --seeds 5"), "how much of this is luck"),
     ]
     print(format_table(hints))

@@ -84,14 +84,8 @@ def train_only(model: nn.Module, wrapper: nn.Module, encoder: Stack, name: str) 
 
 def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Parameter]:
     """Every parameter that passes of these modalities alone read, in whatever it is wrapped."""
-    own = {
-        place
-        for name in modalities
-        for place in (
-            *(f"{name}_adapter", f"{name}_ffn", f"{name}_layer_norm", f"{name}_proj"),
-            *(f"decoder_{name}_embed", f"{name}_mask_token", f"{name}_mask_head"),
-        )
-    }
+    places = ("{}_adapter", "{}_ffn", "{}_layer_norm", "{}_proj", "decoder_{}_embed", "{}_mask_token", "{}_mask_head")
+    own = {place.format(name) for name in modalities for place in places}
     return [parameter for name, parameter in model.named_parameters() if not own.isdisjoint(name.split("."))]
 
 
