@@ -216,34 +216,22 @@ class OnePeaceConfig:
         return cls.from_dict({**sections, "vocab_size": vocab_size})
 
 
-_NESTED = {
-    "encoder": TransformerConfig,
-    "decoder": TransformerConfig,
-    "text": TextAdapterConfig,
-    "image": ImageAdapterConfig,
-    "audio": AudioAdapterConfig,
-}
+_LISTS = {"feature_layers": "a list of [channels, kernel, stride]", "added": "a list of names"}
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of fields, got {values!r}")
-    known = {item.name for item in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where}: expected some of {sorted(known)}, got unknown fields {unknown}")
+    defaults = {item.name: item.default for item in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(defaults)):
+        raise ValueError(f"{where}: expected some of {sorted(defaults)}, got unknown fields {unknown}")
     arguments = {}
     for name, value in values.items():
-        if name in _NESTED and value is not None:
-            value = _build(_NESTED[name], value, name)
-        elif name == "feature_layers":
-            value = _tuples(name, value, "a list of [channels, kernel, stride]")
-        elif name == "added":
-            value = _tuples(name, value, "a list of names")
+        if dataclasses.is_dataclass(defaults[name]) and value is not None:
+            value = _build(type(defaults[name]), value, name)
+        elif name in _LISTS:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{name}: expected {_LISTS[name]}, got {value!r}")
+            value = tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
         arguments[name] = value
     return cls(**arguments)
-
-
-def _tuples(name: str, value: Any, takes: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name}: expected {takes}, got {value!r}")
-    return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
