@@ -33,6 +33,14 @@ def require_values(condition: torch.Tensor, message: str) -> None:
         torch._assert_async(condition, message)
 
 
+def read_values(tensor: torch.Tensor) -> list[int]:
+    """The values of a tensor, also inside a transform by ``torch.func``, where torch 2.8 gives none out."""
+    if not torch._C._are_functorch_transforms_active():
+        return tensor.tolist()
+    with torch._C._DisableFuncTorch():
+        return tensor.tolist()
+
+
 def checks_devices() -> bool:
     """Whether ``ONEPEACE_FAST_CHECK=1`` asks ops to check values on a device too, in every call and at a cost."""
     return os.environ.get("ONEPEACE_FAST_CHECK") == "1"

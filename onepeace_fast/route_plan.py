@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast import routing
-from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class RoutePlan:
         if lengths is not None:
             routing.check_lengths(lengths, masks)
         else:
-            counts = iter(torch.cat([mask.sum(1) for mask in masks.values()]).tolist())
+            counts = iter(read_values(torch.cat([mask.sum(1) for mask in masks.values()])))
             lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
         sample_of = routing.check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
         segments, row_order = routing.segment_lengths(names, lengths, sample_of)

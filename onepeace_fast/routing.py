@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 INTEGERS = (torch.int32, torch.int64)
@@ -101,7 +101,7 @@ def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tens
         (rows, width), own = mask.shape, list(lengths[name])
         if len(own) != rows or not all(0 <= length <= width for length in own):
             raise ValueError(f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(own)}")
-        if mask.device.type == "cpu" and own != (counted := mask.sum(1).tolist()):
+        if mask.device.type == "cpu" and own != (counted := read_values(mask.sum(1))):
             raise ValueError(f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(own)}")
     if next(iter(masks.values())).device.type != "cpu":
         everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()

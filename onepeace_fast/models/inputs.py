@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.routing import INTEGERS, check_samples
 
@@ -28,9 +28,9 @@ def read_together(tensors: Mapping[tuple[str, Any], Tensor]) -> dict[tuple[str, 
             "give all samples as rows of one call"
         )
     away = [value.flatten().long() for value in tensors.values() if value.device.type != "cpu"]
-    flat = iter(torch.cat(away).tolist() if away else ())
+    flat = iter(read_values(torch.cat(away)) if away else ())
     return {
-        key: value.flatten().tolist() if value.device.type == "cpu" else list(islice(flat, value.numel()))
+        key: read_values(value.flatten()) if value.device.type == "cpu" else list(islice(flat, value.numel()))
         for key, value in tensors.items()
     }
 

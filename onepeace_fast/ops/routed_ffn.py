@@ -280,11 +280,10 @@ def routed_ffn(
     Raises:
         ValueError: a dtype, shape, device, name or width that does not fit.
     """
-    weights = FeedForwardWeights(*(list(some or ()) for some in (w0, w1, norm_weight, norm_bias, w2, b2)))
     if (dtype := autocast_dtype(z)) is not None:
         z = z.to(dtype)
-        norms = {"norm_weight": weights.norm_weight, "norm_bias": weights.norm_bias}
-        weights = FeedForwardWeights(*([w.to(dtype) for w in some] for some in weights))._replace(**norms)
+        w0, w1, w2, b2 = (some and [w.to(dtype) for w in some] for some in (w0, w1, w2, b2))
+    weights = FeedForwardWeights(*(list(some or ()) for some in (w0, w1, norm_weight, norm_bias, w2, b2)))
     routing, factors = Routing(offsets, tuple(row_counts), row_index), DropPath(drop_path, sample)
     settings = FeedForwardSettings(activation, eps, strategy or "", bool(fold_norm), False, False)
     given = RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings)
@@ -301,4 +300,4 @@ def routed_ffn(
         activation, eps, strategy, fold_norm, keep_products=differentiable and not recompute,
         keep_y=differentiable and y_needed,
     )  # fmt: skip
-    return ROUTED_FFN(given._replace(settings=settings))[0]
+    return ROUTED_FFN(RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings))[0]

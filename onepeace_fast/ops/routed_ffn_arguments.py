@@ -38,9 +38,10 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     check_routing(routing, z)
     modalities, width, hidden = routing.offsets.shape[0] - 1, z.shape[1], weights.w0[0].shape[0] if weights.w0 else 0
     require(hidden <= MAX_WIDTH, lambda: f"w0: expected at most {MAX_WIDTH} hidden columns, got {hidden}")
-    shapes: tuple[tuple[int, ...], ...]
-    shapes = ((hidden, width), (hidden, width), (hidden,), (hidden,), (width, hidden), (width,))
-    for name, tensors, shape in zip(weights._fields, weights, shapes, strict=True):
+    # the names of ``weights`` again: torch 2.8 cannot trace ``weights._fields``
+    shapes: dict[str, tuple[int, ...]] = {"w0": (hidden, width), "w1": (hidden, width), "norm_weight": (hidden,)}
+    shapes |= {"norm_bias": (hidden,), "w2": (width, hidden), "b2": (width,)}
+    for (name, shape), tensors in zip(shapes.items(), weights, strict=True):
         require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
         dtype = None if name.startswith("norm") else z.dtype  # norms may have any floating-point dtype
         for m, tensor in enumerate(tensors):
