@@ -64,8 +64,6 @@ def require_device(name: str, value: torch.Tensor, device: torch.device) -> None
 def require_vector(name: str, value: torch.Tensor | None, length: int, device: torch.device) -> None:
     """Raise unless ``value`` is absent or a floating-point vector of ``length`` entries on ``device``."""
     if value is not None:
-        require(
-            value.is_floating_point() and value.dim() == 1 and value.shape[0] == length,
-            lambda: f"{name}: expected a floating-point [{length}], got {describe(value)}",
-        )
+        if not (value.is_floating_point() and value.dim() == 1 and value.shape[0] == length):
+            raise ValueError(f"{name}: expected a floating-point [{length}], got {describe(value)}")
         require_device(name, value, device)

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,9 @@ def _is_positive_integer(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is an integer or a float, and finite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_layer(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 3 and all(map(_is_positive_integer, value))
 
 
 def _require_positive_integers(config: object, *names: str) -> None:
@@ -79,7 +76,9 @@ class AudioAdapterConfig:
         _require_bucket_size(self)
         _require_positive_integers(self, "position_layers", "position_width", "position_groups")
         layers = self.feature_layers
-        if not layers or not all(map(_is_layer, layers)):
+        if not layers or not all(
+            isinstance(layer, tuple) and len(layer) == 3 and all(map(_is_positive_integer, layer)) for layer in layers
+        ):
             raise ValueError(
                 f"feature_layers: expected (channels, kernel, stride) of each layer, positive, got {layers!r}"
             )
@@ -107,14 +106,14 @@ class TransformerConfig:
     layer_scale: float | None = 1e-6
     bias_table_per_layer: bool = False
     checkpoint_activations: bool = False
-    text: TextAdapterConfig | None = field(default_factory=TextAdapterConfig)
-    image: ImageAdapterConfig | None = field(default_factory=ImageAdapterConfig)
-    audio: AudioAdapterConfig | None = field(default_factory=AudioAdapterConfig)
+    text: TextAdapterConfig | None = TextAdapterConfig()
+    image: ImageAdapterConfig | None = ImageAdapterConfig()
+    audio: AudioAdapterConfig | None = AudioAdapterConfig()
     added: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _require_positive_integers(self, "embed_dim", "ffn_embed_dim", "layers", "attention_heads")
-        if self.layer_scale is not None and not _is_number(self.layer_scale):
+        if self.layer_scale is not None and not is_number(self.layer_scale):
             raise ValueError(f"layer_scale: expected a number or None, got {self.layer_scale!r}")
         if self.embed_dim % self.attention_heads:
             raise ValueError(
@@ -132,7 +131,7 @@ class TransformerConfig:
         if len({getattr(self, name).use_bias for name in built_in}) > 1:
             raise ValueError("use_bias: expected the same value in every adapter of a stack, got both True and False")
         for name in ("drop_path_rate", "dropout"):
-            if not (_is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
+            if not (is_number(value := getattr(self, name)) and 0.0 <= value < 1.0):
                 raise ValueError(f"{name}: expected a probability in [0, 1), got {value!r}")
 
     @property
@@ -151,8 +150,12 @@ class TransformerConfig:
         return (self.layers if self.bias_table_per_layer else 1) if self.use_bias else 0
 
 
-def _small_decoder() -> TransformerConfig:
-    return TransformerConfig(
+@dataclass(frozen=True, kw_only=True)
+class OnePeaceConfig:
+    """ONE-PEACE: an encoder, and the light decoder of the denoising task. ``vocab_size`` counts the 4 specials."""
+
+    encoder: TransformerConfig = TransformerConfig()
+    decoder: TransformerConfig = TransformerConfig(
         embed_dim=768,
         ffn_embed_dim=2048,
         layers=2,
@@ -162,14 +165,6 @@ def _small_decoder() -> TransformerConfig:
         image=ImageAdapterConfig(use_bias=False),
         audio=AudioAdapterConfig(use_bias=False),
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OnePeaceConfig:
-    """ONE-PEACE: an encoder, and the light decoder of the denoising task. ``vocab_size`` counts the 4 specials."""
-
-    encoder: TransformerConfig = field(default_factory=TransformerConfig)
-    decoder: TransformerConfig = field(default_factory=_small_decoder)
     vocab_size: int = 50264
 
     def __post_init__(self) -> None:
@@ -217,41 +212,26 @@ class OnePeaceConfig:
 
         Raises ``ValueError`` naming every key whose value this library does not implement.
         """
-        sections = {
-            "encoder": read_transformer(encoder, "encoder"),
-            "decoder": read_transformer(decoder, "decoder"),
-        }
+        sections = {"encoder": read_transformer(encoder, "encoder"), "decoder": read_transformer(decoder, "decoder")}
         return cls.from_dict({**sections, "vocab_size": vocab_size})
 
 
-_NESTED = {
-    "encoder": TransformerConfig,
-    "decoder": TransformerConfig,
-    "text": TextAdapterConfig,
-    "image": ImageAdapterConfig,
-    "audio": AudioAdapterConfig,
-}
+_LISTS = {"feature_layers": "a list of [channels, kernel, stride]", "added": "a list of names"}
 
 
 def _build(cls: type, values: Any, where: str) -> Any:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of fields, got {values!r}")
-    known = {item.name for item in dataclasses.fields(cls)}
-    if unknown := sorted(set(values) - known):
-        raise ValueError(f"{where}: expected some of {sorted(known)}, got unknown fields {unknown}")
+    defaults = {item.name: item.default for item in dataclasses.fields(cls)}
+    if unknown := sorted(set(values) - set(defaults)):
+        raise ValueError(f"{where}: expected some of {sorted(defaults)}, got unknown fields {unknown}")
     arguments = {}
     for name, value in values.items():
-        if name in _NESTED and value is not None:
-            value = _build(_NESTED[name], value, name)
-        elif name == "feature_layers":
-            value = _tuples(name, value, "a list of [channels, kernel, stride]")
-        elif name == "added":
-            value = _tuples(name, value, "a list of names")
+        if dataclasses.is_dataclass(defaults[name]) and value is not None:
+            value = _build(type(defaults[name]), value, name)
+        elif name in _LISTS:
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{name}: expected {_LISTS[name]}, got {value!r}")
+            value = tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
         arguments[name] = value
     return cls(**arguments)
-
-
-def _tuples(name: str, value: Any, takes: str) -> tuple[Any, ...]:
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{name}: expected {takes}, got {value!r}")
-    return tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)

@@ -20,26 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onepeace_fast import routing
 from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor
-from onepeace_fast.routing import (
-    INTEGERS,
-    branch_row_counts,
-    check_ids,
-    check_lengths,
-    check_masks,
-    check_positions,
-    check_samples,
-    check_total,
-    codes_of,
-    compact_index,
-    copy_to_device,
-    cumulative_rows,
-    full_column,
-    order_in_sample,
-    per_row,
-    segment_lengths,
-    tensor_to_device,
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,19 +113,18 @@ class RoutePlan:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
         """
         names = tuple(masks)
-        check_masks(masks)
+        routing.check_masks(masks)
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
-            check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
-        given_lengths = lengths is not None
+            routing.check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
         if lengths is not None:
-            check_lengths(lengths, shapes, names)
+            routing.check_lengths(lengths, masks)
         else:
             counts = iter(read_values(torch.cat([mask.sum(1) for mask in masks.values()])))
             lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
-        sample_of = check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
-        segments, row_order = segment_lengths(names, lengths, sample_of)
+        sample_of = routing.check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
+        segments, row_order = routing.segment_lengths(names, lengths, sample_of)
         row_counts = tuple(sum(row) for row in segments)
         max_length = max((sum(column) for column in zip(*segments, strict=True)), default=0)
         total = sum(row_counts)
@@ -159,30 +140,27 @@ class RoutePlan:
         for name, (rows, length) in zip(names, shapes, strict=True):
             index = torch.arange(base, base + rows * length, device=device).view(rows, length)
             if row_order[name] != list(range(rows)):
-                index = index[copy_to_device(row_order[name], torch.int64, device)]
+                index = index[routing.copy_to_device(row_order[name], torch.int64, device)]
             flat.append((index.roll(-1, 1) if first_is_cls else index).flatten())
             base += rows * length
-        if given_lengths:
-            check_total(masks, lengths, total)
-        source = compact_index(torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base)
+        source = routing.compact_index(
+            torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base
+        )
 
-        position = per_row(
+        position = routing.per_row(
             source,
             [
                 positions[name].to(torch.int32) if positions and name in positions
-                else torch.arange(length, dtype=torch.int32, device=device).expand(rows, length)
-                for name, (rows, length) in zip(names, shapes, strict=True)
+                else torch.arange(length, dtype=torch.int32, device=device)
+                for name, (_, length) in zip(names, shapes, strict=True)
             ],
+            shapes,
         )  # fmt: skip
-        modality = per_row(source, [full_column(i, shape, device) for i, shape in enumerate(shapes)], len(names))
-        sample = per_row(
-            source,
-            [
-                copy_to_device(sample_of[name], torch.int32, device)[:, None].expand(shape)
-                for name, shape in zip(names, shapes, strict=True)
-            ],
-        )
-        cu_seqlens = cumulative_rows(segments, device)
+        numbers = [torch.full((1, 1), i, dtype=torch.int32, device=device) for i in range(len(names))]
+        modality = routing.per_row(source, numbers, shapes, len(names))
+        samples_of_rows = [routing.copy_to_device(sample_of[name], torch.int32, device)[:, None] for name in names]
+        sample = routing.per_row(source, samples_of_rows, shapes)
+        cu_seqlens = routing.cumulative_rows(segments, device)
         return cls(
             modalities=names,
             offsets=torch.cat([cu_seqlens[:, 0], cu_seqlens[-1:, -1]]),
@@ -190,8 +168,8 @@ class RoutePlan:
             modality=modality,
             sample=sample,
             position=position,
-            code=codes_of(names, codes or {}, position, modality),
-            order=order_in_sample(cu_seqlens, modality, sample),
+            code=routing.codes_of(names, codes or {}, position, modality),
+            order=routing.order_in_sample(cu_seqlens, modality, sample),
             is_cls=(position == 0) & (modality < len(names)) & first_is_cls,
             source=source,
             code_offsets=tuple((code_offsets or {}).get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
@@ -221,12 +199,11 @@ class RoutePlan:
         masks = {}
         for name, row_lengths in lengths.items():
             longest = max(row_lengths, default=1)
-            require(
-                min(row_lengths, default=0) >= 0, f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}"
-            )
+            if min(row_lengths, default=0) < 0:
+                raise ValueError(f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}")
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: expected at least the longest row, {longest}, got {width}")
-            limit = copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
+            limit = routing.copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
         return cls.from_masks(masks, first_is_cls=first_is_cls, lengths=lengths, **keywords)
 
@@ -259,7 +236,7 @@ class RoutePlan:
         Raises:
             ValueError: a dtype, shape or device that does not fit, or on a CPU an id that is out of range.
         """
-        require_tensor("modality_ids", modality_ids, INTEGERS, "[tokens]", 1)
+        require_tensor("modality_ids", modality_ids, routing.INTEGERS, "[tokens]", 1)
         require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
         count, device = modality_ids.shape[0], modality_ids.device
         sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
@@ -269,9 +246,9 @@ class RoutePlan:
             require(value.shape == (count,), f"{name}: expected one entry per token, [{count}], got {describe(value)}")
             require_device(name, value, device)
         limit = count - 1 if max_position is None else max_position
-        check_ids("modality_ids", modality_ids, len(modalities))
-        check_ids("sample_ids", sample_ids, sample_count)
-        check_ids("positions", positions, limit + 1)
+        routing.check_ids("modality_ids", modality_ids, len(modalities))
+        routing.check_ids("sample_ids", sample_ids, sample_count)
+        routing.check_ids("positions", positions, limit + 1)
         require_tensor("is_cls", is_cls, (torch.bool,), "[tokens]", 1)
         key = modality_ids.long() * sample_count + sample_ids.long()
         source = torch.argsort(key * 2 + is_cls, stable=True)
@@ -287,7 +264,7 @@ class RoutePlan:
             sample=sample,
             position=positions[source].int(),
             code=positions[source].int(),
-            order=order_in_sample(cu_seqlens, modality, sample),
+            order=routing.order_in_sample(cu_seqlens, modality, sample),
             is_cls=is_cls[source],
             source=source,
             code_offsets=(limit,) * len(modalities),
@@ -302,10 +279,8 @@ class RoutePlan:
             self._require_padded()
             shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
             expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
-            require(
-                shapes == expected,
-                lambda: f"padded: expected tensors of the plan's rows and lengths, {expected}, got {shapes}",
-            )
+            if shapes != expected:
+                raise ValueError(f"padded: expected tensors of the plan's rows and lengths, {expected}, got {shapes}")
             tensors = [padded[name] for name in self.modalities]
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
         count = sum(rows.shape[0] for rows in flat)
@@ -336,28 +311,22 @@ class RoutePlan:
         Raises:
             ValueError: rows that are not the plan's, or a plan of padded batches.
         """
-        require(
-            self.padded_shapes == ((1, self.padded_rows),),
-            lambda: (
+        if self.padded_shapes != ((1, self.padded_rows),):
+            raise ValueError(
                 f"plan: expected one of interleaved tokens, got one of padded batches {self.padded_shapes}; use unpack"
-            ),
-        )
+            )
         return self._scatter(packed)
 
     def _require_padded(self) -> None:
-        require(
-            len(self.padded_shapes) == len(self.modalities),
-            lambda: (
+        if len(self.padded_shapes) != len(self.modalities):
+            raise ValueError(
                 f"plan: expected one of padded batches, got one of interleaved tokens of {len(self.modalities)} "
                 "modalities; use pack(tensor) and unpack_interleaved"
-            ),
-        )
+            )
 
     def _scatter(self, packed: Tensor) -> Tensor:
-        require(
-            packed.dim() == 2 and packed.shape[0] == self.capacity,
-            lambda: f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}",
-        )
+        if packed.dim() != 2 or packed.shape[0] != self.capacity:
+            raise ValueError(f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}")
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
 
@@ -368,8 +337,8 @@ class RoutePlan:
         """
         counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
         if drop_path.device.type == "cpu" and self.segment_lengths:
-            counts = branch_row_counts(drop_path, self.segment_lengths)
-        on_device = tensor_to_device(drop_path, self.offsets.device)
+            counts = routing.branch_row_counts(drop_path, self.segment_lengths)
+        on_device = routing.tensor_to_device(drop_path, self.offsets.device)
         return dataclasses.replace(self, drop_path=on_device, branch_row_counts=counts)
 
     def copy_(self, other: RoutePlan) -> RoutePlan:
@@ -378,10 +347,8 @@ class RoutePlan:
         Raises:
             ValueError: a plan of other modalities, shapes or capacity, or one without capacity; nothing is changed.
         """
-        require(
-            not self.row_counts and not other.row_counts,
-            "other: expected two plans built with capacity, got one without",
-        )
+        if self.row_counts or other.row_counts:
+            raise ValueError("other: expected two plans built with capacity, got one without")
         pairs = {item.name: (getattr(self, item.name), getattr(other, item.name)) for item in dataclasses.fields(self)}
         for name, (mine, theirs) in pairs.items():
             if isinstance(mine, Tensor) and isinstance(theirs, Tensor):

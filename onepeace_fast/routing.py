@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,15 +45,12 @@ def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] 
             f"samples: expected the sample of each row where modalities differ in rows, got none with {rows} rows",
         )
         return {name: list(range(count)) for name, count in rows.items()}
-    require(
-        set(samples) == set(rows),
-        f"samples: expected exactly the modalities given, {sorted(rows)}, got {sorted(samples)}",
-    )
+    if set(samples) != set(rows):
+        raise ValueError(f"samples: expected exactly the modalities given, {sorted(rows)}, got {sorted(samples)}")
     result = {name: list(samples[name]) for name in rows}
     for name, values in result.items():
-        require(
-            len(values) == rows[name], f"samples[{name!r}]: expected an entry per row, {rows[name]}, got {len(values)}"
-        )
+        if len(values) != rows[name]:
+            raise ValueError(f"samples[{name!r}]: expected an entry per row, {rows[name]}, got {len(values)}")
         repeated = sorted(value for value, count in Counter(values).items() if count > 1)
         require(
             not repeated, f"samples[{name!r}]: expected each sample once per modality, got {repeated} more than once"
@@ -79,9 +77,8 @@ def check_positions(
     require(name in masks, f"positions: expected modalities of the masks, {list(masks)}, got {name!r}")
     require_tensor(f"positions[{name!r}]", value, INTEGERS, "[rows, length]", 2)
     shape = list(masks[name].shape)
-    require(
-        list(value.shape) == shape, f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}"
-    )
+    if list(value.shape) != shape:
+        raise ValueError(f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}")
     require_device(f"positions[{name!r}]", value, masks[name].device)
     limit = MAX_POSITIONS if codes is None else codes.shape[0]
     require_values(
@@ -96,33 +93,19 @@ def check_positions(
         )
 
 
-def check_total(masks: Mapping[str, Tensor], lengths: Mapping[str, Sequence[int]], total: int) -> None:
-    """Raise unless lengths count the masks' True entries: row by row on a CPU, in all elsewhere."""
+def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tensor]) -> None:
+    """Raise unless lengths fit the masks and count their True entries: row by row on a CPU, in all elsewhere."""
+    if set(lengths) != set(masks):
+        raise ValueError(f"lengths: expected the modalities of the masks, {list(masks)}, got {list(lengths)}")
     for name, mask in masks.items():
-        if mask.device.type == "cpu":
-            counted = read_values(mask.sum(1))
-            require(
-                counted == list(lengths[name]),
-                f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(list(lengths[name]))}",
-            )
+        (rows, width), own = mask.shape, list(lengths[name])
+        if len(own) != rows or not all(0 <= length <= width for length in own):
+            raise ValueError(f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(own)}")
+        if mask.device.type == "cpu" and own != (counted := read_values(mask.sum(1))):
+            raise ValueError(f"lengths[{name!r}]: expected its mask's {describe(counted)}, got {describe(own)}")
     if next(iter(masks.values())).device.type != "cpu":
         everywhere = torch.stack([mask.sum() for mask in masks.values()]).sum()
-        require_values(everywhere == total, "lengths: expected the masks' total, got another")
-
-
-def check_lengths(
-    lengths: Mapping[str, Sequence[int]], shapes: Sequence[tuple[int, int]], names: Sequence[str]
-) -> None:
-    """Raise unless lengths fit the masks row by row."""
-    require(
-        set(lengths) == set(names), f"lengths: expected the modalities of the masks, {list(names)}, got {list(lengths)}"
-    )
-    for name, (rows, width) in zip(names, shapes, strict=True):
-        fits = len(lengths[name]) == rows and all(0 <= length <= width for length in lengths[name])
-        require(
-            fits,
-            f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(list(lengths[name]))}",
-        )
+        require_values(everywhere == sum(map(sum, lengths.values())), "lengths: expected the masks' total, got another")
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
@@ -151,11 +134,8 @@ def cumulative_rows(segments: list[list[int]], device: torch.device) -> Tensor:
     """First row of every segment and, last in each row, the end: int32 [modalities, samples + 1]."""
     rows, start = [], 0
     for row in segments:
-        bounds = [start]
-        for length in row:
-            bounds.append(bounds[-1] + length)
-        rows.append(bounds)
-        start = bounds[-1]
+        rows.append([*accumulate(row, initial=start)])
+        start = rows[-1][-1]
     return copy_to_device(rows, torch.int32, device)
 
 
@@ -166,15 +146,10 @@ def compact_index(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tens
     return index.new_full((capacity + 1,), fill).scatter_(0, target, index)[:capacity]
 
 
-def full_column(value: int, shape: tuple[int, int], device: torch.device) -> Tensor:
-    """A value for every token of a padded shape, without memory of its own."""
-    return torch.full((1, 1), value, dtype=torch.int32, device=device).expand(shape)
-
-
-def per_row(source: Tensor, padded: list[Tensor], inert: int = 0) -> Tensor:
-    """Gather an int32 value of each row from its padded form; inert rows get ``inert``."""
-    tail = torch.full((1,), inert, dtype=torch.int32, device=source.device)
-    return torch.cat([*(tensor.reshape(-1) for tensor in padded), tail])[source]
+def per_row(source: Tensor, values: Sequence[Tensor], shapes: Sequence[tuple[int, int]], inert: int = 0) -> Tensor:
+    """Gather an int32 value of each row from what expands to each modality's padded shape; inert rows get ``inert``."""
+    padded = [value.expand(shape).reshape(-1) for value, shape in zip(values, shapes, strict=True)]
+    return torch.cat([*padded, torch.full((1,), inert, dtype=torch.int32, device=source.device)])[source]
 
 
 def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:

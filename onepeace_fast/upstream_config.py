@@ -33,8 +33,6 @@ _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
 _NO_EFFECT: dict[str, set[str]] = {
     "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
          "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency"},
-    "text_adapter": set(),
-    "image_adapter": set(),
     "audio_adapter": {"feature_embed_dim", "freeze_extractor"},
 }  # fmt: skip
 
@@ -43,7 +41,7 @@ def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[s
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of upstream's model YAML, got {values!r}")
     defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
-    if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT[section]):
+    if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT.get(section, set())):
         raise ValueError(f"{where}: expected keys of upstream's model section, got unknown ones {unknown}")
     if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
         raise ValueError(f"{where}: expected { ({k: required[k] for k in refused}) }, got {refused}")

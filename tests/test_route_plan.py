@@ -11,7 +11,7 @@ from support.contract import refused
 from support.plans import kept_positions, naive_layout, whole_rows
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.route_plan import check_samples
+from onepeace_fast.routing import check_samples
 
 NAMES = ("text", "image", "audio", "video")
 FEW = settings(max_examples=60, deadline=None)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from io import BytesIO
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy
 
@@ -26,14 +27,6 @@ _AHEAD = b"\xff\x00" * 8
 _PROBE = bytes(181 * place % 251 for place in range(1, 65))  # any bytes, but no marker
 
 
-class _Jpeg(NamedTuple):
-    """The kind of a JPEG's frame, where each scan ends, and whether scans of some coefficients are missing."""
-
-    frame: int
-    ends: list[int]
-    lacking: bool
-
-
 def open_whole_jpeg(data: bytes) -> Image:
     """Open a JPEG, or the first image of an MPO, so that only a whole one can be loaded.
 
@@ -45,32 +38,31 @@ def open_whole_jpeg(data: bytes) -> Image:
         OSError: bytes, scans or the end are missing.
     """
     pillow = optional("PIL.Image")
-    jpeg = _read_jpeg(data)
-    if jpeg.lacking:
+    frame, ends, lacking = _read_jpeg(data)
+    if lacking:
         raise OSError("its last scans are missing")
-    if jpeg.frame in _SEQUENTIAL and len(jpeg.ends) == 1:
-        return pillow.open(BytesIO(data[: jpeg.ends[0]] + _AHEAD))
+    if frame in _SEQUENTIAL and len(ends) == 1:
+        return pillow.open(BytesIO(data[: ends[0]] + _AHEAD))
     image = pillow.open(BytesIO(data))
-    if jpeg.frame in (*_SEQUENTIAL, _PROGRESSIVE):
-        pieces = [data[start:end] for start, end in zip([0, *jpeg.ends], [*jpeg.ends, len(data)], strict=True)]
+    if frame in (*_SEQUENTIAL, _PROGRESSIVE):
+        pieces = [data[start:end] for start, end in pairwise([0, *ends, len(data)])]
         with pillow.open(BytesIO(_PROBE.join(pieces))) as probed:
             if not numpy.array_equal(numpy.asarray(image), numpy.asarray(probed)):
                 raise OSError("a scan ends early")
     return image
 
 
-def _read_jpeg(data: bytes) -> _Jpeg:
-    """Walk the markers up to the end of the image."""
+def _read_jpeg(data: bytes) -> tuple[int, list[int], bool]:
+    """The kind of a JPEG's frame, where each scan ends, and whether scans of some coefficients are missing."""
     place, frame, components = 2, 0, b""
     ends: list[int] = []
     exact: set[tuple[int, int]] = set()
     while (marker := _MARKER.search(data, place)) is not None:
         code, place = marker[0][1], marker.end()
-        if len(ends) and ends[-1] < 0:
+        if ends and ends[-1] < 0:
             ends[-1] = marker.start()
         if code == _END and ends:
-            lacking = frame == _PROGRESSIVE and len(exact) < 64 * len(components)
-            return _Jpeg(frame, ends, lacking)
+            return frame, ends, frame == _PROGRESSIVE and len(exact) < 64 * len(components)
         length = int.from_bytes(data[place : place + 2], "big")
         segment = data[place + 2 : place + length]
         if code in _FRAMES:

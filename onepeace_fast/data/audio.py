@@ -60,10 +60,8 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
             _check_header(path, frames, rate, max_seconds)
             if lack == UNKNOWN_LENGTH:
                 require(file.subtype in _SAMPLEWISE, lambda: _without_length(path, file.subtype))
-            else:
-                require(
-                    lack is None, lambda: f"{path}: expected a whole file, got {lack}; it was cut off, fetch it again"
-                )
+            elif lack is not None:
+                raise ValueError(f"{path}: expected a whole file, got {lack}; it was cut off, fetch it again")
             # In blocks, so that many channels are never held at once; by read(), which says how much it decoded.
             while len(block := file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)):
                 blocks.append(block.mean(axis=1))
@@ -73,13 +71,11 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
         reason = " ".join(getattr(error, "error_string", str(error)).split()).rstrip(".")
         raise ValueError(f"{path}: expected {TAKEN}, got what does not decode as audio ({reason})") from error
     mono = torch.from_numpy(numpy.concatenate(blocks or [numpy.empty(0, "float32")]))
-    require(
-        len(mono) >= frames,
-        lambda: (
+    if len(mono) < frames:
+        raise ValueError(
             f"{path}: expected a whole file, got {len(mono):,} of {frames:,} samples decoded; "
             "it was cut off or is damaged, fetch it again"
-        ),
-    )
+        )
     _check_sound(path, mono)
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
@@ -108,10 +104,8 @@ def prepare_waveform(
     Raises:
         ValueError: not float32 [samples]; empty, silent or not finite.
     """
-    require(
-        isinstance(waveform, Tensor) and waveform.dtype == torch.float32 and waveform.dim() == 1,
-        lambda: f"waveform: expected float32 [samples], got {describe(waveform)}",
-    )
+    if not (isinstance(waveform, Tensor) and waveform.dtype == torch.float32 and waveform.dim() == 1):
+        raise ValueError(f"waveform: expected float32 [samples], got {describe(waveform)}")
     _check_sound("waveform", waveform)
     waveform = F.layer_norm(waveform, waveform.shape)
     crop, minimum = round(crop_seconds * SAMPLE_RATE), round(minimum_seconds * SAMPLE_RATE)
@@ -152,10 +146,8 @@ def _open(soundfile: ModuleType, path: str) -> SoundFile:
 
 
 def _check_header(path: str, frames: int, rate: int, max_seconds: float) -> None:
-    require(
-        0 < rate <= _HIGHEST_RATE,
-        lambda: f"{path}: expected a sample rate of at most {_HIGHEST_RATE} Hz, got {rate} Hz",
-    )
+    if not 0 < rate <= _HIGHEST_RATE:
+        raise ValueError(f"{path}: expected a sample rate of at most {_HIGHEST_RATE} Hz, got {rate} Hz")
     require(frames < _UNKNOWN_FRAMES, lambda: _without_length(path, "FLAC"))
     require(
         frames <= max_seconds * rate,
@@ -170,8 +162,6 @@ def _without_length(path: str, codec: str) -> str:
 def _check_sound(name: str, waveform: Tensor) -> None:
     require(len(waveform) > 0, lambda: f"{name}: expected samples of audio, got none")
     low, high = waveform.aminmax()
-    require(
-        bool(torch.isfinite(torch.var(waveform, correction=0))),
-        lambda: f"{name}: expected finite samples, got some that are not or are too large",
-    )
+    if not torch.isfinite(torch.var(waveform, correction=0)):
+        raise ValueError(f"{name}: expected finite samples, got some that are not or are too large")
     require(bool(low < high), lambda: f"{name}: expected sound, got silence (every sample is {float(low):g})")

@@ -96,11 +96,6 @@ class PairDataset(Dataset[dict[str, Tensor]]):
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def truncated(self) -> int:
-        """The number of captions that were cut."""
-        return self._captions.truncated
-
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Tensor]:
         """The pair ``index`` in an epoch: "text" int64 [length], "word_starts" bool [length], and either "image"
         float32 [3, side, side] or "audio" float32 [samples].
@@ -194,18 +189,14 @@ class BatchSampler(Sampler[list[tuple[int, int]]]):
             ("world_size", world_size, 1),
             ("start_step", start_step, 0),
         ):
-            require(
-                type(value) is int and value >= least,
-                lambda name=name, value=value, least=least: f"{name}: expected {least} or more, got {describe(value)}",
-            )
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name}: expected {least} or more, got {describe(value)}")
         require(0 <= rank < world_size, lambda: f"rank: expected 0 to {world_size - 1}, got {rank}")
-        require(
-            batch_size * world_size <= count,
-            lambda: (
+        if batch_size * world_size > count:
+            raise ValueError(
                 f"batch_size: expected at most the {count} pairs of the dataset in all, got {batch_size} on each of "
                 f"{world_size} ranks; make it smaller"
-            ),
-        )
+            )
         self.count, self.batch_size, self.seed = count, batch_size, seed
         self.rank, self.world_size, self.start_step = rank, world_size, start_step
 

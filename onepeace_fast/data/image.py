@@ -41,12 +41,10 @@ def read_image(path: str | os.PathLike[str]) -> Image:
     pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
     path = os.path.expanduser(os.fspath(path))
     require(os.path.isfile(path), lambda: f"{path}: expected an image file, got no file there")
-    require(
-        not optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES,
-        lambda: (
+    if optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES:
+        raise ValueError(
             f"{path}: expected PIL.ImageFile.LOAD_TRUNCATED_IMAGES to be False, got True; it makes up what a file lacks"
-        ),
-    )
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes, which are checked here
         with _decoding(path):
@@ -65,7 +63,6 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                     check_gif(Path(path).read_bytes())
                 elif image.format in ("JPEG", "MPO"):
                     image = open_whole_jpeg(Path(path).read_bytes())
-            with _decoding(path):
                 upright = operations.exif_transpose(image)
             _check_depth(path, upright)
             with _decoding(path):

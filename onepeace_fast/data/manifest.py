@@ -112,9 +112,8 @@ def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
                     "one tab stands between two"
                 )
             yield line, cells[places[0]], cells[places[1]]
-    require(
-        header is not None, lambda: f"{manifest}: expected a header with {modality!r} and 'caption', got an empty file"
-    )
+    if header is None:
+        raise ValueError(f"{manifest}: expected a header with {modality!r} and 'caption', got an empty file")
 
 
 def _unquoted(cell: str) -> str:
@@ -132,10 +131,8 @@ def _parquet_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str
             _check_columns(manifest, schema.names, modality, "")
             for name in columns:
                 kind = schema.field(name).type
-                require(
-                    arrow.types.is_string(kind) or arrow.types.is_large_string(kind),
-                    lambda name=name, kind=kind: f"{manifest}: expected a column {name!r} of strings, got {kind}",
-                )
+                if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
+                    raise ValueError(f"{manifest}: expected a column {name!r} of strings, got {kind}")
             for batch in file.iter_batches(columns=columns):
                 for file_name, caption in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
                     row += 1
@@ -149,10 +146,8 @@ def _parquet_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str
 
 def _check_columns(manifest: Path, names: list[str], modality: str, place: str) -> None:
     for name in (modality, "caption"):
-        require(
-            names.count(name) == 1,
-            lambda name=name: (
+        if names.count(name) != 1:
+            raise ValueError(
                 f"{manifest}: expected one column {name!r}{place}, got {names.count(name)} among "
                 f"{', '.join(map(repr, names[:10]))}{', ...' if len(names) > 10 else ''}"
-            ),
-        )
+            )

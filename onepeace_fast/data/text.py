@@ -75,13 +75,11 @@ class Tokenizer:
         """
         tokenizers = optional("tokenizers")
         smallest = len(SPECIAL_TOKENS) + _BYTES
-        require(
-            type(vocab_size) is int and vocab_size >= smallest,
-            lambda: (
+        if type(vocab_size) is not int or vocab_size < smallest:
+            raise ValueError(
                 f"vocab_size: expected at least {smallest}, got {vocab_size!r}; {len(SPECIAL_TOKENS)} special tokens "
                 f"and {_BYTES} bytes"
-            ),
-        )
+            )
         cleaned = [text for caption in captions if (text := _one_line(caption))]
         require(bool(cleaned), "captions: expected at least one with text, got none")
         byte_level = tokenizers.pre_tokenizers.ByteLevel
@@ -120,9 +118,8 @@ class Tokenizer:
         require(bool(text), lambda: f"caption: expected some text, got {caption!r}")
         encoding = self._model.encode(text, add_special_tokens=False)
         ids = encoding.ids
-        require(
-            bool(ids), lambda: f"caption: expected what the tokenizer knows, got {describe(text)}, which has no token"
-        )
+        if not ids:
+            raise ValueError(f"caption: expected what the tokenizer knows, got {describe(text)}, which has no token")
         require(
             not {BEGIN, PADDING_TOKEN, END} & set(ids),
             lambda: f"caption: expected text without {', '.join(SPECIAL_TOKENS[:UNKNOWN])}, got {describe(text)}",

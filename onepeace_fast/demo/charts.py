@@ -25,11 +25,7 @@ SMOOTHED = 20  # steps
 BLUE, ORANGE, GREY = "#1f5fa8", "#b45309", "#5f6368"
 STYLE: dict[Any, Any] = {
     "font.size": 9,
-    "axes.labelsize": 9,
     "axes.titlesize": 9,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
-    "legend.fontsize": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "svg.fonttype": "path",  # the same letters on every machine
@@ -94,7 +90,8 @@ def similarity(
     panels[0].set_ylabel("spoken digit")
     figure.colorbar(drawn, ax=panels, orientation="horizontal", aspect=40, label="mean cosine (dot: the row's largest)")
     (hits_before, asked), (hits, _) = (_diagonal_hits(values) for values in means.values())
-    same, other = _same_and_other(means["after stage 2"])
+    of_same = np.eye(DIGITS, dtype=bool)
+    same, other = (float(np.nanmean(means["after stage 2"][which])) for which in (of_same, ~of_same))
     if hits > 0.8 * asked and hits > hits_before:
         lead = "After stage 2 the diagonal stands out"
     else:
@@ -208,11 +205,6 @@ def _diagonal_hits(means: np.ndarray) -> tuple[int, int]:
     """How many spoken digits have their largest mean at their own handwriting, and how many there are."""
     asked = [digit for digit, row in enumerate(means) if not np.isnan(row).all()]
     return sum(int(np.nanargmax(means[digit])) == digit for digit in asked), len(asked)
-
-
-def _same_and_other(means: np.ndarray) -> tuple[float, float]:
-    same = np.eye(DIGITS, dtype=bool)
-    return float(np.nanmean(means[same])), float(np.nanmean(means[~same]))
 
 
 def _bias_title(modality: str, values: np.ndarray, places: Sequence[str]) -> str:

@@ -37,7 +37,6 @@ def run(arguments: argparse.Namespace) -> int:
         return _stop(f"demo needs {', '.join(absent)}; type: {DEMO_INSTALL}", 2)
     import torch
 
-    from onepeace_fast.demo.error import DemoError
     from onepeace_fast.demo.experiment import Steps
     from onepeace_fast.demo.run import Options, one_thread, rank, run, run_seeds
 
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
             if arguments.wav is not None:
                 return rank(arguments.wav, options)
             return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)
-    except (DemoError, ValueError) as error:
+    except ValueError as error:
         return _stop(str(error), 2)
     except BrokenPipeError:  # the reader has gone
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,20 +30,17 @@ Inputs = dict[str, Any]  # tensors by modality
 
 def pair_batches(digits: Digits, speech: Speech, vocabulary: Vocabulary, pairs: int = PAIRS) -> list[Inputs]:
     """The first images and the first sounds, each with its caption; the templates take turns."""
-    texts = _captions(data.IMAGE_TEMPLATES + data.HELD_OUT_TEMPLATES, digits.labels[:pairs].tolist())
-    spoken = _captions(data.SOUND_TEMPLATES, speech.labels[:pairs])
     batches: list[Inputs] = []
-    for start in range(0, len(texts), ROWS):
-        rows = slice(start, start + ROWS)
-        batches.append({"text": vocabulary.encode(texts[rows]), "image": enlarge(digits.images[:pairs][rows])})
-    for start in range(0, len(spoken), ROWS):
-        rows = slice(start, start + ROWS)
-        batches.append({"text": vocabulary.encode(spoken[rows]), "audio": waveforms(speech.sounds[:pairs][rows])})
+    kinds: list[tuple[str, Sequence[str], list[int], Any, Callable[[Any], Tensor]]] = [
+        ("image", data.IMAGE_TEMPLATES + data.HELD_OUT_TEMPLATES, digits.labels.tolist(), digits.images, enlarge),
+        ("audio", data.SOUND_TEMPLATES, speech.labels, speech.sounds, waveforms),
+    ]
+    for kind, templates, labels, others, prepare in kinds:
+        texts = [caption(templates[row % len(templates)], digit) for row, digit in enumerate(labels[:pairs])]
+        for start in range(0, len(texts), ROWS):
+            rows = slice(start, min(start + ROWS, pairs))
+            batches.append({"text": vocabulary.encode(texts[rows]), kind: prepare(others[rows])})
     return batches
-
-
-def _captions(templates: Sequence[str], labels: Sequence[int]) -> list[str]:
-    return [caption(templates[row % len(templates)], digit) for row, digit in enumerate(labels)]
 
 
 def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs], rounds: int = ROUNDS) -> Comparison:

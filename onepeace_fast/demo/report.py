@@ -19,22 +19,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from PIL import Image
 
 from onepeace_fast.checks import require
+from onepeace_fast.data.audio import SAMPLE_RATE
 from onepeace_fast.demo import charts
-from onepeace_fast.demo.charts import CHANCE, DIGITS, Picture
-from onepeace_fast.demo.data import NAMES, caption
+from onepeace_fast.demo.charts import CHANCE, DIGITS
+from onepeace_fast.demo.data import DARKEST, NAMES, caption
 from onepeace_fast.demo.result import Comparison, Result
 
-SAMPLE_RATE = 16_000
 VOICES_PER_DIGIT = 2
 NEAREST = 5
 MISTAKES = 6
-DARKEST = 16  # of scikit-learn's digits
 PACKAGES = ("onepeace_fast", "torch", "numpy", "scikit-learn", "espeakng-loader", "matplotlib")
-STAGES = (
-    ("Stage 1", "handwritten digits with captions", "text, image and the shared attention"),
-    ("Stage 2", "spoken digits with captions", "the sound's own parts; all the rest is frozen"),
-    ("Measured", "spoken digits with handwritten ones", "nothing: no such pair was ever trained on"),
-)
 
 
 class Match(NamedTuple):
@@ -44,16 +38,6 @@ class Match(NamedTuple):
     label: int
     score: float
     right: bool
-
-
-class Card(NamedTuple):
-    """A sound with its nearest images, best first."""
-
-    label: int
-    name: str
-    voice: str
-    uri: str
-    matches: list[Match]
 
 
 def write(result: Result, folder: Path) -> Path:
@@ -70,16 +54,11 @@ def write(result: Result, folder: Path) -> Path:
         title=title,
         result=result,
         verdict=sentence,
-        headline=[
-            ("Sound finds image", result.sound_to_image, result.sound_to_image_before),
-            ("Image finds sound", result.image_to_sound, result.image_to_sound_before),
-        ],
         cards=[_card(result, row) for row in chosen],
         mistakes=[] if shown_wrong else [_card(result, row) for row in wrong[:MISTAKES]],
         per_digit=VOICES_PER_DIGIT,
         shown_wrong=shown_wrong,
         wrong=len(wrong),
-        stages=STAGES,
         pictures=_pictures(result),
         captions=[(f'"{caption(key, 3)}"', f"{value:.1%}") for key, value in result.image_text_accuracy.items()],
         agreement=" ".join(agreement(result.comparisons)),
@@ -180,10 +159,8 @@ def image_uri(image: np.ndarray) -> str:
 
 def sound_uri(waveform: np.ndarray) -> str:
     """A sound, int16 [samples] at 16 kHz, as a WAV data URI."""
-    require(
-        waveform.ndim == 1 and waveform.dtype == np.int16,
-        f"waveform: expected int16 [samples], got {waveform.dtype} {list(waveform.shape)}",
-    )
+    if waveform.ndim != 1 or waveform.dtype != np.int16:
+        raise ValueError(f"waveform: expected int16 [samples], got {waveform.dtype} {list(waveform.shape)}")
     file = io.BytesIO()
     with wave.open(file, "wb") as writer:
         writer.setnchannels(1)
@@ -193,29 +170,27 @@ def sound_uri(waveform: np.ndarray) -> str:
     return "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _card(result: Result, row: int) -> Card:
-    """One sound and the images nearest to it; of equal ones the first."""
+def _card(result: Result, row: int) -> dict[str, Any]:
+    """One sound and the images nearest to it, best first; of equal ones the first."""
     label = result.sound_labels[row]
     nearest = np.argsort(-result.similarity[row], kind="stable")[:NEAREST].tolist()
     matches = [
         Match(image_uri(result.images[i]), found := result.image_labels[i], result.similarity[row, i], found == label)
         for i in nearest
     ]
-    return Card(label, NAMES[label], result.sound_voices[row], sound_uri(result.sounds[row]), matches)
+    sound = {"label": label, "name": NAMES[label], "voice": result.sound_voices[row]}
+    return {**sound, "uri": sound_uri(result.sounds[row]), "matches": matches}
 
 
 def _pictures(result: Result) -> dict[str, Any]:
     sounds, images = result.sound_labels, result.image_labels
     found_images = [images[i] for i in result.similarity.argmax(1)]
     found_sounds = [sounds[i] for i in result.similarity.argmax(0)]
-    biases: list[Picture] = []
-    for modality, values in result.bias_vectors.items():
-        if values.ndim == 3:
-            biases.append(charts.grid_bias(modality, values))
-        else:
-            biases.append(
-                charts.series_bias(modality, {"text": "tokens", "audio": "frames of 20 ms"}[modality], values)
-            )
+    units = {"text": "tokens", "audio": "frames of 20 ms"}
+    biases = [
+        charts.grid_bias(name, values) if values.ndim == 3 else charts.series_bias(name, units[name], values)
+        for name, values in result.bias_vectors.items()
+    ]
     return {
         "similarity": charts.similarity(result.similarity_before, result.similarity, sounds, images),
         "sound_to_image": charts.confusion(sounds, found_images, "spoken", "handwritten"),

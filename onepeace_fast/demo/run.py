@@ -16,7 +16,6 @@ import torch
 
 from onepeace_fast.data.audio import read_audio
 from onepeace_fast.demo import comparison, data, experiment, report, speech
-from onepeace_fast.demo.error import DemoError
 from onepeace_fast.demo.experiment import Steps
 from onepeace_fast.demo.result import Result
 from onepeace_fast.demo.waveform import WINDOW, loudest_second, trim
@@ -64,8 +63,7 @@ def rank(wav: str, options: Options) -> int:
     """Rank the held-out images for a visitor's sound by the model of the last run, which is made where there is none.
 
     Raises:
-        ValueError: a file that is not sound, in one line.
-        DemoError: a model of another version.
+        ValueError: a file that is not sound, or a model of another version, in one line.
     """
     heard = read_audio(wav).numpy()
     folder = options.output / MODEL
@@ -168,7 +166,7 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 def _restore(folder: Path) -> OnePeacePretrain:
     model = OnePeacePretrain.load(folder).eval()
     if model.config.encoder != experiment.configuration(len(data.Vocabulary())).encoder:
-        raise DemoError(
+        raise ValueError(
             f"{folder}: expected a model of this version of the demo, got another; type: {program_command('demo')}"
         )
     return model
@@ -221,13 +219,10 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
     for sentence in report.agreement(result.comparisons):
         print(f"  {sentence}")
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
-    where = [] if output == Path("report") else [f"--output {output}"]
+    where = "" if output == Path("report") else f" --output {output}"
     hints = [
         (str(page), "hear the sounds, see what they found: open it in a browser"),
-        (
-            program_command(" ".join(["demo", *where, "--wav mine.wav"])),
-            "the images for a digit that you say, in English",
-        ),
+        (program_command(f"demo{where} --wav mine.wav"), "the images for a digit that you say, in English"),
         (program_command("demo --seeds 5"), "how much of this is luck"),
     ]
     print(format_table(hints))
@@ -235,15 +230,10 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
 
 def _write_spread(results: Sequence[Result], options: Options) -> Path:
     """What is known after each seed, so that an interruption loses one run at most."""
+    figures = ("seed", "sound_to_image", "image_to_sound", "sound_to_image_before", "image_to_sound_before")
     runs = [
-        {
-            "seed": result.seed,
-            "sound_to_image": result.sound_to_image,
-            "image_to_sound": result.image_to_sound,
-            "sound_to_image_before": result.sound_to_image_before,
-            "image_to_sound_before": result.image_to_sound_before,
-            "image_text": statistics.mean(result.image_text_accuracy.values()),
-        }
+        {name: getattr(result, name) for name in figures}
+        | {"image_text": statistics.mean(result.image_text_accuracy.values())}
         for result in results
     ]
     machine = {name: value for name, value in report.machine(results[0]) if name not in ("Seed", "Seconds")}

@@ -33,13 +33,7 @@ VOICES = (
     "Annie", "Mike", "belinda", "edward", "f5", "grandma", "klatt4", "m8",
 )  # fmt: skip
 HELD_OUT_VOICES = VOICES[-8:]
-ACCENTS = {
-    "en-us": "American",
-    "en": "British",
-    "en-gb-scotland": "Scottish",
-    "en-029": "Caribbean",
-    "en-gb-x-gbclan": "Lancashire",
-}
+ACCENTS = ("en-us", "en", "en-gb-scotland", "en-029", "en-gb-x-gbclan")  # the last two: Caribbean, Lancashire
 MANNERS = tuple((speed, pitch) for speed in (120, 145, 170) for pitch in (35, 50, 65))
 
 
@@ -79,7 +73,7 @@ def load(clips: Sequence[Clip]) -> tuple[Speech, Speech]:
     """The sounds for training and those of the held-out voices, from the cache or synthesised.
 
     Raises:
-        DemoError: eSpeak NG does not work here, in one line.
+        ValueError: eSpeak NG does not work here, in one line.
     """
     sounds = _cached(clips)
     halves = []
@@ -112,7 +106,6 @@ def requests(clips: Sequence[Clip]) -> list[tuple[str, int, int, str]]:
 
 
 def _cached(clips: Sequence[Clip]) -> list[np.ndarray]:
-    synthesis.require_engine()
     path = cache_file(clips)
     if path.exists():
         try:

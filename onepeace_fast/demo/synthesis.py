@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -16,25 +15,17 @@ from scipy.signal import resample_poly
 
 from onepeace_fast.data.audio import SAMPLE_RATE
 from onepeace_fast.demo import espeak
-from onepeace_fast.demo.error import DemoError
 from onepeace_fast.demo.waveform import trim
 from onepeace_fast.info import DEMO_INSTALL
-
-
-def require_engine() -> None:
-    """Raise ``DemoError`` unless the package with eSpeak NG is installed."""
-    if importlib.util.find_spec("espeakng_loader") is None:
-        raise DemoError(f"espeakng-loader, which brings eSpeak NG, is not installed: {DEMO_INSTALL}")
 
 
 def synthesise(requests: Sequence[tuple[str, int, int, str]]) -> list[np.ndarray]:
     """Say all of (voice, speed, pitch, text), in this order: int16 [samples] at 16 kHz each, quiet ends cut off.
 
     Raises:
-        DemoError: eSpeak NG does not work here, in one line.
+        ValueError: eSpeak NG does not work here, in one line.
     """
-    require_engine()
-    import espeakng_loader
+    import espeakng_loader  # the command has seen that it is installed
 
     with tempfile.TemporaryDirectory() as folder:
         plan, output = Path(folder, "plan.json"), Path(folder, "clips")
@@ -44,13 +35,13 @@ def synthesise(requests: Sequence[tuple[str, int, int, str]]) -> list[np.ndarray
         done = subprocess.run(program, capture_output=True, text=True, errors="replace")
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"its process ended with code {done.returncode}"]
-            raise DemoError(f"eSpeak NG failed ({said[-1]}): {DEMO_INSTALL}")
+            raise ValueError(f"eSpeak NG failed ({said[-1]}): {DEMO_INSTALL}")
         header, _, samples = output.read_bytes().partition(b"\n")
     header = json.loads(header)
     clips = np.split(np.frombuffer(samples, np.int16), np.cumsum(header["samples"])[:-1])
     for clip, (voice, _, _, text) in zip(clips, requests, strict=True):
         if not clip.any():
-            raise DemoError(f"eSpeak NG said nothing for {text!r} by the voice {voice}")
+            raise ValueError(f"eSpeak NG said nothing for {text!r} by the voice {voice}")
     return [_finish(clip, header["rate"]) for clip in clips]
 
 

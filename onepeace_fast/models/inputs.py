@@ -22,12 +22,11 @@ def read_together(tensors: Mapping[tuple[str, Any], Tensor]) -> dict[tuple[str, 
     Raises:
         ValueError: inside ``torch.vmap``, whose tensors have no values to read.
     """
-    batched = torch._C._are_functorch_transforms_active() and any(map(is_batchedtensor, tensors.values()))
-    require(
-        not batched,
-        "text, padding, masks, samples: expected tensors that the host can read, got a batch by torch.vmap; "
-        "give all samples as rows of one call",
-    )
+    if torch._C._are_functorch_transforms_active() and any(map(is_batchedtensor, tensors.values())):
+        raise ValueError(
+            "text, padding, masks, samples: expected tensors that the host can read, got a batch by torch.vmap; "
+            "give all samples as rows of one call"
+        )
     away = [value.flatten().long() for value in tensors.values() if value.device.type != "cpu"]
     flat = iter(read_values(torch.cat(away)) if away else ())
     return {
@@ -91,10 +90,16 @@ def read_batch(
     rows = {name: value.shape[0] for name, value in values.items()}
     places = [(modality, name) for names in passes for modality, name in names.items()]
     if passes:
-        _check_mask_names(masks, sorted(name for _, name in places))
+        wanted = sorted(name for _, name in places)
+        got = sorted(masks) if isinstance(masks, Mapping) else describe(masks)
+        require(got == wanted, f"masks: expected exactly one for each of {wanted}, got {got}")
     masks = masks or {}
     for modality, name in places:
-        _check_mask(name, masks[name], valid[modality])
+        mask, real = masks[name], valid[modality]
+        require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
+        shape = list(real.shape)
+        require(list(mask.shape) == shape, f"masks[{name!r}]: expected bool {shape}, CLS first, got {describe(mask)}")
+        require_device(f"masks[{name!r}]", mask, real.device)
     if samples is None:
         check_samples(rows, None)
     else:
@@ -156,15 +161,3 @@ def _check_sample_rows(samples: Any, device: torch.device) -> None:
         else:
             fits = isinstance(value, Sequence) and all(type(item) is int for item in value)
         require(fits, f"samples[{name!r}]: expected int64 [rows] or a list of integers, got {describe(value)}")
-
-
-def _check_mask_names(masks: object, names: list[str]) -> None:
-    got = sorted(masks) if isinstance(masks, Mapping) else describe(masks)
-    require(got == names, f"masks: expected exactly one for each of {names}, got {got}")
-
-
-def _check_mask(name: str, mask: Tensor, valid: Tensor) -> None:
-    require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
-    shape = list(valid.shape)
-    require(list(mask.shape) == shape, f"masks[{name!r}]: expected bool {shape}, CLS first, got {describe(mask)}")
-    require_device(f"masks[{name!r}]", mask, valid.device)

@@ -7,6 +7,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from onepeace_fast.routing import compact_index
+
 MASK_LOGIT_SCALE = 2.5
 
 
@@ -58,10 +60,7 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
 
 def select_rows(mask: Tensor, count: int) -> Tensor:
     """Flat indices of the ``count`` True entries of ``mask``, in order; nothing is read back from the device."""
-    flat = mask.flatten()
-    target = torch.where(flat, flat.cumsum(0) - 1, count)
-    index = torch.arange(flat.shape[0], device=flat.device)
-    return index.new_zeros(count + 1).scatter_(0, target, index)[:count]
+    return compact_index(mask.flatten(), torch.arange(mask.numel(), device=mask.device), count, 0)
 
 
 def denoising_loss(

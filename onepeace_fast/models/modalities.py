@@ -27,14 +27,12 @@ def add_modality(
     """
     encoder = config.encoder
     known = encoder.modalities
-    require(
-        name not in known, f"name: expected one that the model does not have yet, got {name!r}: it has {list(known)}"
-    )
+    if name in known:
+        raise ValueError(f"name: expected one that the model does not have yet, got {name!r}: it has {list(known)}")
     # The configuration checks the name; nothing of the model is touched before all checks have passed.
     config = dataclasses.replace(config, encoder=dataclasses.replace(encoder, added=(*encoder.added, name)))
-    require(
-        init_from is None or init_from in known, f"init_from: expected None or one of {list(known)}, got {init_from!r}"
-    )
+    if init_from is not None and init_from not in known:
+        raise ValueError(f"init_from: expected None or one of {list(known)}, got {init_from!r}")
     check_adapter(encoder, name, adapter)
     taken = [own for own in (f"{name}_proj", f"{name}_mask_head") if hasattr(model, own)]
     require(not taken, f"name: expected another, got {name!r}: the model has a {', '.join(taken)} already")
@@ -86,14 +84,8 @@ def train_only(model: nn.Module, wrapper: nn.Module, encoder: Stack, name: str) 
 
 def parameters_of(model: nn.Module, modalities: Collection[str]) -> list[nn.Parameter]:
     """Every parameter that passes of these modalities alone read, in whatever it is wrapped."""
-    own = {
-        place
-        for name in modalities
-        for place in (
-            *(f"{name}_adapter", f"{name}_ffn", f"{name}_layer_norm", f"{name}_proj"),
-            *(f"decoder_{name}_embed", f"{name}_mask_token", f"{name}_mask_head"),
-        )
-    }
+    places = ("{}_adapter", "{}_ffn", "{}_layer_norm", "{}_proj", "decoder_{}_embed", "{}_mask_token", "{}_mask_head")
+    own = {place.format(name) for name in modalities for place in places}
     return [parameter for name, parameter in model.named_parameters() if not own.isdisjoint(name.split("."))]
 
 

@@ -7,7 +7,8 @@ sample of each pass becomes a sample of the joint batch, so that a step costs on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -57,21 +58,20 @@ class Encoded:
     """What a stack makes of one pass: padded {modality: [rows, length, dim]}, or packed rows."""
 
     padded: dict[str, Tensor] | None = None
-    packed: dict[str, PackedRows] | None = None
+    packed: dict[str, PackedRows] = field(default_factory=dict)
 
     def through(self, modules: Mapping[str, nn.Module]) -> Encoded:
         """What each modality's module makes of its rows."""
         if self.padded is not None:
             return Encoded(padded={name: modules[name](x) for name, x in self.padded.items()})
-        assert self.packed is not None  # what is not padded is packed
         return Encoded(packed={name: rows._replace(x=modules[name](rows.x)) for name, rows in self.packed.items()})
 
     def rows_of(self, name: str, tokens: PaddedTokens) -> tuple[Tensor, Tensor]:
         """The real rows [n, dim] of a modality, and the place of each in [rows, width]: int64 [n]."""
-        if self.packed is not None:
+        if self.padded is None:
             rows = self.packed[name]
             return rows.x, rows.row * tokens.width + rows.position
-        assert self.padded is not None and tokens.ids is not None  # and the other way round; ids: some are visible
+        assert tokens.ids is not None  # some are visible
         real = tokens.valid.flatten().nonzero().squeeze(1)
         starts = torch.arange(tokens.valid.shape[0], device=real.device)[:, None] * tokens.width
         return self.padded[name].flatten(0, 1)[real], (tokens.ids + starts).flatten()[real]
@@ -80,7 +80,6 @@ class Encoded:
         """{modality: [rows, length, dim]}, CLS first; packed padding comes out as zero."""
         if self.padded is not None:
             return self.padded
-        assert self.packed is not None  # what is not padded is packed
         result = {}
         for name, rows in self.packed.items():
             count, length = rows.shape
@@ -99,14 +98,13 @@ class Encoded:
 
     def tensors(self) -> list[Tensor]:
         """Every modality's output as it is, padded or packed."""
-        return [rows.x for rows in self.packed.values()] if self.packed else list((self.padded or {}).values())
+        return [rows.x for rows in self.packed.values()] if self.padded is None else list(self.padded.values())
 
     def cls(self) -> tuple[str, Tensor]:
         """The only modality and its CLS rows, [rows, dim]."""
         if self.padded is not None:
             ((name, x),) = self.padded.items()
             return name, x[:, 0]
-        assert self.packed is not None  # what is not padded is packed
         ((name, rows),) = self.packed.items()
         return name, rows.x[rows.cls]
 
@@ -141,23 +139,16 @@ def _join(each: Sequence[PaddedTokens]) -> PaddedTokens:
 
     ids = None
     if any(padded.ids is not None for padded in each):
-        ids = rows([_position_ids(padded) for padded in each])
+        places = torch.arange(length, device=each[0].valid.device)
+        ids = rows([places[: p.valid.shape[1]].expand(p.valid.shape) if p.ids is None else p.ids for p in each])
     x = rows([padded.x for padded in each], trailing=1)
     lengths = [count for padded in each for count in padded.lengths]
     return PaddedTokens(x, rows([padded.valid for padded in each]), lengths, ids, each[0].width)
 
 
-def _position_ids(padded: PaddedTokens) -> Tensor:
-    if padded.ids is not None:
-        return padded.ids
-    return torch.arange(padded.valid.shape[1], device=padded.valid.device).expand(padded.valid.shape)
-
-
 def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Samples | None) -> list[Encoded]:
     """Take the packed rows [C, dim] of joined passes apart; the inverse of ``join``."""
-    starts = [0]
-    for tokens in passes:
-        starts.append(starts[-1] + sample_count(tokens, samples))
+    starts = [*accumulate((sample_count(tokens, samples) for tokens in passes), initial=0)]
     results: list[dict[str, PackedRows]] = [{} for _ in passes]
     pieces = [
         (index, name, i)

@@ -110,9 +110,8 @@ def _reset_tables(model: nn.Module) -> None:
 def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     """See ``OnePeacePretrain.to_upstream_state_dict``."""
     flattened = is_flattened(model)
-    require(
-        not (grads and flattened), "grads: expected False, got True for a model in FSDP1: its gradients are flattened"
-    )
+    if grads and flattened:
+        raise ValueError("grads: expected False, got True for a model in FSDP1: its gradients are flattened")
     with gathered(model):
         parameters = upstream_names(model)
         if flattened:  # outside they are in pieces again
@@ -131,7 +130,8 @@ def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, director
     sharded = any(map(is_sharded, values.values())) or is_flattened(model)
     tensors = {name: full(value).contiguous() for name, value in values.items()}
     _check_ties(tensors)
-    tensors = {name: value.clone() if _shares_storage(value) else value for name, value in tensors.items()}
+    # A part of a larger tensor would be refused by its file.
+    tensors = {n: x.clone() if x.untyped_storage().nbytes() > x.nbytes else x for n, x in tensors.items()}
     if sharded and dist.get_rank() > 0:
         return
     directory.mkdir(parents=True, exist_ok=True)
@@ -149,13 +149,11 @@ def _check_names(found: set[str], expected: set[str]) -> None:
     """Raise where loading would not take these names, before anything is written."""
     problems = {"missing": sorted(expected - found), "unexpected": sorted(found - expected)}
     told = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-    require(
-        not told,
-        lambda: (
+    if told:
+        raise ValueError(
             f"model: expected parameters of its configuration, got some that load() would refuse. {told}. A part was "
             "replaced, parametrized or tied: merge or remove that first, or keep torch.save(model.state_dict())"
-        ),
-    )
+        )
 
 
 def _check_ties(tensors: Mapping[str, Tensor]) -> None:
@@ -169,18 +167,11 @@ def _check_ties(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def _shares_storage(value: Tensor) -> bool:
-    """Whether a tensor is part of a larger one, which its file would refuse."""
-    return value.untyped_storage().nbytes() > value.nbytes
-
-
 def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
     """The configuration and the weights that ``save`` wrote."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
-        require(
-            (directory / name).is_file(),
-            f"directory: expected a folder that save() wrote, got {directory} without {name}",
-        )
+        if not (directory / name).is_file():
+            raise ValueError(f"directory: expected a folder that save() wrote, got {directory} without {name}")
     config = OnePeaceConfig.load(directory / CONFIG_FILE)
     try:
         with torch.device("cpu"):

@@ -29,32 +29,25 @@ def check_routing(routing: Routing, x: Tensor) -> None:
     require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
     require_device("offsets", offsets, x.device)
     modalities = offsets.shape[0] - 1
-    fits = len(counts) == 0 or (len(counts) == modalities and sum(counts) <= x.shape[0])
-    require(
-        fits,
-        lambda: (
+    if len(counts) > 0 and (len(counts) != modalities or sum(counts) > x.shape[0]):
+        raise ValueError(
             f"row_counts: expected one per modality, {modalities}, in all at most {x.shape[0]} rows, got {list(counts)}"
-        ),
-    )
+        )
 
 
 def check_offsets(offsets: Tensor) -> None:
     """Raise where offsets decrease; the host can read them on a CPU."""
     if offsets.device.type == "cpu":
         bounds = offsets.tolist()
-        require(
-            bounds[0] == 0 and bounds == sorted(bounds),
-            lambda: f"offsets: expected row numbers from 0 on that do not decrease, got {bounds}",
-        )
+        if bounds[0] != 0 or bounds != sorted(bounds):
+            raise ValueError(f"offsets: expected row numbers from 0 on that do not decrease, got {bounds}")
 
 
 def require_rows(name: str, x: Tensor) -> None:
     """Raise unless ``x`` is a floating-point matrix whose rows a kernel can hold."""
     require_tensor(name, x, FLOATS, "[rows, width]", 2)
-    require(
-        x.shape[1] <= MAX_WIDTH,
-        lambda: f"{name}: expected rows of at most {MAX_WIDTH} columns, got {describe(x)}; split them",
-    )
+    if x.shape[1] > MAX_WIDTH:
+        raise ValueError(f"{name}: expected rows of at most {MAX_WIDTH} columns, got {describe(x)}; split them")
 
 
 def require_row_index(row_index: Tensor | None, x: Tensor) -> None:
@@ -70,14 +63,10 @@ def check_row_index(row_index: Tensor, offsets: Tensor | None, x: Tensor) -> Non
         return
     rows = row_index if offsets is None else row_index[: int(offsets[-1])]
     least, most = (int(rows.min()), int(rows.max())) if rows.numel() else (0, -1)
-    require(
-        least >= 0 and most < x.shape[0],
-        lambda: f"row_index: expected rows of x, 0 to {x.shape[0] - 1}, got an index from {least} to {most}",
-    )
-    require(
-        rows.unique().numel() == rows.numel(),
-        lambda: "row_index: expected distinct rows, got an index that repeats a row",
-    )
+    if least < 0 or most >= x.shape[0]:
+        raise ValueError(f"row_index: expected rows of x, 0 to {x.shape[0] - 1}, got an index from {least} to {most}")
+    if rows.unique().numel() != rows.numel():
+        raise ValueError("row_index: expected distinct rows, got an index that repeats a row")
 
 
 def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
@@ -90,20 +79,16 @@ def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
     if scale is not None:
         require_tensor("drop_path", scale, (torch.float32, torch.float64), "[samples]", 1)
         require_tensor("sample", sample, (torch.int32, torch.int64), "[rows]", 1)
-        require(
-            sample.shape[0] == x.shape[0],
-            lambda: f"sample: expected one per row, [{x.shape[0]}], got {describe(sample)}",
-        )
+        if sample.shape[0] != x.shape[0]:
+            raise ValueError(f"sample: expected one per row, [{x.shape[0]}], got {describe(sample)}")
         for name, value in (("drop_path", scale), ("sample", sample)):
             require_device(name, value, x.device)
 
 
 def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: int, optional: bool = True) -> None:
     """Raise unless there is one tensor per modality, or none where they are optional."""
-    require(
-        len(tensors) == modalities or (optional and not tensors),
-        lambda: f"{name}: expected one tensor per modality, {modalities}, got {len(tensors)}",
-    )
+    if not (len(tensors) == modalities or (optional and not tensors)):
+        raise ValueError(f"{name}: expected one tensor per modality, {modalities}, got {len(tensors)}")
 
 
 def require_eps(eps: float) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast import cuda_extension
-from onepeace_fast.checks import describe, require
+from onepeace_fast.checks import describe
 from onepeace_fast.ops.packed_rows import accumulation_dtype
 from onepeace_fast.ops.pair_bias import PairEntries, joined, pair_values
 from onepeace_fast.ops.segments import head_slices, longest_sample, sample_groups
@@ -76,13 +76,11 @@ def launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
     qkv, grad, bias_needs = saved.qkv, saved.grad_out, needs.bias.vectors
     rows, _, heads, head_dim = qkv.shape
     _require_readable(qkv)
-    require(
-        grad.dtype == qkv.dtype and grad.device == qkv.device and grad.shape == (rows, heads, head_dim),
-        lambda: (
+    if not (grad.dtype == qkv.dtype and grad.device == qkv.device and grad.shape == (rows, heads, head_dim)):
+        raise ValueError(
             f"grad: expected {_name(qkv.dtype)} {[rows, heads, head_dim]} on {qkv.device}, like the output of the"
             f" forward pass, got {describe(grad)}"
-        ),
-    )
+        )
     attention, (_plan, vectors, scales) = _arguments(saved)
     # Autograd hands over expanded, transposed and sliced gradients, and contiguous ones that are off 16 bytes.
     grad = grad if _reads_16_bytes(grad) else grad.clone(memory_format=torch.contiguous_format)
@@ -150,14 +148,12 @@ def _arguments(
 
 
 def _require_readable(qkv: Tensor) -> None:
-    require(
-        _reads_16_bytes(qkv),
-        lambda: (
+    if not _reads_16_bytes(qkv):
+        raise ValueError(
             f"qkv: expected a last stride of 1, others that {ALIGNMENT} divides and an address that 16 divides, got"
             f" strides {list(qkv.stride())} at an address that is {qkv.data_ptr() % 16} modulo 16; call"
             " .clone(memory_format=torch.contiguous_format)"
-        ),
-    )
+        )
 
 
 def _reads_16_bytes(x: Tensor) -> bool:

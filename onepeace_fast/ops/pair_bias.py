@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -46,9 +47,7 @@ def pair_entries(bias: RelativeBias, segments: Segments) -> PairEntries | None:
     """How one index reaches the vectors of all modalities; None without a bias."""
     if not bias.vectors:
         return None
-    starts = [0]
-    for vector in bias.vectors:
-        starts.append(starts[-1] + vector.shape[1])
+    starts = [*accumulate((vector.shape[1] for vector in bias.vectors), initial=0)]
     equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
     cls = [stop - CLS_ENTRIES for stop in starts[1:]]
     look_up = [_by_modality(segments.modality, entries) for entries in (equal, cls)]

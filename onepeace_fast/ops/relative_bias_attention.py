@@ -133,7 +133,10 @@ def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
     qkv, segments = given.qkv, given.segments
     if checks_devices():
         _check_values(given)
-        _check_longest(segments)
+        if segments.max_length:
+            taken = f"the longest sample's length, or 0, got {segments.max_length} and a longer sample"
+            fits = (segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all()
+            require_values(fits, f"max_length: expected {taken}")
     if (reason := refusal(qkv, segments.cu_seqlens.shape[0], given.bias.vectors)) is None:
         return launch_forward(given)
     _say_once(reason if segments.max_length else f"{reason}; without max_length each call waits for the device")
@@ -143,15 +146,6 @@ def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
 def _check_values(given: AttentionInputs) -> None:
     check_segments(given.segments.cu_seqlens, given.qkv.shape[0])
     check_codes(given.bias, given.segments)
-
-
-def _check_longest(segments: Segments) -> None:
-    """Raise where a sample is longer than a ``max_length`` that was given."""
-    if segments.max_length:
-        message = (
-            f"max_length: expected the longest sample's length, or 0, got {segments.max_length} and a longer sample"
-        )
-        require_values((segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all(), message)
 
 
 @functools.cache
@@ -272,30 +266,22 @@ def relative_bias_attention(
     for name, value in (("modality", modality), ("code", code), ("is_cls", is_cls)):
         dtype = torch.bool if name == "is_cls" else torch.int32
         require_tensor(name, value, (dtype,), "[rows]", 1)
-        require(
-            value.shape[0] == rows,
-            lambda name=name, value=value: f"{name}: expected one entry per row, [{rows}], got {describe(value)}",
-        )
+        if value.shape[0] != rows:
+            raise ValueError(f"{name}: expected one entry per row, [{rows}], got {describe(value)}")
     for name, value in (("cu_seqlens", cu_seqlens), ("modality", modality), ("code", code), ("is_cls", is_cls)):
         require_device(name, value, qkv.device)
     modalities = cu_seqlens.shape[0]
     bias, code_offsets = list(bias), list(code_offsets)
-    require(
-        not bias or len(bias) == modalities,
-        lambda: f"bias: expected one vector per modality, {modalities}, or none, got {len(bias)}",
-    )
-    require(
-        not bias or len(code_offsets) == modalities,
-        lambda: f"code_offsets: expected one per modality, {modalities}, got {len(code_offsets)}",
-    )
+    if bias and len(bias) != modalities:
+        raise ValueError(f"bias: expected one vector per modality, {modalities}, or none, got {len(bias)}")
+    if bias and len(code_offsets) != modalities:
+        raise ValueError(f"code_offsets: expected one per modality, {modalities}, got {len(code_offsets)}")
     for m, vector in enumerate(bias):
         fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
-        require(
-            fits and vector.shape[1] > CLS_ENTRIES,
-            lambda m=m, vector=vector: (
+        if not fits or vector.shape[1] <= CLS_ENTRIES:
+            raise ValueError(
                 f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
-            ),
-        )
+            )
         require_device(f"bias[{m}]", vector, qkv.device)
     require_vector("head_scale", head_scale, heads, qkv.device)
     scale = head_dim**-0.5 if scale is None else scale

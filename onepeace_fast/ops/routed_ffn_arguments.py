@@ -43,11 +43,13 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     shapes |= {"norm_bias": (hidden,), "w2": (width, hidden), "b2": (width,)}
     for (name, shape), tensors in zip(shapes.items(), weights, strict=True):
         require_one_per_modality(name, tensors, modalities, name in OPTIONAL or (name == "w1" and not has_gate))
-        dtype = None if name.startswith("norm") else z.dtype
+        dtype = None if name.startswith("norm") else z.dtype  # norms may have any floating-point dtype
         for m, tensor in enumerate(tensors):
             fits = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
             if not (fits and tensor.shape == shape and tensor.device == z.device):
-                _refuse_parameter(f"{name}[{m}]", tensor, shape, dtype, z.device)
+                require_device(f"{name}[{m}]", tensor, z.device)
+                wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
+                raise ValueError(f"{name}[{m}]: expected {wanted} {list(shape)}, got {describe(tensor)}")
     require_norm_and_activation(weights.norm_weight, weights.norm_bias, settings.activation, settings.eps)
     row_index = routing.row_index
     require(
@@ -56,9 +58,8 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     )
     require_vector("gamma", gamma, width, z.device)
     if residual is None:
-        require(
-            drop_path.sample is None, "sample: expected both or none of drop_path and sample, got one without drop_path"
-        )
+        if drop_path.sample is not None:
+            raise ValueError("sample: expected both or none of drop_path and sample, got one without drop_path")
         return
     require(
         residual.is_floating_point() and residual.dim() == 2 and residual.shape[1] == width
@@ -69,20 +70,8 @@ def check(given: RoutedFFNInputs, has_gate: bool) -> None:
     require_device("residual", residual, z.device)
     require_drop_path(drop_path, residual)
     require_row_index(row_index, z)
-    if row_index is not None:
-        require(
-            row_index.shape[0] == z.shape[0],
-            lambda: f"row_index: expected one entry per row of z, {z.shape[0]}, got {describe(row_index)}",
-        )
-
-
-def _refuse_parameter(
-    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device
-) -> None:
-    """Norms may have any floating-point dtype (``dtype`` None), the others z's."""
-    require_device(name, tensor, device)
-    wanted = "floating point" if dtype is None else f"{str(dtype).removeprefix('torch.')}, as z has,"
-    raise ValueError(f"{name}: expected {wanted} {list(shape)}, got {describe(tensor)}")
+    if row_index is not None and row_index.shape[0] != z.shape[0]:
+        raise ValueError(f"row_index: expected one entry per row of z, {z.shape[0]}, got {describe(row_index)}")
 
 
 def chosen_strategy(
@@ -105,17 +94,12 @@ def chosen_strategy(
             return "grouped" if reason is None else _by_host(reason)
         measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
         return "per_modality" if measured == "grouped" and reason else measured
-    require(
-        strategy in STRATEGIES, lambda: f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}"
-    )
-    if strategy != "reference":
-        fits = has_kernels or kernels_forced() is False
-        require(
-            fits,
-            lambda: f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both",
-        )
-    if strategy == "grouped":
-        require((reason := _untaken_by_tiles(z, hidden, modalities, unfolded)) is None, lambda: reason)
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}")
+    if strategy != "reference" and not has_kernels and kernels_forced() is not False:
+        raise ValueError(f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both")
+    if strategy == "grouped" and (reason := _untaken_by_tiles(z, hidden, modalities, unfolded)) is not None:
+        raise ValueError(reason)
     return strategy
 
 

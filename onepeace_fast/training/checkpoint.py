@@ -173,10 +173,7 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
 def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            result |= _flat(value, f"{start}{name}.")
-        else:
-            result[f"{start}{name}"] = value
+        result |= _flat(value, f"{start}{name}.") if isinstance(value, Mapping) else {f"{start}{name}": value}
     return result
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import math
 import os
 import re
 from collections.abc import Callable, Hashable, Mapping
@@ -17,7 +16,7 @@ import yaml
 
 from onepeace_fast.backend import BACKENDS
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.config import OnePeaceConfig, is_number
 from onepeace_fast.data.batches import BROKEN
 from onepeace_fast.data.manifest import MISSING
 
@@ -33,18 +32,14 @@ class Kind(NamedTuple):
     expected: str
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
 def _one_of(names: Any) -> Kind:
     return Kind(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
 _COUNT = Kind(lambda value: type(value) is int and value > 0, "a positive integer")
 _SIZE = Kind(lambda value: type(value) is int and value >= 0, "an integer from 0 on")
-_POSITIVE = Kind(lambda value: _is_number(value) and value > 0, "a positive number")
-_NUMBER = Kind(lambda value: _is_number(value) and value >= 0, "a number from 0 on")
+_POSITIVE = Kind(lambda value: is_number(value) and value > 0, "a positive number")
+_NUMBER = Kind(lambda value: is_number(value) and value >= 0, "a number from 0 on")
 _PATH = Kind(lambda value: isinstance(value, str) and value.strip() != "", "a path")
 _MODEL = Kind(
     lambda value: isinstance(value, Mapping) or _PATH.fits(value), "fields of a model configuration, or a config.json"
@@ -223,11 +218,7 @@ def _merged(base: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]
     result = dict(base)
     for name, value in changes.items():
         old, place = base.get(name), f"{where}.{name}" if where else str(name)
-        if isinstance(old, Mapping) and value is not None:
-            result[name] = _merged(old, value, place)
-        elif isinstance(old, bool):
+        if isinstance(old, bool):
             require(isinstance(value, bool), f"{place}: expected true or false, got {describe(value)}")
-            result[name] = value
-        else:
-            result[name] = value
+        result[name] = _merged(old, value, place) if isinstance(old, Mapping) and value is not None else value
     return result

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -28,15 +29,19 @@ class MainFailed(Exception):
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all of the run. ``with`` ends their communication where all went well."""
+    """This process among all of the run."""
 
     rank: int
     count: int
     device: torch.device
 
     @classmethod
-    def start(cls, device: str | None) -> Processes:
+    @contextlib.contextmanager
+    def start(cls, device: str | None) -> Iterator[Processes]:
         """Join the other processes that torchrun started, gloo on a CPU and NCCL on a GPU; or be the only one.
+
+        ``with`` ends their communication where all went well: after a failure the others may never answer, and torchrun
+        ends them.
 
         Args:
             device: "cpu" or "cuda"; None takes a GPU where torch sees one.
@@ -55,13 +60,8 @@ class Processes:
             torch.cuda.set_device(local)
         if count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        return cls(rank, count, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
-
-    def __enter__(self) -> Processes:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self.count > 1 and kind is None:  # after a failure the others may never answer; torchrun ends them
+        yield cls(rank, count, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
+        if count > 1:
             dist.destroy_process_group()
 
     @property
@@ -130,15 +130,10 @@ class Processes:
         whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
         if self.count > 1:
             for parameter in whole:
-                self.average(_gradient(parameter))
+                self.average(cast(Tensor, parameter.grad))
         groups = [group for group in (sharded, whole) if group]
-        norms = [full(nn.utils.get_total_norm([_gradient(parameter) for parameter in group])) for group in groups]
+        norms = [full(nn.utils.get_total_norm([cast(Tensor, p.grad) for p in group])) for group in groups]
         norm = torch.linalg.vector_norm(torch.stack(norms))
         for group in groups:
             nn.utils.clip_grads_with_norm_(group, maximum, norm)
         return norm
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad

@@ -101,10 +101,8 @@ def audio_language_masks(
     """
     tokens = _check_text(text, word_starts)
     _check_generator(generator)
-    require(
-        isinstance(frames, Sequence) and all(type(count) is int and count >= 0 for count in frames),
-        f"frames: expected a list of integers, 0 or more, got {describe(frames)}",
-    )
+    if not (isinstance(frames, Sequence) and all(type(count) is int and count >= 0 for count in frames)):
+        raise ValueError(f"frames: expected a list of integers, 0 or more, got {describe(frames)}")
     rows, longest = text.shape[0], max(frames, default=0)
     require(len(frames) == rows, f"frames: expected one clip for each of {rows} rows of text, got {len(frames)}")
     width = longest if width is None else width
@@ -165,34 +163,27 @@ def _with_cls(mask: Tensor) -> Tensor:
 
 def _check_text(text: Tensor, word_starts: Tensor) -> Tensor:
     """Raise unless captions are as described; return where they have tokens that may be hidden: bool [rows, length]."""
-    require_tensor("text", text, (torch.int64,), "[rows, length]", 2)
-    require_tensor("word_starts", word_starts, (torch.bool,), "[rows, length]", 2)
-    for name, value in (("text", text), ("word_starts", word_starts)):
+    for name, value, dtype in (("text", text, torch.int64), ("word_starts", word_starts, torch.bool)):
+        require_tensor(name, value, (dtype,), "[rows, length]", 2)
         require_device(name, value, torch.device("cpu"))
-    require(
-        word_starts.shape == text.shape,
-        f"word_starts: expected text's shape, {list(text.shape)}, got {list(word_starts.shape)}",
-    )
+    if word_starts.shape != text.shape:
+        raise ValueError(f"word_starts: expected text's shape, {list(text.shape)}, got {list(word_starts.shape)}")
     real = text != PADDING_TOKEN
     column, last = torch.arange(text.shape[1], device="cpu"), real.sum(1, keepdim=True) - 1
     ordered = ((real == (column <= last)) & ((text == END) == (column == last))).all(1)
-    require(
-        bool(ordered.all()),
-        lambda: (
+    if not ordered.all():
+        raise ValueError(
             f"text: expected tokens, then one end-of-sequence token ({END}), then padding ({PADDING_TOKEN}), got "
             f"another order in row {_first_false(ordered)}"
-        ),
-    )
+        )
     tokens = real & (text != END)
     outside = word_starts & ~tokens
     fits = ~outside.any(1) & (word_starts[:, :1] == tokens[:, :1]).all(1)
-    require(
-        bool(fits.all()),
-        lambda: (
+    if not fits.all():
+        raise ValueError(
             "word_starts: expected True at the first token and at no end or padding, got another value in row "
             f"{_first_false(fits)}"
-        ),
-    )
+        )
     return tokens
 
 
@@ -201,7 +192,5 @@ def _first_false(rows: Tensor) -> int:
 
 
 def _check_generator(generator: torch.Generator) -> None:
-    require(
-        isinstance(generator, torch.Generator) and generator.device.type == "cpu",
-        lambda: f"generator: expected a torch.Generator on the CPU, got {describe(generator)}",
-    )
+    if not isinstance(generator, torch.Generator) or generator.device.type != "cpu":
+        raise ValueError(f"generator: expected a torch.Generator on the CPU, got {describe(generator)}")

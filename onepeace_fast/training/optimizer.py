@@ -73,10 +73,8 @@ def learning_rate(step: int, *, peak: float, warm_up: int, total: int, minimum: 
     """
     for name, value in (("step", step), ("warm_up", warm_up)):
         require(type(value) is int and value >= 0, f"{name}: expected an integer, 0 or more, got {describe(value)}")
-    require(
-        type(total) is int and total > warm_up,
-        f"total: expected an integer above warm_up, {warm_up}, got {describe(total)}",
-    )
+    if type(total) is not int or total <= warm_up:
+        raise ValueError(f"total: expected an integer above warm_up, {warm_up}, got {describe(total)}")
     _require_number("peak", peak, peak > 0, "more than 0")
     _require_number("minimum", minimum, 0 <= minimum <= peak, f"0 to the peak, {peak}")
     if step < warm_up:

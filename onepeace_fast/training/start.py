@@ -22,6 +22,7 @@ from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.layers.adapters import PATCH, AudioAdapter
 from onepeace_fast.models.modalities import parameters_of
+from onepeace_fast.models.parameters import upstream_names
 from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
@@ -69,7 +70,9 @@ def start(config: TrainingConfig, processes: Processes) -> Started:
     state, lines = None, []
     if found.folder is not None:
         state = checkpoint.load_state(found.folder)
-        _require_same(found.folder, state["settings"], settings)
+        if changed := checkpoint.differences(state["settings"], settings):
+            place = f"the settings that {found.folder} was written with, or another folder"
+            raise ValueError(f"output: expected {place}, got {'; '.join(changed)}")
         lines = processes.on_main(lambda: _set_aside(found))
     torch.manual_seed(config.seed)
     trainer = Trainer(_model(config, model_config, found.folder), config, processes)
@@ -116,23 +119,14 @@ def _train_tokenizer(entries: Sequence[Entry], size: int, path: Path) -> None:
 
 def _require_fit(config: TrainingConfig, model: OnePeaceConfig, tokenizer: Tokenizer) -> None:
     for name in ("text", config.modality):
-        both = name in model.encoder.modalities and name in model.decoder.modalities
-        require(
-            both,
-            f"model: expected {name} in encoder and decoder for stage {config.stage}, got a model without; give "
-            f"encoder: {{{name}: {{}}}} and decoder: {{{name}: {{use_bias: false}}}}",
-        )
+        if name not in model.encoder.modalities or name not in model.decoder.modalities:
+            raise ValueError(
+                f"model: expected {name} in encoder and decoder for stage {config.stage}, got a model without; give "
+                f"encoder: {{{name}: {{}}}} and decoder: {{{name}: {{use_bias: false}}}}"
+            )
     require(
         tokenizer.vocab_size <= model.vocab_size,
         f"tokenizer: expected at most the model's vocab_size, {model.vocab_size}, got {tokenizer.vocab_size} tokens",
-    )
-
-
-def _require_same(folder: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
-    changed = checkpoint.differences(saved, current)
-    require(
-        not changed,
-        f"output: expected the settings that {folder} was written with, or another folder, got {'; '.join(changed)}",
     )
 
 
@@ -149,9 +143,12 @@ def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | 
     model = OnePeacePretrain(model_config, config.backend)
     initial = config.path("init")
     if folder is None and initial is not None:
-        weights = _read_weights(initial / WEIGHTS_FILE)
+        path = initial / WEIGHTS_FILE
         try:
+            weights = load_file(path)
             model.load_upstream_state_dict(_added(model, weights) | weights)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"init: {path}: cannot be read: {' '.join(str(error).split())}") from None
         except ValueError as error:
             raise ValueError(f"init: {error}") from None
     if config.stage == "audio_language":
@@ -167,16 +164,8 @@ def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | 
 def _added(model: OnePeacePretrain, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """The fresh parameters of modalities that the initial model does not have at all."""
     names = [name for name in model.config.encoder.modalities if f"{name}_proj.weight" not in weights]
-    parameters = model.to_upstream_state_dict()
-    added = {key: value for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
-    return {key: value for key, value in added.items() if value is not None}
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"init: {path}: cannot be read: {' '.join(str(error).split())}") from None
+    parameters = upstream_names(model)
+    return {key: value.detach() for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
 
 
 def _batches(

@@ -333,7 +333,7 @@ def test_captions_that_are_cut_are_counted(images, tokenizer, caplog):
     entries = [*images, Entry(images[0].path, "long " * 90, 12)]
     with caplog.at_level(logging.WARNING, logger="onepeace_fast"):
         dataset = PairDataset(entries, tokenizer, "image", side=SIDE, seed=0)
-    assert dataset.truncated == 1
+    assert dataset._captions.truncated == 1
     assert caplog.messages == ["captions: 1 of 11 have more than 70 tokens; each of these loses its end"]
     assert len(dataset[0, 10]["text"]) == 71
 

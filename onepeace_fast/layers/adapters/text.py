@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from onepeace_fast.checks import require, require_tensor
+from onepeace_fast.checks import require_tensor
 from onepeace_fast.config import TextAdapterConfig
 from onepeace_fast.layers.adapters.adapter import Fault, SeriesAdapter, take
 from onepeace_fast.layers.parameters import init_truncated_normal
@@ -38,9 +38,8 @@ class TextAdapter(SeriesAdapter):
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         require_tensor(name, value, (torch.int64, torch.int32), "[rows, length]", 2)
         limit = self.max_positions - 1
-        require(
-            value.shape[1] <= limit, f"{name}: expected at most {limit} tokens a row beside CLS, got {value.shape[1]}"
-        )
+        if value.shape[1] > limit:
+            raise ValueError(f"{name}: expected at most {limit} tokens a row beside CLS, got {value.shape[1]}")
         return torch.cat([value.new_ones(value.shape[0], 1, dtype=torch.bool), value != PADDING_TOKEN], dim=1)
 
     def faults(self, name: str, value: Tensor, padding: Tensor | None) -> list[Fault]:
