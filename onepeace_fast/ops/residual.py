@@ -77,7 +77,7 @@ def residual_reference(given: ResidualInputs) -> ResidualOutputs:
         check_row_index(routing.row_index, routing.offsets, x)
     factor = row_factor(x, y.dtype, given.gamma, given.drop_path, given.dropout)
     if routing.row_index is None and routing.offsets is None:
-        out = (x + y if factor is None else torch.addcmul(x, y, factor)).to(x.dtype).contiguous()
+        out = (x + y if factor is None else (y * factor).add_(x)).to(x.dtype).contiguous()
     else:
         place, _ = branch_places(routing, y.shape[0], x)
         branch = _rows_at(y, place)

@@ -68,7 +68,7 @@ def _added(given: RoutedFFNInputs, y: Tensor) -> Tensor:
     if given.routing.row_index is not None:
         return residual_reference(per_modality.as_branch(given, y)).out
     factor = row_factor(y, y.dtype, given.gamma, given.drop_path, Dropout())
-    out = given.residual + y if factor is None else torch.addcmul(given.residual, y, factor)
+    out = given.residual + y if factor is None else (y * factor).add_(given.residual)
     return out.to(given.residual.dtype).contiguous()
 
 
