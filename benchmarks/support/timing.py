@@ -29,6 +29,10 @@ class Timing:
         """The figure that is reported."""
         return statistics.median(self.seconds)
 
+    def shown(self) -> str:
+        """Median and extremes for a table, in milliseconds."""
+        return f"{self.median * 1e3:.0f} ({min(self.seconds) * 1e3:.0f}-{max(self.seconds) * 1e3:.0f})"
+
     def record(self) -> dict[str, Any]:
         """Median, extremes and number of runs, in milliseconds."""
         milliseconds = [1e3 * value for value in self.seconds]
@@ -42,6 +46,16 @@ class Timing:
             if values:
                 record[name] = round(1e3 * statistics.median(values), 4)
         return record
+
+
+def backends(reference: Timing, fused: Timing, threads: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Both backends' timings: what was measured, and the same by the headings of a table."""
+    speed_up = reference.median / fused.median
+    both = {"reference": reference, "fused": fused}
+    shown = {f"{name} ms": timing.shown() for name, timing in both.items()}
+    shown |= {"rounds": str(len(fused.seconds)), "speed-up": f"{speed_up:.2f}"}
+    records = {name: timing.record() for name, timing in both.items()}
+    return {"threads": threads, **records, "speed_up": round(speed_up, 4)}, shown
 
 
 class DeviceLost(Exception):

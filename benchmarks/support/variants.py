@@ -94,11 +94,7 @@ class Budget:
         self.stop = time.perf_counter() + seconds
         self.no_compile = no_compile
         self.compile_seconds: dict[str, float] = {}
-        self.sections_left = 1
-
-    def section(self, left: int) -> None:
-        """Begin a section; ``left`` counts it and those that follow."""
-        self.sections_left = left
+        self.sections_left = 1  # the one that runs and those that follow
 
     @property
     def seconds_left(self) -> float:
