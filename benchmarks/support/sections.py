@@ -13,7 +13,7 @@ from benchmarks.support import relative_bias_attention as attention
 from benchmarks.support import shapes
 from benchmarks.support.feed_forward import FeedForwardCase
 from benchmarks.support.layer import DROP_PATH, MODEL_LAYERS, LayerCase, strategies
-from benchmarks.support.pointwise import OPERATIONS, PointwiseCase, operations
+from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.timing import DeviceLost, recovered
@@ -22,6 +22,7 @@ from benchmarks.support.variants import MODES, Factory, Runner
 FULL = Sizes(width=1536, hidden=6144, heads=24)
 TINY = Sizes(width=64, hidden=128, heads=2)
 MODALITIES_BY_ROWS = 2
+POINTWISE = ("layer_norm", "residual", "gated_sub_ln")  # what the model launches
 COMPILED = {  # the compiled peers of each kind, and what is measured beside them
     "layer": ("products", "reference", "reference_compiled", "fused"),
     "ffn": ("products", "sliced", "sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled", "fused"),
@@ -133,7 +134,7 @@ def headline(quick: bool, device: torch.device) -> list[Section]:
         _feed_forward(batch, warmed=("fused", *own)),
         *(_feed_forward(shape, True, names=("products", "sliced", *own)) for shape in by_rows),
         _attention(image),
-        *(_pointwise(name, batch, warmed=("fused",)) for name in OPERATIONS),
+        *(_pointwise(name, batch, warmed=("fused",)) for name in POINTWISE),
     ]
 
 
@@ -145,7 +146,7 @@ def rest(quick: bool) -> list[Section]:
     ]  # fmt: skip
     return [
         _compiled(_layer(batch)), _compiled(_feed_forward(batch)), _compiled(_attention(image)),
-        *(_compiled(_pointwise(name, batch)) for name in OPERATIONS),
+        *(_compiled(_pointwise(name, batch)) for name in POINTWISE),
         _bias(batch),
         *(section(shape) for shape in batches for section in (_layer, _feed_forward, _bias)),
         *map(_attention, images),

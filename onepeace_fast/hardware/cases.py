@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -97,69 +97,28 @@ def pairs(
     return zip(cases(make, cpu), cases(copied, device), strict=True)
 
 
-@dataclass(frozen=True)
 class Rows:
-    """A packed batch: three modalities of which the second is empty, and inert rows at the end."""
+    """A packed batch: three modalities of which the second is empty, five samples, and inert rows at the end."""
 
-    rows: int
-    device: torch.device
+    def __init__(self, rows: int, device: torch.device) -> None:
+        def integers(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device)
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """Rows of each modality."""
-        real = max(self.rows - INERT_ROWS, 0)
-        return [real // 3, 0, real - real // 3]
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """The plan's."""
-        return _integers([sum(self.counts[:m]) for m in range(MODALITIES + 1)], self.device)
-
-    @cached_property
-    def modalities(self) -> list[slice]:
-        """The rows of each modality."""
-        first = [sum(self.counts[:m]) for m in range(MODALITIES + 1)]
-        return [slice(*bounds) for bounds in pairwise(first)]
-
-    @cached_property
-    def some(self) -> Tensor:
-        """A row index: four rows of five, the last of them first."""
-        return _integers([row for row in reversed(range(self.rows)) if row % 5], self.device)
-
-    @cached_property
-    def some_offsets(self) -> Tensor:
-        """First row of each modality among those of the index, whose last entry is inert."""
-        real = max(len(self.some) - 1, 0)
-        return _integers([0, real // 3, real // 3, real], self.device)
-
-    @cached_property
-    def sample(self) -> Tensor:
-        """Sample of each row, of five samples."""
-        return torch.arange(self.rows, dtype=torch.int32, device=self.device) % 5
-
-    @cached_property
-    def seed(self) -> Tensor:
-        """Dropout's."""
-        return torch.full((), 7, dtype=torch.int64, device=self.device)
-
-    @cached_property
-    def drop_path(self) -> Tensor:
-        """DropPath's factor of each sample; one is dropped."""
-        return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], dtype=torch.float32, device=self.device)
-
-    @property
-    def of_some(self) -> dict[str, Tensor]:
-        """The arguments of an operation on the rows of the index."""
-        return {"row_index": self.some, "offsets": self.some_offsets}
-
-    @property
-    def scaling(self) -> dict[str, Tensor]:
-        """DropPath's arguments."""
-        return {"drop_path": self.drop_path, "sample": self.sample}
-
-
-def _integers(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device)
+        self.rows, self.device = rows, device
+        first, real = max(rows - INERT_ROWS, 0) // 3, max(rows - INERT_ROWS, 0)
+        bounds = [0, first, first, real]
+        self.counts = [stop - start for start, stop in pairwise(bounds)]
+        self.modalities = [slice(start, stop) for start, stop in pairwise(bounds)]
+        self.offsets = integers(bounds)
+        # Four rows of five, the last of them first; of the modalities' rows among them the last is inert.
+        self.some = integers([row for row in reversed(range(rows)) if row % 5])
+        real_of_some = max(len(self.some) - 1, 0)
+        self.some_offsets = integers([0, real_of_some // 3, real_of_some // 3, real_of_some])
+        self.of_some = {"row_index": self.some, "offsets": self.some_offsets}
+        self.seed = torch.full((), 7, dtype=torch.int64, device=device)  # dropout's
+        drop_path = torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], dtype=torch.float32, device=device)
+        sample = torch.arange(rows, dtype=torch.int32, device=device) % 5
+        self.scaling = {"drop_path": drop_path, "sample": sample}
 
 
 def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
@@ -216,9 +175,12 @@ def _normalised(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> dict
 
 
 def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), 1e-5)
+
     x, entries = _normalised(batch, width, dtype, make), ("layer_norm", "layer_norm_backward")
     shared = _norm_parameters(width, torch.float32, make)
-    yield Case("layer_norm", "weight, bias", layer_norm, {**x, **shared}, entries)
+    yield Case("layer_norm", "weight, bias", layer_norm, {**x, **shared}, entries, plain=plain)
     yield Case("layer_norm", "no parameters", layer_norm, x, entries)
     leaves = {**x, **_vectors("weight", width, dtype, make), **_vectors("bias", width, dtype, make, 0.0)}
     yield from _of_modalities(layer_norm, batch, leaves, entries)
@@ -318,10 +280,9 @@ def _routed_ffn(
 ) -> Case:  # fmt: skip
     """With everything, or without gate, norm, biases, LayerScale and residual; on all rows, or some of the stream's."""
     hidden = HIDDEN_FACTOR * width
-    rows, offsets = (len(batch.some), batch.some_offsets) if of_some else (batch.rows, batch.offsets)
-    how: dict[str, Any] = batch.scaling if full else {"w1": None}
-    how |= {"row_index": batch.some} if of_some else {}
-    leaves = {"z": make(rows, width, dtype=dtype)}
+    of_rows = batch.of_some if of_some else {"offsets": batch.offsets}
+    how: dict[str, Any] = {**of_rows, **(batch.scaling if full else {"w1": None})}
+    leaves = {"z": make(len(batch.some) if of_some else batch.rows, width, dtype=dtype)}
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}
     for name in shapes if full else ("w0", "w2"):
         scale = shapes[name][1] ** -0.5
@@ -335,7 +296,7 @@ def _routed_ffn(
     def chosen(z: Tensor, **given: Any) -> Tensor:
         return routed_ffn(z, **given if z.dtype == dtype else {**given, "strategy": None})
 
-    call = _listing(chosen, offsets=offsets, **how, **settings)
+    call = _listing(chosen, **how, **settings)
     return Case("routed_ffn", variant, call, leaves, slices={} if of_some else {"out0": batch.modalities})
 
 
