@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -65,31 +65,24 @@ class DeviceLost(Exception):
     """
 
 
-class Clock(Protocol):
-    """Times one call; ``lead`` is how long the host needed last time to start its work."""
-
-    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
-        """Run ``call(index)``; returns its time and the host's, in seconds."""
-
-    def recover(self) -> None:
-        """Bring the device back to order after a call that failed, or raise ``DeviceLost``."""
-
-
 class HostClock:
     """Wall-clock time, for a device whose work is done when the call returns."""
 
     def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
-        """The call's wall-clock time, twice."""
+        """Run ``call(index)``; returns its time and the host's to start its work, in seconds.
+
+        ``lead`` is what the host needed last time.
+        """
         start = time.perf_counter()
         call(index)
         seconds = time.perf_counter() - start
         return seconds, seconds
 
     def recover(self) -> None:
-        """Nothing to do."""
+        """Bring the device back to order after a call that failed, or raise ``DeviceLost``; here nothing is to do."""
 
 
-class EventClock:
+class EventClock(HostClock):
     """Device time between two CUDA events.
 
     Before the first event the device sleeps for about as long as the host needs to start the call's kernels, so that
@@ -141,7 +134,7 @@ class EventClock:
             raise DeviceLost("", describe_error(error)) from error
 
 
-def clock_for(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> HostClock:
     """The clock of a device."""
     return EventClock() if device.type == "cuda" else HostClock()
 
@@ -151,7 +144,7 @@ def describe_error(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def recovered(clock: Clock, called: Any, error: Exception) -> str:
+def recovered(clock: HostClock, called: Any, error: Exception) -> str:
     """The error of a call in one line, the device back to order; raises ``DeviceLost`` where it cannot be."""
     line = describe_error(error)
     try:
@@ -162,7 +155,7 @@ def recovered(clock: Clock, called: Any, error: Exception) -> str:
 
 
 def interleaved(
-    calls: Mapping[str, Call], clock: Clock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
+    calls: Mapping[str, Call], clock: HostClock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
     seconds: float = math.inf,
 ) -> tuple[dict[str, Timing], dict[str, str]]:  # fmt: skip
     """Time every call in turn, round after round; ``call(round)`` picks its inputs by the round.

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.support.timing import Clock, DeviceLost, Timing, interleaved, recovered
+from benchmarks.support.timing import DeviceLost, HostClock, Timing, interleaved, recovered
 
 MODES = ("forward", "forward_backward")
 PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure
@@ -125,7 +125,7 @@ class Runner:
     of each before its first run, and an empty one before times are taken.
     """
 
-    clock: Clock
+    clock: HostClock
     budget: Budget
     rounds: int
     tolerance: float
