@@ -10,7 +10,6 @@ from tools.mutants.source import Span, named_parts, occurrences
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults")
-KEYS = {"name", "file", "inside", "old", "new", "tests", "occurrence"}
 
 
 class Fault(NamedTuple):
@@ -62,7 +61,9 @@ def read_faults(folder: Path = FAULTS) -> list[Fault]:
     faults = []
     for path in sorted(folder.glob("*.json")):
         for fault in json.loads(path.read_text(encoding="utf-8")):
-            if unknown := set(fault) - KEYS:
-                raise ValueError(f"{path.name}: expected the keys {', '.join(sorted(KEYS))}, got {', '.join(unknown)}")
+            if unknown := set(fault) - set(Fault._fields):
+                raise ValueError(
+                    f"{path.name}: expected the keys {', '.join(sorted(Fault._fields))}, got {', '.join(unknown)}"
+                )
             faults.append(Fault(**{**fault, "tests": tuple(fault["tests"])}))
     return faults

@@ -36,7 +36,7 @@ def main() -> int:
             faults = [line for line in faults if not any(word in line for word in NOT_EMULATED)]
             if code and not faults:
                 faults.append(f"benchmarks/gpu.py: expected exit code 0, got {code}")
-    print(json.dumps({"faults": faults, "programs": driver.programs, "launches": two_devices.launches()}))
+    print(json.dumps({"faults": faults, "programs": driver.programs, "launches": two_devices.State.launches}))
     return 1 if faults else 0
 
 
