@@ -56,14 +56,15 @@ class Fault(NamedTuple):
         return None
 
 
+KEYS = set(Fault._fields)
+
+
 def read_faults(folder: Path = FAULTS) -> list[Fault]:
     """The faults of a folder's data files, one file for each area of the code."""
     faults = []
     for path in sorted(folder.glob("*.json")):
         for fault in json.loads(path.read_text(encoding="utf-8")):
-            if unknown := set(fault) - set(Fault._fields):
-                raise ValueError(
-                    f"{path.name}: expected the keys {', '.join(sorted(Fault._fields))}, got {', '.join(unknown)}"
-                )
+            if unknown := set(fault) - KEYS:
+                raise ValueError(f"{path.name}: expected the keys {', '.join(sorted(KEYS))}, got {', '.join(unknown)}")
             faults.append(Fault(**{**fault, "tests": tuple(fault["tests"])}))
     return faults
