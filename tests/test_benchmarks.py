@@ -227,7 +227,7 @@ class TestVariants:
         records = runner.measure(factories)
         assert "budget" in records["compiled"]["skipped"] and "forward" in records["eager"]
         runner.budget.compile_seconds["compiled"] = 50.0  # of 60 that are left, though of 40 sections
-        runner.budget.section(left=40)
+        runner.budget.sections_left = 40
         assert "forward" in runner.measure(factories)["compiled"]
         assert all("budget" in record["skipped"] for record in tiny_runner(-1.0).measure(factories).values())
 
@@ -240,7 +240,7 @@ class TestVariants:
             return self.variant(1.0)
 
         runner, seconds = tiny_runner(100.0), []
-        runner.budget.section(left=2)
+        runner.budget.sections_left = 2
         monkeypatch.setattr(
             "benchmarks.support.variants.interleaved", lambda *_, **how: (seconds.append(how["seconds"]), ({}, {}))[1]
         )

@@ -147,7 +147,7 @@ def test_attention_alone_is_measured_against_its_floor_and_what_is_left_out_says
         variants, is_part = shape["variants"], "time_per_pair" in shape
         compared = {"fused", "fused_no_bias", "fused_frozen_tables"}
         if not is_part:
-            assert set(on_gpu.VARIANTS["relative_bias_attention"]) - {"flex_attention"} <= set(variants)
+            assert set(on_gpu.ATTENTION) - {"flex_attention"} <= set(variants)
             compared |= {"sdpa_memory_efficient", "bias_built_sdpa_memory_efficient"}
             compared |= {"all_layers_sdpa_memory_efficient", "all_layers_fused"}
         for name in compared:

@@ -100,7 +100,7 @@ def test_the_selftest_tells_what_the_kernels_compute_from_what_they_do_not(path,
     request.getfixturevalue(path)
     make = lambda: random_tensors(torch.device("cpu"), 0)  # noqa: E731
     cases = [list(specified_cases(20, torch.bfloat16, make(), torch.device("cpu")))[1] for _ in range(2)]
-    rows = list(selftest._compare(*cases, torch.bfloat16))
+    rows = list(selftest.compare_case(*cases, torch.bfloat16))
     assert {row.operation for row in rows} == {"relative_bias_attention"} and all(row.kept for row in rows)
     assert {row.tensor.split()[0] for row in rows} == {"out0", *cases[0].leaves}
     assert all(row.by_kernel == (path != "slower_path") for row in rows)
