@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from onepeace_fast import OnePeaceConfig, OnePeacePretrain
+from onepeace_fast import OnePeaceConfig, OnePeacePretrain, RoutePlan
 from onepeace_fast.config import AudioAdapterConfig, ImageAdapterConfig, TextAdapterConfig, TransformerConfig
+from onepeace_fast.models.inputs import read_batch
 
 BACKENDS = ("reference", "fused")
 VOCABULARY, PADDING = 30, 1
@@ -156,13 +157,29 @@ def gradients_of(model: OnePeacePretrain, loss: Tensor) -> dict[str, Tensor]:
     return {name: grad.clone() for name, grad in model.to_upstream_state_dict(grads=True).items() if grad is not None}
 
 
-def encode_with_gradients(
-    model: OnePeacePretrain, batch: Mapping[str, Tensor], **keywords: object
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs at real tokens, and the gradients of their weighted sum."""
-    valid = valid_tokens(batch)
-    outputs = model.encode(**batch, **keywords)
-    return at_tokens(outputs, valid), gradients_of(model, weighted_sum(outputs, valid))
+def with_gradients(
+    model: OnePeacePretrain, batch: Mapping[str, Tensor], task: str = "encode", **keywords: object
+) -> dict[str, Tensor]:
+    """Outputs of a batch at its real tokens, and the gradients of their weighted sum, all by name."""
+    outputs, valid = model(task, **batch, **keywords), valid_tokens(batch)
+    return at_tokens(outputs, valid) | gradients_of(model, weighted_sum(outputs, valid))
+
+
+def losses_with_gradients(model: OnePeacePretrain, task: str, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+    """What a pretraining task gives, and the gradients of its loss, all by name."""
+    losses = model(task, **inputs)
+    return {name: value.detach() for name, value in losses.items()} | gradients_of(model, losses["loss"])
+
+
+def layer_inputs(model: OnePeacePretrain, batch: Mapping[str, Tensor]) -> tuple[Tensor, RoutePlan, list[Tensor]]:
+    """Packed rows, plan and bias vectors of a batch, as the encoder's stack gives them to a layer, detached."""
+    stack = model.encoder_wrapper
+    read, _ = read_batch(stack.adapters, batch)
+    tokens = stack.embed(read)
+    plan = stack.plan(tokens)
+    x = plan.pack({name: part.x for name, part in tokens.items()})
+    bias = stack.bias({name: part.width for name, part in tokens.items()})[0]
+    return x.detach(), plan, [vector.detach() for vector in bias]
 
 
 def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:

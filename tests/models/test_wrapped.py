@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from models._small import batch_of, small_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,14 +14,6 @@ from onepeace_fast.layers.adapters import TextAdapter
 from onepeace_fast.models.parameters import upstream_modules, upstream_names
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.trainer import Trainer
-
-
-@pytest.fixture
-def group():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def sharded(module):
