@@ -148,10 +148,6 @@ def test_the_logit_scale_is_clamped_in_place(start, clamped):
     assert model.logit_scale.grad.item() != 0
 
 
-def test_the_logit_scale_starts_at_a_temperature_of_7_percent():
-    assert small_model("fused").logit_scale.exp().item() == pytest.approx(1 / 0.07, rel=1e-6)
-
-
 def tower_inputs(rows):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(rows, 6, generator=generator, dtype=torch.float64) for _ in range(2))
