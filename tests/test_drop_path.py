@@ -6,13 +6,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models._small import assert_close, batch_of, small_config, small_model
+from models._small import assert_close, batch_of, layer_inputs, small_config, small_model
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import RoutePlan
 from onepeace_fast.drop_path import Branch, Branches, branches, draw_drop_path
 from onepeace_fast.layers import transformer
-from onepeace_fast.models.inputs import read_batch
 
 LENGTHS = {"text": [5, 2, 7, 3], "image": [4, 4], "audio": [6, 0, 3]}
 SAMPLES = {"text": [0, 1, 2, 3], "image": [3, 1], "audio": [0, 1, 2]}
@@ -116,16 +115,11 @@ def test_a_branch_is_the_plan_of_its_computed_samples(known, capacity):
             }  # fmt: skip
 
 
-def stack_inputs(dtype=torch.float64, **encoder):
+def stack_inputs(**encoder):
     """A layer's inputs: packed rows of four samples, their plan and bias vectors, and a stack without DropPath."""
-    model = small_model("fused", small_config(layers=1, **encoder), dtype=dtype)
-    stack = model.encoder_wrapper
-    batch, _ = read_batch(stack.adapters, batch_of(text=[7, 2, 5, 4], image=(4, 3), audio=[9, 4, 6, 5], dtype=dtype))
-    tokens = stack.embed(batch)
-    plan = stack.plan(tokens)
-    x = plan.pack({name: part.x for name, part in tokens.items()}).detach()
-    bias = [value.detach() for value in stack.bias({name: part.width for name, part in tokens.items()})[0]]
-    return stack.fusion_model.layers[0].train(), x, plan, bias
+    model = small_model("fused", small_config(layers=1, **encoder))
+    batch = batch_of(text=[7, 2, 5, 4], image=(4, 3), audio=[9, 4, 6, 5])
+    return model.encoder_wrapper.fusion_model.layers[0].train(), *layer_inputs(model, batch)
 
 
 def run(layer, x, route, bias):

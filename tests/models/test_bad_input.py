@@ -6,6 +6,7 @@ from models._refusal import refuse
 from models._small import (
     BACKENDS,
     batch_of,
+    hide,
     samples_of,
     small_config,
     small_model,
@@ -162,20 +163,13 @@ def test_encode_refuses_samples(case, as_tensor, monkeypatch):
     refuse(expected, lambda: model.encode(**inputs, samples=samples), monkeypatch)
 
 
-UNFIT_SAMPLES = {
-    "fractions": torch.tensor([0.0, 1.5]),
-    "two dimensions": torch.tensor([[0], [1]]),
-    "another device": torch.tensor([0, 1], device="meta"),
-    "words": ["a", "b"],
-    "fractions in a list": [0, 1.5],
-    "a number": 3,
-}
-
-
-@pytest.mark.parametrize("case", UNFIT_SAMPLES)
-def test_encode_refuses_samples_that_are_no_row_of_integers(case, monkeypatch):
+@pytest.mark.parametrize(
+    "rows",
+    [torch.tensor([0.0, 1.5]), torch.tensor([[0], [1]]), torch.tensor([0, 1], device="meta"), ["a", "b"], [0, 1.5], 3],
+)
+def test_encode_refuses_samples_that_are_no_row_of_integers(rows, monkeypatch):
     model = small_model("fused", dtype=torch.float32)
-    samples = {"text": UNFIT_SAMPLES[case], "image": [0, 1]}
+    samples = {"text": rows, "image": [0, 1]}
     refuse("samples['text']: expected ", lambda: model.encode(**TWO, samples=samples), monkeypatch)
 
 
@@ -185,15 +179,14 @@ def test_embed_refuses_two_modalities(monkeypatch):
 
 
 @pytest.mark.parametrize("modality", ["text", "image", "audio"])
-def test_a_model_refuses_a_modality_it_was_built_without(modality, monkeypatch):
-    model = small_model("fused", small_config(decoder={modality: None}, **{modality: None}))
+def test_a_model_refuses_a_modality_it_was_built_without_or_that_its_decoder_lacks(modality, monkeypatch):
     inputs = batch_of(text=[3, 2], image=(2, 2), audio=[4, 3])
     inputs = {name: value for name, value in inputs.items() if name.startswith(modality)}
-    refuse(
-        f"{modality}: expected no tensor, got one: the model was built without",
-        lambda: model.encode(**inputs),
-        monkeypatch,
-    )
+    model = small_model("fused", small_config(decoder={modality: None}))
+    refuse(modality, lambda: model.reconstruct(**inputs, masks=hide(inputs)), monkeypatch)
+    model = small_model("fused", small_config(decoder={modality: None}, **{modality: None}))
+    expected = f"{modality}: expected no tensor, got one: the model was built without"
+    refuse(expected, lambda: model.encode(**inputs), monkeypatch)
 
 
 def test_tokens_may_be_int32():
