@@ -195,8 +195,12 @@ def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], toleranc
     assert not problems, "\n".join(problems)
 
 
-def assert_same_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """Every tensor bitwise equal."""
+def assert_same_bits(got: Mapping[str, object], want: Mapping[str, object]) -> None:
+    """Every tensor bitwise equal and of the same dtype, all else equal."""
     assert set(got) == set(want), sorted(set(got) ^ set(want))
-    different = [name for name, value in want.items() if not torch.equal(got[name], value)]
+    different = [
+        name for name, value in want.items()
+        if not (got[name].dtype == value.dtype and torch.equal(got[name], value)
+                if torch.is_tensor(value) else got[name] == value)
+    ]  # fmt: skip
     assert not different, different

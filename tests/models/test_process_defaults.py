@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from models._small import BACKENDS, batch_of, losses_with_gradients, small_config, small_model
+from models._small import BACKENDS, assert_same_bits, batch_of, losses_with_gradients, small_config, small_model
 from models.test_add_modality import SensorAdapter, extended
 from training._batches import STAGES, batch_number, masks_of
 
@@ -34,19 +34,11 @@ DTYPES = [torch.float64, torch.bfloat16, torch.float16]
 DEFAULTS = pytest.mark.parametrize("value", [*DTYPES, "meta"])
 
 
-def same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        other = second[name]
-        same = value.dtype == other.dtype and torch.equal(value, other) if torch.is_tensor(value) else value == other
-        assert same, name
-
-
 def same_under(value, made):
     """See that what a function makes is the same where that is the default."""
     expected = made()
     with default(value):
-        same(made(), expected)
+        assert_same_bits(made(), expected)
 
 
 @DEFAULTS
@@ -77,8 +69,8 @@ def test_a_loaded_model_has_its_file_s_dtypes_whatever_the_defaults_are(dtype, v
     model.save(tmp_path)
     with default(value):
         loaded = OnePeacePretrain.load(tmp_path, adapters={"sensor": adapter})
-    same(dict(loaded.named_parameters()), dict(model.named_parameters()))
-    same(dict(loaded.named_buffers()), dict(model.named_buffers()))
+    assert_same_bits(dict(loaded.named_parameters()), dict(model.named_parameters()))
+    assert_same_bits(dict(loaded.named_buffers()), dict(model.named_buffers()))
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
     assert loaded.encoder.adapter("sensor") is adapter and loaded.training
 

@@ -9,14 +9,6 @@ import shutil
 
 import pytest
 import torch
-
-pytest.importorskip("yaml")
-pytest.importorskip("tensorboard")
-pytest.importorskip("tokenizers")
-pytest.importorskip("PIL")
-pytest.importorskip("soundfile")
-pytest.importorskip("scipy")
-
 from training._runs import checkpoints, curves, same_training, small_fields, write_clips, write_config, write_images
 
 from onepeace_fast import OnePeacePretrain, info
