@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.drop_path import draw_drop_path
 from onepeace_fast.layers import transformer
 from onepeace_fast.models import stack
 from onepeace_fast.routing import branch_row_counts
@@ -40,11 +39,6 @@ def test_every_pass_draws_by_its_own_stack_s_rates_in_training_alone(backend, mo
     assert asked == []
     model.train().reconstruct(**batch, masks=masks)
     assert asked == [(pytest.approx([0.0, 0.4]), 3), (pytest.approx([0.0, 0.2]), 3)]
-
-
-def test_a_computed_sample_counts_for_the_dropped_ones():
-    drop_path = draw_drop_path([0.75], 64, torch.Generator().manual_seed(0))
-    assert set(drop_path.unique().tolist()) == {0.0, 4.0}
 
 
 def test_all_seeds_of_dropout_differ_and_every_step_draws_anew():
