@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models._small import assert_close, batch_of, layer_inputs, small_config, small_model
+from support.contract import refused
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import RoutePlan
@@ -71,13 +72,8 @@ def test_a_draw_does_not_follow_the_process_s_default_dtype_or_device():
         torch.set_default_dtype(before)
 
 
-def test_a_rate_of_one_gives_no_nan():
-    try:
-        drop_path = draw_drop_path([1.0], 10)
-    except ValueError as error:
-        assert "\n" not in str(error)
-    else:
-        assert not drop_path.any()
+def test_a_rate_of_one_is_refused():
+    refused("rates", draw_drop_path, [1.0], 10)
 
 
 @pytest.mark.parametrize("capacity", [None, 50])
@@ -210,5 +206,4 @@ def test_a_refilled_plan_takes_its_new_factors_along():
 
 def test_factors_beside_packed_rows_are_refused():
     layer, x, plan, bias = stack_inputs()
-    with pytest.raises(ValueError, match=r"^drop_path: expected none with packed rows, got factors; route is branches"):
-        layer(x, plan, bias, torch.ones(2, 4))
+    refused("drop_path: expected none with packed rows, got factors; ", layer, x, plan, bias, torch.ones(2, 4))

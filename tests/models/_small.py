@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import OnePeaceConfig, OnePeacePretrain, RoutePlan
 from onepeace_fast.config import AudioAdapterConfig, ImageAdapterConfig, TextAdapterConfig, TransformerConfig
@@ -180,6 +181,19 @@ def layer_inputs(model: OnePeacePretrain, batch: Mapping[str, Tensor]) -> tuple[
     x = plan.pack({name: part.x for name, part in tokens.items()})
     bias = stack.bias({name: part.width for name, part in tokens.items()})[0]
     return x.detach(), plan, [vector.detach() for vector in bias]
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes of the first argument of every op that runs, by the op's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], Tensor):
+            self.seen.setdefault(func._opname, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:

@@ -20,30 +20,18 @@ def masked(**changes):
 
 MASKS = {
     "a missing mask": (masked(image=None), "masks: expected exactly one for each of ['image', 'text'], got ['text']"),
-    "a mask too many": (
-        masked(audio=torch.zeros(2, 4, dtype=torch.bool)),
-        "'text'], got ['audio', 'image', 'text']",
-    ),
+    "a mask too many": (masked(audio=torch.zeros(2, 4, dtype=torch.bool)), "'text'], got ['audio', 'image', 'text']"),
     "a mask of another shape": (
         masked(text=torch.zeros(2, 3, dtype=torch.bool)),
         "masks['text']: expected bool [2, 4], CLS first, got bool [2, 3] on cpu",
     ),
-    "a mask of another dtype": (
-        masked(text=torch.zeros(2, 4)),
-        "got float32 [2, 4]",
-    ),
-    "a mask of another rank": (
-        masked(text=torch.zeros(4, dtype=torch.bool)),
-        "[rows, length], got bool [4]",
-    ),
+    "a mask of another dtype": (masked(text=torch.zeros(2, 4)), "got float32 [2, 4]"),
+    "a mask of another rank": (masked(text=torch.zeros(4, dtype=torch.bool)), "[rows, length], got bool [4]"),
     "a mask on another device": (
         masked(text=torch.zeros(2, 4, dtype=torch.bool, device="meta")),
         "masks['text']: expected a tensor on cpu, got one on meta",
     ),
-    "a hidden CLS": (
-        masked(image=torch.eye(2, 5, dtype=torch.bool)),
-        "column 0, got True there",
-    ),
+    "a hidden CLS": (masked(image=torch.eye(2, 5, dtype=torch.bool)), "column 0, got True there"),
 }
 
 
@@ -88,32 +76,21 @@ def test_a_loss_names_the_mask_that_hides_cls_or_has_another_shape(task, term, m
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_reconstruct_takes_or_refuses_audio_of_which_every_frame_is_hidden(backend):
-    """The position convolutions have no frame to see: one line must say so before any work, or it must work."""
+def test_reconstruct_takes_audio_of_which_every_frame_is_hidden(backend):
+    """The position convolutions have no frame to see."""
     model, batch = small_model(backend), batch_of(audio=[5, 4])
     masks = {"audio": valid_tokens(batch)["audio"].clone()}
     masks["audio"][:, 0] = False
-    try:
-        rebuilt = model.reconstruct(**batch, masks=masks)["audio"]
-    except ValueError as error:
-        assert "masks['audio']: expected " in str(error)
-        assert "\n" not in str(error)
-    else:
-        assert rebuilt.isfinite().all()
+    assert model.reconstruct(**batch, masks=masks)["audio"].isfinite().all()
 
 
-def test_a_loss_over_a_single_real_token_is_zero_or_refused():
+def test_a_loss_over_a_single_real_token_is_zero():
     """Smoothing has no other class to go to."""
     model, text, image = small_model("fused"), torch.tensor([[5]]), image_batch(1, 1)
     masks = hide({"text": text, "image": image})
     masks |= {f"vl_{name}": mask for name, mask in masks.items()}
-    try:
-        losses = model.vision_language_loss(text=text, image=image, masks=masks, label_smoothing=0.1)
-    except ValueError as error:
-        assert "\n" not in str(error)
-        assert ", got " in str(error)
-    else:
-        assert losses["dcl_text_loss"].item() == pytest.approx(0.0, abs=1e-12)
+    losses = model.vision_language_loss(text=text, image=image, masks=masks, label_smoothing=0.1)
+    assert losses["dcl_text_loss"].item() == pytest.approx(0.0, abs=1e-12)
 
 
 def test_a_loss_names_its_own_arguments_where_rows_differ(monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from models._small import (
     BACKENDS,
+    Dtypes,
     assert_close,
     at_tokens,
     batch_of,
@@ -14,7 +15,6 @@ from models._small import (
     weighted_sum,
     with_gradients,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast.drop_path import branches
 
@@ -67,19 +67,6 @@ def test_bfloat16_is_as_near_to_float32_packed_as_padded(kind):
     worse = {n: (fused[n], reference[n]) for n in want if not fused[n] <= 2 * reference[n] + 4 * epsilon}
     assert not worse, worse
     assert max(fused.values()) > 1e-4, "nothing ran in bfloat16"
-
-
-class Dtypes(TorchDispatchMode):
-    """Dtype of the first argument of every call of the library's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "onepeace_fast":
-            self.seen.setdefault(func._opname, set()).add(args[0].dtype)
-        return func(*args, **(kwargs or {}))
 
 
 def test_autocast_runs_attention_and_ffn_in_bfloat16_and_keeps_the_residual_stream():

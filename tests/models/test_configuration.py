@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from models._small import BACKENDS, batch_of, small_config, small_model, with_gradients
+from models._small import BACKENDS, Dtypes, batch_of, small_config, small_model, with_gradients
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import RoutePlan
 from onepeace_fast.layers import transformer
@@ -142,25 +141,12 @@ def test_every_part_of_the_configuration_takes_part_in_the_output(backend):
     assert len(tables) == 2 and all(gradients[name].any() for name in tables)
 
 
-class Softmax(TorchDispatchMode):
-    """The dtypes in which softmax runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._softmax.default:
-            self.seen.add(torch.float32 if args[2] else args[0].dtype)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_references_softmax_runs_in_at_least_float32_in_a_model_of_any_dtype(dtype):
     model, batch = small_model("reference", dtype=dtype), batch_of(text=[3, 1], image=(2, 2), dtype=dtype)
-    with Softmax() as softmax:
+    with Dtypes() as dtypes:
         model.encode(**batch)
-    assert softmax.seen == {torch.promote_types(torch.float32, dtype)}
+    assert dtypes.seen["_softmax"] == {torch.promote_types(torch.float32, dtype)}
 
 
 @pytest.mark.parametrize("counts", [[2049], [1500, 549, 4], [70001]], ids=str)

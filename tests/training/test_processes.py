@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("yaml")
+
 from models._small import BACKENDS, assert_close, small_model
 from training._batches import STAGES, batch_number, masks_of, trainer
 from training._runs import checkpoints, curves, same_training, write_config, write_images
