@@ -4,6 +4,7 @@ import pytest
 import torch
 from models._small import assert_same_bits, batch_of, losses_with_gradients, small_model
 from models.test_passes import TASKS
+from test_no_wait_on_gpu import waits_refused
 
 from onepeace_fast.models.inputs import read_batch
 
@@ -51,13 +52,9 @@ def test_nothing_waits_between_the_one_read_and_the_end_of_the_backward_pass():
     for _ in range(2):  # the first round loads libraries, which may wait
         (encoded,) = stack([stack.embed(read)], read.samples)
         sum(output.square().mean() for output in encoded.tensors()).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waits_refused():
         (encoded,) = stack([stack.embed(read)], read.samples)
         sum(output.square().mean() for output in encoded.tensors()).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_another_stream_gives_the_same_bits():
