@@ -80,7 +80,10 @@ class Batch:
 
     def log_sum_exp(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
         """log(sum(exp(score))) of every query and head, by PyTorch."""
-        return naive.log_sum_exp(qkv, self.layout, *self._dense(tables), self.scale)
+        total = torch.zeros_like(qkv[:, 0, :, 0])
+        for rows, head, score in naive.scores(qkv, self.layout, *self._dense(tables), self.scale):
+            total[rows, head] = torch.logsumexp(score, -1)
+        return total
 
     def _dense(self, tables: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Callable[[Token, Token], int]]]:
         dense = [tables[f"table{m}"] for m in range(len(self.tables)) if tables]
@@ -137,6 +140,13 @@ def mixed(long: bool = False) -> Batch:
     return Batch(layout, (series(4, width), grid(3, 3), series(16, 401), series(4, 2)))
 
 
+def long_range() -> Batch:
+    """Two modalities whose vectors of 2047 distances do not fit into shared memory together."""
+    kept = {"text": [9, 4], "audio": [12, 20]}
+    positions = {name: kept_positions(rows, 1023, seed=5) for name, rows in kept.items()}
+    return Batch(naive_layout(whole_rows(kept), positions=positions), (series(64, 1024), series(256, 1024)))
+
+
 def lengths(counts: Sequence[int], modalities: int = 1) -> Batch:
     """Samples of these lengths in each of some modalities, the counts turned by one from a modality to the next."""
     turned = {f"modality{m}": [*counts[m:], *counts[:m]] for m in range(modalities)}
@@ -187,8 +197,16 @@ def any_cls(counts: Sequence[Sequence[tuple[int, int]]]) -> Batch:
     return Batch(layout, tuple(series(4 << m, widest) for m in range(len(counts))))
 
 
-def random_codes(counts: Sequence[int] = (4, 1, 3), entries: int = 9) -> tuple[Layout, int, int]:
-    """Codes that are no positions at all: a layout, the vector's entries and its offset."""
-    kept = whole_rows({"text": list(counts)})
-    codes = {"text": [0, 3, 1, 2]}
-    return naive_layout(kept, codes=codes, capacity=sum(counts) + 1), entries + 3, 4
+def random_codes() -> Batch:
+    """Codes that are no positions at all, and a vector in which more differences would find their entry."""
+    layout = naive_layout(whole_rows({"text": [4, 1, 3]}), codes={"text": [0, 3, 1, 2]}, capacity=9)
+    return Batch(layout, (Table(12, naive.vector_row(4, 12), torch.arange(12), 4),))
+
+
+BATCHES = {
+    "text": text_only,
+    "kept text": kept_text,
+    "kept grid": kept_grid,
+    "small grid in a larger table": lambda: kept_grid(3, 5),
+    "three of four modalities": mixed,
+}

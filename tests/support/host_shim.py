@@ -166,13 +166,7 @@ def attention_case(
     return b"".join([*parts, struct.pack(f"q{len(orders)}q", len(orders), *orders)])
 
 
-def gradients_case(
-    grad: Tensor,
-    bias_needs: Sequence[bool],
-    head_scale_need: bool,
-    multiprocessors: int = 1,
-    changed: Mapping[str, int] | None = None,
-) -> bytes:
+def gradients_case(grad: Tensor, bias_needs: Sequence[bool], head_scale_need: bool, multiprocessors: int = 1) -> bytes:
     """What the case has for the backward pass."""
     case = RelativeBiasAttentionGradients(
         multiprocessors=multiprocessors,
@@ -181,8 +175,6 @@ def gradients_case(
         head_scale=head_scale_need,
     )
     case.bias[: len(bias_needs)] = list(map(int, bias_needs))
-    for name, value in (changed or {}).items():
-        setattr(case, name, value)
     return bytes(case) + _array(grad, begin=True)
 
 

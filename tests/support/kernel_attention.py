@@ -11,20 +11,12 @@ from torch import Tensor
 
 from onepeace_fast.tolerance import assert_within_rule
 from support import naive
-from support.attention_cases import Batch, Table, kept_grid, kept_text, mixed, text_only
+from support.attention_cases import Batch, Table
 from support.contract import normal, run
 from support.host_shim import Results
 from support.plans import naive_layout, whole_rows
 
 HEAD_SIZES = (32, 64, 128)
-BATCHES = {
-    "text": text_only,
-    "kept text": kept_text,
-    "kept grid": kept_grid,
-    "small grid in a larger table": lambda: kept_grid(3, 5),
-    "three of four modalities": mixed,
-}
-
 # One thread block walks all keys of a short sample, or several share them because the chip has more of them to fill and
 # a sample may be long.
 WALKS = {"whole": {"multiprocessors": 1}, "split": {"multiprocessors": 132, "max_length": 200}}
