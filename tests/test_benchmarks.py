@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.benchmark_cases import SIZES, tiny_runner, tiny_shape
+from support.benchmark_cases import SIZES, LostClock, tiny_runner, tiny_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.support import machine, shapes
+from benchmarks.support import machine
 from benchmarks.support.encoder import EncoderCase, inputs
 from benchmarks.support.layer import LayerCase
 from benchmarks.support.report import Report
@@ -151,8 +151,8 @@ class TestTiming:
         assert called == ["a", "m"] * 6
         assert len(measured.seconds) == len(against.seconds) == len(measured.cpu) == 5
 
-    def test_events_enclose_the_call_alone(self, monkeypatch):
-        log = []
+    def test_events_enclose_the_call_alone_once_the_device_has_left_its_idle_clocks(self, monkeypatch):
+        log, times = [], iter([60.0, 30.0, 10.2, 10.0, 20.0, 99.0])
 
         class Event:
             def __init__(self, enable_timing):
@@ -162,35 +162,18 @@ class TestTiming:
                 log.append("record")
 
             def elapsed_time(self, other):
-                return 20.0
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(cycles))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-        clock = EventClock()
-        log.clear()
-        seconds, host = clock.time(lambda index: log.append(f"call {index}"), 7, lead=0.01)
-        cycles = 15_000_000  # 1.5 x 10 ms at the 1e9 cycles a second that were calibrated
-        assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
-        assert seconds == 0.02 and 0 < host < 1
-
-    def test_the_clock_is_asked_until_the_device_has_left_its_idle_clocks(self, monkeypatch):
-        times = iter([60.0, 30.0, 10.2, 10.0, 99.0])
-
-        class Event:
-            def __init__(self, enable_timing):
-                pass
-
-            def record(self):
-                pass
-
-            def elapsed_time(self, other):
                 return next(times)
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        assert EventClock().cycles_per_second == 20_000_000 / 0.01 and next(times) == 99.0
+        monkeypatch.setattr(torch.cuda, "_sleep", log.append)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+        clock = EventClock()
+        assert clock.cycles_per_second == 20_000_000 / 0.01
+        log.clear()
+        seconds, host = clock.time(lambda index: log.append(f"call {index}"), 7, lead=0.01)
+        cycles = 30_000_000  # 1.5 x 10 ms at the 2e9 cycles a second that were calibrated
+        assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
+        assert seconds == 0.02 and 0 < host < 1 and next(times) == 99.0
 
 
 class TestVariants:
@@ -248,10 +231,6 @@ class TestVariants:
         assert seconds == [25.0]  # half of what is left after building, for one of two sections
 
     def test_a_fault_of_the_device_names_its_variant_and_one_that_faulted_before_is_not_run(self):
-        class LostClock(HostClock):
-            def recover(self):
-                raise DeviceLost("", "an illegal memory access")
-
         def breaks(_):
             raise RuntimeError("an illegal memory access was encountered")
 
@@ -369,9 +348,3 @@ class TestBenchFiles:
             assert torch.equal(plan.cu_seqlens, case.plan.cu_seqlens)
         assert bench.layer_call(case)().shape == (30, 32)
         assert all(bench.shape_of(tokens).real_tokens >= tokens for tokens in (1000, 3000, 10000))
-
-
-def test_text_image_and_audio_lengths_include_cls():
-    assert shapes.text(2, 5, 70) in ([7, 72], [72, 7])
-    assert shapes.image(2) == [257, 257]
-    assert sorted(shapes.audio(2)) == [150, 750]

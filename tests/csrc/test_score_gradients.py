@@ -1,6 +1,7 @@
 """The gradient of vectors, sums of scores' gradients in fixed point, on a CPU under AddressSanitizer."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -51,15 +52,6 @@ def rounding(batch, leaves, grad, sample):
 
 
 @walks
-def test_the_gradient_of_the_only_modalitys_vector_adds_up_to_zero(attend, walk):
-    batch = lengths([50, 3, 37])
-    leaves = wide(batch, 1, 32)
-    gradients = check(attend, batch, leaves, **walk)
-    bound = sum(rounding(batch, leaves, gradient_of(leaves["qkv"]), sample) for sample in range(3))
-    assert abs(gradients.bias[0].double().sum()) < bound < 0.05 * gradients.bias[0].abs().max()
-
-
-@walks
 def test_the_score_gradients_of_a_row_add_up_to_zero(attend, walk):
     """Each modality has a sample of its own: of one body row or one of CLS, all score gradients are in two sums."""
     counts = [(1, 1), (1, 15), (1, 40), (60, 1), (17, 1)]
@@ -105,19 +97,38 @@ def test_a_head_scale_that_makes_gradients_infinite_makes_all_vectors_of_its_hea
     assert actual.bias[0][1].isnan().all() and torch.equal(actual.bias[0][0], clean.bias[0][0])
 
 
-def scaled(leaves, factors):
-    """A gradient of out whose rows have factors."""
-    return gradient_of(leaves["qkv"]) * factors.to(leaves["qkv"].dtype)[:, None, None]
+def outlier(rows):
+    """One row ten thousand times larger."""
+    return torch.ones(rows).index_fill(0, torch.tensor([40]), 1e4)
+
+
+def growing(by):
+    """Rows that grow or shrink from tile to tile."""
+    return lambda rows: torch.exp2(torch.arange(rows) / by)
+
+
+# A batch, its leaves, and the factors of the rows of the gradient.
+FACTORS = {
+    "one row larger": (lambda: lengths([70]), wide, outlier),
+    "one row larger, vectors in bfloat16": (lambda: lengths([70]), partial(rounded, dtype=torch.bfloat16), outlier),
+    "tiny": (kept_grid, wide, lambda rows: torch.full((rows,), 1e-30)),
+    "huge": (kept_grid, wide, lambda rows: torch.full((rows,), 1e30)),
+    "growing": (lambda: lengths([130]), wide, growing(8)),
+    "shrinking": (lambda: lengths([130]), wide, growing(-8)),
+    "growing, large": (lambda: windowed_grid(64, "corners"), wide, growing(8)),
+    "shrinking, large": (lambda: windowed_grid(64, "corners"), wide, growing(-8)),
+}
 
 
 @walks
-@pytest.mark.parametrize("leaves", (rounded, wide))
-def test_one_row_whose_gradient_is_ten_thousand_times_larger(attend, leaves, walk):
-    batch = lengths([70])
-    leaves = wide(batch, 1, 32) if leaves is wide else rounded(batch, torch.bfloat16, 1, 32)
-    factors = torch.ones(75)
-    factors[40] = 1e4
-    check(attend, batch, leaves, scaled(leaves, factors), **walk)
+@pytest.mark.parametrize("name", FACTORS)
+def test_gradients_of_any_size(attend, name, walk):
+    make, leaves, factors = FACTORS[name]
+    batch = make()
+    leaves = leaves(batch, heads=1, dim=32)
+    grad = gradient_of(leaves["qkv"]) * factors(len(leaves["qkv"])).bfloat16()[:, None, None]
+    results = check(attend, batch, leaves, grad, **walk)
+    assert results.bias[0].count_nonzero() > 20
 
 
 @pytest.mark.parametrize("size", (0, 1e-6))
@@ -128,26 +139,6 @@ def test_keys_whose_values_are_nothing_beside_those_of_another_part(attend, size
     leaves["qkv"][:80, 2] *= size
     for walk in WALKS.values():
         check(attend, batch, leaves, **walk)
-
-
-@walks
-@pytest.mark.parametrize("size", (1e-30, 1e30))
-def test_tiny_and_huge_gradients(attend, size, walk):
-    batch = kept_grid()
-    leaves = wide(batch, 1, 32)
-    gradients = check(attend, batch, leaves, scaled(leaves, torch.full((18,), size)), **walk)
-    assert gradients.bias[0].count_nonzero() > 20
-
-
-@pytest.mark.parametrize("growth", (8, -8))
-@pytest.mark.parametrize(
-    "batch", [lambda: lengths([130]), lambda: windowed_grid(64, "corners")], ids=["shared", "large"]
-)
-def test_gradients_that_grow_or_shrink_from_tile_to_tile(attend, batch, growth):
-    batch = batch()
-    leaves = wide(batch, 1, 32)
-    factors = torch.exp2(torch.arange(len(leaves["qkv"])) / growth)
-    check(attend, batch, leaves, scaled(leaves, factors))
 
 
 @walks

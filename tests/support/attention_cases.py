@@ -154,17 +154,18 @@ def lengths(counts: Sequence[int], modalities: int = 1) -> Batch:
     return Batch(naive_layout(whole_rows(turned), capacity=modalities * sum(counts) + 5), tables)
 
 
+def _images(side: int, rows: Sequence[Sequence[int]], **texts: Sequence[int]) -> Layout:
+    """Images of these patches of a grid in their order, each behind a CLS, and texts of these lengths."""
+    kept = whole_rows({"image": [len(row) + 1 for row in rows], **texts})
+    positions = {"image": [[0, *row] for row in rows]}
+    return naive_layout(kept, positions=positions, codes={"image": grid_codes(side, side).tolist()})
+
+
 def shuffled_grid(side: int, kept: Sequence[int] = ()) -> Batch:
     """A whole image, and kept patches of others, in random order."""
-    total = side * side + 1
     generator = random.Random(side)
-    rows = [generator.sample(range(1, total), count) for count in (total - 1, *kept)]
-    positions = {"image": [[0, *row] for row in rows]}
-    layout = naive_layout(
-        whole_rows({"image": [len(row) + 1 for row in rows]}), positions=positions,
-        codes={"image": grid_codes(side, side).tolist()},
-    )  # fmt: skip
-    return Batch(layout, (grid(side, side),))
+    rows = [generator.sample(range(1, side * side + 1), count) for count in (side * side, *kept)]
+    return Batch(_images(side, rows), (grid(side, side),))
 
 
 def windowed_grid(side: int, where: str) -> Batch:
@@ -175,11 +176,7 @@ def windowed_grid(side: int, where: str) -> Batch:
         "corners": [*range(1, 71), *range(last - 29, last + 1)],
         "anywhere": random.Random(0).sample(range(1, last + 1), 140),
     }[where]
-    layout = naive_layout(
-        whole_rows({"image": [len(patches) + 1], "text": [20]}), positions={"image": [[0, *patches]]},
-        codes={"image": grid_codes(side, side).tolist()},
-    )  # fmt: skip
-    return Batch(layout, (grid(side, side), series(8, 20)))
+    return Batch(_images(side, [patches], text=[20]), (grid(side, side), series(8, 20)))
 
 
 def any_cls(counts: Sequence[Sequence[tuple[int, int]]]) -> Batch:

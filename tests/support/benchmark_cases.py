@@ -1,7 +1,7 @@
 """Tiny batches and a runner that the tests of the benchmarks measure with."""
 
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.timing import HostClock
+from benchmarks.support.timing import DeviceLost, HostClock
 from benchmarks.support.variants import Budget, Runner
 
 SIZES = Sizes(width=32, hidden=48, heads=2, layers=2)
@@ -21,6 +21,14 @@ class MadeUpClock:
 
     def recover(self):
         """Nothing to do."""
+
+
+class LostClock(HostClock):
+    """The clock of a device that does not come back."""
+
+    def recover(self):
+        """It does not."""
+        raise DeviceLost("", "illegal")
 
 
 def tiny_runner(seconds: float = 60.0, no_compile: str | None = None) -> Runner:
