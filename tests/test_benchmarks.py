@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.benchmark_cases import SIZES, LostClock, tiny_runner, tiny_shape
+from support.benchmark_cases import SIZES, LostClock, MadeUpClock, tiny_runner, tiny_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -23,23 +23,6 @@ from benchmarks.support.variants import Variant, compiled, trained
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 BENCH_FILES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
-
-
-class ScriptedClock:
-    """Returns given times instead of taking any."""
-
-    def __init__(self, times: dict[str, list[float]]) -> None:
-        self.times = {name: iter(values) for name, values in times.items()}
-        self.recovered = 0
-
-    def time(self, call, index, lead):
-        """The next time of the call's script; the call itself returns its name."""
-        seconds = next(self.times[call(index)])
-        return seconds, seconds
-
-    def recover(self):
-        """Count."""
-        self.recovered += 1
 
 
 class FakeBenchmark:
@@ -110,18 +93,17 @@ class TestTiming:
         def breaks(index):
             if index == 3:
                 raise ValueError("out\nof   order")
-            return "breaks"
+            return 0.1
 
-        clock = ScriptedClock({"breaks": [0.1] * 3, "works": [0.2] * 6})
-        timings, errors = interleaved({"breaks": breaks, "works": lambda _: "works"}, clock, rounds=4)
+        clock = MadeUpClock()
+        timings, errors = interleaved({"breaks": breaks, "works": lambda _: 0.2}, clock, rounds=4)
         assert errors == {"breaks": "ValueError: out of order"}
         assert list(timings) == ["works"] and timings["works"].seconds == [0.2] * 4
         assert clock.recovered == 1
 
     def test_a_slow_variant_runs_three_times_at_least(self):
-        clock = ScriptedClock({"slow": [9.0] * 30, "quick": [0.1] * 30})
-        calls = {"slow": lambda _: "slow", "quick": lambda _: "quick"}
-        timings, _ = interleaved(calls, clock, rounds=20, seconds_each=4.0)
+        calls = {"slow": lambda _: 9.0, "quick": lambda _: 0.1}
+        timings, _ = interleaved(calls, MadeUpClock(), rounds=20, seconds_each=4.0)
         assert {name: len(timing.seconds) for name, timing in timings.items()} == {"slow": 3, "quick": 20}
 
     def test_no_round_begins_after_the_time_once_three_have_run(self):
@@ -138,8 +120,8 @@ class TestTiming:
             clock.recover()
 
     def test_warm_ups_are_not_counted(self):
-        clock = ScriptedClock({"a": [100.0, 50.0, 3.0, 1.0, 2.0]})
-        timings, _ = interleaved({"a": lambda _: "a"}, clock, rounds=3, warmups=2)
+        times = (100.0, 50.0, 3.0, 1.0, 2.0)
+        timings, _ = interleaved({"a": times.__getitem__}, MadeUpClock(), rounds=3, warmups=2)
         record = timings["a"].record()
         assert (record["median_ms"], record["min_ms"], record["max_ms"], record["runs"]) == (2e3, 1e3, 3e3, 3)
 
