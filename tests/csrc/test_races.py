@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import host_shim
 from support.attention_cases import any_cls, lengths, mixed, windowed_grid
-from support.kernel_attention import WALKS, arguments, gradient_of, rounded
+from support.kernel_attention import WALKS, gradient_of
 
 pytestmark = pytest.mark.slow
 HEAD_SIZES = (32, 64, 128)
@@ -30,8 +30,8 @@ def case(name: str, dim: int, orders: tuple[int, ...] = (0,)) -> bytes:
     """Forward and backward; gradients that grow from row to row make the fixed point coarser again and again."""
     batch, walk, _ = CASES[name]
     batch = batch()
-    leaves = rounded(batch, torch.bfloat16, 1, dim)
-    given = arguments(batch, leaves) | walk
+    leaves = batch.leaves(1, dim, dtype=torch.bfloat16)
+    given = batch.given(leaves) | walk
     grad = gradient_of(leaves["qkv"])
     if name == "growing":
         grad *= torch.exp2(torch.arange(len(grad)) / 8)[:, None, None]

@@ -24,12 +24,10 @@ from support.host_shim import SHARED_LIMITS
 from support.kernel_attention import (
     HEAD_SIZES,
     WALKS,
-    arguments,
     assert_same,
     check,
     coded,
     gradient_of,
-    rounded,
     walks,
     wide,
 )
@@ -49,7 +47,7 @@ shapes = pytest.mark.parametrize("dim, limit", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", BATCHES)
 def test_values_and_gradients_follow_the_dense_bias(attend, name, dtype, dim, limit, walk):
     batch = BATCHES[name]()
-    check(attend, batch, rounded(batch, dtype, 2, dim), **walk, **limit)
+    check(attend, batch, batch.leaves(2, dim, dtype=dtype), **walk, **limit)
 
 
 @pytest.mark.parametrize("limit", SHARED_LIMITS)
@@ -57,14 +55,14 @@ def test_values_and_gradients_follow_the_dense_bias(attend, name, dtype, dim, li
 def test_both_passes_run_with_what_each_device_gives(attend, dim, limit):
     """With vectors that fill what the forward pass has for them."""
     batch = windowed_grid(42, "rows")
-    check(attend, batch, rounded(batch, torch.bfloat16, 1, dim), shared_limit=SHARED_LIMITS[limit])
+    check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), shared_limit=SHARED_LIMITS[limit])
 
 
 @walks
 @pytest.mark.parametrize("dtype, dim", list(zip((HALF[1], *HALF), HEAD_SIZES, strict=True)), ids=str)
 def test_lengths_around_the_edges_of_blocks_and_tiles(attend, dtype, dim, walk):
     batch = lengths([1, 2, 15, 16, 17, 18, 31, 32, 33, 34, 63, 64, 65, 127, 129])
-    check(attend, batch, rounded(batch, dtype, 1, dim), **walk)
+    check(attend, batch, batch.leaves(1, dim, dtype=dtype), **walk)
 
 
 @pytest.mark.parametrize(
@@ -80,14 +78,14 @@ def test_lengths_around_the_edges_of_blocks_and_tiles(attend, dtype, dim, walk):
 )
 def test_lengths_around_what_one_thread_block_walks(attend, dim, limit, counts):
     batch = lengths(counts)
-    check(attend, batch, rounded(batch, torch.bfloat16, 1, dim), **limit)
+    check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), **limit)
 
 
 @walks
 @pytest.mark.parametrize("modalities", (2, 3))
 def test_lengths_around_the_edges_in_several_modalities(attend, modalities, walk):
     batch = lengths([64, 1, 17, 0, 66, 16], modalities)
-    check(attend, batch, rounded(batch, torch.bfloat16, 1, 64), **walk)
+    check(attend, batch, batch.leaves(1, 64, dtype=torch.bfloat16), **walk)
 
 
 @walks
@@ -95,7 +93,7 @@ def test_lengths_around_the_edges_in_several_modalities(attend, modalities, walk
 @pytest.mark.parametrize("batch", [lambda: kept_grid(16, 16), lambda: shuffled_grid(16)], ids=["in order", "shuffled"])
 def test_a_whole_image_of_257_tokens(attend, batch, dim, limit, walk):
     batch = batch()
-    check(attend, batch, rounded(batch, torch.bfloat16, 1, dim), **walk, **limit)
+    check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), **walk, **limit)
 
 
 GRIDS = {f"{side} in order": (kept_grid, side, side) for side in (*range(3, 9), 14)}
@@ -105,13 +103,13 @@ GRIDS |= {f"{side} shuffled": (shuffled_grid, side, [1, 5]) for side in range(3,
 @pytest.mark.parametrize("make, side, rest", GRIDS.values(), ids=GRIDS)
 def test_grids_whose_rows_end_inside_blocks_or_are_in_random_order(attend, make, side, rest):
     batch = make(side, rest)
-    check(attend, batch, rounded(batch, torch.float16, 1, 32))
+    check(attend, batch, batch.leaves(1, 32, dtype=torch.float16))
 
 
 @walks
 def test_long_samples_of_several_modalities_beside_short_ones(attend, walk):
     batch = mixed(long=True)
-    check(attend, batch, rounded(batch, torch.bfloat16, 1, 64), **walk)
+    check(attend, batch, batch.leaves(1, 64, dtype=torch.bfloat16), **walk)
 
 
 CLS_COUNTS = {
@@ -129,20 +127,20 @@ CLS_COUNTS = {
 @pytest.mark.parametrize("name", CLS_COUNTS)
 def test_any_number_of_cls_tokens(attend, name, dim, limit, walk):
     batch = any_cls(CLS_COUNTS[name])
-    check(attend, batch, rounded(batch, torch.bfloat16, 1, dim), **walk, **limit)
+    check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), **walk, **limit)
 
 
 @walks
 @pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
 def test_bias_and_head_scale_are_each_optional(attend, bias, head_scale, walk):
     batch = mixed()
-    check(attend, batch, rounded(batch, torch.float16, 2, 32, bias=bias, head_scale=head_scale), **walk)
+    check(attend, batch, batch.leaves(2, 32, bias=bias, head_scale=head_scale, dtype=torch.float16), **walk)
 
 
 @walks
 def test_a_head_scale_of_zero_stops_all_gradients_but_its_own(attend, walk):
     batch = text_only()
-    leaves = rounded(batch, torch.bfloat16, 2, 32)
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16)
     leaves["head_scale"][0] = 0
     results = check(attend, batch, leaves, **walk)
     assert not results.qkv[:, :, 0].any() and not results.bias[0][0].any() and results.head_scale[0] != 0
@@ -152,7 +150,7 @@ def test_a_head_scale_of_zero_stops_all_gradients_but_its_own(attend, walk):
 @walks
 def test_any_scale(attend, scale, walk):
     batch = Batch(text_only().layout, text_only().tables, scale)
-    check(attend, batch, rounded(batch, torch.bfloat16, 2, 64), **walk)
+    check(attend, batch, batch.leaves(2, 64, dtype=torch.bfloat16), **walk)
 
 
 @walks
@@ -168,17 +166,17 @@ def test_vectors_and_head_scale_in_float32(attend, walk):
 def test_vectors_that_shared_memory_does_not_hold_are_read_in_windows(attend, where, dim, limit, walk):
     """A grid of 64 has 16,129 entries; patches far apart meet more of them than a window has."""
     batch = windowed_grid(64, where)
-    check(attend, batch, rounded(batch, HALF[dim != 64], 1, dim), **walk, **limit)
+    check(attend, batch, batch.leaves(1, dim, dtype=HALF[dim != 64]), **walk, **limit)
 
 
 @pytest.mark.parametrize("limit, side", [("99 KiB", 24), ("99 KiB", 25), ("163 KiB", 44), ("163 KiB", 45)])
 def test_vectors_around_what_shared_memory_holds(attend, limit, side):
     """Those of the smaller grids stand in shared memory, those of the others do not."""
     batch = windowed_grid(side, "corners")
-    leaves = rounded(batch, torch.float16, 1, 32)
+    leaves = batch.leaves(1, 32, dtype=torch.float16)
     bytes_of_block = {"shared_limit": SHARED_LIMITS[limit]}
     results = check(attend, batch, leaves, **bytes_of_block)
-    given = arguments(batch, leaves) | bytes_of_block
+    given = batch.given(leaves) | bytes_of_block
     (frozen,) = attend(leaves["qkv"], gradient_of(leaves["qkv"]), **given, bias_needs=[False, False])
     assert_same(frozen, results)
 
@@ -186,7 +184,7 @@ def test_vectors_around_what_shared_memory_holds(attend, limit, side):
 @walks
 def test_minus_infinity_in_a_vector_masks_even_whole_tiles(attend, walk):
     batch = coded([*range(130)])
-    leaves = rounded(batch, torch.bfloat16, 1, 32, head_scale=False)
+    leaves = batch.leaves(1, 32, head_scale=False, dtype=torch.bfloat16)
     leaves["table0"][130:-3] = -torch.inf  # no key before its query
     leaves["table0"][-2] = -torch.inf  # nor CLS
     results = check(attend, batch, leaves, **walk)
@@ -196,7 +194,7 @@ def test_minus_infinity_in_a_vector_masks_even_whole_tiles(attend, walk):
 @pytest.mark.parametrize("dim, count", [(32, 100), (64, 200)])
 def test_scores_that_grow_from_tile_to_tile_are_renormalised(attend, dim, count):
     batch = lengths([count])
-    leaves = rounded(batch, torch.bfloat16, 1, dim)
+    leaves = batch.leaves(1, dim, dtype=torch.bfloat16)
     leaves["qkv"][:, 1] *= torch.arange(count + 5).bfloat16()[:, None, None] / 20
     check(attend, batch, leaves)
 
@@ -204,8 +202,8 @@ def test_scores_that_grow_from_tile_to_tile_are_renormalised(attend, dim, count)
 @walks
 def test_strides_of_qkv_and_grad_do_not_matter(attend, walk):
     batch = mixed()
-    leaves = rounded(batch, torch.bfloat16, 2, 32)
-    given = arguments(batch, leaves) | walk
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16)
+    given = batch.given(leaves) | walk
     tensors = {"qkv": leaves["qkv"], "grad": gradient_of(leaves["qkv"])}
     (expected,) = attend(**tensors, **given)
     for name, tensor in tensors.items():
@@ -221,8 +219,8 @@ def test_strides_of_qkv_and_grad_do_not_matter(attend, walk):
 @walks
 def test_nothing_of_other_samples_or_inert_rows_is_read(attend, walk):
     batch = mixed()
-    leaves = rounded(batch, torch.bfloat16, 2, 32)
-    qkv, given, inert = leaves["qkv"], arguments(batch, leaves) | walk, batch.layout.offsets[-1]
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16)
+    qkv, given, inert = leaves["qkv"], batch.given(leaves) | walk, batch.layout.offsets[-1]
     grad = gradient_of(qkv)
     (expected,) = attend(qkv, grad, **given)
     for sample in range(batch.layout.samples):
@@ -237,28 +235,7 @@ def test_nothing_of_other_samples_or_inert_rows_is_read(attend, walk):
     assert_same(attend(qkv, grad, **given)[0], expected)
 
 
-FROZEN = {
-    "whole": (mixed, 2, 32, WALKS["whole"]),
-    "split": (lambda: lengths([70, 3], 2), 1, 32, WALKS["split"]),
-    "large": (lambda: windowed_grid(64, "rows"), 1, 32, WALKS["whole"]),
-}
-
-
-@pytest.mark.parametrize("batch, heads, dim, walk", FROZEN.values(), ids=FROZEN)
-def test_what_is_frozen_changes_no_bit_of_the_other_gradients(attend, batch, heads, dim, walk):
-    batch = batch()
-    leaves = rounded(batch, torch.bfloat16, heads, dim)
-    given, grad, vectors = arguments(batch, leaves) | walk, gradient_of(leaves["qkv"]), len(batch.tables)
-    (expected,) = attend(leaves["qkv"], grad, **given)
-    needs = [[i != m for i in range(vectors)] for m in range(vectors)] + [[False] * vectors]
-    for bias_needs, scale_need in [*((need, True) for need in needs), ([True] * vectors, False), (needs[-1], False)]:
-        (actual,) = attend(leaves["qkv"], grad, **given, bias_needs=bias_needs, head_scale_need=scale_need)
-        assert [vector is not None for vector in actual.bias] == bias_needs
-        assert (actual.head_scale is not None) == scale_need
-        assert_same(actual, expected)
-
-
-ORDERS = {
+LAUNCHES = {
     "whole": (mixed, 2, 32, WALKS["whole"]),
     "split": (lambda: lengths([70, 3], 2), 1, 64, WALKS["split"]),
     "long": (lambda: lengths([131, 3]), 1, 128, WALKS["whole"]),
@@ -269,11 +246,26 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("batch, heads, dim, how", ORDERS.values(), ids=ORDERS)
+@pytest.mark.parametrize("name", ["whole", "split", "large"])
+def test_what_is_frozen_changes_no_bit_of_the_other_gradients(attend, name):
+    make, heads, dim, walk = LAUNCHES[name]
+    batch = make()
+    leaves = batch.leaves(heads, dim, dtype=torch.bfloat16)
+    given, grad, vectors = batch.given(leaves) | walk, gradient_of(leaves["qkv"]), len(batch.tables)
+    (expected,) = attend(leaves["qkv"], grad, **given)
+    needs = [[i != m for i in range(vectors)] for m in range(vectors)] + [[False] * vectors]
+    for bias_needs, scale_need in [*((need, True) for need in needs), ([True] * vectors, False), (needs[-1], False)]:
+        (actual,) = attend(leaves["qkv"], grad, **given, bias_needs=bias_needs, head_scale_need=scale_need)
+        assert [vector is not None for vector in actual.bias] == bias_needs
+        assert (actual.head_scale is not None) == scale_need
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("batch, heads, dim, how", LAUNCHES.values(), ids=LAUNCHES)
 def test_the_order_of_blocks_and_warps_changes_no_bit(attend, batch, heads, dim, how):
     batch = batch()
-    leaves = rounded(batch, torch.float16, heads, dim)
-    given = arguments(batch, leaves) | how
+    leaves = batch.leaves(heads, dim, dtype=torch.float16)
+    given = batch.given(leaves) | how
     first, *others = attend(leaves["qkv"], gradient_of(leaves["qkv"]), **given, orders=(0, 1, 2, 3))
     assert len(others) == 3
     for other in others:
@@ -284,15 +276,15 @@ def test_the_order_of_blocks_and_warps_changes_no_bit(attend, batch, heads, dim,
 @pytest.mark.parametrize("max_length", (0, 10_000))
 def test_the_longest_length_may_be_unknown_or_too_large(attend, max_length, multiprocessors):
     batch = lengths([131, 3])
-    leaves = rounded(batch, torch.bfloat16, 1, 128)
+    leaves = batch.leaves(1, 128, dtype=torch.bfloat16)
     check(attend, batch, leaves, max_length=max_length, multiprocessors=multiprocessors)
 
 
 @pytest.mark.parametrize("max_length", (1, 17, 20))
 def test_a_sample_longer_than_promised_has_its_values_and_no_gradient_but_nan(attend, max_length):
     batch = lengths([20, 150, 3])
-    leaves = rounded(batch, torch.bfloat16, 1, 128)
-    given, grad = arguments(batch, leaves), gradient_of(leaves["qkv"])
+    leaves = batch.leaves(1, 128, dtype=torch.bfloat16)
+    given, grad = batch.given(leaves), gradient_of(leaves["qkv"])
     (expected,) = attend(leaves["qkv"], grad, **given)
     (actual,) = attend(leaves["qkv"], grad, **{**given, "max_length": max_length})
     assert torch.equal(actual.out, expected.out) and torch.equal(actual.log_sum_exp, expected.log_sum_exp)
@@ -306,17 +298,17 @@ def test_a_sample_longer_than_promised_has_its_values_and_no_gradient_but_nan(at
 @pytest.mark.parametrize("counts, capacity", [([], 3), ([0], 3), ([0, 0], 3), ([0, 0], 0)], ids=str)
 def test_batches_without_tokens_give_zeros(attend, counts, capacity, walk):
     batch = Batch(naive_layout(whole_rows({"text": counts}), capacity=capacity), (series(4, 2),))
-    leaves = rounded(batch, torch.bfloat16, 2, 32)
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16)
     nothing = torch.full_like(leaves["qkv"], torch.nan)
-    (results,) = attend(nothing, nothing[:, 0], **arguments(batch, leaves) | walk)
+    (results,) = attend(nothing, nothing[:, 0], **batch.given(leaves) | walk)
     assert not any(tensor.any() for tensor in (*results[:3], *results.bias, results.head_scale))
 
 
 def test_a_head_scale_of_an_unknown_type_is_refused_in_one_line(build, tmp_path):
     batch = text_only()
-    leaves = rounded(batch, torch.bfloat16, 1, 32)
+    leaves = batch.leaves(1, 32, dtype=torch.bfloat16)
     changed = {"head_scale_type": 3}
-    case = host_shim.attention_case(leaves["qkv"], **arguments(batch, leaves), changed=changed)
+    case = host_shim.attention_case(leaves["qkv"], **batch.given(leaves), changed=changed)
     process = host_shim.run(build("address"), tmp_path, case)
     line = "head_scale: expected float16, bfloat16 or float32, got an unknown type\n"
     assert (process.returncode, process.stderr) == (1, line)

@@ -5,15 +5,13 @@ from functools import partial
 
 import pytest
 import torch
-from support.attention_cases import any_cls, kept_grid, lengths, mixed, text_only, windowed_grid
+from support.attention_cases import Batch, any_cls, kept_grid, lengths, mixed, text_only, windowed_grid
 from support.kernel_attention import (
     WALKS,
-    arguments,
     assert_same,
     check,
     coded,
     gradient_of,
-    rounded,
     walks,
     wide,
 )
@@ -71,8 +69,8 @@ NOT_FINITE = [(name, *how) for name in ("grad", "q", "k", "v") for how in ((torc
 @pytest.mark.parametrize("name, value, walk", [*NOT_FINITE, ("grad", torch.nan, "large")])
 def test_what_is_not_finite_reaches_its_sample_and_all_vectors_of_its_head_alone(attend, name, value, walk):
     batch = windowed_grid(64, "rows") if walk == "large" else mixed()
-    leaves = rounded(batch, torch.bfloat16, 2, 32)
-    qkv, given, rows = leaves["qkv"], arguments(batch, leaves) | WALKS.get(walk, {}), batch.layout.rows_of(0)
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16)
+    qkv, given, rows = leaves["qkv"], batch.given(leaves) | WALKS.get(walk, {}), batch.layout.rows_of(0)
     grad = gradient_of(qkv)
     (clean,) = attend(qkv, grad, **given)
     (grad if name == "grad" else qkv[:, "qkv".index(name)])[rows[3], 1, 5] = value
@@ -91,9 +89,9 @@ def test_a_head_scale_that_makes_gradients_infinite_makes_all_vectors_of_its_hea
     batch = text_only()
     leaves = wide(batch, 2, 32)
     grad = 100 * gradient_of(leaves["qkv"])
-    (clean,) = attend(leaves["qkv"], grad, **arguments(batch, leaves))
+    (clean,) = attend(leaves["qkv"], grad, **batch.given(leaves))
     leaves["head_scale"][1] = head_scale
-    (actual,) = attend(leaves["qkv"], grad, **arguments(batch, leaves))
+    (actual,) = attend(leaves["qkv"], grad, **batch.given(leaves))
     assert actual.bias[0][1].isnan().all() and torch.equal(actual.bias[0][0], clean.bias[0][0])
 
 
@@ -110,7 +108,11 @@ def growing(by):
 # A batch, its leaves, and the factors of the rows of the gradient.
 FACTORS = {
     "one row larger": (lambda: lengths([70]), wide, outlier),
-    "one row larger, vectors in bfloat16": (lambda: lengths([70]), partial(rounded, dtype=torch.bfloat16), outlier),
+    "one row larger, vectors in bfloat16": (
+        lambda: lengths([70]),
+        partial(Batch.leaves, dtype=torch.bfloat16),
+        outlier,
+    ),
     "tiny": (kept_grid, wide, lambda rows: torch.full((rows,), 1e-30)),
     "huge": (kept_grid, wide, lambda rows: torch.full((rows,), 1e30)),
     "growing": (lambda: lengths([130]), wide, growing(8)),

@@ -1,6 +1,5 @@
 """``relative_bias_attention``: packed self-attention with a relative position bias in code form, in all its ways."""
 
-import contextlib
 import importlib
 
 import pytest
@@ -19,6 +18,7 @@ from support.attention_cases import (
 )
 from support.attention_ways import CHECKED, DTYPES_OF_WAYS, HEAD_SIZE, in_each, in_each_dtype, in_each_way
 from support.contract import normal
+from support.kernels import poisoned_memory  # noqa: F401  a fixture of all tests here
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import relative_bias_attention
@@ -34,7 +34,7 @@ LENGTHS = {
 
 def rounded(batch, way, heads=2, dim=32):
     """The batch's leaves in the dtype in which a way is tried."""
-    return {name: leaf.to(CHECKED[way]) for name, leaf in batch.leaves(heads, dim).items()}
+    return batch.leaves(heads, dim, dtype=CHECKED[way])
 
 
 @in_each_dtype
@@ -131,7 +131,7 @@ def test_registration(way):
 def test_strides_of_inputs_and_gradients_do_not_matter(way):
     batch = mixed()
     contract.check_gradient_layouts(batch.call, rounded(batch, way))
-    contract.check_gradient_layouts(batch.call, {name: leaf.half() for name, leaf in batch.leaves(2, 32).items()})
+    contract.check_gradient_layouts(batch.call, batch.leaves(2, 32, dtype=torch.float16))
     if way in ("reference", "padded"):  # what a GPU cannot read is refused: see test_relative_bias_attention_on_gpu.py
         contract.check_input_layouts(batch.call, rounded(batch, way), ["qkv"])
 
@@ -163,17 +163,6 @@ def test_nan_in_another_sample_does_not_leak(way):
         assert torch.equal(actual[1]["qkv"][others], expected[1]["qkv"][others])
 
 
-@contextlib.contextmanager
-def new_memory_filled_with_nan():
-    """As torch does under deterministic algorithms."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.empty(3).isnan().all()
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @in_each_way
 def test_nan_in_inert_rows_and_in_memory_that_nobody_wrote_reaches_nothing(way):
     batch = mixed()
@@ -182,8 +171,8 @@ def test_nan_in_inert_rows_and_in_memory_that_nobody_wrote_reaches_nothing(way):
     expected = contract.run(batch.call, leaves, given)
     inert = slice(len(batch.layout.tokens), None)
     leaves["qkv"][inert], given[0][inert] = torch.nan, torch.nan
-    with new_memory_filled_with_nan():
-        contract.assert_same(contract.run(batch.call, leaves, given), expected, "NaN")
+    assert torch.empty(3).isnan().all()
+    contract.assert_same(contract.run(batch.call, leaves, given), expected, "NaN")
     assert not expected[0][0][inert].any() and not expected[1]["qkv"][inert].any() and len(expected[0][0][inert])
 
 
@@ -191,7 +180,7 @@ def test_nan_in_inert_rows_and_in_memory_that_nobody_wrote_reaches_nothing(way):
 @pytest.mark.parametrize("rows, factor", [(slice(None), 60), (0, 1e3)], ids=["all", "another sample's"])
 def test_large_scores_do_not_overflow(way, rows, factor):
     batch = mixed()
-    leaves = {name: leaf.float() if way != "kernel" else leaf for name, leaf in rounded(batch, way).items()}
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16 if way == "kernel" else torch.float32)
     leaves["qkv"][rows] *= factor
     outputs, gradients = contract.run(batch.call, leaves)
     assert outputs[0].isfinite().all() and all(gradient.isfinite().all() for gradient in gradients.values())
@@ -221,8 +210,7 @@ def test_second_derivative_is_refused(way):
 def test_repeats_are_bitwise_equal(way):
     batch = mixed(long=way != "kernel")
     for dtype in (torch.float32, torch.bfloat16)[way == "kernel" :]:
-        leaves = {name: leaf.to(dtype) for name, leaf in batch.leaves(2, 32).items()}
-        contract.check_deterministic(batch.call, leaves)
+        contract.check_deterministic(batch.call, batch.leaves(2, 32, dtype=dtype))
 
 
 @in_each_way

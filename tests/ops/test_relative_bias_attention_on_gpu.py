@@ -40,14 +40,14 @@ in_both_ways = pytest.mark.parametrize("way", ["slower_path", "kernel"], indirec
 
 def rounded(batch, dtype=torch.bfloat16):
     """The batch's leaves, in one dtype."""
-    return {name: leaf.to(dtype) for name, leaf in batch.leaves(2, 32).items()}
+    return batch.leaves(2, 32, dtype=dtype)
 
 
 def inputs(batch, leaves):
     """What a launch takes of them."""
-    vectors = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(batch.tables)]
-    bias = RelativeBias(vectors, tuple(table.offset for table in batch.tables))
-    segments = Segments(*(batch.arguments[name] for name in Segments._fields))
+    given = batch.given(leaves)
+    bias = RelativeBias(given["bias"], tuple(given["code_offsets"]))
+    segments = Segments(*(given[name] for name in Segments._fields))
     return AttentionInputs(leaves["qkv"], segments, bias, leaves["head_scale"], batch.scale or 1.0)
 
 

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,21 +59,29 @@ class Batch:
     def arguments(self) -> dict[str, object]:
         return self.layout.attention_arguments()
 
-    def leaves(self, heads: int = 2, dim: int = 4, bias: bool = True, head_scale: bool = True) -> dict[str, Tensor]:
+    def leaves(
+        self, heads: int = 2, dim: int = 4, bias: bool = True, head_scale: bool = True,
+        dtype: torch.dtype = torch.float64,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Inputs of unlike sizes: scores spread enough that a softmax is far from uniform."""
         leaves = {"qkv": 1.5 * normal(self.layout.capacity, 3, heads, dim, seed=1)}
         if bias:
             for m, table in enumerate(self.tables):
                 leaves[f"table{m}"] = normal(table.rows, heads, seed=10 + m)
-        return leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=2)} if head_scale else {})
+        leaves |= {"head_scale": 1 + 0.5 * normal(heads, seed=2)} if head_scale else {}
+        return {name: leaf.to(dtype) for name, leaf in leaves.items()}
 
-    def call(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
+    def given(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the op and the kernels take beside qkv, with vectors expanded from the tables."""
+        bias = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(self.tables) if "table0" in leaves]
+        return {
+            "bias": bias, "code_offsets": [table.offset for table in self.tables] if bias else [],
+            "head_scale": leaves.get("head_scale"), "scale": self.scale, **self.arguments,
+        }  # fmt: skip
+
+    def call(self, qkv: Tensor, **leaves: Tensor) -> Tensor:
         """The op on vectors expanded from the tables."""
-        bias = [tables[f"table{m}"][table.entries].t() for m, table in enumerate(self.tables) if tables]
-        return relative_bias_attention(
-            qkv, bias=bias, code_offsets=[table.offset for table in self.tables] if bias else (),
-            head_scale=head_scale, scale=self.scale, **self.arguments,
-        )  # fmt: skip
+        return relative_bias_attention(qkv, **self.given(leaves))
 
     def plain(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
         """The naive attention on dense biases."""

@@ -23,20 +23,6 @@ WALKS = {"whole": {"multiprocessors": 1}, "split": {"multiprocessors": 132, "max
 walks = pytest.mark.parametrize("walk", WALKS.values(), ids=WALKS)
 
 
-def rounded(batch: Batch, dtype: torch.dtype, heads: int, dim: int, **options: bool) -> dict[str, Tensor]:
-    """The batch's leaves in a dtype."""
-    return {name: leaf.to(dtype) for name, leaf in batch.leaves(heads, dim, **options).items()}
-
-
-def arguments(batch: Batch, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What the op and the kernel take beside qkv."""
-    bias = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(batch.tables) if "table0" in leaves]
-    return {
-        "bias": bias, "code_offsets": [table.offset for table in batch.tables] if bias else [],
-        "head_scale": leaves.get("head_scale"), "scale": batch.scale, **batch.arguments,
-    }  # fmt: skip
-
-
 def wide(batch: Batch, heads: int, dim: int) -> dict[str, Tensor]:
     """The batch's leaves in bfloat16, but its vectors and head scale in float32."""
     leaves = batch.leaves(heads, dim)
@@ -66,7 +52,7 @@ def check(
     """Run both kernels; every result by the rule in every modality and head, and inert rows zero."""
     qkv, heads, inert = leaves["qkv"], leaves["qkv"].shape[2], int(batch.layout.offsets[-1])
     grad = gradient_of(qkv) if grad is None else grad
-    (results,) = attend(qkv, grad, **{**arguments(batch, leaves), **options})
+    (results,) = attend(qkv, grad, **{**batch.given(leaves), **options})
     actual = {"out0": results.out, "qkv": results.qkv, "head_scale": results.head_scale}
     for m, (table, vector) in enumerate(zip(batch.tables, results.bias, strict=bool(results.bias))):
         of_table = vector.new_zeros(table.rows, heads, dtype=torch.float64)
