@@ -56,6 +56,8 @@ DOWNLOADS = {
 }
 TORCH_DOWNLOAD = f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides)"
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
+# What would disturb an installation into an environment; else pip is as it is configured.
+PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_USER": "0"}
 PROBE = "import torch; print(torch.__version__, torch.cuda.is_available(), torch.__path__[0], sep='|')"
 
 Torch = namedtuple("Torch", ["version", "cuda", "folder"])
@@ -77,12 +79,6 @@ def say(line: str) -> None:
 def run(command: list[str], **environment: str) -> int:
     """Run a command in the checkout and return its exit code."""
     return subprocess.call(command, cwd=ROOT, env={**os.environ, **environment})
-
-
-def pip(python: Path | str, *arguments: str, **environment: str) -> int:
-    """Run pip of an interpreter as pip is configured, less what would disturb an installation into an environment."""
-    quiet = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_USER": "0"}
-    return run([str(python), "-m", "pip", "install", "--no-input", *arguments], **quiet, **environment)
 
 
 def probe_torch(python: Path | str) -> Torch | None:
@@ -126,12 +122,6 @@ def inputs() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def say_what_was_left_out() -> None:
-    """Repeat what the build said about the CUDA extension, which pip does not show."""
-    if LEFT_OUT.exists():
-        say(f"Installed without the CUDA extension: {LEFT_OUT.read_text(encoding='utf-8').strip()}")
-
-
 def read_stamp() -> dict | None:
     """Return what the stamp in .venv says, {} for a damaged one, None without .venv; refuse a .venv made by others."""
     if not VENV.exists() or (VENV.is_dir() and not any(VENV.iterdir())):
@@ -158,11 +148,6 @@ def usable(stamp: dict | None) -> bool:
     return whole and PYTHON.exists() and Path(stamp.get("host_torch") or ROOT).exists()
 
 
-def current(stamp: dict | None, extra: str) -> bool:
-    """Tell whether the environment already holds what an extra needs, so that pip has nothing to do."""
-    return usable(stamp) and stamp["inputs"] == inputs() and extra in stamp["extras"]
-
-
 def creation_commands(*flags: str) -> list[list[str]]:
     """Return the commands that make .venv with a pip in it, in whichever way this machine offers."""
     target = [*flags, str(VENV)]
@@ -180,12 +165,6 @@ def creation_commands(*flags: str) -> list[list[str]]:
     if shutil.which("uv"):
         return [["uv", "venv", "--seed", "--allow-existing", "--python", sys.executable, *target]]
     raise Stop("This Python cannot make virtual environments: `sudo apt install python3-venv`, then run this again.")
-
-
-def share_folder(folder: Path) -> None:
-    """Let .venv see a folder of packages that belongs to another virtual environment."""
-    library = VENV / "Lib" if os.name == "nt" else VENV / "lib" / "python{}.{}".format(*sys.version_info[:2])
-    (library / "site-packages" / "host_torch.pth").write_text(f"{folder}\n", encoding="utf-8")
 
 
 def create() -> dict:
@@ -207,7 +186,8 @@ def create() -> dict:
         if code != 0:
             raise Stop(f"Making .venv failed at `{' '.join(command)}`: its lines above say why.", code)
     if reused and nested:  # the system's packages would be those below that environment, not its own
-        share_folder(Path(torch.folder).parent)
+        library = VENV / "Lib" if os.name == "nt" else VENV / "lib" / "python{}.{}".format(*sys.version_info[:2])
+        (library / "site-packages" / "host_torch.pth").write_text(f"{Path(torch.folder).parent}\n", encoding="utf-8")
     return stamp
 
 
@@ -219,13 +199,23 @@ def install(stamp: dict, extra: str) -> None:
     say("Installing into .venv; pip downloads what is not there or in its cache:")
     print("      " + "\n      ".join(downloads), flush=True)
     write_stamp({**stamp, "complete": False})
+    command = [
+        str(PYTHON),
+        "-m",
+        "pip",
+        "install",
+        "--no-input",
+        *pins,
+        "--editable",
+        f".[{','.join(INCLUDED[extra])}]",
+    ]
     # Compiling for all GPUs takes minutes, and where none is here nothing would run it.
-    built = {ARCHITECTURES: os.environ.get(ARCHITECTURES) or "present"}
-    code = pip(PYTHON, *pins, "--editable", f".[{','.join(INCLUDED[extra])}]", **built)
+    code = run(command, **PIP, **{ARCHITECTURES: os.environ.get(ARCHITECTURES) or "present"})
     if code != 0:
         write_stamp(stamp)  # pip resolves and downloads first: an environment that was whole still is
         raise Stop("pip failed: see its lines above. Offline? Or a proxy to set (`pip config`)? Run this again.", code)
-    say_what_was_left_out()
+    if LEFT_OUT.exists():  # what the build said, which pip does not show
+        say(f"Installed without the CUDA extension: {LEFT_OUT.read_text(encoding='utf-8').strip()}")
     extras = sorted({*stamp["extras"], *INCLUDED[extra]})
     write_stamp({**stamp, "complete": True, "inputs": inputs(), "extras": extras})
 
@@ -233,85 +223,16 @@ def install(stamp: dict, extra: str) -> None:
 def prepare(extra: str) -> None:
     """Bring .venv to the state that an extra needs, without calling pip where it is there already."""
     stamp = read_stamp()
-    if current(stamp, extra):
+    if usable(stamp) and stamp["inputs"] == inputs() and extra in stamp["extras"]:
         return
     if stamp is not None and not usable(stamp):
         say("The environment .venv is unfinished or belongs to another Python or folder: building it anew")
     install(stamp if usable(stamp) else create(), extra)
 
 
-def pytest(*arguments: str) -> int:
-    """Run pytest from .venv."""
-    return run([str(PYTHON), "-m", "pytest", *arguments])
-
-
-def demo(arguments: list[str]) -> int:
-    """Run the demonstration."""
-    prepare("demo")
-    say("Running the demonstration")
-    return run([str(PYTHON), "-m", "onepeace_fast.cli", "demo", *arguments])
-
-
-def parallel_tests(*arguments: str) -> int:
-    """Run pytest on all cores, a file of tests on one of them."""
-    return pytest("-n", "auto", "--dist", "loadfile", *arguments)
-
-
-def test(arguments: list[str]) -> int:
-    """Check the code without running it, then run the quick tests."""
-    prepare("dev")
-    say("Checking the code with ruff and mypy")
-    for command in CHECKS:
-        code = run([str(PYTHON), "-m", *command])
-        if code != 0:
-            return code
-    chosen = [argument for argument in arguments if argument != "--coverage"]
-    coverage = ["--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90"]
-    say("Running the quick tests; `make test-all` runs the others")
-    return parallel_tests(*(coverage if len(chosen) < len(arguments) else []), *chosen)
-
-
-def test_all(arguments: list[str]) -> int:
-    """Run the slow tests."""
-    prepare("dev")
-    say("Running the slow tests")
-    return parallel_tests("-m", "slow and not gpu", *arguments)
-
-
-def bench(arguments: list[str]) -> int:
-    """Run the benchmarks."""
-    prepare("dev")
-    say("Running the benchmarks")
-    return pytest("benchmarks", "-o", "python_files=bench_*.py", *arguments)
-
-
-def docs(arguments: list[str]) -> int:
-    """Render the pages of the API."""
-    prepare("dev")
-    say("Rendering the docstrings")
-    return run([str(PYTHON), "-m", "tools.api_pages", *arguments])
-
-
-def kernels(arguments: list[str]) -> int:
-    """Compile every kernel and check what came out."""
-    prepare("dev")
-    say("Compiling the kernels for GPUs that need not be here")
-    code = run([str(PYTHON), "-m", "tools.compile_kernels", *arguments])
-    return run([str(PYTHON), "-m", "tools.compile_cuda"]) or code
-
-
-def mutants(arguments: list[str]) -> int:
-    """Replay the planted faults."""
-    prepare("dev")
-    say("Planting faults in copies of this checkout")
-    return run([str(PYTHON), "-m", "tools.mutants", *arguments])
-
-
-def rehearse(arguments: list[str]) -> int:
-    """Run the host side of the GPU's tests."""
-    prepare("dev")
-    say("Rehearsing for a GPU that need not be here")
-    return run([str(PYTHON), "-m", "tools.rehearsal", *arguments])
+def in_environment(*words: str) -> int:
+    """Run a module by the interpreter of .venv."""
+    return run([str(PYTHON), "-m", *words])
 
 
 def gpu(arguments: list[str]) -> int:
@@ -327,17 +248,39 @@ def gpu(arguments: list[str]) -> int:
     return run([sys.executable, "-m", "tools.gpu_run", *arguments])
 
 
+PARALLEL = ("pytest", "-n", "auto", "--dist", "loadfile")  # on all cores, a file of tests on one of them
+COVERAGE = ("--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under=90")
+# What each says before it runs a module of .venv, and the module with its first arguments; gpu runs none of them.
 COMMANDS = {
-    "demo": demo,
-    "test": test,
-    "test-all": test_all,
-    "bench": bench,
-    "docs": docs,
-    "kernels": kernels,
-    "mutants": mutants,
-    "rehearse": rehearse,
-    "gpu": gpu,
+    "demo": ("Running the demonstration", "onepeace_fast.cli", "demo"),
+    "test": ("Running the quick tests; `make test-all` runs the others", *PARALLEL),
+    "test-all": ("Running the slow tests", *PARALLEL, "-m", "slow and not gpu"),
+    "bench": ("Running the benchmarks", "pytest", "benchmarks", "-o", "python_files=bench_*.py"),
+    "docs": ("Rendering the docstrings", "tools.api_pages"),
+    "kernels": ("Compiling the kernels for GPUs that need not be here", "tools.compile_kernels"),
+    "mutants": ("Planting faults in copies of this checkout", "tools.mutants"),
+    "rehearse": ("Rehearsing for a GPU that need not be here", "tools.rehearsal"),
+    "gpu": (),
 }
+
+
+def start(command: str, arguments: list[str]) -> int:
+    """Prepare what a command needs, run it and return its exit code."""
+    if command == "gpu":
+        return gpu(arguments)
+    prepare("demo" if command == "demo" else "dev")
+    heading, *module = COMMANDS[command]
+    if command == "test":
+        say("Checking the code with ruff and mypy")
+        for check in CHECKS:
+            code = in_environment(*check)
+            if code != 0:
+                return code
+        module += COVERAGE if "--coverage" in arguments else ()
+        arguments = [argument for argument in arguments if argument != "--coverage"]
+    say(heading)
+    code = in_environment(*module, *arguments)
+    return in_environment("tools.compile_cuda") or code if command == "kernels" else code
 
 
 def main(arguments: list[str]) -> int:
@@ -349,7 +292,7 @@ def main(arguments: list[str]) -> int:
     try:
         if command not in COMMANDS:
             raise Stop(f"There is no command {command!r}: choose one of {', '.join(COMMANDS)}.", 2)
-        return COMMANDS[command](rest)
+        return start(command, rest)
     except Stop as stop:
         line, code = str(stop), stop.code
     except OSError as error:

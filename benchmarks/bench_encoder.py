@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.support.encoder import SAMPLES, SIZES, EncoderCase, inputs
 from benchmarks.support.report import Report
-from benchmarks.support.timing import Timing, paired
+from benchmarks.support.timing import Timing, backends, paired
 
 GOAL = 0.9
 TITLE = (
@@ -37,20 +37,18 @@ def add_row(
 ) -> None:
     """Compare both timings with the goal; the row goes into the table and into ``extra_info``."""
     shape = case.shape
-    speed_up, goal = reference.median / fused.median, GOAL * shape.ratio
+    measured, shown = backends(reference, fused, threads)
+    goal = GOAL * shape.ratio
     spread = max(max(timing.seconds) / min(timing.seconds) for timing in (reference, fused))
     by_cpu_time = statistics.median(reference.cpu) / statistics.median(fused.cpu)
-    verdict, cpu_verdict = verdict_of(speed_up, goal), verdict_of(by_cpu_time, goal)
+    verdict, cpu_verdict = verdict_of(reference.median / fused.median, goal), verdict_of(by_cpu_time, goal)
     measured = {
         "input": shape.name,
         "lengths": {name: list(lengths) for name, lengths in shape.lengths.items()},
         "padded_tokens": shape.padded_tokens,
         "real_tokens": shape.real_tokens,
         "ratio": round(shape.ratio, 4),
-        "threads": threads,
-        "reference": reference.record(),
-        "fused": fused.record(),
-        "speed_up": round(speed_up, 4),
+        **measured,
         "speed_up_by_cpu_time": round(by_cpu_time, 4),
         "goal": round(goal, 4),
         "verdict": verdict,
@@ -63,10 +61,7 @@ def add_row(
         "padded": str(shape.padded_tokens),
         "real": str(shape.real_tokens),
         "padded/real": f"{shape.ratio:.2f}",
-        "reference ms": _milliseconds(reference),
-        "fused ms": _milliseconds(fused),
-        "rounds": str(len(fused.seconds)),
-        "speed-up": f"{speed_up:.2f}",
+        **shown,
         "by CPU time": f"{by_cpu_time:.2f}",
         "goal": f"{goal:.2f}",
         "": verdict if cpu_verdict == verdict else f"{verdict} (by CPU time {cpu_verdict})",
@@ -79,11 +74,6 @@ def add_row(
 def verdict_of(speed_up: float, goal: float) -> str:
     """A speed-up in words."""
     return "met" if speed_up >= goal else ("missed" if speed_up >= 1 else "slower")
-
-
-def _milliseconds(timing: Timing) -> str:
-    values = [1e3 * value for value in timing.seconds]
-    return f"{timing.median * 1e3:.0f} ({min(values):.0f}-{max(values):.0f})"
 
 
 def _footer(spread: float, threads: int) -> str:

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.support.on_gpu import MODES, POINTWISE, VARIANTS, run_pointwise, skip_without_gpu
+from benchmarks.support.on_gpu import POINTWISE, SHAPE, operation, run, skip_without_gpu
+from benchmarks.support.variants import MODES
 
 pytestmark = skip_without_gpu
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name, variant", [(name, variant) for name in POINTWISE for variant in VARIANTS[name]])
+@pytest.mark.parametrize("name, variant", [(name, variant) for name in POINTWISE for variant in POINTWISE[name]])
 def test_pointwise(name: str, variant: str, mode: str, benchmark: Any) -> None:
     """One variant; rounds rotate through inputs larger than the L2 together."""
-    run_pointwise(name, variant, mode, benchmark)
+    run(operation(name), variant, mode, f"{name}, {mode}, {SHAPE.real_tokens} rows", benchmark)

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.support import shapes
 from benchmarks.support.report import Report
 from benchmarks.support.shapes import Sizes
-from benchmarks.support.timing import Timing, paired
+from benchmarks.support.timing import backends, paired
 from onepeace_fast import OnePeaceConfig, OnePeacePretrain
 from onepeace_fast.config import AudioAdapterConfig, TransformerConfig
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
@@ -103,26 +103,9 @@ def test_pretraining_step(task: str, benchmark: Any, report: Report, case_second
     fused, reference = paired(
         benchmark, lambda: step.run("fused"), lambda: step.run("reference"), seconds=case_seconds, rounds=9
     )
-    speed_up = reference.median / fused.median
-    measured = {
-        "task": task,
-        "threads": threads,
-        "reference": reference.record(),
-        "fused": fused.record(),
-        "speed_up": round(speed_up, 4),
-    }
+    measured, shown = backends(reference, fused, threads)
+    measured = {"task": task, **measured}
     benchmark.extra_info.update(measured)
-    shown = {
-        "task": task.removesuffix("_loss"),
-        "reference ms": _milliseconds(reference),
-        "fused ms": _milliseconds(fused),
-        "rounds": str(len(fused.seconds)),
-        "speed-up": f"{speed_up:.2f}",
-    }
+    shown = {"task": task.removesuffix("_loss"), **shown}
     report.add(TITLE, shown, measured)
     report.footers[TITLE] = f"Wall-clock medians (min-max), {threads} threads, both backends in turn."
-
-
-def _milliseconds(timing: Timing) -> str:
-    values = [1e3 * value for value in timing.seconds]
-    return f"{timing.median * 1e3:.0f} ({min(values):.0f}-{max(values):.0f})"

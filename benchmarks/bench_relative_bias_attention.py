@@ -6,14 +6,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks.support.on_gpu import ATTENTION_SHAPES, MODES, VARIANTS, run_attention, skip_without_gpu
+from benchmarks.support.on_gpu import ATTENTION, ATTENTION_SHAPES, attention_operation, run, skip_without_gpu
+from benchmarks.support.variants import MODES
 
 pytestmark = skip_without_gpu
 
 
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("variant", VARIANTS["relative_bias_attention"])
+@pytest.mark.parametrize("variant", ATTENTION)
 def test_relative_bias_attention(shape: str, variant: str, mode: str, benchmark: Any) -> None:
     """One variant; rounds rotate through inputs larger than the L2 together."""
-    run_attention(shape, variant, mode, benchmark)
+    group = f"relative_bias_attention, {mode}, {shape} tokens"
+    run(attention_operation(shape), variant, mode, group, benchmark)

@@ -25,7 +25,6 @@ def test_routed_ffn(modalities: int, rows: int, report: Report, case_seconds: fl
     torch.compiler.reset()
     case = FeedForwardCase(RoutedRows(shape, SIZES, device, torch.bfloat16, SETS))
     runner = Runner(clock_for(device), Budget(case_seconds), ROUNDS, TOLERANCE)
-    runner.budget.section(left=1)
     records = runner.measure(case.factories(), base="sliced")
     for name, record in records.items():
         medians = [record.get(mode, {}).get("median_ms") for mode in MODES]

@@ -40,33 +40,7 @@ from benchmarks.support.variants import HOW_FUSED_RUNS, Budget, Runner  # noqa: 
 PARTS = ("headline", "rest")
 DEVICE_LOST = 3  # exit code: start the same command again, and it goes on with what is left
 OWN = ("products", "reference", "fused", "strategy_", "all_layers_fused")  # an error of one of these is a failure
-METHOD = {
-    "time": "device time between CUDA events, wall clock on a CPU; variants in turn, round after round; medians",
-    "launches": "the device sleeps before the first event while the host queues the work: launch gaps do not count,"
-    " unless a variant waits for the device itself or host_median_ms is above 30",
-    "forward": "the forward pass of training, which keeps what the backward pass needs",
-    "backward": "round by round, forward and backward less forward alone, over the same inputs; their median",
-    "inputs": "several sets in turn, together larger than the L2; normal random numbers, never zeros",
-    "products": "torch.mm for every projection and FFN product of each modality's rows, torch.bmm for QK^T and PV with"
-    " one batch for each length of a sample; backward: two products for each",
-    "tax": "median of a variant / median of the bare products of the same section",
-    "strategy": "the layer, or its routed FFN alone, with every way of computing the FFN; `fused` takes the one that"
-    " the library chooses itself",
-    "compiled peers": "sections of their own, after all others of their shape; what they are held against is measured"
-    " again beside them",
-    "pointwise": "bytes are those of row tensors, each once each way, whatever a variant moves; the share is of the"
-    " copy measured in this run; residual: stream in float32",
-    "attention": "q, k, v in the layout that each variant reads best; a dense bias is given, but bias_built makes it"
-    " from its tables on every call; its rows begin at multiples of 16 bytes; backward with the gradient of the bias"
-    " (dense, vectors or tables) but where a name or note says frozen; all_layers runs a model's layers over one bias"
-    " from its tables, autograd adding up each layer's gradient of it and taking the sum to the tables once, and its"
-    " times are of one layer; bytes are those of q, k, v and output, and backward of these and their gradients; the"
-    " share is of the copy measured in this run, the floor all of it",
-    "time_per_pair": "of a query and a key, over that in the whole batch that a subset is of: visible patches in order"
-    " of position or all of them out of order, drawn at random for each sample",
-    "bias": "built once for all layers and not in the layer's time; per_layer_ms is its share of one of"
-    f" {MODEL_LAYERS} layers; summing the layers' gradients of the bias is in neither",
-}
+README = ROOT / "benchmarks" / "README.md"
 
 
 def setting_of(arguments: argparse.Namespace) -> Setting:
@@ -80,8 +54,7 @@ def setting_of(arguments: argparse.Namespace) -> Setting:
 
 def sections_of(parts: Sequence[str], quick: bool, device: torch.device) -> list[Section]:
     """The sections of these parts, in order."""
-    listed = {"headline": lambda: headline(quick, device), "rest": lambda: rest(quick)}
-    return [section for part in parts for section in listed[part]()]
+    return [one for part in parts for one in (headline(quick, device) if part == "headline" else rest(quick))]
 
 
 class Run:
@@ -100,7 +73,7 @@ class Run:
             "dtype": str(self.setting.dtype),
             "quick": self.quick,
             "sizes": vars(self.setting.sizes),
-            "method": METHOD,
+            "method": README.read_text(encoding="utf-8").partition("\n## ")[2].partition("\n## Results")[0],
             "fused": HOW_FUSED_RUNS,
             "input_sets": self.setting.sets,
             "seconds": 0.0,
@@ -143,7 +116,7 @@ class Run:
             self.unmeasured = [left.name for left in waiting[i:]]
             if self.runner.budget.seconds_left < 0:
                 break
-            self.runner.budget.section(left=len(waiting) - i)
+            self.runner.budget.sections_left = len(waiting) - i
             self.runner.faulted = self.result["faulted"].get(section.name, {})
             self.runner.starting = lambda variant, name=section.name: self._running(name, variant)
             start = time.perf_counter()

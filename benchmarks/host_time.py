@@ -12,65 +12,33 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
-from onepeace_fast import kernels, layer_norm, residual_layer_norm, routed_ffn
+from onepeace_fast import kernels
+from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors
 from onepeace_fast.kernels import launch
 from onepeace_fast.ops import operation
 
-MODALITIES, WIDTH, HIDDEN, COUNTS, SAMPLES = 3, 64, 128, (20, 30, 14), 4
-ROWS, WARM = sum(COUNTS), 20
-Case = Callable[[], Tensor | tuple[Tensor, ...]]
+ROWS, WIDTH, DTYPE, WARM = 64, 64, torch.bfloat16, 20
+# As a layer calls them.
+MEASURED = (
+    "routed_ffn, grouped: Sub-LN, gamma, drop_path, residual", "routed_ffn, grouped: silu, row index, recompute",
+    "routed_ffn, grouped: gelu_tanh alone", "layer_norm, weight, bias",
+    "residual_layer_norm, gamma, drop_path, float32 stream",
+)  # fmt: skip
 
 
-class Leaves:
-    """Parameters and inputs, whose gradients are dropped before each backward pass."""
-
-    def __init__(self) -> None:
-        self.all: list[Tensor] = []
-
-    def new(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Random numbers that require a gradient."""
-        leaf = torch.randn(*shape, dtype=dtype).requires_grad_()
-        self.all.append(leaf)
-        return leaf
-
-    def clear(self) -> None:
-        """Drop all gradients."""
-        for leaf in self.all:
-            leaf.grad = None
-
-
-def cases(leaves: Leaves) -> dict[str, Case]:
-    """The ops as a layer calls them."""
-    offsets = torch.tensor([sum(COUNTS[:m]) for m in range(MODALITIES + 1)], dtype=torch.int32)
-    row_index = torch.randperm(ROWS + 16)[:ROWS].int()
-    x, y, z = leaves.new(ROWS, WIDTH, dtype=torch.float32), leaves.new(ROWS, WIDTH), leaves.new(ROWS, WIDTH)
-    stream = leaves.new(ROWS + 16, WIDTH, dtype=torch.float32)
-    gamma, weight, bias = (leaves.new(WIDTH) for _ in range(3))
-    shapes = {"w0": (HIDDEN, WIDTH), "w1": (HIDDEN, WIDTH), "w2": (WIDTH, HIDDEN)}
-    products = {name: [leaves.new(*shape) for _ in COUNTS] for name, shape in shapes.items()}
-    vectors = {"b2": (WIDTH,), "norm_weight": (HIDDEN,), "norm_bias": (HIDDEN,)}
-    full = products | {name: [leaves.new(*shape) for _ in COUNTS] for name, shape in vectors.items()}
-
-    def scaling(rows: int) -> dict[str, Tensor]:
-        return {"drop_path": torch.ones(SAMPLES), "sample": torch.arange(rows, dtype=torch.int32) % SAMPLES}
-
-    of_rows, of_stream = scaling(ROWS), scaling(ROWS + 16)
-    how = {"offsets": offsets, "row_counts": COUNTS, "strategy": "grouped"}
-    return {
-        "routed_ffn, everything": lambda: routed_ffn(z, **full, **how, residual=x, gamma=gamma, **of_rows),
-        "routed_ffn, row index": lambda: routed_ffn(
-            z, **full, **how, residual=stream, gamma=gamma, **of_stream, row_index=row_index
-        ),
-        "routed_ffn, products alone": lambda: routed_ffn(z, **products, **how),
-        "layer_norm": lambda: layer_norm(y, weight, bias),
-        "residual_layer_norm": lambda: residual_layer_norm(x, y, gamma, weight, bias, **of_rows),
+def cases() -> dict[str, Case]:
+    """The measured cases by their names."""
+    cpu = torch.device("cpu")
+    where = ROWS, WIDTH, DTYPE, random_tensors(cpu), cpu
+    found = {
+        f"{case.operation}, {case.variant}": case for make in (product_cases, kernel_cases) for case in make(*where)
     }
+    return {name: found[name] for name in MEASURED}
 
 
 @contextmanager
@@ -98,13 +66,14 @@ def by_the_dispatcher() -> Iterator[None]:
         operation.is_eager = before
 
 
-def measure(case: Case, leaves: Leaves) -> tuple[float, float]:
+def measure(case: Case) -> tuple[float, float]:
     """Microseconds of one forward and one backward pass."""
-    leaves.clear()
+    for leaf in case.leaves.values():
+        leaf.requires_grad_().grad = None
     start = time.thread_time_ns()
-    out = case()
+    out = case.call(**case.leaves)
     forward = time.thread_time_ns() - start
-    outputs = [out] if isinstance(out, Tensor) else [*out]
+    outputs = [out] if isinstance(out, torch.Tensor) else [*out]
     gradients = [torch.ones_like(output) for output in outputs]
     start = time.thread_time_ns()
     torch.autograd.backward(outputs, gradients)
@@ -113,17 +82,16 @@ def measure(case: Case, leaves: Leaves) -> tuple[float, float]:
 
 def run(rounds: int) -> dict[str, dict[str, tuple[float, ...]]]:
     """Medians of each case, "direct" and by the "dispatcher"."""
-    leaves = Leaves()
-    measured = cases(leaves)
+    measured = cases()
     times: dict[str, dict[str, list[tuple[float, float]]]] = {
         name: {"direct": [], "dispatcher": []} for name in measured
     }
     with no_launches():
         for _ in range(WARM + rounds):
             for name, case in measured.items():
-                times[name]["direct"].append(measure(case, leaves))
+                times[name]["direct"].append(measure(case))
                 with by_the_dispatcher():
-                    times[name]["dispatcher"].append(measure(case, leaves))
+                    times[name]["dispatcher"].append(measure(case))
     return {
         name: {way: tuple(map(statistics.median, zip(*found[WARM:], strict=True))) for way, found in ways.items()}
         for name, ways in times.items()
@@ -134,10 +102,10 @@ def main() -> None:
     """Print a line for each case."""
     torch.set_num_threads(1)
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 200
-    print(f"{'host time, us':28} {'forward':>8} {'registered':>11} {'backward':>9} {'registered':>11}")
+    print(f"{'host time, us':57} {'forward':>8} {'registered':>11} {'backward':>9} {'registered':>11}")
     for name, ways in run(rounds).items():
         (forward, backward), (forward_op, backward_op) = ways["direct"], ways["dispatcher"]
-        print(f"{name:28} {forward:8.0f} {forward_op:11.0f} {backward:9.0f} {backward_op:11.0f}")
+        print(f"{name:57} {forward:8.0f} {forward_op:11.0f} {backward:9.0f} {backward_op:11.0f}")
 
 
 if __name__ == "__main__":

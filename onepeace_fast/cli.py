@@ -7,6 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import onepeace_fast
 from onepeace_fast import _interrupt, info
@@ -45,12 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
-    if arguments.command == "demo":
-        return demo.run(arguments)
-    if arguments.command == "train":
-        return training.run(arguments.configuration)
-    if arguments.command in ("selftest", "tune", "warmup"):
-        return {"selftest": selftest, "tune": tune, "warmup": warmup}[arguments.command].run(arguments)
+    if arguments.command in _COMMANDS:
+        module, *_ = _COMMANDS[arguments.command]
+        return module.run(arguments.configuration if module is training else arguments)
     print(info.describe())
     return 0
 
@@ -76,61 +74,57 @@ def _silence() -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
+_COMMANDS: dict[str, tuple[Any, str, str]] = {
+    "demo": (
+        demo,
+        "sounds find images they were never paired with: train, measure, report",
+        "Trains a small ONE-PEACE on scikit-learn's handwritten digits with captions, then on synthetic spoken digits "
+        "with captions, lets sounds and images that were never paired find each other, and writes a report with all "
+        "of it to look at and listen to. Downloads nothing.",
+    ),
+    "train": (
+        training,
+        "pretrain on your own images or audio clips with captions",
+        "Pretrains as a YAML file says, alone or as one of torchrun's processes: docs/training.md.",
+    ),
+    "selftest": (
+        selftest,
+        "hold every operation on this machine against its reference in float64",
+        "Runs every operation, forward and backward, on the GPU, or on the CPU where there is none, and compares its "
+        "results and every gradient with its reference in float64. Where all of them on a GPU keep within their "
+        "tolerances, it times the strategies and writes the GPU's file of measurements, which makes the fused backend "
+        f"automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into your configuration.",
+    ),
+    "tune": (
+        tune,
+        "measure the kernels' launch parameters on this GPU",
+        "Times a few launch parameters of every kernel on this GPU and writes those that are faster than the rule's "
+        "into the GPU's file of measurements, after each that it finds: in the folder that "
+        f"{ENVIRONMENT_VARIABLE} names, else in your configuration. Takes minutes.",
+    ),
+    "warmup": (
+        warmup,
+        "compile the kernels of a model before its first step",
+        "Compiles every Triton kernel that a training step of a model needs, by all cores, into Triton's cache, so "
+        "that the first step finds them there.",
+    ),
+}
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onepeace-fast", description="Fused GPU operations for modality-routed transformers such as ONE-PEACE."
     )
     parser.add_argument("--version", action="version", version=f"onepeace_fast {onepeace_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    text = (
-        "Trains a small ONE-PEACE on scikit-learn's handwritten digits with captions, then on synthetic spoken digits "
-        "with captions, lets sounds and images that were never paired find each other, and writes a report with all "
-        "of it to look at and listen to. Downloads nothing."
-    )
-    demo.add_arguments(
-        commands.add_parser(
-            "demo", help="sounds find images they were never paired with: train, measure, report", description=text
-        )
-    )
-    train = commands.add_parser(
-        "train",
-        help="pretrain on your own images or audio clips with captions",
-        description="Pretrains as a YAML file says, alone or as one of torchrun's processes: docs/training.md.",
-    )
-    train.add_argument("configuration", metavar="CONFIG.yaml", help="the run: examples/ has two")
-    selftest.add_arguments(
-        commands.add_parser(
-            "selftest",
-            help="hold every operation on this machine against its reference in float64",
-            description="Runs every operation, forward and backward, on the GPU, or on the CPU where there is none, "
-            "and compares its results and every gradient with its reference in float64. Where all of them on a GPU "
-            "keep within their tolerances, it times the strategies and writes the GPU's file of measurements, which "
-            f"makes the fused backend automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into "
-            "your configuration.",
-        )
-    )
-    tune.add_arguments(
-        commands.add_parser(
-            "tune",
-            help="measure the kernels' launch parameters on this GPU",
-            description="Times a few launch parameters of every kernel on this GPU and writes those that are faster "
-            "than the rule's into the GPU's file of measurements, after each that it finds: in the folder that "
-            f"{ENVIRONMENT_VARIABLE} names, else in your configuration. Takes minutes.",
-        )
-    )
-    warmup.add_arguments(
-        commands.add_parser(
-            "warmup",
-            help="compile the kernels of a model before its first step",
-            description="Compiles every Triton kernel that a training step of a model needs, by all cores, into "
-            "Triton's cache, so that the first step finds them there.",
-        )
-    )
-    commands.add_parser(
-        "info",
-        help="show versions, the GPU, and what works on this machine and why the rest does not",
-        description="Shows versions, the GPU, and what works on this machine and why the rest does not.",
-    )
+    for name, (module, text, description) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=description)
+        if module is training:
+            command.add_argument("configuration", metavar="CONFIG.yaml", help="the run: examples/ has two")
+        else:
+            module.add_arguments(command)
+    text = "show versions, the GPU, and what works on this machine and why the rest does not"
+    commands.add_parser("info", help=text, description=f"Shows{text[4:]}.")
     return parser
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.benchmark_cases import SIZES, tiny_runner, tiny_shape
+from support.benchmark_cases import SIZES, LostClock, MadeUpClock, tiny_runner, tiny_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.support import machine, shapes
+from benchmarks.support import machine
 from benchmarks.support.encoder import EncoderCase, inputs
 from benchmarks.support.layer import LayerCase
 from benchmarks.support.report import Report
@@ -23,23 +23,6 @@ from benchmarks.support.variants import Variant, compiled, trained
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 BENCH_FILES = sorted(path.stem for path in (ROOT / "benchmarks").glob("bench_*.py"))
-
-
-class ScriptedClock:
-    """Returns given times instead of taking any."""
-
-    def __init__(self, times: dict[str, list[float]]) -> None:
-        self.times = {name: iter(values) for name, values in times.items()}
-        self.recovered = 0
-
-    def time(self, call, index, lead):
-        """The next time of the call's script; the call itself returns its name."""
-        seconds = next(self.times[call(index)])
-        return seconds, seconds
-
-    def recover(self):
-        """Count."""
-        self.recovered += 1
 
 
 class FakeBenchmark:
@@ -110,18 +93,17 @@ class TestTiming:
         def breaks(index):
             if index == 3:
                 raise ValueError("out\nof   order")
-            return "breaks"
+            return 0.1
 
-        clock = ScriptedClock({"breaks": [0.1] * 3, "works": [0.2] * 6})
-        timings, errors = interleaved({"breaks": breaks, "works": lambda _: "works"}, clock, rounds=4)
+        clock = MadeUpClock()
+        timings, errors = interleaved({"breaks": breaks, "works": lambda _: 0.2}, clock, rounds=4)
         assert errors == {"breaks": "ValueError: out of order"}
         assert list(timings) == ["works"] and timings["works"].seconds == [0.2] * 4
         assert clock.recovered == 1
 
     def test_a_slow_variant_runs_three_times_at_least(self):
-        clock = ScriptedClock({"slow": [9.0] * 30, "quick": [0.1] * 30})
-        calls = {"slow": lambda _: "slow", "quick": lambda _: "quick"}
-        timings, _ = interleaved(calls, clock, rounds=20, seconds_each=4.0)
+        calls = {"slow": lambda _: 9.0, "quick": lambda _: 0.1}
+        timings, _ = interleaved(calls, MadeUpClock(), rounds=20, seconds_each=4.0)
         assert {name: len(timing.seconds) for name, timing in timings.items()} == {"slow": 3, "quick": 20}
 
     def test_no_round_begins_after_the_time_once_three_have_run(self):
@@ -138,8 +120,8 @@ class TestTiming:
             clock.recover()
 
     def test_warm_ups_are_not_counted(self):
-        clock = ScriptedClock({"a": [100.0, 50.0, 3.0, 1.0, 2.0]})
-        timings, _ = interleaved({"a": lambda _: "a"}, clock, rounds=3, warmups=2)
+        times = (100.0, 50.0, 3.0, 1.0, 2.0)
+        timings, _ = interleaved({"a": times.__getitem__}, MadeUpClock(), rounds=3, warmups=2)
         record = timings["a"].record()
         assert (record["median_ms"], record["min_ms"], record["max_ms"], record["runs"]) == (2e3, 1e3, 3e3, 3)
 
@@ -151,8 +133,8 @@ class TestTiming:
         assert called == ["a", "m"] * 6
         assert len(measured.seconds) == len(against.seconds) == len(measured.cpu) == 5
 
-    def test_events_enclose_the_call_alone(self, monkeypatch):
-        log = []
+    def test_events_enclose_the_call_alone_once_the_device_has_left_its_idle_clocks(self, monkeypatch):
+        log, times = [], iter([60.0, 30.0, 10.2, 10.0, 20.0, 99.0])
 
         class Event:
             def __init__(self, enable_timing):
@@ -162,35 +144,18 @@ class TestTiming:
                 log.append("record")
 
             def elapsed_time(self, other):
-                return 20.0
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(cycles))
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-        clock = EventClock()
-        log.clear()
-        seconds, host = clock.time(lambda index: log.append(f"call {index}"), 7, lead=0.01)
-        cycles = 15_000_000  # 1.5 x 10 ms at the 1e9 cycles a second that were calibrated
-        assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
-        assert seconds == 0.02 and 0 < host < 1
-
-    def test_the_clock_is_asked_until_the_device_has_left_its_idle_clocks(self, monkeypatch):
-        times = iter([60.0, 30.0, 10.2, 10.0, 99.0])
-
-        class Event:
-            def __init__(self, enable_timing):
-                pass
-
-            def record(self):
-                pass
-
-            def elapsed_time(self, other):
                 return next(times)
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-        assert EventClock().cycles_per_second == 20_000_000 / 0.01 and next(times) == 99.0
+        monkeypatch.setattr(torch.cuda, "_sleep", log.append)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
+        clock = EventClock()
+        assert clock.cycles_per_second == 20_000_000 / 0.01
+        log.clear()
+        seconds, host = clock.time(lambda index: log.append(f"call {index}"), 7, lead=0.01)
+        cycles = 30_000_000  # 1.5 x 10 ms at the 2e9 cycles a second that were calibrated
+        assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
+        assert seconds == 0.02 and 0 < host < 1 and next(times) == 99.0
 
 
 class TestVariants:
@@ -227,7 +192,7 @@ class TestVariants:
         records = runner.measure(factories)
         assert "budget" in records["compiled"]["skipped"] and "forward" in records["eager"]
         runner.budget.compile_seconds["compiled"] = 50.0  # of 60 that are left, though of 40 sections
-        runner.budget.section(left=40)
+        runner.budget.sections_left = 40
         assert "forward" in runner.measure(factories)["compiled"]
         assert all("budget" in record["skipped"] for record in tiny_runner(-1.0).measure(factories).values())
 
@@ -240,7 +205,7 @@ class TestVariants:
             return self.variant(1.0)
 
         runner, seconds = tiny_runner(100.0), []
-        runner.budget.section(left=2)
+        runner.budget.sections_left = 2
         monkeypatch.setattr(
             "benchmarks.support.variants.interleaved", lambda *_, **how: (seconds.append(how["seconds"]), ({}, {}))[1]
         )
@@ -248,10 +213,6 @@ class TestVariants:
         assert seconds == [25.0]  # half of what is left after building, for one of two sections
 
     def test_a_fault_of_the_device_names_its_variant_and_one_that_faulted_before_is_not_run(self):
-        class LostClock(HostClock):
-            def recover(self):
-                raise DeviceLost("", "an illegal memory access")
-
         def breaks(_):
             raise RuntimeError("an illegal memory access was encountered")
 
@@ -369,9 +330,3 @@ class TestBenchFiles:
             assert torch.equal(plan.cu_seqlens, case.plan.cu_seqlens)
         assert bench.layer_call(case)().shape == (30, 32)
         assert all(bench.shape_of(tokens).real_tokens >= tokens for tokens in (1000, 3000, 10000))
-
-
-def test_text_image_and_audio_lengths_include_cls():
-    assert shapes.text(2, 5, 70) in ([7, 72], [72, 7])
-    assert shapes.image(2) == [257, 257]
-    assert sorted(shapes.audio(2)) == [150, 750]

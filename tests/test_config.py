@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from data._refused import refused, taken
 from models._goldens import golden
 
 from onepeace_fast import OnePeaceConfig
@@ -104,19 +105,9 @@ UNSUPPORTED = {
 }
 
 
-def refused(expected, call):
-    with pytest.raises(ValueError) as caught:
-        call()
-    message = str(caught.value)
-    assert "\n" not in message
-    assert expected in message
-    assert "got " in message
-    assert "expected " in message
-
-
 @pytest.mark.parametrize("key", UNSUPPORTED)
 def test_a_value_that_is_not_implemented_is_refused_by_name(key):
-    refused(key, lambda: from_upstream(UNSUPPORTED[key]))
+    refused(lambda: from_upstream(UNSUPPORTED[key]), "", key)
 
 
 def test_all_unsupported_values_of_a_section_are_named_at_once():
@@ -135,7 +126,7 @@ def test_all_unsupported_values_of_a_section_are_named_at_once():
 )
 def test_an_unknown_key_is_refused_with_its_section(section, encoder, decoder):
     message = f"{section}: expected keys of upstream's model section, got unknown ones ['embed_dims']"
-    refused(message, lambda: from_upstream(encoder, decoder))
+    refused(lambda: from_upstream(encoder, decoder), "", message)
 
 
 @pytest.mark.parametrize(
@@ -169,19 +160,14 @@ def test_extractor_layers_are_read(spec, layers):
         "",
         "(" * 500,
         "[(512, 10, 5)] * 99999999999",
+        None,
     ],
 )
 def test_an_extractor_of_anything_else_is_refused_and_never_run(spec, tmp_path):
     marker = tmp_path / "ran"
-    audio = {"audio_adapter": {**BIASED, "feature_encoder_spec": spec.replace("{marker}", str(marker))}}
-    with pytest.raises(ValueError, match=r"^feature_encoder_spec: expected .*, got ") as caught:
-        from_upstream(audio)
-    assert "\n" not in str(caught.value)
+    audio = {"audio_adapter": {**BIASED, "feature_encoder_spec": spec and spec.replace("{marker}", str(marker))}}
+    refused(lambda: from_upstream(audio), "feature_encoder_spec: ")
     assert not marker.exists()
-
-
-def test_an_extractor_that_is_no_text_is_refused():
-    refused("feature_encoder_spec", lambda: from_upstream({"audio_adapter": {**BIASED, "feature_encoder_spec": None}}))
 
 
 @pytest.mark.parametrize("name", ["tiny", "flags", "perlayer"])
@@ -204,7 +190,7 @@ def test_an_unknown_field_of_a_file_is_refused(tmp_path):
     values = dataclasses.asdict(OnePeaceConfig())
     values["encoder"]["text"]["buckets"] = 3
     path.write_text(json.dumps(values))
-    refused("'use_bias'], got unknown fields ['buckets']", lambda: OnePeaceConfig.load(path))
+    refused(lambda: OnePeaceConfig.load(path), "", "'use_bias'], got unknown fields ['buckets']")
 
 
 NONSENSE = {
@@ -221,13 +207,13 @@ NONSENSE = {
 
 @pytest.mark.parametrize("name", NONSENSE)
 def test_a_stack_of_nonsense_is_refused_by_name(name):
-    refused(name, lambda: TransformerConfig(**NONSENSE[name]))
+    refused(lambda: TransformerConfig(**NONSENSE[name]), "", name)
 
 
 @pytest.mark.parametrize("name", ["layers", "embed_dim", "attention_heads", "ffn_embed_dim"])
 @pytest.mark.parametrize("value", [-1, 1.5, "2", None])
 def test_a_size_that_is_no_positive_integer_is_refused_by_name(name, value):
-    refused(name, lambda: TransformerConfig(**{name: value}))
+    refused(lambda: TransformerConfig(**{name: value}), "", name)
 
 
 def test_a_layer_scale_that_pyyaml_reads_as_text_is_taken():
@@ -237,8 +223,8 @@ def test_a_layer_scale_that_pyyaml_reads_as_text_is_taken():
 
 @pytest.mark.parametrize("value", ["small", float("nan")])
 def test_a_layer_scale_that_is_no_number_is_refused(value):
-    refused("layer_scale", lambda: TransformerConfig(layer_scale=value))
-    refused("layer_scale", lambda: from_upstream({"layer_scale_init_value": value}))
+    refused(lambda: TransformerConfig(layer_scale=value), "", "layer_scale")
+    refused(lambda: from_upstream({"layer_scale_init_value": value}), "", "layer_scale")
 
 
 @pytest.mark.parametrize(
@@ -255,23 +241,22 @@ def test_a_layer_scale_that_is_no_number_is_refused(value):
     ],
 )
 def test_an_adapter_of_nonsense_is_refused_by_name(adapter, name, value):
-    refused(name, lambda: adapter(**{name: value}))
+    refused(lambda: adapter(**{name: value}), "", name)
 
 
 def test_an_encoder_without_bias_is_refused():
     unbiased = {"text": TextAdapterConfig(use_bias=False), "image": None, "audio": None}
-    refused("encoder: expected use_bias True, got False", lambda: OnePeaceConfig(encoder=TransformerConfig(**unbiased)))
+    encoder = TransformerConfig(**unbiased)
+    refused(lambda: OnePeaceConfig(encoder=encoder), "encoder: expected use_bias True, got False")
 
 
 def test_a_decoder_with_a_modality_that_the_encoder_lacks_is_refused():
-    refused(
-        "decoder: expected modalities that the encoder has too, got ['audio']",
-        lambda: OnePeaceConfig(encoder=TransformerConfig(audio=None)),
-    )
+    message = "decoder: expected modalities that the encoder has too, got ['audio']"
+    refused(lambda: OnePeaceConfig(encoder=TransformerConfig(audio=None)), message)
 
 
 def test_a_vocabulary_without_the_specials_is_refused():
-    refused("vocab_size: expected at least the 4 specials, got 3", lambda: OnePeaceConfig(vocab_size=3))
+    refused(lambda: OnePeaceConfig(vocab_size=3), "", "vocab_size: expected at least the 4 specials, got 3")
 
 
 READ = {
@@ -299,10 +284,5 @@ def test_keys_with_the_one_value_that_is_implemented_are_taken():
         "text_adapter": {**BIASED, **common}, "image_adapter": {**BIASED, **common},
         "audio_adapter": {**BIASED, **common, "conv_pos_pre_ln": False, "conv_bias": False},
     }  # fmt: skip
-    refused = ""
-    try:
-        read = from_upstream(given)
-    except ValueError as error:
-        refused = str(error)
-    assert not refused
-    assert read == from_upstream()
+    with taken():
+        assert from_upstream(given) == from_upstream()

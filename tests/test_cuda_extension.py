@@ -11,14 +11,17 @@ import pytest
 from onepeace_fast import cuda_extension
 
 
+def forget():
+    """Have the extension looked for anew."""
+    for function in (cuda_extension._import, cuda_extension.unavailable_reason):
+        function.cache_clear()
+
+
 @pytest.fixture
 def fresh():
-    """The extension is looked for anew."""
-    for function in (cuda_extension._import, cuda_extension.unavailable_reason):
-        function.cache_clear()
+    forget()
     yield
-    for function in (cuda_extension._import, cuda_extension.unavailable_reason):
-        function.cache_clear()
+    forget()
 
 
 def find(monkeypatch, found: object) -> None:
@@ -37,8 +40,7 @@ def test_an_extension_that_was_left_out_tells_the_build_s_reason(fresh, monkeypa
     find(monkeypatch, ModuleNotFoundError("onepeace_fast._cuda"))
     assert cuda_extension.unavailable_reason() == "the CUDA extension was not built: install onepeace_fast again"
     record.write_text("no nvcc\n")
-    for function in (cuda_extension._import, cuda_extension.unavailable_reason):
-        function.cache_clear()
+    forget()
     assert cuda_extension.unavailable_reason() == "the CUDA extension was not built: no nvcc"
     assert cuda_extension.extension() is None
 
@@ -75,28 +77,20 @@ def test_a_gpu_too_old_for_any_build_is_told_so_and_another_how_to_install(monke
     assert "was built (sm_90a), got" in found[8, 9] and "\n" not in found[8, 9]
 
 
-DRIVER = """
-int cuDriverGetVersion(int *version) { *version = 11080; return 0; }
-"""
 ASK = "from onepeace_fast import cuda_extension; print(cuda_extension.unavailable_reason())"
 needs_extension = pytest.mark.skipif(cuda_extension.extension() is None, reason="the CUDA extension is not built")
-
-
-def reason_elsewhere(**environment: str) -> str:
-    """What a fresh process says."""
-    options = {"capture_output": True, "text": True, "check": True, "env": {**os.environ, **environment}}
-    return subprocess.run([sys.executable, "-c", ASK], **options).stdout.strip()
 
 
 @needs_extension
 @pytest.mark.requires_compiler
 def test_a_driver_too_old_is_named_in_one_line(tmp_path):
-    (tmp_path / "driver.c").write_text(DRIVER)
+    (tmp_path / "driver.c").write_text("int cuDriverGetVersion(int *version) { *version = 11080; return 0; }\n")
     compiler = os.environ.get("CXX", "g++")
     library = tmp_path / "libcuda.so.1"
     subprocess.run([compiler, "-x", "c", "-shared", "-fPIC", tmp_path / "driver.c", "-o", library], check=True)
     built = cuda_extension.extension().TOOLKIT
-    assert reason_elsewhere(LD_LIBRARY_PATH=str(tmp_path)) == (
+    options = {"capture_output": True, "text": True, "env": os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}}
+    assert subprocess.run([sys.executable, "-c", ASK], check=True, **options).stdout.strip() == (
         f"the NVIDIA driver runs CUDA 11.8 and the CUDA extension was built by CUDA {built}: update the driver, or "
         "install again with an nvcc of CUDA 11 on PATH"
     )

@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models._small import assert_close, batch_of, small_config, small_model
+from models._small import assert_close, batch_of, layer_inputs, small_config, small_model
+from support.contract import refused
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import RoutePlan
 from onepeace_fast.drop_path import Branch, Branches, branches, draw_drop_path
 from onepeace_fast.layers import transformer
-from onepeace_fast.models.inputs import read_batch
 
 LENGTHS = {"text": [5, 2, 7, 3], "image": [4, 4], "audio": [6, 0, 3]}
 SAMPLES = {"text": [0, 1, 2, 3], "image": [3, 1], "audio": [0, 1, 2]}
@@ -72,13 +72,8 @@ def test_a_draw_does_not_follow_the_process_s_default_dtype_or_device():
         torch.set_default_dtype(before)
 
 
-def test_a_rate_of_one_gives_no_nan():
-    try:
-        drop_path = draw_drop_path([1.0], 10)
-    except ValueError as error:
-        assert "\n" not in str(error)
-    else:
-        assert not drop_path.any()
+def test_a_rate_of_one_is_refused():
+    refused("rates", draw_drop_path, [1.0], 10)
 
 
 @pytest.mark.parametrize("capacity", [None, 50])
@@ -116,16 +111,11 @@ def test_a_branch_is_the_plan_of_its_computed_samples(known, capacity):
             }  # fmt: skip
 
 
-def stack_inputs(dtype=torch.float64, **encoder):
+def stack_inputs(**encoder):
     """A layer's inputs: packed rows of four samples, their plan and bias vectors, and a stack without DropPath."""
-    model = small_model("fused", small_config(layers=1, **encoder), dtype=dtype)
-    stack = model.encoder_wrapper
-    batch, _ = read_batch(stack.adapters, batch_of(text=[7, 2, 5, 4], image=(4, 3), audio=[9, 4, 6, 5], dtype=dtype))
-    tokens = stack.embed(batch)
-    plan = stack.plan(tokens)
-    x = plan.pack({name: part.x for name, part in tokens.items()}).detach()
-    bias = [value.detach() for value in stack.bias({name: part.width for name, part in tokens.items()})[0]]
-    return stack.fusion_model.layers[0].train(), x, plan, bias
+    model = small_model("fused", small_config(layers=1, **encoder))
+    batch = batch_of(text=[7, 2, 5, 4], image=(4, 3), audio=[9, 4, 6, 5])
+    return model.encoder_wrapper.fusion_model.layers[0].train(), *layer_inputs(model, batch)
 
 
 def run(layer, x, route, bias):
@@ -216,5 +206,4 @@ def test_a_refilled_plan_takes_its_new_factors_along():
 
 def test_factors_beside_packed_rows_are_refused():
     layer, x, plan, bias = stack_inputs()
-    with pytest.raises(ValueError, match=r"^drop_path: expected none with packed rows, got factors; route is branches"):
-        layer(x, plan, bias, torch.ones(2, 4))
+    refused("drop_path: expected none with packed rows, got factors; ", layer, x, plan, bias, torch.ones(2, 4))

@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend
 from benchmarks.support import attention_goals as goals
 from benchmarks.support import relative_bias_attention as attention
 from benchmarks.support.feed_forward import FeedForwardCase
-from benchmarks.support.layer import LayerCase
 from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.relative_bias_attention import AttentionCase
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
@@ -110,7 +109,6 @@ def test_flash_attention_is_given_whole_samples_and_its_output_is_put_back(shape
     assert record["output_relative_difference"] < 1e-5 and record["gradient_relative_difference"] < 1e-5
 
 
-@pytest.mark.requires_compiler
 def test_attention_by_the_kernel_agrees_and_its_launches_are_counted(monkeypatch, host_extension):
     host.use(monkeypatch, host_extension)
     case = AttentionCase(attention.tiny_shapes()[1], Sizes(64, 64, 2), CPU, torch.bfloat16, sets=1)
@@ -218,14 +216,3 @@ def test_bytes_are_those_of_every_row_tensor_once_each_way():
         found = operations(case)[name]().bytes
         passes = (forward, backward, forward + backward)
         assert found == {mode: rows * width for mode, width in zip(PASSES, passes, strict=True)}
-
-
-def test_a_grouped_product_computes_what_slices_do():
-    case = LayerCase(tiny_shape(), Sizes(32, 48, 2), CPU, torch.float32, sets=2)
-    factories = FeedForwardCase(case).factories()
-    if not hasattr(F, "grouped_mm") and not hasattr(torch, "_grouped_mm"):
-        pytest.skip("this torch has no grouped product")
-    chosen = {name: factories[name] for name in ("sliced", "grouped_mm")}
-    records = tiny_runner().measure(chosen, base="sliced")
-    assert records["grouped_mm"]["output_relative_difference"] < 1e-5
-    assert records["grouped_mm"]["gradient_relative_difference"] < 1e-5

@@ -10,11 +10,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from support.benchmark_cases import LostClock
 
 from benchmarks import gpu
 from benchmarks.support import on_gpu, report, sections
 from benchmarks.support import relative_bias_attention as attention
-from benchmarks.support.timing import DeviceLost, HostClock
 from benchmarks.support.variants import PASSES, Variant
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_attention_alone_is_measured_against_its_floor_and_what_is_left_out_says
         variants, is_part = shape["variants"], "time_per_pair" in shape
         compared = {"fused", "fused_no_bias", "fused_frozen_tables"}
         if not is_part:
-            assert set(on_gpu.VARIANTS["relative_bias_attention"]) - {"flex_attention"} <= set(variants)
+            assert set(on_gpu.ATTENTION) - {"flex_attention"} <= set(variants)
             compared |= {"sdpa_memory_efficient", "bias_built_sdpa_memory_efficient"}
             compared |= {"all_layers_sdpa_memory_efficient", "all_layers_fused"}
         for name in compared:
@@ -311,10 +311,6 @@ def made_up(name: str, factories: dict) -> sections.Section:
 
 
 def test_a_lost_device_ends_the_process_and_the_next_one_leaves_out_what_lost_it(tmp_path, monkeypatch, capsys):
-    class Clock(HostClock):
-        def recover(self):
-            raise DeviceLost("", "illegal")
-
     def faults(_):
         raise RuntimeError("illegal memory access")
 
@@ -325,7 +321,7 @@ def test_a_lost_device_ends_the_process_and_the_next_one_leaves_out_what_lost_it
     both = {"reference": right, "fused": lambda: Variant(faults, faults)}
     listed = [made_up("first", {"reference": lambda: measured.append(1) or right()}), made_up("second", both)]
     monkeypatch.setattr(gpu, "sections_of", lambda *_: listed)
-    monkeypatch.setattr(gpu, "clock_for", lambda _: Clock())
+    monkeypatch.setattr(gpu, "clock_for", lambda _: LostClock())
     monkeypatch.setattr(gpu, "ceilings", lambda *_, **__: {"copy": {}, "product": {"side": 1, "dtype": "none"}})
     options = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--date", "once"]
     assert gpu.main(options) == gpu.DEVICE_LOST == 3
@@ -339,16 +335,12 @@ def test_a_lost_device_ends_the_process_and_the_next_one_leaves_out_what_lost_it
 
 
 def test_a_section_whose_inputs_lose_the_device_is_left_out_as_a_whole(tmp_path, monkeypatch):
-    class Clock(HostClock):
-        def recover(self):
-            raise DeviceLost("", "illegal")
-
     def prepare(setting):
         raise RuntimeError("no inputs")
 
     listed = [sections.Section("bad", "layer", prepare), made_up("good", {})]
     monkeypatch.setattr(gpu, "sections_of", lambda *_: listed)
-    monkeypatch.setattr(gpu, "clock_for", lambda _: Clock())
+    monkeypatch.setattr(gpu, "clock_for", lambda _: LostClock())
     options = ["--out", str(tmp_path), "--device", "cpu", "--quick", "--date", "once"]
     assert gpu.main(options) == 3 and gpu.main(options) == 1
     (path,) = tmp_path.glob("*.json")

@@ -23,6 +23,7 @@ pytest.importorskip("build")
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "results")
 LEFT_OUT = "onepeace_fast/cuda_left_out.txt"
+INFORMATION = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
 IMPORT_ELSEWHERE = """
 import sys
 target, *absent = sys.argv[1:]
@@ -89,10 +90,9 @@ def wheel(built: Path) -> zipfile.ZipFile:
 
 def test_wheel_holds_the_library_with_its_kernels_inside_and_no_other_top_level_package(wheel):
     names = set(wheel.namelist())
-    information = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
     assert {"onepeace_fast/__init__.py", "onepeace_fast/kernels/__init__.py", "onepeace_fast/py.typed"} <= names
-    assert {f"{information}/licenses/LICENSE", f"{information}/licenses/NOTICE"} <= names
-    assert {name.partition("/")[0] for name in names} == {"onepeace_fast", information}
+    assert {f"{INFORMATION}/licenses/LICENSE", f"{INFORMATION}/licenses/NOTICE"} <= names
+    assert {name.partition("/")[0] for name in names} == {"onepeace_fast", INFORMATION}
 
 
 def test_wheel_holds_every_file_of_the_library_and_its_kernels(wheel):
@@ -111,24 +111,25 @@ def test_sdist_holds_what_the_library_and_its_tests_are_built_from(built):
     assert {"setup.py", "pyproject.toml", "LICENSE", "NOTICE", "README.md", "bootstrap.py", "Makefile"} <= names
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file()}
     assert {"csrc/relative_bias_attention_forward.cu", "csrc/host_shim/ptx.cuh"} <= sources <= names
-    assert {
-        f"build_backend/{name}.py" for name in ("backend", "build_commands", "compilation", "cuda_toolkit")
-    } <= names
+    backend = ("backend", "build_commands", "compilation", "cuda_toolkit")
+    assert {f"build_backend/{name}.py" for name in backend} <= names
     assert {"csrc/README.md", "kernels/__init__.py", "onepeace_fast/py.typed", "tests/conftest.py"} <= names
 
 
-def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wheel):
-    information = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
-    metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
+@pytest.fixture
+def metadata(wheel):
+    """The wheel's metadata."""
+    return HeaderParser().parsestr(wheel.read(f"{INFORMATION}/METADATA").decode())
+
+
+def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wheel, metadata):
     assert metadata["Version"] == onepeace_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert set(metadata.get_all("Provides-Extra")) == {"demo", "train", "docs", "bench", "peers", "dev"}
-    assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{information}/entry_points.txt")
+    assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{INFORMATION}/entry_points.txt")
 
 
-def test_the_gpl_synthesiser_is_needed_by_the_demo_alone_and_is_in_no_wheel(wheel):
-    information = f"onepeace_fast-{onepeace_fast.__version__}.dist-info"
-    metadata = HeaderParser().parsestr(wheel.read(f"{information}/METADATA").decode())
+def test_the_gpl_synthesiser_is_needed_by_the_demo_alone_and_is_in_no_wheel(wheel, metadata):
     needs = [need for need in metadata.get_all("Requires-Dist") if "espeak" in need or "[demo]" in need]
     assert [need.replace(" ", "") for need in needs] == ['espeakng-loader;extra=="demo"']
     # Our own driver, which calls the engine where it is installed.
@@ -237,12 +238,6 @@ print(sys.modules["onepeace_fast"].__file__)
     assert kernels == [beside / "kernels" / "__init__.py"] * 2
 
 
-def test_missing_triton_is_reported_in_one_line_and_not_raised(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    reason = onepeace_fast.kernels.unavailable_reason.__wrapped__()
-    assert reason.startswith("Triton is not installed") and "\n" not in reason
-
-
 @pytest.mark.parametrize(
     ("version", "reason"),
     [("3.3.1", "Triton 3.3.1 is too old (3.4 or later is needed)"), ("3.4.0", None), ("3.10.0", None)],
@@ -253,7 +248,10 @@ def test_triton_is_usable_from_3_4_on(monkeypatch, version, reason):
     assert onepeace_fast.kernels.unavailable_reason.__wrapped__() == reason
 
 
-def test_damaged_triton_is_reported_in_one_line_and_not_raised(monkeypatch, tmp_path):
+def test_missing_or_damaged_triton_is_reported_in_one_line_and_not_raised(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    reason = onepeace_fast.kernels.unavailable_reason.__wrapped__()
+    assert reason.startswith("Triton is not installed") and "\n" not in reason
     (tmp_path / "triton.py").write_text("raise OSError('libtriton.so:\\n cannot open')\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "triton", raising=False)

@@ -85,15 +85,11 @@ def test_ids_out_of_range_are_refused(ids):
     RoutePlan.from_modality_ids(good, ("text", "image"), sample_ids=good, sample_count=2)
 
 
-def test_position_ids_past_the_largest_are_refused():
+def test_bad_tensors_and_position_ids_past_the_largest_are_refused():
     ids = torch.tensor([0, 1])
     for bad in ([0, 6], [-1, 0]):
         options = {"positions": torch.tensor(bad), "max_position": 5}
         refused("positions", RoutePlan.from_modality_ids, ids, ("text", "image"), **options)
-
-
-def test_bad_tensors_are_refused():
-    ids = torch.tensor([0, 1])
     refused("modality_ids", RoutePlan.from_modality_ids, ids.float(), NAMES)
     refused("modality_ids", RoutePlan.from_modality_ids, ids[None], NAMES)
     for name in ("sample_ids", "positions", "is_cls"):

@@ -20,23 +20,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from build_backend.cuda_toolkit import find_toolkit
-from tools.cubin import CHIPS, Chip
+from tools.cubin import CHIPS, Chip, cuobjdump
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
-# What a chip of each architecture has: an A100, an L40S, an H100, a B200, a GeForce RTX 5090.
-SMALL = Chip(89, 142, 100 * 1024, 99 * 1024, threads=1536, programs=24)
-ARCHITECTURES = {
-    "sm_80": CHIPS["sm_80"],
-    "sm_89": SMALL,
-    "sm_90a": CHIPS["sm_90"],
-    "sm_100": replace(CHIPS["sm_90"], capability=100, multiprocessors=148),
-    "sm_120": replace(SMALL, capability=120, multiprocessors=170),
-}
+# One of each kind, Hopper with the instructions of its own; what sm_86 gives a thread block, sm_89 gives too.
+ARCHITECTURES = {"sm_90a" if name == "sm_90" else name: chip for name, chip in CHIPS.items() if name != "sm_86"}
+SMALL = ARCHITECTURES["sm_89"]
 HEAD_SIZES = (32, 64, 128)
 PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
 PLANNED_ENTRIES_OF_CLS = 9
@@ -167,14 +160,6 @@ def moved(path: Path, chip: Chip) -> list[tuple[str, str, str, str]]:
             found = function(samples, length, HEADS, head_dim, entries, chip.multiprocessors, limit) / elements
             rows.append((f"{samples} x {length} tokens", str(head_dim), f"{found:.1f}", f"{least:.1f}"))
     return rows
-
-
-def cuobjdump(library: Path, *options: str) -> str:
-    """Run the disassembler of Triton's wheel."""
-    from triton import knobs
-
-    command = [knobs.nvidia.cuobjdump.path, *options, str(library)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def by_architecture(output: str, name: str) -> Iterator[tuple[str, str, str]]:

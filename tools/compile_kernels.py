@@ -56,21 +56,12 @@ class Result(NamedTuple):
 @contextlib.contextmanager
 def target(capability: int) -> Iterator[None]:
     """Let Triton believe that this GPU is there; only what needs no GPU works inside."""
-    from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
 
-    class Driver:
-        def get_current_target(self) -> GPUTarget:
-            return GPUTarget("cuda", capability, 32)
-
-        def get_current_device(self) -> int:
-            return capability  # kernels are kept by device: one for each target
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
+    from onepeace_fast.hardware.warmup import stand_in
 
     before = driver._active
-    driver.set_active(Driver())
+    driver.set_active(stand_in(capability))
     try:
         yield
     finally:
@@ -142,10 +133,8 @@ def configurations(architecture: str, width: int, dtype: Any, parts: Sequence[st
         if "products" in parts:
             cases += product_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)
         for case in cases:
-            leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
-            outputs = case.call(**leaves)
-            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-            torch.autograd.grad(outputs, list(leaves.values()), [torch.empty_like(out) for out in outputs])
+            outputs = case.outputs()
+            case.gradients(outputs, [torch.empty_like(output) for output in outputs])
     return found
 
 

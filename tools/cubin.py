@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -59,20 +60,24 @@ class Usage(NamedTuple):
     shared: int
 
 
-def _cuobjdump(compiled: Any, option: str) -> str:
-    """What cuobjdump, from Triton's own wheel, says of a compiled kernel."""
+def cuobjdump(binary: Path, *options: str) -> str:
+    """What cuobjdump, from Triton's own wheel, says of a compiled file."""
     from triton import knobs
 
+    command = [knobs.nvidia.cuobjdump.path, *options, str(binary)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _of_kernel(compiled: Any, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        command = [knobs.nvidia.cuobjdump.path, option, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return cuobjdump(Path(file.name), option)
 
 
 def usage(compiled: Any) -> Usage:
     """What a kernel uses of a multiprocessor."""
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _cuobjdump(compiled, "--dump-resource-usage"))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _of_kernel(compiled, "--dump-resource-usage"))
     registers, stack, local = map(int, found.groups())
     return Usage(registers, stack + local, compiled.metadata.shared)
 
@@ -88,7 +93,7 @@ def missing_instructions(compiled: Any, architecture: str) -> list[str]:
     """What a kernel of matrix products ought to have, and has not; empty for any other kernel."""
     if "tt.dot " not in compiled.asm["ttir"]:
         return []
-    code = _cuobjdump(compiled, "--dump-sass")
+    code = _of_kernel(compiled, "--dump-sass")
     return [name for name in PRODUCT_INSTRUCTIONS[architecture] if not re.search(rf"\b{name}\b", code)]
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.timing import Clock, interleaved, recovered
+from benchmarks.support.timing import HostClock, interleaved, recovered
 
 
 def ceilings(
-    device: torch.device, dtype: torch.dtype, clock: Clock, *, side: int, copy_bytes: int, rounds: int
+    device: torch.device, dtype: torch.dtype, clock: HostClock, *, side: int, copy_bytes: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Bandwidth of a device copy, bytes read plus bytes written, and the rate of a square product; errors as text."""
     calls, amounts = {}, {}

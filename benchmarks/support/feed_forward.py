@@ -120,11 +120,7 @@ class FeedForwardCase:
             "products": self.products,
             "products_joined": lambda: self.products(joined=True),
             **eager,
-            **{f"{name}_compiled": compiled(_compiling(factory)) for name, factory in eager.items()},
+            **{f"{name}_compiled": compiled(functools.partial(factory, True)) for name, factory in eager.items()},
             "fused": self.fused,
             **{f"strategy_{name}": functools.partial(self.fused, name) for name in strategies(self.case.device)},
         }
-
-
-def _compiling(factory: Callable[[bool], Variant]) -> Factory:
-    return lambda: factory(True)

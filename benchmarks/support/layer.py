@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -125,25 +125,19 @@ class LayerCase:
         vectors = [vector.detach().requires_grad_() for vector in self.bias_vectors()]
         sets = [(packed.clone().requires_grad_(), *vectors) for packed in self.packed]
 
+        layer = self.layer
+        if strategy is not None:
+            layer = copy.copy(layer)  # over the same parameters
+            layer.packed_ffn = functools.partial(layer.packed_ffn, strategy=strategy)
+
         def run(x: Tensor, *bias: Tensor) -> Tensor:
-            with self._routed_by(strategy):
-                return self.layer(x, route, bias)
+            return layer(x, route, bias)
 
         note = HOW_FUSED_RUNS if strategy is None else f"routed_ffn by the strategy {strategy}"
         variant = trained(run, sets, self.gradients, self.parameters, note=note)
         if not drop_path:  # else it computes something else
             variant.rows = variant.gradient_rows = lambda rows: rows
         return variant
-
-    @contextlib.contextmanager
-    def _routed_by(self, strategy: str | None) -> Iterator[None]:
-        """Let the layer's FFN run by a strategy."""
-        if strategy is not None:
-            self.layer.packed_ffn = functools.partial(type(self.layer).packed_ffn, self.layer, strategy=strategy)
-        try:
-            yield
-        finally:
-            self.layer.__dict__.pop("packed_ffn", None)
 
     def products(self, joined: bool = False) -> products.BareProducts:
         """The layer's bare products."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import platform
 import re
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 
-import onepeace_fast
+from onepeace_fast import info
 
 QUERY = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit",
@@ -48,23 +47,11 @@ def nvidia_smi() -> dict[str, str]:
     return {"error": " ".join((answer.stdout + answer.stderr).split())}
 
 
-def _triton_version() -> str:
-    try:
-        return importlib.import_module("triton").__version__
-    except ImportError as error:
-        return f"none: {error}"
-
-
 def versions() -> dict[str, str]:
     """Versions of everything that decides a time."""
-    return {
-        "onepeace_fast": onepeace_fast.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda_of_torch": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-        "triton": _triton_version(),
-    }
+    found = info.versions()
+    cuda = {"cuda_of_torch": found.pop("cuda"), "cudnn": str(torch.backends.cudnn.version())}
+    return {"python": platform.python_version(), **found, **cuda}
 
 
 def describe(device: torch.device) -> dict[str, Any]:

@@ -10,37 +10,24 @@ import pytest
 import torch
 
 from benchmarks.support import relative_bias_attention as attention
-from benchmarks.support import shapes
+from benchmarks.support import sections
 from benchmarks.support.pointwise import Operation, PointwiseCase, operations
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.variants import MODES, LeftOut, Variant
+from benchmarks.support.variants import LeftOut, Variant
 
-SHAPE = Shape("vision-language 32", {"text": shapes.text(32), "image": shapes.image(32)})
-SIZES = Sizes(width=1536, hidden=6144, heads=24)
+SHAPE, SIZES = sections.full_shapes()[0], sections.FULL
 # Of tensors that hold nothing: only the names are asked for.
 _NOTHING = PointwiseCase(
     Shape("one", {"text": [1]}), Sizes(1, 1, 1), torch.device("meta"), torch.float32, 1, stream=torch.float32
 )
 POINTWISE = {name: tuple(make().factories) for name, make in operations(_NOTHING).items()}
-VARIANTS = {
-    **POINTWISE,
-    "relative_bias_attention": (
-        "bias_built_sdpa_memory_efficient",
-        "sdpa_memory_efficient",
-        "sdpa_cudnn",
-        "xformers",
-        "flex_attention",
-        "flash_attention_no_bias",
-        "fused_no_bias",
-        "fused_frozen_tables",
-        "fused",
-    ),
-}
+ATTENTION = (
+    "bias_built_sdpa_memory_efficient", "sdpa_memory_efficient", "sdpa_cudnn", "xformers", "flex_attention",
+    "flash_attention_no_bias", "fused_no_bias", "fused_frozen_tables", "fused",
+)  # fmt: skip
 ATTENTION_SHAPES = {shape.name: shape for shape in attention.full_shapes()}
 ROUNDS, WARM_UP, SETS = 50, 5, 4
 skip_without_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
-
-__all__ = ["ATTENTION_SHAPES", "MODES", "POINTWISE", "VARIANTS", "run_attention", "run_pointwise", "skip_without_gpu"]
 
 
 @functools.cache
@@ -60,18 +47,8 @@ def attention_operation(shape: str) -> Operation:
     ).operation()
 
 
-def run_pointwise(name: str, variant: str, mode: str, benchmark: Any) -> None:
-    """Time one variant of an operation between the products."""
-    _run(operation(name), variant, mode, f"{name}, {mode}, {SHAPE.real_tokens} rows", benchmark)
-
-
-def run_attention(shape: str, variant: str, mode: str, benchmark: Any) -> None:
-    """Time one variant of attention at one shape."""
-    _run(attention_operation(shape), variant, mode, f"relative_bias_attention, {mode}, {shape} tokens", benchmark)
-
-
-def _run(measured: Operation, variant: str, mode: str, group: str, benchmark: Any) -> None:
-    """Time from a quiet device until it is quiet again, so launches count, as in eager training."""
+def run(measured: Operation, variant: str, mode: str, group: str, benchmark: Any) -> None:
+    """Time one variant from a quiet device until it is quiet again, so launches count, as in eager training."""
     if variant not in measured.factories:
         pytest.skip("not measured at this shape")
     try:

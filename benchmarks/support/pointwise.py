@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Factory, Variant, compiled, trained
 from onepeace_fast.hardware.cases import OVER_ROWS, Rows, empty_tensors
-from onepeace_fast.ops import gated_sub_ln, layer_norm, residual_layer_norm
+from onepeace_fast.ops import gated_sub_ln, residual_layer_norm
 
 EPS = 1e-5
 GOAL = 0.85  # of the bandwidth of a copy
@@ -76,21 +76,12 @@ class Operation:
 
 def operations(case: PointwiseCase) -> dict[str, Callable[[], Operation]]:
     """What is measured, by the name of the operation's file; made when it is its turn, for its memory."""
-    others = {name: functools.partial(case_operation, name) for name in OVER_ROWS if name not in OPERATIONS}
-    return {name: functools.partial(make, case) for name, make in {**OPERATIONS, **others}.items()}
+    made = {name: functools.partial(case_operation, name) for name in OVER_ROWS} | OPERATIONS
+    return {name: functools.partial(make, case) for name, make in made.items()}
 
 
-def layer_norm_operation(case: PointwiseCase) -> Operation:
-    """One weight and bias for all rows."""
-    width = case.sizes.width
-    (weight,), (bias,) = case.vectors(width, around=1.0), case.vectors(width)
-    xs, gradients = case.tensors(width, leaf=True), case.tensors(width)
-
-    def fused(x: Tensor) -> Tensor:
-        return layer_norm(x, weight, bias, eps=EPS)
-
-    def eager(x: Tensor) -> Tensor:
-        return F.layer_norm(x, (width,), weight, bias, EPS)
+def layer_norm_peers(weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Function]]:
+    """Others' functions with one weight and bias for all rows."""
 
     def liger() -> Function:
         function = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
@@ -98,19 +89,13 @@ def layer_norm_operation(case: PointwiseCase) -> Operation:
 
     def apex() -> Function:
         function = importlib.import_module("apex.normalization.fused_layer_norm").fused_layer_norm_affine
-        return lambda x: function(x, weight, bias, (width,), EPS)
+        return lambda x: function(x, weight, bias, weight.shape, EPS)
 
     def flash_attention() -> Function:
         function = importlib.import_module("flash_attn.ops.triton.layer_norm").layer_norm_fn
         return lambda x: function(x, weight, bias, eps=EPS)
 
-    peers = {"liger": liger, "apex": apex, "flash-attn": flash_attention}
-    row = (width, case.dtype)
-    return Operation(
-        _factories(fused, eager, peers, [(x,) for x in xs], gradients, [weight, bias]),
-        forward_bytes=case.moved(row, row),
-        backward_bytes=case.moved(row, row, row),
-    )
+    return {"liger": liger, "apex": apex, "flash-attn": flash_attention}
 
 
 def case_operation(name: str, case: PointwiseCase) -> Operation:
@@ -120,6 +105,7 @@ def case_operation(name: str, case: PointwiseCase) -> Operation:
     matrices = {key: (width, leaf.dtype) for key, leaf in first.leaves.items() if leaf.dim() == 2}
     names = [key for key in first.leaves if key not in matrices]
     vectors = dict(zip(names, case.vectors(width, len(names), around=1.0), strict=True))
+    peers = layer_norm_peers(**vectors) if name == "layer_norm" else {}
 
     def of_rows(function: Function) -> Function:
         return lambda *rows: function(**dict(zip(matrices, rows, strict=True)), **vectors)
@@ -127,7 +113,7 @@ def case_operation(name: str, case: PointwiseCase) -> Operation:
     sets = list(zip(*(case.tensors(*matrix, leaf=True) for matrix in matrices.values()), strict=True))
     inputs, output = list(matrices.values()), (width, case.dtype)
     return Operation(
-        _factories(of_rows(first.call), of_rows(first.plain), {}, sets, case.tensors(width), list(vectors.values())),
+        _factories(of_rows(first.call), of_rows(first.plain), peers, sets, case.tensors(width), list(vectors.values())),
         forward_bytes=case.moved(*inputs, output),
         backward_bytes=case.moved(*inputs, *inputs, output),
     )
@@ -190,11 +176,7 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
     )
 
 
-OPERATIONS = {
-    "layer_norm": layer_norm_operation,
-    "residual": residual_operation,
-    "gated_sub_ln": gated_sub_ln_operation,
-}
+OPERATIONS = {"residual": residual_operation, "gated_sub_ln": gated_sub_ln_operation}
 
 
 def _factories(

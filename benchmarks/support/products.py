@@ -7,7 +7,7 @@ its two backward products. Attention's products run at real lengths: samples of 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,33 +15,15 @@ from torch import Tensor
 from benchmarks.support.shapes import Shape, Sizes
 from benchmarks.support.variants import Variant
 
+Products = list[tuple[Tensor, Tensor]]
 
-@dataclass(frozen=True)
-class Linear:
+
+class Linear(NamedTuple):
     """y = x w^T over a range of rows."""
 
     rows: slice
     inner: int
     outer: int
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of the forward product."""
-        return 2 * (self.rows.stop - self.rows.start) * self.inner * self.outer
-
-
-@dataclass(frozen=True)
-class Attention:
-    """s = q k^T and o = p v of ``batch`` heads of one length."""
-
-    batch: int
-    length: int
-    head_dim: int
-
-    @property
-    def operations(self) -> int:
-        """Floating-point operations of both forward products."""
-        return 4 * self.batch * self.length**2 * self.head_dim
 
 
 def feed_forward(shape: Shape, sizes: Sizes, joined: bool = False) -> list[Linear]:
@@ -63,71 +45,63 @@ def projections(shape: Shape, sizes: Sizes, joined: bool = False) -> list[Linear
     return [Linear(rows, width, outer) for outer in outers]
 
 
-def attention(shape: Shape, sizes: Sizes) -> list[Attention]:
-    """Products of attention itself, one group for each length of a sample."""
+def attention(shape: Shape, sizes: Sizes) -> list[tuple[int, int, int]]:
+    """Products of attention itself, s = q k^T and o = p v: heads of one length, that length and a head's width."""
     groups = Counter(shape.sample_lengths)
-    return [Attention(n * sizes.heads, length, sizes.width // sizes.heads) for length, n in sorted(groups.items())]
+    return [(n * sizes.heads, length, sizes.width // sizes.heads) for length, n in sorted(groups.items())]
 
 
 class BareProducts:
-    """Runs products over several input sets."""
+    """Runs products over several input sets: for each the pairs of factors of both passes."""
 
     def __init__(
-        self, linears: list[Linear], groups: list[Attention], device: torch.device, dtype: torch.dtype, sets: int
-    ) -> None:
-        self.linears, self.groups, self.sets = linears, groups, sets
-        rows = max(linear.rows.stop for linear in linears)
-        widths = {width for linear in linears for width in (linear.inner, linear.outer)}
-
+        self, linears: list[Linear], groups: list[tuple[int, int, int]], device: torch.device, dtype: torch.dtype,
+        sets: int,
+    ) -> None:  # fmt: skip
         def random(*size: int, scale: float = 1.0) -> Tensor:
             return (scale * torch.randn(size, device=device)).to(dtype)
 
-        self.matrices = [{width: random(rows, width) for width in widths} for _ in range(sets)]
-        self.weights = [random(linear.outer, linear.inner, scale=0.02) for linear in linears]
-        self.heads = [
-            [[random(group.batch, group.length, group.head_dim) for _ in range(4)] for group in groups]
-            for _ in range(sets)
-        ]
+        rows = max(linear.rows.stop for linear in linears)
+        widths = {width for linear in linears for width in (linear.inner, linear.outer)}
+        weights = [random(linear.outer, linear.inner, scale=0.02) for linear in linears]
         # Probabilities and score gradients: one set of each, larger than any cache together with the rest.
-        self.squares = [
-            [random(group.batch, group.length, group.length, scale=1 / group.length) for _ in range(2)]
-            for group in groups
-        ]
+        squares = [[random(n, length, length, scale=1 / length) for _ in range(2)] for n, length, _ in groups]
+        self.sets: list[tuple[Products, Products]] = []
+        for _ in range(sets):
+            matrices = {width: random(rows, width) for width in widths}
+            forward: Products = []
+            backward: Products = []
+            for linear, weight in zip(linears, weights, strict=True):
+                x, dy = (matrices[width][linear.rows] for width in (linear.inner, linear.outer))
+                forward.append((x, weight.t()))
+                backward += [(dy, weight), (dy.t(), x)]
+            for group, (p, ds) in zip(groups, squares, strict=True):
+                q, k, v, dout = (random(*group) for _ in range(4))
+                forward += [(q, k.transpose(1, 2)), (p, v)]
+                backward += [(dout, v.transpose(1, 2)), (p.transpose(1, 2), dout), (ds, k), (ds.transpose(1, 2), q)]
+            self.sets.append((forward, backward))
 
     @property
     def operations(self) -> int:
         """Floating-point operations of all forward products; the backward ones are twice as many."""
-        return sum(item.operations for item in (*self.linears, *self.groups))
+        return sum(2 * left.numel() * right.shape[-1] for left, right in self.sets[0][0])
 
     def forward(self, index: int) -> Tensor:
         """All forward products."""
-        matrices, heads = self.matrices[index % self.sets], self.heads[index % self.sets]
-        for linear, weight in zip(self.linears, self.weights, strict=True):
-            y = torch.mm(matrices[linear.inner][linear.rows], weight.t())
-        for (q, k, v, _), (p, _) in zip(heads, self.squares, strict=True):
-            torch.bmm(q, k.transpose(1, 2))
-            torch.bmm(p, v)
-        return y
+        return _multiply(self.sets[index % len(self.sets)][0])
 
-    def backward(self, index: int) -> Tensor:
-        """Two products for each forward one."""
-        matrices, heads = self.matrices[index % self.sets], self.heads[index % self.sets]
-        for linear, weight in zip(self.linears, self.weights, strict=True):
-            x, dy = (matrices[width][linear.rows] for width in (linear.inner, linear.outer))
-            dx = torch.mm(dy, weight)
-            torch.mm(dy.t(), x)
-        for (q, k, v, dout), (p, ds) in zip(heads, self.squares, strict=True):
-            torch.bmm(dout, v.transpose(1, 2))
-            torch.bmm(p.transpose(1, 2), dout)
-            torch.bmm(ds, k)
-            torch.bmm(ds.transpose(1, 2), q)
-        return dx
+    def forward_backward(self, index: int) -> Tensor:
+        """These, and two for each in the backward pass."""
+        self.forward(index)
+        return _multiply(self.sets[index % len(self.sets)][1])
 
     def variant(self, note: str = "") -> Variant:
         """The products as a variant; it has no output to compare."""
+        return Variant(self.forward, self.forward_backward, note=note)
 
-        def forward_backward(index: int) -> Tensor:
-            self.forward(index)
-            return self.backward(index)
 
-        return Variant(self.forward, forward_backward, note=note)
+def _multiply(products: Products) -> Tensor:
+    """Each product by the vendor's library, into a fresh output; the last one is returned."""
+    for left, right in products:
+        result = torch.mm(left, right) if left.dim() == 2 else torch.bmm(left, right)
+    return result

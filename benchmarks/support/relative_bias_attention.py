@@ -168,8 +168,7 @@ class AttentionCase:
         """Upstream's way: a dense bias built once, PyTorch's attention in every layer, dense gradients added up."""
 
         def build() -> list[Tensor]:
-            bias = self.layer.dense_bias()
-            return [F.pad(bias, (0, -bias.shape[-1] % ALIGNMENT))[..., : bias.shape[-1]]]
+            return [self.aligned(self.layer.dense_bias())]
 
         sets = [tuple(self._pad(x) for x in qkv.unbind(1)) for qkv in self.qkv]
         gradients = [self._pad(gradient) for gradient in self.gradients]
@@ -208,7 +207,7 @@ class AttentionCase:
             (bias,) = given or [self.layer.dense_bias()]
             return self._sdpa(backend, q, k, v, bias)
 
-        given = () if build else (self.aligned_bias().requires_grad_(not frozen),)
+        given = () if build else (self.aligned(self.layer.dense_bias().detach()).requires_grad_(not frozen),)
         variant = self._padded(run, given, self.tables if build else ())
         variant.note = "the bias is frozen: cuDNN has no gradient of it" if frozen else ""
         if not cuda:
@@ -223,7 +222,7 @@ class AttentionCase:
     def xformers(self) -> Variant:
         """xformers' attention, which upstream takes where it is installed, with a dense bias that is given."""
         attention = importlib.import_module("xformers.ops").memory_efficient_attention
-        bias = self.aligned_bias().requires_grad_()
+        bias = self.aligned(self.layer.dense_bias().detach()).requires_grad_()
         return self._padded(lambda q, k, v, bias: attention(q, k, v, attn_bias=bias), (bias,))
 
     def flex_attention(self, compile_it: bool = True) -> Variant:
@@ -267,13 +266,11 @@ class AttentionCase:
         variant.gradient_rows = lambda gradient: gradient[back].transpose(0, 1).flatten(0, 1)
         return self._described(variant, bias=False)
 
-    def aligned_bias(self) -> Tensor:
-        """The dense bias; a view of wider rows, for what would otherwise copy it on every call."""
-        bias = self.layer.dense_bias().detach()
+    @staticmethod
+    def aligned(bias: Tensor) -> Tensor:
+        """A dense bias as a view of wider rows, for what would otherwise copy it on every call."""
         length = bias.shape[-1]
-        wider = bias.new_zeros(*bias.shape[:-1], -(-length // ALIGNMENT) * ALIGNMENT)
-        wider[..., :length] = bias
-        return wider[..., :length]
+        return F.pad(bias, (0, -length % ALIGNMENT))[..., :length]
 
     def _padded(self, function: Callable[..., Tensor], bias: tuple[Tensor, ...], parameters: Any = ()) -> Variant:
         """A variant of a function of q, k, v [batch, length, heads, head_dim] and a bias in whatever form."""

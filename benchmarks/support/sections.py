@@ -22,6 +22,7 @@ from benchmarks.support.variants import MODES, Factory, Runner
 FULL = Sizes(width=1536, hidden=6144, heads=24)
 TINY = Sizes(width=64, hidden=128, heads=2)
 MODALITIES_BY_ROWS = 2
+POINTWISE = ("layer_norm", "residual", "gated_sub_ln")  # what the model launches
 COMPILED = {  # the compiled peers of each kind, and what is measured beside them
     "layer": ("products", "reference", "reference_compiled", "fused"),
     "ffn": ("products", "sliced", "sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled", "fused"),
@@ -131,22 +132,21 @@ def headline(quick: bool, device: torch.device) -> list[Section]:
     return [
         _layer(batch, warmed=("fused", *own, f"fused_drop_path_{DROP_PATH}")),
         _feed_forward(batch, warmed=("fused", *own)),
-        *(_feed_forward_by_rows(shape, ("products", "sliced", *own)) for shape in by_rows),
+        *(_feed_forward(shape, True, names=("products", "sliced", *own)) for shape in by_rows),
         _attention(image),
-        *(_pointwise(name, batch, warmed=("fused",)) for name in ("layer_norm", "residual", "gated_sub_ln")),
+        *(_pointwise(name, batch, warmed=("fused",)) for name in POINTWISE),
     ]
 
 
 def rest(quick: bool) -> list[Section]:
     """The compiled peers at the headline's shapes, every other shape, and the compiled peers there."""
     (batch, *batches), (image, *images) = _batches(quick), _attention_shapes(quick)
-    names = ("layer_norm", "residual", "gated_sub_ln")
     compiled_there = [] if quick else [
         *(section(shape) for shape in batches for section in (_layer, _feed_forward)), *map(_attention, images)
     ]  # fmt: skip
     return [
         _compiled(_layer(batch)), _compiled(_feed_forward(batch)), _compiled(_attention(image)),
-        *(_compiled(_pointwise(name, batch)) for name in names),
+        *(_compiled(_pointwise(name, batch)) for name in POINTWISE),
         _bias(batch),
         *(section(shape) for shape in batches for section in (_layer, _feed_forward, _bias)),
         *map(_attention, images),
@@ -191,20 +191,13 @@ def _layer(shape: Shape, **how: Any) -> Section:
     return Section(f"layer, {shape.name}", "layer", prepare, **how)
 
 
-def _feed_forward(shape: Shape, **how: Any) -> Section:
+def _feed_forward(shape: Shape, rows_alone: bool = False, **how: Any) -> Section:
     def prepare(setting: Setting) -> Prepared:
-        factories = FeedForwardCase(setting.layer_case(shape)).factories()
+        case = RoutedRows(shape, *setting.where) if rows_alone else setting.layer_case(shape)
+        factories = FeedForwardCase(case).factories()
         return Prepared(factories, "sliced", lambda records: {**_described(shape), **with_tax(records)})
 
     return Section(f"routed FFN, {shape.name}", "ffn", prepare, **how)
-
-
-def _feed_forward_by_rows(shape: Shape, names: tuple[str, ...]) -> Section:
-    def prepare(setting: Setting) -> Prepared:
-        factories = FeedForwardCase(RoutedRows(shape, *setting.where)).factories()
-        return Prepared(factories, "sliced", lambda records: {**_described(shape), **with_tax(records)})
-
-    return Section(f"routed FFN, {shape.name}", "ffn", prepare, names)
 
 
 def _bias(shape: Shape) -> Section:

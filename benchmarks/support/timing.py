@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -29,6 +29,10 @@ class Timing:
         """The figure that is reported."""
         return statistics.median(self.seconds)
 
+    def shown(self) -> str:
+        """Median and extremes for a table, in milliseconds."""
+        return f"{self.median * 1e3:.0f} ({min(self.seconds) * 1e3:.0f}-{max(self.seconds) * 1e3:.0f})"
+
     def record(self) -> dict[str, Any]:
         """Median, extremes and number of runs, in milliseconds."""
         milliseconds = [1e3 * value for value in self.seconds]
@@ -44,6 +48,16 @@ class Timing:
         return record
 
 
+def backends(reference: Timing, fused: Timing, threads: int) -> tuple[dict[str, Any], dict[str, str]]:
+    """Both backends' timings: what was measured, and the same by the headings of a table."""
+    speed_up = reference.median / fused.median
+    both = {"reference": reference, "fused": fused}
+    shown = {f"{name} ms": timing.shown() for name, timing in both.items()}
+    shown |= {"rounds": str(len(fused.seconds)), "speed-up": f"{speed_up:.2f}"}
+    records = {name: timing.record() for name, timing in both.items()}
+    return {"threads": threads, **records, "speed_up": round(speed_up, 4)}, shown
+
+
 class DeviceLost(Exception):
     """The device answers nothing to this process any more, as after an illegal access: only a new process helps.
 
@@ -51,31 +65,24 @@ class DeviceLost(Exception):
     """
 
 
-class Clock(Protocol):
-    """Times one call; ``lead`` is how long the host needed last time to start its work."""
-
-    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
-        """Run ``call(index)``; returns its time and the host's, in seconds."""
-
-    def recover(self) -> None:
-        """Bring the device back to order after a call that failed, or raise ``DeviceLost``."""
-
-
 class HostClock:
     """Wall-clock time, for a device whose work is done when the call returns."""
 
     def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
-        """The call's wall-clock time, twice."""
+        """Run ``call(index)``; returns its time and the host's to start its work, in seconds.
+
+        ``lead`` is what the host needed last time.
+        """
         start = time.perf_counter()
         call(index)
         seconds = time.perf_counter() - start
         return seconds, seconds
 
     def recover(self) -> None:
-        """Nothing to do."""
+        """Bring the device back to order after a call that failed, or raise ``DeviceLost``; here nothing is to do."""
 
 
-class EventClock:
+class EventClock(HostClock):
     """Device time between two CUDA events.
 
     Before the first event the device sleeps for about as long as the host needs to start the call's kernels, so that
@@ -127,7 +134,7 @@ class EventClock:
             raise DeviceLost("", describe_error(error)) from error
 
 
-def clock_for(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> HostClock:
     """The clock of a device."""
     return EventClock() if device.type == "cuda" else HostClock()
 
@@ -137,7 +144,7 @@ def describe_error(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
-def recovered(clock: Clock, called: Any, error: Exception) -> str:
+def recovered(clock: HostClock, called: Any, error: Exception) -> str:
     """The error of a call in one line, the device back to order; raises ``DeviceLost`` where it cannot be."""
     line = describe_error(error)
     try:
@@ -148,7 +155,7 @@ def recovered(clock: Clock, called: Any, error: Exception) -> str:
 
 
 def interleaved(
-    calls: Mapping[str, Call], clock: Clock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
+    calls: Mapping[str, Call], clock: HostClock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
     seconds: float = math.inf,
 ) -> tuple[dict[str, Timing], dict[str, str]]:  # fmt: skip
     """Time every call in turn, round after round; ``call(round)`` picks its inputs by the round.

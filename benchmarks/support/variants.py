@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.support.timing import Clock, DeviceLost, Timing, interleaved, recovered
+from benchmarks.support.timing import DeviceLost, HostClock, Timing, interleaved, recovered
 
 MODES = ("forward", "forward_backward")
 PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure
@@ -94,11 +94,7 @@ class Budget:
         self.stop = time.perf_counter() + seconds
         self.no_compile = no_compile
         self.compile_seconds: dict[str, float] = {}
-        self.sections_left = 1
-
-    def section(self, left: int) -> None:
-        """Begin a section; ``left`` counts it and those that follow."""
-        self.sections_left = left
+        self.sections_left = 1  # the one that runs and those that follow
 
     @property
     def seconds_left(self) -> float:
@@ -129,7 +125,7 @@ class Runner:
     of each before its first run, and an empty one before times are taken.
     """
 
-    clock: Clock
+    clock: HostClock
     budget: Budget
     rounds: int
     tolerance: float

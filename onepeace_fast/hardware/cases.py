@@ -6,9 +6,10 @@ selftest compares them with the reference, tune times the first of each entry of
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -53,6 +54,15 @@ class Case:
     slices: Mapping[str, Sequence[object]] = field(default_factory=dict)
     plain: Callable[..., Any] | None = None
 
+    def outputs(self) -> list[Tensor]:
+        """What the operation gives; from now on every leaf requires a gradient."""
+        result = self.call(**{name: leaf.requires_grad_() for name, leaf in self.leaves.items()})
+        return [result] if isinstance(result, Tensor) else list(result)
+
+    def gradients(self, outputs: Sequence[Tensor], incoming: Sequence[Tensor], **how: bool) -> tuple[Tensor, ...]:
+        """The gradient of each leaf for those of the outputs; ``how`` is autograd's."""
+        return torch.autograd.grad(outputs, list(self.leaves.values()), incoming, **how)
+
 
 def random_tensors(device: torch.device, seed: int = 0) -> Make:
     """Standard normal tensors, the same each time: ``make(*shape, dtype=..., scale=1, shift=0)``."""
@@ -74,59 +84,41 @@ def empty_tensors(device: torch.device) -> Make:
     return make
 
 
-@dataclass(frozen=True)
+def pairs(
+    cases: Callable[[Make, torch.device], Iterator[Case]], device: torch.device, seed: int = 0
+) -> Iterator[tuple[Case, Case]]:
+    """The same cases on the CPU and on a device, their random tensors made on the CPU."""
+    cpu = torch.device("cpu")
+    make, same = random_tensors(cpu, seed), random_tensors(cpu, seed)
+
+    def copied(*shape: int, **how: Any) -> Tensor:
+        return same(*shape, **how).to(device)
+
+    return zip(cases(make, cpu), cases(copied, device), strict=True)
+
+
 class Rows:
-    """A packed batch: three modalities of which the second is empty, and inert rows at the end."""
+    """A packed batch: three modalities of which the second is empty, five samples, and inert rows at the end."""
 
-    rows: int
-    device: torch.device
+    def __init__(self, rows: int, device: torch.device) -> None:
+        def integers(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32).to(device)
 
-    @cached_property
-    def counts(self) -> list[int]:
-        """Rows of each modality."""
-        real = max(self.rows - INERT_ROWS, 0)
-        return [real // 3, 0, real - real // 3]
-
-    @cached_property
-    def offsets(self) -> Tensor:
-        """The plan's."""
-        return _integers([sum(self.counts[:m]) for m in range(MODALITIES + 1)], self.device)
-
-    @cached_property
-    def modalities(self) -> list[slice]:
-        """The rows of each modality."""
-        first = [sum(self.counts[:m]) for m in range(MODALITIES + 1)]
-        return [slice(*bounds) for bounds in pairwise(first)]
-
-    @cached_property
-    def some(self) -> Tensor:
-        """A row index: four rows of five, the last of them first."""
-        return _integers([row for row in reversed(range(self.rows)) if row % 5], self.device)
-
-    @cached_property
-    def some_offsets(self) -> Tensor:
-        """First row of each modality among those of the index, whose last entry is inert."""
-        real = max(len(self.some) - 1, 0)
-        return _integers([0, real // 3, real // 3, real], self.device)
-
-    @cached_property
-    def sample(self) -> Tensor:
-        """Sample of each row, of five samples."""
-        return torch.arange(self.rows, dtype=torch.int32, device=self.device) % 5
-
-    @cached_property
-    def seed(self) -> Tensor:
-        """Dropout's."""
-        return torch.full((), 7, dtype=torch.int64, device=self.device)
-
-    @cached_property
-    def drop_path(self) -> Tensor:
-        """DropPath's factor of each sample; one is dropped."""
-        return torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], dtype=torch.float32, device=self.device)
-
-
-def _integers(values: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32).to(device)
+        self.rows, self.device = rows, device
+        first, real = max(rows - INERT_ROWS, 0) // 3, max(rows - INERT_ROWS, 0)
+        bounds = [0, first, first, real]
+        self.counts = [stop - start for start, stop in pairwise(bounds)]
+        self.modalities = [slice(start, stop) for start, stop in pairwise(bounds)]
+        self.offsets = integers(bounds)
+        # Four rows of five, the last of them first; of the modalities' rows among them the last is inert.
+        self.some = integers([row for row in reversed(range(rows)) if row % 5])
+        real_of_some = max(len(self.some) - 1, 0)
+        self.some_offsets = integers([0, real_of_some // 3, real_of_some // 3, real_of_some])
+        self.of_some = {"row_index": self.some, "offsets": self.some_offsets}
+        self.seed = torch.full((), 7, dtype=torch.int64, device=device)  # dropout's
+        drop_path = torch.tensor([1.25, 0.0, 1.25, 1.25, 1.25], dtype=torch.float32, device=device)
+        sample = torch.arange(rows, dtype=torch.int32, device=device) % 5
+        self.scaling = {"drop_path": drop_path, "sample": sample}
 
 
 def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
@@ -152,125 +144,112 @@ def _vectors(name: str, width: int, dtype: torch.dtype, make: Make, shift: float
     return {f"{name}{m}": make(width, dtype=dtype, scale=0.5, shift=shift) for m in range(MODALITIES)}
 
 
-def _listed(name: str, leaves: Mapping[str, Tensor]) -> list[Tensor]:
-    return [leaf for key, leaf in leaves.items() if key.startswith(name)]
+def _listing(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """A call that hands its leaves on by their names; those that end in a number make a list."""
+
+    def call(**leaves: Tensor) -> Any:
+        given = dict(how)
+        for name, leaf in leaves.items():
+            if (listed := _unnumbered(name)) == name:
+                given[name] = leaf
+            else:
+                given.setdefault(listed, []).append(leaf)
+        return function(**given)
+
+    return call
 
 
-def _norm_parameters(width: int, dtype: torch.dtype, make: Make) -> dict[str, Tensor]:
+@cache  # some who call an operation take its time
+def _unnumbered(name: str) -> str:
+    return re.sub(r"_?\d$", "", name)
+
+
+def _norm_parameters(width: int, dtype: torch.dtype, make: Make, prefix: str = "") -> dict[str, Tensor]:
     return {
-        "weight": make(width, dtype=dtype, scale=0.5, shift=1.0), "bias": make(width, dtype=dtype),
+        f"{prefix}weight": make(width, dtype=dtype, scale=0.5, shift=1.0), f"{prefix}bias": make(width, dtype=dtype),
     }  # fmt: skip
 
 
+def _normalised(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> dict[str, Tensor]:
+    return {"x": make(batch.rows, width, dtype=dtype, scale=3.0, shift=1.0)}
+
+
 def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
-    def x() -> Tensor:
-        return make(batch.rows, width, dtype=dtype, scale=3.0, shift=1.0)
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[1:], weight.to(x.dtype), bias.to(x.dtype), 1e-5)
 
-    def per_modality(x: Tensor, **leaves: Tensor) -> Tensor:
-        return layer_norm(x, _listed("weight", leaves), _listed("bias", leaves), offsets=batch.offsets)
-
-    def of_some(x: Tensor, **leaves: Tensor) -> Tensor:
-        vectors = _listed("weight", leaves), _listed("bias", leaves)
-        return layer_norm(x, *vectors, row_index=batch.some, offsets=batch.some_offsets)
-
-    shared, entries = _norm_parameters(width, torch.float32, make), ("layer_norm", "layer_norm_backward")
-    yield Case("layer_norm", "weight, bias", layer_norm, {"x": x(), **shared}, entries)
-    yield Case("layer_norm", "no parameters", layer_norm, {"x": x()}, entries)
-    leaves = _vectors("weight", width, dtype, make) | _vectors("bias", width, dtype, make, 0.0)
-    slices = {"out0": batch.modalities, "x": batch.modalities}
-    yield Case("layer_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
-    yield Case("layer_norm", "row index", of_some, {"x": x(), **leaves}, entries)
+    x, entries = _normalised(batch, width, dtype, make), ("layer_norm", "layer_norm_backward")
+    shared = _norm_parameters(width, torch.float32, make)
+    yield Case("layer_norm", "weight, bias", layer_norm, {**x, **shared}, entries, plain=plain)
+    yield Case("layer_norm", "no parameters", layer_norm, x, entries)
+    leaves = {**x, **_vectors("weight", width, dtype, make), **_vectors("bias", width, dtype, make, 0.0)}
+    yield from _of_modalities(layer_norm, batch, leaves, entries)
     if width % HEADS == 0:
         entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")
         scale = {"head_scale": make(HEADS, dtype=torch.float32, scale=0.5, shift=1.0)}
-        yield Case("layer_norm", "head scale", layer_norm, {"x": x(), **shared, **scale}, entries)
+        yield Case("layer_norm", "head scale", layer_norm, {**x, **shared, **scale}, entries)
+
+
+def _of_modalities(
+    norm: Callable[..., Tensor], batch: Rows, leaves: Mapping[str, Tensor], entries: tuple[str, ...]
+) -> Iterator[Case]:
+    """A norm with parameters for each modality, of all rows and of some."""
+    slices, of_some = {"out0": batch.modalities, "x": batch.modalities}, batch.of_some
+    yield Case(norm.__name__, "per modality", _listing(norm, offsets=batch.offsets), leaves, entries, slices)
+    yield Case(norm.__name__, "row index", _listing(norm, **of_some), leaves, entries)
 
 
 def _rms_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
-    def x() -> Tensor:
-        return make(batch.rows, width, dtype=dtype, scale=3.0, shift=1.0)
-
-    def per_modality(x: Tensor, **weights: Tensor) -> Tensor:
-        return rms_norm(x, _listed("weight", weights), offsets=batch.offsets)
-
-    def of_some(x: Tensor, **weights: Tensor) -> Tensor:
-        return rms_norm(x, _listed("weight", weights), row_index=batch.some, offsets=batch.some_offsets)
-
-    entries, leaves = ("rms_norm", "rms_norm_backward"), _vectors("weight", width, dtype, make)
-
     def plain(x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[1:], weight.to(x.dtype), 1e-5)
 
-    shared = {"x": x(), "weight": make(width, dtype=torch.float32, scale=0.5, shift=1.0)}
-    yield Case("rms_norm", "weight", rms_norm, shared, entries, plain=plain)
-    yield Case("rms_norm", "no weight", rms_norm, {"x": x()}, entries)
-    slices = {"out0": batch.modalities, "x": batch.modalities}
-    yield Case("rms_norm", "per modality", per_modality, {"x": x(), **leaves}, entries, slices)
-    yield Case("rms_norm", "row index", of_some, {"x": x(), **leaves}, entries)
+    x, entries = _normalised(batch, width, dtype, make), ("rms_norm", "rms_norm_backward")
+    weight = {"weight": make(width, dtype=torch.float32, scale=0.5, shift=1.0)}
+    yield Case("rms_norm", "weight", rms_norm, {**x, **weight}, entries, plain=plain)
+    yield Case("rms_norm", "no weight", rms_norm, x, entries)
+    yield from _of_modalities(rms_norm, batch, {**x, **_vectors("weight", width, dtype, make)}, entries)
 
 
 def _residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
     streams = {torch.float32, dtype}
+    scaling, dropout = batch.scaling, {"dropout": 0.1, "seed": batch.seed}
     for stream in sorted(streams, key=str):
-        rows = {
-            "x": make(batch.rows, width, dtype=stream, scale=2.0), "y": make(batch.rows, width, dtype=dtype)
-        }  # fmt: skip
+        x, y = {"x": make(batch.rows, width, dtype=stream, scale=2.0)}, {"y": make(batch.rows, width, dtype=dtype)}
         gamma = {"gamma": make(width, dtype=torch.float32, scale=0.5)}
+        norm = _norm_parameters(width, torch.float32, make, "norm_")
         of_stream = "" if len(streams) == 1 else f", {str(stream).removeprefix('torch.')} stream"
+        rows, some = {**x, **y, **gamma}, {**x, "y": make(len(batch.some), width, dtype=dtype), **gamma}
+        of_some = {**scaling, **dropout, **batch.of_some}
 
-        def scaled(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-            return residual(x, y, gamma, drop_path=batch.drop_path, sample=batch.sample)
+        def case(form: str, function: Callable[..., Any], leaves: Mapping[str, Tensor], **how: Any) -> Case:
+            name = function.__name__
+            call = partial(function, **how)
+            return Case(name, f"{form}{of_stream}", call, leaves, (name, f"{name}_backward"))  # noqa: B023
 
-        def dropped(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
-            return residual(x, y, gamma, drop_path=batch.drop_path, sample=batch.sample, dropout=0.1, seed=batch.seed)
-
-        def normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-            return residual_layer_norm(x, y, gamma, weight, bias, drop_path=batch.drop_path, sample=batch.sample)
-
-        def rms_normed(x: Tensor, y: Tensor, gamma: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return residual_rms_norm(x, y, gamma, weight, drop_path=batch.drop_path, sample=batch.sample)
-
-        def of_some(x: Tensor, y: Tensor, gamma: Tensor, **norm: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-            where: dict[str, Any] = {
-                "drop_path": batch.drop_path,
-                "sample": batch.sample,
-                "row_index": batch.some,
-                "offsets": batch.some_offsets,
-            }
-            if not norm:
-                return residual(x, y, gamma, dropout=0.1, seed=batch.seed, **where)
-            return residual_layer_norm(x, y, gamma, *norm.values(), dropout=0.1, seed=batch.seed, **where)
-
-        entries = ("residual", "residual_backward")
-        yield Case("residual", f"gamma, drop_path{of_stream}", scaled, {**rows, **gamma}, entries)
-        yield Case("residual", f"plain{of_stream}", residual, rows, entries)
-        yield Case("residual", f"gamma, drop_path, dropout{of_stream}", dropped, {**rows, **gamma}, entries)
-        some = {"x": rows["x"], "y": make(len(batch.some), width, dtype=dtype)}
-        yield Case("residual", f"row index, dropout{of_stream}", of_some, {**some, **gamma}, entries)
-        norm = _norm_parameters(width, torch.float32, make)
-        entries = ("residual_layer_norm", "residual_layer_norm_backward")
-        yield Case("residual_layer_norm", f"gamma, drop_path{of_stream}", normed, {**rows, **gamma, **norm}, entries)
-        yield Case("residual_layer_norm", f"row index, dropout{of_stream}", of_some, {**some, **gamma, **norm}, entries)
-        rms, entries = {**rows, **gamma, "weight": norm["weight"]}, ("residual_rms_norm", "residual_rms_norm_backward")
-        yield Case("residual_rms_norm", f"gamma, drop_path{of_stream}", rms_normed, rms, entries)
+        yield case("gamma, drop_path", residual, rows, **scaling)
+        yield case("plain", residual, {**x, **y})
+        yield case("gamma, drop_path, dropout", residual, rows, **scaling, **dropout)
+        yield case("row index, dropout", residual, some, **of_some)
+        yield case("gamma, drop_path", residual_layer_norm, {**rows, **norm}, **scaling)
+        yield case("row index, dropout", residual_layer_norm, {**some, **norm}, **of_some)
+        weight = {"norm_weight": norm["norm_weight"]}
+        yield case("gamma, drop_path", residual_rms_norm, {**rows, **weight}, **scaling)
 
 
 def _gated_sub_ln(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
-    def call(activation: str) -> Callable[..., Tensor]:
-        def run(u: Tensor, v: Tensor | None = None, **leaves: Tensor) -> Tensor:
-            weights, biases = _listed("weight", leaves) or None, _listed("bias", leaves) or None
-            return gated_sub_ln(u, v, weights, biases, offsets=batch.offsets, activation=activation)
-
-        return run
-
-    entries, slices = ("gated_sub_ln", "gated_sub_ln_backward"), {"out0": batch.modalities}
     gate = {"u": make(batch.rows, width, dtype=dtype)}
     gated = {**gate, "v": make(batch.rows, width, dtype=dtype)}
-    norm = _vectors("weight", width, torch.float32, make) | _vectors("bias", width, torch.float32, make, 0.0)
-    yield Case("gated_sub_ln", "gelu, gate, norm", call("gelu"), {**gated, **norm}, entries, slices)
-    yield Case("gated_sub_ln", "silu, gate", call("silu"), gated, entries)
-    yield Case("gated_sub_ln", "gelu_tanh, norm", call("gelu_tanh"), {**gate, **norm}, entries, slices)
-    yield Case("gated_sub_ln", "relu, gate, norm", call("relu"), {**gated, **norm}, entries, slices)
+    norm = _vectors("norm_weight", width, torch.float32, make) | _vectors("norm_bias", width, torch.float32, make, 0.0)
+    forms: dict[str, Mapping[str, Tensor]] = {
+        "gelu, gate, norm": {**gated, **norm},
+        "silu, gate": gated,
+        "gelu_tanh, norm": {**gate, **norm},
+        "relu, gate, norm": {**gated, **norm},
+    }
+    for form, leaves in forms.items():
+        call = _listing(gated_sub_ln, offsets=batch.offsets, activation=form.partition(",")[0])
+        slices = {"out0": batch.modalities} if "norm" in form else {}
+        yield Case("gated_sub_ln", form, call, leaves, ("gated_sub_ln", "gated_sub_ln_backward"), slices)
 
 
 OVER_ROWS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "residual": _residual, "gated_sub_ln": _gated_sub_ln}
@@ -301,10 +280,9 @@ def _routed_ffn(
 ) -> Case:  # fmt: skip
     """With everything, or without gate, norm, biases, LayerScale and residual; on all rows, or some of the stream's."""
     hidden = HIDDEN_FACTOR * width
-    rows, offsets = (len(batch.some), batch.some_offsets) if of_some else (batch.rows, batch.offsets)
-    scaling: dict[str, Any] = {"drop_path": batch.drop_path, "sample": batch.sample} if full else {}
-    scaling |= {"row_index": batch.some} if of_some else {}
-    leaves = {"z": make(rows, width, dtype=dtype)}
+    of_rows = batch.of_some if of_some else {"offsets": batch.offsets}
+    how: dict[str, Any] = {**of_rows, **(batch.scaling if full else {"w1": None})}
+    leaves = {"z": make(len(batch.some) if of_some else batch.rows, width, dtype=dtype)}
     shapes = {"w0": (hidden, width), "w1": (hidden, width), "w2": (width, hidden)}
     for name in shapes if full else ("w0", "w2"):
         scale = shapes[name][1] ** -0.5
@@ -315,16 +293,10 @@ def _routed_ffn(
         leaves |= _vectors("norm_bias", hidden, torch.float32, make, 0.0)
         leaves["gamma"] = make(width, dtype=torch.float32, scale=0.5)
 
-    def call(z: Tensor, residual: Tensor | None = None, gamma: Tensor | None = None, **parameters: Tensor) -> Tensor:
-        lists: dict[str, Any] = {
-            name: _listed(name, parameters) or None for name in ("w1", "b2", "norm_weight", "norm_bias")
-        }
-        strategy = settings.get("strategy") if z.dtype == dtype else None
-        return routed_ffn(
-            z, _listed("w0", parameters), w2=_listed("w2", parameters), offsets=offsets, residual=residual,
-            gamma=gamma, **lists, **scaling, **{**settings, "strategy": strategy},
-        )  # fmt: skip
+    def chosen(z: Tensor, **given: Any) -> Tensor:
+        return routed_ffn(z, **given if z.dtype == dtype else {**given, "strategy": None})
 
+    call = _listing(chosen, **how, **settings)
     return Case("routed_ffn", variant, call, leaves, slices={} if of_some else {"out0": batch.modalities})
 
 
@@ -337,23 +309,16 @@ def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Ite
         modality[rows] = m
         code[rows] = torch.arange(lengths[m], dtype=torch.int32)
         is_cls[rows.stop - 1] |= lengths[m] > 0
-    columns: dict[str, Any] = {name: value.to(batch.device) for name, value in (("modality", modality), ("code", code))}
     leaves = {"qkv": make(batch.rows, 3, heads, HEAD_DIM, dtype=dtype)}
     for m, length in enumerate(lengths):
         leaves[f"bias{m}"] = make(heads, 2 * max(length, 1) - 1 + CLS_ENTRIES, dtype=torch.float32)
     leaves["head_scale"] = make(heads, dtype=torch.float32, scale=0.5, shift=1.0)
 
-    def call(qkv: Tensor, head_scale: Tensor, **bias: Tensor) -> Tensor:
-        return relative_bias_attention(
-            qkv, cu_seqlens=cu_seqlens, **columns, is_cls=is_cls.to(batch.device), bias=_listed("bias", bias),
-            code_offsets=[max(length, 1) - 1 for length in lengths], head_scale=head_scale,
-            max_length=sum(lengths),
-        )  # fmt: skip
-
+    call = _listing(
+        relative_bias_attention, cu_seqlens=cu_seqlens, modality=modality.to(batch.device), code=code.to(batch.device),
+        is_cls=is_cls.to(batch.device), code_offsets=[max(n, 1) - 1 for n in lengths], max_length=sum(lengths),
+    )  # fmt: skip
     slices: dict[str, Sequence[object]] = {"out0": [(rows, head) for rows in batch.modalities for head in range(heads)]}
-    slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in _entries()] for m in range(MODALITIES)}
+    entries = (slice(None, -CLS_ENTRIES), slice(-CLS_ENTRIES, None))
+    slices |= {f"bias{m}": [(h, part) for h in range(heads) for part in entries] for m in range(MODALITIES)}
     yield Case("relative_bias_attention", "bias, head scale", call, leaves, slices=slices)
-
-
-def _entries() -> list[slice]:
-    return [slice(None, -CLS_ENTRIES), slice(-CLS_ENTRIES, None)]

@@ -10,8 +10,8 @@ import argparse
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from onepeace_fast import cuda_extension, kernels
 from onepeace_fast.hardware.cases import (
     Case,
     kernel_cases,
+    pairs,
     product_cases,
     random_tensors,
     specified_cases,
@@ -53,6 +54,7 @@ class Result(NamedTuple):
     tensor: str
     error: float
     allowed: float
+    kind: str = ""
 
     @property
     def kept(self) -> bool:
@@ -62,7 +64,7 @@ class Result(NamedTuple):
     @property
     def closeness(self) -> float:
         """What part of the bound is used up."""
-        if self.error <= self.allowed:
+        if self.kept:
             return self.error / self.allowed if self.allowed else 0.0
         return math.inf if not self.allowed or math.isnan(self.error) else self.error / self.allowed
 
@@ -160,27 +162,37 @@ def approve(device: torch.device) -> Path:
 
 def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = TIMED) -> list[dict[str, Any]]:
     """The classes of rows of the routed FFN, each with the strategy that was faster at its shape, in bfloat16."""
-    fastest = []
+    found = {}
     for rows, width in shapes:
         times = {name: seconds_of_strategy(name, rows, width, device) for name in ("per_modality", "grouped")}
-        fastest.append((rows, min(times, key=times.__getitem__)))
+        found[rows] = times
         said = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in times.items())
         print(f"routed_ffn, forward and backward, {rows} rows of width {width}: {said}")
-    bounds = [math.isqrt(few * many) for (few, _), (many, _) in pairwise(fastest)]
-    classes = [
-        {"width": None, "rows": most, "strategy": name}
-        for most, (_, name) in zip([*bounds, None], fastest, strict=True)
-    ]
-    return [one for one, after in zip(classes, [*classes[1:], None], strict=True)
-            if after is None or after["strategy"] != one["strategy"]]  # fmt: skip
+    return [{"width": None, **one} for one in strategy_classes(found)]
+
+
+def strategy_classes(times: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
+    """Classes of rows in ascending order, each with its fastest strategy, by the times at some numbers of rows.
+
+    Between two measured numbers of rows with different winners a class ends in the middle of their ratio.
+    """
+    result: list[dict[str, Any]] = []
+    last = 0
+    for rows, by_strategy in times.items():
+        fastest = min(by_strategy, key=by_strategy.__getitem__)
+        if result and result[-1]["strategy"] != fastest:
+            result[-1]["rows"] = math.isqrt(last * rows)
+        if not result or result[-1]["strategy"] != fastest:
+            result.append({"rows": None, "strategy": fastest})
+        last = rows
+    return result
 
 
 def seconds_of_strategy(strategy: str, rows: int, width: int, device: torch.device) -> float:
     """Median device time of a forward and a backward pass."""
     case = timed_routed_ffn(rows, width, torch.bfloat16, random_tensors(device), device, strategy)
-    leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
-    incoming = torch.randn_like(case.call(**leaves))
-    return median_time([lambda: torch.autograd.grad(case.call(**leaves), list(leaves.values()), incoming)])
+    incoming = [torch.randn_like(output) for output in case.outputs()]
+    return median_time([lambda: case.gradients(case.outputs(), incoming)])
 
 
 def check(device: torch.device) -> Iterator[Result]:
@@ -190,7 +202,7 @@ def check(device: torch.device) -> Iterator[Result]:
     for dtype in (dtype for dtype in DTYPES if not interpreted or dtype != torch.bfloat16):
         worst: dict[tuple[str, str], Result] = {}
         for on_cpu, on_device in _pairs(dtype, device):
-            for result in _compare(on_cpu, on_device, dtype):
+            for result in compare_case(on_cpu, on_device, dtype):
                 key = (result.operation, result.variant)
                 if key not in worst or result.closeness > worst[key].closeness:
                     worst[key] = result
@@ -199,35 +211,26 @@ def check(device: torch.device) -> Iterator[Result]:
 
 def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Case]]:
     """The same case on the CPU and on the device."""
-
-    def copied(*shape: int, **how: object) -> Tensor:
-        return same(*shape, **how).to(device)
-
     for seed, (rows, width) in enumerate(SMALL if device.type == "cpu" else (*SMALL, *REAL)):
-        make, same = (random_tensors(CPU, seed) for _ in range(2))
-        first = kernel_cases(rows, width, dtype, make, CPU)
-        yield from zip(first, kernel_cases(rows, width, dtype, copied, device), strict=True)
-    make, same = (random_tensors(CPU) for _ in range(2))
-    first = specified_cases(FEW_ROWS, dtype, make, CPU)
-    yield from zip(first, specified_cases(FEW_ROWS, dtype, copied, device), strict=True)
+        yield from pairs(partial(kernel_cases, rows, width, dtype), device, seed)
+    yield from pairs(partial(specified_cases, FEW_ROWS, dtype), device)
     if (device.type == "cuda" and dtype in HALF) or kernels.INTERPRETED:
         for rows, width in PRODUCTS if device.type == "cuda" else PRODUCTS[:1]:
-            make, same = (random_tensors(CPU) for _ in range(2))
-            first = product_cases(rows, width, dtype, make, CPU)
-            yield from zip(first, product_cases(rows, width, dtype, copied, device), strict=True)
+            yield from pairs(partial(product_cases, rows, width, dtype), device)
 
 
-def _compare(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Result]:
+def compare_case(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Result]:
     """Every output and gradient of a case, and every slice of it that the case names."""
-    launches = [_launches()]
+    counts = [launches()]
 
     def counted(**leaves: Tensor) -> Tensor | tuple[Tensor, ...]:
         result = on_device.call(**leaves)
-        launches.append(_launches())
+        counts.append(launches())
         return result
 
     actual, given = outputs_and_gradients(dataclasses.replace(on_device, call=counted))
-    forward_by_kernel, backward_by_kernel = launches[1] > launches[0], _launches() > launches[1]
+    at_start, after_forward = counts
+    forward_by_kernel, backward_by_kernel = after_forward > at_start, launches() > after_forward
     with force_kernels(False):
         plain, _ = outputs_and_gradients(on_cpu, given)
     exact, _ = outputs_and_gradients(on_cpu, given, torch.float64)
@@ -236,12 +239,12 @@ def _compare(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Resu
         by_kernel = forward_by_kernel if name.startswith("out") else backward_by_kernel
         for found in compare(value.cpu(), plain[name], exact[name], slices):
             tensor = name if found.part is ... else f"{name} (part)"
-            yield Result(
-                on_cpu.operation, on_cpu.variant, dtype, by_kernel, tensor, found.error, found.allowed
-            )  # fmt: skip
+            figures = found.error, found.allowed, found.kind
+            yield Result(on_cpu.operation, on_cpu.variant, dtype, by_kernel, tensor, *figures)
 
 
-def _launches() -> int:
+def launches() -> int:
+    """How many kernels and passes of the CUDA extension this process has launched."""
     return launched() + cuda_extension.launched()
 
 
@@ -252,13 +255,13 @@ def outputs_and_gradients(
 
     ``dtype`` is what the leaves are converted to. Returns the gradients of the outputs too, on the CPU.
     """
-    leaves = {name: leaf.to(dtype or leaf.dtype).detach().requires_grad_() for name, leaf in case.leaves.items()}
-    result = case.call(**leaves)
-    outputs = [result] if isinstance(result, Tensor) else list(result)
+    leaves = {name: leaf.detach().to(dtype or leaf.dtype) for name, leaf in case.leaves.items()}
+    case = dataclasses.replace(case, leaves=leaves)
+    outputs = case.outputs()
     if given is None:
         make = random_tensors(CPU, seed=1000)
         given = [make(*output.shape, dtype=output.dtype) for output in outputs]
     incoming = [gradient.to(output) for gradient, output in zip(given, outputs, strict=True)]
-    gradients = torch.autograd.grad(outputs, list(leaves.values()), incoming)
+    gradients = case.gradients(outputs, incoming)
     named = {f"out{i}": output.detach() for i, output in enumerate(outputs)}
     return {**named, **dict(zip(leaves, gradients, strict=True))}, given

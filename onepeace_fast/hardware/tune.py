@@ -212,11 +212,9 @@ def _forward_call(case: Case) -> Callable[[], object]:
 
 
 def _backward_call(case: Case) -> Callable[[], object]:
-    leaves = {name: leaf.requires_grad_() for name, leaf in case.leaves.items()}
-    result = case.call(**leaves)
-    outputs: Sequence[Tensor] = [result] if isinstance(result, Tensor) else result
+    outputs = case.outputs()
     incoming = [torch.randn_like(output) for output in outputs]
-    return lambda: torch.autograd.grad(outputs, list(leaves.values()), incoming, retain_graph=True)
+    return lambda: case.gradients(outputs, incoming, retain_graph=True)
 
 
 def median_time(calls: Sequence[Callable[[], object]]) -> float:

@@ -168,21 +168,27 @@ def _stand_in(value: int, specialized: bool) -> int:
     return wide + (0 if not specialized else value if value == 1 else 16 if value % 16 == 0 else 2)
 
 
-def _compile(capability: int, kernel: Kernel) -> Compiled:
-    """Compile a kernel in this process, for a GPU that need not be there."""
-    from triton import knobs
+def stand_in(capability: int) -> Any:
+    """A driver by which Triton believes that a GPU of a compute capability, as 90, is there: it compiles, no more."""
     from triton.backends.compiler import GPUTarget
-    from triton.runtime.driver import driver
 
     class Driver:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", capability, 32)
 
         def get_current_device(self) -> int:
-            return 0
+            return capability  # kernels are kept by device: one for each target
 
         def get_current_stream(self, device: int) -> int:
             return 0
+
+    return Driver()
+
+
+def _compile(capability: int, kernel: Kernel) -> Compiled:
+    """Compile a kernel in this process, for a GPU that need not be there."""
+    from triton import knobs
+    from triton.runtime.driver import driver
 
     def made(value: Any) -> Any:
         if isinstance(value, tuple):
@@ -191,7 +197,7 @@ def _compile(capability: int, kernel: Kernel) -> Compiled:
 
     cached = []
     knobs.compilation.listener = lambda *_, cache_hit, **__: cached.append(cache_hit)
-    driver.set_active(Driver())
+    driver.set_active(stand_in(capability))
     start = time.perf_counter()
     function = getattr(importlib.import_module(kernel.module), kernel.name)
     arguments = {name: made(value) for name, value in kernel.arguments}

@@ -35,11 +35,5 @@ def build(builds):
 
 @pytest.fixture
 def attend(build, tmp_path):
-    """Run the forward kernel under AddressSanitizer: out and log-sum-exp of each run."""
-    return lambda qkv, **arguments: host_shim.forward(build("address"), tmp_path, qkv, **arguments)
-
-
-@pytest.fixture
-def differentiate(build, tmp_path):
-    """Run the forward and the backward kernels under AddressSanitizer: the gradients of each run."""
-    return lambda qkv, grad, **arguments: host_shim.backward(build("address"), tmp_path, qkv, grad, **arguments)
+    """Run both kernels under AddressSanitizer: the results and the gradients of each run."""
+    return lambda qkv, grad, **arguments: host_shim.attend(build("address"), tmp_path, qkv, grad, **arguments)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import host_shim
 from support.attention_cases import any_cls, lengths, mixed, windowed_grid
-from support.kernel_attention import WALKS, arguments, gradient_of, rounded
+from support.kernel_attention import WALKS, gradient_of
 
 pytestmark = pytest.mark.slow
 HEAD_SIZES = (32, 64, 128)
@@ -30,8 +30,8 @@ def case(name: str, dim: int, orders: tuple[int, ...] = (0,)) -> bytes:
     """Forward and backward; gradients that grow from row to row make the fixed point coarser again and again."""
     batch, walk, _ = CASES[name]
     batch = batch()
-    leaves = rounded(batch, torch.bfloat16, 1, dim)
-    given = arguments(batch, leaves) | walk
+    leaves = batch.leaves(1, dim, dtype=torch.bfloat16)
+    given = batch.given(leaves) | walk
     grad = gradient_of(leaves["qkv"])
     if name == "growing":
         grad *= torch.exp2(torch.arange(len(grad)) / 8)[:, None, None]
@@ -40,17 +40,16 @@ def case(name: str, dim: int, orders: tuple[int, ...] = (0,)) -> bytes:
     return host_shim.attention_case(leaves["qkv"], **given, orders=orders, gradients=gradients)
 
 
-@pytest.mark.parametrize("name, dim", [(name, dim) for name, (_, _, dims) in CASES.items() for dim in dims])
-def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, dim):
-    process = host_shim.run(build("thread"), tmp_path, case(name, dim, orders=(0, 1)))
-    assert process.returncode == 0, process.stderr[:4000]
+RUNS = [(name, dim, "227 KiB") for name, (_, _, dims) in CASES.items() for dim in dims]
+# Of the compact shape of the backward kernel.
+COMPACT = ("three modalities", "CLS in blocks", "split keys", "two walks")
+RUNS += [(name, dim, "99 KiB") for name in COMPACT for dim in HEAD_SIZES[1:]]
 
 
-@pytest.mark.parametrize("dim", HEAD_SIZES[1:])
-@pytest.mark.parametrize("name", ["three modalities", "CLS in blocks", "split keys", "two walks"])
-def test_no_two_threads_of_the_compact_shape_touch_the_same_memory_unordered(build, tmp_path, name, dim):
-    limit = host_shim.SHARED_LIMITS["99 KiB"]
-    process = host_shim.run(build("thread"), tmp_path, case(name, dim, orders=(0, 1)), shared_limit=limit)
+@pytest.mark.parametrize("name, dim, limit", RUNS)
+def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, dim, limit):
+    given = case(name, dim, orders=(0, 1))
+    process = host_shim.run(build("thread"), tmp_path, given, shared_limit=host_shim.SHARED_LIMITS[limit])
     assert process.returncode == 0, process.stderr[:4000]
 
 

@@ -1,18 +1,17 @@
 """The gradient of vectors, sums of scores' gradients in fixed point, on a CPU under AddressSanitizer."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from support.attention_cases import any_cls, kept_grid, lengths, mixed, text_only, windowed_grid
+from support.attention_cases import Batch, any_cls, kept_grid, lengths, mixed, text_only, windowed_grid
 from support.kernel_attention import (
     WALKS,
-    arguments,
-    assert_same_gradients,
-    check_gradients,
+    assert_same,
+    check,
     coded,
     gradient_of,
-    rounded,
     walks,
     wide,
 )
@@ -27,9 +26,9 @@ CODES = {
 
 
 @pytest.mark.parametrize("codes", CODES.values(), ids=CODES)
-def test_any_codes(differentiate, codes):
+def test_any_codes(attend, codes):
     batch = coded(codes)
-    check_gradients(differentiate, batch, wide(batch, 1, 32))
+    check(attend, batch, wide(batch, 1, 32))
 
 
 def rounding(batch, leaves, grad, sample):
@@ -51,21 +50,12 @@ def rounding(batch, leaves, grad, sample):
 
 
 @walks
-def test_the_gradient_of_the_only_modalitys_vector_adds_up_to_zero(differentiate, walk):
-    batch = lengths([50, 3, 37])
-    leaves = wide(batch, 1, 32)
-    gradients = check_gradients(differentiate, batch, leaves, **walk)
-    bound = sum(rounding(batch, leaves, gradient_of(leaves["qkv"]), sample) for sample in range(3))
-    assert abs(gradients.bias[0].double().sum()) < bound < 0.05 * gradients.bias[0].abs().max()
-
-
-@walks
-def test_the_score_gradients_of_a_row_add_up_to_zero(differentiate, walk):
+def test_the_score_gradients_of_a_row_add_up_to_zero(attend, walk):
     """Each modality has a sample of its own: of one body row or one of CLS, all score gradients are in two sums."""
     counts = [(1, 1), (1, 15), (1, 40), (60, 1), (17, 1)]
     batch = any_cls([[count if m == s else (0, 0) for s in range(len(counts))] for m, count in enumerate(counts)])
     leaves = wide(batch, 1, 32)
-    gradients = check_gradients(differentiate, batch, leaves, **walk)
+    gradients = check(attend, batch, leaves, **walk)
     for m, vector in enumerate(gradients.bias):
         as_query, as_key, as_both = vector[0, -3:].double()
         bound = rounding(batch, leaves, gradient_of(leaves["qkv"]), m)
@@ -77,82 +67,85 @@ NOT_FINITE = [(name, *how) for name in ("grad", "q", "k", "v") for how in ((torc
 
 
 @pytest.mark.parametrize("name, value, walk", [*NOT_FINITE, ("grad", torch.nan, "large")])
-def test_what_is_not_finite_reaches_its_sample_and_all_vectors_of_its_head_alone(differentiate, name, value, walk):
+def test_what_is_not_finite_reaches_its_sample_and_all_vectors_of_its_head_alone(attend, name, value, walk):
     batch = windowed_grid(64, "rows") if walk == "large" else mixed()
-    leaves = rounded(batch, torch.bfloat16, 2, 32)
-    qkv, given, rows = leaves["qkv"], arguments(batch, leaves) | WALKS.get(walk, {}), batch.layout.rows_of(0)
+    leaves = batch.leaves(2, 32, dtype=torch.bfloat16)
+    qkv, given, rows = leaves["qkv"], batch.given(leaves) | WALKS.get(walk, {}), batch.layout.rows_of(0)
     grad = gradient_of(qkv)
-    (clean,) = differentiate(qkv, grad, **given)
+    (clean,) = attend(qkv, grad, **given)
     (grad if name == "grad" else qkv[:, "qkv".index(name)])[rows[3], 1, 5] = value
-    (actual,) = differentiate(qkv, grad, **given)
+    (actual,) = attend(qkv, grad, **given)
     assert actual.qkv[rows, :, 1].isnan().any() and actual.head_scale[1].isnan()
     assert all(vector[1].isnan().all() for vector in actual.bias)
-    for gradients in (actual, clean):
-        gradients.qkv[rows, :, 1] = 0
-        for gradient in (gradients.head_scale, *gradients.bias):
+    for results in (actual, clean):
+        results.out[rows, 1] = results.log_sum_exp[rows, 1] = results.qkv[rows, :, 1] = 0
+        for gradient in (results.head_scale, *results.bias):
             gradient[1] = 0
-    assert_same_gradients(actual, clean)
+    assert_same(actual, clean)
 
 
 @pytest.mark.parametrize("head_scale", (torch.nan, torch.inf, 1e37))
-def test_a_head_scale_that_makes_gradients_infinite_makes_all_vectors_of_its_head_nan(differentiate, head_scale):
+def test_a_head_scale_that_makes_gradients_infinite_makes_all_vectors_of_its_head_nan(attend, head_scale):
     batch = text_only()
     leaves = wide(batch, 2, 32)
     grad = 100 * gradient_of(leaves["qkv"])
-    (clean,) = differentiate(leaves["qkv"], grad, **arguments(batch, leaves))
+    (clean,) = attend(leaves["qkv"], grad, **batch.given(leaves))
     leaves["head_scale"][1] = head_scale
-    (actual,) = differentiate(leaves["qkv"], grad, **arguments(batch, leaves))
+    (actual,) = attend(leaves["qkv"], grad, **batch.given(leaves))
     assert actual.bias[0][1].isnan().all() and torch.equal(actual.bias[0][0], clean.bias[0][0])
 
 
-def scaled(leaves, factors):
-    """A gradient of out whose rows have factors."""
-    return gradient_of(leaves["qkv"]) * factors.to(leaves["qkv"].dtype)[:, None, None]
+def outlier(rows):
+    """One row ten thousand times larger."""
+    return torch.ones(rows).index_fill(0, torch.tensor([40]), 1e4)
+
+
+def growing(by):
+    """Rows that grow or shrink from tile to tile."""
+    return lambda rows: torch.exp2(torch.arange(rows) / by)
+
+
+# A batch, its leaves, and the factors of the rows of the gradient.
+FACTORS = {
+    "one row larger": (lambda: lengths([70]), wide, outlier),
+    "one row larger, vectors in bfloat16": (
+        lambda: lengths([70]),
+        partial(Batch.leaves, dtype=torch.bfloat16),
+        outlier,
+    ),
+    "tiny": (kept_grid, wide, lambda rows: torch.full((rows,), 1e-30)),
+    "huge": (kept_grid, wide, lambda rows: torch.full((rows,), 1e30)),
+    "growing": (lambda: lengths([130]), wide, growing(8)),
+    "shrinking": (lambda: lengths([130]), wide, growing(-8)),
+    "growing, large": (lambda: windowed_grid(64, "corners"), wide, growing(8)),
+    "shrinking, large": (lambda: windowed_grid(64, "corners"), wide, growing(-8)),
+}
 
 
 @walks
-@pytest.mark.parametrize("leaves", (rounded, wide))
-def test_one_row_whose_gradient_is_ten_thousand_times_larger(differentiate, leaves, walk):
-    batch = lengths([70])
-    leaves = wide(batch, 1, 32) if leaves is wide else rounded(batch, torch.bfloat16, 1, 32)
-    factors = torch.ones(75)
-    factors[40] = 1e4
-    check_gradients(differentiate, batch, leaves, scaled(leaves, factors), **walk)
+@pytest.mark.parametrize("name", FACTORS)
+def test_gradients_of_any_size(attend, name, walk):
+    make, leaves, factors = FACTORS[name]
+    batch = make()
+    leaves = leaves(batch, heads=1, dim=32)
+    grad = gradient_of(leaves["qkv"]) * factors(len(leaves["qkv"])).bfloat16()[:, None, None]
+    results = check(attend, batch, leaves, grad, **walk)
+    assert results.bias[0].count_nonzero() > 20
 
 
 @pytest.mark.parametrize("size", (0, 1e-6))
-def test_keys_whose_values_are_nothing_beside_those_of_another_part(differentiate, size):
+def test_keys_whose_values_are_nothing_beside_those_of_another_part(attend, size):
     """Their score gradients are the mean, which only the other keys have made large."""
     batch = lengths([150])
     leaves = wide(batch, 1, 128)
     leaves["qkv"][:80, 2] *= size
     for walk in WALKS.values():
-        check_gradients(differentiate, batch, leaves, **walk)
-
-
-@walks
-@pytest.mark.parametrize("size", (1e-30, 1e30))
-def test_tiny_and_huge_gradients(differentiate, size, walk):
-    batch = kept_grid()
-    leaves = wide(batch, 1, 32)
-    gradients = check_gradients(differentiate, batch, leaves, scaled(leaves, torch.full((18,), size)), **walk)
-    assert gradients.bias[0].count_nonzero() > 20
-
-
-@pytest.mark.parametrize("growth", (8, -8))
-@pytest.mark.parametrize(
-    "batch", [lambda: lengths([130]), lambda: windowed_grid(64, "corners")], ids=["shared", "large"]
-)
-def test_gradients_that_grow_or_shrink_from_tile_to_tile(differentiate, batch, growth):
-    batch = batch()
-    leaves = wide(batch, 1, 32)
-    factors = torch.exp2(torch.arange(len(leaves["qkv"])) / growth)
-    check_gradients(differentiate, batch, leaves, scaled(leaves, factors))
+        check(attend, batch, leaves, **walk)
 
 
 @walks
 @pytest.mark.parametrize("order", ("alternating", "half"))
-def test_an_entry_that_half_of_all_pairs_add_to_with_one_sign_does_not_overflow(differentiate, order, walk):
+def test_an_entry_that_half_of_all_pairs_add_to_with_one_sign_does_not_overflow(attend, order, walk):
     """All pairs of equal codes have the largest score gradient there can be, all others its negative."""
     count = 224  # with CLS 15 blocks: as little room below a power of two as there is
     codes = [0, 1] * (count // 2) if order == "alternating" else [0] * (count // 2) + [1] * (count // 2)
@@ -166,6 +159,6 @@ def test_an_entry_that_half_of_all_pairs_add_to_with_one_sign_does_not_overflow(
     leaves["qkv"][:, 2, 0, 0] = sign * almost_one
     grad = torch.zeros_like(leaves["qkv"][:, 0])
     grad[:, 0, 0] = sign
-    gradients = check_gradients(differentiate, batch, leaves, grad, **walk)
+    gradients = check(attend, batch, leaves, grad, **walk)
     expected = almost_one**2 * count / 2 * count / (count + 1)
     assert abs(gradients.bias[0][0, 1].item() - expected) < 1e-5 * expected

@@ -127,22 +127,18 @@ def test_a_header_without_a_length_is_refused(tmp_path):
 
 
 def broken_files(folder):
-    """Name of the case, path, and a part of the line."""
+    """Path, and a part of the line."""
     whole = write(folder / "whole.flac", numpy.random.default_rng(0).uniform(-1, 1, 40_000)).read_bytes()
     contents = {
-        "no audio": ("note.wav", b"this is a text" * 50, "got what does not decode as audio"),
-        "zero bytes": ("zero.wav", b"", "got what does not decode as audio"),
-        "raw": ("samples.raw", bytes(1000), "got what does not decode as audio"),
-        "half a file": ("half.flac", whole[: len(whole) // 2], "got what does not decode as audio"),
-        "too long a header": (
-            "more.flac",
-            whole[:21] + struct.pack(">BI", whole[21], 50_000) + whole[26:],
-            "a whole file",
-        ),
+        "note.wav": (b"this is a text" * 50, "got what does not decode as audio"),
+        "zero.wav": (b"", "got what does not decode as audio"),
+        "samples.raw": (bytes(1000), "got what does not decode as audio"),
+        "half.flac": (whole[: len(whole) // 2], "got what does not decode as audio"),
+        "more in the header.flac": (whole[:21] + struct.pack(">BI", whole[21], 50_000) + whole[26:], "a whole file"),
     }
-    for case, (name, content, part) in contents.items():
+    for name, (content, part) in contents.items():
         (folder / name).write_bytes(content)
-        yield case, folder / name, part
+        yield folder / name, part
     nan, huge = tone(0.1), tone(0.1)
     nan[100], huge[100] = math.nan, 1e30
     clips = {
@@ -156,20 +152,15 @@ def broken_files(folder):
         "one sample at 16 kHz": ([0.5, -0.5], "silence"),
     }
     for case, (samples, part) in clips.items():
-        yield case, write(folder / f"{case}.wav", samples, 44100, subtype="FLOAT"), part
-    yield "eight-bit silence", write(folder / "eight.wav", numpy.zeros(900), subtype="PCM_U8"), "silence"
-    yield "no file", folder / "absent.wav", "no file there"
-    yield "a folder", folder, "no file there"
+        yield write(folder / f"{case}.wav", samples, 44100, subtype="FLOAT"), part
+    yield write(folder / "eight-bit silence.wav", numpy.zeros(900), subtype="PCM_U8"), "silence"
+    yield folder / "absent.wav", "no file there"
+    yield folder, "no file there"
 
 
 def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_it(tmp_path):
-    for case, path, part in broken_files(tmp_path):
-        with pytest.raises(ValueError) as caught:
-            read_audio(path)
-        line = str(caught.value)
-        assert line.startswith(f"{path}: expected "), case
-        assert part in line, (case, line)
-        assert ", got " in line and "\n" not in line, (case, line)
+    for path, part in broken_files(tmp_path):
+        refused(lambda path=path: read_audio(path), f"{path}: expected ", part)
 
 
 WHOLE = [
@@ -191,17 +182,13 @@ def test_of_a_file_that_was_cut_off_or_lost_its_middle_no_sample_is_read(tmp_pat
     write(path, numpy.random.default_rng(0).uniform(-0.3, 0.3, 48_000), format=form, subtype=subtype)
     assert 48_000 <= len(read_audio(path)) < 49_100  # some codecs fill their last block
     content = path.read_bytes()
-    cuts = {share: content[: int(len(content) * share)] for share in (0.5, 0.9, 0.99)}
+    cuts = [content[: int(len(content) * share)] for share in (0.5, 0.9, 0.99)]
     if form in ("flac", "ogg", "mp3"):
         middle = len(content) // 2
-        cuts["a hole"] = content[:middle] + bytes(1000) + content[middle + 1000 :]
-        cuts["a gap"] = content[:middle] + content[middle + 2000 :]
-    for cut, part in cuts.items():
+        cuts += [content[:middle] + gap + content[middle + lost :] for gap, lost in ((bytes(1000), 1000), (b"", 2000))]
+    for part in cuts:
         path.write_bytes(part)
-        with pytest.raises(ValueError) as caught:
-            read_audio(path)
-        line = str(caught.value)
-        assert line.startswith(f"{path}: expected ") and ", got " in line and "\n" not in line, cut
+        refused(lambda: read_audio(path), f"{path}: expected ")
 
 
 def test_an_mp3_that_was_cut_off_brings_no_memory_of_others_into_a_clip(tmp_path):
@@ -301,12 +288,6 @@ def test_a_random_crop_is_a_stretch_of_the_clip_and_reaches_both_ends():
         crop = prepare_waveform(clip, crop_seconds=318 / SAMPLE_RATE, minimum_seconds=0.01, generator=generator)
         starts.add(next(start for start in range(3) if torch.equal(crop, whole[start : start + 318])))
     assert starts == {0, 1, 2}
-
-
-def test_the_same_generator_gives_the_same_crop():
-    clip = torch.randn(40_000)
-    crops = [prepare_waveform(clip, crop_seconds=1, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
-    assert torch.equal(*crops)
 
 
 def test_a_cropped_clip_does_not_keep_the_whole_one_in_memory():

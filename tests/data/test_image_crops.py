@@ -91,11 +91,6 @@ def test_a_long_or_tiny_image_is_cropped_inside_itself_and_not_squashed(size):
     assert prepare_image(Image.new("RGB", size), 8).shape == (3, 8, 8)
 
 
-def test_the_same_generator_gives_the_same_crop():
-    crops = [prepare_image(gradient(90, 60), 16, generator=torch.Generator().manual_seed(3)) for _ in range(2)]
-    assert torch.equal(*crops)
-
-
 @pytest.mark.parametrize("side", [0, -16, 16.0, None])
 def test_a_side_that_is_no_number_of_pixels_is_refused(side):
     refused(lambda: prepare_image(colours(), side), "side: expected a positive number of pixels, got ", repr(side))

@@ -1,7 +1,5 @@
 """Image files that are no images, damaged, cut off or too large: each is refused in one line that names it."""
 
-import warnings
-
 import numpy
 import pytest
 
@@ -29,7 +27,7 @@ def test_a_png_whose_end_was_never_written_is_refused(tmp_path):
 
 
 def broken_files(folder):
-    """Name of the case, path, and a part of the line."""
+    """Path, and a part of the line."""
     contents = {
         "no image": (b"this is a text" * 50, "not an image"),
         "zero bytes": (b"", "not an image"),
@@ -42,23 +40,17 @@ def broken_files(folder):
     for case, (content, part) in contents.items():
         path = folder / f"{case}.png"
         path.write_bytes(content)
-        yield case, path, part
-    yield "floats", saved(Image.fromarray(numpy.ones((4, 4), "float32")), folder / "f.tif"), "mode F"
-    yield "32 bits", saved(Image.new("I", (4, 4), 70_000), folder / "i.tif"), "to 70000"
-    yield "negative", saved(Image.new("I", (4, 4), -1), folder / "n.tif"), "got -1 to"
-    yield "no file", folder / "absent.png", "no file there"
-    yield "a folder", folder, "no file there"
+        yield path, part
+    yield saved(Image.fromarray(numpy.ones((4, 4), "float32")), folder / "f.tif"), "mode F"
+    yield saved(Image.new("I", (4, 4), 70_000), folder / "i.tif"), "to 70000"
+    yield saved(Image.new("I", (4, 4), -1), folder / "n.tif"), "got -1 to"
+    yield folder / "absent.png", "no file there"
+    yield folder, "no file there"
 
 
 def test_a_file_that_cannot_be_used_is_refused_in_one_line_that_names_it(tmp_path):
-    for case, path, part in broken_files(tmp_path):
-        with warnings.catch_warnings(), pytest.raises(ValueError) as caught:
-            warnings.simplefilter("error")
-            read_image(path)
-        line = str(caught.value)
-        assert line.startswith(f"{path}: expected "), (case, line)
-        assert part in line, (case, line)
-        assert ", got " in line and "\n" not in line, (case, line)
+    for path, part in broken_files(tmp_path):
+        refused(lambda path=path: read_pixels(path), f"{path}: expected ", part)
 
 
 @pytest.mark.parametrize(
@@ -127,11 +119,9 @@ def test_of_a_jpeg_whose_end_or_data_are_missing_no_pixel_is_read(tmp_path, form
         parts["no last scan"] = content[: content.rindex(b"\xff\xda", 0, end)] + content[end:]
         scan = content.index(b"\xff\xc4", content.index(b"\xff\xda"))
         parts["a scan ends early"] = content[: scan - 60] + content[scan:]
-    for case, part in parts.items():
+    for part in parts.values():
         path.write_bytes(part)
-        with pytest.raises(ValueError) as caught:
-            read_pixels(path)
-        assert str(caught.value).startswith(f"{path}: "), case
+        refused(lambda: read_pixels(path), f"{path}: ")
 
 
 def test_what_stands_behind_the_end_of_a_jpeg_or_looks_like_it_in_a_preview_is_no_damage(tmp_path):

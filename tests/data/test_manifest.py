@@ -178,27 +178,18 @@ HEADERS = {
     "empty lines": (b"\n\r\n\n", "got an empty file"),
     "a header alone": (b"image\tcaption\n", "pairs below the header, got none"),
     "no header": (b"images/a.png\ta cat\n", "one column 'image' in line 1, got 0 among"),
-    "no caption": (
-        b"image\ttext\nimages/a.png\ta\n",
-        "one column 'caption' in line 1, got 0 among 'image', 'text'",
-    ),
+    "no caption": (b"image\ttext\nimages/a.png\ta\n", "one column 'caption' in line 1, got 0 among 'image', 'text'"),
     "another modality": (b"audio\tcaption\nimages/a.png\ta\n", "one column 'image' in line 1, got 0 among"),
     "commas": (b"image,caption\nimages/a.png,a\n", "got 0 among 'image,caption'"),
     "a column twice": (b"image\tcaption\timage\nx\ty\tz\n", "one column 'image' in line 1, got 2 among"),
     "broken header": (b"image\tcapt\xffion\n", "expected UTF-8, got other bytes in line 1"),
     "UTF-16": ("image\tcaption\nimages/a.png\ta\n".encode("utf-16"), "expected UTF-8, got other bytes in line 1"),
-    "Latin-1": (
-        b"image\tcaption\nimages/a.png\ta\nimages/a.png\tB\xe4r\n",
-        "UTF-8, got other bytes in line 3",
-    ),
+    "Latin-1": (b"image\tcaption\nimages/a.png\ta\nimages/a.png\tB\xe4r\n", "UTF-8, got other bytes in line 3"),
     "a column too few": (
         b"image\tcaption\nimages/a.png\ta\nimages/a.png\n",
         "2 columns as in the header, got 1 in line 3",
     ),
-    "a column too many": (
-        b"image\tcaption\n\nimages/a.png\ta\tb\n",
-        "2 columns as in the header, got 3 in line 3",
-    ),
+    "a column too many": (b"image\tcaption\n\nimages/a.png\ta\tb\n", "2 columns as in the header, got 3 in line 3"),
 }
 
 

@@ -4,6 +4,7 @@ import math
 
 import numpy
 import pytest
+from data._refused import refused
 
 soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("scipy")
@@ -52,14 +53,9 @@ def test_of_one_that_was_cut_off_or_lost_its_middle_no_sample_is_read(tmp_path, 
         "a hole": content[:middle] + bytes(1000) + content[middle + 1000 :],
         "a gap": content[:middle] + content[middle + 1000 :],
     }
-    for case, part in parts.items():
+    for part in parts.values():
         path.write_bytes(part)
-        try:
-            read = read_audio(path)
-        except ValueError as error:
-            assert str(error).startswith(f"{path}: expected "), case
-        else:
-            pytest.fail(f"{case}: {len(read)} samples were read")
+        refused(lambda: read_audio(path), f"{path}: expected ")
 
 
 @pytest.mark.parametrize("name", [b"VBRI", b"Xing", b"Info"])

@@ -8,14 +8,14 @@ pytest.importorskip("scipy")
 pytest.importorskip("tokenizers")
 Image = pytest.importorskip("PIL.Image")
 
-from models.test_process_defaults import DTYPES, default, same  # noqa: E402
+from models.test_process_defaults import DEFAULTS, same_under  # noqa: E402
 
 from onepeace_fast.data.batches import BatchSampler, PairDataset, collate  # noqa: E402
 from onepeace_fast.data.manifest import Entry  # noqa: E402
 from onepeace_fast.data.text import Tokenizer  # noqa: E402
 
 
-@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@DEFAULTS
 @pytest.mark.parametrize("modality", ["image", "audio"])
 def test_a_batch_is_the_same_whatever_the_defaults_are(tmp_path, modality, value):
     noise, entries = numpy.random.default_rng(0), []
@@ -34,6 +34,4 @@ def test_a_batch_is_the_same_whatever_the_defaults_are(tmp_path, modality, value
         keys = next(iter(BatchSampler(2, 2, seed=1)))
         return collate([pairs[key] for key in keys], frames=lambda samples: samples // 320)
 
-    expected = made()
-    with default(value):
-        same(made(), expected)
+    same_under(value, made)

@@ -232,15 +232,6 @@ def test_rows_are_padded_with_token_1_that_begins_no_word(tokenizer):
         assert starts[row].tolist() == words + [False] * (longest - len(ids))
 
 
-def test_masks_of_whole_words_take_what_is_padded_here(tokenizer):
-    from onepeace_fast.training.masks import vision_language_masks
-
-    text, starts = pad_tokens([tokenizer.encode("extraordinary cat, purring"), tokenizer.encode("the dog")])
-    masks = vision_language_masks(text, starts, 16, torch.Generator())
-    assert masks["text"].any()
-    assert not (masks["text"][:, 1:] & (text <= 2)).any()
-
-
 @pytest.mark.parametrize("call", ["tokens", "train", "all"])
 def test_half_a_character_in_a_caption_is_refused_in_one_line(tokenizer, call):
     captions = ["a cat", "a \ud83d cat"]

@@ -57,46 +57,43 @@ def test_demo_after_test_calls_no_pip_and_test_after_demo_adds_its_tools_to_the_
     assert machine.started("test")[0] == f"VENV {CHECKS[0]}"
 
 
-@pytest.mark.parametrize("name", ["pyproject.toml", "setup.py", "build_backend/backend.py", "csrc/kernel.cuh"])
-def test_changed_packaging_or_source_installs_again_into_the_same_environment(bootstrap, machine, name):
-    machine.started("demo")
-    (bootstrap.ROOT / name).parent.mkdir(exist_ok=True)
-    (bootstrap.ROOT / name).write_text("# changed\n")
-    assert machine.started("demo") == new(bootstrap)[1:]
-    assert machine.started("demo") == new(bootstrap)[2:]
+def write(name):
+    """Change a file of the checkout."""
+
+    def change(bootstrap, monkeypatch):
+        (bootstrap.ROOT / name).parent.mkdir(exist_ok=True)
+        (bootstrap.ROOT / name).write_text("# changed\n")
+
+    return change
 
 
-@pytest.mark.parametrize("variable", ["CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES", None])
-def test_another_nvcc_or_other_architectures_install_again_into_the_same_environment(
-    bootstrap, machine, monkeypatch, variable
+CHANGES = {name: write(name) for name in ("pyproject.toml", "setup.py", "build_backend/backend.py", "csrc/kernel.cuh")}
+for variable in ("CUDA_HOME", "ONEPEACE_FAST_CUDA_ARCHITECTURES"):
+    CHANGES[variable] = lambda _, monkeypatch, variable=variable: monkeypatch.setenv(variable, "another")
+CHANGES["nvcc"] = lambda bootstrap, patch: offer(bootstrap, patch, "venv", "ensurepip", programs=("nvcc",))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changed_packaging_source_or_compiler_installs_again_into_the_same_environment(
+    bootstrap, machine, monkeypatch, name
 ):
     machine.started("demo")
-    if variable is None:
-        offer(bootstrap, monkeypatch, "venv", "ensurepip", programs=("nvcc",))
-    else:
-        monkeypatch.setenv(variable, "another")
+    CHANGES[name](bootstrap, monkeypatch)
     assert machine.started("demo") == new(bootstrap)[1:]
     assert machine.started("demo") == new(bootstrap)[2:]
 
 
-@pytest.mark.parametrize("key", ["python", "prefix", "checkout"])
-def test_environment_of_another_python_or_another_folder_is_built_anew(bootstrap, machine, key):
+@pytest.mark.parametrize("key", ["python", "prefix", "checkout", "damaged stamp", "no interpreter"])
+def test_environment_of_another_python_or_folder_or_a_damaged_one_is_built_anew(bootstrap, machine, key):
     machine.started("demo")
     stamp = json.loads(bootstrap.STAMP.read_text())
-    stamp["identity"][key] = "another"
-    bootstrap.STAMP.write_text(json.dumps(stamp))
-    assert machine.started("demo") == new(bootstrap)
-
-
-def test_environment_with_a_damaged_stamp_is_built_anew(bootstrap, machine):
-    machine.started("demo")
-    bootstrap.STAMP.write_text('{"complete": tr')
-    assert machine.started("demo") == new(bootstrap)
-
-
-def test_environment_without_its_interpreter_is_built_anew(bootstrap, machine):
-    machine.started("demo")
-    bootstrap.PYTHON.unlink()
+    if key in stamp["identity"]:
+        stamp["identity"][key] = "another"
+        bootstrap.STAMP.write_text(json.dumps(stamp))
+    elif key == "damaged stamp":
+        bootstrap.STAMP.write_text('{"complete": tr')
+    else:
+        bootstrap.PYTHON.unlink()
     assert machine.started("demo") == new(bootstrap)
 
 
@@ -234,31 +231,22 @@ def test_the_extension_is_compiled_for_the_gpus_that_are_here_unless_others_are_
 
 
 PARALLEL = "VENV -m pytest -n auto --dist loadfile"
+# The last commands that each starts: of `test` the checks and then the quick tests, on all cores.
+LAST = {
+    "test": [*(f"VENV {check}" for check in CHECKS), PARALLEL],
+    "test tests/ops -k norm": [f"{PARALLEL} tests/ops -k norm"],
+    "test --coverage -x": [f"{PARALLEL} --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 -x"],
+    "test-all -x": [f"{PARALLEL} -m slow and not gpu -x"],
+    "mutants --all": ["VENV -m tools.mutants --all"],
+    "rehearse --short": ["VENV -m tools.rehearsal --short"],
+    "kernels --all": ["VENV -m tools.compile_kernels --all", "VENV -m tools.compile_cuda"],
+}
 
 
-def test_test_checks_the_code_and_then_runs_the_quick_tests_on_all_cores(bootstrap, machine):
-    assert machine.started("test")[-4:] == [*(f"VENV {check}" for check in CHECKS), PARALLEL]
-
-
-def test_coverage_has_a_threshold(bootstrap, machine):
-    tests = machine.started("test", "--coverage", "-x")[-1]
-    assert tests.startswith(f"{PARALLEL} --cov ") and "--cov-fail-under=90" in tests and tests.endswith(" -x")
-
-
-def test_pytest_arguments_are_passed_on(bootstrap, machine):
-    assert machine.started("test", "tests/ops", "-k", "norm")[-1] == f"{PARALLEL} tests/ops -k norm"
-
-
-def test_test_all_runs_what_test_leaves_out(bootstrap, machine):
-    assert machine.started("test-all", "-x")[-1] == f"{PARALLEL} -m slow and not gpu -x"
-
-
-def test_the_tools_of_the_kernels_get_the_arguments(machine):
-    assert machine.started("mutants", "--all")[-1] == "VENV -m tools.mutants --all"
-    assert machine.started("rehearse", "--short")[-1] == "VENV -m tools.rehearsal --short"
-    assert machine.started("kernels", "--all")[-2:] == [
-        "VENV -m tools.compile_kernels --all", "VENV -m tools.compile_cuda",
-    ]  # fmt: skip
+@pytest.mark.parametrize("line", LAST)
+def test_commands_pass_their_arguments_on(machine, line):
+    expected = LAST[line]
+    assert machine.started(*line.split())[-len(expected) :] == expected
 
 
 @pytest.mark.parametrize("tool", ("compile_kernels", "compile_cuda"))

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import empty_tensors
 from tools.gpu_run import extension, plan, smoke
 
@@ -14,20 +15,20 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("name", [*plan.SMOKE, *plan.SANITIZED])
 def test_every_check_has_cases(name):
     check = smoke.checks(full=False)[name]
-    held = [case for case in check.cases(CPU, empty_tensors(CPU)) if check.holds(case)]
+    held = [case for case in check.cases(empty_tensors(CPU), CPU) if check.holds(case)]
     assert held and len({case.operation.partition("_")[0] for case in held}) == 1
 
 
 def test_attention_s_checks_have_the_lengths_that_they_name():
     for name in ("attention_33", "attention_72", "attention_257"):
         check = smoke.checks(full=True)[name]
-        (case,) = (case for case in check.cases(CPU, empty_tensors(CPU)) if check.holds(case))
+        (case,) = (case for case in check.cases(empty_tensors(CPU), CPU) if check.holds(case))
         assert case.leaves["qkv"].shape[0] == int(name.rpartition("_")[2]) + smoke.INERT
 
 
 @pytest.mark.parametrize("tensor", ["out0", "weight", None])
 def test_a_fault_in_an_output_or_a_gradient_is_found(monkeypatch, capsys, tensor):
-    whole, calls = smoke.outputs_and_gradients, []
+    whole, calls = selftest.outputs_and_gradients, []
 
     def faulty(case, *rest):
         found, given = whole(case, *rest)
@@ -36,7 +37,7 @@ def test_a_fault_in_an_output_or_a_gradient_is_found(monkeypatch, capsys, tensor
             found[tensor].view(-1)[3] += 10.0
         return found, given
 
-    monkeypatch.setattr(smoke, "outputs_and_gradients", faulty)
+    monkeypatch.setattr(selftest, "outputs_and_gradients", faulty)
     assert smoke.main(["layer_norm", "--device", "cpu"]) == int(tensor is not None)
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 5 and ("FAULT in" in said[0] and f": {tensor}, " in said[0]) == (tensor is not None)

@@ -174,8 +174,9 @@ def test_the_faster_strategy_by_rows_is_proposed():
     measured["elsewhere"] = {**measured["a"], "kind": "layer", "rows": 1}
     times = proposal.times_by_rows(measured)
     assert list(times) == [256, 1024, 4096, 32768]
-    assert proposal.classes(times) == [{"rows": 2048, "strategy": "other"}, {"rows": None, "strategy": "grouped"}]
-    assert proposal.classes({}) == []
+    expected = [{"rows": 2048, "strategy": "other"}, {"rows": None, "strategy": "grouped"}]
+    assert proposal.strategy_classes(times) == expected
+    assert proposal.strategy_classes({}) == []
 
 
 def test_the_proposal_says_what_was_measured_where(tmp_path, capsys, monkeypatch):

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from onepeace_fast import OnePeaceConfig, OnePeacePretrain
+from onepeace_fast import OnePeaceConfig, OnePeacePretrain, RoutePlan
 from onepeace_fast.config import AudioAdapterConfig, ImageAdapterConfig, TextAdapterConfig, TransformerConfig
+from onepeace_fast.models.inputs import read_batch
 
 BACKENDS = ("reference", "fused")
 VOCABULARY, PADDING = 30, 1
@@ -156,13 +158,42 @@ def gradients_of(model: OnePeacePretrain, loss: Tensor) -> dict[str, Tensor]:
     return {name: grad.clone() for name, grad in model.to_upstream_state_dict(grads=True).items() if grad is not None}
 
 
-def encode_with_gradients(
-    model: OnePeacePretrain, batch: Mapping[str, Tensor], **keywords: object
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Outputs at real tokens, and the gradients of their weighted sum."""
-    valid = valid_tokens(batch)
-    outputs = model.encode(**batch, **keywords)
-    return at_tokens(outputs, valid), gradients_of(model, weighted_sum(outputs, valid))
+def with_gradients(
+    model: OnePeacePretrain, batch: Mapping[str, Tensor], task: str = "encode", **keywords: object
+) -> dict[str, Tensor]:
+    """Outputs of a batch at its real tokens, and the gradients of their weighted sum, all by name."""
+    outputs, valid = model(task, **batch, **keywords), valid_tokens(batch)
+    return at_tokens(outputs, valid) | gradients_of(model, weighted_sum(outputs, valid))
+
+
+def losses_with_gradients(model: OnePeacePretrain, task: str, inputs: Mapping[str, object]) -> dict[str, Tensor]:
+    """What a pretraining task gives, and the gradients of its loss, all by name."""
+    losses = model(task, **inputs)
+    return {name: value.detach() for name, value in losses.items()} | gradients_of(model, losses["loss"])
+
+
+def layer_inputs(model: OnePeacePretrain, batch: Mapping[str, Tensor]) -> tuple[Tensor, RoutePlan, list[Tensor]]:
+    """Packed rows, plan and bias vectors of a batch, as the encoder's stack gives them to a layer, detached."""
+    stack = model.encoder_wrapper
+    read, _ = read_batch(stack.adapters, batch)
+    tokens = stack.embed(read)
+    plan = stack.plan(tokens)
+    x = plan.pack({name: part.x for name, part in tokens.items()})
+    bias = stack.bias({name: part.width for name, part in tokens.items()})[0]
+    return x.detach(), plan, [vector.detach() for vector in bias]
+
+
+class Dtypes(TorchDispatchMode):
+    """The dtypes of the first argument of every op that runs, by the op's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, set[torch.dtype]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if args and isinstance(args[0], Tensor):
+            self.seen.setdefault(func._opname, set()).add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
 
 
 def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], tolerance: float = 1e-10) -> None:
@@ -178,8 +209,12 @@ def assert_close(got: Mapping[str, Tensor], want: Mapping[str, Tensor], toleranc
     assert not problems, "\n".join(problems)
 
 
-def assert_same_bits(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> None:
-    """Every tensor bitwise equal."""
+def assert_same_bits(got: Mapping[str, object], want: Mapping[str, object]) -> None:
+    """Every tensor bitwise equal and of the same dtype, all else equal."""
     assert set(got) == set(want), sorted(set(got) ^ set(want))
-    different = [name for name, value in want.items() if not torch.equal(got[name], value)]
+    different = [
+        name for name, value in want.items()
+        if not (got[name].dtype == value.dtype and torch.equal(got[name], value)
+                if torch.is_tensor(value) else got[name] == value)
+    ]  # fmt: skip
     assert not different, different

@@ -28,27 +28,14 @@ def ran(monkeypatch):
     return backend_of
 
 
-@pytest.mark.parametrize("name", ["reference", "fused"])
-def test_the_argument_decides_over_the_environment(name, ran, monkeypatch):
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fused" if name == "reference" else "reference")
-    assert ran(small_model(name)) == name
-
-
-def test_the_environment_decides_over_the_device(ran, monkeypatch):
-    model = small_model(None)
-    assert ran(model) == "fused"
-    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "reference")
-    assert ran(model) == "reference"
-
-
-def test_the_context_manager_decides_over_all_and_ends(ran):
-    model = small_model("fused")
-    with use_backend("reference"):
-        assert ran(model) == "reference"
-        with use_backend("fused"):
-            assert ran(model) == "fused"
-        assert ran(model) == "reference"
-    assert ran(model) == "fused"
+def test_a_block_decides_over_the_argument_that_over_the_environment_and_that_over_the_device(ran, monkeypatch):
+    models = {name: small_model(name) for name in (None, *BACKENDS)}
+    assert {name: ran(model) for name, model in models.items()} == {name: name or "fused" for name in models}
+    for chosen in BACKENDS:
+        monkeypatch.setenv(ENVIRONMENT_VARIABLE, chosen)
+        assert {name: ran(model) for name, model in models.items()} == {name: name or chosen for name in models}
+        with use_backend(chosen):
+            assert {ran(model) for model in models.values()} == {chosen}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

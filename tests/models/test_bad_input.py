@@ -3,24 +3,14 @@
 import pytest
 import torch
 from models._refusal import refuse
-from models._small import (
-    BACKENDS,
-    batch_of,
-    samples_of,
-    small_config,
-    small_model,
-    text_batch,
-)
+from models._small import BACKENDS, batch_of, hide, samples_of, small_config, small_model, text_batch
 
 ENCODE = {
     "text of another rank": (
         {"text": torch.full((7,), 5)},
         "text: expected int64 or int32 [rows, length], got int64 [7] on cpu",
     ),
-    "text of another dtype": (
-        {"text": torch.zeros(2, 7)},
-        "[rows, length], got float32 [2, 7] on cpu",
-    ),
+    "text of another dtype": ({"text": torch.zeros(2, 7)}, "[rows, length], got float32 [2, 7] on cpu"),
     "text that is a list": ({"text": [[5, 6]]}, "text: expected int64 or int32 [rows, length], got list [[5, 6]]"),
     "text on another device": (
         {"text": torch.full((2, 7), 5, device="meta")},
@@ -30,10 +20,7 @@ ENCODE = {
         {"text": torch.tensor([[4, 29, 30]])},
         "text: expected token ids from 0 to 29, got 1 others",
     ),
-    "negative tokens": (
-        {"text": torch.tensor([[4, -1, -7]])},
-        "text: expected token ids from 0 to 29, got 2 others",
-    ),
+    "negative tokens": ({"text": torch.tensor([[4, -1, -7]])}, "text: expected token ids from 0 to 29, got 2 others"),
     "text past the positions": (
         {"text": torch.full((1, 514), 5)},
         "text: expected at most 513 tokens a row beside CLS, got 514",
@@ -69,14 +56,8 @@ ENCODE = {
         {"audio": torch.zeros(1, 1, 99)},
         "audio: expected float32 [rows, samples], got float32 [1, 1, 99] on cpu",
     ),
-    "audio of another dtype": (
-        {"audio": torch.zeros(1, 99, dtype=torch.int16)},
-        "[rows, samples], got int16 [1, 99]",
-    ),
-    "audio on another device": (
-        {"audio": torch.zeros(1, 99, device="meta")},
-        "audio: expected a tensor on cpu",
-    ),
+    "audio of another dtype": ({"audio": torch.zeros(1, 99, dtype=torch.int16)}, "[rows, samples], got int16 [1, 99]"),
+    "audio on another device": ({"audio": torch.zeros(1, 99, device="meta")}, "audio: expected a tensor on cpu"),
     "audio too short for a frame": (
         {"audio": torch.zeros(1, samples_of(1) - 1)},
         "audio: expected samples for one frame at least, got 19",
@@ -114,27 +95,15 @@ SAMPLES = {
         3,
         "samples: expected exactly the modalities given, ['image', 'text'], got ['text']",
     ),
-    "a modality without samples": (
-        None,
-        3,
-        "modalities differ in rows, got none with {'text': 2, 'image': 3}",
-    ),
+    "a modality without samples": (None, 3, "modalities differ in rows, got none with {'text': 2, 'image': 3}"),
     "samples of an absent modality": (
         {"text": [0, 1], "image": [0, 1], "audio": [0]},
         2,
         "got ['audio', 'image', 'text']",
     ),
     "too few entries": ({"text": [0, 1], "image": [0]}, 2, "samples['image']: expected an entry per row, 2, got 1"),
-    "a sample twice": (
-        {"text": [0, 0], "image": [0, 1]},
-        2,
-        "per modality, got [0] more than once",
-    ),
-    "a gap": (
-        {"text": [0, 1], "image": [0, 3]},
-        2,
-        "modality, got no row for [2]",
-    ),
+    "a sample twice": ({"text": [0, 0], "image": [0, 1]}, 2, "per modality, got [0] more than once"),
+    "a gap": ({"text": [0, 1], "image": [0, 3]}, 2, "modality, got no row for [2]"),
     "a negative sample": ({"text": [0, -1], "image": [0, 1]}, 2, "samples"),
 }
 
@@ -162,20 +131,13 @@ def test_encode_refuses_samples(case, as_tensor, monkeypatch):
     refuse(expected, lambda: model.encode(**inputs, samples=samples), monkeypatch)
 
 
-UNFIT_SAMPLES = {
-    "fractions": torch.tensor([0.0, 1.5]),
-    "two dimensions": torch.tensor([[0], [1]]),
-    "another device": torch.tensor([0, 1], device="meta"),
-    "words": ["a", "b"],
-    "fractions in a list": [0, 1.5],
-    "a number": 3,
-}
-
-
-@pytest.mark.parametrize("case", UNFIT_SAMPLES)
-def test_encode_refuses_samples_that_are_no_row_of_integers(case, monkeypatch):
+@pytest.mark.parametrize(
+    "rows",
+    [torch.tensor([0.0, 1.5]), torch.tensor([[0], [1]]), torch.tensor([0, 1], device="meta"), ["a", "b"], [0, 1.5], 3],
+)
+def test_encode_refuses_samples_that_are_no_row_of_integers(rows, monkeypatch):
     model = small_model("fused", dtype=torch.float32)
-    samples = {"text": UNFIT_SAMPLES[case], "image": [0, 1]}
+    samples = {"text": rows, "image": [0, 1]}
     refuse("samples['text']: expected ", lambda: model.encode(**TWO, samples=samples), monkeypatch)
 
 
@@ -185,15 +147,14 @@ def test_embed_refuses_two_modalities(monkeypatch):
 
 
 @pytest.mark.parametrize("modality", ["text", "image", "audio"])
-def test_a_model_refuses_a_modality_it_was_built_without(modality, monkeypatch):
-    model = small_model("fused", small_config(decoder={modality: None}, **{modality: None}))
+def test_a_model_refuses_a_modality_it_was_built_without_or_that_its_decoder_lacks(modality, monkeypatch):
     inputs = batch_of(text=[3, 2], image=(2, 2), audio=[4, 3])
     inputs = {name: value for name, value in inputs.items() if name.startswith(modality)}
-    refuse(
-        f"{modality}: expected no tensor, got one: the model was built without",
-        lambda: model.encode(**inputs),
-        monkeypatch,
-    )
+    model = small_model("fused", small_config(decoder={modality: None}))
+    refuse(modality, lambda: model.reconstruct(**inputs, masks=hide(inputs)), monkeypatch)
+    model = small_model("fused", small_config(decoder={modality: None}, **{modality: None}))
+    expected = f"{modality}: expected no tensor, got one: the model was built without"
+    refuse(expected, lambda: model.encode(**inputs), monkeypatch)
 
 
 def test_tokens_may_be_int32():

@@ -4,8 +4,18 @@ import warnings
 
 import pytest
 import torch
-from models._small import BACKENDS, assert_close, gradients_of, small_config, small_model
-from models.test_changed_modules import Double, Wrapper, patch, subclass, wrap
+from models._small import BACKENDS, assert_close, losses_with_gradients, small_config, small_model
+from models.test_changed_modules import (
+    ON_ALL,
+    Double,
+    Wrapper,
+    by_torch,
+    change_place,
+    check_obeyed,
+    descend,
+    hook,
+    wrap,
+)
 from models.test_passes import audio_language, vision_language
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
@@ -17,9 +27,7 @@ ADAPTERS = [f"{stack}_wrapper.{name}_adapter" for stack in ("encoder", "decoder"
 STACKS = ["encoder_wrapper", "decoder_wrapper"]
 CONFIG = small_config(decoder={"audio": None}, audio=None, layers=1, drop_path_rate=0.3)
 
-
-def hook(kind, function):
-    return lambda owner, place, module: getattr(module, f"register_{kind}_hook")(function)
+pytestmark = pytest.mark.filterwarnings("ignore")  # of parts that are not fused
 
 
 def shifted(_, inputs):
@@ -32,60 +40,28 @@ def scaled_passes(_, inputs):
     return (passes, *inputs[1:])
 
 
-def parametrized(owner, place, module):
-    parametrize.register_parametrization(module, "cls_embedding", Double())
-
-
-CHANGES = {
-    "wrapped": wrap,
-    "subclass": subclass,
-    "patched forward": patch,
-    "forward hook": hook("forward", lambda _, inputs, output: 1.5 * output),
+CHANGES = ON_ALL | {
     "forward pre-hook": hook("forward_pre", shifted),
     "backward hook": hook("full_backward", lambda _, into, out: tuple(g if g is None else 2 * g for g in into)),
-    "backward pre-hook": hook("full_backward_pre", lambda _, out: (2 * out[0],)),
 }
 
 
-def change_place(model, part, change):
-    owner, _, place = part.rpartition(".")
-    change(model.get_submodule(owner), place, model.get_submodule(part))
-
-
-def two_steps(backend, part, change, task=vision_language):
+def two_steps(backend, part, change):
     """Losses and gradients of two steps of descent of a model that was changed."""
-    model, found = small_model(backend, CONFIG).train(), {}
+    model, (name, inputs) = small_model(backend, CONFIG).train(), vision_language()
     if change is not None:
         change_place(model, part, change)
-    name, inputs = task()
-    for step in range(2):
-        torch.manual_seed(step)
-        losses = model(name, **inputs)
-        gradients = gradients_of(model, losses["loss"])
-        found |= {f"{name} of step {step}": value.detach() for name, value in (losses | gradients).items()}
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter -= 0.02 * parameter.grad
-    return found
+    return descend(model, lambda model: losses_with_gradients(model, name, inputs), 0.02)
 
 
 PLAIN = two_steps("reference", "", None)
-
-
-def check_obeyed(part, change):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        reference, fused = (two_steps(backend, part, change) for backend in BACKENDS)
-    assert_close(fused, reference, 1e-9)
-    same = all(torch.equal(reference[name], PLAIN[name]) for name in set(reference) & set(PLAIN))
-    assert not same, "the change changes nothing"
+OBEYED = {"steps": two_steps, "plain": PLAIN}
 
 
 @pytest.mark.parametrize("part", ADAPTERS)
 @pytest.mark.parametrize("change", ["wrapped", "backward pre-hook"])
 def test_every_adapter_is_called_for_every_pass_by_both_backends(part, change):
-    check_obeyed(part, CHANGES[change])
+    check_obeyed(part, CHANGES[change], **OBEYED)
 
 
 @pytest.mark.parametrize("part", ADAPTERS[1::2])
@@ -93,17 +69,17 @@ def test_every_adapter_is_called_for_every_pass_by_both_backends(part, change):
 def test_every_change_of_an_adapter_is_obeyed_by_both_backends(part, change):
     if part == ADAPTERS[1] and change == "backward hook":
         pytest.skip("images have no gradient")
-    check_obeyed(part, CHANGES[change])
+    check_obeyed(part, CHANGES[change], **OBEYED)
 
 
 @pytest.mark.parametrize("part", ADAPTERS[:2])
 def test_a_changed_parameter_of_an_adapter_is_obeyed_by_both_backends(part):
-    check_obeyed(part, parametrized)
+    check_obeyed(part, by_torch(parametrize.register_parametrization, "cls_embedding", Double()), **OBEYED)
 
 
 @pytest.mark.parametrize("part", STACKS)
 def test_hooks_of_a_stack_see_every_pass_and_may_change_it(part):
-    check_obeyed(part, hook("forward_pre", scaled_passes))
+    check_obeyed(part, hook("forward_pre", scaled_passes), **OBEYED)
 
 
 @pytest.mark.parametrize("change", ["forward hook", "wrapped"])
@@ -130,7 +106,7 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize("around", [Around, checkpoint_wrapper], ids=["user's own", "checkpoint_wrapper"])
 @pytest.mark.parametrize("part", [*STACKS, ADAPTERS[1], ADAPTERS[2]])
-def test_a_module_around_a_part_changes_nothing_and_is_called(part, around, recwarn):
+def test_a_module_around_a_part_changes_nothing_and_is_called(part, around):
     def put_around(owner, place, module):
         owner._modules[place] = around(module)
 
@@ -148,9 +124,7 @@ def test_adapters_of_audio_and_an_unwatched_one_beside_it(backend):
     inner = model.encoder.adapter("text").embed_tokens
     inner.register_forward_hook(lambda *_: calls.update(text=calls["text"] + 1))
     model.encoder_wrapper.audio_adapter.register_forward_hook(lambda *_: calls.update(audio=calls["audio"] + 1))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model(*audio_language()[:1], **audio_language()[1])
+    model(*audio_language()[:1], **audio_language()[1])
     assert calls == {"text": 3 if backend == "reference" else 1, "audio": 4}
 
 

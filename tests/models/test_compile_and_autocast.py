@@ -4,30 +4,19 @@ import pytest
 import torch
 from models._small import (
     BACKENDS,
+    Dtypes,
     assert_close,
     at_tokens,
     batch_of,
     gradients_of,
+    layer_inputs,
     small_model,
     valid_tokens,
     weighted_sum,
+    with_gradients,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast.drop_path import branches
-from onepeace_fast.models.inputs import read_batch
-
-
-def layer_inputs(model, batch):
-    """Packed rows, plan and bias vectors of a batch, as the stack gives them to a layer."""
-    stack = model.encoder_wrapper
-    read, _ = read_batch(stack.adapters, batch)
-    tokens = stack.embed(read)
-    plan = stack.plan(tokens)
-    x = plan.pack({name: part.x for name, part in tokens.items()})
-    bias = stack.bias({name: part.width for name, part in tokens.items()})[0]
-    leaves = [value.detach().clone().requires_grad_() for value in (x, *bias)]
-    return leaves[0], plan, leaves[1:]
 
 
 @pytest.mark.parametrize("drop_path", [False, True])
@@ -40,6 +29,7 @@ def test_compiled_layer_and_its_gradients_equal_the_eager_ones(drop_path):
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         x, plan, bias = layer_inputs(model, batch)
+        x, *bias = (value.clone().requires_grad_() for value in (x, *bias))
         model.zero_grad(set_to_none=True)
         out = run(x, branches(plan.with_drop_path(factors))[0] if drop_path else plan, bias)
         (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
@@ -71,26 +61,12 @@ def half_precision_error(kind, backend, want, batch, valid):
 def test_bfloat16_is_as_near_to_float32_packed_as_padded(kind):
     batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6], dtype=torch.float32)
     valid, model = valid_tokens(batch), small_model("reference", dtype=torch.float32)
-    outputs = model.encode(**batch)
-    want = {**at_tokens(outputs, valid), **gradients_of(model, weighted_sum(outputs, valid))}
+    want = with_gradients(model, batch)
     reference, fused = (half_precision_error(kind, backend, want, batch, valid) for backend in BACKENDS)
     epsilon = torch.finfo(torch.bfloat16).eps
     worse = {n: (fused[n], reference[n]) for n in want if not fused[n] <= 2 * reference[n] + 4 * epsilon}
     assert not worse, worse
     assert max(fused.values()) > 1e-4, "nothing ran in bfloat16"
-
-
-class Dtypes(TorchDispatchMode):
-    """Dtype of the first argument of every call of the library's ops."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "onepeace_fast":
-            self.seen.setdefault(func._opname, set()).add(args[0].dtype)
-        return func(*args, **(kwargs or {}))
 
 
 def test_autocast_runs_attention_and_ffn_in_bfloat16_and_keeps_the_residual_stream():

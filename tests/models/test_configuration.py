@@ -1,14 +1,13 @@
-"""What follows from a configuration: rates, seeds, initial values, which parts there are and which branch has which."""
+"""What follows from a configuration: rates, seeds, which parts there are and which branch has which."""
 
 import pytest
 import torch
-from models._small import BACKENDS, batch_of, encode_with_gradients, small_config, small_model
+from models._small import BACKENDS, Dtypes, batch_of, small_config, small_model, with_gradients
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from onepeace_fast import OnePeacePretrain, RoutePlan
-from onepeace_fast.drop_path import draw_drop_path
+from onepeace_fast import RoutePlan
 from onepeace_fast.layers import transformer
+from onepeace_fast.models import stack
 from onepeace_fast.routing import branch_row_counts
 
 BATCH = batch_of(text=[3, 1], image=(2, 2))
@@ -26,20 +25,32 @@ def test_drop_path_grows_linearly_from_zero_to_the_configured_rate(layers, rates
     assert found == pytest.approx(rates or [0.4 * layer / 39 for layer in range(layers)])
 
 
-def test_a_computed_sample_counts_for_the_dropped_ones():
-    drop_path = draw_drop_path([0.75], 64, torch.Generator().manual_seed(0))
-    assert set(drop_path.unique().tolist()) == {0.0, 4.0}
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_pass_draws_by_its_own_stack_s_rates_in_training_alone(backend, monkeypatch):
+    asked, draw = [], stack.draw_drop_path
+    monkeypatch.setattr(
+        stack, "draw_drop_path", lambda rates, samples: asked.append((list(rates), samples)) or draw(rates, samples)
+    )
+    model = small_model(backend, small_config(decoder={"drop_path_rate": 0.2, "layers": 2}, drop_path_rate=0.4))
+    batch = batch_of(text=[5, 4, 3])
+    masks = {"text": torch.tensor([[False, True, False, False, False, False]] * 3)}
+    model.reconstruct(**batch, masks=masks)
+    assert asked == []
+    model.train().reconstruct(**batch, masks=masks)
+    assert asked == [(pytest.approx([0.0, 0.4]), 3), (pytest.approx([0.0, 0.2]), 3)]
 
 
 def test_all_seeds_of_dropout_differ_and_every_step_draws_anew():
-    stack = stack_of(small_config(layers=6, dropout=0.1)).train()
-    steps = [stack.draw_seeds(torch.device("cpu")) for _ in range(3)]
+    transformer = stack_of(small_config(layers=6, dropout=0.1)).train()
+    steps = [transformer.draw_seeds(torch.device("cpu")) for _ in range(3)]
     assert all(seeds.shape == (6, 2) and seeds.dtype == torch.int64 for seeds in steps)
     assert torch.cat(steps).unique().numel() == 36
     torch.manual_seed(0)
-    first = stack.draw_seeds(torch.device("cpu"))
+    first = transformer.draw_seeds(torch.device("cpu"))
     torch.manual_seed(0)
-    assert torch.equal(stack.draw_seeds(torch.device("cpu")), first)
+    assert torch.equal(transformer.draw_seeds(torch.device("cpu")), first)
+    assert transformer.eval().draw_seeds(torch.device("cpu")) is None
+    assert stack_of(small_config()).train().draw_seeds(torch.device("cpu")) is None
 
 
 def test_every_branch_of_every_layer_drops_by_the_configured_rate_and_a_seed_of_its_own(monkeypatch):
@@ -50,10 +61,9 @@ def test_every_branch_of_every_layer_drops_by_the_configured_rate_and_a_seed_of_
             transformer, name, lambda *a, op=op, **k: (seen.append((k["dropout"], int(k["seed"]))), op(*a, **k))[1]
         )
     model = small_model("fused", small_config(layers=3, dropout=0.25)).train()
-    drawn = []
-    stack = model.encoder_wrapper.fusion_model
-    draw = stack.draw_seeds
-    monkeypatch.setattr(stack, "draw_seeds", lambda device: drawn.append(draw(device)) or drawn[-1])
+    drawn, encoder = [], model.encoder_wrapper.fusion_model
+    draw = encoder.draw_seeds
+    monkeypatch.setattr(encoder, "draw_seeds", lambda device: drawn.append(draw(device)) or drawn[-1])
     model.encode(**BATCH)
     assert seen == [(0.25, seed) for seed in drawn[0].flatten().tolist()]
 
@@ -94,37 +104,13 @@ def test_gamma_1_scales_attention_and_gamma_2_the_ffn(backend, dropout):
         with torch.no_grad():
             layer.get_parameter(gamma).zero_()
         torch.manual_seed(0)
-        _, gradients = encode_with_gradients(model, BATCH)
+        gradients = with_gradients(model, BATCH)
         with torch.no_grad():
             layer.get_parameter(gamma).copy_(before)
         of = {n: [g for name, g in gradients.items() if f"layers.0.{n}." in name] for n in (silenced, other)}
         assert of[silenced] and of[other]
         assert not any(gradient.any() for gradient in of[silenced])
         assert any(gradient.any() for gradient in of[other])
-
-
-def test_a_fresh_model_starts_with_the_configured_values():
-    model = OnePeacePretrain(small_config(layer_scale=0.3, head_scale=True, attention_layer_norm=True))
-    stack = model.encoder_wrapper.fusion_model
-    for layer in stack.layers:
-        for gamma in (layer.gamma_1, layer.gamma_2):
-            assert torch.equal(gamma, torch.full((48,), 0.3))
-        assert layer.gamma_1 is not layer.gamma_2
-        assert torch.equal(layer.self_attn.c_attn, torch.ones(3))
-    norms = [module for module in stack.modules() if isinstance(module, nn.LayerNorm)]
-    assert len(norms) == 2 * (4 + 3) + 3
-    for norm in norms:
-        assert norm.eps == 1e-5 and torch.equal(norm.weight, torch.ones_like(norm.weight)) and not norm.bias.any()
-    for adapter in model.encoder_wrapper.adapters.values():
-        assert all(not table.weight.any() for table in adapter.rel_pos_table_list)
-        assert 0 < adapter.cls_embedding.abs().max() <= 0.02
-    for name in ("text", "image", "audio"):
-        assert 0 < model.get_parameter(f"{name}_mask_token").abs().max() <= 0.02
-
-
-def test_a_fresh_linear_layer_has_the_deviation_of_a_normal_cut_at_one_deviation():
-    linear = transformer.init_linear(nn.Linear(512, 512))
-    assert linear.weight.std().item() == pytest.approx(0.02 * 0.5396, rel=0.02)
 
 
 OPTIONAL = {
@@ -146,35 +132,21 @@ def test_a_part_is_there_exactly_where_the_configuration_has_it(field, wanted):
 def test_every_part_of_the_configuration_takes_part_in_the_output(backend):
     everything = dict.fromkeys(("head_scale", "attention_layer_norm", "bias_table_per_layer"), True)
     model = small_model(backend, small_config(layers=2, **everything))
-    _, gradients = encode_with_gradients(model, BATCH)
-    stack = {name: gradient for name, gradient in gradients.items() if "encoder_wrapper.fusion_model" in name}
+    gradients = with_gradients(model, BATCH)
     used = {
         name for name, _ in model.named_parameters() if "encoder_wrapper.fusion_model" in name and "audio" not in name
     }
-    assert used <= set(stack) and all(stack[name].any() for name in used)
+    assert used <= set(gradients) and all(gradients[name].any() for name in used)
     tables = [name for name in gradients if "text_adapter.rel_pos_table_list" in name]
     assert len(tables) == 2 and all(gradients[name].any() for name in tables)
-
-
-class Softmax(TorchDispatchMode):
-    """The dtypes in which softmax runs."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._softmax.default:
-            self.seen.add(torch.float32 if args[2] else args[0].dtype)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_the_references_softmax_runs_in_at_least_float32_in_a_model_of_any_dtype(dtype):
     model, batch = small_model("reference", dtype=dtype), batch_of(text=[3, 1], image=(2, 2), dtype=dtype)
-    with Softmax() as softmax:
+    with Dtypes() as dtypes:
         model.encode(**batch)
-    assert softmax.seen == {torch.promote_types(torch.float32, dtype)}
+    assert dtypes.seen.get("_softmax") == {torch.promote_types(torch.float32, dtype)}
 
 
 @pytest.mark.parametrize("counts", [[2049], [1500, 549, 4], [70001]], ids=str)

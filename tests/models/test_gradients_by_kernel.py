@@ -1,6 +1,6 @@
-"""The recorded gradients of upstream ONE-PEACE with both passes of attention by the CUDA kernels, compiled for the CPU.
+"""The recorded losses and gradients of upstream ONE-PEACE with attention by the CUDA kernels, compiled for the CPU.
 
-All but attention stays float32, as in test_parity_by_kernel.py. Plain PyTorch is dense attention in the same dtype.
+All but attention, of which both passes run so, stays float32. Plain PyTorch is dense attention in the same dtype.
 """
 
 import pytest
@@ -37,26 +37,27 @@ class Attention:
 
 
 def gradients(monkeypatch, attention, recording, model, kind):
-    """The loss's gradient of every parameter that has one, and how many launches the backward pass made."""
+    """Losses, the gradient of every parameter that has one, and how many launches the backward pass made."""
     monkeypatch.setattr(transformer, "relative_bias_attention", attention)
     model.zero_grad(set_to_none=True)
-    loss = losses(recording, model, kind)["loss"]
+    parts = losses(recording, model, kind)
     before = cuda_extension.launched()
-    loss.backward()
+    parts["loss"].backward()
     found = model.to_upstream_state_dict(grads=True)
-    return {key: value.clone() for key, value in found.items() if value is not None}, cuda_extension.launched() - before
+    found = {key: value.clone() for key, value in found.items() if value is not None}
+    return parts, found, cuda_extension.launched() - before
 
 
 @pytest.mark.parametrize("kind", LOSS_MASKS)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", RECORDINGS)
-def test_the_kernels_reproduce_recorded_gradients(monkeypatch, host_extension, name, dtype, kind):
+def test_the_kernels_reproduce_recorded_losses_and_gradients(monkeypatch, host_extension, name, dtype, kind):
     recording = golden(name)
     model = recording.model("fused")
-    plain, _ = gradients(monkeypatch, Attention(dense_attention, dtype), recording, model, kind)
+    _, plain, _ = gradients(monkeypatch, Attention(dense_attention, dtype), recording, model, kind)
     use(monkeypatch, host_extension)
     by_kernel = Attention(relative_bias_attention, dtype)
-    actual, launches = gradients(monkeypatch, by_kernel, recording, model, kind)
+    parts, actual, launches = gradients(monkeypatch, by_kernel, recording, model, kind)
     assert launches == len(by_kernel.calls) > recording.config.encoder.layers
     exact = {key: value for key, value in recording.pick(f"grad.{kind}.").items() if value.any()}
     assert actual.keys() == plain.keys()
@@ -67,6 +68,11 @@ def test_the_kernels_reproduce_recorded_gradients(monkeypatch, host_extension, n
         largest = value.abs().max()
         mine, theirs = ((found[key] / largest).to(dtype) for found in (actual, plain))
         assert_within_rule(key, mine, theirs, value / largest)
+    wanted = {key: value for key, value in recording.pick(f"loss.{kind}.").items() if key.endswith("loss")}
+    assert wanted
+    bound = 2 * torch.finfo(dtype).eps
+    for key, value in wanted.items():
+        torch.testing.assert_close(parts[key].float(), value.float(), rtol=bound, atol=bound, msg=key)
 
 
 def on_leaves(attend, arguments):

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 from models._small import BACKENDS, assert_close, small_model
-from models.test_changed_modules import BATCH, CONFIG, check_obeyed, two_steps
+from models.test_changed_modules import CONFIG, check_obeyed, two_steps
+from models.test_passes import vision_language
 from torch import nn
 
 from onepeace_fast.layers.adapters import Adapter
@@ -15,8 +16,10 @@ def doubled_at_parts(gradients):
     return tuple(None if gradient is None else 2 * gradient for gradient in gradients)
 
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # of parts that are not fused
 WATCHED = (nn.Linear, nn.LayerNorm)
 ON_EVERYTHING = {
+    "forward_hook": lambda module, inputs, output: 0.5 * output if isinstance(module, WATCHED) else None,
     "forward_pre_hook": lambda module, inputs: (0.5 * inputs[0],) if isinstance(module, WATCHED) else None,
     "full_backward_hook": lambda module, into, out: doubled_at_parts(into) if isinstance(module, WATCHED) else None,
     "full_backward_pre_hook": lambda module, out: doubled_at_parts(out) if isinstance(module, WATCHED) else None,
@@ -49,20 +52,15 @@ def test_hooks_of_all_modules_reach_the_adapters_of_a_step():
     def halve(module, inputs, output):
         return 0.5 * output if isinstance(module, Adapter) else None
 
-    masks = {name: torch.zeros(2, length, dtype=torch.bool) for name, length in (("text", 4), ("image", 5))}
-    for mask in masks.values():
-        mask[:, 1] = True
-    masks |= {f"vl_{name}": mask for name, mask in masks.items()}
+    name, inputs = vision_language()
 
     def losses(backend):
-        return {"loss": small_model(backend, CONFIG).vision_language_loss(**BATCH, masks=masks)["loss"].detach()}
+        return {"loss": small_model(backend, CONFIG)(name, **inputs)["loss"].detach()}
 
     plain = losses("reference")
     handle = nn.modules.module.register_module_forward_hook(halve)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            reference, fused = map(losses, BACKENDS)
+        reference, fused = map(losses, BACKENDS)
     finally:
         handle.remove()
     assert_close(fused, reference, 1e-9)

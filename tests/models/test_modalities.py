@@ -5,16 +5,15 @@ import torch
 from models._small import (
     BACKENDS,
     assert_close,
-    at_tokens,
+    assert_same_bits,
     batch_of,
-    encode_with_gradients,
-    gradients_of,
     hide,
+    losses_with_gradients,
     small_config,
     small_model,
-    valid_tokens,
-    weighted_sum,
+    with_gradients,
 )
+from models.test_passes import audio_language, vision_language
 
 VARIANTS = {
     "default": {},
@@ -30,42 +29,22 @@ SAMPLES = {"text": [2, 0, 3], "image": [2, 1], "audio": [3, 0, 1]}
 def test_three_modalities_in_every_sample_agree_packed_and_padded(variant):
     batch = batch_of(text=[7, 2, 5], image=(3, 4), audio=[9, 4, 6])
     config = small_config(**VARIANTS[variant])
-    results = [encode_with_gradients(small_model(backend, config), batch) for backend in BACKENDS]
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want)
-    gradients = results[1][1]
+    want, got = (with_gradients(small_model(backend, config), batch) for backend in BACKENDS)
+    assert_close(got, want)
     for name in ("text", "image", "audio"):
-        table = next(v for k, v in gradients.items() if f"{name}_adapter.rel_pos_table" in k)
+        table = next(v for k, v in got.items() if f"{name}_adapter.rel_pos_table" in k)
         assert bool((table[-3:] != 0).all()), f"CLS entries of {name}'s table got no gradient"
 
 
 def test_three_modalities_are_reconstructed_alike_packed_and_padded():
     batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6])
-    masks, valid, results = hide(batch), valid_tokens(batch), []
-    for backend in BACKENDS:
-        model = small_model(backend)
-        outputs = model.reconstruct(**batch, masks=masks)
-        results.append((at_tokens(outputs, valid), gradients_of(model, weighted_sum(outputs, valid))))
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want)
+    assert_close(*(with_gradients(small_model(b), batch, "reconstruct", masks=hide(batch)) for b in BACKENDS[::-1]))
 
 
 @pytest.mark.parametrize(("grid", "tolerance"), [(3, 1e-10), (4, 1e-6)], ids=["own grid", "resampled in float32"])
 def test_both_pretraining_tasks_agree_packed_and_padded(grid, tolerance):
-    batch = batch_of(text=[7, 2, 5], image=(3, grid), audio=[9, 4, 6])
-    alone, pair = hide(batch, seed=1), hide(batch, seed=2)
-    pairs = {"vl": ("text", "image"), "al": ("text", "audio", "audio_padding")}
-    results = []
-    for backend in BACKENDS:
-        model = small_model(backend)
-        inputs = {kind: {name: batch[name] for name in names} for kind, names in pairs.items()}
-        vl = {"text": alone["text"], "image": alone["image"], "vl_text": pair["text"], "vl_image": pair["image"]}
-        al = {"audio": alone["audio"], "al_text": pair["text"], "al_audio": pair["audio"]}
-        vision = model.vision_language_loss(**inputs["vl"], masks=vl)
-        audio = model.audio_language_loss(**inputs["al"], masks=al)
-        losses = {f"{kind} {k}": v.detach() for kind, part in (("vl", vision), ("al", audio)) for k, v in part.items()}
-        results.append((losses, gradients_of(model, vision["loss"] + audio["loss"])))
-    for got, want in zip(results[1], results[0], strict=True):
+    for task in (vision_language(grid=grid), audio_language()):
+        want, got = (losses_with_gradients(small_model(backend), *task) for backend in BACKENDS)
         assert_close(got, want, tolerance)
 
 
@@ -73,9 +52,8 @@ def test_both_pretraining_tasks_agree_packed_and_padded(grid, tolerance):
 def test_samples_with_different_modalities_agree_packed_and_padded(as_tensor):
     batch = batch_of(text=[7, 2, 5], image=(2, 3), audio=[9, 4, 6])
     samples = {name: torch.tensor(rows) for name, rows in SAMPLES.items()} if as_tensor else SAMPLES
-    results = [encode_with_gradients(small_model(backend), batch, samples=samples) for backend in BACKENDS]
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want)
+    want, got = (with_gradients(small_model(backend), batch, samples=samples) for backend in BACKENDS)
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -95,21 +73,17 @@ def test_samples_with_different_modalities_equal_each_sample_encoded_alone(backe
             assert_close(got, alone)
 
 
-def test_samples_given_in_order_change_nothing():
-    batch, model = batch_of(text=[7, 2, 5], image=(3, 3)), small_model("fused")
-    with torch.no_grad():
-        plain, listed = model.encode(**batch), model.encode(**batch, samples={"text": [0, 1, 2], "image": [0, 1, 2]})
-    for name, value in plain.items():
-        assert torch.equal(listed[name], value)
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_wrong_pairing_of_samples_changes_the_result(backend):
+def test_samples_given_in_order_change_nothing_and_wrongly_paired_ones_do(backend):
     batch, model = batch_of(text=[7, 2, 5], image=(3, 3)), small_model(backend)
     with torch.no_grad():
-        right, wrong = model.encode(**batch), model.encode(**batch, samples={"text": [1, 0, 2], "image": [0, 1, 2]})
-    assert (right["text"][:2] - wrong["text"][:2]).abs().max() > 1e-3
-    assert_close({"third": wrong["text"][2, :6]}, {"third": right["text"][2, :6]})
+        plain = model.encode(**batch)
+        listed, wrong = (
+            model.encode(**batch, samples={"text": text, "image": [0, 1, 2]}) for text in ([0, 1, 2], [1, 0, 2])
+        )
+    assert_same_bits(listed, plain)
+    assert (plain["text"][:2] - wrong["text"][:2]).abs().max() > 1e-3
+    assert_close({"third": wrong["text"][2, :6]}, {"third": plain["text"][2, :6]})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

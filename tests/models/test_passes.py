@@ -7,8 +7,8 @@ from models._small import (
     assert_close,
     assert_same_bits,
     batch_of,
-    gradients_of,
     hide,
+    losses_with_gradients,
     small_config,
     small_model,
     text_batch,
@@ -22,8 +22,8 @@ from onepeace_fast.models.inputs import read_batch
 TEXT = [7, 2, 5]
 
 
-def vision_language(seed=1):
-    batch = batch_of(text=TEXT, image=(3, 3))
+def vision_language(seed=1, grid=3):
+    batch = batch_of(text=TEXT, image=(3, grid))
     alone, pair = hide(batch, seed=seed), hide(batch, seed=seed + 1)
     masks = {"text": alone["text"], "image": alone["image"], "vl_text": pair["text"], "vl_image": pair["image"]}
     return "vision_language_loss", {**batch, "masks": masks}
@@ -39,19 +39,13 @@ def audio_language(seed=1):
 TASKS = pytest.mark.parametrize("task", [vision_language, audio_language], ids=["vision language", "audio language"])
 
 
-def count_calls(model, name, inputs):
-    """How often the encoder's and the decoder's transformers run, with gradient and without."""
-    calls = []
+@TASKS
+def test_a_step_is_one_gradient_carrying_call_of_the_encoder_and_one_of_the_decoder(task):
+    model, calls, (name, inputs) = small_model("fused"), [], task()
     for which in ("encoder", "decoder"):
         transformer = model.get_submodule(f"{which}_wrapper.fusion_model")
         transformer.register_forward_pre_hook(lambda *_, which=which: calls.append((which, torch.is_grad_enabled())))
-    loss = model(name, **inputs)["loss"]
-    return calls, loss
-
-
-@TASKS
-def test_a_step_is_one_gradient_carrying_call_of_the_encoder_and_one_of_the_decoder(task):
-    calls, _ = count_calls(small_model("fused"), *task())
+    model(name, **inputs)
     # In this order, since older torch's autocast would lose gradients of weights that it cast without one first.
     assert calls == [("encoder", True), ("encoder", False), ("decoder", True)]
 
@@ -73,12 +67,9 @@ def test_both_backends_draw_the_same_drop_path_in_every_pass_of_a_step(task):
     name, inputs = task()
     results = []
     for backend in BACKENDS:
-        model = small_model(backend, config).train()
         torch.manual_seed(7)
-        losses = model(name, **inputs)
-        results.append(({k: v.detach() for k, v in losses.items()}, gradients_of(model, losses["loss"])))
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want)
+        results.append(losses_with_gradients(small_model(backend, config).train(), name, inputs))
+    assert_close(results[1], results[0])
 
 
 def test_drop_path_is_drawn_for_every_sample_of_every_pass(monkeypatch):
@@ -132,28 +123,7 @@ def test_a_step_is_bitwise_the_same_when_repeated(task):
     name, inputs = task()
     model = small_model("fused", dtype=torch.float32)
     inputs = {k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in inputs.items()}
-    results = []
-    for _ in range(2):
-        losses = model(name, **inputs)
-        results.append({**gradients_of(model, losses["loss"]), "loss": losses["loss"].detach()})
-    assert_same_bits(results[1], results[0])
-
-
-def test_the_text_side_of_audio_contrast_gets_no_gradient():
-    name, inputs = audio_language()
-    model = small_model("fused")
-    parts = model(name, **inputs)
-    gradients = gradients_of(model, parts["atc_loss"])
-    assert not any(
-        key.startswith(("text_proj", "encoder_wrapper.text_adapter")) for key in gradients if gradients[key].any()
-    )
-    assert any(key.startswith("audio_proj") for key in gradients)
-
-
-def test_the_checks_of_a_step_come_before_any_work():
-    _, inputs = vision_language()
-    with pytest.raises(ValueError, match="text, image: expected a pair in every row, got 3 and 2 rows"):
-        small_model("fused").vision_language_loss(**inputs | {"image": inputs["image"][:2]})
+    assert_same_bits(*(losses_with_gradients(model, name, inputs) for _ in range(2)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -167,3 +137,20 @@ def test_a_decoder_with_a_bias_does_not_see_padding_and_one_without_does(backend
     together = model.reconstruct(text=padded, masks={"text": mask})["text"][1, :4]
     single = model.reconstruct(text=alone, masks={"text": mask[1:, :4]})["text"][0]
     assert torch.allclose(together, single, rtol=1e-9, atol=1e-12) == bias
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_on_layers_fire_once_a_layer(backend):
+    model, seen = small_model(backend), []
+    for i, layer in enumerate(model.encoder_wrapper.fusion_model.layers):
+        layer.register_forward_hook(lambda *_, i=i: seen.append(i))
+    model.encode(**batch_of(text=[3, 2], image=(2, 2)))
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_calling_the_model_calls_the_task(backend):
+    model, batch = small_model(backend), batch_of(text=[3, 2])
+    assert torch.equal(model("embed", **batch), model.embed(**batch))
+    with pytest.raises(ValueError, match=r"^task: expected one of encode, embed.*, got 'save'"):
+        model("save", directory="nowhere")

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from models._small import BACKENDS, batch_of, small_config, small_model
+from models._small import BACKENDS, assert_same_bits, batch_of, losses_with_gradients, small_config, small_model
 from models.test_add_modality import SensorAdapter, extended
 from training._batches import STAGES, batch_number, masks_of
 
@@ -31,47 +31,36 @@ def default(value):
 
 
 DTYPES = [torch.float64, torch.bfloat16, torch.float16]
+DEFAULTS = pytest.mark.parametrize("value", [*DTYPES, "meta"])
 
 
-def same(first, second):
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        other = second[name]
-        same = value.dtype == other.dtype and torch.equal(value, other) if torch.is_tensor(value) else value == other
-        assert same, name
+def same_under(value, made):
+    """See that what a function makes is the same where that is the default."""
+    expected = made()
+    with default(value):
+        assert_same_bits(made(), expected)
 
 
+@DEFAULTS
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_model_computes_the_same_whatever_the_default_dtype_is(backend):
+def test_a_model_computes_the_same_whatever_the_defaults_are(backend, value):
     model = small_model(backend, dtype=torch.float32)
     batch = batch_of(text=[3, 5], image=(2, 4), audio=[9, 20], dtype=torch.float32)  # the positions are 3 x 3
     samples = {"text": [0, 1], "image": [1, 2], "audio": [2, 0]}
-    expected = model.encode(**batch, samples=samples)
-    for value in (*DTYPES, "meta"):
-        with default(value):
-            same(model.encode(**batch, samples=samples), expected)
+    same_under(value, lambda: model.encode(**batch, samples=samples))
 
 
+@pytest.mark.parametrize("value", [torch.float64, torch.bfloat16, "meta"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("stage", STAGES)
-def test_losses_and_gradients_are_the_same_whatever_the_default_dtype_is(backend, stage):
+def test_losses_and_gradients_are_the_same_whatever_the_defaults_are(backend, stage, value):
     model = small_model(backend, dtype=torch.float32).train()
     batch = batch_number(stage, 0)
-    masks = masks_of(stage, batch, 0)
-
-    def run():
-        model.zero_grad()
-        parts = model(f"{stage}_loss", **{name: batch[name] for name in INPUTS if name in batch}, masks=masks)
-        parts["loss"].backward()
-        return parts | {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    expected = run()
-    for value in (torch.float64, torch.bfloat16, "meta"):
-        with default(value):
-            same(run(), expected)
+    inputs = {name: batch[name] for name in INPUTS if name in batch} | {"masks": masks_of(stage, batch, 0)}
+    same_under(value, lambda: losses_with_gradients(model, f"{stage}_loss", inputs))
 
 
-@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@DEFAULTS
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_loaded_model_has_its_file_s_dtypes_whatever_the_defaults_are(dtype, value, tmp_path):
     model = extended().to(dtype)
@@ -80,13 +69,13 @@ def test_a_loaded_model_has_its_file_s_dtypes_whatever_the_defaults_are(dtype, v
     model.save(tmp_path)
     with default(value):
         loaded = OnePeacePretrain.load(tmp_path, adapters={"sensor": adapter})
-    same(dict(loaded.named_parameters()), dict(model.named_parameters()))
-    same(dict(loaded.named_buffers()), dict(model.named_buffers()))
+    assert_same_bits(dict(loaded.named_parameters()), dict(model.named_parameters()))
+    assert_same_bits(dict(loaded.named_buffers()), dict(model.named_buffers()))
     assert {parameter.device.type for parameter in loaded.parameters()} == {"cpu"}
     assert loaded.encoder.adapter("sensor") is adapter and loaded.training
 
 
-@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@DEFAULTS
 def test_an_added_modality_has_the_model_s_dtype_whatever_the_defaults_are(value):
     adapter = SensorAdapter()
     model = small_model("fused", dtype=torch.float32)
@@ -104,16 +93,14 @@ def test_the_distances_of_a_series_are_upstream_s_whatever_the_default_dtype_is(
     assert torch.equal(model.encoder_wrapper.text_adapter.series_index, series_index(6))
 
 
-@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@DEFAULTS
 @pytest.mark.parametrize("stage", STAGES)
 def test_masks_are_drawn_the_same_whatever_the_defaults_are(stage, value):
     batch = batch_number(stage, 0)
-    expected = masks_of(stage, batch, 0)
-    with default(value):
-        same(masks_of(stage, batch, 0), expected)
+    same_under(value, lambda: masks_of(stage, batch, 0))
 
 
-@pytest.mark.parametrize("value", [*DTYPES, "meta"])
+@DEFAULTS
 def test_what_the_demo_trains_on_is_the_same_whatever_the_defaults_are(value):
     def made():
         generator = torch.Generator().manual_seed(0)
@@ -128,6 +115,4 @@ def test_what_the_demo_trains_on_is_the_same_whatever_the_defaults_are(value):
             "sounds": waveforms(sounds, generator),
         }
 
-    expected = made()
-    with default(value):
-        same(made(), expected)
+    same_under(value, made)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from data._refused import refused
 from models._small import small_model
 from safetensors.torch import load_file, save_file
 
@@ -32,12 +33,9 @@ def test_what_load_would_refuse_is_not_written(tmp_path, change):
     else:
         attention.q_proj = torch.nn.Sequential(attention.q_proj, torch.nn.Identity())
     state = torch.get_rng_state()
-    with pytest.raises(
-        ValueError,
-        match=r"model: expected parameters .*, got some that load\(\) would refuse.*q_proj.*torch.save",
-    ) as caught:
-        model.save(tmp_path / "model")
-    assert "\n" not in str(caught.value) and not (tmp_path / "model").exists()
+    parts = (", got some that load() would refuse", "q_proj", "torch.save")
+    refused(lambda: model.save(tmp_path / "model"), "model: expected parameters ", *parts)
+    assert not (tmp_path / "model").exists()
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -51,9 +49,8 @@ def test_tied_weights_are_refused_and_parts_of_one_tensor_are_written(tmp_path, 
         model.image_proj.weight = model.text_proj.weight
     else:
         model.image_proj.weight.data = model.text_proj.weight.data
-    with pytest.raises(ValueError, match=r"^model: [^\n]*image_proj.weight[^\n]*tied[^\n]*torch.save") as caught:
-        model.save(tmp_path / "tied")
-    assert "\n" not in str(caught.value) and not (tmp_path / "tied").exists()
+    refused(lambda: model.save(tmp_path / "tied"), "model: ", "image_proj.weight", "tied", "torch.save")
+    assert not (tmp_path / "tied").exists()
 
 
 def test_a_file_with_upstream_s_buffers_is_loaded_and_one_with_others_refused(tmp_path):
@@ -64,8 +61,7 @@ def test_a_file_with_upstream_s_buffers_is_loaded_and_one_with_others_refused(tm
     save_file(weights | {name: bucket}, tmp_path / WEIGHTS_FILE)
     assert same(OnePeacePretrain.load(tmp_path), model)
     save_file(weights | {name: bucket + 1}, tmp_path / WEIGHTS_FILE)
-    with pytest.raises(ValueError, match=f"^state_dict: expected .*{name} differs"):
-        OnePeacePretrain.load(tmp_path)
+    refused(lambda: OnePeacePretrain.load(tmp_path), "state_dict: expected ", f"{name} differs")
 
 
 def test_saving_again_replaces_the_files(tmp_path):
@@ -93,18 +89,15 @@ def test_a_save_that_fails_leaves_the_last_one_whole(tmp_path, monkeypatch):
 def test_a_folder_that_save_did_not_write_is_refused(missing, tmp_path):
     small_model("fused", dtype=torch.float32).save(tmp_path)
     (tmp_path / missing).unlink()
-    with pytest.raises(ValueError, match=f"^directory: expected .*, got .* without {missing}$") as caught:
-        OnePeacePretrain.load(tmp_path)
-    assert "\n" not in str(caught.value)
+    refused(lambda: OnePeacePretrain.load(tmp_path), "directory: expected ", f" without {missing}")
 
 
 def test_weights_that_are_cut_off_are_refused_in_one_line(tmp_path):
     small_model("fused", dtype=torch.float32).save(tmp_path)
     for size in (0, 5, 1000):
         (tmp_path / WEIGHTS_FILE).write_bytes((tmp_path / WEIGHTS_FILE).read_bytes()[:size])
-        with pytest.raises(ValueError, match=f"^directory: expected .*{WEIGHTS_FILE}, which cannot be read") as caught:
-            OnePeacePretrain.load(tmp_path)
-        assert "\n" not in str(caught.value)
+        part = f"{WEIGHTS_FILE}, which cannot be read"
+        refused(lambda: OnePeacePretrain.load(tmp_path), "directory: expected ", part)
 
 
 @pytest.mark.parametrize("change", ["a bias less", "a parameter more"])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from data._refused import refused, taken
 from models._small import small_config, small_model
 
 from onepeace_fast import OnePeacePretrain
@@ -53,13 +54,7 @@ def other_values(model):
 def refuse(model, state_dict, *expected):
     """Loading raises one line that names everything expected, and leaves every parameter bit for bit."""
     before = {name: value.clone() for name, value in model.to_upstream_state_dict().items()}
-    with pytest.raises(ValueError) as caught:
-        model.load_upstream_state_dict(state_dict)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert message.startswith("state_dict: expected ")
-    for part in expected:
-        assert part in message
+    refused(lambda: model.load_upstream_state_dict(state_dict), "state_dict: expected ", *expected)
     after = model.to_upstream_state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
@@ -88,13 +83,6 @@ def test_an_empty_state_dict_is_refused():
 def test_a_value_that_cannot_be_copied_is_refused_before_any_other_is(name, value):
     model = small_model("fused")
     refuse(model, {**other_values(model), name: value}, name)
-
-
-def test_right_buffers_are_accepted_and_values_loaded():
-    model = small_model("fused")
-    values = other_values(model)
-    model.load_upstream_state_dict({**values, **right_buffers()})
-    assert all(torch.equal(got, values[name]) for name, got in model.to_upstream_state_dict().items())
 
 
 def changed(value):
@@ -154,15 +142,6 @@ def test_loading_keeps_the_models_dtype(dtype):
     assert torch.equal(got["text_proj.weight"], source.text_proj.weight.to(dtype))
 
 
-def test_state_dict_is_loaded_by_another_model_with_the_same_results():
-    source, model = small_model("fused", seed=1), small_model("reference", seed=2)
-    text = torch.randint(4, 30, (2, 5), generator=torch.Generator().manual_seed(0))
-    before = model.embed(text=text)
-    model.load_upstream_state_dict(source.to_upstream_state_dict())
-    assert (model.embed(text=text) - before).abs().max() > 1e-3
-    torch.testing.assert_close(model.embed(text=text), source.embed(text=text), rtol=1e-10, atol=1e-12)
-
-
 def test_a_model_built_without_memory_computes_the_same_once_loaded():
     source, text = small_model("fused"), torch.randint(4, 30, (2, 5), generator=torch.Generator().manual_seed(0))
     with torch.device("meta"):
@@ -198,10 +177,6 @@ def test_right_buffers_are_accepted_by_a_model_whose_memory_holds_anything():
         if hasattr(adapter, "series_index"):
             adapter.series_index.fill_(7)
     values = small_model("fused", dtype=torch.float32).to_upstream_state_dict()
-    refused = ""
-    try:
+    with taken():
         model.load_upstream_state_dict({**values, **right_buffers()})
-    except ValueError as error:
-        refused = str(error)
-    assert not refused
     assert all(torch.equal(got, values[name]) for name, got in model.to_upstream_state_dict().items())

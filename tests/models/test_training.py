@@ -6,15 +6,13 @@ from models._small import (
     BACKENDS,
     assert_close,
     assert_same_bits,
-    at_tokens,
     batch_of,
-    encode_with_gradients,
     gradients_of,
-    hide,
     small_config,
     small_model,
     valid_tokens,
     weighted_sum,
+    with_gradients,
 )
 
 from onepeace_fast.models import stack
@@ -25,40 +23,29 @@ ROWS = {"text": [7, 2, 5, 4], "image": (4, 3)}
 def training_results(backend, seed, batch, **encoder):
     model = small_model(backend, small_config(**encoder)).train()
     torch.manual_seed(seed)
-    return encode_with_gradients(model, batch)
+    return with_gradients(model, batch)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_drop_path_drops_the_same_samples_packed_and_padded(seed):
     batch = batch_of(**ROWS, audio=[9, 4, 6, 3])
     want, got = (training_results(backend, seed, batch, drop_path_rate=0.4, layers=4) for backend in BACKENDS)
-    assert_close(got[0], want[0])
-    assert_close(got[1], want[1])
+    assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_drop_path_depends_on_the_seed_and_is_off_in_evaluation(backend):
+@pytest.mark.parametrize(
+    ("drawing", "still"),
+    [({"drop_path_rate": 0.4, "layers": 4}, {"layers": 4}), ({"dropout": 0.3}, {})],
+    ids=["DropPath", "dropout"],
+)
+def test_what_is_drawn_depends_on_the_seed_and_is_off_in_evaluation(backend, drawing, still):
     batch = batch_of(**ROWS)
-    config = small_config(drop_path_rate=0.4, layers=4)
-    first, again, other = (training_results(backend, s, batch, drop_path_rate=0.4, layers=4)[0] for s in (0, 0, 1))
+    first, again, other = (training_results(backend, seed, batch, **drawing) for seed in (0, 0, 1))
     assert_same_bits(again, first)
     assert (first["text"] - other["text"]).abs().max() > 1e-3
-    plain, _ = encode_with_gradients(small_model(backend, small_config(layers=4)), batch)
-    evaluated, _ = encode_with_gradients(small_model(backend, config), batch)
+    evaluated, plain = (with_gradients(small_model(backend, small_config(**c)), batch) for c in (drawing, still))
     assert_same_bits(evaluated, plain)
-
-
-def test_drop_path_of_encoder_and_decoder_agrees_in_the_denoising_task():
-    batch = batch_of(**ROWS)
-    masks, valid, results = hide(batch), valid_tokens(batch), []
-    config = small_config(decoder={"drop_path_rate": 0.4, "layers": 3}, drop_path_rate=0.4, layers=3)
-    for backend in BACKENDS:
-        model = small_model(backend, config).train()
-        torch.manual_seed(3)
-        outputs = model.reconstruct(**batch, masks=masks)
-        results.append((at_tokens(outputs, valid), gradients_of(model, weighted_sum(outputs, valid))))
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -98,8 +85,7 @@ def test_checkpointed_activations_give_bitwise_the_same_gradients(encoder):
     batch = batch_of(**ROWS)
     plain = training_results("fused", 0, batch, **encoder)
     checkpointed = training_results("fused", 0, batch, checkpoint_activations=True, **encoder)
-    assert_same_bits(checkpointed[0], plain[0])
-    assert_same_bits(checkpointed[1], plain[1])
+    assert_same_bits(checkpointed, plain)
 
 
 def test_checkpointed_reference_gives_the_same_gradients():
@@ -108,7 +94,7 @@ def test_checkpointed_reference_gives_the_same_gradients():
         training_results("reference", 0, batch, drop_path_rate=0.4, checkpoint_activations=flag)
         for flag in (False, True)
     )
-    assert_close(checkpointed[1], plain[1], 1e-12)
+    assert_close(checkpointed, plain, 1e-12)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -119,21 +105,9 @@ def test_checkpointing_runs_every_layer_again(backend):
         for layer in model.encoder_wrapper.fusion_model.layers:
             module = layer.self_attn_layer_norm if backend == "reference" else layer
             module.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        encode_with_gradients(model, batch)
+        with_gradients(model, batch)
         counts.append(len(calls))
     assert counts == [2, 4]
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_is_deterministic_under_a_seed_and_off_in_evaluation(backend):
-    batch = batch_of(**ROWS)
-    first, again, other = (training_results(backend, seed, batch, dropout=0.3) for seed in (0, 0, 1))
-    assert_same_bits(again[0], first[0])
-    assert_same_bits(again[1], first[1])
-    assert (first[0]["text"] - other[0]["text"]).abs().max() > 1e-3
-    evaluated = encode_with_gradients(small_model(backend, small_config(dropout=0.3)), batch)
-    plain = encode_with_gradients(small_model(backend), batch)
-    assert_same_bits(evaluated[0], plain[0])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,12 +134,12 @@ def test_gradients_under_dropout_follow_the_outputs(backend):
 
 def test_frozen_parameters_get_no_gradient_and_change_no_other():
     batch = batch_of(**ROWS)
-    _, want = encode_with_gradients(small_model("fused"), batch)
+    want = with_gradients(small_model("fused"), batch)
     model = small_model("fused")
     frozen = {name for name, _ in model.named_parameters() if "text_ffn" in name or "rel_pos_table" in name}
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
-    _, got = encode_with_gradients(model, batch)
+    got = with_gradients(model, batch)
     assert frozen & set(want)
     assert_close(got, {name: value for name, value in want.items() if name not in frozen}, 1e-12)
 

@@ -1,15 +1,10 @@
 """Where processes train together every parameter that trains gets a gradient: DistributedDataParallel waits for all."""
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from models._small import BACKENDS, assert_same_bits, gradients_of, small_config, small_model
 from models.test_add_modality import SensorAdapter
 from models.test_passes import audio_language, vision_language
-from torch.nn.parallel import DistributedDataParallel
 
 from onepeace_fast.models.modalities import parameters_of
 
@@ -18,14 +13,6 @@ VARIANTS = {
     "other settings": {"bias_table_per_layer": True, "head_scale": True, "attention_layer_norm": True},
     "a decoder of two": {"decoder": {"image": None}},
 }
-
-
-@pytest.fixture
-def together():
-    """A group of processes, of this one alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def model_of(backend, variant, stage_two):
@@ -40,7 +27,7 @@ def model_of(backend, variant, stage_two):
 @pytest.mark.parametrize("stage_two", [False, True])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_every_parameter_that_trains_has_a_gradient(backend, variant, stage_two, together):
+def test_every_parameter_that_trains_has_a_gradient(backend, variant, stage_two, group):
     tasks = [audio_language] if stage_two or variant == "a decoder of two" else [vision_language, audio_language]
     for task in tasks:
         model, (name, inputs) = model_of(backend, variant, stage_two), task()
@@ -51,7 +38,7 @@ def test_every_parameter_that_trains_has_a_gradient(backend, variant, stage_two,
 
 
 @pytest.mark.parametrize("task", [vision_language, audio_language])
-def test_what_a_stage_does_not_read_gets_zeros_and_changes_nothing(task, together):
+def test_what_a_stage_does_not_read_gets_zeros_and_changes_nothing(task, group):
     results = []
     for fill in (0.5, torch.nan):
         model, (name, inputs) = small_model("fused"), task()
@@ -75,32 +62,3 @@ def test_alone_a_step_leaves_what_its_stage_does_not_read_as_it_is(task):
     model(name, **inputs)["loss"].backward()
     optimizer.step()
     assert unread and all(torch.equal(*pair) for pair in zip(unread, before, strict=True))
-
-
-def one_of_two(rank, port, results):
-    """Two steps of stage 2 with an image part, in DistributedDataParallel as it is by default."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = model_of("fused", "as it is", stage_two=True).float()
-    parallel = DistributedDataParallel(model)
-    for seed in (rank, 2 + rank):
-        name, inputs = audio_language(seed)
-        inputs["audio"] = inputs["audio"].float()
-        parallel(name, **inputs)["loss"].backward()
-    without = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    if rank == 0:
-        results.put((without, float(model.get_parameter("audio_proj.weight").grad.abs().sum())))
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_stage_two_runs_in_parallel_with_an_image_part():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = mp.get_context("spawn").SimpleQueue()
-    workers = mp.spawn(one_of_two, (port, results), nprocs=2, join=False)
-    while not workers.join(timeout=60):
-        pass
-    without, moved = results.get()
-    assert not without and moved > 0

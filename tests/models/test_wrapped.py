@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-import torch.distributed as dist
-from models._small import batch_of, small_model
+from models._small import assert_same_bits, batch_of, small_model
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -15,14 +14,6 @@ from onepeace_fast.layers.adapters import TextAdapter
 from onepeace_fast.models.parameters import upstream_modules, upstream_names
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.trainer import Trainer
-
-
-@pytest.fixture
-def group():
-    """A process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def sharded(module):
@@ -59,19 +50,15 @@ def values_of(model):
     return {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in values.items()}
 
 
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_a_wrapped_model_is_saved_as_a_plain_one_and_takes_a_plain_one_s_values(group, wrapper, tmp_path):
     plain, model = small_model("fused", dtype=torch.float32), wrapped_model(wrapper)
-    assert same(values_of(model), values_of(plain))
+    assert_same_bits(values_of(model), values_of(plain))
     model.save(tmp_path)
-    assert same(values_of(OnePeacePretrain.load(tmp_path)), values_of(plain))
+    assert_same_bits(values_of(OnePeacePretrain.load(tmp_path)), values_of(plain))
     other = small_model("fused", dtype=torch.float32, seed=1)
     model.load_upstream_state_dict(other.to_upstream_state_dict())
-    assert same(values_of(model), values_of(other))
+    assert_same_bits(values_of(model), values_of(other))
     if "torch.compile" in wrapper:  # takes seconds
         return
     text = batch_of(text=[3, 5])
@@ -89,7 +76,7 @@ def test_a_wrapped_model_is_as_strict_as_a_plain_one(group, wrapper):
     assert f"missing: {name}" in str(caught.value)
     assert "image_proj.bias [7] instead of [48]" in str(caught.value)
     assert "encoder_wrapper.text_adapter.rp_bucket differs" in str(caught.value)
-    assert same(values_of(model), before)
+    assert_same_bits(values_of(model), before)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -99,7 +86,7 @@ def test_a_wrapped_model_s_own_state_dict_loads_into_plain_and_wrapped_ones(grou
     other = names[(names.index(wrapper) + 3) % len(names)]
     for model in (small_model("fused", dtype=torch.float32), wrapped_model(wrapper), wrapped_model(other)):
         model.load_upstream_state_dict(state_dict)
-        assert same(values_of(model), values_of(expected))
+        assert_same_bits(values_of(model), values_of(expected))
 
 
 def test_a_state_dict_with_wrappers_at_several_depths_loads_and_one_with_a_name_twice_does_not(group):
@@ -109,7 +96,7 @@ def test_a_state_dict_with_wrappers_at_several_depths_loads_and_one_with_a_name_
         name = f"{adapter}_adapter"
         around.encoder_wrapper.add_module(name, DistributedDataParallel(getattr(around.encoder_wrapper, name)))
     plain.load_upstream_state_dict(DistributedDataParallel(torch.compile(around)).state_dict())
-    assert same(values_of(plain), values_of(expected))
+    assert_same_bits(values_of(plain), values_of(expected))
     twice = {f"encoder_wrapper._orig_mod.{name}": value for name, value in plain.encoder_wrapper.state_dict().items()}
     thrice = {key.replace("._orig_mod", ".module"): value for key, value in twice.items()}
     for more in (twice, thrice, twice | thrice):
@@ -158,7 +145,7 @@ def test_a_modality_is_added_inside_the_wrappers(wrapper):
         torch.manual_seed(0)
         model.add_modality("pen", TextAdapter(model.config.encoder.text, 48, 3, 1, 30), init_from="text")
         model.train_only("pen")
-    assert same(*map(values_of, models))
+    assert_same_bits(*map(values_of, models))
     inner = upstream_modules(models[1])
     assert "pen_ffn" in dict(inner["encoder_wrapper.fusion_model.layers.1"].named_children())
     trained = [{n for n, p in upstream_names(model).items() if p.requires_grad} for model in models]

@@ -191,45 +191,36 @@ class Subclass(torch.Tensor):
     """A tensor of another class, with nothing of its own."""
 
 
-@pytest.mark.parametrize(
-    "looker",
-    ["function mode", "dispatch mode", "profiler", "forward mode", "torch.func", "tracing", "subclass", "batch",
-     "meta", "negative"],
-)  # fmt: skip
+def inside(context):
+    """Look inside a context."""
+
+    def look(x, see):
+        with context():
+            see([x])
+
+    return look
+
+
+LOOKERS = {
+    "function mode": inside(Looks),
+    "dispatch mode": inside(LooksBelow),
+    "profiler": inside(lambda: torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])),
+    "forward mode": inside(forward_ad.dual_level),
+    "torch.func": lambda x, see: torch.func.grad(lambda y: see([x]) or y.sum())(x),
+    "tracing": lambda x, see: torch.jit.trace(lambda y: see([y]) or y + 1, (x,), check_trace=False),
+    "batch": lambda x, see: torch._vmap_internals._vmap(lambda y: see([x, y]) or y)(x),
+    "subclass": lambda x, see: see([x, x.as_subclass(Subclass)]),
+    "meta": lambda x, see: see([x, x.to("meta")]),
+    "negative": lambda x, see: see([x, torch.view_as_complex(normal(3, 2, seed=2)).conj().imag]),
+}
+
+
+@pytest.mark.parametrize("looker", LOOKERS)
 def test_whatever_looks_at_ops_sees_the_registered_one(looker):
-    x = normal(3, 4, seed=1)
+    x, seen = normal(3, 4, seed=1), []
     assert is_eager([x, None, torch.nn.Parameter(x)]) is True
-    if looker == "function mode":
-        with Looks():
-            assert is_eager([x]) is False
-    elif looker == "dispatch mode":
-        with LooksBelow():
-            assert is_eager([x]) is False
-    elif looker == "profiler":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
-            assert is_eager([x]) is False
-    elif looker == "forward mode":
-        with forward_ad.dual_level():
-            assert is_eager([x]) is False
-    elif looker == "torch.func":
-        seen = []
-        torch.func.grad(lambda y: seen.append(is_eager([x])) or y.sum())(x)
-        assert seen == [False]
-    elif looker == "tracing":
-        seen = []
-        torch.jit.trace(lambda y: seen.append(is_eager([y])) or y + 1, (x,), check_trace=False)
-        assert seen == [False]
-    elif looker == "batch":
-        seen = []
-        torch._vmap_internals._vmap(lambda y: seen.append(is_eager([x, y])) or y)(x)
-        assert seen == [False]
-    else:
-        other = {
-            "subclass": lambda: x.as_subclass(Subclass),
-            "meta": lambda: x.to("meta"),
-            "negative": lambda: torch.view_as_complex(normal(3, 2, seed=2)).conj().imag,
-        }[looker]()
-        assert is_eager([x, other]) is False
+    LOOKERS[looker](x, lambda tensors: seen.append(is_eager(tensors)))
+    assert seen == [False]
 
 
 def test_a_profile_names_the_ops():

@@ -1,10 +1,12 @@
 """What ops promise, held against float64 and not their own reference: precision, which widths and what by default."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support import contract
 
 from onepeace_fast.ops import gated_sub_ln, layer_norm, relative_bias_attention, routed_ffn
 
@@ -14,8 +16,7 @@ WIDTH = HEADS * HEAD_DIM
 OFFSETS = torch.tensor([0, 7, ROWS], dtype=torch.int32)
 
 
-def random(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+random = partial(contract.normal, seed=0)
 
 
 def attention(qkv, **given):
@@ -62,11 +63,8 @@ def test_a_gate_and_its_norm_are_float32_s_in_half_precision(dtype):
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_a_norm_s_statistics_are_float32_s_in_half_precision(dtype):
-    x, weight, bias = (
-        random(ROWS, WIDTH, dtype=dtype),
-        random(WIDTH, seed=1, dtype=dtype),
-        random(WIDTH, seed=2, dtype=dtype),
-    )
+    x = random(ROWS, WIDTH, dtype=dtype)
+    weight, bias = (random(WIDTH, seed=seed, dtype=dtype) for seed in (1, 2))
     exact = F.layer_norm(x.double(), (WIDTH,), weight.double(), bias.double())
     assert_rounded_once(layer_norm(x, weight, bias), exact)
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 from support.contract import normal
 
-pytestmark = pytest.mark.requires_compiler
 ROW = {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
 
 
@@ -18,7 +17,8 @@ class Call:
         kinds = {"type": "float16", "head_scale": 0, "head_scale_type": "float32"}
         values = {**ROW, **kinds, "scale": 1.0, "strides": (96, 32, 32), "bias": []}
         values |= {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
-        self.attention = extension.RelativeBiasAttention(**{**values, **changes})
+        values |= changes
+        self.attention, self.vectors = extension.RelativeBiasAttention(**values), len(values["bias"])
 
     def forward(self, **changes):
         """out and the log-sum-exp."""
@@ -29,7 +29,7 @@ class Call:
 
     def backward(self, gradient, log_sum_exp, **changes):
         """The gradient of qkv, from that of out."""
-        wanted = {"multiprocessors": 1, "bias": [], "head_scale": 0}
+        wanted = {"multiprocessors": 1, "bias": [16] * self.vectors, "head_scale": 0}
         qkv = torch.full_like(self.tensors["qkv"], torch.nan)
         workspace = torch.empty(self.attention.backward_workspace(**wanted) + 16, dtype=torch.uint8)
         values = {"grad": gradient.data_ptr(), "grad_strides": (32, 32), "log_sum_exp": log_sum_exp.data_ptr()}
@@ -57,70 +57,78 @@ def test_it_launches_on_addresses(host_extension):
     assert dq.abs().max() < 0.05 and dk.abs().max() < 0.05  # softmax over one key has no slope
 
 
-def refused_in_one_line(name, run, *arguments, **changes):
-    with pytest.raises((RuntimeError, ValueError)) as caught:
-        run(*arguments, **changes)
-    message = str(caught.value)
-    assert message.startswith(f"{name}: expected ") and ", got " in message and "\n" not in message
+VECTOR = (16, "float32", 4, 1, 4, 0)
+ADDRESS = "expected an address that 16 divides, got one that is 8 modulo 16"
+# What is said, by what the arguments of both passes are changed to.
+REFUSED = {
+    "type: expected float16, bfloat16 or float32, got int8": {"type": "int8"},
+    "type: expected float16, bfloat16 or float32, got float64": {"head_scale_type": "float64"},
+    "qkv: expected float16 or bfloat16, got float32": {"type": "float32"},
+    "qkv: expected a head size of 32, 64 or 128, got 48": {"head_dim": 48},
+    f"qkv: {ADDRESS}": {"qkv": 8},
+    "qkv: expected strides that 8 divides, got 97": {"strides": (97, 32, 32)},
+    "qkv: expected no negative size and at least one head, got": {"heads": 0},
+    "cu_seqlens: expected 1 to 16 modalities, got 17": {"modalities": 17},
+    "cu_seqlens: expected at most 65534 samples and 65535 heads in one launch, got 65535 and": {"samples": 65_535},
+    "bias: expected float16, bfloat16 or float32 [heads, 4 or more], got": {"bias": [(*VECTOR[:4], 3, 0)]},
+    "bias: expected one vector for each of 1 modalities, or none, got 2": {"bias": [VECTOR] * 2},
+    "bias: expected at most 16 vectors, got 17": {"bias": [VECTOR] * 17},
+}
+GRADIENTS_REFUSED = {
+    f"grad: {ADDRESS}": {"grad": 8},
+    "grad: expected strides that 8 divides, got 33": {"grad_strides": (33, 32)},
+    "grad: expected strides that 8 divides, got 36": {"grad_strides": (32, 36)},
+    f"gradient of qkv: {ADDRESS}": {"qkv": 8},
+    f"workspace: {ADDRESS}": {"workspace": 8},
+    "bias: expected a gradient for each of 0 vectors, 0 where it is frozen, got 1": {"bias": [16]},
+    "head_scale: expected 0, since there is no head scale, got a gradient": {"head_scale": 16},
+}
 
 
-BAD_ARGUMENTS = [
-    ("type", {"type": "int8"}),
-    ("qkv", {"type": "float32"}),
-    ("qkv", {"head_dim": 48}),
-    ("qkv", {"qkv": 8}),
-    ("qkv", {"strides": (97, 32, 32)}),
-    ("qkv", {"heads": 0}),
-    ("cu_seqlens", {"modalities": 17}),
-    ("bias", {"bias": [(16, "float32", 4, 1, 3, 0)]}),
-    ("bias", {"bias": [(16, "float32", 4, 1, 4, 0)] * 2}),
-    ("bias", {"bias": [(16, "float32", 4, 1, 4, 0)] * 17}),
-    ("type", {"head_scale_type": "float64"}),
-]
+def refused_in_one_line(line, run, **changes):
+    message = ""
+    try:
+        run(**changes)
+    except (RuntimeError, ValueError) as error:
+        message = str(error)
+    assert message.startswith(line) and "\n" not in message
 
 
-@pytest.mark.parametrize(("name", "bad"), [*BAD_ARGUMENTS, ("out", {"out": 8})], ids=str)
-def test_the_forward_pass_refuses_in_one_line_and_launches_nothing(host_extension, name, bad):
-    of_launch = {key: value for key, value in bad.items() if key == "out"}
-    run = lambda: Call(host_extension, **({} if of_launch else bad)).forward(**of_launch)  # noqa: E731
-    refused_in_one_line(name, run)
-
-
-@pytest.mark.parametrize(("name", "bad"), [row for row in BAD_ARGUMENTS if row[0] != "type"], ids=str)
-def test_the_backward_pass_refuses_the_same_arguments(host_extension, name, bad):
-    gradients = {"bias": [16] * len(bad.get("bias", ()))}
+@pytest.mark.parametrize("line", REFUSED)
+def test_both_passes_refuse_in_one_line_and_launch_nothing(host_extension, line):
+    bad = REFUSED[line]
     grad, log_sum_exp = torch.zeros(1, 1, 32).half(), torch.zeros(1, 1)
-    run = lambda: Call(host_extension, **bad).backward(grad, log_sum_exp, **gradients)  # noqa: E731
-    refused_in_one_line(name, run)
+    refused_in_one_line(line, lambda: Call(host_extension, **bad).forward())
+    refused_in_one_line(line, lambda: Call(host_extension, **bad).backward(grad, log_sum_exp))
 
 
-@pytest.mark.parametrize(
-    ("name", "bad"),
-    [
-        ("grad", {"grad": 8}),
-        ("grad", {"grad_strides": (33, 32)}),
-        ("gradient of qkv", {"qkv": 8}),
-        ("workspace", {"workspace": 8}),
-        ("bias", {"bias": [16]}),
-        ("head_scale", {"head_scale": 16}),
-    ],
-    ids=str,
-)
-def test_the_backward_pass_refuses_in_one_line_and_launches_nothing(host_extension, name, bad):
+@pytest.mark.parametrize("line", GRADIENTS_REFUSED)
+def test_the_backward_pass_refuses_in_one_line_and_launches_nothing(host_extension, line):
     call = Call(host_extension)
     _, log_sum_exp = call.forward()
-    refused_in_one_line(name, call.backward, torch.zeros(1, 1, 32).half(), log_sum_exp, **bad)
+    grad = torch.zeros(1, 1, 32).half()
+    refused_in_one_line(line, lambda **bad: call.backward(grad, log_sum_exp, **bad), **GRADIENTS_REFUSED[line])
+
+
+def test_the_forward_pass_and_cuda_refuse_in_one_line_and_launch_nothing(host_extension, monkeypatch):
+    call = Call(host_extension)
+    refused_in_one_line(f"out: {ADDRESS}", call.forward, out=8)
+    out, log_sum_exp = call.forward()
+    monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(48 * 1024))
+    line = "relative_bias_attention: CUDA refuses the launch: invalid argument"
+    refused_in_one_line(line, call.backward, gradient=out, log_sum_exp=log_sum_exp)
 
 
 def test_the_workspace_grows_with_what_is_learned(host_extension):
-    bias = [(16, "float32", 4, 1, 4, 0)]
-    call = Call(host_extension, bias=bias, head_scale=16)
+    call = Call(host_extension, bias=[VECTOR], head_scale=16)
     size = lambda *learned: call.attention.backward_workspace(  # noqa: E731
         multiprocessors=1, bias=[learned[0]], head_scale=learned[1]
     )
     assert size(0, 0) < size(0, 16) < size(16, 16) and size(0, 0) < size(16, 0)
-    for name, bad in (("bias", {"bias": [], "head_scale": 0}), ("bias", {"bias": [0, 0], "head_scale": 0})):
-        refused_in_one_line(name, call.attention.backward_workspace, multiprocessors=1, **bad)
+    for bad in ([], [0, 0]):
+        line = f"bias: expected a gradient for each of 1 vectors, 0 where it is frozen, got {len(bad)}"
+        run = call.attention.backward_workspace
+        refused_in_one_line(line, run, multiprocessors=1, bias=bad, head_scale=0)
 
 
 def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):

@@ -1,114 +1,127 @@
 """How ``relative_bias_attention`` runs on a GPU: by the CUDA kernels, and by PyTorch's attention where it cannot.
 
-Here both run on the CPU: the kernels' own source and their binding compiled by g++, PyTorch's attention as it is.
+Here both run on the CPU: the kernels' own source and their binding compiled by g++, PyTorch's attention as it is. What
+holds in every way stands in test_relative_bias_attention.py.
 """
 
 import ctypes
 import dataclasses
+import itertools
 import re
 import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import contract
-from support.attention_cases import Batch, kept_grid, kept_text, mixed, series, text_only
+from support.attention_cases import BATCHES, Batch, long_range, mixed, random_codes, text_only
+from support.contract import normal
 from support.host_extension import ARCHITECTURES, force_gpu_paths, use
-from support.plans import naive_layout, whole_rows
+from torch.utils.checkpoint import checkpoint
 
-from onepeace_fast import cuda_extension, relative_bias_attention
+from onepeace_fast import cuda_extension
 from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import random_tensors, specified_cases
 from onepeace_fast.ops import attention_on_gpu, segments
 from onepeace_fast.ops.relative_bias_attention import _say_once
-from onepeace_fast.structures import AttentionInputs, RelativeBias, Segments
+from onepeace_fast.structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionSaved,
+    RelativeBias,
+    Segments,
+    VectorGradients,
+)
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
 
-BATCHES = {"text": text_only, "kept text": kept_text, "kept grid": kept_grid, "mixed": mixed}
-PATHS = ("slower_path", pytest.param("kernel", marks=pytest.mark.requires_compiler))
+in_both_ways = pytest.mark.parametrize("way", ["slower_path", "kernel"], indirect=True)
 
 
-@pytest.fixture
-def kernel(monkeypatch, host_extension):
-    """The kernel runs; a slower path would be heard."""
-    use(monkeypatch, host_extension)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RuntimeWarning)
-        yield host_extension
+def rounded(batch, dtype=torch.bfloat16):
+    """The batch's leaves, in one dtype."""
+    return batch.leaves(2, 32, dtype=dtype)
 
 
-@pytest.fixture
-def slower_path(monkeypatch):
-    """No extension is there."""
-    force_gpu_paths(monkeypatch)
-    monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "there is no extension")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        yield
+def inputs(batch, leaves):
+    """What a launch takes of them."""
+    given = batch.given(leaves)
+    bias = RelativeBias(given["bias"], tuple(given["code_offsets"]))
+    segments = Segments(*(given[name] for name in Segments._fields))
+    return AttentionInputs(leaves["qkv"], segments, bias, leaves["head_scale"], batch.scale or 1.0)
 
 
-@pytest.mark.requires_compiler
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("name", BATCHES)
-def test_the_kernel_follows_the_dense_bias(kernel, name, dtype):
-    batch = BATCHES[name]()
+@pytest.mark.parametrize("name", [*BATCHES, "long range"])
+def test_one_thread_block_gives_the_gradients_that_many_give(monkeypatch, host_extension, name, dtype):
+    use(monkeypatch, host_extension, multiprocessors=1)
+    batch = {**BATCHES, "long range": long_range}[name]()
     contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), dtype, batch.slices())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("multiprocessors, dtype, known", [(1, torch.float16, False), (132, torch.bfloat16, True)])
+@pytest.mark.parametrize("dim", [32, 64, 128])
+def test_keys_of_long_samples(monkeypatch, host_extension, dim, multiprocessors, dtype, known):
+    """One thread block walks them all, without knowing how many they are; or many share them."""
+    use(monkeypatch, host_extension, multiprocessors)
+    batch = mixed(long=True)
+    batch.arguments["max_length"] *= known
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, dim), dtype, batch.slices())
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_gpu_whose_thread_blocks_have_99_kib_trains(kernel, monkeypatch, dim):
+    """As compute capability 8.6, 8.9 and 12.0 do."""
+    monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(99 * 1024))
+    batch = mixed()
+    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, dim), torch.bfloat16, batch.slices())
+
+
+def test_the_device_s_multiprocessors_are_asked_for_once(monkeypatch):
+    asked = []
+    properties = type("Properties", (), {"multi_processor_count": 114})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties)
+    attention_on_gpu._multiprocessors.cache_clear()
+    devices = [torch.device("cuda", index) for index in (0, 1, 0)]
+    assert [attention_on_gpu._multiprocessors(device) for device in devices] == [114] * 3
+    assert asked == devices[:2]
+    attention_on_gpu._multiprocessors.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", BATCHES)
-def test_the_slower_path_follows_the_dense_bias(slower_path, name, dtype):
-    batch = BATCHES[name]()
-    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 8), dtype, batch.slices())
-
-
-@pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
-def test_bias_and_head_scale_are_optional_on_the_slower_path(slower_path, bias, head_scale):
-    batch = mixed()
-    leaves = batch.leaves(3, 8, bias, head_scale)
-    contract.check_against_naive(batch.call, batch.plain, leaves, torch.bfloat16, batch.slices(3))
-
-
-@pytest.mark.requires_compiler
-@pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
-def test_bias_and_head_scale_are_optional_for_the_kernel(kernel, bias, head_scale):
-    batch = mixed()
-    leaves = batch.leaves(3, 64, bias, head_scale)
-    contract.check_against_naive(batch.call, batch.plain, leaves, torch.bfloat16, batch.slices(3))
-
-
-@pytest.mark.requires_compiler
-def test_parameters_keep_their_own_dtype_and_the_scale_is_the_caller_s(kernel):
-    batch = Batch(text_only().layout, text_only().tables, 0.3)
+def test_parameters_keep_their_own_dtype(kernel, dtype):
+    batch = Batch(mixed().layout, mixed().tables, 0.3)
     leaves = batch.leaves(2, 32)
-    for dtype in DTYPES:
-        dtypes = {name: torch.bfloat16 if name == "qkv" else dtype for name in leaves}
-        contract.check_against_naive(batch.call, batch.plain, leaves, dtypes, batch.slices())
-    half = {"qkv": leaves.pop("qkv").half()}
-    single = {name: leaf.float() for name, leaf in leaves.items()}
-    double = {name: leaf.double() for name, leaf in single.items()}
-    assert torch.equal(batch.call(**half, **double), batch.call(**half, **single))
+    dtypes = {name: torch.bfloat16 if name == "qkv" else dtype for name in leaves}
+    contract.check_against_naive(batch.call, batch.plain, leaves, dtypes, batch.slices())
 
 
-def test_the_slower_path_takes_the_caller_s_scale(slower_path):
-    batch = Batch(text_only().layout, text_only().tables, 0.1)
-    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.float32, batch.slices())
+def test_parameters_in_float64_get_float32_s_gradients_in_float64(kernel):
+    batch = random_codes()
+    single = {name: leaf.half() if name == "qkv" else leaf.float() for name, leaf in batch.leaves(2, 32).items()}
+    double = {name: leaf.double() if name != "qkv" else leaf for name, leaf in single.items()}
+    outputs, gradients = contract.run(batch.call, single)
+    expected = outputs, {name: gradient.to(double[name].dtype) for name, gradient in gradients.items()}
+    actual = contract.run(batch.call, double)
+    assert all(actual[1][name].dtype == double[name].dtype for name in double)
+    contract.assert_same(actual, expected, "float64")
+    contract.check_registration(batch.call, double, "relative_bias_attention")
+    contract.check_compiled(batch.call, double)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_selftest_tells_what_the_kernels_compute_from_what_they_do_not(path, request):
-    request.getfixturevalue(path)
+@in_both_ways
+def test_the_selftest_tells_what_the_kernels_compute_from_what_they_do_not(way):
     make = lambda: random_tensors(torch.device("cpu"), 0)  # noqa: E731
     cases = [list(specified_cases(20, torch.bfloat16, make(), torch.device("cpu")))[1] for _ in range(2)]
-    rows = list(selftest._compare(*cases, torch.bfloat16))
+    rows = list(selftest.compare_case(*cases, torch.bfloat16))
     assert {row.operation for row in rows} == {"relative_bias_attention"} and all(row.kept for row in rows)
     assert {row.tensor.split()[0] for row in rows} == {"out0", *cases[0].leaves}
-    assert all(row.by_kernel == (path != "slower_path") for row in rows)
+    assert all(row.by_kernel == (way == "kernel") for row in rows)
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_the_backward_pass_runs_where_the_forward_pass_ran(path, request):
-    request.getfixturevalue(path)
+@in_both_ways
+def test_the_backward_pass_runs_where_the_forward_pass_ran(way):
     batch = text_only()
     qkv = batch.leaves(2, 32)["qkv"].half().requires_grad_()
     launched = [cuda_extension.launched()]
@@ -116,13 +129,12 @@ def test_the_backward_pass_runs_where_the_forward_pass_ran(path, request):
     launched.append(cuda_extension.launched())
     out.sum().backward()
     launched.append(cuda_extension.launched())
-    assert [count - launched[0] for count in launched] == ([0, 0, 0] if path == "slower_path" else [0, 1, 2])
+    assert [count - launched[0] for count in launched] == ([0, 0, 0] if way == "slower_path" else [0, 1, 2])
 
 
-@pytest.mark.requires_compiler
 def test_the_plan_s_tensors_and_parameters_may_have_any_strides(kernel):
     batch = mixed()
-    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    leaves = rounded(batch)
     expected = batch.call(**leaves)
     plan = batch.arguments
     plan |= {name: plan[name].repeat_interleave(2, -1)[..., ::2] for name in ("cu_seqlens", "code", "is_cls")}
@@ -130,30 +142,29 @@ def test_the_plan_s_tensors_and_parameters_may_have_any_strides(kernel):
     assert torch.equal(batch.call(**{**leaves, "head_scale": contract.stepped(leaves["head_scale"])}), expected)
 
 
-@pytest.mark.requires_compiler
-def test_a_part_of_a_larger_projection_is_read_in_place(kernel):
+def test_gradients_of_any_layout_give_the_same_bits(kernel):
     batch = mixed()
-    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
-    rows = batch.layout.capacity
-    projection = torch.full((rows, 8 + 192 + 16), torch.nan, dtype=torch.bfloat16)
-    projection[:, 8:-16] = leaves["qkv"].flatten(1)
-    part = projection[:, 8:-16].view(rows, 3, 2, 32)
-    assert torch.equal(batch.call(**{**leaves, "qkv": part}), batch.call(**leaves))
+    leaves = rounded(batch)
+    (out,), expected = contract.run(batch.call, leaves)
+    (given,) = contract.cotangents([out])
+    aligned = torch.full((out.shape[0], 3, 48), torch.nan, dtype=out.dtype)[:, :2, 8:40].copy_(given)
+    shifted = given.new_full((given.numel() + 1,), torch.nan)[1:].view_as(given).copy_(given)
+    assert shifted.is_contiguous() and shifted.data_ptr() % 16 and not aligned.is_contiguous()
+    for name, gradient in {"read in place": aligned, "off 16 bytes": shifted}.items():
+        contract.assert_same_gradients(contract.run(batch.call, leaves, [gradient])[1], expected, name)
+    one = normal(2, 32, seed=8, dtype=out.dtype)
+    repeated = contract.run(batch.call, leaves, [one.expand_as(out).contiguous()])[1]
+    contract.assert_same_gradients(contract.run(batch.call, leaves, [one.expand_as(out)])[1], repeated, "expanded")
 
 
-@pytest.mark.requires_compiler
 def test_the_log_sum_exp_is_pytorchs_and_inert_rows_are_zero(kernel):
     batch = dataclasses.replace(mixed(), scale=0.2)
     leaves = batch.leaves(2, 32)
-    plan = batch.arguments
-    bias = [leaves[f"table{m}"][table.entries].t().float() for m, table in enumerate(batch.tables)]
-    bias = RelativeBias(bias, tuple(table.offset for table in batch.tables))
-    segments = Segments(*(plan[name] for name in Segments._fields))
-    qkv, head_scale = leaves["qkv"].half(), leaves["head_scale"].float()
-    out, total = attention_on_gpu.launch_forward(AttentionInputs(qkv, segments, bias, head_scale, 0.2))
-    rounded = {name: leaf.half() if name == "qkv" else leaf.float() for name, leaf in leaves.items()}
+    single = {name: leaf.float() for name, leaf in leaves.items()}
+    single["qkv"] = single["qkv"].half()
+    out, total = attention_on_gpu.launch_forward(inputs(batch, single))
     plain, exact = (
-        batch.log_sum_exp(**{name: leaf.to(dtype) for name, leaf in rounded.items()})
+        batch.log_sum_exp(**{name: leaf.to(dtype) for name, leaf in single.items()})
         for dtype in (torch.float32, torch.float64)
     )
     assert_within_rule("log_sum_exp", total, plain, exact, [(..., head) for head in range(2)])
@@ -161,34 +172,69 @@ def test_the_log_sum_exp_is_pytorchs_and_inert_rows_are_zero(kernel):
     assert not out[inert].any() and not total[inert].any() and len(out[inert])
 
 
-@pytest.mark.parametrize("path", PATHS)
-def test_registration_and_compilation(path, request):
-    request.getfixturevalue(path)
+def launch_backward(batch, leaves, bias_needs=(True,) * 4, head_scale_need=True, **changes):
+    """The launch without autograd; ``changes`` override its tensors."""
+    given = inputs(batch, leaves)
+    out = torch.zeros_like(given.qkv[:, 0])
+    saved = AttentionSaved(**given._asdict(), grad_out=out, log_sum_exp=torch.zeros(out.shape[:2]))
+    needs = AttentionGradients(True, VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need)
+    return attention_on_gpu.launch_backward(saved._replace(**changes), needs)
+
+
+def test_a_gradient_or_qkv_that_does_not_fit_is_refused_in_one_line(kernel):
     batch = text_only()
-    batch.arguments  # noqa: B018 (made outside the graph)
-    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
-    contract.check_registration(batch.call, leaves, "relative_bias_attention")
-    contract.check_compiled(batch.call, leaves)
+    leaves = rounded(batch)
+    good = torch.zeros_like(leaves["qkv"][:, 0])
+    for bad in (good.half(), good.float(), good.to("meta"), good[1:], good.flatten(1)):
+        contract.refused("grad", launch_backward, batch, leaves, grad_out=bad)
+    contract.refused("qkv", launch_backward, batch, leaves, qkv=contract.transposed(leaves["qkv"]))
+    launch_backward(batch, leaves, grad_out=good)
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("lengths", ([0, 3], [0], []), ids=str)
-def test_samples_without_tokens(path, lengths, request):
-    request.getfixturevalue(path)
-    batch = Batch(naive_layout(whole_rows({"text": lengths})), (series(4, 5),))
-    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.float16, batch.slices())
-
-
-def test_heads_and_samples_one_at_a_time_give_what_all_at_once_give(monkeypatch, slower_path):
+def test_what_is_frozen_gets_nothing_from_the_launch(kernel):
     batch = mixed()
-    leaves = {name: leaf.float() for name, leaf in batch.leaves(3, 8).items()}
-    together = contract.run(batch.call, leaves)
-    assert len(list(segments.head_slices(3, 4, batch.layout.max_length))) == 1
-    monkeypatch.setattr(segments, "PAIRS_OF_DEVICE_HEADS", 1)
-    assert list(segments.head_slices(3, 4, 9)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
-    apart = contract.run(batch.call, leaves)
-    torch.testing.assert_close(apart[0][0], together[0][0])
-    contract.assert_close_gradients(apart[1], together[1], "heads apart")
+    leaves = rounded(batch)
+    for needs in itertools.product([True, False], repeat=2):
+        bias_needs = [needs[0], not needs[0], False, needs[0]]
+        dqkv, (dbias,), dscale = launch_backward(batch, leaves, bias_needs=bias_needs, head_scale_need=needs[1])
+        assert dqkv.shape == leaves["qkv"].shape and dqkv.is_contiguous()
+        assert [gradient is not None for gradient in dbias] == bias_needs and (dscale is not None) == needs[1]
+
+
+def test_activation_checkpointing_gives_the_same_bits(kernel):
+    batch = mixed()
+    leaves = rounded(batch)
+    names = list(leaves)
+
+    def call(**mine):
+        run = lambda *values: batch.call(**dict(zip(names, values, strict=True)))  # noqa: E731
+        return checkpoint(run, *(mine[name] for name in names), use_reentrant=False)
+
+    expected = contract.run(batch.call, leaves)
+    before = cuda_extension.launched()
+    contract.assert_same(contract.run(call, leaves), expected, "checkpointed")
+    assert cuda_extension.launched() - before == 3  # forward, forward again, backward
+
+
+def test_under_autocast_a_float32_model_gets_what_it_gets_by_converting_itself(kernel):
+    batch = mixed()
+    leaves = {name: leaf.float() for name, leaf in batch.leaves(2, 32).items() if name != "qkv"}
+    leaves |= {"x": normal(batch.layout.capacity, 24, seed=4).float(), "weight": normal(192, 24, seed=5).float() / 5}
+
+    def call(x, weight, dtype=None, **parameters):
+        product = F.linear(x, weight) if dtype is None else F.linear(x.to(dtype), weight.to(dtype))
+        return batch.call(product.view(x.shape[0], 3, 2, 32), **parameters)
+
+    def under_autocast(**mine):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return call(**mine)
+
+    actual = contract.run(under_autocast, leaves)
+    assert actual[0][0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in actual[1].values())
+    before = cuda_extension.launched()
+    expected = contract.run(lambda **mine: call(**mine, dtype=torch.bfloat16), leaves)
+    assert cuda_extension.launched() - before == 2
+    contract.assert_same(actual, expected, "autocast")
 
 
 def test_the_slower_path_is_said_once_for_each_reason(monkeypatch):
@@ -196,7 +242,7 @@ def test_the_slower_path_is_said_once_for_each_reason(monkeypatch):
     monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "nothing was built")
     _say_once.cache_clear()
     batch = text_only()
-    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    leaves = rounded(batch)
     with pytest.warns(RuntimeWarning) as heard:
         for _ in range(2):
             batch.call(**leaves)
@@ -240,18 +286,17 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
     assert line and re.search(reason, line) and "\n" not in line
 
 
-@pytest.mark.requires_compiler
 @pytest.mark.parametrize("layout", ["off by one element", "last dimension apart"])
 def test_what_16_bytes_cannot_be_read_from_is_refused_in_one_line(kernel, layout):
     batch = text_only()
-    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    leaves = rounded(batch)
     storage = torch.zeros(leaves["qkv"].numel() + 1, dtype=torch.bfloat16)
     shifted = storage[1:].view_as(leaves["qkv"])
     qkv = shifted if layout == "off by one element" else contract.transposed(leaves["qkv"])
     contract.refused("qkv", batch.call, **{**leaves, "qkv": qkv})
+    batch.call(**leaves)
 
 
-@pytest.mark.requires_compiler
 def test_a_gpu_with_too_little_shared_memory_takes_the_slower_path_in_both_passes(monkeypatch, host_extension):
     """It is known before the forward pass, not in the first backward one."""
     use(monkeypatch, host_extension)
@@ -263,7 +308,6 @@ def test_a_gpu_with_too_little_shared_memory_takes_the_slower_path_in_both_passe
     assert cuda_extension.launched() == launched
 
 
-@pytest.mark.requires_compiler
 def test_launches_make_the_tensors_device_the_current_one_and_leave_the_rest_to_torch_s_guard(kernel, monkeypatch):
     """What was the current device is never set again by the kernels: that would create a context on it."""
     current = ctypes.c_int.in_dll(ctypes.CDLL(kernel.__file__), "host_shim_device")
@@ -280,14 +324,13 @@ def test_launches_make_the_tensors_device_the_current_one_and_leave_the_rest_to_
             guarded.append((self.tensor, current.value))
 
     monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    leaves = {name: leaf.bfloat16() for name, leaf in text_only().leaves(2, 32).items()}
+    leaves = rounded(text_only())
     qkv = leaves["qkv"].requires_grad_()
     text_only().call(**leaves).sum().backward()
     assert [value for _, value in guarded] == [qkv.get_device()] * 2
     assert all(tensor.data_ptr() == qkv.data_ptr() for tensor, _ in guarded)
 
 
-@pytest.mark.requires_compiler
 def test_the_kernels_read_nothing_on_the_host_though_it_does_not_know_the_longest_sample(kernel, monkeypatch):
     batch = mixed()
     leaves = {name: leaf.bfloat16().requires_grad_() for name, leaf in batch.leaves(2, 32).items()}
@@ -303,7 +346,7 @@ def test_the_slower_path_says_that_it_waits_and_is_not_captured(slower_path, mon
     monkeypatch.setattr(segments, "_is_captured", lambda tensor: captured)
     _say_once.cache_clear()
     batch = text_only()
-    leaves = {name: leaf.bfloat16() for name, leaf in batch.leaves(2, 32).items()}
+    leaves = rounded(batch)
     known = batch.call(**leaves)
     batch.arguments["max_length"] = 0
     with pytest.warns(
@@ -317,34 +360,34 @@ def test_the_slower_path_says_that_it_waits_and_is_not_captured(slower_path, mon
             assert torch.equal(batch.call(**leaves), known)
 
 
+def test_a_sample_longer_than_it_was_said_to_be_is_found_where_the_environment_asks_for_it(kernel, monkeypatch):
+    batch = text_only()
+    leaves = rounded(batch)
+    batch.arguments["max_length"] -= 1
+    batch.call(**leaves)
+    monkeypatch.setenv("ONEPEACE_FAST_CHECK", "1")
+    contract.refused("max_length", batch.call, **leaves)
+    for right in (0, 1, 2):
+        batch.arguments["max_length"] = right and batch.layout.max_length + right - 1
+        batch.call(**leaves)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("way", ["kernel", "slower path"])
+@pytest.mark.parametrize("by", ["kernel", "slower path"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", BATCHES)
-def test_on_a_gpu_values_and_gradients_follow_the_dense_bias(monkeypatch, name, dtype, way):
+def test_on_a_gpu_values_and_gradients_follow_the_dense_bias(monkeypatch, name, dtype, by):
     batch = BATCHES[name]()
-    on_cpu = {key: leaf.to(dtype) for key, leaf in batch.leaves(2, 64).items()}
-    if way != "kernel":
+    plan = batch.arguments
+    plan |= {key: value.cuda() for key, value in plan.items() if isinstance(value, torch.Tensor)}
+    if by != "kernel":
         monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "left out by this test")
 
-    def call(qkv, head_scale=None, **tables):
-        bias = [tables[f"table{m}"][table.entries.cuda()].t() for m, table in enumerate(batch.tables)]
-        plan = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.arguments.items()}
-        offsets = [table.offset for table in batch.tables]
-        return relative_bias_attention(qkv, bias=bias, code_offsets=offsets, head_scale=head_scale, **plan)
+    def call(**leaves):
+        return batch.call(**{key: leaf.cuda() for key, leaf in leaves.items()}).cpu()
 
-    given = contract.cotangents([batch.plain(**on_cpu)])
-    plain = contract.run(batch.plain, on_cpu, given)
-    exact = contract.run(batch.plain, {key: leaf.double() for key, leaf in on_cpu.items()}, given)
-    leaves = {key: leaf.cuda() for key, leaf in on_cpu.items()}
     before = cuda_extension.launched()
     with warnings.catch_warnings():
-        warnings.simplefilter("error" if way == "kernel" else "ignore", RuntimeWarning)
-        outputs, gradients = contract.run(call, leaves, [gradient.cuda() for gradient in given])
-    assert cuda_extension.launched() - before == (2 if way == "kernel" else 0)
-    assert_within_rule("out", outputs[0].cpu(), plain[0][0], exact[0][0], batch.slices()["out0"])
-    for key, gradient in gradients.items():
-        theirs, truth = (
-            torch.zeros_like(on_cpu[key]) if run[1][key] is None else run[1][key] for run in (plain, exact)
-        )
-        assert_within_rule(key, gradient.cpu(), theirs, truth, batch.slices().get(key, ()))
+        warnings.simplefilter("error" if by == "kernel" else "ignore", RuntimeWarning)
+        contract.check_against_naive(call, batch.plain, batch.leaves(2, 64), dtype, batch.slices())
+    assert cuda_extension.launched() - before == (2 if by == "kernel" else 0)

@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import pytest
 import torch
+from support import contract
 from support.dense_attention import dense_attention
 from support.graphs import captured
 
 from onepeace_fast import RoutePlan, cuda_extension, relative_bias_attention
-from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.relative_position import (
     CLS_ENTRIES,
     grid_code_offset,
@@ -18,7 +18,7 @@ from onepeace_fast.relative_position import (
     series_index,
     series_vector_index,
 )
-from onepeace_fast.tolerance import HALF, assert_within_rule
+from onepeace_fast.tolerance import HALF
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,29 +92,28 @@ def gradient_of(qkv):
     return torch.randn(qkv[:, 0].shape, device=qkv.device, generator=generator).to(qkv.dtype)
 
 
-def differentiate(plan, qkv, bias, head_scale, grad, attend=relative_bias_attention):
+def differentiate(plan, qkv, bias, head_scale, grad):
     """The result, and the gradients of qkv, the vectors and the head scale."""
     leaves = [tensor.detach().requires_grad_() for tensor in (qkv, *bias, head_scale)]
-    out = call(plan, leaves[0], leaves[1:-1], leaves[-1], attend)
+    out = call(plan, leaves[0], leaves[1:-1], leaves[-1])
     return out.detach(), *torch.autograd.grad(out, leaves, grad)
 
 
-def check_gradients(plan, qkv, bias, head_scale):
+def check(plan, qkv, bias, head_scale):
     """Results and gradients by both kernels, in every modality and head, the vectors' entries of CLS apart."""
-    grad, before = gradient_of(qkv), cuda_extension.launched()
-    actual = differentiate(plan, qkv, bias, head_scale, grad)
-    assert cuda_extension.launched() - before == 2
-    plain = differentiate(plan, qkv, bias, head_scale, grad, dense_attention)
-    double = [vector.double() for vector in bias]
-    exact = differentiate(plan, qkv.double(), double, head_scale.double(), grad.double(), dense_attention)
-    bounds, heads = plan.offsets.tolist(), range(HEADS)
-    parts = [slice(a, b) for a, b in pairwise(bounds)]
+    names = [f"bias of {name}" for name in plan.modalities]
+    leaves = {"qkv": qkv, **dict(zip(names, bias, strict=True)), "head_scale": head_scale}
+    parts, heads = [slice(a, b) for a, b in pairwise(plan.offsets.tolist())], range(HEADS)
     entries = [(head, part) for head in heads for part in (slice(None, -CLS_ENTRIES), slice(-CLS_ENTRIES, None))]
-    slices = {"out": [(part, head) for part in parts for head in heads], "head_scale": ()}
+    slices = {"out0": [(part, head) for part in parts for head in heads], **dict.fromkeys(names, entries)}
     slices["qkv"] = [(part, which, head) for part in parts for which in range(3) for head in heads]
-    names = ("out", "qkv", *(f"bias of {name}" for name in plan.modalities), "head_scale")
-    for name, *values in zip(names, actual, plain, exact, strict=True):
-        assert_within_rule(name, *values, slices.get(name, entries))
+
+    def by(attend):
+        return lambda qkv, head_scale, **bias: call(plan, qkv, [*bias.values()], head_scale, attend)
+
+    before, dtypes = cuda_extension.launched(), {name: leaf.dtype for name, leaf in leaves.items()}
+    contract.check_against_naive(by(relative_bias_attention), by(dense_attention), leaves, dtypes, slices)
+    assert cuda_extension.launched() - before == 2
 
 
 @pytest.fixture(autouse=True)
@@ -124,33 +123,20 @@ def no_slower_path():
         yield
 
 
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("length", LENGTHS)
-def test_values_follow_the_reference(length, dtype):
-    plan, qkv, bias, head_scale = inputs(length, dtype)
-    actual = call(plan, qkv, bias, head_scale)
-    with force_kernels(False):
-        plain = call(plan, qkv, bias, head_scale)
-        exact = call(plan, qkv.double(), [vector.double() for vector in bias], head_scale.double())
-    bounds = plan.offsets.tolist()
-    parts = [(slice(a, b), h) for a, b in pairwise(bounds) for h in range(HEADS)]
-    assert_within_rule("out", actual, plain, exact, parts)
-
-
 @pytest.mark.parametrize("dtype, of_parameters", DTYPES_OF_GRADIENTS, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
-def test_gradients_follow_the_dense_bias(length, dtype, of_parameters):
+def test_values_and_gradients_follow_the_dense_bias(length, dtype, of_parameters):
     plan, qkv, bias, head_scale = inputs(length, dtype)
-    check_gradients(plan, qkv, [vector.to(of_parameters) for vector in bias], head_scale.to(of_parameters))
+    check(plan, qkv, [vector.to(of_parameters) for vector in bias], head_scale.to(of_parameters))
 
 
 @pytest.mark.parametrize("dtype, of_parameters", DTYPES_OF_GRADIENTS, ids=str)
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
-def test_gradients_of_kept_patches_follow_the_dense_bias(share, dtype, of_parameters):
+def test_values_and_gradients_of_kept_patches_follow_the_dense_bias(share, dtype, of_parameters):
     _, _, bias, head_scale = inputs(329)
     plan = kept_plan(share)
     qkv = (1.5 * torch.randn(plan.capacity, 3, HEADS, HEAD_DIM, device="cuda")).to(dtype)
-    check_gradients(plan, qkv, [vector.to(of_parameters) for vector in bias], head_scale.to(of_parameters))
+    check(plan, qkv, [vector.to(of_parameters) for vector in bias], head_scale.to(of_parameters))
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -47,25 +47,18 @@ def make_model(dropout: bool = True) -> transformer.Transformer:
         return transformer.Transformer(config)
 
 
-def step(model: transformer.Transformer, plan: RoutePlan) -> list[torch.Tensor]:
+def step(model: transformer.Transformer, plan: RoutePlan) -> None:
     """Pack, a stack of two layers, unpack, a loss, and the gradients of everything."""
-    padded = {
-        name: torch.randn(*shape, 8, device=DEVICE, requires_grad=True)
-        for name, shape in zip(plan.modalities, plan.padded_shapes, strict=True)
-    }
+    interleaved = len(plan.padded_shapes) < len(plan.modalities)
+    shapes = [(plan.padded_rows,)] if interleaved else plan.padded_shapes
+    padded = [torch.randn(*shape, 8, device=DEVICE, requires_grad=True) for shape in shapes]
     bias = [torch.randn(2, 2 * offset + 4, device=DEVICE, requires_grad=True) for offset in plan.code_offsets]
-    out = plan.unpack(model(plan.pack(padded), plan, [bias]))
-    sum(tensor.square().sum() for tensor in out.values()).backward()
-    return [*padded.values(), *bias, *model.parameters()]
-
-
-@pytest.mark.parametrize("on_host", (True, False), ids=("rows known", "rows on the device"))
-@pytest.mark.parametrize("dropout", (True, False))
-def test_a_stack_of_layers_from_host_lengths_never_waits(dropout, on_host):
-    with no_synchronization():
-        leaves = step(make_model(dropout), make_plan(on_host))
-        assert sum(leaf.grad is not None for leaf in leaves) == len(leaves)
-        assert all(leaf.grad.device == DEVICE and leaf.grad.shape == leaf.shape for leaf in leaves)
+    packed = plan.pack(padded[0] if interleaved else dict(zip(plan.modalities, padded, strict=True)))
+    out = model(packed, plan, [bias])
+    outputs = [plan.unpack_interleaved(out)] if interleaved else plan.unpack(out).values()
+    sum(output.square().sum() for output in outputs).backward()
+    for leaf in (*padded, *bias, *model.parameters()):
+        assert leaf.grad is not None and leaf.grad.device == DEVICE and leaf.grad.shape == leaf.shape
 
 
 def refilled_plan() -> RoutePlan:
@@ -83,38 +76,32 @@ def plan_of_ids() -> RoutePlan:
     return RoutePlan.from_modality_ids(ids, ("text", "image", "audio"), sample_ids=ids, sample_count=2)
 
 
-def plan_of_masks() -> RoutePlan:
-    """A padded batch whose lengths the host knows."""
-    masks = {
-        name: torch.ones(len(lengths), max(lengths), dtype=torch.bool, device=DEVICE)
-        for name, lengths in LENGTHS.items()
-    }
-    return RoutePlan.from_masks(masks, samples=SAMPLES, lengths=LENGTHS)
+def padded_masks() -> dict[str, torch.Tensor]:
+    """A padded batch's, on the device."""
+    shapes = {name: (len(lengths), max(lengths)) for name, lengths in LENGTHS.items()}
+    return {name: torch.ones(shape, dtype=torch.bool, device=DEVICE) for name, shape in shapes.items()}
 
 
 PLANS = {
-    "lengths": lambda: RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE), "masks": plan_of_masks,
-    "modality ids": plan_of_ids, "refilled": refilled_plan,
-}  # fmt: skip
+    "lengths": lambda: RoutePlan.from_lengths(LENGTHS, samples=SAMPLES, device=DEVICE),
+    "masks": lambda: RoutePlan.from_masks(padded_masks(), samples=SAMPLES, lengths=LENGTHS),
+    "modality ids": plan_of_ids,
+    "refilled": refilled_plan,
+}
+CASES = {f"{kind}, {branch}": (make, branch) for kind, make in PLANS.items() for branch in ("drop path", "every row")}
+CASES["rows known"] = make_plan, ""
+CASES["rows on the device"] = lambda: make_plan(on_host=False), ""
 
 
-@pytest.mark.parametrize("drop_path", (True, False), ids=("drop path", "every row"))
-@pytest.mark.parametrize("kind", PLANS)
-def test_no_kind_of_plan_waits_from_packing_to_the_gradients(kind, drop_path):
+@pytest.mark.parametrize("dropout", (True, False))
+@pytest.mark.parametrize("case", CASES)
+def test_no_kind_of_plan_waits_from_packing_to_the_gradients(case, dropout):
+    make, branch = CASES[case]
     with no_synchronization():
-        plan, model = PLANS[kind](), make_model()
-        if drop_path:
+        plan = make()
+        if branch == "drop path":
             plan = plan.with_drop_path(torch.empty(2, 2, plan.sample_count, device=DEVICE))
-        shapes = [(plan.padded_rows, 8)] if kind == "modality ids" else [(*shape, 8) for shape in plan.padded_shapes]
-        padded = [torch.randn(*shape, device=DEVICE, requires_grad=True) for shape in shapes]
-        interleaved = kind == "modality ids"
-        packed = plan.pack(padded[0] if interleaved else dict(zip(plan.modalities, padded, strict=True)))
-        bias = [torch.randn(2, 2 * offset + 4, device=DEVICE, requires_grad=True) for offset in plan.code_offsets]
-        out = model(packed, plan, [bias])
-        outputs = [plan.unpack_interleaved(out)] if interleaved else list(plan.unpack(out).values())
-        sum(output.square().sum() for output in outputs).backward()
-        leaves = [*padded, *bias, *model.parameters()]
-        assert all(leaf.grad is not None and leaf.grad.device == DEVICE for leaf in leaves)
+        step(make_model(dropout), plan)
 
 
 @pytest.mark.skipif(kernels.unavailable_reason() is not None, reason="the launchers need Triton")
@@ -143,24 +130,12 @@ def test_the_launchers_read_no_tensor_on_the_host(where):
     assert len(configurations) > 25
 
 
-def test_a_plan_from_modality_ids_never_waits():
-    with no_synchronization():
-        ids = torch.zeros(6, dtype=torch.int64, device=DEVICE)
-        plan = RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids, sample_count=2)
-        assert plan.unpack_interleaved(plan.pack(torch.zeros(6, 4, device=DEVICE))).shape == (6, 4)
-
-
 def test_a_plan_from_masks_on_the_device_waits_exactly_once(monkeypatch):
     counts = [5, 7, 3, 4, 10, 6]
-    widths = {name: max(lengths) for name, lengths in LENGTHS.items()}
     reads = []
     monkeypatch.setattr(FakeTensor, "tolist", lambda self: reads.append(self.shape) or counts)
     with no_synchronization():
-        masks = {
-            name: torch.ones(len(lengths), widths[name], dtype=torch.bool, device=DEVICE)
-            for name, lengths in LENGTHS.items()
-        }
-        plan = RoutePlan.from_masks(masks, samples=SAMPLES, first_is_cls=True)
+        plan = RoutePlan.from_masks(padded_masks(), samples=SAMPLES, first_is_cls=True)
     assert reads == [(6,)] and plan.row_counts == (15, 14, 6) and plan.max_length == 15
 
 

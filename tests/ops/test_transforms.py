@@ -1,7 +1,10 @@
 """Derivatives that the ops do not have are refused in one line: forward mode, torch.func and torch.vmap."""
 
+from functools import partial
+
 import pytest
 import torch
+from support import contract
 from torch.autograd import forward_ad
 
 from onepeace_fast import (
@@ -25,10 +28,7 @@ PLAN = RoutePlan.from_lengths({"text": [2, 2]}, first_is_cls=True)
 PLACES = {name: getattr(PLAN, name) for name in ("cu_seqlens", "modality", "code", "is_cls")}
 
 
-def normal(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
+normal = partial(contract.normal, seed=0, dtype=torch.float32)
 OTHER, WIDE = normal(4, 16, seed=1), [normal(32, 16, seed=seed) for seed in range(4)]
 NARROW = [weight.t().contiguous() for weight in WIDE[:2]]
 OPS = {

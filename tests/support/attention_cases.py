@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,21 +59,29 @@ class Batch:
     def arguments(self) -> dict[str, object]:
         return self.layout.attention_arguments()
 
-    def leaves(self, heads: int = 2, dim: int = 4, bias: bool = True, head_scale: bool = True) -> dict[str, Tensor]:
+    def leaves(
+        self, heads: int = 2, dim: int = 4, bias: bool = True, head_scale: bool = True,
+        dtype: torch.dtype = torch.float64,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Inputs of unlike sizes: scores spread enough that a softmax is far from uniform."""
         leaves = {"qkv": 1.5 * normal(self.layout.capacity, 3, heads, dim, seed=1)}
         if bias:
             for m, table in enumerate(self.tables):
                 leaves[f"table{m}"] = normal(table.rows, heads, seed=10 + m)
-        return leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=2)} if head_scale else {})
+        leaves |= {"head_scale": 1 + 0.5 * normal(heads, seed=2)} if head_scale else {}
+        return {name: leaf.to(dtype) for name, leaf in leaves.items()}
 
-    def call(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
+    def given(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+        """What the op and the kernels take beside qkv, with vectors expanded from the tables."""
+        bias = [leaves[f"table{m}"][table.entries].t() for m, table in enumerate(self.tables) if "table0" in leaves]
+        return {
+            "bias": bias, "code_offsets": [table.offset for table in self.tables] if bias else [],
+            "head_scale": leaves.get("head_scale"), "scale": self.scale, **self.arguments,
+        }  # fmt: skip
+
+    def call(self, qkv: Tensor, **leaves: Tensor) -> Tensor:
         """The op on vectors expanded from the tables."""
-        bias = [tables[f"table{m}"][table.entries].t() for m, table in enumerate(self.tables) if tables]
-        return relative_bias_attention(
-            qkv, bias=bias, code_offsets=[table.offset for table in self.tables] if bias else (),
-            head_scale=head_scale, scale=self.scale, **self.arguments,
-        )  # fmt: skip
+        return relative_bias_attention(qkv, **self.given(leaves))
 
     def plain(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
         """The naive attention on dense biases."""
@@ -80,7 +89,10 @@ class Batch:
 
     def log_sum_exp(self, qkv: Tensor, head_scale: Tensor | None = None, **tables: Tensor) -> Tensor:
         """log(sum(exp(score))) of every query and head, by PyTorch."""
-        return naive.log_sum_exp(qkv, self.layout, *self._dense(tables), self.scale)
+        total = torch.zeros_like(qkv[:, 0, :, 0])
+        for rows, head, score in naive.scores(qkv, self.layout, *self._dense(tables), self.scale):
+            total[rows, head] = torch.logsumexp(score, -1)
+        return total
 
     def _dense(self, tables: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Callable[[Token, Token], int]]]:
         dense = [tables[f"table{m}"] for m in range(len(self.tables)) if tables]
@@ -137,6 +149,13 @@ def mixed(long: bool = False) -> Batch:
     return Batch(layout, (series(4, width), grid(3, 3), series(16, 401), series(4, 2)))
 
 
+def long_range() -> Batch:
+    """Two modalities whose vectors of 2047 distances do not fit into shared memory together."""
+    kept = {"text": [9, 4], "audio": [12, 20]}
+    positions = {name: kept_positions(rows, 1023, seed=5) for name, rows in kept.items()}
+    return Batch(naive_layout(whole_rows(kept), positions=positions), (series(64, 1024), series(256, 1024)))
+
+
 def lengths(counts: Sequence[int], modalities: int = 1) -> Batch:
     """Samples of these lengths in each of some modalities, the counts turned by one from a modality to the next."""
     turned = {f"modality{m}": [*counts[m:], *counts[:m]] for m in range(modalities)}
@@ -144,17 +163,18 @@ def lengths(counts: Sequence[int], modalities: int = 1) -> Batch:
     return Batch(naive_layout(whole_rows(turned), capacity=modalities * sum(counts) + 5), tables)
 
 
+def _images(side: int, rows: Sequence[Sequence[int]], **texts: Sequence[int]) -> Layout:
+    """Images of these patches of a grid in their order, each behind a CLS, and texts of these lengths."""
+    kept = whole_rows({"image": [len(row) + 1 for row in rows], **texts})
+    positions = {"image": [[0, *row] for row in rows]}
+    return naive_layout(kept, positions=positions, codes={"image": grid_codes(side, side).tolist()})
+
+
 def shuffled_grid(side: int, kept: Sequence[int] = ()) -> Batch:
     """A whole image, and kept patches of others, in random order."""
-    total = side * side + 1
     generator = random.Random(side)
-    rows = [generator.sample(range(1, total), count) for count in (total - 1, *kept)]
-    positions = {"image": [[0, *row] for row in rows]}
-    layout = naive_layout(
-        whole_rows({"image": [len(row) + 1 for row in rows]}), positions=positions,
-        codes={"image": grid_codes(side, side).tolist()},
-    )  # fmt: skip
-    return Batch(layout, (grid(side, side),))
+    rows = [generator.sample(range(1, side * side + 1), count) for count in (side * side, *kept)]
+    return Batch(_images(side, rows), (grid(side, side),))
 
 
 def windowed_grid(side: int, where: str) -> Batch:
@@ -165,11 +185,7 @@ def windowed_grid(side: int, where: str) -> Batch:
         "corners": [*range(1, 71), *range(last - 29, last + 1)],
         "anywhere": random.Random(0).sample(range(1, last + 1), 140),
     }[where]
-    layout = naive_layout(
-        whole_rows({"image": [len(patches) + 1], "text": [20]}), positions={"image": [[0, *patches]]},
-        codes={"image": grid_codes(side, side).tolist()},
-    )  # fmt: skip
-    return Batch(layout, (grid(side, side), series(8, 20)))
+    return Batch(_images(side, [patches], text=[20]), (grid(side, side), series(8, 20)))
 
 
 def any_cls(counts: Sequence[Sequence[tuple[int, int]]]) -> Batch:
@@ -187,8 +203,16 @@ def any_cls(counts: Sequence[Sequence[tuple[int, int]]]) -> Batch:
     return Batch(layout, tuple(series(4 << m, widest) for m in range(len(counts))))
 
 
-def random_codes(counts: Sequence[int] = (4, 1, 3), entries: int = 9) -> tuple[Layout, int, int]:
-    """Codes that are no positions at all: a layout, the vector's entries and its offset."""
-    kept = whole_rows({"text": list(counts)})
-    codes = {"text": [0, 3, 1, 2]}
-    return naive_layout(kept, codes=codes, capacity=sum(counts) + 1), entries + 3, 4
+def random_codes() -> Batch:
+    """Codes that are no positions at all, and a vector in which more differences would find their entry."""
+    layout = naive_layout(whole_rows({"text": [4, 1, 3]}), codes={"text": [0, 3, 1, 2]}, capacity=9)
+    return Batch(layout, (Table(12, naive.vector_row(4, 12), torch.arange(12), 4),))
+
+
+BATCHES = {
+    "text": text_only,
+    "kept text": kept_text,
+    "kept grid": kept_grid,
+    "small grid in a larger table": lambda: kept_grid(3, 5),
+    "three of four modalities": mixed,
+}

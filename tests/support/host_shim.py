@@ -7,9 +7,8 @@ import itertools
 import os
 import struct
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,9 +74,11 @@ class RelativeBiasAttentionGradients(ctypes.Structure):
     )
 
 
-class Gradients(NamedTuple):
-    """What the backward pass gives; None for what is frozen or not there."""
+class Results(NamedTuple):
+    """What both passes give; None for the gradients of what is frozen or not there."""
 
+    out: Tensor
+    log_sum_exp: Tensor
     qkv: Tensor
     bias: list[Tensor | None]
     head_scale: Tensor | None
@@ -165,13 +166,7 @@ def attention_case(
     return b"".join([*parts, struct.pack(f"q{len(orders)}q", len(orders), *orders)])
 
 
-def gradients_case(
-    grad: Tensor,
-    bias_needs: Sequence[bool],
-    head_scale_need: bool,
-    multiprocessors: int = 1,
-    changed: Mapping[str, int] | None = None,
-) -> bytes:
+def gradients_case(grad: Tensor, bias_needs: Sequence[bool], head_scale_need: bool, multiprocessors: int = 1) -> bytes:
     """What the case has for the backward pass."""
     case = RelativeBiasAttentionGradients(
         multiprocessors=multiprocessors,
@@ -180,8 +175,6 @@ def gradients_case(
         head_scale=head_scale_need,
     )
     case.bias[: len(bias_needs)] = list(map(int, bias_needs))
-    for name, value in (changed or {}).items():
-        setattr(case, name, value)
     return bytes(case) + _array(grad, begin=True)
 
 
@@ -196,33 +189,7 @@ def run(
     return subprocess.run(command, env=environment, text=True, capture_output=True)
 
 
-Shape = tuple[Sequence[int], torch.dtype]
-
-
-def _results(
-    program: Path, folder: Path, case: bytes, shapes: Sequence[Shape], shared_limit: int
-) -> Iterator[list[Tensor]]:
-    """Tensors of these shapes that each run wrote one after another; fails by what the program says."""
-    process = run(program, folder, case, shared_limit=shared_limit)
-    assert process.returncode == 0, process.stderr[-4000:]
-    data = torch.frombuffer(bytearray((folder / "results").read_bytes()), dtype=torch.uint8)
-    sizes = [prod(shape) * dtype.itemsize for shape, dtype in shapes]
-    for one in data.split(sum(sizes)):
-        arrays = zip(one.split(sizes), shapes, strict=True)
-        yield [array.clone().view(dtype).view(shape) for array, (shape, dtype) in arrays]
-
-
-def forward(
-    program: Path, folder: Path, qkv: Tensor, shared_limit: int = SHARED_LIMITS["227 KiB"], **arguments: object
-) -> list[tuple[Tensor, Tensor]]:
-    """out and log-sum-exp of each run."""
-    rows, _, heads, head_dim = qkv.shape
-    shapes = [((rows, heads, head_dim), qkv.dtype), ((rows, heads), torch.float32)]
-    case = attention_case(qkv, **arguments)
-    return [(out, total) for out, total in _results(program, folder, case, shapes, shared_limit)]
-
-
-def backward(
+def attend(
     program: Path,
     folder: Path,
     qkv: Tensor,
@@ -235,16 +202,22 @@ def backward(
     multiprocessors: int = 1,
     shared_limit: int = SHARED_LIMITS["227 KiB"],
     **arguments: object,
-) -> list[Gradients]:
-    """The gradients of each run, by the log-sum-exp of its forward pass: of all that there is unless told otherwise."""
+) -> list[Results]:
+    """Both passes of each run, with all gradients that there are unless told otherwise; fails by the program's word."""
     needs = [True] * len(bias) if bias_needs is None else bias_needs
     scale_need = head_scale is not None and head_scale_need
     gradients = gradients_case(grad, needs, scale_need, multiprocessors)
     case = attention_case(qkv, bias=bias, head_scale=head_scale, gradients=gradients, **arguments)
+    process = run(program, folder, case, shared_limit=shared_limit)
+    assert process.returncode == 0, process.stderr[-4000:]
+    data = torch.frombuffer(bytearray((folder / "results").read_bytes()), dtype=torch.uint8)
     written = [grad, grad[..., 0].float(), qkv, *itertools.compress(bias, needs), *([head_scale] if scale_need else ())]
+    sizes = [array.numel() * array.itemsize for array in written]
     results = []
-    shapes = [(array.shape, array.dtype) for array in written]
-    for _, _, dqkv, *rest in _results(program, folder, case, shapes, shared_limit):
+    for one in data.split(sum(sizes)):
+        arrays = zip(one.split(sizes), written, strict=True)
+        out, total, dqkv, *rest = (array.clone().view(like.dtype).view(like.shape) for array, like in arrays)
         others = iter(rest)
-        results.append(Gradients(dqkv, [next(others) if need else None for need in needs], next(others, None)))
+        dbias = [next(others) if need else None for need in needs]
+        results.append(Results(out, total, dqkv, dbias, next(others, None)))
     return results

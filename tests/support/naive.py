@@ -83,7 +83,7 @@ def attention(
 ) -> Tensor:
     """Every sample and head on its own, with a dense [length, length] bias; inert rows are zero."""
     out = 0 * qkv[:, 0]
-    for rows, head, score in _scores(qkv, layout, tables, table_row, scale):
+    for rows, head, score in scores(qkv, layout, tables, table_row, scale):
         v = qkv[rows, 2, head]
         wide = torch.promote_types(torch.float32, score.dtype)
         attended = score.softmax(-1, dtype=wide).to(v.dtype) @ v
@@ -91,21 +91,7 @@ def attention(
     return out
 
 
-def log_sum_exp(
-    qkv: Tensor,
-    layout: Layout,
-    tables: Sequence[Tensor],
-    table_row: Sequence[Callable[[Token, Token], int]],
-    scale: float | None = None,
-) -> Tensor:
-    """log(sum(exp(score))) over the keys of every query and head: [rows, heads]; inert rows are zero."""
-    total = torch.zeros_like(qkv[:, 0, :, 0])
-    for rows, head, score in _scores(qkv, layout, tables, table_row, scale):
-        total[rows, head] = torch.logsumexp(score, -1)
-    return total
-
-
-def _scores(
+def scores(
     qkv: Tensor,
     layout: Layout,
     tables: Sequence[Tensor],

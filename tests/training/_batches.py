@@ -55,9 +55,9 @@ def trainer(
     return Trainer(small, configuration(stage, **keys), processes)
 
 
-def masks_of(stage: str, batch: dict[str, Any], rank: int) -> dict[str, torch.Tensor]:
+def masks_of(stage: str, batch: dict[str, Any], seed: int | torch.Generator) -> dict[str, torch.Tensor]:
     """Masks for a batch of ``batch_number``."""
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
     if stage == "vision_language":
         return vision_language_masks(batch["text"], batch["word_starts"], 9, generator)
     return audio_language_masks(batch["text"], batch["word_starts"], batch["frames"], generator, 30)

@@ -45,11 +45,15 @@ def write_gradients(folder: Path) -> None:
 
 
 def write_parallel_steps(folder: Path) -> None:
-    """Two steps in DistributedDataParallel as it is by default, which fails where a parameter has no gradient."""
+    """Two steps in DistributedDataParallel as it is by default, which fails where a parameter has no gradient.
+
+    The fused model has parts that a stage does not read, the reference has none.
+    """
     results = {}
     for stage in STAGES:
         for backend in BACKENDS:
-            sections = {"vision_language": {"audio": None}, "audio_language": {"image": None}}[stage]
+            unread = {"vision_language": "audio", "audio_language": "image"}[stage]
+            sections = {unread: None} if backend == "reference" else {}
             model = small_model(backend, small_config(decoder=sections, **sections), torch.float32)
             if stage == "audio_language":
                 model.train_only("audio")

@@ -9,11 +9,16 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-import yaml
 from models._small import small_config
-from PIL import Image
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+for package in ("yaml", "tensorboard", "tokenizers", "PIL", "soundfile", "scipy", "tqdm"):
+    pytest.importorskip(package)  # and so for every file of tests that imports this one
+
+import yaml  # noqa: E402
+from PIL import Image  # noqa: E402
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # noqa: E402
 
 FEATURES = [[8, 80, 40], [8, 8, 8]]  # 50 frames a second
 COLOURS = ("red", "green", "blue", "yellow", "grey", "white", "black", "brown", "pink", "orange")

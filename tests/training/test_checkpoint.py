@@ -145,16 +145,22 @@ def test_nothing_is_made_anew_where_every_checkpoint_is_damaged(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "training.pt"])
-def test_a_full_disk_leaves_no_trace_and_names_itself(tmp_path, name):
+@pytest.mark.parametrize(
+    ("error", "kind", "line"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), NotWritten, r"^No space left on device$"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_a_full_disk_or_an_interruption_leaves_no_trace(tmp_path, name, error, kind, line):
     save(tmp_path, 1)
-    writers = content(2)
 
-    def full(path):
+    def fail(path):
         path.write_bytes(b"half")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise error
 
-    with pytest.raises(NotWritten, match=r"^No space left on device$"):
-        checkpoint.write(tmp_path, 2, {**writers, name: full})
+    with pytest.raises(kind, match=line):
+        checkpoint.write(tmp_path, 2, {**content(2), name: fail})
     assert names(tmp_path) == ["step-00000001"]
 
 
@@ -174,20 +180,10 @@ def test_a_file_that_cannot_grow_is_named_by_the_systems_own_words(tmp_path, fai
     assert names(tmp_path) == []
 
 
-def test_an_interruption_leaves_no_draft(tmp_path):
-    def interrupt(path):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        checkpoint.write(tmp_path, 1, {**content(1), "training.pt": interrupt})
-    assert names(tmp_path) == []
-
-
 def test_two_runs_cannot_write_one_folder(tmp_path):
     with checkpoint.claimed(tmp_path / "run"):
         (tmp_path / "run" / "step-00000001.draft").mkdir()
-        refused = in_child(lambda: refusal_of(tmp_path / "run"))
-        assert refused == 7
+        assert in_child(lambda: refusal_of(tmp_path / "run")) == 7
         assert "step-00000001.draft" in names(tmp_path / "run")
     with checkpoint.claimed(tmp_path / "run"):
         assert names(tmp_path / "run") == ["lock"]

@@ -9,14 +9,6 @@ import shutil
 
 import pytest
 import torch
-
-pytest.importorskip("yaml")
-pytest.importorskip("tensorboard")
-pytest.importorskip("tokenizers")
-pytest.importorskip("PIL")
-pytest.importorskip("soundfile")
-pytest.importorskip("scipy")
-
 from training._runs import checkpoints, curves, same_training, small_fields, write_clips, write_config, write_images
 
 from onepeace_fast import OnePeacePretrain, info
@@ -289,18 +281,12 @@ def test_an_interruption_before_the_first_checkpoint_says_so(corpus, name, monke
     ("keys", "part"),
     [
         ({"manifest": "none.tsv"}, "none.tsv: expected a manifest, TSV or Parquet, got no file there"),
-        (
-            {"batch_size": 11},
-            "batch_size: expected at most the 10 pairs of the dataset in all, got 11 on each",
-        ),
+        ({"batch_size": 11}, "batch_size: expected at most the 10 pairs of the dataset in all, got 11 on each"),
         ({"init": "nowhere"}, "init: expected the folder of a model, got {folder}/nowhere without config.json"),
         ({"tokenizer": "nowhere.json"}, "nowhere.json: expected a tokenizer.json, got no file there"),
         ({"model": {"encoder": {"layer": 1}}}, "['layer']"),
         ({"model": small_fields() | {"vocab_size": 100}}, "vocab_size: expected at least 260, got 100"),
-        (
-            {"model": {"encoder": {"image": None}, "decoder": {"image": None}}},
-            "model: expected image in encoder",
-        ),
+        ({"model": {"encoder": {"image": None}, "decoder": {"image": None}}}, "model: expected image in encoder"),
         ({"model": None, "init": "stage1/step-00000004", "tokenizer": "large.json"}, "vocab_size, 300, got 301 tokens"),
         ({"model": {"encoder": {"layers": 3}}, "init": "stage1/step-00000004"}, "init: state_dict: "),
         ({"output": "images.tsv"}, "output: expected a folder that can be written, got {folder}/images.tsv"),

@@ -7,12 +7,6 @@ import sys
 import time
 
 import pytest
-
-pytest.importorskip("yaml")
-pytest.importorskip("tensorboard")
-pytest.importorskip("tokenizers")
-pytest.importorskip("PIL")
-
 from training._runs import checkpoints, same_training, write_config, write_images
 
 from onepeace_fast.training import command

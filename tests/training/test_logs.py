@@ -1,12 +1,5 @@
 """Entries of the curves: means over the steps since the last entry, and samples a second of all of them."""
 
-import pytest
-
-pytest.importorskip("tensorboard")
-pytest.importorskip("tqdm")
-pytest.importorskip("yaml")
-pytest.importorskip("tokenizers")
-
 from training._runs import curves
 
 from onepeace_fast.training import logs

@@ -57,35 +57,23 @@ def names_of(model, groups):
     return [[names[id(parameter)] for parameter in group["params"]] for group in groups]
 
 
-def test_every_parameter_is_in_exactly_one_group():
-    model = full_model()
-    decayed, spared = names_of(model, parameter_groups(model))
-    assert sorted(decayed + spared) == sorted(name for name, _ in model.named_parameters())
-
-
 def test_decay_is_as_upstreams():
+    """What has one dimension is spared, and of matrices CLS and positions alone; all are in one group."""
     model = full_model()
     groups = parameter_groups(model, weight_decay=0.07)
     decayed, spared = names_of(model, groups)
     assert [group["weight_decay"] for group in groups] == [0.07, 0.0]
-    assert set(DECAYED) <= set(decayed)
-    assert set(SPARED) <= set(spared)
-
-
-def test_everything_with_one_dimension_is_spared_and_every_matrix_but_cls_and_positions_decays():
-    model = full_model()
-    decayed, spared = parameter_groups(model)
-    assert all(parameter.dim() >= 2 for parameter in decayed["params"])
-    matrices = [name for name in names_of(model, [spared])[0] if model.get_parameter(name).dim() >= 2]
-    assert sorted(matrices) == sorted(name for name in SPARED if model.get_parameter(name).dim() >= 2)
+    assert sorted(decayed + spared) == sorted(name for name, _ in model.named_parameters())
+    assert set(DECAYED) <= set(decayed) and set(SPARED) <= set(spared)
+    matrices = {name for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    assert set(decayed) <= matrices and matrices & set(spared) == matrices & set(SPARED)
 
 
 def test_names_are_told_apart_behind_the_prefix_of_a_wrapper():
     model = full_model()
-    plain = names_of(model, parameter_groups(model))
     wrapped = nn.ModuleDict({"module": model})
     got = names_of(wrapped, parameter_groups(wrapped))
-    assert got == [[f"module.{name}" for name in group] for group in plain]
+    assert got == [[f"module.{name}" for name in group] for group in names_of(model, parameter_groups(model))]
 
 
 def test_frozen_parameters_are_left_out():

@@ -9,9 +9,6 @@ import pytest
 import torch
 
 pytest.importorskip("yaml")
-pytest.importorskip("tensorboard")
-pytest.importorskip("tokenizers")
-pytest.importorskip("PIL")
 
 from models._small import BACKENDS, assert_close, small_model
 from training._batches import STAGES, batch_number, masks_of, trainer

@@ -10,20 +10,12 @@ from models._small import assert_same_bits
 
 pytest.importorskip("yaml")
 
-from training._batches import STAGES, batch_number, batches, trainer
+from training._batches import STAGES, batch_number, batches, masks_of, trainer
 
 from onepeace_fast.training.distributed import Processes
-from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.trainer import NotFinite
 
 PLAIN = {"drop_path_rate": 0.0, "dropout": 0.0}
-
-
-def masks_of(stage, batch, generator):
-    text, word_starts = batch["text"], batch["word_starts"]
-    if stage == "vision_language":
-        return vision_language_masks(text, word_starts, 9, generator)
-    return audio_language_masks(text, word_starts, batch["frames"], generator, 30)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
+from benchmarks.support.report import table
 from tools.gpu_run import plan
 from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Log, Outcome, run_jobs
 from tools.gpu_run.records import STAGE_HEADS, Files, outcomes_of, stage_row
@@ -91,9 +92,7 @@ class Run:
         print()
         rows = [STAGE_HEADS]
         rows += [stage_row(result, outcomes_of(self.machine.work, result.name)) for result in state.results]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(STAGE_HEADS))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(table(rows))
         states = {result.name: result.state for result in state.results}
         if missing := [name for name, state in states.items() if state in (CUT, LEFT_OUT)]:
             print(f"Not everything has run: {', '.join(missing)}. Again: --stages {','.join(missing)}")

@@ -7,13 +7,13 @@ ask for it.
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from onepeace_fast import cuda_extension
+from onepeace_fast.hardware.selftest import strategy_classes
 from onepeace_fast.kernels.measured import MeasuredGPU, write_measured
 
 OPERATION, PREFIX, MODE = "routed_ffn", "strategy_", "forward_backward"
@@ -36,28 +36,11 @@ def times_by_rows(sections: Mapping[str, Mapping[str, Any]]) -> dict[int, dict[s
     return dict(sorted(result.items()))
 
 
-def classes(times: Mapping[int, Mapping[str, float]]) -> list[dict[str, Any]]:
-    """Classes of rows in ascending order, each with its fastest strategy.
-
-    Between two measured numbers of rows with different winners a class ends in the middle of their ratio.
-    """
-    result: list[dict[str, Any]] = []
-    last = 0
-    for rows, by_strategy in times.items():
-        fastest = min(by_strategy, key=by_strategy.get)
-        if result and result[-1]["strategy"] != fastest:
-            result[-1]["rows"] = math.isqrt(last * rows)
-        if not result or result[-1]["strategy"] != fastest:
-            result.append({"rows": None, "strategy": fastest})
-        last = rows
-    return result
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Write the proposal, or say why there is none."""
     results, folder = map(Path, arguments or sys.argv[1:])
     found = json.loads(results.read_text(encoding="utf-8"))
-    by_rows = classes(times_by_rows(found["sections"]))
+    by_rows = strategy_classes(times_by_rows(found["sections"]))
     if not by_rows:
         print("no file is proposed: no two strategies of routed_ffn were timed side by side")
         return NOTHING

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.support.report import markdown, write_json, write_text
 from tools.gpu_run.plugin import read_records
 from tools.gpu_run.processes import CUT, FAILED
 from tools.gpu_run.schedule import Result, State
@@ -34,7 +34,6 @@ class Files:
     """The run's own files in the folder of results; each is replaced in one step."""
 
     def __init__(self, out: Path, date: str, tests: Path, stages: Sequence[str], described: dict[str, Any]) -> None:
-        out.mkdir(parents=True, exist_ok=True)
         self.json, self.markdown, self.xml = (
             out / f"{name}_{date}.{kind}" for name, kind in (("run", "json"), ("run", "md"), ("tests", "xml"))
         )
@@ -43,9 +42,9 @@ class Files:
     def write(self, state: State, seconds: float) -> None:
         """Write them anew."""
         found = {name: outcomes_of(self.tests, name) for name in self.stages}
-        _replace(self.json, json.dumps(self._content(state, found, seconds), indent=1) + "\n")
-        _replace(self.markdown, self._document(state, found))
-        _replace(self.xml, junit({name: tests for name, tests in found.items() if tests}))
+        write_json(self.json, self._content(state, found, seconds))
+        write_text(self.markdown, self._document(state, found))
+        write_text(self.xml, junit({name: tests for name, tests in found.items() if tests}))
 
     def _content(self, state: State, found: dict[str, Any], seconds: float) -> dict[str, Any]:
         stages = []
@@ -58,8 +57,7 @@ class Files:
 
     def _document(self, state: State, found: dict[str, Any]) -> str:
         lines = ["# " + ", ".join(f"{name} {value}" for name, value in self.described.items()), ""]
-        lines += ["| " + " | ".join(row) + " |" for row in (STAGE_HEADS, ["---"] * len(STAGE_HEADS))]
-        lines += ["| " + " | ".join(stage_row(one, found[one.name])) + " |" for one in state.results]
+        lines.append(markdown([STAGE_HEADS, *(stage_row(one, found[one.name]) for one in state.results)]))
         for result in state.results:
             failures = [f"- `{test['test']}`: {test['message']}" for test in found[result.name]
                         if test["outcome"] == "failed"]  # fmt: skip
@@ -75,7 +73,7 @@ def stage_row(result: Result, tests: Sequence[dict[str, Any]]) -> tuple[str, ...
     """A stage as a row of a table."""
     counts = ", ".join(f"{count} {outcome}" for outcome, count in counted(tests).items() if count) or "-"
     seconds = (f"{result.seconds:.0f}", f"{result.share_seconds:.0f}") if result.outcomes else ("-", "-")
-    return result.name, result.state, *seconds, counts, result.note.replace("|", "/")
+    return result.name, result.state, *seconds, counts, result.note
 
 
 def counted(tests: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -110,9 +108,3 @@ def junit(found: dict[str, list[dict[str, Any]]]) -> str:
 def _printable(text: str) -> str:
     """A text without what XML cannot hold."""
     return "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-
-
-def _replace(path: Path, text: str) -> None:
-    draft = path.with_name(f"{path.name}.new")
-    draft.write_text(text, encoding="utf-8")
-    draft.replace(path)

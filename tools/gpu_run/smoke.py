@@ -9,21 +9,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from onepeace_fast import cuda_extension
-from onepeace_fast.hardware.cases import Case, kernel_cases, product_cases, random_tensors, specified_cases
-from onepeace_fast.hardware.selftest import outputs_and_gradients
-from onepeace_fast.kernels.launch import launched
-from onepeace_fast.ops.kernel_choice import force_kernels
-from onepeace_fast.tolerance import compare
+from onepeace_fast.hardware.cases import Case, Make, kernel_cases, pairs, product_cases, specified_cases
+from onepeace_fast.hardware.selftest import compare_case, launches
 from tools.gpu_run.plan import LEFT_OUT, SMOKE
 
-CPU, DTYPE = torch.device("cpu"), torch.bfloat16
-Cases = Callable[[torch.device, Callable[..., Tensor]], Iterator[Case]]
+DTYPE = torch.bfloat16
+Cases = Callable[[Make, torch.device], Iterator[Case]]
 INERT = 3  # rows at the end of each batch of the cases
 
 
@@ -43,20 +40,16 @@ def checks(full: bool) -> dict[str, Check]:
     """Every check; not ``full``: at sizes for a CPU."""
     rows, width = (300, 1536) if full else (40, 64)
 
-    def pointwise(columns: int) -> Cases:
-        return lambda device, make: kernel_cases(rows, columns, DTYPE, make, device)
+    products, short = partial(product_cases, rows, width, DTYPE), partial(kernel_cases, rows, width, DTYPE)
 
     def tokens_of(tokens: int) -> Cases:
-        return lambda device, make: specified_cases(tokens + INERT, DTYPE, make, device)
-
-    def products(device: torch.device, make: Callable[..., Tensor]) -> Iterator[Case]:
-        return product_cases(rows, width, DTYPE, make, device)
+        return partial(specified_cases, tokens + INERT, DTYPE)
 
     attention = {f"attention_{tokens}": Check(tokens_of(tokens), "relative_bias_attention") for tokens in (33, 72, 257)}
     return {
-        "layer_norm": Check(pointwise(width), "layer_norm"),
-        "residual": Check(pointwise(width), "residual", "float32 stream"),
-        "gated_sub_ln": Check(pointwise(4 * width), "gated_sub_ln"),
+        "layer_norm": Check(short, "layer_norm"),
+        "residual": Check(short, "residual", "float32 stream"),
+        "gated_sub_ln": Check(partial(kernel_cases, rows, 4 * width, DTYPE), "gated_sub_ln"),
         "routed_ffn": Check(tokens_of(72), "routed_ffn"),
         "grouped_ffn": Check(products, "routed_ffn", "Sub-LN"),
         "grouped_ffn_row_index": Check(products, "routed_ffn", "row index"),
@@ -67,36 +60,23 @@ def checks(full: bool) -> dict[str, Check]:
 
 def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> int:
     """Hold every case of a check against its reference; tells each case's worst tensor, and how many broke it."""
-    make, same = (random_tensors(CPU) for _ in range(2))
-
-    def copied(*shape: int, **how: object) -> Tensor:
-        return same(*shape, **how).to(device)
-
     found = cases = 0
-    for on_cpu, on_device in zip(check.cases(CPU, make), check.cases(device, copied), strict=True):
+    for on_cpu, on_device in pairs(check.cases, device):
         if not check.holds(on_cpu):
             continue
         cases += 1
-        before = launched() + cuda_extension.launched()
-        actual, given = outputs_and_gradients(on_device)
-        kernels = launched() + cuda_extension.launched() - before
-        with force_kernels(False):
-            plain, _ = outputs_and_gradients(on_cpu, given)
-        exact, _ = outputs_and_gradients(on_cpu, given, torch.float64)
-        compared = [
-            (one, name)
-            for name, value in actual.items()
-            for one in compare(value.cpu(), plain[name], exact[name], on_cpu.slices.get(name, ()))
-        ]
-        worst, name = max(compared, key=lambda pair: (not pair[0].kept, pair[0].error / (pair[0].allowed or 1.0)))
-        broken = sum(not one.kept for one, _ in compared)
-        if device.type == "cuda" and not kernels:
+        before = launches()
+        compared = list(compare_case(on_cpu, on_device, DTYPE))
+        launched = launches() - before
+        worst = max(compared, key=lambda one: one.closeness)
+        broken = sum(not one.kept for one in compared)
+        if device.type == "cuda" and not launched:
             say(f"{on_cpu.operation}, {on_cpu.variant}: FAULT: no kernel was launched")
             found += 1
         found += broken
         state = "ok" if not broken else f"FAULT in {broken} of {len(compared)} comparisons"
-        say(f"{on_cpu.operation}, {on_cpu.variant}: {state}; {kernels} launches; nearest to its bound: {name}, "
-            f"{worst.kind} error {worst.error:.2e} of {worst.allowed:.2e}")  # fmt: skip
+        say(f"{on_cpu.operation}, {on_cpu.variant}: {state}; {launched} launches; nearest to its bound: "
+            f"{worst.tensor}, {worst.kind} error {worst.error:.2e} of {worst.allowed:.2e}")  # fmt: skip
     if not cases:
         raise SystemExit(f"{check.operation}: no case was found")
     return found

@@ -10,7 +10,6 @@ from tools.mutants.source import Span, named_parts, occurrences
 
 ROOT = Path(__file__).resolve().parents[2]
 FAULTS = Path(__file__).with_name("faults")
-KEYS = {"name", "file", "inside", "old", "new", "tests", "occurrence"}
 
 
 class Fault(NamedTuple):
@@ -55,6 +54,9 @@ class Fault(NamedTuple):
         except (ValueError, SyntaxError) as error:
             return str(error)
         return None
+
+
+KEYS = set(Fault._fields)
 
 
 def read_faults(folder: Path = FAULTS) -> list[Fault]:

@@ -77,19 +77,21 @@ def replay(fault: Fault, cache: Path) -> Outcome:
     """Plant a fault in a copy and run its tests; a cache shares the builds of csrc among faults that lie elsewhere."""
     if (problem := fault.problem()) is not None:
         return Outcome("not planted", problem)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name).resolve()
-        copy_checkout(folder)
-        path = folder / fault.file
-        path.write_text(fault.plant(path.read_text(encoding="utf-8")), encoding="utf-8")
-        own = folder / "cache" if fault.file.startswith("csrc/") else cache  # builds of csrc wait for each other
-        return run_tests(folder, fault.tests, own, LONGEST)
+    return _in_a_copy(fault.tests, cache, LONGEST, fault)
 
 
 def control(faults: Sequence[Fault], cache: Path) -> Outcome:
     """Run the tests of all faults where nothing is planted."""
+    return _in_a_copy(list(dict.fromkeys(test for fault in faults for test in fault.tests)), cache, LONGEST_CONTROL)
+
+
+def _in_a_copy(tests: Sequence[str], cache: Path, longest: int, fault: Fault | None = None) -> Outcome:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name).resolve()
         copy_checkout(folder)
-        tests = list(dict.fromkeys(test for fault in faults for test in fault.tests))
-        return run_tests(folder, tests, cache, LONGEST_CONTROL)
+        if fault is not None:
+            path = folder / fault.file
+            path.write_text(fault.plant(path.read_text(encoding="utf-8")), encoding="utf-8")
+            if fault.file.startswith("csrc/"):
+                cache = folder / "cache"  # builds of csrc wait for each other
+        return run_tests(folder, tests, cache, longest)

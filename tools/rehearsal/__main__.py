@@ -11,12 +11,11 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 bootstrap.py rehearse", description=run.__doc__)
     parser.add_argument("--short", action="store_true", help="at most 90 seconds on two cores")
     parser.add_argument("--versions", choices=versions.VERSIONS, help="in an environment with these versions")
-    parser.add_argument("--python", help="with --versions: an interpreter that has these versions already")
     parser.add_argument("files", nargs="*", help="files of tests, instead of all that need a GPU")
     options = parser.parse_args(arguments)
     use_scratch()
     if options.versions:
-        return versions.main(options.versions, options.short, options.python)
+        return versions.main(options.versions, options.short)
     return run.main(options.short, options.files)
 
 

@@ -17,17 +17,6 @@ from tools.rehearsal.native import ROOT
 NOT_EMULATED = ("torch.compile", "Triton do_bench")
 
 
-def errors(value: object, place: str = "") -> list[str]:
-    """Every "error" in a result, in one line with its place."""
-    if isinstance(value, list):
-        return [line for i, item in enumerate(value) for line in errors(item, f"{place}[{i}]")]
-    if not isinstance(value, dict):
-        return []
-    mine = [f"{place.lstrip('.')}: {str(value['error']).splitlines()[0]}"] if value.get("error") else []
-    rest = {name: item for name, item in value.items() if name not in ("error", "errors")}
-    return mine + [line for name, item in rest.items() for line in errors(item, f"{place}.{name}")]
-
-
 def main() -> int:
     """Print one JSON object: faults, programs and launches."""
     driver = Driver(os.environ.get("REHEARSAL_ARCHITECTURE", "sm_90"), os.environ.get("REHEARSAL_COMPILING") == "1")
@@ -42,11 +31,12 @@ def main() -> int:
             faults.append(f"benchmarks/gpu.py: {type(error).__name__}: {str(error).splitlines()[0]}")
         else:
             for path in Path(folder).glob("*.json"):
-                faults += [f"benchmarks/gpu.py: {e}" for e in errors(json.loads(path.read_text(encoding="utf-8")))]
+                found = json.loads(path.read_text(encoding="utf-8"))["errors"]
+                faults += [f"benchmarks/gpu.py: {line}" for line in found]
             faults = [line for line in faults if not any(word in line for word in NOT_EMULATED)]
             if code and not faults:
                 faults.append(f"benchmarks/gpu.py: expected exit code 0, got {code}")
-    print(json.dumps({"faults": faults, "programs": driver.programs, "launches": two_devices.launches()}))
+    print(json.dumps({"faults": faults, "programs": driver.programs, "launches": two_devices.State.launches}))
     return 1 if faults else 0
 
 

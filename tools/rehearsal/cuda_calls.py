@@ -23,43 +23,34 @@ AUTOCAST = {
 }  # fmt: skip
 
 
-class Stream:
+class _Idle:
+    """Takes any arguments and does nothing."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def nothing(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        host_waits(f"{type(self).__name__}.synchronize")
+
+
+class Stream(_Idle):
     """A stream on which nothing runs."""
 
     cuda_stream = 0
     device = torch.device("cuda", 0)
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        host_waits("Stream.synchronize")
-
-    def wait_stream(self, other: Any) -> None:
-        pass
-
-    wait_event = record_event = wait_stream
+    wait_stream = wait_event = record_event = __exit__ = _Idle.nothing
 
     def __enter__(self) -> Stream:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        pass
 
-
-class Event:
+class Event(_Idle):
     """An event that has happened; a millisecond lies between any two."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def record(self, *_: Any) -> None:
-        pass
-
-    wait = record
-
-    def synchronize(self) -> None:
-        host_waits("Event.synchronize")
+    record = wait = _Idle.nothing
 
     def query(self) -> bool:
         return True
@@ -68,16 +59,10 @@ class Event:
         return 1.0
 
 
-class Graph:
+class Graph(_Idle):
     """A graph that replays nothing."""
 
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def replay(self) -> None:
-        pass
-
-    reset = replay
+    replay = reset = _Idle.nothing
 
 
 @contextlib.contextmanager

@@ -8,15 +8,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from tools.cubin import CHIPS
 from tools.rehearsal import native
 from tools.rehearsal.cuda_calls import MULTIPROCESSORS
 
-# Bytes of shared memory that one block may ask for, by architecture (CUDA C++ Programming Guide, Technical
-# Specifications per Compute Capability, less the one KB that CUDA keeps).
-MOST_SHARED = {
-    "sm_80": 166912, "sm_86": 101376, "sm_87": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448,
-    "sm_103": 232448, "sm_120": 101376,
-}  # fmt: skip
+# Bytes of shared memory that one block may ask for, by architecture.
+MOST_SHARED = {name: chip.shared_of_program for name, chip in CHIPS.items()}
+MOST_SHARED |= {"sm_87": MOST_SHARED["sm_80"], "sm_103": MOST_SHARED["sm_100"]}
 
 
 class Driver:

@@ -30,15 +30,11 @@ def emulated_gpu(driver: Driver | None = None, architecture: str = "sm_90") -> I
         stack.callback(_rehearse_launches(driver))
         stack.enter_context(cuda_calls.Autocast())
         stack.enter_context(two_devices.EmulatedDevice())
-        _take_emulated_parameters_for_plain()
+        # Some versions of torch keep the class of an emulated parameter: to the layers it is what a GPU's own would be.
+        from onepeace_fast.layers import plain
+
+        plain._PLAIN_TENSORS = (*plain._PLAIN_TENSORS, EmulatedTensor)
         yield
-
-
-def _take_emulated_parameters_for_plain() -> None:
-    """Some versions of torch keep the class of an emulated parameter: to the layers it is what a GPU's own would be."""
-    from onepeace_fast.layers import plain
-
-    plain._PLAIN_TENSORS = (*plain._PLAIN_TENSORS, EmulatedTensor)
 
 
 def _rehearse_launches(driver: Driver | None) -> Any:
@@ -57,7 +53,7 @@ def _rehearse_launches(driver: Driver | None) -> Any:
                 if isinstance(tensor, Tensor) and not isinstance(tensor, EmulatedTensor):
                     kernel = configuration.kernel.__name__
                     raise DeviceMixError(f"{kernel}: expected {name} on cuda:0, got a CPU tensor")
-        two_devices.count_launch()
+        two_devices.State.launches += 1
         if driver is not None:
             original(configuration, grid)
 

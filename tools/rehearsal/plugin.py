@@ -71,7 +71,7 @@ class Rehearsal:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Any:
-        before = (two_devices.launches(), two_devices.judged(), *self.counts())
+        before = (two_devices.State.launches, two_devices.State.judged, *self.counts())
         ended, line = "passed", ""
         try:
             return (yield)
@@ -82,7 +82,7 @@ class Rehearsal:
             ended, line = "skipped", str(error)
             raise
         except AssertionError as error:
-            launched, valued = two_devices.launches() - before[0], two_devices.judged() - before[1]
+            launched, valued = two_devices.State.launches - before[0], two_devices.State.judged - before[1]
             if launched > valued or item.originalname in OF_VALUES:
                 ended, line = "values", "it looks at values that nobody computed"
                 pytest.skip(line)
@@ -101,7 +101,7 @@ class Rehearsal:
 
     def counts(self) -> tuple[int, int]:
         """Compiles and launches so far."""
-        return 0 if self.driver is None else len(self.driver.programs), two_devices.launches()
+        return 0 if self.driver is None else len(self.driver.programs), two_devices.State.launches
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools.gpu_run.plan import files_of_gpu_tests
 from tools.rehearsal.native import ROOT
 
 SHORT_STEPS = ("routed_ffn", "layer_norm", "residual_layer_norm", "gated_sub_ln")
@@ -35,13 +36,6 @@ class Outcome:
     faults: list[str] = field(default_factory=list)
 
 
-def gpu_test_files() -> list[Path]:
-    """Files that hold tests for a GPU: those of the kernels, and those that say so."""
-    kernels = (ROOT / "tests" / "kernels").glob("test_*.py")
-    marked = (path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text(encoding="utf-8"))
-    return sorted({*kernels, *marked})
-
-
 def _process(
     outcome: Outcome, command: Sequence[str], compiling: bool, **environment: str
 ) -> subprocess.CompletedProcess:
@@ -57,13 +51,13 @@ def _process(
     return result
 
 
-def rehearse_tests(path: Path, compiling: bool) -> Outcome:
+def rehearse_tests(path: str, compiling: bool) -> Outcome:
     """The GPU tests of a file."""
-    outcome = Outcome(os.path.relpath(path, ROOT))
+    outcome = Outcome(os.path.relpath(path, ROOT) if os.path.isabs(path) else path)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         options = ["-p", "tools.rehearsal.plugin", "-p", "no:cacheprovider", "-m", "gpu", "-q", "--tb=no"]
-        result = _process(outcome, ["pytest", *options, str(path)], compiling, REHEARSAL_REPORT=str(report))
+        result = _process(outcome, ["pytest", *options, path], compiling, REHEARSAL_REPORT=str(report))
         found = json.loads(report.read_text(encoding="utf-8")) if report.exists() else None
     if found is None:
         lines = (result.stdout + result.stderr).strip().splitlines() or ["no output"]
@@ -95,7 +89,7 @@ def rehearse_module(module: str, arguments: Sequence[str], compiling: bool) -> O
 
 def rehearse(short: bool, chosen: Sequence[str] = ()) -> list[Outcome]:
     """All outcomes, as many at a time as there are cores; ``chosen`` files of tests alone where there are any."""
-    files = [Path(name).resolve() for name in chosen] or gpu_test_files()
+    files = chosen or files_of_gpu_tests()
     steps = [argument for name in SHORT_STEPS for argument in ("--only", name)] if short else []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         waiting = [] if chosen else [threads.submit(rehearse_module, "tools.rehearsal.step", steps, True)]

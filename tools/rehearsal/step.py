@@ -47,37 +47,19 @@ def feed_forward(counts: tuple[int, ...], inert: int = 1, frozen: int | None = N
     out.backward(_random(rows, WIDTH))
 
 
-def layer_norm() -> None:
-    """With a norm for each modality."""
-    from onepeace_fast import layer_norm
+def case(operation: str, variant: str, width: int = WIDTH) -> Callable[[], None]:
+    """Forward and backward pass of a case of ``onepeace_fast.hardware``."""
 
-    weights = [[_random(WIDTH).requires_grad_() for _ in range(3)] for _ in range(2)]
-    offsets = torch.tensor([0, 5, 5, 9], dtype=torch.int32, device="cuda")
-    layer_norm(_random(10, WIDTH).requires_grad_(), *weights, offsets=offsets).backward(_random(10, WIDTH))
+    def run() -> None:
+        from onepeace_fast.hardware.cases import empty_tensors, kernel_cases
 
+        device = torch.device("cuda")
+        cases = kernel_cases(10, width, DTYPE, empty_tensors(device), device)
+        one = next(case for case in cases if case.operation == operation and case.variant.startswith(variant))
+        outputs = one.outputs()
+        one.gradients(outputs, [torch.empty_like(output) for output in outputs])
 
-def residual_layer_norm() -> None:
-    """With DropPath over a row index."""
-    from onepeace_fast import residual_layer_norm
-
-    x, y = _random(10, WIDTH).requires_grad_(), _random(6, WIDTH).requires_grad_()
-    vectors = [_random(WIDTH).requires_grad_() for _ in range(3)]
-    rows = torch.tensor([7, 0, 3, 2, 9, 4], dtype=torch.int32, device="cuda")
-    sample = torch.zeros(10, dtype=torch.int32, device="cuda")
-    out, normed = residual_layer_norm(
-        x, y, *vectors, drop_path=torch.ones(1, device="cuda"), sample=sample, row_index=rows
-    )
-    torch.autograd.backward([out, normed], [_random(10, WIDTH)] * 2)
-
-
-def gated_sub_ln() -> None:
-    """With a gate and a norm for each modality."""
-    from onepeace_fast import gated_sub_ln
-
-    u, v = (_random(10, HIDDEN).requires_grad_() for _ in range(2))
-    norms = [[_random(HIDDEN).requires_grad_() for _ in range(3)] for _ in range(2)]
-    offsets = torch.tensor([0, 5, 5, 9], dtype=torch.int32, device="cuda")
-    gated_sub_ln(u, v, *norms, offsets=offsets).backward(_random(10, HIDDEN))
+    return run
 
 
 STEPS: dict[str, Callable[[], None]] = {
@@ -85,9 +67,9 @@ STEPS: dict[str, Callable[[], None]] = {
     # What must compile nothing more: other sizes and another number of rows; a modality that learns nothing.
     "routed_ffn, another batch": lambda: feed_forward((64, 17, 3), inert=0),
     "routed_ffn, a frozen modality": lambda: feed_forward((5, 0, 40), frozen=1),
-    "layer_norm": layer_norm,
-    "residual_layer_norm": residual_layer_norm,
-    "gated_sub_ln": gated_sub_ln,
+    "layer_norm": case("layer_norm", "per modality"),
+    "residual_layer_norm": case("residual_layer_norm", "row index"),
+    "gated_sub_ln": case("gated_sub_ln", "gelu, gate, norm", HIDDEN),
 }
 
 

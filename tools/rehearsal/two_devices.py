@@ -42,46 +42,33 @@ class HostReadError(RuntimeError):
     """The host would have waited for the device where it must not."""
 
 
-class _State:
-    reads_forbidden = 0
-    launches = 0
-    judged = 0
+class State:
+    """Of this process."""
+
+    reads_forbidden = 0  # how often it was forbidden that the host waits
+    launches = 0  # of kernels; what they write has no values
+    judged = 0  # those of them inside an op of the library, whose values are its reference's
 
 
 @contextlib.contextmanager
 def no_host_reads() -> Iterator[None]:
     """Raise ``HostReadError`` where code inside would make the host wait for the device."""
-    _State.reads_forbidden += 1
+    State.reads_forbidden += 1
     try:
         yield
     finally:
-        _State.reads_forbidden -= 1
+        State.reads_forbidden -= 1
 
 
 def forbid_host_reads(forbidden: bool) -> None:
     """The same without an end, for ``torch.cuda.set_sync_debug_mode``."""
-    _State.reads_forbidden = int(forbidden)
+    State.reads_forbidden = int(forbidden)
 
 
 def host_waits(what: str) -> None:
     """Say that the host waits for the device here; raise where that is forbidden."""
-    if _State.reads_forbidden:
+    if State.reads_forbidden:
         raise HostReadError(f"expected no wait for the device, got {what}")
-
-
-def count_launch() -> None:
-    """A kernel was launched: what it writes has no values."""
-    _State.launches += 1
-
-
-def launches() -> int:
-    """How many kernels were launched so far."""
-    return _State.launches
-
-
-def judged() -> int:
-    """How many of these were inside an op of the library, whose values are its reference's."""
-    return _State.judged
 
 
 class EmulatedTensor(Tensor):
@@ -242,15 +229,15 @@ def _run_own_op(function: Any, args: tuple) -> Any:
     """An op of the library: the host side of what runs on a GPU, then the reference's values if kernels took part."""
     from onepeace_fast.ops.kernel_choice import force_kernels
 
-    before = launches()
+    before = State.launches
     with EmulatedDevice():
         outputs = IMPLEMENTATIONS[function._schema.name](*args)
-    if launches() == before:
+    if State.launches == before:
         return outputs
-    counted = launches()
+    counted = State.launches
     with force_kernels(False):
         values = function(*tree_map(unwrapped, args))
-    _State.launches = counted
+    State.launches = counted
     for mine, theirs in zip(tree_leaves(outputs), tree_leaves(values), strict=True):
         if isinstance(mine, EmulatedTensor):
             if mine.numel() + theirs.numel() and (mine.shape != theirs.shape or mine.dtype != theirs.dtype):
@@ -259,7 +246,7 @@ def _run_own_op(function: Any, args: tuple) -> Any:
                     f" {list(mine.shape)} by its kernels"
                 )
             mine.values.copy_(theirs)
-    _State.judged += launches() - before
+    State.judged += State.launches - before
     return outputs
 
 

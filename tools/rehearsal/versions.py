@@ -60,33 +60,22 @@ def find_python(version: str) -> str:
     return str(next(iter(sorted(pyenv.glob(f"{version}.*/bin/python"))), sys.executable))
 
 
-def prepare(name: str, installed: str | None) -> Path:
-    """Return the interpreter of an environment with these versions, made if need be.
-
-    ``installed`` is an interpreter that has torch, Triton and the tests' packages: then nothing is downloaded.
-    """
+def prepare(name: str) -> Path:
+    """Return the interpreter of an environment with these versions, made if need be."""
     versions, folder = VERSIONS[name], ROOT / f".venv-{name}"
     python, stamp = folder / "bin" / "python", folder / "rehearsal.json"
-    wanted = {"versions": list(versions), "installed": installed}
-    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == wanted:
+    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == list(versions):
         return python
     shutil.rmtree(folder, ignore_errors=True)
     print(f"==> Making {folder}: torch {versions.torch}, Triton {versions.triton}", flush=True)
-    subprocess.run([installed or find_python(versions.python), "-m", "venv", str(folder)], check=True)
+    subprocess.run([find_python(versions.python), "-m", "venv", str(folder)], check=True)
     pip = [str(python), "-m", "pip", "install", "--no-input", "--quiet"]
-    if installed:
-        packages = subprocess.check_output(
-            [installed, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
-        )
-        (next((folder / "lib").glob("python*")) / "site-packages" / "installed.pth").write_text(packages)
-        subprocess.run([*pip, "setuptools>=77.0.3"], check=True)
-    else:
-        pins = [f"torch=={versions.torch}", f"triton=={versions.triton}"]
-        subprocess.run([*pip, *pins, *PACKAGES], check=True, timeout=MOST_SECONDS)
+    pins = [f"torch=={versions.torch}", f"triton=={versions.triton}"]
+    subprocess.run([*pip, *pins, *PACKAGES], check=True, timeout=MOST_SECONDS)
     environment = {**os.environ, "ONEPEACE_FAST_CUDA_ARCHITECTURES": "none"}
     command = [*pip, "--no-deps", "--no-build-isolation", "--editable", str(ROOT)]
     subprocess.run(command, check=True, env=environment)
-    stamp.write_text(json.dumps(wanted), encoding="utf-8")
+    stamp.write_text(json.dumps(versions), encoding="utf-8")
     return python
 
 
@@ -111,10 +100,10 @@ def _versions_in(python: Path) -> dict[str, str]:
     return dict(zip(("python", "torch", "triton"), found, strict=True))
 
 
-def main(name: str, short: bool, installed: str | None = None) -> int:
+def main(name: str, short: bool) -> int:
     """Rehearse with these versions; return 1 where something failed."""
     start = time.monotonic()
-    python = prepare(name, installed)
+    python = prepare(name)
     versions = _versions_in(python)
     print(f"==> Python {versions['python']}, torch {versions['torch']}, Triton {versions['triton']}", flush=True)
     command = [str(python), "-m", "tools.rehearsal", *(["--short"] if short else [])]
@@ -131,12 +120,14 @@ def main(name: str, short: bool, installed: str | None = None) -> int:
         "rehearsal": lines[-1] if lines else "no output",
         "faults": [line for line in lines if line.startswith("fault: ")],
     }
+    failed = []
+    for form, files, environment in (
+        ("tests", TESTS, {}), ("tests in the interpreter", INTERPRETED_TESTS, {"TRITON_INTERPRET": "1"}),
+    ):  # fmt: skip
+        _write(name, result, start)
+        result[form] = _tests(python, files, **environment)
+        failed += result[form]["failures"]
     _write(name, result, start)
-    result["tests"] = _tests(python, TESTS)
-    _write(name, result, start)
-    result["tests in the interpreter"] = _tests(python, INTERPRETED_TESTS, TRITON_INTERPRET="1")
-    _write(name, result, start)
-    failed = [failure for form in ("tests", "tests in the interpreter") for failure in result[form]["failures"]]
     for failure in failed:
         print(f"failed: {failure}")
     print(f"{name}: {result['rehearsal']}; {len(failed)} other tests failed; written to {RESULTS}", flush=True)
