@@ -21,7 +21,7 @@ from onepeace_fast.kernels.rows import (
     load_vector,
     row_extent,
     rows_of_norm,
-    rows_per_program,
+    share_of_rows,
     store_rows,
     store_zeros,
 )
@@ -71,9 +71,7 @@ def gated_sub_ln_forward_kernel(
     if weight is not None:
         store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
         store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, extent)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     modality = 0
     while modality < modalities:
         tile, stop = rows_of_norm(offsets, modality, 1, first, last)
@@ -90,7 +88,7 @@ def gated_sub_ln_forward_kernel(
                     hidden, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     h += (hidden,)
                 if weight is not None:
-                    mu, r = mean_and_rstd(h, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+                    mu, r = mean_and_rstd(h, width, eps, True, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                     store_rows(mean, row, live, 1, mu, 0, 1)
                     store_rows(rstd, row, live, 1, r, 0, 1)
                 for part in tl.static_range(PARTS):
@@ -127,9 +125,7 @@ def gated_sub_ln_backward_kernel(
         store_zeros(dv, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if n is not None:
         store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    first = program * share
-    last = tl.minimum(first + share, extent)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     modality = 0
     while modality < modalities:
         start, stop = rows_of_norm(offsets, modality, 1, first, last)

@@ -36,6 +36,14 @@ def rows_per_program(extent, programs, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def share_of_rows(extent, BLOCK_ROWS: tl.constexpr):
+    """First row and end of this program's share."""
+    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
+    first = tl.program_id(0) * share
+    return first, tl.minimum(first + share, extent)
+
+
+@triton.jit
 def rows_of_norm(
     offsets,  # [norms * modalities_per_norm + 1] or None
     norm, modalities_per_norm, first, last,

@@ -28,7 +28,6 @@ from onepeace_fast.ops.dropout import dropout_factor
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
-from onepeace_fast.ops.rms_norm import rms_normalize, rms_normalize_backward
 from onepeace_fast.structures import (
     Dropout,
     DropPath,
@@ -85,10 +84,7 @@ def residual_reference(given: ResidualInputs) -> ResidualOutputs:
         out = torch.where(place[:, None] < 0, x, out.to(x.dtype)).contiguous()
     if given.norm_weight is None:
         return ResidualOutputs(out, None, None, None)
-    if given.norm_is_rms:
-        (normed, rstd), mean = rms_normalize(out, given.norm_weight, given.eps), None
-    else:
-        normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps)
+    normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps, given.norm_is_rms)
     return ResidualOutputs(out, normed.to(y.dtype), mean, rstd)
 
 
@@ -99,16 +95,11 @@ def residual_backward_reference(saved: ResidualSaved, needs: Needs) -> ResidualG
     """
     y, grad, routing, y_dtype = saved.y, saved.grad_out, saved.routing, saved.y_dtype
     total, dx, dweight, dbias, dgamma = grad, None, None, None, None
-    if saved.grad_normed is not None and saved.mean is None:
-        total, dweight = rms_normalize_backward(
-            saved.grad_normed, saved.out, saved.rstd, saved.norm_weight, needs.norm_weight
-        )
-    elif saved.grad_normed is not None:
+    if saved.grad_normed is not None:
         total, dweight, dbias = normalize_backward(
             saved.grad_normed, saved.out, saved.mean, saved.rstd, saved.norm_weight,
             (True, needs.norm_weight, needs.norm_bias),
         )  # fmt: skip
-    if saved.grad_normed is not None:
         total = total if grad is None else total.add_(grad)
         dx = total.to(saved.out.dtype)
     factor = row_factor(total, y_dtype, saved.gamma, saved.drop_path, saved.dropout)
