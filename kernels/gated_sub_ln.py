@@ -67,10 +67,10 @@ def gated_sub_ln_forward_kernel(
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, modalities, rows)
-    store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+    store_zeros(n, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if weight is not None:
-        store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
-        store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(mean, None, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(rstd, None, extent, rows, 1, BLOCK_ROWS, 1)
     first, last = share_of_rows(extent, BLOCK_ROWS)
     modality = 0
     while modality < modalities:
@@ -120,11 +120,11 @@ def gated_sub_ln_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
-    store_zeros(du, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+    store_zeros(du, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if v is not None:
-        store_zeros(dv, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dv, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if n is not None:
-        store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(n, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     first, last = share_of_rows(extent, BLOCK_ROWS)
     modality = 0
     while modality < modalities:
@@ -193,7 +193,7 @@ def gated_sub_ln_backward_kernel(
 
 def gated_sub_ln_forward(given: GatedSubLNInputs) -> GatedSubLNOutputs:
     """Launch ``gated_sub_ln_forward_kernel``."""
-    u, v, offsets = unit_columns(given.u), _unit_columns(given.v), compact(given.routing.offsets)
+    u, v, offsets = unit_columns(given.u), unit_columns(given.v), compact(given.routing.offsets)
     rows, width = u.shape
     n = torch.empty((rows, width), dtype=u.dtype, device=u.device)
     mean = rstd = None
@@ -218,7 +218,7 @@ def gated_sub_ln_backward_and_n(
     saved: GatedSubLNSaved, needs: Needs, n_needed: bool = True
 ) -> tuple[GatedSubLNGradients, Tensor | None]:
     """The gradients, and n once more: the products on either side need it and it costs no further reading here."""
-    grad, u, v = unit_columns(saved.grad_n), unit_columns(saved.u), _unit_columns(saved.v)
+    grad, u, v = unit_columns(saved.grad_n), unit_columns(saved.u), unit_columns(saved.v)
     offsets = compact(saved.routing.offsets)
     rows, width = u.shape
     modalities = offsets.shape[0] - 1
@@ -244,7 +244,3 @@ def gated_sub_ln_backward_and_n(
     ]  # fmt: skip
     sum_by_norm(partials, gradients, modalities, offsets, rows, parameters)
     return GatedSubLNGradients(du, dv, *gradients), n
-
-
-def _unit_columns(x: Tensor | None) -> Tensor | None:
-    return None if x is None else unit_columns(x)

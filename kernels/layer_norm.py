@@ -33,22 +33,8 @@ from onepeace_fast.kernels.rows import (
     share_of_rows,
     store_rows,
     store_zeros,
-    store_zeros_unplaced,
 )
 from onepeace_fast.structures import LayerNormGradients, LayerNormInputs, LayerNormOutputs, LayerNormSaved, Needs
-
-
-@triton.jit
-def load_head_scale(
-    scale,  # [width // head_dim]
-    width, head_dim, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The head scale spread over the columns of its heads, as a tuple of parts: float32 [1, BLOCK_WIDTH]."""
-    parts = ()
-    for part in tl.static_range(PARTS):
-        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-        parts += (tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32),)
-    return parts
 
 
 @triton.jit
@@ -98,7 +84,7 @@ def layer_norm_forward_kernel(
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
     first, last = share_of_rows(extent, BLOCK_ROWS)
     if scale is not None:
-        c = load_head_scale(scale, width, head_dim, PARTS, BLOCK_WIDTH)
+        c = load_vector(scale, width, PARTS, BLOCK_WIDTH, head_dim)
     norm = 0
     while norm < norms:
         tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
@@ -133,10 +119,10 @@ def layer_norm_forward_kernel(
                 tile += BLOCK_ROWS
         norm += 1
     if offsets is not None:
-        store_zeros(y, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(y, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
         if mean is not None:
-            store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
-        store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
+            store_zeros(mean, None, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(rstd, None, extent, rows, 1, BLOCK_ROWS, 1)
 
 
 @triton.jit(
@@ -164,7 +150,7 @@ def layer_norm_backward_kernel(
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
     first, last = share_of_rows(extent, BLOCK_ROWS)
     if scale is not None:
-        c = load_head_scale(scale, width, head_dim, PARTS, BLOCK_WIDTH)
+        c = load_vector(scale, width, PARTS, BLOCK_WIDTH, head_dim)
     c_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
     norm = 0
     while norm < norms:
@@ -236,9 +222,9 @@ def layer_norm_backward_kernel(
     if dscale is not None:
         store_sums(dscale + program.to(tl.int64) * width, c_total, width, PARTS, BLOCK_WIDTH)
     if place is not None:
-        store_zeros_unplaced(dx, place, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, place, 0, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     elif offsets is not None:
-        store_zeros(dx, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 def stacked(vectors: Sequence[Tensor]) -> Tensor | None:

@@ -82,10 +82,6 @@ class MeasuredGPU:
         """As a file holds it."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-    def strategy(self, operation: str, rows: int, width: int) -> str | None:
-        """The strategy of an operation for a shape; None where the operation was not measured."""
-        return first_class(self.classes(operation), rows, width)
-
     def classes(self, operation: str) -> tuple[tuple[int | None, int | None, str], ...]:
         """The classes of an operation: (most columns, most rows, strategy), None for any."""
         entries = self.strategies.get(operation, ())

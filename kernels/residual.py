@@ -234,7 +234,7 @@ def residual_backward_kernel(
         if dbias is not None:
             store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
     if branch_offsets is not None:
-        store_zeros(dy, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dy, None, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 def residual_forward(given: ResidualInputs) -> ResidualOutputs:
@@ -266,7 +266,7 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     Without a norm's gradient the walk is over the branch's rows, otherwise over the stream's.
     """
     grads = saved.grad_out, saved.grad_normed, saved.y if needs.gamma else None
-    grad, grad_normed, y = (None if value is None else unit_columns(value) for value in grads)
+    grad, grad_normed, y = (unit_columns(value) for value in grads)
     row_index, offsets = compact(saved.routing.row_index), compact(saved.routing.offsets)
     normed = grad_normed is not None
     out, mean, rstd = (saved.out, saved.mean, saved.rstd) if normed else (None, None, None)

@@ -25,6 +25,7 @@ from onepeace_fast.ops.arguments import (
     require_rows,
 )
 from onepeace_fast.ops.dropout import dropout_factor
+from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
@@ -138,18 +139,6 @@ def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
 
 
-def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
-    from onepeace_fast.kernels.residual import residual_forward
-
-    return residual_forward(given)
-
-
-def _backward_by_kernel(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
-    from onepeace_fast.kernels.residual import residual_backward
-
-    return residual_backward(saved, needs)
-
-
 def _fake(given: ResidualInputs) -> ResidualOutputs:
     x = given.x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -203,11 +192,11 @@ RESIDUAL = Operation(
     ResidualInputs,
     ResidualOutputs,
     reference=residual_reference,
-    kernel=_by_kernel,
+    kernel=launcher("residual", "residual_forward"),
     fake=_fake,
     gradient=Gradient(
-        ResidualSaved, ResidualGradients, residual_backward_reference, _backward_by_kernel, _fake_backward, _select,
-        _finish,
+        ResidualSaved, ResidualGradients, residual_backward_reference, launcher("residual", "residual_backward"),
+        _fake_backward, _select, _finish,
     ),
 )  # fmt: skip
 
@@ -282,14 +271,10 @@ def residual_layer_norm(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    given = ResidualInputs(
+    return _normed(ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
         norm_bias, eps,
-    )  # fmt: skip
-    _check(given)
-    _check_norm(given)
-    out, normed = RESIDUAL(given)
-    return out, normed
+    ))  # fmt: skip
 
 
 def residual_rms_norm(
@@ -320,22 +305,20 @@ def residual_rms_norm(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    given = ResidualInputs(
+    return _normed(ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
         None, eps, norm_is_rms=True,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _normed(given: ResidualInputs) -> tuple[Tensor, Tensor]:
     _check(given)
-    _check_norm(given)
-    out, normed = RESIDUAL(given)
-    return out, normed
-
-
-def _check_norm(given: ResidualInputs) -> None:
     x, weight = given.x, given.norm_weight
     require(weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
     require_eps(given.eps)
     require_vector("norm_weight", weight, x.shape[1], x.device)
     require_vector("norm_bias", given.norm_bias, x.shape[1], x.device)
+    return RESIDUAL(given)
 
 
 def _check(given: ResidualInputs) -> None:

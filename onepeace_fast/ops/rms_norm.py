@@ -14,6 +14,7 @@ from functools import partial
 from torch import Tensor
 
 from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
+from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.layer_norm import (
     layer_norm_backward_fake,
     layer_norm_backward_reference,
@@ -48,28 +49,16 @@ def _backward(norm: Function, saved: RMSNormSaved, needs: Needs) -> RMSNormGradi
     return RMSNormGradients(dx, dweight)
 
 
-def _by_kernel(given: RMSNormInputs) -> RMSNormOutputs:
-    from onepeace_fast.kernels.layer_norm import layer_norm_forward
-
-    return _forward(layer_norm_forward, given)
-
-
-def _backward_by_kernel(saved: RMSNormSaved, needs: Needs) -> RMSNormGradients:
-    from onepeace_fast.kernels.layer_norm import layer_norm_backward
-
-    return _backward(layer_norm_backward, saved, needs)
-
-
 RMS_NORM = Operation(
     "rms_norm",
     RMSNormInputs,
     RMSNormOutputs,
     reference=partial(_forward, layer_norm_reference),
-    kernel=_by_kernel,
+    kernel=partial(_forward, launcher("layer_norm", "layer_norm_forward")),
     fake=partial(_forward, layer_norm_fake),
     gradient=Gradient(
-        RMSNormSaved, RMSNormGradients, partial(_backward, layer_norm_backward_reference), _backward_by_kernel,
-        partial(_backward, layer_norm_backward_fake),
+        RMSNormSaved, RMSNormGradients, partial(_backward, layer_norm_backward_reference),
+        partial(_backward, launcher("layer_norm", "layer_norm_backward")), partial(_backward, layer_norm_backward_fake),
     ),
 )  # fmt: skip
 
