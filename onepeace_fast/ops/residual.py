@@ -318,7 +318,8 @@ def _normed(given: ResidualInputs) -> tuple[Tensor, Tensor]:
     require_eps(given.eps)
     require_vector("norm_weight", weight, x.shape[1], x.device)
     require_vector("norm_bias", given.norm_bias, x.shape[1], x.device)
-    return RESIDUAL(given)
+    out, normed = RESIDUAL(given)
+    return out, normed
 
 
 def _check(given: ResidualInputs) -> None:
