@@ -8,8 +8,8 @@ from support import contract
 from support.contract import normal
 from support.kernels import (
     CHECKED,
-    CONTRACT_DTYPES,
     DEVICE,
+    EVERY_DTYPE,
     HALF,
     INTERPRETED,
     MANY_ROWS,
@@ -32,7 +32,7 @@ ROWS = (0, 1, 7, 65, 300) if REFERENCE_ONLY else (0, 1, 7)
 MODALITIES = first(([5, 0, 7], [30, 7, 0, 0, 90], [1], [0, 1, 65], [0, 0]), 2)
 MODALITIES += [[300, 7]] if REFERENCE_ONLY else []
 RMS = pytest.mark.parametrize("rms", (False, True), ids=("layer_norm", "rms_norm"))
-DTYPE = pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+DTYPE = pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 
 
 def check(leaves, dtype, *form, rms=False, eps=1e-5, slices=None):
@@ -95,7 +95,8 @@ def test_weight_and_bias_are_each_optional_and_eps_stands_inside_the_root(rms, w
         leaves["x"][3] = 0 if rms else 0.25  # of which eps is all
         leaves["x"][4] *= 1e-3 if rms else 1  # and most
         for counts in (None, [3, 0, 2]):
-            for dtype in (CHECKED, HALF) if rms or counts is None else (CHECKED,):
+            half = (HALF,) if rms or counts is None else ()
+            for dtype in dict.fromkeys((torch.float64, CHECKED, *half)):
                 check(leaves, dtype, counts, rms=rms, eps=eps)
 
 
@@ -103,7 +104,7 @@ def test_weight_and_bias_are_each_optional_and_eps_stands_inside_the_root(rms, w
 @pytest.mark.parametrize("counts", [[3, 4], [2, 0, 5]], ids=str)
 def test_every_modality_has_its_own_weight_without_bias_and_its_own_bias_without_weight(counts, kind):
     leaves = leaves_of(9, 63, len(counts), weight=kind == "weight", bias=kind == "bias")
-    for dtype in (CHECKED, HALF):
+    for dtype in dict.fromkeys((torch.float64, CHECKED, HALF)):
         check(leaves, dtype, counts)
 
 

@@ -8,6 +8,7 @@ from support.kernels import (
     CHECKED,
     CONTRACT_DTYPES,
     DEVICE,
+    EVERY_DTYPE,
     HALF,
     MANY_ROWS,
     REFERENCE_ONLY,
@@ -32,7 +33,7 @@ NORM = pytest.mark.parametrize("norm", (NO_NORM, LAYER_NORM, RMS_NORM))
 CONTRACT_WIDTHS = WIDTHS[1:2] if DEVICE == "cuda" else (1, 63, 64, 200) if REFERENCE_ONLY else (1, *WIDTHS[:-1])
 
 
-@pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 @NORM
 @pytest.mark.parametrize("width", CONTRACT_WIDTHS)
 def test_values_and_gradients_follow_the_naive_ones(width, norm, dtype):
@@ -52,7 +53,7 @@ def test_many_rows_follow_the_naive_ones_in_every_sample(norm):
 
 
 @interpreter_only
-@pytest.mark.parametrize("dtype", CONTRACT_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
 @NORM
 def test_every_combination_of_options_follows_the_naive_one(norm, dtype):
     rows, width = 7, 16
