@@ -21,7 +21,7 @@ from onepeace_fast.kernels.rows import (
     load_vector,
     row_extent,
     rows_of_norm,
-    rows_per_program,
+    share_of_rows,
     store_rows,
     store_zeros,
 )
@@ -67,13 +67,11 @@ def gated_sub_ln_forward_kernel(
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, modalities, rows)
-    store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+    store_zeros(n, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if weight is not None:
-        store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
-        store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, extent)
+        store_zeros(mean, None, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(rstd, None, extent, rows, 1, BLOCK_ROWS, 1)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     modality = 0
     while modality < modalities:
         tile, stop = rows_of_norm(offsets, modality, 1, first, last)
@@ -90,7 +88,7 @@ def gated_sub_ln_forward_kernel(
                     hidden, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     h += (hidden,)
                 if weight is not None:
-                    mu, r = mean_and_rstd(h, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+                    mu, r = mean_and_rstd(h, width, eps, True, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                     store_rows(mean, row, live, 1, mu, 0, 1)
                     store_rows(rstd, row, live, 1, r, 0, 1)
                 for part in tl.static_range(PARTS):
@@ -122,14 +120,12 @@ def gated_sub_ln_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
-    store_zeros(du, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+    store_zeros(du, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if v is not None:
-        store_zeros(dv, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dv, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     if n is not None:
-        store_zeros(n, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    first = program * share
-    last = tl.minimum(first + share, extent)
+        store_zeros(n, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     modality = 0
     while modality < modalities:
         start, stop = rows_of_norm(offsets, modality, 1, first, last)
@@ -197,7 +193,7 @@ def gated_sub_ln_backward_kernel(
 
 def gated_sub_ln_forward(given: GatedSubLNInputs) -> GatedSubLNOutputs:
     """Launch ``gated_sub_ln_forward_kernel``."""
-    u, v, offsets = unit_columns(given.u), _unit_columns(given.v), compact(given.routing.offsets)
+    u, v, offsets = unit_columns(given.u), unit_columns(given.v), compact(given.routing.offsets)
     rows, width = u.shape
     n = torch.empty((rows, width), dtype=u.dtype, device=u.device)
     mean = rstd = None
@@ -222,7 +218,7 @@ def gated_sub_ln_backward_and_n(
     saved: GatedSubLNSaved, needs: Needs, n_needed: bool = True
 ) -> tuple[GatedSubLNGradients, Tensor | None]:
     """The gradients, and n once more: the products on either side need it and it costs no further reading here."""
-    grad, u, v = unit_columns(saved.grad_n), unit_columns(saved.u), _unit_columns(saved.v)
+    grad, u, v = unit_columns(saved.grad_n), unit_columns(saved.u), unit_columns(saved.v)
     offsets = compact(saved.routing.offsets)
     rows, width = u.shape
     modalities = offsets.shape[0] - 1
@@ -248,7 +244,3 @@ def gated_sub_ln_backward_and_n(
     ]  # fmt: skip
     sum_by_norm(partials, gradients, modalities, offsets, rows, parameters)
     return GatedSubLNGradients(du, dv, *gradients), n
-
-
-def _unit_columns(x: Tensor | None) -> Tensor | None:
-    return None if x is None else unit_columns(x)

@@ -175,7 +175,7 @@ def grouped_gemm_input_gradient_kernel(
                 out_rows.store([row, column], total.to(out.dtype.element_ty))
                 tile += tl.num_programs(0)
         before = end
-    store_zeros(out, row_extent(offsets, MODALITIES, rows), rows, columns, 32, BLOCK_COLUMNS)
+    store_zeros(out, None, row_extent(offsets, MODALITIES, rows), rows, columns, 32, BLOCK_COLUMNS)
 
 
 @triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])

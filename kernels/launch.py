@@ -180,9 +180,9 @@ def cdiv(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
 
 
-def unit_columns(x: Tensor) -> Tensor:
+def unit_columns(x: Tensor | None) -> Tensor | None:
     """``x`` itself where its columns lie side by side, whatever the distance of its rows, else a copy that does."""
-    return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
+    return x if x is None or x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
 def compact(x: Tensor | None) -> Tensor | None:

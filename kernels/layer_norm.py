@@ -1,12 +1,13 @@
-"""LayerNorm of packed rows, forward and backward: the formulas stand in ``onepeace_fast/ops/layer_norm.py``.
+"""LayerNorm and RMSNorm of packed rows, both passes: the formulas stand in ``onepeace_fast/ops/layer_norm.py``.
 
 A row is in registers as a whole, so it is read once and written once; statistics are float32. A program keeps the
 parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
+A norm without a mean is RMSNorm, whose launches have names of their own in a profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,52 +30,48 @@ from onepeace_fast.kernels.rows import (
     row_extent,
     row_places,
     rows_of_norm,
-    rows_per_program,
+    share_of_rows,
     store_rows,
     store_zeros,
-    store_zeros_unplaced,
 )
 from onepeace_fast.structures import LayerNormGradients, LayerNormInputs, LayerNormOutputs, LayerNormSaved, Needs
 
 
 @triton.jit
-def load_head_scale(
-    scale,  # [width // head_dim]
-    width, head_dim, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """The head scale spread over the columns of its heads, as a tuple of parts: float32 [1, BLOCK_WIDTH]."""
-    parts = ()
-    for part in tl.static_range(PARTS):
-        column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-        parts += (tl.load(scale + column // head_dim, mask=column < width, other=0).to(tl.float32),)
-    return parts
-
-
-@triton.jit
 def mean_and_rstd(
-    parts, width, eps, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
+    parts, width, eps, CENTRED: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr
 ):  # fmt: skip
     """Mean and reciprocal deviation, float32 [BLOCK_ROWS, 1], of rows that are held as a tuple of parts.
 
-    The deviation is taken from the mean, so that one that is far above it cancels nothing.
+    The deviation is taken from the mean, so that one that is far above it cancels nothing. Rows that are not
+    ``CENTRED`` have the mean zero, and are zero past the width.
     """
-    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        total += parts[part].to(tl.float32)
-    mean = (tl.sum(total, 1) / width)[:, None]
+    mean = 0.0
+    if CENTRED:
+        total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+        for part in tl.static_range(PARTS):
+            total += parts[part].to(tl.float32)
+        mean = (tl.sum(total, 1) / width)[:, None]
     squares = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
     for part in tl.static_range(PARTS):
-        inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
-        centred = tl.where(inside[None, :], parts[part].to(tl.float32) - mean, 0)
-        squares += centred * centred
+        value = parts[part].to(tl.float32)
+        if CENTRED:
+            inside = part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH) < width
+            value = tl.where(inside[None, :], value - mean, 0)
+        squares += value * value
     return mean, tl.rsqrt(tl.sum(squares, 1) / width + eps)[:, None]
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_index", "offsets"])
+def _name(direction: str) -> Callable[[Any], str]:
+    """A kernel's name in a profile, by what Triton compiles it for."""
+    return lambda compiled: f"{'rms' if compiled.signature['mean'] == 'constexpr' else 'layer'}_norm_{direction}_kernel"
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["row_index", "offsets"], repr=_name("forward"))
 def layer_norm_forward_kernel(
     x,  # [rows or more, width]
     y,  # [rows, width]
-    mean,  # [rows, 1]
+    mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
     weight,  # [norms, width] or None
     bias,  # [norms, width] or None
@@ -85,11 +82,9 @@ def layer_norm_forward_kernel(
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    first = tl.program_id(0) * share
-    last = tl.minimum(first + share, extent)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     if scale is not None:
-        c = load_head_scale(scale, width, head_dim, PARTS, BLOCK_WIDTH)
+        c = load_vector(scale, width, PARTS, BLOCK_WIDTH, head_dim)
     norm = 0
     while norm < norms:
         tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
@@ -110,7 +105,7 @@ def layer_norm_forward_kernel(
                     if scale is not None:
                         value = value * c[part]
                     held += (value,)
-                mu, r = mean_and_rstd(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+                mu, r = mean_and_rstd(held, width, eps, mean is not None, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 for part in tl.static_range(PARTS):
                     result = (held[part] - mu) * r
                     if weight is not None:
@@ -118,22 +113,27 @@ def layer_norm_forward_kernel(
                     if bias is not None:
                         result = result + b[part]
                     store_rows(y, row, live, width, result, part, BLOCK_WIDTH)
-                store_rows(mean, row, live, 1, mu, 0, 1)
+                if mean is not None:
+                    store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
                 tile += BLOCK_ROWS
         norm += 1
     if offsets is not None:
-        store_zeros(y, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
-        store_zeros(mean, extent, rows, 1, BLOCK_ROWS, 1)
-        store_zeros(rstd, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(y, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        if mean is not None:
+            store_zeros(mean, None, extent, rows, 1, BLOCK_ROWS, 1)
+        store_zeros(rstd, None, extent, rows, 1, BLOCK_ROWS, 1)
 
 
-@triton.jit(do_not_specialize=["rows", "x_rows"], do_not_specialize_on_alignment=["row_index", "offsets"])
+@triton.jit(
+    do_not_specialize=["rows", "x_rows"], do_not_specialize_on_alignment=["row_index", "offsets"],
+    repr=_name("backward"),
+)  # fmt: skip
 def layer_norm_backward_kernel(
     grad,  # [rows, width]
     x,  # [x_rows, width]
     dx,  # [x_rows, width]
-    mean,  # [rows, 1]
+    mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
     weight,  # [norms, width] or None
     scale,  # [width // head_dim] or None
@@ -148,11 +148,9 @@ def layer_norm_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    first = program * share
-    last = tl.minimum(first + share, extent)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     if scale is not None:
-        c = load_head_scale(scale, width, head_dim, PARTS, BLOCK_WIDTH)
+        c = load_vector(scale, width, PARTS, BLOCK_WIDTH, head_dim)
     c_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
     norm = 0
     while norm < norms:
@@ -169,7 +167,9 @@ def layer_norm_backward_kernel(
                 source = row
                 if row_index is not None:
                     source = tl.load(row_index + row, mask=live, other=0)
-                mu = tl.load(mean + row, mask=live, other=0)[:, None]
+                mu = 0.0
+                if mean is not None:
+                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 r = tl.load(rstd + row, mask=live, other=0)[:, None]
                 held = ()
                 w_sums = ()
@@ -195,7 +195,9 @@ def layer_norm_backward_kernel(
                     g_xhat_total += g * xhat
                 w_total = w_sums
                 b_total = b_sums
-                g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                g_mean = 0.0
+                if mean is not None:
+                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
                 g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
                 for part in tl.static_range(PARTS):
                     dy, value = held[part]
@@ -220,9 +222,9 @@ def layer_norm_backward_kernel(
     if dscale is not None:
         store_sums(dscale + program.to(tl.int64) * width, c_total, width, PARTS, BLOCK_WIDTH)
     if place is not None:
-        store_zeros_unplaced(dx, place, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, place, 0, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
     elif offsets is not None:
-        store_zeros(dx, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
@@ -230,14 +232,15 @@ def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
     return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
 
 
-def layer_norm_forward(given: LayerNormInputs) -> LayerNormOutputs:
-    """Launch ``layer_norm_forward_kernel``."""
+def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
+    """Launch ``layer_norm_forward_kernel``; with ``rms`` it is RMSNorm, and there is no mean."""
     x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
     row_index = walk["row_index"]
     count = x.shape[0] if row_index is None else row_index.shape[0]
     y = torch.empty((count, x.shape[1]), dtype=x.dtype, device=x.device)
-    mean, rstd = (torch.empty((count, 1), dtype=torch.float32, device=x.device) for _ in range(2))
-    parameters, programs = parameters_for(_table_name("layer_norm", head_scale), x, count)
+    rstd = torch.empty((count, 1), dtype=torch.float32, device=x.device)
+    mean = None if rms else torch.empty_like(rstd)
+    parameters, programs = parameters_for(_table_name("", rms, head_scale), x, count)
     arguments = {
         "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(given.weight), "bias": stacked(given.bias),
         "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
@@ -251,8 +254,7 @@ def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradien
     grad, x, head_scale, walk = unit_columns(saved.grad_y), unit_columns(saved.x), saved.head_scale, _walk(saved)
     row_index, offsets, norms = walk["row_index"], walk["offsets"], walk["norms"]
     count, width = grad.shape
-    parameters, programs = parameters_for(_table_name("layer_norm_backward", head_scale), x, count)
-
+    parameters, programs = parameters_for(_table_name("_backward", saved.mean is None, head_scale), x, count)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partials = [new_partials(norms, programs, x) if any(flags) else None for flags in (needs.weight, needs.bias)]
     dscale = new_partials(1, programs, x) if needs.head_scale else None
@@ -284,5 +286,5 @@ def _walk(given: LayerNormInputs | LayerNormSaved) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _table_name(name: str, head_scale: Tensor | None) -> str:
-    return name if head_scale is None else f"{name}_head_scale"
+def _table_name(direction: str, rms: bool, head_scale: Tensor | None) -> str:
+    return f"{'rms' if rms else 'layer'}_norm{direction}{'' if head_scale is None else '_head_scale'}"

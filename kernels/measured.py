@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -82,10 +82,6 @@ class MeasuredGPU:
         """As a file holds it."""
         return json.dumps(asdict(self), indent=1) + "\n"
 
-    def strategy(self, operation: str, rows: int, width: int) -> str | None:
-        """The strategy of an operation for a shape; None where the operation was not measured."""
-        return first_class(self.classes(operation), rows, width)
-
     def classes(self, operation: str) -> tuple[tuple[int | None, int | None, str], ...]:
         """The classes of an operation: (most columns, most rows, strategy), None for any."""
         entries = self.strategies.get(operation, ())
@@ -130,31 +126,27 @@ def _is_count(value: Any) -> bool:
 
 
 def _check_launch_parameters(launch_parameters: Mapping[str, Any]) -> None:
-    columns = [str(width) for width in WIDTHS]
-    for place, keys in _levels(launch_parameters, (list(KERNELS), list(ELEMENT_SIZES), columns)):
-        entry = launch_parameters
-        for key in keys:
-            entry = entry[key]
+    levels = (list(KERNELS), list(ELEMENT_SIZES), [str(width) for width in WIDTHS])
+    for place, entry in _entries(launch_parameters, levels):
         check_entry(f"launch_parameters: {place}", entry)
-        part, rest = divmod(int(keys[-1]), entry.get("parts", 1))
+        part, rest = divmod(int(place.split()[-1]), entry.get("parts", 1))
         if rest or part & (part - 1):
             raise ValueError(
                 f"launch_parameters: {place}: expected parts of a power of two of columns each, got {entry!r}"
             )
 
 
-def _levels(table: Any, levels: tuple[list[str], ...], place: str = "") -> list[tuple[str, list[str]]]:
-    """The path of every entry, as text and as keys, each of which has to be one of its level."""
+def _entries(table: Any, levels: tuple[list[str], ...], place: str = "") -> Iterator[tuple[str, Any]]:
+    """The place of every entry, and the entry; each key on the way to it has to be one of its level."""
     if not levels:
-        return [(place, [])]
+        yield place, table
+        return
     if not isinstance(table, dict):
         raise ValueError(f"launch_parameters: expected an object at {place or 'the top'}, got {table!r}")
-    found = []
     for key, below in table.items():
         if key not in levels[0]:
             raise ValueError(f"launch_parameters: expected one of {', '.join(levels[0])}, got {key!r}")
-        found += [(where, [key, *keys]) for where, keys in _levels(below, levels[1:], f"{place} {key}".strip())]
-    return found
+        yield from _entries(below, levels[1:], f"{place} {key}".strip())
 
 
 def check_entry(where: str, entry: Any) -> None:

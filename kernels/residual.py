@@ -16,13 +16,12 @@ import triton.language as tl
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
 from onepeace_fast.kernels.layer_norm import mean_and_rstd
 from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_partials, zero_sums
-from onepeace_fast.kernels.rms_norm import reciprocal_rms
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
     row_extent,
     row_places,
-    rows_per_program,
+    share_of_rows,
     store_rows,
     store_zeros,
 )
@@ -81,9 +80,7 @@ def residual_forward_kernel(
     rows, width, x_stride, y_stride, modalities, drop_below, dropout_scale, eps,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    share = rows_per_program(rows, tl.num_programs(0), BLOCK_ROWS)
-    tile = tl.program_id(0) * share
-    stop = tl.minimum(tile + share, rows)
+    tile, stop = share_of_rows(rows, BLOCK_ROWS)
     branch_extent = row_extent(offsets, modalities, rows)
     if tile < stop:
         if gamma is not None:
@@ -112,12 +109,9 @@ def residual_forward_kernel(
                 store_rows(out, row, live, width, total, part, BLOCK_WIDTH)
                 held += (total,)
             if normed is not None:
+                mu, r = mean_and_rstd(held, width, eps, mean is not None, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 if mean is not None:
-                    mu, r = mean_and_rstd(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                     store_rows(mean, row, live, 1, mu, 0, 1)
-                else:
-                    mu = 0.0
-                    r = reciprocal_rms(held, width, eps, PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 for part in tl.static_range(PARTS):
                     result = (held[part].to(tl.float32) - mu) * r * w[part]
                     if norm_bias is not None:
@@ -158,9 +152,7 @@ def residual_backward_kernel(
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
-    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
-    tile = program * share
-    stop = tl.minimum(tile + share, extent)
+    tile, stop = share_of_rows(extent, BLOCK_ROWS)
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
     if tile < stop:
         partial = program.to(tl.int64) * width
@@ -242,7 +234,7 @@ def residual_backward_kernel(
         if dbias is not None:
             store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
     if branch_offsets is not None:
-        store_zeros(dy, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dy, None, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
 def residual_forward(given: ResidualInputs) -> ResidualOutputs:
@@ -274,7 +266,7 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     Without a norm's gradient the walk is over the branch's rows, otherwise over the stream's.
     """
     grads = saved.grad_out, saved.grad_normed, saved.y if needs.gamma else None
-    grad, grad_normed, y = (None if value is None else unit_columns(value) for value in grads)
+    grad, grad_normed, y = (unit_columns(value) for value in grads)
     row_index, offsets = compact(saved.routing.row_index), compact(saved.routing.offsets)
     normed = grad_normed is not None
     out, mean, rstd = (saved.out, saved.mean, saved.rstd) if normed else (None, None, None)

@@ -252,7 +252,7 @@ def routed_ffn_output_kernel(
     if out is not None:
         _copy_others(residual, out, place, extent, stream_rows, width, residual_stride, 32, BLOCK_COLUMNS)
     else:
-        store_zeros(y, extent, rows, width, 32, BLOCK_COLUMNS)
+        store_zeros(y, None, extent, rows, width, 32, BLOCK_COLUMNS)
 
 
 def hidden(

@@ -36,6 +36,14 @@ def rows_per_program(extent, programs, BLOCK_ROWS: tl.constexpr):
 
 
 @triton.jit
+def share_of_rows(extent, BLOCK_ROWS: tl.constexpr):
+    """First row and end of this program's share."""
+    share = rows_per_program(extent, tl.num_programs(0), BLOCK_ROWS)
+    first = tl.program_id(0) * share
+    return first, tl.minimum(first + share, extent)
+
+
+@triton.jit
 def rows_of_norm(
     offsets,  # [norms * modalities_per_norm + 1] or None
     norm, modalities_per_norm, first, last,
@@ -75,46 +83,34 @@ def store_rows(
 
 @triton.jit
 def load_vector(
-    vector,  # [width]
-    width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    vector,  # [width // columns_each]
+    width, PARTS: tl.constexpr, BLOCK_WIDTH: tl.constexpr, columns_each=1,
 ):  # fmt: skip
     """A vector over the columns as a tuple of parts: float32 [1, BLOCK_WIDTH], which lie as rows do."""
     parts = ()
     for part in tl.static_range(PARTS):
         column = (part * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH))[None, :]
-        parts += (tl.load(vector + column, mask=column < width, other=0).to(tl.float32),)
+        parts += (tl.load(vector + column // columns_each, mask=column < width, other=0).to(tl.float32),)
     return parts
 
 
 @triton.jit
 def store_zeros(
     out,  # [rows, width]
+    place,  # [rows] or None
     first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Zeros into this program's share of the rows from ``first`` to ``last`` of a contiguous matrix."""
+    """Zeros into this program's share of the rows from ``first`` to ``last`` of a contiguous matrix.
+
+    With places only into rows that have none.
+    """
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = first + tl.program_id(0) * BLOCK_ROWS
     while tile < last:
         row = tile + tl.arange(0, BLOCK_ROWS)
-        part = 0
-        while part * BLOCK_WIDTH < width:
-            store_rows(out, row, row < last, width, zeros, part, BLOCK_WIDTH)
-            part += 1
-        tile += tl.num_programs(0) * BLOCK_ROWS
-
-
-@triton.jit
-def store_zeros_unplaced(
-    out,  # [rows, width]
-    place,  # [rows]
-    rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Zeros into this program's share of the rows of a contiguous matrix that have no place."""
-    zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
-    tile = tl.program_id(0) * BLOCK_ROWS
-    while tile < rows:
-        row = tile + tl.arange(0, BLOCK_ROWS)
-        idle = tl.load(place + row, mask=row < rows, other=0) < 0
+        idle = row < last
+        if place is not None:
+            idle = tl.load(place + row, mask=idle, other=0) < 0
         part = 0
         while part * BLOCK_WIDTH < width:
             store_rows(out, row, idle, width, zeros, part, BLOCK_WIDTH)

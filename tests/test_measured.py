@@ -14,7 +14,14 @@ from onepeace_fast.backend import resolve_backend
 from onepeace_fast.kernels import measured as module
 from onepeace_fast.kernels.launch_heuristic import heuristic
 from onepeace_fast.kernels.launch_parameters import launch_parameters
-from onepeace_fast.kernels.measured import MeasuredGPU, file_name, measured_file, measured_for, write_measured
+from onepeace_fast.kernels.measured import (
+    MeasuredGPU,
+    file_name,
+    first_class,
+    measured_file,
+    measured_for,
+    write_measured,
+)
 
 NAME = "NVIDIA H100 80GB HBM3"
 ENTRY = {"block_rows": 2, "num_warps": 16, "programs_per_multiprocessor": 3}
@@ -73,12 +80,12 @@ def test_the_user_s_folder_is_in_the_configuration(monkeypatch, tmp_path):
 
 def test_the_first_class_that_holds_the_shape_decides():
     def strategy(rows, width):
-        return MEASURED.strategy("routed_ffn", rows, width)
+        return first_class(MEASURED.classes("routed_ffn"), rows, width)
 
     assert [strategy(9500, 768), strategy(9500, 769), strategy(1000, 1536), strategy(1001, 1536)] == [
         "per_modality", "grouped", "per_modality", "grouped",
     ]  # fmt: skip
-    assert MEASURED.strategy("layer_norm", 1, 1) is None
+    assert first_class(MEASURED.classes("layer_norm"), 1, 1) is None
 
 
 def test_measured_launch_parameters_replace_the_heuristic_s_of_that_class_alone(folders):

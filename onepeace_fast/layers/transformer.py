@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
         """Queries, keys and values in one product: [rows, dim] to [rows, 3, heads, head_dim]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # On a CPU joining the weights takes longer than one product for three saves.
-        if z.device.type == "cpu" or not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear):
+        if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear) or z.device.type == "cpu":
             projected = torch.stack([projection(z) for projection in projections])
             return projected.unflatten(2, (self.heads, self.head_dim)).transpose(0, 1)
         weights = tuple(p.weight for p in projections)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device
 from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
+from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, rows_of_norms, source_rows
 from onepeace_fast.structures import (
@@ -27,23 +28,40 @@ from onepeace_fast.structures import (
 )
 
 
-def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """LayerNorm of every row: the result in x's dtype, mean and reciprocal deviation [rows, 1] in at least float32."""
+def normalize(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, rms: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The norm of every row: the result in x's dtype, mean and reciprocal deviation [rows, 1] in at least float32.
+
+    With ``rms`` it is RMSNorm, which has no mean and no bias: x / RMS(x) * weight, RMS(x) = sqrt(mean(x^2) + eps).
+    """
     dtype = accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
-    y, mean, rstd = torch.native_layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
+    if rms:
+        wide, mean = x.to(dtype), None
+        rstd = torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
+        y = wide * rstd if weight is None else wide * rstd * weight
+    else:
+        y, mean, rstd = torch.native_layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
     return y.to(x.dtype), mean, rstd
 
 
 def normalize_backward(
-    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, needs: Sequence[bool]
+    grad: Tensor, x: Tensor, mean: Tensor | None, rstd: Tensor, weight: Tensor | None, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of ``normalize``; with xhat = (x - mean) rstd and g = grad weight,
 
     dx = rstd (g - mean(g) - xhat mean(g xhat)),  dweight = sum(grad xhat),  dbias = sum(grad).
+
+    Without a mean it is RMSNorm: xhat = x rstd, and no mean(g).
     """
-    dtype = mean.dtype
+    dtype = rstd.dtype
     weight = None if weight is None else weight.to(dtype)
+    if mean is None:
+        grad, xhat = grad.to(dtype), x.to(dtype) * rstd
+        g = grad if weight is None else grad * weight
+        dx = (g - xhat * (g * xhat).mean(1, keepdim=True)) * rstd
+        return dx, (grad * xhat).sum(0) if needs[1] else None, None
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         grad.to(dtype).contiguous(), x.to(dtype), x.shape[-1:], mean, rstd, weight,
         x.new_zeros(x.shape[-1], dtype=dtype) if needs[2] else None, [True, *needs[1:]],
@@ -51,33 +69,37 @@ def normalize_backward(
     return dx, dweight, dbias
 
 
-def layer_norm_reference(given: LayerNormInputs) -> LayerNormOutputs:
-    """The norm of the rows of x that the row index names, of all without one."""
-    x, routing = given.x, given.routing
-    count = x.shape[0] if routing.row_index is None else routing.row_index.shape[0]
-    parts = _parts(given, count)
-    if routing.row_index is None and parts == [slice(0, count)]:
-        y, mean, rstd = normalize(_scaled(x, given.head_scale), _at(given.weight, 0), _at(given.bias, 0), given.eps)
+def layer_norm_reference(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
+    """The norm of the rows of x that the row index names, of all without one; with ``rms`` it is RMSNorm."""
+    x = given.x
+    if given.routing.offsets is None and given.routing.row_index is None:
+        y, mean, rstd = normalize(
+            _scaled(x, given.head_scale), _at(given.weight, 0), _at(given.bias, 0), given.eps, rms
+        )
         return LayerNormOutputs(y.to(x.dtype), mean, rstd)
-    y = x.new_zeros(count, x.shape[1])
-    mean, rstd = (x.new_zeros((count, 1), dtype=accumulation_dtype(x.dtype)) for _ in range(2))
-    for m, part in enumerate(parts):
-        scaled = _scaled(x[source_rows(routing, part, x)], given.head_scale)
-        y[part], mean[part], rstd[part] = normalize(scaled, _at(given.weight, m), _at(given.bias, m), given.eps)
+    y, mean, rstd = (value if value is None else value.zero_() for value in layer_norm_fake(given, rms))
+    for m, part in enumerate(_parts(given, y.shape[0])):
+        scaled = _scaled(x[source_rows(given.routing, part, x)], given.head_scale)
+        y[part], mu, rstd[part] = normalize(scaled, _at(given.weight, m), _at(given.bias, m), given.eps, rms)
+        if mean is not None:
+            mean[part] = mu
     return LayerNormOutputs(y, mean, rstd)
 
 
 def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
-    """With d the gradient of c * x: dx = c d, zero in rows that were not read, dc = sum(x d) over rows and heads."""
-    x, grad, head_scale = saved.x, saved.grad_y, saved.head_scale
+    """With d the gradient of c * x: dx = c d, zero in rows that were not read, dc = sum(x d) over rows and heads.
+
+    Without a mean it is RMSNorm's.
+    """
+    x, grad, mean, head_scale = saved.x, saved.grad_y, saved.mean, saved.head_scale
     dweight, dbias = zeros_where_needed(saved.weight, needs.weight), zeros_where_needed(saved.bias, needs.bias)
     dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
-    dscale = saved.mean.new_zeros(head_scale.shape) if needs.head_scale else None
+    dscale = saved.rstd.new_zeros(head_scale.shape) if needs.head_scale else None
     for m, part in enumerate(_parts(saved, grad.shape[0])):
-        source = source_rows(saved.routing, part, x)
+        source, mu = source_rows(saved.routing, part, x), None if mean is None else mean[part]
         wanted = (True, _at(dweight, m) is not None, _at(dbias, m) is not None)
         dscaled, weight_part, bias_part = normalize_backward(
-            grad[part], _scaled(x[source], head_scale), saved.mean[part], saved.rstd[part], _at(saved.weight, m), wanted
+            grad[part], _scaled(x[source], head_scale), mu, saved.rstd[part], _at(saved.weight, m), wanted
         )
         dx[source] = _scaled(dscaled, head_scale).to(x.dtype)
         if dscale is not None:
@@ -111,26 +133,16 @@ def _at(tensors: Sequence[Tensor | None], m: int) -> Tensor | None:
     return tensors[m] if tensors else None
 
 
-def _by_kernel(given: LayerNormInputs) -> LayerNormOutputs:
-    from onepeace_fast.kernels.layer_norm import layer_norm_forward
-
-    return layer_norm_forward(given)
-
-
-def _backward_by_kernel(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
-    from onepeace_fast.kernels.layer_norm import layer_norm_backward
-
-    return layer_norm_backward(saved, needs)
-
-
-def _fake(given: LayerNormInputs) -> LayerNormOutputs:
+def layer_norm_fake(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
+    """Outputs of the right shapes; of RMSNorm there is no mean."""
     x, row_index = given.x, given.routing.row_index
     count = x.shape[0] if row_index is None else row_index.shape[0]
-    statistics = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
-    return LayerNormOutputs(x.new_empty(count, x.shape[1]), statistics, torch.empty_like(statistics))
+    rstd = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
+    return LayerNormOutputs(x.new_empty(count, x.shape[1]), None if rms else torch.empty_like(rstd), rstd)
 
 
-def _fake_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+def layer_norm_backward_fake(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+    """Gradients of the right shapes."""
     return LayerNormGradients(
         torch.empty_like(saved.x, memory_format=torch.contiguous_format),
         zeros_where_needed(saved.weight, needs.weight),
@@ -144,12 +156,13 @@ LAYER_NORM = Operation(
     LayerNormInputs,
     LayerNormOutputs,
     reference=layer_norm_reference,
-    kernel=_by_kernel,
-    fake=_fake,
+    kernel=launcher("layer_norm", "layer_norm_forward"),
+    fake=layer_norm_fake,
     gradient=Gradient(
-        LayerNormSaved, LayerNormGradients, layer_norm_backward_reference, _backward_by_kernel, _fake_backward
+        LayerNormSaved, LayerNormGradients, layer_norm_backward_reference,
+        launcher("layer_norm", "layer_norm_backward"), layer_norm_backward_fake,
     ),
-)
+)  # fmt: skip
 
 
 def layer_norm(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -14,12 +14,7 @@ from onepeace_fast.structures import Routing
 
 def row_slices(routing: Routing) -> Iterator[slice]:
     """Row range of each modality. Only without ``row_counts`` are the offsets read on the host."""
-    bounds = [0]
-    if routing.row_counts:
-        for count in routing.row_counts:
-            bounds.append(bounds[-1] + count)
-    else:
-        bounds = routing.offsets.tolist()
+    bounds = [0, *accumulate(routing.row_counts)] if routing.row_counts else routing.offsets.tolist()
     return (slice(start, stop) for start, stop in pairwise(bounds))
 
 

@@ -25,10 +25,10 @@ from onepeace_fast.ops.arguments import (
     require_rows,
 )
 from onepeace_fast.ops.dropout import dropout_factor
+from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
-from onepeace_fast.ops.rms_norm import rms_normalize, rms_normalize_backward
 from onepeace_fast.structures import (
     Dropout,
     DropPath,
@@ -85,10 +85,7 @@ def residual_reference(given: ResidualInputs) -> ResidualOutputs:
         out = torch.where(place[:, None] < 0, x, out.to(x.dtype)).contiguous()
     if given.norm_weight is None:
         return ResidualOutputs(out, None, None, None)
-    if given.norm_is_rms:
-        (normed, rstd), mean = rms_normalize(out, given.norm_weight, given.eps), None
-    else:
-        normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps)
+    normed, mean, rstd = normalize(out, given.norm_weight, given.norm_bias, given.eps, given.norm_is_rms)
     return ResidualOutputs(out, normed.to(y.dtype), mean, rstd)
 
 
@@ -99,16 +96,11 @@ def residual_backward_reference(saved: ResidualSaved, needs: Needs) -> ResidualG
     """
     y, grad, routing, y_dtype = saved.y, saved.grad_out, saved.routing, saved.y_dtype
     total, dx, dweight, dbias, dgamma = grad, None, None, None, None
-    if saved.grad_normed is not None and saved.mean is None:
-        total, dweight = rms_normalize_backward(
-            saved.grad_normed, saved.out, saved.rstd, saved.norm_weight, needs.norm_weight
-        )
-    elif saved.grad_normed is not None:
+    if saved.grad_normed is not None:
         total, dweight, dbias = normalize_backward(
             saved.grad_normed, saved.out, saved.mean, saved.rstd, saved.norm_weight,
             (True, needs.norm_weight, needs.norm_bias),
         )  # fmt: skip
-    if saved.grad_normed is not None:
         total = total if grad is None else total.add_(grad)
         dx = total.to(saved.out.dtype)
     factor = row_factor(total, y_dtype, saved.gamma, saved.drop_path, saved.dropout)
@@ -145,18 +137,6 @@ def _rows_at(x: Tensor, place: Tensor) -> Tensor:
 def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     """A norm whose output received no gradient still owes zeros."""
     return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
-
-
-def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
-    from onepeace_fast.kernels.residual import residual_forward
-
-    return residual_forward(given)
-
-
-def _backward_by_kernel(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
-    from onepeace_fast.kernels.residual import residual_backward
-
-    return residual_backward(saved, needs)
 
 
 def _fake(given: ResidualInputs) -> ResidualOutputs:
@@ -212,11 +192,11 @@ RESIDUAL = Operation(
     ResidualInputs,
     ResidualOutputs,
     reference=residual_reference,
-    kernel=_by_kernel,
+    kernel=launcher("residual", "residual_forward"),
     fake=_fake,
     gradient=Gradient(
-        ResidualSaved, ResidualGradients, residual_backward_reference, _backward_by_kernel, _fake_backward, _select,
-        _finish,
+        ResidualSaved, ResidualGradients, residual_backward_reference, launcher("residual", "residual_backward"),
+        _fake_backward, _select, _finish,
     ),
 )  # fmt: skip
 
@@ -291,14 +271,10 @@ def residual_layer_norm(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    given = ResidualInputs(
+    return _normed(ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
         norm_bias, eps,
-    )  # fmt: skip
-    _check(given)
-    _check_norm(given)
-    out, normed = RESIDUAL(given)
-    return out, normed
+    ))  # fmt: skip
 
 
 def residual_rms_norm(
@@ -329,22 +305,21 @@ def residual_rms_norm(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
-    given = ResidualInputs(
+    return _normed(ResidualInputs(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), norm_weight,
         None, eps, norm_is_rms=True,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def _normed(given: ResidualInputs) -> tuple[Tensor, Tensor]:
     _check(given)
-    _check_norm(given)
-    out, normed = RESIDUAL(given)
-    return out, normed
-
-
-def _check_norm(given: ResidualInputs) -> None:
     x, weight = given.x, given.norm_weight
     require(weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
     require_eps(given.eps)
     require_vector("norm_weight", weight, x.shape[1], x.device)
     require_vector("norm_bias", given.norm_bias, x.shape[1], x.device)
+    out, normed = RESIDUAL(given)
+    return out, normed
 
 
 def _check(given: ResidualInputs) -> None:

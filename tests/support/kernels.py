@@ -27,6 +27,7 @@ REFERENCE_ONLY = DEVICE == "cpu" and not INTERPRETED
 CHECKED = torch.float64 if REFERENCE_ONLY else torch.float32
 HALF = torch.bfloat16 if REFERENCE_ONLY else DTYPES[-1]
 CONTRACT_DTYPES = (torch.float64, *tolerance.DTYPES) if REFERENCE_ONLY else DTYPES
+EVERY_DTYPE = tuple(dict.fromkeys((torch.float64, *CONTRACT_DTYPES)))  # the reference's wherever it runs, and more
 # Every other width, hidden width or number of modalities is another program there, which takes seconds to compile.
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
 interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: a CPU runs these")

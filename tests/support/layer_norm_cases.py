@@ -1,77 +1,75 @@
-"""Inputs of ``layer_norm``, the op and the naive code on them: for its own tests and for those of its kernels."""
+"""Inputs of ``layer_norm`` and ``rms_norm``, the ops and the naive code on them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast import layer_norm
-from support import naive
+from onepeace_fast import layer_norm, rms_norm
 from support.contract import normal
+from support.kernels import int32, on_device
 from support.plans import ragged_offsets
 
 GARBAGE = 2**31 - 1  # an entry of a row index that must not be read
 
 
-def shared_leaves(rows: int, width: int, weight: bool = True, bias: bool = True) -> dict[str, Tensor]:
-    """x and one norm for all rows."""
-    leaves = {"x": 3 * normal(rows, width, seed=1) + 2 * normal(rows, 1, seed=2)}
-    leaves |= {"weight": 1 + 0.5 * normal(width, seed=3)} if weight else {}
-    return leaves | ({"bias": normal(width, seed=4)} if bias else {})
-
-
-def routed_leaves(
-    counts: Sequence[int], width: int, rows: int | None = None, heads: int | None = None
-) -> dict[str, Tensor]:  # fmt: skip
-    """x, by default without inert rows, and a norm for each modality."""
-    rows = sum(counts) if rows is None else rows
+def leaves_of(
+    rows: int, width: int, modalities: int = 0, *, weight: bool = True, bias: bool = True, heads: int | None = None
+) -> dict[str, Tensor]:
+    """x, whose rows have a mean, and a norm for all rows, or with modalities one for each."""
     leaves = {"x": 2 * normal(rows, width, seed=5) + normal(rows, 1, seed=6)}
-    for m in range(len(counts)):
-        leaves |= {f"weight{m}": 1 + 0.5 * normal(width, seed=10 + m), f"bias{m}": normal(width, seed=20 + m)}
-    return leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=7)} if heads else {})
+    for m in range(max(modalities, 1)):
+        which = m if modalities else ""
+        leaves |= {f"weight{which}": 1 + 0.5 * normal(width, seed=10 + m)} if weight else {}
+        leaves |= {f"bias{which}": normal(width, seed=20 + m)} if bias else {}
+    return on_device(leaves | ({"head_scale": 1 + 0.5 * normal(heads, seed=7)} if heads else {}))
+
+
+def _of_kind(kind: str, parameters: dict[str, Tensor]) -> Tensor | list[Tensor] | None:
+    """The parameter of all rows, or a list of one for each modality; None without any."""
+    return parameters.get(kind, [value for name, value in parameters.items() if name.startswith(kind)] or None)
 
 
 def op(
-    counts: Sequence[int] | None = None, index: Sequence[int] | None = None, *, eps: float = 1e-5, host: bool = False
-) -> Callable:
-    """The op for per-modality parameters, or for shared ones where the leaves have a single weight or bias."""
+    counts: Sequence[int] | None = None, index: Sequence[int] | None = None, *, rms: bool = False, eps: float = 1e-5,
+    host: bool = False,
+) -> Callable:  # fmt: skip
+    """The op, of modalities that the host knows or not, as ``call(**leaves)``."""
 
-    def call(
-        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, head_scale: Tensor | None = None,
-        **parameters: Tensor,
-    ) -> Tensor:  # fmt: skip
+    def call(x: Tensor, head_scale: Tensor | None = None, **parameters: Tensor) -> Tensor:
         extra = {"offsets": ragged_offsets(counts).to(x.device)} if counts else {}
         extra |= {"row_counts": list(counts)} if host else {}
-        extra |= {} if index is None else {"row_index": torch.tensor(index, dtype=torch.int32, device=x.device)}
-        if parameters:
-            weight, bias = ([parameters[f"{kind}{m}"] for m in range(len(counts))] for kind in ("weight", "bias"))
+        extra |= {} if index is None else {"row_index": int32(index)}
+        weight, bias = (_of_kind(kind, parameters) for kind in ("weight", "bias"))
+        if rms:
+            return rms_norm(x, weight, eps=eps, **extra)
         return layer_norm(x, weight, bias, head_scale=head_scale, eps=eps, **extra)
 
     return call
 
 
 def plain(
-    counts: Sequence[int] | None = None, index: Sequence[int] | None = None, *, eps: float = 1e-5
-) -> Callable:  # fmt: skip
-    """The same, written the obvious way."""
+    counts: Sequence[int] | None = None, index: Sequence[int] | None = None, *, rms: bool = False, eps: float = 1e-5
+) -> Callable:
+    """The same, written the obvious way: one norm per group of rows; rows past the groups are zero."""
 
-    def call(
-        x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, head_scale: Tensor | None = None,
-        **parameters: Tensor,
-    ) -> Tensor:  # fmt: skip
-        modalities = counts or [x.shape[0] if index is None else len(index)]
-        weights, biases = [weight] * len(modalities), [bias] * len(modalities)
-        if parameters:
-            weights, biases = (
-                [parameters[f"{kind}{m}"] for m in range(len(modalities))] for kind in ("weight", "bias")
-            )
+    def call(x: Tensor, head_scale: Tensor | None = None, **parameters: Tensor) -> Tensor:
         if head_scale is not None:
             x = (x.unflatten(1, (head_scale.shape[0], -1)) * head_scale[:, None]).flatten(1)
         if index is not None:
-            read = x[torch.tensor(index[: sum(modalities)], dtype=torch.int64, device=x.device)]
+            read = x[index[: sum(counts)] if counts else index]
             x = torch.cat([read, read.new_zeros(len(index) - len(read), x.shape[1])])
-        return naive.layer_norm(x, modalities, weights, biases, eps)
+        sizes, parts = counts or [x.shape[0]], []
+        for m, rows in enumerate(x[: sum(sizes)].split(sizes)):
+            kinds = (_of_kind(kind, parameters) for kind in ("weight", "bias"))
+            weight, bias = (kind[m] if isinstance(kind, list) else kind for kind in kinds)
+            norm = F.rms_norm(rows, x.shape[1:], weight, eps) if rms else F.layer_norm(
+                rows, x.shape[1:], weight, bias, eps
+            )  # fmt: skip
+            parts.append(norm)
+        return torch.cat([*parts, torch.zeros_like(x[sum(sizes) :])])
 
     return call
