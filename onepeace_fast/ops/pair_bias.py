@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onepeace_fast.ops.segments import Group, check_codes, check_segments, sample_groups
+from onepeace_fast.ops.segments import Group, check_codes, check_segments, is_on_host, sample_groups
 from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import RelativeBias, Segments
 
@@ -98,7 +98,7 @@ def walk(bias: RelativeBias, segments: Segments, rows: int, dtype: torch.dtype) 
 
     All layers and the backward pass walk the same batch. So on a CPU a walk is found again by its plan's tensors.
     """
-    if segments.code.device.type != "cpu":
+    if not is_on_host(segments.code):
         entries = pair_entries(bias, segments)
         groups = ((group, None if entries is None else entries.of(group)) for group in sample_groups(segments))
         return _steps(groups, bias.vectors, dtype)
@@ -173,7 +173,7 @@ _WALKS = WeakIdKeyDictionary()
 
 def sum_by_index(values: Tensor, index: Tensor, size: int) -> Tensor:
     """Sum [heads, pairs] into [heads, size] by the pairs' index, in the same order every time on every device."""
-    if values.device.type == "cpu":
+    if is_on_host(values):
         return values.new_zeros(values.shape[0], size).scatter_add_(1, index.expand_as(values), values)
     # On a GPU scatter_add is atomic; an accumulating index_put sorts first.
     return values.new_zeros(size, values.shape[0]).index_put_((index,), values.t(), accumulate=True).t()

@@ -32,7 +32,7 @@ from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, launch_backward, 
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
 from onepeace_fast.ops.pair_bias import pair_entries, sum_by_index, walk
-from onepeace_fast.ops.segments import Group, check_codes, check_segments, head_slices, longest_sample
+from onepeace_fast.ops.segments import Group, check_codes, check_segments, head_slices, is_on_host, longest_sample
 from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import (
     AttentionGradients,
@@ -48,7 +48,7 @@ from onepeace_fast.structures import (
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + bias) v, [N, heads, L, head_dim], and the scores' log-sum-exp, [N, heads, L]."""
-    if q.device.type == "cpu":
+    if is_on_host(q):
         bias = None if bias is None else bias.expand(q.shape[0], q.shape[1], q.shape[2], q.shape[2])
         # Twice as fast as the products below, and what scaled_dot_product_attention runs, which hides the log-sum-exp.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)

@@ -17,6 +17,11 @@ PAIRS_OF_A_DEVICE_GROUP = 2**22
 PAIRS_OF_DEVICE_HEADS = 2**24
 
 
+def is_on_host(x: Tensor) -> bool:
+    """Whether the host can read a tensor's values without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 class Group(NamedTuple):
     """N samples side by side: the rows of their tokens, int64 [N, L], or the slice of rows that they are.
 
@@ -57,7 +62,7 @@ def sample_groups(segments: Segments) -> Iterator[Group]:
     if cu_seqlens.shape[1] == 1:
         return
     starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
-    if cu_seqlens.device.type != "cpu":
+    if not is_on_host(cu_seqlens):
         longest = longest_sample(segments)
         step = _samples_at_once(longest)
         for first in range(0, cu_seqlens.shape[1] - 1, step):
@@ -158,7 +163,7 @@ def check_codes(bias: RelativeBias, segments: Segments) -> None:
         largest = torch.where(counted, code.long(), -(2**31)).amax() if code.numel() else code.new_zeros(())
         smallest = torch.where(counted, code.long(), 2**31).amin() if code.numel() else largest
         span = largest - smallest
-        found = int(span) if span.device.type == "cpu" else "more"
+        found = int(span) if is_on_host(span) else "more"
         require_values(
             span <= covered,
             f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got {found}",
