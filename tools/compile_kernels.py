@@ -60,12 +60,13 @@ def target(capability: int) -> Iterator[None]:
 
     from onepeace_fast.hardware.warmup import stand_in
 
-    before = driver._active
+    kept = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
+    before = getattr(driver, kept)
     driver.set_active(stand_in(capability))
     try:
         yield
     finally:
-        driver._active = before
+        setattr(driver, kept, before)
 
 
 def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS) -> Result:
