@@ -60,7 +60,7 @@ def target(capability: int) -> Iterator[None]:
 
     from onepeace_fast.hardware.warmup import stand_in
 
-    kept = "_active" if hasattr(driver, "_active") else "active"  # before Triton 3.5
+    kept = "_active" if hasattr(driver, "_active") else "active"  # Triton 3.4
     before = getattr(driver, kept)
     driver.set_active(stand_in(capability))
     try:
