@@ -19,6 +19,8 @@ from torch.nn.modules import module as torch_module
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from onepeace_fast import kernels
+from onepeace_fast.ops.kernel_choice import kernels_forced
 from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Routing
@@ -78,6 +80,16 @@ def watched_everywhere() -> bool:
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
     )
+
+
+def calls_modules(x: Tensor) -> bool:
+    """Whether modules are called on packed rows: on a CPU, where no kernel runs, that costs less than an op.
+
+    Not under autocast, whose dtypes the ops choose, nor in compiled code, which is to hold the ops.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (kernels.INTERPRETED or kernels_forced())
 
 
 def are_plain(part: str, modules: Sequence[nn.Module], kind: type[nn.Module]) -> bool:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onepeace_fast.route_plan import RoutePlan
+
 Spans = Sequence[tuple[str, int, int]]
 """Modality, and first and last position, of each modality's tokens in a padded sequence."""
+
+
+def plan_spans(plan: RoutePlan) -> Spans:
+    """Modality, and first and last row, of each modality's packed rows; none where the host does not know all rows."""
+    if sum(plan.row_counts) != plan.capacity:
+        return ()
+    stops = [*accumulate(plan.row_counts)]
+    return [(name, stop - rows, stop) for name, rows, stop in zip(plan.modalities, plan.row_counts, stops, strict=True)]
 
 
 def each_span(module: Callable[[str], nn.Module], x: Tensor, spans: Spans) -> Tensor:

@@ -20,10 +20,12 @@ from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
 from onepeace_fast.layers.parameters import init_linear
-from onepeace_fast.layers.plain import are_plain, by_modality, is_plain, unfused, watched_everywhere
-from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span
+from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is_plain, unfused, watched_everywhere
+from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan
+
+FEW_ROWS = 256
 
 
 class SelfAttention(nn.Module):
@@ -90,6 +92,8 @@ class GeGLU(nn.Module):
 
 def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
     """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
+    if (branch is None or branch.row_index is None) and calls_modules(x):
+        return norm(x)
     if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
         # An embedding, since its gradient is summed in a fixed order on every device.
         return norm(x if branch is None or branch.row_index is None else F.embedding(branch.row_index, x))
@@ -151,6 +155,11 @@ def _alike(one: FFNModules, first: FFNModules) -> bool:
         return False
     same_norm = type(one.norm) is type(first.norm) and getattr(one.norm, "eps", 0) == getattr(first.norm, "eps", 0)
     return same_norm and (one.out.bias is None) == (first.out.bias is None)
+
+
+def _few_or_no_gradient(x: Tensor) -> bool:
+    """Whether what the modules keep for a backward pass, twice as much as the ops do, is nothing or little."""
+    return x.shape[0] <= FEW_ROWS or not torch.is_grad_enabled()
 
 
 def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Any]:
@@ -218,7 +227,14 @@ class TransformerLayer(nn.Module):
         drop_paths: Sequence[Tensor | None] | Tensor = (
             (None, None) if drop_path is None else drop_path[:, :, None].to(x.dtype)
         )
-        attended = self.self_attn(self.self_attn_layer_norm(x), spans, bias)
+        return self._by_modules(x, spans, spans, bias, drop_paths, dropout)
+
+    def _by_modules(
+        self, x: Tensor, route: RoutePlan | Spans, spans: Spans, bias: Sequence[Tensor] | Tensor | None,
+        drop_paths: Sequence[Tensor | None] | Tensor, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        """The layer by calls of its modules: over a padded batch, or over packed rows on a CPU."""
+        attended = self.self_attn(self.self_attn_layer_norm(x), route, bias)
         if self.attn_ln is not None:
             attended = self.attn_ln(attended)
         x = add_branch(x, attended, self.gamma_1, drop_paths[0], dropout)
@@ -234,6 +250,9 @@ class TransformerLayer(nn.Module):
         seeds: Sequence[Tensor | None] | Tensor | None,
     ) -> Tensor:
         """The layer over packed rows, by the ops; each branch computes its own rows."""
+        simple = seeds is None and attention.drop_path is None
+        if simple and _few_or_no_gradient(x) and calls_modules(x) and (spans := plan_spans(attention.plan)):
+            return self._by_modules(x, attention.plan, spans, bias, (None, None), 0.0)
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
 
@@ -350,6 +369,8 @@ class Transformer(nn.Module):
         return each_span(self.final_norm, x, route)
 
     def _normalized_by_modality(self, x: Tensor, plan: RoutePlan) -> Tensor:
+        if calls_modules(x) and (spans := plan_spans(plan)):
+            return each_span(self.final_norm, x, spans)
         norms: list[Any] = [self.final_norm(modality) for modality in plan.modalities]
         if not are_plain("final LayerNorm", norms, nn.LayerNorm):
             return by_modality(norms, x, plan)

@@ -1,31 +1,39 @@
-"""Which backend a batch runs on a CPU where none was asked for: the faster one, by lengths that the host knows."""
+"""Which backend a batch runs on a CPU where none was asked for: the faster one, by lengths that the host knows.
+
+Packing saves the rows of padding in every matrix product, and costs what a route plan and calls per modality take
+however few rows there are. Both are counted in floating-point operations of one layer's products.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from onepeace_fast.config import TransformerConfig
 from onepeace_fast.models.passes import Samples, Tokens, sample_count
 
-# Measured by benchmarks/bench_cpu.py: a packed batch of so many rows takes as long as a padded one of
-# LEAST_GAIN times as many, and every further pass of the reference as long as FURTHER_PASS rows.
-LEAST_GAIN = 1.05
-FURTHER_PASS = 16
+# As benchmarks/bench_encoder.py measured them on an AMD EPYC, one thread: what packing costs a layer, what each
+# further pass costs a layer of the reference, and which share of the packed rows' time is within the noise.
+COST_OF_PACKING = 40e6
+COST_OF_A_PASS = 20e6
+NOISE = 0.03
 
 
 class Choice(NamedTuple):
-    """A backend, and the tokens that each of them would compute: padded by the reference, packed by the fused one."""
+    """A backend, and the tokens that each of the two would compute: padded by the reference, packed by the fused one."""
 
     backend: str
     padded_tokens: int
     packed_tokens: int
 
 
-def choose(passes: Sequence[Tokens], samples: Samples | None) -> Choice:
-    """The faster backend for these passes of a step on a CPU."""
+def choose(config: TransformerConfig, passes: Sequence[Tokens], samples: Samples | None) -> Choice:
+    """The faster backend for these passes of a step through a stack on a CPU."""
     padded = packed = 0
     for tokens in passes:
         padded += sample_count(tokens, samples) * sum(one.valid.shape[1] for one in tokens.values())
         packed += sum(sum(one.lengths) for one in tokens.values())
-    gains = padded + FURTHER_PASS * (len(passes) - 1) >= LEAST_GAIN * packed
-    return Choice("fused" if gains else "reference", padded, packed)
+    of_a_row = 2 * config.embed_dim * (4 * config.embed_dim + 3 * config.ffn_embed_dim)
+    saved = (padded - packed) * of_a_row + (len(passes) - 1) * COST_OF_A_PASS
+    fused = saved >= COST_OF_PACKING + NOISE * packed * of_a_row
+    return Choice("fused" if fused else "reference", padded, packed)

@@ -160,7 +160,7 @@ class Stack(nn.Module):
         drop_path = self._draw_drop_path(passes, samples)
         if self.resolved_backend == "reference":
             return self._padded(passes, samples, drop_path)
-        if self._may_choose(passes) and choose(passes, samples).backend == "reference":
+        if self._may_choose(passes) and choose(self.config, passes, samples).backend == "reference":
             # As the packed rows come out, so that a choice by lengths changes no result.
             return [
                 one.without_padding(tokens)

@@ -3,6 +3,20 @@
 import pytest
 import torch.distributed as dist
 
+from onepeace_fast.layers import transformer
+
+
+@pytest.fixture(autouse=True)
+def ops_on_a_cpu(request, monkeypatch):
+    """The fused backend goes through the ops on a CPU too, as it does on a GPU, unless a test asks for the modules."""
+    if "modules_on_a_cpu" not in request.fixturenames:
+        monkeypatch.setattr(transformer, "calls_modules", lambda x: False)
+
+
+@pytest.fixture
+def modules_on_a_cpu():
+    """The fused backend as users have it on a CPU."""
+
 
 @pytest.fixture
 def group():

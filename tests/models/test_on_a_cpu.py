@@ -1,0 +1,127 @@
+"""On a CPU the fused backend calls modules on packed rows, and the automatic one looks at the lengths first."""
+
+import math
+
+import pytest
+import torch
+from models._goldens import compare, golden
+from models._small import assert_close, batch_of, small_config, small_model, with_gradients
+from models.test_parity import CHECKS
+
+from onepeace_fast import use_backend
+from onepeace_fast.backend import ENVIRONMENT_VARIABLE
+from onepeace_fast.layers import transformer
+from onepeace_fast.models import stack
+from onepeace_fast.models.choice import COST_OF_A_PASS, COST_OF_PACKING, NOISE, choose
+from onepeace_fast.models.passes import PaddedTokens
+from onepeace_fast.ops.routed_ffn import ROUTED_FFN
+
+pytestmark = pytest.mark.usefixtures("modules_on_a_cpu")
+RAGGED = {"text": [1, 0, 9], "image": (2, 3), "audio": [4, 11]}
+SAMPLES = {"text": [2, 0, 1], "image": [0, 3], "audio": [1, 3]}
+
+
+@pytest.fixture
+def ffn_ops(monkeypatch):
+    """The calls of the FFN's op."""
+    calls, call = [], ROUTED_FFN.run
+    monkeypatch.setattr(ROUTED_FFN, "run", lambda given: (calls.append(given), call(given))[1])
+    return calls
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_modules_on_packed_rows_reproduce_every_recorded_tensor(name):
+    report = compare(golden(name), "fused")
+    assert not report.failures, f"{len(report.failures)} of {report.count} failed:\n" + "\n".join(report.failures)
+    assert report.count == CHECKS[name]
+
+
+def test_modules_on_packed_rows_agree_with_the_reference_for_any_pairing(ffn_ops):
+    batch = batch_of(**RAGGED)
+    want, got = (with_gradients(small_model(backend), batch, samples=SAMPLES) for backend in ("reference", "fused"))
+    assert_close(got, want, 1e-9)
+    assert not ffn_ops
+
+
+def test_a_large_step_with_gradients_takes_the_ops_which_keep_less(ffn_ops, monkeypatch):
+    monkeypatch.setattr(transformer, "FEW_ROWS", 8)
+    model, batch = small_model("fused"), batch_of(text=[5, 6])
+    with torch.no_grad():
+        model.encode(**batch)
+    assert not ffn_ops
+    model.encode(**batch)
+    assert len(ffn_ops) == len(model.encoder.fusion_model.layers)
+
+
+def test_drop_path_and_dropout_take_the_ops(ffn_ops):
+    for settings in ({"drop_path_rate": 0.5}, {"dropout": 0.5}):
+        torch.manual_seed(0)
+        small_model("fused", small_config(**settings)).train().encode(**batch_of(text=[5, 6]))
+        assert ffn_ops
+        ffn_ops.clear()
+
+
+def passes_of(*widths_and_lengths):
+    """Passes of one modality each."""
+    return [
+        {
+            "text": PaddedTokens(
+                torch.zeros(len(lengths), width, 1), torch.zeros(len(lengths), width), lengths, None, width
+            )
+        }
+        for width, lengths in widths_and_lengths
+    ]
+
+
+def test_the_choice_weighs_what_packing_saves_against_what_it_costs():
+    config = small_config(embed_dim=512, ffn_embed_dim=2048, attention_heads=8).encoder
+    of_a_row = 2 * 512 * (4 * 512 + 3 * 2048)
+
+    def chosen(*widths_and_lengths, samples=None):
+        return choose(config, passes_of(*widths_and_lengths), samples)
+
+    assert chosen((12, [12])) == ("reference", 12, 12)
+    assert chosen((20, [20, 5])) == ("fused", 40, 25)
+    packed = 1000
+    least = math.ceil(packed * (1 + NOISE) + COST_OF_PACKING / of_a_row)
+    assert chosen((least, [packed])).backend == "fused"
+    assert chosen((least - 1, [packed])).backend == "reference"
+    further = 1 + math.ceil((COST_OF_PACKING + NOISE * 20 * of_a_row) / COST_OF_A_PASS)
+    assert chosen(*[(2, [2])] * further).backend == "fused", "one call for several passes"
+    assert chosen(*[(2, [2])] * (further - 1)).backend == "reference"
+    assert chosen((4, [4, 4]), samples={"text": [0, 1]}).padded_tokens == 8
+    narrow = small_config(embed_dim=32, ffn_embed_dim=64, attention_heads=2).encoder
+    assert choose(narrow, passes_of((20, [20, 5])), None).backend == "reference", "so narrow rows cost nothing"
+
+
+@pytest.fixture
+def padded_runs(monkeypatch):
+    """The passes that the reference ran."""
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    runs, padded = [], stack.encode_padded
+    monkeypatch.setattr(stack, "encode_padded", lambda *given: (runs.append(given), padded(*given))[1])
+    return runs
+
+
+@pytest.mark.parametrize(("lengths", "padded"), [([6, 6], 1), ([30, 29], 1), ([9, 2], 0)])
+def test_the_automatic_backend_changes_no_result(lengths, padded, padded_runs, monkeypatch):
+    monkeypatch.setattr("onepeace_fast.models.choice.COST_OF_PACKING", 0)  # or so small a model is never packed
+    batch = batch_of(text=lengths)
+    got = with_gradients(small_model(None), batch)
+    assert len(padded_runs) == padded
+    assert_close(got, with_gradients(small_model("fused"), batch), 1e-9)
+    assert len(padded_runs) == padded, "who asks for the fused backend gets it"
+
+
+def test_nothing_is_chosen_where_one_was_asked_for_or_random_numbers_would_differ(padded_runs, monkeypatch):
+    batch = batch_of(text=[6, 6])
+    model = small_model(None)
+    with use_backend("fused"):
+        model.encode(**batch)
+    small_model(None, small_config(dropout=0.5)).train().encode(**batch)
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "fused")
+    model.encode(**batch)
+    assert not padded_runs
+    monkeypatch.delenv(ENVIRONMENT_VARIABLE)
+    model.encode(**batch)
+    assert len(padded_runs) == 1
