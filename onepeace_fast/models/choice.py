@@ -20,7 +20,7 @@ NOISE = 0.03
 
 
 class Choice(NamedTuple):
-    """A backend, and the tokens that each of the two would compute: padded by the reference, packed by the fused one."""
+    """A backend, and the tokens that each would compute: padded by the reference, packed by the fused one."""
 
     backend: str
     padded_tokens: int

@@ -15,6 +15,7 @@ def ran(monkeypatch):
     seen = []
     padded, split = stack.encode_padded, stack.split
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr("onepeace_fast.models.choice.COST_OF_PACKING", 0)  # or so small a model is never packed
     monkeypatch.setattr(stack, "encode_padded", lambda *a: (seen.append("reference"), padded(*a))[1])
     monkeypatch.setattr(stack, "split", lambda *a: (seen.append("fused"), split(*a))[1])
 
@@ -41,5 +42,6 @@ def test_a_block_decides_over_the_argument_that_over_the_environment_and_that_ov
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_both_stacks_run_by_the_models_argument(backend, monkeypatch):
     monkeypatch.delenv(ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr("onepeace_fast.models.choice.COST_OF_PACKING", 0)  # or so small a model is never packed
     model = small_model(backend)
     assert [s.resolved_backend for s in model.modules() if isinstance(s, stack.Stack)] == [backend, backend]
