@@ -3,6 +3,7 @@
 import pytest
 import torch.distributed as dist
 
+from onepeace_fast import kernels
 from onepeace_fast.layers import transformer
 
 
@@ -14,8 +15,9 @@ def ops_on_a_cpu(request, monkeypatch):
 
 
 @pytest.fixture
-def modules_on_a_cpu():
+def modules_on_a_cpu(monkeypatch):
     """The fused backend as users have it on a CPU."""
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
 
 
 @pytest.fixture

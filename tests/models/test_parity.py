@@ -19,6 +19,12 @@ def test_backend_reproduces_every_recorded_tensor(name, backend, device):
     assert report.count == CHECKS[name]
 
 
+@pytest.mark.usefixtures("modules_on_a_cpu")
+@pytest.mark.parametrize("name", CHECKS)
+def test_modules_on_packed_rows_reproduce_every_recorded_tensor(name):
+    test_backend_reproduces_every_recorded_tensor(name, "fused", "cpu")
+
+
 @pytest.mark.parametrize("name", CHECKS)
 def test_embedding_rows_that_no_input_reads_are_nan_in_the_recordings(name):
     """So the tests above also prove that no output, loss or gradient depends on them."""

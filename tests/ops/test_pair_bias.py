@@ -72,10 +72,13 @@ def test_an_output_does_not_depend_on_what_is_kept(monkeypatch):
         assert torch.equal(got, want)
 
 
-def test_samples_that_are_alike_give_what_each_gives_alone():
+def test_samples_that_are_alike_give_what_each_gives_alone(monkeypatch):
     given = arguments()
     given["code"] = torch.cat([torch.arange(length, dtype=torch.int32) for length in LENGTHS])
     together = run(given)
+    with monkeypatch.context() as patch:
+        patch.setattr(pair_bias, "_are_alike", lambda *_: False)
+        torch.testing.assert_close(run(copied(given)), together)
     given["code"][1] = 5  # now the first differs from the others
     apart = run(given)
     assert torch.equal(together[0][LENGTHS[0] :], apart[0][LENGTHS[0] :])
