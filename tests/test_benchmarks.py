@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -295,21 +296,37 @@ class TestBenchFiles:
     def test_encoder_row(self):
         bench = importlib.import_module("benchmarks.bench_encoder")
         case, report, benchmark = EncoderCase(tiny_shape(), SIZES), Report(), FakeBenchmark()
-        fused, reference = paired(benchmark, case.fused_step, case.reference_step, seconds=1, rounds=3)
-        bench.add_row(report, benchmark.extra_info, case, fused, reference, 1)
-        assert {"padded_tokens", "real_tokens", "ratio", "speed_up", "goal", "verdict"} <= set(benchmark.extra_info)
+        calls = [partial(case.step, None), partial(case.step, "reference"), partial(case.forward_alone, "fused")]
+        shapes = (bench.padded_shape(case.shape), case.shape)
+        calls += [bench.bare_products(shape, SIZES, mode) for shape in shapes for mode in ("forward",)]
+        bench.add_row(
+            report, benchmark.extra_info, case, "both passes", 1, *paired(benchmark, *calls, seconds=1, rounds=3)
+        )
+        assert benchmark.extra_info["padded_tokens"] == 36 and benchmark.extra_info["packed_tokens"] == 30
+        assert benchmark.extra_info["chosen"] in ("reference", "fused")
         assert "text+image" in report.text()
 
     @pytest.mark.parametrize(
-        ("reference", "fused", "verdict"), [(1.0, 0.5, "met"), (1.0, 0.95, "missed"), (1.0, 1.2, "slower")]
+        ("automatic", "fused", "missed"),
+        [
+            (0.8, 1.05, []),
+            (1.05, 1.05, ["automatic at most 1", "0.95 of the products' gain"]),
+            (0.9, 1.2, ["fused at most 1.1", "0.95 of the products' gain"]),
+        ],
     )
-    def test_encoder_verdicts(self, reference, fused, verdict):
+    def test_encoder_verdicts(self, automatic, fused, missed):
         bench = importlib.import_module("benchmarks.bench_encoder")
         case, info = EncoderCase(tiny_shape(), SIZES), {}
-        timings = [Timing([seconds] * 3, cpu=[seconds] * 3) for seconds in (fused, reference)]
-        bench.add_row(Report(), info, case, *timings, 1)
-        assert info["goal"] == pytest.approx(0.9 * 1.2)
-        assert (info["verdict"], info["speed_up"]) == (verdict, pytest.approx(reference / fused, abs=1e-3))
+        timings = [Timing([seconds] * 30, cpu=[seconds] * 30) for seconds in (automatic, 1.0, fused, 1.2, 1.0)]
+        bench.add_row(Report(), info, case, "forward", 1, *timings)
+        assert info["missed"] == missed
+        assert info["products_padded_over_packed"] == pytest.approx(1.2)
+
+    def test_the_interval_of_a_median_is_that_of_order_statistics(self):
+        bench = importlib.import_module("benchmarks.bench_encoder")
+        times = [float(i) for i in range(1, 31)]
+        assert bench.interval(times, [1.0] * 30) == (10.0, 15.5, 21.0)  # the 10th and the 21st of 30: 95.7%
+        assert bench.interval([2.0], [1.0]) == (2.0, 2.0, 2.0)
 
     def test_memory_counts_each_storage_once(self):
         bench = importlib.import_module("benchmarks.bench_memory")

@@ -49,13 +49,18 @@ class EncoderCase:
         self.plan = self.stack.plan(self.tokens)
         self.packed_gradients = self.plan.pack(self.gradients).split(self.plan.row_counts)
 
-    def forward(self, backend: str) -> Encoded:
-        """Encode with a backend; the fused one builds its route plan and packs."""
+    def forward(self, backend: str | None) -> Encoded:
+        """Encode with a backend, None for the automatic choice; the fused one builds its route plan and packs."""
         self.stack.backend = backend
         (encoded,) = self.stack([self.tokens])
         return encoded
 
-    def step(self, backend: str) -> None:
+    def forward_alone(self, backend: str | None) -> None:
+        """Encode without gradients."""
+        with torch.no_grad():
+            self.forward(backend)
+
+    def step(self, backend: str | None) -> None:
         """Forward and backward to the tokens, the bias tables and all weights."""
         for tensor in (*self.stack.parameters(), *(tokens.x for tokens in self.tokens.values())):
             tensor.grad = None
@@ -64,14 +69,6 @@ class EncoderCase:
             torch.autograd.backward(encoded.tensors(), self.packed_gradients)
         else:
             torch.autograd.backward(list(encoded.padded.values()), [self.gradients[name] for name in encoded.padded])
-
-    def reference_step(self) -> None:
-        """The reference: padded, eager."""
-        self.step("reference")
-
-    def fused_step(self) -> None:
-        """The packed layout."""
-        self.step("fused")
 
     def results(self, backend: str) -> dict[str, Tensor]:
         """Packed outputs and every gradient of a step, by name."""

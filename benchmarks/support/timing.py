@@ -190,17 +190,16 @@ def interleaved(
 def paired(
     benchmark: Any,
     measured: Callable[[], object],
-    against: Callable[[], object],
-    *,
+    *against: Callable[[], object],
     seconds: float,
     rounds: int,
     least: int = 3,
-) -> tuple[Timing, Timing]:
-    """Time ``measured`` by pytest-benchmark, with a timed run of ``against`` before each of its rounds.
+) -> tuple[Timing, ...]:
+    """Time ``measured`` by pytest-benchmark, with a timed run of all ``against`` before each of its rounds.
 
-    As many rounds as fit into about ``seconds``, ``least`` at least and ``rounds`` at most. Returns both timings.
+    As many rounds as fit into about ``seconds``, ``least`` at least and ``rounds`` at most. Returns all timings.
     """
-    timings = Timing(), Timing()
+    timings = tuple(Timing() for _ in (measured, *against))
 
     def timed(call: Callable[[], object], timing: Timing) -> None:
         cpu, start = time.process_time(), time.perf_counter()
@@ -208,13 +207,17 @@ def paired(
         timing.seconds.append(time.perf_counter() - start)
         timing.cpu.append(time.process_time() - cpu)
 
+    def others() -> None:
+        for call, timing in zip(against, timings[1:], strict=True):
+            timed(call, timing)
+
     warm = Timing()
-    for call in (against, measured):
+    for call in (*against, measured):
         timed(call, warm)
     fitting = int(seconds / max(sum(warm.seconds), 1e-9))
     benchmark.pedantic(
         lambda: timed(measured, timings[0]),
-        setup=lambda: timed(against, timings[1]),
+        setup=others,
         rounds=max(least, min(rounds, fitting)),
         iterations=1,
     )
