@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from support.known_names import is_known
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,6 +35,8 @@ def test_the_code_of_a_page_runs_and_prints_what_is_shown(page, capsys):
         printed.append(capsys.readouterr().out)
         assert not shown or printed[-1] == shown
     assert "".join(printed), "expected an example that prints something"
+    values = [value for value in names.values() if isinstance(value, torch.Tensor)]
+    assert all(value.isfinite().all() for value in values)
 
 
 def test_pages_with_code_are_found():
@@ -67,7 +70,9 @@ def test_tests_modules_and_faults_that_commands_of_the_proof_name_are_there():
     for words in found:
         files = [word.partition("::") for word in words if word.startswith("tests/")]
         for path, _, test in files:
-            assert not test or f"def {test.partition('[')[0]}" in (ROOT / path).read_text(encoding="utf-8"), test
+            text, (name, _, case) = (ROOT / path).read_text(encoding="utf-8"), test.partition("[")
+            assert not name or f"def {name}(" in text, test
+            assert not case or f'"{case[:-1]}"' in text, test
         module = words[words.index("-m") + 1]
         assert find_spec(module) is not None, module
         if module == "tools.mutants":
