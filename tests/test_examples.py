@@ -1,4 +1,4 @@
-"""The examples and the code of docs/new_modality.md run as they stand; the minimal model is the library's."""
+"""The examples run as they stand; the minimal model is the library's."""
 
 import importlib.util
 import re
@@ -138,11 +138,3 @@ def test_pens_of_a_wrong_shape_are_refused_in_one_line(pen_strokes, trained):
     pen_strokes.add_pen(model)
     with pytest.raises(ValueError, match=r"pen: expected \[rows, points up to 64, 6\], got float32 \[2, 9, 5\] on cpu"):
         model.embed(pen=torch.zeros(2, 9, 5))
-
-
-def test_the_page_on_new_modalities_runs_as_it_stands():
-    page = (ROOT / "docs" / "new_modality.md").read_text(encoding="utf-8")
-    names: dict = {}
-    for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        exec(compile(block, "new_modality.md", "exec"), names)
-    assert names["loss"].isfinite() and names["again"].config == names["model"].config
