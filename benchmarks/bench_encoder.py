@@ -7,6 +7,7 @@ run the bare matrix products of the padded and of the packed rows: what packing 
 
 from __future__ import annotations
 
+import shutil
 import statistics
 from collections.abc import Sequence
 from functools import partial
@@ -25,6 +26,7 @@ from onepeace_fast.models.choice import choose
 PAIRS = 30
 TITLE = f"Stack of {SIZES.layers} layers, float32, without adapters: CPU time over the reference's in the same round"
 NARROW = Sizes(width=128, hidden=256, heads=4, layers=4, grid=4)
+COMPILED = "Both passes, CPU time, and over the reference's in the same round"
 FOOTER = """{} threads; medians of the rounds' ratios to the reference with their 95% intervals; below 1 is faster.
 Goals: the interval of the automatic backend reaches 1; the fused one takes at most 1.1; where more than a tenth is
 padding, the automatic one gains 0.95 of what bare matrix products gain, those of packed over those of padded rows."""
@@ -57,6 +59,29 @@ def test_encoder(name: str, mode: str, benchmark: Any, report: Report, case_seco
     add_row(report, benchmark.extra_info, case, mode, threads, *paired(
         benchmark, *calls, seconds=case_seconds, rounds=PAIRS, least=5
     ))  # fmt: skip
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+@pytest.mark.parametrize("name", ["32 texts of 5-70"])
+def test_compiled(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
+    """The reference under torch.compile, which keeps the padding, against the fused backend without it."""
+    lengths, sizes = INPUTS[name]
+    case, compiled = (EncoderCase(Shape(name, lengths), sizes) for _ in range(2))
+    for layer in compiled.stack.fusion_model.layers:
+        layer.compile()
+    compiled.step("reference")
+    timings = paired(
+        benchmark, partial(case.step, "fused"), partial(compiled.step, "reference"), partial(case.step, "reference"),
+        seconds=case_seconds, rounds=PAIRS, least=5,
+    )  # fmt: skip
+    measured = {"input": name, "mode": "both passes", "threads": threads}
+    shown = {"input": name}
+    for variant, timing in zip(("fused", "compiled reference", "reference"), timings, strict=True):
+        over = interval(timing.cpu, timings[2].cpu)
+        measured |= {variant: timing.record(), f"{variant}_over_reference": over}
+        shown[variant] = f"{1e3 * statistics.median(timing.cpu):.1f} ms, {over[1]:.2f}"
+    benchmark.extra_info.update(measured)
+    report.add(COMPILED, shown | {"pairs": str(len(timings[0].cpu))}, measured)
 
 
 def padded_shape(shape: Shape) -> Shape:
@@ -100,7 +125,8 @@ def add_row(
         "reference ms": f"{1e3 * statistics.median(reference.cpu):.1f}", "chosen": choice.backend,
         "automatic": f"{of_automatic[1]:.2f} ({of_automatic[0]:.2f}-{of_automatic[2]:.2f})",
         "fused": f"{of_fused[1]:.2f} ({of_fused[0]:.2f}-{of_fused[2]:.2f})",
-        "products": f"{1 / possible:.2f}", "pairs": str(len(reference.cpu)), "": "missed: " + ", ".join(missed) if missed else "met",
+        "products": f"{1 / possible:.2f}", "pairs": str(len(reference.cpu)),
+        "": "missed: " + ", ".join(missed) if missed else "met",
     }  # fmt: skip
     report.add(TITLE, shown, measured, FOOTER.format(threads))
 
