@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -119,7 +120,7 @@ def wheel_requirement(driver: Driver | None) -> str | None:
 def build_requirements() -> list[str]:
     """What the build backend asks pip for: nothing where the extension will be left out."""
     requested, driver = _requested(), find_driver()
-    if requested == () or (requested is None and not _has_gpu(driver)):
+    if requested == () or sys.platform != "linux" or (requested is None and not _has_gpu(driver)):
         return []
     tools = list(BUILD_TOOLS.values())
     if find_toolkit() is not None:
@@ -137,6 +138,8 @@ def decide() -> Decision:
     if not wanted and not _has_gpu(driver):
         how = f"to compile it for others, {ENVIRONMENT_VARIABLE}={','.join(ANY_GPU)} pip install ."
         return Decision(None, (), f"no NVIDIA GPU is found here; {how}", False)
+    if sys.platform != "linux":
+        return Decision(None, (), f"expected Linux, for which alone it can be compiled, got {sys.platform}", wanted)
     toolkit = find_toolkit()
     reason = _no_toolkit(toolkit, driver)
     if reason is None:

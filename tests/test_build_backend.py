@@ -123,6 +123,16 @@ def test_without_a_gpu_nvcc_alone_compiles_nothing_and_the_reason_says_how_to_as
     assert cuda_toolkit.build_requirements() == list(cuda_toolkit.BUILD_TOOLS.values())
 
 
+def test_on_another_system_than_linux_a_wish_is_refused_in_one_line(machine, monkeypatch, package):
+    machine.nvcc("path")
+    machine.wish("sm_80")
+    monkeypatch.setattr(cuda_toolkit.sys, "platform", "win32")
+    assert cuda_toolkit.build_requirements() == []
+    with pytest.raises(SystemExit) as ended:
+        compilation.record(cuda_toolkit.decide(), package)
+    assert one_line(str(ended.value)).endswith("but expected Linux, for which alone it can be compiled, got win32")
+
+
 def test_a_wish_without_nvcc_and_driver_asks_for_no_wheels_and_the_reason_says_what_is_missing(machine):
     machine.wish("sm_80")
     assert cuda_toolkit.build_requirements() == []

@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 
 import pytest
 import torch
@@ -314,6 +315,13 @@ def test_bad_input_is_one_line_and_makes_no_checkpoint(corpus, name, capfd, monk
 def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path, capsys):
     assert command.pretrain(str(tmp_path / "none.yaml")) == 2
     assert capsys.readouterr().err == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n"
+
+
+def test_a_system_without_posix_locks_is_refused_in_one_line(corpus, name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it fails now
+    assert run(corpus, name) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("output: expected a system with POSIX locks, got ") and err.count("\n") == 1
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
