@@ -50,7 +50,7 @@ def evaluate(folder: Path, manifest: Path, columns: Sequence[str] | None, batch_
     folder, first, second = Path(folder).expanduser(), *_pair(manifest, columns)
     names = [MODALITIES[first], MODALITIES[second]]
     _require_trained(folder, names)
-    model = OnePeacePretrain.load(folder).eval()
+    model = OnePeacePretrain.load(folder).eval().float()  # the files' pixels and samples are float32
     known = model.config.encoder.modalities
     require(
         set(names) <= set(known),
@@ -66,6 +66,9 @@ def evaluate(folder: Path, manifest: Path, columns: Sequence[str] | None, batch_
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     embedded = [_embed(model, folder, side, batch_size, device) for side in sides]
+    for name, embeddings in zip(names, embedded, strict=True):
+        finite = bool(embeddings.isfinite().all())
+        require(finite, f"{folder}: expected finite embeddings of {name}, got some that are infinite or no number")
     right = _right_answers(*sides)
     return {
         f"{names[0]} to {names[1]}": figures(embedded[0], embedded[1], right[0]),

@@ -47,7 +47,7 @@ def ranks(queries: Tensor, candidates: Tensor, right: Sequence[Sequence[int]]) -
         is_right = torch.zeros_like(scores, dtype=torch.bool)
         is_right[row, column] = True
         best = scores.masked_fill(~is_right, -math.inf).amax(1, keepdim=True)
-        result += (1 + ((scores >= best) & ~is_right).sum(1)).tolist()
+        result += (1 + (~(scores < best) & ~is_right).sum(1)).tolist()
     return result
 
 

@@ -135,6 +135,19 @@ def test_what_does_not_fit_is_one_line(corpus, tmp_path, monkeypatch, capfd, che
     assert len(lines) == 1 and part in lines[0]
 
 
+@pytest.mark.parametrize("change", ["halved", "broken"])
+def test_half_precision_is_measured_and_embeddings_that_are_no_numbers_are_refused(corpus, tmp_path, capfd, change):
+    model = OnePeacePretrain.load(corpus / "model").bfloat16()
+    if change == "broken":
+        with torch.no_grad():
+            model.text_proj.weight[0, 0] = float("nan")
+    model.save(tmp_path / "model")
+    shutil.copy(corpus / "model" / "tokenizer.json", tmp_path / "model")
+    code = cli.main(["evaluate", str(tmp_path / "model"), str(corpus / "pairs.tsv")])
+    refused = "expected finite embeddings of text, got some that are" in capfd.readouterr().err
+    assert (code, refused) == ((2, True) if change == "broken" else (0, False))
+
+
 def test_a_checkpoint_is_measured_on_what_it_was_trained_on_and_never_when_damaged(corpus, capfd):
     assert command.pretrain(str(write_config(corpus, "stage1", steps=1, warm_up=0))) == 0
     first = corpus / "stage1" / "step-00000001"

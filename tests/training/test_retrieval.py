@@ -44,6 +44,7 @@ def test_equal_embeddings_earn_nothing():
     same = torch.ones(6, 4)
     found = figures(same, same, [[place] for place in range(6)])
     assert found.median_rank == 6 and found.recall[1] == found.recall[5] == 0
+    assert ranks(same * math.nan, same, [[place] for place in range(6)]) == [6] * 6
 
 
 @pytest.mark.parametrize(("answers", "count"), [({1: 1}, 6), ({1: 2, 3: 1}, 6), ({2: 1}, 5)])
