@@ -48,13 +48,16 @@ PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
-    "build": "pybind11, ninja and, only where there is an NVIDIA driver and no nvcc, CUDA's compiler (about 300 MB)",
+    "build": "pybind11, ninja and, only where there is an NVIDIA GPU and no nvcc, CUDA's compiler (about 300 MB)",
     "demo": "scikit-learn with SciPy, matplotlib, eSpeak NG (GPL-3), soundfile (about 80 MB)",
     "train": "pyarrow, tokenizers, TensorBoard, Pillow (about 90 MB)",
     "docs": "pdoc with Jinja2 and Pygments (about 3 MB)",
     "dev": "pytest and plugins, hypothesis, ruff, mypy, build, setuptools, pybind11, ninja (about 45 MB)",
 }
-TORCH_DOWNLOAD = f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides)"
+TORCH_DOWNLOAD = (
+    f"torch {PINNED_TORCH} (200 MB for CPUs, gigabytes with CUDA, as pip's configuration decides; without a GPU "
+    "install PyTorch's CPU wheels first, see PyTorch's 'Get started' page)"
+)
 CHECKS = (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"])
 # What would disturb an installation into an environment; else pip is as it is configured.
 PIP = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", "PIP_USER": "0"}
@@ -209,8 +212,7 @@ def install(stamp: dict, extra: str) -> None:
         "--editable",
         f".[{','.join(INCLUDED[extra])}]",
     ]
-    # Compiling for all GPUs takes minutes, and where none is here nothing would run it.
-    code = run(command, **PIP, **{ARCHITECTURES: os.environ.get(ARCHITECTURES) or "present"})
+    code = run(command, **PIP)
     if code != 0:
         write_stamp(stamp)  # pip resolves and downloads first: an environment that was whole still is
         raise Stop("pip failed: see its lines above. Offline? Or a proxy to set (`pip config`)? Run this again.", code)

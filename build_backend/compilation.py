@@ -98,7 +98,9 @@ def compile_extension(decision: Decision, output: Path) -> None:
     (OBJECTS / "build.ninja").write_text(ninja_file(decision, OBJECTS, output), encoding="utf-8")
     count = jobs(len(sources()), available_memory(), len(os.sched_getaffinity(0)))
     nvcc, version = decision.toolkit.nvcc, dotted(decision.toolkit.version)
-    say(f"onepeace_fast: building the CUDA extension by {nvcc} ({version}), {count} compilers at once")
+    names = ",".join(decision.architectures)
+    choose = f"{ENVIRONMENT_VARIABLE} chooses other GPUs, or none"
+    say(f"onepeace_fast: building the CUDA extension for {names} by {nvcc} {version}, {count} at once; {choose}")
     ninja = ["ninja"] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

@@ -3,7 +3,7 @@
 nvcc comes from CUDA_HOME, else from PATH, else from the toolkit's own wheels on PyPI, which the build backend asks for
 where there is a driver and no toolkit. ``ONEPEACE_FAST_CUDA_ARCHITECTURES`` names the architectures as nvcc does
 ("sm_80,sm_90a,compute_90", the last one being PTX), or is "none", which leaves the extension out. Without it those of
-the GPUs that are here are built, and where none is, those of any GPU; "present" leaves the extension out there.
+the GPUs that are here are built, and where none is, nothing: compiling takes minutes, and nothing here would run it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +21,6 @@ from typing import NamedTuple
 ENVIRONMENT_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 # Each serves its major version, and "compute_90", compiled by the driver at the first launch, whatever is later.
 ANY_GPU = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
-PRESENT = "present"
 OLDEST_GPU = (8, 0)
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 OLDEST_WHEELS = (13, 0)  # those for CUDA 12 hold ptxas and no nvcc
@@ -119,14 +119,13 @@ def wheel_requirement(driver: Driver | None) -> str | None:
 
 def build_requirements() -> list[str]:
     """What the build backend asks pip for: nothing where the extension will be left out."""
-    if _requested() == ():
-        return []
-    if _wants_present() and find_driver() is None:
+    requested, driver = _requested(), find_driver()
+    if requested == () or sys.platform != "linux" or (requested is None and not _has_gpu(driver)):
         return []
     tools = list(BUILD_TOOLS.values())
     if find_toolkit() is not None:
         return tools
-    wheels = wheel_requirement(find_driver())
+    wheels = wheel_requirement(driver)
     return [*tools, wheels] if wheels else []
 
 
@@ -135,9 +134,13 @@ def decide() -> Decision:
     requested = _requested()
     if requested == ():
         return Decision(None, (), f"{ENVIRONMENT_VARIABLE}=none asked for that", False)
-    toolkit, driver, wanted = find_toolkit(), find_driver(), requested is not None
-    if _wants_present() and not (driver and driver.capabilities):
-        return Decision(None, (), f"no NVIDIA GPU is found here; {ENVIRONMENT_VARIABLE}=sm_90a compiles for one", False)
+    driver, wanted = find_driver(), requested is not None
+    if not wanted and not _has_gpu(driver):
+        how = f"to compile it for others, {ENVIRONMENT_VARIABLE}={','.join(ANY_GPU)} pip install ."
+        return Decision(None, (), f"no NVIDIA GPU is found here; {how}", False)
+    if sys.platform != "linux":
+        return Decision(None, (), f"expected Linux, for which alone it can be compiled, got {sys.platform}", wanted)
+    toolkit = find_toolkit()
     reason = _no_toolkit(toolkit, driver)
     if reason is None:
         known = _known(toolkit)
@@ -154,23 +157,21 @@ def decide() -> Decision:
     return Decision(None, (), reason, wanted)
 
 
-def _wants_present() -> bool:
-    return os.environ.get(ENVIRONMENT_VARIABLE, "").strip() == PRESENT
+def _has_gpu(driver: Driver | None) -> bool:
+    return driver is not None and bool(driver.capabilities)
 
 
 def _requested() -> tuple[str, ...] | None:
     """The architectures that the environment names, () for none, None where it says nothing."""
     names = tuple(re.split(r"[\s,;]+", os.environ.get(ENVIRONMENT_VARIABLE, "").strip()))
-    if names in (("",), (PRESENT,)):
+    if names == ("",):
         return None
     if names == ("none",):
         return ()
     for name in names:
         found = re.fullmatch(r"(?:sm|compute)_(\d{2,3})a?", name)
         if not found:
-            raise SystemExit(
-                f"{ENVIRONMENT_VARIABLE}: expected names as in {','.join(ANY_GPU)}, {PRESENT} or none, got {name!r}"
-            )
+            raise SystemExit(f"{ENVIRONMENT_VARIABLE}: expected names as in {','.join(ANY_GPU)} or none, got {name!r}")
         if divmod(int(found[1]), 10) < OLDEST_GPU:
             oldest = dotted(OLDEST_GPU)
             raise SystemExit(f"{ENVIRONMENT_VARIABLE}: expected compute capability {oldest} or later, got {name!r}")
@@ -208,10 +209,8 @@ def _known(toolkit: Toolkit) -> set[str]:
     return names
 
 
-def _present(driver: Driver | None, known: set[str]) -> tuple[str, ...]:
-    """The architectures of the GPUs that are here; where none is, those of any GPU that nvcc knows."""
-    if driver is None or not driver.capabilities:
-        return tuple(name for name in ANY_GPU if name.rstrip("a") in known)
+def _present(driver: Driver, known: set[str]) -> tuple[str, ...]:
+    """The architectures of the GPUs that are here."""
     usable = sorted({capability for capability in driver.capabilities if capability >= OLDEST_GPU})
     names = ["sm_{}{}".format(*capability) for capability in usable]
     # A GPU younger than nvcc runs the PTX.

@@ -15,6 +15,7 @@ from onepeace_fast.demo import command as demo
 from onepeace_fast.hardware import selftest, tune, warmup
 from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
 from onepeace_fast.training import command as training
+from onepeace_fast.training import evaluate_command as evaluation
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +49,7 @@ def _run(argv: Sequence[str] | None) -> int:
     arguments = _parser().parse_args(argv)
     if arguments.command in _COMMANDS:
         module, *_ = _COMMANDS[arguments.command]
-        return module.run(arguments.configuration if module is training else arguments)
+        return module.run(arguments)
     print(info.describe())
     return 0
 
@@ -87,6 +88,12 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "pretrain on your own images or audio clips with captions",
         "Pretrains as a YAML file says, alone or as one of torchrun's processes: docs/training.md.",
     ),
+    "evaluate": (
+        evaluation,
+        "measure how well a checkpoint finds one side of held-out pairs by the other",
+        "Embeds both sides of a manifest's pairs and prints recall at 1, 5 and 10 and the median rank, in both "
+        "directions, beside what a random order gets: docs/training.md.",
+    ),
     "selftest": (
         selftest,
         "hold every operation on this machine against its reference in float64",
@@ -119,10 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text, description) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=description)
-        if module is training:
-            command.add_argument("configuration", metavar="CONFIG.yaml", help="the run: examples/ has two")
-        else:
-            module.add_arguments(command)
+        module.add_arguments(command)
     text = "show versions, the GPU, and what works on this machine and why the rest does not"
     commands.add_parser("info", help=text, description=f"Shows{text[4:]}.")
     return parser

@@ -97,7 +97,7 @@ def test_a_driver_without_nvcc_asks_for_wheels_no_newer_than_itself(machine, dri
 def test_the_hooks_add_the_requirements_to_setuptools_own(machine):
     (machine.folder / "setup.py").write_text("from setuptools import setup\nsetup(setup_requires=['other'])\n")
     machine.nvcc("path")
-    for architectures, added in (("sm_80", ["pybind11>=2.13", "ninja"]), ("none", [])):
+    for architectures, added in (("sm_80", ["pybind11>=2.13", "ninja"]), ("none", []), ("", [])):
         # In a process of its own, since setuptools and distutils replace each other while they are imported.
         environment = {**os.environ, "PYTHONPATH": str(FOLDER)}
         environment |= {cuda_toolkit.ENVIRONMENT_VARIABLE: architectures}
@@ -106,7 +106,35 @@ def test_the_hooks_add_the_requirements_to_setuptools_own(machine):
         assert [json.loads(line) for line in said] == [["other", *added], ["other", *added], ["other"]]
 
 
-def test_without_nvcc_and_driver_nothing_is_asked_for_and_the_reason_says_how_to_get_it(machine):
+@pytest.mark.parametrize("driver", [(None,), ((13, 0),)], ids=["no driver", "no GPU"])
+def test_without_a_gpu_nvcc_alone_compiles_nothing_and_the_reason_says_how_to_ask(machine, driver):
+    machine.nvcc("path")
+    machine.driver(*driver)
+    assert cuda_toolkit.build_requirements() == []
+    decision = cuda_toolkit.decide()
+    assert decision.toolkit is None and decision.architectures == () and not decision.wanted
+    reason = one_line(decision.left_out)
+    assert reason.startswith("no NVIDIA GPU is found here; to compile it for others, ")
+    variable, _, architectures = reason.partition(", ONEPEACE")[2].removesuffix(" pip install .").partition("=")
+    assert f"ONEPEACE{variable}" == cuda_toolkit.ENVIRONMENT_VARIABLE
+    machine.wish(architectures.replace(",sm_120", ""))  # which this nvcc does not know
+    decision = cuda_toolkit.decide()
+    assert decision.architectures == ("sm_80", "sm_90a", "sm_100", "compute_90") and decision.wanted
+    assert cuda_toolkit.build_requirements() == list(cuda_toolkit.BUILD_TOOLS.values())
+
+
+def test_on_another_system_than_linux_a_wish_is_refused_in_one_line(machine, monkeypatch, package):
+    machine.nvcc("path")
+    machine.wish("sm_80")
+    monkeypatch.setattr(cuda_toolkit.sys, "platform", "win32")
+    assert cuda_toolkit.build_requirements() == []
+    with pytest.raises(SystemExit) as ended:
+        compilation.record(cuda_toolkit.decide(), package)
+    assert one_line(str(ended.value)).endswith("but expected Linux, for which alone it can be compiled, got win32")
+
+
+def test_a_wish_without_nvcc_and_driver_asks_for_no_wheels_and_the_reason_says_what_is_missing(machine):
+    machine.wish("sm_80")
     assert cuda_toolkit.build_requirements() == []
     reason = one_line(cuda_toolkit.decide().left_out)
     assert reason.startswith("neither nvcc nor an NVIDIA driver is found; put nvcc on PATH or set CUDA_HOME")
@@ -120,6 +148,7 @@ def test_a_driver_for_which_pypi_has_no_nvcc_asks_for_nothing(machine):
 
 
 def test_an_nvcc_too_old_and_missing_tools_are_named(machine):
+    machine.driver((13, 0), H100)
     machine.nvcc("path", "11.8")
     said = one_line(cuda_toolkit.decide().left_out)
     assert said.startswith("expected an nvcc of CUDA 12.0 or later, got ") and "of CUDA 11.8" in said
@@ -132,7 +161,6 @@ def test_an_nvcc_too_old_and_missing_tools_are_named(machine):
 @pytest.mark.parametrize(
     ("capabilities", "architectures"),
     [
-        ((), ("sm_80", "sm_90a", "sm_100", "compute_90")),  # but for the one that this nvcc does not know
         ((H100, H100), ("sm_90a",)),
         ((B200,), ("sm_100",)),
         ((H100, A100, RTX_3090), ("sm_80", "sm_86", "sm_90a")),
@@ -150,21 +178,6 @@ def test_gpus_that_are_all_too_old_leave_it_out(machine):
     machine.nvcc("path")
     machine.driver((13, 0), T4)
     assert one_line(cuda_toolkit.decide().left_out).endswith("8.0 or later, got 7.5")
-
-
-@pytest.mark.parametrize("driver", [(None,), ((13, 0),)])
-def test_where_no_gpu_is_present_that_wish_leaves_it_out(machine, driver):
-    machine.nvcc("path")
-    machine.driver(*driver)
-    machine.wish("present")
-    decision = cuda_toolkit.decide()
-    assert decision.toolkit is None and not decision.wanted
-    assert "no NVIDIA GPU is found here" in one_line(decision.left_out)
-    machine.driver((13, 0), (9, 0))
-    assert cuda_toolkit.decide().architectures == ("sm_90a",)
-    assert cuda_toolkit.build_requirements() == list(cuda_toolkit.BUILD_TOOLS.values())
-    machine.driver(None)
-    assert cuda_toolkit.build_requirements() == []
 
 
 def test_the_environment_names_the_architectures(machine):
@@ -242,6 +255,7 @@ def test_an_editable_installation_without_the_extension_keeps_the_reason_and_no_
     said = one_line(capsys.readouterr().out.strip())
     assert said == f"onepeace_fast: all is installed but the CUDA extension, which is left out: {reason}"
     machine.nvcc("path")
+    machine.driver((13, 0), H100)
     compilation.record(cuda_toolkit.decide(), package)
     assert not record.exists()
 
@@ -251,6 +265,20 @@ def test_architectures_that_are_asked_for_and_cannot_be_built_end_the_installati
     with pytest.raises(SystemExit) as ended:
         compilation.record(cuda_toolkit.decide(), package)
     assert one_line(str(ended.value)).startswith("ONEPEACE_FAST_CUDA_ARCHITECTURES: asks for the CUDA extension, but")
+
+
+def test_a_build_says_in_one_line_for_which_gpus_by_what_and_how_to_choose(machine, monkeypatch, capsys):
+    machine.nvcc("path")
+    machine.driver((13, 0), H100)
+    monkeypatch.chdir(machine.folder)
+    monkeypatch.setattr(compilation, "ninja_file", lambda *arguments: "")
+    ninja = machine.folder / "path" / "ninja"
+    ninja.write_text("#!/bin/sh\n")
+    ninja.chmod(0o755)
+    compilation.compile_extension(cuda_toolkit.decide(), machine.folder / "out" / "_cuda.so")
+    said = one_line(capsys.readouterr().out.strip())
+    assert said.startswith("onepeace_fast: building the CUDA extension for sm_90a by ")
+    assert said.endswith("ONEPEACE_FAST_CUDA_ARCHITECTURES chooses other GPUs, or none")
 
 
 def test_compilers_run_side_by_side_as_far_as_processors_and_memory_allow():

@@ -30,10 +30,21 @@ def test_help_names_every_command(capsys):
         cli.main(["--help"])
     assert ended.value.code == 0
     output = capsys.readouterr().out
-    assert all(name in output for name in ("demo", "train", "info"))
+    assert all(name in output for name in ("demo", "train", "evaluate", "info"))
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["demo", "--steps", "0"], ["abacus"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train"],
+        ["train", "run.yaml", "--first-run"],
+        ["evaluate", "folder"],
+        ["evaluate", "folder", "pairs.tsv", "--batch-size", "0"],
+        ["demo", "--steps", "0"],
+        ["abacus"],
+    ],
+)
 def test_arguments_that_do_not_fit_end_with_usage_and_code_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)
@@ -43,7 +54,7 @@ def test_arguments_that_do_not_fit_end_with_usage_and_code_2(arguments, capsys):
 
 def test_train_runs_the_configuration_that_it_is_given(monkeypatch):
     given = []
-    monkeypatch.setattr(cli.training, "run", lambda path: given.append(path) or 7)
+    monkeypatch.setattr(cli.training, "pretrain", lambda path: given.append(path) or 7)
     assert cli.main(["train", "run.yaml"]) == 7 and given == ["run.yaml"]
 
 

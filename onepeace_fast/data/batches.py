@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -125,15 +126,40 @@ class PairDataset(Dataset[dict[str, Tensor]]):
         raise BrokenFile(f"{first}: expected fewer broken files, got {attempts} in a row from this one on")
 
     def _read(self, epoch: int, index: int) -> Tensor:
-        path = self._entries[index].path
         generator = None if self.seed is None else generator_of(self.seed, "augmentation", epoch, index)
+        return _read_file(self._entries[index].path, self.side, generator)
+
+
+class FileDataset(Dataset[Tensor]):
+    """Images, or clips where ``side`` is None, without captions or augmentation: float32 as in a ``PairDataset``.
+
+    ``dataset[index]`` raises ``BrokenFile`` where a file does not decode.
+    """
+
+    def __init__(self, paths: Sequence[Path], side: int | None) -> None:
+        for package in _PACKAGES["audio" if side is None else "image"]:
+            optional(package)
+        self._paths, self.side = paths, side
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Tensor:
         try:
-            if self.side is not None:
-                return prepare_image(read_image(path), self.side, generator=generator)
-            return prepare_waveform(read_audio(path), generator=generator)
+            return _read_file(self._paths[index], self.side, None)
         except ValueError as error:
-            line = str(error)
-            raise ValueError(line if line.startswith(str(path)) else f"{path}: {line}") from error
+            raise BrokenFile(str(error)) from error
+
+
+def _read_file(path: Path, side: int | None, generator: torch.Generator | None) -> Tensor:
+    """An image [3, side, side], or a clip [samples] where ``side`` is None."""
+    try:
+        if side is not None:
+            return prepare_image(read_image(path), side, generator=generator)
+        return prepare_waveform(read_audio(path), generator=generator)
+    except ValueError as error:
+        line = str(error)
+        raise ValueError(line if line.startswith(str(path)) else f"{path}: {line}") from error
 
 
 def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], int] | None = None) -> dict[str, Any]:
@@ -157,11 +183,16 @@ def collate(items: Sequence[Mapping[str, Tensor]], *, frames: Callable[[int], in
         return {**batch, "image": torch.stack([item["image"] for item in items])}
     if frames is None:
         raise ValueError("frames: expected a function from samples to frames, as AudioAdapter.frames, got None")
-    audio, samples = pad_waveforms([item["audio"] for item in items])
+    return batch | collate_clips([item["audio"] for item in items], frames)
+
+
+def collate_clips(clips: Sequence[Tensor], frames: Callable[[int], int]) -> dict[str, Any]:
+    """The entries "audio", "audio_padding" and "frames" of ``collate`` from clips, float32 [samples] each."""
+    audio, samples = pad_waveforms(clips)
     lengths = [frames(count) for count in samples]
     places = torch.arange(1 + max(lengths), device="cpu")
     padding = places > torch.tensor(lengths, device="cpu")[:, None]
-    return {**batch, "audio": audio, "audio_padding": padding, "frames": lengths}
+    return {"audio": audio, "audio_padding": padding, "frames": lengths}
 
 
 class BatchSampler(Sampler[list[tuple[int, int]]]):

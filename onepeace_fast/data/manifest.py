@@ -5,14 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from onepeace_fast.checks import require
 from onepeace_fast.data._optional import optional
 
-COLUMNS = ("image", "audio")
+COLUMNS, CAPTION = ("image", "audio"), "caption"
 MISSING = ("fatal", "list", "skip")
 _SHOWN = 3
 _QUOTED = re.compile(r'"(?:[^"]|"")*"')
@@ -25,6 +26,13 @@ class Entry(NamedTuple):
 
     path: Path
     caption: str
+    line: int
+
+
+class Row(NamedTuple):
+    """The cells of the columns that were asked for, files as whole paths; ``line`` as in ``Entry``."""
+
+    cells: tuple[str, ...]
     line: int
 
 
@@ -44,31 +52,65 @@ def read_manifest(path: str | os.PathLike[str], modality: str, *, missing: str =
         ImportError: a Parquet file, and pyarrow is missing.
     """
     require(modality in COLUMNS, lambda: f"modality: expected one of {', '.join(COLUMNS)}, got {modality!r}")
+    rows = read_rows(path, (modality, CAPTION), missing=missing)
+    return [Entry(Path(row.cells[0]), row.cells[1], row.line) for row in rows]
+
+
+def read_rows(path: str | os.PathLike[str], columns: Sequence[str], *, missing: str = "fatal") -> list[Row]:
+    """Read some columns of a manifest, "image", "audio" or "caption", as ``read_manifest`` does."""
     require(missing in MISSING, lambda: f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
-    manifest = Path(os.path.expanduser(path))
-    require(manifest.is_file(), lambda: f"{manifest}: expected a manifest, TSV or Parquet, got no file there")
-    parquet = manifest.suffix.lower() == ".parquet"
-    entries, problems = [], []
-    for line, file, caption in (_parquet_rows if parquet else _tsv_rows)(manifest, modality):
-        entry = Entry(manifest.parent / os.path.expanduser(file), caption, line)
-        if problem := _problem(entry, file):
+    manifest, parquet = _existing(path)
+    rows, problems = [], []
+    for line, cells in (_parquet_rows if parquet else _tsv_rows)(manifest, columns):
+        whole = [cell if column == CAPTION else str(manifest.parent / os.path.expanduser(cell))
+                 for column, cell in zip(columns, cells, strict=True)]  # fmt: skip
+        if problem := _problem(columns, cells, whole):
             problems.append(f"{'row' if parquet else 'line'} {line}: {problem}")
         else:
-            entries.append(entry)
-    total = len(entries) + len(problems)
+            rows.append(Row(tuple(whole), line))
+    total = len(rows) + len(problems)
     require(total > 0, lambda: f"{manifest}: expected pairs below the header, got none")
     if problems:
         _report(manifest, problems, total, missing)
-    require(bool(entries), lambda: f"{manifest}: expected a usable pair, got none among {total}")
-    return entries
+    require(bool(rows), lambda: f"{manifest}: expected a usable pair, got none among {total}")
+    return rows
 
 
-def _problem(entry: Entry, file: str) -> str | None:
-    if not entry.caption.strip():
-        return f"empty caption of {file!r}"
-    if not file:
-        return "no path"
-    return None if os.path.isfile(entry.path) else f"no file {entry.path}"
+def columns_of(path: str | os.PathLike[str]) -> list[str]:
+    """Which of "image", "audio" and "caption" a manifest has, in this order.
+
+    Raises:
+        ValueError: no manifest there, or one that cannot be read.
+        ImportError: a Parquet file, and pyarrow is missing.
+    """
+    manifest, parquet = _existing(path)
+    if parquet:
+        with _parquet_file(manifest) as file:
+            names = file.schema_arrow.names
+    else:
+        with manifest.open("rb") as file:
+            lines = (line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in file)
+            names = [_unquoted(cell) for cell in next(filter(None, lines), "").split("\t")]
+    return [name for name in (*COLUMNS, CAPTION) if name in names]
+
+
+def _existing(path: str | os.PathLike[str]) -> tuple[Path, bool]:
+    """A manifest that is there, and whether it is Parquet."""
+    manifest = Path(os.path.expanduser(path))
+    require(manifest.is_file(), lambda: f"{manifest}: expected a manifest, TSV or Parquet, got no file there")
+    return manifest, manifest.suffix.lower() == ".parquet"
+
+
+def _problem(columns: Sequence[str], cells: Sequence[str], whole: Sequence[str]) -> str | None:
+    for column, cell in zip(columns, cells, strict=True):
+        if column == CAPTION and not cell.strip():
+            return f"empty caption of {cells[0]!r}"
+    for column, cell, path in zip(columns, cells, whole, strict=True):
+        if column != CAPTION and not cell:
+            return "no path"
+        if column != CAPTION and not os.path.isfile(path):
+            return f"no file {path}"
+    return None
 
 
 def _report(manifest: Path, problems: list[str], total: int, missing: str) -> None:
@@ -87,7 +129,7 @@ def _report(manifest: Path, problems: list[str], total: int, missing: str) -> No
     )
 
 
-def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
+def _tsv_rows(manifest: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
     header = None
     # As bytes, since a caption may hold characters that str.splitlines takes for the end of a line.
     with manifest.open("rb") as file:
@@ -103,17 +145,17 @@ def _tsv_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
             cells = [_unquoted(cell) for cell in text.split("\t")]
             if header is None:
                 header = cells
-                _check_columns(manifest, header, modality, f" in line {line}")
-                places = header.index(modality), header.index("caption")
+                _check_columns(manifest, header, columns, f" in line {line}")
+                places = [header.index(column) for column in columns]
                 continue
             if len(cells) != len(header):
                 raise ValueError(
                     f"{manifest}: expected {len(header)} columns as in the header, got {len(cells)} in line {line}; "
                     "one tab stands between two"
                 )
-            yield line, cells[places[0]], cells[places[1]]
+            yield line, [cells[place] for place in places]
     if header is None:
-        raise ValueError(f"{manifest}: expected a header with {modality!r} and 'caption', got an empty file")
+        raise ValueError(f"{manifest}: expected a header with {' and '.join(map(repr, columns))}, got an empty file")
 
 
 def _unquoted(cell: str) -> str:
@@ -121,31 +163,37 @@ def _unquoted(cell: str) -> str:
     return cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell
 
 
-def _parquet_rows(manifest: Path, modality: str) -> Iterator[tuple[int, str, str]]:
+@contextmanager
+def _parquet_file(manifest: Path) -> Iterator[Any]:
     arrow, parquet = optional("pyarrow"), optional("pyarrow.parquet")
-    columns = [modality, "caption"]
-    row = 0
     try:
         with parquet.ParquetFile(manifest) as file:
-            schema = file.schema_arrow
-            _check_columns(manifest, schema.names, modality, "")
-            for name in columns:
-                kind = schema.field(name).type
-                if not (arrow.types.is_string(kind) or arrow.types.is_large_string(kind)):
-                    raise ValueError(f"{manifest}: expected a column {name!r} of strings, got {kind}")
-            for batch in file.iter_batches(columns=columns):
-                for file_name, caption in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
-                    row += 1
-                    yield row, file_name or "", caption or ""
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest}: expected UTF-8, got other bytes after row {row} ({error.reason})") from None
+            yield file
     except (arrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{manifest}: expected a Parquet file, got another ({reason})") from error
 
 
-def _check_columns(manifest: Path, names: list[str], modality: str, place: str) -> None:
-    for name in (modality, "caption"):
+def _parquet_rows(manifest: Path, columns: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    row = 0
+    with _parquet_file(manifest) as file:
+        types, schema = optional("pyarrow").types, file.schema_arrow
+        _check_columns(manifest, schema.names, columns, "")
+        for name in columns:
+            kind = schema.field(name).type
+            if not (types.is_string(kind) or types.is_large_string(kind)):
+                raise ValueError(f"{manifest}: expected a column {name!r} of strings, got {kind}")
+        try:
+            for batch in file.iter_batches(columns=list(columns)):
+                for cells in zip(*(batch.column(name).to_pylist() for name in columns), strict=True):
+                    row += 1
+                    yield row, [cell or "" for cell in cells]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{manifest}: expected UTF-8, got other bytes after row {row} ({error.reason})") from None
+
+
+def _check_columns(manifest: Path, names: list[str], columns: Sequence[str], place: str) -> None:
+    for name in columns:
         if names.count(name) != 1:
             raise ValueError(
                 f"{manifest}: expected one column {name!r}{place}, got {names.count(name)} among "

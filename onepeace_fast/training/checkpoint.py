@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
+import platform
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -55,8 +55,14 @@ def claimed(output: Path) -> Iterator[None]:
     """Keep every other run out of an output folder, and clear what a killed one left there.
 
     Raises:
-        ValueError: another run is writing there, or the folder cannot be made.
+        ValueError: another run is writing there, the folder cannot be made, or the system has no POSIX locks.
     """
+    try:
+        import fcntl
+    except ImportError:
+        raise ValueError(
+            f"output: expected a system with POSIX locks, got {platform.system()}; train on Linux, macOS or in WSL"
+        ) from None
     with contextlib.ExitStack() as stack:
         try:
             output.mkdir(parents=True, exist_ok=True)

@@ -1,14 +1,59 @@
-"""What ``onepeace-fast train CONFIG.yaml`` does: run, and turn everything that can go wrong into one line."""
+"""What ``onepeace-fast train`` does: run, and turn everything that can go wrong into one line."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 
 from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, missing
+from onepeace_fast.installation import program_command
 
 
-def run(path: str) -> int:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A configuration, or the first run, which makes its own."""
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("configuration", nargs="?", metavar="CONFIG.yaml", help="the run: examples/ has two")
+    text = "draw a small data set into ./first_run and train on it: a minute on a CPU"
+    what.add_argument("--first-run", action="store_true", help=text)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Pretrain as the arguments say; returns what ``pretrain`` does."""
+    return first_run() if arguments.first_run else pretrain(arguments.configuration)
+
+
+def first_run() -> int:
+    """Draw pictures with captions, train on them, and say what to type next; returns what ``pretrain`` does."""
+    if absent := missing(TRAINING_PACKAGES | {"pillow": "PIL"}):
+        return _stop(f"train needs {', '.join(absent)}; type: {TRAINING_INSTALL}", 2)
+    import torch
+
+    from onepeace_fast.training import checkpoint
+    from onepeace_fast.training.config import TrainingConfig
+    from onepeace_fast.training.first_run import HELD_OUT, prepare
+
+    try:
+        path = prepare()
+    except ValueError as error:
+        return _stop(str(error), 2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # such small matrices gain nothing from a second, and lose much if other programs run
+    try:
+        code = pretrain(str(path))
+    finally:
+        torch.set_num_threads(threads)
+    if code == 0:
+        last = checkpoint.all_in(TrainingConfig.load(path).path("output"))[-1]
+        held_out = path.with_name(HELD_OUT)
+        print(
+            f"Next, how well it finds pictures it was not trained on: {program_command(f'evaluate {last} {held_out}')}"
+        )
+        print(f"Then your own files: {path} is a configuration to start from, docs/training.md explains it")
+    return code
+
+
+def pretrain(path: str) -> int:
     """Pretrain as a YAML file says; also under torchrun, as one of its processes.
 
     Returns:

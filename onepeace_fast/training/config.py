@@ -64,6 +64,7 @@ class TrainingConfig:
     tokenizer: str | None = _key(_PATH, None, changes_result=False)
     init: str | None = _key(_PATH, None)
     model: Mapping[str, Any] | str | None = _key(_MODEL, None, changes_result=False)
+    initial_scale: float = _key(_POSITIVE, 1.0, changes_result=False)  # nor does it where there is a checkpoint
     batch_size: int = _key(_COUNT)
     accumulation: int = _key(_COUNT, 1)
     steps: int = _key(_COUNT)
@@ -99,6 +100,10 @@ class TrainingConfig:
         require(
             self.stage == "vision_language" or self.init is not None,
             "init: expected the model folder of a finished vision_language run where stage is audio_language, got none",
+        )
+        require(
+            self.init is None or self.initial_scale == 1,
+            f"initial_scale: expected none beside init, whose weights stay as they are, got {self.initial_scale}",
         )
         for name in ("output", "init"):
             path = str(self.path(name))

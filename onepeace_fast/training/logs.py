@@ -30,6 +30,7 @@ class Logs:
         self._failed = False
         self._next = step + 1  # a killed run's entries from here on are hidden: these steps are computed again
         seconds = 1.0 if sys.stderr.isatty() else 30.0
+        self._losses: list[tuple[int, float]] = []  # the mean of each entry and how many steps it is of
         self._bar = tqdm(initial=step, total=steps, unit="step", desc="Training", mininterval=seconds)
         self._begin()
 
@@ -64,8 +65,14 @@ class Logs:
         means = {name: total / self._count for name, total in self._sums.items()}
         means["samples_per_second"] = self._count * self._pairs / (time.perf_counter() - self._start)
         self._bar.set_postfix(loss=f"{means['loss']:.4g}", rate=f"{means['learning_rate']:.3g}", refresh=False)
+        self._losses = [*self._losses[:1], (self._count, means["loss"])]
         self._attempt(lambda: self._write(step, means))
         self._begin()
+
+    def summary(self) -> str:
+        """How the loss went: its first entry and its last."""
+        shown = [f"{loss:.4g} (mean of {count} {'step' if count == 1 else 'steps'})" for count, loss in self._losses]
+        return f"Loss: {' at first, '.join(shown)}{' at the end' * (len(shown) - 1)}"
 
     def _begin(self) -> None:
         self._sums: dict[str, float] = {}

@@ -33,12 +33,16 @@ from onepeace_fast.training.trainer import Trainer
 
 
 class Started(NamedTuple):
-    """A trainer, its batches, what every checkpoint holds besides its state, and lines that say where it stands."""
+    """A trainer, its batches, what every checkpoint holds besides its state, and lines that say where it stands.
+
+    ``trained`` are the modalities that this run, or what it began with, has trained.
+    """
 
     trainer: Trainer
     batches: Iterator[dict[str, Any]]
     tokenizer: bytes
     settings: dict[str, Any]
+    trained: list[str]
     lines: list[str]
 
 
@@ -80,7 +84,19 @@ def start(config: TrainingConfig, processes: Processes) -> Started:
         trainer.load_state(state)
     batches = _batches(config, model_config, entries, tokenizer, processes, trainer.step_number)
     lines.append(_summary(config, trainer, len(entries), found.folder))
-    return Started(trainer, batches, tokenizer_file.read_bytes(), settings, lines)
+    trained = _trained(config, model_config, found.folder)
+    return Started(trainer, batches, tokenizer_file.read_bytes(), settings, trained, lines)
+
+
+def _trained(config: TrainingConfig, model: OnePeaceConfig, folder: Path | None) -> list[str]:
+    """The modalities trained here or before; a model without a record of it counts as trained whole."""
+    place, names = config.path("init") if folder is None else folder, {"text", config.modality}
+    if place is not None:
+        recorded = (place / checkpoint.TRAINING_FILE).is_file()
+        before = checkpoint.load_state(place).get("trained") if recorded else None
+        init = OnePeaceConfig.load(place / CONFIG_FILE).encoder.modalities
+        names |= set(init if before is None else before)
+    return [name for name in model.encoder.modalities if name in names]
 
 
 def _model_config(config: TrainingConfig, folder: Path | None) -> OnePeaceConfig:
@@ -141,6 +157,10 @@ def _set_aside(found: checkpoint.Found) -> list[str]:
 
 def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | None) -> OnePeacePretrain:
     model = OnePeacePretrain(model_config, config.backend)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight *= config.initial_scale
     initial = config.path("init")
     if folder is None and initial is not None:
         path = initial / WEIGHTS_FILE

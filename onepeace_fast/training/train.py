@@ -57,6 +57,8 @@ def train(config: TrainingConfig, processes: Processes) -> int:
                 file=sys.stderr,
             )
         else:
+            if logs is not None:
+                print(logs.summary())
             print(f"Done: {checkpoint.folder_of(output, config.steps)}")
     return 1 if problem else 0
 
@@ -72,7 +74,7 @@ def last_checkpoint(output: Path) -> str:
 def _save(config: TrainingConfig, processes: Processes, run: Started) -> str | None:
     """Write a checkpoint and remove old ones; returns why it could not be written."""
     trainer, output = run.trainer, config.path("output")
-    weights, state = trainer.weights(), trainer.state() | {"settings": run.settings}
+    weights, state = trainer.weights(), trainer.state() | {"settings": run.settings, "trained": run.trained}
     writers = {
         CONFIG_FILE: trainer.model.config.save,
         WEIGHTS_FILE: lambda path: save_file({name: value.contiguous() for name, value in weights.items()}, path),

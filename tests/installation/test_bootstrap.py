@@ -220,16 +220,6 @@ def test_without_any_way_to_make_an_environment_one_line_says_what_to_type(boots
     assert not bootstrap.VENV.exists()
 
 
-def test_the_extension_is_compiled_for_the_gpus_that_are_here_unless_others_are_wished(machine, monkeypatch):
-    for wish, given in ((None, "present"), ("sm_80", "sm_80")):
-        if wish:
-            monkeypatch.setenv("ONEPEACE_FAST_CUDA_ARCHITECTURES", wish)
-        machine.environments.clear()
-        machine.started("demo")
-        (built,) = (found for found in machine.environments if "ONEPEACE_FAST_CUDA_ARCHITECTURES" in found)
-        assert built["ONEPEACE_FAST_CUDA_ARCHITECTURES"] == given
-
-
 PARALLEL = "VENV -m pytest -n auto --dist loadfile"
 # The last commands that each starts: of `test` the checks and then the quick tests, on all cores.
 LAST = {

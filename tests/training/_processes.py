@@ -98,7 +98,7 @@ def run_command(path: str, stop: int, code: int) -> None:
 
     Trainer.step = interrupted
     try:
-        assert command.run(path) == code
+        assert command.pretrain(path) == code
     finally:
         Trainer.step = take
 

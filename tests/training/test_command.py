@@ -6,6 +6,7 @@ import math
 import os
 import resource
 import shutil
+import sys
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def corpus(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     write_images(folder)
     write_clips(folder)
-    assert command.run(str(write_config(folder, "stage1"))) == 0
+    assert command.pretrain(str(write_config(folder, "stage1"))) == 0
     return folder
 
 
@@ -38,7 +39,7 @@ def name(request, corpus):
 
 
 def run(folder, name, **keys):
-    return command.run(str(write_config(folder, name, **keys)))
+    return command.pretrain(str(write_config(folder, name, **keys)))
 
 
 def interrupt_before(monkeypatch, step):
@@ -189,7 +190,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(corpus,
     path = corpus / name / "step-00000004" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert run(corpus, name) == 0
-    note, summary, _ = capsys.readouterr().out.splitlines()
+    note, summary, _loss, _done = capsys.readouterr().out.splitlines()
     assert note == (
         "step-00000004 is damaged (model.safetensors changed since it was written): it is now step-00000004.damaged, "
         "and step-00000002 is used instead"
@@ -312,11 +313,18 @@ def test_bad_input_is_one_line_and_makes_no_checkpoint(corpus, name, capfd, monk
 
 
 def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path, capsys):
-    assert command.run(str(tmp_path / "none.yaml")) == 2
+    assert command.pretrain(str(tmp_path / "none.yaml")) == 2
     assert capsys.readouterr().err == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n"
+
+
+def test_a_system_without_posix_locks_is_refused_in_one_line(corpus, name, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # importing it fails now
+    assert run(corpus, name) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("output: expected a system with POSIX locks, got ") and err.count("\n") == 1
 
 
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(info, "find_spec", lambda module: None if module in ("yaml", "tqdm") else module)
-    assert command.run("run.yaml") == 2
+    assert command.pretrain("run.yaml") == 2
     assert capsys.readouterr().err == f"train needs pyyaml, tqdm; type: {install_command('train')}\n"

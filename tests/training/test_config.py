@@ -95,6 +95,12 @@ def test_an_unknown_stage_is_refused_and_the_second_needs_a_model(tmp_path):
     assert second.path("init") == tmp_path / "first/step-00000020"
 
 
+def test_weights_that_come_from_a_model_are_not_scaled(tmp_path):
+    assert load(tmp_path, SMALLEST + "initial_scale: 3\n").initial_scale == 3
+    said = refusal(tmp_path, SMALLEST + "init: model\ninitial_scale: 3\n")
+    assert "initial_scale: expected none beside init, whose weights stay as they are, got 3" in said
+
+
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
     for path, reason in ((tmp_path / "none.yaml", "No such file"), (tmp_path, "Is a directory")):
         with pytest.raises(ValueError, match=f"cannot be read: {reason}"):

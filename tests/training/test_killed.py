@@ -23,7 +23,7 @@ def slowly(self, batches):
     time.sleep(0.2)
     return take(self, batches)
 Trainer.step = slowly
-sys.exit(command.run(sys.argv[1]))
+sys.exit(command.pretrain(sys.argv[1]))
 """
 
 
@@ -56,9 +56,9 @@ def test_a_run_that_was_interrupted_and_killed_ends_as_one_that_was_not(tmp_path
     code, out, _ = run_until(stopped, tmp_path / "stopped", 16, signal.SIGKILL, everyone=False)
     assert code == -signal.SIGKILL
     assert f"from {last} to step 24" in out
-    assert command.run(str(stopped)) == 0  # at once, while the killed run's workers may still be there
+    assert command.pretrain(str(stopped)) == 0  # at once, while the killed run's workers may still be there
     assert "from the beginning" not in capsys.readouterr().out
-    assert command.run(str(straight)) == 0
+    assert command.pretrain(str(straight)) == 0
     ends = [tmp_path / name / "step-00000024" for name in ("straight", "stopped")]
     assert same_training(*ends)
     assert checkpoints(tmp_path / "stopped") == ["step-00000024"]

@@ -12,6 +12,7 @@ def test_an_entry_is_of_the_steps_since_the_last_one_also_where_the_run_ends_bet
     with Logs(tmp_path, 0, 5, every=2, pairs=12) as written:
         for step in range(1, 6):
             written.add(step, {"loss": float(step**2), "learning_rate": 0.1})
+    assert written.summary() == "Loss: 2.5 (mean of 2 steps) at first, 25 (mean of 1 step) at the end"
     seen = curves(tmp_path)
     assert seen["loss"] == {2: 2.5, 4: 12.5, 5: 25.0}
     # A second passes from one look at the clock to the next, and there is one at the beginning and one at the end.

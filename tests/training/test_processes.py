@@ -151,7 +151,7 @@ def test_two_processes_resume_in_the_same_bits_and_their_model_loads_in_one(laun
 
 def test_a_checkpoint_of_two_processes_is_not_continued_by_one(launched, capsys):
     folder, _ = launched
-    assert command.run(str(folder / "stopped.yaml")) == 2
+    assert command.pretrain(str(folder / "stopped.yaml")) == 2
     assert "processes: 2 there, 1 here" in capsys.readouterr().err
     assert checkpoints(folder / "stopped") == ["step-00000004", "step-00000006"]
 

@@ -43,6 +43,14 @@ def test_the_seed_decides_the_weights_that_a_model_starts_with(folder):
     assert not any(torch.equal(first[name], other[name]) for name in drawn)
 
 
+def test_the_initial_scale_is_that_of_linear_weights_alone(folder):
+    before, after = (started(folder, initial_scale=scale).trainer.weights() for scale in (1.0, 3.0))
+    scaled = {name for name, value in before.items() if not torch.equal(after[name], value)}
+    assert all(torch.equal(after[name], 3 * before[name]) for name in scaled)
+    assert "text_proj.weight" in scaled and len(scaled) > 20
+    assert not any("embed_tokens" in name or name.endswith("bias") or "norm" in name for name in scaled)
+
+
 @pytest.fixture
 def alone(monkeypatch):
     """A process that is not the only one does not wait for the others."""
