@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from onepeace_fast.config import (
     AudioAdapterConfig,
@@ -29,6 +28,7 @@ from onepeace_fast.demo.waveform import WINDOW, waveforms
 from onepeace_fast.layers.adapters import PATCH
 from onepeace_fast.models.losses import contrastive_loss
 from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.progress import progress
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.optimizer import adamw, learning_rate
 
@@ -154,7 +154,8 @@ def _train(model: OnePeacePretrain, losses: Callable[[], tuple[Tensor, Tensor]],
     optimizer = adamw(model, PEAK)
     contrasts = []
     model.train()
-    for step in (progress := tqdm(range(steps), desc=stage, unit="step", mininterval=1.0)):
+    bar = progress(stage, "step", steps)
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak=PEAK, warm_up=steps // 10, total=steps)
         loss, noted = losses()
@@ -163,7 +164,9 @@ def _train(model: OnePeacePretrain, losses: Callable[[], tuple[Tensor, Tensor]],
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
         contrasts.append(noted.item())
-        progress.set_postfix(loss=f"{statistics.mean(contrasts[-20:]):.3f}", refresh=False)
+        bar.set_postfix(loss=f"{statistics.mean(contrasts[-20:]):.3f}", refresh=False)
+        bar.update()
+    bar.close()
     model.eval()
     return contrasts
 
