@@ -18,6 +18,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from onepeace_fast.demo.percent import percent
+
 WIDTH = 3.6  # inches
 DIGITS = 10
 CHANCE = 1 / DIGITS
@@ -137,7 +139,7 @@ def voices(accuracy: Mapping[str, float], sounds: Mapping[str, int]) -> Picture:
     figure, axes = _figure(0.9 + 0.3 * len(ordered))
     names = [f"{name} ({sounds[name]})" for name, _ in ordered]
     bars = axes.barh(names, [value for _, value in ordered], color=BLUE, height=0.6)
-    axes.bar_label(bars, [f"{value:.0%}" for _, value in ordered], padding=3)
+    axes.bar_label(bars, [percent(value) for _, value in ordered], padding=3)
     axes.axvline(CHANCE, color=ORANGE, linestyle="--")
     axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])
     figure.supxlabel("right at first (dashed: chance)", fontsize=9)
@@ -145,7 +147,7 @@ def voices(accuracy: Mapping[str, float], sounds: Mapping[str, int]) -> Picture:
     (worst, low), (best, high) = ordered[0], ordered[-1]
     above = sum(value > CHANCE for value in accuracy.values())
     lead = "Every voice is" if above == len(accuracy) else f"{above} of {len(accuracy)} voices are"
-    span = f"all at {low:.0%}" if low == high else f"from {low:.0%} ({worst}) to {high:.0%} ({best})"
+    span = f"all at {percent(low)}" if low == high else f"from {percent(low)} ({worst}) to {percent(high)} ({best})"
     title = f"{lead} above chance, {span}."
     description = "Bar chart: share of right answers for each voice; its number of held-out sounds in brackets."
     return Picture(title, description, figure)

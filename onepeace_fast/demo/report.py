@@ -23,6 +23,7 @@ from onepeace_fast.data.audio import SAMPLE_RATE
 from onepeace_fast.demo import charts
 from onepeace_fast.demo.charts import CHANCE, DIGITS
 from onepeace_fast.demo.data import DARKEST, NAMES, caption
+from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.result import Comparison, Result
 
 VOICES_PER_DIGIT = 2
@@ -60,7 +61,7 @@ def write(result: Result, folder: Path) -> Path:
         shown_wrong=shown_wrong,
         wrong=len(wrong),
         pictures=_pictures(result),
-        captions=[(f'"{caption(key, 3)}"', f"{value:.1%}") for key, value in result.image_text_accuracy.items()],
+        captions=[(f'"{caption(key, 3)}"', percent(value, 1)) for key, value in result.image_text_accuracy.items()],
         agreement=" ".join(agreement(result.comparisons)),
         differences=[
             (row.device, f"{row.largest_difference:.1e}", f"{row.largest_value:.3g}", "yes" if row.agree else "NO")
@@ -230,7 +231,7 @@ def _write(path: Path, template: str, **values: Any) -> Path:
         loader=PackageLoader("onepeace_fast.demo"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["percent"] = "{:.0%}".format
+    environment.filters["percent"] = percent
     icon = image_uri(np.kron(np.array([[0, 1], [1, 0]]), np.full((4, 4), DARKEST)))
     text = environment.get_template(template).render(icon=icon, chance=CHANCE, **values)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import torch
 from onepeace_fast.data.audio import read_audio
 from onepeace_fast.demo import comparison, data, experiment, report, speech
 from onepeace_fast.demo.experiment import Steps
+from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.result import Result
 from onepeace_fast.demo.waveform import WINDOW, loudest_second, trim
 from onepeace_fast.info import format_table
@@ -207,15 +208,15 @@ def _print_setup(
 def _print_result(result: Result, page: Path, output: Path) -> None:
     rows = [
         ("right digit first, of what was held out", "before stage 2", "now"),
-        ("sound finds image", f"{result.sound_to_image_before:.1%}", f"{result.sound_to_image:.1%}"),
-        ("image finds sound", f"{result.image_to_sound_before:.1%}", f"{result.image_to_sound:.1%}"),
+        ("sound finds image", percent(result.sound_to_image_before, 1), percent(result.sound_to_image, 1)),
+        ("image finds sound", percent(result.image_to_sound_before, 1), percent(result.image_to_sound, 1)),
         ("a blind guess", "10.0%", "10.0%"),
     ]
     worst = min(result.accuracy_per_voice.items(), key=lambda item: item[1])
     print(f"\n{format_table(rows)}\n")
     named = statistics.mean(result.image_text_accuracy.values())
-    print(f"  {named:.1%} of the images find their caption, in words never trained with.")
-    print(f"  The hardest voice is {worst[0]}: {worst[1]:.0%}.")
+    print(f"  {percent(named, 1)} of the images find their caption, in words never trained with.")
+    print(f"  The hardest voice is {worst[0]}: {percent(worst[1])}.")
     for sentence in report.agreement(result.comparisons):
         print(f"  {sentence}")
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
@@ -248,8 +249,8 @@ def _print_spread(results: Sequence[Result], path: Path) -> None:
     figures = [(result.sound_to_image, result.image_to_sound) for result in results]
     rows = [("seed", "sound finds image", "image finds sound")]
     for result, (forward, back) in zip(results, figures, strict=True):
-        rows.append((str(result.seed), f"{forward:.1%}", f"{back:.1%}"))
+        rows.append((str(result.seed), percent(forward, 1), percent(back, 1)))
     for name, summary in (("lowest", min), ("median", statistics.median), ("highest", max)):
         forward, back = (summary(values) for values in zip(*figures, strict=True))
-        rows.append((name, f"{forward:.1%}", f"{back:.1%}"))
+        rows.append((name, percent(forward, 1), percent(back, 1)))
     print(f"\n{format_table(rows)}\n\nKept in {path}.")
