@@ -20,9 +20,11 @@ from onepeace_fast.demo import report
 pytestmark = pytest.mark.skipif(program() is None, reason=f"no browser is found: {', '.join(NAMES)}")
 
 PHONE, DESKTOP = 390, 1280
+UNLIKE = "This sound is unlike any spoken digit (0.801, below 0.957)."
 
 # Resolves to one line for each fault.
 PROBE = """(async width => {
+  for (const folded of document.querySelectorAll("details")) folded.open = true;
   const found = [], name = element => element.outerHTML.slice(0, 60);
   if (document.scrollingElement.scrollWidth > width) found.push("the page is wider than the window");
   const shown = [...document.querySelectorAll("main *")];
@@ -98,6 +100,7 @@ def faults(page: Page, path: Path, width: int) -> list[str]:
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_report_is_whole_at_any_width(chromium, index, width):
     page = chromium.open(index, width)
+    assert page.evaluate("[...document.querySelectorAll('.card')].filter(card => card.checkVisibility()).length") == 6
     assert faults(page, index, width) == []
     assert page.evaluate("document.querySelectorAll('audio').length") == 20
     assert page.evaluate("document.images.length") > 100
@@ -108,7 +111,9 @@ def test_ranking_is_whole_at_any_width(chromium, tmp_path, width):
     result = made_up(noise=2)
     images = [(result.images[row], result.image_labels[row], 0.9 - row / 10) for row in range(5)]
     ranking = [(digit, 0.9 - digit / 10) for digit in range(10)]
-    path = report.write_ranking("a very long name of a recording.wav", result.sounds[7], ranking, images, tmp_path)
+    path = report.write_ranking(
+        "a very long name of a recording.wav", result.sounds[7], ranking, images, UNLIKE, tmp_path
+    )
     page = chromium.open(path, width)
     assert faults(page, path, width) == []
     assert page.evaluate("document.querySelectorAll('audio').length") == 1
