@@ -16,7 +16,7 @@ def test_sounds_that_point_to_a_digit_stand_at_its_images_in_spite_of_an_offset(
     axes = np.eye(8)
     images = axes[image_labels] + 0.05 * generator.normal(size=(120, 8))
     before = axes[7] + 0.05 * generator.normal(size=(90, 8))
-    after = axes[sound_labels] + 5 * axes[7] + 0.05 * generator.normal(size=(90, 8))
+    after = axes[sound_labels] + 5 * axes[0] + 0.05 * generator.normal(size=(90, 8))
     found = module.embedding_map(images, image_labels, before, after, sound_labels)
     assert found.images.shape == (60, 2) and found.sounds.shape == found.sounds_before.shape == (45, 2)
     assert found.image_labels == image_labels[::2] and found.sound_labels == sound_labels[::2]
