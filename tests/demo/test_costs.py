@@ -76,7 +76,7 @@ def test_a_backend_is_chosen_by_its_name_and_the_automatic_one_by_nobody(monkeyp
         assert resolve_backend("reference", device) == "reference" and resolve_backend("fused", device) == "fused"
 
 
-def test_the_peak_counts_what_is_alive_at_once():
+def test_the_peak_counts_what_is_alive_at_once(capfd):
     def call():
         for _ in range(3):
             torch.ones(250_000)
@@ -84,3 +84,4 @@ def test_the_peak_counts_what_is_alive_at_once():
         del kept
 
     assert 2_000_000 <= costs.peak_bytes(call, torch.device("cpu")) < 2_100_000
+    assert capfd.readouterr() == ("", "")
