@@ -42,7 +42,7 @@ def times(costs: Sequence[Cost]) -> Picture:
 
 def memory(costs: Sequence[Cost]) -> Picture:
     """Peak MiB of a batch by each backend."""
-    title = f"Peak memory of a batch, forward and backward. {' '.join(gains.memory(costs))}"
+    title = f"Memory of a batch, forward and backward. {' '.join(gains.memory(costs))}"
     return _bars(costs, lambda cost: cost.peak_bytes / 2**20, "MiB", title)
 
 

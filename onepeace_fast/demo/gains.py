@@ -38,7 +38,7 @@ def memory(costs: Sequence[Cost]) -> list[str]:
         base = of_stage["reference"].peak_bytes
         others = {name: cost.peak_bytes / base for name, cost in of_stage.items() if name != "reference"}
         said = " and ".join(f"{name} {ratio:.2f}" for name, ratio in others.items())
-        sentences.append(f"{stage}: {said} times the reference's peak.")
+        sentences.append(f"{stage}: {said} times the reference's peak memory.")
     return sentences
 
 

@@ -195,7 +195,7 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
     print(f"  The hardest voice is {worst[0]}: {percent(worst[1])}.")
     for sentence in report.agreement(result.comparisons):
         print(f"  {sentence}")
-    print("\n  Batches of the training, forward and backward, beside the reference:")
+    print("\n  Time and memory of training batches, forward and backward, beside the reference:")
     for sentence in (*gains.speed(result.costs), *gains.memory(result.costs), gains.padding(result.tokens)):
         print(f"  {sentence}")
     print()

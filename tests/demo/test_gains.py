@@ -17,7 +17,7 @@ def test_a_slower_backend_is_called_slower():
 
 def test_memory_is_a_multiple_of_the_references():
     assert gains.memory(costs(1, 1, 1, (200, 120, 300))) == [
-        "image-text: fused 0.60 and automatic 1.50 times the reference's peak."
+        "image-text: fused 0.60 and automatic 1.50 times the reference's peak memory."
     ]
 
 

@@ -189,7 +189,7 @@ def test_a_spectrogram_stands_beside_each_sound(page, result):
 def test_what_the_library_did_is_said_as_measured(page):
     assert "image-text: fused is slower, 0.80 times as fast" in page.text
     assert "audio-text: fused is 1.11 times as fast; automatic is 1.11 times as fast." in page.text
-    assert "image-text: fused 0.70 and automatic 1.00 times the reference's peak." in page.text
+    assert "image-text: fused 0.70 and automatic 1.00 times the reference's peak memory." in page.text
     assert "Padding is 38% of a padded image-text batch and none of a padded audio-text batch" in page.text
 
 
