@@ -16,7 +16,11 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from onepeace_fast.demo.percent import percent
+from onepeace_fast.demo.result import EmbeddingMap
 
 WIDTH = 3.6  # inches
 DIGITS = 10
@@ -52,7 +56,7 @@ class Picture:
 @rc_context(STYLE)
 def loss_curves(losses: Mapping[str, Sequence[float]]) -> Picture:
     """The loss of every step of each stage, its running mean, and the level of guessing among ten."""
-    figure, axes = _figure(2.6)
+    figure, axes = new_figure(2.6)
     guessing = math.log(DIGITS)
     for (stage, values), colour, style in zip(losses.items(), (BLUE, ORANGE), ("-", "--"), strict=True):
         window = min(SMOOTHED, len(values))
@@ -105,12 +109,39 @@ def similarity(
 
 
 @rc_context(STYLE)
+def embeddings(places: EmbeddingMap) -> Picture:
+    """Images and sounds on a plane, before and after stage 2; a number stands amid its images."""
+    images = places.images
+    written, spoken = np.asarray(places.image_labels), np.asarray(places.sound_labels)
+    present = np.unique(written)
+    middles = np.stack([np.median(images[written == digit], 0) for digit in present])
+    figure = Figure(figsize=(WIDTH, 6.1), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True, sharey=True)
+    hits = []
+    for axes, name, sounds in zip(panels, ("before stage 2", "after stage 2"), places[1:3], strict=True):
+        axes.scatter(*images.T, s=7, c=written, cmap="tab10", vmin=0, vmax=9, alpha=0.4, linewidths=0)
+        axes.scatter(*sounds.T, s=13, c=spoken, cmap="tab10", vmin=0, vmax=9, marker="x", linewidths=0.8)
+        for digit, middle in zip(present, middles, strict=True):
+            drawn = axes.text(*middle, str(digit), ha="center", va="center", fontsize=11, weight="bold")
+            drawn.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
+        axes.set(title=name, xticks=[], yticks=[])
+        apart = ((sounds[:, None] - middles[None]) ** 2).sum(2)
+        hits.append(float((present[apart.argmin(1)] == spoken).mean()))
+    figure.supxlabel("dot: image, cross: sound, colour: its digit", fontsize=9)
+    moved = hits[1] > 2 * max(hits[0], CHANCE)
+    lead = "Sounds move to the images of their digit" if moved else "On this map sounds hardly move to their digit"
+    shares = f"{percent(hits[0])} stand nearest to the middle of its images before stage 2, {percent(hits[1])} after"
+    description = "Two scatter plots: embeddings of images and sounds before and after stage 2."
+    return Picture(f"{lead}: {shares}.", description, figure)
+
+
+@rc_context(STYLE)
 def confusion(labels: Sequence[int], found: Sequence[int], query: str, answer: str) -> Picture:
     """How often each digit, asked as ``query`` ("spoken"), found which digit as ``answer`` ("handwritten")."""
     counts = np.zeros((DIGITS, DIGITS), dtype=int)
     np.add.at(counts, (np.asarray(labels), np.asarray(found)), 1)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    figure, axes = _figure(3.5)
+    figure, axes = new_figure(3.5)
     axes.imshow(shares, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     for row, column in zip(*np.nonzero(counts), strict=True):
         colour = "white" if shares[row, column] > 0.5 else "black"
@@ -134,10 +165,10 @@ def confusion(labels: Sequence[int], found: Sequence[int], query: str, answer: s
 def voices(accuracy: Mapping[str, float], sounds: Mapping[str, int]) -> Picture:
     """Share of each voice's sounds whose nearest image shows their digit; ``sounds`` counts those asked."""
     ordered = sorted(accuracy.items(), key=lambda item: item[1])
-    figure, axes = _figure(0.9 + 0.3 * len(ordered))
+    figure, axes = new_figure(0.9 + 0.3 * len(ordered))
     names = [f"{name} ({sounds[name]})" for name, _ in ordered]
     bars = axes.barh(names, [value for _, value in ordered], color=BLUE, height=0.6)
-    axes.bar_label(bars, [f"{value:.0%}" for _, value in ordered], padding=3)
+    axes.bar_label(bars, [percent(value) for _, value in ordered], padding=3)
     axes.axvline(CHANCE, color=ORANGE, linestyle="--")
     axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])
     figure.supxlabel("right at first (dashed: chance)", fontsize=9)
@@ -145,7 +176,7 @@ def voices(accuracy: Mapping[str, float], sounds: Mapping[str, int]) -> Picture:
     (worst, low), (best, high) = ordered[0], ordered[-1]
     above = sum(value > CHANCE for value in accuracy.values())
     lead = "Every voice is" if above == len(accuracy) else f"{above} of {len(accuracy)} voices are"
-    span = f"all at {low:.0%}" if low == high else f"from {low:.0%} ({worst}) to {high:.0%} ({best})"
+    span = f"all at {percent(low)}" if low == high else f"from {percent(low)} ({worst}) to {percent(high)} ({best})"
     title = f"{lead} above chance, {span}."
     description = "Bar chart: share of right answers for each voice; its number of held-out sounds in brackets."
     return Picture(title, description, figure)
@@ -156,7 +187,7 @@ def series_bias(modality: str, unit: str, values: np.ndarray) -> Picture:
     """Learned bias of a 1-D modality: [heads, 2P - 1], distances 1 - P to P - 1, query minus key."""
     heads, entries = values.shape
     reach = entries // 2
-    figure, axes = _figure(1.35 + 0.14 * heads)
+    figure, axes = new_figure(1.35 + 0.14 * heads)
     limit = float(np.abs(values).max()) or 1.0
     box = (-reach - 0.5, reach + 0.5, heads + 0.5, 0.5)
     drawn = axes.imshow(
@@ -218,7 +249,8 @@ def _bias_title(modality: str, values: np.ndarray, places: Sequence[str]) -> str
     return f"{name}: head {head + 1} depends most on distance, {extremes}."
 
 
-def _figure(height: float) -> tuple[Figure, Axes]:
+def new_figure(height: float) -> tuple[Figure, Axes]:
+    """A figure of the report's width and this height in inches, with one pair of axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from onepeace_fast.info import DEMO_INSTALL, DEMO_PACKAGES, missing
 
+DEFAULT_OUTPUT = Path("report")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
@@ -17,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=_positive(2), help="training steps of both stages together (default 1200)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if torch sees one)")
     parser.add_argument("--denoise", action="store_true", help="train by denoising contrast too, as the paper: slower")
-    parser.add_argument(
-        "--output", type=_path, default=Path("report"), help="folder for what it makes (default report)"
-    )
+    parser.add_argument("--output", type=_path, help=f"folder for what it makes (default {DEFAULT_OUTPUT})")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--seeds", type=_positive(1), help="run this many seeds and print the spread, without a report")
     rank = "rank images for a digit that you say in English, a second or two"
@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from onepeace_fast.demo.experiment import Steps
-    from onepeace_fast.demo.run import Options, one_thread, rank, run, run_seeds
+    from onepeace_fast.demo.rank import rank
+    from onepeace_fast.demo.run import Options, one_thread, run, run_seeds
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
@@ -46,12 +47,12 @@ def run(arguments: argparse.Namespace) -> int:
     half = (arguments.steps or 0) // 2
     steps = Steps(half, arguments.steps - half) if half else Steps()
     device = arguments.device or ("cuda" if gpu else "cpu")
-    options = Options(arguments.seed, steps, arguments.denoise, device, arguments.output)
+    options = Options(arguments.seed, steps, arguments.denoise, device, arguments.output or DEFAULT_OUTPUT)
     try:
-        options.output.mkdir(parents=True, exist_ok=True)  # fail now, not after minutes of training
         with one_thread():
             if arguments.wav is not None:
-                return rank(arguments.wav, options)
+                return rank(arguments.wav, options, anywhere=arguments.output is None)
+            options.output.mkdir(parents=True, exist_ok=True)  # fail now, not after minutes of training
             return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)
     except ValueError as error:
         return _stop(str(error), 2)

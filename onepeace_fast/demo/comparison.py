@@ -1,10 +1,8 @@
-"""The trained model through both backends: whether they agree, and how fast each is."""
+"""The trained model through both backends: whether they agree."""
 
 from __future__ import annotations
 
 import math
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +21,6 @@ from onepeace_fast.models.pretrain import OnePeacePretrain
 AGREEMENT = 1e-4  # of the largest value: float32 rounding stays far below, a mistake far above
 ROWS = 60  # pairs in a batch
 PAIRS = 120
-ROUNDS = 5
 
 Inputs = dict[str, Any]  # tensors by modality
 
@@ -43,22 +40,16 @@ def pair_batches(digits: Digits, speech: Speech, vocabulary: Vocabulary, pairs: 
     return batches
 
 
-def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs], rounds: int = ROUNDS) -> Comparison:
-    """Run the same pairs through both backends on a device: embeddings, outputs, all gradients, and the speed."""
+def compare(model: OnePeacePretrain, device: str, batches: Sequence[Inputs]) -> Comparison:
+    """Run the same pairs through both backends on a device: embeddings, outputs, all gradients."""
     model.to(device).requires_grad_()
     batches = [{name: value.to(device) for name, value in batch.items()} for batch in batches]
     results = {name: _results(model, batches, name) for name in BACKENDS}
     compared = [_difference(results["reference"][what], results["fused"][what]) for what in results["reference"]]
-    times: dict[str, list[float]] = {name: [] for name in BACKENDS}
-    for _ in range(rounds):
-        for name in BACKENDS:
-            times[name].append(_seconds(model, batches, name))
-    tokens = sum(int(mask.sum()) for batch in batches for mask in _real(model, batch).values())
-    speeds = {name: tokens / statistics.median(values) for name, values in times.items()}
     # Not "greater than", so that NaN disagrees and is the largest.
     agree = all(difference <= AGREEMENT * value for difference, value in compared)
     worst = max(compared, key=lambda pair: math.inf if math.isnan(pair[0]) else pair[0] / max(pair[1], 1e-30))
-    return Comparison(device, agree, speeds, *worst)
+    return Comparison(device, agree, *worst)
 
 
 def _difference(expected: Sequence[Tensor], got: Sequence[Tensor]) -> tuple[float, float]:
@@ -92,15 +83,3 @@ def _real(model: OnePeacePretrain, batch: Inputs) -> dict[str, Tensor]:
     """Which tokens are real, CLS first: bool [rows, length] of each modality."""
     adapters = model.encoder_wrapper.adapters
     return {name: adapters[name].valid(name, value, None) for name, value in batch.items()}
-
-
-@torch.no_grad()
-def _seconds(model: OnePeacePretrain, batches: Sequence[Inputs], backend: str) -> float:
-    wait = torch.cuda.synchronize if model.logit_scale.is_cuda else lambda: None
-    wait()
-    start = time.perf_counter()
-    with use_backend(backend):
-        for batch in batches:
-            model.encode(**batch)
-    wait()
-    return time.perf_counter() - start

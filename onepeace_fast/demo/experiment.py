@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from onepeace_fast.config import (
     AudioAdapterConfig,
@@ -29,6 +28,7 @@ from onepeace_fast.demo.waveform import WINDOW, waveforms
 from onepeace_fast.layers.adapters import PATCH
 from onepeace_fast.models.losses import contrastive_loss
 from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.progress import progress
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.optimizer import adamw, learning_rate
 
@@ -86,6 +86,25 @@ def contrast(model: OnePeacePretrain, a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([contrastive_loss(x, y, scale)[0] for x, y in zip(a.split(10), b.split(10), strict=True)]).mean()
 
 
+def image_text_batch(digits: Digits, vocabulary: Vocabulary, generator: torch.Generator) -> dict[str, Tensor]:
+    """Images of stage 1, each with a caption, as the model takes them."""
+    rows = draw_rows(digits.labels, GROUPS, generator)
+    text = vocabulary.encode(draw_captions(data.IMAGE_TEMPLATES, digits.labels[rows], generator))
+    return {"text": text, "image": enlarge(digits.images[rows], generator)}
+
+
+def audio_batch(speech: Speech, generator: torch.Generator) -> tuple[dict[str, Tensor], Tensor]:
+    """Sounds of stage 2 as the model takes them, and the digit that each says."""
+    labels = torch.tensor(speech.labels, dtype=torch.int64, device="cpu")
+    rows = draw_rows(labels, GROUPS, generator)
+    return {"audio": waveforms([speech.sounds[row] for row in rows.tolist()], generator)}, labels[rows]
+
+
+def image_text_contrast(model: OnePeacePretrain, text: Tensor, image: Tensor) -> Tensor:
+    """The contrast of a batch of stage 1."""
+    return contrast(model, model.embed(image=image), model.embed(text=text))
+
+
 def train_image_text(
     model: OnePeacePretrain, digits: Digits, steps: int, vocabulary: Vocabulary, seed: int, denoise: bool = False
 ) -> list[float]:
@@ -94,12 +113,10 @@ def train_image_text(
     device = model.logit_scale.device
 
     def losses() -> tuple[Tensor, Tensor]:
-        rows = draw_rows(digits.labels, GROUPS, generator)
-        text = vocabulary.encode(draw_captions(data.IMAGE_TEMPLATES, digits.labels[rows], generator))
-        image = enlarge(digits.images[rows], generator)
+        batch = image_text_batch(digits, vocabulary, generator)
         if denoise:
-            return _denoised(model, "vision_language_loss", "itc_loss", text, image, generator)
-        loss = contrast(model, model.embed(image=image.to(device)), model.embed(text=text.to(device)))
+            return _denoised(model, "vision_language_loss", "itc_loss", batch["text"], batch["image"], generator)
+        loss = image_text_contrast(model, batch["text"].to(device), batch["image"].to(device))
         return loss, loss
 
     return _train(model, losses, steps, "image-text")
@@ -112,18 +129,16 @@ def train_audio_text(
     generator = torch.Generator().manual_seed(seed)
     device = model.logit_scale.device
     model.train_only("audio")
-    labels = torch.tensor(speech.labels, dtype=torch.int64, device="cpu")
     captions = caption_embeddings(model, data.SOUND_TEMPLATES, vocabulary)
 
     def losses() -> tuple[Tensor, Tensor]:
-        rows = draw_rows(labels, GROUPS, generator)
-        audio = waveforms([speech.sounds[row] for row in rows.tolist()], generator)
+        batch, labels = audio_batch(speech, generator)
         if denoise:
-            text = vocabulary.encode(draw_captions(data.SOUND_TEMPLATES, labels[rows], generator))
-            return _denoised(model, "audio_language_loss", "atc_loss", text, audio, generator)
-        which = torch.randint(len(captions), (len(rows),), generator=generator, device="cpu")
+            text = vocabulary.encode(draw_captions(data.SOUND_TEMPLATES, labels, generator))
+            return _denoised(model, "audio_language_loss", "atc_loss", text, batch["audio"], generator)
+        which = torch.randint(len(captions), (len(labels),), generator=generator, device="cpu")
         # Text is frozen, so its embeddings need computing only once.
-        loss = contrast(model, model.embed(audio=audio.to(device)), captions[which, labels[rows]])
+        loss = contrast(model, model.embed(audio=batch["audio"].to(device)), captions[which, labels])
         return loss, loss
 
     return _train(model, losses, steps, "audio-text")
@@ -154,7 +169,8 @@ def _train(model: OnePeacePretrain, losses: Callable[[], tuple[Tensor, Tensor]],
     optimizer = adamw(model, PEAK)
     contrasts = []
     model.train()
-    for step in (progress := tqdm(range(steps), desc=stage, unit="step", mininterval=1.0)):
+    bar = progress(stage, "step", steps)
+    for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, peak=PEAK, warm_up=steps // 10, total=steps)
         loss, noted = losses()
@@ -163,7 +179,9 @@ def _train(model: OnePeacePretrain, losses: Callable[[], tuple[Tensor, Tensor]],
         torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
         optimizer.step()
         contrasts.append(noted.item())
-        progress.set_postfix(loss=f"{statistics.mean(contrasts[-20:]):.3f}", refresh=False)
+        bar.set_postfix(loss=f"{statistics.mean(contrasts[-20:]):.3f}", refresh=False)
+        bar.update()
+    bar.close()
     model.eval()
     return contrasts
 

@@ -16,18 +16,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from matplotlib.image import imsave
 from PIL import Image
+from scipy.signal import spectrogram
 
+from onepeace_fast.backend import ENVIRONMENT_VARIABLE
 from onepeace_fast.checks import require
 from onepeace_fast.data.audio import SAMPLE_RATE
-from onepeace_fast.demo import charts
+from onepeace_fast.demo import charts, cost_charts
 from onepeace_fast.demo.charts import CHANCE, DIGITS
+from onepeace_fast.demo.costs import COUNTED
 from onepeace_fast.demo.data import DARKEST, NAMES, caption
+from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.result import Comparison, Result
 
 VOICES_PER_DIGIT = 2
 NEAREST = 5
 MISTAKES = 6
+HEARD = 256  # samples of a spectrogram's column: 16 ms
+UNFOLDED = 6  # cards that stand open
 PACKAGES = ("onepeace_fast", "torch", "numpy", "scikit-learn", "espeakng-loader", "matplotlib")
 
 
@@ -55,21 +62,17 @@ def write(result: Result, folder: Path) -> Path:
         result=result,
         verdict=sentence,
         cards=[_card(result, row) for row in chosen],
+        unfolded=UNFOLDED,
         mistakes=[] if shown_wrong else [_card(result, row) for row in wrong[:MISTAKES]],
         per_digit=VOICES_PER_DIGIT,
         shown_wrong=shown_wrong,
         wrong=len(wrong),
         pictures=_pictures(result),
-        captions=[(f'"{caption(key, 3)}"', f"{value:.1%}") for key, value in result.image_text_accuracy.items()],
+        captions=[(f'"{caption(key, 3)}"', percent(value, 1)) for key, value in result.image_text_accuracy.items()],
         agreement=" ".join(agreement(result.comparisons)),
         differences=[
             (row.device, f"{row.largest_difference:.1e}", f"{row.largest_value:.3g}", "yes" if row.agree else "NO")
             for row in result.comparisons
-        ],
-        speeds=[
-            (row.device, backend, f"{speed:,.0f}")
-            for row in result.comparisons
-            for backend, speed in row.tokens_per_second.items()
         ],
         machine=machine(result),
     )
@@ -80,12 +83,14 @@ def write_ranking(
     waveform: np.ndarray,
     ranking: Sequence[tuple[int, float]],
     images: Sequence[tuple[np.ndarray, int, float]],
+    unlike: str,
     folder: Path,
 ) -> Path:
     """Write a page with a visitor's sound, the ten digits and the nearest images; returns its path.
 
     ``waveform`` is int16 [samples] at 16 kHz; ``ranking`` holds digits with their scores and ``images`` the nearest
-    held-out digits, [8, 8] from 0 to 16, with their labels and scores: both best first. The page stands in ``folder``
+    held-out digits, [8, 8] from 0 to 16, with their labels and scores: both best first. ``unlike`` says that it is no
+    digit, or is empty. The page stands in ``folder``
     under the sound's own name and ``-ranking.html``, so that the report beside it stays.
     """
     require(len(ranking) > 0, "ranking: expected at least one digit, got none")
@@ -95,6 +100,9 @@ def write_ranking(
         title=f"onepeace_fast: {Path(wav_name).name}",
         name=Path(wav_name).name,
         sound=sound_uri(waveform),
+        spectrogram=spectrogram_uri(waveform),
+        unlike=unlike,
+        report="index.html" if (folder / "index.html").exists() else None,
         best=NAMES[ranking[0][0]],
         ranking=[(f"{digit} {NAMES[digit]}", f"{score:.3f}") for digit, score in ranking],
         matches=[Match(image_uri(image), label, score, label == ranking[0][0]) for image, label, score in images],
@@ -116,36 +124,33 @@ def verdict(result: Result) -> tuple[str, str]:
 
 
 def agreement(comparisons: Sequence[Comparison]) -> list[str]:
-    """Sentences: where the backends agree, and how fast the fused one is beside the reference."""
+    """Sentences: where the backends agree."""
     disagreeing = [row.device for row in comparisons if not row.agree]
     if disagreeing:
         sentences = [f"THE BACKENDS DISAGREE by more than rounding on {' and '.join(disagreeing)}."]
     else:
         sentences = ["Both backends compute the same outputs and gradients, up to rounding."]
-    for row in comparisons:
-        ratio = row.tokens_per_second["fused"] / row.tokens_per_second["reference"]
-        sentences.append(f"On {row.device} the fused backend is {ratio:.2f} times as fast as the reference.")
-        if ratio < 1:
-            sentences.append("In sequences this short the packed layout costs more in Python than it saves in padding.")
     return sentences
 
 
 def choose(labels: Sequence[int], voices: Sequence[str]) -> list[int]:
     """Rows of the sounds to show: for every digit two voices, all voices in turn, each with its first sound of it.
 
-    Looks at no result, so that right and wrong answers have the same chance to be shown.
+    First one of every digit, then the others. Looks at no result, so that right and wrong answers have the same chance
+    to be shown.
     """
     order = list(dict.fromkeys(voices))
-    rows, turn = [], 0
+    chosen: list[list[int]] = []
+    turn = 0
     for digit in range(DIGITS):
         first: dict[str, int] = {}
         for row, (label, voice) in enumerate(zip(labels, voices, strict=True)):
             if label == digit:
                 first.setdefault(voice, row)
         speakers = [voice for voice in order[turn:] + order[:turn] if voice in first]
-        rows += [first[voice] for voice in speakers[:VOICES_PER_DIGIT]]
+        chosen.append([first[voice] for voice in speakers[:VOICES_PER_DIGIT]])
         turn = (turn + VOICES_PER_DIGIT) % len(order)
-    return rows
+    return [rows[place] for place in range(VOICES_PER_DIGIT) for rows in chosen if place < len(rows)]
 
 
 def image_uri(image: np.ndarray) -> str:
@@ -170,6 +175,16 @@ def sound_uri(waveform: np.ndarray) -> str:
     return "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def spectrogram_uri(waveform: np.ndarray) -> str:
+    """A sound, int16 [samples] at 16 kHz, as a PNG data URI: time to the right, 0 to 8 kHz upwards, 60 dB of shades."""
+    width = min(HEARD, len(waveform))
+    _, _, power = spectrogram(waveform.astype(np.float32), SAMPLE_RATE, nperseg=width, noverlap=width // 2)
+    levels = 10 * np.log10(power + 1e-9 * max(float(power.max()), 1e-12))
+    file = io.BytesIO()
+    imsave(file, levels, cmap="magma", vmin=levels.max() - 60, vmax=levels.max(), origin="lower", format="png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 def _card(result: Result, row: int) -> dict[str, Any]:
     """One sound and the images nearest to it, best first; of equal ones the first."""
     label = result.sound_labels[row]
@@ -179,7 +194,8 @@ def _card(result: Result, row: int) -> dict[str, Any]:
         for i in nearest
     ]
     sound = {"label": label, "name": NAMES[label], "voice": result.sound_voices[row]}
-    return {**sound, "uri": sound_uri(result.sounds[row]), "matches": matches}
+    heard = result.sounds[row]
+    return {**sound, "uri": sound_uri(heard), "spectrogram": spectrogram_uri(heard), "matches": matches}
 
 
 def _pictures(result: Result) -> dict[str, Any]:
@@ -196,6 +212,12 @@ def _pictures(result: Result) -> dict[str, Any]:
         "sound_to_image": charts.confusion(sounds, found_images, "spoken", "handwritten"),
         "image_to_sound": charts.confusion(images, found_sounds, "handwritten", "spoken"),
         "voices": charts.voices(result.accuracy_per_voice, Counter(result.sound_voices)),
+        "map": charts.embeddings(result.map),
+        "library": [
+            cost_charts.tokens(result.tokens, COUNTED),
+            cost_charts.times(result.costs),
+            cost_charts.memory(result.costs),
+        ],
         "losses": charts.loss_curves(result.losses),
         "biases": biases,
     }
@@ -208,12 +230,18 @@ def machine(result: Result) -> list[tuple[str, str]]:
         ("Seed", str(result.seed)),
         ("Device", result.device),
         ("CPU", _cpu()),
+        ("Backend", backend()),
         ("Threads", str(torch.get_num_threads())),
         ("Python", f"{platform.python_version()} on {platform.system()}"),
         *((package, version(package)) for package in PACKAGES),
         ("Steps", ", ".join(f"{stage} {steps:,}" for stage, steps in result.steps.items())),
         ("Seconds", ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())),
     ]
+
+
+def backend() -> str:
+    """Which backend trains: the automatic one, unless the environment names another."""
+    return os.environ.get(ENVIRONMENT_VARIABLE) or "automatic"
 
 
 def _cpu() -> str:
@@ -230,7 +258,7 @@ def _write(path: Path, template: str, **values: Any) -> Path:
         loader=PackageLoader("onepeace_fast.demo"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters["percent"] = "{:.0%}".format
+    environment.filters["percent"] = percent
     icon = image_uri(np.kron(np.array([[0, 1], [1, 0]]), np.full((4, 4), DARKEST)))
     text = environment.get_template(template).render(icon=icon, chance=CHANCE, **values)
     path.parent.mkdir(parents=True, exist_ok=True)

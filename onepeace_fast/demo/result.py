@@ -10,13 +10,40 @@ import numpy as np
 
 
 class Comparison(NamedTuple):
-    """The two backends on one device: the trained model's outputs and gradients, and its speed on real tokens."""
+    """The two backends on one device: the trained model's outputs and gradients."""
 
     device: str
     agree: bool
-    tokens_per_second: dict[str, float]  # of each backend
     largest_difference: float
     largest_value: float
+
+
+class Cost(NamedTuple):
+    """Forward and backward of one batch of a stage by one backend, on the device that trained."""
+
+    stage: str
+    backend: str  # "automatic" is what trained
+    seconds: float
+    peak_bytes: int
+
+
+class TokenCount(NamedTuple):
+    """Tokens of one modality in batches of a stage: the real ones, and all that a padded layout computes."""
+
+    stage: str
+    modality: str
+    real: int
+    padded: int
+
+
+class EmbeddingMap(NamedTuple):
+    """Where some held-out images and sounds stand on a plane, [rows, 2] each, and their digits."""
+
+    images: np.ndarray
+    sounds_before: np.ndarray
+    sounds: np.ndarray
+    image_labels: list[int]
+    sound_labels: list[int]
 
 
 @dataclass(frozen=True)
@@ -41,6 +68,9 @@ class Result:
             query's position minus the key's, from -(P - 1) to P - 1; of the image [heads, 2S - 1, 2S - 1], by rows and
             columns of patches in the same way.
         comparisons: of the backends, one for each device.
+        costs: of a batch of each stage by each backend.
+        tokens: of batches of each stage, by modality.
+        map: of the embeddings, before and after stage 2.
         parameters: of the encoder.
     """
 
@@ -59,6 +89,9 @@ class Result:
     image_text_accuracy: dict[str, float]
     bias_vectors: dict[str, np.ndarray]
     comparisons: list[Comparison]
+    costs: list[Cost]
+    tokens: list[TokenCount]
+    map: EmbeddingMap
     parameters: int
 
     @property

@@ -11,22 +11,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from onepeace_fast.data.audio import read_audio
-from onepeace_fast.demo import comparison, data, experiment, report, speech
+from onepeace_fast.demo import comparison, costs, data, experiment, gains, report, speech
+from onepeace_fast.demo.embedding_map import embedding_map
 from onepeace_fast.demo.experiment import Steps
+from onepeace_fast.demo.familiarity import Familiarity, calibrate
+from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.result import Result
-from onepeace_fast.demo.waveform import WINDOW, loudest_second, trim
 from onepeace_fast.info import format_table
 from onepeace_fast.installation import program_command
 from onepeace_fast.models.pretrain import OnePeacePretrain
 
 MODEL = "model"
 SEEDS = "seeds.json"
-NEAREST = 10
-LOUD = 0.9 * 32767  # the peak of a visitor's sound on its page
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +40,10 @@ class Options:
 
 def run(options: Options) -> int:
     """Train, measure, print and write the report; returns 0, or 1 where the two backends disagree."""
-    result, model = measure(options)
+    result, model, familiarity = measure(options)
     model.save(options.output / MODEL)
+    familiarity.save(options.output / MODEL)
+    note_place(options.output)
     page = report.write(result, options.output)
     _print_result(result, page, options.output)
     return 0 if all(row.agree for row in result.comparisons) else 1
@@ -59,47 +59,23 @@ def run_seeds(options: Options, seeds: int) -> int:
     return 0 if all(row.agree for result in results for row in result.comparisons) else 1
 
 
-def rank(wav: str, options: Options) -> int:
-    """Rank the held-out images for a visitor's sound by the model of the last run, which is made where there is none.
-
-    Raises:
-        ValueError: a file that is not sound, or a model of another version, in one line.
-    """
-    heard = read_audio(wav).numpy()
-    folder = options.output / MODEL
-    if not (folder / "config.json").exists():
-        print(f"There is no trained model in {folder} yet: the demo runs first.\n", flush=True)
-        if code := run(options):
-            return code
-        print()
-    heard = trim(heard)
-    start = loudest_second(heard)
-    sound = heard[start : start + WINDOW]
-    model = _restore(folder).to(options.device)
-    _, held_out = data.load()
-    cosines = experiment.similarity(
-        experiment.sound_embeddings(model, [sound]), experiment.image_embeddings(model, held_out.images)
-    )[0]
-    labels = held_out.labels.numpy()
-    # A digit stands where its nearest image stands, so the first digit is that of the nearest image of all.
-    scores = sorted(((float(cosines[labels == digit].max()), digit) for digit in range(10)), reverse=True)
-    nearest = np.argsort(-cosines, kind="stable")[:NEAREST]
-    page = report.write_ranking(
-        wav,
-        np.round(sound / np.abs(sound).max() * LOUD).astype(np.int16),
-        [(digit, score) for score, digit in scores],
-        [(held_out.images[i].numpy(), int(labels[i]), float(cosines[i])) for i in nearest],
-        options.output,
-    )
-    rows = [("digit", "cosine of its nearest image")]
-    rows += [(f"{digit} {data.NAMES[digit]}", f"{score:+.3f}") for score, digit in scores]
-    seconds = f", its loudest second of {len(heard) / WINDOW:.1f}" if len(heard) > WINDOW else ""
-    print(f"Heard in {wav}{seconds}:\n\n{format_table(rows)}\n\nThe images, nearest first: {page}")
-    return 0
+def record_file() -> Path:
+    """Where the folder of the last run is noted, for ``--wav`` in another one."""
+    return speech.cache_folder() / "last-demo.txt"
 
 
-def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
-    """Both stages and everything that the report shows; returns the trained model too."""
+def note_place(output: Path) -> None:
+    """Note the folder of this run."""
+    path = record_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(os.fsencode(output.resolve()))
+    except OSError as error:
+        print(f"Where the model is cannot be noted for --wav in other folders: {error}")
+
+
+def measure(options: Options) -> tuple[Result, OnePeacePretrain, Familiarity]:
+    """Both stages and everything that the report shows; returns the trained model and its measure of sounds too."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "sounds"):
         spoken, spoken_held_out = speech.load(speech.plan())
@@ -112,14 +88,21 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
     with _timed(seconds, "stage 1"):
         losses["image-text"] = experiment.train_image_text(model, written, steps.image_text, *training)
     images = experiment.image_embeddings(model, written_held_out.images)
-    before = experiment.similarity(experiment.sound_embeddings(model, spoken_held_out.sounds), images)
+    sounds_before = experiment.sound_embeddings(model, spoken_held_out.sounds)
+    before = experiment.similarity(sounds_before, images)
     with _timed(seconds, "stage 2"):
         losses["audio-text"] = experiment.train_audio_text(model, spoken, steps.audio_text, *training)
     with _timed(seconds, "evaluation"):
-        after = experiment.similarity(experiment.sound_embeddings(model, spoken_held_out.sounds), images)
+        sounds = experiment.sound_embeddings(model, spoken_held_out.sounds)
+        after = experiment.similarity(sounds, images)
         captions = experiment.image_text_accuracy(model, images, written_held_out.labels, vocabulary)
         vectors = experiment.bias_vectors(model, vocabulary)
+        familiarity = calibrate(model, spoken, sounds)
+        labels = written_held_out.labels.tolist()
+        places = embedding_map(images.numpy(), labels, sounds_before.numpy(), sounds.numpy(), spoken_held_out.labels)
     with _timed(seconds, "backends"):
+        parts = costs.stages(model, written, spoken, vocabulary, options.seed)
+        tokens, measured = costs.count_tokens(model, parts), costs.measure(model, parts)
         comparisons = [
             comparison.compare(model, device, comparison.pair_batches(written_held_out, spoken_held_out, vocabulary))
             for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
@@ -131,7 +114,7 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
         seconds=seconds,
         losses=losses,
         images=written_held_out.images.numpy(),
-        image_labels=written_held_out.labels.tolist(),
+        image_labels=labels,
         sounds=spoken_held_out.sounds,
         sound_labels=spoken_held_out.labels,
         sound_voices=[clip.voice for clip in spoken_held_out.clips],
@@ -140,9 +123,12 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain]:
         image_text_accuracy=captions,
         bias_vectors=vectors,
         comparisons=comparisons,
+        costs=measured,
+        tokens=tokens,
+        map=places,
         parameters=_parameters(model),
     )
-    return result, model
+    return result, model, familiarity
 
 
 @contextmanager
@@ -161,15 +147,6 @@ def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[phase] = time.perf_counter() - start
-
-
-def _restore(folder: Path) -> OnePeacePretrain:
-    model = OnePeacePretrain.load(folder).eval()
-    if model.config.encoder != experiment.configuration(len(data.Vocabulary())).encoder:
-        raise ValueError(
-            f"{folder}: expected a model of this version of the demo, got another; type: {program_command('demo')}"
-        )
-    return model
 
 
 def _device_name(device: str) -> str:
@@ -197,7 +174,7 @@ def _print_setup(
         ("Stage 2", f"{steps.audio_text} steps, sounds with captions; attention, text and images are frozen"),
         ("Task", "contrast and denoising" if options.denoise else "contrast"),
         ("Run", f"on {_device_name(options.device)}, seed {options.seed}, "
-                f"{model.encoder_wrapper.resolved_backend} backend, one CPU thread"),
+                f"{report.backend()} backend, one CPU thread"),
     ]  # fmt: skip
     print("A small ONE-PEACE learns handwritten digits and spoken digits by captions alone: no image is ever paired")
     print("with a sound. Then each sound looks for its image.\n")
@@ -207,17 +184,21 @@ def _print_setup(
 def _print_result(result: Result, page: Path, output: Path) -> None:
     rows = [
         ("right digit first, of what was held out", "before stage 2", "now"),
-        ("sound finds image", f"{result.sound_to_image_before:.1%}", f"{result.sound_to_image:.1%}"),
-        ("image finds sound", f"{result.image_to_sound_before:.1%}", f"{result.image_to_sound:.1%}"),
+        ("sound finds image", percent(result.sound_to_image_before, 1), percent(result.sound_to_image, 1)),
+        ("image finds sound", percent(result.image_to_sound_before, 1), percent(result.image_to_sound, 1)),
         ("a blind guess", "10.0%", "10.0%"),
     ]
     worst = min(result.accuracy_per_voice.items(), key=lambda item: item[1])
     print(f"\n{format_table(rows)}\n")
     named = statistics.mean(result.image_text_accuracy.values())
-    print(f"  {named:.1%} of the images find their caption, in words never trained with.")
-    print(f"  The hardest voice is {worst[0]}: {worst[1]:.0%}.")
+    print(f"  {percent(named, 1)} of the images find their caption, in words never trained with.")
+    print(f"  The hardest voice is {worst[0]}: {percent(worst[1])}.")
     for sentence in report.agreement(result.comparisons):
         print(f"  {sentence}")
+    print("\n  Time and memory of training batches, forward and backward, beside the reference:")
+    for sentence in (*gains.speed(result.costs), *gains.memory(result.costs), gains.padding(result.tokens)):
+        print(f"  {sentence}")
+    print()
     print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
     where = "" if output == Path("report") else f" --output {output}"
     hints = [
@@ -248,8 +229,8 @@ def _print_spread(results: Sequence[Result], path: Path) -> None:
     figures = [(result.sound_to_image, result.image_to_sound) for result in results]
     rows = [("seed", "sound finds image", "image finds sound")]
     for result, (forward, back) in zip(results, figures, strict=True):
-        rows.append((str(result.seed), f"{forward:.1%}", f"{back:.1%}"))
+        rows.append((str(result.seed), percent(forward, 1), percent(back, 1)))
     for name, summary in (("lowest", min), ("median", statistics.median), ("highest", max)):
         forward, back = (summary(values) for values in zip(*figures, strict=True))
-        rows.append((name, f"{forward:.1%}", f"{back:.1%}"))
+        rows.append((name, percent(forward, 1), percent(back, 1)))
     print(f"\n{format_table(rows)}\n\nKept in {path}.")

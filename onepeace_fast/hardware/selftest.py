@@ -34,6 +34,7 @@ from onepeace_fast.kernels.launch import architecture_and_multiprocessors, launc
 from onepeace_fast.kernels.measured import gpu_name, measured_for, user_folder, write_measured
 from onepeace_fast.kernels.tile_table import refusal
 from onepeace_fast.ops.kernel_choice import force_kernels
+from onepeace_fast.progress import progress
 from onepeace_fast.tolerance import DTYPES, HALF, compare
 
 CPU = torch.device("cpu")
@@ -118,6 +119,7 @@ def require_supported(device: torch.device) -> None:
 
 def _test(device: torch.device) -> int:
     on_gpu = device.type == "cuda"
+    print(f"{what_it_shows(device)}\n", flush=True)
     try:
         results = list(check(device))
     except Exception:
@@ -139,6 +141,21 @@ def _test(device: torch.device) -> int:
         path = approve(device)
         print(f"{path} says so: from now on the fused backend is automatic on {gpu_name(device)}; {SENDING_IN}")
     return 1 if faults else 0
+
+
+def what_it_shows(device: torch.device) -> str:
+    """What a pass on this device is evidence of, and of what it is none."""
+    exact = "with float64, forward and backward"
+    if device.type == "cuda":
+        where = f"{gpu_name(device)}: compares every operation {exact}, and times the strategies if all pass."
+        return f"selftest on {where} Rows marked kernel ran on this GPU."
+    if _interpreted(device):
+        first = f"compares the Triton kernels, in Triton's interpreter, {exact}; not in bfloat16, where it errs."
+        second = "No kernel runs on a GPU here, and no CUDA kernel runs at all."
+    else:
+        first = f"compares every operation's reference in PyTorch {exact}."
+        second = "No Triton or CUDA kernel runs here: this says nothing about a GPU."
+    return f"selftest on a CPU: {first}\n{second}"
 
 
 def withdraw(device: torch.device) -> Path | None:
@@ -197,26 +214,40 @@ def seconds_of_strategy(strategy: str, rows: int, width: int, device: torch.devi
 
 def check(device: torch.device) -> Iterator[Result]:
     """A row for every form of every operation in every dtype: the worst of all sizes."""
-    interpreted = kernels.INTERPRETED and device.type == "cpu"
-    # The interpreter's arithmetic in bfloat16 is wrong without a word.
-    for dtype in (dtype for dtype in DTYPES if not interpreted or dtype != torch.bfloat16):
+    of_dtype = {dtype: _groups(dtype, device) for dtype in _dtypes(device)}
+    shown = progress("selftest", "group", sum(map(len, of_dtype.values())))
+    for dtype, groups in of_dtype.items():
         worst: dict[tuple[str, str], Result] = {}
-        for on_cpu, on_device in _pairs(dtype, device):
-            for result in compare_case(on_cpu, on_device, dtype):
-                key = (result.operation, result.variant)
-                if key not in worst or result.closeness > worst[key].closeness:
-                    worst[key] = result
+        for group in groups:
+            shown.set_postfix(dtype=str(dtype).removeprefix("torch."), refresh=False)
+            for on_cpu, on_device in group:
+                for result in compare_case(on_cpu, on_device, dtype):
+                    key = (result.operation, result.variant)
+                    if key not in worst or result.closeness > worst[key].closeness:
+                        worst[key] = result
+            shown.update()
         yield from worst.values()
+    shown.close()
 
 
-def _pairs(dtype: torch.dtype, device: torch.device) -> Iterator[tuple[Case, Case]]:
-    """The same case on the CPU and on the device."""
-    for seed, (rows, width) in enumerate(SMALL if device.type == "cpu" else (*SMALL, *REAL)):
-        yield from pairs(partial(kernel_cases, rows, width, dtype), device, seed)
-    yield from pairs(partial(specified_cases, FEW_ROWS, dtype), device)
+def _dtypes(device: torch.device) -> list[torch.dtype]:
+    """The dtypes that can be tested there: the interpreter's arithmetic in bfloat16 is wrong without a word."""
+    return [dtype for dtype in DTYPES if not _interpreted(device) or dtype != torch.bfloat16]
+
+
+def _interpreted(device: torch.device) -> bool:
+    return kernels.INTERPRETED and device.type == "cpu"
+
+
+def _groups(dtype: torch.dtype, device: torch.device) -> list[Iterator[tuple[Case, Case]]]:
+    """The same case on the CPU and on the device; a group holds those of one size, made where it is asked."""
+    sizes = SMALL if device.type == "cpu" else (*SMALL, *REAL)
+    groups = [pairs(partial(kernel_cases, *size, dtype), device, seed) for seed, size in enumerate(sizes)]
+    groups.append(pairs(partial(specified_cases, FEW_ROWS, dtype), device))
     if (device.type == "cuda" and dtype in HALF) or kernels.INTERPRETED:
-        for rows, width in PRODUCTS if device.type == "cuda" else PRODUCTS[:1]:
-            yield from pairs(partial(product_cases, rows, width, dtype), device)
+        products = PRODUCTS if device.type == "cuda" else PRODUCTS[:1]
+        groups += [pairs(partial(product_cases, *size, dtype), device) for size in products]
+    return groups
 
 
 def compare_case(on_cpu: Case, on_device: Case, dtype: torch.dtype) -> Iterator[Result]:

@@ -1,15 +1,15 @@
-"""What a run shows: TensorBoard's event files and a progress bar. A full disk costs curves, never the run."""
+"""What a run shows: TensorBoard's event files and how far it has come. A full disk costs curves, never the run."""
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
+
+from onepeace_fast.progress import progress
 
 FOLDER = "tensorboard"
 
@@ -29,9 +29,8 @@ class Logs:
         self._writer: SummaryWriter | None = None
         self._failed = False
         self._next = step + 1  # a killed run's entries from here on are hidden: these steps are computed again
-        seconds = 1.0 if sys.stderr.isatty() else 30.0
         self._losses: list[tuple[int, float]] = []  # the mean of each entry and how many steps it is of
-        self._bar = tqdm(initial=step, total=steps, unit="step", desc="Training", mininterval=seconds)
+        self._bar = progress("Training", "step", steps, initial=step)
         self._begin()
 
     def __enter__(self) -> Logs:

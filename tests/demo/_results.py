@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-from onepeace_fast.demo.result import Comparison, Result
+from onepeace_fast.demo.result import Comparison, Cost, EmbeddingMap, Result, TokenCount
 
 VOICES = ("en-us", "en-gb", "en-gb-scotland", "en-us+f3", "en-gb+m7")
 SOUNDS_PER_VOICE = 2  # of each digit
@@ -20,6 +20,8 @@ def made_up(noise: float, seed: int = 0) -> Result:
     sound_labels, voices = [digit for digit, _ in spoken], [voice for _, voice in spoken]
     same = np.equal.outer(sound_labels, image_labels)
     spread = generator.normal(size=same.shape)
+    angles = np.arange(10) * np.pi / 5
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
     return Result(
         seed=seed,
         device="cpu",
@@ -39,7 +41,27 @@ def made_up(noise: float, seed: int = 0) -> Result:
             "image": generator.normal(scale=0.1, size=(4, 3, 3)),
             "audio": generator.normal(scale=0.1, size=(4, 99)),
         },
-        comparisons=[Comparison("cpu", True, {"reference": 41_000.0, "fused": 52_000.0}, 3.1e-6, 4.2)],
+        comparisons=[Comparison("cpu", True, 3.1e-6, 4.2)],
+        costs=[
+            Cost("image-text", "reference", 0.120, 200 << 20),
+            Cost("image-text", "fused", 0.150, 140 << 20),
+            Cost("image-text", "automatic", 0.121, 200 << 20),
+            Cost("audio-text", "reference", 0.200, 300 << 20),
+            Cost("audio-text", "fused", 0.180, 300 << 20),
+            Cost("audio-text", "automatic", 0.180, 300 << 20),
+        ],
+        tokens=[
+            TokenCount("image-text", "text", 6_000, 12_000),
+            TokenCount("image-text", "image", 4_000, 4_000),
+            TokenCount("audio-text", "audio", 40_000, 40_000),
+        ],
+        map=EmbeddingMap(
+            circle[image_labels] + 0.1 * generator.normal(size=(len(image_labels), 2)),
+            generator.normal(size=(len(sound_labels), 2)),
+            circle[sound_labels] + 0.1 * noise * generator.normal(size=(len(sound_labels), 2)),
+            image_labels,
+            sound_labels,
+        ),
         parameters=1_234_567,
     )
 

@@ -20,15 +20,28 @@ pytest.importorskip("espeakng_loader")
 
 from onepeace_fast import OnePeacePretrain, cli, info
 from onepeace_fast.backend import use_backend
-from onepeace_fast.demo import comparison, data, experiment, speech
+from onepeace_fast.demo import comparison, costs, data, embedding_map, experiment, familiarity, rank, run, speech
+
+
+def reduce(patch, spoken, folder):
+    pair_batches = comparison.pair_batches
+    patch.setattr(speech, "load", lambda clips: spoken)
+    patch.setattr(comparison, "pair_batches", lambda *arguments: pair_batches(*arguments, pairs=4))
+    patch.setattr(costs, "COUNTED", 1)
+    patch.setattr(costs, "ROUNDS", 1)
+    patch.setattr(costs, "peak_bytes", lambda call, device: 1 << 20)
+    patch.setattr(embedding_map, "SHOWN", 20)
+    patch.setattr(embedding_map, "ITERATIONS", 250)
+    patch.setattr(familiarity, "KNOWN", 10)
+    patch.setattr(familiarity, "OF_EACH", 1)
+    patch.setattr(run, "record_file", lambda: folder / "record" / "last-demo.txt")
+    patch.setattr(rank, "record_file", lambda: folder / "record" / "last-demo.txt")
 
 
 @pytest.fixture(autouse=True)
-def reduced(monkeypatch, spoken):
-    """Few sounds, few pairs to compare, and the quicker backend; no environment variable chooses another."""
-    monkeypatch.setattr(speech, "load", lambda clips: spoken)
-    pair_batches = comparison.pair_batches
-    monkeypatch.setattr(comparison, "pair_batches", lambda *arguments: pair_batches(*arguments, pairs=4))
+def reduced(monkeypatch, spoken, tmp_path):
+    """Few sounds, little to measure, and the quicker backend; no environment variable chooses another."""
+    reduce(monkeypatch, spoken, tmp_path)
     with use_backend("reference"):
         yield
 
@@ -38,7 +51,7 @@ def trained(tmp_path_factory, spoken):
     """A folder that a short run has filled."""
     folder = tmp_path_factory.mktemp("trained") / "report"
     with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
-        patch.setattr(speech, "load", lambda clips: spoken)
+        reduce(patch, spoken, folder.parent)
         assert demo("--output", folder, steps=5) == 0
     return folder
 
@@ -63,6 +76,8 @@ def test_demo_trains_both_stages_and_leaves_a_report_and_a_model(tmp_path, capsy
     assert "2 steps, images" in printed.out and "3 steps, sounds" in printed.out
     assert re.search(r"sound finds image +[\d.]+% +[\d.]+%\n", printed.out)
     assert "Both backends compute the same" in printed.out
+    assert re.search(r"image-text: fused is .+; automatic is .+\n", printed.out)
+    assert "automatic backend, one CPU thread" in printed.out
     assert max(map(len, printed.out.partition("What to try next")[0].splitlines())) <= 110
     assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"index.html", "model"}
     assert torch.get_num_threads() == threads
@@ -141,6 +156,40 @@ def test_what_cannot_be_heard_is_refused_in_one_line(trained, tmp_path, capsys, 
     assert printed.err.count("\n") == 1 and printed.out == ""
 
 
+def test_a_voice_is_ranked_in_any_folder_by_the_model_of_the_last_run(trained, tmp_path, capsys, spoken, monkeypatch):
+    monkeypatch.setattr(experiment, "train_image_text", None)  # nothing trains again
+    monkeypatch.chdir(tmp_path)
+    run.note_place(trained)
+    assert demo("--wav", recording(tmp_path / "other.wav", spoken[1].sounds[0])) == 0
+    assert f"nearest first: {trained / 'other-ranking.html'}" in capsys.readouterr().out
+    assert 'href="index.html"' in (trained / "other-ranking.html").read_text(encoding="utf-8")
+    assert not (tmp_path / "report").exists()
+
+
+def test_every_place_that_was_looked_in_is_named(trained, tmp_path, monkeypatch):
+    assert rank.find(tmp_path, anywhere=True) == (None, [tmp_path / "model"])
+    run.note_place(tmp_path / "gone")
+    assert rank.find(tmp_path, anywhere=True) == (None, [tmp_path / "model", tmp_path / "gone" / "model"])
+    run.note_place(trained)
+    assert rank.find(tmp_path, anywhere=True)[0] == trained and rank.find(tmp_path, anywhere=False)[0] is None
+    assert rank.find(trained, anywhere=True)[0] == trained
+
+
+def test_a_place_that_cannot_be_noted_costs_a_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run, "record_file", lambda: tmp_path / "file" / "last-demo.txt")
+    run.note_place(tmp_path)
+    assert capsys.readouterr().out.startswith("Where the model is cannot be noted for --wav in other folders: ")
+
+
+@pytest.mark.parametrize("score, said", [(0.91, ""), (0.9, ""), (0.89, "(0.890, below 0.900)")])
+def test_a_sound_below_the_threshold_is_said_to_be_unlike_any_digit(score, said):
+    measured = familiarity.Familiarity(torch.zeros(1, 1), 0.9, 0.05, 0.996)
+    found = rank.warning(measured, score)
+    assert bool(found) == bool(said) and said in found
+    assert not found or ("5% of the held-out digits" in found and "99.6% of noises" in found)
+
+
 def test_seeds_print_their_spread_and_keep_every_figure(tmp_path, capsys):
     assert demo("--output", tmp_path, "--seeds", 2, "--seed", 7) == 0
     printed = capsys.readouterr().out
@@ -149,7 +198,7 @@ def test_seeds_print_their_spread_and_keep_every_figure(tmp_path, capsys):
     assert [run["seed"] for run in kept["runs"]] == [7, 8] and kept["denoise"] is False
     assert {"CPU", "torch", "Steps"} <= set(kept["machine"])
     assert all(0 <= run[name] <= 1 for run in kept["runs"] for name in ("sound_to_image", "image_to_sound"))
-    assert [path.name for path in tmp_path.iterdir()] == ["seeds.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["seeds.json"]  # the folder holds no model to be noted
 
 
 @pytest.mark.parametrize("mode", [[], ["--seeds", "1"]], ids=["one", "seeds"])

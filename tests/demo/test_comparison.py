@@ -23,11 +23,10 @@ def test_pairs_hold_each_kind_with_its_caption(digits, spoken, vocabulary, monke
     assert [(next(name for name in batch if name != "text"), len(batch["text"])) for batch in batches] == kinds
 
 
-def test_both_backends_agree_and_are_timed(model, batches):
-    found = comparison.compare(model, "cpu", batches, rounds=1)
+def test_both_backends_agree(model, batches):
+    found = comparison.compare(model, "cpu", batches)
     assert found.agree and found.device == "cpu"
     assert 0 < found.largest_difference <= comparison.AGREEMENT * found.largest_value
-    assert set(found.tokens_per_second) == {"reference", "fused"} and min(found.tokens_per_second.values()) > 0
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -37,7 +36,7 @@ def test_a_fault_in_a_gradient_alone_is_found(model, batches, monkeypatch):
         return gradients._replace(y=gradients.y * 1.01)
 
     monkeypatch.setattr(RESIDUAL.backward, "reference", scaled)
-    found = comparison.compare(model, "cpu", batches, rounds=1)
+    found = comparison.compare(model, "cpu", batches)
     assert not found.agree and found.largest_difference > comparison.AGREEMENT * found.largest_value
 
 
@@ -51,5 +50,5 @@ def test_a_value_that_is_no_number_disagrees(model, batches, monkeypatch):
         return found
 
     monkeypatch.setattr(comparison, "_results", spoiled)
-    found = comparison.compare(model, "cpu", batches, rounds=1)
+    found = comparison.compare(model, "cpu", batches)
     assert not found.agree and math.isnan(found.largest_difference)

@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from onepeace_fast.demo import charts, report
+from onepeace_fast.demo import charts, cost_charts, report
 from onepeace_fast.demo.result import Comparison, Result
 
 
@@ -132,7 +132,7 @@ def test_a_high_control_takes_the_claim_back():
 
 def test_the_sounds_shown_are_two_per_digit_by_different_voices_in_turn(result):
     rows = report.choose(result.sound_labels, result.sound_voices)
-    assert [result.sound_labels[row] for row in rows] == [digit for digit in range(10) for _ in range(2)]
+    assert [result.sound_labels[row] for row in rows] == 2 * list(range(10))
     said = [(result.sound_labels[row], result.sound_voices[row]) for row in rows]
     assert len(set(said)) == 20
     assert Counter(voice for _, voice in said) == dict.fromkeys(VOICES, 4)
@@ -141,7 +141,7 @@ def test_the_sounds_shown_are_two_per_digit_by_different_voices_in_turn(result):
 
 def test_a_voice_without_the_digit_is_passed_over():
     # Row 1 is a second "zero" of the same voice, and only one voice says "one".
-    assert report.choose([0, 0, 0, 1], ["a", "a", "b", "b"]) == [0, 2, 3]
+    assert report.choose([0, 0, 0, 1], ["a", "a", "b", "b"]) == [0, 3, 2]
     assert report.choose([3], ["a"]) == [0]
 
 
@@ -167,6 +167,32 @@ def test_every_sound_stands_beside_its_nearest_images(page, result):
     assert page.text.count("✓") == frames.count("right") > 0 < page.text.count("✗") == frames.count("wrong")
 
 
+def test_six_cards_are_open_and_the_others_folded(result, tmp_path):
+    text = report.write(result, tmp_path).read_text(encoding="utf-8")
+    before, folded = text.split("<details>")[:2]
+    assert before.count('<article class="card">') == 6
+    assert folded.split("</details>")[0].count('<article class="card">') == 14
+    assert "<summary>The other 14 of these 20 sounds</summary>" in folded and "<details open" not in text
+
+
+def test_a_spectrogram_stands_beside_each_sound(page, result):
+    spectrograms = [image for image in page.all("img") if image["alt"].startswith("spectrogram ")]
+    assert len(spectrograms) == len(page.all("audio"))
+    tone = np.asarray(Image.open(payload(report.spectrogram_uri(result.sounds[-1]))).convert("L"), float)
+    height, _ = tone.shape
+    brightest = height - 1 - tone.mean(1).argmax()  # upwards
+    assert brightest * 8000 / (height - 1) == pytest.approx(200 + 50 * 9, abs=8000 / (height - 1))
+    short = np.asarray(Image.open(payload(report.spectrogram_uri(np.ones(5, np.int16)))))
+    assert short.size > 0
+
+
+def test_what_the_library_did_is_said_as_measured(page):
+    assert "image-text: fused is slower, 0.80 times as fast" in page.text
+    assert "audio-text: fused is 1.11 times as fast; automatic is 1.11 times as fast." in page.text
+    assert "image-text: fused 0.70 and automatic 1.00 times the reference's peak memory." in page.text
+    assert "Padding is 38% of a padded image-text batch and none of a padded audio-text batch" in page.text
+
+
 def mistaken(rows: list[int]) -> Result:
     """A result where the sounds of these rows alone find a wrong digit first."""
     result = made_up(noise=0)
@@ -180,13 +206,14 @@ def mistaken(rows: list[int]) -> Result:
 def test_mistakes_are_added_where_the_chosen_sounds_hold_none(tmp_path):
     page = written(mistaken([1, 33]), tmp_path)
     assert "0 of these 20 find a wrong digit first; of all 100 held-out sounds 2 do." in page.text
-    assert "The sounds above hold none. The first 2 of all 2:" in page.text and len(page.all("audio")) == 22
+    assert "All sounds above find their digit first. The first 2 of all 2 mistakes" in page.text
+    assert len(page.all("audio")) == 22
 
 
 def test_a_mistake_among_the_chosen_sounds_is_shown_in_its_place(tmp_path):
     page = written(mistaken([0, 1]), tmp_path)
     assert "1 of these 20 find a wrong digit first; of all 100 held-out sounds 2 do." in page.text
-    assert "The sounds above hold none" not in page.text and len(page.all("audio")) == 20
+    assert "All sounds above find their digit first" not in page.text and len(page.all("audio")) == 20
 
 
 def test_without_a_mistake_the_report_says_so(tmp_path):
@@ -196,11 +223,11 @@ def test_without_a_mistake_the_report_says_so(tmp_path):
 
 def test_disagreeing_backends_are_shouted(result, tmp_path):
     agreeing = result.comparisons[0]
-    assert "up to rounding. On cpu the fused backend is 1.27 times as fast" in " ".join(report.agreement([agreeing]))
-    broken = Comparison("cuda", False, {"reference": 200.0, "fused": 100.0}, 0.5, 4.0)
+    assert report.agreement([agreeing]) == ["Both backends compute the same outputs and gradients, up to rounding."]
+    broken = Comparison("cuda", False, 0.5, 4.0)
     page = written(dataclasses.replace(result, comparisons=[agreeing, broken]), tmp_path)
     assert "THE BACKENDS DISAGREE by more than rounding on cuda." in page.text
-    assert "cuda 0.5" not in page.text.split("Largest value")[0] and "0.50 times as fast" in page.text
+    assert "cuda 0.5" not in page.text.split("Largest value")[0]
 
 
 def test_names_are_escaped(result, tmp_path):
@@ -262,6 +289,17 @@ def test_confusion_names_the_most_frequent_mistake(found, end):
     assert charts.confusion([1, 2, 3, 3], found, "spoken", "handwritten").title == f"From spoken to handwritten: {end}"
 
 
+@pytest.mark.parametrize(
+    ("noise", "title"),
+    [
+        (0.0, r"Sounds move to the images of their digit: [\d.]+% stand .* before stage 2, 100% after\."),
+        (90.0, r"On this map sounds hardly move to their digit: .*"),
+    ],
+)
+def test_the_map_claims_only_what_it_shows(noise, title):
+    assert re.fullmatch(title, charts.embeddings(made_up(noise).map).title)
+
+
 def test_voices_are_said_to_be_above_chance_only_where_they_are():
     counts = {"a": 10, "b": 10}
     assert charts.voices({"a": 0.9, "b": 0.4}, counts).title == "Every voice is above chance, from 40% (b) to 90% (a)."
@@ -297,6 +335,10 @@ LONG = ["grandmother, Lancastrian", "grandfather, Lancastrian"]
         lambda: charts.series_bias("audio", "frames of 20 ms", np.ones((8, 99))),
         lambda: charts.grid_bias("image", np.ones((4, 3, 3))),
         lambda: charts.grid_bias("image", np.ones((6, 7, 7))),
+        lambda: charts.embeddings(made_up(noise=2).map),
+        lambda: cost_charts.tokens(made_up(noise=2).tokens, 20),
+        lambda: cost_charts.times(made_up(noise=2).costs),
+        lambda: cost_charts.memory(made_up(noise=2).costs),
     ],
 )
 def test_text_in_pictures_is_large_enough_for_a_phone_and_inside(draw):
@@ -325,17 +367,26 @@ def test_ranking_is_a_page_of_its_own_beside_the_report(result, tmp_path):
     index = report.write(result, tmp_path)
     before = index.read_bytes()
     images = [(result.images[row], result.image_labels[row], 0.5 - row / 10) for row in range(5)]
-    path = report.write_ranking("my <three>.wav", result.sounds[0], [(3, 0.75), (8, -0.5)], images, tmp_path)
+    path = report.write_ranking("my <three>.wav", result.sounds[0], [(3, 0.75), (8, -0.5)], images, "", tmp_path)
     assert path == tmp_path / "my <three>-ranking.html" and index.read_bytes() == before
     page = Elements(path.read_text(encoding="utf-8"))
     assert "my <three>.wav: three is the nearest digit" in page.text
     assert page.text.index("3 three 0.750") < page.text.index("8 eight -0.500")
-    assert [image["alt"] for image in page.all("img")] == [f"handwritten {label}" for label in result.image_labels[:5]]
+    shown = [image["alt"] for image in page.all("img")]
+    assert shown[1:] == [f"handwritten {label}" for label in result.image_labels[:5]] and "spectrogram" in shown[0]
+    assert [link["href"] for link in page.all("a")] == ["index.html"] and "unlike any" not in page.text
     assert [sound["src"] for sound in page.all("audio")] == [report.sound_uri(result.sounds[0])]
+
+
+def test_ranking_says_first_that_a_sound_is_unlike_any_digit_and_links_to_no_report_that_is_not_there(result, tmp_path):
+    path = report.write_ranking("hum.wav", result.sounds[0], [(3, 0.75)], [], "This is unlike.", tmp_path)
+    page = Elements(path.read_text(encoding="utf-8"))
+    assert "hum.wav: unlike any digit This is unlike. The nearest digit is three all the same." in page.text
+    assert page.all("a") == []
 
 
 @pytest.mark.parametrize("waveform", [np.zeros(16), np.zeros((1, 16), dtype=np.int16)])
 def test_ranking_refuses_what_is_no_int16_sound(waveform, tmp_path):
     with pytest.raises(ValueError, match="waveform: expected int16"):
-        report.write_ranking("mine.wav", waveform, [(3, 0.5)], [], tmp_path)
+        report.write_ranking("mine.wav", waveform, [(3, 0.5)], [], "", tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from onepeace_fast import backend, cli, info, routed_ffn
+from onepeace_fast import backend, cli, info, progress, routed_ffn
 from onepeace_fast.hardware import cases, selftest, tune
 from onepeace_fast.hardware.cases import Case
 from onepeace_fast.kernels import measured as files
@@ -50,8 +50,42 @@ def test_a_wrong_gradient_is_a_fault_with_code_1(monkeypatch, capsys):
     monkeypatch.setattr(selftest, "specified_cases", lambda *_: iter(()))
     assert cli.main(["selftest", "--device", "cpu"]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[-1] for line in lines[1:-1]] == ["NO"] * len(DTYPES)
+    head = lines.index(next(line for line in lines if line.startswith("operation")))
+    assert [line.split()[-1] for line in lines[head + 1 : -1]] == ["NO"] * len(DTYPES)
     assert lines[-1].endswith(f"{len(DTYPES)} faults")
+
+
+@pytest.mark.parametrize(
+    "interpreted, device, said",
+    [
+        (False, "cpu", ["every operation's reference in PyTorch", "No Triton or CUDA kernel runs here"]),
+        (True, "cpu", ["in Triton's interpreter", "not in bfloat16", "No kernel runs on a GPU here"]),
+        (False, "cuda", ["selftest on A GPU", "Rows marked kernel ran on this GPU"]),
+    ],
+)
+def test_what_can_be_shown_on_this_device_is_said_first(monkeypatch, capsys, interpreted, device, said):
+    def looked(device):
+        first.append(capsys.readouterr().out)
+        return iter(())
+
+    first = []
+    monkeypatch.setattr(selftest.kernels, "INTERPRETED", interpreted)
+    monkeypatch.setattr(selftest, "gpu_name", lambda device: "A GPU")
+    monkeypatch.setattr(selftest, "approve", lambda device: "a file")
+    monkeypatch.setattr(selftest, "check", looked)
+    assert selftest._test(torch.device(device)) == 0
+    assert [words for words in said if words not in first[0]] == []
+
+
+def test_progress_counts_every_group_of_cases(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
+    monkeypatch.setattr(selftest, "SMALL", ((1, 64), (7, 63)))
+    for name in ("kernel_cases", "specified_cases", "product_cases"):
+        monkeypatch.setattr(selftest, name, lambda *_: iter(()))
+    list(selftest.check(torch.device("cpu")))
+    lines, groups = capsys.readouterr().err.splitlines(), 3 * len(selftest._dtypes(torch.device("cpu")))
+    assert not selftest.kernels.INTERPRETED and len(lines) == groups
+    assert lines[-1].startswith(f"selftest: {groups} of {groups} groups in ") and lines[-1].endswith("dtype=bfloat16")
 
 
 @pytest.mark.parametrize("error, allowed, kept", [(1.0, 2.0, True), (2.0, 1.0, False), (float("nan"), 1.0, False)])
@@ -71,7 +105,7 @@ def test_a_gpu_that_is_not_there_is_one_line_and_code_2(monkeypatch, capsys):
 def test_in_the_interpreter_the_kernels_are_tested():
     command = [sys.executable, "-m", "onepeace_fast.cli", "selftest", "--device", "cpu"]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    rows = [line.split() for line in result.stdout.splitlines()[1:-1]]
+    rows = [line.split() for line in result.stdout.splitlines()[4:-1]]
     assert result.returncode == 0, result.stdout + result.stderr
     assert {row[0] for row in rows if "kernel" in row} >= {
         "layer_norm",
