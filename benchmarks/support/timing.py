@@ -187,6 +187,14 @@ def interleaved(
     return {name: timing for name, timing in timings.items() if name not in errors}, errors
 
 
+def timed(call: Callable[[], object], timing: Timing) -> None:
+    """Time one call by both clocks."""
+    cpu, start = time.process_time(), time.perf_counter()
+    call()
+    timing.seconds.append(time.perf_counter() - start)
+    timing.cpu.append(time.process_time() - cpu)
+
+
 def paired(
     benchmark: Any,
     measured: Callable[[], object],
@@ -200,12 +208,6 @@ def paired(
     As many rounds as fit into about ``seconds``, ``least`` at least and ``rounds`` at most. Returns all timings.
     """
     timings = tuple(Timing() for _ in (measured, *against))
-
-    def timed(call: Callable[[], object], timing: Timing) -> None:
-        cpu, start = time.process_time(), time.perf_counter()
-        call()
-        timing.seconds.append(time.perf_counter() - start)
-        timing.cpu.append(time.process_time() - cpu)
 
     def others() -> None:
         for call, timing in zip(against, timings[1:], strict=True):

@@ -34,23 +34,17 @@ class Group(NamedTuple):
     length: int
 
     def gather(self, x: Tensor) -> Tensor:
-        """[rows, ...] to [N, L, ...]; padding repeats row 0."""
-        return x[self.rows].unflatten(0, (self.samples, -1)) if isinstance(self.rows, slice) else x[self.rows]
-
-    def read(self, x: Tensor) -> Tensor:
-        """[rows, ...] to [N, L, ...]; padding is zero, so that a NaN in row 0 stays in its own sample."""
-        tokens = self.gather(x)
-        if self.valid is None:
-            return tokens
-        return tokens.masked_fill(~self.valid.view(*self.valid.shape, *(1,) * (x.dim() - 1)), 0)
+        """[rows, ...] to [N, L, ...]; padding repeats a row of its sample."""
+        rows = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows.flatten())
+        return rows.unflatten(0, (self.samples, self.length))
 
     def scatter(self, x: Tensor, value: Tensor) -> None:
         """Store [N, L, ...] at its rows of x, whose last row is spare."""
         if isinstance(self.rows, slice):
-            x[self.rows].unflatten(0, (self.samples, -1)).copy_(value)
+            x[self.rows].unflatten(0, (self.samples, self.length)).copy_(value)
         else:
             rows = self.rows if self.valid is None else torch.where(self.valid, self.rows, x.shape[0] - 1)
-            x[rows] = value.to(x.dtype)
+            x.index_copy_(0, rows.flatten(), value.flatten(0, 1).to(x.dtype))
 
 
 def sample_groups(segments: Segments) -> Iterator[Group]:
@@ -133,14 +127,18 @@ def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Rows of each sample's tokens, its modalities one after another, and which are real: [samples, longest] each."""
+    """Rows of each sample's tokens, its modalities one after another, and which are real: [samples, longest] each.
+
+    Padding repeats the sample's first row, so that a NaN stays in its own sample.
+    """
     place = torch.arange(longest, device=starts.device)
     before = lengths.cumsum(0) - lengths
     rows = torch.zeros(lengths.shape[1], longest, dtype=torch.int64, device=starts.device)
     for start, length, first in zip(starts, lengths, before, strict=True):
         within = place - first[:, None]
         rows = torch.where((within >= 0) & (within < length[:, None]), start[:, None] + within, rows)
-    return rows, place < lengths.sum(0)[:, None]
+    valid = place < lengths.sum(0)[:, None]
+    return torch.where(valid, rows, rows[:, :1]), valid
 
 
 def check_segments(cu_seqlens: Tensor, rows: int) -> None:
