@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+with contextlib.suppress(ImportError):
+    import setuptools  # noqa: F401  inductor needs it, and it must come before the distutils that others import
 
 from benchmarks.support import machine  # noqa: E402
 from benchmarks.support.report import Report, write_json  # noqa: E402
@@ -26,7 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add this suite's options."""
     group = parser.getgroup("onepeace_fast benchmarks")
     group.addoption("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    group.addoption("--case-seconds", type=float, default=20.0, help="time for each timed case (default: 20)")
+    group.addoption("--case-seconds", type=float, default=8.0, help="time for each timed case (default: 8)")
     group.addoption("--results", type=Path, help="also write what was measured to a JSON file in this folder")
 
 
