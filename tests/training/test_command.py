@@ -73,7 +73,7 @@ def test_both_stages_from_files_to_a_model(corpus, name, capfd):
     out, err = capfd.readouterr()
     assert "Training audio_language on 10 pairs" in out
     assert out.endswith(f"Done: {corpus / name / 'step-00000004'}\n")
-    assert "4/4" in err and "loss=" in err
+    assert "4 of 4 steps" in err and "loss=" in err
     assert {"atc_loss", "dcl_audio_loss", "dcl_al_text_loss", "dcl_al_audio_loss"} <= set(curves(corpus / name))
     before, after = (OnePeacePretrain.load(corpus / run / "step-00000004") for run in ("stage1", name))
     text = torch.tensor([[5, 6, 7, 2]])
