@@ -12,6 +12,7 @@ import pytest
 from tools.scratch import use_scratch
 
 ROOT = Path(__file__).resolve().parent.parent
+LONGEST = ("tests/demo/test_command.py", "tests/test_kernels.py")
 PACKAGES = {"onepeace_fast": ROOT / "onepeace_fast", "onepeace_fast.kernels": ROOT / "kernels"}
 
 use_scratch()  # before anything that asks for these folders is imported
@@ -41,6 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)  # matrices here are tiny: more threads would only wait for each other
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest: one of them at the end keeps the other cores waiting."""
+    items.sort(key=lambda item: item.path.relative_to(ROOT).as_posix() not in LONGEST)
 
 
 def missing_compiler() -> bool:

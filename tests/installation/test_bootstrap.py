@@ -226,7 +226,7 @@ LAST = {
     "test": [*(f"VENV {check}" for check in CHECKS), PARALLEL],
     "test tests/ops -k norm": [f"{PARALLEL} tests/ops -k norm"],
     "test --coverage -x": [f"{PARALLEL} --cov --cov-report=term-missing:skip-covered --cov-fail-under=90 -x"],
-    "test-all -x": [f"{PARALLEL} -m slow and not gpu -x"],
+    "test-all -x": [f"{PARALLEL} --no-loadscope-reorder -m slow and not gpu -x"],
     "mutants --all": ["VENV -m tools.mutants --all"],
     "rehearse --short": ["VENV -m tools.rehearsal --short"],
     "kernels --all": ["VENV -m tools.compile_kernels --all", "VENV -m tools.compile_cuda"],
