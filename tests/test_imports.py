@@ -113,3 +113,9 @@ def test_what_is_looked_for_is_found():
     source = f"from {PACKAGE} import ops\nfrom {PACKAGE}.ops import a, other\ndef f():\n    import {PACKAGE}.checks\n"
     known = frozenset({PACKAGE, f"{PACKAGE}.ops", f"{PACKAGE}.ops.a", f"{PACKAGE}.checks"})
     assert _imported(source, "m", known) == {f"{PACKAGE}.ops", f"{PACKAGE}.ops.a", f"{PACKAGE}.checks"}
+
+
+def test_what_an_editor_follows_from_an_op_to_its_kernel_is_no_string():
+    for module, path in MODULES.items():
+        if module.startswith(tuple(f"{PACKAGE}.{name}" for name in ORDER[1:])):
+            assert "import_module" not in path.read_text() and "__import__" not in path.read_text(), module

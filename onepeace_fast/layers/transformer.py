@@ -25,7 +25,7 @@ from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span,
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan
 
-FEW_ROWS = 256
+FEW_ROWS = 256  # an image: what its layers keep is small beside the weights' gradients
 
 
 class SelfAttention(nn.Module):

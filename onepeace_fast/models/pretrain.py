@@ -35,7 +35,8 @@ class OnePeacePretrain(nn.Module):
 
     Args:
         config: sizes and variants; the defaults are the public 4 B model's.
-        backend: "reference" (padded, as upstream computes it), "fused" (packed), or None: automatic by device.
+        backend: "reference" (padded, as upstream computes it), "fused" (packed), or None: automatic, by device and on a
+            CPU by batch.
         adapters: those of the modalities that were added to the configuration, by name.
     """
 

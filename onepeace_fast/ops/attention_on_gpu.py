@@ -190,7 +190,7 @@ def attend_by_sdpa(given: AttentionInputs, entries: PairEntries | None) -> Atten
     aligned = -(-longest_sample(given.segments) // ALIGNMENT) * ALIGNMENT
     vectors = joined(given.bias.vectors, qkv.dtype) if entries is not None else None
     for group in sample_groups(given.segments._replace(max_length=aligned)):
-        q, k, v = group.gather(qkv).permute(2, 0, 3, 1, 4).unbind()
+        q, k, v = group.read(qkv).permute(2, 0, 3, 1, 4).unbind()
         index = None if entries is None else entries.of(group)
         visible = None if group.valid is None else group.valid[:, None, None, :]
         for some in head_slices(heads, q.shape[0], q.shape[2]):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
 from onepeace_fast.ops.arguments import check_routing, require_eps, require_one_per_modality, require_rows
-from onepeace_fast.ops.kernel_choice import launcher, runs_kernel
+from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward, zeros_where_needed
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
@@ -106,15 +106,27 @@ def statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor | None:
     return u.new_zeros((u.shape[0], 1), dtype=accumulation_dtype(u.dtype)) if norm_weight else None
 
 
-_backward_and_n_by_kernel = launcher("gated_sub_ln", "gated_sub_ln_backward_and_n")
+def _by_kernel(given: GatedSubLNInputs) -> GatedSubLNOutputs:
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_forward
+
+    return gated_sub_ln_forward(given)
+
+
+def _backward_by_kernel(saved: GatedSubLNSaved, needs: Needs) -> GatedSubLNGradients:
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_backward
+
+    return gated_sub_ln_backward(saved, needs)
 
 
 def gated_sub_ln_backward_and_n(
     saved: GatedSubLNSaved, needs: Needs, n_needed: bool
 ) -> tuple[GatedSubLNGradients, Tensor | None]:
     """The gradients, and n once more, by the kernel where it runs."""
-    by_kernel = runs_kernel("gated_sub_ln_backward", saved.grad_n)
-    return (_backward_and_n_by_kernel if by_kernel else gated_sub_ln_backward_and_n_reference)(saved, needs, n_needed)
+    if not runs_kernel("gated_sub_ln_backward", saved.grad_n):
+        return gated_sub_ln_backward_and_n_reference(saved, needs, n_needed)
+    from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_backward_and_n
+
+    return gated_sub_ln_backward_and_n(saved, needs, n_needed)
 
 
 def _fake(given: GatedSubLNInputs) -> GatedSubLNOutputs:
@@ -138,11 +150,11 @@ GATED_SUB_LN = Operation(
     GatedSubLNInputs,
     GatedSubLNOutputs,
     reference=gated_sub_ln_reference,
-    kernel=launcher("gated_sub_ln", "gated_sub_ln_forward"),
+    kernel=_by_kernel,
     fake=_fake,
     gradient=Gradient(
-        GatedSubLNSaved, GatedSubLNGradients, gated_sub_ln_backward_reference,
-        launcher("gated_sub_ln", "gated_sub_ln_backward"), _fake_backward,
+        GatedSubLNSaved, GatedSubLNGradients, gated_sub_ln_backward_reference, _backward_by_kernel,
+        _fake_backward,
     ),
 )  # fmt: skip
 

@@ -6,15 +6,12 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from onepeace_fast import kernels
 from onepeace_fast.kernels.launch_heuristic import WIDEST
-from onepeace_fast.structures import Function
 
 _kernels_forced: bool | None = None
 
@@ -33,15 +30,6 @@ def force_kernels(forced: bool) -> Iterator[None]:
 def kernels_forced() -> bool | None:
     """What ``force_kernels`` asks for, None outside it."""
     return _kernels_forced
-
-
-def launcher(module: str, name: str) -> Function:
-    """A launcher of ``onepeace_fast.kernels``, imported when it is first called, so that a CPU never imports Triton."""
-
-    def launch(*given: Any, **options: Any) -> Any:
-        return getattr(import_module(f"onepeace_fast.kernels.{module}"), name)(*given, **options)
-
-    return launch
 
 
 def runs_kernel(name: str, tensor: Tensor, triton: bool = True) -> bool:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device
 from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
-from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, rows_of_norms, source_rows
 from onepeace_fast.structures import (
@@ -133,6 +132,20 @@ def _at(tensors: Sequence[Tensor | None], m: int) -> Tensor | None:
     return tensors[m] if tensors else None
 
 
+def layer_norm_by_kernel(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
+    """What the reference returns, by the kernel."""
+    from onepeace_fast.kernels.layer_norm import layer_norm_forward
+
+    return layer_norm_forward(given, rms)
+
+
+def layer_norm_backward_by_kernel(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
+    """What the backward reference returns, by the kernel."""
+    from onepeace_fast.kernels.layer_norm import layer_norm_backward
+
+    return layer_norm_backward(saved, needs)
+
+
 def layer_norm_fake(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
     """Outputs of the right shapes; of RMSNorm there is no mean."""
     x, row_index = given.x, given.routing.row_index
@@ -156,11 +169,11 @@ LAYER_NORM = Operation(
     LayerNormInputs,
     LayerNormOutputs,
     reference=layer_norm_reference,
-    kernel=launcher("layer_norm", "layer_norm_forward"),
+    kernel=layer_norm_by_kernel,
     fake=layer_norm_fake,
     gradient=Gradient(
-        LayerNormSaved, LayerNormGradients, layer_norm_backward_reference,
-        launcher("layer_norm", "layer_norm_backward"), layer_norm_backward_fake,
+        LayerNormSaved, LayerNormGradients, layer_norm_backward_reference, layer_norm_backward_by_kernel,
+        layer_norm_backward_fake,
     ),
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ from onepeace_fast.ops.segments import Group, check_codes, check_segments, is_on
 from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import RelativeBias, Segments
 
-PAIRS_KEPT = 2**20
+PAIRS_KEPT = 2**20  # in all groups; a head's bias of so many takes 4 MiB
 
 
 class PairEntries(NamedTuple):
@@ -156,8 +156,8 @@ class _Walk:
 
     def _with_entries(self) -> Iterator[tuple[Group, Tensor | None]]:
         for group in self._groups:
-            alike = _are_alike(group, self._segments)
-            yield group, None if self._entries is None else self._entries.of(group, alike)
+            entries = self._entries
+            yield group, None if entries is None else entries.of(group, _are_alike(group, self._segments))
 
 
 def _layout(bias: RelativeBias) -> tuple[Sequence[int], list[torch.Size]]:

@@ -66,7 +66,7 @@ def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
 
 def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
-    q, k, v = group.gather(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
+    q, k, v = group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
     return q, k, v
 
 
@@ -104,7 +104,7 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
     for group, entries, bias in walk(saved.bias, saved.segments, rows, dtype):
         q, k, v = _heads(qkv, group)
         p = scores(q, k, bias, scale).softmax(-1)
-        dout = group.gather(saved.grad_out).to(dtype).transpose(1, 2)
+        dout = group.read(saved.grad_out).to(dtype).transpose(1, 2)
         if group.valid is not None:
             p = p * group.valid[:, None, :, None]
         if dscale is not None:

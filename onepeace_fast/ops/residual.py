@@ -25,7 +25,6 @@ from onepeace_fast.ops.arguments import (
     require_rows,
 )
 from onepeace_fast.ops.dropout import dropout_factor
-from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
@@ -139,6 +138,18 @@ def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
     return torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
 
 
+def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
+    from onepeace_fast.kernels.residual import residual_forward
+
+    return residual_forward(given)
+
+
+def _backward_by_kernel(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+    from onepeace_fast.kernels.residual import residual_backward
+
+    return residual_backward(saved, needs)
+
+
 def _fake(given: ResidualInputs) -> ResidualOutputs:
     x = given.x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -192,11 +203,11 @@ RESIDUAL = Operation(
     ResidualInputs,
     ResidualOutputs,
     reference=residual_reference,
-    kernel=launcher("residual", "residual_forward"),
+    kernel=_by_kernel,
     fake=_fake,
     gradient=Gradient(
-        ResidualSaved, ResidualGradients, residual_backward_reference, launcher("residual", "residual_backward"),
-        _fake_backward, _select, _finish,
+        ResidualSaved, ResidualGradients, residual_backward_reference, _backward_by_kernel, _fake_backward,
+        _select, _finish,
     ),
 )  # fmt: skip
 

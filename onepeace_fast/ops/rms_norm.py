@@ -14,10 +14,11 @@ from functools import partial
 from torch import Tensor
 
 from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
-from onepeace_fast.ops.kernel_choice import launcher
 from onepeace_fast.ops.layer_norm import (
+    layer_norm_backward_by_kernel,
     layer_norm_backward_fake,
     layer_norm_backward_reference,
+    layer_norm_by_kernel,
     layer_norm_fake,
     layer_norm_reference,
 )
@@ -54,11 +55,11 @@ RMS_NORM = Operation(
     RMSNormInputs,
     RMSNormOutputs,
     reference=partial(_forward, layer_norm_reference),
-    kernel=partial(_forward, launcher("layer_norm", "layer_norm_forward")),
+    kernel=partial(_forward, layer_norm_by_kernel),
     fake=partial(_forward, layer_norm_fake),
     gradient=Gradient(
         RMSNormSaved, RMSNormGradients, partial(_backward, layer_norm_backward_reference),
-        partial(_backward, launcher("layer_norm", "layer_norm_backward")), partial(_backward, layer_norm_backward_fake),
+        partial(_backward, layer_norm_backward_by_kernel), partial(_backward, layer_norm_backward_fake),
     ),
 )  # fmt: skip
 

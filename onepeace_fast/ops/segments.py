@@ -38,6 +38,13 @@ class Group(NamedTuple):
         rows = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows.flatten())
         return rows.unflatten(0, (self.samples, self.length))
 
+    def read(self, x: Tensor) -> Tensor:
+        """[rows, ...] to [N, L, ...]; padding is zero where a sample may be without a token to repeat."""
+        tokens = self.gather(x)
+        if self.valid is None or is_on_host(x):
+            return tokens
+        return tokens.masked_fill(~self.valid.view(*self.valid.shape, *(1,) * (x.dim() - 1)), 0)
+
     def scatter(self, x: Tensor, value: Tensor) -> None:
         """Store [N, L, ...] at its rows of x, whose last row is spare."""
         if isinstance(self.rows, slice):
@@ -59,7 +66,7 @@ def sample_groups(segments: Segments) -> Iterator[Group]:
     if not is_on_host(cu_seqlens):
         longest = longest_sample(segments)
         step = _samples_at_once(longest)
-        for first in range(0, cu_seqlens.shape[1] - 1, step):
+        for first in range(0, cu_seqlens.shape[1] - 1, step) if longest else ():
             some = slice(first, first + step)
             rows, valid = _padded_rows(starts[:, some], lengths[:, some], longest)
             yield Group(rows, valid, rows.shape[0], longest)
@@ -129,7 +136,7 @@ def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
 def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """Rows of each sample's tokens, its modalities one after another, and which are real: [samples, longest] each.
 
-    Padding repeats the sample's first row, so that a NaN stays in its own sample.
+    Padding repeats the sample's first row, so that a NaN stays in its own sample; without any token it is row 0.
     """
     place = torch.arange(longest, device=starts.device)
     before = lengths.cumsum(0) - lengths

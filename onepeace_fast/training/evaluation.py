@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -11,7 +10,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from onepeace_fast.checks import require
 from onepeace_fast.data.batches import FileDataset, collate_clips
@@ -19,6 +17,7 @@ from onepeace_fast.data.manifest import CAPTION, columns_of, read_rows
 from onepeace_fast.data.text import TokenizedCaptions, Tokenizer, pad_tokens
 from onepeace_fast.layers.adapters import PATCH, AudioAdapter
 from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.progress import progress
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import CHECKSUMS_FILE, TOKENIZER_FILE, TRAINING_FILE
 from onepeace_fast.training.retrieval import Figures, figures
@@ -134,10 +133,13 @@ def _right_answers(first: Items, second: Items) -> tuple[list[list[int]], list[l
 def _embed(model: OnePeacePretrain, folder: Path, side: Items, batch_size: int, device: torch.device) -> Tensor:
     """Embeddings of a side's items, [items, dim], on the device."""
     batches = _texts(folder, side, batch_size) if side.column == CAPTION else _files(model, side, batch_size)
-    shown = tqdm(batches, total=math.ceil(len(side.values) / batch_size), desc=side.column, unit="batch", leave=False)
-    return torch.cat(
-        [model.embed(**{name: value.to(device) for name, value in batch.items()}).float() for batch in shown]
-    )
+    bar = progress(f"Embedding {side.column}", "item", len(side.values))
+    embedded = []
+    for batch in batches:
+        embedded.append(model.embed(**{name: value.to(device) for name, value in batch.items()}).float())
+        bar.update(len(embedded[-1]))
+    bar.close()
+    return torch.cat(embedded)
 
 
 def _texts(folder: Path, side: Items, batch_size: int) -> Iterator[dict[str, Tensor]]:

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from models._small import assert_close, batch_of, small_config, small_model, with_gradients
+from models._small import assert_close, batch_of, layer_inputs, small_config, small_model, with_gradients
 
-from onepeace_fast import use_backend
+from onepeace_fast import RoutePlan, use_backend
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
 from onepeace_fast.layers import transformer
 from onepeace_fast.models import stack
-from onepeace_fast.models.choice import COST_OF_A_PASS, COST_OF_PACKING, NOISE, choose
+from onepeace_fast.models.choice import COST_OF_A_PASS, COST_OF_PACKING, LEAST_SHARE, choose
 from onepeace_fast.models.passes import PaddedTokens
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
 
@@ -52,6 +52,32 @@ def test_drop_path_and_dropout_take_the_ops(ffn_ops):
         ffn_ops.clear()
 
 
+def test_autocast_and_compiled_code_take_the_ops(ffn_ops):
+    model = small_model("fused", dtype=torch.float32)
+    x, plan, bias = layer_inputs(model, batch_of(text=[5, 6], dtype=torch.float32))
+    layer = model.encoder.fusion_model.layers[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer(x, plan, bias)
+    assert len(ffn_ops) == 1
+    graphs = []
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    with torch.no_grad():
+        compiled(x, plan, bias)
+    assert any("routed_ffn" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_inert_rows_stay_zero_where_a_plan_has_more_than_it_needs(ffn_ops):
+    model = small_model("fused")
+    x, plan, bias = layer_inputs(model, batch_of(text=[5, 6]))
+    wide = RoutePlan.from_lengths({"text": [6, 7]}, first_is_cls=True, capacity=plan.capacity + 3)
+    padded = torch.cat([x, x.new_zeros(3, x.shape[1])])
+    with torch.no_grad():
+        got = model.encoder.fusion_model(padded, wide, [bias])
+        torch.testing.assert_close(got[:-3], model.encoder.fusion_model(x, plan, [bias]), rtol=1e-12, atol=1e-12)
+    assert not got[-3:].any() and ffn_ops
+
+
 def passes_of(*widths_and_lengths):
     """Passes of one modality each."""
     return [
@@ -74,10 +100,10 @@ def test_the_choice_weighs_what_packing_saves_against_what_it_costs():
     assert chosen((12, [12])) == ("reference", 12, 12)
     assert chosen((20, [20, 5])) == ("fused", 40, 25)
     packed = 1000
-    least = math.ceil(packed * (1 + NOISE) + COST_OF_PACKING / of_a_row)
+    least = math.ceil(packed * (1 + LEAST_SHARE) + COST_OF_PACKING / of_a_row)
     assert chosen((least, [packed])).backend == "fused"
     assert chosen((least - 1, [packed])).backend == "reference"
-    further = 1 + math.ceil((COST_OF_PACKING + NOISE * 20 * of_a_row) / COST_OF_A_PASS)
+    further = 1 + math.ceil((COST_OF_PACKING + LEAST_SHARE * 20 * of_a_row) / COST_OF_A_PASS)
     assert chosen(*[(2, [2])] * further).backend == "fused", "one call for several passes"
     assert chosen(*[(2, [2])] * (further - 1)).backend == "reference"
     assert chosen((4, [4, 4]), samples={"text": [0, 1]}).padded_tokens == 8

@@ -85,6 +85,15 @@ def test_samples_that_are_alike_give_what_each_gives_alone(monkeypatch):
     assert not torch.equal(together[0][: LENGTHS[0]], apart[0][: LENGTHS[0]])
 
 
+def test_without_tokens_an_inert_row_leaves_gradients_zero_off_the_host_too(padded):
+    given = arguments()
+    given["cu_seqlens"].zero_()
+    qkv, bias = torch.full((ROWS, 3, HEADS, DIM), torch.nan).requires_grad_(), given["bias"][0].requires_grad_()
+    out = relative_bias_attention(qkv, **given, max_length=4)
+    for gradient in torch.autograd.grad(out, [qkv, bias], torch.full_like(out, torch.nan)):
+        assert not gradient.any()
+
+
 def test_nothing_is_kept_when_its_plan_is_gone():
     given = arguments()
     run(given)

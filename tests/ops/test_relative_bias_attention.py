@@ -26,7 +26,7 @@ from onepeace_fast import relative_bias_attention
 BATCHES = {**BATCHES, "long range": long_range, "codes that are no positions": random_codes}
 LENGTHS = {
     "reference": ([1], [65], [4, 90, 4], [7, 1, 300], [0, 3, 2], [0, 0], [0], []),
-    "padded": ([1], [65], [7, 1, 300], [0, 3, 2], []),
+    "padded": ([1], [65], [7, 1, 300], [0, 3, 2], [0, 0], [0], []),
     "slower_path": ([0, 3, 2], [0, 0], [0], []),
     "kernel": ([0, 3, 2], [0, 0], [0], []),
 }
