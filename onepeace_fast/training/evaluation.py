@@ -62,9 +62,11 @@ def evaluate(folder: Path, manifest: Path, columns: Sequence[str] | None, batch_
             len(set(side.values)) > 1,
             f"{manifest}: expected at least two different entries of {side.column!r}, got one; nothing can be confused",
         )
+    # Read before the long work, which a missing tokenizer would make useless.
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE) if second == CAPTION else None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    embedded = [_embed(model, folder, side, batch_size, device) for side in sides]
+    embedded = [_embed(model, tokenizer, side, batch_size, device) for side in sides]
     for name, embeddings in zip(names, embedded, strict=True):
         finite = bool(embeddings.isfinite().all())
         require(finite, f"{folder}: expected finite embeddings of {name}, got some that are infinite or no number")
@@ -130,9 +132,15 @@ def _right_answers(first: Items, second: Items) -> tuple[list[list[int]], list[l
 
 
 @torch.no_grad()
-def _embed(model: OnePeacePretrain, folder: Path, side: Items, batch_size: int, device: torch.device) -> Tensor:
+def _embed(
+    model: OnePeacePretrain, tokenizer: Tokenizer | None, side: Items, batch_size: int, device: torch.device
+) -> Tensor:
     """Embeddings of a side's items, [items, dim], on the device."""
-    batches = _texts(folder, side, batch_size) if side.column == CAPTION else _files(model, side, batch_size)
+    if side.column == CAPTION:
+        assert tokenizer is not None
+        batches = _texts(tokenizer, side, batch_size)
+    else:
+        batches = _files(model, side, batch_size)
     bar = progress(f"Embedding {side.column}", "item", len(side.values))
     embedded = []
     for batch in batches:
@@ -142,8 +150,7 @@ def _embed(model: OnePeacePretrain, folder: Path, side: Items, batch_size: int, 
     return torch.cat(embedded)
 
 
-def _texts(folder: Path, side: Items, batch_size: int) -> Iterator[dict[str, Tensor]]:
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+def _texts(tokenizer: Tokenizer, side: Items, batch_size: int) -> Iterator[dict[str, Tensor]]:
     captions = TokenizedCaptions(side.values, tokenizer, name=lambda place: f"caption {place + 1}")
     for start in range(0, len(captions), batch_size):
         rows = range(start, min(start + batch_size, len(captions)))
