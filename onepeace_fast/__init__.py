@@ -12,11 +12,12 @@ from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.models import OnePeacePretrain
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.route_plan import RoutePlan
+from onepeace_fast.structures import Segments
 
 if TYPE_CHECKING:
     kernels: Any  # _source_tree imports it, where no type checker looks
 
 __version__ = "0.1.0"
 
-__all__ = ["OnePeaceConfig", "OnePeacePretrain", "RoutePlan", "use_backend"]
+__all__ = ["OnePeaceConfig", "OnePeacePretrain", "RoutePlan", "Segments", "use_backend"]
 __all__ += ops.__all__

@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
             modality=route.modality,
             code=route.code,
             is_cls=route.is_cls,
-            bias=bias,  # type: ignore[arg-type]  # a vector for each modality goes with a plan
+            bias=bias,
             code_offsets=route.code_offsets if bias else (),
             head_scale=self.c_attn,
             max_length=route.max_length,

@@ -174,9 +174,8 @@ class _Op:
         for place in self._numbers:
             flat[place] = tuple(flat[place])
         for layout in self.inputs:
-            size = len(layout.leaves)
-            structures.append(layout.build(flat[:size]))
-            flat = flat[size:]
+            structures.append(layout.build(flat[: len(layout.leaves)]))
+            flat = flat[len(layout.leaves) :]
         return structures
 
     def _at_boundary(self, function: Function) -> Function:
@@ -255,18 +254,20 @@ class _Backward(_Op):
 class Operation(_Op):
     """A differentiable op, called with the structure of its inputs.
 
-    A call returns those outputs that have a gradient: the first ones, for which ``gradient.saved`` has a ``grad_``.
+    A call returns the first ``shown`` outputs, by default those that have a gradient: for which ``gradient.saved`` has
+    a ``grad_``.
     """
 
     def __init__(
         self, name: str, inputs: type[Any], outputs: type[Any], *, reference: Function, kernel: Function,
-        fake: Function, gradient: Gradient, triton: bool = True,
+        fake: Function, gradient: Gradient, triton: bool = True, shown: int | None = None,
     ) -> None:  # fmt: skip
         layout = Layout(inputs)
         super().__init__(name, (layout,), layout.leaves, Layout(outputs), reference, kernel, fake, triton)
         self.gradient = gradient
         self.backward = _Backward(f"{name}_backward", gradient, triton)
         self.visible = self.backward.grads
+        self.shown = shown or self.visible
         self._inputs, (self._saved, self._gradients) = layout, self.backward.inputs
         fields = gradient.saved._fields
         assert fields[: self.visible] == tuple(f"grad_{field}" for field in outputs._fields[: self.visible])
@@ -284,22 +285,18 @@ class Operation(_Op):
     def __call__(self, given: Any) -> tuple[Tensor, ...]:
         flat = self._inputs.flatten(given)
         if torch.compiler.is_compiling() or not is_eager(_tensors(flat)):
-            return self.overload(*flat)[: self.visible]
+            return self.overload(*flat)[: self.shown]
         if torch.is_grad_enabled():
             differentiable = self._differentiable(flat)
             if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
                 return self._apply(self, given, *differentiable)
-        return self.run(given)[: self.visible]
+        return self.run(given)[: self.shown]
 
     def _differentiable(self, flat: Sequence[Any]) -> list[Tensor | None]:
         """The tensors that may get a gradient, those of lists one by one."""
         found: list[Tensor | None] = []
-        for place in self._places:
-            value = flat[place]
-            if type(value) is list:
-                found += value
-            else:
-                found.append(value)
+        for value in (flat[place] for place in self._places):
+            found += value if type(value) is list else [value]
         return found
 
     def needs(self, given: Any) -> Needs:
@@ -324,9 +321,8 @@ class Operation(_Op):
 
     def save(self, ctx: Any, given: Any, outputs: Any, needs: Needs) -> None:
         """Keep for the backward pass what it reads: tensors where hooks see them, all else beside them."""
-        saved = self.saved(given, outputs, [None] * self.visible, needs)
         tensors, kept = [], []
-        for value in self._saved.flatten(saved)[self.visible :]:
+        for value in self._saved.flatten(self.saved(given, outputs, [None] * self.visible, needs))[self.visible :]:
             if isinstance(value, Tensor):
                 tensors.append(value)
                 kept.append(_SAVED)
@@ -390,7 +386,8 @@ class _EagerFunction(torch.autograd.Function):
         outputs = operation.run(given)
         ctx.operation, ctx.needs = operation, operation.needs(given)
         operation.save(ctx, given, outputs, ctx.needs)
-        return outputs[: operation.visible]
+        ctx.mark_non_differentiable(*outputs[operation.visible : operation.shown])
+        return outputs[: operation.shown]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -4,54 +4,80 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onepeace_fast.ops.segments import Group, check_codes, check_segments, is_on_host, sample_groups
+from onepeace_fast.ops.segments import (
+    Group,
+    Pairs,
+    check_codes,
+    check_order,
+    check_segments,
+    is_on_host,
+    is_shared,
+    sample_pairs,
+)
 from onepeace_fast.relative_position import CLS_ENTRIES
-from onepeace_fast.structures import RelativeBias, Segments
+from onepeace_fast.structures import BiasVectors, Segments
 
 PAIRS_KEPT = 2**20  # in all groups; a head's bias of so many takes 4 MiB
 
 
-class PairEntries(NamedTuple):
-    """Each row's way into all modalities' vectors side by side, with a zero last: [rows], and where they start."""
+class Side(NamedTuple):
+    """The way of each row into all modalities' vectors side by side; queries and keys have the same or one each."""
 
-    starts: list[int]
-    modality: Tensor
+    code: Tensor  # int64
     is_cls: Tensor
-    code: Tensor
+    modality: Tensor
     equal_code_entry: Tensor
     cls_entry: Tensor
 
-    def of(self, group: Group, alike: bool = False) -> Tensor:
-        """Entry of every pair of tokens, queries before keys: int64 [N, L, L], or [1, L, L] for samples all alike."""
-        rows = (self.code, self.is_cls, self.modality, self.equal_code_entry, self.cls_entry)
-        tokens = [group.gather(x) for x in rows]
-        if alike:
-            tokens = [x[-1:] for x in tokens]  # the last sample is the longest
-        code, is_cls, modality, entry, cls_entry = tokens
-        index = (code + entry).unsqueeze(-1) - code.unsqueeze(-2)
-        as_query = torch.where(is_cls, cls_entry + 2, cls_entry)
-        index = torch.where(is_cls.unsqueeze(-2), (cls_entry + 1).unsqueeze(-1), index)
-        index = torch.where(is_cls.unsqueeze(-1), as_query.unsqueeze(-2), index)
-        if len(self.starts) > 2:
-            index = torch.where(modality.unsqueeze(-1) == modality.unsqueeze(-2), index, self.starts[-1])
-        return index
+    def of(self, group: Group, alike: bool) -> list[Tensor]:
+        """The values of a group's tokens, [N, L] or, where its samples are all alike, [1, L]."""
+        tokens = [group.gather(x) for x in self]
+        return [x[-1:] for x in tokens] if alike else tokens  # the last sample is the longest
 
 
-def pair_entries(bias: RelativeBias, segments: Segments) -> PairEntries | None:
+class PairEntries(NamedTuple):
+    """How pairs of rows reach all modalities' vectors side by side, behind which stands a zero."""
+
+    queries: Side
+    keys: Side
+    zero: int | None  # the entry of pairs of two modalities; None: they are as others
+
+    def of(self, pairs: Pairs, alike: bool = False) -> Tensor:
+        """Entry of every pair of tokens: int64 [N, Lq, Lk], or [1, Lq, Lk] for samples all alike."""
+        queries = self.queries.of(pairs.queries, alike)
+        keys = queries if self.keys is self.queries else self.keys.of(pairs.keys, alike)
+        code, is_cls, modality, entry, cls_entry = (x.unsqueeze(-1) for x in queries)
+        key_code, key_is_cls, key_modality, _, key_cls_entry = (x.unsqueeze(-2) for x in keys)
+        index = (code + entry) - key_code
+        index = torch.where(key_is_cls, cls_entry + 1, index)
+        index = torch.where(is_cls, torch.where(key_is_cls, key_cls_entry + 2, key_cls_entry), index)
+        return index if self.zero is None else torch.where(modality == key_modality, index, self.zero)
+
+
+def pair_entries(bias: BiasVectors, segments: Segments, keys: Segments) -> PairEntries | None:
     """How one index reaches the vectors of all modalities; None without a bias."""
     if not bias.vectors:
         return None
+    shared = is_shared(bias, segments)
     starts = [*accumulate((vector.shape[1] for vector in bias.vectors), initial=0)]
     equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
     cls = [stop - CLS_ENTRIES for stop in starts[1:]]
-    look_up = [_by_modality(segments.modality, entries) for entries in (equal, cls)]
-    return PairEntries(starts, segments.modality, segments.is_cls, segments.code.long(), *look_up)
+
+    def side(rows: Segments) -> Side:
+        modality = torch.zeros_like(rows.modality) if shared else rows.modality
+        look_up = (_by_modality(modality, entries) for entries in (equal, cls))
+        return Side(rows.code.long(), rows.is_cls, rows.modality, *look_up)
+
+    queries = side(segments)
+    return PairEntries(
+        queries, queries if keys is segments else side(keys), None if shared or len(starts) == 2 else starts[-1]
+    )
 
 
 def joined(vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
@@ -72,95 +98,156 @@ def _by_modality(modality: Tensor, values: Sequence[int]) -> Tensor:
     return result
 
 
-def _are_alike(group: Group, segments: Segments) -> bool:
-    """Whether every sample, as far as it goes, has the modalities and codes of the last."""
-    if group.samples == 1:
+def _are_alike(pairs: Pairs, segments: Segments, keys: Segments) -> bool:
+    """Whether every sample, as far as it goes, has the modalities, codes and orders of the last."""
+    if pairs.queries.samples == 1:
         return False
-    tokens = (group.gather(x) for x in (segments.modality, segments.code, segments.is_cls))
-    equal = torch.stack([x == x[-1:] for x in tokens])
-    return bool((equal if group.valid is None else equal | ~group.valid).all())
+    sides = [(pairs.queries, segments)] if keys is segments else [(pairs.queries, segments), (pairs.keys, keys)]
+    for group, of in sides:
+        rows = [of.modality, of.code, of.is_cls] + ([] if of.order is None else [of.order])
+        tokens = [group.gather(x) for x in rows]
+        equal = torch.stack([x == x[-1:] for x in tokens])
+        if not (equal if group.valid is None else equal | ~group.valid).all():
+            return False
+    return True
 
 
 class Step(NamedTuple):
-    """A group of samples, the entries of its pairs [N, L, L], and what is added to its scores [N, heads, L, L].
+    """A group of samples, and for its pairs what their scores take; one sample for all where all are alike.
 
-    Both have one sample for all where all are alike. Where the key is padding, that is the smallest number: minus
-    infinity would make a sample without tokens 0 / 0.
+    Where the key is hidden the smallest number is added: minus infinity would make a query without keys 0 / 0.
     """
 
-    group: Group
-    entries: Tensor | None
-    bias: Tensor | None
+    pairs: Pairs
+    entries: Tensor | None  # [N, Lq, Lk]
+    added: Tensor | None  # [N, heads, Lq, Lk], the bias and what hides keys
+    sees: Tensor | None  # bool [N, Lq], queries with a key; None: all
 
 
-def walk(bias: RelativeBias, segments: Segments, rows: int, dtype: torch.dtype) -> Iterable[Step]:
+class Batch(NamedTuple):
+    """What is walked: the segments of queries and of keys, which may be the same, and how many rows each has."""
+
+    segments: Segments
+    keys: Segments
+    rows: int
+    key_rows: int
+
+    def check(self, bias: BiasVectors) -> None:
+        """Raise where segments, codes or orders do not fit; only a CPU is read by the host."""
+        sides = ((self.segments, self.rows), (self.keys, self.key_rows))
+        for segments, rows in sides[: 1 if self.keys is self.segments else 2]:
+            check_segments(segments.cu_seqlens, rows)
+            check_order(segments)
+        check_codes(bias, self.segments, self.keys)
+
+
+def walk(bias: BiasVectors, batch: Batch, dtype: torch.dtype) -> Iterable[Step]:
     """The samples in groups, each with the bias of its pairs in ``dtype``; segments and codes of a CPU are checked.
 
     All layers and the backward pass walk the same batch. So on a CPU a walk is found again by its plan's tensors.
     """
+    segments, keys = batch.segments, batch.keys
     if not is_on_host(segments.code):
-        entries = pair_entries(bias, segments)
-        groups = ((group, None if entries is None else entries.of(group)) for group in sample_groups(segments))
-        return _steps(groups, bias.vectors, dtype)
+        entries = pair_entries(bias, segments, keys)
+        return _steps(_with_entries(entries, batch, sample_pairs(*_sides(batch))), batch, bias.vectors, dtype)
     found = _WALKS.get(segments.cu_seqlens)
-    if found is None or not found.is_of(bias, segments, rows):
-        check_segments(segments.cu_seqlens, rows)
-        check_codes(bias, segments)
-        _WALKS[segments.cu_seqlens] = found = _Walk(bias, segments, rows)
+    if found is None or not found.is_of(bias, batch):
+        batch.check(bias)
+        _WALKS[segments.cu_seqlens] = found = _Walk(bias, batch)
     return found.steps(bias.vectors, dtype)
 
 
+def _sides(batch: Batch) -> tuple[Segments, Segments | None]:
+    return batch.segments, None if batch.keys is batch.segments else batch.keys
+
+
+def _with_entries(
+    entries: PairEntries | None, batch: Batch, groups: Iterable[Pairs]
+) -> Iterator[tuple[Pairs, Tensor | None, bool]]:
+    for pairs in groups:
+        alike = is_on_host(batch.segments.code) and _are_alike(pairs, batch.segments, batch.keys)
+        yield pairs, None if entries is None else entries.of(pairs, alike), alike
+
+
+def hidden_keys(pairs: Pairs, batch: Batch, alike: bool = False) -> Tensor | None:
+    """Which keys a query does not see, padding and those of a higher order: bool [N or 1, Lq or 1, Lk], None if all."""
+    queries, keys = pairs
+    hidden = None if keys.valid is None else ~keys.valid[:, None, :]
+    if batch.segments.order is not None:
+        order, key_order = queries.gather(batch.segments.order), keys.gather(batch.keys.order)
+        if alike:
+            order, key_order = order[-1:], key_order[-1:]
+        later = key_order[:, None, :] > order[:, :, None]
+        hidden = later if hidden is None else hidden | later
+    return hidden
+
+
 def _steps(
-    groups: Iterable[tuple[Group, Tensor | None]], vectors: Sequence[Tensor], dtype: torch.dtype
+    groups: Iterable[tuple[Pairs, Tensor | None, bool]], batch: Batch, vectors: Sequence[Tensor], dtype: torch.dtype
 ) -> Iterator[Step]:
     side_by_side = joined(vectors, dtype) if vectors else None
-    for group, entries in groups:
+    for pairs, entries, alike in groups:
         added = None if side_by_side is None else pair_values(side_by_side, entries)
-        if group.valid is not None:
-            padding = ~group.valid[:, None, None, :]
+        sees = None
+        if (hidden := hidden_keys(pairs, batch, alike)) is not None:
             if added is None:
-                added = padding.new_zeros(padding.shape, dtype=dtype)
-            added = added.masked_fill(padding, torch.finfo(dtype).min)
-        yield Step(group, entries, added)
+                added = torch.zeros_like(hidden, dtype=dtype).unsqueeze(1)
+            added = added.masked_fill(hidden.unsqueeze(1), torch.finfo(dtype).min)
+            sees = None if batch.keys is batch.segments else ~hidden.all(-1).expand(-1, pairs.queries.length)
+        yield Step(pairs, entries, added, sees)
 
 
 class _Walk:
     """A walk on a CPU. It keeps what few pairs take: their entries, and their bias for the vectors that came last."""
 
-    def __init__(self, bias: RelativeBias, segments: Segments, rows: int) -> None:
+    def __init__(self, bias: BiasVectors, batch: Batch) -> None:
         # Copies: what is written into a plan is seen, and the plan's own tensors are not kept alive.
-        cu_seqlens, modality, code, is_cls = (x.clone() for x in segments[:4])
-        self._segments = Segments(cu_seqlens, modality, code, is_cls, segments.max_length)
-        self._rows, self._layout = rows, _layout(bias)
-        self._groups = list(sample_groups(self._segments))
-        self._entries = pair_entries(bias, self._segments)
-        pairs = sum(group.samples * group.length**2 for group in self._groups)
-        self._kept = list(self._with_entries()) if pairs <= PAIRS_KEPT else None
+        segments = _copied(batch.segments)
+        self._batch = Batch(
+            segments, segments if batch.keys is batch.segments else _copied(batch.keys), batch.rows, batch.key_rows
+        )
+        self._layout = _layout(bias)
+        self._groups = list(sample_pairs(*_sides(self._batch)))
+        self._entries = pair_entries(bias, self._batch.segments, self._batch.keys)
+        count = sum(pairs.queries.samples * pairs.queries.length * pairs.keys.length for pairs in self._groups)
+        self._kept = list(self._with_entries()) if count <= PAIRS_KEPT else None
         self._steps: list[Step] | None = None
         self._vectors: list[Tensor] = []
         self._dtype: torch.dtype | None = None
 
-    def is_of(self, bias: RelativeBias, segments: Segments, rows: int) -> bool:
+    def is_of(self, bias: BiasVectors, batch: Batch) -> bool:
         """Whether it was made for such a batch and such vectors."""
-        same = rows == self._rows and _layout(bias) == self._layout
-        return same and all(map(torch.equal, segments[:4], self._segments[:4]))
+        mine, apart = self._batch, batch.keys is not batch.segments
+        same = batch[2:] == mine[2:] and _layout(bias) == self._layout and apart == (mine.keys is not mine.segments)
+        return (
+            same and _are_equal(batch.segments, mine.segments) and not (apart and not _are_equal(batch.keys, mine.keys))
+        )
 
     def steps(self, vectors: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Step]:
         """The groups one after another."""
         if self._kept is None:
-            return _steps(self._with_entries(), vectors, dtype)
+            return _steps(self._with_entries(), self._batch, vectors, dtype)
         if self._steps is None or dtype != self._dtype or not all(map(_is_equal, vectors, self._vectors)):
-            self._steps = list(_steps(self._kept, vectors, dtype))
+            self._steps = list(_steps(self._kept, self._batch, vectors, dtype))
             self._vectors, self._dtype = [vector.detach().clone() for vector in vectors], dtype
         return self._steps
 
-    def _with_entries(self) -> Iterator[tuple[Group, Tensor | None]]:
-        for group in self._groups:
-            entries = self._entries
-            yield group, None if entries is None else entries.of(group, _are_alike(group, self._segments))
+    def _with_entries(self) -> Iterator[tuple[Pairs, Tensor | None, bool]]:
+        return _with_entries(self._entries, self._batch, self._groups)
 
 
-def _layout(bias: RelativeBias) -> tuple[Sequence[int], list[torch.Size]]:
+def _copied(segments: Segments) -> Segments:
+    return Segments._make(x.clone() if isinstance(x, Tensor) else x for x in segments)
+
+
+def _are_equal(one: Segments, other: Segments) -> bool:
+    if (one.order is None) != (other.order is None):
+        return False
+    pairs: Iterable[tuple[Any, Any]] = zip(one, other, strict=True)
+    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
+
+
+def _layout(bias: BiasVectors) -> tuple[Sequence[int], list[torch.Size]]:
     return bias.code_offsets, [vector.shape for vector in bias.vectors]
 
 

@@ -1,4 +1,4 @@
-"""Self-attention over packed segments with a relative position bias in code form.
+"""Attention over packed segments with a relative position bias in code form.
 
 For every sample, over all of its tokens of all modalities, and every head h:
 
@@ -6,7 +6,8 @@ For every sample, over all of its tokens of all modalities, and every head h:
 
 bias is zero between modalities; within modality m it is entry ``code_i - code_j + code_offsets[m]`` of the vector
 ``bias[m][h]``, whose last three entries are those of CLS as query, CLS as key, and both (ONE-PEACE, arXiv 2305.11172;
-head scale c: NormFormer, arXiv 2110.09456). No [length, length] tensor exists outside this op.
+head scale c: NormFormer, arXiv 2110.09456). One vector for all modalities is the bias of all pairs. With an order, the
+sum is over the keys whose order is at most the query's. No [length, length] tensor exists outside this op.
 """
 
 from __future__ import annotations
@@ -14,42 +15,37 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias, overload
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import (
-    checks_devices,
-    describe,
-    require,
-    require_device,
-    require_tensor,
-    require_values,
-    require_vector,
-)
-from onepeace_fast.ops.arguments import FLOATS
-from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, launch_backward, launch_forward, refusal
+from onepeace_fast.checks import checks_devices, require_values
+from onepeace_fast.ops.attention_arguments import check_arguments
+from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, key_of, launch_backward, launch_forward, refusal
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
-from onepeace_fast.ops.pair_bias import pair_entries, sum_by_index, walk
-from onepeace_fast.ops.segments import Group, check_codes, check_segments, head_slices, is_on_host, longest_sample
-from onepeace_fast.relative_position import CLS_ENTRIES
+from onepeace_fast.ops.pair_bias import Batch, sum_by_index, walk
+from onepeace_fast.ops.segments import Pairs, head_slices, is_on_host, longest_sample
 from onepeace_fast.structures import (
     AttentionGradients,
     AttentionInputs,
     AttentionOutputs,
     AttentionSaved,
+    BiasVectors,
+    KeySegments,
     Needs,
-    RelativeBias,
     Segments,
     VectorGradients,
 )
 
+QKV: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """softmax(scale q k^T + bias) v, [N, heads, L, head_dim], and the scores' log-sum-exp, [N, heads, L]."""
-    if is_on_host(q):
-        bias = None if bias is None else bias.expand(q.shape[0], q.shape[1], q.shape[2], q.shape[2])
+    """softmax(scale q k^T + bias) v, [N, heads, Lq, value_dim], and the scores' log-sum-exp, [N, heads, Lq]."""
+    if is_on_host(q) and q.shape[-1] == v.shape[-1]:
+        bias = None if bias is None else bias.expand(*q.shape[:3], k.shape[2])
         # Twice as fast as the products below, and what scaled_dot_product_attention runs, which hides the log-sum-exp.
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     score = scores(q, k, bias, scale)
@@ -59,31 +55,67 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 
 
 def scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """scale q k^T + bias: [N, heads, L, L]."""
+    """scale q k^T + bias: [N, heads, Lq, Lk]."""
     score = torch.matmul(q * scale, k.transpose(-1, -2))
     return score if bias is None else score.add_(bias)
 
 
-def _heads(qkv: Tensor, group: Group) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of the rows, each [N, heads, L, head_dim], in at least float32."""
-    q, k, v = group.read(qkv).to(accumulation_dtype(qkv.dtype)).permute(2, 0, 3, 1, 4).unbind()
-    return q, k, v
+def _batch(given: AttentionInputs | AttentionSaved) -> Batch:
+    """Segments and rows of queries and of keys; where there is no key at all, a row stands for the padding."""
+    if given.key_segments.cu_seqlens is None:
+        rows = key_of(given).shape[0]
+        return Batch(given.segments, given.segments, rows, rows)
+    keys, key_rows = Segments(*given.key_segments), key_of(given).shape[0]
+    if not key_rows:
+        zero, order = keys.code.new_zeros(1), None if keys.order is None else keys.order.new_zeros(1)
+        keys = keys._replace(modality=zero, code=zero, is_cls=zero == 0, order=order)  # of no code that is counted
+    assert given.q is not None  # keys of others come apart
+    return Batch(given.segments, keys, given.q.shape[0], key_rows)
+
+
+def _heads(given: AttentionInputs | AttentionSaved, pairs: Pairs, dtype: torch.dtype) -> Sequence[Tensor]:
+    """q, k, v of the groups' rows, each [N, heads, L, size]."""
+    if given.qkv is not None:
+        return pairs.queries.read(given.qkv).to(dtype).permute(2, 0, 3, 1, 4).unbind()
+    groups = (pairs.queries, pairs.keys, pairs.keys)
+    return [
+        group.read(_at_least_a_row(x)).to(dtype).transpose(1, 2)
+        for group, x in zip(groups, (given.q, given.k, given.v), strict=True)
+    ]
+
+
+def _at_least_a_row(x: Tensor) -> Tensor:
+    """What stands for the padding of samples without keys."""
+    return x if x.shape[0] else x.new_zeros(1, *x.shape[1:])
+
+
+def output_shape(given: AttentionInputs) -> tuple[int, int, int]:
+    """[rows, heads, value_dim]."""
+    return (*given.q.shape[:2], given.v.shape[2]) if given.qkv is None else (given.qkv.shape[0], *given.qkv.shape[2:])
 
 
 def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutputs:
     """Samples of similar length after one another."""
-    qkv, head_scale = given.qkv, given.head_scale
-    dtype = accumulation_dtype(qkv.dtype)
-    rows, _, heads, head_dim = qkv.shape
-    out = qkv.new_zeros(rows + 1, heads, head_dim)
-    log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
-    for group, _, bias in walk(given.bias, given.segments, rows, dtype):
-        attended, total = attend(*_heads(qkv, group), bias, given.scale)
+    head_scale, dtype = given.head_scale, accumulation_dtype(key_of(given).dtype)
+    out, log_sum_exp = _empty_outputs(given)
+    for pairs, _, added, sees in walk(given.bias, _batch(given), dtype):
+        q, k, v = _heads(given, pairs, dtype)
+        attended, total = attend(q, k, v, added, given.scale)
         if head_scale is not None:
             attended = attended * head_scale.to(dtype)[:, None, None]
-        group.scatter(out, attended.transpose(1, 2))
-        group.scatter(log_sum_exp, total.transpose(1, 2))
-    return AttentionOutputs(out[:rows], log_sum_exp[:rows])
+        if sees is not None:
+            attended = attended.masked_fill(~sees[:, None, :, None], 0)
+            total = total.masked_fill(~sees[:, None], -torch.inf)
+        pairs.queries.scatter(out, attended.transpose(1, 2))
+        pairs.queries.scatter(log_sum_exp, total.transpose(1, 2))
+    return AttentionOutputs(out[:-1], log_sum_exp[:-1])
+
+
+def _empty_outputs(given: AttentionInputs) -> AttentionOutputs:
+    """Zeros with a spare row."""
+    like, (rows, heads, value_dim) = key_of(given), output_shape(given)
+    log_sum_exp = like.new_zeros(rows + 1, heads, dtype=accumulation_dtype(like.dtype))
+    return AttentionOutputs(like.new_zeros(rows + 1, heads, value_dim), log_sum_exp)
 
 
 def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
@@ -94,19 +126,21 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
 
     The kernel reads the log-sum-exp to repeat p block by block; here whole rows are at hand.
     """
-    qkv, head_scale, scale = saved.qkv, saved.head_scale, saved.scale
-    dtype = accumulation_dtype(qkv.dtype)
-    rows, heads = qkv.shape[0], qkv.shape[2]
-    dqkv = qkv.new_zeros(rows + 1, *qkv.shape[1:])
+    like, head_scale, scale = key_of(saved), saved.head_scale, saved.scale
+    dtype = accumulation_dtype(like.dtype)
+    # Each with a spare row; of qkv and the three apart only the first or the others are there.
+    dqkv, *apart = [None if x is None else x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in saved[1:5]]
     widths = [vector.shape[1] for vector in saved.bias.vectors]
-    dvectors = qkv.new_zeros(heads, sum(widths) + 1, dtype=dtype) if any(needs.bias.vectors) else None
+    heads = saved.grad_out.shape[1]
+    dvectors = like.new_zeros(heads, sum(widths) + 1, dtype=dtype) if any(needs.bias.vectors) else None
     dscale = torch.zeros_like(head_scale, dtype=dtype) if needs.head_scale else None
-    for group, entries, bias in walk(saved.bias, saved.segments, rows, dtype):
-        q, k, v = _heads(qkv, group)
-        p = scores(q, k, bias, scale).softmax(-1)
-        dout = group.read(saved.grad_out).to(dtype).transpose(1, 2)
-        if group.valid is not None:
-            p = p * group.valid[:, None, :, None]
+    for pairs, entries, added, sees in walk(saved.bias, _batch(saved), dtype):
+        q, k, v = _heads(saved, pairs, dtype)
+        p = scores(q, k, added, scale).softmax(-1)
+        dout = pairs.queries.read(saved.grad_out).to(dtype).transpose(1, 2)
+        for real in (pairs.queries.valid, sees):
+            if real is not None:
+                p = p * real[:, None, :, None]
         if dscale is not None:
             dscale += (dout * torch.matmul(p, v)).sum((0, 2, 3))
         if head_scale is not None:
@@ -114,38 +148,44 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
         dv = torch.matmul(p.transpose(-1, -2), dout)
         ds = torch.ops.aten._softmax_backward_data(torch.matmul(dout, v.transpose(-1, -2)), p, -1, dtype)
         if dvectors is not None:
-            by_entry = ds.sum(0, keepdim=True) if entries.shape[0] < group.samples else ds
+            by_entry = ds.sum(0, keepdim=True) if entries.shape[0] < pairs.queries.samples else ds
             dvectors += sum_by_index(by_entry.movedim(1, 0).flatten(1), entries.flatten(), dvectors.shape[1])
         dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
-        for which, gradient in enumerate((dq, dk, dv)):
-            group.scatter(dqkv[:, which], gradient.transpose(1, 2))
+        buffers = apart if dqkv is None else dqkv.unbind(1)
+        for group, buffer, gradient in zip((pairs.queries, pairs.keys, pairs.keys), buffers, (dq, dk, dv), strict=True):
+            group.scatter(buffer, gradient.transpose(1, 2))
     parts = [None] * len(widths) if dvectors is None else dvectors.split([*widths, 1], dim=1)[:-1]
     gradients = [
         part.to(vector.dtype, copy=True) if need else None
         for part, vector, need in zip(parts, saved.bias.vectors, needs.bias.vectors, strict=True)
     ]
     dscale = None if dscale is None else dscale.to(head_scale.dtype, copy=True)
-    return AttentionGradients(dqkv[:rows], VectorGradients(gradients), dscale)
+    of_qkv = [None if x is None else x[:-1] for x in (dqkv, *apart)]
+    return AttentionGradients._make([*of_qkv, VectorGradients(gradients), dscale])
 
 
 def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
     """What the reference returns, by the CUDA extension; where it cannot, by PyTorch's attention, and says so."""
-    qkv, segments = given.qkv, given.segments
+    batch = _batch(given)
     if checks_devices():
-        _check_values(given)
-        if segments.max_length:
+        batch.check(given.bias)
+        for segments in {id(side): side for side in (batch.segments, batch.keys)}.values():
             taken = f"the longest sample's length, or 0, got {segments.max_length} and a longer sample"
-            fits = (segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all()
-            require_values(fits, f"max_length: expected {taken}")
-    if (reason := refusal(qkv, segments.cu_seqlens.shape[0], given.bias.vectors)) is None:
+            if segments.max_length:
+                fits = (segments.cu_seqlens.diff(dim=1).sum(0) <= segments.max_length).all()
+                require_values(fits, f"max_length: expected {taken}")
+    if (reason := refusal(given)) is None:
         return launch_forward(given)
-    _say_once(reason if segments.max_length else f"{reason}; without max_length each call waits for the device")
-    return attend_by_sdpa(given, pair_entries(given.bias, segments))
-
-
-def _check_values(given: AttentionInputs) -> None:
-    check_segments(given.segments.cu_seqlens, given.qkv.shape[0])
-    check_codes(given.bias, given.segments)
+    known = batch.segments.max_length and batch.keys.max_length
+    _say_once(reason if known else f"{reason}; without max_length each call waits for the device")
+    if given.with_log_sum_exp:  # PyTorch's attention does not give it
+        return relative_bias_attention_reference(given)
+    outputs = _empty_outputs(given)
+    attend_by_sdpa(
+        batch, functools.partial(_heads, given, dtype=key_of(given).dtype), given.bias, given.head_scale, given.scale,
+        outputs,
+    )  # fmt: skip
+    return AttentionOutputs(outputs.out[:-1], outputs.log_sum_exp[:-1])
 
 
 @functools.cache
@@ -163,26 +203,38 @@ def relative_bias_attention_backward_on_gpu(saved: AttentionSaved, needs: Needs)
     Otherwise by the reference, which does not need the log-sum-exp that PyTorch's attention leaves unknown; some heads
     after others, so that memory is linear in rows.
     """
-    qkv, segments = saved.qkv, saved.segments
-    if refusal(qkv, segments.cu_seqlens.shape[0], saved.bias.vectors) is None:
+    if refusal(saved) is None:
         return launch_backward(saved, needs)
-    segments = segments._replace(max_length=longest_sample(segments))
+    batch = _batch(saved)
+    segments, keys = (side._replace(max_length=longest_sample(side)) for side in (batch.segments, batch.keys))
+    saved = saved._replace(segments=segments)
+    if batch.keys is not batch.segments:
+        saved = saved._replace(key_segments=KeySegments(*keys))
+    samples = segments.cu_seqlens.shape[1] - 1
     parts = [
-        relative_bias_attention_backward_reference(_some_heads(saved, heads)._replace(segments=segments), needs)
-        for heads in head_slices(qkv.shape[2], segments.cu_seqlens.shape[1] - 1, segments.max_length)
+        relative_bias_attention_backward_reference(_some_heads(saved, heads), needs)
+        for heads in head_slices(saved.grad_out.shape[1], samples, segments.max_length, keys.max_length)
     ]
     dvectors = [
         torch.cat(vectors) if need else None
         for need, *vectors in zip(needs.bias.vectors, *(part.bias.vectors for part in parts), strict=True)
     ]
     dscale = torch.cat([part.head_scale for part in parts]) if needs.head_scale else None
-    return AttentionGradients(torch.cat([part.qkv for part in parts], 2), VectorGradients(dvectors), dscale)
+    of_qkv = [
+        None if found[0] is None else torch.cat(found, -2)
+        for found in zip(*((part.qkv, part.q, part.k, part.v) for part in parts), strict=True)
+    ]
+    return AttentionGradients._make([*of_qkv, VectorGradients(dvectors), dscale])
 
 
 def _some_heads(saved: AttentionSaved, heads: slice) -> AttentionSaved:
+    qkv, q, k, v = (None if x is None else x[..., heads, :] for x in saved[1:5])
     return saved._replace(
         grad_out=saved.grad_out[:, heads],
-        qkv=saved.qkv[:, :, heads],
+        qkv=qkv,
+        q=q,
+        k=k,
+        v=v,
         bias=saved.bias._replace(vectors=[vector[heads] for vector in saved.bias.vectors]),
         head_scale=None if saved.head_scale is None else saved.head_scale[heads],
         log_sum_exp=saved.log_sum_exp[:, heads],
@@ -190,18 +242,16 @@ def _some_heads(saved: AttentionSaved, heads: slice) -> AttentionSaved:
 
 
 def _fake(given: AttentionInputs) -> AttentionOutputs:
-    qkv = given.qkv
-    out = qkv.new_empty(qkv.shape[0], *qkv.shape[2:])
-    return AttentionOutputs(out, qkv.new_empty(qkv.shape[:1] + qkv.shape[2:3], dtype=accumulation_dtype(qkv.dtype)))
+    like, shape = key_of(given), output_shape(given)
+    return AttentionOutputs(like.new_empty(shape), like.new_empty(shape[:2], dtype=accumulation_dtype(like.dtype)))
 
 
 def _fake_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
     vectors = zip(saved.bias.vectors, needs.bias.vectors, strict=True)
-    return AttentionGradients(
-        torch.empty_like(saved.qkv, memory_format=torch.contiguous_format),
-        VectorGradients([vector.new_empty(vector.shape) if need else None for vector, need in vectors]),
-        torch.empty_like(saved.head_scale) if needs.head_scale else None,
-    )
+    of_qkv = [None if x is None else torch.empty_like(x, memory_format=torch.contiguous_format) for x in saved[1:5]]
+    dvectors = VectorGradients([vector.new_empty(vector.shape) if need else None for vector, need in vectors])
+    dscale = torch.empty_like(saved.head_scale) if needs.head_scale else None
+    return AttentionGradients._make([*of_qkv, dvectors, dscale])
 
 
 RELATIVE_BIAS_ATTENTION = Operation(
@@ -216,75 +266,75 @@ RELATIVE_BIAS_ATTENTION = Operation(
         relative_bias_attention_backward_on_gpu, _fake_backward,
     ),
     triton=False,
+    shown=2,
 )  # fmt: skip
 
 
+@overload
 def relative_bias_attention(
-    qkv: Tensor,
+    qkv: QKV, *, return_log_sum_exp: Literal[True], **arguments: Any
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def relative_bias_attention(qkv: QKV, **arguments: Any) -> Tensor: ...
+def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the arguments open
+    qkv: QKV,
     *,
     cu_seqlens: Tensor,
     modality: Tensor,
     code: Tensor,
     is_cls: Tensor,
+    order: Tensor | None = None,
+    keys: Segments | None = None,
     bias: Sequence[Tensor] = (),
     code_offsets: Sequence[int] = (),
     head_scale: Tensor | None = None,
     scale: float | None = None,
     max_length: int = 0,
-) -> Tensor:
-    """Self-attention of every sample over all its tokens, with a relative position bias in code form.
+    return_log_sum_exp: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every sample over all its tokens, with a relative position bias in code form.
 
     The bias is that of ONE-PEACE (arXiv 2305.11172), the head scale that of NormFormer (arXiv 2110.09456).
 
     Args:
-        qkv: floating point [rows, 3, heads, head_dim], queries, keys and values of packed rows, any strides.
+        qkv: floating point [rows, 3, heads, head_dim], queries, keys and values of packed rows, any strides; or the
+            three apart, q [rows, heads, head_dim], k [key rows, heads, head_dim], v [key rows, heads, value_dim].
         cu_seqlens: int32 [G, S + 1]; rows cu_seqlens[m, s] to cu_seqlens[m, s + 1] are sample s's of modality m.
         modality, code: int32 [rows], the plan's.
         is_cls: bool [rows], the plan's.
+        order: int32 [rows]; a query sees the keys of its sample whose order is at most its own: the plan's ``order`` is
+            causal attention, a prefix has one order for all of its tokens. None: a query sees all.
+        keys: for cross attention, the segments of the key rows, of as many samples; with ``order`` they have theirs.
         bias: one floating-point [heads, entries] per modality, the expanded vectors with their three CLS entries last;
-            empty for none.
-        code_offsets: per modality, the entry that belongs to equal codes.
+            or a single one for the pairs of all tokens, whatever their modalities; empty for none.
+        code_offsets: per vector, the entry that belongs to equal codes.
         head_scale: floating point [heads], a factor of each head's output, or None.
         scale: of q . k; by default head_dim ** -0.5.
         max_length: longest sample, where the host knows it; on a GPU a longer one may get gradients that are NaN.
+        return_log_sum_exp: return also the log-sum-exp of each query's scores, which has no gradient.
 
     Returns:
-        [rows, heads, head_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero.
-        On a GPU float16 and bfloat16 with heads of 32, 64 or 128 run the CUDA kernels, forward and backward; whatever
-        they cannot take runs PyTorch's attention, which says so once, and has its gradients from the reference.
+        [rows, heads, value_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero,
+        and so is a query that sees no key. The log-sum-exp is [rows, heads], float32 for half precision, -inf where a
+        query sees no key. On a GPU float16 and bfloat16 with heads of at most 128 run the CUDA kernels, forward and
+        backward (zeros fill heads up to 32, 64 or 128); whatever they cannot take, such as an order, ``keys`` or one
+        vector for several modalities, runs PyTorch's attention, which says so once, and has its gradients from the
+        reference.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;
             on a CPU, and under ``ONEPEACE_FAST_CHECK=1`` by an assertion on the device, segments outside the rows and
-            codes that differ by more than their vector covers; by that assertion alone samples past ``max_length``.
+            codes that differ by more than their vector covers; on a CPU alone an order that leaves out a number; by
+            that assertion alone samples past ``max_length``.
         RuntimeError: CUDA's error where the launch fails.
     """
-    require_tensor("qkv", qkv, FLOATS, "[rows, 3, heads, head_dim]", 4)
-    require(qkv.shape[1] == 3, lambda: f"qkv: expected 3 in dimension 1, query, key, value, got {describe(qkv)}")
-    rows, _, heads, head_dim = qkv.shape
-    require_tensor("cu_seqlens", cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
-    for name, value in (("modality", modality), ("code", code), ("is_cls", is_cls)):
-        dtype = torch.bool if name == "is_cls" else torch.int32
-        require_tensor(name, value, (dtype,), "[rows]", 1)
-        if value.shape[0] != rows:
-            raise ValueError(f"{name}: expected one entry per row, [{rows}], got {describe(value)}")
-    for name, value in (("cu_seqlens", cu_seqlens), ("modality", modality), ("code", code), ("is_cls", is_cls)):
-        require_device(name, value, qkv.device)
-    modalities = cu_seqlens.shape[0]
-    bias, code_offsets = list(bias), list(code_offsets)
-    if bias and len(bias) != modalities:
-        raise ValueError(f"bias: expected one vector per modality, {modalities}, or none, got {len(bias)}")
-    if bias and len(code_offsets) != modalities:
-        raise ValueError(f"code_offsets: expected one per modality, {modalities}, got {len(code_offsets)}")
-    for m, vector in enumerate(bias):
-        fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
-        if not fits or vector.shape[1] <= CLS_ENTRIES:
-            raise ValueError(
-                f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
-            )
-        require_device(f"bias[{m}]", vector, qkv.device)
-    require_vector("head_scale", head_scale, heads, qkv.device)
-    scale = head_dim**-0.5 if scale is None else scale
-    segments = Segments(cu_seqlens, modality, code, is_cls, max_length)
-    given = AttentionInputs(qkv, segments, RelativeBias(bias, tuple(code_offsets)), head_scale, scale)
-    return RELATIVE_BIAS_ATTENTION(given)[0]
+    segments = Segments(cu_seqlens, modality, code, is_cls, max_length, order)
+    joint, q, k, v = (qkv, None, None, None) if isinstance(qkv, Tensor) else (None, *qkv)
+    given = AttentionInputs(
+        joint, q, k, v, segments, KeySegments() if keys is None else KeySegments(*keys),
+        BiasVectors(list(bias), tuple(code_offsets)), head_scale, scale or 0.0, return_log_sum_exp,
+    )  # fmt: skip
+    check_arguments(given)
+    given = given if scale is not None else given._replace(scale=key_of(given).shape[-1] ** -0.5)
+    out, log_sum_exp = RELATIVE_BIAS_ATTENTION(given)
+    return (out, log_sum_exp) if return_log_sum_exp else out

@@ -251,10 +251,10 @@ def test_heads_and_samples_one_at_a_time_give_what_all_at_once_give(monkeypatch,
     leaves = rounded(batch, way, 3, 8)
     together = contract.run(batch.call, leaves)
     segments = importlib.import_module("onepeace_fast.ops.segments")  # the padded way has a copy of it
-    assert len(list(segments.head_slices(3, 4, batch.layout.max_length))) == 1
+    assert len(list(segments.head_slices(3, 4, *[batch.layout.max_length] * 2))) == 1
     for name in ("PAIRS_OF_DEVICE_HEADS", "PAIRS_OF_A_DEVICE_GROUP"):
         monkeypatch.setattr(segments, name, 1)
-        assert list(segments.head_slices(3, 4, 9)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
+        assert list(segments.head_slices(3, 4, 9, 9)) == [slice(0, 1), slice(1, 2), slice(2, 3)]
         apart = contract.run(batch.call, leaves)
         torch.testing.assert_close(apart[0][0], together[0][0])
         contract.assert_close_gradients(apart[1], together[1], f"{name} 1")

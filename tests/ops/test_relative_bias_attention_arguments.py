@@ -47,7 +47,6 @@ def test_good_input_passes():
         ("is_cls", torch.zeros(ROWS, dtype=torch.int32)),
         ("is_cls", torch.zeros(ROWS + 1, dtype=torch.bool)),
         ("is_cls", torch.zeros(ROWS, dtype=torch.bool, device="meta")),
-        ("bias", [torch.zeros(HEADS, 8)]),
         ("bias", [torch.zeros(HEADS, 8)] * 3),
         ("bias[1]", [torch.zeros(HEADS, 8), torch.zeros(HEADS + 1, 8)]),
         ("bias[0]", [torch.zeros(HEADS, 3), torch.zeros(HEADS, 8)]),

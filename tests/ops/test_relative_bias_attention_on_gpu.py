@@ -29,7 +29,8 @@ from onepeace_fast.structures import (
     AttentionGradients,
     AttentionInputs,
     AttentionSaved,
-    RelativeBias,
+    BiasVectors,
+    KeySegments,
     Segments,
     VectorGradients,
 )
@@ -46,9 +47,11 @@ def rounded(batch, dtype=torch.bfloat16):
 def inputs(batch, leaves):
     """What a launch takes of them."""
     given = batch.given(leaves)
-    bias = RelativeBias(given["bias"], tuple(given["code_offsets"]))
-    segments = Segments(*(given[name] for name in Segments._fields))
-    return AttentionInputs(leaves["qkv"], segments, bias, leaves["head_scale"], batch.scale or 1.0)
+    bias = BiasVectors(given["bias"], tuple(given["code_offsets"]))
+    segments = Segments(**{name: given[name] for name in Segments._fields if name in given})
+    return AttentionInputs(
+        leaves["qkv"], None, None, None, segments, KeySegments(), bias, leaves["head_scale"], batch.scale or 1.0
+    )
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -176,8 +179,11 @@ def launch_backward(batch, leaves, bias_needs=(True,) * 4, head_scale_need=True,
     """The launch without autograd; ``changes`` override its tensors."""
     given = inputs(batch, leaves)
     out = torch.zeros_like(given.qkv[:, 0])
-    saved = AttentionSaved(**given._asdict(), grad_out=out, log_sum_exp=torch.zeros(out.shape[:2]))
-    needs = AttentionGradients(True, VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need)
+    saved = {name: value for name, value in given._asdict().items() if name in AttentionSaved._fields}
+    saved = AttentionSaved(**saved, grad_out=out, log_sum_exp=torch.zeros(out.shape[:2]))
+    needs = AttentionGradients(
+        True, None, None, None, VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need
+    )
     return attention_on_gpu.launch_backward(saved._replace(**changes), needs)
 
 
@@ -196,7 +202,7 @@ def test_what_is_frozen_gets_nothing_from_the_launch(kernel):
     leaves = rounded(batch)
     for needs in itertools.product([True, False], repeat=2):
         bias_needs = [needs[0], not needs[0], False, needs[0]]
-        dqkv, (dbias,), dscale = launch_backward(batch, leaves, bias_needs=bias_needs, head_scale_need=needs[1])
+        dqkv, *_, (dbias,), dscale = launch_backward(batch, leaves, bias_needs=bias_needs, head_scale_need=needs[1])
         assert dqkv.shape == leaves["qkv"].shape and dqkv.is_contiguous()
         assert [gradient is not None for gradient in dbias] == bias_needs and (dscale is not None) == needs[1]
 
@@ -255,7 +261,7 @@ def test_the_slower_path_is_said_once_for_each_reason(monkeypatch):
 
 MISFITS = {
     "expected float16 or bfloat16, got float32": {"dtype": torch.float32},
-    "expected heads of 32, 64, 128, got 48": {"head_dim": 48},
+    "expected heads of at most 128, got 136": {"head_dim": 136},
     "expected at most 16 modalities, got 17": {"modalities": 17},
     "expected a GPU of compute capability 8.0 or later, got 7.5": {"capability": (7, 5)},
     r"was built \(sm_90a\), got compute capability 8.6; install again with .*=sm_86": {"built": "sm_90a"},
@@ -279,7 +285,11 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
         monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: driver)
         monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
         bias = [torch.zeros(1, 9)] * modalities
-        return attention_on_gpu.refusal(torch.zeros(2, 3, 1, head_dim, dtype=dtype), modalities, bias)
+        rows = torch.zeros(2, dtype=torch.int32)
+        segments = Segments(torch.zeros(modalities, 2, dtype=torch.int32), rows, rows, rows.bool())
+        qkv, vectors = torch.zeros(2, 3, 1, head_dim, dtype=dtype), BiasVectors(bias, (4,) * modalities)
+        given = AttentionInputs(qkv, None, None, None, segments, KeySegments(), vectors, None, 1.0)
+        return attention_on_gpu.refusal(given)
 
     assert refused(**found) is None
     line = refused(**{**found, **MISFITS[reason]})

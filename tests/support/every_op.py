@@ -16,13 +16,14 @@ from onepeace_fast.ops.residual import RESIDUAL
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
 from onepeace_fast.structures import (
     AttentionInputs,
+    BiasVectors,
     Dropout,
     DropPath,
     FeedForwardSettings,
     FeedForwardWeights,
     GatedSubLNInputs,
+    KeySegments,
     LayerNormInputs,
-    RelativeBias,
     ResidualInputs,
     RoutedFFNInputs,
     Routing,
@@ -66,9 +67,9 @@ def attention_inputs(
 ) -> tuple[Operation, AttentionInputs]:
     """Those of attention, of two heads."""
     vectors = [_leaf(make, 2, 2 * offset + 4) for offset in code_offsets]
-    bias = RelativeBias(vectors, code_offsets)
+    bias = BiasVectors(vectors, code_offsets)
     return RELATIVE_BIAS_ATTENTION, AttentionInputs(
-        _leaf(make, rows, 3, 2, 4), segments, bias, _leaf(make, 2), 0.5
+        _leaf(make, rows, 3, 2, 4), None, None, None, segments, KeySegments(), bias, _leaf(make, 2), 0.5
     )  # fmt: skip
 
 

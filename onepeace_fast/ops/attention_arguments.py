@@ -1,0 +1,88 @@
+"""What ``relative_bias_attention`` takes: shapes, dtypes and devices, looked at on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.ops.arguments import FLOATS
+from onepeace_fast.relative_position import CLS_ENTRIES
+from onepeace_fast.structures import AttentionInputs, KeySegments, Segments
+
+
+def check_arguments(given: AttentionInputs) -> None:
+    """Raise ValueError, in one line, where an argument does not fit."""
+    if given.qkv is not None:
+        require_tensor("qkv", given.qkv, FLOATS, "[rows, 3, heads, head_dim]", 4)
+        if given.qkv.shape[1] != 3:
+            raise ValueError(f"qkv: expected 3 in dimension 1, query, key, value, got {describe(given.qkv)}")
+        first, key_rows = given.qkv, given.qkv.shape[0]
+    else:
+        first, key_rows = _check_apart(given)
+    rows, heads, device = first.shape[0], first.shape[-2], first.device
+    segments, keys = given.segments, given.key_segments
+    _check_segments("", segments, rows, device)
+    if keys.cu_seqlens is None:
+        require(
+            key_rows == rows,
+            lambda: f"k: expected the queries' {rows} rows, got {key_rows}; the segments of others are given by keys",
+        )
+    else:
+        _check_keys(given, key_rows, device)
+    _check_bias(given, heads, device)
+    require_vector("head_scale", given.head_scale, heads, device)
+
+
+def _check_apart(given: AttentionInputs) -> tuple[Tensor, int]:
+    """Queries, keys and values apart: the queries, and how many keys there are."""
+    q, k, v = given.q, given.k, given.v
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        require_tensor(name, x, FLOATS, "[rows, heads, size]", 3)
+    assert q is not None and k is not None and v is not None
+    for name, x, size in (("k", k, (k.shape[0], *q.shape[1:])), ("v", v, (*k.shape[:2], v.shape[2]))):
+        require(x.shape == size, lambda: f"{name}: expected {list(size)}, got {describe(x)}")  # noqa: B023
+        require(x.dtype == q.dtype, lambda: f"{name}: expected q's {q.dtype}, got {describe(x)}")  # noqa: B023
+        require_device(name, x, q.device)
+    return q, k.shape[0]
+
+
+def _check_segments(prefix: str, segments: Segments | KeySegments, rows: int, device: torch.device) -> None:
+    require_tensor(f"{prefix}cu_seqlens", segments.cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
+    require_device(f"{prefix}cu_seqlens", segments.cu_seqlens, device)
+    of_rows = [("modality", segments.modality), ("code", segments.code), ("is_cls", segments.is_cls)]
+    for name, value in of_rows if segments.order is None else [*of_rows, ("order", segments.order)]:
+        require_tensor(prefix + name, value, (torch.bool if name == "is_cls" else torch.int32,), "[rows]", 1)
+        if value.shape[0] != rows:
+            raise ValueError(f"{prefix}{name}: expected one entry per row, [{rows}], got {describe(value)}")
+        require_device(prefix + name, value, device)
+
+
+def _check_keys(given: AttentionInputs, key_rows: int, device: torch.device) -> None:
+    segments, keys = given.segments, given.key_segments
+    require(given.qkv is None, "qkv: expected queries, keys and values apart beside keys, got one tensor")
+    _check_segments("keys.", keys, key_rows, device)
+    samples, of_keys = segments.cu_seqlens.shape[1] - 1, keys.cu_seqlens.shape[1] - 1
+    require(samples == of_keys, lambda: f"keys.cu_seqlens: expected the queries' {samples} samples, got {of_keys}")
+    require(
+        (segments.order is None) == (keys.order is None),
+        "order: expected that of queries and of keys, or none, got one of them",
+    )
+
+
+def _check_bias(given: AttentionInputs, heads: int, device: torch.device) -> None:
+    modalities, (vectors, offsets) = given.segments.cu_seqlens.shape[0], given.bias
+    if vectors and len(vectors) not in (1, modalities):
+        raise ValueError(
+            f"bias: expected one vector per modality, {modalities}, a single one for all pairs, or none, got "
+            f"{len(vectors)}"
+        )
+    if vectors and len(offsets) != len(vectors):
+        raise ValueError(f"code_offsets: expected one per vector, {len(vectors)}, got {len(offsets)}")
+    for m, vector in enumerate(vectors):
+        fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
+        if not fits or vector.shape[1] <= CLS_ENTRIES:
+            raise ValueError(
+                f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
+            )
+        require_device(f"bias[{m}]", vector, device)

@@ -1,0 +1,236 @@
+"""``relative_bias_attention`` beyond one bias for each modality: orders, one bias for all, other keys, wide keys."""
+
+import math
+
+import pytest
+import torch
+from support import contract
+from support.attention_ways import CHECKED, DTYPES_OF_WAYS, in_each
+from support.contract import normal, refused
+from support.kernels import poisoned_memory  # noqa: F401  a fixture of all tests here
+
+from onepeace_fast import Segments, relative_bias_attention
+
+# Lengths of each modality's tokens by sample; rows stand modality after modality, sample after sample.
+QUERIES, KEYS = [[5, 0, 3, 2], [2, 4, 0, 3]], [[4, 3, 0, 6], [0, 2, 0, 1]]
+INERT, HEADS, OFFSET = 2, 2, 9
+
+
+def segments(lengths, seed, *, order=None, cls=False):
+    """Codes of their own for each row, so that neither position nor order stands in for one."""
+    rows = sum(map(sum, lengths)) + INERT
+    generator = torch.Generator().manual_seed(seed)
+    bounds = torch.tensor([0, *[n for row in lengths for n in row]]).cumsum(0)
+    samples = len(lengths[0])
+    cu_seqlens = torch.stack([bounds[m * samples : (m + 1) * samples + 1] for m in range(len(lengths))]).int()
+    counts = [sum(row) for row in lengths] + [INERT]
+    modality = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor(counts)).int()
+    code = torch.randint(0, OFFSET, (rows,), generator=generator).int()
+    is_cls = torch.zeros(rows, dtype=torch.bool)
+    if cls:
+        is_cls[
+            [bound - 1 for bound, n in zip(bounds[1:].tolist(), [n for r in lengths for n in r], strict=True) if n]
+        ] = True
+    longest = max(sum(column) for column in zip(*lengths, strict=True))
+    return Segments(cu_seqlens, modality, code, is_cls, longest, None if order is None else of_each(lengths, order))
+
+
+def of_each(lengths, order):
+    """int32 [rows]: ``order(modality, place in the sample, in the modality)`` of each row, 0 of inert ones."""
+    values = []
+    for m, row in enumerate(lengths):
+        for sample, count in enumerate(row):
+            before = sum(lengths[k][sample] for k in range(m))
+            values += [order(m, before + i, i) for i in range(count)]
+    return torch.tensor(values + [0] * INERT, dtype=torch.int32)
+
+
+def causal(modality, place, within):
+    return place
+
+
+def prefix(modality, place, within):
+    """The first modality sees itself, the second that and its own earlier tokens."""
+    return 0 if modality == 0 else within + 1
+
+
+def naive(q, k, v, given, keys, vectors, offsets, head_scale=None):
+    """Query by query, by the formula."""
+    out, total = torch.zeros(q.shape[0], HEADS, v.shape[2], dtype=q.dtype), torch.zeros(q.shape[:2], dtype=q.dtype)
+    for sample in range(given.cu_seqlens.shape[1] - 1):
+        of_queries, of_keys = (
+            [r for row in side.cu_seqlens[:, sample : sample + 2].tolist() for r in range(*row)]
+            for side in (given, keys)
+        )
+        for i in of_queries:
+            seen = [j for j in of_keys if given.order is None or keys.order[j] <= given.order[i]]
+            if not seen:
+                total[i] = -math.inf
+                continue
+            score = torch.einsum("hd,jhd->hj", q[i], k[seen]) * q.shape[2] ** -0.5
+            score = score + torch.stack([entry(vectors, offsets, given, keys, i, j, q.dtype) for j in seen], 1)
+            weights = score.softmax(1) if head_scale is None else score.softmax(1) * head_scale[:, None]
+            out[i] = torch.einsum("hj,jhd->hd", weights, v[seen])
+            total[i] = score.detach().logsumexp(1)
+    return out, total
+
+
+def entry(vectors, offsets, given, keys, i, j, dtype):
+    """The bias of a pair, [heads]."""
+    if not vectors or (len(vectors) > 1 and given.modality[i] != keys.modality[j]):
+        return torch.zeros(HEADS, dtype=dtype)
+    which = 0 if len(vectors) == 1 else int(given.modality[i])
+    if given.is_cls[i] or keys.is_cls[j]:
+        place = -3 + int(keys.is_cls[j]) + int(given.is_cls[i] and keys.is_cls[j])
+    else:
+        place = int(given.code[i] - keys.code[j]) + offsets[which]
+    return vectors[which][:, place].to(dtype)
+
+
+class Form:
+    """A call of the op and the same by ``naive``: q, k, v and vectors are the leaves."""
+
+    def __init__(self, *, vectors=1, order=None, cross=False, cls=False, sizes=(8, 8), joint=False, head_scale=False):
+        self.segments = segments(QUERIES, 1, order=order, cls=cls)
+        self.keys = segments(KEYS, 2, order=order, cls=cls) if cross else self.segments
+        self.cross, self.joint, self.vectors = cross, joint, vectors
+        rows, key_rows = (side.code.shape[0] for side in (self.segments, self.keys))
+        head_dim, value_dim = sizes
+        self.leaves = {"q": normal(rows, HEADS, head_dim, seed=3), "k": normal(key_rows, HEADS, head_dim, seed=4)}
+        self.leaves |= {"v": normal(key_rows, HEADS, value_dim, seed=5)}
+        self.leaves |= {f"vector{m}": normal(HEADS, 2 * OFFSET + 4, seed=6 + m) for m in range(vectors)}
+        self.leaves |= {"head_scale": 1 + 0.5 * normal(HEADS, seed=9)} if head_scale else {}
+
+    def arguments(self, leaves):
+        bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
+        given = self.segments._asdict() | {"keys": self.keys if self.cross else None}
+        return given | {"bias": bias, "code_offsets": [OFFSET] * len(bias), "head_scale": leaves.get("head_scale")}
+
+    def call(self, **leaves):
+        q, k, v = (leaves[name] for name in "qkv")
+        qkv = torch.stack([q, k, v], 1) if self.joint else (q, k, v)
+        return relative_bias_attention(qkv, **self.arguments(leaves))
+
+    def plain(self, **leaves):
+        bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
+        q, k, v = (leaves[name] for name in "qkv")
+        return naive(q, k, v, self.segments, self.keys, bias, [OFFSET] * len(bias), leaves.get("head_scale"))[0]
+
+
+FORMS = {
+    "one vector for all": {},
+    "one vector for all, CLS": {"cls": True, "head_scale": True},
+    "causal, joint": {"order": causal, "vectors": 2, "joint": True},
+    "prefix": {"order": prefix, "cls": True},
+    "causal without bias": {"order": causal, "vectors": 0},
+    "keys of others": {"cross": True, "vectors": 2, "head_scale": True},
+    "keys of others in order, CLS": {"cross": True, "order": causal, "cls": True},
+    "keys of others without bias": {"cross": True, "vectors": 0},
+    "wide keys": {"vectors": 2, "sizes": (16, 8)},
+    "wide values of others": {"cross": True, "sizes": (8, 16)},
+}
+
+
+@in_each("dtype", {way: dtypes for way, dtypes in DTYPES_OF_WAYS.items() if way != "kernel"})
+@pytest.mark.parametrize("name", FORMS)
+def test_values_and_gradients_follow_the_formula(name, way, dtype):
+    form = Form(**FORMS[name])
+    contract.check_against_naive(form.call, form.plain, form.leaves, dtype)
+
+
+@pytest.mark.parametrize("way", ["kernel"], indirect=True)
+@pytest.mark.parametrize("head_dim, value_dim", [(88, 88), (8, 8), (128, 64), (40, 24)])
+def test_zeros_fill_heads_up_to_what_the_kernels_take(way, head_dim, value_dim):
+    joint = head_dim == value_dim
+    form = Form(vectors=2, cls=True, sizes=(head_dim, value_dim), joint=joint, head_scale=True)
+    contract.check_against_naive(form.call, form.plain, form.leaves, torch.bfloat16)
+
+
+@in_each("cross", {way: (False,) if way == "kernel" else (False, True) for way in DTYPES_OF_WAYS})
+def test_the_log_sum_exp_comes_too_and_has_no_gradient(way, cross):
+    form = Form(vectors=2, cross=cross, sizes=(32, 32))
+    leaves = {name: leaf.to(CHECKED[way]).requires_grad_() for name, leaf in form.leaves.items()}
+    qkv = tuple(leaves[name] for name in "qkv")
+    out, total = relative_bias_attention(qkv, **form.arguments(leaves), return_log_sum_exp=True)
+    assert (
+        out.requires_grad and not total.requires_grad and total.dtype == torch.promote_types(out.dtype, torch.float32)
+    )
+    exact = {name: leaf.double() for name, leaf in leaves.items()}
+    bias = [exact["vector0"], exact["vector1"]]
+    expected = naive(*(exact[name] for name in "qkv"), form.segments, form.keys, bias, [OFFSET] * 2)
+    bound = 3e-2 if way == "kernel" else 1e-5
+    torch.testing.assert_close(total.double(), expected[1], rtol=bound, atol=bound)
+    torch.testing.assert_close(out.double(), expected[0].detach(), rtol=bound, atol=bound)
+    torch.testing.assert_close(out, relative_bias_attention(qkv, **form.arguments(leaves)))
+
+
+@pytest.mark.parametrize("way", ["reference", "padded"], indirect=True)
+@pytest.mark.parametrize("name", ["prefix", "keys of others in order, CLS"])
+def test_finite_differences_agree(name, way):
+    form = Form(**FORMS[name] | {"sizes": (2, 2)})
+    contract.check_gradcheck(form.call, form.leaves)
+
+
+def test_compiled_and_registered_calls_give_what_eager_ones_give():
+    for name in ("prefix", "keys of others", "wide keys"):
+        form = Form(**FORMS[name])
+        leaves = {key: leaf.float() for key, leaf in form.leaves.items()}
+        eager = contract.run(form.call, leaves)
+        compiled = contract.run(torch.compile(form.call, backend="aot_eager", fullgraph=True), leaves)
+        contract.assert_same(compiled, eager, name)
+
+
+def test_a_query_in_a_sample_without_keys_is_zero_where_there_is_no_key_at_all():
+    form = Form(cross=True)
+    empty = segments([[0] * 4, [0] * 4], 2)
+    keys = Segments(*(x[:0] if isinstance(x, torch.Tensor) and x.dim() == 1 else x for x in empty))
+    q, k, v = (form.leaves[name][: 0 if name in "kv" else None].requires_grad_() for name in "qkv")
+    out, total = relative_bias_attention(
+        (q, k, v), **form.arguments(form.leaves) | {"keys": keys}, return_log_sum_exp=True
+    )
+    assert not out.any() and total[:-INERT].isneginf().all()
+    assert not torch.autograd.grad(out.sum(), q)[0].any()
+
+
+def test_what_does_not_fit_is_one_line():
+    form, other = Form(), Form(cross=True, order=causal)
+    leaves, given = form.leaves, form.arguments(form.leaves)
+    q, k, v = (leaves[name] for name in "qkv")
+    attend = relative_bias_attention
+    refused("k", attend, (q, k[1:], v[1:]), **given)
+    refused("k", attend, (q, k[..., 1:], v), **given)
+    refused("v", attend, (q, k, v[1:]), **given)
+    refused("v", attend, (q, k, v.float()), **given)
+    refused("q", attend, (q.flatten(1), k, v), **given)
+    refused("qkv", attend, torch.stack([q, k, v], 1), **given | {"keys": form.segments})
+    refused("order", attend, (q, k, v), **given | {"order": torch.zeros(3, dtype=torch.int32)})
+    refused("order", attend, (q, k, v), **given | {"order": form.segments.code.long()})
+    gap = of_each(QUERIES, lambda m, place, within: 2 * place)
+    refused("order", attend, (q, k, v), **given | {"order": gap})
+    refused("code", attend, (q, k, v), **given | {"code_offsets": [2]})
+    refused("code_offsets", attend, (q, k, v), **given | {"code_offsets": [2, 2]})
+    refused("bias", attend, (q, k, v), **given | {"bias": given["bias"] * 3, "code_offsets": [OFFSET] * 3})
+    crossed = tuple(other.leaves[name] for name in "qkv")
+    refused("order", attend, crossed, **other.arguments(other.leaves) | {"order": None})
+    fewer = other.keys._replace(cu_seqlens=other.keys.cu_seqlens[:, 1:])
+    refused("keys.cu_seqlens", attend, crossed, **other.arguments(other.leaves) | {"keys": fewer})
+    short = other.keys._replace(code=other.keys.code[1:])
+    refused("keys.code", attend, crossed, **other.arguments(other.leaves) | {"keys": short})
+
+
+@pytest.mark.parametrize("name", ["causal, joint", "keys of others in order, CLS", "one vector for all"])
+def test_what_is_written_into_orders_and_keys_is_seen(name):
+    form = Form(**FORMS[name])
+    leaves = {key: leaf.clone() for key, leaf in form.leaves.items()}
+    before = form.call(**leaves)
+    with torch.no_grad():
+        if form.segments.order is not None:
+            form.segments.order.zero_()
+            form.keys.order.zero_()
+        else:
+            form.segments.code[0] = (form.segments.code[0] + 1) % OFFSET
+        if form.cross:
+            form.keys.code[0] = (form.keys.code[0] + 1) % OFFSET
+    after = form.call(**leaves)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, form.plain(**leaves), rtol=1e-11, atol=1e-12)
