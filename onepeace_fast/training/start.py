@@ -22,7 +22,7 @@ from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.layers.adapters import PATCH, AudioAdapter
 from onepeace_fast.models.modalities import parameters_of
-from onepeace_fast.models.parameters import upstream_names
+from onepeace_fast.models.parameter_names import upstream_names
 from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
