@@ -120,7 +120,7 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="onepeace-fast", description="Fused GPU operations for modality-routed transformers such as ONE-PEACE."
+        prog="onepeace-fast", description="PyTorch layers that compute no padding, for modality-routed transformers such as ONE-PEACE."
     )
     parser.add_argument("--version", action="version", version=f"onepeace_fast {onepeace_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
