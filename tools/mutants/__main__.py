@@ -6,7 +6,7 @@ The folder ``faults`` has them, one file for each area of the code. A fault says
 file, in it a function, class or constant (``inside``), and in that a fragment that occurs there once, or the
 ``occurrence`` that is meant. Lines, indentation and comments do not matter. ``new`` takes the fragment's place, and
 ``tests`` must fail, in Triton's interpreter or, for csrc, with the sources built for this CPU. The same tests must pass
-where nothing is planted. A mutant is caught only where a test fails by a value that it compared or by what a sanitizer
+where nothing is planted. A mutant is caught only where a test fails in a comparison of values or by what a sanitizer
 says: an error at import, or a kernel that does not compile or run, catches nothing.
 """
 
