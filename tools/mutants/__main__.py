@@ -1,4 +1,4 @@
-"""Plant faults, one after another, each in a copy of this checkout, and see the tests fail by it.
+"""Plant faults, one after another, each in a copy of this checkout, and see the tests fail.
 
     python -m tools.mutants [NAME...]
 
@@ -26,7 +26,7 @@ from tools.mutants.replay import control, replay
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay, print a line each, and return 0 where the control passed and every mutant was caught."""
-    parser = argparse.ArgumentParser(prog="make mutants", description="Plant faults and see the tests fail by them.")
+    parser = argparse.ArgumentParser(prog="make mutants", description="Plant faults and see the tests fail.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these faults")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="at once (default: one a core)")
     options = parser.parse_args(arguments)
