@@ -75,8 +75,8 @@ class RelativeBias(nn.Module, ABC):
 
         Args:
             heads: attention heads.
-            buckets: rows of the table, Hugging Face's ``relative_attention_num_buckets``.
-            max_distance: distance from which on all share a bucket, ``relative_attention_max_distance``.
+            buckets: rows of the table, Hugging Face's relative_attention_num_buckets.
+            max_distance: distance from which on all share a bucket, relative_attention_max_distance.
             bidirectional: True in an encoder. False in a decoder: keys behind the query, which a causal mask hides,
                 take the bucket of distance 0.
 
@@ -97,7 +97,7 @@ class RelativeBias(nn.Module, ABC):
 
     @classmethod
     def torchscale(cls, buckets: int, max_distance: int, heads: int) -> RelativeBias:
-        """The bias of torchscale's encoder and decoder (``rel_pos_buckets``, ``max_rel_pos``), T5's bidirectional one.
+        """The bias of torchscale's encoder and decoder (rel_pos_buckets, max_rel_pos), T5's bidirectional one.
 
         With several modalities one table serves all, over absolute indices through them: slice ``codes(length)`` of the
         whole sequence for each modality. torchscale draws the table with deviation 1.
@@ -198,7 +198,7 @@ class RelativeBias(nn.Module, ABC):
         return F.embedding(index, vector.t()).permute(2, 0, 1)
 
     def reset_tables(self) -> None:
-        """Recompute what follows from the arguments alone and no checkpoint holds, after ``to_empty`` for instance."""
+        """Recompute what follows from the arguments alone and no checkpoint holds: after to_empty, for instance."""
 
 
 class _SeriesBias(RelativeBias):
