@@ -107,6 +107,14 @@ def test_alibi_is_the_paper_s_linear_bias_without_parameters(heads):
     assert bias.half().vector(5).dtype == torch.float32  # half precision has no exact 2049
 
 
+def test_t5_s_buckets_are_computed_in_float32_as_public_code_s(monkeypatch):
+    """In float64 some distances could fall into the next bucket."""
+    seen, log = [], torch.log
+    monkeypatch.setattr(torch, "log", lambda x: seen.append(x.dtype) or log(x))
+    RelativeBias.t5(2)
+    assert seen == [torch.float32]
+
+
 NAMES = {
     "relative_attention_bias.weight": [(RelativeBias.t5(HEADS, 40), 40), (RelativeBias.torchscale(16, 64, HEADS), 16)],
     "relative_position_bias_table": [
@@ -204,6 +212,8 @@ def test_a_bias_survives_meta_pickle_copies_and_the_process_s_defaults():
         empty = RelativeBias.t5(2), RelativeBias.one_peace(2, buckets=74), RelativeBias.alibi(2)
     for like, bias in zip(made, empty, strict=True):
         bias = pickle.loads(pickle.dumps(copy.deepcopy(bias.to_empty(device="cpu"))))
+        for buffer in bias.buffers():
+            buffer.zero_()
         bias.reset_tables()
         bias.load_state_dict(like.float().state_dict())
         assert torch.equal(bias.vector(30), like.vector(30)) and not bias.vector(30).isnan().any()
