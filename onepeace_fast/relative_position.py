@@ -87,7 +87,7 @@ def alibi_slopes(heads: int) -> list[float]:
 
 def window_table_rows(window: Sequence[int]) -> int:
     """Rows of a bias table over a window of any number of axes, CLS not counted: one per distance."""
-    return math.prod(2 * side - 1 for side in window)
+    return math.prod([2 * side - 1 for side in window])
 
 
 def window_codes(

@@ -212,7 +212,7 @@ class _SeriesBias(RelativeBias):
         """What the vector is made of."""
 
     def codes(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
-        require(window is None, f"window: expected none for the bias of a series, got {window}; pass length")
+        require(window is None, lambda: f"window: expected none for the bias of a series, got {window}; pass length")
         return torch.arange(self._require_length(length), dtype=torch.int32, device=self._values.device)
 
     def is_cls(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
@@ -226,7 +226,8 @@ class _SeriesBias(RelativeBias):
             raise ValueError(f"length: expected the tokens of the longest sample, got {describe(length)}")
         limit = self.max_length
         require(
-            limit is None or length <= limit, f"length: expected at most {limit}, which the bias covers, got {length}"
+            limit is None or length <= limit,
+            lambda: f"length: expected at most {limit}, which the bias covers, got {length}",
         )
         return length
 
@@ -314,7 +315,9 @@ class _WindowBias(RelativeBias):
         return self.get_parameter(self._name)
 
     def codes(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
-        require(length is None or window is None, f"window: expected length or window, got {length} and {window}")
+        require(
+            length is None or window is None, lambda: f"window: expected length or window, got {length} and {window}"
+        )
         if window is not None:
             window = _sides(window, len(self.window))
             require(
@@ -345,7 +348,7 @@ class _WindowBias(RelativeBias):
         limit = math.prod(self.window) + (1 if self._with_cls else 0)
         require(
             length is None or (isinstance(length, int) and 1 <= length <= limit),
-            f"length: expected at most {limit}, the tokens that the bias covers, got {describe(length)}",
+            lambda: f"length: expected at most {limit}, the tokens that the bias covers, got {describe(length)}",
         )
         return length
 

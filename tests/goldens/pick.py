@@ -1,6 +1,6 @@
 """Keep some tensors of a recording, unchanged, with its metadata: one file of tests/goldens.
 
-    python tests/goldens/pick.py RECORDING.safetensors OUT.safetensors.xz PREFIX[=NEW]...
+    PYTHONPATH=tests python tests/goldens/pick.py RECORDING.safetensors OUT.safetensors.xz PREFIX[=NEW]...
 
 Every tensor whose name starts with a PREFIX stays, under the same name or with NEW in the prefix's place.
 """

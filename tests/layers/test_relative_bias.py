@@ -11,6 +11,7 @@ from models._goldens import FOLDER
 from safetensors.torch import load
 from support import naive
 from support.plans import Token
+from torch._dynamo.testing import CompileCounter
 
 from onepeace_fast import RelativeBias, RoutePlan, relative_bias_attention
 from onepeace_fast.relative_position import grid_codes
@@ -218,6 +219,20 @@ def test_a_bias_survives_meta_pickle_copies_and_the_process_s_defaults():
         bias.load_state_dict(like.float().state_dict())
         assert torch.equal(bias.vector(30), like.vector(30)) and not bias.vector(30).isnan().any()
     assert RelativeBias.beit(3, 2).to("meta").codes().device.type == "meta"
+
+
+@pytest.mark.parametrize("make", [RelativeBias.t5, RelativeBias.alibi, lambda heads: RelativeBias.beit(4, heads)])
+def test_one_graph_serves_all_lengths(make):
+    bias = make(2)
+
+    def everything(length):
+        return bias.vector(length), bias.codes(length), bias.is_cls(length), bias.dense(length)
+
+    counter = CompileCounter()
+    compiled = torch.compile(everything, backend=counter, fullgraph=True, dynamic=True)
+    for length in (9, 10, 13):
+        assert all(map(torch.equal, compiled(length), everything(length)))
+    assert counter.frame_count == 1
 
 
 def bias_attention(bias: RelativeBias, qkv, lengths, longest, scale):
