@@ -1,16 +1,18 @@
-"""Relative positions: upstream's bucketing, and the code form that replaces its [length, length] index.
+"""Relative positions: the bucketing of public models, and the code form that replaces their [length, length] index.
 
 Every token carries an integer code; the bias of a query i and a key j of one modality depends on ``code_i - code_j``
 alone (CLS apart), so each head's table expands once per step into a vector
 
     vector[h, code_i - code_j + offset],   then three CLS entries: CLS as query, CLS as key, both.
 
-An index here says which row of the bias table each entry of that vector takes. Source: ONE-PEACE (arXiv 2305.11172).
+An index here says which row of the bias table each entry of that vector takes. Sources: ONE-PEACE (arXiv 2305.11172),
+T5 (arXiv 1910.10683), Swin (arXiv 2103.14030), ALiBi (arXiv 2108.12409).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -53,19 +55,72 @@ def series_vector_index(index: Tensor, bucket_size: int, width: int) -> Tensor:
     return torch.cat([index[centre - (width - 1) : centre + width], cls])
 
 
+def t5_index(buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
+    """T5's bucket of every distance query - key from ``-max_distance`` to ``max_distance``: int64 on the CPU.
+
+    Exact up to half the buckets of a direction, logarithmic up to ``max_distance``, then the last one. Bidirectional,
+    the second half of the buckets is that of keys behind the query; otherwise these share the bucket of distance 0.
+    Computed in float32 as public code does, so that rounding agrees.
+    """
+    distance = torch.arange(-max_distance, max_distance + 1, device="cpu")
+    if bidirectional:
+        buckets //= 2
+        first, magnitude = (distance < 0).long() * buckets, distance.abs()
+    else:
+        first, magnitude = torch.zeros_like(distance), distance.clamp(min=0)
+    exact = buckets // 2
+    far = magnitude.clamp(min=exact).to(torch.float32)
+    steps = torch.log(far / exact) / math.log(max_distance / exact) * (buckets - exact)
+    logarithmic = (exact + steps.long()).clamp(max=buckets - 1)
+    return first + torch.where(magnitude < exact, magnitude, logarithmic)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """ALiBi's slope of each head: 2 ** (-8 h / heads) for h from 1, where the number of heads is a power of two.
+
+    Other numbers take the slopes of the power of two below, then every second one of the power of two above.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
+    return slopes + [2 ** (-4 * h / power) for h in range(1, 2 * (heads - power), 2)]
+
+
+def window_table_rows(window: Sequence[int]) -> int:
+    """Rows of a bias table over a window of any number of axes, CLS not counted: one per distance."""
+    return math.prod([2 * side - 1 for side in window])
+
+
+def window_codes(
+    window: Sequence[int], table_window: Sequence[int], device: torch.device | str | None = None
+) -> Tensor:
+    """Codes of the tokens of a window, row by row: int32 [tokens].
+
+    The strides are those of the table's own window, so a smaller window shares a larger table.
+    """
+    codes = torch.zeros(1, dtype=torch.int32, device=device)
+    for side, table_side in zip(window, table_window, strict=True):
+        place = torch.arange(side, dtype=torch.int32, device=device)
+        codes = (codes[:, None] * (2 * table_side - 1) + place).flatten()
+    return codes
+
+
+def window_code_offset(table_window: Sequence[int]) -> int:
+    """Entry of a window's vector that belongs to distance zero on all axes: the middle one."""
+    return window_table_rows(table_window) // 2
+
+
 def grid_codes(grid: int, table_grid: int, device: torch.device | str | None = None) -> Tensor:
     """Codes of the tokens of a square image, CLS (whose code is never used) first: int32 [grid * grid + 1].
 
     The stride is that of the table's own grid, so a smaller image shares a larger table.
     """
-    y, x = torch.meshgrid(torch.arange(grid, device=device), torch.arange(grid, device=device), indexing="ij")
-    codes = (y * (2 * table_grid - 1) + x).flatten()
-    return torch.cat([codes.new_zeros(1), codes]).to(torch.int32)
+    codes = window_codes((grid, grid), (table_grid, table_grid), device)
+    return torch.cat([codes.new_zeros(1), codes])
 
 
 def grid_code_offset(table_grid: int) -> int:
     """Entry of the grid's vector that belongs to distance (0, 0)."""
-    return 2 * table_grid * (table_grid - 1)
+    return window_code_offset((table_grid, table_grid))
 
 
 def dense_index(code: Tensor, is_cls: Tensor, offset: int, entries: int) -> Tensor:

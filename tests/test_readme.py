@@ -141,15 +141,23 @@ def test_the_fault_that_contributing_shows_is_one_of_the_planted_ones():
     assert f"\"'{shown['name']}'\"" in text, "the command that replays it"
 
 
-def test_the_picture_is_of_the_route_plan(tmp_path):
+@pytest.mark.parametrize(
+    "name, parts, cells", [("packed_rows", "padded|packed", 84), ("bias_vector", "vector|pair", 67)]
+)
+def test_a_picture_is_of_what_the_code_computes(tmp_path, name, parts, cells):
     pytest.importorskip("matplotlib")
-    picture, committed = tmp_path / "packed_rows.svg", ROOT / "docs" / "packed_rows.svg"
+    picture, committed = tmp_path / f"{name}.svg", ROOT / "docs" / f"{name}.svg"
     runpy.run_path(str(ROOT / "docs" / "pictures.py"))["main"](picture)
 
-    def look(path: Path) -> list[tuple[str, str]]:
-        """Each token's cell, and how it is filled."""
-        cells = re.findall(r'<g id="((?:padded|packed)-[\w-]+)">\s*<path[^>]*?style="fill: ([^;"]+)', path.read_text())
-        return [(name, "hatch" if fill.startswith("url") else fill) for name, fill in cells]
+    def look(path: Path) -> list[tuple[str, str, list[str]]]:
+        """Each token's cell, how it is filled, and the number in it."""
+        _, *found = re.split(rf'<g id="(?=(?:{parts})-)', path.read_text())
+        fills = [re.search(r'style="fill: ([^;"]+)', cell)[1] for cell in found]
+        hatched = ["hatch" if fill.startswith("url") else fill for fill in fills]
+        return [
+            (cell.partition('"')[0], fill, re.findall(r"<!-- (\d+) -->", cell)[:1])
+            for cell, fill in zip(found, hatched, strict=True)
+        ]
 
     assert look(picture) == look(committed)
-    assert sum(name.startswith("packed") for name, _ in look(committed)) == 32
+    assert len(look(committed)) == cells
