@@ -9,6 +9,7 @@ from onepeace_fast import (
 )
 from onepeace_fast.backend import use_backend
 from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.layers.routed import RoutedFFN, RoutedLinear, RoutedNorm
 from onepeace_fast.models import OnePeacePretrain
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.route_plan import RoutePlan
@@ -18,5 +19,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["OnePeaceConfig", "OnePeacePretrain", "RoutePlan", "use_backend"]
+__all__ = [
+    "OnePeaceConfig",
+    "OnePeacePretrain",
+    "RoutePlan",
+    "RoutedFFN",
+    "RoutedLinear",
+    "RoutedNorm",
+    "use_backend",
+]
 __all__ += ops.__all__

@@ -173,6 +173,7 @@ def routed_linear(
     Raises:
         ValueError: a dtype, shape or device that does not fit.
     """
+    require_rows("x", x)
     if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)
         weight, bias = (some and [w.to(dtype) for w in some] for some in (weight, bias))
@@ -183,13 +184,12 @@ def routed_linear(
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routing: Routing) -> None:
     """Raise unless all arguments fit together."""
-    require_rows("x", x)
     check_routing(routing, x)
     modalities = len(routing.offsets) - 1
     require(modalities > 0, "offsets: expected at least one modality, got none")
     require_one_per_modality("weight", weights, modalities, optional=False)
     require_one_per_modality("bias", biases, modalities)
-    columns = weights[0].shape[0] if weights[0].dim() else 0
+    columns = weights[0].shape[0] if isinstance(weights[0], Tensor) and weights[0].dim() else 0
     for name, tensors, shape in (("weight", weights, (columns, x.shape[1])), ("bias", biases, (columns,))):
         for m, tensor in enumerate(tensors):
             if not (tensor.dtype == x.dtype and tensor.shape == shape and tensor.device == x.device):
