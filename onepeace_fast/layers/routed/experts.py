@@ -111,7 +111,7 @@ def refuse_what_is_left(experts: Sequence[nn.Module], found: Mapping[str, Sequen
                 )
 
 
-def on_meta(kind: Callable[..., Kind], *sizes: int, **settings: object) -> Kind:
+def on_meta(build: Callable[[], Kind]) -> Kind:
     """A module without memory, whose parameters are put in afterwards."""
     with torch.device("meta"):
-        return kind(*sizes, **settings)
+        return build()

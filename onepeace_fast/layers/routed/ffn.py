@@ -132,14 +132,15 @@ class RoutedFFN(nn.Module):
         }  # fmt: skip
         hidden, dim = parts["w0"].weight[0].shape
         shapes = {"w1": (hidden, dim), "w2": (dim, hidden), "sub_norm": (hidden,), "output_norm": (dim,)}
-        for part, module in {**parts, **norms}.items():
+        adopted: dict[str, RoutedLinear | RoutedNorm] = {**parts, **norms}
+        for part, module in adopted.items():
             shape = tuple(module.weight[0].shape)
             if shape != shapes.get(part, shape):
                 raise ValueError(
                     f"experts, {part} {names[part]!r}: expected a weight {list(shapes[part])}, as W0 is "
                     f"{[hidden, dim]}, got {list(shape)}"
                 )
-        routed = on_meta(cls, len(experts), 1, 1)
+        routed = on_meta(lambda: cls(len(experts), 1, 1))
         routed._assign(
             parts["w0"], parts.get("w1"), parts["w2"], norms.get("sub_norm"), norms.get("output_norm"), activation
         )
@@ -151,7 +152,10 @@ class RoutedFFN(nn.Module):
             [None] * len(self.w0.weight) if part is None else part.experts()
             for part in (self.w0, self.w1, self.w2, self.sub_norm, self.output_norm)
         ]
-        return [ExpertFFN(*modules, activation=self.activation) for modules in zip(*parts, strict=True)]
+        return [
+            ExpertFFN(w0, w1, w2, sub_norm, output_norm, self.activation)
+            for w0, w1, w2, sub_norm, output_norm in zip(*parts, strict=True)
+        ]
 
     @overload
     def forward(self, x: Tensor, plan: RoutePlan, *, packed: bool = False) -> Tensor: ...
@@ -173,10 +177,12 @@ class RoutedFFN(nn.Module):
         how: dict[str, Any] = {
             "offsets": plan.offsets, "row_counts": plan.row_counts, "activation": self.activation,
         }  # fmt: skip
-        if norm is not None and norm.kind == "layer_norm" and norm.bias is not None:
-            if are_plain("RoutedFFN", (norm,), RoutedNorm):  # the op before W2 computes it too
-                how |= {"norm_weight": [*norm.weight], "norm_bias": [*norm.bias], "eps": norm.eps}
-                norm = None
+        if (
+            norm is not None and norm.kind == "layer_norm" and norm.bias is not None
+            and are_plain("RoutedFFN", (norm,), RoutedNorm)  # the op before W2 computes it too
+        ):  # fmt: skip
+            how |= {"norm_weight": [*norm.weight], "norm_bias": [*norm.bias], "eps": norm.eps}
+            norm = None
         biased = w0.bias is not None or (w1 is not None and w1.bias is not None)
         linears = [w0, w2] if w1 is None else [w0, w1, w2]
         if norm is None and not biased and are_plain("RoutedFFN", linears, RoutedLinear):

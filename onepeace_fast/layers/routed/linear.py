@@ -28,6 +28,9 @@ class RoutedLinear(nn.Module):
         bias: [out_features] of each modality, or None.
     """
 
+    weight: nn.ParameterList
+    bias: nn.ParameterList | None
+
     def __init__(
         self, modalities: int, in_features: int, out_features: int, bias: bool = True, *,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
@@ -57,7 +60,7 @@ class RoutedLinear(nn.Module):
     def adopting(cls, experts: Sequence[nn.Module], what: str) -> RoutedLinear:
         """``from_experts``, with their name in an error."""
         linears = require_plain(experts, nn.Linear, what)
-        routed = on_meta(cls, len(linears), linears[0].in_features, linears[0].out_features)
+        routed = on_meta(lambda: cls(len(linears), 1, 1))
         routed._adopt(linears, what)
         return routed
 
@@ -65,7 +68,8 @@ class RoutedLinear(nn.Module):
         """A ``torch.nn.Linear`` of each modality, which shares the parameters."""
         found = []
         for m, weight in enumerate(self.weight):
-            linear = on_meta(nn.Linear, *reversed(weight.shape), bias=self.bias is not None)
+            rows, columns = weight.shape
+            linear = on_meta(lambda: nn.Linear(columns, rows, self.bias is not None))  # noqa: B023
             linear.weight = weight
             if self.bias is not None:
                 linear.bias = self.bias[m]

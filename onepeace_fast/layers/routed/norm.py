@@ -34,6 +34,9 @@ class RoutedNorm(nn.Module):
         kind, eps: as given.
     """
 
+    weight: nn.ParameterList
+    bias: nn.ParameterList | None
+
     def __init__(
         self, modalities: int, dim: int, kind: str = "layer_norm", *, bias: bool = True, eps: float = 1e-5,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
@@ -42,10 +45,7 @@ class RoutedNorm(nn.Module):
         require(modalities > 0, f"modalities: expected at least 1, got {modalities}")
         _require_kind(kind)
         self.kind, self.eps = kind, eps
-        has_bias = {"bias": bias} if kind == "layer_norm" else {}
-        self._adopt(
-            [NORMS[kind](dim, eps, device=device, dtype=dtype, **has_bias) for _ in range(modalities)], "experts"
-        )
+        self._adopt([new_norm(kind, dim, eps, bias, device, dtype) for _ in range(modalities)], "experts")
 
     def _adopt(self, experts: Sequence[nn.Module], what: str) -> None:
         weight = parameter_list(experts, "weight", what)
@@ -89,16 +89,15 @@ class RoutedNorm(nn.Module):
         _require_kind(kind)
         if eps is None:
             raise ValueError(f"{what}: expected an eps, got none; give it as eps")
-        routed = on_meta(cls, len(experts), 1, kind=kind, eps=eps)
+        routed = on_meta(lambda: cls(len(experts), 1, kind, eps=eps))
         routed._adopt(experts, what)
         return routed
 
-    def experts(self) -> list[nn.LayerNorm] | list[nn.RMSNorm]:
+    def experts(self) -> list[nn.LayerNorm | nn.RMSNorm]:
         """A norm of torch's own class of each modality, which shares the parameters."""
         found = []
         for m, weight in enumerate(self.weight):
-            has_bias = {"bias": self.bias is not None} if self.kind == "layer_norm" else {}
-            norm = on_meta(NORMS[self.kind], weight.shape[0], eps=self.eps, **has_bias)
+            norm = on_meta(lambda: new_norm(self.kind, weight.shape[0], self.eps, self.bias is not None))  # noqa: B023
             norm.weight = weight
             if self.bias is not None:
                 norm.bias = self.bias[m]
@@ -117,15 +116,25 @@ class RoutedNorm(nn.Module):
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
         weight, bias = [*self.weight], None if self.bias is None else [*self.bias]
-        routing = {"offsets": plan.offsets, "row_counts": plan.row_counts}
+        offsets, counts = plan.offsets, plan.row_counts
         if self.kind == "rms_norm":
-            return rms_norm(rows, weight, eps=self.eps, **routing)
-        return layer_norm(rows, weight, bias, eps=self.eps, **routing)
+            return rms_norm(rows, weight, offsets=offsets, row_counts=counts, eps=self.eps)
+        return layer_norm(rows, weight, bias, offsets=offsets, row_counts=counts, eps=self.eps)
 
     def extra_repr(self) -> str:
         """The sizes and the kind."""
         dim, bias = self.weight[0].shape[0], self.bias is not None
         return f"modalities={len(self.weight)}, dim={dim}, kind={self.kind!r}, bias={bias}, eps={self.eps}"
+
+
+def new_norm(
+    kind: str, dim: int, eps: float, bias: bool, device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.LayerNorm | nn.RMSNorm:  # fmt: skip
+    """A norm of torch's own class; an RMSNorm has no bias."""
+    if kind == "rms_norm":
+        return nn.RMSNorm(dim, eps, device=device, dtype=dtype)
+    return nn.LayerNorm(dim, eps, bias=bias, device=device, dtype=dtype)
 
 
 def _require_kind(kind: str) -> None:
