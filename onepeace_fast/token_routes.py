@@ -85,15 +85,14 @@ def ids_of_indices(indices: Mapping[str, Sequence[int] | Tensor], tokens: int, d
     total = sum(map(len, indices.values()))
     if total != tokens:
         raise ValueError(f"indices: expected each of {tokens} tokens in one list, got {total} indices")
-    numbers = torch.arange(len(indices)).repeat_interleave(torch.tensor([len(mine) for mine in indices.values()]))
     if not any(isinstance(mine, Tensor) and mine.device.type != "cpu" for mine in indices.values()):
         _check_lists(indices, tokens)
     flat = torch.cat([_on_device(name, mine, torch.device(device)) for name, mine in indices.items()])
     inside = (flat >= 0) & (flat < tokens)
     seen = flat.new_zeros(tokens).scatter_add(0, torch.where(inside, flat, 0), inside.long())
     require_values((seen == 1).all(), f"indices: expected each token from 0 to {tokens - 1} once, got others")
-    ids = flat.new_zeros(tokens)
-    return ids.scatter_(0, flat, tensor_to_device(numbers, flat.device))
+    numbers = torch.cat([flat.new_full((len(mine),), m) for m, mine in enumerate(indices.values())])
+    return flat.new_zeros(tokens).scatter_(0, flat, numbers)
 
 
 def _check_lists(indices: Mapping[str, Sequence[int] | Tensor], tokens: int) -> None:

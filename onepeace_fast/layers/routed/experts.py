@@ -84,8 +84,11 @@ def require_plain(experts: Sequence[nn.Module], kind: type[Kind], what: str) -> 
     return plain
 
 
-def named_modules(experts: Sequence[nn.Module], name: str, what: str) -> list[nn.Module]:
-    """The module of a name in each expert; raise where one has none."""
+def modules_at(experts: Sequence[nn.Module], name: str | Sequence[nn.Module], what: str) -> list[nn.Module]:
+    """The module of a name in each expert, or the modules that are given; raise where an expert has none."""
+    if not isinstance(name, str):
+        require(len(name) == len(experts), f"{what}: expected one of each of {len(experts)} experts, got {len(name)}")
+        return [*name]
     found = []
     for m, expert in enumerate(experts):
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.plain import are_plain
-from onepeace_fast.layers.routed.experts import named_modules, on_meta, refuse_what_is_left, through_rows
+from onepeace_fast.layers.routed.experts import modules_at, on_meta, refuse_what_is_left, through_rows
 from onepeace_fast.layers.routed.linear import RoutedLinear
 from onepeace_fast.layers.routed.norm import RoutedNorm
 from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS, gated_sub_ln
@@ -99,8 +99,8 @@ class RoutedFFN(nn.Module):
     @classmethod
     def from_experts(
         cls, experts: Sequence[nn.Module], *, w0: str, w2: str, activation: str, w1: str | None = None,
-        sub_norm: str | None = None, output_norm: str | None = None, norm_kind: str | None = None,
-        eps: float | None = None,
+        sub_norm: str | Sequence[nn.Module] | None = None, output_norm: str | Sequence[nn.Module] | None = None,
+        norm_kind: str | None = None, eps: float | None = None,
     ) -> RoutedFFN:  # fmt: skip
         """Adopt feed-forward networks, one of each modality: their very parameters, which both train from now on.
 
@@ -109,7 +109,8 @@ class RoutedFFN(nn.Module):
             w0, w1, w2: where their linear layers are, as ``torch.nn.Module.get_submodule`` takes it: "fc1",
                 "net.0.proj". Without ``w1`` there is no gate.
             activation: "gelu" (exact, by erf), "gelu_tanh", "silu" or "relu".
-            sub_norm, output_norm: where their norms before and after W2 are; None for none.
+            sub_norm, output_norm: where their norms before and after W2 are, or where these are no part of the experts
+                the norms themselves, one of each modality; None for none.
             norm_kind, eps: those of ``RoutedNorm.from_experts``.
 
         Raises:
@@ -117,17 +118,17 @@ class RoutedFFN(nn.Module):
                 dropout in an expert that no name covers.
         """
         require(len(experts) > 0, "experts: expected at least one expert, got none")
-        names = {"w0": w0, "w1": w1, "w2": w2, "sub_norm": sub_norm, "output_norm": output_norm}
+        places = {"w0": w0, "w1": w1, "w2": w2, "sub_norm": sub_norm, "output_norm": output_norm}
         found = {
-            part: named_modules(experts, name, f"experts, {part}") for part, name in names.items() if name is not None
+            part: modules_at(experts, place, f"experts, {part}") for part, place in places.items() if place is not None
         }
         refuse_what_is_left(experts, found)
         parts: dict[str, RoutedLinear] = {
-            part: RoutedLinear.adopting(found[part], f"experts, {part} {names[part]!r}")
+            part: RoutedLinear.adopting(found[part], f"experts, {part}")
             for part in ("w0", "w1", "w2") if part in found
         }  # fmt: skip
         norms: dict[str, RoutedNorm] = {
-            part: RoutedNorm.adopting(found[part], norm_kind, eps, f"experts, {part} {names[part]!r}")
+            part: RoutedNorm.adopting(found[part], norm_kind, eps, f"experts, {part}")
             for part in ("sub_norm", "output_norm") if part in found
         }  # fmt: skip
         hidden, dim = parts["w0"].weight[0].shape
@@ -137,7 +138,7 @@ class RoutedFFN(nn.Module):
             shape = tuple(module.weight[0].shape)
             if shape != shapes.get(part, shape):
                 raise ValueError(
-                    f"experts, {part} {names[part]!r}: expected a weight {list(shapes[part])}, as W0 is "
+                    f"experts, {part}: expected a weight {list(shapes[part])}, as W0 is "
                     f"{[hidden, dim]}, got {list(shape)}"
                 )
         routed = on_meta(lambda: cls(len(experts), 1, 1))
