@@ -284,7 +284,7 @@ class RoutePlan:
         ids = token_routes.ids_of_masks(masks, last_wins, inert)
         names = [*masks, ""] if inert else [*masks]
         plan = cls.from_modality_ids(ids, names, **{**token_routes.samples_of_rows(masks), **keywords})
-        return token_routes.inert_last(plan) if inert else plan
+        return dataclasses.replace(plan, **token_routes.inert_last(plan)) if inert else plan
 
     @classmethod
     def from_indices(

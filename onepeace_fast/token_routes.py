@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
 from onepeace_fast.routing import INTEGERS, check_ids, copy_to_device, tensor_to_device
-
-if TYPE_CHECKING:
-    from onepeace_fast.route_plan import RoutePlan
 
 
 def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, inert: bool) -> Tensor:
@@ -116,24 +112,16 @@ def _on_device(name: str, mine: Sequence[int] | Tensor, device: torch.device) ->
     return tensor_to_device(mine.long(), device)
 
 
-def inert_last(plan: RoutePlan) -> RoutePlan:
-    """The plan without its last modality, whose rows become inert."""
-    count, tokens = len(plan.modalities) - 1, plan.padded_rows
+def inert_last(plan: Any) -> dict[str, Any]:
+    """The fields that differ in a route plan without its last modality, whose rows become inert."""
+    count = len(plan.modalities) - 1
     real = plan.modality < count
-
-    def zero_where_inert(value: Tensor) -> Tensor:
-        return torch.where(real, value, 0)
-
-    return dataclasses.replace(
-        plan,
-        modalities=plan.modalities[:-1],
-        offsets=plan.offsets[:-1],
-        cu_seqlens=plan.cu_seqlens[:-1],
-        sample=zero_where_inert(plan.sample),
-        position=zero_where_inert(plan.position),
-        code=zero_where_inert(plan.code),
-        order=zero_where_inert(plan.order),
-        is_cls=plan.is_cls & real,
-        source=torch.where(real, plan.source, tokens),
-        code_offsets=plan.code_offsets[:-1],
-    )
+    return {
+        "modalities": plan.modalities[:-1],
+        "offsets": plan.offsets[:-1],
+        "cu_seqlens": plan.cu_seqlens[:-1],
+        **{name: torch.where(real, getattr(plan, name), 0) for name in ("sample", "position", "code", "order")},
+        "is_cls": plan.is_cls & real,
+        "source": torch.where(real, plan.source, plan.padded_rows),
+        "code_offsets": plan.code_offsets[:-1],
+    }
