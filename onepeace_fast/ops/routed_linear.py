@@ -190,9 +190,10 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routi
     require_one_per_modality("weight", weights, modalities, optional=False)
     require_one_per_modality("bias", biases, modalities)
     columns = weights[0].shape[0] if isinstance(weights[0], Tensor) and weights[0].dim() else 0
+    dtype, device = x.dtype, x.device
     for name, tensors, shape in (("weight", weights, (columns, x.shape[1])), ("bias", biases, (columns,))):
         for m, tensor in enumerate(tensors):
-            if not (tensor.dtype == x.dtype and tensor.shape == shape and tensor.device == x.device):
-                require_device(f"{name}[{m}]", tensor, x.device)
-                wanted = f"{str(x.dtype).removeprefix('torch.')}, as x has, {list(shape)}"
+            if not (tensor.dtype == dtype and tensor.shape == shape and tensor.device == device):
+                require_device(f"{name}[{m}]", tensor, device)
+                wanted = f"{str(dtype).removeprefix('torch.')}, as x has, {list(shape)}"
                 raise ValueError(f"{name}[{m}]: expected {wanted}, got {describe(tensor)}")

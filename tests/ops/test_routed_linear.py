@@ -48,7 +48,7 @@ def parts_of(counts):
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_values_and_gradients_follow_the_naive_ones(counts, dtype, host):
     slices = {"out0": parts_of(counts), "x": parts_of(counts)}
-    for width, columns, bias, inert in first(((64, 96, True, 3), (96, 200, False, 0), (63, 7, True, 5))):
+    for width, columns, bias, inert in first(((64, 96, False, 3), (96, 200, True, 2), (63, 7, True, 5))):
         leaves = on_device(leaves_of(counts, *product_size(width, columns), bias, inert))
         contract.check_against_naive(op(counts, host), plain(counts), leaves, dtype, slices)
 
@@ -79,7 +79,7 @@ def test_one_launch_runs_where_counts_are_unknown_and_products_where_they_are_kn
 )
 def test_what_one_launch_cannot_take_is_said(shape, columns, dtype, said):
     reason = op_file._untaken_by_tiles(torch.empty(shape, dtype=dtype), columns, 2)
-    assert reason is None if said is None else reason.startswith(said)
+    assert reason is None if said is None else str(reason).startswith(said)
     assert op_file._untaken_by_tiles(torch.empty(3, 16, dtype=HALF), 16, 65).endswith("at most 64 modalities, got 65")
 
 

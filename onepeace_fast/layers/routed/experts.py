@@ -71,6 +71,14 @@ def parameter_list(experts: Sequence[nn.Module], name: str, what: str) -> nn.Par
     return nn.ParameterList(found)
 
 
+def listed(parameters: nn.ParameterList) -> list[Tensor]:
+    """The tensors of a parameter list; past its item access, which takes the host longer than some of the ops."""
+    own = parameters._parameters
+    if len(own) == len(parameters):
+        return [*own.values()]  # type: ignore[list-item]  # a list has no empty place
+    return [*parameters]  # what shards a model may put plain tensors in their place
+
+
 def require_plain(experts: Sequence[nn.Module], kind: type[Kind], what: str) -> list[Kind]:
     """The experts; raise unless there is one, and each is of a kind of torch's own, with its own weights, unwatched."""
     plain: list[Kind] = []

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.plain import are_plain
-from onepeace_fast.layers.routed.experts import modules_at, on_meta, refuse_what_is_left, through_rows
+from onepeace_fast.layers.routed.experts import listed, modules_at, on_meta, refuse_what_is_left, through_rows
 from onepeace_fast.layers.routed.linear import RoutedLinear
 from onepeace_fast.layers.routed.norm import RoutedNorm
 from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS, gated_sub_ln
@@ -182,13 +182,14 @@ class RoutedFFN(nn.Module):
             norm is not None and norm.kind == "layer_norm" and norm.bias is not None
             and are_plain("RoutedFFN", (norm,), RoutedNorm)  # the op before W2 computes it too
         ):  # fmt: skip
-            how |= {"norm_weight": [*norm.weight], "norm_bias": [*norm.bias], "eps": norm.eps}
+            how |= {"norm_weight": listed(norm.weight), "norm_bias": listed(norm.bias), "eps": norm.eps}
             norm = None
         biased = w0.bias is not None or (w1 is not None and w1.bias is not None)
         linears = [w0, w2] if w1 is None else [w0, w1, w2]
         if norm is None and not biased and are_plain("RoutedFFN", linears, RoutedLinear):
-            gate, bias = None if w1 is None else [*w1.weight], None if w2.bias is None else [*w2.bias]
-            y = routed_ffn(rows, [*w0.weight], gate, [*w2.weight], bias, **how)
+            gate = None if w1 is None else listed(w1.weight)
+            bias = None if w2.bias is None else listed(w2.bias)
+            y = routed_ffn(rows, listed(w0.weight), gate, listed(w2.weight), bias, **how)
         else:
             u = w0(rows, plan, packed=True)
             h = gated_sub_ln(u, None if w1 is None else w1(rows, plan, packed=True), **how)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import require
-from onepeace_fast.layers.routed.experts import on_meta, parameter_list, require_plain, through_rows
+from onepeace_fast.layers.routed.experts import listed, on_meta, parameter_list, require_plain, through_rows
 from onepeace_fast.ops.routed_linear import routed_linear
 from onepeace_fast.route_plan import RoutePlan
 
@@ -101,8 +101,8 @@ class RoutedLinear(nn.Module):
         return through_rows(self, len(self.weight), x, plan, packed, lambda rows: self._rows(rows, plan))
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
-        bias = None if self.bias is None else [*self.bias]
-        return routed_linear(rows, [*self.weight], bias, offsets=plan.offsets, row_counts=plan.row_counts)
+        bias = None if self.bias is None else listed(self.bias)
+        return routed_linear(rows, listed(self.weight), bias, offsets=plan.offsets, row_counts=plan.row_counts)
 
     def extra_repr(self) -> str:
         """The sizes."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import require
-from onepeace_fast.layers.routed.experts import on_meta, parameter_list, require_plain, through_rows
+from onepeace_fast.layers.routed.experts import listed, on_meta, parameter_list, require_plain, through_rows
 from onepeace_fast.ops.layer_norm import layer_norm
 from onepeace_fast.ops.rms_norm import rms_norm
 from onepeace_fast.route_plan import RoutePlan
@@ -115,7 +115,7 @@ class RoutedNorm(nn.Module):
         return through_rows(self, len(self.weight), x, plan, packed, lambda rows: self._rows(rows, plan))
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
-        weight, bias = [*self.weight], None if self.bias is None else [*self.bias]
+        weight, bias = listed(self.weight), None if self.bias is None else listed(self.bias)
         offsets, counts = plan.offsets, plan.row_counts
         if self.kind == "rms_norm":
             return rms_norm(rows, weight, offsets=offsets, row_counts=counts, eps=self.eps)
