@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast import routing
-from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor
+from onepeace_fast import routing, token_routes
+from onepeace_fast.checks import describe, read_values, require
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,20 +236,14 @@ class RoutePlan:
         Raises:
             ValueError: a dtype, shape or device that does not fit, or on a CPU an id that is out of range.
         """
-        require_tensor("modality_ids", modality_ids, routing.INTEGERS, "[tokens]", 1)
+        routing.check_ids("modality_ids", modality_ids, len(modalities))
         require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
         count, device = modality_ids.shape[0], modality_ids.device
         sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
         positions = torch.arange(count, device=device) if positions is None else positions
         is_cls = torch.zeros(count, dtype=torch.bool, device=device) if is_cls is None else is_cls
-        for name, value in (("sample_ids", sample_ids), ("positions", positions), ("is_cls", is_cls)):
-            require(value.shape == (count,), f"{name}: expected one entry per token, [{count}], got {describe(value)}")
-            require_device(name, value, device)
         limit = count - 1 if max_position is None else max_position
-        routing.check_ids("modality_ids", modality_ids, len(modalities))
-        routing.check_ids("sample_ids", sample_ids, sample_count)
-        routing.check_ids("positions", positions, limit + 1)
-        require_tensor("is_cls", is_cls, (torch.bool,), "[tokens]", 1)
+        token_routes.check_tokens(count, device, sample_ids, sample_count, positions, limit, is_cls)
         key = modality_ids.long() * sample_count + sample_ids.long()
         source = torch.argsort(key * 2 + is_cls, stable=True)
         starts = torch.searchsorted(key[source], torch.arange(len(modalities) * sample_count + 1, device=device)).int()
@@ -270,6 +264,46 @@ class RoutePlan:
             code_offsets=(limit,) * len(modalities),
             padded_shapes=((1, count),),
         )
+
+    @classmethod
+    def from_token_masks(
+        cls, masks: Mapping[str, Tensor], *, last_wins: bool = False, inert: bool = False, **keywords: Any
+    ) -> RoutePlan:
+        """Build the plan of interleaved tokens from a boolean mask per modality, without any synchronisation.
+
+        Args:
+            masks: bool [tokens] or [samples, length], all of one shape; True marks a modality's tokens.
+            last_wins: whether a token in several masks belongs to the last of them; by default it is refused.
+            inert: whether a token in no mask comes out as zero; by default it is refused.
+            keywords: those of ``from_modality_ids``; by default the rows of a matrix are samples.
+
+        Raises:
+            ValueError: masks that do not fit together; on a CPU a token in several masks or in none, which elsewhere
+                the device asserts.
+        """
+        ids = token_routes.ids_of_masks(masks, last_wins, inert)
+        names = [*masks, ""] if inert else [*masks]
+        plan = cls.from_modality_ids(ids, names, **{**token_routes.samples_of_rows(masks), **keywords})
+        return dataclasses.replace(plan, **token_routes.inert_last(plan)) if inert else plan
+
+    @classmethod
+    def from_indices(
+        cls, indices: Mapping[str, Sequence[int] | Tensor], tokens: int, *, device: torch.device | str = "cpu",
+        **keywords: Any,
+    ) -> RoutePlan:  # fmt: skip
+        """Build the plan of interleaved tokens from each modality's token indices, without any synchronisation.
+
+        Args:
+            indices: per modality, integers; together they hold every token from 0 to ``tokens`` - 1 once.
+            tokens: how many tokens there are.
+            device: of the plan.
+            keywords: those of ``from_modality_ids``.
+
+        Raises:
+            ValueError: indices that repeat or leave out a token; those on a device are asserted there.
+        """
+        plan = cls.from_modality_ids(token_routes.ids_of_indices(indices, tokens, device), [*indices], **keywords)
+        return dataclasses.replace(plan, row_counts=tuple(map(len, indices.values())))
 
     def pack(self, padded: Mapping[str, Tensor] | Tensor) -> Tensor:
         """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows are zero."""
