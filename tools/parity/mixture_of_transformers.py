@@ -1,6 +1,6 @@
-"""The feed-forward network of Mixture-of-Transformers (arXiv 2411.04996): a SwiGLU for each modality, an RMSNorm behind.
+"""Mixture-of-Transformers' feed-forward network (arXiv 2411.04996): a SwiGLU and an RMSNorm for each modality.
 
-    out = RMSNorm_m(W2_m (silu(W1_m x) * W3_m x)),  m the modality of the token; of overlapping masks the last wins
+out = RMSNorm_m(W2_m (silu(W1_m x) * W3_m x)),  m the modality of the token; of overlapping masks the last wins
 """
 
 from __future__ import annotations

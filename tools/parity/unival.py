@@ -11,7 +11,7 @@ from tools.parity.report import Report
 
 
 def compare(recording: Recording, backend: str) -> Report:
-    """Every bucket, exactly; the reference is what the bias of all pairs looks up, fused is the vector's entry."""
+    """Every bucket, exactly; there is one way to them, whatever the backend."""
     if recording.pick("param."):
         raise RecordingError("expected of mshukor/UnIVAL its buckets alone, buffer.*, got a model's parameters")
     report, config = Report(), recording.json("config")
