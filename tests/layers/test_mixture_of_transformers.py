@@ -1,49 +1,28 @@
 """Mixture-of-Transformers' feed-forward network as it was recorded, by ``RoutedFFN`` over its own experts' modules."""
 
-import importlib.util
-import lzma
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load
 from support.kernels import DEVICE
 from torch import Tensor, nn
 
 from onepeace_fast import RoutedFFN, RoutePlan
+from tools.parity.drawn import DIM, EXPERTS, HIDDEN, mixture_of_transformers
+from tools.parity.mixture_of_transformers import Expert
+from tools.parity.recording import read
+from tools.parity.report import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, QUANTISED, projections
 
 FOLDER = Path(__file__).resolve().parent.parent / "goldens"
 EPS = 1e-5
-# Of the largest magnitude: float32 in another order of summation.
-OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 5e-5
-QUANTISED = 1.6e-5  # of the gradients of inputs, in the file
 NAMES = ("first", "second", "third")
-
-
-@cache
-def reduction() -> ModuleType:
-    """The script that made the file, which draws its parameters and inputs again."""
-    spec = importlib.util.spec_from_file_location("reduce_mot", FOLDER / "reduce_mot.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @cache
 def recording() -> dict[str, Tensor]:
     """The file's tensors, and its parameters and inputs."""
-    return load(lzma.decompress((FOLDER / "mot_ffn.safetensors.xz").read_bytes())) | reduction().drawn()
-
-
-class Expert(nn.Module):
-    """A network with upstream's names."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.w1, self.w3 = nn.Linear(dim, hidden, bias=False), nn.Linear(dim, hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+    return read(FOLDER / "mot_ffn.safetensors.xz").tensors
 
 
 class Upstream(nn.Module):
@@ -51,9 +30,8 @@ class Upstream(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        given, count = reduction(), reduction().EXPERTS
-        self.local_experts = nn.ModuleList(Expert(given.DIM, given.HIDDEN) for _ in range(count))
-        self.local_experts_ffn_norm = nn.ModuleList(nn.RMSNorm(given.DIM, EPS) for _ in range(count))
+        self.local_experts = nn.ModuleList(Expert(DIM, HIDDEN) for _ in range(EXPERTS))
+        self.local_experts_ffn_norm = nn.ModuleList(nn.RMSNorm(DIM, EPS) for _ in range(EXPERTS))
         prefix = "param."
         self.load_state_dict({n.removeprefix(prefix): v for n, v in recording().items() if n.startswith(prefix)})
 
@@ -85,7 +63,7 @@ def compute(module: RoutedFFN, x: Tensor, plan: RoutePlan, way: str) -> Tensor:
 
 
 def test_torch_draws_the_recorded_numbers():
-    drawn = reduction().drawn()
+    drawn = mixture_of_transformers()
     assert len(drawn) == 15
     for name, value in drawn.items():
         torch.testing.assert_close(value.flatten()[:8], recording()[f"first.{name}"], rtol=1e-6, atol=0, msg=name)
@@ -97,17 +75,17 @@ def test_torch_draws_the_recorded_numbers():
 def test_outputs_and_every_gradient_are_the_recorded_ones(case, way):
     flat, tensors = case.endswith("_flat"), recording()
     case = case.removesuffix("_flat")
-    upstream, shape = Upstream().to(DEVICE), (-1, reduction().DIM) if flat else tensors["input.x"].shape
+    upstream, shape = Upstream().to(DEVICE), (-1, DIM) if flat else tensors["input.x"].shape
     x = tensors["input.x"].to(DEVICE).view(shape).requires_grad_()
     out = compute(upstream.routed(), x, route(case, flat), way)
     assert out.shape == x.shape
     assert_near("out", out.view_as(tensors[f"out.{case}"]), tensors[f"out.{case}"], OUTPUT_TOLERANCE)
     (out * tensors["input.loss_weight"].to(DEVICE).view(shape)).sum().backward()
-    dinput = tensors[f"dinput.{case}.x"] * tensors[f"scale.dinput.{case}.x"]
+    dinput = tensors[f"dinput.{case}.x"]
     assert_near("dinput", x.grad.view_as(dinput), dinput, GRADIENT_TOLERANCE + QUANTISED)
     compared = 0
     for name, parameter in upstream.named_parameters():
-        for kind, value in reduction().projections(parameter.grad.cpu()).items():
+        for kind, value in projections(parameter.grad.cpu()).items():
             want = tensors[f"{kind}.grad.{case}.{name}"]
             assert_near(f"{kind} of {name}", value, want, GRADIENT_TOLERANCE)
             compared += 1

@@ -12,8 +12,8 @@ from tools.parity.report import Report
 
 def compare(recording: Recording, backend: str) -> Report:
     """Every bucket, exactly; there is one way to them, whatever the backend."""
-    if recording.pick("param."):
-        raise RecordingError("expected of mshukor/UnIVAL its buckets alone, buffer.*, got a model's parameters")
+    if others := [name for name in recording.tensors if not name.startswith("buffer.")]:
+        raise RecordingError(f"expected of mshukor/UnIVAL a recording of its buckets, buffer.*, got also {others[0]}")
     report, config = Report(), recording.json("config")
     for name, want in recording.pick("buffer.").items():
         if name == "image_rp_bucket":
@@ -22,8 +22,7 @@ def compare(recording: Recording, backend: str) -> Report:
             continue
         stem, _, direction = name.rpartition("_")
         size = int(stem.rpartition("_S")[2]) if "_S" in stem else config["token_bucket_size"]
-        bias, length = RelativeBias.one_peace(1, buckets=size, with_cls=False), want.shape[0]
-        found = buckets(bias, length)
+        found = buckets(RelativeBias.one_peace(1, buckets=size, with_cls=False), want.shape[0])
         report.check_bits(name, found[:, 0] if direction == "col0" else found[0], want)
     return report
 
@@ -32,4 +31,4 @@ def buckets(bias: RelativeBias, length: int) -> Tensor:
     """The table's row of every pair of positions."""
     with torch.no_grad():
         bias.table.copy_(torch.arange(bias.table.shape[0])[:, None])
-    return bias.dense(length)[0].long()
+        return bias.dense(length)[0].long()
