@@ -48,11 +48,16 @@ class Padded:
         parts = zip("AB", (x[:, :split], x[:, split:]), strict=True)
         return torch.cat([function(name.format(copy), part) for copy, part in parts], dim=1)
 
+    def parameter(self, name: str) -> Tensor:
+        if name not in self.parameters:
+            raise RecordingError(f"expected the tensor param.{name}, got a recording without it")
+        return self.parameters[name]
+
     def linear(self, name: str, x: Tensor) -> Tensor:
-        return F.linear(x, self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"])
+        return F.linear(x, self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias"))
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
+        weight, bias = self.parameter(f"{name}.weight"), self.parameter(f"{name}.bias")
         return F.layer_norm(x, weight.shape, weight, bias, self.config["layernorm_eps"])
 
     def ffn(self, name: str, x: Tensor) -> Tensor:
@@ -62,8 +67,7 @@ class Padded:
         """[heads, queries, keys]."""
         if not self.config["rel_pos_buckets"]:
             return 0.0
-        table = self.parameters[f"relative_position.{TABLE}"]
-        return dense_bias(table, length, self.config["max_rel_pos"])
+        return dense_bias(self.parameter(f"relative_position.{TABLE}"), length, self.config["max_rel_pos"])
 
     def attention(self, name: str, x: Tensor, case: Case) -> Tensor:
         """softmax(q k / sqrt(head_dim) + bias) v over what a token sees, with a norm before the output projection."""

@@ -12,7 +12,7 @@ from tools.parity.report import Report
 
 def compare(recording: Recording, backend: str) -> Report:
     """Every bucket, exactly; there is one way to them, whatever the backend."""
-    if others := [name for name in recording.tensors if not name.startswith("buffer.")]:
+    if others := [name for name in sorted(recording.tensors) if not name.startswith("buffer.")]:
         raise RecordingError(f"expected of mshukor/UnIVAL a recording of its buckets, buffer.*, got also {others[0]}")
     report, config = Report(), recording.json("config")
     for name, want in recording.pick("buffer.").items():
