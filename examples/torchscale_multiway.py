@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Layer(nn.Module):
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = (RoutedLinear(2, dim, dim) for _ in range(4))
         self.ffn = RoutedFFN(2, dim, hidden, gated=False, hidden_bias=True, output_bias=True, sub_norm="layer_norm")
 
-    def forward(self, x: Tensor, plan: RoutePlan, attention: dict) -> Tensor:
+    def forward(self, x: Tensor, plan: RoutePlan, attention: dict[str, Any]) -> Tensor:
         """[rows, dim] to [rows, dim]."""
         normed = self.self_attn_layer_norm(x, plan, packed=True)
         q, k, v = (
@@ -62,7 +63,7 @@ class MultiwayEncoder(nn.Module):
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if padding is None else ~padding
         before, length = torch.arange(x.shape[1], device=x.device) < split, x.shape[1]
         plan = RoutePlan.from_token_masks({"A": real & before, "B": real & ~before}, inert=True)
-        attention = {
+        attention: dict[str, Any] = {
             "cu_seqlens": plan.cu_seqlens, "modality": plan.modality, "code": plan.code, "is_cls": plan.is_cls,
             "order": (plan.code - split + 1).clamp(min=0) if captions else None, "max_length": length,
         }  # fmt: skip

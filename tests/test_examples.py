@@ -77,6 +77,11 @@ def test_the_minimal_example_learns(capsys):
     assert losses[-1] < 0.3 * losses[0]
 
 
+def test_the_multiway_example_runs(capsys):
+    runpy.run_path(str(ROOT / "examples" / "torchscale_multiway.py"), run_name="__main__")
+    assert capsys.readouterr().out == "[2, 20, 64], gradient of the bias table [32, 4]\n"
+
+
 @pytest.fixture(scope="module")
 def pen_strokes():
     """The example as a module."""

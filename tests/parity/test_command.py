@@ -92,7 +92,8 @@ def configured(**changed: object) -> tuple[dict, dict]:
          "without it"),
         (lambda: without("grad.split.layer_norm.A.bias"), "expected the tensor grad.split.layer_norm.A.bias, got "
          "a recording without it"),
-        (lambda: without("param.layer_norm.B.bias"), "expected the tensor param.layer_norm.B.bias, got a recording without it"),
+        (lambda: without("param.layer_norm.B.bias"), "expected the tensor param.layer_norm.B.bias, got a "
+         "recording without it"),
         (lambda: configured(subln=False), "expected subln True in effective_config, got False"),
         (lambda: (small()[0], {**small()[1], "effective_config": "{"}), "expected JSON in the metadata "
          "effective_config, got"),

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import pytest
+import torch
 from parity import _synthetic as synthetic
 
 from examples import torchscale_multiway as example
 from onepeace_fast import RoutedFFN, RoutedNorm, RoutePlan, relative_bias_attention
 from tools.parity import mixture_of_transformers, torchscale
+from tools.parity.recording import Recording
+from tools.parity.report import Report, projections
 
 
 @cache
@@ -84,3 +87,14 @@ def test_the_network_of_routed_experts_is_that_of_all_experts_and_a_fault_is_see
     assert mixture_of_transformers.compare(small, "fused").failures
     monkeypatch.setattr(RoutePlan, "from_token_masks", route)
     assert not mixture_of_transformers.compare(small, "fused").failures
+
+
+def test_one_wrong_entry_of_a_gradient_shows_in_what_is_left_of_it():
+    gradient = torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+    left = Recording({f"{kind}.grad.w": value for kind, value in projections(gradient).items()}, {})
+    wrong = gradient.clone()
+    wrong[7, 11] += 0.1
+    for got, failures in ((gradient, 0), (wrong, 2), (gradient.t(), 2), (None, 2)):
+        report = Report()
+        report.check_gradient(left, "grad.w", got)
+        assert (report.count, len(report.failures)) == (2, failures)

@@ -7,7 +7,7 @@ import json
 import lzma
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -60,7 +60,7 @@ class Recording:
             raise RecordingError(f"expected the metadata {key}, got {', '.join(sorted(self.metadata)) or 'none'}")
         return self.metadata[key]
 
-    def json(self, key: str) -> dict:
+    def json(self, key: str) -> dict[str, Any]:
         """The metadata under a key, which is a JSON object."""
         try:
             value = json.loads(self.text(key))
