@@ -63,10 +63,9 @@ class MultiwayEncoder(nn.Module):
         real = torch.ones_like(x[..., 0], dtype=torch.bool) if padding is None else ~padding
         before, length = torch.arange(x.shape[1], device=x.device) < split, x.shape[1]
         plan = RoutePlan.from_token_masks({"A": real & before, "B": real & ~before}, inert=True)
-        attention: dict[str, Any] = {
-            "cu_seqlens": plan.cu_seqlens, "modality": plan.modality, "code": plan.code, "is_cls": plan.is_cls,
-            "order": (plan.code - split + 1).clamp(min=0) if captions else None, "max_length": length,
-        }  # fmt: skip
+        attention: dict[str, Any] = plan.segments._asdict() | {"max_length": length}
+        if captions:
+            attention["order"] = plan.prefix_order(["A"])
         if self.bias is not None:
             attention |= {"bias": [self.bias.vector(length)], "code_offsets": [self.bias.code_offset(length)]}
         states = [plan.pack(x.flatten(0, 1))]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
-from onepeace_fast.routing import INTEGERS, check_ids, copy_to_device, tensor_to_device
+from onepeace_fast.routing import INTEGERS, check_ids, copy_to_device, order_in_sample, tensor_to_device
 
 
 def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, inert: bool) -> Tensor:
@@ -55,6 +55,37 @@ def samples_of_rows(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     return {
         "sample_ids": ids.repeat_interleave(length), "sample_count": samples, "positions": positions.repeat(samples),
         "max_position": length - 1,
+    }  # fmt: skip
+
+
+def fields_of_ids(
+    modality_ids: Tensor, modalities: int, sample_ids: Tensor | None, sample_count: int, positions: Tensor | None,
+    is_cls: Tensor | None, max_position: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a route plan of interleaved tokens, but for the modalities' names.
+
+    Raises:
+        ValueError: as ``RoutePlan.from_modality_ids``.
+    """
+    check_ids("modality_ids", modality_ids, modalities)
+    require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
+    count, device = modality_ids.shape[0], modality_ids.device
+    sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
+    positions = torch.arange(count, device=device) if positions is None else positions
+    is_cls = torch.zeros(count, dtype=torch.bool, device=device) if is_cls is None else is_cls
+    limit = count - 1 if max_position is None else max_position
+    check_tokens(count, device, sample_ids, sample_count, positions, limit, is_cls)
+    key = modality_ids.long() * sample_count + sample_ids.long()
+    source = torch.argsort(key * 2 + is_cls, stable=True)
+    starts = torch.searchsorted(key[source], torch.arange(modalities * sample_count + 1, device=device)).int()
+    segment_starts = starts[:-1].view(modalities, sample_count)
+    cu_seqlens = torch.cat([segment_starts, starts[sample_count::sample_count, None]], dim=1)
+    modality, sample = modality_ids[source].int(), sample_ids[source].int()
+    return {
+        "offsets": torch.cat([starts[:-1:sample_count], starts[-1:]]), "cu_seqlens": cu_seqlens, "modality": modality,
+        "sample": sample, "position": positions[source].int(), "code": positions[source].int(),
+        "order": order_in_sample(cu_seqlens, modality, sample), "is_cls": is_cls[source], "source": source,
+        "code_offsets": (limit,) * modalities, "padded_shapes": ((1, count),),
     }  # fmt: skip
 
 

@@ -138,8 +138,8 @@ def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.dev
     yield _routed_ffn(
         batch, 64, dtype, make, "Sub-LN, gamma, drop_path, residual", strategy=strategy, row_counts=batch.counts
     )
-    yield _routed_linear(batch, 64, dtype, make, "per modality: bias", row_counts=batch.counts)
     yield from _relative_bias_attention(batch, dtype, make)
+    yield _routed_linear(batch, 64, dtype, make, "per modality: bias", row_counts=batch.counts)
 
 
 def _vectors(name: str, width: int, dtype: torch.dtype, make: Make, shift: float = 1.0) -> dict[str, Tensor]:

@@ -114,7 +114,7 @@ def _untaken_by_tiles(x: Tensor, columns: int, modalities: int) -> str | None:
         return f"x: {reason}"
     half = x.dtype in (torch.float16, torch.bfloat16)
     if not half and (x.is_cuda or x.dtype != torch.float32):
-        return f"x: one launch for all modalities takes float16 and bfloat16, got {describe(x)}"
+        return f"x: one launch for all modalities takes float16 and bfloat16, got {str(x.dtype).removeprefix('torch.')}"
     if modalities > MAX_MODALITIES:
         return f"offsets: one launch takes at most {MAX_MODALITIES} modalities, got {modalities}"
     return None
