@@ -136,11 +136,16 @@ class RoutePlan:
             row_counts, max_length = (), sum(length for _, length in shapes)
         known = tuple(map(tuple, segments)) if row_counts else ()
 
-        shared, first_rows = routing.shared_by_segments(shapes, segments, sample_of, row_order, capacity)
+        shared, first_rows = routing.shared_by_segments(
+            shapes, segments, sample_of, row_order, capacity, first_is_cls
+        )
         table = routing.repeat_columns(shared, capacity, device)
         modality, sample, shift, *place = table.unbind()
-        real = routing.in_row_order(masks, row_order, first_is_cls)
-        column, source = routing.column_and_source(routing.compact_index(real, capacity), *place, first_is_cls)
+        if total == sum(rows * length for rows, length in shapes):
+            index = torch.arange(capacity, device=device).clamp(max=total)  # there is no padding
+        else:
+            index = routing.compact_index(routing.in_row_order(masks, row_order, first_is_cls), capacity)
+        column, source = routing.column_and_source(index, *place)
         position = routing.positions_of(source, positions, masks) if positions else column
         order = torch.arange(capacity, dtype=torch.int32, device=device) + shift
         is_cls = position == 0 if first_is_cls else torch.zeros_like(position, dtype=torch.bool)

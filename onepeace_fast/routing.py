@@ -132,13 +132,13 @@ def segment_lengths(
 
 def shared_by_segments(
     shapes: Sequence[tuple[int, int]], segments: list[list[int]], sample_of: Mapping[str, Sequence[int]],
-    row_order: Mapping[str, Sequence[int]], capacity: int,
+    row_order: Mapping[str, Sequence[int]], capacity: int, first_is_cls: bool,
 ) -> tuple[list[tuple[int, ...]], list[list[int]]]:  # fmt: skip
     """What the rows of a segment share, and the first row of every segment, the end last: [modalities, samples + 1].
 
     A tuple for each padded row, in the order of the packed ones, and one for the inert rows: how many packed rows it
-    has; their modality; their sample; what makes the number of a packed row its place in the sample; the first token's
-    flat index in what ``in_row_order`` gives and in the concatenated inputs; the last column.
+    has; their modality; their sample; what makes the number of a packed row its place in the sample; the flat index of
+    column 0 in what ``in_row_order`` gives and in the concatenated inputs; the columns.
     """
     shared, first_rows, start, base = [], [], 0, 0
     before = [0] * len(segments[0])
@@ -149,10 +149,11 @@ def shared_by_segments(
         for i, row in enumerate(row_order[name]):
             s = samples[row]
             shift = before[s] - first[s]
-            shared.append((segment[s], m, s, shift, base + i * length, base + row * length, length - 1))
+            # A CLS, which is column 0, stands behind the last column: there the columns begin again.
+            shared.append((segment[s], m, s, shift, base + i * length - first_is_cls, base + row * length, length))
             before[s] += segment[s]
         start, base = first[-1], base + rows * length
-    shared.append((capacity - start, len(segments), 0, 0, base, base, 0))
+    shared.append((capacity - start, len(segments), 0, 0, base, base, 1))
     return shared, first_rows
 
 
@@ -176,18 +177,14 @@ def in_row_order(masks: Mapping[str, Tensor], row_order: Mapping[str, Sequence[i
 def compact_index(mask: Tensor, capacity: int, fill: int | None = None) -> Tensor:
     """Index of each True entry of a vector, padded with ``fill``, by default its length: int64 [capacity]."""
     count = mask.shape[0]
-    target = torch.where(mask, mask.cumsum(0), 0)  # what is not wanted meets in an entry of its own
+    target = mask.cumsum(0) * mask  # what is not wanted meets in an entry of its own
     index = torch.full((capacity + 1,), count if fill is None else fill, device=mask.device)
     return index.scatter_(0, target, torch.arange(count, device=mask.device))[1:]
 
 
-def column_and_source(
-    index: Tensor, start: Tensor, base: Tensor, last: Tensor, first_is_cls: bool
-) -> tuple[Tensor, Tensor]:
+def column_and_source(index: Tensor, start: Tensor, base: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
     """Column of each row's token in its padded row, int32, and its flat index in the concatenated inputs, int64."""
-    column = index - start
-    if first_is_cls:
-        column = torch.where(column == last, 0, column + 1)
+    column = (index - start) % columns
     return column.int(), column + base
 
 
