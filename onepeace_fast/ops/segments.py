@@ -13,6 +13,7 @@ from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import RelativeBias, Segments
 
 PAIRS_OF_A_GROUP = 2**13
+VECTOR = 16
 PAIRS_OF_A_DEVICE_GROUP = 2**22
 PAIRS_OF_DEVICE_HEADS = 2**24
 
@@ -77,8 +78,14 @@ def sample_groups(segments: Segments) -> Iterator[Group]:
         if (together := _as_slice([(host_starts[s], host_lengths[s]) for s in samples], longest)) is not None:
             yield Group(together, None, len(samples), longest)
         else:
+            longest = _whole_vectors(longest)
             index, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
             yield Group(index, None if shortest == longest else valid, len(samples), longest)
+
+
+def _whole_vectors(length: int) -> int:
+    """A length that takes at most half a vector more: a softmax takes what fills no vector of 16 scores one by one."""
+    return length + -length % VECTOR if -length % VECTOR <= VECTOR // 2 else length
 
 
 def _as_slice(samples: Sequence[tuple[list[int], list[int]]], length: int) -> slice | None:
