@@ -75,14 +75,15 @@ def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutput
     qkv, head_scale = given.qkv, given.head_scale
     dtype = accumulation_dtype(qkv.dtype)
     rows, _, heads, head_dim = qkv.shape
-    out = qkv.new_zeros(rows + 1, heads, head_dim)
-    log_sum_exp = qkv.new_zeros(rows + 1, heads, dtype=dtype)
+    out = log_sum_exp = None
     for group, _, bias in walk(given.bias, given.segments, rows, dtype):
         attended, total = attend(*_heads(qkv, group), bias, given.scale)
         if head_scale is not None:
             attended = attended * head_scale.to(dtype)[:, None, None]
-        group.scatter(out, attended.transpose(1, 2))
-        group.scatter(log_sum_exp, total.transpose(1, 2))
+        out = group.placed(out, attended.transpose(1, 2), rows, qkv.dtype)
+        log_sum_exp = group.placed(log_sum_exp, total.transpose(1, 2), rows, dtype)
+    if out is None or log_sum_exp is None:  # there is no token
+        return AttentionOutputs(qkv.new_zeros(rows, heads, head_dim), qkv.new_zeros(rows, heads, dtype=dtype))
     return AttentionOutputs(out[:rows], log_sum_exp[:rows])
 
 
@@ -97,7 +98,7 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
     qkv, head_scale, scale = saved.qkv, saved.head_scale, saved.scale
     dtype = accumulation_dtype(qkv.dtype)
     rows, heads = qkv.shape[0], qkv.shape[2]
-    dqkv = qkv.new_zeros(rows + 1, *qkv.shape[1:])
+    dqkv = None
     widths = [vector.shape[1] for vector in saved.bias.vectors]
     dvectors = qkv.new_zeros(heads, sum(widths) + 1, dtype=dtype) if any(needs.bias.vectors) else None
     dscale = torch.zeros_like(head_scale, dtype=dtype) if needs.head_scale else None
@@ -117,15 +118,16 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
             by_entry = ds.sum(0, keepdim=True) if entries.shape[0] < group.samples else ds
             dvectors += sum_by_index(by_entry.movedim(1, 0).flatten(1), entries.flatten(), dvectors.shape[1])
         dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
-        for which, gradient in enumerate((dq, dk, dv)):
-            group.scatter(dqkv[:, which], gradient.transpose(1, 2))
+        gradient = torch.stack([x.transpose(1, 2) for x in (dq, dk, dv)], 2)
+        dqkv = group.placed(dqkv, gradient, rows, qkv.dtype)
     parts = [None] * len(widths) if dvectors is None else dvectors.split([*widths, 1], dim=1)[:-1]
     gradients = [
         part.to(vector.dtype, copy=True) if need else None
         for part, vector, need in zip(parts, saved.bias.vectors, needs.bias.vectors, strict=True)
     ]
     dscale = None if dscale is None else dscale.to(head_scale.dtype, copy=True)
-    return AttentionGradients(dqkv[:rows], VectorGradients(gradients), dscale)
+    dqkv = qkv.new_zeros(qkv.shape) if dqkv is None else dqkv[:rows]
+    return AttentionGradients(dqkv, VectorGradients(gradients), dscale)
 
 
 def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:

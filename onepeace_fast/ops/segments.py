@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import RelativeBias, Segments
 
 PAIRS_OF_A_GROUP = 2**13
+PAIRS_WITHOUT_PADDING = 2**15  # where all samples are of one length
 VECTOR = 16
 PAIRS_OF_A_DEVICE_GROUP = 2**22
 PAIRS_OF_DEVICE_HEADS = 2**24
@@ -54,6 +56,15 @@ class Group(NamedTuple):
             rows = self.rows if self.valid is None else torch.where(self.valid, self.rows, x.shape[0] - 1)
             x.index_copy_(0, rows.flatten(), value.flatten(0, 1).to(x.dtype))
 
+    def placed(self, x: Tensor | None, value: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """``scatter`` into x, [rows + 1, ...] with zeros where it is None; what is all rows is taken as it is."""
+        if isinstance(self.rows, slice) and self.rows == slice(0, rows):
+            return value.flatten(0, 1).to(dtype).contiguous()
+        if x is None:
+            x = value.new_zeros(rows + 1, *value.shape[2:], dtype=dtype)
+        self.scatter(x, value)
+        return x
+
 
 def sample_groups(segments: Segments) -> Iterator[Group]:
     """Samples to compute at once, few enough for linear memory: on a CPU by length, elsewhere at ``max_length``.
@@ -63,8 +74,8 @@ def sample_groups(segments: Segments) -> Iterator[Group]:
     cu_seqlens = segments.cu_seqlens
     if cu_seqlens.shape[1] == 1:
         return
-    starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
     if not is_on_host(cu_seqlens):
+        starts, lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
         longest = longest_sample(segments)
         step = _samples_at_once(longest)
         for first in range(0, cu_seqlens.shape[1] - 1, step) if longest else ():
@@ -72,29 +83,38 @@ def sample_groups(segments: Segments) -> Iterator[Group]:
             rows, valid = _padded_rows(starts[:, some], lengths[:, some], longest)
             yield Group(rows, valid, rows.shape[0], longest)
         return
-    host_starts, host_lengths, host_totals = starts.t().tolist(), lengths.t().tolist(), lengths.sum(0).tolist()
-    for samples in _by_length(host_totals):
-        shortest, longest = host_totals[samples[0]], host_totals[samples[-1]]
-        if (together := _as_slice([(host_starts[s], host_lengths[s]) for s in samples], longest)) is not None:
+    bounds = cu_seqlens.tolist()
+    segments_of = [[(start, stop - start) for start, stop in pairwise(row)] for row in bounds]
+    totals = [sum(length for _, length in sample) for sample in zip(*segments_of, strict=True)]
+    for samples in _by_length(totals):
+        shortest, longest = totals[samples[0]], totals[samples[-1]]
+        chosen = [[row[s] for s in samples] for row in segments_of]
+        parts = [part for sample in zip(*chosen, strict=True) for part in sample]
+        if (together := _as_slice(parts, longest)) is not None:
             yield Group(together, None, len(samples), longest)
         else:
-            longest = _whole_vectors(longest)
-            index, valid = _padded_rows(starts[:, samples], lengths[:, samples], longest)
+            longest = _whole_vectors(len(samples), longest)
+            starts, lengths = torch.tensor(chosen).unbind(-1)
+            index, valid = _padded_rows(starts, lengths, longest)
             yield Group(index, None if shortest == longest else valid, len(samples), longest)
 
 
-def _whole_vectors(length: int) -> int:
-    """A length that takes at most half a vector more: a softmax takes what fills no vector of 16 scores one by one."""
-    return length + -length % VECTOR if -length % VECTOR <= VECTOR // 2 else length
+def _whole_vectors(samples: int, length: int) -> int:
+    """The length to pad a group to: a softmax takes whole vectors of scores at once, and the others one by one.
+
+    It grows by half a vector at most, and only where many scores are to gain.
+    """
+    more = -length % VECTOR
+    return length + more if more <= VECTOR // 2 and samples * length**2 >= PAIRS_OF_A_GROUP // 8 else length
 
 
-def _as_slice(samples: Sequence[tuple[list[int], list[int]]], length: int) -> slice | None:
+def _as_slice(segments: Sequence[tuple[int, int]], length: int) -> slice | None:
     """The rows of samples of one modality and one length that follow one another; None for others."""
-    parts = [(start, n) for starts, lengths in samples for start, n in zip(starts, lengths, strict=True) if n]
-    first = parts[0][0]
-    if parts != [(first + i * length, length) for i in range(len(samples))]:
+    parts = [(start, n) for start, n in segments if n]
+    first, count = parts[0][0], len(parts)
+    if parts != [(first + i * length, length) for i in range(count)]:
         return None
-    return slice(first, first + len(samples) * length)
+    return slice(first, first + count * length)
 
 
 def longest_sample(segments: Segments) -> int:
@@ -132,7 +152,8 @@ def _by_length(totals: Sequence[int]) -> Iterator[list[int]]:
     """Samples in groups of similar length; a group has so few pairs that padding costs less than a step of Python."""
     group: list[int] = []
     for sample in sorted((s for s, total in enumerate(totals) if total), key=totals.__getitem__):
-        if group and (len(group) + 1) * totals[sample] ** 2 > PAIRS_OF_A_GROUP:
+        limit = PAIRS_OF_A_GROUP if group and totals[group[0]] < totals[sample] else PAIRS_WITHOUT_PADDING
+        if group and (len(group) + 1) * totals[sample] ** 2 > limit:
             yield group
             group = []
         group.append(sample)
@@ -146,37 +167,49 @@ def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor,
     Padding repeats the sample's first row, so that a NaN stays in its own sample; without any token it is row 0.
     """
     place = torch.arange(longest, device=starts.device)
-    before = lengths.cumsum(0) - lengths
-    rows = torch.zeros(lengths.shape[1], longest, dtype=torch.int64, device=starts.device)
-    for start, length, first in zip(starts, lengths, before, strict=True):
-        within = place - first[:, None]
-        rows = torch.where((within >= 0) & (within < length[:, None]), start[:, None] + within, rows)
-    valid = place < lengths.sum(0)[:, None]
-    return torch.where(valid, rows, rows[:, :1]), valid
+    rows, total = starts[0, :, None] + place, lengths[0, :, None]
+    for start, length in zip(starts[1:, :, None], lengths[1:, :, None], strict=True):
+        rows = torch.where(place >= total, place + (start - total), rows)
+        total = total + length
+    first = rows[:, :1] * (total > 0)
+    valid = place < total
+    return torch.where(valid, rows, first), valid
 
 
 def check_segments(cu_seqlens: Tensor, rows: int) -> None:
     """Raise where segments end past the rows or before they begin; only a CPU is read by the host."""
     if not cu_seqlens.numel():
         return
-    inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
-    require_values(
-        inside, f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
-    )
+    message = f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
+    if is_on_host(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        grow = all(row == sorted(row) for row in bounds)
+        require(grow and bounds[0][0] >= 0 and bounds[-1][-1] <= rows, message)
+    else:
+        inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
+        require_values(inside, message)
 
 
 def check_codes(bias: RelativeBias, segments: Segments) -> None:
     """Raise where two codes of a modality differ by more than its vector covers; only a CPU is read by the host."""
-    code = segments.code
     for m, (vector, offset) in enumerate(zip(*bias, strict=True)):
         covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
-        counted = (segments.modality == m) & ~segments.is_cls
-        # Without a row counted this is negative.
-        largest = torch.where(counted, code.long(), -(2**31)).amax() if code.numel() else code.new_zeros(())
-        smallest = torch.where(counted, code.long(), 2**31).amin() if code.numel() else largest
-        span = largest - smallest
-        found = int(span) if is_on_host(span) else "more"
-        require_values(
-            span <= covered,
-            f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got {found}",
-        )
+        smallest, largest = _span(segments, m)
+        message = f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got "
+        if isinstance(largest, Tensor):
+            require_values(largest - smallest <= covered, message + "more")
+        else:
+            require(largest - smallest <= covered, f"{message}{largest - smallest}")
+
+
+def _span(segments: Segments, modality: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
+    """Smallest and largest code of a modality, CLS apart; without any, no difference is too large."""
+    code, counted = segments.code, (segments.modality == modality) & ~segments.is_cls
+    if is_on_host(code):
+        chosen = code[counted]
+        smallest, largest = chosen.aminmax() if chosen.numel() else (0, -1)
+        return int(smallest), int(largest)
+    if not code.numel():
+        code, counted = code.new_zeros(1), counted.new_zeros(1)
+    code = code.long()
+    return torch.where(counted, code, 2**31).amin(), torch.where(counted, code, -(2**31)).amax()
