@@ -279,7 +279,9 @@ class RoutePlan:
             count == self.padded_rows,
             lambda: f"padded: expected the {self.padded_rows} tokens that the plan was built from, got {count}",
         )
-        matrix = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])
+        if sum(self.row_counts) != self.capacity:
+            flat.append(flat[0].new_zeros(1, flat[0].shape[1]))  # for inert rows
+        matrix = flat[0] if len(flat) == 1 else torch.cat(flat)
         # The gradient of an embedding is summed in a fixed order on every device; that of index_select is not.
         return F.embedding(self.source, matrix)
 

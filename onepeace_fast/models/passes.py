@@ -162,13 +162,14 @@ def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Sa
     for (index, name, i), x, source, position in zip(pieces, *own, strict=True):
         rows, length = passes[i][name].valid.shape
         joint_length = plan.padded_shapes[index][1]
-        row = (source - first_place).div(joint_length, rounding_mode="floor")
+        source = source - first_place if first_place else source
+        row = source.div(joint_length, rounding_mode="floor")
         results[i][name] = PackedRows(
             x=x,
             row=row,
             position=position.long(),
-            place=source - first_place + row * (length - joint_length),
-            cls=plan.cu_seqlens[index, starts[i] + 1 : starts[i + 1] + 1].long() - 1 - first_row,
+            place=source if length == joint_length else source + row * (length - joint_length),
+            cls=plan.cu_seqlens[index, starts[i] + 1 : starts[i + 1] + 1].long() - (1 + first_row),
             shape=(rows, length),
         )
         first_row, first_place = first_row + x.shape[0], first_place + rows * joint_length
