@@ -136,9 +136,7 @@ class RoutePlan:
             row_counts, max_length = (), sum(length for _, length in shapes)
         known = tuple(map(tuple, segments)) if row_counts else ()
 
-        shared, first_rows = routing.shared_by_segments(
-            shapes, segments, sample_of, row_order, capacity, first_is_cls
-        )
+        shared, first_rows = routing.shared_by_segments(shapes, segments, sample_of, row_order, capacity, first_is_cls)
         table = routing.repeat_columns(shared, capacity, device)
         modality, sample, shift, *place = table.unbind()
         if total == sum(rows * length for rows, length in shapes):

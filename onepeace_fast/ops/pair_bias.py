@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from onepeace_fast.ops.segments import Group, check_codes, check_segments, is_on_host, sample_groups
-from onepeace_fast.relative_position import CLS_ENTRIES
+from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
 from onepeace_fast.structures import RelativeBias, Segments
 
 PAIRS_KEPT = 2**20  # in all groups; a head's bias of so many takes 4 MiB
@@ -21,26 +21,24 @@ class PairEntries(NamedTuple):
     """Each row's way into all modalities' vectors side by side, with a zero last: [rows], and where they start."""
 
     starts: list[int]
+    code_offsets: Sequence[int]
     modality: Tensor
     is_cls: Tensor
     code: Tensor
-    equal_code_entry: Tensor
-    cls_entry: Tensor
+    look_up: Sequence[Tensor]  # the entries of equal codes and the first of CLS; none for a single modality
 
     def of(self, group: Group, alike: bool = False) -> Tensor:
         """Entry of every pair of tokens, queries before keys: int64 [N, L, L], or [1, L, L] for samples all alike."""
-        rows = (self.code, self.is_cls, self.modality, self.equal_code_entry, self.cls_entry)
-        tokens = [group.gather(x) for x in rows]
-        if alike:
-            tokens = [x[-1:] for x in tokens]  # the last sample is the longest
-        code, is_cls, modality, entry, cls_entry = tokens
+        last = slice(-1 if alike else None, None)  # the last sample is the longest
+        code, is_cls = (group.gather(x)[last] for x in (self.code, self.is_cls))
+        if not self.look_up:
+            return dense_index(code, is_cls, self.code_offsets[0], self.starts[1])
+        modality, entry, cls_entry = (group.gather(x)[last] for x in (self.modality, *self.look_up))
         index = (code + entry).unsqueeze(-1) - code.unsqueeze(-2)
         as_query = torch.where(is_cls, cls_entry + 2, cls_entry)
         index = torch.where(is_cls.unsqueeze(-2), (cls_entry + 1).unsqueeze(-1), index)
         index = torch.where(is_cls.unsqueeze(-1), as_query.unsqueeze(-2), index)
-        if len(self.starts) > 2:
-            index = torch.where(modality.unsqueeze(-1) == modality.unsqueeze(-2), index, self.starts[-1])
-        return index
+        return torch.where(modality.unsqueeze(-1) == modality.unsqueeze(-2), index, self.starts[-1])
 
 
 def pair_entries(bias: RelativeBias, segments: Segments) -> PairEntries | None:
@@ -48,14 +46,19 @@ def pair_entries(bias: RelativeBias, segments: Segments) -> PairEntries | None:
     if not bias.vectors:
         return None
     starts = [*accumulate((vector.shape[1] for vector in bias.vectors), initial=0)]
-    equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
-    cls = [stop - CLS_ENTRIES for stop in starts[1:]]
-    look_up = [_by_modality(segments.modality, entries) for entries in (equal, cls)]
-    return PairEntries(starts, segments.modality, segments.is_cls, segments.code.long(), *look_up)
+    look_up: list[Tensor] = []
+    if len(bias.vectors) > 1:
+        equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
+        cls = [stop - CLS_ENTRIES for stop in starts[1:]]
+        look_up = [_by_modality(segments.modality, entries) for entries in (equal, cls)]
+    modality, code, is_cls = segments.modality, segments.code.long(), segments.is_cls
+    return PairEntries(starts, bias.code_offsets, modality, is_cls, code, look_up)
 
 
 def joined(vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All modalities' vectors side by side and a zero, [heads, entries]."""
+    """All modalities' vectors side by side and a zero, for pairs of two modalities, [heads, entries]."""
+    if len(vectors) == 1:
+        return vectors[0].to(dtype)
     return torch.cat([*vectors, vectors[0].new_zeros(vectors[0].shape[0], 1)], dim=1).to(dtype)
 
 

@@ -204,11 +204,12 @@ def check_codes(bias: RelativeBias, segments: Segments) -> None:
 
 def _span(segments: Segments, modality: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
     """Smallest and largest code of a modality, CLS apart; without any, no difference is too large."""
-    code, counted = segments.code, (segments.modality == modality) & ~segments.is_cls
-    if is_on_host(code):
-        chosen = code[counted]
-        smallest, largest = chosen.aminmax() if chosen.numel() else (0, -1)
-        return int(smallest), int(largest)
+    code, of, is_cls = segments.code, segments.modality, segments.is_cls
+    if is_on_host(code):  # one after another: the transformer takes far longer for a row
+        rows = zip(code.tolist(), of.tolist(), is_cls.tolist(), strict=True)
+        chosen = [one for one, its_modality, cls in rows if its_modality == modality and not cls]
+        return (min(chosen), max(chosen)) if chosen else (0, -1)
+    counted = (of == modality) & ~is_cls
     if not code.numel():
         code, counted = code.new_zeros(1), counted.new_zeros(1)
     code = code.long()
