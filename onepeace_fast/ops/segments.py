@@ -39,7 +39,7 @@ class Group(NamedTuple):
     def gather(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding repeats a row of its sample."""
         rows = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows.flatten())
-        return rows.unflatten(0, (self.samples, self.length))
+        return rows.view(self.samples, self.length, *rows.shape[1:])  # a view faster than unflatten's
 
     def read(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding is zero where a sample may be without a token to repeat."""
