@@ -140,7 +140,7 @@ class RoutePlan:
         table = routing.repeat_columns(shared, capacity, device)
         modality, sample, shift, *place = table.unbind()
         if total == sum(rows * length for rows, length in shapes):
-            index = torch.arange(capacity, device=device).clamp(max=total)  # there is no padding
+            index = torch.arange(capacity, device=device)  # there is no padding
         else:
             index = routing.compact_index(routing.in_row_order(masks, row_order, first_is_cls), capacity)
         column, source = routing.column_and_source(index, *place)

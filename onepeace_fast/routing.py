@@ -138,7 +138,7 @@ def shared_by_segments(
 
     A tuple for each padded row, in the order of the packed ones, and one for the inert rows: how many packed rows it
     has; their modality; their sample; what makes the number of a packed row its place in the sample; the flat index of
-    column 0 in what ``in_row_order`` gives and in the concatenated inputs; the columns.
+    column 0; where ``in_row_order`` has column 0, whole rows apart: behind the last where that is a CLS; the columns.
     """
     shared, first_rows, start, base = [], [], 0, 0
     before = [0] * len(segments[0])
@@ -146,11 +146,9 @@ def shared_by_segments(
         segment, samples = segments[m], sample_of[name]
         first = [*accumulate(segment, initial=start)]
         first_rows.append(first)
-        for i, row in enumerate(row_order[name]):
-            s = samples[row]
-            shift = before[s] - first[s]
-            # A CLS, which is column 0, stands behind the last column: there the columns begin again.
-            shared.append((segment[s], m, s, shift, base + i * length - first_is_cls, base + row * length, length))
+        for row in row_order[name]:
+            s, column_0 = samples[row], base + row * length
+            shared.append((segment[s], m, s, before[s] - first[s], column_0, column_0 - first_is_cls, length))
             before[s] += segment[s]
         start, base = first[-1], base + rows * length
     shared.append((capacity - start, len(segments), 0, 0, base, base, 1))
@@ -182,10 +180,13 @@ def compact_index(mask: Tensor, capacity: int, fill: int | None = None) -> Tenso
     return index.scatter_(0, target, torch.arange(count, device=mask.device))[1:]
 
 
-def column_and_source(index: Tensor, start: Tensor, base: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Column of each row's token in its padded row, int32, and its flat index in the concatenated inputs, int64."""
-    column = (index - start) % columns
-    return column.int(), column + base
+def column_and_source(index: Tensor, column_0: Tensor, first: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Column of each row's token in its padded row, int32, and its flat index in the concatenated inputs, int64.
+
+    ``index`` is its place in what ``in_row_order`` gives; the others are those of ``shared_by_segments``.
+    """
+    column = (index - first) % columns
+    return column.int(), column + column_0
 
 
 def positions_of(source: Tensor, positions: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
