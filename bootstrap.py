@@ -8,9 +8,9 @@
   docs     the pages of the API, from the docstrings, into build/docs
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
            width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
-  mutants  plants faults in copies of this checkout and runs the tests that must fail by them; names choose some
+  mutants  plants faults in copies of this checkout and runs the tests that must fail then; names choose some
   rehearse what the GPU tests and benchmarks do on the host, with no GPU: devices, host reads, compiles, launches
-           --short: in 90 seconds; --versions 2.11 or oldest: in an environment with these versions of torch and Triton
+           --short: less, in a few minutes; --versions 2.11 or oldest: in an environment with these torch and Triton
   gpu      all that needs a GPU, in stages with one deadline: --minutes M (default 8); --stages A,B: only these;
            --list: what they are; results into $OUT, or benchmarks/results, whole whenever it is stopped
 

@@ -1,4 +1,4 @@
-"""Fused GPU operations for modality-routed transformers such as ONE-PEACE."""
+"""PyTorch layers that compute no padding, for modality-routed transformers such as ONE-PEACE."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -52,9 +52,13 @@ def requested_backend(argument: str | None) -> str | None:
 def resolve_backend(argument: str | None, device: torch.device) -> str:
     """The backend in force: the one that was asked for, else by device.
 
-    The automatic choice is ``fused`` on a CPU, where a stack still takes the reference for batches that gain nothing by
-    packing, and on a GPU whose file of measurements says that every operation kept within its tolerance there, else
-    ``reference``. Raises ValueError where that file is damaged.
+    The automatic choice is ``fused`` on a CPU, and on a GPU whose file of measurements says that every operation kept
+    within its tolerance there, else ``reference``. On a CPU a stack then asks ``choose`` of
+    ``onepeace_fast.models.choice`` about each batch, and takes the reference where packing saves too little; not while
+    compiling, nor in training with dropout.
+
+    Raises:
+        ValueError: an unknown name was asked for, or that file is damaged.
     """
     requested = requested_backend(argument)
     return requested or ("fused" if device.type == "cpu" or _proved_on(device) else "reference")

@@ -119,9 +119,8 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="onepeace-fast", description="Fused GPU operations for modality-routed transformers such as ONE-PEACE."
-    )
+    text = "PyTorch layers that compute no padding, for modality-routed transformers such as ONE-PEACE."
+    parser = argparse.ArgumentParser(prog="onepeace-fast", description=text)
     parser.add_argument("--version", action="version", version=f"onepeace_fast {onepeace_fast.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text, description) in _COMMANDS.items():

@@ -34,6 +34,10 @@ _BACKEND_NOTES = {
     "reference": "padded tokens, plain PyTorch, as upstream computes it",
     "fused": "packed tokens, by the fused operations",
 }
+_AUTOMATIC_ON_A_CPU = {
+    "reference": "automatic for other batches",
+    "fused": "automatic for batches with enough padding",
+}
 
 
 def missing(packages: Mapping[str, str]) -> list[str]:
@@ -123,13 +127,17 @@ def _gpu() -> str:
 
 
 def _backends() -> list[tuple[str, str, str]]:
-    """A row for each backend; the default one is marked."""
+    """A row for each backend, which says when it is the automatic one."""
     rows = []
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = _attempt(lambda: resolve_backend(None, torch.device(kind)))
-    reason = f"chosen by {ENVIRONMENT_VARIABLE}" if os.environ.get(ENVIRONMENT_VARIABLE) else "automatic here"
+    when = {chosen: "automatic here"}
+    if os.environ.get(ENVIRONMENT_VARIABLE):
+        when = {chosen: f"chosen by {ENVIRONMENT_VARIABLE}"}
+    elif kind == "cpu" and chosen in BACKENDS:
+        when = _AUTOMATIC_ON_A_CPU
     for name in BACKENDS:
-        here = f"works, {reason}" if name == chosen else "works"
+        here = f"works; {when[name]}" if name in when else "works"
         rows.append((f"backend {name}", here, _BACKEND_NOTES[name]))
     if chosen not in BACKENDS:
         rows.append(("automatic backend", "no", chosen))

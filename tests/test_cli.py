@@ -91,12 +91,12 @@ def test_info_marks_the_backend_that_the_environment_chooses(monkeypatch, name):
     assert marked == [f"  {row_of(report, f'backend {name}')}"]
 
 
-def test_info_marks_the_automatic_backend_of_a_cpu(monkeypatch):
+def test_info_says_for_which_batches_a_cpu_takes_each_backend(monkeypatch):
     monkeypatch.delenv("ONEPEACE_FAST_BACKEND", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     report = info.describe()
-    assert "automatic here" in row_of(report, "backend fused")
-    assert "automatic here" not in row_of(report, "backend reference")
+    assert "automatic for batches with enough padding" in row_of(report, "backend fused")
+    assert "automatic for other batches" in row_of(report, "backend reference")
     assert row_of(report, "GPU").split() == ["GPU", "none"]
 
 

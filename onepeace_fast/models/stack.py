@@ -16,7 +16,7 @@ from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.plain import inside, is_watched, unfused, watched_everywhere
 from onepeace_fast.models.choice import choose
 from onepeace_fast.models.inputs import Batch, Subset
-from onepeace_fast.models.parameters import is_sharded
+from onepeace_fast.models.parameter_names import is_sharded
 from onepeace_fast.models.passes import Encoded, PaddedTokens, Samples, Tokens, join, sample_count, split
 from onepeace_fast.models.reference import encode_padded
 from onepeace_fast.route_plan import RoutePlan

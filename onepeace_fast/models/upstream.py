@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
-from onepeace_fast.models.parameters import (
+from onepeace_fast.models.parameter_names import (
     copy_into,
     full,
     gathered,

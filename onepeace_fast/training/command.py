@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration, or the first run, which makes its own."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("configuration", nargs="?", metavar="CONFIG.yaml", help="the run: examples/ has two")
-    text = "draw a small data set into ./first_run and train on it: a minute on a CPU"
+    text = "draw a small data set into ./first_run and train on it: under a minute on a CPU"
     what.add_argument("--first-run", action="store_true", help=text)
 
 

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.transformer import TransformerLayer
-from onepeace_fast.models.parameters import full
+from onepeace_fast.models.parameter_names import full
 from onepeace_fast.models.pretrain import OnePeacePretrain
 
 Result = TypeVar("Result")

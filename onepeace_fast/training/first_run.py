@@ -22,7 +22,7 @@ PLACES = {"top left": (18, 18), "top right": (45, 18), "bottom left": (18, 45), 
 HELD_OUT_COUNT = 48
 WORDINGS = ("a {size} {colour} {shape} at the {place}", "at the {place} there is a {shape}, {colour} and {size}")
 
-# It learns in less than a minute on a CPU; examples/ has a configuration for real files.
+# It learns in under a minute on a CPU; examples/ has a configuration for real files.
 CONFIGURATION_TEXT = f"""\
 # Stage 1 on {{pairs}} drawn pictures; written by onepeace-fast train --first-run. docs/training.md explains every key.
 stage: vision_language

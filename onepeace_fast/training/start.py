@@ -22,7 +22,7 @@ from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.layers.adapters import PATCH, AudioAdapter
 from onepeace_fast.models.modalities import parameters_of
-from onepeace_fast.models.parameters import upstream_names
+from onepeace_fast.models.parameter_names import upstream_names
 from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
@@ -46,13 +46,21 @@ class Started(NamedTuple):
     lines: list[str]
 
 
-def start(config: TrainingConfig, processes: Processes) -> Started:
-    """Build the run, or continue it from its newest usable checkpoint.
+def read_entries(config: TrainingConfig, processes: Processes) -> list[Entry]:
+    """The pairs of the configuration's manifest, for every process.
+
+    Raises:
+        ValueError: what ``read_manifest`` refuses.
+    """
+    return processes.on_main(lambda: read_manifest(config.path("manifest"), config.modality, missing=config.missing))
+
+
+def start(config: TrainingConfig, processes: Processes, entries: Sequence[Entry]) -> Started:
+    """Build the run on the pairs of ``read_entries``, or continue it from its newest usable checkpoint.
 
     Raises:
         ValueError: a file, a setting or a checkpoint that does not fit; no checkpoint has been touched.
     """
-    entries = processes.on_main(lambda: read_manifest(config.path("manifest"), config.modality, missing=config.missing))
     found = processes.on_main(lambda: checkpoint.newest(config.path("output")))
     model_config, fields = _model_config(config, found.folder), config.model_fields()
     tokenizer_file = _tokenizer_file(config, found.folder)

@@ -14,7 +14,7 @@ from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE, Not
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.logs import Logs
-from onepeace_fast.training.start import Started, start
+from onepeace_fast.training.start import Started, read_entries, start
 
 
 def train(config: TrainingConfig, processes: Processes) -> int:
@@ -28,9 +28,10 @@ def train(config: TrainingConfig, processes: Processes) -> int:
         NotFinite: the loss or the gradient is infinite or not a number.
     """
     output, problem = config.path("output"), None
+    entries = read_entries(config, processes)  # first, since a run that it refuses is to leave no folder behind
     with contextlib.ExitStack() as stack:
         processes.on_main(lambda: stack.enter_context(checkpoint.claimed(output)))
-        run = start(config, processes)
+        run = start(config, processes, entries)
         trainer, logs = run.trainer, None
         if processes.is_main and trainer.step_number < config.steps:
             for line in run.lines:

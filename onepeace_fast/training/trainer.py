@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.layers.adapters import PATCH
-from onepeace_fast.models.parameters import full, shard_like, upstream_names
+from onepeace_fast.models.parameter_names import full, shard_like, upstream_names
 from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes

@@ -11,7 +11,7 @@ from training._batches import batch_number, configuration
 
 from onepeace_fast import OnePeacePretrain
 from onepeace_fast.layers.adapters import TextAdapter
-from onepeace_fast.models.parameters import upstream_modules, upstream_names
+from onepeace_fast.models.parameter_names import upstream_modules, upstream_names
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.trainer import Trainer
 

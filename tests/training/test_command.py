@@ -312,6 +312,16 @@ def test_bad_input_is_one_line_and_makes_no_checkpoint(corpus, name, capfd, monk
     assert not checkpoints(corpus / name)
 
 
+@pytest.mark.parametrize("lines", [None, ["gone.png\ta thing that nobody sees"]])
+def test_a_run_refused_for_its_manifest_leaves_nothing_behind(tmp_path, lines):
+    if lines is not None:
+        (tmp_path / "images.tsv").write_text("\n".join(["image\tcaption", *lines]))
+    path = write_config(tmp_path)
+    before = set(tmp_path.rglob("*"))
+    assert command.pretrain(str(path)) == 2
+    assert set(tmp_path.rglob("*")) == before
+
+
 def test_a_configuration_that_cannot_be_read_is_one_line(tmp_path, capsys):
     assert command.pretrain(str(tmp_path / "none.yaml")) == 2
     assert capsys.readouterr().err == f"{tmp_path / 'none.yaml'}: cannot be read: No such file or directory\n"

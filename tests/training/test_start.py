@@ -15,7 +15,7 @@ from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.training import checkpoint, train
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
-from onepeace_fast.training.start import start
+from onepeace_fast.training.start import read_entries, start
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -32,7 +32,8 @@ def folder(tmp_path):
 
 
 def started(folder, processes=ONE, **keys):
-    return start(TrainingConfig.load(write_config(folder, **keys)), processes)
+    config = TrainingConfig.load(write_config(folder, **keys))
+    return start(config, processes, read_entries(config, processes))
 
 
 def test_the_seed_decides_the_weights_that_a_model_starts_with(folder):

@@ -1,4 +1,4 @@
-"""Plant faults, one after another, each in a copy of this checkout, and see the tests fail by it.
+"""Plant faults, one after another, each in a copy of this checkout, and see the tests fail.
 
     python -m tools.mutants [NAME...]
 
@@ -6,7 +6,7 @@ The folder ``faults`` has them, one file for each area of the code. A fault says
 file, in it a function, class or constant (``inside``), and in that a fragment that occurs there once, or the
 ``occurrence`` that is meant. Lines, indentation and comments do not matter. ``new`` takes the fragment's place, and
 ``tests`` must fail, in Triton's interpreter or, for csrc, with the sources built for this CPU. The same tests must pass
-where nothing is planted. A mutant is caught only where a test fails by a value that it compared or by what a sanitizer
+where nothing is planted. A mutant is caught only where a test fails in a comparison of values or by what a sanitizer
 says: an error at import, or a kernel that does not compile or run, catches nothing.
 """
 
@@ -26,7 +26,7 @@ from tools.mutants.replay import control, replay
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replay, print a line each, and return 0 where the control passed and every mutant was caught."""
-    parser = argparse.ArgumentParser(prog="make mutants", description="Plant faults and see the tests fail by them.")
+    parser = argparse.ArgumentParser(prog="make mutants", description="Plant faults and see the tests fail.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these faults")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="at once (default: one a core)")
     options = parser.parse_args(arguments)

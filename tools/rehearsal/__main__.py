@@ -9,7 +9,7 @@ from tools.scratch import use_scratch
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python3 bootstrap.py rehearse", description=run.__doc__)
-    parser.add_argument("--short", action="store_true", help="at most 90 seconds on two cores")
+    parser.add_argument("--short", action="store_true", help="less of it, in a few minutes")
     parser.add_argument("--versions", choices=versions.VERSIONS, help="in an environment with these versions")
     parser.add_argument("files", nargs="*", help="files of tests, instead of all that need a GPU")
     options = parser.parse_args(arguments)
