@@ -180,7 +180,7 @@ def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Sa
     counts = [sum(passes[i][name].lengths) for _, name, i in pieces]
     first_row = first_place = 0
     for (index, name, i), x in zip(pieces, packed.split(counts), strict=True):
-        shape, joint_length = tuple(passes[i][name].valid.shape), plan.padded_shapes[index][1]
+        (count, length), joint_length = passes[i][name].valid.shape, plan.padded_shapes[index][1]
         rows = slice(first_row, first_row + x.shape[0])
         ends = plan.cu_seqlens[index, starts[i] + 1 : starts[i + 1] + 1]
         results[i][name] = PackedRows(
@@ -189,7 +189,7 @@ def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Sa
             joint_length=joint_length,
             ids=plan.position[rows],
             ends=ends - first_row if first_row else ends,
-            shape=shape,
+            shape=(count, length),
         )
-        first_row, first_place = rows.stop, first_place + shape[0] * joint_length
+        first_row, first_place = rows.stop, first_place + count * joint_length
     return [Encoded(packed=result) for result in results]

@@ -196,10 +196,10 @@ def check_codes(bias: RelativeBias, segments: Segments) -> None:
         covered = min(offset, vector.shape[1] - CLS_ENTRIES - 1 - offset)
         smallest, largest = _span(segments, m)
         message = f"code: expected codes of modality {m} to differ by at most {covered}, what bias[{m}] covers, got "
-        if isinstance(largest, Tensor):
+        if isinstance(largest, Tensor):  # of a device
             require_values(largest - smallest <= covered, message + "more")
         else:
-            require(largest - smallest <= covered, f"{message}{largest - smallest}")
+            require(int(largest - smallest) <= covered, f"{message}{largest - smallest}")
 
 
 def _span(segments: Segments, modality: int) -> tuple[int, int] | tuple[Tensor, Tensor]:
