@@ -141,7 +141,8 @@ def shared_by_segments(
     column 0; where ``in_row_order`` has column 0, whole rows apart: behind the last where that is a CLS; the columns.
     """
     shared: list[tuple[int, ...]] = []
-    first_rows, start, base = [], 0, 0
+    first_rows: list[list[int]] = []
+    start = base = 0
     before = [0] * len(segments[0])
     for m, (name, (rows, length)) in enumerate(zip(row_order, shapes, strict=True)):
         segment, samples = segments[m], sample_of[name]
