@@ -8,6 +8,7 @@ from onepeace_fast import (
     ops,
 )
 from onepeace_fast.backend import use_backend
+from onepeace_fast.comparison import compare
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers import RelativeBias, shifted_windows
 from onepeace_fast.models import OnePeacePretrain
@@ -26,6 +27,7 @@ __all__ = [
     "RelativeBias",
     "RoutePlan",
     "Segments",
+    "compare",
     "shifted_windows",
     "use_backend",
 ]
