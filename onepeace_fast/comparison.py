@@ -86,7 +86,7 @@ class Comparison:
             rows.append((f"{what}, MiB", f"{first / 2**20:.3f}", f"{second / 2**20:.3f}", ratio, ""))
         lines = [table(rows), "", table(self._difference_rows())]
         if BOTH in self.times:
-            lines.append(f"{len(self.gradients)} gradients compared{_listed(self.not_compared)}")
+            lines.append(f"gradients compared: {len(self.gradients)}{_listed(self.not_compared)}")
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
         return "\n".join([*lines, f"medians of {len(self.times[FORWARD][0].seconds)} rounds on {self.device}{threads}"])
 
@@ -151,13 +151,15 @@ def compare(
         rounds is None or rounds > 0, lambda: f"rounds: expected 1 or more, got {rounds}; leave it out to use seconds"
     )
     require(len(set(names)) == len(names) == 2, lambda: f"names: expected two different ones, got {names}")
-    inputs = dict(named_tensors(batch, strict=False))
+    args, kwargs = _arguments(batch)
+    inputs = dict(named_tensors(kwargs or args, strict=False))
     a, b = (
-        ComparedModel(name, model, *_arguments(batch), inputs, loss)
+        ComparedModel(name, model, args, kwargs, inputs, loss)
         for name, model in zip(names, (model_a, model_b), strict=True)
     )
+    _device(a.devices | b.devices)  # refused before anything runs
     outputs, gradients, not_compared = _differences(a, b, backward)
-    device = _device(a.devices | b.devices)
+    device = _device(a.devices | b.devices)  # those of outputs are known now
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         memory = _memory(a, b, backward, device)
         times = _times(a, b, backward, device, rounds, seconds)
