@@ -66,10 +66,13 @@ class Comparison:
         return found | {"not_compared": list(self.not_compared)}
 
     def add_to(self, benchmark: Any) -> None:
-        """Put the record into that of pytest-benchmark, by its fixture ``benchmark``.
+        """Put the record into that of pytest-benchmark, by its fixture.
 
-        pytest-benchmark writes down what it has timed itself, so let it run the comparison, once:
-        ``benchmark.pedantic(compare, (model_a, model_b, batch))``. Its own time is that of the whole comparison.
+        pytest-benchmark writes down what it has run itself, so let it run the comparison, once. Its own time is then
+        that of the whole comparison:
+
+            found = benchmark.pedantic(compare, (model_a, model_b, batch))
+            found.add_to(benchmark)
         """
         benchmark.extra_info.update(self.record())
 
