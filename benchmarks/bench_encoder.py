@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,8 +20,9 @@ from benchmarks.support import shapes
 from benchmarks.support.encoder import SIZES, EncoderCase
 from benchmarks.support.report import Report
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.timing import Timing, paired, timed
+from benchmarks.support.timing import paired, timed
 from onepeace_fast.models.choice import choose
+from onepeace_fast.timing import Timing, interval
 
 PAIRS = 30
 TITLE = f"Stack of {SIZES.layers} layers, float32, without adapters: CPU time over the reference's in the same round"
@@ -134,12 +134,3 @@ def add_row(
         "": "missed: " + ", ".join(missed) if missed else "met",
     }  # fmt: skip
     report.add(TITLE, shown, measured, FOOTER.format(threads))
-
-
-def interval(times: Sequence[float], reference: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the rounds' ratios between the ends of its 95% interval, by order statistics."""
-    ratios = sorted(time / against for time, against in zip(times, reference, strict=True))
-    count = len(ratios)
-    reach = 0.98 * count**0.5  # 1.96 standard deviations of a binomial with p = 1/2
-    low, high = max(round(count / 2 - reach) - 1, 0), min(round(count / 2 + reach), count - 1)
-    return round(ratios[low], 4), round(statistics.median(ratios), 4), round(ratios[high], 4)

@@ -10,12 +10,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.support.encoder import SAMPLES, SIZES, EncoderCase, inputs
 from benchmarks.support.report import Report
+from onepeace_fast.memory import saved_bytes
 
 INPUTS = ("text+image", "audio")
 TITLE = f"Memory of a step: {SIZES.layers} layers, width {SIZES.width}, batch {SAMPLES}, float32, per real token"
@@ -30,7 +29,7 @@ def test_memory(name: str, report: Report) -> None:
 def add_rows(report: Report, case: EncoderCase) -> None:
     """Measure both backends and add one row for each measure."""
     shape = case.shape
-    measures = {"saved": saved_bytes, "peak": peak_bytes}
+    measures = {"saved": saved, "peak": peak}
     for measure, function in measures.items():
         found = {backend: function(case, backend) for backend in ("reference", "fused")}
         ratio = found["fused"] / found["reference"]
@@ -55,26 +54,12 @@ def add_rows(report: Report, case: EncoderCase) -> None:
         report.add(TITLE, shown, measured)
 
 
-def saved_bytes(case: EncoderCase, backend: str) -> int:
-    """Bytes of the unique storages that the forward pass saves, parameters excluded."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in case.stack.parameters()}
-    storages: dict[int, int] = {}
-    alive: list[Tensor] = []  # an address counts once only while its storage lives
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        encoded = case.forward(backend)
-    del encoded
-    return sum(storages.values())
+def saved(case: EncoderCase, backend: str) -> int:
+    """What the forward pass saves, embedded tokens included."""
+    return saved_bytes(lambda: case.forward(backend), case.stack.parameters())
 
 
-def peak_bytes(case: EncoderCase, backend: str) -> int:
+def peak(case: EncoderCase, backend: str) -> int:
     """The profiler's highest sum of allocations of a step."""
     case.step(backend)
     for parameter in case.stack.parameters():

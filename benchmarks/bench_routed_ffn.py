@@ -9,8 +9,8 @@ from benchmarks.support.feed_forward import FeedForwardCase
 from benchmarks.support.on_gpu import SIZES, skip_without_gpu
 from benchmarks.support.report import Report, number
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
-from benchmarks.support.timing import clock_for
 from benchmarks.support.variants import MODES, Budget, Runner
+from onepeace_fast.timing import clock_for
 
 pytestmark = skip_without_gpu
 

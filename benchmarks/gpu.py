@@ -34,8 +34,8 @@ from benchmarks.support.ceilings import ceilings  # noqa: E402
 from benchmarks.support.layer import MODEL_LAYERS  # noqa: E402
 from benchmarks.support.report import write_json, write_text  # noqa: E402
 from benchmarks.support.sections import FULL, TINY, Section, Setting, headline, rest  # noqa: E402
-from benchmarks.support.timing import DeviceLost, clock_for  # noqa: E402
 from benchmarks.support.variants import HOW_FUSED_RUNS, Budget, Runner  # noqa: E402
+from onepeace_fast.timing import DeviceLost, clock_for  # noqa: E402
 
 PARTS = ("headline", "rest")
 DEVICE_LOST = 3  # exit code: start the same command again, and it goes on with what is left

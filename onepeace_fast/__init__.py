@@ -8,6 +8,7 @@ from onepeace_fast import (
     ops,
 )
 from onepeace_fast.backend import use_backend
+from onepeace_fast.comparison import compare
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers import (
     RelativeBias,
@@ -37,6 +38,7 @@ __all__ = [
     "RoutedLinear",
     "RoutedNorm",
     "Segments",
+    "compare",
     "shifted_windows",
     "use_backend",
 ]

@@ -12,7 +12,7 @@ def describe(value: object) -> str:
     """Dtype, shape and device of a tensor, or the type and value of anything else, on one line."""
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 

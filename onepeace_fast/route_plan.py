@@ -35,7 +35,7 @@ class RoutePlan:
         cu_seqlens: int32 [G, S + 1], first row of each sample's segment; the segment's end is the next entry.
         modality, sample, position, code, order: int32 [C], of each row; inert rows hold G, 0, 0, 0, 0. ``position`` is
             the token's own position id (CLS is 0), ``code`` its code for the relative position bias and ``order`` its
-            place in its sample, the modalities one after another: causal attention's order.
+            place in its sample, the modalities one after another.
         is_cls: bool [C].
         source: int64 [C], flat index of the row's token in the concatenated padded inputs; inert rows point past them.
         code_offsets: per modality, the entry of its bias vector that belongs to equal codes.
@@ -98,8 +98,15 @@ class RoutePlan:
         unknown = [name for name in first if name not in self.modalities]
         require(not unknown, lambda: f"first: expected some of {list(self.modalities)}, got {unknown}")
         return routing.prefix_order(
-            self.cu_seqlens, self.modality, self.sample, self.order, list(map(self.modalities.index, first))
+            self.cu_seqlens, self._segment(), self.causal_order(), [*map(self.modalities.index, first)]
         )
+
+    def causal_order(self) -> Tensor:
+        """Causal attention's order: the place in the sample, the modalities one after another, CLS first: int32 [C]."""
+        return routing.cls_first(self.cu_seqlens, self._segment(), self.order, self.is_cls)
+
+    def _segment(self) -> Tensor:
+        return routing.segment_of_rows(self.cu_seqlens, self.modality, self.sample)
 
     @property
     def padded_rows(self) -> int:

@@ -141,7 +141,8 @@ def shared_by_segments(
     column 0; where ``in_row_order`` has column 0, whole rows apart: behind the last where that is a CLS; the columns.
     """
     shared: list[tuple[int, ...]] = []
-    first_rows, start, base = [], 0, 0
+    first_rows: list[list[int]] = []
+    start = base = 0
     before = [0] * len(segments[0])
     for m, (name, (rows, length)) in enumerate(zip(row_order, shapes, strict=True)):
         segment, samples = segments[m], sample_of[name]
@@ -214,27 +215,41 @@ def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor
     return torch.cat(pieces)
 
 
+def segment_of_rows(cu_seqlens: Tensor, modality: Tensor, sample: Tensor) -> Tensor:
+    """Number of each row's segment, modality after modality; inert rows have the one behind the last: int64 [C]."""
+    modalities, samples = cu_seqlens.shape[0], cu_seqlens.shape[1] - 1
+    return torch.where(modality >= modalities, modalities * samples, modality * samples + sample).long()
+
+
 def order_in_sample(cu_seqlens: Tensor, modality: Tensor, sample: Tensor) -> Tensor:
     """Place of each row in its sample, the modalities one after another."""
     starts, lengths = cu_seqlens[:, :-1], cu_seqlens.diff(dim=1)
-    shift = (lengths.cumsum(0) - lengths - starts).to(torch.int32)
-    table = torch.cat([shift.flatten(), shift.new_zeros(1)])
-    inert = modality >= cu_seqlens.shape[0]
-    segment = torch.where(inert, shift.numel(), modality * shift.shape[1] + sample)
+    shift = _of_segments(lengths.cumsum(0) - lengths - starts, segment_of_rows(cu_seqlens, modality, sample))
     rows = torch.arange(modality.shape[0], dtype=torch.int32, device=modality.device)
-    return torch.where(inert, 0, rows + table[segment.long()])
+    return torch.where(modality >= cu_seqlens.shape[0], 0, rows + shift)
 
 
-def prefix_order(cu_seqlens: Tensor, modality: Tensor, sample: Tensor, order: Tensor, first: Sequence[int]) -> Tensor:
-    """Order 0 of the modalities ``first``; all else counts from 1 in its sample without them."""
+def _of_segments(values: Tensor, segment: Tensor) -> Tensor:
+    """Each row's value of its segment, int32 [C]; inert rows get 0."""
+    return torch.cat([values.flatten().int(), values.new_zeros(1, dtype=torch.int32)])[segment]
+
+
+def cls_first(cu_seqlens: Tensor, segment: Tensor, order: Tensor, is_cls: Tensor) -> Tensor:
+    """The order with the CLS rows of each segment, which are its last, before the others: int32 [C]."""
+    before = torch.cat([is_cls.new_zeros(1, dtype=torch.int64), is_cls.cumsum(0)])
+    bounds = before[cu_seqlens.long()]
+    count = _of_segments(bounds.diff(dim=1), segment)
+    others = _of_segments(cu_seqlens.diff(dim=1) - bounds.diff(dim=1), segment)
+    return torch.where(is_cls, order - others, order + count)
+
+
+def prefix_order(cu_seqlens: Tensor, segment: Tensor, order: Tensor, first: Sequence[int]) -> Tensor:
+    """Order 0 of the modalities ``first``; all else counts from 1 in its sample without them: int32 [C]."""
     lengths = cu_seqlens.diff(dim=1)
+    is_first = torch.zeros_like(lengths)
     of_first = torch.zeros_like(lengths)
     for m in first:
+        is_first[m] = 1
         of_first[m] = lengths[m]
-    skipped = torch.cat([of_first.cumsum(0).flatten(), lengths.new_zeros(1)])
-    inert = modality >= cu_seqlens.shape[0]
-    segment = torch.where(inert, lengths.numel(), modality * lengths.shape[1] + sample)
-    is_first = inert.clone()
-    for m in first:
-        is_first |= modality == m
-    return torch.where(is_first, 0, order - skipped[segment.long()] + 1).to(torch.int32)
+    behind = order - _of_segments(of_first.cumsum(0), segment) + 1
+    return torch.where((_of_segments(is_first, segment) > 0) | (segment == lengths.numel()), 0, behind)

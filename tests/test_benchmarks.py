@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.benchmark_cases import SIZES, LostClock, MadeUpClock, tiny_runner, tiny_shape
+from support.benchmark_cases import SIZES, LostClock, tiny_runner, tiny_shape
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -18,8 +18,9 @@ from benchmarks.support.layer import LayerCase
 from benchmarks.support.report import Report
 from benchmarks.support.sections import full_shapes
 from benchmarks.support.shapes import Shape
-from benchmarks.support.timing import DeviceLost, EventClock, HostClock, Timing, interleaved, paired
+from benchmarks.support.timing import paired
 from benchmarks.support.variants import Variant, compiled, trained
+from onepeace_fast.timing import DeviceLost, Timing
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -82,50 +83,7 @@ class TestShapes:
         assert 9400 < full_shapes()[0].real_tokens < 9600
 
 
-class TestTiming:
-    def test_variants_run_in_turn(self):
-        called = []
-        calls = {name: lambda index, name=name: called.append((name, index)) for name in "abc"}
-        timings, errors = interleaved(calls, HostClock(), rounds=4, warmups=2)
-        assert called == [(name, index) for index in range(6) for name in "abc"]
-        assert not errors and [len(timing.seconds) for timing in timings.values()] == [4, 4, 4]
-
-    def test_a_failing_variant_stops_no_other(self):
-        def breaks(index):
-            if index == 3:
-                raise ValueError("out\nof   order")
-            return 0.1
-
-        clock = MadeUpClock()
-        timings, errors = interleaved({"breaks": breaks, "works": lambda _: 0.2}, clock, rounds=4)
-        assert errors == {"breaks": "ValueError: out of order"}
-        assert list(timings) == ["works"] and timings["works"].seconds == [0.2] * 4
-        assert clock.recovered == 1
-
-    def test_a_slow_variant_runs_three_times_at_least(self):
-        calls = {"slow": lambda _: 9.0, "quick": lambda _: 0.1}
-        timings, _ = interleaved(calls, MadeUpClock(), rounds=20, seconds_each=4.0)
-        assert {name: len(timing.seconds) for name, timing in timings.items()} == {"slow": 3, "quick": 20}
-
-    def test_no_round_begins_after_the_time_once_three_have_run(self):
-        timings, _ = interleaved({"a": lambda _: None}, HostClock(), rounds=20, seconds=0.0)
-        assert len(timings["a"].seconds) == 3
-
-    def test_a_clock_that_cannot_bring_the_device_back_says_so(self, monkeypatch):
-        def broken():
-            raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-        clock = object.__new__(EventClock)
-        monkeypatch.setattr(torch.cuda, "synchronize", broken)
-        with pytest.raises(DeviceLost, match="illegal memory access"):
-            clock.recover()
-
-    def test_warm_ups_are_not_counted(self):
-        times = (100.0, 50.0, 3.0, 1.0, 2.0)
-        timings, _ = interleaved({"a": times.__getitem__}, MadeUpClock(), rounds=3, warmups=2)
-        record = timings["a"].record()
-        assert (record["median_ms"], record["min_ms"], record["max_ms"], record["runs"]) == (2e3, 1e3, 3e3, 3)
-
+class TestPairs:
     def test_pairs_alternate(self):
         called = []
         measured, against = paired(
@@ -133,30 +91,6 @@ class TestTiming:
         )
         assert called == ["a", "m"] * 6
         assert len(measured.seconds) == len(against.seconds) == len(measured.cpu) == 5
-
-    def test_events_enclose_the_call_alone_once_the_device_has_left_its_idle_clocks(self, monkeypatch):
-        log, times = [], iter([60.0, 30.0, 10.2, 10.0, 20.0, 99.0])
-
-        class Event:
-            def __init__(self, enable_timing):
-                assert enable_timing
-
-            def record(self):
-                log.append("record")
-
-            def elapsed_time(self, other):
-                return next(times)
-
-        monkeypatch.setattr(torch.cuda, "Event", Event)
-        monkeypatch.setattr(torch.cuda, "_sleep", log.append)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("synchronize"))
-        clock = EventClock()
-        assert clock.cycles_per_second == 20_000_000 / 0.01
-        log.clear()
-        seconds, host = clock.time(lambda index: log.append(f"call {index}"), 7, lead=0.01)
-        cycles = 30_000_000  # 1.5 x 10 ms at the 2e9 cycles a second that were calibrated
-        assert log == ["synchronize", cycles, "record", "call 7", "record", "synchronize"]
-        assert seconds == 0.02 and 0 < host < 1 and next(times) == 99.0
 
 
 class TestVariants:
@@ -321,12 +255,6 @@ class TestBenchFiles:
         bench.add_row(Report(), info, case, "forward", 1, *timings)
         assert info["missed"] == missed
         assert info["products_padded_over_packed"] == pytest.approx(1.2)
-
-    def test_the_interval_of_a_median_is_that_of_order_statistics(self):
-        bench = importlib.import_module("benchmarks.bench_encoder")
-        times = [float(i) for i in range(1, 31)]
-        assert bench.interval(times, [1.0] * 30) == (10.0, 15.5, 21.0)  # the 10th and the 21st of 30: 95.7%
-        assert bench.interval([2.0], [1.0]) == (2.0, 2.0, 2.0)
 
     def test_memory_counts_each_storage_once(self):
         bench = importlib.import_module("benchmarks.bench_memory")

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import host_extension as host
-from support.benchmark_cases import SIZES, MadeUpClock, tiny_runner, tiny_shape
+from support.benchmark_cases import SIZES, tiny_runner, tiny_shape
+from support.clocks import MadeUpClock
 from torch.nn.attention import SDPBackend
 
 from benchmarks.support import attention_goals as goals
@@ -18,8 +19,8 @@ from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.relative_bias_attention import AttentionCase
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
 from benchmarks.support.shapes import Shape, Sizes, subset_of
-from benchmarks.support.timing import HostClock, clock_for
 from benchmarks.support.variants import PASSES, Budget, Runner, Variant
+from onepeace_fast.timing import HostClock, clock_for
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.support.timing import HostClock, interleaved, recovered
+from onepeace_fast.timing import HostClock, interleaved, recovered
 
 
 def ceilings(

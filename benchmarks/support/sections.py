@@ -16,8 +16,8 @@ from benchmarks.support.layer import DROP_PATH, MODEL_LAYERS, LayerCase, strateg
 from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.timing import DeviceLost, recovered
 from benchmarks.support.variants import MODES, Factory, Runner
+from onepeace_fast.timing import DeviceLost, recovered
 
 FULL = Sizes(width=1536, hidden=6144, heads=24)
 TINY = Sizes(width=64, hidden=128, heads=2)

@@ -8,8 +8,9 @@ from typing import Any
 
 from benchmarks.support import attention_goals as goals
 from benchmarks.support.pointwise import GOAL
-from benchmarks.support.report import markdown, number, table
+from benchmarks.support.report import markdown, number
 from benchmarks.support.variants import MODES, PASSES
+from onepeace_fast.tables import table
 
 Rows = list[Sequence[str]]
 

@@ -1,51 +1,11 @@
-"""The one place where time is taken: variants in turn, medians, and the two clocks."""
+"""What pytest-benchmark times beside its peers, and how two backends' times are shown."""
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
-Call = Callable[[int], object]
-LONGEST_LEAD = 0.03
-LEAST_ROUNDS = 3
-
-
-@dataclass
-class Timing:
-    """Times of one variant, in seconds; ``cpu`` is the process's own time over all threads where it was taken."""
-
-    seconds: list[float] = field(default_factory=list)
-    host: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
-
-    @property
-    def median(self) -> float:
-        """The figure that is reported."""
-        return statistics.median(self.seconds)
-
-    def shown(self) -> str:
-        """Median and extremes for a table, in milliseconds."""
-        return f"{self.median * 1e3:.0f} ({min(self.seconds) * 1e3:.0f}-{max(self.seconds) * 1e3:.0f})"
-
-    def record(self) -> dict[str, Any]:
-        """Median, extremes and number of runs, in milliseconds."""
-        milliseconds = [1e3 * value for value in self.seconds]
-        record = {
-            "median_ms": round(statistics.median(milliseconds), 4),
-            "min_ms": round(min(milliseconds), 4),
-            "max_ms": round(max(milliseconds), 4),
-            "runs": len(milliseconds),
-        }
-        for name, values in (("host_median_ms", self.host), ("cpu_median_ms", self.cpu)):
-            if values:
-                record[name] = round(1e3 * statistics.median(values), 4)
-        return record
+from onepeace_fast.timing import HostClock, Timing
 
 
 def backends(reference: Timing, fused: Timing, threads: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -58,141 +18,9 @@ def backends(reference: Timing, fused: Timing, threads: int) -> tuple[dict[str, 
     return {"threads": threads, **records, "speed_up": round(speed_up, 4)}, shown
 
 
-class DeviceLost(Exception):
-    """The device answers nothing to this process any more, as after an illegal access: only a new process helps.
-
-    Its arguments are what was called, and the first error in one line.
-    """
-
-
-class HostClock:
-    """Wall-clock time, for a device whose work is done when the call returns."""
-
-    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
-        """Run ``call(index)``; returns its time and the host's to start its work, in seconds.
-
-        ``lead`` is what the host needed last time.
-        """
-        start = time.perf_counter()
-        call(index)
-        seconds = time.perf_counter() - start
-        return seconds, seconds
-
-    def recover(self) -> None:
-        """Bring the device back to order after a call that failed, or raise ``DeviceLost``; here nothing is to do."""
-
-
-class EventClock(HostClock):
-    """Device time between two CUDA events.
-
-    Before the first event the device sleeps for about as long as the host needs to start the call's kernels, so that
-    they queue up and gaps between launches do not count, as in a captured graph. A call that waits for the device
-    itself keeps its gaps: they are its own.
-    """
-
-    def __init__(self) -> None:
-        self.cycles_per_second = self._calibrate()
-
-    @classmethod
-    def _calibrate(cls) -> float:
-        """Cycles in a second, of a device that has left its idle clocks: until two measurements agree."""
-        rates = [cls._rate()]
-        while len(rates) < 2 or (abs(rates[-1] / rates[-2] - 1) > 0.05 and len(rates) < 20):
-            rates.append(cls._rate())
-        return max(rates)
-
-    @staticmethod
-    def _rate(cycles: int = 20_000_000) -> float:
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        start.record()
-        torch.cuda._sleep(cycles)
-        stop.record()
-        torch.cuda.synchronize()
-        return cycles / (start.elapsed_time(stop) / 1e3)
-
-    def time(self, call: Call, index: int, lead: float) -> tuple[float, float]:
-        """The device's time, and the host's to start the work."""
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(int(self.cycles_per_second * min(max(1.5 * lead, 2e-4), LONGEST_LEAD)))
-        begin = time.perf_counter()
-        start.record()
-        result = call(index)
-        stop.record()
-        host = time.perf_counter() - begin
-        torch.cuda.synchronize()
-        del result
-        return start.elapsed_time(stop) / 1e3, host
-
-    def recover(self) -> None:
-        """Free memory, in case the call ran out of it; a device with a fault cannot be recovered."""
-        try:
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
-        except Exception as error:
-            raise DeviceLost("", describe_error(error)) from error
-
-
-def clock_for(device: torch.device) -> HostClock:
-    """The clock of a device."""
-    return EventClock() if device.type == "cuda" else HostClock()
-
-
-def describe_error(error: BaseException) -> str:
-    """An exception as one line of at most 500 characters."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
-
-
-def recovered(clock: HostClock, called: Any, error: Exception) -> str:
-    """The error of a call in one line, the device back to order; raises ``DeviceLost`` where it cannot be."""
-    line = describe_error(error)
-    try:
-        clock.recover()
-    except DeviceLost:
-        raise DeviceLost(called, line) from error
-    return line
-
-
-def interleaved(
-    calls: Mapping[str, Call], clock: HostClock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
-    seconds: float = math.inf,
-) -> tuple[dict[str, Timing], dict[str, str]]:  # fmt: skip
-    """Time every call in turn, round after round; ``call(round)`` picks its inputs by the round.
-
-    A call that has taken ``seconds_each`` in all is left out of later rounds once it has run 3 times, and no round
-    begins after ``seconds`` once 3 have run. One that raises is left out from then on, its times with it.
-
-    Returns the timings, and the errors of the calls that raised. Raises ``DeviceLost``.
-    """
-    timings = {name: Timing() for name in calls}
-    errors: dict[str, str] = {}
-    leads = dict.fromkeys(calls, 0.0)
-    stop = time.perf_counter() + seconds
-    for turn in range(-warmups, rounds):
-        if turn >= LEAST_ROUNDS and time.perf_counter() > stop:
-            break
-        for name, call in calls.items():
-            timing = timings[name]
-            if name in errors or (len(timing.seconds) >= LEAST_ROUNDS and sum(timing.seconds) > seconds_each):
-                continue
-            try:
-                seconds, leads[name] = clock.time(call, turn + warmups, leads[name])
-            except Exception as error:
-                errors[name] = recovered(clock, name, error)
-                continue
-            if turn >= 0:
-                timing.seconds.append(seconds)
-                timing.host.append(leads[name])
-    return {name: timing for name, timing in timings.items() if name not in errors}, errors
-
-
 def timed(call: Callable[[], object], timing: Timing) -> None:
-    """Time one call by both clocks."""
-    cpu, start = time.process_time(), time.perf_counter()
-    call()
-    timing.seconds.append(time.perf_counter() - start)
-    timing.cpu.append(time.process_time() - cpu)
+    """Time one call by both clocks of a CPU."""
+    timing.add(HostClock().time(lambda _: call(), 0))
 
 
 def paired(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.support.timing import DeviceLost, HostClock, Timing, interleaved, recovered
+from onepeace_fast.timing import DeviceLost, HostClock, Timing, interleaved, recovered
 
 MODES = ("forward", "forward_backward")
 PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure

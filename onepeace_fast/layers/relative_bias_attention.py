@@ -94,11 +94,11 @@ class RelativeBiasAttention(nn.Module):
     def _segments(self, plan: RoutePlan) -> Segments:
         segments = plan.segments
         if isinstance(self.bias, RelativeBias) and _goes_by_order(plan):
-            segments = segments._replace(code=plan.order)
+            segments = segments._replace(code=plan.causal_order())
         if self.prefix:
             return segments._replace(order=plan.prefix_order(self.prefix))
         if self.causal:
-            return segments._replace(order=plan.position if plan.is_interleaved else plan.order)
+            return segments._replace(order=plan.position if plan.is_interleaved else plan.causal_order())
         return segments
 
     def _vectors(self, plan: RoutePlan, key_plan: RoutePlan) -> tuple[list[Tensor], list[int]]:

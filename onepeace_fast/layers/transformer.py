@@ -23,6 +23,7 @@ from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is_plain, unfused, watched_everywhere
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops.relative_bias_attention import QKV
 from onepeace_fast.route_plan import RoutePlan
 
 FEW_NUMBERS = 256 * 1536  # an image at full width: what its layers keep is small
@@ -65,13 +66,13 @@ class SelfAttention(nn.Module):
             attended = normalized(attended, self.ln)
         return self.out_proj(attended)
 
-    def project(self, z: Tensor) -> Tensor:
-        """Queries, keys and values in one product: [rows, dim] to [rows, 3, heads, head_dim]."""
+    def project(self, z: Tensor) -> QKV:
+        """Queries, keys and values by one product, [rows, 3, heads, head_dim]; or apart, [rows, heads, head_dim]."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         # On a CPU joining the weights takes longer than one product for three saves.
         if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear) or z.device.type == "cpu":
-            projected = torch.stack([projection(z) for projection in projections])
-            return projected.unflatten(2, (self.heads, self.head_dim)).transpose(0, 1)
+            q, k, v = (projection(z).unflatten(1, (self.heads, self.head_dim)) for projection in projections)
+            return q, k, v
         weights = tuple(p.weight for p in projections)
         biases = tuple(p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections)
         projected = F.linear(z, torch.cat(weights), torch.cat(biases))

@@ -309,8 +309,8 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
         cu_seqlens: int32 [G, S + 1]; rows cu_seqlens[m, s] to cu_seqlens[m, s + 1] are sample s's of modality m.
         modality, code: int32 [rows], the plan's.
         is_cls: bool [rows], the plan's.
-        order: int32 [rows]; a query sees the keys of its sample whose order is at most its own: the plan's ``order`` is
-            causal attention, a prefix has one order for all of its tokens. None: a query sees all.
+        order: int32 [rows]; a query sees the keys of its sample whose order is at most its own: a plan's
+            ``causal_order()`` or ``prefix_order(...)``. None: a query sees all.
         keys: for cross attention, the segments of the key rows, of as many samples; with ``order`` they have theirs.
         bias: one floating-point [heads, entries] per modality, the expanded vectors with their three CLS entries last;
             or a single one for the pairs of all tokens, whatever their modalities; empty for none.

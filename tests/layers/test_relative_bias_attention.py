@@ -150,6 +150,16 @@ def test_interleaved_tokens_go_by_their_positions():
     )  # fmt: skip
 
 
+def test_the_orders_of_a_plan_count_cls_first():
+    """Packed rows have CLS last, sequences have it first."""
+    lengths = {"image": [3, 1], "text": [2, 3]}
+    plan = RoutePlan.from_lengths(lengths, first_is_cls=True, capacity=11)
+    assert plan.position.tolist() == [1, 2, 0, 0, 1, 0, 1, 2, 0, 0, 0]
+    assert plan.causal_order().tolist() == [1, 2, 0, 0, 4, 3, 2, 3, 1, 0, 0]
+    assert plan.prefix_order(["image"]).tolist() == [0, 0, 0, 0, 2, 1, 2, 3, 1, 0, 0]
+    assert plan.prefix_order([]).tolist() == [2, 3, 1, 1, 5, 4, 3, 4, 2, 0, 0]
+
+
 def test_what_does_not_fit_is_one_line():
     plan, other = plan_of(text=[3, 2]), plan_of(image=[4, 4])
     x = torch.zeros(5, DIM)

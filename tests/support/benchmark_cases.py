@@ -1,8 +1,8 @@
 """Tiny batches and a runner that the tests of the benchmarks measure with."""
 
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.timing import DeviceLost, HostClock
 from benchmarks.support.variants import Budget, Runner
+from onepeace_fast.timing import DeviceLost, HostClock
 
 SIZES = Sizes(width=32, hidden=48, heads=2, layers=2)
 
@@ -10,20 +10,6 @@ SIZES = Sizes(width=32, hidden=48, heads=2, layers=2)
 def tiny_shape() -> Shape:
     """Ragged text beside images of 2 x 2 patches."""
     return Shape("text+image", {"text": [3, 7, 5], "image": [5, 5, 5]})
-
-
-class MadeUpClock:
-    """Takes what a call returns for its time."""
-
-    recovered = 0
-
-    def time(self, call, index, lead):
-        """The call's own word, in seconds."""
-        return call(index), 0.0
-
-    def recover(self):
-        """Count."""
-        self.recovered += 1
 
 
 class LostClock(HostClock):

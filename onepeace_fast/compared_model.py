@@ -1,0 +1,128 @@
+"""A model of a comparison: how it is run on the batch, and where its gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.differences import named_tensors
+from onepeace_fast.models.parameter_names import upstream_names
+
+SEED = 0
+
+
+class ComparedModel:
+    """A callable with its arguments. Its calls take the number of a round, and run on the same inputs in each."""
+
+    def __init__(
+        self, name: str, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any],
+        inputs: dict[str, Tensor], loss: Callable[[Any], Tensor] | None,
+    ) -> None:  # fmt: skip
+        require(callable(model), lambda: f"{name}: expected a module or another callable, got {describe(model)}")
+        for key, tensor in inputs.items():
+            require(
+                tensor.is_leaf,
+                f"input {key}: expected a tensor without a graph, got the result of an operation with a gradient; "
+                "use its .detach().requires_grad_()",
+            )
+        self.name, self.model, self.args, self.kwargs, self.inputs, self.loss = name, model, args, kwargs, inputs, loss
+        owner = getattr(model, "__self__", model)  # of a bound method
+        self.own: dict[str, Tensor] = dict(upstream_names(owner)) if isinstance(owner, nn.Module) else {}
+        self.leaves: list[Tensor] = []  # all to which the backward pass gives a gradient
+        self.cotangents: dict[str, Tensor] = {}
+        self.devices = {tensor.device for tensor in (*inputs.values(), *self.own.values())}
+
+    def run(self) -> Any:
+        """The output with its graph."""
+        with torch.enable_grad():
+            return self.model(*self.args, **self.kwargs)
+
+    def forward(self, _: int = 0) -> Any:
+        """The output without a graph."""
+        with torch.no_grad():
+            return self.model(*self.args, **self.kwargs)
+
+    def both(self, _: int = 0) -> tuple[Tensor | None, ...]:
+        """Forward and backward pass: the gradients of ``leaves``."""
+        roots, weights = self._roots(self.run())
+        return torch.autograd.grad(roots, self.leaves, weights, allow_unused=True)
+
+    def first_run(self, with_graph: bool) -> tuple[Any, dict[str, Tensor]]:
+        """The output, and its tensors by name; refuses a model that changes its inputs."""
+        versions = {key: tensor._version for key, tensor in self.inputs.items() if not tensor.is_inference()}
+        output = self.run() if with_graph else self.forward()
+        for key, version in versions.items():
+            require(
+                self.inputs[key]._version == version,
+                f"{self.name}: expected a model that keeps its inputs, got one that changes {key} in place; "
+                "compare a function that clones it",
+            )
+        found = {key: tensor.detach() for key, tensor in named_tensors(output)}
+        require(bool(found), lambda: f"{self.name}: expected a tensor in the output, got {describe(output)}")
+        self.devices |= {tensor.device for tensor in found.values()}
+        return output, found
+
+    def gradients(self, output: Any) -> dict[str, Tensor]:
+        """The gradients of parameters and inputs by name, zeros where the pass does not reach what requires one.
+
+        Finds ``leaves`` and draws the cotangents of the outputs, the same for any model and dtype.
+        """
+        generator = torch.Generator().manual_seed(SEED)
+        for key, tensor in named_tensors(output) if self.loss is None else ():
+            drawn = torch.randn(tensor.shape, generator=generator).bfloat16()  # of which wider dtypes have each value
+            if tensor.requires_grad:
+                self.cotangents[key] = drawn.to(tensor.device, tensor.dtype)
+        roots, weights = self._roots(output)
+        require(
+            bool(roots) and all(root.requires_grad for root in roots),
+            lambda: (
+                f"{self.name}: expected an output that needs a gradient, got none; let parameters or inputs "
+                "require one, or give backward=False"
+            ),
+        )
+        self.leaves = _leaves(roots)
+        self.devices |= {leaf.device for leaf in self.leaves}
+        found = torch.autograd.grad(roots, self.leaves, weights, allow_unused=True)
+        by_leaf = {id(leaf): gradient for leaf, gradient in zip(self.leaves, found, strict=True)}
+        named = self.own | {f"input {key}": tensor for key, tensor in self.inputs.items()}
+        return {
+            key: torch.zeros_like(leaf) if (gradient := by_leaf.get(id(leaf))) is None else gradient
+            for key, leaf in named.items()
+            if leaf.requires_grad
+        }
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the model has besides its inputs."""
+        inputs = {id(tensor) for tensor in self.inputs.values()}
+        return [*self.own.values(), *(leaf for leaf in self.leaves if id(leaf) not in inputs)]
+
+    def _roots(self, output: Any) -> tuple[list[Tensor], list[Tensor] | None]:
+        """Where the backward pass begins, and the weights there."""
+        if self.loss is None:
+            found = dict(named_tensors(output))
+            return [found[key] for key in self.cotangents], list(self.cotangents.values())
+        with torch.enable_grad():
+            loss = self.loss(output)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise ValueError(f"loss: expected a function that returns a tensor of one entry, got {describe(loss)}")
+        return [loss], None
+
+
+def _leaves(roots: list[Tensor]) -> list[Tensor]:
+    """What a backward pass would give a gradient to, whether a module has it or a function closes over it."""
+    found = {id(root): root for root in roots if root.is_leaf}
+    todo: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        if node.name().endswith("AccumulateGrad"):
+            found[id(node.variable)] = node.variable
+        new = {following for following, _ in node.next_functions if following is not None} - seen
+        seen |= new
+        todo += new
+    return list(found.values())

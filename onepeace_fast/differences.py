@@ -1,0 +1,112 @@
+"""How far the tensors of two models lie apart, name by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from onepeace_fast.checks import describe
+
+
+class Difference(NamedTuple):
+    """Two tensors of one shape: the largest absolute difference, and the largest magnitude in either of them."""
+
+    absolute: float
+    magnitude: float  # of finite values
+
+    @property
+    def relative(self) -> float:
+        """The largest difference over the largest magnitude."""
+        return self.absolute / self.magnitude if self.magnitude else self.absolute and math.inf
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> Difference:
+        """Compare in float64. What is not a number in either differs by NaN; equal infinities do not differ."""
+        first, second = _exact(a), _exact(b)
+        if not first.numel():
+            return cls(0.0, 0.0)
+        apart = torch.where(first == second, 0.0, (first - second).abs())
+        sizes = torch.stack([value.abs().nan_to_num(0.0, posinf=0.0).max() for value in (first, second)])
+        return cls(apart.max().item(), sizes.max().item())
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def largest(differences: Mapping[str, Difference], measure: str) -> str:
+    """The name whose difference is the largest by "absolute" or "relative"; one that is no number comes first."""
+
+    def size(name: str) -> tuple[bool, float]:
+        value = getattr(differences[name], measure)
+        return math.isnan(value), value
+
+    return max(differences, key=size)
+
+
+def named_tensors(value: Any, name: str = "", strict: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """The tensors inside mappings, tuples, lists and dataclasses, by keys, indices and fields joined by dots.
+
+    A number counts as a tensor, and None as nothing. A lone tensor is "output".
+
+    Raises:
+        ValueError: where ``strict``, a value of another type.
+    """
+    parts: Any
+    if isinstance(value, Tensor):
+        yield name or "output", value
+        return
+    if isinstance(value, bool | int | float) and strict:
+        yield name or "output", torch.tensor(value)
+        return
+    if isinstance(value, Mapping):
+        parts = value.items()
+    elif isinstance(value, tuple | list):
+        parts = zip(getattr(value, "_fields", range(len(value))), value, strict=True)
+    elif dataclasses.is_dataclass(value):
+        parts = ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif value is None or not strict:
+        return
+    else:
+        raise ValueError(
+            f"{name or 'output'}: expected tensors, numbers, or mappings, tuples, lists and dataclasses of them, got "
+            f"{describe(value)}; compare functions that return those"
+        )
+    for key, part in parts:
+        yield from named_tensors(part, f"{name}.{key}" if name else str(key), strict)
+
+
+def output_differences(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]
+) -> dict[str, Difference]:
+    """The differences of two models' outputs; ``names`` are those of the models.
+
+    Raises:
+        ValueError: other names of outputs, or another shape or device of one.
+    """
+    alone = [[name for name in one if name not in other] for one, other in ((a, b), (b, a))]
+    if any(alone):
+        found = " and ".join(f"{', '.join(own)} of {name} alone" for own, name in zip(alone, names, strict=True) if own)
+        raise ValueError(f"expected outputs of one structure, got {found}; compare functions that return the same")
+    for name in a:
+        if a[name].shape != b[name].shape or a[name].device != b[name].device:
+            found = " and ".join(f"{describe(x[name])} of {own}" for x, own in zip((a, b), names, strict=True))
+            raise ValueError(f"{name}: expected one shape and device, got {found}; compare functions that agree in it")
+    return {name: Difference.of(a[name], b[name]) for name in a}
+
+
+def gradient_differences(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+) -> tuple[dict[str, Difference], tuple[str, ...]]:
+    """The differences of gradients that both have in one shape, and the names of the others."""
+    names = dict.fromkeys([*a, *b])
+    shared = [name for name in names if name in a and name in b and a[name].shape == b[name].shape]
+    return {name: Difference.of(a[name], b[name]) for name in shared}, tuple(n for n in names if n not in shared)
