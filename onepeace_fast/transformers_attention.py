@@ -8,6 +8,7 @@ a padded batch, once.
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any, NamedTuple
 
@@ -19,12 +20,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from onepeace_fast.checks import describe, require, require_values
 from onepeace_fast.dense_bias import dense_vector, full_segments, is_relative, window_parts
 from onepeace_fast.installation import install_command
-from onepeace_fast.ops import relative_bias_attention
+from onepeace_fast.ops.relative_bias_attention import relative_bias_attention
 from onepeace_fast.relative_position import window_code_offset, window_codes
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Segments
 
 NAME = "onepeace_fast"
+OLDEST, TOO_NEW = (5, 23), (6, 0)  # of transformers, the bounds of the extra
 SERIES = ("t5", "mt5", "umt5")
 SERVED = (*SERIES, "swin", "beit")
 ELSEWHERE = "use attn_implementation='sdpa'"
@@ -46,24 +48,35 @@ def register_attention() -> None:
     """Let models of transformers take ``attn_implementation="onepeace_fast"``.
 
     It serves the encoders of T5, mT5 and UMT5, with padding masks, and Swin and BEiT. Everything else is refused in one
-    line when the model is called: decoders, cross attention, other models, dropout of attention probabilities, and
-    ``output_attentions``. Of an encoder and decoder, give it to the encoder alone:
-    ``model.encoder.set_attn_implementation("onepeace_fast")``.
+    line when the model is called: decoders, cross attention, other models, dropout of attention's probabilities, and
+    ``output_attentions``. Outputs at padding are zeros. It may be called more than once. Of an encoder and a decoder,
+    give it to the encoder alone::
 
-    Outputs at padding are zeros. It may be called more than once.
+        model.encoder.set_attn_implementation("onepeace_fast")
 
     Raises:
-        ImportError: transformers is missing or too old; one line that says how to install it.
+        ImportError: transformers is missing, or of a version whose models do not hand over their bias; one line that
+            says how to install it.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        transformers = importlib.import_module("transformers")
+        require_version(transformers.__version__)
     except ImportError as error:
         reason = " ".join(str(error).split())
         raise ImportError(
-            f"transformers: cannot be imported ({reason}); type: {install_command('transformers')}", name="transformers"
+            f"transformers: cannot be used ({reason}); type: {install_command('transformers')}", name="transformers"
         ) from None
-    AttentionInterface.register(NAME, attention_of_module)
-    AttentionMaskInterface.register(NAME, padding_mask)
+    # A compiled model calls it as it is: the plans and vectors that it keeps are no part of a graph.
+    transformers.AttentionInterface.register(NAME, torch.compiler.disable(attention_of_module))
+    transformers.AttentionMaskInterface.register(NAME, padding_mask)
+
+
+def require_version(version: str) -> None:
+    """Raise ImportError unless models of this version of transformers hand their bias to an attention function."""
+    major, minor = map(int, version.split(".")[:2])
+    if not OLDEST <= (major, minor) < TOO_NEW:
+        bounds = [".".join(map(str, bound)) for bound in (OLDEST, TOO_NEW)]
+        raise ImportError(f"expected at least {bounds[0]} and below {bounds[1]}, got {version}")
 
 
 def padding_mask(
@@ -85,7 +98,6 @@ def padding_mask(
     return None if attention_mask is None else attention_mask.clone()
 
 
-@torch.compiler.disable
 def attention_of_module(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, position_bias: Tensor | None = None, **keywords: Any,
@@ -105,6 +117,7 @@ def attention_of_module(
         not keywords.get("output_attentions"),
         "output_attentions: expected False, got True; attention's probabilities are not kept",
     )
+    window: tuple[int, ...]
     if kind in SERIES:
         dense, window, rows = position_bias, (query.shape[2],), _rows_of_series(query, attention_mask)
     elif kind == "swin":
@@ -214,7 +227,7 @@ def _attend(
     qkv: tuple[Tensor, Tensor, Tensor], rows: Rows, bias: list[Tensor], code_offset: int, scale: float | None
 ) -> Tensor:
     """[batch, heads, length, head_dim] each to [batch, length, heads, head_dim]."""
-    batch, heads, length, _ = qkv[0].shape
+    batch, _, length, _ = qkv[0].shape
     q, k, v = (_rows(x, rows.source) for x in qkv)
     segments = rows.segments
     out = relative_bias_attention(
