@@ -18,6 +18,7 @@ from onepeace_fast.transformers_attention import attention_of_module, padding_ma
 HEADS, SIZE = 2, 8
 LENGTHS = torch.tensor([5, 9, 7])
 PADDING = torch.arange(9) < LENGTHS[:, None]
+MASKS = {"none": None, "right": PADDING, "left": PADDING.flip(1), "no": torch.ones_like(PADDING)}
 
 
 class Attention(torch.nn.Module):
@@ -71,7 +72,9 @@ def assert_same(got, want, leaves):
 
 
 @pytest.mark.parametrize("scale", [1.0, None])
-@pytest.mark.parametrize("mask", [None, PADDING, torch.ones_like(PADDING), PADDING.flip(1)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [None, PADDING, torch.ones_like(PADDING), PADDING.flip(1)], ids=["none", "right", "full", "left"]
+)
 def test_a_series_with_padding_is_attention_over_its_tokens(mask, scale):
     bias, qkv = new_bias(), heads(3, 9)
     got, nothing = attention_of_module(Attention(), *qkv, mask, scaling=scale, position_bias=bias.dense(9)[None])

@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.slow
 
 MASK = torch.arange(12) < torch.tensor([5, 12, 9])[:, None]
+MASKS = {"none": None, "right": MASK, "left": MASK.flip(1).long(), "no": torch.ones_like(MASK)}
 SERIES = {
     "d_model": 16, "d_kv": 8, "num_heads": 2, "d_ff": 24, "num_layers": 3, "vocab_size": 50, "dropout_rate": 0.0,
     "relative_attention_num_buckets": 8, "relative_attention_max_distance": 10, "decoder_start_token_id": 0,
@@ -53,6 +54,7 @@ def run(model, implementation, weigh=None, **inputs):
     model.set_attn_implementation(implementation)
     model.zero_grad()
     out = model(**inputs)[0]
+    out = out[-1] if isinstance(out, tuple) else out  # a backbone's maps
     out = out if weigh is None else out * weigh[..., None]
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (out * weight).sum().backward()
@@ -74,7 +76,9 @@ def assert_same(model, tolerance, **inputs):
 
 
 @pytest.mark.parametrize("name", ["T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel"])
-@pytest.mark.parametrize("mask", [None, MASK, MASK.flip(1).long(), torch.ones_like(MASK)], ids=str)
+@pytest.mark.parametrize(
+    "mask", [None, MASK, MASK.flip(1).long(), torch.ones_like(MASK)], ids=["none", "right", "left", "full"]
+)
 def test_encoders_of_text(name, mask):
     tables = assert_same(new_model(name), 1e-10, weigh=mask, input_ids=ids(), attention_mask=mask)
     assert len(tables) == (3 if name.startswith("U") else 1)
@@ -87,13 +91,7 @@ def test_swin_with_shifts_and_padded_windows(size):
 
 def test_a_backbone_that_shifts_a_window_as_large_as_the_image():
     model = new_model("SwinBackbone", image_size=16, out_features=["stage1", "stage2"])
-    found = [
-        [maps, run(model, implementation, pixel_values=images(16, 16))]
-        for implementation in ("eager", "onepeace_fast")
-        if not model.set_attn_implementation(implementation)
-        for maps in [model(images(16, 16)).feature_maps]
-    ]
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-4)
+    assert len(assert_same(model, 1e-5, pixel_values=images(16, 16))) == 4
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -207,7 +205,7 @@ def test_what_it_does_not_serve_is_refused_in_one_line():
         model(ids(), attention_mask=torch.zeros(3, 1, 1, 12))
     model = new_model("T5EncoderModel", dropout_rate=0.1)
     model.set_attn_implementation("onepeace_fast")
-    with pytest.raises(ValueError, match="dropout: expected 0, got 0.1"):
+    with pytest.raises(ValueError, match=r"dropout: expected 0, got 0\.1"):
         model.train()(ids())
     model.eval()(ids())
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
