@@ -186,3 +186,28 @@ def scaled_gradient(
         grid = (cdiv(width, BLOCK_COLUMNS), modalities + 1)
         launch(routed_ffn_sum_row_tiles_kernel, grid, arguments, constants, num_warps=4)
     return grad if dy is None else dy, m1, m2, totals
+
+
+def modality_sums(dy: Tensor, offsets: Tensor, sums: Sequence[Tensor | None]) -> None:
+    """Store the sum of each modality's rows of dy [rows, width] into its vector [width], where there is one."""
+    dy, offsets = unit_columns(dy), compact(offsets)
+    (rows, width), modalities = dy.shape, offsets.shape[0] - 1
+    tiles = rows // BLOCK_ROWS + modalities
+    partial = dy.new_empty((tiles, width), dtype=torch.float32)
+    unused = dict.fromkeys(("y", "dy", "m1", "m2", "dgamma", "gamma", "drop_path", "sample", "row_index", "c", "e"))
+    arguments = {
+        "grad": dy, **unused, "db2": partial, "offsets": offsets, "rows": rows, "width": width, "hidden": 1,
+        "grad_stride": dy.stride(0), "y_stride": 0, "modalities": modalities,
+    }  # fmt: skip
+    constants = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    launch(routed_ffn_scale_gradient_kernel, (tiles,), arguments, constants, NUM_WARPS)
+    arguments = {
+        "db2": partial, "dgamma": None, "totals": dy.new_empty((modalities, width), dtype=torch.float32),
+        "b2_gradients": with_unused(sums, width, dy), "gamma_gradient": None, "offsets": offsets, "rows": rows,
+        "width": width,
+    }  # fmt: skip
+    constants = {
+        "MODALITIES": modalities, "BLOCK_ROWS": BLOCK_ROWS, "BLOCK_TILES": BLOCK_PROGRAMS,
+        "BLOCK_COLUMNS": BLOCK_COLUMNS,
+    }  # fmt: skip
+    launch(routed_ffn_sum_row_tiles_kernel, (cdiv(width, BLOCK_COLUMNS), modalities), arguments, constants, num_warps=4)

@@ -52,6 +52,7 @@ _MMA = {
     "routed_ffn_output_gradient": _SQUARE._replace(pieces=4),
     "weight_gradient": _SQUARE,
     "input_gradient": _SQUARE,
+    "routed_linear": _SQUARE,
 }
 # From sm_120 on descriptors copy, but mma.sync still multiplies, from 99 KiB. The product with two accumulators copies
 # rows of 128 bytes, which compiles without a spill where those of 64 do not; that with the longest epilogue is half as
@@ -73,6 +74,7 @@ _WGMMA = {
     "routed_ffn_output_gradient": _WIDE._replace(pieces=8),
     "weight_gradient": _WIDE,
     "input_gradient": _WIDE,
+    "routed_linear": _WIDE,
 }
 # tcgen05 keeps the accumulators in a memory of its own and has as much shared memory, but an epilogue that reads two of
 # 128 columns from there spills: half of them.

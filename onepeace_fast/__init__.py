@@ -9,7 +9,14 @@ from onepeace_fast import (
 )
 from onepeace_fast.backend import use_backend
 from onepeace_fast.config import OnePeaceConfig
-from onepeace_fast.layers import RelativeBias, shifted_windows
+from onepeace_fast.layers import (
+    RelativeBias,
+    RelativeBiasAttention,
+    RoutedFFN,
+    RoutedLinear,
+    RoutedNorm,
+    shifted_windows,
+)
 from onepeace_fast.models import OnePeacePretrain
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.route_plan import RoutePlan
@@ -25,7 +32,11 @@ __all__ = [
     "OnePeaceConfig",
     "OnePeacePretrain",
     "RelativeBias",
+    "RelativeBiasAttention",
     "RoutePlan",
+    "RoutedFFN",
+    "RoutedLinear",
+    "RoutedNorm",
     "Segments",
     "register_attention",
     "shifted_windows",

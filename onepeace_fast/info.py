@@ -158,6 +158,11 @@ def _implementation(operation: str) -> str:
             "the vendor's products with Triton kernels between them, or by strategy='grouped' Triton kernels alone, on "
             f"CUDA tensors; {reference} on a CPU and for float64"
         )
+    if operation == "routed_linear":
+        return (
+            "the vendor's product for each modality, or one Triton launch where the host does not know the rows, on "
+            f"CUDA tensors; {reference} on a CPU and for float64"
+        )
     from onepeace_fast.kernels.launch_heuristic import WIDEST
 
     most = next((most for name, most in WIDEST.items() if operation.startswith(name)), None)

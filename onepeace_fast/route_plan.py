@@ -20,8 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast import routing
-from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor
+from onepeace_fast import routing, token_routes
+from onepeace_fast.checks import describe, read_values, require
+from onepeace_fast.structures import Segments
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +35,7 @@ class RoutePlan:
         cu_seqlens: int32 [G, S + 1], first row of each sample's segment; the segment's end is the next entry.
         modality, sample, position, code, order: int32 [C], of each row; inert rows hold G, 0, 0, 0, 0. ``position`` is
             the token's own position id (CLS is 0), ``code`` its code for the relative position bias and ``order`` its
-            place in its sample (reserved for causal use).
+            place in its sample, the modalities one after another: causal attention's order.
         is_cls: bool [C].
         source: int64 [C], flat index of the row's token in the concatenated padded inputs; inert rows point past them.
         code_offsets: per modality, the entry of its bias vector that belongs to equal codes.
@@ -75,6 +76,30 @@ class RoutePlan:
     def sample_count(self) -> int:
         """Number of samples."""
         return self.cu_seqlens.shape[1] - 1
+
+    @property
+    def is_interleaved(self) -> bool:
+        """Whether tokens of several modalities stand in one sequence."""
+        return len(self.padded_shapes) != len(self.modalities)
+
+    @property
+    def segments(self) -> Segments:
+        """What attention takes of the plan, as ``keys`` for instance; without an order."""
+        return Segments(self.cu_seqlens, self.modality, self.code, self.is_cls, self.max_length)
+
+    def prefix_order(self, first: Sequence[str]) -> Tensor:
+        """The order of attention whose tokens of the modalities ``first`` see each other alone: int32 [C].
+
+        All others see those and what comes before them, as the words of a caption do behind an image.
+
+        Raises:
+            ValueError: a modality that is not the plan's.
+        """
+        unknown = [name for name in first if name not in self.modalities]
+        require(not unknown, lambda: f"first: expected some of {list(self.modalities)}, got {unknown}")
+        return routing.prefix_order(
+            self.cu_seqlens, self.modality, self.sample, self.order, list(map(self.modalities.index, first))
+        )
 
     @property
     def padded_rows(self) -> int:
@@ -236,40 +261,50 @@ class RoutePlan:
         Raises:
             ValueError: a dtype, shape or device that does not fit, or on a CPU an id that is out of range.
         """
-        require_tensor("modality_ids", modality_ids, routing.INTEGERS, "[tokens]", 1)
-        require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
-        count, device = modality_ids.shape[0], modality_ids.device
-        sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
-        positions = torch.arange(count, device=device) if positions is None else positions
-        is_cls = torch.zeros(count, dtype=torch.bool, device=device) if is_cls is None else is_cls
-        for name, value in (("sample_ids", sample_ids), ("positions", positions), ("is_cls", is_cls)):
-            require(value.shape == (count,), f"{name}: expected one entry per token, [{count}], got {describe(value)}")
-            require_device(name, value, device)
-        limit = count - 1 if max_position is None else max_position
-        routing.check_ids("modality_ids", modality_ids, len(modalities))
-        routing.check_ids("sample_ids", sample_ids, sample_count)
-        routing.check_ids("positions", positions, limit + 1)
-        require_tensor("is_cls", is_cls, (torch.bool,), "[tokens]", 1)
-        key = modality_ids.long() * sample_count + sample_ids.long()
-        source = torch.argsort(key * 2 + is_cls, stable=True)
-        starts = torch.searchsorted(key[source], torch.arange(len(modalities) * sample_count + 1, device=device)).int()
-        segment_starts = starts[:-1].view(len(modalities), sample_count)
-        cu_seqlens = torch.cat([segment_starts, starts[sample_count::sample_count, None]], dim=1)
-        modality, sample = modality_ids[source].int(), sample_ids[source].int()
-        return cls(
-            modalities=tuple(modalities),
-            offsets=torch.cat([starts[:-1:sample_count], starts[-1:]]),
-            cu_seqlens=cu_seqlens,
-            modality=modality,
-            sample=sample,
-            position=positions[source].int(),
-            code=positions[source].int(),
-            order=routing.order_in_sample(cu_seqlens, modality, sample),
-            is_cls=is_cls[source],
-            source=source,
-            code_offsets=(limit,) * len(modalities),
-            padded_shapes=((1, count),),
+        fields = token_routes.fields_of_ids(
+            modality_ids, len(modalities), sample_ids, sample_count, positions, is_cls, max_position
         )
+        return cls(modalities=tuple(modalities), **fields)
+
+    @classmethod
+    def from_token_masks(
+        cls, masks: Mapping[str, Tensor], *, last_wins: bool = False, inert: bool = False, **keywords: Any
+    ) -> RoutePlan:
+        """Build the plan of interleaved tokens from a boolean mask per modality, without any synchronisation.
+
+        Args:
+            masks: bool [tokens] or [samples, length], all of one shape; True marks a modality's tokens.
+            last_wins: whether a token in several masks belongs to the last of them; by default it is refused.
+            inert: whether a token in no mask comes out as zero; by default it is refused.
+            keywords: those of ``from_modality_ids``; by default the rows of a matrix are samples.
+
+        Raises:
+            ValueError: masks that do not fit together; on a CPU a token in several masks or in none, which elsewhere
+                the device asserts.
+        """
+        ids = token_routes.ids_of_masks(masks, last_wins, inert)
+        names = [*masks, ""] if inert else [*masks]
+        plan = cls.from_modality_ids(ids, names, **{**token_routes.samples_of_rows(masks), **keywords})
+        return dataclasses.replace(plan, **token_routes.inert_last(plan)) if inert else plan
+
+    @classmethod
+    def from_indices(
+        cls, indices: Mapping[str, Sequence[int] | Tensor], tokens: int, *, device: torch.device | str = "cpu",
+        **keywords: Any,
+    ) -> RoutePlan:  # fmt: skip
+        """Build the plan of interleaved tokens from each modality's token indices, without any synchronisation.
+
+        Args:
+            indices: per modality, integers; together they hold every token from 0 to ``tokens`` - 1 once.
+            tokens: how many tokens there are.
+            device: of the plan.
+            keywords: those of ``from_modality_ids``.
+
+        Raises:
+            ValueError: indices that repeat or leave out a token; those on a device are asserted there.
+        """
+        plan = cls.from_modality_ids(token_routes.ids_of_indices(indices, tokens, device), [*indices], **keywords)
+        return dataclasses.replace(plan, row_counts=tuple(map(len, indices.values())))
 
     def pack(self, padded: Mapping[str, Tensor] | Tensor) -> Tensor:
         """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows are zero."""
@@ -318,7 +353,7 @@ class RoutePlan:
         return self._scatter(packed)
 
     def _require_padded(self) -> None:
-        if len(self.padded_shapes) != len(self.modalities):
+        if self.is_interleaved:
             raise ValueError(
                 f"plan: expected one of padded batches, got one of interleaved tokens of {len(self.modalities)} "
                 "modalities; use pack(tensor) and unpack_interleaved"

@@ -172,3 +172,18 @@ def order_in_sample(cu_seqlens: Tensor, modality: Tensor, sample: Tensor) -> Ten
     segment = torch.where(inert, shift.numel(), modality * shift.shape[1] + sample)
     rows = torch.arange(modality.shape[0], dtype=torch.int32, device=modality.device)
     return torch.where(inert, 0, rows + table[segment.long()])
+
+
+def prefix_order(cu_seqlens: Tensor, modality: Tensor, sample: Tensor, order: Tensor, first: Sequence[int]) -> Tensor:
+    """Order 0 of the modalities ``first``; all else counts from 1 in its sample without them."""
+    lengths = cu_seqlens.diff(dim=1)
+    of_first = torch.zeros_like(lengths)
+    for m in first:
+        of_first[m] = lengths[m]
+    skipped = torch.cat([of_first.cumsum(0).flatten(), lengths.new_zeros(1)])
+    inert = modality >= cu_seqlens.shape[0]
+    segment = torch.where(inert, lengths.numel(), modality * lengths.shape[1] + sample)
+    is_first = inert.clone()
+    for m in first:
+        is_first |= modality == m
+    return torch.where(is_first, 0, order - skipped[segment.long()] + 1).to(torch.int32)

@@ -286,6 +286,38 @@ class RoutedFFNGradients(NamedTuple):
     gamma: Tensor | None
 
 
+class RoutedLinearInputs(NamedTuple):
+    """``routed_linear``."""
+
+    x: Tensor  # [rows, width]
+    weight: list[Tensor]  # [columns, width], one per modality
+    bias: list[Tensor]  # [columns]; empty: no bias
+    routing: Routing
+
+
+class RoutedLinearOutputs(NamedTuple):
+    """The result."""
+
+    y: Tensor  # [rows, columns]
+
+
+class RoutedLinearSaved(NamedTuple):
+    """What the backward pass of ``routed_linear`` is given."""
+
+    grad_y: Tensor
+    x: Tensor
+    weight: list[Tensor]
+    routing: Routing
+
+
+class RoutedLinearGradients(NamedTuple):
+    """Gradients of ``routed_linear``."""
+
+    x: Tensor | None
+    weight: list[Tensor | None]
+    bias: list[Tensor | None]
+
+
 class Segments(NamedTuple):
     """Where each sample's tokens of each modality are, and what each row is: ``RoutePlan.segments``."""
 

@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 
-from onepeace_fast import RoutePlan
+from onepeace_fast import RoutedFFN, RoutedLinear, RoutedNorm, RoutePlan
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers.transformer import Transformer
 
@@ -48,7 +48,16 @@ def from_ids():
     return RoutePlan.from_modality_ids(ids, ("text", "image"), sample_ids=ids.flip(0), sample_count=2)
 
 
-PLANS = (from_lengths, refillable, from_masks, from_masks_alone, from_ids)
+def from_token_masks():
+    ids = torch.tensor([0, 1, 1, 2, 0, 1], device="cuda")  # one token in no mask
+    return RoutePlan.from_token_masks({"text": ids == 0, "image": ids == 1}, inert=True, last_wins=True)
+
+
+def from_indices():
+    return RoutePlan.from_indices({"text": [4, 0], "image": [1, 2, 5, 3]}, 6, device="cuda")
+
+
+PLANS = (from_lengths, refillable, from_masks, from_masks_alone, from_ids, from_token_masks, from_indices)
 
 
 @contextlib.contextmanager
@@ -82,3 +91,23 @@ def test_nothing_waits_between_the_plan_and_the_end_of_the_backward_pass(make, d
     step(model, plan, x, bias)  # the first round loads libraries and compiles, which may wait
     with waits_refused():
         step(model, plan, x, bias)
+
+
+ROUTED = {
+    "linear": lambda: RoutedLinear(2, WIDTH, WIDTH),
+    "norm": lambda: RoutedNorm(2, WIDTH, "rms_norm"),
+    "gate, norm behind": lambda: RoutedFFN(2, WIDTH, 96, activation="silu", output_norm="rms_norm"),
+    "biases, Sub-LayerNorm": lambda: RoutedFFN(2, WIDTH, 96, gated=False, hidden_bias=True, sub_norm="layer_norm"),
+}
+
+
+@pytest.mark.parametrize("name", ROUTED)
+@pytest.mark.parametrize("make", PLANS[4:], ids=lambda make: make.__name__)
+def test_nothing_waits_in_a_routed_module_from_the_route_to_the_end_of_the_backward_pass(make, name):
+    module = ROUTED[name]().cuda().to(torch.bfloat16)
+    x = torch.randn(6, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    plan = make()
+    for context in (contextlib.nullcontext, waits_refused):  # the first round loads libraries and compiles
+        with context():
+            for out in (module(x, plan), module(plan.pack(x), plan, packed=True)):
+                out.float().square().mean().backward()

@@ -27,6 +27,7 @@ from onepeace_fast.ops import (
     residual_rms_norm,
     rms_norm,
     routed_ffn,
+    routed_linear,
 )
 from onepeace_fast.relative_position import CLS_ENTRIES
 
@@ -138,6 +139,7 @@ def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.dev
         batch, 64, dtype, make, "Sub-LN, gamma, drop_path, residual", strategy=strategy, row_counts=batch.counts
     )
     yield from _relative_bias_attention(batch, dtype, make)
+    yield _routed_linear(batch, 64, dtype, make, "per modality: bias", row_counts=batch.counts)
 
 
 def _vectors(name: str, width: int, dtype: torch.dtype, make: Make, shift: float = 1.0) -> dict[str, Tensor]:
@@ -264,6 +266,8 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
                       activation="silu", recompute=True, fold_norm=False)  # fmt: skip
     yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
     yield _routed_ffn(batch, width, dtype, make, "grouped: relu, Sub-LN", **grouped, activation="relu")
+    yield _routed_linear(batch, width, dtype, make, "grouped: bias")
+    yield _routed_linear(batch, width, dtype, make, "grouped: no bias", bias=False)
 
 
 def timed_routed_ffn(
@@ -298,6 +302,17 @@ def _routed_ffn(
 
     call = _listing(chosen, **how, **settings)
     return Case("routed_ffn", variant, call, leaves, slices={} if of_some else {"out0": batch.modalities})
+
+
+def _routed_linear(
+    batch: Rows, width: int, dtype: torch.dtype, make: Make, variant: str, bias: bool = True, **how: Any
+) -> Case:
+    columns = 2 * width
+    leaves = {"x": make(batch.rows, width, dtype=dtype)}
+    leaves |= {f"weight{m}": make(columns, width, dtype=dtype, scale=width**-0.5) for m in range(MODALITIES)}
+    leaves |= _vectors("bias", columns, dtype, make, 0.0) if bias else {}
+    call = _listing(routed_linear, offsets=batch.offsets, **how)
+    return Case("routed_linear", variant, call, leaves, slices={"out0": batch.modalities, "x": batch.modalities})
 
 
 def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:

@@ -60,7 +60,10 @@ class RelativeBias(nn.Module, ABC):
     Attributes:
         heads: attention heads.
         table: the trained table [rows, heads]; None for ``alibi``.
+        is_series: whether codes are places in a row, so that vectors take its length.
     """
+
+    is_series = False  # whether codes are places in a row, and vectors take its length
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -204,6 +207,7 @@ class RelativeBias(nn.Module, ABC):
 class _SeriesBias(RelativeBias):
     """Tokens in a row, whose codes are their places."""
 
+    is_series = True
     max_length: int | None = None
 
     @property

@@ -6,6 +6,7 @@ from onepeace_fast.ops.relative_bias_attention import relative_bias_attention
 from onepeace_fast.ops.residual import residual, residual_layer_norm, residual_rms_norm
 from onepeace_fast.ops.rms_norm import rms_norm
 from onepeace_fast.ops.routed_ffn import routed_ffn
+from onepeace_fast.ops.routed_linear import routed_linear
 
 __all__ = [
     "gated_sub_ln",
@@ -16,4 +17,5 @@ __all__ = [
     "residual_rms_norm",
     "rms_norm",
     "routed_ffn",
+    "routed_linear",
 ]

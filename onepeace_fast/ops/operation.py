@@ -24,6 +24,7 @@ SCHEMA_TYPES = {
     tuple[int, ...]: "SymInt[]", int: "SymInt", float: "float", str: "str", bool: "bool", list[bool]: "bool[]",
     torch.dtype: "ScalarType",
 }  # fmt: skip
+_SAVED = object()
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 # What a tensor may have beside its values: one that is batched, negated by a bit or a subclass has other keys too.
 _PLAIN_KEYS = 0
@@ -151,6 +152,7 @@ class _Op:
         self.name, self.reference, self.kernel, self.triton = name, reference, kernel, triton
         self.inputs, self.outputs = inputs, outputs
         self._numbers = [place for place, leaf in enumerate(arguments) if leaf.type == "SymInt[]"]
+        self._single = len(outputs.leaves) == 1  # which torch gives out as itself, in no tuple
         taken = ", ".join(f"{leaf.type} {'_'.join(leaf.path)}" for leaf in arguments)
         given = ", ".join(leaf.type.removesuffix("?") for leaf in outputs.leaves)
         _LIBRARY.define(f"{name}({taken}) -> ({given})", tags=(torch.Tag.pt2_compliant_tag,))
@@ -181,14 +183,15 @@ class _Op:
     def _at_boundary(self, function: Function) -> Function:
         """``function`` over flat arguments and results. An op returns no None: what is absent is an empty vector."""
 
-        def flat_function(*flat: Any) -> tuple[Any, ...]:
+        def flat_function(*flat: Any) -> Any:
             results = self.outputs.flatten(function(*self.from_boundary(flat)))
             like = _tensors(flat)[0]
 
             def present(value: Tensor | None) -> Tensor:
                 return like.new_empty(0) if value is None else value
 
-            return tuple(list(map(present, r)) if isinstance(r, list) else present(r) for r in results)
+            flat_results = tuple(list(map(present, r)) if isinstance(r, list) else present(r) for r in results)
+            return flat_results[0] if self._single else flat_results
 
         return flat_function
 
@@ -285,7 +288,8 @@ class Operation(_Op):
     def __call__(self, given: Any) -> tuple[Tensor, ...]:
         flat = self._inputs.flatten(given)
         if torch.compiler.is_compiling() or not is_eager(_tensors(flat)):
-            return self.overload(*flat)[: self.shown]
+            results = self.overload(*flat)
+            return (results,) if self._single else results[: self.shown]
         if torch.is_grad_enabled():
             differentiable = self._differentiable(flat)
             if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
@@ -343,14 +347,13 @@ class Operation(_Op):
             return [[None] * len(flag) if type(flag) is list else None for flag in self._gradients.flatten(needs)]
         tensors = iter(ctx.saved_tensors)
         for item in ctx.kept:
-            if item is _SAVED:
-                flat.append(next(tensors))
-            else:
-                flat.append([next(tensors) for _ in item] if type(item) is list else item)
+            mine = [next(tensors) for _ in item] if type(item) is list else item
+            flat.append(next(tensors) if item is _SAVED else mine)
         gradients = self.gradient.finish(self.backward, self._saved.build(flat), needs)
         return self._gradients.flatten(gradients)
 
-    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        output = (output,) if self._single else output
         ctx.mark_non_differentiable(*output[self.visible :])
         # Beside lists of tensors torch takes an empty list of numbers for one of those.
         ctx.without_numbers = [place for place in self._numbers if self._has_lists and not len(inputs[place])]
@@ -373,9 +376,6 @@ class Operation(_Op):
         for place in ctx.without_numbers:
             found[place] = []
         return tuple(found)
-
-
-_SAVED = object()
 
 
 class _EagerFunction(torch.autograd.Function):

@@ -26,7 +26,7 @@ NOT_IN_A_MODEL = {
 }
 # Where no kernel runs, routed_ffn does their work itself.
 ONLY_KERNELS_CALL = {"gated_sub_ln", "gated_sub_ln_backward"}
-NO_MODEL_CALLS = {"rms_norm", "rms_norm_backward"}
+NO_MODEL_CALLS = {"rms_norm", "rms_norm_backward", "routed_linear", "routed_linear_backward"}
 # The recording that exercises an output: gamma is in "perlayer", head scale in "flags".
 PER_LAYER = {("residual_backward", "gamma"), ("routed_ffn", "y"), ("routed_ffn_backward", "gamma")}
 MUTANTS = [

@@ -251,6 +251,15 @@ def check_compiled_once(cases: Sequence[tuple[Call, Leaves, Mapping[str, Any]]],
             assert_same(actual, expected, f"compiled with {[list(leaf.shape) for leaf in leaves.values()]}")
 
 
+def message_of(function: Call, *args: Any, **kwargs: Any) -> str:
+    """What the ``ValueError`` of a call says; nothing where there is none."""
+    try:
+        function(*args, **kwargs)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def refused(argument: str, function: Call, *args: Any, **kwargs: Any) -> None:
     """The call raises ``ValueError`` in one line that begins with the argument and says what was expected."""
     with pytest.raises(ValueError) as caught:

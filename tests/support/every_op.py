@@ -14,6 +14,7 @@ from onepeace_fast.ops.operation import Operation
 from onepeace_fast.ops.relative_bias_attention import RELATIVE_BIAS_ATTENTION
 from onepeace_fast.ops.residual import RESIDUAL
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
+from onepeace_fast.ops.routed_linear import ROUTED_LINEAR
 from onepeace_fast.structures import (
     AttentionInputs,
     BiasVectors,
@@ -26,6 +27,7 @@ from onepeace_fast.structures import (
     LayerNormInputs,
     ResidualInputs,
     RoutedFFNInputs,
+    RoutedLinearInputs,
     Routing,
     Segments,
 )
@@ -55,6 +57,7 @@ def rowwise_inputs(
         (RESIDUAL, ResidualInputs(x, y, gamma, drop_path, Dropout(0.1, seed), branch, weight, bias, 1e-5)),
         (GATED_SUB_LN, GatedSubLNInputs(u, v, weights.norm_weight, weights.norm_bias, routing, "gelu", 1e-5)),
     ]
+    found.append((ROUTED_LINEAR, RoutedLinearInputs(y, weights.w0, weights.norm_bias, routing)))
     for strategy in strategies:
         for fold_norm in (True, False):
             settings = FeedForwardSettings("gelu", 1e-5, strategy, fold_norm, keep_products=True, keep_y=True)

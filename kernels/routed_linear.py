@@ -1,0 +1,104 @@
+"""A linear layer of each modality by grouped products, in one launch for each pass and operand.
+
+y = x W^T + b;  dx = dy W,  dW = dy^T x,  db = sum dy. No sum depends on which program comes first.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from onepeace_fast.kernels.grouped_gemm import (
+    add_x_wt,
+    contiguous_for_descriptors,
+    for_descriptors,
+    input_gradient,
+    launch_tiles,
+    matrix,
+    modality_keys,
+    next_modality,
+    of_modality,
+    row_stride,
+    tile_place,
+    vectors,
+    weight_gradient,
+)
+from onepeace_fast.kernels.launch import compact
+from onepeace_fast.kernels.routed_ffn_scale_gradient import modality_sums
+from onepeace_fast.kernels.rows import row_extent, store_zeros
+from onepeace_fast.structures import (
+    Needs,
+    RoutedLinearGradients,
+    RoutedLinearInputs,
+    RoutedLinearOutputs,
+    RoutedLinearSaved,
+)
+
+
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
+def routed_linear_kernel(
+    x,  # [rows, inner]
+    weights,  # of each modality [columns, inner]
+    bias,  # of each modality [columns], or None
+    out,  # [rows, columns]
+    offsets,  # [MODALITIES + 1]
+    rows, inner, columns, x_stride,
+    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    ROW_TILES_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
+    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
+    tile = tl.program_id(0)
+    before = 0
+    for _rank in range(MODALITIES):
+        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
+        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
+        end = before + row_tiles * column_tiles
+        if tile < end:
+            x_rows = matrix(x, stop, inner, x_stride, BLOCK_ROWS, BLOCK_INNER)
+            weight = matrix(of_modality(weights, modality), columns, inner, inner, BLOCK_COLUMNS, BLOCK_INNER)
+            out_rows = matrix(out, stop, columns, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+            while tile < end:
+                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+                total = add_x_wt(total, x_rows, weight, row, column, inner, BLOCK_INNER)
+                if bias is not None:
+                    at = column + tl.arange(0, BLOCK_COLUMNS)
+                    shift = tl.load(of_modality(bias, modality) + at, mask=at < columns, other=0)
+                    total += shift.to(tl.float32)[None, :]
+                out_rows.store([row, column], total.to(out.dtype.element_ty))
+                tile += tl.num_programs(0)
+        before = end
+    store_zeros(out, None, row_extent(offsets, MODALITIES, rows), rows, columns, 32, BLOCK_COLUMNS)
+
+
+def routed_linear_forward(given: RoutedLinearInputs) -> RoutedLinearOutputs:
+    """The forward pass; what the op's reference returns."""
+    x, weights = for_descriptors(given.x), contiguous_for_descriptors(given.weight)
+    rows, (columns, inner), modalities = x.shape[0], weights[0].shape, len(weights)
+    out = torch.empty((rows, columns), dtype=x.dtype, device=x.device)
+    arguments = {
+        "x": x, "weights": weights, "bias": vectors(given.bias), "out": out, "offsets": compact(given.routing.offsets),
+        "rows": rows, "inner": inner, "columns": columns, "x_stride": row_stride(x),
+    }  # fmt: skip
+    launch_tiles(
+        routed_linear_kernel, "routed_linear", rows, columns, modalities, arguments, {"MODALITIES": modalities}
+    )
+    return RoutedLinearOutputs(out)
+
+
+def routed_linear_backward(saved: RoutedLinearSaved, needs: Needs) -> RoutedLinearGradients:
+    """The backward pass; what the op's backward reference returns."""
+    dy, x, weight, offsets = saved.grad_y, saved.x, saved.weight, saved.routing.offsets
+    dweight: list[Tensor | None] = [
+        torch.empty_like(w, memory_format=torch.contiguous_format) if need else None
+        for w, need in zip(weight, needs.weight, strict=True)
+    ]
+    dbias = [dy.new_empty(dy.shape[1]) if need else None for need in needs.bias]
+    weight_gradient([dy], x, offsets, [dweight])
+    if any(needs.bias):
+        modality_sums(dy, offsets, dbias)
+    return RoutedLinearGradients(input_gradient([(dy, weight)], offsets) if needs.x else None, dweight, dbias)

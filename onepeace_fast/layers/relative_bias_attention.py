@@ -1,0 +1,144 @@
+"""Multi-head attention over packed rows, with a relative position bias, an order, or keys of other tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onepeace_fast.checks import require
+from onepeace_fast.layers.relative_bias import RelativeBias
+from onepeace_fast.layers.routed import RoutedLinear, RoutedNorm
+from onepeace_fast.ops import relative_bias_attention
+from onepeace_fast.route_plan import RoutePlan
+from onepeace_fast.structures import Segments
+
+
+class RelativeBiasAttention(nn.Module):
+    """Multi-head attention of each sample over its packed tokens (arXiv 1706.03762; the bias: ONE-PEACE, 2305.11172).
+
+    Biases find their entries by the plan's codes: build the plan with the ``codes`` and ``code_offsets`` of a bias of
+    windows. One bias for all pairs of several modalities of padded batches goes by the place in the sample, the
+    modalities one after another.
+
+    Args:
+        dim: width of the tokens.
+        heads: attention heads.
+        bias: none, a ``RelativeBias`` for all pairs of tokens, or one for each modality by its name.
+        causal: whether a token sees itself and what comes before it in its sample, the modalities one after another.
+        prefix: names of modalities that come first: their tokens see each other, all later ones see them and what comes
+            before, as in a caption behind an image.
+        head_dim, value_dim: of a head's queries and keys, and of its values; by default dim / heads.
+        scale: of the scores; by default head_dim ** -0.5. T5 has 1.
+        head_scale: whether each head's output has a trained factor (NormFormer, arXiv 2110.09456).
+        norm: what goes over the joined heads before the output projection (Sub-LayerNorm).
+        projection_bias: whether the four projections have biases.
+
+    Attributes:
+        q_proj, k_proj, v_proj, out_proj: ``torch.nn.Linear``; put ``RoutedLinear`` there for weights of each modality.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, bias: RelativeBias | Mapping[str, RelativeBias] | None = None, *,
+        causal: bool = False, prefix: Sequence[str] = (), head_dim: int | None = None, value_dim: int | None = None,
+        scale: float | None = None, head_scale: bool = False, norm: nn.Module | None = None,
+        projection_bias: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        require(heads > 0, f"heads: expected at least 1, got {heads}")
+        require(head_dim is not None or dim % heads == 0, f"heads: expected a divisor of dim, {dim}, got {heads}")
+        self.heads, self.head_dim, self.scale = heads, head_dim or dim // heads, scale
+        self.value_dim = value_dim or self.head_dim
+        require(not (causal and prefix), f"prefix: expected none beside causal, got {', '.join(prefix)}")
+        self.causal, self.prefix = causal, tuple(prefix)
+        for one in (bias or {}).values() if not isinstance(bias, RelativeBias) else (bias,):
+            require(one.heads == heads, f"bias: expected one of {heads} heads, got one of {one.heads}")
+        self.bias = bias if bias is None or isinstance(bias, RelativeBias) else nn.ModuleDict(dict(bias))
+        width, value_width = heads * self.head_dim, heads * self.value_dim
+        self.q_proj, self.k_proj = (nn.Linear(dim, width, projection_bias) for _ in range(2))
+        self.v_proj = nn.Linear(dim, value_width, projection_bias)
+        self.out_proj = nn.Linear(value_width, dim, projection_bias)
+        self.head_scale = nn.Parameter(torch.ones(heads)) if head_scale else None
+        self.norm = norm
+
+    def forward(
+        self, x: Tensor, plan: RoutePlan, keys: Tensor | None = None, key_plan: RoutePlan | None = None
+    ) -> Tensor:
+        """Packed rows [C, dim] in and out; with ``keys`` they see the rows [K, dim] of another plan, not their own.
+
+        Raises:
+            ValueError: rows, biases, codes or modalities that do not fit the plan, or keys without their plan.
+        """
+        require((keys is None) == (key_plan is None), "key_plan: expected that of keys, or neither, got one of them")
+        others, other_plan = (x, plan) if keys is None or key_plan is None else (keys, key_plan)
+        for name, rows, of in (("x", x, plan), ("keys", others, other_plan)):
+            if rows.dim() != 2 or rows.shape[0] != of.capacity:
+                raise ValueError(
+                    f"{name}: expected packed rows of the plan, [{of.capacity}, dim], got {list(rows.shape)}"
+                )
+        q = through(self.q_proj, x, plan).unflatten(1, (self.heads, self.head_dim))
+        k = through(self.k_proj, others, other_plan).unflatten(1, (self.heads, self.head_dim))
+        v = through(self.v_proj, others, other_plan).unflatten(1, (self.heads, self.value_dim))
+        vectors, offsets = self._vectors(plan, other_plan)
+        attended: Any = relative_bias_attention(
+            (q, k, v), **self._segments(plan)._asdict(), keys=None if keys is None else self._segments(other_plan),
+            bias=vectors, code_offsets=offsets, head_scale=self.head_scale, scale=self.scale,
+        )  # fmt: skip
+        attended = attended.flatten(1)
+        if self.norm is not None:
+            attended = through(self.norm, attended, plan)
+        return through(self.out_proj, attended, plan)
+
+    def _segments(self, plan: RoutePlan) -> Segments:
+        segments = plan.segments
+        if isinstance(self.bias, RelativeBias) and _goes_by_order(plan):
+            segments = segments._replace(code=plan.order)
+        if self.prefix:
+            return segments._replace(order=plan.prefix_order(self.prefix))
+        if self.causal:
+            return segments._replace(order=plan.position if plan.is_interleaved else plan.order)
+        return segments
+
+    def _vectors(self, plan: RoutePlan, key_plan: RoutePlan) -> tuple[list[Tensor], list[int]]:
+        """Each bias's vector, and the entry of equal codes."""
+        if self.bias is None:
+            return [], []
+        if not isinstance(self.bias, RelativeBias):
+            absent = [name for name in plan.modalities if name not in self.bias]
+            require(
+                not absent, lambda: f"bias: expected one for each of {list(plan.modalities)}, got none for {absent}"
+            )
+            biases: list[Any] = [self.bias[name] for name in plan.modalities]
+        elif _goes_by_order(plan):
+            length = max(sum(length for _, length in one.padded_shapes) for one in (plan, key_plan))
+            return [self.bias.vector(length)], [self.bias.code_offset(length)]
+        else:
+            biases = [self.bias]
+        vectors: list[Tensor] = []
+        offsets: list[int] = []
+        for place, bias in enumerate(biases):
+            offset = max(plan.code_offsets[place], key_plan.code_offsets[place])
+            taken = (offset + 1,) if bias.is_series else ()
+            if bias.code_offset(*taken) != offset:
+                name = plan.modalities[place]
+                raise ValueError(
+                    f"plan: expected the codes and code_offsets of the bias of {name!r}, {bias.code_offset()}, got "
+                    f"{offset}"
+                )
+            vectors.append(bias.vector(*taken))
+            offsets.append(offset)
+        return vectors, offsets
+
+
+def _goes_by_order(plan: RoutePlan) -> bool:
+    """Whether one bias for all goes by places in the sample: codes count each modality of padded batches apart."""
+    return len(plan.modalities) > 1 and not plan.is_interleaved
+
+
+def through(module: nn.Module, rows: Tensor, plan: RoutePlan) -> Tensor:
+    """A module over packed rows; a routed one takes the plan."""
+    if isinstance(module, RoutedLinear | RoutedNorm):
+        return module(rows, plan, packed=True)
+    return module(rows)

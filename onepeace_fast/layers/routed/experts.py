@@ -1,0 +1,128 @@
+"""What the routed modules share: their experts' parameters, and the way of tokens through packed rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from onepeace_fast.checks import describe, require
+from onepeace_fast.layers.plain import is_plain, is_watched
+from onepeace_fast.route_plan import RoutePlan
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+@overload
+def through_rows(
+    module: nn.Module, experts: int, x: Tensor, plan: RoutePlan, packed: bool, compute: Callable[[Tensor], Tensor]
+) -> Tensor: ...
+@overload
+def through_rows(
+    module: nn.Module, experts: int, x: Mapping[str, Tensor], plan: RoutePlan, packed: bool,
+    compute: Callable[[Tensor], Tensor],
+) -> dict[str, Tensor]: ...  # fmt: skip
+def through_rows(
+    module: nn.Module,
+    experts: int,
+    x: Tensor | Mapping[str, Tensor],
+    plan: RoutePlan,
+    packed: bool,
+    compute: Callable[[Tensor], Tensor],
+) -> Tensor | dict[str, Tensor]:
+    """``compute`` over packed rows, between packing and unpacking where x holds tokens in their own order."""
+    if len(plan.modalities) != experts:
+        raise ValueError(
+            f"plan: expected one of {experts} modalities, one for each expert of this {type(module).__name__}, got one "
+            f"of {len(plan.modalities)}, {list(plan.modalities)}"
+        )
+    if packed:
+        if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[0] != plan.capacity:
+            raise ValueError(f"x: expected packed rows of the plan, [{plan.capacity}, dim], got {describe(x)}")
+        return compute(x)
+    if isinstance(x, Tensor):
+        require(x.dim() > 1, lambda: f"x: expected tokens [..., dim], got {describe(x)}")
+        rows = plan.unpack_interleaved(compute(plan.pack(x)))
+        return rows.view(*x.shape[:-1], rows.shape[1])
+    return plan.unpack(compute(plan.pack(x)))
+
+
+def parameter_list(experts: Sequence[nn.Module], name: str, what: str) -> nn.ParameterList | None:
+    """The parameter of a name of each expert, the very ones and of one shape, dtype and device; None where none has it.
+
+    Raises:
+        ValueError: experts of which some lack it, or that differ.
+    """
+    found = [getattr(expert, name, None) for expert in experts]
+    if all(parameter is None for parameter in found):
+        return None
+    first = found[0]
+    for m, parameter in enumerate(found):
+        if not isinstance(parameter, nn.Parameter) or not isinstance(first, nn.Parameter):
+            raise ValueError(f"{what}: expected a parameter {name!r} in all experts or in none, got one in some")
+        same = parameter.shape == first.shape and parameter.dtype == first.dtype and parameter.device == first.device
+        if not same:
+            raise ValueError(
+                f"{what}: expected experts of one width, dtype and device, got a {name} {describe(first)} in expert 0 "
+                f"and {describe(parameter)} in expert {m}"
+            )
+    return nn.ParameterList(found)
+
+
+def listed(parameters: nn.ParameterList) -> list[Tensor]:
+    """The tensors of a parameter list; past its item access, which takes the host longer than some of the ops."""
+    own = parameters._parameters
+    if len(own) == len(parameters):
+        return [*own.values()]  # type: ignore[list-item]  # a list has no empty place
+    return [*parameters]  # what shards a model may put plain tensors in their place
+
+
+def require_plain(experts: Sequence[nn.Module], kind: type[Kind], what: str) -> list[Kind]:
+    """The experts; raise unless there is one, and each is of a kind of torch's own, with its own weights, unwatched."""
+    plain: list[Kind] = []
+    require(len(experts) > 0, f"{what}: expected at least one expert, got none")
+    for m, expert in enumerate(experts):
+        if not is_plain(expert, kind):
+            got = type(expert).__name__
+            got = f"a {got} with hooks, a forward or weights of its own" if got == kind.__name__ else f"a {got}"
+            raise ValueError(f"{what}: expected a plain nn.{kind.__name__} of each modality, got {got} as expert {m}")
+        plain.append(expert)
+    return plain
+
+
+def modules_at(experts: Sequence[nn.Module], name: str | Sequence[nn.Module], what: str) -> list[nn.Module]:
+    """The module of a name in each expert, or the modules that are given; raise where an expert has none."""
+    if not isinstance(name, str):
+        require(len(name) == len(experts), f"{what}: expected one of each of {len(experts)} experts, got {len(name)}")
+        return [*name]
+    found = []
+    for m, expert in enumerate(experts):
+        try:
+            found.append(expert.get_submodule(name))
+        except AttributeError:
+            there = [inner for inner, _ in expert.named_modules() if inner]
+            raise ValueError(f"{what}: expected one of {there} of expert {m}, got {name!r}") from None
+    return found
+
+
+def refuse_what_is_left(experts: Sequence[nn.Module], found: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Raise where an expert has parameters that no module of ``found`` has, or dropout."""
+    for m, expert in enumerate(experts):
+        taken = {id(parameter) for modules in found.values() for parameter in modules[m].parameters()}
+        left = [name for name, parameter in expert.named_parameters() if id(parameter) not in taken]
+        require(not left, f"experts: expected names for all parameters of expert {m}, got none for {left}")
+        require(not is_watched(expert), f"experts: expected none with hooks, which are not called, got expert {m} with")
+        for name, module in expert.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
+                raise ValueError(
+                    f"experts: expected none with dropout, which is not computed here, got {name!r} with {module.p} in "
+                    f"expert {m}; set its p to 0 and apply dropout to the result"
+                )
+
+
+def on_meta(build: Callable[[], Kind]) -> Kind:
+    """A module without memory, whose parameters are put in afterwards."""
+    with torch.device("meta"):
+        return build()

@@ -1,0 +1,3 @@
+"""``routed_linear`` by its kernel."""
+
+from ops.test_routed_linear import *  # noqa: F403
