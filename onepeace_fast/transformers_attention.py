@@ -123,7 +123,9 @@ def attention_of_module(
     elif kind == "swin":
         dense, window, rows = _swin(module, query, attention_mask)
     else:
-        dense, window = attention_mask, _beit_window(module.config, query.shape[2])
+        dense, window = attention_mask, (query.shape[2] - 1,)
+        if dense is not None:
+            window = _beit_window(module.config, query.shape[2])
         rows = Rows(full_segments(query.shape[0], window, True, query.device))
     with_cls = kind == "beit"
     bias = [] if dense is None else [_vector(dense, query, window, with_cls)]
@@ -146,9 +148,8 @@ def _rows_of_series(query: Tensor, mask: Tensor | None) -> Rows:
     )
     if (found := _PLANS.get(mask)) is None:
         plan = RoutePlan.from_masks({"tokens": mask})
-        segments = Segments(plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, plan.max_length)
         is_whole = plan.capacity == plan.padded_rows
-        _PLANS[mask] = found = Rows(segments, None if is_whole else plan.source)
+        _PLANS[mask] = found = Rows(plan.segments, None if is_whole else plan.source)
     return found
 
 
@@ -203,8 +204,7 @@ def _swin(module: nn.Module, query: Tensor, mask: Tensor | None) -> tuple[Tensor
         sample_count=SWIN_PARTS * windows, positions=window_codes(window, window, query.device).repeat(windows),
         max_position=window_code_offset(window),
     )  # fmt: skip
-    segments = Segments(plan.cu_seqlens, plan.modality, plan.code, plan.is_cls, length)
-    return dense, window, Rows(segments, plan.source)
+    return dense, window, Rows(plan.segments._replace(max_length=length), plan.source)
 
 
 def _beit_window(config: Any, tokens: int) -> tuple[int, ...]:

@@ -285,7 +285,7 @@ REFUSED = {
         "bias: expected numbers that depend on the distance in [3, 3] tokens alone, got others, *",
     ),
     "another image": (
-        lambda: call(Attention("beit", **BEIT), 9),
+        lambda: call(Attention("beit", **BEIT), 9, torch.zeros(1, HEADS, 9, 9)),
         "images: expected [3, 3] patches, as configured, or a square of patches, got 8 patches",
     ),
     "window without a bias": (
