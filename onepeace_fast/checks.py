@@ -55,10 +55,10 @@ def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layo
 
 def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
     """Raise unless ``value`` lies on ``device``."""
-    require(
-        value.device == device,
-        lambda: f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to('{device}')",
-    )
+    if value.device != device:
+        raise ValueError(
+            f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to('{device}')"
+        )
 
 
 def require_vector(name: str, value: torch.Tensor | None, length: int, device: torch.device) -> None:

@@ -123,12 +123,16 @@ def grid_code_offset(table_grid: int) -> int:
     return window_code_offset((table_grid, table_grid))
 
 
-def dense_index(code: Tensor, is_cls: Tensor, offset: int, entries: int) -> Tensor:
+def dense_index(
+    code: Tensor, is_cls: Tensor, offset: int, entries: int, keys: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """Entry of a vector for every pair of tokens: int64 [..., length, length], queries before keys.
 
-    ``code`` and ``is_cls`` are [..., length]; ``entries`` is the vector's length, its three CLS entries included.
+    ``code`` and ``is_cls`` are [..., length], and so are the two of ``keys``, where these are other tokens; ``entries``
+    is the vector's length, its three CLS entries included.
     """
-    index = code.unsqueeze(-1).long() - code.unsqueeze(-2).long() + offset
-    query, key = is_cls.unsqueeze(-1), is_cls.unsqueeze(-2)
+    key_code, key_is_cls = (code, is_cls) if keys is None else keys
+    index = code.unsqueeze(-1).long() - key_code.unsqueeze(-2).long() + offset
+    query, key = is_cls.unsqueeze(-1), key_is_cls.unsqueeze(-2)
     index = torch.where(key, entries - 2, torch.where(query, entries - 3, index))
     return torch.where(query & key, entries - 1, index)

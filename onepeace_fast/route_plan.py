@@ -161,41 +161,30 @@ class RoutePlan:
             row_counts, max_length = (), sum(length for _, length in shapes)
         known = tuple(map(tuple, segments)) if row_counts else ()
 
-        flat, base = [], 0
-        for name, (rows, length) in zip(names, shapes, strict=True):
-            index = torch.arange(base, base + rows * length, device=device).view(rows, length)
-            if row_order[name] != list(range(rows)):
-                index = index[routing.copy_to_device(row_order[name], torch.int64, device)]
-            flat.append((index.roll(-1, 1) if first_is_cls else index).flatten())
-            base += rows * length
-        source = routing.compact_index(
-            torch.cat([mask.flatten() for mask in masks.values()]), torch.cat(flat), capacity, base
-        )
-
-        position = routing.per_row(
-            source,
-            [
-                positions[name].to(torch.int32) if positions and name in positions
-                else torch.arange(length, dtype=torch.int32, device=device)
-                for name, (_, length) in zip(names, shapes, strict=True)
-            ],
-            shapes,
-        )  # fmt: skip
-        numbers = [torch.full((1, 1), i, dtype=torch.int32, device=device) for i in range(len(names))]
-        modality = routing.per_row(source, numbers, shapes, len(names))
-        samples_of_rows = [routing.copy_to_device(sample_of[name], torch.int32, device)[:, None] for name in names]
-        sample = routing.per_row(source, samples_of_rows, shapes)
-        cu_seqlens = routing.cumulative_rows(segments, device)
+        shared, first_rows = routing.shared_by_segments(shapes, segments, sample_of, row_order, capacity, first_is_cls)
+        table = routing.repeat_columns(shared, capacity, device)
+        modality, sample, shift, *place = table.unbind()
+        if total == sum(rows * length for rows, length in shapes):
+            index = torch.arange(capacity, device=device)  # there is no padding
+        else:
+            index = routing.compact_index(routing.in_row_order(masks, row_order, first_is_cls), capacity)
+        column, source = routing.column_and_source(index, *place)
+        position = routing.positions_of(source, positions, masks) if positions else column
+        order = torch.arange(capacity, dtype=torch.int32, device=device) + shift
+        is_cls = position == 0 if first_is_cls else torch.zeros_like(position, dtype=torch.bool)
+        if capacity > total:
+            for value in (order, is_cls):
+                value[total:] = 0
         return cls(
             modalities=names,
-            offsets=torch.cat([cu_seqlens[:, 0], cu_seqlens[-1:, -1]]),
-            cu_seqlens=cu_seqlens,
+            offsets=routing.copy_to_device([*(row[0] for row in first_rows), total], torch.int32, device),
+            cu_seqlens=routing.copy_to_device(first_rows, torch.int32, device),
             modality=modality,
             sample=sample,
             position=position,
-            code=routing.codes_of(names, codes or {}, position, modality),
-            order=routing.order_in_sample(cu_seqlens, modality, sample),
-            is_cls=(position == 0) & (modality < len(names)) & first_is_cls,
+            code=routing.codes_of(names, codes or {}, position, [*map(sum, segments), capacity - total]),
+            order=order,
+            is_cls=is_cls,
             source=source,
             code_offsets=tuple((code_offsets or {}).get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
             padded_shapes=shapes,
@@ -323,7 +312,9 @@ class RoutePlan:
             count == self.padded_rows,
             lambda: f"padded: expected the {self.padded_rows} tokens that the plan was built from, got {count}",
         )
-        matrix = torch.cat([*flat, flat[0].new_zeros(1, flat[0].shape[1])])
+        if sum(self.row_counts) != self.capacity:
+            flat.append(flat[0].new_zeros(1, flat[0].shape[1]))  # for inert rows
+        matrix = flat[0] if len(flat) == 1 else torch.cat(flat)
         # The gradient of an embedding is summed in a fixed order on every device; that of index_select is not.
         return F.embedding(self.source, matrix)
 

@@ -130,37 +130,88 @@ def segment_lengths(
     return segments, row_order
 
 
-def cumulative_rows(segments: list[list[int]], device: torch.device) -> Tensor:
-    """First row of every segment and, last in each row, the end: int32 [modalities, samples + 1]."""
-    rows, start = [], 0
-    for row in segments:
-        rows.append([*accumulate(row, initial=start)])
-        start = rows[-1][-1]
-    return copy_to_device(rows, torch.int32, device)
+def shared_by_segments(
+    shapes: Sequence[tuple[int, int]], segments: list[list[int]], sample_of: Mapping[str, Sequence[int]],
+    row_order: Mapping[str, Sequence[int]], capacity: int, first_is_cls: bool,
+) -> tuple[list[tuple[int, ...]], list[list[int]]]:  # fmt: skip
+    """What the rows of a segment share, and the first row of every segment, the end last: [modalities, samples + 1].
+
+    A tuple for each padded row, in the order of the packed ones, and one for the inert rows: how many packed rows it
+    has; their modality; their sample; what makes the number of a packed row its place in the sample; the flat index of
+    column 0; where ``in_row_order`` has column 0, whole rows apart: behind the last where that is a CLS; the columns.
+    """
+    shared: list[tuple[int, ...]] = []
+    first_rows, start, base = [], 0, 0
+    before = [0] * len(segments[0])
+    for m, (name, (rows, length)) in enumerate(zip(row_order, shapes, strict=True)):
+        segment, samples = segments[m], sample_of[name]
+        first = [*accumulate(segment, initial=start)]
+        first_rows.append(first)
+        for row in row_order[name]:
+            s, column_0 = samples[row], base + row * length
+            shared.append((segment[s], m, s, before[s] - first[s], column_0, column_0 - first_is_cls, length))
+            before[s] += segment[s]
+        start, base = first[-1], base + rows * length
+    shared.append((capacity - start, len(segments), 0, 0, base, base, 1))
+    return shared, first_rows
 
 
-def compact_index(mask: Tensor, index: Tensor, capacity: int, fill: int) -> Tensor:
-    """The entries of ``index`` whose ``mask[index]`` is True, in order, padded with ``fill``: int64 [capacity]."""
-    chosen = mask[index]
-    target = torch.where(chosen, chosen.cumsum(0) - 1, capacity)
-    return index.new_full((capacity + 1,), fill).scatter_(0, target, index)[:capacity]
+def repeat_columns(shared: Sequence[tuple[int, ...]], capacity: int, device: torch.device) -> Tensor:
+    """Each tuple but for its first number, as a column as often as that says: int32 [6, capacity], by one copy."""
+    table = copy_to_device([*zip(*shared, strict=True)], torch.int32, device)
+    return table[1:].repeat_interleave(table[0], dim=1, output_size=capacity)
 
 
-def per_row(source: Tensor, values: Sequence[Tensor], shapes: Sequence[tuple[int, int]], inert: int = 0) -> Tensor:
-    """Gather an int32 value of each row from what expands to each modality's padded shape; inert rows get ``inert``."""
-    padded = [value.expand(shape).reshape(-1) for value, shape in zip(values, shapes, strict=True)]
-    return torch.cat([*padded, torch.full((1,), inert, dtype=torch.int32, device=source.device)])[source]
+def in_row_order(masks: Mapping[str, Tensor], row_order: Mapping[str, Sequence[int]], first_is_cls: bool) -> Tensor:
+    """Which tokens are real, bool [padded tokens], in the order of packed rows: sorted by sample, a CLS behind."""
+    flat = []
+    for name, mask in masks.items():
+        order = row_order[name]
+        if order != list(range(len(order))):
+            mask = mask[copy_to_device(order, torch.int64, mask.device)]
+        flat.append((mask.roll(-1, 1) if first_is_cls else mask).flatten())
+    return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, modality: Tensor) -> Tensor:
-    """Code of each row: its position, or the entry of its modality's table of codes."""
-    result = position
+def compact_index(mask: Tensor, capacity: int, fill: int | None = None) -> Tensor:
+    """Index of each True entry of a vector, padded with ``fill``, by default its length: int64 [capacity]."""
+    count = mask.shape[0]
+    target = mask.cumsum(0) * mask  # what is not wanted meets in an entry of its own
+    index = torch.full((capacity + 1,), count if fill is None else fill, device=mask.device)
+    return index.scatter_(0, target, torch.arange(count, device=mask.device))[1:]
+
+
+def column_and_source(index: Tensor, column_0: Tensor, first: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Column of each row's token in its padded row, int32, and its flat index in the concatenated inputs, int64.
+
+    ``index`` is its place in what ``in_row_order`` gives; the others are those of ``shared_by_segments``.
+    """
+    column = (index - first) % columns
+    return column.int(), column + column_0
+
+
+def positions_of(source: Tensor, positions: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> Tensor:
+    """Position of each row: the id of its token, or its column in a modality that has no ids; inert rows get 0."""
+    flat = []
+    for name, mask in masks.items():
+        if name in positions:
+            flat.append(positions[name].int().flatten())
+        else:
+            columns = torch.arange(mask.shape[1], dtype=torch.int32, device=mask.device)
+            flat.append(columns.expand(mask.shape).flatten())
+    return torch.cat([*flat, flat[0].new_zeros(1)])[source]
+
+
+def codes_of(names: Sequence[str], codes: Mapping[str, Tensor], position: Tensor, counts: Sequence[int]) -> Tensor:
+    """Code of each row: its position, or the entry of its modality's table; ``counts`` rows of each, then inert."""
+    if not codes:
+        return position
+    pieces = [*position.split(counts)]
     for index, name in enumerate(names):
         if name in codes:
             table = codes[name].to(torch.int32)
-            chosen = table[position.clamp(max=table.shape[0] - 1).long()]
-            result = torch.where(modality == index, chosen, result)
-    return result
+            pieces[index] = table[pieces[index].clamp(max=table.shape[0] - 1).long()]
+    return torch.cat(pieces)
 
 
 def order_in_sample(cu_seqlens: Tensor, modality: Tensor, sample: Tensor) -> Tensor:

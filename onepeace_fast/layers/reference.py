@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onepeace_fast.ops.packed_rows import row_slices
 from onepeace_fast.route_plan import RoutePlan
-from onepeace_fast.structures import Routing
 
 Spans = Sequence[tuple[str, int, int]]
 """Modality, and first and last position, of each modality's tokens in a padded sequence."""
@@ -20,8 +19,8 @@ def plan_spans(plan: RoutePlan) -> Spans:
     """Modality, and first and last row, of each modality's packed rows; none where the host does not know all rows."""
     if sum(plan.row_counts) != plan.capacity:
         return ()
-    ranges = row_slices(Routing(plan.offsets, plan.row_counts))
-    return [(name, rows.start, rows.stop) for name, rows in zip(plan.modalities, ranges, strict=True)]
+    starts = [*accumulate(plan.row_counts, initial=0)]
+    return [*zip(plan.modalities, starts, starts[1:], strict=False)]
 
 
 def each_span(module: Callable[[str], nn.Module], x: Tensor, spans: Spans) -> Tensor:

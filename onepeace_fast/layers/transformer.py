@@ -25,7 +25,7 @@ from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span,
 from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.route_plan import RoutePlan
 
-FEW_ROWS = 256  # an image: what its layers keep is small beside the weights' gradients
+FEW_NUMBERS = 256 * 1536  # an image at full width: what its layers keep is small
 
 
 class SelfAttention(nn.Module):
@@ -159,7 +159,7 @@ def _alike(one: FFNModules, first: FFNModules) -> bool:
 
 def _few_or_no_gradient(x: Tensor) -> bool:
     """Whether what the modules keep for a backward pass, twice as much as the ops do, is nothing or little."""
-    return x.shape[0] <= FEW_ROWS or not torch.is_grad_enabled()
+    return x.numel() <= FEW_NUMBERS or not torch.is_grad_enabled()
 
 
 def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
 
 def select_rows(mask: Tensor, count: int) -> Tensor:
     """Flat indices of the ``count`` True entries of ``mask``, in order; nothing is read back from the device."""
-    return compact_index(mask.flatten(), torch.arange(mask.numel(), device=mask.device), count, 0)
+    return compact_index(mask.flatten(), count, 0)
 
 
 def denoising_loss(

@@ -39,18 +39,39 @@ Tokens = Mapping[str, PaddedTokens]
 
 
 class PackedRows(NamedTuple):
-    """One modality's packed rows in one pass.
+    """One modality's packed rows in one pass; a step reads few of the properties, so each is made when it is asked for.
 
-    ``x`` [n, dim]; ``row`` and ``position`` int64 [n], the padded row and the position id of each; ``place`` int64 [n],
-    its flat index in [rows, length] of ``shape``; ``cls`` int64 [samples], the entry of each sample's CLS.
+    ``x`` [n, dim]; ``source`` int64 [n], each row's flat index in padded rows of ``joint_length``; ``ids`` int32 [n],
+    position ids; ``ends`` int32 [samples], the row behind each sample's last; ``shape``, [rows, length] of the pass.
     """
 
     x: Tensor
-    row: Tensor
-    position: Tensor
-    place: Tensor
-    cls: Tensor
+    source: Tensor
+    joint_length: int
+    ids: Tensor
+    ends: Tensor
     shape: tuple[int, int]
+
+    @property
+    def row(self) -> Tensor:
+        """The padded row of each: int64 [n]."""
+        return self.source.div(self.joint_length, rounding_mode="floor")
+
+    @property
+    def position(self) -> Tensor:
+        """The position id of each: int64 [n]."""
+        return self.ids.long()
+
+    @property
+    def place(self) -> Tensor:
+        """The flat index of each in [rows, length] of ``shape``: int64 [n]."""
+        shorter = self.joint_length - self.shape[1]
+        return self.source - self.row * shorter if shorter else self.source
+
+    @property
+    def cls(self) -> Tensor:
+        """The entry of each sample's CLS: int64 [samples]."""
+        return self.ends.long() - 1
 
 
 @dataclass(frozen=True)
@@ -157,19 +178,18 @@ def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Sa
         if name in tokens
     ]
     counts = [sum(passes[i][name].lengths) for _, name, i in pieces]
-    own = (packed.split(counts), plan.source.split(counts), plan.position.split(counts))
     first_row = first_place = 0
-    for (index, name, i), x, source, position in zip(pieces, *own, strict=True):
-        rows, length = passes[i][name].valid.shape
-        joint_length = plan.padded_shapes[index][1]
-        row = (source - first_place).div(joint_length, rounding_mode="floor")
+    for (index, name, i), x in zip(pieces, packed.split(counts), strict=True):
+        (count, length), joint_length = passes[i][name].valid.shape, plan.padded_shapes[index][1]
+        rows = slice(first_row, first_row + x.shape[0])
+        ends = plan.cu_seqlens[index, starts[i] + 1 : starts[i + 1] + 1]
         results[i][name] = PackedRows(
             x=x,
-            row=row,
-            position=position.long(),
-            place=source - first_place + row * (length - joint_length),
-            cls=plan.cu_seqlens[index, starts[i] + 1 : starts[i + 1] + 1].long() - 1 - first_row,
-            shape=(rows, length),
+            source=plan.source[rows] - first_place if first_place else plan.source[rows],
+            joint_length=joint_length,
+            ids=plan.position[rows],
+            ends=ends - first_row if first_row else ends,
+            shape=(count, length),
         )
-        first_row, first_place = first_row + x.shape[0], first_place + rows * joint_length
+        first_row, first_place = rows.stop, first_place + count * joint_length
     return [Encoded(packed=result) for result in results]

@@ -17,71 +17,70 @@ from onepeace_fast.ops.segments import (
     check_order,
     check_segments,
     is_on_host,
-    is_shared,
     sample_pairs,
 )
-from onepeace_fast.relative_position import CLS_ENTRIES
+from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
 from onepeace_fast.structures import BiasVectors, Segments
 
 PAIRS_KEPT = 2**20  # in all groups; a head's bias of so many takes 4 MiB
 
 
 class Side(NamedTuple):
-    """The way of each row into all modalities' vectors side by side; queries and keys have the same or one each."""
+    """What leads each row into the vectors side by side; queries and keys have the same or one each."""
 
     code: Tensor  # int64
     is_cls: Tensor
-    modality: Tensor
-    equal_code_entry: Tensor
-    cls_entry: Tensor
+    # With several vectors alone: the modality, the entries of equal codes and the first of CLS.
+    look_up: Sequence[Tensor]
 
     def of(self, group: Group, alike: bool) -> list[Tensor]:
         """The values of a group's tokens, [N, L] or, where its samples are all alike, [1, L]."""
-        tokens = [group.gather(x) for x in self]
-        return [x[-1:] for x in tokens] if alike else tokens  # the last sample is the longest
+        last = slice(-1 if alike else None, None)  # the last sample is the longest
+        return [group.gather(x)[last] for x in (self.code, self.is_cls, *self.look_up)]
 
 
 class PairEntries(NamedTuple):
-    """How pairs of rows reach all modalities' vectors side by side, behind which stands a zero."""
+    """How pairs of rows reach all vectors side by side: one for all, or those of modalities with a zero behind them."""
 
     queries: Side
     keys: Side
-    zero: int | None  # the entry of pairs of two modalities; None: they are as others
+    code_offsets: Sequence[int]
+    entries: int  # of all vectors
 
     def of(self, pairs: Pairs, alike: bool = False) -> Tensor:
         """Entry of every pair of tokens: int64 [N, Lq, Lk], or [1, Lq, Lk] for samples all alike."""
         queries = self.queries.of(pairs.queries, alike)
         keys = queries if self.keys is self.queries else self.keys.of(pairs.keys, alike)
+        if not self.queries.look_up:
+            return dense_index(queries[0], queries[1], self.code_offsets[0], self.entries, (keys[0], keys[1]))
         code, is_cls, modality, entry, cls_entry = (x.unsqueeze(-1) for x in queries)
         key_code, key_is_cls, key_modality, _, key_cls_entry = (x.unsqueeze(-2) for x in keys)
         index = (code + entry) - key_code
         index = torch.where(key_is_cls, cls_entry + 1, index)
         index = torch.where(is_cls, torch.where(key_is_cls, key_cls_entry + 2, key_cls_entry), index)
-        return index if self.zero is None else torch.where(modality == key_modality, index, self.zero)
+        return torch.where(modality == key_modality, index, self.entries)
 
 
 def pair_entries(bias: BiasVectors, segments: Segments, keys: Segments) -> PairEntries | None:
     """How one index reaches the vectors of all modalities; None without a bias."""
     if not bias.vectors:
         return None
-    shared = is_shared(bias, segments)
     starts = [*accumulate((vector.shape[1] for vector in bias.vectors), initial=0)]
     equal = [start + offset for start, offset in zip(starts[:-1], bias.code_offsets, strict=True)]
     cls = [stop - CLS_ENTRIES for stop in starts[1:]]
 
     def side(rows: Segments) -> Side:
-        modality = torch.zeros_like(rows.modality) if shared else rows.modality
-        look_up = (_by_modality(modality, entries) for entries in (equal, cls))
-        return Side(rows.code.long(), rows.is_cls, rows.modality, *look_up)
+        look_up = [_by_modality(rows.modality, entries) for entries in (equal, cls) if len(starts) > 2]
+        return Side(rows.code.long(), rows.is_cls, [rows.modality, *look_up] if look_up else [])
 
     queries = side(segments)
-    return PairEntries(
-        queries, queries if keys is segments else side(keys), None if shared or len(starts) == 2 else starts[-1]
-    )
+    return PairEntries(queries, queries if keys is segments else side(keys), bias.code_offsets, starts[-1])
 
 
 def joined(vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """All modalities' vectors side by side and a zero, [heads, entries]."""
+    """All modalities' vectors side by side and a zero, for pairs of two modalities, [heads, entries]."""
+    if len(vectors) == 1:
+        return vectors[0].to(dtype)
     return torch.cat([*vectors, vectors[0].new_zeros(vectors[0].shape[0], 1)], dim=1).to(dtype)
 
 
@@ -192,7 +191,9 @@ def _steps(
         if (hidden := hidden_keys(pairs, batch, alike)) is not None:
             if added is None:
                 added = torch.zeros_like(hidden, dtype=dtype).unsqueeze(1)
-            added = added.masked_fill(hidden.unsqueeze(1), torch.finfo(dtype).min)
+            # On a CPU every token sees itself, and exp is faster for minus infinity.
+            least = -torch.inf if is_on_host(hidden) and batch.keys is batch.segments else torch.finfo(dtype).min
+            added = added.masked_fill(hidden.unsqueeze(1), least)
             sees = None if batch.keys is batch.segments else ~hidden.all(-1).expand(-1, pairs.queries.length)
         yield Step(pairs, entries, added, sees)
 

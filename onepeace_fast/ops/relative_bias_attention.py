@@ -96,8 +96,9 @@ def output_shape(given: AttentionInputs) -> tuple[int, int, int]:
 
 def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutputs:
     """Samples of similar length after one another."""
-    head_scale, dtype = given.head_scale, accumulation_dtype(key_of(given).dtype)
-    out, log_sum_exp = _empty_outputs(given)
+    like, head_scale = key_of(given), given.head_scale
+    dtype, (rows, *size) = accumulation_dtype(like.dtype), output_shape(given)
+    out = log_sum_exp = None
     for pairs, _, added, sees in walk(given.bias, _batch(given), dtype):
         q, k, v = _heads(given, pairs, dtype)
         attended, total = attend(q, k, v, added, given.scale)
@@ -106,16 +107,11 @@ def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutput
         if sees is not None:
             attended = attended.masked_fill(~sees[:, None, :, None], 0)
             total = total.masked_fill(~sees[:, None], -torch.inf)
-        pairs.queries.scatter(out, attended.transpose(1, 2))
-        pairs.queries.scatter(log_sum_exp, total.transpose(1, 2))
-    return AttentionOutputs(out[:-1], log_sum_exp[:-1])
-
-
-def _empty_outputs(given: AttentionInputs) -> AttentionOutputs:
-    """Zeros with a spare row."""
-    like, (rows, heads, value_dim) = key_of(given), output_shape(given)
-    log_sum_exp = like.new_zeros(rows + 1, heads, dtype=accumulation_dtype(like.dtype))
-    return AttentionOutputs(like.new_zeros(rows + 1, heads, value_dim), log_sum_exp)
+        out = pairs.queries.placed(out, attended.transpose(1, 2), rows, like.dtype)
+        log_sum_exp = pairs.queries.placed(log_sum_exp, total.transpose(1, 2), rows, dtype)
+    if out is None or log_sum_exp is None:  # there is no token
+        return AttentionOutputs(like.new_zeros(rows, *size), like.new_zeros(rows, size[0], dtype=dtype))
+    return AttentionOutputs(out[:rows], log_sum_exp[:rows])
 
 
 def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
@@ -128,8 +124,8 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
     """
     like, head_scale, scale = key_of(saved), saved.head_scale, saved.scale
     dtype = accumulation_dtype(like.dtype)
-    # Each with a spare row; of qkv and the three apart only the first or the others are there.
-    dqkv, *apart = [None if x is None else x.new_zeros(x.shape[0] + 1, *x.shape[1:]) for x in saved[1:5]]
+    # Of qkv and the three apart only the first or the others are there.
+    found: list[Tensor | None] = [None] * 4
     widths = [vector.shape[1] for vector in saved.bias.vectors]
     heads = saved.grad_out.shape[1]
     dvectors = like.new_zeros(heads, sum(widths) + 1, dtype=dtype) if any(needs.bias.vectors) else None
@@ -151,16 +147,25 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
             by_entry = ds.sum(0, keepdim=True) if entries.shape[0] < pairs.queries.samples else ds
             dvectors += sum_by_index(by_entry.movedim(1, 0).flatten(1), entries.flatten(), dvectors.shape[1])
         dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
-        buffers = apart if dqkv is None else dqkv.unbind(1)
-        for group, buffer, gradient in zip((pairs.queries, pairs.keys, pairs.keys), buffers, (dq, dk, dv), strict=True):
-            group.scatter(buffer, gradient.transpose(1, 2))
+        of_rows = [x.transpose(1, 2) for x in (dq, dk, dv)]
+        if saved.qkv is not None:
+            found[0] = pairs.queries.placed(found[0], torch.stack(of_rows, 2), like.shape[0], like.dtype)
+            continue
+        for place, (group, gradient) in enumerate(
+            zip((pairs.queries, pairs.keys, pairs.keys), of_rows, strict=True), 1
+        ):
+            rows = like.shape[0] if place > 1 else saved.grad_out.shape[0]
+            found[place] = group.placed(found[place], gradient, rows, like.dtype)
     parts = [None] * len(widths) if dvectors is None else dvectors.split([*widths, 1], dim=1)[:-1]
     gradients = [
         part.to(vector.dtype, copy=True) if need else None
         for part, vector, need in zip(parts, saved.bias.vectors, needs.bias.vectors, strict=True)
     ]
     dscale = None if dscale is None else dscale.to(head_scale.dtype, copy=True)
-    of_qkv = [None if x is None else x[:-1] for x in (dqkv, *apart)]
+    of_qkv = [
+        None if x is None else torch.zeros_like(x) if gradient is None else gradient[: x.shape[0]]
+        for x, gradient in zip(saved[1:5], found, strict=True)
+    ]
     return AttentionGradients._make([*of_qkv, VectorGradients(gradients), dscale])
 
 
@@ -180,7 +185,9 @@ def relative_bias_attention_on_gpu(given: AttentionInputs) -> AttentionOutputs:
     _say_once(reason if known else f"{reason}; without max_length each call waits for the device")
     if given.with_log_sum_exp:  # PyTorch's attention does not give it
         return relative_bias_attention_reference(given)
-    outputs = _empty_outputs(given)
+    like, (rows, *size) = key_of(given), output_shape(given)
+    log_sum_exp = like.new_zeros(rows + 1, size[0], dtype=accumulation_dtype(like.dtype))
+    outputs = AttentionOutputs(like.new_zeros(rows + 1, *size), log_sum_exp)
     attend_by_sdpa(
         batch, functools.partial(_heads, given, dtype=key_of(given).dtype), given.bias, given.head_scale, given.scale,
         outputs,

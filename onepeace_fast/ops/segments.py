@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import BiasVectors, Segments
 
 PAIRS_OF_A_GROUP = 2**13
+PAIRS_WITHOUT_PADDING = 2**15  # where all samples are of one length
+VECTOR = 16
 PAIRS_OF_A_DEVICE_GROUP = 2**22
 PAIRS_OF_DEVICE_HEADS = 2**24
 
@@ -36,7 +39,7 @@ class Group(NamedTuple):
     def gather(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding repeats a row of its sample."""
         rows = x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows.flatten())
-        return rows.unflatten(0, (self.samples, self.length))
+        return rows.view(self.samples, self.length, *rows.shape[1:])  # a view faster than unflatten's
 
     def read(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding is zero where a sample may be without a token to repeat."""
@@ -52,6 +55,15 @@ class Group(NamedTuple):
         else:
             rows = self.rows if self.valid is None else torch.where(self.valid, self.rows, x.shape[0] - 1)
             x.index_copy_(0, rows.flatten(), value.flatten(0, 1).to(x.dtype))
+
+    def placed(self, x: Tensor | None, value: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+        """``scatter`` into x, [rows + 1, ...] with zeros where it is None; what is all rows is taken as it is."""
+        if isinstance(self.rows, slice) and self.rows == slice(0, rows):
+            return value.flatten(0, 1).to(dtype).contiguous()
+        if x is None:
+            x = value.new_zeros(rows + 1, *value.shape[2:], dtype=dtype)
+        self.scatter(x, value)
+        return x
 
 
 class Pairs(NamedTuple):
@@ -101,23 +113,25 @@ class _HostGroups:
     """Groups of samples of similar length, padded to the longest of each group, or not at all."""
 
     def __init__(self, segments: Segments, least: int) -> None:
-        cu_seqlens = segments.cu_seqlens
-        self._starts, self._lengths = cu_seqlens[:, :-1].long(), cu_seqlens.diff(dim=1).long()
-        self._host_starts, self._host_lengths = self._starts.t().tolist(), self._lengths.t().tolist()
-        self._totals, self._least = self._lengths.sum(0).tolist(), least
+        self._segments = [
+            [(start, stop - start) for start, stop in pairwise(row)] for row in segments.cu_seqlens.tolist()
+        ]
+        self._totals = [sum(length for _, length in sample) for sample in zip(*self._segments, strict=True)]
+        self._least = least
 
     def together(self, keys: _HostGroups) -> Iterator[list[int]]:
         """Which samples to compute at once: with so few pairs that padding costs less than a step of Python."""
-        group: list[int] = []
         sides = list(zip(self._totals, keys._totals, strict=True))
+        group: list[int] = []
         longest = 0
-        for sample in sorted((s for s, (total, _) in enumerate(sides) if total), key=lambda s: sides[s][::-1]):
-            total, of_keys = sides[sample]
-            if group and (len(group) + 1) * max(longest, total) * of_keys > PAIRS_OF_A_GROUP:
+        for sample in sorted((s for s, total in enumerate(self._totals) if total), key=lambda s: sides[s][::-1]):
+            queries, of_keys = sides[sample]
+            limit = PAIRS_OF_A_GROUP if group and sides[group[0]] != sides[sample] else PAIRS_WITHOUT_PADDING
+            if group and (len(group) + 1) * max(longest, queries) * of_keys > limit:
                 yield group
                 group, longest = [], 0
             group.append(sample)
-            longest = max(longest, total)
+            longest = max(longest, queries)
         if group:
             yield group
 
@@ -125,20 +139,33 @@ class _HostGroups:
         """Their rows."""
         totals = [self._totals[s] for s in samples]
         shortest, longest = min(totals), max(*totals, self._least)
-        together = _as_slice([(self._host_starts[s], self._host_lengths[s]) for s in samples], longest)
-        if together is not None:
+        chosen = [[row[s] for s in samples] for row in self._segments]
+        if (
+            together := _as_slice([part for sample in zip(*chosen, strict=True) for part in sample], longest)
+        ) is not None:
             return Group(together, None, len(samples), longest)
-        index, valid = _padded_rows(self._starts[:, samples], self._lengths[:, samples], longest)
+        longest = _whole_vectors(len(samples), longest)
+        starts, lengths = torch.tensor(chosen).unbind(-1)
+        index, valid = _padded_rows(starts, lengths, longest)
         return Group(index, None if shortest == longest else valid, len(samples), longest)
 
 
-def _as_slice(samples: Sequence[tuple[list[int], list[int]]], length: int) -> slice | None:
+def _whole_vectors(samples: int, length: int) -> int:
+    """The length to pad a group to: a softmax takes whole vectors of scores at once, and the others one by one.
+
+    It grows by half a vector at most, and only where many scores are to gain.
+    """
+    more = -length % VECTOR
+    return length + more if more <= VECTOR // 2 and samples * length**2 >= PAIRS_OF_A_GROUP // 8 else length
+
+
+def _as_slice(segments: Sequence[tuple[int, int]], length: int) -> slice | None:
     """The rows of samples of one modality and one length that follow one another; None for others."""
-    parts = [(start, n) for starts, lengths in samples for start, n in zip(starts, lengths, strict=True) if n]
-    first = parts[0][0] if parts else 0
-    if parts != [(first + i * length, length) for i in range(len(samples))]:
+    parts = [(start, n) for start, n in segments if n]
+    first, count = parts[0][0] if parts else 0, len(parts)
+    if not parts or parts != [(first + i * length, length) for i in range(count)]:
         return None
-    return slice(first, first + len(samples) * length)
+    return slice(first, first + count * length)
 
 
 def longest_sample(segments: Segments) -> int:
@@ -181,23 +208,27 @@ def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor,
     Padding repeats the sample's first row, so that a NaN stays in its own sample; without any token it is row 0.
     """
     place = torch.arange(longest, device=starts.device)
-    before = lengths.cumsum(0) - lengths
-    rows = torch.zeros(lengths.shape[1], longest, dtype=torch.int64, device=starts.device)
-    for start, length, first in zip(starts, lengths, before, strict=True):
-        within = place - first[:, None]
-        rows = torch.where((within >= 0) & (within < length[:, None]), start[:, None] + within, rows)
-    valid = place < lengths.sum(0)[:, None]
-    return torch.where(valid, rows, rows[:, :1]), valid
+    rows, total = starts[0, :, None] + place, lengths[0, :, None]
+    for start, length in zip(starts[1:, :, None], lengths[1:, :, None], strict=True):
+        rows = torch.where(place >= total, place + (start - total), rows)
+        total = total + length
+    first = rows[:, :1] * (total > 0)
+    valid = place < total
+    return torch.where(valid, rows, first), valid
 
 
 def check_segments(cu_seqlens: Tensor, rows: int) -> None:
     """Raise where segments end past the rows or before they begin; only a CPU is read by the host."""
     if not cu_seqlens.numel():
         return
-    inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
-    require_values(
-        inside, f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
-    )
+    message = f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
+    if is_on_host(cu_seqlens):
+        bounds = cu_seqlens.tolist()
+        grow = all(row == sorted(row) for row in bounds)
+        require(grow and bounds[0][0] >= 0 and bounds[-1][-1] <= rows, message)
+    else:
+        inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
+        require_values(inside, message)
 
 
 def check_codes(bias: BiasVectors, segments: Segments, keys: Segments) -> None:
@@ -210,20 +241,24 @@ def check_codes(bias: BiasVectors, segments: Segments, keys: Segments) -> None:
         covered = vector.shape[1] - CLS_ENTRIES - 1 - offset
         tokens = "all tokens" if counted is None else f"modality {m}"
         at_most = f"at most {covered}" if covered == offset else f"-{offset} to {covered}"
-        found = str(max(int(above), int(below))) if is_on_host(above) else "more"
-        require_values(
-            (above <= covered) & (below <= offset),
-            f"code: expected codes of {tokens} to differ by {at_most}, what bias[{m}] covers, got {found}",
-        )
+        message = f"code: expected codes of {tokens} to differ by {at_most}, what bias[{m}] covers, got "
+        if isinstance(above, Tensor):
+            require_values((above <= covered) & (below <= offset), message + "more")
+        else:
+            require(above <= covered and below <= offset, f"{message}{max(above, below)}")
 
 
-def _span(segments: Segments, modality: int | None) -> tuple[Tensor, Tensor]:
+def _span(segments: Segments, modality: int | None) -> tuple[Any, Any]:
     """Smallest and largest code of a modality, or of all, CLS apart; without any, no difference is too large."""
-    code = segments.code.long()
-    of = segments.modality
-    counted = (of < segments.cu_seqlens.shape[0] if modality is None else of == modality) & ~segments.is_cls
+    code, of, is_cls, end = segments.code, segments.modality, segments.is_cls, segments.cu_seqlens.shape[0]
+    if is_on_host(code):  # one after another: the transformer takes far longer for a row
+        rows = zip(code.tolist(), of.tolist(), is_cls.tolist(), strict=True)
+        chosen = [one for one, m, cls in rows if not cls and (m < end if modality is None else m == modality)]
+        return (min(chosen), max(chosen)) if chosen else (2**31, -(2**31))
+    counted = (of < end if modality is None else of == modality) & ~is_cls
     if not code.numel():
         code, counted = code.new_zeros(1), counted.new_zeros(1)
+    code = code.long()
     return torch.where(counted, code, 2**31).amin(), torch.where(counted, code, -(2**31)).amax()
 
 

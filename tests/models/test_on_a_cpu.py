@@ -35,7 +35,7 @@ def test_modules_on_packed_rows_agree_with_the_reference_for_any_pairing(ffn_ops
 
 
 def test_a_large_step_with_gradients_takes_the_ops_which_keep_less(ffn_ops, monkeypatch):
-    monkeypatch.setattr(transformer, "FEW_ROWS", 8)
+    monkeypatch.setattr(transformer, "FEW_NUMBERS", 8)
     model, batch = small_model("fused"), batch_of(text=[5, 6])
     with torch.no_grad():
         model.encode(**batch)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from onepeace_fast import relative_bias_attention
-from onepeace_fast.ops import pair_bias
+from onepeace_fast.ops import pair_bias, segments
 
 LENGTHS, HEADS, DIM = (5, 3, 5, 4), 2, 4
 ROWS = sum(LENGTHS)
@@ -83,6 +83,16 @@ def test_samples_that_are_alike_give_what_each_gives_alone(monkeypatch):
     apart = run(given)
     assert torch.equal(together[0][LENGTHS[0] :], apart[0][LENGTHS[0] :])
     assert not torch.equal(together[0][: LENGTHS[0]], apart[0][: LENGTHS[0]])
+
+
+def test_groups_padded_to_whole_vectors_give_what_others_do(monkeypatch):
+    given = arguments()
+    apart = run(given)
+    monkeypatch.setattr(segments, "PAIRS_OF_A_GROUP", 56)  # two groups: of lengths 3 and 4, and of 5 twice
+    monkeypatch.setattr(segments, "VECTOR", 7)
+    groups = [pairs.queries.length for pairs in segments.sample_pairs(pair_bias.Segments(*list(given.values())[:4], 0))]
+    assert groups == [7, 7]
+    torch.testing.assert_close(run(copied(given)), apart)
 
 
 def test_without_tokens_an_inert_row_leaves_gradients_zero_off_the_host_too(padded):

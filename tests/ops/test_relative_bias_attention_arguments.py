@@ -83,6 +83,7 @@ def test_segments_that_are_not_those_of_the_rows_are_refused(bounds):
 @pytest.mark.parametrize("wrong", ("code_offsets", "cu_seqlens"))
 def test_values_on_a_device_are_checked_where_the_environment_asks_for_it(monkeypatch, wrong):
     monkeypatch.setattr(operation, "runs_kernel", lambda name, tensor, triton=True: True)  # as on a device
+    monkeypatch.setattr(segments, "is_on_host", lambda x: False)
     monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "none is there")
     bad = {"code_offsets": [2, 1], "cu_seqlens": torch.tensor([[0, 3, 5], [5, 9, 8]], dtype=torch.int32)}
     asked = []
