@@ -22,6 +22,7 @@ from onepeace_fast.models import OnePeacePretrain
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Segments
+from onepeace_fast.transformers_attention import register_attention
 
 if TYPE_CHECKING:
     kernels: Any  # _source_tree imports it, where no type checker looks
@@ -39,6 +40,7 @@ __all__ = [
     "RoutedNorm",
     "Segments",
     "compare",
+    "register_attention",
     "shifted_windows",
     "use_backend",
 ]

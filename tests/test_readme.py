@@ -28,6 +28,8 @@ def named(path: Path) -> str:
 
 @pytest.mark.parametrize("page", WITH_CODE, ids=named)
 def test_the_code_of_a_page_runs_and_prints_what_is_shown(page, capsys):
+    if page.name == "transformers.md":
+        pytest.importorskip("transformers")
     names: dict = {}
     printed = []
     for code, shown in BLOCK.findall(page.read_text(encoding="utf-8")):

@@ -8,7 +8,10 @@ pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
 from onepeace_fast.demo import comparison
-from onepeace_fast.ops.residual import RESIDUAL, residual_backward_reference
+from onepeace_fast.ops.relative_bias_attention import (
+    RELATIVE_BIAS_ATTENTION,
+    relative_bias_attention_backward_reference,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,10 @@ def test_both_backends_agree(model, batches):
 
 def test_a_fault_in_a_gradient_alone_is_found(model, batches, monkeypatch):
     def scaled(saved, needs):
-        gradients = residual_backward_reference(saved, needs)
-        return gradients._replace(y=gradients.y * 1.01)
+        gradients = relative_bias_attention_backward_reference(saved, needs)
+        return gradients._replace(v=gradients.v * 1.01)
 
-    monkeypatch.setattr(RESIDUAL.backward, "reference", scaled)
+    monkeypatch.setattr(RELATIVE_BIAS_ATTENTION.backward, "reference", scaled)
     found = comparison.compare(model, "cpu", batches)
     assert not found.agree and found.largest_difference > comparison.AGREEMENT * found.largest_value
 

@@ -192,7 +192,7 @@ class Dtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if args and isinstance(args[0], Tensor):
-            self.seen.setdefault(func._opname, set()).add(args[0].dtype)
+            self.seen.setdefault(func._opname, set()).add(next(x.dtype for x in args if isinstance(x, torch.Tensor)))
         return func(*args, **(kwargs or {}))
 
 

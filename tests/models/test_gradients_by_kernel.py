@@ -26,7 +26,7 @@ class Attention:
         self.attend, self.dtype, self.calls = attend, dtype, []
 
     def __call__(self, qkv, **arguments):
-        inside = qkv.to(self.dtype)
+        inside = torch.stack(qkv, 1).to(self.dtype)  # a model gives the three apart on a CPU
         out = self.attend(inside, **arguments)
         if out.requires_grad:
             leaves = {"qkv": inside, "head_scale": arguments["head_scale"]}

@@ -103,7 +103,7 @@ def test_packed_stack_holds_no_padding_and_no_square_of_lengths(backward):
     recorder = record("fused", backward)
     assert not recorder.padded()
     assert (TOTAL, 48) in recorder.shapes
-    assert (TOTAL, 3, 3, 16) in recorder.shapes
+    assert (TOTAL, 3, 16) in recorder.shapes
 
 
 @pytest.mark.parametrize("backward", [False, True])
