@@ -184,15 +184,15 @@ def layer_inputs(model: OnePeacePretrain, batch: Mapping[str, Tensor]) -> tuple[
 
 
 class Dtypes(TorchDispatchMode):
-    """The dtypes of the first argument of every op that runs, by the op's name."""
+    """The dtypes of the first tensor that every op gets that runs, by the op's name."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[str, set[torch.dtype]] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if args and isinstance(args[0], Tensor):
-            self.seen.setdefault(func._opname, set()).add(next(x.dtype for x in args if isinstance(x, torch.Tensor)))
+        if (first := next((x for x in args if isinstance(x, Tensor)), None)) is not None:
+            self.seen.setdefault(func._opname, set()).add(first.dtype)
         return func(*args, **(kwargs or {}))
 
 
