@@ -140,10 +140,7 @@ class ResidualOutputs(NamedTuple):
 
 
 class ResidualSaved(NamedTuple):
-    """What the backward pass of ``residual`` is given; ``y`` only where gamma needs it, ``out`` only with a norm.
-
-    Without a mean the norm is RMSNorm.
-    """
+    """What the backward pass is given; y only where gamma needs it, out only with a norm, a mean not with RMSNorm."""
 
     grad_out: Tensor | None
     grad_normed: Tensor | None

@@ -70,6 +70,15 @@ class RelativeBias(nn.Module, ABC):
         _require_positive("heads", heads)
         self.heads = heads
 
+    def _get_name(self) -> str:
+        return "RelativeBias"
+
+    def extra_repr(self) -> str:
+        """The sizes."""
+        return f"heads={self.heads}, series={self.is_series}" + (
+            "" if self.table is None else f", rows={len(self.table)}"
+        )
+
     @classmethod
     def t5(cls, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> RelativeBias:
         """T5's bias (arXiv 1910.10683), also that of mT5 and UMT5.

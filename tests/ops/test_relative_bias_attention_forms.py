@@ -234,3 +234,22 @@ def test_what_is_written_into_orders_and_keys_is_seen(name):
     after = form.call(**leaves)
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, form.plain(**leaves), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:.*takes the slower path:RuntimeWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FORMS)
+def test_on_a_gpu_values_and_gradients_follow_the_formula(name, dtype):
+    form = Form(**FORMS[name])
+    form.segments, form.keys = (
+        Segments(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in side)) for side in (form.segments, form.keys)
+    )
+
+    def on_host(**leaves):
+        return Form.plain(Form(**FORMS[name]), **leaves)
+
+    def on_gpu(**leaves):
+        return form.call(**{key: leaf.cuda() for key, leaf in leaves.items()}).cpu()
+
+    contract.check_against_naive(on_gpu, on_host, form.leaves, dtype)
