@@ -61,7 +61,7 @@ class ComparedModel:
                 f"{self.name}: expected a model that keeps its inputs, got one that changes {key} in place; "
                 "compare a function that clones it",
             )
-        found = {key: tensor.detach() for key, tensor in named_tensors(output)}
+        found = {key: tensor.detach().clone() for key, tensor in named_tensors(output)}  # a model may reuse its own
         require(bool(found), lambda: f"{self.name}: expected a tensor in the output, got {describe(output)}")
         self.devices |= {tensor.device for tensor in found.values()}
         return output, found
@@ -72,7 +72,8 @@ class ComparedModel:
         Finds ``leaves`` and draws the cotangents of the outputs, the same for any model and dtype.
         """
         generator = torch.Generator().manual_seed(SEED)
-        for key, tensor in named_tensors(output) if self.loss is None else ():
+        # By name: models may give the same outputs in another order.
+        for key, tensor in sorted(named_tensors(output), key=lambda pair: pair[0]) if self.loss is None else ():
             drawn = torch.randn(tensor.shape, generator=generator).bfloat16()  # of which wider dtypes have each value
             if tensor.requires_grad:
                 self.cotangents[key] = drawn.to(tensor.device, tensor.dtype)

@@ -97,16 +97,18 @@ class RoutePlan:
         """
         unknown = [name for name in first if name not in self.modalities]
         require(not unknown, lambda: f"first: expected some of {list(self.modalities)}, got {unknown}")
-        return routing.prefix_order(
-            self.cu_seqlens, self._segment(), self.causal_order(), [*map(self.modalities.index, first)]
-        )
+        values = routing.prefix_values(self.causal_order(), self.modality, [*map(self.modalities.index, first)])
+        return routing.ranks(values, self.modality, self.sample, self.cu_seqlens)
 
     def causal_order(self) -> Tensor:
-        """Causal attention's order: the place in the sample, the modalities one after another, CLS first: int32 [C]."""
-        return routing.cls_first(self.cu_seqlens, self._segment(), self.order, self.is_cls)
+        """Causal attention's order, int32 [C]: by position in its sample where all tokens stand in one sequence.
 
-    def _segment(self) -> Tensor:
-        return routing.segment_of_rows(self.cu_seqlens, self.modality, self.sample)
+        Equal positions have one order. In padded batches of several modalities these are one after another, CLS first.
+        """
+        if len(self.padded_shapes) == 1:
+            return routing.ranks(self.position, self.modality, self.sample, self.cu_seqlens)
+        segment = routing.segment_of_rows(self.cu_seqlens, self.modality, self.sample)
+        return routing.cls_first(self.cu_seqlens, segment, self.order, self.is_cls)
 
     @property
     def padded_rows(self) -> int:

@@ -243,13 +243,24 @@ def cls_first(cu_seqlens: Tensor, segment: Tensor, order: Tensor, is_cls: Tensor
     return torch.where(is_cls, order - others, order + count)
 
 
-def prefix_order(cu_seqlens: Tensor, segment: Tensor, order: Tensor, first: Sequence[int]) -> Tensor:
-    """Order 0 of the modalities ``first``; all else counts from 1 in its sample without them: int32 [C]."""
-    lengths = cu_seqlens.diff(dim=1)
-    is_first = torch.zeros_like(lengths)
-    of_first = torch.zeros_like(lengths)
+def ranks(value: Tensor, modality: Tensor, sample: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Rank of each row's value in its sample, equal ones alike, without gaps: int32 [C]; inert rows get 0."""
+    inert = modality >= cu_seqlens.shape[0]
+    sample = torch.where(inert, cu_seqlens.shape[1], sample)
+    by_value = value.argsort(stable=True)
+    row = by_value[sample[by_value].argsort(stable=True)]
+    sample, value = sample[row], value[row]
+    starts = torch.ones_like(inert)
+    starts[1:] = sample[1:] != sample[:-1]
+    step = starts.clone()
+    step[1:] |= value[1:] != value[:-1]
+    count = step.cumsum(0)
+    rank = count - torch.where(starts, count, 0).cummax(0).values
+    return torch.where(inert, 0, torch.empty_like(rank).scatter_(0, row, rank)).int()
+
+
+def prefix_values(order: Tensor, modality: Tensor, first: Sequence[int]) -> Tensor:
+    """The order with all rows of the modalities ``first`` before everything else."""
     for m in first:
-        is_first[m] = 1
-        of_first[m] = lengths[m]
-    behind = order - _of_segments(of_first.cumsum(0), segment) + 1
-    return torch.where((_of_segments(is_first, segment) > 0) | (segment == lengths.numel()), 0, behind)
+        order = torch.where(modality == m, -1, order)
+    return order

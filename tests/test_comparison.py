@@ -328,3 +328,17 @@ def test_what_cannot_be_compared_is_refused_in_one_line(name):
 def test_a_model_that_fails_in_a_round_is_named():
     with pytest.raises(RuntimeError, match=r"^b, forward.*: ValueError: no more$"):
         compare(lambda x: 2 * x, fails_later(), X, rounds=5)
+
+
+def test_outputs_are_the_same_in_any_order_and_a_model_s_own_buffer_is_read_before_it_is_written_again():
+    x, weight = torch.randn(4, 3), torch.nn.Parameter(torch.randn(3))
+    found = compare(
+        lambda x: {"y": x * weight, "z": 2 * x * weight}, lambda x: {"z": 2 * x * weight, "y": x * weight},
+        x.clone().requires_grad_(), rounds=1,
+    )  # fmt: skip
+    assert all(one.absolute == 0 for one in found.gradients.values()) and all(
+        one.absolute == 0 for one in found.outputs.values()
+    )
+    buffer = torch.empty(4, 3)
+    found = compare(buffer.copy_, lambda x: buffer.copy_(2 * x), x, rounds=1, backward=False)
+    assert [one.absolute for one in found.outputs.values()] == [pytest.approx(x.abs().max().item())]

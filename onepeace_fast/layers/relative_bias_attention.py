@@ -31,7 +31,7 @@ class RelativeBiasAttention(nn.Module):
         prefix: names of modalities that come first: their tokens see each other, all later ones see them and what comes
             before, as in a caption behind an image.
         head_dim, value_dim: of a head's queries and keys, and of its values; by default dim / heads.
-        scale: of the scores; by default head_dim ** -0.5. T5 has 1.
+        scale: of the scores, a number; by default head_dim ** -0.5. T5 has 1.
         head_scale: whether each head's output has a trained factor (NormFormer, arXiv 2110.09456).
         norm: what goes over the joined heads before the output projection (Sub-LayerNorm).
         projection_bias: whether the four projections have biases.
@@ -48,6 +48,9 @@ class RelativeBiasAttention(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         require(heads > 0, f"heads: expected at least 1, got {heads}")
+        for name, size in (("head_dim", head_dim), ("value_dim", value_dim)):
+            require(size is None or size > 0, f"{name}: expected at least 1, got {size}")
+        require(not isinstance(scale, Tensor), "scale: expected a number, got a tensor, which would get no gradient")
         require(head_dim is not None or dim % heads == 0, f"heads: expected a divisor of dim, {dim}, got {heads}")
         self.heads, self.head_dim, self.scale = heads, head_dim or dim // heads, scale
         self.value_dim = value_dim or self.head_dim
@@ -67,6 +70,9 @@ class RelativeBiasAttention(nn.Module):
         self, x: Tensor, plan: RoutePlan, keys: Tensor | None = None, key_plan: RoutePlan | None = None
     ) -> Tensor:
         """Packed rows [C, dim] in and out; with ``keys`` they see the rows [K, dim] of another plan, not their own.
+
+        A bias with CLS needs plans with CLS, one without needs plans without. With an order, those of both plans
+        count from 0 in each sample. Inert rows hold the output projection's bias.
 
         Raises:
             ValueError: rows, biases, codes or modalities that do not fit the plan, or keys without their plan.
@@ -98,35 +104,42 @@ class RelativeBiasAttention(nn.Module):
         if self.prefix:
             return segments._replace(order=plan.prefix_order(self.prefix))
         if self.causal:
-            return segments._replace(order=plan.position if plan.is_interleaved else plan.causal_order())
+            return segments._replace(order=plan.causal_order())
         return segments
 
     def _vectors(self, plan: RoutePlan, key_plan: RoutePlan) -> tuple[list[Tensor], list[int]]:
         """Each bias's vector, and the entry of equal codes."""
         if self.bias is None:
             return [], []
-        if not isinstance(self.bias, RelativeBias):
+        if isinstance(self.bias, RelativeBias):
+            plans = (plan, key_plan)
+            if self.bias.is_series:
+                length = max(_codes_below(one) for one in plans)
+                return [self.bias.vector(length)], [self.bias.code_offset(length)]
+            several = [one.modalities for one in plans if len(one.modalities) > 1]
+            require(
+                not several, lambda: f"bias: expected that of a series for {list(several[0])}, got that of a window"
+            )
+            biases: list[Any] = [self.bias]
+        else:
             absent = [name for name in plan.modalities if name not in self.bias]
             require(
                 not absent, lambda: f"bias: expected one for each of {list(plan.modalities)}, got none for {absent}"
             )
-            biases: list[Any] = [self.bias[name] for name in plan.modalities]
-        elif _goes_by_order(plan):
-            length = max(sum(length for _, length in one.padded_shapes) for one in (plan, key_plan))
-            return [self.bias.vector(length)], [self.bias.code_offset(length)]
-        else:
-            biases = [self.bias]
+            require(
+                plan.modalities == key_plan.modalities,
+                lambda: f"key_plan: expected the modalities {list(plan.modalities)}, got {list(key_plan.modalities)}",
+            )
+            biases = [self.bias[name] for name in plan.modalities]
         vectors: list[Tensor] = []
         offsets: list[int] = []
         for place, bias in enumerate(biases):
-            offset = max(plan.code_offsets[place], key_plan.code_offsets[place])
-            taken = (offset + 1,) if bias.is_series else ()
-            if bias.code_offset(*taken) != offset:
-                name = plan.modalities[place]
-                raise ValueError(
-                    f"plan: expected the codes and code_offsets of the bias of {name!r}, {bias.code_offset()}, got "
-                    f"{offset}"
-                )
+            given = max(plan.code_offsets[place], key_plan.code_offsets[place], 0)
+            taken = (given + 1,) if bias.is_series else ()
+            offset = bias.code_offset(*taken)
+            if offset != given:
+                of = plan.modalities[place]
+                raise ValueError(f"plan: expected codes and code_offsets of {of!r}'s bias, {offset}, got {given}")
             vectors.append(bias.vector(*taken))
             offsets.append(offset)
         return vectors, offsets
@@ -134,7 +147,14 @@ class RelativeBiasAttention(nn.Module):
 
 def _goes_by_order(plan: RoutePlan) -> bool:
     """Whether one bias for all goes by places in the sample: codes count each modality of padded batches apart."""
-    return len(plan.modalities) > 1 and not plan.is_interleaved
+    return len(plan.padded_shapes) > 1
+
+
+def _codes_below(plan: RoutePlan) -> int:
+    """What all codes are below that one bias for all goes by."""
+    if _goes_by_order(plan):
+        return max(1, sum(length for _, length in plan.padded_shapes))
+    return max(1, plan.code_offsets[0] + 1)
 
 
 def through(module: nn.Module, rows: Tensor, plan: RoutePlan) -> Tensor:

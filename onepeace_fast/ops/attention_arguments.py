@@ -21,6 +21,11 @@ def check_arguments(given: AttentionInputs) -> None:
     else:
         first, key_rows = _check_apart(given)
     rows, heads, device = first.shape[0], first.shape[-2], first.device
+    require(
+        heads > 0 and first.shape[-1] > 0,
+        lambda: f"qkv: expected at least one head of at least one entry, got {describe(first)}",
+    )
+    require(not isinstance(given.scale, Tensor), "scale: expected a number, got a tensor, which would get no gradient")
     segments, keys = given.segments, given.key_segments
     _check_segments("", segments, rows, device)
     if keys.cu_seqlens is None:
@@ -62,6 +67,11 @@ def _check_keys(given: AttentionInputs, key_rows: int, device: torch.device) -> 
     segments, keys = given.segments, given.key_segments
     require(given.qkv is None, "qkv: expected queries, keys and values apart beside keys, got one tensor")
     _check_segments("keys.", keys, key_rows, device)
+    modalities = segments.cu_seqlens.shape[0]
+    require(
+        len(given.bias.vectors) < 2 or keys.cu_seqlens.shape[0] == modalities,
+        lambda: f"keys: expected the {modalities} modalities of a bias for each, got {len(keys.cu_seqlens)}",
+    )
     samples, of_keys = segments.cu_seqlens.shape[1] - 1, keys.cu_seqlens.shape[1] - 1
     require(samples == of_keys, lambda: f"keys.cu_seqlens: expected the queries' {samples} samples, got {of_keys}")
     require(
@@ -80,9 +90,16 @@ def _check_bias(given: AttentionInputs, heads: int, device: torch.device) -> Non
     if vectors and len(offsets) != len(vectors):
         raise ValueError(f"code_offsets: expected one per vector, {len(vectors)}, got {len(offsets)}")
     for m, vector in enumerate(vectors):
-        fits = vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
+        fits = (
+            isinstance(vector, Tensor) and vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
+        )
         if not fits or vector.shape[1] <= CLS_ENTRIES:
             raise ValueError(
                 f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
             )
         require_device(f"bias[{m}]", vector, device)
+        entries = vector.shape[1] - CLS_ENTRIES
+        require(
+            0 <= offsets[m] < entries,
+            lambda: f"code_offsets[{m}]: expected one of the {entries} entries of bias[{m}], got {offsets[m]}",  # noqa: B023
+        )

@@ -59,7 +59,7 @@ def _unknown_to_kernels(given: AttentionInputs | AttentionSaved) -> str | None:
         return "expected keys of the queries' own tokens, got keys of others"
     if given.segments.order is not None:
         return "expected no order, got one"
-    if is_shared(given.bias, given.segments):
+    if is_shared(given.bias, given.segments, given.segments):
         return f"expected a bias for each of {given.segments.cu_seqlens.shape[0]} modalities, got one for all"
     if not 0 < head_dim <= HEAD_SIZES[-1]:
         return f"expected heads of at most {HEAD_SIZES[-1]}, got {head_dim}"

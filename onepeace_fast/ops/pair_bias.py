@@ -212,9 +212,8 @@ class _Walk:
         self._entries = pair_entries(bias, self._batch.segments, self._batch.keys)
         count = sum(pairs.queries.samples * pairs.queries.length * pairs.keys.length for pairs in self._groups)
         self._kept = list(self._with_entries()) if count <= PAIRS_KEPT else None
-        self._steps: list[Step] | None = None
-        self._vectors: list[Tensor] = []
-        self._dtype: torch.dtype | None = None
+        # One tuple, so that threads that share a plan never see the steps of one call beside the vectors of another.
+        self._last: tuple[list[Step], list[Tensor], torch.dtype] | None = None
 
     def is_of(self, bias: BiasVectors, batch: Batch) -> bool:
         """Whether it was made for such a batch and such vectors."""
@@ -228,10 +227,11 @@ class _Walk:
         """The groups one after another."""
         if self._kept is None:
             return _steps(self._with_entries(), self._batch, vectors, dtype)
-        if self._steps is None or dtype != self._dtype or not all(map(_is_equal, vectors, self._vectors)):
-            self._steps = list(_steps(self._kept, self._batch, vectors, dtype))
-            self._vectors, self._dtype = [vector.detach().clone() for vector in vectors], dtype
-        return self._steps
+        last = self._last
+        if last is None or dtype != last[2] or not all(map(_is_equal, vectors, last[1])):
+            kept = [vector.detach().clone() for vector in vectors]
+            self._last = last = (list(_steps(self._kept, self._batch, kept, dtype)), kept, dtype)
+        return last[0]
 
     def _with_entries(self) -> Iterator[tuple[Pairs, Tensor | None, bool]]:
         return _with_entries(self._entries, self._batch, self._groups)

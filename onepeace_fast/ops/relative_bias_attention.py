@@ -316,8 +316,9 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
             or a single one for the pairs of all tokens, whatever their modalities; empty for none.
         code_offsets: per vector, the entry that belongs to equal codes.
         head_scale: floating point [heads], a factor of each head's output, or None.
-        scale: of q . k; by default head_dim ** -0.5.
-        max_length: longest sample, where the host knows it; on a GPU a longer one may get gradients that are NaN.
+        scale: of q . k, a number; by default head_dim ** -0.5.
+        max_length: longest sample, where the host knows it; on a GPU a longer one loses tokens, or gets gradients that
+            are NaN.
         return_log_sum_exp: return also the log-sum-exp of each query's scores, which has no gradient.
 
     Returns:
@@ -336,10 +337,14 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
         RuntimeError: CUDA's error where the launch fails.
     """
     segments = Segments(cu_seqlens, modality, code, is_cls, max_length, order)
+    if not isinstance(qkv, Tensor) and len(qkv) != 3:
+        raise ValueError(f"qkv: expected a tensor, or queries, keys and values, got {len(qkv)} of them")
+    if keys is not None and not isinstance(keys, Segments):
+        raise ValueError(f"keys: expected Segments, such as plan.segments, got {type(keys).__name__}")
     joint, q, k, v = (qkv, None, None, None) if isinstance(qkv, Tensor) else (None, *qkv)
     given = AttentionInputs(
         joint, q, k, v, segments, KeySegments() if keys is None else KeySegments(*keys),
-        BiasVectors(list(bias), tuple(code_offsets)), head_scale, scale or 0.0, return_log_sum_exp,
+        BiasVectors(list(bias), tuple(code_offsets)), head_scale, 0.0 if scale is None else scale, return_log_sum_exp,
     )  # fmt: skip
     check_arguments(given)
     given = given if scale is not None else given._replace(scale=key_of(given).shape[-1] ** -0.5)

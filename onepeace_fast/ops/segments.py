@@ -35,6 +35,7 @@ class Group(NamedTuple):
     valid: Tensor | None
     samples: int
     length: int
+    has_empty: bool = False  # whether a sample may be without a token that padding could repeat
 
     def gather(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding repeats a row of its sample."""
@@ -44,7 +45,7 @@ class Group(NamedTuple):
     def read(self, x: Tensor) -> Tensor:
         """[rows, ...] to [N, L, ...]; padding is zero where a sample may be without a token to repeat."""
         tokens = self.gather(x)
-        if self.valid is None or is_on_host(x):
+        if self.valid is None or not self.has_empty:
             return tokens
         return tokens.masked_fill(~self.valid.view(*self.valid.shape, *(1,) * (x.dim() - 1)), 0)
 
@@ -106,7 +107,7 @@ class _DeviceGroups:
     def group(self, samples: slice) -> Group:
         """Their rows."""
         rows, valid = _padded_rows(self._starts[:, samples], self._lengths[:, samples], self.longest)
-        return Group(rows, valid, rows.shape[0], self.longest)
+        return Group(rows, valid, rows.shape[0], self.longest, has_empty=True)
 
 
 class _HostGroups:
@@ -141,13 +142,13 @@ class _HostGroups:
         shortest, longest = min(totals), max(*totals, self._least)
         chosen = [[row[s] for s in samples] for row in self._segments]
         if (
-            together := _as_slice([part for sample in zip(*chosen, strict=True) for part in sample], longest)
+            together := _as_slice([part for sample in zip(*chosen, strict=True) for part in sample], samples, longest)
         ) is not None:
             return Group(together, None, len(samples), longest)
         longest = _whole_vectors(len(samples), longest)
         starts, lengths = torch.tensor(chosen).unbind(-1)
         index, valid = _padded_rows(starts, lengths, longest)
-        return Group(index, None if shortest == longest else valid, len(samples), longest)
+        return Group(index, None if shortest == longest else valid, len(samples), longest, has_empty=not shortest)
 
 
 def _whole_vectors(samples: int, length: int) -> int:
@@ -159,11 +160,11 @@ def _whole_vectors(samples: int, length: int) -> int:
     return length + more if more <= VECTOR // 2 and samples * length**2 >= PAIRS_OF_A_GROUP // 8 else length
 
 
-def _as_slice(segments: Sequence[tuple[int, int]], length: int) -> slice | None:
+def _as_slice(segments: Sequence[tuple[int, int]], samples: Sequence[int], length: int) -> slice | None:
     """The rows of samples of one modality and one length that follow one another; None for others."""
     parts = [(start, n) for start, n in segments if n]
-    first, count = parts[0][0] if parts else 0, len(parts)
-    if not parts or parts != [(first + i * length, length) for i in range(count)]:
+    first, count = parts[0][0] if parts else 0, len(samples)
+    if parts != [(first + i * length, length) for i in range(count)]:
         return None
     return slice(first, first + count * length)
 
@@ -223,18 +224,17 @@ def check_segments(cu_seqlens: Tensor, rows: int) -> None:
         return
     message = f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
     if is_on_host(cu_seqlens):
-        bounds = cu_seqlens.tolist()
-        grow = all(row == sorted(row) for row in bounds)
-        require(grow and bounds[0][0] >= 0 and bounds[-1][-1] <= rows, message)
+        bounds = cu_seqlens.flatten().tolist()
+        require(bounds == sorted(bounds) and bounds[0] >= 0 and bounds[-1] <= rows, message)
     else:
-        inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.diff(dim=1) >= 0).all() & (cu_seqlens[0, 0] >= 0)
+        inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.flatten().diff() >= 0).all() & (cu_seqlens[0, 0] >= 0)
         require_values(inside, message)
 
 
 def check_codes(bias: BiasVectors, segments: Segments, keys: Segments) -> None:
     """Raise where codes differ by more than their vector covers; only a CPU is read by the host."""
     for m, (vector, offset) in enumerate(zip(*bias, strict=True)):
-        counted = None if is_shared(bias, segments) else m
+        counted = None if is_shared(bias, segments, keys) else m
         smallest, largest = _span(segments, counted)
         of_keys = (smallest, largest) if keys is segments else _span(keys, counted)
         above, below = largest - of_keys[0], of_keys[1] - smallest
@@ -262,15 +262,15 @@ def _span(segments: Segments, modality: int | None) -> tuple[Any, Any]:
     return torch.where(counted, code, 2**31).amin(), torch.where(counted, code, -(2**31)).amax()
 
 
-def is_shared(bias: BiasVectors, segments: Segments) -> bool:
-    """Whether one vector is for pairs of tokens of all modalities."""
-    return len(bias.vectors) == 1 and segments.cu_seqlens.shape[0] > 1
+def is_shared(bias: BiasVectors, segments: Segments, keys: Segments) -> bool:
+    """Whether one vector is for pairs of tokens of several modalities."""
+    return len(bias.vectors) == 1 and max(side.cu_seqlens.shape[0] for side in (segments, keys)) > 1
 
 
 def check_order(segments: Segments) -> None:
     """Raise where the orders of a sample's tokens leave out a number; only a CPU is read by the host."""
     order, cu_seqlens = segments.order, segments.cu_seqlens
-    if order is None or not is_on_host(order) or not cu_seqlens.numel():
+    if order is None or not is_on_host(order) or not cu_seqlens.numel() or cu_seqlens.shape[1] == 1:
         return
     samples = torch.arange(cu_seqlens.shape[1] - 1)
     sample = torch.cat([samples.repeat_interleave(lengths) for lengths in cu_seqlens.diff(dim=1).long()])

@@ -157,7 +157,49 @@ def test_the_orders_of_a_plan_count_cls_first():
     assert plan.position.tolist() == [1, 2, 0, 0, 1, 0, 1, 2, 0, 0, 0]
     assert plan.causal_order().tolist() == [1, 2, 0, 0, 4, 3, 2, 3, 1, 0, 0]
     assert plan.prefix_order(["image"]).tolist() == [0, 0, 0, 0, 2, 1, 2, 3, 1, 0, 0]
-    assert plan.prefix_order([]).tolist() == [2, 3, 1, 1, 5, 4, 3, 4, 2, 0, 0]
+    assert plan.prefix_order(["text"]).tolist() == [2, 3, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+
+
+def test_orders_of_interleaved_tokens_go_by_their_positions():
+    """Whatever the modality, without gaps, equal positions alike; one modality as well as two."""
+    ids, samples = torch.tensor([0, 1, 2, 1, 2, 0]), torch.tensor([0, 0, 0, 0, 0, 1])
+    positions = torch.tensor([0, 9, 4, 9, 12, 7])
+    keywords = {"sample_ids": samples, "sample_count": 2, "positions": positions, "max_position": 12}
+    plan = RoutePlan.from_modality_ids(ids, ["image", "text", "audio"], **keywords)
+    orders = {}
+    for name, order in (("causal", plan.causal_order()), ("prefix", plan.prefix_order(["image"]))):
+        orders[name] = torch.empty_like(order).scatter_(0, plan.source, order).tolist()
+    assert orders == {"causal": [0, 2, 1, 2, 3, 0], "prefix": [0, 2, 1, 2, 3, 0]}
+    one = RoutePlan.from_modality_ids(torch.zeros_like(ids), ["all"], **keywords)
+    assert torch.empty(6).scatter_(0, one.source, one.causal_order().float()).tolist() == orders["causal"]
+    masks = {"text": torch.tensor([[True, False, True]]), "image": torch.zeros(1, 3, dtype=torch.bool)}
+    inert = RoutePlan.from_token_masks(masks, inert=True)
+    module = drawn(RelativeBiasAttention(DIM, HEADS, causal=True))
+    assert module(inert.pack(normal(3, DIM, seed=1)), inert).shape == (3, DIM)
+
+
+def test_a_decoder_of_texts_sees_keys_of_several_modalities():
+    """One bias for all: keys by their places in the sample, queries by theirs."""
+    plan, others = plan_of(text=[3, 1]), plan_of(image=[4, 0], text=[2, 3])
+    module = drawn(RelativeBiasAttention(DIM, HEADS, RelativeBias.t5(HEADS, buckets=8, max_distance=6)))
+    here, there = plan.position.tolist(), others.order.tolist()
+    check(
+        module, lambda x, y: module(x, plan, y, others),
+        lambda x, y: naive(
+            module, x, plan, y, others, bias=lambda i, j: module.bias.dense(7)[:, here[i], there[j]]
+        ),
+        x=normal(plan.capacity, DIM, seed=1), y=normal(others.capacity, DIM, seed=2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_tokens_there_is_a_result_without_tokens(causal):
+    module = RelativeBiasAttention(
+        DIM, HEADS, {"a": RelativeBias.t5(HEADS), "b": RelativeBias.t5(HEADS)}, causal=causal
+    )
+    for lengths in ({"a": [3, 2], "b": [0, 0]}, {"a": [0], "b": [0]}, {"a": [], "b": []}):
+        plan = RoutePlan.from_lengths(lengths)
+        assert module(torch.zeros(plan.capacity, DIM), plan).shape == (sum(lengths["a"]), DIM)
 
 
 def test_what_does_not_fit_is_one_line():
@@ -173,6 +215,11 @@ def test_what_does_not_fit_is_one_line():
     refused("heads", RelativeBiasAttention, DIM, 5)
     refused("prefix", RelativeBiasAttention, DIM, HEADS, causal=True, prefix=["text"])
     refused("bias", RelativeBiasAttention, DIM, HEADS, RelativeBias.t5(4))
+    refused("scale", RelativeBiasAttention, DIM, HEADS, scale=torch.ones(()))
+    refused("value_dim", RelativeBiasAttention, DIM, HEADS, value_dim=0)
+    shared = RelativeBiasAttention(DIM, HEADS, RelativeBias.swin((2, 2), HEADS))
+    refused("bias", shared, torch.zeros(8, DIM), plan_of(image=[2, 2], text=[2, 2]))
+    refused("key_plan", module, x, plan, torch.zeros(8, DIM), other)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -1,6 +1,8 @@
 """``relative_bias_attention`` beyond one bias for each modality: orders, one bias for all, other keys, wide keys."""
 
 import math
+import sys
+import threading
 
 import pytest
 import torch
@@ -216,6 +218,75 @@ def test_what_does_not_fit_is_one_line():
     refused("keys.cu_seqlens", attend, crossed, **other.arguments(other.leaves) | {"keys": fewer})
     short = other.keys._replace(code=other.keys.code[1:])
     refused("keys.code", attend, crossed, **other.arguments(other.leaves) | {"keys": short})
+
+
+def test_what_the_op_cannot_know_of_queries_and_keys_is_one_line():
+    form = Form(cross=True, vectors=2)
+    given, (q, k, v) = form.arguments(form.leaves), (form.leaves[name] for name in "qkv")
+    refused("keys", relative_bias_attention, (q, k, v), **given | {"keys": object()})
+    refused(
+        "keys",
+        relative_bias_attention,
+        (q, k, v),
+        **given | {"keys": form.keys._replace(cu_seqlens=form.keys.cu_seqlens[:1])},
+    )
+    refused("qkv", relative_bias_attention, (q, k), **given)
+    refused("qkv", relative_bias_attention, (q[:, :0], k[:, :0], v[:, :0]), **given)
+    refused("scale", relative_bias_attention, (q, k, v), **given, scale=torch.ones(()))
+    refused("code_offsets", relative_bias_attention, (q, k, v), **given | {"code_offsets": [-1, OFFSET]})
+    refused("bias", relative_bias_attention, (q, k, v), **given | {"bias": [3, 3]})
+    # One vector is for pairs with keys of any modality, whose codes it must cover.
+    keys, single = form.keys._replace(code=form.keys.code + 20), {"bias": given["bias"][:1], "code_offsets": [OFFSET]}
+    first = {"cu_seqlens": form.segments.cu_seqlens[:1]}
+    refused("code", relative_bias_attention, (q, k, v), **given | single | first | {"keys": keys})
+
+
+@pytest.mark.parametrize(
+    "bounds", [[[0, 3, 5], [4, 9, 11]], [[0, 30, 5], [5, 9, 11]], [[0, 3, 5], [-2, 9, 11]]], ids=str
+)
+def test_segments_that_overlap_or_leave_the_rows_are_refused(bounds):
+    one = torch.zeros(11, dtype=torch.int32)
+    given = {"modality": one, "code": one, "is_cls": one.bool()}
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    refused("cu_seqlens", relative_bias_attention, torch.zeros(11, 3, 1, 4), cu_seqlens=cu_seqlens, **given)
+
+
+def test_a_sample_without_keys_beside_samples_of_one_length():
+    """Their rows are no slice, and a NaN in another sample's keys stays there."""
+    form = Form(cross=True, vectors=0)
+    lengths, of_keys = [[2, 2, 3]], [[4, 4, 0]]
+    form.segments, form.keys = segments(lengths, 1), segments(of_keys, 2)
+    q, k, v = normal(7 + INERT, HEADS, 8, seed=1), *(normal(8 + INERT, HEADS, 8, seed=2 + i) for i in range(2))
+    contract.check_against_naive(form.call, form.plain, {"q": q, "k": k, "v": v}, torch.float64)
+    k[0] = torch.nan
+    leaves = {name: leaf.requires_grad_() for name, leaf in zip("qkv", (q, k, v), strict=True)}
+    out = form.call(**leaves)
+    (gradient,) = torch.autograd.grad(out[2:7].sum(), [q])
+    assert not out[2:7].isnan().any() and not gradient[2:7].isnan().any()
+
+
+def test_threads_that_share_a_plan_have_their_own_bias():
+    """What a CPU keeps of a plan is one thread's whole or another's, never a part of each."""
+    form = Form()
+    leaves = [{**form.leaves, "vector0": form.leaves["vector0"] + i} for i in range(2)]
+    want, wrong = [form.call(**mine) for mine in leaves], []
+
+    def work(i):
+        for _ in range(400):
+            if not torch.equal(form.call(**leaves[i]), want[i]):
+                wrong.append(i)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", ["causal, joint", "keys of others in order, CLS", "one vector for all"])
