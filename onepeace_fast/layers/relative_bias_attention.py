@@ -88,8 +88,10 @@ class RelativeBiasAttention(nn.Module):
         k = through(self.k_proj, others, other_plan).unflatten(1, (self.heads, self.head_dim))
         v = through(self.v_proj, others, other_plan).unflatten(1, (self.heads, self.value_dim))
         vectors, offsets = self._vectors(plan, other_plan)
+        own = self._segments(plan)
         attended: Any = relative_bias_attention(
-            (q, k, v), **self._segments(plan)._asdict(), keys=None if keys is None else self._segments(other_plan),
+            (q, k, v), cu_seqlens=own.cu_seqlens, modality=own.modality, code=own.code, is_cls=own.is_cls,
+            order=own.order, max_length=own.max_length, keys=None if keys is None else self._segments(other_plan),
             bias=vectors, code_offsets=offsets, head_scale=self.head_scale, scale=self.scale,
         )  # fmt: skip
         attended = attended.flatten(1)
@@ -98,14 +100,10 @@ class RelativeBiasAttention(nn.Module):
         return through(self.out_proj, attended, plan)
 
     def _segments(self, plan: RoutePlan) -> Segments:
-        segments = plan.segments
-        if isinstance(self.bias, RelativeBias) and _goes_by_order(plan):
-            segments = segments._replace(code=plan.causal_order())
-        if self.prefix:
-            return segments._replace(order=plan.prefix_order(self.prefix))
-        if self.causal:
-            return segments._replace(order=plan.causal_order())
-        return segments
+        by_order = isinstance(self.bias, RelativeBias) and _goes_by_order(plan)
+        order = plan.prefix_order(self.prefix) if self.prefix else plan.causal_order() if self.causal else None
+        code = plan.causal_order() if by_order else plan.code
+        return Segments(plan.cu_seqlens, plan.modality, code, plan.is_cls, plan.max_length, order)
 
     def _vectors(self, plan: RoutePlan, key_plan: RoutePlan) -> tuple[list[Tensor], list[int]]:
         """Each bias's vector, and the entry of equal codes."""

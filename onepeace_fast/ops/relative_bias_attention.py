@@ -342,11 +342,13 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
     if keys is not None and not isinstance(keys, Segments):
         raise ValueError(f"keys: expected Segments, such as plan.segments, got {type(keys).__name__}")
     joint, q, k, v = (qkv, None, None, None) if isinstance(qkv, Tensor) else (None, *qkv)
-    given = AttentionInputs(
+    inputs = (
         joint, q, k, v, segments, KeySegments() if keys is None else KeySegments(*keys),
-        BiasVectors(list(bias), tuple(code_offsets)), head_scale, 0.0 if scale is None else scale, return_log_sum_exp,
+        BiasVectors(list(bias), tuple(code_offsets)), head_scale,
     )  # fmt: skip
+    given = AttentionInputs(*inputs, 0.0 if scale is None else scale, return_log_sum_exp)
     check_arguments(given)
-    given = given if scale is not None else given._replace(scale=key_of(given).shape[-1] ** -0.5)
+    if scale is None:  # torch 2.8 does not trace _replace
+        given = AttentionInputs(*inputs, key_of(given).shape[-1] ** -0.5, return_log_sum_exp)
     out, log_sum_exp = RELATIVE_BIAS_ATTENTION(given)
     return (out, log_sum_exp) if return_log_sum_exp else out

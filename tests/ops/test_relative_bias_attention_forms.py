@@ -16,6 +16,7 @@ from onepeace_fast import Segments, relative_bias_attention
 # Lengths of each modality's tokens by sample; rows stand modality after modality, sample after sample.
 QUERIES, KEYS = [[5, 0, 3, 2], [2, 4, 0, 3]], [[4, 3, 0, 6], [0, 2, 0, 1]]
 INERT, HEADS, OFFSET = 2, 2, 9
+FIELDS = Segments._fields  # which torch 2.8 does not trace
 
 
 def segments(lengths, seed, *, order=None, cls=False):
@@ -105,7 +106,7 @@ class Form:
 
     def arguments(self, leaves):
         bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
-        given = self.segments._asdict() | {"keys": self.keys if self.cross else None}
+        given = dict(zip(FIELDS, self.segments, strict=True)) | {"keys": self.keys if self.cross else None}
         return given | {"bias": bias, "code_offsets": [OFFSET] * len(bias), "head_scale": leaves.get("head_scale")}
 
     def call(self, **leaves):
