@@ -3,9 +3,9 @@
     python -m benchmarks.host_time_of_modules [ROUNDS]
 
 It runs without a GPU. The library's side launches no kernel, as in ``host_time.py``; its vendor products, and all of
-plain PyTorch, are computed, on rows so few and narrow that their time is the host's. Plain PyTorch has its indices made
-before. Medians of one thread's CPU time, in microseconds: over packed rows, and over tokens that are packed and
-unpacked.
+plain PyTorch, are computed, on rows so few and narrow that their time is the host's. Attention runs its reference:
+no kernel of Triton is in it. Plain PyTorch has its indices made before. Medians of one thread's CPU time, in
+microseconds: over packed rows, and over tokens that are packed and unpacked.
 """
 
 from __future__ import annotations
@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.host_time import WARM, measure, no_launches
-from onepeace_fast import RoutedFFN, RoutedLinear, RoutedNorm, RoutePlan
+from onepeace_fast import RelativeBias, RelativeBiasAttention, RoutedFFN, RoutedLinear, RoutedNorm, RoutePlan
 from onepeace_fast.hardware.cases import Case
 
 TOKENS, WIDTH, MODALITIES, DTYPE = 48, 16, 3, torch.float32
+SAMPLES, HEADS = 4, 2
 Routed = RoutedFFN | RoutedLinear | RoutedNorm
 
 
-def modules() -> dict[str, Routed]:
+def modules() -> dict[str, Routed | RelativeBiasAttention]:
     """The measured modules by their names."""
     return {
         "RoutedLinear": RoutedLinear(MODALITIES, WIDTH, WIDTH),
@@ -38,6 +39,7 @@ def modules() -> dict[str, Routed]:
         "RoutedFFN, no gate, biases, Sub-LayerNorm": RoutedFFN(
             MODALITIES, WIDTH, 2 * WIDTH, gated=False, hidden_bias=True, output_bias=True, sub_norm="layer_norm"
         ),
+        "RelativeBiasAttention, T5's bias": RelativeBiasAttention(WIDTH, HEADS, RelativeBias.t5(HEADS)),
     }
 
 
@@ -54,8 +56,32 @@ def plain(experts: list[nn.Module], indices: list[Tensor]) -> Callable[..., Tens
     return call
 
 
-def ways(module: Routed) -> dict[str, Callable[..., Tensor]]:
+def plain_attention(module: RelativeBiasAttention) -> Callable[..., Tensor]:
+    """All samples as one batch, with the dense bias."""
+    length = TOKENS // SAMPLES
+
+    def call(x: Tensor, **_parameters: Tensor) -> Tensor:
+        q, k, v = (
+            projection(x).view(SAMPLES, length, HEADS, -1).transpose(1, 2)
+            for projection in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=module.bias.dense(length))
+        return module.out_proj(y.transpose(1, 2).reshape(x.shape))
+
+    return call
+
+
+def ways(module: Routed | RelativeBiasAttention) -> dict[str, Callable[..., Tensor]]:
     """The calls that are compared: of the tokens x, and for ``packed`` of their rows."""
+    if isinstance(module, RelativeBiasAttention):
+        route = RoutePlan.from_lengths({"text": [TOKENS // SAMPLES] * SAMPLES})
+        return {
+            "packed": lambda x, **_: module(x, route),
+            "tokens": lambda x, **_: route.unpack(module(route.pack({"text": x.view(SAMPLES, -1, WIDTH)}), route))[
+                "text"
+            ],
+            "plain": plain_attention(module),
+        }
     indices = [torch.arange(m, TOKENS, MODALITIES) for m in range(MODALITIES)]
     plan = RoutePlan.from_indices({str(m): index for m, index in enumerate(indices)}, TOKENS)
     return {
