@@ -147,7 +147,7 @@ class RoutePlan:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
         """
         names = tuple(masks)
-        routing.check_masks(masks)
+        routing.check_masks(masks, codes or {}, code_offsets or {}, positions or {})
         device = masks[names[0]].device
         shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
         for name, value in (positions or {}).items():
@@ -260,7 +260,7 @@ class RoutePlan:
             ValueError: a dtype, shape or device that does not fit, or on a CPU an id that is out of range.
         """
         fields = token_routes.fields_of_ids(
-            modality_ids, len(modalities), sample_ids, sample_count, positions, is_cls, max_position
+            modality_ids, modalities, sample_ids, sample_count, positions, is_cls, max_position
         )
         return cls(modalities=tuple(modalities), **fields)
 

@@ -61,13 +61,24 @@ def check_samples(rows: Mapping[str, int], samples: Mapping[str, Sequence[int]] 
     return result
 
 
-def check_masks(masks: Mapping[str, Tensor]) -> None:
-    """Raise unless masks are bool matrices on one device, at least one of them."""
+def check_masks(
+    masks: Mapping[str, Tensor], codes: Mapping[str, Tensor], code_offsets: Mapping[str, int],
+    positions: Mapping[str, Tensor],
+) -> None:  # fmt: skip
+    """Raise unless masks are bool matrices on one device, at least one of them, and codes reach all their columns."""
     require(len(masks) > 0, "masks: expected at least one modality, got none")
     device = next(iter(masks.values())).device
     for name, mask in masks.items():
         require_tensor(f"masks[{name!r}]", mask, (torch.bool,), "[rows, length]", 2)
         require_device(f"masks[{name!r}]", mask, device)
+    for what, of in (("codes", codes), ("code_offsets", code_offsets)):
+        unknown = [name for name in of if name not in masks]
+        require(not unknown, lambda: f"{what}: expected modalities of the masks, {list(masks)}, got {unknown}")  # noqa: B023
+    for name, table in codes.items():
+        require_tensor(f"codes[{name!r}]", table, INTEGERS, "[positions]", 1)
+        columns = 0 if name in positions else masks[name].shape[1]
+        if table.shape[0] < columns:
+            raise ValueError(f"codes[{name!r}]: expected those of {columns} positions, got {table.shape[0]}")
 
 
 def check_positions(

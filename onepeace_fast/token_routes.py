@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def samples_of_rows(masks: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def fields_of_ids(
-    modality_ids: Tensor, modalities: int, sample_ids: Tensor | None, sample_count: int, positions: Tensor | None,
+    modality_ids: Tensor, names: Sequence[str], sample_ids: Tensor | None, sample_count: int, positions: Tensor | None,
     is_cls: Tensor | None, max_position: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of a route plan of interleaved tokens, but for the modalities' names.
@@ -67,6 +68,8 @@ def fields_of_ids(
     Raises:
         ValueError: as ``RoutePlan.from_modality_ids``.
     """
+    modalities = len(names)
+    require(len(set(names)) == modalities, lambda: f"modalities: expected names that differ, got {list(names)}")
     check_ids("modality_ids", modality_ids, modalities)
     require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
     count, device = modality_ids.shape[0], modality_ids.device
@@ -124,6 +127,9 @@ def ids_of_indices(indices: Mapping[str, Sequence[int] | Tensor], tokens: int, d
 
 def _check_lists(indices: Mapping[str, Sequence[int] | Tensor], tokens: int) -> None:
     """Raise, naming the tokens, where lists on the host do not hold every token exactly once."""
+    lists = [mine for mine in indices.values() if not isinstance(mine, Tensor)]
+    wrong = [index for mine in lists for index in mine if not isinstance(index, Integral)]
+    require(not wrong, f"indices: expected integers, got {wrong[:5]}")
     flat = [int(index) for mine in indices.values() for index in (mine.tolist() if isinstance(mine, Tensor) else mine)]
     counted = Counter(flat)
     outside = sorted(index for index in counted if not 0 <= index < tokens)

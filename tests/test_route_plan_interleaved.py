@@ -104,3 +104,13 @@ def test_with_drop_path_changes_nothing_else():
     drop_path = draw_drop_path([0.5], 2)
     other = plan.with_drop_path(drop_path)
     assert plan.drop_path is None and other.drop_path is drop_path and other.source is plan.source
+
+
+def test_names_twice_indices_that_are_no_integers_and_codes_that_do_not_reach_are_refused():
+    refused("modalities", RoutePlan.from_modality_ids, torch.zeros(2, dtype=torch.int64), ["a", "a"])
+    refused("indices", RoutePlan.from_indices, {"a": [0.5, 1.7]}, 2)
+    codes = torch.tensor([0, 7])
+    refused("codes['a']", RoutePlan.from_lengths, {"a": [3]}, codes={"a": codes})
+    refused("codes['a']", RoutePlan.from_lengths, {"a": [2]}, codes={"a": codes.float()})
+    refused("codes", RoutePlan.from_lengths, {"a": [2]}, codes={"b": codes})
+    refused("code_offsets", RoutePlan.from_lengths, {"a": [2]}, code_offsets={"b": 3})
