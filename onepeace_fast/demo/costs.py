@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from onepeace_fast import memory
 from onepeace_fast.backend import BACKENDS, ENVIRONMENT_VARIABLE, use_backend
 from onepeace_fast.demo import data, experiment
 from onepeace_fast.demo.data import Digits, Vocabulary
@@ -114,12 +115,7 @@ def chosen(backend: str) -> contextlib.AbstractContextManager[Any]:
 def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     """The highest sum of a call's allocations less what it freed."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return memory.peak_bytes(call, device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print two lines each time
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

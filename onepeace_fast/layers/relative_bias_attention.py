@@ -101,8 +101,9 @@ class RelativeBiasAttention(nn.Module):
 
     def _segments(self, plan: RoutePlan) -> Segments:
         by_order = isinstance(self.bias, RelativeBias) and _goes_by_order(plan)
-        order = plan.prefix_order(self.prefix) if self.prefix else plan.causal_order() if self.causal else None
-        code = plan.causal_order() if by_order else plan.code
+        place = plan.causal_order() if by_order or self.causal else plan.code
+        order = plan.prefix_order(self.prefix) if self.prefix else place if self.causal else None
+        code = place if by_order else plan.code
         return Segments(plan.cu_seqlens, plan.modality, code, plan.is_cls, plan.max_length, order)
 
     def _vectors(self, plan: RoutePlan, key_plan: RoutePlan) -> tuple[list[Tensor], list[int]]:

@@ -49,9 +49,8 @@ def inputs(batch, leaves):
     given = batch.given(leaves)
     bias = BiasVectors(given["bias"], tuple(given["code_offsets"]))
     segments = Segments(**{name: given[name] for name in Segments._fields if name in given})
-    return AttentionInputs(
-        leaves["qkv"], None, None, None, segments, KeySegments(), bias, leaves["head_scale"], batch.scale or 1.0
-    )
+    apart, scale = (None,) * 3, batch.scale or 1.0
+    return AttentionInputs(leaves["qkv"], *apart, segments, KeySegments(), bias, leaves["head_scale"], scale)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -179,8 +178,7 @@ def launch_backward(batch, leaves, bias_needs=(True,) * 4, head_scale_need=True,
     """The launch without autograd; ``changes`` override its tensors."""
     given = inputs(batch, leaves)
     out = torch.zeros_like(given.qkv[:, 0])
-    saved = {name: value for name, value in given._asdict().items() if name in AttentionSaved._fields}
-    saved = AttentionSaved(**saved, grad_out=out, log_sum_exp=torch.zeros(out.shape[:2]))
+    saved = AttentionSaved(out, *given[:-2], torch.zeros(out.shape[:2]), given.scale)
     needs = AttentionGradients(
         True, None, None, None, VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need
     )
@@ -284,12 +282,14 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: driver)
         monkeypatch.setattr(cuda_extension, "extension", lambda: extension)
-        bias = [torch.zeros(1, 9)] * modalities
-        rows = torch.zeros(2, dtype=torch.int32)
-        segments = Segments(torch.zeros(modalities, 2, dtype=torch.int32), rows, rows, rows.bool())
-        qkv, vectors = torch.zeros(2, 3, 1, head_dim, dtype=dtype), BiasVectors(bias, (4,) * modalities)
-        given = AttentionInputs(qkv, None, None, None, segments, KeySegments(), vectors, None, 1.0)
-        return attention_on_gpu.refusal(given)
+        rows, bounds = torch.zeros(2, dtype=torch.int32), torch.zeros(modalities, 2, dtype=torch.int32)
+        leaves = {"qkv": torch.zeros(2, 3, 1, head_dim, dtype=dtype), "head_scale": None}
+        plan = {"cu_seqlens": bounds, "modality": rows, "code": rows, "is_cls": rows.bool()}
+        batch = SimpleNamespace(
+            given=lambda _: plan | {"bias": [torch.zeros(1, 9)] * modalities, "code_offsets": [4] * modalities},
+            scale=1.0,
+        )
+        return attention_on_gpu.refusal(inputs(batch, leaves))
 
     assert refused(**found) is None
     line = refused(**{**found, **MISFITS[reason]})

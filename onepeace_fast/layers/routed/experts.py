@@ -15,38 +15,51 @@ from onepeace_fast.route_plan import RoutePlan
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-@overload
-def through_rows(
-    module: nn.Module, experts: int, x: Tensor, plan: RoutePlan, packed: bool, compute: Callable[[Tensor], Tensor]
-) -> Tensor: ...
-@overload
-def through_rows(
-    module: nn.Module, experts: int, x: Mapping[str, Tensor], plan: RoutePlan, packed: bool,
-    compute: Callable[[Tensor], Tensor],
-) -> dict[str, Tensor]: ...  # fmt: skip
-def through_rows(
-    module: nn.Module,
-    experts: int,
-    x: Tensor | Mapping[str, Tensor],
-    plan: RoutePlan,
-    packed: bool,
-    compute: Callable[[Tensor], Tensor],
-) -> Tensor | dict[str, Tensor]:
-    """``compute`` over packed rows, between packing and unpacking where x holds tokens in their own order."""
-    if len(plan.modalities) != experts:
-        raise ValueError(
-            f"plan: expected one of {experts} modalities, one for each expert of this {type(module).__name__}, got one "
-            f"of {len(plan.modalities)}, {list(plan.modalities)}"
-        )
-    if packed:
-        if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[0] != plan.capacity:
-            raise ValueError(f"x: expected packed rows of the plan, [{plan.capacity}, dim], got {describe(x)}")
-        return compute(x)
-    if isinstance(x, Tensor):
-        require(x.dim() > 1, lambda: f"x: expected tokens [..., dim], got {describe(x)}")
-        rows = plan.unpack_interleaved(compute(plan.pack(x)))
-        return rows.view(*x.shape[:-1], rows.shape[1])
-    return plan.unpack(compute(plan.pack(x)))
+class RoutedModule(nn.Module):
+    """What computes each token by the weights of its modality: ``_rows`` over packed rows, and around it their way."""
+
+    @property
+    def _modalities(self) -> int:
+        raise NotImplementedError
+
+    def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
+        raise NotImplementedError
+
+    @overload
+    def forward(self, x: Tensor, plan: RoutePlan, *, packed: bool = False) -> Tensor: ...
+    @overload
+    def forward(self, x: Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False) -> dict[str, Tensor]: ...
+    def forward(
+        self, x: Tensor | Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """Each token through the weights of its modality.
+
+        Args:
+            x: floating point tokens in their own order, [..., width] for a plan of interleaved tokens, or by modality
+                [rows, length, width] for one of padded batches; with ``packed`` the plan's rows [C, width].
+            plan: the route plan.
+            packed: whether x, and what comes out, are packed rows.
+
+        Returns:
+            As x, with as many columns as the module gives; padding and inert tokens are zero.
+
+        Raises:
+            ValueError: a plan of another number of modalities, or x that does not fit it.
+        """
+        if len(plan.modalities) != self._modalities:
+            raise ValueError(
+                f"plan: expected one of {self._modalities} modalities, one for each expert of this "
+                f"{type(self).__name__}, got one of {len(plan.modalities)}, {list(plan.modalities)}"
+            )
+        if packed:
+            if not isinstance(x, Tensor) or x.dim() != 2 or x.shape[0] != plan.capacity:
+                raise ValueError(f"x: expected packed rows of the plan, [{plan.capacity}, dim], got {describe(x)}")
+            return self._rows(x, plan)
+        if isinstance(x, Tensor):
+            require(x.dim() > 1, lambda: f"x: expected tokens [..., dim], got {describe(x)}")
+            rows = plan.unpack_interleaved(self._rows(plan.pack(x), plan))
+            return rows.view(*x.shape[:-1], rows.shape[1])
+        return plan.unpack(self._rows(plan.pack(x), plan))
 
 
 def parameter_list(experts: Sequence[nn.Module], name: str, what: str) -> nn.ParameterList | None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.plain import are_plain
-from onepeace_fast.layers.routed.experts import listed, modules_at, on_meta, refuse_what_is_left, through_rows
+from onepeace_fast.layers.routed.experts import RoutedModule, listed, modules_at, on_meta, refuse_what_is_left
 from onepeace_fast.layers.routed.linear import RoutedLinear
 from onepeace_fast.layers.routed.norm import RoutedNorm
 from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS, gated_sub_ln
@@ -43,13 +43,15 @@ class ExpertFFN(nn.Module):
         return y if self.output_norm is None else self.output_norm(y)
 
 
-class RoutedFFN(nn.Module):
+class RoutedFFN(RoutedModule):
     """The feed-forward network of each token's modality.
 
         h = activation(W0 x) * (W1 x),   y = output_norm(W2 sub_norm(h))
 
     Without a gate h = activation(W0 x); each norm may be absent (gate: Shazeer, arXiv 2002.05202; Sub-LayerNorm: Wang
-    et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172).
+    et al., arXiv 2210.06423; routing: ONE-PEACE, arXiv 2305.11172). One op computes all but the output's norm where W0
+    and W1 have no bias and the Sub-LayerNorm, if there is one, has a bias; otherwise there is one for each linear layer
+    and one between them.
 
     Args:
         modalities: how many; expert m serves modality m of a plan.
@@ -158,20 +160,9 @@ class RoutedFFN(nn.Module):
             for w0, w1, w2, sub_norm, output_norm in zip(*parts, strict=True)
         ]
 
-    @overload
-    def forward(self, x: Tensor, plan: RoutePlan, *, packed: bool = False) -> Tensor: ...
-    @overload
-    def forward(self, x: Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False) -> dict[str, Tensor]: ...
-    def forward(
-        self, x: Tensor | Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False
-    ) -> Tensor | dict[str, Tensor]:
-        """Each token through the network of its modality.
-
-        One op computes all but the output's norm where W0 and W1 have no bias and the Sub-LayerNorm, if there is one,
-        has a bias; otherwise there is one for each linear layer and one between them. x, plan, packed and what comes
-        out are as in ``RoutedLinear.forward``.
-        """
-        return through_rows(self, len(self.w0.weight), x, plan, packed, lambda rows: self._rows(rows, plan))
+    @property
+    def _modalities(self) -> int:
+        return len(self.w0.weight)
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
         w0, w1, w2, norm = self.w0, self.w1, self.w2, self.sub_norm

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import require
-from onepeace_fast.layers.routed.experts import listed, on_meta, parameter_list, require_plain, through_rows
+from onepeace_fast.layers.routed.experts import RoutedModule, listed, on_meta, parameter_list, require_plain
 from onepeace_fast.ops.routed_linear import routed_linear
 from onepeace_fast.route_plan import RoutePlan
 
 
-class RoutedLinear(nn.Module):
+class RoutedLinear(RoutedModule):
     """x W^T + b, with W and b of each token's modality (routing: ONE-PEACE, arXiv 2305.11172).
 
     Args:
@@ -76,29 +75,9 @@ class RoutedLinear(nn.Module):
             found.append(linear)
         return found
 
-    @overload
-    def forward(self, x: Tensor, plan: RoutePlan, *, packed: bool = False) -> Tensor: ...
-    @overload
-    def forward(self, x: Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False) -> dict[str, Tensor]: ...
-    def forward(
-        self, x: Tensor | Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False
-    ) -> Tensor | dict[str, Tensor]:
-        """Each token through the layer of its modality.
-
-        Args:
-            x: floating point tokens in their own order, [..., in_features] for a plan of interleaved tokens, or by
-                modality [rows, length, in_features] for one of padded batches; with ``packed`` the plan's rows
-                [C, in_features].
-            plan: the route plan.
-            packed: whether x, and what comes out, are packed rows.
-
-        Returns:
-            As x, with out_features columns; padding and inert tokens are zero.
-
-        Raises:
-            ValueError: a plan of another number of modalities, or x that does not fit it.
-        """
-        return through_rows(self, len(self.weight), x, plan, packed, lambda rows: self._rows(rows, plan))
+    @property
+    def _modalities(self) -> int:
+        return len(self.weight)
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
         bias = None if self.bias is None else listed(self.bias)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import overload
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import require
-from onepeace_fast.layers.routed.experts import listed, on_meta, parameter_list, require_plain, through_rows
+from onepeace_fast.layers.routed.experts import RoutedModule, listed, on_meta, parameter_list, require_plain
 from onepeace_fast.ops.layer_norm import layer_norm
 from onepeace_fast.ops.rms_norm import rms_norm
 from onepeace_fast.route_plan import RoutePlan
@@ -17,7 +16,7 @@ from onepeace_fast.route_plan import RoutePlan
 NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm}
 
 
-class RoutedNorm(nn.Module):
+class RoutedNorm(RoutedModule):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with the parameters of each token's modality.
 
     Args:
@@ -104,15 +103,9 @@ class RoutedNorm(nn.Module):
             found.append(norm)
         return found
 
-    @overload
-    def forward(self, x: Tensor, plan: RoutePlan, *, packed: bool = False) -> Tensor: ...
-    @overload
-    def forward(self, x: Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False) -> dict[str, Tensor]: ...
-    def forward(
-        self, x: Tensor | Mapping[str, Tensor], plan: RoutePlan, *, packed: bool = False
-    ) -> Tensor | dict[str, Tensor]:
-        """The norm of each token; x, plan, packed and what comes out are as in ``RoutedLinear.forward``."""
-        return through_rows(self, len(self.weight), x, plan, packed, lambda rows: self._rows(rows, plan))
+    @property
+    def _modalities(self) -> int:
+        return len(self.weight)
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
         weight, bias = listed(self.weight), None if self.bias is None else listed(self.bias)
