@@ -20,20 +20,12 @@ from support.contract import normal
 from support.host_extension import ARCHITECTURES, force_gpu_paths, use
 from torch.utils.checkpoint import checkpoint
 
-from onepeace_fast import cuda_extension
+from onepeace_fast import cuda_extension, structures
 from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import random_tensors, specified_cases
 from onepeace_fast.ops import attention_on_gpu, segments
 from onepeace_fast.ops.relative_bias_attention import _say_once
-from onepeace_fast.structures import (
-    AttentionGradients,
-    AttentionInputs,
-    AttentionSaved,
-    BiasVectors,
-    KeySegments,
-    Segments,
-    VectorGradients,
-)
+from onepeace_fast.structures import AttentionGradients, AttentionInputs, AttentionSaved, Segments
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
 
 in_both_ways = pytest.mark.parametrize("way", ["slower_path", "kernel"], indirect=True)
@@ -47,10 +39,10 @@ def rounded(batch, dtype=torch.bfloat16):
 def inputs(batch, leaves):
     """What a launch takes of them."""
     given = batch.given(leaves)
-    bias = BiasVectors(given["bias"], tuple(given["code_offsets"]))
+    bias = structures.BiasVectors(given["bias"], tuple(given["code_offsets"]))
     segments = Segments(**{name: given[name] for name in Segments._fields if name in given})
     apart, scale = (None,) * 3, batch.scale or 1.0
-    return AttentionInputs(leaves["qkv"], *apart, segments, KeySegments(), bias, leaves["head_scale"], scale)
+    return AttentionInputs(leaves["qkv"], *apart, segments, structures.KeySegments(), bias, leaves["head_scale"], scale)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -180,7 +172,7 @@ def launch_backward(batch, leaves, bias_needs=(True,) * 4, head_scale_need=True,
     out = torch.zeros_like(given.qkv[:, 0])
     saved = AttentionSaved(out, *given[:-2], torch.zeros(out.shape[:2]), given.scale)
     needs = AttentionGradients(
-        True, None, None, None, VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need
+        True, None, None, None, structures.VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need
     )
     return attention_on_gpu.launch_backward(saved._replace(**changes), needs)
 
@@ -285,10 +277,8 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
         rows, bounds = torch.zeros(2, dtype=torch.int32), torch.zeros(modalities, 2, dtype=torch.int32)
         leaves = {"qkv": torch.zeros(2, 3, 1, head_dim, dtype=dtype), "head_scale": None}
         plan = {"cu_seqlens": bounds, "modality": rows, "code": rows, "is_cls": rows.bool()}
-        batch = SimpleNamespace(
-            given=lambda _: plan | {"bias": [torch.zeros(1, 9)] * modalities, "code_offsets": [4] * modalities},
-            scale=1.0,
-        )
+        plan |= {"bias": [torch.zeros(1, 9)] * modalities, "code_offsets": [4] * modalities}
+        batch = SimpleNamespace(given=lambda _: plan, scale=1.0)
         return attention_on_gpu.refusal(inputs(batch, leaves))
 
     assert refused(**found) is None
