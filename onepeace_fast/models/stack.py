@@ -121,7 +121,9 @@ class Stack(nn.Module):
     def plan(self, tokens: Tokens, samples: Samples | None = None) -> RoutePlan:
         """The route plan of padded tokens; nothing is read back from the device."""
         adapters = {name: self.adapter(name) for name in tokens}
-        codes = {name: adapters[name].codes(padded.width) for name, padded in tokens.items()}
+        codes = {
+            name: adapter.remembered("codes", tokens[name].width, adapter.codes) for name, adapter in adapters.items()
+        }
         return RoutePlan.from_masks(
             {name: padded.valid for name, padded in tokens.items()},
             first_is_cls=True,

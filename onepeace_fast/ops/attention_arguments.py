@@ -12,7 +12,7 @@ from onepeace_fast.structures import AttentionInputs, KeySegments, Segments
 
 
 def check_arguments(given: AttentionInputs) -> None:
-    """Raise ValueError, in one line, where an argument does not fit."""
+    """Raise ValueError, in one line, where an argument does not fit; every layer asks, so what fits is seen at once."""
     if given.qkv is not None:
         require_tensor("qkv", given.qkv, FLOATS, "[rows, 3, heads, head_dim]", 4)
         if given.qkv.shape[1] != 3:
@@ -21,20 +21,18 @@ def check_arguments(given: AttentionInputs) -> None:
     else:
         first, key_rows = _check_apart(given)
     rows, heads, device = first.shape[0], first.shape[-2], first.device
-    require(
-        heads > 0 and first.shape[-1] > 0,
-        lambda: f"qkv: expected at least one head of at least one entry, got {describe(first)}",
-    )
-    require(not isinstance(given.scale, Tensor), "scale: expected a number, got a tensor, which would get no gradient")
+    if not (heads > 0 and first.shape[-1] > 0):
+        raise ValueError(f"qkv: expected at least one head of at least one entry, got {describe(first)}")
+    if isinstance(given.scale, Tensor):
+        raise ValueError("scale: expected a number, got a tensor, which would get no gradient")
     segments, keys = given.segments, given.key_segments
     _check_segments("", segments, rows, device)
-    if keys.cu_seqlens is None:
-        require(
-            key_rows == rows,
-            lambda: f"k: expected the queries' {rows} rows, got {key_rows}; the segments of others are given by keys",
-        )
-    else:
+    if keys.cu_seqlens is not None:
         _check_keys(given, key_rows, device)
+    elif key_rows != rows:
+        raise ValueError(
+            f"k: expected the queries' {rows} rows, got {key_rows}; the segments of others are given by keys"
+        )
     _check_bias(given, heads, device)
     require_vector("head_scale", given.head_scale, heads, device)
 
@@ -46,18 +44,23 @@ def _check_apart(given: AttentionInputs) -> tuple[Tensor, int]:
         require_tensor(name, x, FLOATS, "[rows, heads, size]", 3)
     assert q is not None and k is not None and v is not None
     for name, x, size in (("k", k, (k.shape[0], *q.shape[1:])), ("v", v, (*k.shape[:2], v.shape[2]))):
-        require(x.shape == size, lambda: f"{name}: expected {list(size)}, got {describe(x)}")  # noqa: B023
-        require(x.dtype == q.dtype, lambda: f"{name}: expected q's {q.dtype}, got {describe(x)}")  # noqa: B023
+        if x.shape != size:
+            raise ValueError(f"{name}: expected {list(size)}, got {describe(x)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name}: expected q's {q.dtype}, got {describe(x)}")
         require_device(name, x, q.device)
     return q, k.shape[0]
 
 
 def _check_segments(prefix: str, segments: Segments | KeySegments, rows: int, device: torch.device) -> None:
-    require_tensor(f"{prefix}cu_seqlens", segments.cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
-    require_device(f"{prefix}cu_seqlens", segments.cu_seqlens, device)
-    of_rows = [("modality", segments.modality), ("code", segments.code), ("is_cls", segments.is_cls)]
-    for name, value in of_rows if segments.order is None else [*of_rows, ("order", segments.order)]:
-        require_tensor(prefix + name, value, (torch.bool if name == "is_cls" else torch.int32,), "[rows]", 1)
+    cu_seqlens, modality, code, is_cls, _, order = segments
+    require_tensor(f"{prefix}cu_seqlens", cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
+    require_device(f"{prefix}cu_seqlens", cu_seqlens, device)
+    of_rows = (("modality", modality, torch.int32), ("code", code, torch.int32), ("is_cls", is_cls, torch.bool))
+    for name, value, dtype in of_rows if order is None else (*of_rows, ("order", order, torch.int32)):
+        if isinstance(value, Tensor) and value.dtype == dtype and value.shape == (rows,) and value.device == device:
+            continue
+        require_tensor(prefix + name, value, (dtype,), "[rows]", 1)
         if value.shape[0] != rows:
             raise ValueError(f"{prefix}{name}: expected one entry per row, [{rows}], got {describe(value)}")
         require_device(prefix + name, value, device)
@@ -89,17 +92,13 @@ def _check_bias(given: AttentionInputs, heads: int, device: torch.device) -> Non
         )
     if vectors and len(offsets) != len(vectors):
         raise ValueError(f"code_offsets: expected one per vector, {len(vectors)}, got {len(offsets)}")
-    for m, vector in enumerate(vectors):
-        fits = (
-            isinstance(vector, Tensor) and vector.is_floating_point() and vector.dim() == 2 and vector.shape[0] == heads
-        )
-        if not fits or vector.shape[1] <= CLS_ENTRIES:
+    for m, (vector, offset) in enumerate(zip(vectors, offsets, strict=False)):
+        fits = isinstance(vector, Tensor) and vector.is_floating_point() and vector.dim() == 2
+        if not fits or vector.shape[0] != heads or vector.shape[1] <= CLS_ENTRIES:
             raise ValueError(
                 f"bias[{m}]: expected floating point [{heads}, {CLS_ENTRIES + 1} or more], got {describe(vector)}"
             )
         require_device(f"bias[{m}]", vector, device)
         entries = vector.shape[1] - CLS_ENTRIES
-        require(
-            0 <= offsets[m] < entries,
-            lambda: f"code_offsets[{m}]: expected one of the {entries} entries of bias[{m}], got {offsets[m]}",  # noqa: B023
-        )
+        if not 0 <= offset < entries:
+            raise ValueError(f"code_offsets[{m}]: expected one of the {entries} entries of bias[{m}], got {offset}")

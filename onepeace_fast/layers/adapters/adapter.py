@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require, require_device
 from onepeace_fast.layers.parameters import init_truncated_normal, with_unread
+from onepeace_fast.ops.operation import is_eager
 from onepeace_fast.relative_position import dense_index, series_index, series_table_rows, series_vector_index
 
 Fault = tuple[Tensor, Callable[[int], str]]
@@ -77,7 +79,7 @@ class Adapter(nn.Module, ABC):
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
         super().__init__()
         self.cls_embedding = nn.Parameter(init_truncated_normal(torch.empty(1, 1, embed_dim)))
-        self._dense_index: Tensor | None = None
+        self._remembered: dict[str, tuple[int, torch.device, Tensor | None]] = {}
         if tables:
             self.rel_pos_table_list = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(tables))
             for table in self.rel_pos_table_list:
@@ -122,10 +124,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def vector_index(self, width: int) -> Tensor:
-        """Table row of each entry of the bias vector for ``width`` positions: int64 [entries]."""
+        """Table row of each entry of the bias vector for ``width`` positions: int64 [entries]; the last is kept."""
 
     def codes(self, width: int) -> Tensor | None:
-        """Code of each position, int32 [width], or None where it is the position itself."""
+        """Code of each position, int32 [width], the last of which is kept, or None where it is the position itself."""
         return None
 
     def code_offset(self, width: int) -> int:
@@ -134,23 +136,32 @@ class Adapter(nn.Module, ABC):
 
     def bias_vectors(self, width: int) -> list[Tensor]:
         """Every table expanded for ``width`` positions: [heads, entries] each, three CLS entries last."""
-        index = self.vector_index(width)
+        index = self.remembered("vector_index", width, self.vector_index)
         return [table(index).t().contiguous() for table in self.rel_pos_table_list]
 
     def dense_table_index(self, width: int) -> Tensor:
-        """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width].
+        """Table row of every pair of ``width`` positions, as upstream's rp_bucket: int64 [width, width]."""
+        return self.remembered("dense_table_index", width, self._dense_table_index)
 
-        The last one is remembered, as upstream remembers its largest.
-        """
-        index = self.vector_index(width)
-        last = self._dense_index
-        if last is not None and last.shape[0] == width and last.device == index.device:
-            return last
+    def _dense_table_index(self, width: int) -> Tensor:
+        index, codes = self.vector_index(width), self.codes(width)
         position = torch.arange(width, device=index.device)
-        codes = self.codes(width)
         code = position if codes is None else codes
-        self._dense_index = index[dense_index(code, position == 0, self.code_offset(width), index.shape[0])]
-        return self._dense_index
+        return index[dense_index(code, position == 0, self.code_offset(width), index.shape[0])]
+
+    def remembered(self, what: str, width: int, make: Callable[[int], Tensor | None]) -> Any:
+        """What follows from the configuration and a width alone: the last of its kind, as upstream keeps its largest.
+
+        Made as a tensor that autograd takes, though it be made under ``inference_mode``; what is traced makes its own.
+        """
+        if torch.compiler.is_compiling() or not is_eager(()):
+            return make(width)
+        device = self.cls_embedding.device
+        last = self._remembered.get(what)
+        if last is None or last[:2] != (width, device):
+            with torch.inference_mode(False):
+                last = self._remembered[what] = (width, device, make(width))
+        return last[2]
 
     @property
     def has_bias(self) -> bool:
@@ -159,7 +170,7 @@ class Adapter(nn.Module, ABC):
 
     def reset_tables(self) -> None:
         """Recompute what follows from the configuration alone and no checkpoint holds."""
-        self._dense_index = None
+        self._remembered.clear()
 
 
 class SeriesAdapter(Adapter):

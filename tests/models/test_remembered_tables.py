@@ -1,0 +1,24 @@
+"""What an adapter remembers of the last width serves every later call as if nothing had been remembered."""
+
+import pytest
+import torch
+from models._small import BACKENDS, assert_close, batch_of, small_model, with_gradients
+
+BATCHES = ({"text": [7], "image": (1, 3)}, {"text": [5, 2], "image": (2, 2)}, {"text": [7], "image": (1, 3)})
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_model_that_first_ran_in_inference_mode_trains(backend):
+    batch = batch_of(**BATCHES[0])
+    model, fresh = small_model(backend), small_model(backend)
+    with torch.inference_mode():
+        model.encode(**batch)
+    assert_close(with_gradients(model, batch), with_gradients(fresh, batch), 1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_batches_of_other_widths_take_turns(backend):
+    model = small_model(backend)
+    for sizes in BATCHES:
+        batch = batch_of(**sizes)
+        assert_close(with_gradients(model, batch), with_gradients(small_model(backend), batch), 1e-12)
