@@ -46,12 +46,14 @@ ARCHITECTURES = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
 INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
+INCLUDED["test-all"] = [*INCLUDED["dev"], "transformers"]
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
     "build": "pybind11, ninja and, only where there is an NVIDIA GPU and no nvcc, CUDA's compiler (about 300 MB)",
     "demo": "scikit-learn with SciPy, matplotlib, eSpeak NG (GPL-3), soundfile (about 80 MB)",
     "train": "pyarrow, tokenizers, TensorBoard, Pillow (about 90 MB)",
     "docs": "pdoc with Jinja2 and Pygments (about 3 MB)",
+    "transformers": "Hugging Face's transformers (about 30 MB)",
     "dev": "pytest and plugins, hypothesis, ruff, mypy, build, setuptools, pybind11, ninja (about 45 MB)",
 }
 TORCH_DOWNLOAD = (
@@ -225,7 +227,7 @@ def install(stamp: dict, extra: str) -> None:
 def prepare(extra: str) -> None:
     """Bring .venv to the state that an extra needs, without calling pip where it is there already."""
     stamp = read_stamp()
-    if usable(stamp) and stamp["inputs"] == inputs() and extra in stamp["extras"]:
+    if usable(stamp) and stamp["inputs"] == inputs() and {*INCLUDED[extra]} <= {*stamp["extras"]}:
         return
     if stamp is not None and not usable(stamp):
         say("The environment .venv is unfinished or belongs to another Python or folder: building it anew")
@@ -270,7 +272,7 @@ def start(command: str, arguments: list[str]) -> int:
     """Prepare what a command needs, run it and return its exit code."""
     if command == "gpu":
         return gpu(arguments)
-    prepare("demo" if command == "demo" else "dev")
+    prepare(command if command in INCLUDED else "dev")
     heading, *module = COMMANDS[command]
     if command == "test":
         say("Checking the code with ruff and mypy")

@@ -57,6 +57,14 @@ def test_demo_after_test_calls_no_pip_and_test_after_demo_adds_its_tools_to_the_
     assert machine.started("test")[0] == f"VENV {CHECKS[0]}"
 
 
+def test_slow_tests_add_transformers_once_and_the_quick_ones_then_call_no_pip(bootstrap, machine):
+    machine.started("test")
+    machine.torches[str(bootstrap.PYTHON)] = ("2.13.0+cpu", False, "site-packages/torch")
+    assert machine.started("test-all")[0] == PIP + " --editable .[demo,train,docs,dev,transformers]"
+    assert len(machine.started("test-all")) == 1
+    assert machine.started("test")[0] == f"VENV {CHECKS[0]}"
+
+
 def write(name):
     """Change a file of the checkout."""
 
