@@ -73,7 +73,7 @@ class RelativeBiasAttention(nn.Module):
 
         A bias with CLS needs plans with CLS, one without needs plans without: a plan whose CLS are values on a device,
         those of ``from_modality_ids(is_cls=...)``, is taken at the caller's word. With an order, those of both plans
-        count from 0 in each sample. Inert rows hold the output projection's bias.
+        count from 0 in each sample. Inert rows are zero.
 
         Raises:
             ValueError: rows, biases, codes, CLS or modalities that do not fit the plan, or keys without their plan.
@@ -98,7 +98,10 @@ class RelativeBiasAttention(nn.Module):
         attended = attended.flatten(1)
         if self.norm is not None:
             attended = through(self.norm, attended, plan)
-        return through(self.out_proj, attended, plan)
+        out = through(self.out_proj, attended, plan)
+        if isinstance(self.out_proj, RoutedLinear) or sum(plan.row_counts) == plan.capacity:
+            return out
+        return out.masked_fill((plan.modality == len(plan.modalities))[:, None], 0)  # inert rows hold the bias
 
     def _segments(self, plan: RoutePlan) -> Segments:
         by_order = isinstance(self.bias, RelativeBias) and _goes_by_order(plan)

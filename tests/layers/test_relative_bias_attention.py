@@ -178,6 +178,22 @@ def test_orders_of_interleaved_tokens_go_by_their_positions():
     assert module(inert.pack(normal(3, DIM, seed=1)), inert).shape == (3, DIM)
 
 
+@pytest.mark.parametrize("kind", ["capacity", "token masks", "counts"])
+def test_inert_rows_are_zero_and_no_gradient_passes_them(kind):
+    text = torch.tensor([[True, False, True], [False, True, True]])
+    plan = {
+        "capacity": lambda: RoutePlan.from_masks({"text": text}, capacity=7),
+        "token masks": lambda: RoutePlan.from_token_masks({"text": text}, inert=True),
+        "counts": lambda: RoutePlan.from_masks({"text": text}),
+    }[kind]()
+    module = drawn(RelativeBiasAttention(DIM, HEADS, norm=nn.LayerNorm(DIM)))
+    out = module(normal(plan.capacity, DIM, seed=1), plan)
+    assert out[4:].abs().sum() == 0 and out[:4].abs().min() > 0
+    out.sum().backward()
+    assert module.out_proj.bias.grad.tolist() == [4.0] * DIM
+    assert (out.grad_fn.name() == "AddmmBackward0") == (kind == "counts"), "nothing to do where there are none"
+
+
 def test_a_decoder_of_texts_sees_keys_of_several_modalities():
     """One bias for all: keys by their places in the sample, queries by theirs."""
     plan, others = plan_of(text=[3, 1]), plan_of(image=[4, 0], text=[2, 3])
