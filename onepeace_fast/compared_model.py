@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.differences import named_tensors
@@ -31,7 +33,8 @@ class ComparedModel:
             )
         self.name, self.model, self.args, self.kwargs, self.inputs, self.loss = name, model, args, kwargs, inputs, loss
         owner = getattr(model, "__self__", model)  # of a bound method
-        self.own: dict[str, Tensor] = dict(upstream_names(owner)) if isinstance(owner, nn.Module) else {}
+        self.module = owner if isinstance(owner, nn.Module) else None
+        self.own: dict[str, Tensor] = {} if self.module is None else dict(upstream_names(self.module))
         self.leaves: list[Tensor] = []  # all to which the backward pass gives a gradient
         self.cotangents: dict[str, Tensor] = {}
         self.devices = {tensor.device for tensor in (*inputs.values(), *self.own.values())}
@@ -61,7 +64,8 @@ class ComparedModel:
                 f"{self.name}: expected a model that keeps its inputs, got one that changes {key} in place; "
                 "compare a function that clones it",
             )
-        found = {key: tensor.detach().clone() for key, tensor in named_tensors(output)}  # a model may reuse its own
+        # A model may reuse its own.
+        found = {key: tensor.detach().clone() for key, tensor in named_tensors(output).items()}
         require(bool(found), lambda: f"{self.name}: expected a tensor in the output, got {describe(output)}")
         self.devices |= {tensor.device for tensor in found.values()}
         return output, found
@@ -73,7 +77,7 @@ class ComparedModel:
         """
         generator = torch.Generator().manual_seed(SEED)
         # By name: models may give the same outputs in another order.
-        for key, tensor in sorted(named_tensors(output), key=lambda pair: pair[0]) if self.loss is None else ():
+        for key, tensor in sorted(named_tensors(output).items()) if self.loss is None else ():
             drawn = torch.randn(tensor.shape, generator=generator).bfloat16()  # of which wider dtypes have each value
             if tensor.requires_grad:
                 self.cotangents[key] = drawn.to(tensor.device, tensor.dtype)
@@ -105,13 +109,40 @@ class ComparedModel:
     def _roots(self, output: Any) -> tuple[list[Tensor], list[Tensor] | None]:
         """Where the backward pass begins, and the weights there."""
         if self.loss is None:
-            found = dict(named_tensors(output))
+            found = named_tensors(output)
             return [found[key] for key in self.cotangents], list(self.cotangents.values())
         with torch.enable_grad():
             loss = self.loss(output)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise ValueError(f"loss: expected a function that returns a tensor of one entry, got {describe(loss)}")
         return [loss], None
+
+
+@contextlib.contextmanager
+def unchanged(*models: ComparedModel) -> Iterator[None]:
+    """Puts back torch's random state and the models' buffers: what they hold, and those of a state dict themselves."""
+    modules = [inner for model in models if model.module is not None for inner in model.module.modules()]
+    tensors = {id(buffer): buffer for module in modules for buffer in module._buffers.values() if buffer is not None}
+    # By ``data``: a graph that the user holds does not take its own buffers for changed ones.
+    held = [(buffer, buffer.data, buffer.detach().clone()) for buffer in tensors.values() if _holds_values(buffer)]
+    # Another buffer that a model replaces is a table of its own making, which its other attributes may count on.
+    states = [
+        {name: one for name, one in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for module in modules
+    ]
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()):
+        try:
+            yield
+        finally:
+            for buffer, data, values in held:
+                buffer.data = data.copy_(values)
+            for module, state in zip(modules, states, strict=True):
+                module._buffers.update(state)
+
+
+def _holds_values(buffer: Tensor) -> bool:
+    """Whether a buffer has values that a model can write over: not before a lazy module's first call, nor expanded."""
+    return not is_lazy(buffer) and not (buffer.layout is torch.strided and 0 in buffer.stride())
 
 
 def _leaves(roots: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.compared_model import ComparedModel
+from onepeace_fast.compared_model import ComparedModel, unchanged
 from onepeace_fast.differences import Difference, gradient_differences, largest, named_tensors, output_differences
 from onepeace_fast.memory import peak_bytes, saved_bytes
 from onepeace_fast.tables import table
@@ -129,11 +129,15 @@ def compare(
     events take the device's time, without the gaps between launches.
 
     Memory is what autograd saves for the backward pass, parameters excluded, and on a GPU also the most that a pass
-    allocates above what stood before. Turn dropout off: each model draws its own.
+    allocates above what stood before.
+
+    The runs whose outputs and gradients are compared begin from one random state of torch: equal models draw equal
+    dropout, but the library's fused dropout draws other numbers than torch's. Afterwards the random state and the
+    buffers of a module, or of a method's, are as before; a replaced buffer that no state dict has stays.
 
     Args:
         model_a: a module or another callable, which ``model_b`` is held against. Outputs are tensors, or mappings,
-            tuples, lists and dataclasses of them.
+            tuples, lists and dataclasses of them, whose names are keys joined by dots.
         model_b: likewise.
         batch: one tensor, the positional arguments as a tuple, or the keyword arguments as a mapping. An input that
             requires a gradient gets one.
@@ -146,8 +150,8 @@ def compare(
         names: what the models are called in the result.
 
     Raises:
-        ValueError: arguments that do not fit, outputs of different structures or shapes, a model that changes its
-            inputs, or no output that needs a gradient.
+        ValueError: arguments that do not fit, outputs of different structures or shapes, two of one name, a model that
+            changes its inputs, or no output that needs a gradient.
         RuntimeError: a model that fails in a later round.
     """
     require(
@@ -155,17 +159,18 @@ def compare(
     )
     require(len(set(names)) == len(names) == 2, lambda: f"names: expected two different ones, got {names}")
     args, kwargs = _arguments(batch)
-    inputs = dict(named_tensors(kwargs or args, strict=False))
+    inputs = named_tensors(kwargs or args, strict=False)
     a, b = (
         ComparedModel(name, model, args, kwargs, inputs, loss)
         for name, model in zip(names, (model_a, model_b), strict=True)
     )
     _device(a.devices | b.devices)  # refused before anything runs
-    outputs, gradients, not_compared = _differences(a, b, backward)
-    device = _device(a.devices | b.devices)  # those of outputs are known now
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        memory = _memory(a, b, backward, device)
-        times = _times(a, b, backward, device, rounds, seconds)
+    with unchanged(a, b):
+        outputs, gradients, not_compared = _differences(a, b, backward)
+        device = _device(a.devices | b.devices)  # those of outputs are known now
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            memory = _memory(a, b, backward, device)
+            times = _times(a, b, backward, device, rounds, seconds)
     return Comparison(names, device, torch.get_num_threads(), times, memory, outputs, gradients, not_compared)
 
 
@@ -183,8 +188,9 @@ def _differences(
     a: ComparedModel, b: ComparedModel, backward: bool
 ) -> tuple[dict[str, Difference], dict[str, Difference], tuple[str, ...]]:
     """Differences of outputs and of gradients, and which gradients are not in both; one graph lives at a time."""
-    output, expected = a.first_run(backward)
-    gradients = a.gradients(output) if backward else {}
+    with unchanged(a, b):
+        output, expected = a.first_run(backward)
+        gradients = a.gradients(output) if backward else {}
     output, found = b.first_run(backward)
     outputs = output_differences(expected, found, (a.name, b.name))
     others = b.gradients(output) if backward else {}

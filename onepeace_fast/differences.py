@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe
+from onepeace_fast.checks import describe, require
 
 
 class Difference(NamedTuple):
@@ -52,14 +52,25 @@ def largest(differences: Mapping[str, Difference], measure: str) -> str:
     return max(differences, key=size)
 
 
-def named_tensors(value: Any, name: str = "", strict: bool = True) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(value: Any, strict: bool = True) -> dict[str, Tensor]:
     """The tensors inside mappings, tuples, lists and dataclasses, by keys, indices and fields joined by dots.
 
     A number counts as a tensor, and None as nothing. A lone tensor is "output".
 
     Raises:
-        ValueError: where ``strict``, a value of another type.
+        ValueError: two of one name, or where ``strict`` a value of another type.
     """
+    found: dict[str, Tensor] = {}
+    for name, tensor in _walk(value, "", strict):
+        require(
+            name not in found,
+            f"{name}: expected one tensor of this name, which is its keys joined by dots, got two; rename a key",
+        )
+        found[name] = tensor
+    return found
+
+
+def _walk(value: Any, name: str, strict: bool) -> Iterator[tuple[str, Tensor]]:
     parts: Any
     if isinstance(value, Tensor):
         yield name or "output", value
@@ -81,7 +92,7 @@ def named_tensors(value: Any, name: str = "", strict: bool = True) -> Iterator[t
             f"{describe(value)}; compare functions that return those"
         )
     for key, part in parts:
-        yield from named_tensors(part, f"{name}.{key}" if name else str(key), strict)
+        yield from _walk(part, f"{name}.{key}" if name else str(key), strict)
 
 
 def output_differences(

@@ -47,6 +47,7 @@ class RoutePlan:
             and for the FFN branch of each layer.
         branch_row_counts: per layer and branch, the rows of each modality that it computes, where the host knows them,
             else empty.
+        has_cls: whether position 0 of every modality is its CLS, False for none; None where the host does not know.
     """
 
     modalities: tuple[str, ...]
@@ -66,6 +67,7 @@ class RoutePlan:
     segment_lengths: tuple[tuple[int, ...], ...] = ()
     drop_path: Tensor | None = None
     branch_row_counts: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    has_cls: bool | None = None
 
     @property
     def capacity(self) -> int:
@@ -200,6 +202,7 @@ class RoutePlan:
             row_counts=row_counts,
             max_length=max_length,
             segment_lengths=known,
+            has_cls=first_is_cls,
         )
 
     @classmethod

@@ -75,6 +75,7 @@ def fields_of_ids(
     count, device = modality_ids.shape[0], modality_ids.device
     sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
     positions = torch.arange(count, device=device) if positions is None else positions
+    has_cls = False if is_cls is None else None
     is_cls = torch.zeros(count, dtype=torch.bool, device=device) if is_cls is None else is_cls
     limit = count - 1 if max_position is None else max_position
     check_tokens(count, device, sample_ids, sample_count, positions, limit, is_cls)
@@ -88,7 +89,7 @@ def fields_of_ids(
         "offsets": torch.cat([starts[:-1:sample_count], starts[-1:]]), "cu_seqlens": cu_seqlens, "modality": modality,
         "sample": sample, "position": positions[source].int(), "code": positions[source].int(),
         "order": order_in_sample(cu_seqlens, modality, sample), "is_cls": is_cls[source], "source": source,
-        "code_offsets": (limit,) * modalities, "padded_shapes": ((1, count),),
+        "code_offsets": (limit,) * modalities, "padded_shapes": ((1, count),), "has_cls": has_cls,
     }  # fmt: skip
 
 

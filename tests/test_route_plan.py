@@ -267,6 +267,7 @@ def test_refilling_from_another_kind_of_plan_is_refused():
         "padded_shapes": from_lengths(lengths, widths={"text": 4}, capacity=8),
         "code_offsets": from_lengths(lengths, code_offsets={"text": 9}, capacity=8),
         "drop_path": plan.with_drop_path(drop_path),
+        "has_cls": from_lengths(lengths, first_is_cls=False, capacity=8),
     }
     for other in others.values():
         refused("other", plan.copy_, other)

@@ -61,9 +61,11 @@ class RelativeBias(nn.Module, ABC):
         heads: attention heads.
         table: the trained table [rows, heads]; None for ``alibi``.
         is_series: whether codes are places in a row, so that vectors take its length.
+        with_cls: whether it has entries of CLS.
     """
 
-    is_series = False  # whether codes are places in a row, and vectors take its length
+    is_series = False
+    with_cls = False
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -264,7 +266,7 @@ class _BucketedSeries(_SeriesBias):
         with_cls: bool = False, is_bounded: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(heads)
-        self._name, self._make_index, self._with_cls = name, make_index, with_cls
+        self._name, self._make_index, self.with_cls = name, make_index, with_cls
         _add_table(self, name, rows)
         self.register_buffer("index", make_index(), persistent=False)
         self.max_length = self._reach + 1 if is_bounded else None
@@ -283,12 +285,12 @@ class _BucketedSeries(_SeriesBias):
 
     def is_cls(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
         codes = self.codes(length, window=window)
-        return codes == 0 if self._with_cls else torch.zeros_like(codes, dtype=torch.bool)
+        return codes == 0 if self.with_cls else torch.zeros_like(codes, dtype=torch.bool)
 
     def vector(self, length: int | None = None) -> Tensor:
         rows = self.index[self._distances(length).clamp(-self._reach, self._reach) + self._reach]
         # An embedding, since its gradient is summed in a fixed order on every device.
-        return _with_cls_entries(F.embedding(rows, self.table), self.table if self._with_cls else None)
+        return _with_cls_entries(F.embedding(rows, self.table), self.table if self.with_cls else None)
 
     def reset_tables(self) -> None:
         self.index = self._make_index().to(self.table.device)
@@ -320,7 +322,7 @@ class _WindowBias(RelativeBias):
 
     def __init__(self, heads: int, window: tuple[int, ...], name: str, with_cls: bool = False) -> None:
         super().__init__(heads)
-        self.window, self._name, self._with_cls = window, name, with_cls
+        self.window, self._name, self.with_cls = window, name, with_cls
         _add_table(self, name, window_table_rows(window) + (CLS_ENTRIES if with_cls else 0))
 
     @property
@@ -338,14 +340,14 @@ class _WindowBias(RelativeBias):
                 f"window: expected at most {list(self.window)}, which the bias covers, got {list(window)}",
             )
         codes = window_codes(window or self.window, self.window, self.table.device)
-        if self._with_cls:
+        if self.with_cls:
             codes = F.pad(codes, (1, 0))  # whose code is never used
         return codes[: self._require_covered(length)]
 
     def is_cls(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
         codes = self.codes(length, window=window)
         place = torch.arange(codes.shape[0], device=codes.device)
-        return place < (1 if self._with_cls else 0)
+        return place < (1 if self.with_cls else 0)
 
     def code_offset(self, length: int | None = None) -> int:
         self._require_covered(length)
@@ -353,12 +355,12 @@ class _WindowBias(RelativeBias):
 
     def vector(self, length: int | None = None) -> Tensor:
         self._require_covered(length)
-        if self._with_cls:
+        if self.with_cls:
             return self.table.t().contiguous()
         return _with_cls_entries(self.table, None)
 
     def _require_covered(self, length: int | None) -> int | None:
-        limit = math.prod(self.window) + (1 if self._with_cls else 0)
+        limit = math.prod(self.window) + (1 if self.with_cls else 0)
         require(
             length is None or (isinstance(length, int) and 1 <= length <= limit),
             lambda: f"length: expected at most {limit}, the tokens that the bias covers, got {describe(length)}",

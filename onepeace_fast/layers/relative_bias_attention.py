@@ -71,11 +71,12 @@ class RelativeBiasAttention(nn.Module):
     ) -> Tensor:
         """Packed rows [C, dim] in and out; with ``keys`` they see the rows [K, dim] of another plan, not their own.
 
-        A bias with CLS needs plans with CLS, one without needs plans without. With an order, those of both plans
-        count from 0 in each sample. Inert rows hold the output projection's bias.
+        A bias with CLS needs plans with CLS, one without needs plans without: a plan whose CLS are values on a device,
+        those of ``from_modality_ids(is_cls=...)``, is taken at the caller's word. With an order, those of both plans
+        count from 0 in each sample. Inert rows are zero.
 
         Raises:
-            ValueError: rows, biases, codes or modalities that do not fit the plan, or keys without their plan.
+            ValueError: rows, biases, codes, CLS or modalities that do not fit the plan, or keys without their plan.
         """
         require((keys is None) == (key_plan is None), "key_plan: expected that of keys, or neither, got one of them")
         others, other_plan = (x, plan) if keys is None or key_plan is None else (keys, key_plan)
@@ -97,7 +98,10 @@ class RelativeBiasAttention(nn.Module):
         attended = attended.flatten(1)
         if self.norm is not None:
             attended = through(self.norm, attended, plan)
-        return through(self.out_proj, attended, plan)
+        out = through(self.out_proj, attended, plan)
+        if isinstance(self.out_proj, RoutedLinear) or sum(plan.row_counts) == plan.capacity:
+            return out
+        return out.masked_fill((plan.modality == len(plan.modalities))[:, None], 0)  # inert rows hold the bias
 
     def _segments(self, plan: RoutePlan) -> Segments:
         by_order = isinstance(self.bias, RelativeBias) and _goes_by_order(plan)
@@ -112,6 +116,7 @@ class RelativeBiasAttention(nn.Module):
             return [], []
         if isinstance(self.bias, RelativeBias):
             plans = (plan, key_plan)
+            _require_cls(self.bias, "the bias", *plans)
             if self.bias.is_series:
                 length = max(_codes_below(one) for one in plans)
                 return [self.bias.vector(length)], [self.bias.code_offset(length)]
@@ -130,6 +135,8 @@ class RelativeBiasAttention(nn.Module):
                 lambda: f"key_plan: expected the modalities {list(plan.modalities)}, got {list(key_plan.modalities)}",
             )
             biases = [self.bias[name] for name in plan.modalities]
+            for name, bias in zip(plan.modalities, biases, strict=True):
+                _require_cls(bias, f"the bias of {name!r}", plan, key_plan)
         vectors: list[Tensor] = []
         offsets: list[int] = []
         for place, bias in enumerate(biases):
@@ -142,6 +149,15 @@ class RelativeBiasAttention(nn.Module):
             vectors.append(bias.vector(*taken))
             offsets.append(offset)
         return vectors, offsets
+
+
+def _require_cls(bias: RelativeBias, title: str, plan: RoutePlan, key_plan: RoutePlan) -> None:
+    """Raise where a plan says that it has CLS and the bias has none, or the other way round."""
+    for name, one in (("plan", plan), ("key_plan", key_plan)):
+        if one.has_cls is not None and one.has_cls != bias.with_cls:
+            wanted, got = ("with", "without") if bias.with_cls else ("without", "with")
+            how = "give first_is_cls=True, or is_cls" if bias.with_cls else "leave first_is_cls out"
+            raise ValueError(f"{name}: expected one {wanted} CLS, as {title} is, got one {got}; {how}")
 
 
 def _goes_by_order(plan: RoutePlan) -> bool:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from support import contract
-from support.contract import normal, refused
+from support.contract import message_of, normal, refused
 from torch import nn
 
 from onepeace_fast import RelativeBias, RelativeBiasAttention, RoutedLinear, RoutedNorm, RoutePlan
@@ -178,6 +178,22 @@ def test_orders_of_interleaved_tokens_go_by_their_positions():
     assert module(inert.pack(normal(3, DIM, seed=1)), inert).shape == (3, DIM)
 
 
+@pytest.mark.parametrize("kind", ["capacity", "token masks", "counts"])
+def test_inert_rows_are_zero_and_no_gradient_passes_them(kind):
+    text = torch.tensor([[True, False, True], [False, True, True]])
+    plan = {
+        "capacity": lambda: RoutePlan.from_masks({"text": text}, capacity=7),
+        "token masks": lambda: RoutePlan.from_token_masks({"text": text}, inert=True),
+        "counts": lambda: RoutePlan.from_masks({"text": text}),
+    }[kind]()
+    module = drawn(RelativeBiasAttention(DIM, HEADS, norm=nn.LayerNorm(DIM)))
+    out = module(normal(plan.capacity, DIM, seed=1), plan)
+    assert out[4:].abs().sum() == 0 and out[:4].abs().min() > 0
+    out.sum().backward()
+    assert module.out_proj.bias.grad.tolist() == [4.0] * DIM
+    assert (out.grad_fn.name() == "AddmmBackward0") == (kind == "counts"), "nothing to do where there are none"
+
+
 def test_a_decoder_of_texts_sees_keys_of_several_modalities():
     """One bias for all: keys by their places in the sample, queries by theirs."""
     plan, others = plan_of(text=[3, 1]), plan_of(image=[4, 0], text=[2, 3])
@@ -220,6 +236,35 @@ def test_what_does_not_fit_is_one_line():
     shared = RelativeBiasAttention(DIM, HEADS, RelativeBias.swin((2, 2), HEADS))
     refused("bias", shared, torch.zeros(8, DIM), plan_of(image=[2, 2], text=[2, 2]))
     refused("key_plan", module, x, plan, torch.zeros(8, DIM), other)
+
+
+def test_a_bias_with_cls_needs_plans_with_cls_and_one_without_needs_plans_without():
+    with_cls, without = (
+        RelativeBias.one_peace(HEADS, buckets=16),
+        RelativeBias.one_peace(HEADS, buckets=16, with_cls=False),
+    )
+    plan, behind_cls = (RoutePlan.from_lengths({"text": [3, 2]}, first_is_cls=cls) for cls in (False, True))
+    ids, x = torch.zeros(5, dtype=torch.int64), torch.zeros(5, DIM)
+    bare = RoutePlan.from_modality_ids(ids, ["text"])
+    wanted = "expected one with CLS, as the bias is, got one without; give first_is_cls=True, or is_cls"
+    unwanted = "expected one without CLS, as the bias of 'text' is, got one with; leave first_is_cls out"
+    one, several = RelativeBiasAttention(DIM, HEADS, with_cls), RelativeBiasAttention(DIM, HEADS, {"text": without})
+    for module, fits, others, said in (
+        (one, behind_cls, (plan, bare), wanted),
+        (several, plan, (behind_cls,), unwanted),
+    ):
+        assert module(x, fits).shape == module(x, fits, x, fits).shape == (5, DIM)
+        for other in others:
+            assert message_of(module, x, other) == f"plan: {said}"
+            assert message_of(module, x, fits, x, other) == f"key_plan: {said}"
+    told = RoutePlan.from_modality_ids(ids, ["text"], is_cls=ids == 1)
+    assert told.has_cls is None and one(x, told).shape == several(x, told).shape == (5, DIM)
+    for bias in (RelativeBias.t5(HEADS), RelativeBias.alibi(HEADS), RelativeBias.swin((1, 3), HEADS)):
+        assert message_of(RelativeBiasAttention(DIM, HEADS, bias), x, behind_cls).startswith(
+            "plan: expected one without"
+        )
+    assert message_of(RelativeBiasAttention(DIM, HEADS, RelativeBias.beit((1, 2), HEADS)), x, plan) == f"plan: {wanted}"
+    assert RelativeBiasAttention(DIM, HEADS)(x, behind_cls).shape == (5, DIM)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -11,6 +11,13 @@ from onepeace_fast import RoutedFFN, RoutedLinear, RoutedNorm
 IDS = [0, 1, 1, 0, 1]
 
 
+class GELUActivation(nn.Module):
+    """An activation of some other library's own class, as transformers has."""
+
+    def forward(self, x):
+        return nn.functional.gelu(x)
+
+
 class Gated(nn.Module):
     """A network of some other model, with names of its own."""
 
@@ -175,9 +182,64 @@ def test_modules_that_compute_something_else_are_refused():
     watched.register_forward_hook(print)
     refused("experts: expected none with hooks", RoutedFFN.from_experts, [watched], **GATED)
     assert message_of(RoutedFFN.from_experts, [Gated(p=0.1)], **GATED) == (
-        "experts: expected none with dropout, which is not computed here, got 'dropout' with 0.1 in expert 0; set its "
+        "experts: expected none with dropout, which is not computed here, got 'dropout' of expert 0 with 0.1; set its "
         "p to 0 and apply dropout to the result"
     )
+
+
+@pytest.mark.parametrize("left", (
+    nn.LayerNorm(HIDDEN, elementwise_affine=False), nn.RMSNorm(HIDDEN, elementwise_affine=False), nn.Softmax(-1),
+    nn.BatchNorm1d(HIDDEN, affine=False), nn.Tanh(), nn.GELU(), nn.ReLU(),
+))  # fmt: skip
+def test_modules_without_parameters_that_no_name_covers_are_refused(left):
+    experts = several(Gated)
+    experts[1].net["after"] = nn.Sequential(nn.Identity(), left)
+    assert message_of(RoutedFFN.from_experts, experts, **GATED) == (
+        "experts: expected nothing but what is named and the activation 'silu' to be computed, got 'net.after.1' of "
+        f"expert 1, a {left!r}; take it out if nothing calls it"
+    )
+
+
+@pytest.mark.parametrize("activation, module", (
+    ("gelu", nn.GELU()), ("gelu_tanh", nn.GELU("tanh")), ("silu", nn.SiLU()), ("relu", nn.ReLU(inplace=True)),
+    ("gelu", GELUActivation()),
+))  # fmt: skip
+def test_the_activation_and_what_computes_nothing_need_no_name(activation, module):
+    def build():
+        parts = nn.Linear(DIM, HIDDEN), module, nn.Dropout(0.0), nn.Identity(), nn.Linear(HIDDEN, DIM)
+        return nn.Sequential(nn.ModuleDict({"all": nn.ModuleList([nn.Sequential(*parts)])})["all"][0])
+
+    experts = several(build)
+    if isinstance(module, nn.GELU):
+        other = {"gelu": "gelu_tanh", "gelu_tanh": "gelu"}[activation]
+        said = message_of(RoutedFFN.from_experts, experts, w0="0.0", w2="0.4", activation=other)
+        assert said.endswith(f"got '0.1' of expert 0, a {module!r}; take it out if nothing calls it")
+    check(RoutedFFN.from_experts(experts, w0="0.0", w2="0.4", activation=activation), experts)
+
+
+def test_hooks_inside_an_expert_are_refused():
+    watched = Gated()
+    watched.net.register_forward_hook(print)
+    said = "experts: expected none with hooks, which are not called, got 'net' of expert 0 with"
+    assert message_of(RoutedFFN.from_experts, [watched], **GATED) == said
+
+
+def test_norms_that_compute_more_than_is_said_are_refused():
+    gained, watched, inner = OwnNorm(), OwnNorm(), OwnNorm()
+    gained.gain, inner.drop = nn.Parameter(torch.ones(1)), nn.Dropout(0.5)
+    watched.register_forward_hook(print)
+    said = {
+        gained: "expected no parameters but weight and bias, got ['gain'] of expert 1",
+        watched: "expected none with hooks, which are not called, got expert 1 with",
+        inner: "expected none with dropout, which is not computed here, got 'drop' of expert 1 with 0.5; set its p to "
+        "0 and apply dropout to the result",
+        nn.BatchNorm1d(DIM): "expected norms of the kind 'rms_norm', got a BatchNorm1d as expert 1",
+        nn.LayerNorm(DIM, bias=False): "expected norms of the kind 'rms_norm', got a LayerNorm as expert 1",
+    }
+    for norm, message in said.items():
+        assert message_of(RoutedNorm.from_experts, [OwnNorm(), norm], "rms_norm", eps=0.25) == f"experts: {message}"
+    same = RoutedNorm.from_experts([OwnNorm(), nn.RMSNorm(DIM, eps=0.25)], "rms_norm", eps=0.25)
+    assert same.kind == "rms_norm"
 
 
 def test_names_that_do_not_fit_are_refused():

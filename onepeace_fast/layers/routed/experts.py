@@ -120,19 +120,63 @@ def modules_at(experts: Sequence[nn.Module], name: str | Sequence[nn.Module], wh
     return found
 
 
-def refuse_what_is_left(experts: Sequence[nn.Module], found: Mapping[str, Sequence[nn.Module]]) -> None:
-    """Raise where an expert has parameters that no module of ``found`` has, or dropout."""
+def refuse_what_is_left(
+    experts: Sequence[nn.Module], found: Mapping[str, Sequence[nn.Module]], activation: str
+) -> None:
+    """Raise where an expert has parameters, or a module that computes something, that no module of ``found`` has."""
     for m, expert in enumerate(experts):
-        taken = {id(parameter) for modules in found.values() for parameter in modules[m].parameters()}
+        named = [modules[m] for modules in found.values()]
+        taken = {id(parameter) for module in named for parameter in module.parameters()}
         left = [name for name, parameter in expert.named_parameters() if id(parameter) not in taken]
         require(not left, f"experts: expected names for all parameters of expert {m}, got none for {left}")
-        require(not is_watched(expert), f"experts: expected none with hooks, which are not called, got expert {m} with")
-        for name, module in expert.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p:
-                raise ValueError(
-                    f"experts: expected none with dropout, which is not computed here, got {name!r} with {module.p} in "
-                    f"expert {m}; set its p to 0 and apply dropout to the result"
-                )
+        refuse_unread(expert, named, f"expert {m}", "experts", activation)
+
+
+def refuse_unread(
+    expert: nn.Module, read: Sequence[nn.Module], title: str, what: str, activation: str | None = None
+) -> None:
+    """Raise where an expert has hooks, dropout or another computing module of torch's outside the modules ``read``.
+
+    What a class of the model's own computes only its author can tell, as of the expert itself: such a one is taken.
+    """
+    known = {id(inner) for module in read for inner in module.modules()}
+    for name, module in expert.named_modules():
+        if id(module) in known:
+            continue
+        place = f"{name!r} of {title}" if name else title
+        require(not is_watched(module), f"{what}: expected none with hooks, which are not called, got {place} with")
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            require(
+                not module.p,
+                f"{what}: expected none with dropout, which is not computed here, got {place} with {module.p}; set its "
+                "p to 0 and apply dropout to the result",
+            )
+        elif name and _computes(module) and _activation(module) != activation:
+            besides = f" and the activation {activation!r}" if activation else ""
+            raise ValueError(
+                f"{what}: expected nothing but what is named{besides} to be computed, got {place}, a "
+                f"{' '.join(repr(module).split())}; take it out if nothing calls it"
+            )
+
+
+# A bare Module is a place for others.
+_COMPUTE_NOTHING = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict, nn.Identity)
+
+
+def _computes(module: nn.Module) -> bool:
+    return is_of_torch(module) and type(module) not in _COMPUTE_NOTHING
+
+
+def is_of_torch(module: nn.Module) -> bool:
+    """Whether a module is of a class of ``torch.nn``, so that what it computes is known."""
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _activation(module: nn.Module) -> str:
+    """The name of the activation that a module computes; empty for any other."""
+    if type(module) is nn.GELU:
+        return "gelu" if module.approximate == "none" else "gelu_tanh"
+    return "silu" if type(module) is nn.SiLU else "relu" if type(module) is nn.ReLU else ""
 
 
 def on_meta(build: Callable[[], Kind]) -> Kind:

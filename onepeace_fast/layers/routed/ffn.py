@@ -93,8 +93,7 @@ class RoutedFFN(RoutedModule):
         self, w0: RoutedLinear, w1: RoutedLinear | None, w2: RoutedLinear, sub_norm: RoutedNorm | None,
         output_norm: RoutedNorm | None, activation: str,
     ) -> None:  # fmt: skip
-        names = ", ".join(ACTIVATIONS)
-        require(activation in ACTIVATIONS, lambda: f"activation: expected one of {names}, got {activation!r}")
+        _require_activation(activation)
         self.w0, self.w1, self.w2, self.sub_norm, self.output_norm = w0, w1, w2, sub_norm, output_norm
         self.activation = activation
 
@@ -116,15 +115,17 @@ class RoutedFFN(RoutedModule):
             norm_kind, eps: those of ``RoutedNorm.from_experts``.
 
         Raises:
-            ValueError: a name that an expert does not have, experts of different widths or kinds, and parameters or
-                dropout in an expert that no name covers.
+            ValueError: a name that an expert does not have, experts of different widths or kinds, and parameters,
+                hooks, dropout or other modules of ``torch.nn`` in an expert that no name covers: but containers,
+                Identity and the activation.
         """
         require(len(experts) > 0, "experts: expected at least one expert, got none")
         places = {"w0": w0, "w1": w1, "w2": w2, "sub_norm": sub_norm, "output_norm": output_norm}
         found = {
             part: modules_at(experts, place, f"experts, {part}") for part, place in places.items() if place is not None
         }
-        refuse_what_is_left(experts, found)
+        _require_activation(activation)
+        refuse_what_is_left(experts, found, activation)
         parts: dict[str, RoutedLinear] = {
             part: RoutedLinear.adopting(found[part], f"experts, {part}")
             for part in ("w0", "w1", "w2") if part in found
@@ -190,3 +191,8 @@ class RoutedFFN(RoutedModule):
     def extra_repr(self) -> str:
         """The activation."""
         return f"activation={self.activation!r}"
+
+
+def _require_activation(activation: str) -> None:
+    names = ", ".join(ACTIVATIONS)
+    require(activation in ACTIVATIONS, lambda: f"activation: expected one of {names}, got {activation!r}")

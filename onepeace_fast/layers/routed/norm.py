@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.checks import require
-from onepeace_fast.layers.routed.experts import RoutedModule, listed, on_meta, parameter_list, require_plain
+from onepeace_fast.layers.routed.experts import (
+    RoutedModule,
+    is_of_torch,
+    listed,
+    on_meta,
+    parameter_list,
+    refuse_unread,
+    require_plain,
+)
 from onepeace_fast.ops.layer_norm import layer_norm
 from onepeace_fast.ops.rms_norm import rms_norm
 from onepeace_fast.route_plan import RoutePlan
@@ -71,7 +79,8 @@ class RoutedNorm(RoutedModule):
             eps: of modules of another class; of torch's own where it is not theirs.
 
         Raises:
-            ValueError: another kind of module, experts that differ, or an eps that nothing says.
+            ValueError: another kind of module, experts that differ, an eps that nothing says, and other parameters,
+                hooks, dropout or modules of ``torch.nn`` in an expert.
         """
         return cls.adopting(experts, kind, eps, "experts")
 
@@ -86,6 +95,14 @@ class RoutedNorm(RoutedModule):
                 raise ValueError(f"{what}: expected norms of one eps, got {sorted(map(str, own))}")
             eps = own.pop() if eps is None else eps
         _require_kind(kind)
+        for m, norm in enumerate(experts):
+            if is_of_torch(norm) and type(norm) is not NORMS[kind]:
+                raise ValueError(
+                    f"{what}: expected norms of the kind {kind!r}, got a {type(norm).__name__} as expert {m}"
+                )
+            left = [name for name, _ in norm.named_parameters() if name not in ("weight", "bias")]
+            require(not left, f"{what}: expected no parameters but weight and bias, got {left} of expert {m}")
+            refuse_unread(norm, (), f"expert {m}", what)
         if eps is None:
             raise ValueError(f"{what}: expected an eps, got none; give it as eps")
         routed = on_meta(lambda: cls(len(experts), 1, kind, eps=eps))
