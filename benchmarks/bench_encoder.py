@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 
 from benchmarks.support import products as vendor
 from benchmarks.support import shapes
+from benchmarks.support.boolean_masks import routed_by_masks
 from benchmarks.support.encoder import SIZES, EncoderCase
 from benchmarks.support.report import Report
 from benchmarks.support.shapes import Shape, Sizes
@@ -27,7 +29,9 @@ from onepeace_fast.timing import Timing, interval
 PAIRS = 30
 TITLE = f"Stack of {SIZES.layers} layers, float32, without adapters: CPU time over the reference's in the same round"
 NARROW = Sizes(width=128, hidden=256, heads=4, layers=4, grid=4)
-COMPILED = "Both passes, CPU time, and over the reference's in the same round"
+COMPILED = "The reference under torch.compile, both passes: CPU time, and ratios of the same round"
+MASKED = "Tokens routed by boolean masks in every layer, both passes: CPU time, and ratios of the same round"
+BFLOAT16 = "The stack in bfloat16, both passes: CPU time, and ratios of the same round"
 FOOTER = """{} threads; medians of the rounds' ratios to the reference with their 95% intervals; below 1 is faster.
 Goals: the interval of the automatic backend reaches 1; the fused one takes at most 1.1; where more than a tenth is
 padding, the automatic one gains 0.95 of what bare matrix products gain, those of packed over those of padded rows."""
@@ -45,6 +49,7 @@ INPUTS: dict[str, tuple[dict[str, list[int]], Sizes]] = {
     "demo: 40 images": ({"image": [17] * 40}, NARROW),
     "demo: 40 captions": ({"text": shapes.spread(3, 17, 40, 0)}, NARROW),
 }
+PEERS = ["32 texts of 5-70", "8 images + texts"]
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -75,18 +80,64 @@ def test_compiled(name: str, benchmark: Any, report: Report, case_seconds: float
     for layer in compiled.stack.fusion_model.layers:
         layer.compile()
     compiled.step("reference")
-    timings = paired(
-        benchmark, partial(case.step, "fused"), partial(compiled.step, "reference"), partial(case.step, "reference"),
-        seconds=case_seconds, rounds=PAIRS, least=5,
-    )  # fmt: skip
-    measured = {"input": name, "mode": "both passes", "threads": threads}
+    calls = {
+        "fused": partial(case.step, "fused"),
+        "compiled reference": partial(compiled.step, "reference"),
+        "reference": partial(case.step, "reference"),
+    }
+    timings = paired(benchmark, *calls.values(), seconds=case_seconds, rounds=PAIRS, least=5)
+    ratios = [("fused", "reference"), ("compiled reference", "reference")]
+    add_peers(report, benchmark.extra_info, COMPILED, name, threads, dict(zip(calls, timings, strict=True)), ratios)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_boolean_masks(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
+    """The padded batch routed by a boolean mask for each modality in every layer, against the fused backend."""
+    lengths, sizes = INPUTS[name]
+    case, masked = (EncoderCase(Shape(name, lengths), sizes) for _ in range(2))
+    case.check(routed_by_masks(masked))
+    calls = {
+        "fused": partial(case.step, "fused"),
+        "boolean masks": partial(masked.step, "reference"),
+        "reference": partial(case.step, "reference"),
+    }
+    timings = paired(benchmark, *calls.values(), seconds=case_seconds, rounds=PAIRS, least=4)
+    ratios = [("fused", "reference"), ("boolean masks", "reference"), ("fused", "boolean masks")]
+    add_peers(report, benchmark.extra_info, MASKED, name, threads, dict(zip(calls, timings, strict=True)), ratios)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_bfloat16(name: str, benchmark: Any, report: Report, case_seconds: float, threads: int) -> None:
+    """The stack in bfloat16 by the automatic, the fused and the reference backend, and the fused one in float32."""
+    lengths, sizes = INPUTS[name]
+    case, wide, exact = (EncoderCase(Shape(name, lengths), sizes) for _ in range(3))
+    case.to(torch.bfloat16).check_rounded(exact.to(torch.bfloat16).to(torch.float64))
+    calls = {
+        "automatic": partial(case.step, None),
+        "fused": partial(case.step, "fused"),
+        "reference": partial(case.step, "reference"),
+        "float32 fused": partial(wide.step, "fused"),
+    }
+    timings = paired(benchmark, *calls.values(), seconds=case_seconds, rounds=PAIRS, least=4)
+    ratios = [("automatic", "reference"), ("fused", "reference"), ("fused", "float32 fused")]
+    add_peers(report, benchmark.extra_info, BFLOAT16, name, threads, dict(zip(calls, timings, strict=True)), ratios)
+
+
+def add_peers(
+    report: Report, extra_info: dict[str, Any], title: str, name: str, threads: int, timings: dict[str, Timing],
+    ratios: Sequence[tuple[str, str]],
+) -> None:  # fmt: skip
+    """Times and ratios of variants that took turns; the row goes into the table and into ``extra_info``."""
+    measured: dict[str, Any] = {"input": name, "mode": "both passes", "threads": threads}
     shown = {"input": name}
-    for variant, timing in zip(("fused", "compiled reference", "reference"), timings, strict=True):
-        over = interval(timing.cpu, timings[2].cpu)
-        measured |= {variant: timing.record(), f"{variant}_over_reference": over}
-        shown[variant] = f"{1e3 * statistics.median(timing.cpu):.1f} ms, {over[1]:.2f}"
-    benchmark.extra_info.update(measured)
-    report.add(COMPILED, shown | {"pairs": str(len(timings[0].cpu))}, measured)
+    for variant, timing in timings.items():
+        measured[variant] = timing.record()
+        shown[f"{variant} ms"] = f"{1e3 * statistics.median(timing.cpu):.1f}"
+    for one, other in ratios:
+        low, middle, high = measured[f"{one}_over_{other}"] = interval(timings[one].cpu, timings[other].cpu)
+        shown[f"{one} / {other}"] = f"{middle:.2f} ({low:.2f}-{high:.2f})"
+    extra_info.update(measured)
+    report.add(title, shown | {"pairs": str(len(timing.cpu))}, measured)
 
 
 def padded_shape(shape: Shape) -> Shape:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.support import machine
+from benchmarks.support.boolean_masks import routed_by_masks
 from benchmarks.support.encoder import EncoderCase, inputs
 from benchmarks.support.layer import LayerCase
 from benchmarks.support.report import Report
@@ -226,6 +227,29 @@ class TestBenchFiles:
         case.packed_gradients = [gradient * 1.001 for gradient in case.packed_gradients]
         with pytest.raises(AssertionError, match="backends differ in the gradient"):
             case.check()
+
+    def test_masks_route_as_the_reference_does_and_the_check_sees_another_route(self):
+        case, masked = (EncoderCase(tiny_shape(), SIZES) for _ in range(2))
+        case.check(routed_by_masks(masked))
+        masked.stack.fusion_model.layers[0].routed_ffn.modality.zero_()
+        with pytest.raises(AssertionError, match="backends differ in the output"):
+            case.check(masked)
+
+    def test_rounded_numbers_are_held_against_exact_ones(self):
+        case, exact = (EncoderCase(tiny_shape(), SIZES).to(torch.bfloat16) for _ in range(2))
+        exact.to(torch.float64)
+        case.check_rounded(exact)
+        case.packed_gradients = [1.1 * gradient for gradient in case.packed_gradients]
+        with pytest.raises(AssertionError, match="backends differ in the gradient"):
+            case.check_rounded(exact)
+
+    def test_peers_row(self):
+        bench = importlib.import_module("benchmarks.bench_encoder")
+        report, info = Report(), {}
+        timings = {name: Timing([1.0] * 4, cpu=[cpu] * 4) for name, cpu in (("fused", 0.5), ("reference", 1.0))}
+        bench.add_peers(report, info, "peers", "texts", 1, timings, [("fused", "reference")])
+        assert info["fused_over_reference"] == (0.5, 0.5, 0.5) and info["reference"]["cpu_median_ms"] == 1000
+        assert report.rows["peers"][0]["measured"] == info and "0.50 (0.50-0.50)" in report.text()
 
     def test_encoder_row(self):
         bench = importlib.import_module("benchmarks.bench_encoder")
