@@ -114,21 +114,6 @@ def relative_bias_attention_reference(given: AttentionInputs) -> AttentionOutput
     return AttentionOutputs(out[:rows], log_sum_exp[:rows])
 
 
-def _dtype_of_products(x: Tensor) -> torch.dtype:
-    """Of the backward pass: bfloat16 where the CPU multiplies it, as plain PyTorch does, else at least float32.
-
-    There bfloat16 takes a third of float32's time, and elsewhere more; scores and softmax are never narrow.
-    """
-    if x.dtype == torch.bfloat16 and is_on_host(x) and _multiplies_bfloat16():
-        return x.dtype
-    return accumulation_dtype(x.dtype)
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    return torch.cpu._is_avx512_bf16_supported()
-
-
 def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
     """With p the probabilities, o = p v and do = c grad:
 
@@ -138,7 +123,7 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
     The kernel reads the log-sum-exp to repeat p block by block; here whole rows are at hand.
     """
     like, head_scale, scale = key_of(saved), saved.head_scale, saved.scale
-    dtype, of_products = accumulation_dtype(like.dtype), _dtype_of_products(like)
+    dtype = accumulation_dtype(like.dtype)
     # Of qkv and the three apart only the first or the others are there.
     found: list[Tensor | None] = [None] * 4
     widths = [vector.shape[1] for vector in saved.bias.vectors]
@@ -146,25 +131,21 @@ def relative_bias_attention_backward_reference(saved: AttentionSaved, needs: Nee
     dvectors = like.new_zeros(heads, sum(widths) + 1, dtype=dtype) if any(needs.bias.vectors) else None
     dscale = torch.zeros_like(head_scale, dtype=dtype) if needs.head_scale else None
     for pairs, entries, added, sees in walk(saved.bias, _batch(saved), dtype):
-        q, k, v = _heads(saved, pairs, of_products)
-        p = scores(q.to(dtype), k.to(dtype), added, scale).softmax(-1)
+        q, k, v = _heads(saved, pairs, dtype)
+        p = scores(q, k, added, scale).softmax(-1)
         dout = pairs.queries.read(saved.grad_out).to(dtype).transpose(1, 2)
         for real in (pairs.queries.valid, sees):
             if real is not None:
                 p = p * real[:, None, :, None]
-        rounded = p.to(of_products)
         if dscale is not None:
-            dscale += (dout * torch.matmul(rounded, v)).sum((0, 2, 3))
+            dscale += (dout * torch.matmul(p, v)).sum((0, 2, 3))
         if head_scale is not None:
             dout = dout * head_scale.to(dtype)[:, None, None]
-        dout = dout.to(of_products)
-        dv = torch.matmul(rounded.transpose(-1, -2), dout)
-        dp = torch.matmul(dout, v.transpose(-1, -2)).to(dtype)
-        ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dtype)
+        dv = torch.matmul(p.transpose(-1, -2), dout)
+        ds = torch.ops.aten._softmax_backward_data(torch.matmul(dout, v.transpose(-1, -2)), p, -1, dtype)
         if dvectors is not None:
             by_entry = ds.sum(0, keepdim=True) if entries.shape[0] < pairs.queries.samples else ds
             dvectors += sum_by_index(by_entry.movedim(1, 0).flatten(1), entries.flatten(), dvectors.shape[1])
-        ds = ds.to(of_products)
         dq, dk = torch.matmul(ds, k) * scale, torch.matmul(ds.transpose(-1, -2), q) * scale
         of_rows = [x.transpose(1, 2) for x in (dq, dk, dv)]
         if saved.qkv is not None:

@@ -206,21 +206,6 @@ def test_second_derivative_is_refused(way):
     contract.check_second_derivative(batch.call, rounded(batch, way))
 
 
-@pytest.mark.parametrize("multiplies", [True, False])
-def test_products_backward_are_bfloat16_only_where_the_cpu_multiplies_it(multiplies, monkeypatch):
-    module = importlib.import_module("onepeace_fast.ops.relative_bias_attention")
-    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: multiplies)
-    batch = mixed()
-    contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 32), torch.bfloat16, batch.slices())
-    multiply, dtypes = torch.matmul, []
-    monkeypatch.setattr(torch, "matmul", lambda x, y: (dtypes.append(x.dtype), multiply(x, y))[1])
-    for dtype, expected in ((torch.bfloat16, [torch.float32] + 5 * [[torch.float32, torch.bfloat16][multiplies]]),
-                            (torch.float16, 6 * [torch.float32])):  # fmt: skip
-        dtypes.clear()
-        contract.run(batch.call, batch.leaves(2, 32, dtype=dtype))
-        assert dtypes[:6] == expected
-
-
 @in_each_way
 def test_repeats_are_bitwise_equal(way):
     batch = mixed(long=way != "kernel")
