@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.differences import named_tensors
+from onepeace_fast.differences import UNNAMED, Gradient, named_tensors
 from onepeace_fast.models.parameter_names import upstream_names
 
 SEED = 0
@@ -70,8 +70,8 @@ class ComparedModel:
         self.devices |= {tensor.device for tensor in found.values()}
         return output, found
 
-    def gradients(self, output: Any) -> dict[str, Tensor]:
-        """The gradients of parameters and inputs by name, zeros where the pass does not reach what requires one.
+    def gradients(self, output: Any) -> list[Gradient]:
+        """The gradients of parameters, of inputs and of what else the pass reaches; zeros where it does not reach one.
 
         Finds ``leaves`` and draws the cotangents of the outputs, the same for any model and dtype.
         """
@@ -94,11 +94,14 @@ class ComparedModel:
         found = torch.autograd.grad(roots, self.leaves, weights, allow_unused=True)
         by_leaf = {id(leaf): gradient for leaf, gradient in zip(self.leaves, found, strict=True)}
         named = self.own | {f"input {key}": tensor for key, tensor in self.inputs.items()}
-        return {
-            key: torch.zeros_like(leaf) if (gradient := by_leaf.get(id(leaf))) is None else gradient
+        known = {id(leaf) for leaf in named.values()}
+        others = [leaf for leaf in self.leaves if id(leaf) not in known]
+        named |= {f"{UNNAMED}{number} {list(leaf.shape)}": leaf for number, leaf in enumerate(others, 1)}
+        return [
+            Gradient(key, leaf, torch.zeros_like(leaf) if (value := by_leaf.get(id(leaf))) is None else value)
             for key, leaf in named.items()
             if leaf.requires_grad
-        }
+        ]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -149,12 +152,12 @@ def _leaves(roots: list[Tensor]) -> list[Tensor]:
     """What a backward pass would give a gradient to, whether a module has it or a function closes over it."""
     found = {id(root): root for root in roots if root.is_leaf}
     todo: list[Any] = [root.grad_fn for root in roots if root.grad_fn is not None]
-    seen = set(todo)
+    seen = dict.fromkeys(todo)  # in an order that every run has
     while todo:
         node = todo.pop()
         if node.name().endswith("AccumulateGrad"):
             found[id(node.variable)] = node.variable
-        new = {following for following, _ in node.next_functions if following is not None} - seen
+        new = dict.fromkeys(n for n, _ in node.next_functions if n is not None and n not in seen)
         seen |= new
         todo += new
     return list(found.values())

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.compared_model import ComparedModel, unchanged
-from onepeace_fast.differences import Difference, gradient_differences, largest, named_tensors, output_differences
+from onepeace_fast.differences import (
+    UNNAMED,
+    Difference,
+    gradient_differences,
+    largest,
+    named_tensors,
+    output_differences,
+)
 from onepeace_fast.memory import peak_bytes, saved_bytes
 from onepeace_fast.tables import table
 from onepeace_fast.timing import Timing, clock_for, interleaved, interval
@@ -30,7 +37,8 @@ class Comparison:
 
     ``times`` are of both models by mode, "forward" and "forward and backward". ``memory`` is of both by measure, in
     bytes. ``outputs`` and ``gradients`` are differences by name; ``not_compared`` are gradients that one model alone
-    has, or the other in another shape.
+    has, or the other in another shape. A tensor that no module given holds, and no input is, is "unnamed" with a number
+    and its shape.
     """
 
     names: tuple[str, str]
@@ -90,6 +98,10 @@ class Comparison:
         lines = [table(rows), "", table(self._difference_rows())]
         if BOTH in self.times:
             lines.append(f"gradients compared: {len(self.gradients)}{_listed(self.not_compared)}")
+        if any(name.startswith(UNNAMED) for name in self.not_compared):
+            lines.append(
+                "unnamed: what a function closes over has no name to match; give modules, or methods of modules"
+            )
         threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.device.type == "cpu" else ""
         return "\n".join([*lines, f"medians of {len(self.times[FORWARD][0].seconds)} rounds on {self.device}{threads}"])
 
@@ -141,8 +153,9 @@ def compare(
         model_b: likewise.
         batch: one tensor, the positional arguments as a tuple, or the keyword arguments as a mapping. An input that
             requires a gradient gets one.
-        backward: also forward with backward, and gradients. Those of parameters are compared where both are modules, or
-            methods of one, and have the name and the shape. No ``.grad`` changes.
+        backward: also forward with backward, and gradients. A tensor that both models hold is compared, under the
+            first's name: parameters of modules, or of those whose methods are given, and what else both passes reach.
+            Other parameters are compared where both have the name and the shape. No ``.grad`` changes.
         loss: a function from a model's output to a tensor of one entry, where the backward pass begins. Without it the
             loss is the sum of the outputs that need a gradient, each entry times a fixed random number.
         rounds: how many; without it as many as fit into ``seconds``, 6 at least.
@@ -190,16 +203,16 @@ def _differences(
     """Differences of outputs and of gradients, and which gradients are not in both; one graph lives at a time."""
     with unchanged(a, b):
         output, expected = a.first_run(backward)
-        gradients = a.gradients(output) if backward else {}
+        gradients = a.gradients(output) if backward else []
     output, found = b.first_run(backward)
     outputs = output_differences(expected, found, (a.name, b.name))
-    others = b.gradients(output) if backward else {}
+    others = b.gradients(output) if backward else []
     if alone := sorted(set(a.cotangents) ^ set(b.cotangents)):
         raise ValueError(
             f"{', '.join(alone)}: expected an output that needs a gradient in both models, got one that does in one; "
             "give a loss, or compare functions that leave it out"
         )
-    return outputs, *gradient_differences(gradients, others)
+    return outputs, *gradient_differences(gradients, others, (a.name, b.name))
 
 
 def _device(devices: set[torch.device]) -> torch.device:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
+
+UNNAMED = "unnamed "  # begins the name of what a graph reaches and no module given has; no parameter's name begins so
+
+
+class Gradient(NamedTuple):
+    """A tensor that requires a gradient, and its gradient."""
+
+    name: str
+    leaf: Tensor
+    value: Tensor
 
 
 class Difference(NamedTuple):
@@ -115,9 +125,29 @@ def output_differences(
 
 
 def gradient_differences(
-    a: Mapping[str, Tensor], b: Mapping[str, Tensor]
+    a: Sequence[Gradient], b: Sequence[Gradient], names: tuple[str, str]
 ) -> tuple[dict[str, Difference], tuple[str, ...]]:
-    """The differences of gradients that both have in one shape, and the names of the others."""
-    names = dict.fromkeys([*a, *b])
-    shared = [name for name in names if name in a and name in b and a[name].shape == b[name].shape]
-    return {name: Difference.of(a[name], b[name]) for name in shared}, tuple(n for n in names if n not in shared)
+    """The differences of gradients that both have in one shape, and the names of the others.
+
+    What both models hold is one tensor, under the first's name; what is left is matched by name. ``names`` are those of
+    the models.
+    """
+    of_leaf = {id(one.leaf): one for one in b}
+    pairs = [(one, of_leaf[id(one.leaf)]) for one in a if id(one.leaf) in of_leaf]
+    both = {id(one.leaf) for one, _ in pairs}
+    left_a, left_b = ([one for one in side if id(one.leaf) not in both] for side in (a, b))
+    of_name = {one.name: one for one in left_b if not one.name.startswith(UNNAMED)}
+    pairs += [(one, of_name[one.name]) for one in left_a if one.name in of_name]
+    found: dict[str, Difference] = {}
+    for one, other in pairs:
+        if one.value.shape == other.value.shape:
+            name = other.name if one.name.startswith(UNNAMED) else one.name
+            # Two tensors may have one name, each in another model.
+            found[f"{name} of {names[1]}" if name in found else name] = Difference.of(one.value, other.value)
+            both |= {id(one.leaf), id(other.leaf)}
+    alone = [
+        (one.name, name) for side, name in zip((a, b), names, strict=True) for one in side if id(one.leaf) not in both
+    ]
+    return found, tuple(
+        dict.fromkeys(f"{own} of {name}" if own in found or own.startswith(UNNAMED) else own for own, name in alone)
+    )

@@ -67,7 +67,8 @@ def register_attention() -> None:
             f"transformers: cannot be used ({reason}); type: {install_command('transformers')}", name="transformers"
         ) from None
     # A compiled model calls it as it is: the plans and vectors that it keeps are no part of a graph.
-    transformers.AttentionInterface.register(NAME, torch.compiler.disable(attention_of_module))
+    not_in_a_graph = torch.compiler.disable(attention_of_module, reason=f"{NAME} breaks the graph; omit fullgraph=True")
+    transformers.AttentionInterface.register(NAME, not_in_a_graph)
     transformers.AttentionMaskInterface.register(NAME, padding_mask)
 
 

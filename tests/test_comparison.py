@@ -147,7 +147,7 @@ def test_cotangents_are_random_and_alike_in_every_dtype():
     gradients = {}
     for name, side in (("a", model), ("b", lower)):
         compared = comparison.ComparedModel(name, side, (torch.ones(3).to(side.weight.dtype),), {}, {}, None)
-        gradients[name] = compared.gradients(compared.run())["bias"]
+        gradients[name] = {one.name: one.value for one in compared.gradients(compared.run())}["bias"]
     assert torch.equal(gradients["a"], gradients["b"].double()) and len(gradients["a"].unique()) == 3
 
 
@@ -258,7 +258,8 @@ def test_the_table_and_the_record(monkeypatch):
         "largest difference  absolute  relative       in\n"
         "outputs              0.0e+00   0.0e+00   output\n"
         "gradients            0.0e+00   0.0e+00  input 0\n"
-        "gradients compared: 1\n"
+        "gradients compared: 1; not in both: unnamed 1 [3] of a, unnamed 1 [3] of b\n"
+        "unnamed: what a function closes over has no name to match; give modules, or methods of modules\n"
         "medians of 6 rounds on cpu, 1 thread"
     )
     benchmark = SimpleNamespace(extra_info={"mine": 1})

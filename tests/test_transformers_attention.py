@@ -383,5 +383,8 @@ def test_registration_gives_both_functions_their_name(monkeypatch):
     assert {key for key, _ in given.values()} == {"onepeace_fast"}
     assert given["AttentionMaskInterface"][1] is padding_mask
     qkv = heads(3, 9)
-    got, _ = given["AttentionInterface"][1](Attention(), *qkv, None)
-    assert torch.equal(got, attention_of_module(Attention(), *qkv, None)[0])
+    attention, module = given["AttentionInterface"][1], Attention()
+    assert torch.equal(attention(module, *qkv, None)[0], attention_of_module(module, *qkv, None)[0])
+    whole = torch.compile(lambda *qkv: attention(module, *qkv, None)[0], backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="omit fullgraph=True"):
+        whole(*qkv)

@@ -31,6 +31,19 @@ def speed(costs: Sequence[Cost]) -> list[str]:
     return sentences
 
 
+def why_slower(costs: Sequence[Cost], width: int) -> list[str]:
+    """In which stages packing took longer than padding, in a model of this width, and where it does not."""
+    slower = [
+        stage for stage, one in by_stage(costs).items() if one["reference"].seconds / one["fused"].seconds < 1 - ALIKE
+    ]
+    if not slower:
+        return []
+    return [
+        f"{' and '.join(slower)}: fused packs the tokens, which costs more time than it saves at this width, {width}.",
+        "Wider models with padding gain from it on a CPU: docs/measured.md.",
+    ]
+
+
 def memory(costs: Sequence[Cost]) -> list[str]:
     """For each stage the peak memory of the other backends beside the reference's."""
     sentences = []

@@ -196,10 +196,11 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
     for sentence in report.agreement(result.comparisons):
         print(f"  {sentence}")
     print("\n  Time and memory of training batches, forward and backward, beside the reference:")
-    for sentence in (*gains.speed(result.costs), *gains.memory(result.costs), gains.padding(result.tokens)):
+    measured = (*gains.speed(result.costs), *gains.memory(result.costs), gains.padding(result.tokens))
+    for sentence in (*measured, *gains.why_slower(result.costs, experiment.WIDTH)):
         print(f"  {sentence}")
     print()
-    print(f"  This took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
+    print(f"  The work took {sum(result.seconds.values()):.0f} seconds.\n\nWhat to try next")
     where = "" if output == Path("report") else f" --output {output}"
     hints = [
         (str(page), "hear the sounds, see what they found: open it in a browser"),

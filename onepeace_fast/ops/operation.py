@@ -19,6 +19,7 @@ from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.structures import Function, Needs
 
 NAMESPACE = "onepeace_fast"
+ELSEWHERE = "OnePeacePretrain alone has a reference backend for it"  # use_backend changes no op
 SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor[]",
     tuple[int, ...]: "SymInt[]", int: "SymInt", float: "float", str: "str", bool: "bool", list[bool]: "bool[]",
@@ -123,8 +124,8 @@ def _refuse_transforms(op_name: str, arguments: Sequence[Any]) -> None:
     else:
         return
     raise RuntimeError(
-        f"{NAMESPACE}::{op_name}: expected plain reverse mode, got {got}; use backward() or torch.autograd.grad, or "
-        "the reference backend"
+        f"{NAMESPACE}::{op_name}: expected plain reverse mode, got {got}; use backward() or torch.autograd.grad; "
+        + ELSEWHERE
     )
 
 
@@ -198,7 +199,7 @@ class _Op:
     def _refuse_batch(self, *_: Any) -> None:
         raise RuntimeError(
             f"{NAMESPACE}::{self.name}: expected packed rows, got a batch by torch.vmap; pack all samples by one "
-            "route plan, or use the reference backend"
+            f"route plan; {ELSEWHERE}"
         )
 
 
@@ -250,7 +251,7 @@ class _Backward(_Op):
     def _refuse(self, ctx: Any, *gradients: Any) -> None:
         raise RuntimeError(
             f"{NAMESPACE}::{self.name.removesuffix('_backward')} is differentiable once: expected a first derivative, "
-            "got a request for its second; use the reference backend for it"
+            f"got a request for its second; write it in plain PyTorch; {ELSEWHERE}"
         )
 
 

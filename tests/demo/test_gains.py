@@ -15,6 +15,12 @@ def test_a_slower_backend_is_called_slower():
     assert gains.speed(costs(8.0, 10.0, 4.0)) == [f"{slower} 2.00 times as fast."]
 
 
+def test_why_packing_is_slower_is_said_where_it_is_and_in_two_lines_at_most():
+    why, where = gains.why_slower([*costs(8.0, 10.0, 8.1), Cost("b", "reference", 9, 1), Cost("b", "fused", 9, 1)], 128)
+    assert why == "image-text: fused packs the tokens, which costs more time than it saves at this width, 128."
+    assert where.endswith("docs/measured.md.") and gains.why_slower(costs(8.0, 8.1, 8.0), 128) == []
+
+
 def test_memory_is_a_multiple_of_the_references():
     assert gains.memory(costs(1, 1, 1, (200, 120, 300))) == [
         "image-text: fused 0.60 and automatic 1.50 times the reference's peak memory."

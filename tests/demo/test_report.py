@@ -25,7 +25,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from onepeace_fast.demo import charts, cost_charts, report
+from onepeace_fast.demo import charts, cost_charts, report, run
 from onepeace_fast.demo.result import Comparison, Result
 
 
@@ -191,6 +191,12 @@ def test_what_the_library_did_is_said_as_measured(page):
     assert "audio-text: fused is 1.11 times as fast; automatic is 1.11 times as fast." in page.text
     assert "image-text: fused 0.70 and automatic 1.00 times the reference's peak memory." in page.text
     assert "Padding is 38% of a padded image-text batch and none of a padded audio-text batch" in page.text
+
+
+def test_a_run_says_why_packing_was_slower_after_what_it_measured(capsys):
+    run._print_result(made_up(noise=2), Path("report/index.html"), Path("report"))
+    said = capsys.readouterr().out
+    assert re.search(r"\n  Padding is 38%.*\n  image-text: fused packs the tokens.* 128\.\n  Wider models .*\n\n", said)
 
 
 def mistaken(rows: list[int]) -> Result:
