@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.layers.derived import DerivedBuffers
 from onepeace_fast.relative_position import (
     CLS_ENTRIES,
     alibi_slopes,
@@ -35,7 +36,7 @@ LIST = "rel_pos_table_list.0.weight"  # ONE-PEACE's
 STANDARD_DEVIATION = 0.02
 
 
-class RelativeBias(nn.Module, ABC):
+class RelativeBias(DerivedBuffers, ABC):
     """A relative position bias: codes of tokens, and a vector for each head that a pair finds its bias in.
 
     Make one by a constructor below. A table has the public implementation's shape and name, so its tensor drops in:
@@ -211,9 +212,6 @@ class RelativeBias(nn.Module, ABC):
         index = dense_index(codes, is_cls, self.code_offset(length), vector.shape[1])
         return F.embedding(index, vector.t()).permute(2, 0, 1)
 
-    def reset_tables(self) -> None:
-        """Recompute what follows from the arguments alone and no checkpoint holds: after to_empty, for instance."""
-
 
 class _SeriesBias(RelativeBias):
     """Tokens in a row, whose codes are their places."""
@@ -266,9 +264,9 @@ class _BucketedSeries(_SeriesBias):
         with_cls: bool = False, is_bounded: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(heads)
-        self._name, self._make_index, self.with_cls = name, make_index, with_cls
+        self._name, self.with_cls = name, with_cls
         _add_table(self, name, rows)
-        self.register_buffer("index", make_index(), persistent=False)
+        self.add_derived("index", make_index)
         self.max_length = self._reach + 1 if is_bounded else None
 
     @property
@@ -292,9 +290,6 @@ class _BucketedSeries(_SeriesBias):
         # An embedding, since its gradient is summed in a fixed order on every device.
         return _with_cls_entries(F.embedding(rows, self.table), self.table if self.with_cls else None)
 
-    def reset_tables(self) -> None:
-        self.index = self._make_index().to(self.table.device)
-
 
 class _LinearSeries(_SeriesBias):
     """ALiBi."""
@@ -303,7 +298,7 @@ class _LinearSeries(_SeriesBias):
 
     def __init__(self, heads: int) -> None:
         super().__init__(heads)
-        self.register_buffer("slopes", torch.tensor(alibi_slopes(heads)), persistent=False)
+        self.add_derived("slopes", partial(_slopes, heads))
 
     @property
     def _values(self) -> Tensor:
@@ -312,9 +307,6 @@ class _LinearSeries(_SeriesBias):
     def vector(self, length: int | None = None) -> Tensor:
         slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
         return _with_cls_entries(-self._distances(length).abs()[:, None] * slopes, None)
-
-    def reset_tables(self) -> None:
-        self.slopes = torch.tensor(alibi_slopes(self.heads), dtype=self.slopes.dtype, device=self.slopes.device)
 
 
 class _WindowBias(RelativeBias):
@@ -380,6 +372,10 @@ def _add_table(module: RelativeBias, name: str, rows: int) -> None:
         nn.init.zeros_(module.get_parameter(name))
     else:
         nn.init.trunc_normal_(module.get_parameter(name), std=STANDARD_DEVIATION)
+
+
+def _slopes(heads: int) -> Tensor:
+    return torch.tensor(alibi_slopes(heads), dtype=torch.float64, device="cpu")
 
 
 def _with_cls_entries(entries: Tensor, table: Tensor | None) -> Tensor:

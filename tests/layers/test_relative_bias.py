@@ -213,9 +213,6 @@ def test_a_bias_survives_meta_pickle_copies_and_the_process_s_defaults():
         empty = RelativeBias.t5(2), RelativeBias.one_peace(2, buckets=74), RelativeBias.alibi(2)
     for like, bias in zip(made, empty, strict=True):
         bias = pickle.loads(pickle.dumps(copy.deepcopy(bias.to_empty(device="cpu"))))
-        for buffer in bias.buffers():
-            buffer.zero_()
-        bias.reset_tables()
         bias.load_state_dict(like.float().state_dict())
         assert torch.equal(bias.vector(30), like.vector(30)) and not bias.vector(30).isnan().any()
     assert RelativeBias.beit(3, 2).to("meta").codes().device.type == "meta"
