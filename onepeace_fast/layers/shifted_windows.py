@@ -88,6 +88,9 @@ def shifted_windows(
 
 
 def _along(axes: int, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    require(len(values) == axes, f"{name}: expected one number for each of {axes} axes, got {list(values)}")
+    values = (value,) * axes if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else (value,)
+    require(
+        len(values) == axes and all(isinstance(one, int) for one in values),
+        f"{name}: expected a whole number, or one for each of {axes} axes, got {value}",
+    )
     return values
