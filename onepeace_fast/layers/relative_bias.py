@@ -60,6 +60,7 @@ class RelativeBias(DerivedBuffers, ABC):
 
     Attributes:
         heads: attention heads.
+        rows: of the table; 0 for ``alibi``.
         table: the trained table [rows, heads]; None for ``alibi``.
         is_series: whether codes are places in a row, so that vectors take its length.
         with_cls: whether it has entries of CLS.
@@ -67,6 +68,7 @@ class RelativeBias(DerivedBuffers, ABC):
 
     is_series = False
     with_cls = False
+    rows = 0
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -78,9 +80,7 @@ class RelativeBias(DerivedBuffers, ABC):
 
     def extra_repr(self) -> str:
         """The sizes."""
-        return f"heads={self.heads}, series={self.is_series}" + (
-            "" if self.table is None else f", rows={len(self.table)}"
-        )
+        return f"heads={self.heads}, rows={self.rows}, series={self.is_series}"
 
     @classmethod
     def t5(cls, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> RelativeBias:
@@ -288,7 +288,8 @@ class _BucketedSeries(_SeriesBias):
     def vector(self, length: int | None = None) -> Tensor:
         rows = self.index[self._distances(length).clamp(-self._reach, self._reach) + self._reach]
         # An embedding, since its gradient is summed in a fixed order on every device.
-        return _with_cls_entries(F.embedding(rows, self.table), self.table if self.with_cls else None)
+        table = _fitting(self, self.table)
+        return _with_cls_entries(F.embedding(rows, table), table if self.with_cls else None)
 
 
 class _LinearSeries(_SeriesBias):
@@ -298,7 +299,7 @@ class _LinearSeries(_SeriesBias):
 
     def __init__(self, heads: int) -> None:
         super().__init__(heads)
-        self.add_derived("slopes", partial(_slopes, heads))
+        self.add_derived("slopes", partial(alibi_slopes, heads))
 
     @property
     def _values(self) -> Tensor:
@@ -347,9 +348,8 @@ class _WindowBias(RelativeBias):
 
     def vector(self, length: int | None = None) -> Tensor:
         self._require_covered(length)
-        if self.with_cls:
-            return self.table.t().contiguous()
-        return _with_cls_entries(self.table, None)
+        table = _fitting(self, self.table)
+        return table.t().contiguous() if self.with_cls else _with_cls_entries(table, None)
 
     def _require_covered(self, length: int | None) -> int | None:
         limit = math.prod(self.window) + (1 if self.with_cls else 0)
@@ -362,6 +362,7 @@ class _WindowBias(RelativeBias):
 
 def _add_table(module: RelativeBias, name: str, rows: int) -> None:
     """Make the table under its public name: an embedding's, one of a list, or a parameter of its own."""
+    module.rows = rows
     if name == PARAMETER:
         module.relative_position_bias_table = nn.Parameter(torch.empty(rows, module.heads))
     elif name == EMBEDDING:
@@ -374,8 +375,11 @@ def _add_table(module: RelativeBias, name: str, rows: int) -> None:
         nn.init.trunc_normal_(module.get_parameter(name), std=STANDARD_DEVIATION)
 
 
-def _slopes(heads: int) -> Tensor:
-    return torch.tensor(alibi_slopes(heads), dtype=torch.float64, device="cpu")
+def _fitting(module: RelativeBias, table: nn.Parameter) -> nn.Parameter:
+    """The table; raise where another one of other sizes was put in its place."""
+    if table.shape != (module.rows, module.heads):
+        raise ValueError(f"table: expected [rows, heads], {[module.rows, module.heads]}, got {describe(table)}")
+    return table
 
 
 def _with_cls_entries(entries: Tensor, table: Tensor | None) -> Tensor:
