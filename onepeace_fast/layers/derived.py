@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 
 class DerivedBuffers(nn.Module):
-    """A module some of whose buffers are made again where their memory is new: ``to_empty`` leaves what it held."""
+    """A module some of whose buffers are made again where their memory is new, as after to_empty."""
 
     _makers: Mapping[str, Callable[[], Tensor]] = {}
 
