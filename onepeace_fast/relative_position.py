@@ -75,14 +75,15 @@ def t5_index(buckets: int, max_distance: int, bidirectional: bool) -> Tensor:
     return first + torch.where(magnitude < exact, magnitude, logarithmic)
 
 
-def alibi_slopes(heads: int) -> list[float]:
-    """ALiBi's slope of each head: 2 ** (-8 h / heads) for h from 1, where the number of heads is a power of two.
+def alibi_slopes(heads: int) -> Tensor:
+    """ALiBi's slope of each head: float64 on the CPU, 2 ** (-8 h / heads) for h from 1, of a power of two of heads.
 
     Other numbers take the slopes of the power of two below, then every second one of the power of two above.
     """
     power = 1 << (heads.bit_length() - 1)
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    return slopes + [2 ** (-4 * h / power) for h in range(1, 2 * (heads - power), 2)]
+    slopes += [2 ** (-4 * h / power) for h in range(1, 2 * (heads - power), 2)]
+    return torch.tensor(slopes, dtype=torch.float64, device="cpu")
 
 
 def window_table_rows(window: Sequence[int]) -> int:

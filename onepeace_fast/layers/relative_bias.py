@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.layers.derived import DerivedBuffers
 from onepeace_fast.relative_position import (
     CLS_ENTRIES,
     alibi_slopes,
@@ -35,7 +36,7 @@ LIST = "rel_pos_table_list.0.weight"  # ONE-PEACE's
 STANDARD_DEVIATION = 0.02
 
 
-class RelativeBias(nn.Module, ABC):
+class RelativeBias(DerivedBuffers, ABC):
     """A relative position bias: codes of tokens, and a vector for each head that a pair finds its bias in.
 
     Make one by a constructor below. A table has the public implementation's shape and name, so its tensor drops in:
@@ -59,6 +60,7 @@ class RelativeBias(nn.Module, ABC):
 
     Attributes:
         heads: attention heads.
+        rows: of the table; 0 for ``alibi``.
         table: the trained table [rows, heads]; None for ``alibi``.
         is_series: whether codes are places in a row, so that vectors take its length.
         with_cls: whether it has entries of CLS.
@@ -66,6 +68,7 @@ class RelativeBias(nn.Module, ABC):
 
     is_series = False
     with_cls = False
+    rows = 0
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -77,9 +80,7 @@ class RelativeBias(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         """The sizes."""
-        return f"heads={self.heads}, series={self.is_series}" + (
-            "" if self.table is None else f", rows={len(self.table)}"
-        )
+        return f"heads={self.heads}, rows={self.rows}, series={self.is_series}"
 
     @classmethod
     def t5(cls, heads: int, buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> RelativeBias:
@@ -211,9 +212,6 @@ class RelativeBias(nn.Module, ABC):
         index = dense_index(codes, is_cls, self.code_offset(length), vector.shape[1])
         return F.embedding(index, vector.t()).permute(2, 0, 1)
 
-    def reset_tables(self) -> None:
-        """Recompute what follows from the arguments alone and no checkpoint holds: after to_empty, for instance."""
-
 
 class _SeriesBias(RelativeBias):
     """Tokens in a row, whose codes are their places."""
@@ -266,9 +264,9 @@ class _BucketedSeries(_SeriesBias):
         with_cls: bool = False, is_bounded: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(heads)
-        self._name, self._make_index, self.with_cls = name, make_index, with_cls
+        self._name, self.with_cls = name, with_cls
         _add_table(self, name, rows)
-        self.register_buffer("index", make_index(), persistent=False)
+        self.add_derived("index", make_index)
         self.max_length = self._reach + 1 if is_bounded else None
 
     @property
@@ -290,10 +288,8 @@ class _BucketedSeries(_SeriesBias):
     def vector(self, length: int | None = None) -> Tensor:
         rows = self.index[self._distances(length).clamp(-self._reach, self._reach) + self._reach]
         # An embedding, since its gradient is summed in a fixed order on every device.
-        return _with_cls_entries(F.embedding(rows, self.table), self.table if self.with_cls else None)
-
-    def reset_tables(self) -> None:
-        self.index = self._make_index().to(self.table.device)
+        table = _fitting(self, self.table)
+        return _with_cls_entries(F.embedding(rows, table), table if self.with_cls else None)
 
 
 class _LinearSeries(_SeriesBias):
@@ -303,7 +299,7 @@ class _LinearSeries(_SeriesBias):
 
     def __init__(self, heads: int) -> None:
         super().__init__(heads)
-        self.register_buffer("slopes", torch.tensor(alibi_slopes(heads)), persistent=False)
+        self.add_derived("slopes", partial(alibi_slopes, heads))
 
     @property
     def _values(self) -> Tensor:
@@ -312,9 +308,6 @@ class _LinearSeries(_SeriesBias):
     def vector(self, length: int | None = None) -> Tensor:
         slopes = self.slopes.to(torch.promote_types(self.slopes.dtype, torch.float32))
         return _with_cls_entries(-self._distances(length).abs()[:, None] * slopes, None)
-
-    def reset_tables(self) -> None:
-        self.slopes = torch.tensor(alibi_slopes(self.heads), dtype=self.slopes.dtype, device=self.slopes.device)
 
 
 class _WindowBias(RelativeBias):
@@ -355,9 +348,8 @@ class _WindowBias(RelativeBias):
 
     def vector(self, length: int | None = None) -> Tensor:
         self._require_covered(length)
-        if self.with_cls:
-            return self.table.t().contiguous()
-        return _with_cls_entries(self.table, None)
+        table = _fitting(self, self.table)
+        return table.t().contiguous() if self.with_cls else _with_cls_entries(table, None)
 
     def _require_covered(self, length: int | None) -> int | None:
         limit = math.prod(self.window) + (1 if self.with_cls else 0)
@@ -370,6 +362,7 @@ class _WindowBias(RelativeBias):
 
 def _add_table(module: RelativeBias, name: str, rows: int) -> None:
     """Make the table under its public name: an embedding's, one of a list, or a parameter of its own."""
+    module.rows = rows
     if name == PARAMETER:
         module.relative_position_bias_table = nn.Parameter(torch.empty(rows, module.heads))
     elif name == EMBEDDING:
@@ -380,6 +373,13 @@ def _add_table(module: RelativeBias, name: str, rows: int) -> None:
         nn.init.zeros_(module.get_parameter(name))
     else:
         nn.init.trunc_normal_(module.get_parameter(name), std=STANDARD_DEVIATION)
+
+
+def _fitting(module: RelativeBias, table: nn.Parameter) -> nn.Parameter:
+    """The table; raise where another one of other sizes was put in its place."""
+    if table.shape != (module.rows, module.heads):
+        raise ValueError(f"table: expected [rows, heads], {[module.rows, module.heads]}, got {describe(table)}")
+    return table
 
 
 def _with_cls_entries(entries: Tensor, table: Tensor | None) -> Tensor:

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require, require_device
+from onepeace_fast.layers.plain import is_plain
 from onepeace_fast.layers.relative_bias import RelativeBias
-from onepeace_fast.layers.routed import RoutedLinear, RoutedNorm
+from onepeace_fast.layers.routed.experts import RoutedModule, is_routed, with_plan, without_inert
 from onepeace_fast.ops import relative_bias_attention
+from onepeace_fast.ops.arguments import autocast_dtype
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Segments
 
@@ -38,6 +40,8 @@ class RelativeBiasAttention(nn.Module):
 
     Attributes:
         q_proj, k_proj, v_proj, out_proj: ``torch.nn.Linear``; put ``RoutedLinear`` there for weights of each modality.
+        norm: as given. A routed module there or in a projection's place, or a module around one, is called with the
+            plan, ``module(rows, plan, packed=True)``; any other with the rows.
     """
 
     def __init__(
@@ -54,7 +58,13 @@ class RelativeBiasAttention(nn.Module):
         require(head_dim is not None or dim % heads == 0, f"heads: expected a divisor of dim, {dim}, got {heads}")
         self.heads, self.head_dim, self.scale = heads, head_dim or dim // heads, scale
         self.value_dim = value_dim or self.head_dim
-        require(not (causal and prefix), f"prefix: expected none beside causal, got {', '.join(prefix)}")
+        if isinstance(prefix, str):
+            raise ValueError(f"prefix: expected a list of names, got {prefix!r}; give [{prefix!r}]")
+        require(
+            not (causal and prefix),
+            f"prefix: expected none beside causal, got {', '.join(prefix)}; prefix alone is causal behind it, leave "
+            "causal out",
+        )
         self.causal, self.prefix = causal, tuple(prefix)
         for one in (bias or {}).values() if not isinstance(bias, RelativeBias) else (bias,):
             require(one.heads == heads, f"bias: expected one of {heads} heads, got one of {one.heads}")
@@ -80,14 +90,17 @@ class RelativeBiasAttention(nn.Module):
         """
         require((keys is None) == (key_plan is None), "key_plan: expected that of keys, or neither, got one of them")
         others, other_plan = (x, plan) if keys is None or key_plan is None else (keys, key_plan)
-        for name, rows, of in (("x", x, plan), ("keys", others, other_plan)):
+        seen = "x" if keys is None else "keys"
+        for name, rows, of in (("x", x, plan), (seen, others, other_plan)):
             if rows.dim() != 2 or rows.shape[0] != of.capacity:
                 raise ValueError(
                     f"{name}: expected packed rows of the plan, [{of.capacity}, dim], got {list(rows.shape)}"
                 )
-        q = through(self.q_proj, x, plan).unflatten(1, (self.heads, self.head_dim))
-        k = through(self.k_proj, others, other_plan).unflatten(1, (self.heads, self.head_dim))
-        v = through(self.v_proj, others, other_plan).unflatten(1, (self.heads, self.value_dim))
+        for name, rows, part in (("x", x, "q_proj"), (seen, others, "k_proj"), (seen, others, "v_proj")):
+            _require_fitting(name, rows, part, getattr(self, part))
+        q = _through("q_proj", self.q_proj, x, plan).unflatten(1, (self.heads, self.head_dim))
+        k = _through("k_proj", self.k_proj, others, other_plan).unflatten(1, (self.heads, self.head_dim))
+        v = _through("v_proj", self.v_proj, others, other_plan).unflatten(1, (self.heads, self.value_dim))
         vectors, offsets = self._vectors(plan, other_plan)
         own = self._segments(plan)
         attended: Any = relative_bias_attention(
@@ -97,14 +110,14 @@ class RelativeBiasAttention(nn.Module):
         )  # fmt: skip
         attended = attended.flatten(1)
         if self.norm is not None:
-            attended = through(self.norm, attended, plan)
-        out = through(self.out_proj, attended, plan)
-        if isinstance(self.out_proj, RoutedLinear) or sum(plan.row_counts) == plan.capacity:
-            return out
-        return out.masked_fill((plan.modality == len(plan.modalities))[:, None], 0)  # inert rows hold the bias
+            attended = _through("norm", self.norm, attended, plan)
+        out = _through("out_proj", self.out_proj, attended, plan)
+        return out if isinstance(self.out_proj, RoutedModule) else without_inert(out, plan)  # which hold the bias
 
     def _segments(self, plan: RoutePlan) -> Segments:
         by_order = isinstance(self.bias, RelativeBias) and _goes_by_order(plan)
+        absent = [name for name in self.prefix if name not in plan.modalities]
+        require(not absent, lambda: f"prefix: expected names of {list(plan.modalities)}, got {absent}")
         place = plan.causal_order() if by_order or self.causal else plan.code
         order = plan.prefix_order(self.prefix) if self.prefix else place if self.causal else None
         code = place if by_order else plan.code
@@ -172,8 +185,20 @@ def _codes_below(plan: RoutePlan) -> int:
     return max(1, plan.code_offsets[0] + 1)
 
 
-def through(module: nn.Module, rows: Tensor, plan: RoutePlan) -> Tensor:
-    """A module over packed rows; a routed one takes the plan."""
-    if isinstance(module, RoutedLinear | RoutedNorm):
-        return module(rows, plan, packed=True)
-    return module(rows)
+def _through(name: str, module: nn.Module, rows: Tensor, plan: RoutePlan) -> Tensor:
+    """A module over packed rows; a routed one, or one around it, takes the plan."""
+    return with_plan(name, "RoutedLinear", module, rows, plan) if is_routed(module) else module(rows)
+
+
+def _require_fitting(name: str, rows: Tensor, part: str, module: nn.Module) -> None:
+    """Raise where a plain linear layer cannot take packed rows; any other says it itself."""
+    if not is_plain(module, nn.Linear):
+        return
+    weight = module.weight
+    require_device(name, rows, weight.device)
+    dtype_fits = rows.dtype == weight.dtype or autocast_dtype(rows) is not None
+    if not dtype_fits or rows.shape[1] != module.in_features:
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"{name}: expected {dtype} [rows, {module.in_features}], as the weight of {part} is, got {describe(rows)}"
+        )

@@ -26,7 +26,7 @@ class ShiftedWindows(NamedTuple):
 
     order: Tensor  # int64 [T]
     cu_seqlens: Tensor  # int32 [1, S + 1], first row of each segment; the segment's end is the next entry
-    codes: Tensor  # int32 [T], of each row, for a bias over this window
+    codes: Tensor  # int32 [T], of each row, for a bias over this very window: one of another has other strides
     lengths: tuple[int, ...]  # rows of each segment
 
 
@@ -46,7 +46,7 @@ def shifted_windows(
         size: tokens along each axis, [height, width], for Video Swin [time, height, width].
         window: tokens of a window along each axis; an int stands for equal ones.
         shift: tokens that the windows are shifted by along each axis, less than the window's; likewise. Public models
-            take half the window, and 0 along an axis that has one window alone.
+            take half the window, and most of them 0 along an axis that has one window alone: here it is obeyed.
         images: images of this size after one another.
         device: where the tensors are put.
 
@@ -88,6 +88,9 @@ def shifted_windows(
 
 
 def _along(axes: int, name: str, value: int | Sequence[int]) -> tuple[int, ...]:
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
-    require(len(values) == axes, f"{name}: expected one number for each of {axes} axes, got {list(values)}")
+    values = (value,) * axes if isinstance(value, int) else tuple(value) if isinstance(value, Sequence) else (value,)
+    require(
+        len(values) == axes and all(isinstance(one, int) for one in values),
+        f"{name}: expected a whole number, or one for each of {axes} axes, got {value}",
+    )
     return values

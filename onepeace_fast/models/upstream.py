@@ -44,7 +44,6 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         values = _fitting(model, state_dict)
         for name, parameter in upstream_names(model).items():
             copy_into(parameter, values[name])
-        _reset_tables(model)
 
 
 def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,12 +98,6 @@ def _renamed(parameters: Mapping[str, Tensor], state_dict: Mapping[str, Tensor])
 
 def _without_module(name: str) -> str:
     return ".".join(word for word in name.split(".") if word != "module")
-
-
-def _reset_tables(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, Adapter):
-            module.reset_tables()
 
 
 def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
@@ -197,7 +190,6 @@ def take_over(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     values = _fitting(model, weights)
     for name, parameter in upstream_names(model).items():
         parameter.data = values[name].clone()  # what is read of a file may be its pages
-    _reset_tables(model)
 
 
 def _holds_data(value: object) -> bool:
@@ -219,7 +211,6 @@ def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
     if kind == "position_idx" and isinstance(module, ImageAdapter):
         expected = torch.arange(module.position_grid**2 + 1, device="cpu")
     elif kind == "rp_bucket" and isinstance(module, Adapter) and module.has_bias:
-        module.reset_tables()
         width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else cast(ImageAdapter, module).bias_grid ** 2 + 1
         expected = module.dense_table_index(width).cpu()
     else:

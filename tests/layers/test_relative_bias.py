@@ -10,7 +10,9 @@ from layers import _formulas as formulas
 from models._goldens import FOLDER
 from safetensors.torch import load
 from support import naive
+from support.contract import message_of
 from support.plans import Token
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from onepeace_fast import RelativeBias, RoutePlan, relative_bias_attention
@@ -213,9 +215,6 @@ def test_a_bias_survives_meta_pickle_copies_and_the_process_s_defaults():
         empty = RelativeBias.t5(2), RelativeBias.one_peace(2, buckets=74), RelativeBias.alibi(2)
     for like, bias in zip(made, empty, strict=True):
         bias = pickle.loads(pickle.dumps(copy.deepcopy(bias.to_empty(device="cpu"))))
-        for buffer in bias.buffers():
-            buffer.zero_()
-        bias.reset_tables()
         bias.load_state_dict(like.float().state_dict())
         assert torch.equal(bias.vector(30), like.vector(30)) and not bias.vector(30).isnan().any()
     assert RelativeBias.beit(3, 2).to("meta").codes().device.type == "meta"
@@ -274,6 +273,29 @@ def test_attention_with_codes_and_vector_is_attention_with_the_public_bias(name)
     (want * weight).sum().backward()
     torch.testing.assert_close(qkv.grad, plain.grad, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(bias.table.grad, table.grad, rtol=1e-11, atol=1e-12)
+
+
+def test_a_table_of_one_s_own_is_shared():
+    """Under its public name: by value, gradient and state dict, compiled or not."""
+    own, table = nn.Embedding(32, 2), nn.Parameter(torch.randn(49, 2))
+    images = nn.ModuleList([nn.Embedding(52, 2)])
+    t5, swin, one_peace = RelativeBias.t5(2), RelativeBias.swin(4, 2), RelativeBias.one_peace(2, grid=4)
+    t5.relative_attention_bias, swin.relative_position_bias_table = own, table
+    one_peace.rel_pos_table_list = images
+    for bias, shared in ((t5, own.weight), (swin, table), (one_peace, images[0].weight)):
+        length = 9 if bias.is_series else None
+        assert bias.table is shared and next(iter(bias.state_dict().values())).data_ptr() == shared.data_ptr()
+        other = copy.deepcopy(bias)
+        other.load_state_dict(bias.state_dict())
+        assert torch.equal(other.vector(length), bias.vector(length))
+        torch._dynamo.reset()
+        torch.compile(bias.vector, fullgraph=True, backend="eager")(length).sum().backward()
+        assert shared.grad.abs().sum() > 0
+    t5.relative_attention_bias = nn.Embedding(40, 2)
+    swin.relative_position_bias_table = nn.Parameter(torch.zeros(49, 3))
+    for bias, length, sizes in ((t5, 9, [40, 2]), (swin, None, [49, 3])):
+        said = f"table: expected [rows, heads], {[bias.rows, 2]}, got float32 {sizes} on cpu"
+        assert message_of(bias.vector, length) == said
 
 
 WRONG = {

@@ -227,15 +227,48 @@ def test_what_does_not_fit_is_one_line():
     refused("bias", module, torch.zeros(8, DIM), other)
     windows = RelativeBiasAttention(DIM, HEADS, {"image": RelativeBias.swin((2, 2), HEADS)})
     refused("plan", windows, torch.zeros(8, DIM), other)
-    refused("first", RelativeBiasAttention(DIM, HEADS, prefix=["sound"]), x, plan)
+    unknown = RelativeBiasAttention(DIM, HEADS, prefix=["text", "sound"])
+    assert message_of(unknown, x, plan) == "prefix: expected names of ['text'], got ['sound']"
+    said = "prefix: expected a list of names, got 'text'; give ['text']"
+    assert message_of(RelativeBiasAttention, DIM, HEADS, prefix="text") == said
     refused("heads", RelativeBiasAttention, DIM, 5)
-    refused("prefix", RelativeBiasAttention, DIM, HEADS, causal=True, prefix=["text"])
+    assert message_of(RelativeBiasAttention, DIM, HEADS, causal=True, prefix=["text"]) == (
+        "prefix: expected none beside causal, got text; prefix alone is causal behind it, leave causal out"
+    )
     refused("bias", RelativeBiasAttention, DIM, HEADS, RelativeBias.t5(4))
     refused("scale", RelativeBiasAttention, DIM, HEADS, scale=torch.ones(()))
     refused("value_dim", RelativeBiasAttention, DIM, HEADS, value_dim=0)
     shared = RelativeBiasAttention(DIM, HEADS, RelativeBias.swin((2, 2), HEADS))
     refused("bias", shared, torch.zeros(8, DIM), plan_of(image=[2, 2], text=[2, 2]))
     refused("key_plan", module, x, plan, torch.zeros(8, DIM), other)
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, RoutedLinear])
+def test_tokens_of_another_dtype_width_or_device_are_one_line(kind):
+    plan, keys = plan_of(text=[3, 2]), plan_of(text=[1, 1])
+    module = RelativeBiasAttention(DIM, HEADS)
+    if kind is RoutedLinear:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(module, name, RoutedLinear(1, DIM, DIM))
+    x, y = torch.zeros(5, DIM), torch.zeros(2, DIM)
+    wrong = {
+        "float64": x.double(), "float16": x.half(), "int64": x.long(), "width": x[:, 1:], "meta": x.to("meta"),
+    }  # fmt: skip
+    if kind is nn.Linear:
+        for name, given in wrong.items():
+            shown = f"{name if '6' in name else 'float32'} {list(given.shape)} on cpu"
+            said = f"expected float32 [rows, {DIM}], as the weight of q_proj is, got {shown}"
+            said = "expected a tensor on cpu, got one on meta; move it with .to('cpu')" if name == "meta" else said
+            assert message_of(module, given, plan) == f"x: {said}"
+        assert message_of(module, x, plan, y.double(), keys) == (
+            f"keys: expected float32 [rows, {DIM}], as the weight of k_proj is, got float64 [2, {DIM}] on cpu"
+        )
+    else:
+        for given in wrong.values():
+            refused("", module, given, plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x, plan).dtype == module(x.half(), plan).dtype == torch.bfloat16
+        refused("", module, x.double(), plan)
 
 
 def test_a_bias_with_cls_needs_plans_with_cls_and_one_without_needs_plans_without():

@@ -105,10 +105,26 @@ def test_norms(build):
     check(RoutedNorm.from_experts(experts), experts)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_an_rms_norm_s_own_eps_is_that_of_the_dtype_it_computes_in(dtype):
+    experts = several(lambda: nn.RMSNorm(DIM))
+    routed = RoutedNorm.from_experts(experts)
+    assert routed.eps is None and [norm.eps for norm in routed.experts()] == [None, None]
+    network = RoutedFFN.from_experts(several(Ungated), w0="fc1", w2="fc2", activation="gelu", sub_norm="ffn_layernorm",
+                                     output_norm=experts)  # fmt: skip
+    assert network.output_norm.eps is None
+    x = (tokens(len(IDS)) * torch.finfo(torch.promote_types(dtype, torch.float32)).eps ** 0.5).to(dtype)
+    expected = one_by_one([norm.to(dtype) for norm in experts], x, IDS, DIM)
+    torch.testing.assert_close(routed(x, plan_of(IDS)), expected)
+
+
 def test_norms_of_a_class_of_one_s_own_whose_kind_is_said():
     experts = several(OwnNorm)
     check(RoutedNorm.from_experts(experts, "rms_norm", eps=0.25), experts)
-    refused("experts: expected a plain nn.LayerNorm", RoutedNorm.from_experts, experts)
+    assert message_of(RoutedNorm.from_experts, experts) == (
+        "experts: expected nn.LayerNorm or nn.RMSNorm of each modality, got a OwnNorm as expert 0; if it computes "
+        "such a norm, say which by kind= (in RoutedFFN norm_kind=), 'layer_norm' or 'rms_norm', and by eps="
+    )
     refused("experts: expected an eps", RoutedNorm.from_experts, experts, "rms_norm")
 
 
@@ -150,6 +166,22 @@ def test_what_routed_experts_give_can_be_adopted_again():
     assert torch.equal(again(x, plan), routed(x, plan))
 
 
+@pytest.mark.parametrize("given, got", [
+    (nn.RMSNorm(DIM), "a RMSNorm"), (nn.ModuleDict({"a": nn.LayerNorm(DIM)}), "a ModuleDict"),
+    ({"a": nn.LayerNorm(DIM)}, "a dict"), ("norm", "a str"), (iter(()), "a tuple_iterator"),
+])  # fmt: skip
+def test_what_is_no_list_of_experts_is_refused(given, got):
+    said = f"expected a list with one module for each modality, got {got}"
+    assert message_of(RoutedNorm.from_experts, given) == f"experts: {said}"
+    assert message_of(RoutedNorm.from_experts, given, "rms_norm", eps=0.25) == f"experts: {said}"
+    assert message_of(RoutedLinear.from_experts, given) == f"experts: {said}"
+    assert message_of(RoutedFFN.from_experts, given, **GATED) == f"experts: {said}"
+    if not isinstance(given, str):  # which is a name
+        names = {**GATED, "output_norm": given}
+        assert message_of(RoutedFFN.from_experts, several(Gated), **names) == f"experts, output_norm: {said}"
+    assert message_of(RoutedLinear.from_experts, ["fc1"]) == "experts: expected modules, got str 'fc1' as expert 0"
+
+
 def test_experts_that_differ_are_refused():
     wide, narrow = several(lambda: nn.Linear(DIM, 4), 1), several(lambda: nn.Linear(DIM, 6), 1)
     assert message_of(RoutedLinear.from_experts, wide + narrow) == (
@@ -162,7 +194,7 @@ def test_experts_that_differ_are_refused():
     refused("experts", RoutedLinear.from_experts, [])
     refused("experts", RoutedNorm.from_experts, [nn.LayerNorm(4), nn.LayerNorm(4, eps=1e-6)])
     refused("experts", RoutedNorm.from_experts, [nn.LayerNorm(4), nn.RMSNorm(4, eps=1e-5)])
-    refused("experts", RoutedNorm.from_experts, [nn.RMSNorm(4)])
+    refused("experts", RoutedNorm.from_experts, [nn.RMSNorm(4), nn.RMSNorm(4, eps=1e-5)])
     refused("experts", RoutedNorm.from_experts, [nn.LayerNorm(4, elementwise_affine=False)])
     refused("experts", RoutedNorm.from_experts, [nn.LayerNorm((2, 4))])
     refused("experts", RoutedNorm.from_experts, [nn.LayerNorm(4)], "rms_norm", eps=1e-5)

@@ -199,5 +199,6 @@ def test_bad_settings_are_refused():
         refused("modalities", kind, 0, 4, 4)
     refused("modalities", RoutedNorm, 0, 4)
     refused("kind", RoutedNorm, 2, 4, "batch_norm")
+    refused("eps: expected a number with kind 'layer_norm'", RoutedNorm, 2, 4, eps=None)
     refused("kind", RoutedFFN, 2, 4, 4, sub_norm="ln")
     refused("activation", RoutedFFN, 2, 4, 4, activation="swish")

@@ -78,10 +78,12 @@ def test_an_int_stands_for_all_axes_and_the_device_is_obeyed():
         (((4, 6), (2, 4)), "size: expected multiples of the window [2, 4], got [4, 6]; pad the tokens first"),
         (((0, 4), 4), "size: expected multiples of the window [4, 4], got [0, 4]; pad the tokens first"),
         (((4, 4), 0), "window: expected positive sides, got [0, 0]"),
-        (((4, 4), (2, 2, 2)), "window: expected one number for each of 2 axes, got [2, 2, 2]"),
+        (((4, 4), (2, 2, 2)), "window: expected a whole number, or one for each of 2 axes, got (2, 2, 2)"),
+        (((4, 4), 4.0), "window: expected a whole number, or one for each of 2 axes, got 4.0"),
+        (((4, 4), (4, 2.0)), "window: expected a whole number, or one for each of 2 axes, got (4, 2.0)"),
         (((4, 4), 2, (1, 2)), "shift: expected from 0 to less than the window [2, 2], got [1, 2]"),
         (((4, 4), 2, -1), "shift: expected from 0 to less than the window [2, 2], got [-1, -1]"),
-        (((4, 4), 2, (1,)), "shift: expected one number for each of 2 axes, got [1]"),
+        (((4, 4), 2, (1,)), "shift: expected a whole number, or one for each of 2 axes, got (1,)"),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(arguments, line):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from data._refused import refused, taken
 from models._small import small_config, small_model
+from support.memory import filled_memory
 
 from onepeace_fast import OnePeacePretrain
 from onepeace_fast.relative_position import dense_index, grid_code_offset, grid_codes, grid_table_rows
@@ -142,14 +143,17 @@ def test_loading_keeps_the_models_dtype(dtype):
     assert torch.equal(got["text_proj.weight"], source.text_proj.weight.to(dtype))
 
 
-def test_a_model_built_without_memory_computes_the_same_once_loaded():
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_built_without_memory_computes_the_same_once_loaded(strict):
     source, text = small_model("fused"), torch.randint(4, 30, (2, 5), generator=torch.Generator().manual_seed(0))
     with torch.device("meta"):
         model = OnePeacePretrain(small_config(), backend="fused").double()
-    model = model.to_empty(device="cpu").eval()
-    for buffer in model.buffers():
-        buffer.zero_()
-    model.load_upstream_state_dict(source.to_upstream_state_dict())
+    with filled_memory():
+        model = model.to_empty(device="cpu").eval()
+    if strict:
+        model.load_state_dict(source.state_dict())
+    else:
+        model.load_upstream_state_dict(source.to_upstream_state_dict())
     assert torch.equal(model.embed(text=text), source.embed(text=text))
 
 
@@ -172,10 +176,8 @@ def test_code_form_of_an_image_gives_upstreams_index():
 def test_right_buffers_are_accepted_by_a_model_whose_memory_holds_anything():
     with torch.device("meta"):
         model = OnePeacePretrain(small_config())
-    model = model.to_empty(device="cpu")
-    for adapter in model.encoder_wrapper.adapters.values():
-        if hasattr(adapter, "series_index"):
-            adapter.series_index.fill_(7)
+    with filled_memory():
+        model = model.to_empty(device="cpu")
     values = small_model("fused", dtype=torch.float32).to_upstream_state_dict()
     with taken():
         model.load_upstream_state_dict({**values, **right_buffers()})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require, require_device
+from onepeace_fast.layers.derived import DerivedBuffers
 from onepeace_fast.layers.parameters import init_truncated_normal, with_unread
 from onepeace_fast.ops.operation import is_eager
 from onepeace_fast.relative_position import dense_index, series_index, series_table_rows, series_vector_index
@@ -64,7 +66,7 @@ def accepted_floats(parameter: Tensor) -> tuple[torch.dtype, ...]:
     return tuple(dict.fromkeys((parameter.dtype, *others)))
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(DerivedBuffers, ABC):
     """A CLS embedding and the bias tables, ``tables`` of them, ``rows`` x ``heads`` each; the rest is a subclass's.
 
     Args:
@@ -168,10 +170,6 @@ class Adapter(nn.Module, ABC):
         """Whether this modality has a relative position bias."""
         return hasattr(self, "rel_pos_table_list")
 
-    def reset_tables(self) -> None:
-        """Recompute what follows from the configuration alone and no checkpoint holds."""
-        self._remembered.clear()
-
 
 class SeriesAdapter(Adapter):
     """An adapter of a 1-D series: distances are bucketed, exact up to half the bucket size, logarithmic beyond.
@@ -179,14 +177,12 @@ class SeriesAdapter(Adapter):
     At most 1,024 positions, CLS included.
     """
 
+    series_index: Tensor
+
     def __init__(self, embed_dim: int, heads: int, tables: int, bucket_size: int) -> None:
         super().__init__(embed_dim, heads, tables, series_table_rows(bucket_size))
         self.bucket_size = bucket_size
-        self.register_buffer("series_index", series_index(bucket_size), persistent=False)
+        self.add_derived("series_index", partial(series_index, bucket_size))
 
     def vector_index(self, width: int) -> Tensor:
         return series_vector_index(self.series_index, self.bucket_size, width)
-
-    def reset_tables(self) -> None:
-        super().reset_tables()
-        self.series_index = series_index(self.bucket_size).to(self.cls_embedding.device)

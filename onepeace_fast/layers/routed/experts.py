@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, overload
 
@@ -19,7 +20,8 @@ class RoutedModule(nn.Module):
     """What computes each token by the weights of its modality: ``_rows`` over packed rows, and around it their way."""
 
     @property
-    def _modalities(self) -> int:
+    def _modalities(self) -> int | None:
+        """How many it has weights for; None where its parts say it when they are called."""
         raise NotImplementedError
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
@@ -46,9 +48,10 @@ class RoutedModule(nn.Module):
         Raises:
             ValueError: a plan of another number of modalities, or x that does not fit it.
         """
-        if len(plan.modalities) != self._modalities:
+        modalities = self._modalities
+        if modalities is not None and len(plan.modalities) != modalities:
             raise ValueError(
-                f"plan: expected one of {self._modalities} modalities, one for each expert of this "
+                f"plan: expected one of {modalities} modalities, one for each expert of this "
                 f"{type(self).__name__}, got one of {len(plan.modalities)}, {list(plan.modalities)}"
             )
         if packed:
@@ -60,6 +63,48 @@ class RoutedModule(nn.Module):
             rows = plan.unpack_interleaved(self._rows(plan.pack(x), plan))
             return rows.view(*x.shape[:-1], rows.shape[1])
         return plan.unpack(self._rows(plan.pack(x), plan))
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether a module is a routed one, or was put around one: it takes the plan."""
+    return isinstance(module, RoutedModule) or any([isinstance(inner, RoutedModule) for inner in module.modules()])
+
+
+def with_plan(name: str, kind: str, module: nn.Module, rows: Tensor, plan: RoutePlan) -> Tensor:
+    """Packed rows through a routed module, or through what was put in its place; raise where that takes no plan."""
+    if not isinstance(module, RoutedModule) and not _takes_plan(module):
+        raise ValueError(
+            f"{name}: expected a module that is called with packed rows and a plan, (rows, plan, packed=True), as "
+            f"{kind} is, got a {type(module).__name__} that is not"
+        )
+    return module(rows, plan, packed=True)
+
+
+def _takes_plan(module: nn.Module) -> bool:
+    if torch.compiler.is_compiling():
+        return True  # the call itself raises
+    try:
+        inspect.signature(module.forward).bind(None, None, packed=True)
+    except TypeError:
+        return False
+    return True
+
+
+def without_inert(out: Tensor, plan: RoutePlan) -> Tensor:
+    """Packed rows with zeros in the inert ones, where there may be some."""
+    if sum(plan.row_counts) == plan.capacity:
+        return out
+    return out.masked_fill((plan.modality == len(plan.modalities))[:, None], 0)
+
+
+def require_list(experts: Sequence[nn.Module], what: str) -> None:
+    """Raise unless there is a list of modules, one at least."""
+    if not isinstance(experts, Sequence | nn.ModuleList | nn.Sequential) or isinstance(experts, str):
+        raise ValueError(f"{what}: expected a list with one module for each modality, got a {type(experts).__name__}")
+    require(len(experts) > 0, f"{what}: expected at least one expert, got none")
+    for m, expert in enumerate(experts):
+        if not isinstance(expert, nn.Module):
+            raise ValueError(f"{what}: expected modules, got {describe(expert)} as expert {m}")
 
 
 def parameter_list(experts: Sequence[nn.Module], name: str, what: str) -> nn.ParameterList | None:
@@ -95,7 +140,7 @@ def listed(parameters: nn.ParameterList) -> list[Tensor]:
 def require_plain(experts: Sequence[nn.Module], kind: type[Kind], what: str) -> list[Kind]:
     """The experts; raise unless there is one, and each is of a kind of torch's own, with its own weights, unwatched."""
     plain: list[Kind] = []
-    require(len(experts) > 0, f"{what}: expected at least one expert, got none")
+    require_list(experts, what)
     for m, expert in enumerate(experts):
         if not is_plain(expert, kind):
             got = type(expert).__name__
@@ -108,6 +153,7 @@ def require_plain(experts: Sequence[nn.Module], kind: type[Kind], what: str) -> 
 def modules_at(experts: Sequence[nn.Module], name: str | Sequence[nn.Module], what: str) -> list[nn.Module]:
     """The module of a name in each expert, or the modules that are given; raise where an expert has none."""
     if not isinstance(name, str):
+        require_list(name, what)
         require(len(name) == len(experts), f"{what}: expected one of each of {len(experts)} experts, got {len(name)}")
         return [*name]
     found = []

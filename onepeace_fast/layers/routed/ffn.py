@@ -10,7 +10,16 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.plain import are_plain
-from onepeace_fast.layers.routed.experts import RoutedModule, listed, modules_at, on_meta, refuse_what_is_left
+from onepeace_fast.layers.routed.experts import (
+    RoutedModule,
+    listed,
+    modules_at,
+    on_meta,
+    refuse_what_is_left,
+    require_list,
+    with_plan,
+    without_inert,
+)
 from onepeace_fast.layers.routed.linear import RoutedLinear
 from onepeace_fast.layers.routed.norm import RoutedNorm
 from onepeace_fast.ops.gated_sub_ln import ACTIVATIONS, gated_sub_ln
@@ -68,6 +77,9 @@ class RoutedFFN(RoutedModule):
         w0, w1, w2: ``RoutedLinear``; ``w1`` is None without a gate.
         sub_norm, output_norm: ``RoutedNorm``, or None.
         activation: its name.
+
+    What is put in the place of one of them, an adapter around it for example, is called as it stands,
+    ``part(rows, plan, packed=True)``, and is not fused.
     """
 
     def __init__(
@@ -119,7 +131,7 @@ class RoutedFFN(RoutedModule):
                 hooks, dropout or other modules of ``torch.nn`` in an expert that no name covers: but containers,
                 Identity and the activation.
         """
-        require(len(experts) > 0, "experts: expected at least one expert, got none")
+        require_list(experts, "experts")
         places = {"w0": w0, "w1": w1, "w2": w2, "sub_norm": sub_norm, "output_norm": output_norm}
         found = {
             part: modules_at(experts, place, f"experts, {part}") for part, place in places.items() if place is not None
@@ -151,7 +163,16 @@ class RoutedFFN(RoutedModule):
         return routed
 
     def experts(self) -> list[ExpertFFN]:
-        """The network of each modality in plain PyTorch, which shares the parameters."""
+        """The network of each modality in plain PyTorch, which shares the parameters.
+
+        Raises:
+            ValueError: a part that is no ``RoutedLinear`` or ``RoutedNorm``.
+        """
+        for name, part in self.named_children():
+            if not isinstance(part, RoutedLinear | RoutedNorm):
+                raise ValueError(
+                    f"{name}: expected a RoutedLinear or RoutedNorm, got a {type(part).__name__}; take it out first"
+                )
         parts: list[Sequence[Any]] = [
             [None] * len(self.w0.weight) if part is None else part.experts()
             for part in (self.w0, self.w1, self.w2, self.sub_norm, self.output_norm)
@@ -162,35 +183,45 @@ class RoutedFFN(RoutedModule):
         ]
 
     @property
-    def _modalities(self) -> int:
-        return len(self.w0.weight)
+    def _modalities(self) -> int | None:
+        parts = (self.w0, self.w1, self.w2, self.sub_norm, self.output_norm)
+        return next((len(part.weight) for part in parts if isinstance(part, RoutedLinear | RoutedNorm)), None)
 
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
         w0, w1, w2, norm = self.w0, self.w1, self.w2, self.sub_norm
         how: dict[str, Any] = {
             "offsets": plan.offsets, "row_counts": plan.row_counts, "activation": self.activation,
         }  # fmt: skip
-        if (
-            norm is not None and norm.kind == "layer_norm" and norm.bias is not None
-            and are_plain("RoutedFFN", (norm,), RoutedNorm)  # the op before W2 computes it too
-        ):  # fmt: skip
-            how |= {"norm_weight": listed(norm.weight), "norm_bias": listed(norm.bias), "eps": norm.eps}
-            norm = None
-        biased = w0.bias is not None or (w1 is not None and w1.bias is not None)
+        if norm is not None and (fused := _in_the_op(norm)):
+            how, norm = how | fused, None
         linears = [w0, w2] if w1 is None else [w0, w1, w2]
+        biased = any([getattr(linear, "bias", None) is not None for linear in linears[:-1]])
         if norm is None and not biased and are_plain("RoutedFFN", linears, RoutedLinear):
             gate = None if w1 is None else listed(w1.weight)
             bias = None if w2.bias is None else listed(w2.bias)
             y = routed_ffn(rows, listed(w0.weight), gate, listed(w2.weight), bias, **how)
         else:
-            u = w0(rows, plan, packed=True)
-            h = gated_sub_ln(u, None if w1 is None else w1(rows, plan, packed=True), **how)
-            y = w2(h if norm is None else norm(h, plan, packed=True), plan, packed=True)
-        return y if self.output_norm is None else self.output_norm(y, plan, packed=True)
+            u = with_plan("w0", "RoutedLinear", w0, rows, plan)
+            v = None if w1 is None else with_plan("w1", "RoutedLinear", w1, rows, plan)
+            h = gated_sub_ln(u, v, **how)
+            h = h if norm is None else with_plan("sub_norm", "RoutedNorm", norm, h, plan)
+            y = with_plan("w2", "RoutedLinear", w2, h, plan)
+        y = y if self.output_norm is None else with_plan("output_norm", "RoutedNorm", self.output_norm, y, plan)
+        last = w2 if self.output_norm is None else self.output_norm
+        return y if isinstance(last, RoutedModule) else without_inert(y, plan)
 
     def extra_repr(self) -> str:
         """The activation."""
         return f"activation={self.activation!r}"
+
+
+def _in_the_op(norm: RoutedNorm) -> dict[str, Any]:
+    """What the op before W2 takes of a norm that it computes too; nothing for another."""
+    if isinstance(norm, RoutedNorm) and (norm.kind != "layer_norm" or norm.bias is None):
+        return {}
+    if not are_plain("RoutedFFN", (norm,), RoutedNorm) or norm.bias is None:
+        return {}
+    return {"norm_weight": listed(norm.weight), "norm_bias": listed(norm.bias), "eps": norm.eps}
 
 
 def _require_activation(activation: str) -> None:

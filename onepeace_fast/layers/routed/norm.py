@@ -15,6 +15,7 @@ from onepeace_fast.layers.routed.experts import (
     on_meta,
     parameter_list,
     refuse_unread,
+    require_list,
     require_plain,
 )
 from onepeace_fast.ops.layer_norm import layer_norm
@@ -27,12 +28,15 @@ NORMS: dict[str, type[nn.LayerNorm] | type[nn.RMSNorm]] = {"layer_norm": nn.Laye
 class RoutedNorm(RoutedModule):
     """LayerNorm (arXiv 1607.06450) or RMSNorm (arXiv 1910.07467), with the parameters of each token's modality.
 
+    As torch's own norms it takes tokens in half precision with parameters in float32, and gives them back as they came.
+
     Args:
         modalities: how many; expert m serves modality m of a plan.
         dim: width.
         kind: "layer_norm" or "rms_norm".
         bias: whether a LayerNorm has a bias; an RMSNorm has none.
-        eps: added to the variance, or to the mean square.
+        eps: added to the variance, or to the mean square. None in an RMSNorm, as in torch's own: the machine epsilon of
+            x's dtype, of float32 in half precision.
         device, dtype: of the parameters, which start as one and zero.
 
     Attributes:
@@ -45,12 +49,13 @@ class RoutedNorm(RoutedModule):
     bias: nn.ParameterList | None
 
     def __init__(
-        self, modalities: int, dim: int, kind: str = "layer_norm", *, bias: bool = True, eps: float = 1e-5,
+        self, modalities: int, dim: int, kind: str = "layer_norm", *, bias: bool = True, eps: float | None = 1e-5,
         device: torch.device | str | None = None, dtype: torch.dtype | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         require(modalities > 0, f"modalities: expected at least 1, got {modalities}")
         _require_kind(kind)
+        require(eps is not None or kind == "rms_norm", f"eps: expected a number with kind {kind!r}, got None")
         self.kind, self.eps = kind, eps
         self._adopt([new_norm(kind, dim, eps, bias, device, dtype) for _ in range(modalities)], "experts")
 
@@ -87,13 +92,20 @@ class RoutedNorm(RoutedModule):
     @classmethod
     def adopting(cls, experts: Sequence[nn.Module], kind: str | None, eps: float | None, what: str) -> RoutedNorm:
         """``from_experts``, with their name in an error."""
-        require(len(experts) > 0, f"{what}: expected at least one expert, got none")
+        require_list(experts, what)
+        own: set[float | None] = set()
         if kind is None:
-            kind = "rms_norm" if type(experts[0]) is nn.RMSNorm else "layer_norm"
+            kind = next((kind for kind, norm in NORMS.items() if type(experts[0]) is norm), None)
+            if kind is None:
+                raise ValueError(
+                    f"{what}: expected nn.LayerNorm or nn.RMSNorm of each modality, got a {type(experts[0]).__name__} "
+                    "as expert 0; if it computes such a norm, say which by kind= (in RoutedFFN norm_kind=), "
+                    "'layer_norm' or 'rms_norm', and by eps="
+                )
             own = {norm.eps for norm in require_plain(experts, NORMS[kind], what)}
             if eps is None and len(own) > 1:
                 raise ValueError(f"{what}: expected norms of one eps, got {sorted(map(str, own))}")
-            eps = own.pop() if eps is None else eps
+            eps = own.copy().pop() if eps is None else eps
         _require_kind(kind)
         for m, norm in enumerate(experts):
             if is_of_torch(norm) and type(norm) is not NORMS[kind]:
@@ -103,8 +115,7 @@ class RoutedNorm(RoutedModule):
             left = [name for name, _ in norm.named_parameters() if name not in ("weight", "bias")]
             require(not left, f"{what}: expected no parameters but weight and bias, got {left} of expert {m}")
             refuse_unread(norm, (), f"expert {m}", what)
-        if eps is None:
-            raise ValueError(f"{what}: expected an eps, got none; give it as eps")
+        require(eps is not None or len(own) > 0, f"{what}: expected an eps, got none; give it as eps")
         routed = on_meta(lambda: cls(len(experts), 1, kind, eps=eps))
         routed._adopt(experts, what)
         return routed
@@ -127,9 +138,12 @@ class RoutedNorm(RoutedModule):
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
         weight, bias = listed(self.weight), None if self.bias is None else listed(self.bias)
         offsets, counts = plan.offsets, plan.row_counts
+        eps = self.eps
+        if eps is None:
+            eps = torch.finfo(torch.promote_types(rows.dtype, torch.float32)).eps
         if self.kind == "rms_norm":
-            return rms_norm(rows, weight, offsets=offsets, row_counts=counts, eps=self.eps)
-        return layer_norm(rows, weight, bias, offsets=offsets, row_counts=counts, eps=self.eps)
+            return rms_norm(rows, weight, offsets=offsets, row_counts=counts, eps=eps)
+        return layer_norm(rows, weight, bias, offsets=offsets, row_counts=counts, eps=eps)
 
     def extra_repr(self) -> str:
         """The sizes and the kind."""
@@ -138,12 +152,13 @@ class RoutedNorm(RoutedModule):
 
 
 def new_norm(
-    kind: str, dim: int, eps: float, bias: bool, device: torch.device | str | None = None,
+    kind: str, dim: int, eps: float | None, bias: bool, device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> nn.LayerNorm | nn.RMSNorm:  # fmt: skip
     """A norm of torch's own class; an RMSNorm has no bias."""
     if kind == "rms_norm":
         return nn.RMSNorm(dim, eps, device=device, dtype=dtype)
+    assert eps is not None  # an RMSNorm alone may have none
     return nn.LayerNorm(dim, eps, bias=bias, device=device, dtype=dtype)
 
 
