@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.models.passes import Samples, Tokens, sample_count
 
-# What packing is taken to cost a layer, each further pass a layer of the reference, and the share of the packed rows'
-# time that must be saved beside. They were chosen so that on an AMD EPYC, one thread, no shape of
-# benchmarks/bench_encoder.py is slower for being packed; the rare gain of less is left.
-COST_OF_PACKING = 100e6
+# What one thread computes in the time that packing costs a layer, and each further pass a layer of the reference; and
+# the share of the packed rows' time that must be saved beside. They were chosen so that on an AMD EPYC no shape of
+# benchmarks/bench_encoder.py is slower for being packed, by one thread or two; the rare gain of less is left.
+COST_OF_PACKING = 60e6
 COST_OF_A_PASS = 20e6
 LEAST_SHARE = 0.03
 
@@ -35,6 +37,7 @@ def choose(config: TransformerConfig, passes: Sequence[Tokens], samples: Samples
         padded += sample_count(tokens, samples) * sum(one.valid.shape[1] for one in tokens.values())
         packed += sum(sum(one.lengths) for one in tokens.values())
     of_a_row = 2 * config.embed_dim * (4 * config.embed_dim + 3 * config.ffn_embed_dim)
-    saved = (padded - packed) * of_a_row + (len(passes) - 1) * COST_OF_A_PASS
-    fused = saved >= COST_OF_PACKING + LEAST_SHARE * packed * of_a_row
+    # Both costs are of Python, which takes as long however many threads compute the products.
+    cost = (COST_OF_PACKING - (len(passes) - 1) * COST_OF_A_PASS) * torch.get_num_threads()
+    fused = (padded - packed) * of_a_row >= cost + LEAST_SHARE * packed * of_a_row
     return Choice("fused" if fused else "reference", padded, packed)

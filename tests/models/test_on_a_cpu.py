@@ -90,7 +90,8 @@ def passes_of(*widths_and_lengths):
     ]
 
 
-def test_the_choice_weighs_what_packing_saves_against_what_it_costs():
+def test_the_choice_weighs_what_packing_saves_against_what_it_costs(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     config = small_config(embed_dim=512, ffn_embed_dim=2048, attention_heads=8).encoder
     of_a_row = 2 * 512 * (4 * 512 + 3 * 2048)
 
@@ -107,6 +108,10 @@ def test_the_choice_weighs_what_packing_saves_against_what_it_costs():
     assert chosen(*[(2, [2])] * further).backend == "fused", "one call for several passes"
     assert chosen(*[(2, [2])] * (further - 1)).backend == "reference"
     assert chosen((4, [4, 4]), samples={"text": [0, 1]}).padded_tokens == 8
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    least = math.ceil(packed * (1 + LEAST_SHARE) + 3 * COST_OF_PACKING / of_a_row)
+    assert chosen((least, [packed])).backend == "fused", "three threads shorten the products alone"
+    assert chosen((least - 1, [packed])).backend == "reference"
     narrow = small_config(embed_dim=32, ffn_embed_dim=64, attention_heads=2).encoder
     assert choose(narrow, passes_of((20, [20, 5])), None).backend == "reference", "so narrow rows cost nothing"
 
