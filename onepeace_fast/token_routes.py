@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
 from onepeace_fast.routing import INTEGERS, check_ids, copy_to_device, order_in_sample, tensor_to_device
 
 
-def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, inert: bool) -> Tensor:
-    """The modality id of each token, int64 [tokens]; the number of masks for one in no mask, where these are inert.
+def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, takes_rest: bool) -> Tensor:
+    """The modality id of each token, int64 [tokens]; the number of masks for one in no mask, where these are taken.
 
     Raises:
         ValueError: masks of another dtype, shape or device, or on a CPU a token in several masks or in none.
@@ -36,10 +37,11 @@ def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, inert: bool) -> T
             (chosen.sum(0) <= 1).all(),
             "masks: expected each token in one mask, got a token in several; last_wins=True gives it to the last",
         )
-    if not inert:
+    if not takes_rest:
         require_values(
             chosen.any(0).all(),
-            "masks: expected each token in a mask, got a token in none; inert=True lets it come out as zero",
+            "masks: expected each token in a mask, got a token in none; leave_out=True gives it no row, inert=True a "
+            "row that comes out as zero",
         )
     numbers = torch.arange(1, len(masks) + 1, device=first.device)[:, None]
     last = (chosen * numbers).amax(0) - 1
@@ -162,4 +164,22 @@ def inert_last(plan: Any) -> dict[str, Any]:
         "is_cls": plan.is_cls & real,
         "source": torch.where(real, plan.source, plan.padded_rows),
         "code_offsets": plan.code_offsets[:-1],
+    }
+
+
+def without_last(plan: Any) -> dict[str, Any]:
+    """The fields that differ in a route plan without its last modality, whose rows are left out; one host read."""
+    lengths = iter(read_values(plan.cu_seqlens[:-1].diff(dim=1).flatten()))
+    segments = tuple(tuple(islice(lengths, plan.sample_count)) for _ in plan.modalities[:-1])
+    total = sum(map(sum, segments))
+    of_rows = ("modality", "sample", "position", "code", "order", "is_cls", "source")
+    return {
+        "modalities": plan.modalities[:-1],
+        "offsets": plan.offsets[:-1],
+        "cu_seqlens": plan.cu_seqlens[:-1],
+        **{name: getattr(plan, name)[:total] for name in of_rows},
+        "code_offsets": plan.code_offsets[:-1],
+        "row_counts": tuple(map(sum, segments)),
+        "max_length": max(map(sum, zip(*segments, strict=True))),
+        "segment_lengths": segments,
     }
