@@ -25,9 +25,14 @@ def require(condition: bool, message: str | Callable[..., str]) -> None:
         raise ValueError(message if isinstance(message, str) else message())
 
 
+def is_on_host(x: torch.Tensor) -> bool:
+    """Whether the host can read a tensor's values without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def require_values(condition: torch.Tensor, message: str) -> None:
     """Raise where a tensor on a CPU is False; elsewhere the device asserts it, and the host does not wait."""
-    if condition.device.type == "cpu":
+    if is_on_host(condition):
         require(bool(condition), message)
     else:
         torch._assert_async(condition, message)

@@ -146,7 +146,7 @@ def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
 
 
 def _check_values(given: RoutedFFNInputs) -> None:
-    check_offsets(given.routing.offsets)
+    check_offsets(given.routing, given.z.shape[0])
     if given.routing.row_index is not None:
         check_row_index(given.routing.row_index, given.routing.offsets, given.residual)
 
