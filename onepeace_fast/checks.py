@@ -58,11 +58,12 @@ def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layo
         raise ValueError(f"{name}: expected {names} {layout}, got {describe(value)}")
 
 
-def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
-    """Raise unless ``value`` lies on ``device``."""
+def require_device(name: str, value: torch.Tensor, device: torch.device, of_plan: bool = False) -> None:
+    """Raise unless ``value``, which may be a route plan's, lies on ``device``."""
     if value.device != device:
+        moved = "it, or the plan that has it," if of_plan else "it"
         raise ValueError(
-            f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to('{device}')"
+            f"{name}: expected a tensor on {device}, got one on {value.device}; move {moved} with .to('{device}')"
         )
 
 

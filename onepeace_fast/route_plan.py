@@ -11,7 +11,7 @@ every row came from and where every segment lies. Ops take its tensors and integ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,6 +324,23 @@ class RoutePlan:
             raise ValueError(f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}")
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RoutePlan:
+        """The same plan with its tensors on a device, as ``Tensor.to`` moves them.
+
+        Plans made in a DataLoader's workers go to a GPU so, with ``non_blocking`` where they are pinned.
+        """
+        target = torch.device(device)  # a dtype is refused here
+        return self._with_tensors(lambda tensor: tensor.to(target, non_blocking=non_blocking))
+
+    def pin_memory(self) -> RoutePlan:
+        """The same plan with its tensors in pinned memory, as a DataLoader with ``pin_memory=True`` asks of a batch."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> RoutePlan:
+        found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
     def with_drop_path(self, drop_path: Tensor) -> RoutePlan:
         """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_drop_path`` draws.

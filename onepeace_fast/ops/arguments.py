@@ -37,7 +37,7 @@ def check_routing(routing: Routing, x: Tensor) -> None:
     """Raise unless a plan's offsets and row counts fit x's rows and device."""
     offsets, counts, _ = routing
     require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
-    require_device("offsets", offsets, x.device)
+    require_device("offsets", offsets, x.device, of_plan=True)
     modalities = offsets.shape[0] - 1
     fit = len(counts) == modalities and sum(counts) <= x.shape[0] and all(count >= 0 for count in counts)
     if len(counts) > 0 and not fit:

@@ -47,6 +47,12 @@ def test_offsets_are_growing_row_numbers(op, bounds):
 
 
 @each_op
+def test_offsets_of_a_plan_elsewhere_say_how_it_is_moved(op):
+    said = "offsets: expected a tensor on cpu, got one on meta; move it, or the plan that has it, with .to('cpu')"
+    assert message_of(op, offsets=int32(0, 5, 9).to("meta")) == said
+
+
+@each_op
 @pytest.mark.parametrize("counts", ((4, 5), (5, 3), (9, 0), (0, 0)), ids=str)
 def test_row_counts_are_those_of_the_offsets(op, counts):
     said = f"row_counts: expected those of offsets, [5, 4], got {[*counts]}"

@@ -79,6 +79,13 @@ def test_segments_that_are_not_those_of_the_rows_are_refused(bounds):
     refused("cu_seqlens", relative_bias_attention, **arguments(cu_seqlens=cu_seqlens))
 
 
+@pytest.mark.parametrize("name", ("cu_seqlens", "modality", "code", "is_cls"))
+def test_segments_of_a_plan_elsewhere_say_how_it_is_moved(name):
+    elsewhere = arguments()[name].to("meta")
+    said = f"{name}: expected a tensor on cpu, got one on meta; move it, or the plan that has it, with .to('cpu')"
+    assert message_of(relative_bias_attention, **arguments(**{name: elsewhere})) == said
+
+
 def test_max_length_is_that_of_the_longest_sample_or_more():
     given, longest = arguments(), LAYOUT.max_length
     expected = relative_bias_attention(**given)
