@@ -88,17 +88,19 @@ class RoutePlan:
         """What attention takes of the plan, as ``keys`` for instance; without an order."""
         return Segments(self.cu_seqlens, self.modality, self.code, self.is_cls, self.max_length)
 
-    def prefix_order(self, first: Sequence[str]) -> Tensor:
-        """The order of attention whose tokens of the modalities ``first`` see each other alone: int32 [C].
+    def prefix_order(self, prefix: Sequence[str]) -> Tensor:
+        """The order of attention whose tokens of the modalities ``prefix`` see each other alone: int32 [C].
 
         All others see those and what comes before them, as the words of a caption do behind an image.
 
         Raises:
             ValueError: a modality that is not the plan's.
         """
-        unknown = [name for name in first if name not in self.modalities]
-        require(not unknown, lambda: f"first: expected some of {list(self.modalities)}, got {unknown}")
-        values = routing.prefix_values(self.causal_order(), self.modality, [*map(self.modalities.index, first)])
+        unknown: Any = [name for name in prefix if name not in self.modalities]
+        if len(prefix) > 1 and all(len(name) == 1 for name in prefix):  # a string, whose letters are no names
+            unknown = unknown and f"the letters of a string; write [{''.join(prefix)!r}]"
+        require(not unknown, lambda: f"prefix: expected some of {list(self.modalities)}, got {unknown}")
+        values = routing.prefix_values(self.causal_order(), self.modality, [*map(self.modalities.index, prefix)])
         return routing.ranks(values, self.modality, self.sample, self.cu_seqlens)
 
     def causal_order(self) -> Tensor:
@@ -167,16 +169,17 @@ class RoutePlan:
         ``widths`` gives L_m of the padded inputs (by default the longest row); keywords are those of ``from_masks``.
 
         Raises:
-            ValueError: a length below 0 or above its width, or what ``from_masks`` refuses.
+            ValueError: a length that is no integer, below 0 or above its width, or what ``from_masks`` refuses.
         """
         masks = {}
-        for name, row_lengths in lengths.items():
+        for name, given in lengths.items():
+            row_lengths = routing.whole_numbers(f"lengths[{name!r}]", given)
             longest = max(row_lengths, default=1)
             if min(row_lengths, default=0) < 0:
-                raise ValueError(f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}")
+                raise ValueError(f"lengths[{name!r}]: expected none below 0, got {row_lengths}")
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: expected at least the longest row, {longest}, got {width}")
-            limit = routing.copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
+            limit = routing.copy_to_device(row_lengths, torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
         return cls.from_masks(masks, first_is_cls=first_is_cls, lengths=lengths, **keywords)
 
@@ -197,7 +200,7 @@ class RoutePlan:
         Args:
             modality_ids: int [T], index into ``modalities`` of each token.
             modalities: names, in the order of the rows.
-            sample_ids: int [T], sample of each token; by default all belong to sample 0.
+            sample_ids: int [T], sample of each token; by default there is one sample.
             sample_count: how many samples there are.
             positions: int [T], position ids, which are also the codes; by default the token's index.
             is_cls: bool [T]; by default none is CLS.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, islice
@@ -10,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import (
+    describe,
+    is_on_host,
+    read_values,
+    require,
+    require_device,
+    require_tensor,
+    require_values,
+)
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 INTEGERS = (torch.int32, torch.int64)
@@ -159,10 +168,7 @@ def check_positions(
         raise ValueError(f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}")
     require_device(f"positions[{name!r}]", value, masks[name].device)
     limit = MAX_POSITIONS if codes is None else codes.shape[0]
-    require_values(
-        ((value >= 0) & (value < limit)).all(),
-        f"positions[{name!r}]: expected 0 to {limit - 1}, got a position out of range",
-    )
+    _require_inside(f"positions[{name!r}]", value, limit)
     if first_is_cls:
         first = torch.arange(value.shape[1], device=value.device) == 0
         require_values(
@@ -176,7 +182,7 @@ def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tens
     if set(lengths) != set(masks):
         raise ValueError(f"lengths: expected the modalities of the masks, {list(masks)}, got {list(lengths)}")
     for name, mask in masks.items():
-        (rows, width), own = mask.shape, list(lengths[name])
+        (rows, width), own = mask.shape, whole_numbers(f"lengths[{name!r}]", lengths[name])
         if len(own) != rows or not all(0 <= length <= width for length in own):
             raise ValueError(f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(own)}")
         if mask.device.type == "cpu" and own != (counted := read_values(mask.sum(1))):
@@ -189,8 +195,25 @@ def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tens
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
     """Raise unless ids are integers from 0 to ``limit`` - 1."""
     require_tensor(name, ids, INTEGERS, "[tokens]", 1)
-    inside = ((ids >= 0) & (ids < limit)).all()
-    require_values(inside, f"{name}: expected 0 to {limit - 1}, got an id out of range")
+    _require_inside(name, ids, limit)
+
+
+def _require_inside(name: str, ids: Tensor, limit: int) -> None:
+    inside = (ids >= 0) & (ids < limit)
+    expected = f"{name}: expected 0 to {limit - 1}, got "
+    if not is_on_host(ids):
+        require_values(inside.all(), expected + "others")
+    elif not inside.all():
+        wrong = sorted(set(ids[~inside].tolist()))[:5]
+        raise ValueError(f"{expected}{wrong}")
+
+
+def whole_numbers(name: str, values: Sequence[int]) -> list[int]:
+    """The values as integers; raises where one is another number."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise ValueError(f"{name}: expected integers, got {describe(list(values))}") from None
 
 
 def segment_lengths(

@@ -163,9 +163,10 @@ def test_bad_masks_are_refused():
 @pytest.mark.parametrize(
     ("lists", "tokens", "said"),
     [
-        (([0, 1], [1]), 3, "indices: expected each token in one list, got [1] more than once, and [2] in none"),
-        (([0, 1], [2]), 4, "indices: expected each of 4 tokens in one list, got 3 indices"),
-        (([0, 1], [2, 2]), 3, "indices: expected each of 3 tokens in one list, got 4 indices"),
+        (([0, 1], [1]), 3, "indices: expected each of 3 tokens in one list, got [1] more than once and [2] in none"),
+        (([0, 1], [2]), 4, "indices: expected each of 4 tokens in one list, got [3] in none"),
+        (([0, 1], [2, 2]), 3, "indices: expected each of 3 tokens in one list, got [2] more than once"),
+        (([0, 1], [1, 2]), 4, "indices: expected each of 4 tokens in one list, got [1] more than once and [3] in none"),
         (([0, 3], [2]), 3, "indices: expected tokens from 0 to 2, got [3]"),
         (([0, -1], [2]), 3, "indices: expected tokens from 0 to 2, got [-1]"),
     ],
@@ -174,6 +175,18 @@ def test_bad_masks_are_refused():
 @pytest.mark.parametrize("form", (list, torch.tensor))
 def test_indices_that_overlap_or_leave_tokens_out_are_refused(form, lists, tokens, said):
     assert message_of(RoutePlan.from_indices, dict(zip(NAMES, map(form, lists), strict=False)), tokens) == said
+
+
+def test_too_few_indices_on_a_device_are_refused():
+    with no_synchronization():
+        indices = {name: torch.empty(2, dtype=torch.int64, device=DEVICE) for name in NAMES}
+        said = message_of(RoutePlan.from_indices, indices, 7, device=DEVICE)
+    assert said == "indices: expected each of 7 tokens in one list, got 6 indices"
+
+
+def test_an_empty_batch_of_masks_is_refused_by_the_name_of_what_was_given():
+    said = "masks: expected at least one sample, got bool [0, 3] on cpu"
+    assert message_of(RoutePlan.from_token_masks, masks_of(IDS.view(2, 3)[:0])) == said
 
 
 def test_bad_index_tensors_are_refused():

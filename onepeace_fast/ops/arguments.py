@@ -112,6 +112,13 @@ def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
             require_device(name, value, x.device)
 
 
+def require_lists(**given: Sequence[Tensor] | None) -> None:
+    """Raise where a tensor stands in the place of one tensor per modality."""
+    for name, tensors in given.items():
+        if isinstance(tensors, Tensor):
+            raise ValueError(f"{name}: expected a list of one tensor per modality, got {describe(tensors)}")
+
+
 def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: int, optional: bool = True) -> None:
     """Raise unless there is one tensor per modality, or none where they are optional."""
     if not (len(tensors) == modalities or (optional and not tensors)):

@@ -20,6 +20,7 @@ from onepeace_fast.ops.arguments import (
     check_offsets,
     check_routing,
     require_eps,
+    require_lists,
     require_one_per_modality,
     require_rows,
 )
@@ -201,6 +202,7 @@ def gated_sub_ln(
     Raises:
         ValueError: a dtype, shape, device or name that does not fit.
     """
+    require_lists(norm_weight=norm_weight, norm_bias=norm_bias)
     norm_weight, norm_bias = list(norm_weight or ()), list(norm_bias or ())
     routing = Routing(offsets, tuple(row_counts))
     require_rows("u", u)

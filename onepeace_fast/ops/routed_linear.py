@@ -21,6 +21,7 @@ from onepeace_fast.ops.arguments import (
     autocast_dtype,
     check_offsets,
     check_routing,
+    require_lists,
     require_one_per_modality,
     require_rows,
 )
@@ -175,6 +176,7 @@ def routed_linear(
         ValueError: a dtype, shape or device that does not fit.
     """
     require_rows("x", x)
+    require_lists(weight=weight, bias=bias)
     if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)
         weight, bias = (some and [w.to(dtype) for w in some] for some in (weight, bias))

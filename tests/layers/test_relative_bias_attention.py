@@ -227,7 +227,7 @@ def test_what_does_not_fit_is_one_line():
     refused("bias", module, torch.zeros(8, DIM), other)
     windows = RelativeBiasAttention(DIM, HEADS, {"image": RelativeBias.swin((2, 2), HEADS)})
     refused("plan", windows, torch.zeros(8, DIM), other)
-    refused("first", RelativeBiasAttention(DIM, HEADS, prefix=["sound"]), x, plan)
+    refused("prefix", RelativeBiasAttention(DIM, HEADS, prefix=["sound"]), x, plan)
     refused("heads", RelativeBiasAttention, DIM, 5)
     refused("prefix", RelativeBiasAttention, DIM, HEADS, causal=True, prefix=["text"])
     refused("bias", RelativeBiasAttention, DIM, HEADS, RelativeBias.t5(4))

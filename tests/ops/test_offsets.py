@@ -46,6 +46,22 @@ def test_offsets_are_growing_row_numbers(op, bounds):
         assert op(offsets=int32(*right)).shape == X.shape
 
 
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        ("w0", lambda w: routed_ffn(X, w, None, MATRICES, offsets=int32(0, 5, 9))),
+        ("w1", lambda w: routed_ffn(X, MATRICES, w, MATRICES, offsets=int32(0, 5, 9))),
+        ("w2", lambda w: routed_ffn(X, MATRICES, None, w, offsets=int32(0, 5, 9))),
+        ("weight", lambda w: routed_linear(X, w, offsets=int32(0, 5, 9))),
+        ("bias", lambda w: routed_linear(X, MATRICES, w, offsets=int32(0, 5, 9))),
+        ("norm_weight", lambda w: gated_sub_ln(X, None, w, w, offsets=int32(0, 5, 9))),
+    ],
+)
+def test_one_stacked_tensor_in_the_place_of_a_list_is_refused(name, call):
+    said = f"{name}: expected a list of one tensor per modality, got float32 [2, 8, 8] on cpu"
+    assert message_of(call, torch.stack(MATRICES)) == said
+
+
 @each_op
 def test_offsets_of_a_plan_elsewhere_say_how_it_is_moved(op):
     said = "offsets: expected a tensor on cpu, got one on meta; move it, or the plan that has it, with .to('cpu')"
