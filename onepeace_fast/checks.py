@@ -25,9 +25,14 @@ def require(condition: bool, message: str | Callable[..., str]) -> None:
         raise ValueError(message if isinstance(message, str) else message())
 
 
+def is_on_host(x: torch.Tensor) -> bool:
+    """Whether the host can read a tensor's values without waiting for a device."""
+    return x.device.type == "cpu"
+
+
 def require_values(condition: torch.Tensor, message: str) -> None:
     """Raise where a tensor on a CPU is False; elsewhere the device asserts it, and the host does not wait."""
-    if condition.device.type == "cpu":
+    if is_on_host(condition):
         require(bool(condition), message)
     else:
         torch._assert_async(condition, message)
@@ -53,11 +58,12 @@ def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layo
         raise ValueError(f"{name}: expected {names} {layout}, got {describe(value)}")
 
 
-def require_device(name: str, value: torch.Tensor, device: torch.device) -> None:
-    """Raise unless ``value`` lies on ``device``."""
+def require_device(name: str, value: torch.Tensor, device: torch.device, of_plan: bool = False) -> None:
+    """Raise unless ``value``, which may be a route plan's, lies on ``device``."""
     if value.device != device:
+        moved = "it, or the plan that has it," if of_plan else "it"
         raise ValueError(
-            f"{name}: expected a tensor on {device}, got one on {value.device}; move it with .to('{device}')"
+            f"{name}: expected a tensor on {device}, got one on {value.device}; move {moved} with .to('{device}')"
         )
 
 

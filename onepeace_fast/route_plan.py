@@ -11,9 +11,8 @@ every row came from and where every segment lies. Ops take its tensors and integ
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast import routing, token_routes
-from onepeace_fast.checks import describe, read_values, require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.structures import Segments
 
 
@@ -89,17 +88,19 @@ class RoutePlan:
         """What attention takes of the plan, as ``keys`` for instance; without an order."""
         return Segments(self.cu_seqlens, self.modality, self.code, self.is_cls, self.max_length)
 
-    def prefix_order(self, first: Sequence[str]) -> Tensor:
-        """The order of attention whose tokens of the modalities ``first`` see each other alone: int32 [C].
+    def prefix_order(self, prefix: Sequence[str]) -> Tensor:
+        """The order of attention whose tokens of the modalities ``prefix`` see each other alone: int32 [C].
 
         All others see those and what comes before them, as the words of a caption do behind an image.
 
         Raises:
             ValueError: a modality that is not the plan's.
         """
-        unknown = [name for name in first if name not in self.modalities]
-        require(not unknown, lambda: f"first: expected some of {list(self.modalities)}, got {unknown}")
-        values = routing.prefix_values(self.causal_order(), self.modality, [*map(self.modalities.index, first)])
+        unknown: Any = [name for name in prefix if name not in self.modalities]
+        if len(prefix) > 1 and all(len(name) == 1 for name in prefix):  # a string, whose letters are no names
+            unknown = unknown and f"the letters of a string; write [{''.join(prefix)!r}]"
+        require(not unknown, lambda: f"prefix: expected some of {list(self.modalities)}, got {unknown}")
+        values = routing.prefix_values(self.causal_order(), self.modality, [*map(self.modalities.index, prefix)])
         return routing.ranks(values, self.modality, self.sample, self.cu_seqlens)
 
     def causal_order(self) -> Tensor:
@@ -148,62 +149,10 @@ class RoutePlan:
         Raises:
             ValueError: a mask or a number of rows that does not fit, samples that repeat or leave a gap.
         """
-        names = tuple(masks)
-        routing.check_masks(masks, codes or {}, code_offsets or {}, positions or {})
-        device = masks[names[0]].device
-        shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
-        for name, value in (positions or {}).items():
-            routing.check_positions(name, value, masks, (codes or {}).get(name), first_is_cls)
-        if lengths is not None:
-            routing.check_lengths(lengths, masks)
-        else:
-            counts = iter(read_values(torch.cat([mask.sum(1) for mask in masks.values()])))
-            lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
-        sample_of = routing.check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
-        segments, row_order = routing.segment_lengths(names, lengths, sample_of)
-        row_counts = tuple(sum(row) for row in segments)
-        max_length = max((sum(column) for column in zip(*segments, strict=True)), default=0)
-        total = sum(row_counts)
-        if capacity is None:
-            capacity = total
-        else:
-            require(total <= capacity, f"capacity: expected at least the {total} rows of this batch, got {capacity}")
-            # A plan to refill must not carry what holds for its first batch alone.
-            row_counts, max_length = (), sum(length for _, length in shapes)
-        known = tuple(map(tuple, segments)) if row_counts else ()
-
-        shared, first_rows = routing.shared_by_segments(shapes, segments, sample_of, row_order, capacity, first_is_cls)
-        table = routing.repeat_columns(shared, capacity, device)
-        modality, sample, shift, *place = table.unbind()
-        if total == sum(rows * length for rows, length in shapes):
-            index = torch.arange(capacity, device=device)  # there is no padding
-        else:
-            index = routing.compact_index(routing.in_row_order(masks, row_order, first_is_cls), capacity)
-        column, source = routing.column_and_source(index, *place)
-        position = routing.positions_of(source, positions, masks) if positions else column
-        order = torch.arange(capacity, dtype=torch.int32, device=device) + shift
-        is_cls = position == 0 if first_is_cls else torch.zeros_like(position, dtype=torch.bool)
-        if capacity > total:
-            for value in (order, is_cls):
-                value[total:] = 0
-        return cls(
-            modalities=names,
-            offsets=routing.copy_to_device([*(row[0] for row in first_rows), total], torch.int32, device),
-            cu_seqlens=routing.copy_to_device(first_rows, torch.int32, device),
-            modality=modality,
-            sample=sample,
-            position=position,
-            code=routing.codes_of(names, codes or {}, position, [*map(sum, segments), capacity - total]),
-            order=order,
-            is_cls=is_cls,
-            source=source,
-            code_offsets=tuple((code_offsets or {}).get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
-            padded_shapes=shapes,
-            row_counts=row_counts,
-            max_length=max_length,
-            segment_lengths=known,
-            has_cls=first_is_cls,
+        fields = routing.fields_of_masks(
+            masks, first_is_cls, positions or {}, codes or {}, code_offsets or {}, samples, lengths, capacity
         )
+        return cls(modalities=tuple(masks), **fields)
 
     @classmethod
     def from_lengths(
@@ -220,16 +169,17 @@ class RoutePlan:
         ``widths`` gives L_m of the padded inputs (by default the longest row); keywords are those of ``from_masks``.
 
         Raises:
-            ValueError: a length below 0 or above its width, or what ``from_masks`` refuses.
+            ValueError: a length that is no integer, below 0 or above its width, or what ``from_masks`` refuses.
         """
         masks = {}
-        for name, row_lengths in lengths.items():
+        for name, given in lengths.items():
+            row_lengths = routing.whole_numbers(f"lengths[{name!r}]", given)
             longest = max(row_lengths, default=1)
             if min(row_lengths, default=0) < 0:
-                raise ValueError(f"lengths[{name!r}]: expected none below 0, got {list(row_lengths)}")
+                raise ValueError(f"lengths[{name!r}]: expected none below 0, got {row_lengths}")
             width = (widths or {}).get(name, longest)
             require(width >= longest, f"widths[{name!r}]: expected at least the longest row, {longest}, got {width}")
-            limit = routing.copy_to_device(list(row_lengths), torch.int64, torch.device(device))[:, None]
+            limit = routing.copy_to_device(row_lengths, torch.int64, torch.device(device))[:, None]
             masks[name] = torch.arange(width, device=device) < limit
         return cls.from_masks(masks, first_is_cls=first_is_cls, lengths=lengths, **keywords)
 
@@ -250,7 +200,7 @@ class RoutePlan:
         Args:
             modality_ids: int [T], index into ``modalities`` of each token.
             modalities: names, in the order of the rows.
-            sample_ids: int [T], sample of each token; by default all belong to sample 0.
+            sample_ids: int [T], sample of each token; by default there is one sample.
             sample_count: how many samples there are.
             positions: int [T], position ids, which are also the codes; by default the token's index.
             is_cls: bool [T]; by default none is CLS.
@@ -269,24 +219,34 @@ class RoutePlan:
 
     @classmethod
     def from_token_masks(
-        cls, masks: Mapping[str, Tensor], *, last_wins: bool = False, inert: bool = False, **keywords: Any
-    ) -> RoutePlan:
-        """Build the plan of interleaved tokens from a boolean mask per modality, without any synchronisation.
+        cls, masks: Mapping[str, Tensor], *, last_wins: bool = False, inert: bool = False, leave_out: bool = False,
+        **keywords: Any,
+    ) -> RoutePlan:  # fmt: skip
+        """Build the plan of interleaved tokens from a boolean mask per modality.
+
+        Tokens in no mask, such as padding, are refused by default. Those left out have no row, so that nothing computes
+        them: the host reads the lengths, once, and the plan knows them. Inert rows need no synchronisation, and a
+        captured graph can be refilled with them; what works on all rows computes them too.
 
         Args:
             masks: bool [tokens] or [samples, length], all of one shape; True marks a modality's tokens.
             last_wins: whether a token in several masks belongs to the last of them; by default it is refused.
-            inert: whether a token in no mask comes out as zero; by default it is refused.
+            inert: whether a token in no mask has an inert row; it comes out as zero.
+            leave_out: whether a token in no mask has no row; ``unpack_interleaved`` puts zeros at its place.
             keywords: those of ``from_modality_ids``; by default the rows of a matrix are samples.
 
         Raises:
-            ValueError: masks that do not fit together; on a CPU a token in several masks or in none, which elsewhere
-                the device asserts.
+            ValueError: masks that do not fit together, both of ``inert`` and ``leave_out``; on a CPU a token in several
+                masks or in none, which elsewhere the device asserts.
         """
-        ids = token_routes.ids_of_masks(masks, last_wins, inert)
-        names = [*masks, ""] if inert else [*masks]
+        require(not (inert and leave_out), "inert, leave_out: expected one of them at most, got both")
+        takes_rest = inert or leave_out
+        ids = token_routes.ids_of_masks(masks, last_wins, takes_rest)
+        names = [*masks, ""] if takes_rest else [*masks]
         plan = cls.from_modality_ids(ids, names, **{**token_routes.samples_of_rows(masks), **keywords})
-        return dataclasses.replace(plan, **token_routes.inert_last(plan)) if inert else plan
+        if not takes_rest:
+            return plan
+        return dataclasses.replace(plan, **(token_routes.inert_last if inert else token_routes.without_last)(plan))
 
     @classmethod
     def from_indices(
@@ -367,6 +327,23 @@ class RoutePlan:
             raise ValueError(f"packed: expected the plan's rows, [{self.capacity}, width], got {describe(packed)}")
         target = packed.new_zeros(self.padded_rows + 1, packed.shape[1])
         return target.index_copy(0, self.source, packed)[: self.padded_rows]
+
+    def to(self, device: torch.device | str | int, non_blocking: bool = False) -> RoutePlan:
+        """The same plan with its tensors on a device, as ``Tensor.to`` moves them.
+
+        Plans made in a DataLoader's workers go to a GPU so, with ``non_blocking`` where they are pinned.
+        """
+        target = torch.device(device)  # a dtype is refused here
+        return self._with_tensors(lambda tensor: tensor.to(target, non_blocking=non_blocking))
+
+    def pin_memory(self) -> RoutePlan:
+        """The same plan with its tensors in pinned memory, as a DataLoader with ``pin_memory=True`` asks of a batch."""
+        return self._with_tensors(Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[Tensor], Tensor]) -> RoutePlan:
+        found = {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+        changed: dict[str, Any] = {name: change(value) for name, value in found.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **changed)
 
     def with_drop_path(self, drop_path: Tensor) -> RoutePlan:
         """The same plan with DropPath's factors, float32 [layers, 2, S], which ``draw_drop_path`` draws.

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import (
+    describe,
+    is_on_host,
+    read_values,
+    require,
+    require_device,
+    require_tensor,
+    require_values,
+)
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 INTEGERS = (torch.int32, torch.int64)
@@ -26,6 +35,73 @@ def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+def fields_of_masks(
+    masks: Mapping[str, Tensor], first_is_cls: bool, positions: Mapping[str, Tensor], codes: Mapping[str, Tensor],
+    code_offsets: Mapping[str, int], samples: Mapping[str, Sequence[int]] | None,
+    lengths: Mapping[str, Sequence[int]] | None, capacity: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """The fields of a route plan of padded batches, but for the modalities' names.
+
+    Raises:
+        ValueError: as ``RoutePlan.from_masks``.
+    """
+    names = tuple(masks)
+    check_masks(masks, codes, code_offsets, positions)
+    device = masks[names[0]].device
+    shapes = tuple((mask.shape[0], mask.shape[1]) for mask in masks.values())
+    for name, value in positions.items():
+        check_positions(name, value, masks, codes.get(name), first_is_cls)
+    if lengths is not None:
+        check_lengths(lengths, masks)
+    else:
+        counts = iter(read_values(torch.cat([mask.sum(1) for mask in masks.values()])))
+        lengths = {name: list(islice(counts, rows)) for name, (rows, _) in zip(names, shapes, strict=True)}
+    sample_of = check_samples({name: mask.shape[0] for name, mask in masks.items()}, samples)
+    segments, row_order = segment_lengths(names, lengths, sample_of)
+    row_counts = tuple(sum(row) for row in segments)
+    max_length = max((sum(column) for column in zip(*segments, strict=True)), default=0)
+    total = sum(row_counts)
+    if capacity is None:
+        capacity = total
+    else:
+        require(total <= capacity, f"capacity: expected at least the {total} rows of this batch, got {capacity}")
+        # A plan to refill must not carry what holds for its first batch alone.
+        row_counts, max_length = (), sum(length for _, length in shapes)
+    known = tuple(map(tuple, segments)) if row_counts else ()
+
+    shared, first_rows = shared_by_segments(shapes, segments, sample_of, row_order, capacity, first_is_cls)
+    table = repeat_columns(shared, capacity, device)
+    modality, sample, shift, *place = table.unbind()
+    if total == sum(rows * length for rows, length in shapes):
+        index = torch.arange(capacity, device=device)  # there is no padding
+    else:
+        index = compact_index(in_row_order(masks, row_order, first_is_cls), capacity)
+    column, source = column_and_source(index, *place)
+    position = positions_of(source, positions, masks) if positions else column
+    order = torch.arange(capacity, dtype=torch.int32, device=device) + shift
+    is_cls = position == 0 if first_is_cls else torch.zeros_like(position, dtype=torch.bool)
+    if capacity > total:
+        for value in (order, is_cls):
+            value[total:] = 0
+    return {
+        "offsets": copy_to_device([*(row[0] for row in first_rows), total], torch.int32, device),
+        "cu_seqlens": copy_to_device(first_rows, torch.int32, device),
+        "modality": modality,
+        "sample": sample,
+        "position": position,
+        "code": codes_of(names, codes, position, [*map(sum, segments), capacity - total]),
+        "order": order,
+        "is_cls": is_cls,
+        "source": source,
+        "code_offsets": tuple(code_offsets.get(n, s[1] - 1) for n, s in zip(names, shapes, strict=True)),
+        "padded_shapes": shapes,
+        "row_counts": row_counts,
+        "max_length": max_length,
+        "segment_lengths": known,
+        "has_cls": first_is_cls,
+    }
 
 
 def branch_row_counts(
@@ -92,10 +168,7 @@ def check_positions(
         raise ValueError(f"positions[{name!r}]: expected its mask's shape, {shape}, got {describe(value)}")
     require_device(f"positions[{name!r}]", value, masks[name].device)
     limit = MAX_POSITIONS if codes is None else codes.shape[0]
-    require_values(
-        ((value >= 0) & (value < limit)).all(),
-        f"positions[{name!r}]: expected 0 to {limit - 1}, got a position out of range",
-    )
+    _require_inside(f"positions[{name!r}]", value, limit)
     if first_is_cls:
         first = torch.arange(value.shape[1], device=value.device) == 0
         require_values(
@@ -109,7 +182,7 @@ def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tens
     if set(lengths) != set(masks):
         raise ValueError(f"lengths: expected the modalities of the masks, {list(masks)}, got {list(lengths)}")
     for name, mask in masks.items():
-        (rows, width), own = mask.shape, list(lengths[name])
+        (rows, width), own = mask.shape, whole_numbers(f"lengths[{name!r}]", lengths[name])
         if len(own) != rows or not all(0 <= length <= width for length in own):
             raise ValueError(f"lengths[{name!r}]: expected 0 to {width} for each of {rows} rows, got {describe(own)}")
         if mask.device.type == "cpu" and own != (counted := read_values(mask.sum(1))):
@@ -122,8 +195,25 @@ def check_lengths(lengths: Mapping[str, Sequence[int]], masks: Mapping[str, Tens
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
     """Raise unless ids are integers from 0 to ``limit`` - 1."""
     require_tensor(name, ids, INTEGERS, "[tokens]", 1)
-    inside = ((ids >= 0) & (ids < limit)).all()
-    require_values(inside, f"{name}: expected 0 to {limit - 1}, got an id out of range")
+    _require_inside(name, ids, limit)
+
+
+def _require_inside(name: str, ids: Tensor, limit: int) -> None:
+    inside = (ids >= 0) & (ids < limit)
+    expected = f"{name}: expected 0 to {limit - 1}, got "
+    if not is_on_host(ids):
+        require_values(inside.all(), expected + "others")
+    elif not inside.all():
+        wrong = sorted(set(ids[~inside].tolist()))[:5]
+        raise ValueError(f"{expected}{wrong}")
+
+
+def whole_numbers(name: str, values: Sequence[int]) -> list[int]:
+    """The values as integers; raises where one is another number."""
+    try:
+        return [operator.index(value) for value in values]
+    except TypeError:
+        raise ValueError(f"{name}: expected integers, got {describe(list(values))}") from None
 
 
 def segment_lengths(

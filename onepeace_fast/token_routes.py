@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import (
+    describe,
+    is_on_host,
+    read_values,
+    require,
+    require_device,
+    require_tensor,
+    require_values,
+)
 from onepeace_fast.routing import INTEGERS, check_ids, copy_to_device, order_in_sample, tensor_to_device
 
 
-def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, inert: bool) -> Tensor:
-    """The modality id of each token, int64 [tokens]; the number of masks for one in no mask, where these are inert.
+def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, takes_rest: bool) -> Tensor:
+    """The modality id of each token, int64 [tokens]; the number of masks for one in no mask, where these are taken.
 
     Raises:
         ValueError: masks of another dtype, shape or device, or on a CPU a token in several masks or in none.
@@ -36,10 +45,11 @@ def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, inert: bool) -> T
             (chosen.sum(0) <= 1).all(),
             "masks: expected each token in one mask, got a token in several; last_wins=True gives it to the last",
         )
-    if not inert:
+    if not takes_rest:
         require_values(
             chosen.any(0).all(),
-            "masks: expected each token in a mask, got a token in none; inert=True lets it come out as zero",
+            "masks: expected each token in a mask, got a token in none; leave_out=True gives it no row, inert=True a "
+            "row that comes out as zero",
         )
     numbers = torch.arange(1, len(masks) + 1, device=first.device)[:, None]
     last = (chosen * numbers).amax(0) - 1
@@ -52,6 +62,7 @@ def samples_of_rows(masks: Mapping[str, Tensor]) -> dict[str, Any]:
     if first.dim() == 1:
         return {}
     samples, length = first.shape
+    require(samples > 0, lambda: f"masks: expected at least one sample, got {describe(first)}")
     ids, positions = (torch.arange(size, device=first.device) for size in (samples, length))
     return {
         "sample_ids": ids.repeat_interleave(length), "sample_count": samples, "positions": positions.repeat(samples),
@@ -72,6 +83,8 @@ def fields_of_ids(
     require(len(set(names)) == modalities, lambda: f"modalities: expected names that differ, got {list(names)}")
     check_ids("modality_ids", modality_ids, modalities)
     require(sample_count > 0, f"sample_count: expected a positive number, got {sample_count}")
+    if sample_ids is None and sample_count > 1:
+        raise ValueError(f"sample_ids: expected the sample of each token with sample_count {sample_count}, got none")
     count, device = modality_ids.shape[0], modality_ids.device
     sample_ids = torch.zeros_like(modality_ids) if sample_ids is None else sample_ids
     positions = torch.arange(count, device=device) if positions is None else positions
@@ -113,12 +126,14 @@ def ids_of_indices(indices: Mapping[str, Sequence[int] | Tensor], tokens: int, d
         ValueError: lists that do not hold every token exactly once.
     """
     require(len(indices) > 0, "indices: expected at least one modality, got none")
-    total = sum(map(len, indices.values()))
-    if total != tokens:
-        raise ValueError(f"indices: expected each of {tokens} tokens in one list, got {total} indices")
-    if not any(isinstance(mine, Tensor) and mine.device.type != "cpu" for mine in indices.values()):
+    for name, mine in indices.items():
+        if isinstance(mine, Tensor):
+            require_tensor(f"indices[{name!r}]", mine, INTEGERS, "[tokens of the modality]", 1)
+    if all(not isinstance(mine, Tensor) or is_on_host(mine) for mine in indices.values()):
         _check_lists(indices, tokens)
-    flat = torch.cat([_on_device(name, mine, torch.device(device)) for name, mine in indices.items()])
+    total = sum(map(len, indices.values()))
+    require(total == tokens, f"indices: expected each of {tokens} tokens in one list, got {total} indices")
+    flat = torch.cat([_on_device(mine, torch.device(device)) for mine in indices.values()])
     inside = (flat >= 0) & (flat < tokens)
     seen = flat.new_zeros(tokens).scatter_add(0, torch.where(inside, flat, 0), inside.long())
     require_values((seen == 1).all(), f"indices: expected each token from 0 to {tokens - 1} once, got others")
@@ -137,16 +152,13 @@ def _check_lists(indices: Mapping[str, Sequence[int] | Tensor], tokens: int) -> 
     require(not outside, f"indices: expected tokens from 0 to {tokens - 1}, got {outside[:5]}")
     repeated = sorted(index for index, count in counted.items() if count > 1)
     left_out = sorted(set(range(tokens)) - set(flat))
-    require(
-        not repeated,
-        f"indices: expected each token in one list, got {repeated[:5]} more than once, and {left_out[:5]} in none",
-    )
+    faults = [f"{those[:5]} {where}" for those, where in ((repeated, "more than once"), (left_out, "in none")) if those]
+    require(not faults, f"indices: expected each of {tokens} tokens in one list, got {' and '.join(faults)}")
 
 
-def _on_device(name: str, mine: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+def _on_device(mine: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     if not isinstance(mine, Tensor):
         return copy_to_device([int(index) for index in mine], torch.int64, device)
-    require_tensor(f"indices[{name!r}]", mine, INTEGERS, "[tokens of the modality]", 1)
     return tensor_to_device(mine.long(), device)
 
 
@@ -162,4 +174,22 @@ def inert_last(plan: Any) -> dict[str, Any]:
         "is_cls": plan.is_cls & real,
         "source": torch.where(real, plan.source, plan.padded_rows),
         "code_offsets": plan.code_offsets[:-1],
+    }
+
+
+def without_last(plan: Any) -> dict[str, Any]:
+    """The fields that differ in a route plan without its last modality, whose rows are left out; one host read."""
+    lengths = iter(read_values(plan.cu_seqlens[:-1].diff(dim=1).flatten()))
+    segments = tuple(tuple(islice(lengths, plan.sample_count)) for _ in plan.modalities[:-1])
+    total = sum(map(sum, segments))
+    of_rows = ("modality", "sample", "position", "code", "order", "is_cls", "source")
+    return {
+        "modalities": plan.modalities[:-1],
+        "offsets": plan.offsets[:-1],
+        "cu_seqlens": plan.cu_seqlens[:-1],
+        **{name: getattr(plan, name)[:total] for name in of_rows},
+        "code_offsets": plan.code_offsets[:-1],
+        "row_counts": tuple(map(sum, segments)),
+        "max_length": max(map(sum, zip(*segments, strict=True))),
+        "segment_lengths": segments,
     }

@@ -4,11 +4,12 @@ import dataclasses
 from functools import partial
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.contract import refused
+from support.contract import message_of, refused
 from support.plans import kept_positions, naive_layout, whole_rows
 
 from onepeace_fast import RoutePlan
@@ -289,3 +290,23 @@ def test_tensors_of_other_rows_or_lengths_are_refused_and_not_packed():
 
 def test_a_length_below_zero_is_refused_in_one_line():
     refused("lengths['a']: expected none below 0, got [2, -1]", RoutePlan.from_lengths, {"a": [2, -1]})
+
+
+@pytest.mark.parametrize("lengths", ([3.0, 2.0], [3, 2.5], torch.tensor([3.0, 2.0])), ids=str)
+def test_lengths_are_integers(lengths):
+    said = message_of(RoutePlan.from_lengths, {"text": lengths})
+    assert said.startswith("lengths['text']: expected integers, got list [")
+    mask = torch.arange(3) < torch.tensor([[3], [2]])
+    assert message_of(RoutePlan.from_masks, {"text": mask}, lengths={"text": lengths}) == said
+    for integers in ([3, 2], torch.tensor([3, 2]), numpy.array([3, 2])):
+        assert RoutePlan.from_lengths({"text": integers}).row_counts == (5,)
+
+
+def test_a_prefix_is_a_sequence_of_the_plan_s_modalities():
+    plan = RoutePlan.from_lengths({"text": [3], "image": [2]})
+    said = "prefix: expected some of ['text', 'image'], got ['sound', 'img']"
+    assert message_of(plan.prefix_order, ["image", "sound", "img"]) == said
+    said = "prefix: expected some of ['text', 'image'], got the letters of a string; write ['image']"
+    assert message_of(plan.prefix_order, "image") == message_of(plan.prefix_order, tuple("image")) == said
+    letters = RoutePlan.from_lengths({"a": [3], "b": [2], "c": [2]})
+    assert torch.equal(letters.prefix_order("ab"), letters.prefix_order(["a", "b"]))

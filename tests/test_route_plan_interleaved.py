@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.contract import refused
+from support.contract import message_of, refused
 
 from onepeace_fast import RoutePlan
 from onepeace_fast.drop_path import draw_drop_path
@@ -75,6 +75,19 @@ def test_defaults_are_one_sample_without_cls_at_the_tokens_own_places():
     assert plan.sample_count == 1 and not plan.is_cls.any() and not plan.sample.any()
     assert plan.offsets.tolist() == [0, 3, 5] and plan.cu_seqlens.tolist() == [[0, 3], [3, 5]]
     assert plan.code_offsets == (4, 4) and plan.row_counts == () and plan.max_length == 0
+
+
+@pytest.mark.parametrize(("ids", "wrong"), (([0, 1, 2, 0], [2]), ([-100, 1, 0, 5], [-100, 5])), ids=str)
+def test_ids_out_of_range_are_named(ids, wrong):
+    plan, bad, good = RoutePlan.from_modality_ids, torch.tensor(ids), torch.tensor([0, 1, 0, 1])
+    assert message_of(plan, bad, ("text", "image")) == f"modality_ids: expected 0 to 1, got {wrong}"
+    given = {"sample_ids": bad, "sample_count": 2}
+    assert message_of(plan, good, ("text", "image"), **given) == f"sample_ids: expected 0 to 1, got {wrong}"
+
+
+def test_several_samples_without_the_sample_of_each_token_are_refused():
+    said = "sample_ids: expected the sample of each token with sample_count 2, got none"
+    assert message_of(RoutePlan.from_modality_ids, torch.tensor([0, 1]), NAMES, sample_count=2) == said
 
 
 @pytest.mark.parametrize("ids", ([0, 2], [-1, 0]), ids=str)

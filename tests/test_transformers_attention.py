@@ -200,7 +200,7 @@ def test_nothing_waits_for_the_device_but_the_lengths_of_a_padded_batch_once(mon
     assert full_segments is dense_bias.full_segments
     [cache.cache_clear() for cache in caches]
     reads = []
-    monkeypatch.setattr("onepeace_fast.route_plan.read_values", lambda tensor: reads.append(tensor) or [5, 9, 7])
+    monkeypatch.setattr("onepeace_fast.routing.read_values", lambda tensor: reads.append(tensor) or [5, 9, 7])
     options = {"device": DEVICE, "dtype": torch.float32}
     windows = RelativeBias.swin((2, 3), HEADS)
     with no_synchronization():

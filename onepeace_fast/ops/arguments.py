@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
+from onepeace_fast.checks import (
+    checks_devices,
+    describe,
+    is_on_host,
+    require,
+    require_device,
+    require_tensor,
+    require_values,
+    require_vector,
+)
 from onepeace_fast.structures import DropPath, Routing
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -27,20 +37,37 @@ def check_routing(routing: Routing, x: Tensor) -> None:
     """Raise unless a plan's offsets and row counts fit x's rows and device."""
     offsets, counts, _ = routing
     require_tensor("offsets", offsets, (torch.int32,), "[modalities + 1]", 1)
-    require_device("offsets", offsets, x.device)
+    require_device("offsets", offsets, x.device, of_plan=True)
     modalities = offsets.shape[0] - 1
-    if len(counts) > 0 and (len(counts) != modalities or sum(counts) > x.shape[0]):
+    fit = len(counts) == modalities and sum(counts) <= x.shape[0] and all(count >= 0 for count in counts)
+    if len(counts) > 0 and not fit:
         raise ValueError(
             f"row_counts: expected one per modality, {modalities}, in all at most {x.shape[0]} rows, got {list(counts)}"
         )
 
 
-def check_offsets(offsets: Tensor) -> None:
-    """Raise where offsets decrease; the host can read them on a CPU."""
-    if offsets.device.type == "cpu":
+def check_offsets(routing: Routing, rows: int) -> None:
+    """Raise where offsets decrease, end past the rows or are not those of the row counts; the host reads a CPU alone.
+
+    Every op asks in its forward pass, where no tensor is fake. On a device it is asserted, if the environment asks.
+    """
+    offsets, counts, _ = routing
+    if offsets is None:
+        return
+    message = f"offsets: expected row numbers from 0 to at most {rows} that do not decrease, got "
+    if is_on_host(offsets):
         bounds = offsets.tolist()
-        if bounds[0] != 0 or bounds != sorted(bounds):
-            raise ValueError(f"offsets: expected row numbers from 0 on that do not decrease, got {bounds}")
+        if bounds[:1] != [0] or bounds[-1] > rows or bounds != sorted(bounds):
+            raise ValueError(f"{message}{bounds}")
+        if counts and [*accumulate(counts, initial=0)] != bounds:
+            expected = [stop - start for start, stop in pairwise(bounds)]
+            raise ValueError(f"row_counts: expected those of offsets, {expected}, got {list(counts)}")
+    elif checks_devices():
+        require_values((offsets[0] == 0) & (offsets[-1] <= rows) & (offsets.diff() >= 0).all(), message + "others")
+        for m, count in enumerate(counts):
+            require_values(
+                offsets[m + 1] - offsets[m] == count, f"row_counts: expected those of offsets, got {list(counts)}"
+            )
 
 
 def require_rows(name: str, x: Tensor) -> None:
@@ -59,7 +86,7 @@ def require_row_index(row_index: Tensor | None, x: Tensor) -> None:
 
 def check_row_index(row_index: Tensor, offsets: Tensor | None, x: Tensor) -> None:
     """Raise unless the index, up to the last of ``offsets``, is of distinct rows of x; the host reads a CPU's alone."""
-    if row_index.device.type != "cpu":
+    if not is_on_host(row_index):
         return
     rows = row_index if offsets is None else row_index[: int(offsets[-1])]
     least, most = (int(rows.min()), int(rows.max())) if rows.numel() else (0, -1)
@@ -83,6 +110,13 @@ def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
             raise ValueError(f"sample: expected one per row, [{x.shape[0]}], got {describe(sample)}")
         for name, value in (("drop_path", scale), ("sample", sample)):
             require_device(name, value, x.device)
+
+
+def require_lists(**given: Sequence[Tensor] | None) -> None:
+    """Raise where a tensor stands in the place of one tensor per modality."""
+    for name, tensors in given.items():
+        if isinstance(tensors, Tensor):
+            raise ValueError(f"{name}: expected a list of one tensor per modality, got {describe(tensors)}")
 
 
 def require_one_per_modality(name: str, tensors: Sequence[Tensor], modalities: int, optional: bool = True) -> None:

@@ -53,9 +53,10 @@ def _check_apart(given: AttentionInputs) -> tuple[Tensor, int]:
 
 
 def _check_segments(prefix: str, segments: Segments | KeySegments, rows: int, device: torch.device) -> None:
-    cu_seqlens, modality, code, is_cls, _, order = segments
+    cu_seqlens, modality, code, is_cls, max_length, order = segments
     require_tensor(f"{prefix}cu_seqlens", cu_seqlens, (torch.int32,), "[modalities, samples + 1]", 2)
-    require_device(f"{prefix}cu_seqlens", cu_seqlens, device)
+    require_device(f"{prefix}cu_seqlens", cu_seqlens, device, of_plan=True)
+    require(max_length >= 0, lambda: f"{prefix}max_length: expected a length, or 0 where unknown, got {max_length}")
     of_rows = (("modality", modality, torch.int32), ("code", code, torch.int32), ("is_cls", is_cls, torch.bool))
     for name, value, dtype in of_rows if order is None else (*of_rows, ("order", order, torch.int32)):
         if isinstance(value, Tensor) and value.dtype == dtype and value.shape == (rows,) and value.device == device:
@@ -63,7 +64,7 @@ def _check_segments(prefix: str, segments: Segments | KeySegments, rows: int, de
         require_tensor(prefix + name, value, (dtype,), "[rows]", 1)
         if value.shape[0] != rows:
             raise ValueError(f"{prefix}{name}: expected one entry per row, [{rows}], got {describe(value)}")
-        require_device(prefix + name, value, device)
+        require_device(prefix + name, value, device, of_plan=True)
 
 
 def _check_keys(given: AttentionInputs, key_rows: int, device: torch.device) -> None:

@@ -16,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device, require_vector
-from onepeace_fast.ops.arguments import check_routing, require_eps, require_one_per_modality, require_rows
+from onepeace_fast.ops.arguments import (
+    check_offsets,
+    check_routing,
+    require_eps,
+    require_lists,
+    require_one_per_modality,
+    require_rows,
+)
 from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward, zeros_where_needed
 from onepeace_fast.ops.operation import Gradient, Operation
@@ -47,6 +54,7 @@ ACTIVATION_BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def gated_sub_ln_reference(given: GatedSubLNInputs) -> GatedSubLNOutputs:
     """The rows of each modality after one another; h is never rounded."""
     u, v, norm_weight = given.u, given.v, given.norm_weight
+    check_offsets(given.routing, u.shape[0])
     n = torch.zeros_like(u, memory_format=torch.contiguous_format)
     mean, rstd = (statistics(u, norm_weight) for _ in range(2))
     for m, rows in enumerate(row_slices(given.routing)):
@@ -109,6 +117,7 @@ def statistics(u: Tensor, norm_weight: Sequence[Tensor]) -> Tensor | None:
 def _by_kernel(given: GatedSubLNInputs) -> GatedSubLNOutputs:
     from onepeace_fast.kernels.gated_sub_ln import gated_sub_ln_forward
 
+    check_offsets(given.routing, given.u.shape[0])
     return gated_sub_ln_forward(given)
 
 
@@ -193,6 +202,7 @@ def gated_sub_ln(
     Raises:
         ValueError: a dtype, shape, device or name that does not fit.
     """
+    require_lists(norm_weight=norm_weight, norm_bias=norm_bias)
     norm_weight, norm_bias = list(norm_weight or ()), list(norm_bias or ())
     routing = Routing(offsets, tuple(row_counts))
     require_rows("u", u)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require, require_device
-from onepeace_fast.ops.arguments import norm_vectors, require_eps, require_norm_routing, require_rows
+from onepeace_fast.ops.arguments import check_offsets, norm_vectors, require_eps, require_norm_routing, require_rows
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype, rows_of_norms, source_rows
 from onepeace_fast.structures import (
@@ -77,6 +77,7 @@ def layer_norm_reference(given: LayerNormInputs, rms: bool = False) -> LayerNorm
         )
         return LayerNormOutputs(y.to(x.dtype), mean, rstd)
     y, mean, rstd = (value if value is None else value.zero_() for value in layer_norm_fake(given, rms))
+    check_offsets(given.routing, y.shape[0])
     for m, part in enumerate(_parts(given, y.shape[0])):
         scaled = _scaled(x[source_rows(given.routing, part, x)], given.head_scale)
         y[part], mu, rstd[part] = normalize(scaled, _at(given.weight, m), _at(given.bias, m), given.eps, rms)
@@ -136,6 +137,8 @@ def layer_norm_by_kernel(given: LayerNormInputs, rms: bool = False) -> LayerNorm
     """What the reference returns, by the kernel."""
     from onepeace_fast.kernels.layer_norm import layer_norm_forward
 
+    row_index = given.routing.row_index
+    check_offsets(given.routing, (given.x if row_index is None else row_index).shape[0])
     return layer_norm_forward(given, rms)
 
 

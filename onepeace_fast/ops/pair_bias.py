@@ -10,15 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from onepeace_fast.ops.segments import (
-    Group,
-    Pairs,
-    check_codes,
-    check_order,
-    check_segments,
-    is_on_host,
-    sample_pairs,
-)
+from onepeace_fast.checks import is_on_host
+from onepeace_fast.ops.segments import Group, Pairs, check_codes, check_order, check_segments, sample_pairs
 from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
 from onepeace_fast.structures import BiasVectors, Segments
 
@@ -135,7 +128,7 @@ class Batch(NamedTuple):
         """Raise where segments, codes or orders do not fit; only a CPU is read by the host."""
         sides = ((self.segments, self.rows), (self.keys, self.key_rows))
         for segments, rows in sides[: 1 if self.keys is self.segments else 2]:
-            check_segments(segments.cu_seqlens, rows)
+            check_segments(segments, rows)
             check_order(segments)
         check_codes(bias, self.segments, self.keys)
 
@@ -245,7 +238,7 @@ def _are_equal(one: Segments, other: Segments) -> bool:
     if (one.order is None) != (other.order is None):
         return False
     pairs: Iterable[tuple[Any, Any]] = zip(one, other, strict=True)
-    return all(torch.equal(x, y) for x, y in pairs if isinstance(x, Tensor))
+    return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
 
 def _layout(bias: BiasVectors) -> tuple[Sequence[int], list[torch.Size]]:

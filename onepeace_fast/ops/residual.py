@@ -17,6 +17,7 @@ from torch import Tensor
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
 from onepeace_fast.ops.arguments import (
     FLOATS,
+    check_offsets,
     check_routing,
     check_row_index,
     require_drop_path,
@@ -72,6 +73,7 @@ def branch_places(routing: Routing, branch_rows: int, x: Tensor) -> tuple[Tensor
 def residual_reference(given: ResidualInputs) -> ResidualOutputs:
     """out in x's dtype and, with a norm, normed in y's dtype."""
     x, y, routing = given.x, given.y, given.routing
+    check_offsets(routing, y.shape[0])
     if routing.row_index is not None:
         check_row_index(routing.row_index, routing.offsets, x)
     factor = row_factor(x, y.dtype, given.gamma, given.drop_path, given.dropout)
@@ -141,6 +143,7 @@ def _parameter_gradient(parameter: Tensor, gradient: Tensor | None) -> Tensor:
 def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
     from onepeace_fast.kernels.residual import residual_forward
 
+    check_offsets(given.routing, given.y.shape[0])
     return residual_forward(given)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.ops import routed_ffn_per_modality as per_modality
-from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index
+from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index, require_lists
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
@@ -146,7 +146,7 @@ def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
 
 
 def _check_values(given: RoutedFFNInputs) -> None:
-    check_offsets(given.routing.offsets)
+    check_offsets(given.routing, given.z.shape[0])
     if given.routing.row_index is not None:
         check_row_index(given.routing.row_index, given.routing.offsets, given.residual)
 
@@ -285,6 +285,7 @@ def routed_ffn(
     Raises:
         ValueError: a dtype, shape, device, name or width that does not fit.
     """
+    require_lists(w0=w0, w1=w1, w2=w2, b2=b2, norm_weight=norm_weight, norm_bias=norm_bias)
     if (dtype := autocast_dtype(z)) is not None:
         z = z.to(dtype)
         w0, w1, w2, b2 = (some and [w.to(dtype) for w in some] for some in (w0, w1, w2, b2))

@@ -21,6 +21,7 @@ from onepeace_fast.ops.arguments import (
     autocast_dtype,
     check_offsets,
     check_routing,
+    require_lists,
     require_one_per_modality,
     require_rows,
 )
@@ -40,7 +41,7 @@ from onepeace_fast.structures import (
 def routed_linear_reference(given: RoutedLinearInputs) -> RoutedLinearOutputs:
     """A matrix product for each modality; without row counts the offsets are read on the host."""
     x, weight, bias, routing = given
-    check_offsets(routing.offsets)
+    check_offsets(routing, x.shape[0])
     y = x.new_empty(x.shape[0], weight[0].shape[0])
     ranges = list(row_slices(routing))
     for m, rows in enumerate(ranges):
@@ -73,6 +74,7 @@ def _by_kernel(given: RoutedLinearInputs) -> RoutedLinearOutputs:
         return routed_linear_reference(given)
     from onepeace_fast.kernels.routed_linear import routed_linear_forward
 
+    check_offsets(given.routing, given.x.shape[0])
     return routed_linear_forward(given)
 
 
@@ -174,6 +176,7 @@ def routed_linear(
         ValueError: a dtype, shape or device that does not fit.
     """
     require_rows("x", x)
+    require_lists(weight=weight, bias=bias)
     if (dtype := autocast_dtype(x)) is not None:
         x = x.to(dtype)
         weight, bias = (some and [w.to(dtype) for w in some] for some in (weight, bias))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require, require_values
+from onepeace_fast.checks import is_on_host, require, require_values
 from onepeace_fast.relative_position import CLS_ENTRIES
 from onepeace_fast.structures import BiasVectors, Segments
 
@@ -18,11 +18,6 @@ PAIRS_WITHOUT_PADDING = 2**15  # where all samples are of one length
 VECTOR = 16
 PAIRS_OF_A_DEVICE_GROUP = 2**22
 PAIRS_OF_DEVICE_HEADS = 2**24
-
-
-def is_on_host(x: Tensor) -> bool:
-    """Whether the host can read a tensor's values without waiting for a device."""
-    return x.device.type == "cpu"
 
 
 class Group(NamedTuple):
@@ -218,8 +213,12 @@ def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor,
     return torch.where(valid, rows, first), valid
 
 
-def check_segments(cu_seqlens: Tensor, rows: int) -> None:
-    """Raise where segments end past the rows or before they begin; only a CPU is read by the host."""
+def check_segments(segments: Segments, rows: int) -> None:
+    """Raise where segments end past the rows or before they begin, or a sample is longer than ``max_length``.
+
+    Only a CPU is read by the host.
+    """
+    cu_seqlens, most = segments.cu_seqlens, segments.max_length
     if not cu_seqlens.numel():
         return
     message = f"cu_seqlens: expected growing bounds from 0 to at most {rows}, got segments outside the rows"
@@ -229,6 +228,9 @@ def check_segments(cu_seqlens: Tensor, rows: int) -> None:
     else:
         inside = (cu_seqlens[-1, -1] <= rows) & (cu_seqlens.flatten().diff() >= 0).all() & (cu_seqlens[0, 0] >= 0)
         require_values(inside, message)
+    if most:
+        too_long = f"max_length: expected the longest sample's length, or 0, got {most} and a longer sample"
+        require_values((cu_seqlens.diff(dim=1).sum(0) <= most).all(), too_long)
 
 
 def check_codes(bias: BiasVectors, segments: Segments, keys: Segments) -> None:

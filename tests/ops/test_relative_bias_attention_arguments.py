@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.contract import refused
+from support.contract import message_of, refused
 from support.plans import naive_layout, whole_rows
 
 from onepeace_fast import cuda_extension, relative_bias_attention
@@ -77,6 +77,23 @@ def test_codes_whose_difference_lies_outside_the_vector_are_refused(offsets):
 def test_segments_that_are_not_those_of_the_rows_are_refused(bounds):
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
     refused("cu_seqlens", relative_bias_attention, **arguments(cu_seqlens=cu_seqlens))
+
+
+@pytest.mark.parametrize("name", ("cu_seqlens", "modality", "code", "is_cls"))
+def test_segments_of_a_plan_elsewhere_say_how_it_is_moved(name):
+    elsewhere = arguments()[name].to("meta")
+    said = f"{name}: expected a tensor on cpu, got one on meta; move it, or the plan that has it, with .to('cpu')"
+    assert message_of(relative_bias_attention, **arguments(**{name: elsewhere})) == said
+
+
+def test_max_length_is_that_of_the_longest_sample_or_more():
+    given, longest = arguments(), LAYOUT.max_length
+    expected = relative_bias_attention(**given)
+    said = f"max_length: expected the longest sample's length, or 0, got {longest - 1} and a longer sample"
+    assert message_of(relative_bias_attention, **given | {"max_length": longest - 1}) == said
+    assert torch.equal(relative_bias_attention(**given | {"max_length": longest + 1}), expected)
+    negative = "max_length: expected a length, or 0 where unknown, got -3"
+    assert message_of(relative_bias_attention, **given | {"max_length": -3}) == negative
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the slower path:RuntimeWarning")
