@@ -96,9 +96,9 @@ class RoutePlan:
         Raises:
             ValueError: a modality that is not the plan's.
         """
-        unknown: Any = [name for name in prefix if name not in self.modalities]
-        if len(prefix) > 1 and all(len(name) == 1 for name in prefix):  # a string, whose letters are no names
-            unknown = unknown and f"the letters of a string; write [{''.join(prefix)!r}]"
+        if isinstance(prefix, str):
+            raise ValueError(f"prefix: expected a list of names, got {prefix!r}; give [{prefix!r}]")
+        unknown = [name for name in prefix if name not in self.modalities]
         require(not unknown, lambda: f"prefix: expected some of {list(self.modalities)}, got {unknown}")
         values = routing.prefix_values(self.causal_order(), self.modality, [*map(self.modalities.index, prefix)])
         return routing.ranks(values, self.modality, self.sample, self.cu_seqlens)

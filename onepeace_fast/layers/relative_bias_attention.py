@@ -116,8 +116,6 @@ class RelativeBiasAttention(nn.Module):
 
     def _segments(self, plan: RoutePlan) -> Segments:
         by_order = isinstance(self.bias, RelativeBias) and _goes_by_order(plan)
-        absent = [name for name in self.prefix if name not in plan.modalities]
-        require(not absent, lambda: f"prefix: expected names of {list(plan.modalities)}, got {absent}")
         place = plan.causal_order() if by_order or self.causal else plan.code
         order = plan.prefix_order(self.prefix) if self.prefix else place if self.causal else None
         code = place if by_order else plan.code

@@ -228,7 +228,7 @@ def test_what_does_not_fit_is_one_line():
     windows = RelativeBiasAttention(DIM, HEADS, {"image": RelativeBias.swin((2, 2), HEADS)})
     refused("plan", windows, torch.zeros(8, DIM), other)
     unknown = RelativeBiasAttention(DIM, HEADS, prefix=["text", "sound"])
-    assert message_of(unknown, x, plan) == "prefix: expected names of ['text'], got ['sound']"
+    assert message_of(unknown, x, plan) == "prefix: expected some of ['text'], got ['sound']"
     said = "prefix: expected a list of names, got 'text'; give ['text']"
     assert message_of(RelativeBiasAttention, DIM, HEADS, prefix="text") == said
     refused("heads", RelativeBiasAttention, DIM, 5)
