@@ -106,9 +106,10 @@ def test_the_random_states_of_cuda_devices_in_use_come_back(monkeypatch):
 
 @pytest.mark.gpu
 def test_on_a_gpu_equal_models_draw_equal_dropout():
-    model = normalising().cuda()
+    model = normalising()
+    twin = copy.deepcopy(model).cuda()
     state = torch.cuda.get_rng_state()
-    found = compare(model, copy.deepcopy(model), batch().cuda(), **QUICK)
+    found = compare(model.cuda(), twin, batch().cuda(), **QUICK)
     assert found.outputs["output"].relative < 1e-5 and torch.equal(torch.cuda.get_rng_state(), state)
 
 
