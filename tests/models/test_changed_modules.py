@@ -25,7 +25,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize, prune
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.layers import plain
+from onepeace_fast.layers import plain, transformer
 
 PROJECTIONS = [f"layers.0.self_attn.{name}_proj" for name in "qkv"] + ["layers.0.self_attn.out_proj"]
 NORMS = [
@@ -41,6 +41,16 @@ BATCH = batch_of(text=[3, 1], image=(2, 2))
 PLAN = RoutePlan.from_lengths({"text": [2], "image": [3]})
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of parts that are not fused
+
+
+def as_on_a_gpu(z):
+    return True
+
+
+@pytest.fixture(autouse=True)
+def joined_weights(monkeypatch):
+    """Queries, keys and values by one product where they may."""
+    monkeypatch.setattr(transformer, "joins_weights", as_on_a_gpu)
 
 
 class Wrapper(nn.Module):
