@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, overload
 
@@ -16,16 +17,17 @@ from onepeace_fast.route_plan import RoutePlan
 Kind = TypeVar("Kind", bound=nn.Module)
 
 
-class RoutedModule(nn.Module):
+class RoutedModule(nn.Module, ABC):
     """What computes each token by the weights of its modality: ``_rows`` over packed rows, and around it their way."""
 
     @property
+    @abstractmethod
     def _modalities(self) -> int | None:
         """How many it has weights for; None where its parts say it when they are called."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _rows(self, rows: Tensor, plan: RoutePlan) -> Tensor:
-        raise NotImplementedError
+        """Packed rows [C, width], each through the weights of its modality."""
 
     @overload
     def forward(self, x: Tensor, plan: RoutePlan, *, packed: bool = False) -> Tensor: ...
