@@ -10,6 +10,7 @@ from onepeace_fast import (
 from onepeace_fast.backend import use_backend
 from onepeace_fast.comparison import compare
 from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.fusion import FusedModel, fuse
 from onepeace_fast.layers import (
     RelativeBias,
     RelativeBiasAttention,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "FusedModel",
     "OnePeaceConfig",
     "OnePeacePretrain",
     "RelativeBias",
@@ -40,6 +42,7 @@ __all__ = [
     "RoutedNorm",
     "Segments",
     "compare",
+    "fuse",
     "register_attention",
     "shifted_windows",
     "use_backend",

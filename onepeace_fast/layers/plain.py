@@ -32,9 +32,17 @@ _PLAIN_TENSORS = (nn.Parameter, Tensor, FakeTensor, type(None))
 
 def is_plain(module: nn.Module | None, kind: type[Kind]) -> TypeGuard[Kind]:
     """Whether a module computes what ``kind`` does with its parameters, and nothing watches or changes its call."""
-    if type(module) is not kind or is_watched(module):
-        return False
+    return type(module) is kind and not is_watched(module) and has_plain_tensors(module)
+
+
+def has_plain_tensors(module: nn.Module) -> bool:
+    """Whether a module's own parameters are plain tensors."""
     return all([type(parameter) in _PLAIN_TENSORS for parameter in module._parameters.values()])  # faster than lazily
+
+
+def is_plain_tensor(kind: type) -> bool:
+    """Whether a tensor's class is torch's own, or what tracing puts in its place."""
+    return kind in _PLAIN_TENSORS
 
 
 def inside(module: nn.Module, kind: type[Kind]) -> Kind:

@@ -37,7 +37,18 @@ def choose(config: TransformerConfig, passes: Sequence[Tokens], samples: Samples
         padded += sample_count(tokens, samples) * sum(one.valid.shape[1] for one in tokens.values())
         packed += sum(sum(one.lengths) for one in tokens.values())
     of_a_row = 2 * config.embed_dim * (4 * config.embed_dim + 3 * config.ffn_embed_dim)
-    # Both costs are of Python, which takes as long however many threads compute the products.
-    cost = (COST_OF_PACKING - (len(passes) - 1) * COST_OF_A_PASS) * torch.get_num_threads()
-    fused = (padded - packed) * of_a_row >= cost + LEAST_SHARE * packed * of_a_row
+    fused = packing_pays(padded, packed, of_a_row, len(passes))
     return Choice("fused" if fused else "reference", padded, packed)
+
+
+def packing_pays(padded: int, packed: int, of_a_row: int, passes: int = 1) -> bool:
+    """Whether a layer over packed rows is faster on a CPU than over padded ones.
+
+    Args:
+        padded, packed: rows of each.
+        of_a_row: floating-point operations of the products of one row in one layer.
+        passes: of padded rows, where packed rows need one alone.
+    """
+    # Both costs are of Python, which takes as long however many threads compute the products.
+    cost = (COST_OF_PACKING - (passes - 1) * COST_OF_A_PASS) * torch.get_num_threads()
+    return (padded - packed) * of_a_row >= cost + LEAST_SHARE * packed * of_a_row

@@ -1,0 +1,139 @@
+"""What a family of models gives ``fuse``: one class, whose instances are fused parts of a live model.
+
+To add a family, write a subclass of ``FusedCall`` in a file of ``families/`` and name it in ``families/__init__.py``:
+
+- ``resembles`` says by structure, never by a class's name, whether a module may be of the family.
+- ``__init__`` looks closely. It raises ``Refusal`` with one line where a look-alike computes something else, and
+  replaces further methods, such as those of the layers.
+- ``declines`` says why one call keeps the model's own computation: what it asks for that the ops do not know.
+- ``forward`` computes the call the fused way and returns what the model's own method would.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Collection
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from onepeace_fast.backend import requested_backend
+from onepeace_fast.fusion.replacement import Replacement
+from onepeace_fast.fusion.structure import Structure
+from onepeace_fast.models.choice import packing_pays
+
+TOO_LITTLE_PADDING = "on a CPU, packing pays only with more padding; use_backend('fused') packs in any case"
+MARK = "_onepeace_fast_fusion"  # of a root's __dict__: its fusion
+
+
+class Refusal(ValueError):
+    """Why a module that resembles a family's is not taken: one line of what was expected and what came."""
+
+
+class Fusion(ABC):
+    """One module of a live model that is computed the fused way, with its own parameters.
+
+    Attributes:
+        family: what the report calls the family.
+        root: the module.
+        calls: how many calls were fused, under an empty text, and how many were not, under the reason.
+        padded_tokens, computed_tokens: of the fused calls: tokens with padding, and those that were computed.
+    """
+
+    family: ClassVar[str]
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = root
+        self.calls: Counter[str] = Counter()
+        self.padded_tokens = self.computed_tokens = 0
+
+    @staticmethod
+    @abstractmethod
+    def resembles(module: nn.Module) -> bool:
+        """Whether a module has the parts of this family, by name and kind; quick, and True for look-alikes too."""
+
+    def install(self) -> None:
+        """Put the fused computation in the place of the model's own."""
+        self.root.__dict__[MARK] = self
+
+    def remove(self) -> None:
+        """Give the model its own computation back, bit for bit."""
+        self.root.__dict__.pop(MARK, None)
+
+    def count_tokens(self, padded: int, computed: int) -> None:
+        """Add a fused call's tokens to what the report says."""
+        self.padded_tokens += padded
+        self.computed_tokens += computed
+
+
+class FusedCall(Fusion):
+    """A fusion that replaces the ``forward`` of its root, and other methods of modules below it.
+
+    Args:
+        root: the module.
+        called: modules below it that the fused computation calls, see ``Structure``.
+
+    Raises:
+        Refusal: parameters that are tied within the root.
+    """
+
+    def __init__(self, root: nn.Module, called: Collection[nn.Module] = ()) -> None:
+        super().__init__(root)
+        self.replacements = [Replacement(self, root, "forward", "call")]
+        self.structure = Structure(root, called)
+        _refuse_tied(root)
+
+    @abstractmethod
+    def declines(self, *args: Any, **kwargs: Any) -> str:
+        """Why this call of the root keeps the model's own computation; an empty text where it is fused."""
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The root's call, fused: the same outputs in the same form."""
+
+    def replace(self, module: nn.Module, method: str, call: str) -> None:
+        """Let a method of a module below the root be ``self.call(replacement, *args, **kwargs)``.
+
+        ``replacement.module`` is the module, ``replacement.original`` its own method.
+        """
+        self.replacements.append(Replacement(self, module, method, call))
+
+    def call(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
+        """The root's forward: fused, or where this call or a change of the model forbids it, the model's own."""
+        reason = self.declines(*args, **kwargs)
+        if not reason and not torch.compiler.is_compiling():
+            reason = self.structure.change()
+        self.calls[reason] += 1
+        return replacement.original(*args, **kwargs) if reason else self.forward(*args, **kwargs)
+
+    def install(self) -> None:
+        super().install()
+        for replacement in self.replacements:
+            replacement.install()
+
+    def remove(self) -> None:
+        super().remove()
+        for replacement in self.replacements:
+            replacement.remove()
+
+
+def packing_is_chosen(x: Tensor, padded: int, packed: int, of_a_row: int) -> bool:
+    """Whether a call packs its tokens: as ``use_backend`` asks, on a CPU where it pays, elsewhere always.
+
+    Args:
+        x: the tokens, for their device.
+        padded, packed: rows of each.
+        of_a_row: floating-point operations of the products of one row in one layer.
+    """
+    if backend := requested_backend(None):
+        return backend == "fused"
+    return x.device.type != "cpu" or packing_pays(padded, packed, of_a_row)
+
+
+def _refuse_tied(root: nn.Module) -> None:
+    names: dict[int, str] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if (first := names.setdefault(id(parameter), name)) != name:
+            raise Refusal(f"{name}: expected a parameter of its own, got one tied to {first}")
