@@ -281,3 +281,13 @@ def test_what_is_fused_beside_what_is_refused_is_reported():
     assert [*handle.parts] == ["a.encoder"]
     assert handle.report().refused == (("b.encoder", "sums", "norm: expected width 3, got 4"),)
     assert "b.encoder is not fused: like sums, but norm: expected width 3, got 4" in str(handle.report())
+
+
+def test_what_is_inside_a_fused_part_is_not_fused_again():
+    encoder = Encoder()
+    encoder.layers.append(Layer())
+    encoder.layers[2].inner = Encoder()
+    handle = fuse(encoder)
+    assert [*handle.parts] == [""]
+    assert encoder(X)[1] == "fused" and encoder.layers[2].inner(X)[1] == "own"
+    assert str(handle.report()).splitlines()[1].split()[:2] == ["model", "sums"]
