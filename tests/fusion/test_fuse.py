@@ -164,8 +164,8 @@ class Around(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * self.inner(x)
+    def forward(self, *args: Any) -> Tensor:
+        return 2 * self.inner(*args)
 
 
 class Quantised(Tensor):
