@@ -44,11 +44,12 @@ class TileParameters(NamedTuple):
 
 # mma.sync keeps the accumulators in registers, which 128 x 128 by 8 warps leave half of to the rest; 64 columns where
 # there are two of them. Four stages of 32 hide the latency of copies in at most 64 KiB, which cards with 99 KiB hold.
+# The epilogue of h's gradient reads two tensors and writes three: by quarters it spills in float16 with silu.
 _SQUARE = TileParameters(128, 128, 32, row_tiles_at_once=8, num_warps=8, num_stages=4, programs_per_multiprocessor=1)
 _MMA = {
     "routed_ffn_hidden": _SQUARE._replace(block_columns=64, pieces=4),
     "routed_ffn_output": _SQUARE._replace(pieces=4),
-    "routed_ffn_hidden_gradient": _SQUARE._replace(pieces=4),
+    "routed_ffn_hidden_gradient": _SQUARE._replace(pieces=8),
     "routed_ffn_output_gradient": _SQUARE._replace(pieces=4),
     "weight_gradient": _SQUARE,
     "input_gradient": _SQUARE,

@@ -7,6 +7,7 @@ from onepeace_fast import (
     _source_tree,  # noqa: F401  makes onepeace_fast.kernels importable for all that follow
     ops,
 )
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.backend import use_backend
 from onepeace_fast.comparison import compare
 from onepeace_fast.config import OnePeaceConfig
@@ -22,7 +23,6 @@ from onepeace_fast.layers import (
 from onepeace_fast.models import OnePeacePretrain
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.route_plan import RoutePlan
-from onepeace_fast.structures import Segments
 from onepeace_fast.transformers_attention import register_attention
 
 if TYPE_CHECKING:

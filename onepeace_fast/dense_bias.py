@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.relative_position import CLS_ENTRIES, window_codes
-from onepeace_fast.structures import Segments
 
 SAMPLES_KEPT = 64
 

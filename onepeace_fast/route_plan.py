@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast import routing, token_routes
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.checks import describe, require
-from onepeace_fast.structures import Segments
 
 
 @dataclass(frozen=True, eq=False)

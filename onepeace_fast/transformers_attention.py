@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.checks import describe, require, require_values
 from onepeace_fast.dense_bias import dense_vector, full_segments, is_relative, window_parts
 from onepeace_fast.installation import install_command
 from onepeace_fast.ops.relative_bias_attention import relative_bias_attention
 from onepeace_fast.relative_position import window_code_offset, window_codes
 from onepeace_fast.route_plan import RoutePlan
-from onepeace_fast.structures import Segments
 
 NAME = "onepeace_fast"
 OLDEST, TOO_NEW = (5, 23), (6, 0)  # of transformers, the bounds of the extra

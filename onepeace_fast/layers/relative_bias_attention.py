@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.checks import describe, require, require_device
 from onepeace_fast.layers.plain import is_plain
 from onepeace_fast.layers.relative_bias import RelativeBias
@@ -15,7 +16,6 @@ from onepeace_fast.layers.routed.experts import RoutedModule, is_routed, with_pl
 from onepeace_fast.ops import relative_bias_attention
 from onepeace_fast.ops.arguments import autocast_dtype
 from onepeace_fast.route_plan import RoutePlan
-from onepeace_fast.structures import Segments
 
 
 class RelativeBiasAttention(nn.Module):

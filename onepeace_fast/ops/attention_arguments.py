@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from onepeace_fast.attention_structures import AttentionInputs, KeySegments, Segments
 from onepeace_fast.checks import describe, require, require_device, require_tensor, require_vector
 from onepeace_fast.ops.arguments import FLOATS
 from onepeace_fast.relative_position import CLS_ENTRIES
-from onepeace_fast.structures import AttentionInputs, KeySegments, Segments
 
 
 def check_arguments(given: AttentionInputs) -> None:

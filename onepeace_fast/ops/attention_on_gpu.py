@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onepeace_fast import cuda_extension
-from onepeace_fast.checks import describe
-from onepeace_fast.ops.pair_bias import Batch, hidden_keys, joined, pair_entries, pair_values
-from onepeace_fast.ops.segments import Pairs, head_slices, is_shared, longest_sample, sample_pairs
-from onepeace_fast.structures import (
+from onepeace_fast.attention_structures import (
     AttentionGradients,
     AttentionInputs,
     AttentionOutputs,
     AttentionSaved,
     BiasVectors,
-    Needs,
     VectorGradients,
 )
+from onepeace_fast.checks import describe
+from onepeace_fast.ops.pair_bias import Batch, hidden_keys, joined, pair_entries, pair_values
+from onepeace_fast.ops.segments import Pairs, head_slices, is_shared, longest_sample, sample_pairs
+from onepeace_fast.structures import Needs
 
 HEAD_SIZES = (32, 64, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from onepeace_fast.attention_structures import BiasVectors, Segments
 from onepeace_fast.checks import is_on_host
 from onepeace_fast.ops.segments import Group, Pairs, check_codes, check_order, check_segments, sample_pairs
 from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
-from onepeace_fast.structures import BiasVectors, Segments
 
 PAIRS_KEPT = 2**20  # in all groups; a head's bias of so many takes 4 MiB
 

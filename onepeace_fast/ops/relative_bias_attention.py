@@ -20,6 +20,16 @@ from typing import Any, Literal, TypeAlias, overload
 import torch
 from torch import Tensor
 
+from onepeace_fast.attention_structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSaved,
+    BiasVectors,
+    KeySegments,
+    Segments,
+    VectorGradients,
+)
 from onepeace_fast.checks import checks_devices, is_on_host
 from onepeace_fast.ops.attention_arguments import check_arguments
 from onepeace_fast.ops.attention_on_gpu import attend_by_sdpa, key_of, launch_backward, launch_forward, refusal
@@ -27,17 +37,7 @@ from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
 from onepeace_fast.ops.pair_bias import Batch, sum_by_index, walk
 from onepeace_fast.ops.segments import Pairs, head_slices, longest_sample
-from onepeace_fast.structures import (
-    AttentionGradients,
-    AttentionInputs,
-    AttentionOutputs,
-    AttentionSaved,
-    BiasVectors,
-    KeySegments,
-    Needs,
-    Segments,
-    VectorGradients,
-)
+from onepeace_fast.structures import Needs
 
 QKV: TypeAlias = Tensor | tuple[Tensor, Tensor, Tensor]
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from onepeace_fast.attention_structures import BiasVectors, Segments
 from onepeace_fast.checks import is_on_host, require, require_values
 from onepeace_fast.relative_position import CLS_ENTRIES
-from onepeace_fast.structures import BiasVectors, Segments
 
 PAIRS_OF_A_GROUP = 2**13
 PAIRS_WITHOUT_PADDING = 2**15  # where all samples are of one length

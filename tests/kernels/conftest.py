@@ -1,21 +1,20 @@
-"""Tests of the Triton kernels, through the ops that run them: the same tests in Triton's interpreter and on a GPU.
+"""The operations that have Triton kernels, and the kernels: one file tests an operation's reference and its kernels.
+
+    python -m pytest tests/kernels                          the references, in the ordinary suite
+    TRITON_INTERPRET=1 python -m pytest tests/kernels       the kernels on a CPU: small sizes, float32 and float16
+    python -m pytest -m gpu tests/kernels                   the kernels on a GPU: real sizes too, bfloat16 as well
 
 Triton decides when it is imported whether it interprets its kernels, so the interpreter needs a process of its own:
+`tests/test_kernels.py` runs the second line and prints how many tests passed. `make gpu` runs the third.
 
-    TRITON_INTERPRET=1 python -m pytest tests/kernels       on a CPU: small sizes, float32 and float16
-    python -m pytest -m gpu tests/kernels                   on a GPU: real sizes too, bfloat16 as well
-
-`tests/test_kernels.py` runs the first line inside the ordinary suite and prints how many tests passed; `make gpu` runs
-the second. Where neither holds, nothing here is collected: there are no kernels to test.
-
-A test takes the device, the dtypes and the numbers of rows from `support.kernels`. Memory that torch.empty hands out is
-filled with NaN, so that an element that a kernel should have written and did not is seen.
+A test takes the device, the dtypes and the numbers of rows from `support.kernels`. Where kernels run, memory that
+torch.empty hands out is filled with NaN, so that an element that one should have written and did not is seen.
 """
 
 from typing import Any
 
 import pytest
-from support.kernels import DEVICE, INTERPRETED, poisoned_memory  # noqa: F401  a fixture of all tests here
+from support.kernels import DEVICE, INTERPRETED
 
 # What takes longest in the interpreter, which leaves it to the slow tests; half precision of all but the values too.
 SELDOM = {
@@ -37,7 +36,14 @@ SELDOM = {
 }
 IN_HALF = ("test_values_and_gradients_follow_the_naive_ones", "test_every_combination_of_options_follows_the_naive_one")
 
-collect_ignore_glob = [] if INTERPRETED or DEVICE == "cuda" else ["test_*.py"]
+KERNELS_ALONE = (
+    "encoder", "goldens", "grouped_gemm", "launch", "mixture_of_transformers", "routed_ffn_grouped", "traffic",
+)  # fmt: skip
+
+if INTERPRETED or DEVICE == "cuda":
+    from support.kernels import poisoned_memory  # noqa: F401  a fixture of all tests here
+else:
+    collect_ignore = [f"test_{name}.py" for name in KERNELS_ALONE]
 
 
 if INTERPRETED:
@@ -62,5 +68,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.name.partition("[")[0]
         if DEVICE == "cuda":
             item.add_marker(pytest.mark.gpu)
-        elif name in SELDOM or ("float16" in item.name and name not in IN_HALF):
+        elif INTERPRETED and (name in SELDOM or ("float16" in item.name and name not in IN_HALF)):
             item.add_marker(pytest.mark.slow)

@@ -1,6 +1,6 @@
 """``routed_ffn`` by grouped products, against the naive network: ragged and empty modalities, every gradient.
 
-What holds of every strategy stands in ``tests/ops/test_routed_ffn.py``.
+What holds of every strategy stands in ``tests/kernels/test_routed_ffn.py``.
 """
 
 import pytest

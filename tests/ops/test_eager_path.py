@@ -11,8 +11,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import RoutePlan
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.ops.operation import Operation, is_eager
-from onepeace_fast.structures import DropPath, Routing, Segments
+from onepeace_fast.structures import DropPath, Routing
 
 PLAN = RoutePlan.from_lengths({"text": [2, 3], "image": [4]}, samples={"text": [0, 1], "image": [1]}, first_is_cls=True)
 

@@ -20,12 +20,20 @@ from support.contract import normal
 from support.host_extension import ARCHITECTURES, force_gpu_paths, use
 from torch.utils.checkpoint import checkpoint
 
-from onepeace_fast import cuda_extension, structures
+from onepeace_fast import cuda_extension
+from onepeace_fast.attention_structures import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionSaved,
+    BiasVectors,
+    KeySegments,
+    Segments,
+    VectorGradients,
+)
 from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import random_tensors, specified_cases
 from onepeace_fast.ops import attention_on_gpu, segments
 from onepeace_fast.ops.relative_bias_attention import _say_once
-from onepeace_fast.structures import AttentionGradients, AttentionInputs, AttentionSaved, Segments
 from onepeace_fast.tolerance import DTYPES, HALF, assert_within_rule
 
 in_both_ways = pytest.mark.parametrize("way", ["slower_path", "kernel"], indirect=True)
@@ -39,10 +47,10 @@ def rounded(batch, dtype=torch.bfloat16):
 def inputs(batch, leaves):
     """What a launch takes of them."""
     given = batch.given(leaves)
-    bias = structures.BiasVectors(given["bias"], tuple(given["code_offsets"]))
+    bias = BiasVectors(given["bias"], tuple(given["code_offsets"]))
     segments = Segments(**{name: given[name] for name in Segments._fields if name in given})
     apart, scale = (None,) * 3, batch.scale or 1.0
-    return AttentionInputs(leaves["qkv"], *apart, segments, structures.KeySegments(), bias, leaves["head_scale"], scale)
+    return AttentionInputs(leaves["qkv"], *apart, segments, KeySegments(), bias, leaves["head_scale"], scale)
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -171,9 +179,8 @@ def launch_backward(batch, leaves, bias_needs=(True,) * 4, head_scale_need=True,
     given = inputs(batch, leaves)
     out = torch.zeros_like(given.qkv[:, 0])
     saved = AttentionSaved(out, *given[:-2], torch.zeros(out.shape[:2]), given.scale)
-    needs = AttentionGradients(
-        True, None, None, None, structures.VectorGradients([*bias_needs][: len(batch.tables)]), head_scale_need
-    )
+    vectors = VectorGradients([*bias_needs][: len(batch.tables)])
+    needs = AttentionGradients(True, None, None, None, vectors, head_scale_need)
     return attention_on_gpu.launch_backward(saved._replace(**changes), needs)
 
 

@@ -14,11 +14,12 @@ from support.synchronization import DEVICE, SYNCHRONIZED, no_synchronization
 from torch._subclasses.fake_tensor import FakeTensor
 
 from onepeace_fast import RoutePlan, kernels
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.kernels.launch import recording
 from onepeace_fast.layers import transformer
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
-from onepeace_fast.structures import DropPath, Routing, Segments
+from onepeace_fast.structures import DropPath, Routing
 
 LENGTHS = {"text": [5, 7, 3], "image": [4, 10], "audio": [6]}
 SAMPLES = {"text": [0, 1, 2], "image": [2, 0], "audio": [1]}

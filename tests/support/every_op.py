@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast.attention_structures import AttentionInputs, BiasVectors, KeySegments, Segments
 from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN
 from onepeace_fast.ops.layer_norm import LAYER_NORM
 from onepeace_fast.ops.operation import Operation
@@ -16,20 +17,16 @@ from onepeace_fast.ops.residual import RESIDUAL
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
 from onepeace_fast.ops.routed_linear import ROUTED_LINEAR
 from onepeace_fast.structures import (
-    AttentionInputs,
-    BiasVectors,
     Dropout,
     DropPath,
     FeedForwardSettings,
     FeedForwardWeights,
     GatedSubLNInputs,
-    KeySegments,
     LayerNormInputs,
     ResidualInputs,
     RoutedFFNInputs,
     RoutedLinearInputs,
     Routing,
-    Segments,
 )
 
 WIDTH, HIDDEN = 16, 32

@@ -41,7 +41,7 @@ PACKAGES = [
 ]  # fmt: skip
 # Without Triton's interpreter, and in it.
 TESTS = [
-    "tests/ops/test_kernel_choice.py", "tests/ops/test_routed_ffn.py", "tests/ops/test_autocast_inside.py",
+    "tests/ops/test_kernel_choice.py", "tests/kernels/test_routed_ffn.py", "tests/ops/test_autocast_inside.py",
     "tests/ops/test_synchronization.py", "tests/models/test_compile_and_autocast.py",
     "tests/ops/test_relative_bias_attention_forms.py", "tests/layers/test_routed_modules.py",
 ]  # fmt: skip
