@@ -21,6 +21,7 @@ AREAS = {
     "ops": ("onepeace_fast/ops/",),
     "training": ("onepeace_fast/training/",),
     "data": ("onepeace_fast/data/",),
+    "fusion": ("onepeace_fast/fusion/",),
     "models": ("onepeace_fast/",),  # what no area before it has
 }
 
