@@ -37,7 +37,8 @@ class GeGLU(nn.Module):
 class Attention(nn.Module):
     def __init__(self, dropout: float, options: dict[str, Any]) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.scaling = HEADS, DIM // HEADS, (DIM // HEADS) ** -0.5
+        self.embed_dim, self.num_heads, self.head_dim = DIM, HEADS, DIM // HEADS
+        self.scaling = self.head_dim**-0.5
         self.dropout_p, self.dropout_module = dropout, Dropout(dropout)
         self.c_attn = nn.Parameter(torch.ones(HEADS)) if options["scale_heads"] else None
         self.ln = nn.LayerNorm(DIM) if options["sub_norm"] else None

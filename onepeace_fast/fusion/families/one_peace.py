@@ -1,8 +1,8 @@
 """The public code of ONE-PEACE (arXiv 2305.11172): its adapters and its encoder, whose padding is not computed.
 
-Recognised by the names and kinds of modules, and by what their attributes hold: scale, activation, dropout, buckets of
-the bias. Trusted is that their code reads these as the public one does: the order of a layer's steps, ``forward`` of the
-encoder, and that an adapter hands on the list of its ``get_rel_pos_bias``.
+Recognised by the names and kinds of modules, and by what their attributes hold: scale, activation, dropout, the bias's
+buckets. Trusted is that their code reads these as the public one does: the order of a layer's steps, the encoder's
+``forward``, and that an adapter hands on the list of its ``get_rel_pos_bias``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ class OnePeaceEncoder(FusedCall):
                     "put torch's checkpoint_wrapper around it"
                 )
         self.modalities = [name for name in MODALITIES if hasattr(layers[0], f"{name}_ffn")]
-        self.heads, self.dim = encoder.num_attention_heads, layers[0].self_attn_layer_norm.weight.shape[0]
+        first: Any = layers[0]
+        self.heads, self.dim = int(encoder.num_attention_heads), int(first.self_attn.embed_dim)
         self.layers = [
             SharedLayer(f"fusion_model.layers.{number}", layer, self.dim, self.modalities)
             for number, layer in enumerate(layers)

@@ -108,8 +108,9 @@ class SharedLayer(TransformerLayer):
         """The layer over packed rows [C, dim], with bias vectors; any other call is the user's layer's own."""
         if not (arguments and isinstance(arguments[0], Packed)):
             return replacement.original(x, *arguments, **keywords)
-        packed, *vectors = arguments
-        return self.packed(x, *packed.branches, vectors, None)
+        packed, *vectors = arguments  # vectors one by one, so that reentrant checkpoints see them
+        attention, feed_forward = packed.branches
+        return self.packed(x, attention, feed_forward, vectors, None)
 
     @property
     def draws_dropout(self) -> bool:
@@ -174,9 +175,9 @@ def required_norm(path: str, parent: nn.Module, name: str, dim: int) -> nn.Layer
 
 def dropout(path: str, parent: nn.Module, name: str) -> nn.Module:
     """A child that draws dropout by its probability ``p``, or does nothing."""
-    module = getattr(parent, name, None)
+    module: Any = getattr(parent, name, None)
     known = isinstance(module, nn.Module) and (hasattr(module, "p") or type(module) is nn.Identity)
-    if not known or any(True for _ in module.parameters()):
+    if not known or [*module.parameters()]:
         raise Refusal(f"{path}.{name}: expected dropout with a probability p, got {type(module).__name__}")
     return module
 
