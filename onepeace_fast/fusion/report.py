@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from onepeace_fast.comparison import Comparison
-from onepeace_fast.fusion.family import Fusion
+from onepeace_fast.fusion.family import FusedCall, Fusion
 from onepeace_fast.tables import table
 
 
@@ -21,13 +21,13 @@ class Refused(NamedTuple):
 class PartReport(NamedTuple):
     """A fused part, and its calls so far.
 
-    ``fused_calls`` were fused; ``own_calls`` ran as the model's own code, by reason. Of the fused calls
-    ``padded_tokens`` came, and ``computed_tokens`` were computed.
+    ``fused_calls`` were fused, None where nothing counts them; ``own_calls`` ran as the model's own code, by reason. Of
+    the fused calls ``padded_tokens`` came, and ``computed_tokens`` were computed.
     """
 
     path: str
     family: str
-    fused_calls: int
+    fused_calls: int | None
     own_calls: dict[str, int]
     padded_tokens: int
     computed_tokens: int
@@ -35,7 +35,8 @@ class PartReport(NamedTuple):
     @classmethod
     def of(cls, path: str, part: Fusion) -> PartReport:
         own = {reason: count for reason, count in part.calls.items() if reason}
-        return cls(path, part.family, part.calls[""], own, part.padded_tokens, part.computed_tokens)
+        fused = part.calls[""] if isinstance(part, FusedCall) else None
+        return cls(path, part.family, fused, own, part.padded_tokens, part.computed_tokens)
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ class Report:
     def __str__(self) -> str:
         rows: list[tuple[object, ...]] = [("fused", "family", "calls", "own code", "tokens", "computed")]
         for part in self.parts:
-            tokens = (part.padded_tokens, part.computed_tokens) if part.padded_tokens else ("-", "-")
-            rows.append((_named(part.path), part.family, part.fused_calls, sum(part.own_calls.values()), *tokens))
+            counts = [part.fused_calls, sum(part.own_calls.values()), part.padded_tokens, part.computed_tokens]
+            shown = ["-"] * 4 if part.fused_calls is None else counts
+            rows.append((_named(part.path), part.family, *shown))
         lines = [table(rows)]
         for part in self.parts:
             lines += [

@@ -1,0 +1,293 @@
+"""``fuse`` itself, on a family made for the tests: what it refuses, what it notices later, copies, and the way back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from onepeace_fast import FusedModel, fuse
+from onepeace_fast.fusion.family import FusedCall, Refusal
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.linear(x)
+
+
+class Encoder(nn.Module):
+    """A stack whose fused form says so by a second output."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer() for _ in range(2))
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
+        for layer in self.layers:
+            x = layer(x)
+        return scale * x, "own"
+
+
+class Sums(FusedCall):
+    family = "sums"
+
+    def __init__(self, root: nn.Module) -> None:
+        if root.norm.normalized_shape != (3,):
+            raise Refusal(f"norm: expected width 3, got {root.norm.normalized_shape[0]}")
+        super().__init__(root, root.layers)
+        for layer in root.layers:
+            self.replace(layer, "forward", "layer")
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        return isinstance(module, Encoder)
+
+    def declines(self, x: Tensor, scale: float = 1.0) -> str:
+        return "" if scale == 1 else "a scale was asked for"
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
+        self.count_tokens(2 * x.shape[0], x.shape[0])
+        for layer in self.root.layers:
+            x = layer(x, "fused")
+        return x, "fused"
+
+    def layer(self, replacement: Any, x: Tensor, way: str = "") -> Tensor:
+        if not way:
+            return replacement.original(x)
+        linear = replacement.module.linear
+        return x + nn.functional.linear(x, linear.weight, linear.bias)
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 3) -> None:
+        super().__init__()
+        self.encoder = Encoder(width)
+        self.head = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        encoded, self.way = self.encoder(x, scale=scale)
+        return self.head(encoded)
+
+
+@pytest.fixture(autouse=True)
+def _family(monkeypatch):
+    monkeypatch.setattr(sys.modules["onepeace_fast.fusion.fuse"], "FAMILIES", (Sums,))
+
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def ways(model: Model) -> str:
+    model(X)
+    return model.way
+
+
+def refusal(model: Any) -> str:
+    with pytest.raises(ValueError) as caught:
+        fuse(model)
+    return str(caught.value)
+
+
+def test_the_model_is_fused_in_place_and_comes_back():
+    model = Model()
+    before, names = model(X), list(model.state_dict())
+    handle = fuse(model)
+    assert [*handle.parts] == ["encoder"]
+    torch.testing.assert_close(model(X), before)
+    assert model.way == "fused" and list(model.state_dict()) == names
+    assert ways(Model()) == "own"  # no class was changed
+    handle.undo()
+    assert torch.equal(model(X), before) and model.way == "own"
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    fuse(model)
+    assert ways(model) == "fused"
+
+
+def test_a_report_counts_calls_tokens_and_reasons():
+    model = Model()
+    handle = fuse(model)
+    model(X), model(X), model(X, scale=2.0)
+    (part,) = handle.report().parts
+    assert part[:4] == ("encoder", "sums", 2, {"a scale was asked for": 1})
+    assert part[4:] == (8, 4)
+    text = str(handle.report())
+    assert "encoder, 1 calls by its own code: a scale was asked for" in text
+
+
+def test_a_report_with_a_batch_compares_the_model_with_what_it_was():
+    model = Model()
+    handle = fuse(model)
+    gain = handle.report(X, rounds=2).gain
+    assert gain.names == ("before", "fused")
+    assert set(gain.gradients) == {name for name, _ in model.named_parameters()}
+    assert all(one.absolute < 1e-5 for one in (*gain.outputs.values(), *gain.gradients.values()))
+    assert ways(model) == "fused"
+
+
+def test_copies_compute_with_their_own_parameters_and_come_back():
+    model = Model()
+    fuse(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for other in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        with torch.no_grad():
+            for parameter in other.encoder.parameters():
+                parameter.zero_()
+        assert torch.equal(other(X), other.head(X)) and other.way == "fused"
+        FusedModel(other).undo()
+        assert ways(other) == "own" and ways(model) == "fused"
+
+
+def test_parameters_that_are_replaced_are_read():
+    model = Model()
+    fuse(model)
+    model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True)
+    assert not model(X).any() and model.way == "fused"
+
+
+class Around(nn.Module):
+    """As an adapter of low rank stands in the place of a linear layer."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any) -> Tensor:
+        return 2 * self.inner(*args)
+
+
+class Quantised(Tensor):
+    """A tensor whose class decides what a product is."""
+
+
+def wrap(layer: Layer) -> None:
+    layer.linear = Around(layer.linear)
+
+
+def hook(layer: Layer) -> None:
+    layer.linear.register_forward_hook(lambda *_: None)
+
+
+def hook_before(layer: Layer) -> None:
+    layer.register_forward_pre_hook(lambda *_: None)
+
+
+def own_forward(layer: Layer) -> None:
+    layer.linear.forward = lambda x: 2 * x
+
+
+def quantise_parameter(layer: Layer) -> None:
+    layer.linear.weight = nn.Parameter(layer.linear.weight.data.as_subclass(Quantised))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (wrap, "layers.1.linear: expected the Linear that was fused, got Around"),
+        (hook, "layers.1.linear: expected no hooks, got some"),
+        (hook_before, "layers.1: expected no hooks, got some"),
+        (own_forward, "layers.1.linear: expected the class's forward, got one of its own"),
+        (quantise_parameter, "layers.1.linear: expected plain parameters, got Quantised"),
+    ],
+)
+def test_what_was_changed_since_runs_as_the_models_own_code(change, reason):
+    model = Model()
+    handle = fuse(model)
+    assert ways(model) == "fused"
+    change(model.encoder.layers[1])
+    assert ways(model) == "own"
+    (part,) = handle.report().parts
+    assert part.own_calls == {reason: 1}
+
+
+def test_hooks_for_all_modules_run_the_models_own_code():
+    model = Model()
+    handle = fuse(model)
+    hooked = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        assert ways(model) == "own"
+    finally:
+        hooked.remove()
+    assert handle.report().parts[0].own_calls == {"hooks are registered for all modules": 1}
+    assert ways(model) == "fused"
+
+
+def test_what_torch_puts_around_a_called_layer_runs():
+    model = Model()
+    handle = fuse(model)
+    layers = model.encoder.layers
+    layers[0] = checkpoint_wrapper(layers[0])
+    model(X).sum().backward()
+    assert model.way == "fused"
+    layers[1] = Around(layers[1])
+    assert ways(model) == "own"
+    assert [*handle.report().parts[0].own_calls] == ["layers.1: expected the Layer that was fused, got Around"]
+
+
+def test_hooks_of_the_root_run_as_they_are():
+    model, seen = Model(), []
+    fuse(model)
+    model.encoder.register_forward_hook(lambda module, args, output: seen.append(output[1]))
+    assert ways(model) == "fused" and seen == ["fused"]
+
+
+def test_what_cannot_be_fused_is_refused_and_left_as_it_was():
+    assert refusal("model").startswith("model: expected a torch.nn.Module, got str 'model'")
+    assert refusal(nn.Linear(2, 2)) == ("model: expected a part of these families: sums; got Linear with none of them")
+    assert refusal(Model(width=4)) == "encoder: resembles sums, but norm: expected width 3, got 4"
+    assert refusal(torch.compile(Model(), backend="eager")).startswith(
+        "model: expected a module that is not compiled, got a compiled one; compile it after fuse"
+    )
+    compiled = Model()
+    compiled.encoder.compile(backend="eager")
+    assert refusal(compiled).startswith("encoder: expected a module that is not compiled")
+    assert refusal(nn.DataParallel(Model())).startswith(
+        "model: expected a model that is not wrapped, got DataParallel; wrap it after fuse"
+    )
+    with torch.device("meta"):
+        assert refusal(Model()) == (
+            "encoder.layers.0.linear.weight: expected a parameter in memory, got one on meta; load the model first"
+        )
+    tied = Model()
+    tied.encoder.layers[1].linear.weight = tied.encoder.layers[0].linear.weight
+    assert refusal(tied) == (
+        "encoder: resembles sums, but layers.1.linear.weight: expected a parameter of its own, got one tied to "
+        "layers.0.linear.weight"
+    )
+    assert ways(tied) == "own"
+    twice = Model()
+    fuse(twice)
+    assert refusal(twice).startswith("encoder: expected a model that is not fused, got a fused part")
+    assert ways(twice) == "fused"
+    with pytest.raises(ValueError, match="model: expected one with fused parts, got Model with none"):
+        FusedModel(Model())
+
+
+def test_what_is_fused_beside_what_is_refused_is_reported():
+    model = nn.ModuleDict({"a": Model(), "b": Model(width=4)})
+    handle = fuse(model)
+    assert [*handle.parts] == ["a.encoder"]
+    assert handle.report().refused == (("b.encoder", "sums", "norm: expected width 3, got 4"),)
+    assert "b.encoder is not fused: like sums, but norm: expected width 3, got 4" in str(handle.report())
+
+
+def test_what_is_inside_a_fused_part_is_not_fused_again():
+    encoder = Encoder()
+    encoder.layers.append(Layer())
+    encoder.layers[2].inner = Encoder()
+    handle = fuse(encoder)
+    assert [*handle.parts] == [""]
+    assert encoder(X)[1] == "fused" and encoder.layers[2].inner(X)[1] == "own"
+    assert str(handle.report()).splitlines()[1].split()[:2] == ["model", "sums"]
