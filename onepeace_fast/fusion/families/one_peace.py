@@ -7,7 +7,7 @@ buckets. Trusted is that their code reads these as the public one does: the orde
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from onepeace_fast.fusion.families.one_peace_bias import AdapterBias, PositionBi
 from onepeace_fast.fusion.families.one_peace_layer import Packed, SharedLayer, norm
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING, FusedCall, Refusal, packing_is_chosen
 from onepeace_fast.fusion.replacement import Replacement
+from onepeace_fast.fusion.structure import is_sharded
+from onepeace_fast.layers.parameters import with_unread
 from onepeace_fast.layers.transformer import normalized_by_modality
 from onepeace_fast.route_plan import RoutePlan
 
@@ -161,13 +163,20 @@ class OnePeaceEncoder(FusedCall):
             if return_all_hiddens:
                 for name, padded in plan.unpack(x).items():
                     states[name].append(padded.transpose(0, 1))
-        x = self._normalized(x, plan)
+        x = with_unread(self._normalized(x, plan), *self._unread(plan.modalities))
         paddings = [padding for _, padding, _ in infos.values()]
         return {
             "encoder_out": [torch.cat([*plan.unpack(x).values()], dim=1).transpose(0, 1)],
             "encoder_padding_mask": paddings[0] if len(paddings) == 1 else torch.cat(paddings, dim=1),
             **{f"{name}_encoder_states": of for name, of in states.items()},
         }
+
+    def _unread(self, modalities: Collection[str]) -> Iterator[nn.Parameter]:
+        """In FSDP2 the parameters of the modalities that are not there, outside the layers."""
+        if any(map(is_sharded, (self.root, self.encoder, *self.encoder.layers))):
+            for name in set(self.modalities) - set(modalities):
+                for module in (getattr(self.root, f"{name}_adapter"), getattr(self.encoder, f"{name}_layer_norm")):
+                    yield from () if module is None else module.parameters()
 
     def _draw_drop_path(self, x: Tensor, samples: int) -> Tensor | None:
         """DropPath's factors, float32 [layers, 2, samples], by the numbers that the layers would draw one by one."""

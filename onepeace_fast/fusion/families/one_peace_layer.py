@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from onepeace_fast.drop_path import Branches
 from onepeace_fast.fusion.family import Refusal
 from onepeace_fast.fusion.replacement import Replacement
+from onepeace_fast.fusion.structure import is_sharded
+from onepeace_fast.layers.parameters import with_unread
 from onepeace_fast.layers.transformer import GeGLU, SelfAttention, TransformerLayer
 
 Kind = TypeVar("Kind", bound=nn.Module)
@@ -68,6 +70,7 @@ class SharedLayer(TransformerLayer):
     def __init__(self, path: str, source: Any, dim: int, modalities: Collection[str]) -> None:
         nn.Module.__init__(self)
         object.__setattr__(self, "source", source)
+        self.modalities = modalities
         self.dropout = 0.0  # where the user's layer has some, calls keep its own code
         self.self_attn = SharedAttention(f"{path}.self_attn", source.self_attn, dim)
         self.self_attn_layer_norm = required_norm(path, source, "self_attn_layer_norm", dim)
@@ -110,7 +113,11 @@ class SharedLayer(TransformerLayer):
             return replacement.original(x, *arguments, **keywords)
         packed, *vectors = arguments  # vectors one by one, so that reentrant checkpoints see them
         attention, feed_forward = packed.branches
-        return self.packed(x, attention, feed_forward, vectors, None)
+        out = self.packed(x, attention, feed_forward, vectors, None)
+        if not is_sharded(self.source):
+            return out
+        unread = [self.ffn(name) for name in self.modalities if name not in feed_forward.plan.modalities]
+        return with_unread(out, *(parameter for ffn in unread for parameter in ffn.parameters()))
 
     @property
     def draws_dropout(self) -> bool:
