@@ -17,6 +17,11 @@ from onepeace_fast.layers.plain import has_plain_tensors, is_plain_tensor, watch
 DISTRIBUTED = "torch.distributed"  # its hooks and wrappers make parameters whole before a module's call
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether FSDP2 shards a module: then the ranks must agree on which of its parameters have a gradient."""
+    return any(kind.__name__ == "FSDPModule" and _is_of_distributed(kind) for kind in type(module).__mro__)
+
+
 class Part(NamedTuple):
     """A module below the root, and where it stands."""
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -311,6 +311,26 @@ class TransformerLayer(nn.Module):
         )
 
 
+def normalized_by_modality(x: Tensor, plan: RoutePlan, norm_of: Callable[[str], nn.Module]) -> Tensor:
+    """Packed rows [C, dim] through the LayerNorm of their modality."""
+    if calls_modules(x) and (spans := plan_spans(plan)):
+        return each_span(norm_of, x, spans)
+    norms: list[Any] = [norm_of(modality) for modality in plan.modalities]
+    if not are_plain("final LayerNorm", norms, nn.LayerNorm):
+        return by_modality(norms, x, plan)
+    if any(norm.eps != norms[0].eps or norm.bias is None for norm in norms):
+        unfused("final LayerNorm", norms[0], nn.LayerNorm)
+        return by_modality(norms, x, plan)
+    return layer_norm(
+        x,
+        [norm.weight for norm in norms],
+        [norm.bias for norm in norms],
+        offsets=plan.offsets,
+        row_counts=plan.row_counts,
+        eps=norms[0].eps,
+    )
+
+
 class Transformer(nn.Module):
     """The stack of layers and the final LayerNorm of each modality."""
 
@@ -370,23 +390,5 @@ class Transformer(nn.Module):
             else:
                 x = layer(*arguments)
         if isinstance(route, RoutePlan):
-            return self._normalized_by_modality(x, route)
+            return normalized_by_modality(x, route, self.final_norm)
         return each_span(self.final_norm, x, route)
-
-    def _normalized_by_modality(self, x: Tensor, plan: RoutePlan) -> Tensor:
-        if calls_modules(x) and (spans := plan_spans(plan)):
-            return each_span(self.final_norm, x, spans)
-        norms: list[Any] = [self.final_norm(modality) for modality in plan.modalities]
-        if not are_plain("final LayerNorm", norms, nn.LayerNorm):
-            return by_modality(norms, x, plan)
-        if any(norm.eps != norms[0].eps or norm.bias is None for norm in norms):
-            unfused("final LayerNorm", norms[0], nn.LayerNorm)
-            return by_modality(norms, x, plan)
-        return layer_norm(
-            x,
-            [norm.weight for norm in norms],
-            [norm.bias for norm in norms],
-            offsets=plan.offsets,
-            row_counts=plan.row_counts,
-            eps=norms[0].eps,
-        )
