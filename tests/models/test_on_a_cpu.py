@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from models._small import assert_close, batch_of, layer_inputs, small_config, small_model, with_gradients
+from models._small import assert_close, batch_of, image_batch, layer_inputs, small_config, small_model, with_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import RoutePlan, use_backend
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
@@ -202,3 +203,20 @@ def test_codes_that_a_vector_does_not_cover_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             model.encoder.fusion_model(x, plan, [wrong])
+
+
+def test_what_looks_at_a_call_sees_the_op_of_attention(attention_ops):
+    model, image = small_model("fused"), image_batch(2, 2)
+    seen: list[str] = []
+
+    class Looker(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(function.name())
+            return function(*arguments, **(keywords or {}))
+
+    with torch.no_grad(), Looker():
+        model.encode(image=image)
+    assert seen.count("onepeace_fast::relative_bias_attention") == len(model.encoder.fusion_model.layers)
+    with torch.no_grad(), torch.profiler.profile():
+        model.encode(image=image)
+    assert not attention_ops, "a profile shows what runs without it"
