@@ -131,7 +131,7 @@ class Stack(nn.Module):
         """
         if samples is not None or not _are_whole(tokens):
             return self._new_plan(tokens, samples)
-        key = tuple((self.adapter(name), *one.valid.shape, one.width) for name, one in tokens.items())
+        key = tuple((name, self.adapter(name), *one.valid.shape, one.width) for name, one in tokens.items())
         plan = self._plans.pop(key, None)
         if plan is None:
             with torch.inference_mode(False):  # it is kept for what has gradients, too
@@ -140,8 +140,8 @@ class Stack(nn.Module):
                     for name, one in tokens.items()
                 })  # fmt: skip
         self._plans[key] = plan  # the last is the one used last
-        if len(self._plans) > PLANS_KEPT:
-            self._plans.pop(next(iter(self._plans)), None)
+        for oldest in [*self._plans][:-PLANS_KEPT]:
+            self._plans.pop(oldest, None)
         return plan
 
     def _new_plan(self, tokens: Tokens, samples: Samples | None = None) -> RoutePlan:
@@ -233,8 +233,8 @@ def _are_whole(tokens: Tokens) -> bool:
     if pairs > PAIRS_OF_A_KEPT_PLAN or torch.compiler.is_compiling() or not is_untransformed(()):
         return False
     return all(
-        one.ids is None and one.valid.device.type == "cpu" and sum(one.lengths) == one.valid.numel() and one.valid.all()
-        for one in tokens.values()
+        ids is None and valid.device.type == "cpu" and lengths == [valid.shape[1]] * valid.shape[0] and valid.all()
+        for _, valid, lengths, ids, _ in tokens.values()
     )
 
 
