@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
+from onepeace_fast.layers.norms import normalized, normalized_by_modality
 from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is_plain, unfused, watched_everywhere
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
-from onepeace_fast.ops import layer_norm, relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.layers.side_by_side import DenseRoute, LayerRoute, dense_routes
+from onepeace_fast.ops import relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.ops.relative_bias_attention import QKV
 from onepeace_fast.route_plan import RoutePlan
 
@@ -48,13 +50,17 @@ class SelfAttention(nn.Module):
         self.c_attn = nn.Parameter(torch.ones(self.heads)) if config.head_scale else None
         self.ln = nn.LayerNorm(dim) if config.sub_layer_norm else None
 
-    def forward(self, z: Tensor, route: RoutePlan | Spans, bias: Sequence[Tensor] | Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, route: LayerRoute, bias: Sequence[Tensor] | Tensor | None) -> Tensor:
         """Attention of normalised packed rows [R, dim], or of a padded batch [length, batch, dim]; the same shape.
 
         ``route`` and ``bias`` are as in ``TransformerLayer``.
         """
         if not isinstance(route, RoutePlan):
-            attended = attend(self.q_proj(z), self.k_proj(z), self.v_proj(z), self.heads, bias, self.c_attn)  # type: ignore[arg-type]
+            q, k, v = self.q_proj(z), self.k_proj(z), self.v_proj(z)
+            if isinstance(route, DenseRoute):
+                attended = route.attend(q, k, v, self.heads, self.c_attn)
+            else:
+                attended = attend(q, k, v, self.heads, bias, self.c_attn)  # type: ignore[arg-type]
             return self.out_proj(attended if self.ln is None else self.ln(attended))
         attended = relative_bias_attention(
             self.project(z),
@@ -93,19 +99,6 @@ class GeGLU(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         return F.gelu(self.wi_0(z)) * self.wi_1(z)
-
-
-def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
-    """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
-    if (branch is None or branch.row_index is None) and calls_modules(x):
-        return norm(x)
-    if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
-        # An embedding, since its gradient is summed in a fixed order on every device.
-        return norm(x if branch is None or branch.row_index is None else F.embedding(branch.row_index, x))
-    index: dict[str, Any] = {}
-    if branch is not None and branch.row_index is not None:
-        index = {"row_index": branch.row_index, "offsets": branch.plan.offsets}
-    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
 
 
 def new_ffn(config: TransformerConfig) -> nn.Sequential:
@@ -167,16 +160,6 @@ def _few_or_no_gradient(x: Tensor) -> bool:
     return x.numel() <= FEW_NUMBERS or not torch.is_grad_enabled()
 
 
-def _arrival(branch: Branch, dropout: float, seed: Tensor | None) -> dict[str, Any]:
-    """How a branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
-    # Where rows are skipped, the branch's plan marks those behind its last as inert.
-    offsets = None if branch.row_index is None else branch.plan.offsets
-    return {
-        "drop_path": branch.drop_path, "sample": branch.sample, "row_index": branch.row_index, "offsets": offsets,
-        "dropout": dropout, "seed": seed,
-    }  # fmt: skip
-
-
 class TransformerLayer(nn.Module):
     """One layer: shared attention, one FFN per modality."""
 
@@ -201,7 +184,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        route: RoutePlan | Branches | Spans,
+        route: LayerRoute | Branches,
         bias: Sequence[Tensor] | Tensor | None,
         drop_path: Tensor | None = None,
         seeds: Tensor | None = None,
@@ -210,12 +193,14 @@ class TransformerLayer(nn.Module):
 
         Args:
             x: the tokens.
-            route: the plan of packed rows, or with DropPath what each branch computes of them; or the spans of a padded
-                sequence.
+            route: the plan of packed rows, with DropPath what each branch computes of them, or on a CPU with its pairs'
+                bias made; or the spans of a padded sequence.
             bias: the modalities' expanded vectors, or the dense bias [batch, heads, length, length].
             drop_path: float32 [2, S], DropPath's factors of the two branches of a padded batch.
             seeds: int64 [2], dropout's seeds of the two branches of packed rows.
         """
+        if isinstance(route, DenseRoute):
+            return self._by_modules(x, route, route.spans, bias, (None, None), 0.0)
         if isinstance(route, RoutePlan):
             route = Branches(Branch(route), Branch(route))
         if isinstance(route, Branches):
@@ -235,7 +220,7 @@ class TransformerLayer(nn.Module):
         return self._by_modules(x, spans, spans, bias, drop_paths, dropout)
 
     def _by_modules(
-        self, x: Tensor, route: RoutePlan | Spans, spans: Spans, bias: Sequence[Tensor] | Tensor | None,
+        self, x: Tensor, route: LayerRoute, spans: Spans, bias: Sequence[Tensor] | Tensor | None,
         drop_paths: Sequence[Tensor | None] | Tensor, dropout: float,
     ) -> Tensor:  # fmt: skip
         """The layer by calls of its modules: over a padded batch, or over packed rows on a CPU."""
@@ -266,7 +251,7 @@ class TransformerLayer(nn.Module):
             attended = normalized(attended, self.attn_ln)
 
         norm = self.final_layer_norm
-        arrive = _arrival(attention, dropout, seeds[0])
+        arrive = attention.arrival(dropout, seeds[0])
         plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
         if plain and feed_forward.row_index is None:
             x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
@@ -278,7 +263,7 @@ class TransformerLayer(nn.Module):
         modules = plain_ffns(ffns)
         if dropout or modules is None:
             y = by_modality(ffns, z, plan) if modules is None else self.packed_ffn(z, plan, modules)
-            return residual(x, y, self.gamma_2, **_arrival(feed_forward, dropout, seeds[1]))
+            return residual(x, y, self.gamma_2, **feed_forward.arrival(dropout, seeds[1]))
         return self.packed_ffn(
             z, plan, modules, residual=x, gamma=self.gamma_2, drop_path=feed_forward.drop_path,
             sample=feed_forward.sample, row_index=feed_forward.row_index,
@@ -311,24 +296,9 @@ class TransformerLayer(nn.Module):
         )
 
 
-def normalized_by_modality(x: Tensor, plan: RoutePlan, norm_of: Callable[[str], nn.Module]) -> Tensor:
-    """Packed rows [C, dim] through the LayerNorm of their modality."""
-    if calls_modules(x) and (spans := plan_spans(plan)):
-        return each_span(norm_of, x, spans)
-    norms: list[Any] = [norm_of(modality) for modality in plan.modalities]
-    if not are_plain("final LayerNorm", norms, nn.LayerNorm):
-        return by_modality(norms, x, plan)
-    if any(norm.eps != norms[0].eps or norm.bias is None for norm in norms):
-        unfused("final LayerNorm", norms[0], nn.LayerNorm)
-        return by_modality(norms, x, plan)
-    return layer_norm(
-        x,
-        [norm.weight for norm in norms],
-        [norm.bias for norm in norms],
-        offsets=plan.offsets,
-        row_counts=plan.row_counts,
-        eps=norms[0].eps,
-    )
+def _takes_dense(layer: nn.Module) -> bool:
+    """Whether a layer and its attention are the classes above, unchanged, which take a ``DenseRoute``."""
+    return is_plain(layer, TransformerLayer) and is_plain(layer.self_attn, SelfAttention)
 
 
 class Transformer(nn.Module):
@@ -379,9 +349,14 @@ class Transformer(nn.Module):
         """
         packed = isinstance(route, RoutePlan)
         seeds = self.draw_seeds(x.device) if packed else None
-        routes: Sequence[RoutePlan | Branches | Spans] = [route] * len(self.layers)
+        routes: Sequence[LayerRoute | Branches] = [route] * len(self.layers)
         if isinstance(route, RoutePlan) and route.drop_path is not None:
             routes = branches(route)
+        elif isinstance(route, RoutePlan) and seeds is None and _few_or_no_gradient(x) and calls_modules(x):
+            dense = dense_routes(route, x, self.config.attention_heads, bias)
+            if dense:
+                takes = map(_takes_dense, self.layers)
+                routes = [dense[i % len(dense)] if taken else route for i, taken in enumerate(takes)]
         for i, layer in enumerate(self.layers):
             tables = bias[i if len(bias) > 1 else 0] if bias else (() if packed else None)
             arguments = (x, routes[i], tables, *(None if value is None else value[i] for value in (drop_path, seeds)))

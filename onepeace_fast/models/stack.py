@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,11 @@ from onepeace_fast.models.inputs import Batch, Subset
 from onepeace_fast.models.parameter_names import is_sharded
 from onepeace_fast.models.passes import Encoded, PaddedTokens, Samples, Tokens, join, sample_count, split
 from onepeace_fast.models.reference import encode_padded
+from onepeace_fast.ops.operation import is_untransformed
 from onepeace_fast.route_plan import RoutePlan
+
+PLANS_KEPT = 8
+PAIRS_OF_A_KEPT_PLAN = 2**16  # what attention keeps of so many takes half a megabyte, and 256 KiB for each head
 
 
 class Stack(nn.Module):
@@ -49,6 +54,7 @@ class Stack(nn.Module):
         for name in config.added:
             self.add_module(f"{name}_adapter", (adapters or {})[name])
         self.fusion_model = Transformer(config)
+        self._plans: dict[tuple[Any, ...], RoutePlan] = {}
 
     def embedder(self, modality: str) -> nn.Module:
         """What embeds a modality when it is called: its adapter, or what a user put around it."""
@@ -119,7 +125,26 @@ class Stack(nn.Module):
         return result
 
     def plan(self, tokens: Tokens, samples: Samples | None = None) -> RoutePlan:
-        """The route plan of padded tokens; nothing is read back from the device."""
+        """The route plan of padded tokens; nothing is read back from the device.
+
+        On a CPU the last plans of few tokens without padding are kept, and with them what attention makes of a plan.
+        """
+        if samples is not None or not _are_whole(tokens):
+            return self._new_plan(tokens, samples)
+        key = tuple((name, self.adapter(name), *one.valid.shape, one.width) for name, one in tokens.items())
+        plan = self._plans.pop(key, None)
+        if plan is None:
+            with torch.inference_mode(False):  # it is kept for what has gradients, too
+                plan = self._new_plan({
+                    name: one._replace(valid=torch.ones(one.valid.shape, dtype=torch.bool, device=one.valid.device))
+                    for name, one in tokens.items()
+                })  # fmt: skip
+        self._plans[key] = plan  # the last is the one used last
+        for oldest in [*self._plans][:-PLANS_KEPT]:
+            self._plans.pop(oldest, None)
+        return plan
+
+    def _new_plan(self, tokens: Tokens, samples: Samples | None = None) -> RoutePlan:
         adapters = {name: self.adapter(name) for name in tokens}
         codes = {
             name: adapter.remembered("codes", tokens[name].width, adapter.codes) for name, adapter in adapters.items()
@@ -199,6 +224,18 @@ class Stack(nn.Module):
             return [None] * len(passes)
         rates = inside(self.fusion_model, Transformer).drop_path_rates
         return [draw_drop_path(rates, sample_count(tokens, samples)) for tokens in passes]
+
+
+def _are_whole(tokens: Tokens) -> bool:
+    """Whether a plan of these may be kept: few tokens on a CPU, all of them real, in plain eager execution."""
+    shapes = [one.valid.shape for one in tokens.values()]
+    pairs = max(rows for rows, _ in shapes) * sum(length for _, length in shapes) ** 2
+    if pairs > PAIRS_OF_A_KEPT_PLAN or torch.compiler.is_compiling() or not is_untransformed(()):
+        return False
+    return all(
+        ids is None and valid.device.type == "cpu" and lengths == [valid.shape[1]] * valid.shape[0] and valid.all()
+        for _, valid, lengths, ids, _ in tokens.values()
+    )
 
 
 def _embeds_in_two_steps(part: str, module: nn.Module) -> bool:

@@ -82,14 +82,14 @@ def _leaves(structure: type[Any]) -> list[Leaf]:
 
 def is_eager(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing but plain eager execution looks at a call with these tensors."""
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-        or torch.autograd._profiler_enabled()  # type: ignore[attr-defined]
-    ):
+    return not torch.autograd._profiler_enabled() and is_untransformed(tensors)  # type: ignore[attr-defined]
+
+
+def is_untransformed(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a call with these tensors is plain eager execution, though a profiler may look at it."""
+    looked_at = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
+    traced = forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None
+    if looked_at or traced or torch._C._are_functorch_transforms_active():
         return False
     keys = torch._C._dispatch_keys
     for tensor in tensors:

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from onepeace_fast.attention_structures import BiasVectors, Segments
 from onepeace_fast.checks import is_on_host
-from onepeace_fast.ops.segments import Group, Pairs, check_codes, check_order, check_segments, sample_pairs
+from onepeace_fast.ops.segments import Group, Pairs, check_codes, check_order, check_segments, places_of, sample_pairs
 from onepeace_fast.relative_position import CLS_ENTRIES, dense_index
 
 PAIRS_KEPT = 2**20  # in all groups; a head's bias of so many takes 4 MiB
@@ -142,11 +142,35 @@ def walk(bias: BiasVectors, batch: Batch, dtype: torch.dtype) -> Iterable[Step]:
     if not is_on_host(segments.code):
         entries = pair_entries(bias, segments, keys)
         return _steps(_with_entries(entries, batch, sample_pairs(*_sides(batch))), batch, bias.vectors, dtype)
-    found = _WALKS.get(segments.cu_seqlens)
+    return _walk_on_host(bias, batch).steps(bias.vectors, dtype)
+
+
+def _walk_on_host(bias: BiasVectors, batch: Batch) -> _Walk:
+    found = _WALKS.get(batch.segments.cu_seqlens)
     if found is None or not found.is_of(bias, batch):
         batch.check(bias)
-        _WALKS[segments.cu_seqlens] = found = _Walk(bias, batch)
-    return found.steps(bias.vectors, dtype)
+        with torch.inference_mode(False):  # it is kept for what has gradients, too
+            _WALKS[batch.segments.cu_seqlens] = found = _Walk(bias, batch)
+    return found
+
+
+class SideBySide(NamedTuple):
+    """The groups of a walk one after another, for attention by plain PyTorch.
+
+    ``rows`` int64 is the packed row of each token, padding included, ``places`` int64 where each packed row went; both
+    None where these are the packed rows themselves. ``sizes`` has samples and length of each group, ``added`` what the
+    scores of its pairs take, which autograd follows to the vectors.
+    """
+
+    rows: Tensor | None
+    places: Tensor | None
+    sizes: Sequence[tuple[int, int]]
+    added: Sequence[Tensor | None]
+
+
+def side_by_side(bias: BiasVectors, batch: Batch, dtype: torch.dtype) -> SideBySide | None:
+    """The batch of a CPU side by side, queries and keys the same; None where its pairs are too many to keep."""
+    return _walk_on_host(bias, batch).side_by_side(bias.vectors, dtype)
 
 
 def _sides(batch: Batch) -> tuple[Segments, Segments | None]:
@@ -207,6 +231,7 @@ class _Walk:
         self._kept = list(self._with_entries()) if count <= PAIRS_KEPT else None
         # One tuple, so that threads that share a plan never see the steps of one call beside the vectors of another.
         self._last: tuple[list[Step], list[Tensor], torch.dtype] | None = None
+        self._places: tuple[Tensor | None, Tensor | None] | None = None
 
     def is_of(self, bias: BiasVectors, batch: Batch) -> bool:
         """Whether it was made for such a batch and such vectors."""
@@ -225,6 +250,18 @@ class _Walk:
             kept = [vector.detach().clone() for vector in vectors]
             self._last = last = (list(_steps(self._kept, self._batch, kept, dtype)), kept, dtype)
         return last[0]
+
+    def side_by_side(self, vectors: Sequence[Tensor], dtype: torch.dtype) -> SideBySide | None:
+        """The groups one after another, where few pairs are in them."""
+        if self._kept is None:
+            return None
+        added = [step.added for step in _steps(self._kept, self._batch, vectors, dtype)]
+        if self._places is None:
+            with torch.inference_mode(False):
+                self._places = places_of([pairs.queries for pairs in self._groups], self._batch.rows)
+        return SideBySide(
+            *self._places, [(pairs.queries.samples, pairs.queries.length) for pairs in self._groups], added
+        )
 
     def _with_entries(self) -> Iterator[tuple[Pairs, Tensor | None, bool]]:
         return _with_entries(self._entries, self._batch, self._groups)

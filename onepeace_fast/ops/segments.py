@@ -69,6 +69,24 @@ class Pairs(NamedTuple):
     keys: Group
 
 
+def places_of(groups: Sequence[Group], rows: int) -> tuple[Tensor | None, Tensor | None]:
+    """The packed row of each token of all groups, padding included, and the place of each of ``rows`` among them.
+
+    Both are None where the groups are all rows in their order.
+    """
+    in_order = torch.arange(rows)
+    packed = [in_order[group.rows] if isinstance(group.rows, slice) else group.rows.flatten() for group in groups]
+    index = torch.cat(packed)
+    if torch.equal(index, in_order):
+        return None, None
+    real = [
+        torch.ones_like(part, dtype=torch.bool) if group.valid is None else group.valid.flatten()
+        for group, part in zip(groups, packed, strict=True)
+    ]
+    places = torch.cat(real).nonzero().squeeze(1)
+    return index, torch.empty_like(in_order).scatter_(0, index[places], places)
+
+
 def sample_pairs(segments: Segments, keys: Segments | None = None) -> Iterator[Pairs]:
     """Samples to compute at once, few enough for linear memory: on a CPU by length, elsewhere at ``max_length``.
 

@@ -8,10 +8,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("scipy")
 
 from onepeace_fast.demo import comparison
-from onepeace_fast.ops.relative_bias_attention import (
-    RELATIVE_BIAS_ATTENTION,
-    relative_bias_attention_backward_reference,
-)
+from onepeace_fast.layers.side_by_side import DenseRoute
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +31,12 @@ def test_both_backends_agree(model, batches):
 
 
 def test_a_fault_in_a_gradient_alone_is_found(model, batches, monkeypatch):
-    def scaled(saved, needs):
-        gradients = relative_bias_attention_backward_reference(saved, needs)
-        return gradients._replace(v=gradients.v * 1.01)
+    attend = DenseRoute.attend
 
-    monkeypatch.setattr(RELATIVE_BIAS_ATTENTION.backward, "reference", scaled)
+    def scaled(route, q, k, v, *arguments):
+        return attend(route, q, k, 1.01 * v - 0.01 * v.detach(), *arguments)
+
+    monkeypatch.setattr(DenseRoute, "attend", scaled)
     found = comparison.compare(model, "cpu", batches)
     assert not found.agree and found.largest_difference > comparison.AGREEMENT * found.largest_value
 

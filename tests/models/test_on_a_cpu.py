@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from models._small import assert_close, batch_of, layer_inputs, small_config, small_model, with_gradients
+from models._small import assert_close, batch_of, image_batch, layer_inputs, small_config, small_model, with_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from onepeace_fast import RoutePlan, use_backend
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
@@ -12,6 +13,8 @@ from onepeace_fast.layers import transformer
 from onepeace_fast.models import stack
 from onepeace_fast.models.choice import COST_OF_A_PASS, COST_OF_PACKING, LEAST_SHARE, choose
 from onepeace_fast.models.passes import PaddedTokens
+from onepeace_fast.ops import pair_bias
+from onepeace_fast.ops.relative_bias_attention import RELATIVE_BIAS_ATTENTION
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
 
 pytestmark = pytest.mark.usefixtures("modules_on_a_cpu")
@@ -149,3 +152,72 @@ def test_nothing_is_chosen_where_one_was_asked_for_or_random_numbers_would_diffe
     monkeypatch.delenv(ENVIRONMENT_VARIABLE)
     model.encode(**batch)
     assert len(padded_runs) == 1
+
+
+@pytest.fixture
+def attention_ops(monkeypatch):
+    """The calls of attention's op."""
+    calls, call = [], RELATIVE_BIAS_ATTENTION.run
+    monkeypatch.setattr(RELATIVE_BIAS_ATTENTION, "run", lambda given: (calls.append(given), call(given))[1])
+    return calls
+
+
+@pytest.mark.parametrize("tables", ["shared", "per layer"])
+@pytest.mark.parametrize("sizes", [RAGGED, {"text": [7, 7, 7]}, {"image": (2, 2)}, {"text": [7, 2], "image": (2, 3)}])
+def test_few_pairs_attend_by_plain_pytorch_as_the_op_does(sizes, tables, attention_ops, monkeypatch):
+    batch = batch_of(**sizes)
+    config = small_config(bias_table_per_layer=tables == "per layer", head_scale=tables == "shared")
+    given = {"samples": SAMPLES} if sizes is RAGGED else {}
+    with torch.no_grad():
+        alone = small_model("fused", config).encode(**batch, **given)
+    got = with_gradients(small_model("fused", config), batch, **given)
+    assert not attention_ops
+    monkeypatch.setattr(pair_bias, "PAIRS_KEPT", 0)
+    want = with_gradients(small_model("fused", config), batch, **given)
+    with torch.no_grad():
+        assert_close(alone, small_model("fused", config).encode(**batch, **given), 1e-12)
+    assert attention_ops
+    assert_close(got, want, 1e-11)
+
+
+def test_an_attention_or_a_layer_of_one_s_own_gets_the_plan(attention_ops):
+    class Own(transformer.SelfAttention):
+        def forward(self, z, route, bias):
+            assert isinstance(route, RoutePlan)
+            return super().forward(z, route, bias)
+
+    model, batch = small_model("fused"), batch_of(text=[5, 6])
+    want = with_gradients(model, batch)
+    assert not attention_ops
+    model.encoder.fusion_model.layers[0].self_attn.__class__ = Own
+    assert_close(with_gradients(model, batch), want, 1e-11)
+    assert len(attention_ops) == 1
+
+
+def test_codes_that_a_vector_does_not_cover_are_refused():
+    model = small_model("fused")
+    x, plan, bias = layer_inputs(model, batch_of(text=[5, 6]))
+    for wrong, message in (
+        ([vector[:, 4:] for vector in bias], "code: expected codes of modality 0 to differ by"),
+        ([vector[1:] for vector in bias], r"bias\[0\]: expected floating point \[3, 4 or more\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.encoder.fusion_model(x, plan, [wrong])
+
+
+def test_a_mode_sees_the_op_of_attention_and_a_profile_what_runs_without_it():
+    model, image = small_model("fused"), image_batch(2, 2)
+    seen: list[str] = []
+
+    class Looker(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+            seen.append(function.name())
+            return function(*arguments, **(keywords or {}))
+
+    with torch.no_grad(), Looker():
+        model.encode(image=image)
+    assert seen.count("onepeace_fast::relative_bias_attention") == len(model.encoder.fusion_model.layers)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        model.encode(image=image)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::linear" in names and "onepeace_fast::relative_bias_attention" not in names

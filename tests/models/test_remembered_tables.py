@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models._small import BACKENDS, assert_close, batch_of, small_model, with_gradients
+from models._small import BACKENDS, assert_close, batch_of, layer_inputs, small_model, with_gradients
 
 BATCHES = ({"text": [7], "image": (1, 3)}, {"text": [5, 2], "image": (2, 2)}, {"text": [7], "image": (1, 3)})
 
@@ -22,3 +22,17 @@ def test_batches_of_other_widths_take_turns(backend):
     for sizes in BATCHES:
         batch = batch_of(**sizes)
         assert_close(with_gradients(model, batch), with_gradients(small_model(backend), batch), 1e-12)
+
+
+@pytest.mark.usefixtures("modules_on_a_cpu")
+@pytest.mark.parametrize("sizes", [{"text": [5, 5]}, {"text": [5, 2]}])
+def test_what_attention_keeps_of_a_plan_in_inference_mode_serves_training(sizes):
+    model, batch = small_model("fused"), batch_of(**sizes)
+    x, plan, bias = layer_inputs(model, batch)
+    transformer = model.encoder.fusion_model
+    with torch.inference_mode():
+        want = transformer(x, plan, [bias])
+    got = transformer(x.requires_grad_(), plan, [bias])
+    torch.testing.assert_close(got, want.clone())
+    got.sum().backward()
+    assert x.grad.isfinite().all()

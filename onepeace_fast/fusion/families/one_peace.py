@@ -19,8 +19,8 @@ from onepeace_fast.fusion.families.one_peace_layer import Packed, SharedLayer, n
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING, FusedCall, Refusal, packing_is_chosen
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.fusion.structure import is_sharded
+from onepeace_fast.layers.norms import normalized_by_modality
 from onepeace_fast.layers.parameters import with_unread
-from onepeace_fast.layers.transformer import normalized_by_modality
 from onepeace_fast.route_plan import RoutePlan
 
 MODALITIES = ("text", "image", "audio")
