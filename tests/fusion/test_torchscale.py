@@ -242,6 +242,7 @@ def test_dropout_runs_fused_in_evaluation() -> None:
         ("layers.0.self_attn", "scaling", 1.0),
         ("layers.0", "alpha", 2.0),
         ("layer_norm.B", "eps", 0.1),
+        ("layers.1.self_attn", "xpos", nn.Identity()),
         ("relative_position", "num_buckets", 4),
     ],
 )
@@ -254,6 +255,17 @@ def test_settings_that_changed_since_are_obeyed(path: str, name: str, value: Any
         assert torch.equal(model(**batch(0))["encoder_out"], changed(**batch(0))["encoder_out"])
     (reason,) = handle.report().parts[0].own_calls
     assert reason == "a setting of the encoder is not what it was when it was fused"
+
+
+def test_a_layer_that_was_added_since_is_obeyed() -> None:
+    model, longer = make(), make()
+    handle = fuse(model)
+    for one in (model, longer):
+        one.encoder.layers.append(make(bias=False).encoder.layers[0])
+    with use_backend("fused"):
+        assert torch.equal(model(**batch(0))["encoder_out"], longer(**batch(0))["encoder_out"])
+    (reason,) = handle.report().parts[0].own_calls
+    assert reason == "there are not as many layers as when it was fused"
 
 
 def test_settings_of_the_configuration_are_obeyed_too() -> None:

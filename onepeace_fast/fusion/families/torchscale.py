@@ -68,7 +68,7 @@ class Torchscale(FusedCall):
         read += [] if root.layer_norm is None else root.layer_norm.modules()
         self.multiway = [module for module in read if is_multiway(module)]
         self.dropouts = [module for module in read if isinstance(module, nn.Dropout)]
-        self.settings = settings(root, read)
+        self.settings, self.layer_count = settings(root, read), len(layers)
         width, hidden = layers[0].self_attn.embed_dim, copies(layers[0].ffn, "A")[0].fc1.out_features
         self.of_a_row = 2 * width * (4 * width + 2 * hidden)
 
@@ -94,6 +94,8 @@ class Torchscale(FusedCall):
         positions: Tensor | None = None,
         **others: Any,
     ) -> str:
+        if len(self.root.layers) != self.layer_count:
+            return "there are not as many layers as when it was fused"
         if attn_mask is not None:
             return "attn_mask was given"
         if incremental_state is not None:
@@ -110,7 +112,7 @@ class Torchscale(FusedCall):
             return "encoder_padding_mask is not [samples, length]"
         if self._split_position(multiway_split_position, shape[1]) is None:
             return "there is no split position in the tokens that all layers share"
-        if any(owner.__dict__.get(name) != value for owner, name, value in self.settings):
+        if any(getattr(owner, name, None) != value for owner, name, value in self.settings):
             return "a setting of the encoder is not what it was when it was fused"
         real = padded = shape.numel()
         if mask is not None:  # read on the host where that waits for nothing
