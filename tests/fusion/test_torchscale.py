@@ -76,9 +76,12 @@ def own_reason(model: Model, **arguments: Any) -> str:
 
 
 def refusal(model: nn.Module) -> str:
-    with pytest.raises(ValueError) as found:
+    """Why the model is refused; an empty text where it is not."""
+    try:
         fuse(model)
-    return str(found.value).removeprefix("encoder: resembles torchscale, but ")
+    except ValueError as error:
+        return str(error).removeprefix("encoder: resembles torchscale, but ")
+    return ""
 
 
 @pytest.mark.parametrize("way", WAYS)
