@@ -40,7 +40,7 @@ class Expert(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
-        h = self.activation_dropout_module(self.activation_fn(h.float()).type_as(h))
+        h = self.activation_dropout_module(self.activation_fn(at_least_float32(h)).type_as(h))
         return self.dropout_module(self.fc2(h if self.ffn_layernorm is None else self.ffn_layernorm(h)))
 
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
         scores = scores if attn_mask is None else scores + attn_mask
         scores = scores.masked_fill(key_padding_mask[:, None, None].bool(), -torch.inf)
         scores = scores if rel_pos is None else scores + rel_pos.view(scores.shape)
-        weights = self.dropout_module(scores.softmax(-1, dtype=torch.float32).type_as(scores))
+        weights = self.dropout_module(at_least_float32(scores).softmax(-1).type_as(scores))
         y = (weights @ v).transpose(1, 2).flatten(2)
         return self.out_proj(y if self.inner_attn_ln is None else self.inner_attn_ln(y)), weights
 
@@ -198,6 +198,11 @@ class Model(nn.Module):
         split = -1 if text is None else 0 if image is None else image.shape[1]
         others = {"multiway_split_position": split if self.encoder.args.multiway else None} | others
         return self.encoder(None, padding, token_embeddings=torch.cat(parts, 1), **others)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """The public code takes float32 in a model of float64 too, which would be no exact value to compare with."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def keep(module: nn.Module) -> nn.Module:

@@ -186,7 +186,7 @@ class Torchscale(FusedCall):
 
     def _set_split_position(self, position: int) -> None:
         for module in self.root.modules():
-            if hasattr(module, "split_position"):
+            if is_multiway(module):
                 module.split_position = position
 
 
