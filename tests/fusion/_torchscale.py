@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, HEADS, HIDDEN, LAYERS, VOCABULARY, EPS = 32, 4, 48, 2, 11, 1e-5
-SPLIT, LENGTH = 4, 9
+SPLIT, LENGTH, SAMPLES = 4, 9, 12
 OFF = {"flash_attention": False, "xpos_rel_pos": False, "segment_length": None, "dilated_ratio": None}
 
 
@@ -225,18 +225,18 @@ def make(**settings: Any) -> Model:
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
             is_scale = parameter.dim() == 1 and name.endswith("weight")
-            parameter.copy_(1 + 0.3 * drawn if is_scale else drawn * (0.3 if parameter.dim() == 1 else 0.2))
+            parameter.copy_(1 + 0.3 * drawn if is_scale else drawn * (0.3 if parameter.dim() == 1 else 0.1))
     torch.manual_seed(0)  # of dropped paths
     return model.eval()
 
 
 def batch(seed: int, length: int = LENGTH) -> dict[str, Tensor]:
-    """Three samples of an image and a text each, the last one without text, padded in between as well."""
-    generator = torch.Generator().manual_seed(seed)
-    text = torch.randint(0, VOCABULARY, (3, length - SPLIT), generator=generator)
-    padding = torch.zeros(3, length, dtype=torch.bool)
-    padding[1, length - 2 :], padding[2, SPLIT:], padding[1, 2] = True, True, True
-    return {"text": text, "image": torch.randn(3, SPLIT, WIDTH, generator=generator), "padding": padding}
+    """Samples of an image and a text each, every third without text, others padded in between as well."""
+    generator = torch.Generator().manual_seed(seed + 4)
+    text = torch.randint(0, VOCABULARY, (SAMPLES, length - SPLIT), generator=generator)
+    padding = torch.zeros(SAMPLES, length, dtype=torch.bool)
+    padding[1::3, length - 2 :], padding[2::3, SPLIT:], padding[1::3, 2] = True, True, True
+    return {"text": text, "image": torch.randn(SAMPLES, SPLIT, WIDTH, generator=generator), "padding": padding}
 
 
 def real(output: dict[str, Any]) -> dict[str, Tensor]:
