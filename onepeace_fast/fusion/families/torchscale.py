@@ -216,7 +216,7 @@ def _layer(layer: Any, x: Tensor, packed: Packed, *bias: Tensor) -> Tensor:
         _linear(copies(projection, *plan.modalities), z, plan).unflatten(1, (attention.num_heads, -1))
         for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
-    y = relative_bias_attention(
+    y: Any = relative_bias_attention(
         (q, k, v), **plan.segments._asdict(), bias=bias, code_offsets=[packed.code_offset] * len(bias),
         scale=attention.scaling,
     )  # fmt: skip
