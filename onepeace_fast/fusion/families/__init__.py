@@ -2,6 +2,7 @@
 
 from onepeace_fast.fusion.families.one_peace import OnePeaceEncoder
 from onepeace_fast.fusion.families.own_model import OwnModel
+from onepeace_fast.fusion.families.torchscale import Torchscale
 from onepeace_fast.fusion.family import Fusion
 
-FAMILIES: tuple[type[Fusion], ...] = (OwnModel, OnePeaceEncoder)
+FAMILIES: tuple[type[Fusion], ...] = (OwnModel, OnePeaceEncoder, Torchscale)
