@@ -73,16 +73,18 @@ class FusedCall(Fusion):
 
     Args:
         root: the module.
-        called: modules below it that the fused computation calls, see ``Structure``.
+        called, exchangeable: modules below it that the fused computation calls, see ``Structure``.
 
     Raises:
         Refusal: parameters that are tied within the root.
     """
 
-    def __init__(self, root: nn.Module, called: Collection[nn.Module] = ()) -> None:
+    def __init__(
+        self, root: nn.Module, called: Collection[nn.Module] = (), exchangeable: Collection[nn.Module] = ()
+    ) -> None:
         super().__init__(root)
         self.replacements = [Replacement(self, root, "forward", "call")]
-        self.structure = Structure(root, called)
+        self.structure = Structure(root, called, exchangeable)
         _refuse_tied(root)
 
     @abstractmethod
