@@ -49,7 +49,8 @@ class T5Encoder(FusedCall):
     family = "T5"
 
     def __init__(self, root: nn.Module) -> None:
-        _require_equal("is_decoder", False, getattr(root, "is_decoder", None), "; a decoder keeps its own code")
+        if root.is_decoder is not False:
+            raise Refusal(f"is_decoder: expected False, got {root.is_decoder}; a decoder keeps its own code")
         blocks: Any = root.block
         attentions = [_attention(name, block) for name, block in _named(blocks)]
         frame = [blocks]
@@ -65,7 +66,7 @@ class T5Encoder(FusedCall):
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         if reason := self.structure.change():
             raise Refusal(reason)
-        self.attentions = attentions
+        self.attentions, self.shares_bias = attentions, _shares_bias(attentions[0])
         self.dropouts = [module for module in inner if isinstance(module, nn.Dropout)]
         self.of_a_row = 2 * sum(weight.numel() for weight in blocks[0].parameters() if weight.dim() == 2)
         for attention in attentions:
@@ -74,7 +75,7 @@ class T5Encoder(FusedCall):
     @staticmethod
     def resembles(module: nn.Module) -> bool:
         blocks = module._modules.get("block")
-        if not isinstance(blocks, nn.ModuleList) or not len(blocks) or "final_layer_norm" not in module._modules:
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks) or "is_decoder" not in module.__dict__:
             return False
         layers = blocks[0]._modules.get("layer")
         return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
@@ -147,7 +148,7 @@ class T5Encoder(FusedCall):
             scale=module.scaling,
         )  # fmt: skip
         out = module.o(out.flatten(1)[None])
-        return (out, vector, None) if _shares_bias(module) else (out, None)
+        return (out, vector, None) if self.shares_bias else (out, None)
 
 
 class _Unpacking:
@@ -183,18 +184,17 @@ def _index(buckets: int, max_distance: int, device: torch.device) -> Tensor:
         return t5_index(buckets, max_distance, bidirectional=True).to(device)
 
 
-@functools.cache
-def _parameters(kind: type[nn.Module]) -> Any:
-    return inspect.signature(kind.forward).parameters
+def _parameters(module: nn.Module) -> Any:
+    return inspect.signature(type(module).forward).parameters
 
 
 def _shares_bias(attention: nn.Module) -> bool:
     """Whether attention takes the bias that another block made, as T5's does and UMT5's does not."""
-    return "position_bias" in _parameters(type(attention))
+    return "position_bias" in _parameters(attention)
 
 
 def _require_keywords(name: str, module: nn.Module) -> None:
-    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in _parameters(type(module)).values()):
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in _parameters(module).values()):
         raise Refusal(f"{name}: expected a forward that takes further keywords, as of transformers 5.23, got none")
 
 
@@ -215,6 +215,8 @@ def _kinds(layers: Any) -> str:
 
 def _check(name: str, block: Any, attention: Any, first: Any) -> None:
     name = f"{name}.layer.0.SelfAttention"
+    if type(attention) is not type(first):
+        raise Refusal(f"{name}: expected a {type(first).__name__}, as in block.0, got {type(attention).__name__}")
     if missing := [part for part in ("q", "k", "v", "o") if part not in attention._modules]:
         raise Refusal(f"{name}: expected q, k, v and o, got no {', '.join(missing)}")
     _require_equal(f"{name}.is_decoder", False, getattr(attention, "is_decoder", None))
@@ -229,6 +231,6 @@ def _check(name: str, block: Any, attention: Any, first: Any) -> None:
         raise Refusal(f"{name}: expected a relative_attention_bias, got none")
 
 
-def _require_equal(name: str, expected: object, got: object, note: str = "") -> None:
-    if got is not expected and got != expected:
-        raise Refusal(f"{name}: expected {expected!r}, got {got!r}{note}")
+def _require_equal(name: str, expected: object, got: object) -> None:
+    if got != expected:
+        raise Refusal(f"{name}: expected {expected!r}, got {got!r}")
