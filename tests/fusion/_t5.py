@@ -18,7 +18,7 @@ class Norm(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weight, self.variance_epsilon = nn.Parameter(torch.rand(WIDTH) + 0.5), 1e-6
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(WIDTH)), 1e-6
 
     def forward(self, x):
         y = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.variance_epsilon).to(x.dtype)
@@ -172,10 +172,15 @@ class Encoder(nn.Module):
 
 def model(kind="t5", seed=0):
     torch.manual_seed(seed)
-    made = Encoder(kind)
+    return randomised(Encoder(kind))
+
+
+def randomised(made):
     for name, parameter in made.named_parameters():
-        if "norm" not in name:
-            nn.init.normal_(parameter, std=0.5 if "embed" in name or "bias" in name else 0.15)
+        if "norm" in name:
+            nn.init.uniform_(parameter, 0.5, 1.5)
+        else:
+            nn.init.normal_(parameter, std=0.15 if "layer" in name and "bias" not in name else 0.5)
     return made.eval()
 
 

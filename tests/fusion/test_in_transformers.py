@@ -24,18 +24,11 @@ SERIES = {
 TEXT = {"T5": {}, "gated T5": {"feed_forward_proj": "gated-gelu"}, "MT5": {}, "UMT5": {}}
 
 
-def randomised(model):
-    for name, parameter in model.named_parameters():
-        with torch.no_grad():
-            parameter.copy_(torch.rand_like(parameter) + 0.5 if "norm" in name else torch.randn_like(parameter) * 0.2)
-    return model.eval()
-
-
 def new_text(kind, name="EncoderModel", **settings):
     torch.manual_seed(0)
     family = kind.split()[-1]
     config = getattr(transformers, f"{family}Config")(**{**SERIES, **TEXT[kind], **settings})
-    return randomised(getattr(transformers, f"{family}{name}")(config))
+    return _t5.randomised(getattr(transformers, f"{family}{name}")(config))
 
 
 class OfRealTokens(nn.Module):

@@ -2,6 +2,7 @@
 
 from onepeace_fast.fusion.families.own_model import OwnModel
 from onepeace_fast.fusion.families.t5 import T5Encoder
+from onepeace_fast.fusion.families.windows import BeitLayer, SwinAttention
 from onepeace_fast.fusion.family import Fusion
 
-FAMILIES: tuple[type[Fusion], ...] = (OwnModel, T5Encoder)
+FAMILIES: tuple[type[Fusion], ...] = (OwnModel, T5Encoder, SwinAttention, BeitLayer)
