@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from fusion import _checks as checks
-from fusion import _t5
+from fusion import _t5, _windows
 from torch import nn
 
 from onepeace_fast import fuse, use_backend
@@ -110,7 +110,8 @@ def test_generation_by_a_fused_encoder(kind):
     torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
     (part,), (refused,) = handle.report().parts, handle.report().refused
     assert part.path == "encoder" and part.fused_calls == 2 and not part.own_calls
-    assert refused.path == "decoder" and refused.reason == "is_decoder: expected False, got True; a decoder keeps its own code"
+    assert refused.path == "decoder"
+    assert refused.reason == "is_decoder: expected False, got True; a decoder keeps its own code"
 
 
 def test_hidden_states_of_some_layers_as_tuples():
@@ -136,3 +137,104 @@ def test_a_model_that_is_loaded_into_computes_with_its_new_parameters():
         found = model(**given).last_hidden_state
     want = other(**given).last_hidden_state * given["attention_mask"][..., None]
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
+
+
+SWIN = {
+    "image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4,
+    "drop_path_rate": 0.0,
+}  # fmt: skip
+BEIT = {
+    "image_size": [32, 48], "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 40, "drop_path_rate": 0.0, "use_relative_position_bias": True,
+}  # fmt: skip
+WINDOWS = [f"encoder.layers.{i}.blocks.{j}.attention" for i in range(2) for j in range(2)]
+
+
+def new_images(kind, **settings):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**({"Swin": SWIN, "Beit": BEIT}[kind] | settings))
+    return _windows.randomised(getattr(transformers, f"{kind}Model")(config))
+
+
+def images(seed, size):
+    return {"pixel_values": torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(seed))}
+
+
+IMAGES = {
+    "Swin": checks.Case(lambda: new_images("Swin"), lambda seed: images(seed, (32, 32)), tuple(WINDOWS)),
+    "Swin, padded": checks.Case(lambda: new_images("Swin"), lambda seed: images(seed, (28, 44)), tuple(WINDOWS)),
+    "BEiT": checks.Case(lambda: new_images("Beit"), lambda seed: images(seed, (32, 48)), ("layers.0", "layers.1")),
+}
+
+
+@pytest.fixture(params=IMAGES)
+def image_case(request):
+    return IMAGES[request.param]
+
+
+def test_images(image_case):
+    checks.check_values_and_undo(image_case)
+
+
+def test_training_on_images(image_case):
+    checks.check_training(image_case)
+
+
+def test_copies_of_image_models(image_case):
+    checks.check_copies(image_case)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (24, 64)])
+def test_resampled_positions_of_other_images(size):
+    model, given = new_images("Beit").double(), images(0, size)["pixel_values"].double()
+    want = model(given, interpolate_pos_encoding=True).last_hidden_state
+    handle = fuse(model)
+    with use_backend("fused"):
+        found = model(given, interpolate_pos_encoding=True).last_hidden_state
+    torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-6)
+    assert all(part.fused_calls == 1 for part in handle.report().parts)
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Beit"])
+def test_checkpointed_images_and_their_hidden_states(kind):
+    plain, model = new_images(kind).double().train(), new_images(kind).double().train()
+    model.activation_checkpointing_enable()
+    handle = fuse(model)
+    given = {"pixel_values": images(0, (32, 48))["pixel_values"].double(), "output_hidden_states": True}
+    case = checks.Case(lambda: model, lambda seed: given, ())
+    want = checks.run(case, plain, given)
+    with use_backend("fused"):
+        found = checks.run(case, model, given)
+    assert len(want) == len(found) > 40
+    for name, value in want.items():
+        assert (value is None) == (found[name] is None)
+        if value is not None:
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+    assert all(part.fused_calls and not part.own_calls for part in handle.report().parts)
+
+
+@pytest.mark.parametrize("kind", ["Swin", "Beit"])
+def test_attentions_are_the_model_s_own_and_its_configuration_stays(kind):
+    model, given = new_images(kind), images(0, (32, 48))
+    model.set_attn_implementation("eager")
+    want = model(**given, output_attentions=True).attentions
+    other = type(model)(model.config)  # which shares it
+    handle = fuse(model)
+    with use_backend("fused"):
+        found = model(**given, output_attentions=True).attentions
+        model(**given)
+    assert len(found) == len(want) and all(map(torch.equal, found, want))
+    assert all(part.fused_calls == 1 and len(part.own_calls) == 1 for part in handle.report().parts)
+    assert other.config is model.config and model.config._attn_implementation == "eager"
+    assert not any("forward" in module.__dict__ for module in other.modules())
+
+
+def test_a_bias_of_all_layers_keeps_the_model_s_own_code():
+    model = new_images("Beit", use_shared_relative_position_bias=True)
+    given = images(0, (32, 48))
+    want = model(**given).last_hidden_state
+    handle = fuse(model)
+    with use_backend("fused"):
+        assert torch.equal(model(**given).last_hidden_state, want)
+    reason = "attention_mask: a mask or a bias of all layers is not known to a layer"
+    assert all(part.own_calls == {reason: 1} for part in handle.report().parts)

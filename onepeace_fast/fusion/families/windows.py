@@ -174,14 +174,15 @@ def _parts(mask: Tensor) -> tuple[Tensor, Tensor]:
     return part, fits & ((mask == SWIN_MASK) | ~hidden).all()
 
 
-def _check_attention(path: str, module: Any) -> None:
-    if missing := [name for name in PROJECTIONS if name not in module._modules]:
-        raise Refusal(f"{path}: expected {', '.join(PROJECTIONS)}, got no {', '.join(missing)}")
+def _check_attention(prefix: str, module: Any) -> None:
+    for name in PROJECTIONS:
+        if name not in module._modules:
+            raise Refusal(f"{prefix}{name}: expected a projection, got none")
     for setting in ("head_dim", "scaling", "attention_dropout"):
         if not isinstance(value := getattr(module, setting, None), int | float):
-            raise Refusal(f"{path}{setting}: expected a number, got {value!r}")
-    if getattr(module, "is_causal", None) is not False:
-        raise Refusal(f"{path}is_causal: expected False, got {getattr(module, 'is_causal', None)}")
+            raise Refusal(f"{prefix}{setting}: expected a number, got {value!r}")
+    if (causal := getattr(module, "is_causal", None)) is not False:
+        raise Refusal(f"{prefix}is_causal: expected False, got {causal}")
 
 
 def _refuse_change(fusion: FusedCall) -> None:
