@@ -49,14 +49,14 @@ class T5Encoder(FusedCall):
     family = "T5"
 
     def __init__(self, root: nn.Module) -> None:
-        if root.is_decoder is not False:
-            raise Refusal(f"is_decoder: expected False, got {root.is_decoder}; a decoder keeps its own code")
-        blocks: Any = root.block
-        attentions = [_attention(name, block) for name, block in _named(blocks)]
-        frame = [blocks]
-        for (name, block), attention in zip(_named(blocks), attentions, strict=True):
-            _check(name, block, attention, attentions[0])
-            _require_keywords(f"{name}.layer.0.SelfAttention", attention)
+        stack: Any = root
+        if stack.is_decoder is not False:
+            raise Refusal(f"is_decoder: expected False, got {stack.is_decoder}; a decoder keeps its own code")
+        blocks = [(f"block.{i}", block) for i, block in enumerate(stack.block)]
+        attentions = [_attention(name, block) for name, block in blocks]
+        frame: list[Any] = [stack, stack.block]
+        for (name, block), attention in zip(blocks, attentions, strict=True):
+            _check_attention(f"{name}.layer.0.SelfAttention", attention, attentions[0])
             _require_keywords(f"{name}.layer.0", block.layer[0])
             _require_keywords(name, block)
             frame += [block, block.layer, block.layer[0], attention]
@@ -66,9 +66,10 @@ class T5Encoder(FusedCall):
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         if reason := self.structure.change():
             raise Refusal(reason)
-        self.attentions, self.shares_bias = attentions, _shares_bias(attentions[0])
-        self.dropouts = [module for module in inner if isinstance(module, nn.Dropout)]
-        self.of_a_row = 2 * sum(weight.numel() for weight in blocks[0].parameters() if weight.dim() == 2)
+        self.attentions: list[Any] = attentions
+        self.shares_bias: bool = _shares_bias(attentions[0])
+        self.dropouts: list[nn.Dropout] = [module for module in inner if isinstance(module, nn.Dropout)]
+        self.of_a_row: int = 2 * sum(weight.numel() for weight in stack.block[0].parameters() if weight.dim() == 2)
         for attention in attentions:
             self.replace(attention, "forward", "attention")
 
@@ -105,7 +106,7 @@ class T5Encoder(FusedCall):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-        x, mask = _tokens(given), given["attention_mask"] if "attention_mask" in given else None
+        x, mask = _tokens(given), given.get("attention_mask")
         assert x is not None  # or the call was declined
         batch, length = x.shape[:2]
         if mask is None:
@@ -120,7 +121,7 @@ class T5Encoder(FusedCall):
         # The stack hands a mask of four axes on as it is. This one fits no scores: only attention that knows the
         # packed tokens, and ignores it, gets along with it.
         given["attention_mask"] = torch.empty(1, 1, 1, plan.capacity + 1, device=x.device)
-        first: Any = self.attentions[0]
+        first = self.attentions[0]
         buckets = _index(first.relative_attention_num_buckets, first.relative_attention_max_distance, x.device)
         reach = buckets.shape[0] // 2
         distance = torch.arange(1 - length, length, device=x.device).clamp(-reach, reach)
@@ -198,10 +199,6 @@ def _require_keywords(name: str, module: nn.Module) -> None:
         raise Refusal(f"{name}: expected a forward that takes further keywords, as of transformers 5.23, got none")
 
 
-def _named(blocks: Any) -> list[tuple[str, Any]]:
-    return [(f"block.{i}", block) for i, block in enumerate(blocks)]
-
-
 def _attention(name: str, block: Any) -> Any:
     layers = block._modules.get("layer")
     if not isinstance(layers, nn.ModuleList) or len(layers) != 2 or "SelfAttention" not in layers[0]._modules:
@@ -213,8 +210,7 @@ def _kinds(layers: Any) -> str:
     return ", ".join(type(layer).__name__ for layer in layers or ()) or "nothing"
 
 
-def _check(name: str, block: Any, attention: Any, first: Any) -> None:
-    name = f"{name}.layer.0.SelfAttention"
+def _check_attention(name: str, attention: Any, first: Any) -> None:
     if type(attention) is not type(first):
         raise Refusal(f"{name}: expected a {type(first).__name__}, as in block.0, got {type(attention).__name__}")
     if missing := [part for part in ("q", "k", "v", "o") if part not in attention._modules]:
@@ -229,6 +225,7 @@ def _check(name: str, block: Any, attention: Any, first: Any) -> None:
             raise Refusal(f"{name}.{setting}: expected a number, got {value!r}")
     if "relative_attention_bias" not in attention._modules and (attention is first or not _shares_bias(attention)):
         raise Refusal(f"{name}: expected a relative_attention_bias, got none")
+    _require_keywords(name, attention)
 
 
 def _require_equal(name: str, expected: object, got: object) -> None:
