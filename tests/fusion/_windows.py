@@ -161,7 +161,7 @@ def randomised(model):
         if "norm" in name or "lambda" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
         else:
-            nn.init.normal_(parameter, std=0.5 if "bias" in name else 0.15)
+            nn.init.normal_(parameter, std=0.5 if "relative" in name else 0.15)
         if name.endswith("k_proj.bias"):  # its gradient is zero but for rounding
             parameter.requires_grad_(False)
     return model.eval()

@@ -394,14 +394,21 @@ REFUSED = {
 }
 
 
+def said(model):
+    """The error's message; empty where there is none."""
+    try:
+        fuse(model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_look_alikes_are_refused_in_one_line(name):
     change, message = REFUSED[name]
     model = _t5.model()
     change(model)
-    with pytest.raises(ValueError) as error:
-        fuse(model)
-    assert str(error.value) == f"encoder: resembles T5, but {message}"
+    assert said(model) == f"encoder: resembles T5, but {message}"
 
 
 def test_the_scale_is_read_at_each_call():
@@ -416,8 +423,12 @@ class Forgetful(_t5.Block):
 
 
 def test_attention_that_is_told_nothing_of_packed_tokens_does_not_compute_all_texts_as_one():
-    model = _t5.model()
+    model, message = _t5.model("umt5"), ""
     model.encoder.block[1].__class__ = Forgetful
     fuse(model)
-    with use_backend("fused"), pytest.raises(RuntimeError, match="must match the size of tensor"):
-        model(**_t5.batch())
+    try:
+        with use_backend("fused"):
+            model(**_t5.batch())
+    except RuntimeError as error:
+        message = str(error)
+    assert "The size of tensor a (27) must match the size of tensor b (28)" in message
