@@ -10,11 +10,13 @@ import pytest
 import torch
 from fusion import _checks as checks
 from fusion import _t5
+from support.synchronization import DEVICE, no_synchronization
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast import fuse, use_backend
+from onepeace_fast.fusion.families import t5
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING
 
 KINDS = ("t5", "gated", "umt5")
@@ -268,6 +270,19 @@ def test_a_whole_compiled_model_computes_the_same():
     with use_backend("fused"):
         found = torch.compile(model, backend="eager")(**given)[-1]
     torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_waits_for_the_device_but_the_lengths_of_a_padded_batch_once(monkeypatch):
+    reads = []
+    monkeypatch.setattr("onepeace_fast.routing.read_values", lambda tensor: reads.append(tensor) or [5, 12, 9, 1])
+    model, given = _t5.model(), {name: value.to(DEVICE) for name, value in _t5.batch().items()}
+    handle = fuse(model)
+    model.to(DEVICE)
+    t5._index.cache_clear()
+    with no_synchronization():
+        model(**given)[-1].sum().backward()
+    t5._index.cache_clear()
+    assert len(reads) == 1 and report_of(handle).fused_calls == 1
 
 
 IDS = _t5.batch()["input_ids"]

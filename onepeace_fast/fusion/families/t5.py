@@ -25,11 +25,7 @@ from onepeace_fast.relative_position import CLS_ENTRIES, t5_index
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Segments
 
-# The stack's arguments in their order, and those that mean nothing to attention.
-ARGUMENTS = (
-    "input_ids", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "inputs_embeds", "cache",
-    "use_cache",
-)  # fmt: skip
+# Of the stack's arguments those that mean nothing to attention, or that are known here.
 HARMLESS = {"input_ids", "attention_mask", "inputs_embeds", "output_hidden_states", "return_dict", "num_items_in_batch"}
 PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets what it knows of the tokens
 SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
@@ -66,6 +62,7 @@ class T5Encoder(FusedCall):
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         if reason := self.structure.change():
             raise Refusal(reason)
+        self.arguments: list[str] = [*_parameters(root)][1:]
         self.attentions: list[Any] = attentions
         self.shares_bias: bool = _shares_bias(attentions[0])
         self.dropouts: list[nn.Dropout] = [module for module in inner if isinstance(module, nn.Dropout)]
@@ -82,7 +79,7 @@ class T5Encoder(FusedCall):
         return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
 
     def declines(self, *args: Any, **kwargs: Any) -> str:
-        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        given = self._given(*args, **kwargs)
         if given.get("output_attentions") or getattr(self.root.config, "output_attentions", False):
             return "output_attentions: attention's probabilities are not kept"
         for name, value in given.items():
@@ -105,7 +102,7 @@ class T5Encoder(FusedCall):
         return "" if packing_is_chosen(x, padded, packed, self.of_a_row) else TOO_LITTLE_PADDING
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
+        given = self._given(*args, **kwargs)
         x, mask = _tokens(given), given.get("attention_mask")
         assert x is not None  # or the call was declined
         batch, length = x.shape[:2]
@@ -128,6 +125,9 @@ class T5Encoder(FusedCall):
         packed = Packed(plan.segments, buckets[distance + reach], length)
         outputs = self.replacements[0].original(**given, **{PACKED: packed})
         return _Unpacking(plan).of(outputs)
+
+    def _given(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(zip(self.arguments, args, strict=False)) | kwargs
 
     def attention(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
         """The forward of a block's attention: over packed tokens, or the module's own."""
