@@ -130,7 +130,7 @@ def attention_of_module(
         rows = Rows(full_segments(query.shape[0], window, True, query.device))
     with_cls = kind == "beit"
     bias = [] if dense is None else [_vector(dense, query, window, with_cls)]
-    return _attend((query, key, value), rows, bias, window_code_offset(window), scaling), None
+    return attend((query, key, value), rows, bias, window_code_offset(window), scaling), None
 
 
 def _require_served(config: Any) -> str:
@@ -199,13 +199,19 @@ def _swin(module: nn.Module, query: Tensor, mask: Tensor | None) -> tuple[Tensor
     require_values(
         fits, f"attention_mask: expected the bias and Swin's mask of shifted windows, got another one; {ELSEWHERE}"
     )
-    segment = part + SWIN_PARTS * torch.arange(windows, device=query.device)[:, None]
+    return dense, window, rows_of_parts(part, window)
+
+
+def rows_of_parts(part: Tensor, window: tuple[int, ...]) -> Rows:
+    """Rows in which each part of each window is a segment; ``part`` is that of each token, int64 [windows, tokens]."""
+    windows, length = part.shape
+    segment = part + SWIN_PARTS * torch.arange(windows, device=part.device)[:, None]
     plan = RoutePlan.from_modality_ids(
         torch.zeros_like(segment).flatten(), ("tokens",), sample_ids=segment.flatten(),
-        sample_count=SWIN_PARTS * windows, positions=window_codes(window, window, query.device).repeat(windows),
+        sample_count=SWIN_PARTS * windows, positions=window_codes(window, window, part.device).repeat(windows),
         max_position=window_code_offset(window),
     )  # fmt: skip
-    return dense, window, Rows(plan.segments._replace(max_length=length), plan.source)
+    return Rows(plan.segments._replace(max_length=length), plan.source)
 
 
 def _beit_window(config: Any, tokens: int) -> tuple[int, ...]:
@@ -224,7 +230,7 @@ def _beit_window(config: Any, tokens: int) -> tuple[int, ...]:
     return window
 
 
-def _attend(
+def attend(
     qkv: tuple[Tensor, Tensor, Tensor], rows: Rows, bias: list[Tensor], code_offset: int, scale: float | None
 ) -> Tensor:
     """[batch, heads, length, head_dim] each to [batch, length, heads, head_dim]."""

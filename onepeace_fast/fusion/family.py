@@ -73,17 +73,23 @@ class FusedCall(Fusion):
 
     Args:
         root: the module.
-        called: modules below it that the fused computation calls, see ``Structure``.
+        called, exchangeable: modules below it that the fused computation calls, see ``Structure``.
         entry: the module below it whose ``forward`` is replaced instead of the root's own.
 
     Raises:
         Refusal: parameters that are tied within the root.
     """
 
-    def __init__(self, root: nn.Module, called: Collection[nn.Module] = (), entry: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        called: Collection[nn.Module] = (),
+        exchangeable: Collection[nn.Module] = (),
+        entry: nn.Module | None = None,
+    ) -> None:
         super().__init__(root)
         self.replacements = [Replacement(self, root if entry is None else entry, "forward", "call")]
-        self.structure = Structure(root, called)
+        self.structure = Structure(root, called, exchangeable)
         _refuse_tied(root)
 
     @abstractmethod

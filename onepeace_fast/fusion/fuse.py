@@ -49,12 +49,12 @@ class FusedModel:
                 model as it was with the fused one: time, memory, outputs, gradients.
             settings: keyword arguments of ``compare``.
         """
-        parts = [PartReport.of(path, part) for path, part in self.parts.items()]
         gain = None
         if batch is not None:
             settings = {"names": ("before", "fused")} | settings
             gain = compare(MethodType(self._as_it_was, self.model), self.model, batch, **settings)
-        return Report(tuple(parts), self.refused, gain)
+        parts = tuple(PartReport.of(path, part) for path, part in self.parts.items())
+        return Report(parts, self.refused, gain)
 
     def _as_it_was(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         for part in self.parts.values():

@@ -15,6 +15,7 @@ from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.layers.plain import has_plain_tensors, is_plain_tensor, watched_everywhere
 
 DISTRIBUTED = "torch.distributed"  # its hooks and wrappers make parameters whole before a module's call
+TRANSFORMERS = "transformers."  # its hooks record what modules return, or let it have a gradient
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -31,6 +32,7 @@ class Part(NamedTuple):
     module: nn.Module
     kind: type[nn.Module]
     is_called: bool
+    may_change: bool
 
 
 class Structure:
@@ -39,11 +41,15 @@ class Structure:
     Args:
         root: the module whose computation is replaced; its own hooks run in any case.
         called: modules below it that the fused computation calls by their ``__call__``, so that what torch.distributed
-            put around them runs: those of FSDP2, and the checkpoint wrapper.
+            put around them runs: those of FSDP2, and the checkpoint wrapper; so do hooks of transformers.
+        exchangeable: those of them that another module may take the place of, LoRA's for instance: what stands there is
+            called, token by token.
     """
 
-    def __init__(self, root: nn.Module, called: Collection[nn.Module] = ()) -> None:
-        self.parts = [*_parts(root, "", {id(module) for module in called})]
+    def __init__(
+        self, root: nn.Module, called: Collection[nn.Module] = (), exchangeable: Collection[nn.Module] = ()
+    ) -> None:
+        self.parts = [*_parts(root, "", *({id(module) for module in some} for some in (called, exchangeable)))]
 
     def change(self) -> str:
         """What changed since, in one line; an empty text for nothing."""
@@ -55,31 +61,38 @@ class Structure:
         return ""
 
 
-def _parts(module: nn.Module, prefix: str, called: Collection[int]) -> Iterator[Part]:
+def _parts(module: nn.Module, prefix: str, called: Collection[int], exchangeable: Collection[int]) -> Iterator[Part]:
     for name, child in module._modules.items():
         if child is not None:
             path = f"{prefix}{name}"
-            yield Part(path, module, name, child, type(child), id(child) in called)
-            yield from _parts(child, f"{path}.", called)
+            yield Part(path, module, name, child, type(child), id(child) in called, id(child) in exchangeable)
+            yield from _parts(child, f"{path}.", called, exchangeable)
 
 
 def _change(part: Part) -> str:
+    if not part.may_change and (reason := _replaced(part)):
+        return reason
+    module = part.module
+    own = module.__dict__
+    if "forward" in own and not isinstance(own["forward"], Replacement):
+        return "expected the class's forward, got one of its own"
+    for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]):
+        if hooks and not (part.is_called and all(map(_is_obeyed, hooks.values()))):
+            return "expected no hooks, got some"
+    if not part.may_change and not has_plain_tensors(module):
+        kinds = {type(parameter) for parameter in module._parameters.values() if parameter is not None}
+        if other := next((kind for kind in kinds if not is_plain_tensor(kind) and not _is_of_distributed(kind)), None):
+            return f"expected plain parameters, got {other.__name__}"
+    return ""
+
+
+def _replaced(part: Part) -> str:
     module = part.parent._modules.get(part.name)
     if module is not part.module and not (part.is_called and _is_distributed_wrapper(module, part.module)):
         return f"expected the {part.kind.__name__} that was fused, got {_kind_name(module)}"
     module = part.module
     if type(module) is not part.kind and not (part.is_called and isinstance(module, part.kind)):
         return f"expected a {part.kind.__name__}, got {_kind_name(module)}"
-    own = module.__dict__
-    if "forward" in own and not isinstance(own["forward"], Replacement):
-        return "expected the class's forward, got one of its own"
-    for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]):
-        if hooks and not (part.is_called and all(map(_is_of_distributed, hooks.values()))):
-            return "expected no hooks, got some"
-    if not has_plain_tensors(module):
-        kinds = {type(parameter) for parameter in module._parameters.values() if parameter is not None}
-        if other := next((kind for kind in kinds if not is_plain_tensor(kind) and not _is_of_distributed(kind)), None):
-            return f"expected plain parameters, got {other.__name__}"
     return ""
 
 
@@ -89,6 +102,10 @@ def _kind_name(module: nn.Module | None) -> str:
 
 def _is_of_distributed(value: object) -> bool:
     return (getattr(value, "__module__", None) or "").startswith(DISTRIBUTED)
+
+
+def _is_obeyed(hook: object) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith((DISTRIBUTED, TRANSFORMERS))
 
 
 def _is_distributed_wrapper(module: nn.Module | None, inner: nn.Module) -> bool:

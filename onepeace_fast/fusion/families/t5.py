@@ -1,0 +1,233 @@
+"""The encoders of T5, mT5 and UMT5, as Hugging Face's transformers writes them from 5.23 on.
+
+The tokens of a batch are packed once into one row of tokens, [1, tokens, width], and the model's own stack runs on it:
+all but attention works token by token. So its layers, norms, feed-forward, adapters such as LoRA, clamping of float16,
+checkpointing and recording of hidden states are the model's own. Attention alone is replaced: it calls its projections
+and keeps the texts apart by the packing's segments.
+
+Trusted: that stack, blocks and layers hand their further keywords and the first block's bias down to attention.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onepeace_fast.fusion.family import TOO_LITTLE_PADDING, FusedCall, Refusal, packing_is_chosen
+from onepeace_fast.fusion.replacement import Replacement
+from onepeace_fast.ops.relative_bias_attention import relative_bias_attention
+from onepeace_fast.relative_position import CLS_ENTRIES, t5_index
+from onepeace_fast.route_plan import RoutePlan
+from onepeace_fast.structures import Segments
+
+# Of the stack's arguments those that mean nothing to attention, or that are known here.
+HARMLESS = {"input_ids", "attention_mask", "inputs_embeds", "output_hidden_states", "return_dict", "num_items_in_batch"}
+PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets what it knows of the tokens
+SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
+
+
+class Packed(NamedTuple):
+    """What attention knows of packed tokens, besides them."""
+
+    segments: Segments
+    buckets: Tensor  # int64 [2 * length - 1], the row of the bias's table of each distance, query - key
+    length: int  # of the padded texts
+
+
+class T5Encoder(FusedCall):
+    """A stack of blocks with T5's relative bias, in the first block for all of them or in each its own."""
+
+    family = "T5"
+
+    def __init__(self, root: nn.Module) -> None:
+        stack: Any = root
+        if stack.is_decoder is not False:
+            raise Refusal(f"is_decoder: expected False, got {stack.is_decoder}; a decoder keeps its own code")
+        blocks = [(f"block.{i}", block) for i, block in enumerate(stack.block)]
+        attentions = [_attention(name, block) for name, block in blocks]
+        frame: list[Any] = [stack, stack.block]
+        for (name, block), attention in zip(blocks, attentions, strict=True):
+            _check_attention(f"{name}.layer.0.SelfAttention", attention, attentions[0])
+            _require_keywords(f"{name}.layer.0", block.layer[0])
+            _require_keywords(name, block)
+            frame += [block, block.layer, block.layer[0], attention]
+        _require_keywords("model", root)
+        kept = {id(module) for module in frame}
+        inner = [module for module in root.modules() if module is not root]
+        super().__init__(root, inner, [module for module in inner if id(module) not in kept])
+        if reason := self.structure.change():
+            raise Refusal(reason)
+        self.arguments: list[str] = [*_parameters(root)][1:]
+        self.attentions: list[Any] = attentions
+        self.shares_bias: bool = _shares_bias(attentions[0])
+        self.dropouts: list[nn.Dropout] = [module for module in inner if isinstance(module, nn.Dropout)]
+        self.of_a_row: int = 2 * sum(weight.numel() for weight in stack.block[0].parameters() if weight.dim() == 2)
+        for attention in attentions:
+            self.replace(attention, "forward", "attention")
+
+    @staticmethod
+    def resembles(module: nn.Module) -> bool:
+        blocks = module._modules.get("block")
+        if not isinstance(blocks, nn.ModuleList) or not len(blocks) or "is_decoder" not in module.__dict__:
+            return False
+        layers = blocks[0]._modules.get("layer")
+        return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
+
+    def declines(self, *args: Any, **kwargs: Any) -> str:
+        given = self._given(*args, **kwargs)
+        if given.get("output_attentions") or getattr(self.root.config, "output_attentions", False):
+            return "output_attentions: attention's probabilities are not kept"
+        for name, value in given.items():
+            if name not in HARMLESS and value is not None and value is not False:
+                return f"{name}: it is not known to the packed stack"
+        x, mask = _tokens(given), given.get("attention_mask")
+        if x is None:
+            return "the stack has no tokens, or both of input_ids and inputs_embeds"
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != x.shape[:2]):
+            return "attention_mask: it is not one of the tokens, [batch, length]"
+        if any(one.training and one.p for one in self.dropouts):
+            return "dropout in training"
+        if any(one.training and one.dropout for one in self.attentions):
+            return "dropout in training"
+        padded = x.shape[0] * x.shape[1]
+        # Of another device nothing is read: there packing is chosen in any case.
+        packed = padded if mask is None or x.device.type != "cpu" else int(mask.count_nonzero())
+        if not padded or not packed:
+            return "there is no token"
+        return "" if packing_is_chosen(x, padded, packed, self.of_a_row) else TOO_LITTLE_PADDING
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = self._given(*args, **kwargs)
+        x, mask = _tokens(given), given.get("attention_mask")
+        assert x is not None  # or the call was declined
+        batch, length = x.shape[:2]
+        if mask is None:
+            plan = RoutePlan.from_lengths({"tokens": [length] * batch}, device=x.device)
+        else:
+            plan = RoutePlan.from_masks({"tokens": mask.to(x.device, torch.bool)})
+        self.count_tokens(batch * length, plan.capacity)
+        if given.get("input_ids") is None:
+            given["inputs_embeds"] = plan.pack({"tokens": x})[None]
+        else:
+            given["input_ids"] = x.flatten()[plan.source][None]
+        # The stack hands a mask of four axes on as it is. This one fits no scores: only attention that knows the
+        # packed tokens, and ignores it, gets along with it.
+        given["attention_mask"] = torch.empty(1, 1, 1, plan.capacity + 1, device=x.device)
+        first = self.attentions[0]
+        buckets = _index(first.relative_attention_num_buckets, first.relative_attention_max_distance, x.device)
+        reach = buckets.shape[0] // 2
+        distance = torch.arange(1 - length, length, device=x.device).clamp(-reach, reach)
+        packed = Packed(plan.segments, buckets[distance + reach], length)
+        outputs = self.replacements[0].original(**given, **{PACKED: packed})
+        return _Unpacking(plan).of(outputs)
+
+    def _given(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return dict(zip(self.arguments, args, strict=False)) | kwargs
+
+    def attention(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
+        """The forward of a block's attention: over packed tokens, or the module's own."""
+        packed: Packed | None = kwargs.get(PACKED)
+        if packed is None:
+            return replacement.original(*args, **kwargs)
+        module: Any = replacement.module
+        x = args[0] if args else kwargs["hidden_states"]
+        vector = kwargs.get("position_bias")
+        if vector is None:
+            bias = module.relative_attention_bias(packed.buckets)  # [entries, heads]
+            vector = F.pad(bias.t(), (0, CLS_ENTRIES))
+        size = (module.n_heads, module.key_value_proj_dim)
+        segments = packed.segments
+        q, k, v = (part(x)[0].unflatten(-1, size) for part in (module.q, module.k, module.v))
+        out: Any = relative_bias_attention(
+            (q, k, v), cu_seqlens=segments.cu_seqlens, modality=segments.modality, code=segments.code,
+            is_cls=segments.is_cls, max_length=segments.max_length, bias=[vector], code_offsets=[packed.length - 1],
+            scale=module.scaling,
+        )  # fmt: skip
+        out = module.o(out.flatten(1)[None])
+        return (out, vector, None) if self.shares_bias else (out, None)
+
+
+class _Unpacking:
+    """A stack's outputs with padded tokens in the place of packed ones; what was one tensor stays one."""
+
+    def __init__(self, plan: RoutePlan) -> None:
+        self.plan = plan
+        self.done: dict[int, Tensor] = {}
+
+    def of(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(self.of, value))
+        if isinstance(value, Tensor):
+            if id(value) not in self.done:
+                self.done[id(value)] = self.plan.unpack(value[0])["tokens"]
+            return self.done[id(value)]
+        for name in value or ():  # a transformers' output, whose attributes are its items
+            value[name] = self.of(value[name])
+        return value
+
+
+def _tokens(given: dict[str, Any]) -> Tensor | None:
+    """[batch, length] or [batch, length, width]; None unless exactly one of both was given."""
+    ids, embedded = given.get("input_ids"), given.get("inputs_embeds")
+    if ids is not None:
+        return ids if embedded is None and ids.dim() == 2 else None
+    return embedded if embedded is not None and embedded.dim() == 3 else None
+
+
+@functools.lru_cache(maxsize=64)
+def _index(buckets: int, max_distance: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it is kept for what has gradients, too
+        return t5_index(buckets, max_distance, bidirectional=True).to(device)
+
+
+def _parameters(module: nn.Module) -> Any:
+    return inspect.signature(type(module).forward).parameters
+
+
+def _shares_bias(attention: nn.Module) -> bool:
+    """Whether attention takes the bias that another block made, as T5's does and UMT5's does not."""
+    return "position_bias" in _parameters(attention)
+
+
+def _require_keywords(name: str, module: nn.Module) -> None:
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in _parameters(module).values()):
+        raise Refusal(f"{name}: expected a forward that takes further keywords, as of transformers 5.23, got none")
+
+
+def _attention(name: str, block: Any) -> Any:
+    layers = block._modules.get("layer")
+    if not isinstance(layers, nn.ModuleList) or len(layers) != 2 or "SelfAttention" not in layers[0]._modules:
+        raise Refusal(f"{name}.layer: expected SelfAttention and a feed-forward, got {_kinds(layers)}")
+    return layers[0].SelfAttention
+
+
+def _kinds(layers: Any) -> str:
+    return ", ".join(type(layer).__name__ for layer in layers or ()) or "nothing"
+
+
+def _check_attention(name: str, attention: Any, first: Any) -> None:
+    if type(attention) is not type(first):
+        raise Refusal(f"{name}: expected a {type(first).__name__}, as in block.0, got {type(attention).__name__}")
+    if missing := [part for part in ("q", "k", "v", "o") if part not in attention._modules]:
+        raise Refusal(f"{name}: expected q, k, v and o, got no {', '.join(missing)}")
+    _require_equal(f"{name}.is_decoder", False, getattr(attention, "is_decoder", None))
+    for setting in SETTINGS:
+        if not isinstance(value := getattr(attention, setting, None), int):
+            raise Refusal(f"{name}.{setting}: expected a whole number, got {value!r}")
+        _require_equal(f"{name}.{setting}", getattr(first, setting), value)
+    for setting in ("scaling", "dropout"):
+        if not isinstance(value := getattr(attention, setting, None), int | float):
+            raise Refusal(f"{name}.{setting}: expected a number, got {value!r}")
+    if "relative_attention_bias" not in attention._modules and (attention is first or not _shares_bias(attention)):
+        raise Refusal(f"{name}: expected a relative_attention_bias, got none")
+    _require_keywords(name, attention)
+
+
+def _require_equal(name: str, expected: object, got: object) -> None:
+    if got != expected:
+        raise Refusal(f"{name}: expected {expected!r}, got {got!r}")
