@@ -357,6 +357,10 @@ def test_adapters_and_encoders_that_are_others_are_refused():
         "image_adapter: expected upstream's adapter, got Identity without get_rel_pos_bias"
     )
 
+    assert refusal(lambda model: None, modalities=()) == (
+        "fusion_model.layers.0: expected text_ffn, image_ffn or audio_ffn, got none of them"
+    )
+
     class LayerDrop(nn.ModuleList):
         pass
 

@@ -55,6 +55,8 @@ class OnePeaceEncoder(FusedCall):
                 )
         self.modalities = [name for name in MODALITIES if hasattr(layers[0], f"{name}_ffn")]
         first: Any = layers[0]
+        if not self.modalities:
+            raise Refusal("fusion_model.layers.0: expected text_ffn, image_ffn or audio_ffn, got none of them")
         self.heads, self.dim = int(encoder.num_attention_heads), int(first.self_attn.embed_dim)
         self.layers = [
             SharedLayer(f"fusion_model.layers.{number}", layer, self.dim, self.modalities)
@@ -89,7 +91,12 @@ class OnePeaceEncoder(FusedCall):
             return False
         parts = ("self_attn", "self_attn_layer_norm", "final_layer_norm")
         direct = ("drop_path_prob", "dropout_prob", "gamma_1", "gamma_2")
-        return all(hasattr(layer, name) for layer in layers for name in (*parts, *direct))
+        of_attention = ("embed_dim", "num_heads", "head_dim", "scaling", "dropout_p")
+        return all(
+            all(hasattr(layer, name) for name in (*parts, *direct))
+            and all(hasattr(layer.self_attn, name) for name in of_attention)
+            for layer in layers
+        )
 
     def declines(
         self, text_info: Info | None, image_info: Info | None, audio_info: Info | None,
