@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast import FusedModel, fuse, use_backend
 from onepeace_fast.fusion.families.one_peace_bias import PositionBias
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING
+from onepeace_fast.layers import transformer
 from onepeace_fast.tolerance import assert_within_rule
 from tests.fusion._checks import (
     Case,
@@ -97,6 +102,12 @@ def test_values_gradients_and_the_way_back(kind: str):
     check_values_and_undo(case(kind, tables=2 if kind in ("vl", "text") else 1))
 
 
+def test_values_by_the_ops_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformer, "calls_modules", lambda x: False)
+    check_values_and_undo(case("vl", tables=2))
+    check_values_and_undo(case("al", visible=True))
+
+
 @pytest.mark.parametrize("kind", ["vl", "al"])
 def test_visible_tokens_have_the_bias_of_their_own_positions(kind: str):
     check_values_and_undo(case(kind, visible=True))
@@ -113,6 +124,7 @@ def test_without_a_bias_padding_is_seen_as_in_the_model_itself():
         {"sub_norm": False, "normed": ("text",)},
         {"normed": ()},
         {"modalities": ("text", "image")},
+        {"drop_path": 0.5},  # none in evaluation
     ],
     ids=str,
 )
@@ -435,3 +447,28 @@ def test_losses_of_steps_that_change_between_fused_and_own_code_agree():
     fuse(model)
     mine = losses(one, model, 6)
     assert mine == plain and reasons(model) == {TOO_LITTLE_PADDING}
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_fsdp2_around_layers_and_adapters(alone: None, backend: str):
+    one, model, given = wide("vl", batch("vl"), tables=2)
+    plain = run(one, model, given)
+    fuse(model)
+    mesh = init_device_mesh("cpu", (1,))
+    adapters = (model.text_adapter, model.image_adapter)
+    for module in (*model.fusion_model.layers, *adapters, model):
+        fully_shard(module, mesh=mesh)
+    with use_backend(backend):
+        sharded = run(one, model, given)
+    assert reasons(model) == (set() if backend == "fused" else {TOO_LITTLE_PADDING})
+    agree(
+        {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in sharded.items()}, plain
+    )
