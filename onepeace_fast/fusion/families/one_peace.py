@@ -95,7 +95,7 @@ class OnePeaceEncoder(FusedCall):
         return all(
             all(hasattr(layer, name) for name in (*parts, *direct))
             and all(hasattr(layer.self_attn, name) for name in of_attention)
-            for layer in layers
+            for layer in layers._modules.values()  # LayerDrop draws numbers where it is iterated
         )
 
     def declines(
@@ -110,9 +110,8 @@ class OnePeaceEncoder(FusedCall):
             return "dropout in training: its random numbers are drawn by the model's own code"
         biases = [bias for _, _, bias in infos.values()]
         has_bias = biases[0] is not None
-        if any([isinstance(bias, PositionBias) is not has_bias for bias in biases]) or (
-            not has_bias and any([bias is not None for bias in biases])
-        ):
+        foreign = any([not (bias is None or isinstance(bias, PositionBias)) for bias in biases])
+        if foreign or any([(bias is not None) is not has_bias for bias in biases]):
             return "the bias is not that of the model's own adapters"
         if len({1 if bias is None else len(bias) for bias in biases}) > 1:
             return "the adapters have different numbers of bias tables"
