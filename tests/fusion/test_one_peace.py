@@ -8,13 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from onepeace_fast import FusedModel, fuse, use_backend
 from onepeace_fast.fusion.families.one_peace_bias import PositionBias
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING
+from onepeace_fast.layers import transformer
 from onepeace_fast.tolerance import assert_within_rule
 from tests.fusion._checks import (
     Case,
@@ -97,6 +102,12 @@ def test_values_gradients_and_the_way_back(kind: str):
     check_values_and_undo(case(kind, tables=2 if kind in ("vl", "text") else 1))
 
 
+def test_values_by_the_ops_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transformer, "calls_modules", lambda x: False)
+    check_values_and_undo(case("vl", tables=2))
+    check_values_and_undo(case("al", visible=True))
+
+
 @pytest.mark.parametrize("kind", ["vl", "al"])
 def test_visible_tokens_have_the_bias_of_their_own_positions(kind: str):
     check_values_and_undo(case(kind, visible=True))
@@ -113,6 +124,7 @@ def test_without_a_bias_padding_is_seen_as_in_the_model_itself():
         {"sub_norm": False, "normed": ("text",)},
         {"normed": ()},
         {"modalities": ("text", "image")},
+        {"drop_path": 0.5},  # none in evaluation
     ],
     ids=str,
 )
@@ -286,87 +298,6 @@ def test_few_padded_tokens_on_a_cpu_are_computed_by_the_model_itself():
     assert reasons(model) == {TOO_LITTLE_PADDING}
 
 
-def refusal(change: Any, **options: Any) -> str:
-    model = Wrapper(**options)
-    change(model)
-    before = [dict(module.__dict__) for module in model.modules()]
-    with pytest.raises(ValueError, match="resembles ONE-PEACE, but ") as caught:
-        fuse(model)
-    assert [dict(module.__dict__) for module in model.modules()] == before
-    return str(caught.value).split("but ", 1)[1].split(";")[0]
-
-
-class OtherNorm(nn.LayerNorm):
-    pass
-
-
-def put(path: str, value: Any) -> Any:
-    parent, _, name = path.rpartition(".")
-
-    def change(model: nn.Module) -> None:
-        owner = model.get_submodule(parent)
-        if name.isdigit():
-            owner[int(name)] = value  # type: ignore[index]
-        else:
-            setattr(owner, name, value)
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("path", "value", "message"),
-    [
-        ("layers.1.image_ffn.0.act", nn.ReLU6(), "act: expected a GELU, got ReLU6"),
-        ("layers.1.text_ffn.0.act", nn.GELU("tanh"), "act: expected a GELU by erf, got GELU(approximate='tanh')"),
-        ("layers.0.attn_ln", OtherNorm(DIM), "attn_ln: expected a LayerNorm, got OtherNorm"),
-        ("layers.0.attn_ln", nn.LayerNorm(DIM, bias=False),
-         f"attn_ln: expected a LayerNorm of {DIM} with a weight and a bias, got {nn.LayerNorm(DIM, bias=False)}"),
-        ("layers.0.self_attn.k_proj", nn.Linear(DIM, DIM), "k_proj: expected no bias, got one"),
-        ("layers.0.self_attn.q_proj", nn.Linear(DIM, 8),
-         f"q_proj: expected a Linear from {DIM} to {DIM}, got Linear(in_features={DIM}, out_features=8, bias=True)"),
-        ("layers.1.self_attn.scaling", 1.0, "scaled by head_dim ** -0.5, got 4 of 8, scaled by 1.0"),
-        ("layers.1.text_ffn.0.wi_1", nn.Linear(DIM, 48), "wi_1: expected no bias, got one"),
-        ("layers.1.text_ffn.1", nn.Linear(2, 2), "1: expected dropout with a probability p, got Linear"),
-        ("layers.1.audio_ffn", nn.Sequential(nn.Identity()),
-         "audio_ffn: expected GeGLU, dropout, norm and projection, got 1 modules"),
-        ("layers.1.drop_path_prob", 1.0, "drop_path_prob: expected a probability in [0, 1), got 1.0"),
-        ("audio_layer_norm", OtherNorm(DIM), "audio_layer_norm: expected a LayerNorm, got OtherNorm"),
-        ("layers.0.forward", print, "layers.0: expected the class's forward, got one of its own"),
-        ("layers.0.self_attn.forward", print, "self_attn: expected the class's forward, got one of its own"),
-    ],
-    ids=lambda value: value if isinstance(value, str) and "layer" in value and ":" not in value else "",
-)  # fmt: skip
-def test_look_alikes_are_refused(path: str, value: Any, message: str):
-    assert refusal(put(f"fusion_model.{path}", value)).endswith(message)
-
-
-def test_adapters_and_encoders_that_are_others_are_refused():
-    def unlike(model: Any) -> None:
-        model.text_adapter.rp_bucket[3, 4] = 0
-
-    assert refusal(unlike) == "text_adapter.rp_bucket: expected buckets by the distance of two tokens, got others"
-    expected = "audio_adapter.rel_pos_table_list.0: expected an Embedding of 10 rows and 4 heads, got Embedding(9, 4)"
-    assert refusal(put("audio_adapter.rel_pos_table_list.0", nn.Embedding(9, 4))) == expected
-    expected = "image_adapter.rel_pos_table_list: expected 1 table or 2, as layers, got 3"
-    tables = nn.ModuleList(nn.Embedding(28, 4) for _ in range(3))
-    assert refusal(put("image_adapter.rel_pos_table_list", tables)) == expected
-    assert refusal(lambda model: model.__delattr__("image_adapter")) == (
-        "image_adapter: expected the adapter whose tables hold the bias, got none"
-    )
-    assert refusal(put("image_adapter", nn.Identity())) == (
-        "image_adapter: expected upstream's adapter, got Identity without get_rel_pos_bias"
-    )
-
-    class LayerDrop(nn.ModuleList):
-        pass
-
-    assert refusal(lambda model: setattr(model.fusion_model, "layers", LayerDrop(model.fusion_model.layers))) == (
-        "fusion_model.layers: expected a ModuleList, got LayerDrop"
-    )
-    with pytest.raises(ValueError, match="resembles ONE-PEACE, but an encoder alone: expected it as fusion_model"):
-        fuse(Wrapper().fusion_model)
-
-
 @pytest.mark.parametrize("reentrant", [True, False, None], ids=["reentrant", "not", "wrapper"])
 def test_checkpoints_around_layers(reentrant: bool | None):
     one, model, given = wide("vl", batch("vl"), drop_path=0.5)
@@ -431,3 +362,28 @@ def test_losses_of_steps_that_change_between_fused_and_own_code_agree():
     fuse(model)
     mine = losses(one, model, 6)
     assert mine == plain and reasons(model) == {TOO_LITTLE_PADDING}
+
+
+@pytest.fixture
+def alone():
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["fused", "reference"])
+def test_fsdp2_around_layers_and_adapters(alone: None, backend: str):
+    one, model, given = wide("vl", batch("vl"), tables=2)
+    plain = run(one, model, given)
+    fuse(model)
+    mesh = init_device_mesh("cpu", (1,))
+    adapters = (model.text_adapter, model.image_adapter)
+    for module in (*model.fusion_model.layers, *adapters, model):
+        fully_shard(module, mesh=mesh)
+    with use_backend(backend):
+        sharded = run(one, model, given)
+    assert reasons(model) == (set() if backend == "fused" else {TOO_LITTLE_PADDING})
+    agree(
+        {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in sharded.items()}, plain
+    )

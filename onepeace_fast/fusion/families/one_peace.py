@@ -57,6 +57,8 @@ class OnePeaceEncoder(FusedCall):
                 )
         self.modalities = [name for name in MODALITIES if hasattr(layers[0], f"{name}_ffn")]
         first: Any = layers[0]
+        if not self.modalities:
+            raise Refusal("fusion_model.layers.0: expected text_ffn, image_ffn or audio_ffn, got none of them")
         self.heads, self.dim = int(encoder.num_attention_heads), int(first.self_attn.embed_dim)
         self.layers = [
             SharedLayer(f"fusion_model.layers.{number}", layer, self.dim, self.modalities)
@@ -91,7 +93,12 @@ class OnePeaceEncoder(FusedCall):
             return False
         parts = ("self_attn", "self_attn_layer_norm", "final_layer_norm")
         direct = ("drop_path_prob", "dropout_prob", "gamma_1", "gamma_2")
-        return all(hasattr(layer, name) for layer in layers for name in (*parts, *direct))
+        of_attention = ("embed_dim", "num_heads", "head_dim", "scaling", "dropout_p")
+        return all(
+            all(hasattr(layer, name) for name in (*parts, *direct))
+            and all(hasattr(layer.self_attn, name) for name in of_attention)
+            for layer in layers._modules.values()  # LayerDrop draws numbers where it is iterated
+        )
 
     def declines(
         self, text_info: Info | None, image_info: Info | None, audio_info: Info | None,
@@ -105,9 +112,8 @@ class OnePeaceEncoder(FusedCall):
             return "dropout in training: its random numbers are drawn by the model's own code"
         biases = [bias for _, _, bias in infos.values()]
         has_bias = biases[0] is not None
-        if any([isinstance(bias, PositionBias) is not has_bias for bias in biases]) or (
-            not has_bias and any([bias is not None for bias in biases])
-        ):
+        foreign = any([not (bias is None or isinstance(bias, PositionBias)) for bias in biases])
+        if foreign or any([(bias is not None) is not has_bias for bias in biases]):
             return "the bias is not that of the model's own adapters"
         if len({1 if bias is None else len(bias) for bias in biases}) > 1:
             return "the adapters have different numbers of bias tables"

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from onepeace_fast.dense_bias import dense_vector, is_relative
 from onepeace_fast.fusion.family import Refusal
 from onepeace_fast.fusion.replacement import Replacement
-from onepeace_fast.relative_position import CLS_ENTRIES, grid_code_offset, grid_codes
+from onepeace_fast.layers.plain import has_plain_tensors
+from onepeace_fast.relative_position import CLS_ENTRIES, dense_index, grid_code_offset, grid_codes
 
 
 class PositionBias(Sequence[Tensor]):
@@ -138,7 +139,14 @@ class AdapterBias:
             rows = torch.cat([rows[equal - offset : equal + offset + 1], rows[-CLS_ENTRIES:]])
         tables: Any = self.adapter.rel_pos_table_list
         vectors = [F.embedding(rows, table.weight).t().contiguous() for table in tables]
-        return PositionBias(vectors, offset, codes, width, None, lambda: replacement.original(*arguments))
+
+        def make() -> Sequence[Tensor]:
+            if all([has_plain_tensors(table) for table in tables]):
+                return replacement.original(*arguments)
+            # FSDP2 shards an adapter again behind its call.
+            return _all_pairs(vectors, codes, offset, width, batch)
+
+        return PositionBias(vectors, offset, codes, width, None, make)
 
     def gathered(self, replacement: Replacement, *arguments: Any) -> tuple[Any, ...]:
         """In the place of ``gather_features``, whose last arguments are the list of biases and the position ids."""
@@ -152,6 +160,14 @@ class AdapterBias:
             return replacement.original(*(x.detach()[..., :1] for x in features), bias.dense, positions)[-1]
 
         return (*visible, bias.of_positions(positions, make))
+
+
+def _all_pairs(vectors: Sequence[Tensor], codes: Tensor | None, offset: int, width: int, batch: int) -> list[Tensor]:
+    """[batch, heads, width, width] of each vector."""
+    position = torch.arange(width, device=vectors[0].device)
+    code = position if codes is None else codes
+    index = dense_index(code, position == 0, offset, vectors[0].shape[1])
+    return [F.embedding(index, vector.t()).permute(2, 0, 1).expand(batch, -1, -1, -1) for vector in vectors]
 
 
 def _tables(path: str, adapter: nn.Module) -> nn.ModuleList | None:

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onepeace_fast.attention_structures import Segments
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING, FusedCall, Refusal, packing_is_chosen
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.ops.relative_bias_attention import relative_bias_attention
 from onepeace_fast.relative_position import CLS_ENTRIES, t5_index
 from onepeace_fast.route_plan import RoutePlan
-from onepeace_fast.structures import Segments
 
 # Of the stack's arguments those that mean nothing to attention, or that are known here.
 HARMLESS = {"input_ids", "attention_mask", "inputs_embeds", "output_hidden_states", "return_dict", "num_items_in_batch"}
