@@ -25,6 +25,7 @@ from onepeace_fast.fusion.structure import Structure
 from onepeace_fast.models.choice import packing_pays
 
 TOO_LITTLE_PADDING = "on a CPU, packing pays only with more padding; use_backend('fused') packs in any case"
+BACKEND = "use_backend('reference') asks for it"
 MARK = "_onepeace_fast_fusion"  # of a root's __dict__: its fusion
 
 
@@ -73,16 +74,18 @@ class FusedCall(Fusion):
 
     Args:
         root: the module.
-        called: modules below it that the fused computation calls, see ``Structure``.
+        called, whole: modules below it that the fused computation calls, see ``Structure``.
 
     Raises:
         Refusal: parameters that are tied within the root.
     """
 
-    def __init__(self, root: nn.Module, called: Collection[nn.Module] = ()) -> None:
+    def __init__(
+        self, root: nn.Module, called: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()
+    ) -> None:
         super().__init__(root)
         self.replacements = [Replacement(self, root, "forward", "call")]
-        self.structure = Structure(root, called)
+        self.structure = Structure(root, called, whole)
         _refuse_tied(root)
 
     @abstractmethod
@@ -130,6 +133,14 @@ def packing_is_chosen(x: Tensor, padded: int, packed: int, of_a_row: int) -> boo
     if backend := requested_backend(None):
         return backend == "fused"
     return x.device.type != "cpu" or packing_pays(padded, packed, of_a_row)
+
+
+def routing_is_chosen(x: Tensor) -> str:
+    """Why a call whose tokens are routed by the model itself, without padding, is not fused; an empty text for fused.
+
+    ``use_backend`` is obeyed; elsewhere it is fused.
+    """
+    return BACKEND if requested_backend(None) == "reference" else ""
 
 
 def _refuse_tied(root: nn.Module) -> None:

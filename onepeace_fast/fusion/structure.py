@@ -35,10 +35,13 @@ class Structure:
         root: the module whose computation is replaced; its own hooks run in any case.
         called: modules below it that the fused computation calls by their ``__call__``, so that what torch.distributed
             put around them runs: those of FSDP2, and the checkpoint wrapper.
+        whole: modules below it that it calls and never looks into, so that anything may be changed in them.
     """
 
-    def __init__(self, root: nn.Module, called: Collection[nn.Module] = ()) -> None:
-        self.parts = [*_parts(root, "", {id(module) for module in called})]
+    def __init__(
+        self, root: nn.Module, called: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()
+    ) -> None:
+        self.parts = [*_parts(root, "", {id(module) for module in called}, {id(module) for module in whole})]
 
     def change(self) -> str:
         """What changed since, in one line; an empty text for nothing."""
@@ -50,12 +53,12 @@ class Structure:
         return ""
 
 
-def _parts(module: nn.Module, prefix: str, called: Collection[int]) -> Iterator[Part]:
+def _parts(module: nn.Module, prefix: str, called: Collection[int], whole: Collection[int]) -> Iterator[Part]:
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and id(child) not in whole:
             path = f"{prefix}{name}"
             yield Part(path, module, name, child, type(child), id(child) in called)
-            yield from _parts(child, f"{path}.", called)
+            yield from _parts(child, f"{path}.", called, whole)
 
 
 def _change(part: Part) -> str:

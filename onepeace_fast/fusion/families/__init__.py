@@ -1,6 +1,7 @@
 """The families that ``fuse`` knows, each in a file of its own."""
 
+from onepeace_fast.fusion.families.bagel import Bagel
 from onepeace_fast.fusion.families.own_model import OwnModel
 from onepeace_fast.fusion.family import Fusion
 
-FAMILIES: tuple[type[Fusion], ...] = (OwnModel,)
+FAMILIES: tuple[type[Fusion], ...] = (OwnModel, Bagel)
