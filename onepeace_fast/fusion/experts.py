@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,10 +52,8 @@ def require_linears(experts: Named, bias: bool = False) -> tuple[int, int]:
 def require_rms_norms(experts: Named, width: int, eps: str) -> None:
     """Raise unless each has what an RMSNorm has, a weight and a number named ``eps``, which is one for all.
 
-    That such a module computes x / sqrt(mean(x^2) + eps) * weight is trusted.
-
     Raises:
-        Refusal: another module, width or eps.
+        Refusal: another module, width, eps or result.
     """
     first = None
     for path, module in experts:
@@ -69,6 +68,28 @@ def require_rms_norms(experts: Named, width: int, eps: str) -> None:
             raise Refusal(f"{path}: expected a weight [{width}], got {[*module.weight.shape]}")
         if mine != (first := mine if first is None else first):
             raise Refusal(f"{path}: expected {eps} {first}, as the first expert has, got {mine}")
+        require_result(path, module, partial(_rms_norm, weight=module.weight, eps=mine), width, "an RMSNorm's")
+
+
+def require_result(path: str, module: nn.Module, formula: Callable[[Tensor], Tensor], width: int, whose: str) -> None:
+    """Raise unless a module without state returns what a formula does for two rows; a forward cannot be read.
+
+    Raises:
+        Refusal: other values. Parameters of zeros or ones may hide the difference.
+    """
+    with torch.no_grad():
+        x = torch.linspace(-3, 4, 2 * width).view(2, width).to(next(module.parameters()))
+        got, want = module(x), formula(x)
+        eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)  # norms compute in float32
+        bound = 8 * eps * want.abs().amax()
+        same = isinstance(got, Tensor) and got.shape == want.shape and bool(((got - want).abs() <= bound).all())
+    if not same:
+        raise Refusal(f"{path}: expected {whose} values, got others from {kind_of(module)}")
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
 def require_silu(path: str, activation: object) -> None:

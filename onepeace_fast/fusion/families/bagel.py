@@ -6,6 +6,7 @@ import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.fusion.experts import kind_of, parts, require_linears, require_rms_norms, require_silu, routed_rms_norm
@@ -33,6 +34,13 @@ class Routed:
 
     def __init__(self, plan: RoutePlan, of_attention: dict[str, Any]) -> None:
         self.plan, self.of_attention = plan, of_attention
+        self.place = torch.empty_like(plan.source).scatter_(
+            0, plan.source, torch.arange(plan.capacity, device=plan.source.device)
+        )
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Rows in the tokens' own order: all of them are there, so a gather does it, which is faster than a scatter."""
+        return F.embedding(self.place, rows)
 
 
 class Bagel(FusedCall):
@@ -57,11 +65,12 @@ class Bagel(FusedCall):
         self.layers: list[Any] = [*layers.children()]
         width = _width(root)
         self.norms = [_pair(root, "norm", width)]
+        self.of_a_row = 0
         for i, layer in enumerate(self.layers):
             if attentions[i] is None:
                 raise Refusal(f"layers.{i}.self_attn: expected a module, got none")
             self.norms += [_pair(root, f"layers.{i}.{name}", width) for name in LAYER_NORMS]
-            self._require_network(root, i, width)
+            self.of_a_row = max(self.of_a_row, 6 * width * self._require_network(root, i, width))
             self.replace(layer, "forward", "layer")
 
     @staticmethod
@@ -72,7 +81,7 @@ class Bagel(FusedCall):
             return False
         return all({"self_attn", "mlp", "mlp_moe_gen"} <= layer._modules.keys() for layer in layers)
 
-    def _require_network(self, root: nn.Module, layer: int, width: int) -> None:
+    def _require_network(self, root: nn.Module, layer: int, width: int) -> int:
         paths = [f"layers.{layer}.mlp{which}" for which in ("", OF_GENERATION)]
         gate, up, down = (require_linears(parts(root, [f"{path}.{name}" for path in paths])) for name in PROJECTIONS)
         for name, got, wanted in (
@@ -83,6 +92,7 @@ class Bagel(FusedCall):
                 raise Refusal(f"{paths[0]}.{name}: expected a weight {[*wanted]}, got {[*got]}")
         for path in paths:
             require_silu(f"{path}.act_fn", getattr(root.get_submodule(path), "act_fn", None))
+        return gate[0]
 
     def declines(self, *args: Any, **kwargs: Any) -> str:
         root: Any = self.root
@@ -95,13 +105,13 @@ class Bagel(FusedCall):
         if any([getattr(und, EPS) != getattr(gen, EPS) for und, gen in self.norms]):
             return CHANGED_EPS
         try:
-            call = SIGNATURE.bind(*args, **kwargs).arguments
+            call = SIGNATURE.bind(self, *args, **kwargs).arguments
         except TypeError:
             return UNKNOWN
         x, und, gen = call["packed_sequence"], call["packed_und_token_indexes"], call.get("packed_gen_token_indexes")
         if not _fits(x, root.norm.weight, und, gen):
             return KINDS
-        if reason := routing_is_chosen(x):
+        if reason := routing_is_chosen(x, self.of_a_row):
             return reason
         return "" if _is_partition(und, gen, x) else NO_PARTITION
 
@@ -121,7 +131,7 @@ class Bagel(FusedCall):
         for layer in root.layers:
             rows = layer(rows, routed, attention_mask, position_embeddings)
         self.count_tokens(x.shape[0], x.shape[0])
-        return plan.unpack_interleaved(_normed(rows, root, "norm", plan))
+        return routed.unpack(_normed(rows, root, "norm", plan))
 
     def layer(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
         """A layer's forward: over packed rows with a plan, else its own."""
@@ -134,7 +144,7 @@ class Bagel(FusedCall):
     ) -> Tensor:
         plan = routed.plan
         attended = layer.self_attn(
-            packed_sequence=plan.unpack_interleaved(_normed(rows, layer, LAYER_NORMS[0], plan)),
+            packed_sequence=routed.unpack(_normed(rows, layer, LAYER_NORMS[0], plan)),
             attention_mask=attention_mask, packed_position_embeddings=position_embeddings, **routed.of_attention,
         )  # fmt: skip
         rows = rows + plan.pack(attended)
@@ -146,7 +156,7 @@ class Bagel(FusedCall):
         )  # fmt: skip
 
 
-SIGNATURE = inspect.signature(Bagel.forward.__get__(object()))
+SIGNATURE = inspect.signature(Bagel.forward)
 
 
 def _width(root: nn.Module) -> int:
