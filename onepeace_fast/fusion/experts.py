@@ -19,6 +19,22 @@ Named = Sequence[tuple[str, Any]]
 """Path and module of each expert's part."""
 
 
+class Route:
+    """A plan of interleaved tokens, and the place of each token's row."""
+
+    def __init__(self, plan: RoutePlan) -> None:
+        self.plan = plan
+        self.place: Tensor | None = None
+        if plan.capacity == plan.padded_rows:
+            rows = torch.arange(plan.capacity, device=plan.source.device)
+            self.place = torch.empty_like(plan.source).scatter_(0, plan.source, rows)
+
+    def unpack(self, rows: Tensor) -> Tensor:
+        """Rows in the tokens' own order, zero for a token without a row."""
+        # Where each token has a row, a gather does it, which is faster than a scatter.
+        return self.plan.unpack_interleaved(rows) if self.place is None else F.embedding(self.place, rows)
+
+
 def parts(module: nn.Module, paths: Sequence[str]) -> list[tuple[str, Any]]:
     """The modules at these paths; None where there is none."""
     found = []

@@ -6,10 +6,9 @@ import inspect
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onepeace_fast.fusion.experts import kind_of, parts, require_linears, require_rms_norms, require_silu, routed_rms_norm
+from onepeace_fast.fusion.experts import Route, kind_of, parts, require_linears, require_rms_norms, require_silu, routed_rms_norm
 from onepeace_fast.fusion.family import FusedCall, Refusal, routing_is_chosen
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.ops.routed_ffn import routed_ffn
@@ -32,15 +31,8 @@ CHANGED_EPS = f"{EPS}: the two experts' differ"
 class Routed:
     """What a fused layer gets beside its rows; a plain object, into which no wrapper looks for tensors to cast."""
 
-    def __init__(self, plan: RoutePlan, of_attention: dict[str, Any]) -> None:
-        self.plan, self.of_attention = plan, of_attention
-        self.place = torch.empty_like(plan.source).scatter_(
-            0, plan.source, torch.arange(plan.capacity, device=plan.source.device)
-        )
-
-    def unpack(self, rows: Tensor) -> Tensor:
-        """Rows in the tokens' own order: all of them are there, so a gather does it, which is faster than a scatter."""
-        return F.embedding(self.place, rows)
+    def __init__(self, route: Route, of_attention: dict[str, Any]) -> None:
+        self.route, self.of_attention = route, of_attention
 
 
 class Bagel(FusedCall):
@@ -65,12 +57,11 @@ class Bagel(FusedCall):
         self.layers: list[Any] = [*layers.children()]
         width = _width(root)
         self.norms = [_pair(root, "norm", width)]
-        self.of_a_row = 0
         for i, layer in enumerate(self.layers):
             if attentions[i] is None:
                 raise Refusal(f"layers.{i}.self_attn: expected a module, got none")
             self.norms += [_pair(root, f"layers.{i}.{name}", width) for name in LAYER_NORMS]
-            self.of_a_row = max(self.of_a_row, 6 * width * self._require_network(root, i, width))
+            self._require_network(root, i, width)
             self.replace(layer, "forward", "layer")
 
     @staticmethod
@@ -81,7 +72,7 @@ class Bagel(FusedCall):
             return False
         return all({"self_attn", "mlp", "mlp_moe_gen"} <= layer._modules.keys() for layer in layers)
 
-    def _require_network(self, root: nn.Module, layer: int, width: int) -> int:
+    def _require_network(self, root: nn.Module, layer: int, width: int) -> None:
         paths = [f"layers.{layer}.mlp{which}" for which in ("", OF_GENERATION)]
         gate, up, down = (require_linears(parts(root, [f"{path}.{name}" for path in paths])) for name in PROJECTIONS)
         for name, got, wanted in (
@@ -92,7 +83,6 @@ class Bagel(FusedCall):
                 raise Refusal(f"{paths[0]}.{name}: expected a weight {[*wanted]}, got {[*got]}")
         for path in paths:
             require_silu(f"{path}.act_fn", getattr(root.get_submodule(path), "act_fn", None))
-        return gate[0]
 
     def declines(self, *args: Any, **kwargs: Any) -> str:
         root: Any = self.root
@@ -111,7 +101,7 @@ class Bagel(FusedCall):
         x, und, gen = call["packed_sequence"], call["packed_und_token_indexes"], call.get("packed_gen_token_indexes")
         if not _fits(x, root.norm.weight, und, gen):
             return KINDS
-        if reason := routing_is_chosen(x, self.of_a_row):
+        if reason := routing_is_chosen(x):
             return reason
         return "" if _is_partition(und, gen, x) else NO_PARTITION
 
@@ -124,14 +114,15 @@ class Bagel(FusedCall):
         gen = und.new_ones(0) if gen is None else gen
         plan = RoutePlan.from_indices({"und": und, "gen": gen}, x.shape[0], device=x.device)
         position_embeddings = tuple(one.squeeze(0) for one in root.rotary_emb(x, packed_position_ids.unsqueeze(0)))
+        route = Route(plan)
         routed = Routed(
-            plan, {"sample_lens": sample_lens, "packed_und_token_indexes": und, "packed_gen_token_indexes": gen}
+            route, {"sample_lens": sample_lens, "packed_und_token_indexes": und, "packed_gen_token_indexes": gen}
         )
         rows = plan.pack(x)
         for layer in root.layers:
             rows = layer(rows, routed, attention_mask, position_embeddings)
         self.count_tokens(x.shape[0], x.shape[0])
-        return routed.unpack(_normed(rows, root, "norm", plan))
+        return route.unpack(_normed(rows, root, "norm", plan))
 
     def layer(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
         """A layer's forward: over packed rows with a plan, else its own."""
@@ -142,9 +133,9 @@ class Bagel(FusedCall):
     def _layer(
         self, layer: Any, rows: Tensor, routed: Routed, attention_mask: Any, position_embeddings: tuple[Tensor, ...]
     ) -> Tensor:
-        plan = routed.plan
+        plan = routed.route.plan
         attended = layer.self_attn(
-            packed_sequence=routed.unpack(_normed(rows, layer, LAYER_NORMS[0], plan)),
+            packed_sequence=routed.route.unpack(_normed(rows, layer, LAYER_NORMS[0], plan)),
             attention_mask=attention_mask, packed_position_embeddings=position_embeddings, **routed.of_attention,
         )  # fmt: skip
         rows = rows + plan.pack(attended)

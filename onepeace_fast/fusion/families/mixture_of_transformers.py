@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from onepeace_fast.fusion.experts import (
+    Route,
     kind_of,
     parts,
     require_linears,
@@ -65,13 +66,13 @@ class MaskedExperts(FusedCall):
         require_rms_norms(experts := self.named(name), width, EPS)
         self.norms.append([module for _, module in experts])
 
-    def declines_tokens(self, x: Any, masks: Any, weight: Tensor, of_a_row: int) -> str:
+    def declines_tokens(self, x: Any, masks: Any, weight: Tensor) -> str:
         """Why a call with these tokens and masks is not fused."""
         if any([len({norm.eps for norm in norms}) > 1 for norms in self.norms]):
             return CHANGED_EPS
         if not self._fits(x, masks, weight):
             return KINDS
-        return routing_is_chosen(x, of_a_row) or ("" if route_of(masks) else OVERLAP)
+        return routing_is_chosen(x) or ("" if route_of(masks) else OVERLAP)
 
     def _fits(self, x: Any, masks: Any, weight: Tensor) -> bool:
         if not isinstance(x, Tensor) or x.dtype != weight.dtype or x.dim() not in (2, 3):
@@ -119,7 +120,6 @@ class MixtureFeedForward(MaskedExperts):
         for path, expert in experts:
             require_result(path, expert, partial(_swiglu, expert), width, "a SwiGLU's")
         self.take_norms(self.norms_of, width)
-        self.of_a_row = 6 * width * hidden
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
@@ -132,18 +132,19 @@ class MixtureFeedForward(MaskedExperts):
             return UNKNOWN
         root: Any = self.root
         return self.declines_tokens(
-            call["x"], call["modality_masks"], root.local_experts[0].w1.weight, self.of_a_row
+            call["x"], call["modality_masks"], root.local_experts[0].w1.weight
         )
 
     def forward(self, x: Tensor, modality_masks: Sequence[Tensor] | Tensor) -> Tensor:
         root: Any = self.root
-        plan = _needed(route_of(modality_masks))
+        route = _needed(route_of(modality_masks))
+        plan = route.plan
         w1, w3, w2 = ([getattr(expert, name).weight for expert in root.local_experts] for name in ("w1", "w3", "w2"))
         rows = routed_ffn(
             plan.pack(x), w1, w3, w2, offsets=plan.offsets, row_counts=plan.row_counts, activation="silu"
         )
         self.count_tokens(plan.padded_rows, plan.capacity)
-        return plan.unpack_interleaved(self.normed(rows, self.norms_of, plan)).view(x.shape)
+        return route.unpack(self.normed(rows, self.norms_of, plan)).view(x.shape)
 
 
 class MixtureAttention(MaskedExperts):
@@ -173,7 +174,6 @@ class MixtureAttention(MaskedExperts):
                     raise Refusal(f"{name}: expected norms, got none")
                 self.take_norms(name, head_dim)
         self.take_norms(self.norms_of, width)
-        self.of_a_row = 8 * width * inner
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
@@ -188,21 +188,22 @@ class MixtureAttention(MaskedExperts):
         if isinstance(call["x"], Tensor) and call["x"].dim() != 2:
             return KINDS
         return self.declines_tokens(
-            call["x"], call["modality_masks"], root.local_experts_wq[0].weight, self.of_a_row
+            call["x"], call["modality_masks"], root.local_experts_wq[0].weight
         )
 
     def forward(self, x: Tensor, attn_mask: Any, modality_masks: Sequence[Tensor] | Tensor) -> tuple[Tensor, Any]:
         root: Any = self.root
-        plan = _needed(route_of(modality_masks))
+        route = _needed(route_of(modality_masks))
+        plan = route.plan
         rows = plan.pack(x)
         q, k, v = (
-            plan.unpack_interleaved(self._projected(rows, name, norm, plan))
+            route.unpack(self._projected(rows, name, norm, plan))
             for name, norm in zip(self.projections, self.qk_norms, strict=False)
         )
         attended, weights = root.attention_comp(q, k, v, attn_mask=attn_mask)
         rows = self.linear(plan.pack(attended.flatten(0, 1)), self.projections[-1], plan)
         self.count_tokens(plan.padded_rows, plan.capacity)
-        return plan.unpack_interleaved(self.normed(rows, self.norms_of, plan)), weights
+        return route.unpack(self.normed(rows, self.norms_of, plan)), weights
 
     def _projected(self, rows: Tensor, name: str, norm: str | None, plan: RoutePlan) -> Tensor:
         rows = self.linear(rows, name, plan)
@@ -228,10 +229,10 @@ class Kept:
         stacked = torch.stack([*masks])
         self.versions = _versions(owners)
         self.values = stacked if stacked.device.type == "cpu" else None
-        self.route: RoutePlan | None = None
+        self.route: Route | None = None
         if not (stacked.sum(0) > 1).any():
             named = {str(number): mask.flatten() for number, mask in enumerate(masks)}
-            self.route = RoutePlan.from_token_masks(named, last_wins=True, leave_out=True)
+            self.route = Route(RoutePlan.from_token_masks(named, last_wins=True, leave_out=True))
 
     def holds(self, masks: Sequence[Tensor] | Tensor, owners: Sequence[Tensor]) -> bool:
         """Whether these are the masks, as they were."""
@@ -244,7 +245,7 @@ class Kept:
         return self.versions is not None and self.versions == _versions(owners)
 
 
-def route_of(masks: Sequence[Tensor] | Tensor) -> RoutePlan | None:
+def route_of(masks: Sequence[Tensor] | Tensor) -> Route | None:
     """The route of masks; None where they overlap."""
     owners = [masks] if isinstance(masks, Tensor) else [*masks]
     kept = _PLANS.get(owners[0])
@@ -261,7 +262,7 @@ def _versions(owners: Sequence[Tensor]) -> list[int] | None:
     return None if any(owner.is_inference() for owner in owners) else [owner._version for owner in owners]
 
 
-def _needed(route: RoutePlan | None) -> RoutePlan:
+def _needed(route: Route | None) -> Route:
     assert route is not None, OVERLAP
     return route
 
