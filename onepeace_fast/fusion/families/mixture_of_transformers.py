@@ -164,13 +164,13 @@ class MixtureAttention(MaskedExperts):
         for name, got, wanted in zip(self.projections, shapes, [(inner, width)] * 3 + [(width, inner)], strict=True):
             if got != wanted:
                 raise Refusal(f"{name}.0: expected a weight {[*wanted]}, got {[*got]}")
-        self.has_qk_norms = self.qk_norms[0] in root._modules
+        self.has_qk_norms = root._modules.get(self.qk_norms[0]) is not None
         if self.has_qk_norms:
             head_dim = getattr(root, "head_dim", 0)
             if not isinstance(head_dim, int) or head_dim < 1 or inner % head_dim:
                 raise Refusal(f"head_dim: expected a divisor of {inner}, got {head_dim}")
             for name in self.qk_norms[:2]:
-                if name not in root._modules:
+                if root._modules.get(name) is None:
                     raise Refusal(f"{name}: expected norms, got none")
                 self.take_norms(name, head_dim)
         self.take_norms(self.norms_of, width)
