@@ -76,15 +76,17 @@ def require_rms_norms(experts: Named, width: int, eps: str) -> None:
         wanted = f"an RMSNorm with {eps}"
         if not isinstance(module, nn.Module) or {*module._parameters} != {"weight"} or module._modules:
             raise Refusal(f"{path}: expected {wanted}, got {kind_of(module)}")
-        mine = getattr(module, eps, None)
-        plain = module.weight is not None and has_plain_tensors(module) and not is_watched(module)
-        if not plain or module._buffers or not isinstance(mine, float):
-            raise Refusal(f"{path}: expected {wanted}, got {kind_of(module)} with {eps} {mine!r} or a change of its own")
-        if [*module.weight.shape] != [width]:
-            raise Refusal(f"{path}: expected a weight [{width}], got {[*module.weight.shape]}")
+        weight, mine = module._parameters["weight"], getattr(module, eps, None)
+        plain = has_plain_tensors(module) and not is_watched(module) and not module._buffers
+        if weight is None or not plain or not isinstance(mine, float):
+            raise Refusal(
+                f"{path}: expected {wanted}, got {kind_of(module)} with {eps} {mine!r} or a change of its own"
+            )
+        if [*weight.shape] != [width]:
+            raise Refusal(f"{path}: expected a weight [{width}], got {[*weight.shape]}")
         if mine != (first := mine if first is None else first):
             raise Refusal(f"{path}: expected {eps} {first}, as the first expert has, got {mine}")
-        require_result(path, module, partial(_rms_norm, weight=module.weight, eps=mine), width, "an RMSNorm's")
+        require_result(path, module, partial(_rms_norm, weight=weight, eps=mine), width, "an RMSNorm's")
 
 
 def require_result(path: str, module: nn.Module, formula: Callable[[Tensor], Tensor], width: int, whose: str) -> None:
@@ -108,7 +110,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight).to(x.dtype)
 
 
-def require_silu(path: str, activation: object) -> None:
+def require_silu(path: str, activation: Any) -> None:
     """Raise unless a module or function computes x * sigmoid(x), as its values between -8 and 8 say.
 
     Raises:

@@ -81,9 +81,7 @@ class FusedCall(Fusion):
         Refusal: parameters that are tied within the root.
     """
 
-    def __init__(
-        self, root: nn.Module, called: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()
-    ) -> None:
+    def __init__(self, root: nn.Module, called: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()) -> None:
         super().__init__(root)
         self.replacements = [Replacement(self, root, "forward", "call")]
         self.structure = Structure(root, called, whole)

@@ -38,9 +38,7 @@ class Structure:
         whole: modules below it that it calls and never looks into, so that anything may be changed in them.
     """
 
-    def __init__(
-        self, root: nn.Module, called: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()
-    ) -> None:
+    def __init__(self, root: nn.Module, called: Collection[nn.Module] = (), whole: Collection[nn.Module] = ()) -> None:
         self.parts = [*_parts(root, "", {id(module) for module in called}, {id(module) for module in whole})]
 
     def change(self) -> str:

@@ -87,7 +87,9 @@ class Attention(nn.Module):
     def forward(self, x, attn_mask, modality_masks):
         own = self._modules
         q, k, v = (
-            self.projected(x, modality_masks, own[f"local_experts_w{name}"], own.get(f"local_experts_{name}_normalization"))
+            self.projected(
+                x, modality_masks, own[f"local_experts_w{name}"], own.get(f"local_experts_{name}_normalization")
+            )
             for name in "qkv"
         )
         y, weights = self.attention_comp(q, k, v, attn_mask=attn_mask)

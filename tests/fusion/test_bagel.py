@@ -215,6 +215,7 @@ def test_autocast():
     assert_within_rule("output", fused, plain, truth)
 
 
+@pytest.mark.slow
 def test_compiled_layers_are_not_compiled_for_each_batch():
     """The lists of lengths and masks are the model's own: another number of samples compiles again."""
     torch._dynamo.reset()

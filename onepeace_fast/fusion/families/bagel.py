@@ -8,7 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onepeace_fast.fusion.experts import Route, kind_of, parts, require_linears, require_rms_norms, require_silu, routed_rms_norm
+from onepeace_fast.fusion.experts import (
+    Route,
+    kind_of,
+    parts,
+    require_linears,
+    require_rms_norms,
+    require_silu,
+    routed_rms_norm,
+)
 from onepeace_fast.fusion.family import FusedCall, Refusal, routing_is_chosen
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.ops.routed_ffn import routed_ffn
@@ -40,7 +48,8 @@ class Bagel(FusedCall):
 
     Tokens are routed once for all layers. Attention is the model's own module, called with the tokens in their own
     order: rotary positions, flex attention or SDPA of each sample, projections and their routing. So is
-    ``forward_inference``. It is trusted that norms and feed-forward networks with Qwen2's names compute what Qwen2's do.
+    ``forward_inference``. It is trusted that feed-forward networks with the parts of Qwen2's compute what those do, and
+    that layers of these parts put them together as BAGEL's do.
     """
 
     family = "BAGEL"

@@ -41,7 +41,8 @@ class MaskedExperts(FusedCall):
     """A module with ``local_experts``, whose call gets a boolean mask of tokens for each modality.
 
     The route of masks is kept as long as they live and stay as they are, so that layers with the same masks share it.
-    A token in none of the masks comes out as zero; the public code leaves uninitialised memory there.
+    A token in none of the masks comes out as zero; the public code leaves uninitialised memory there. It is trusted
+    that a module of these parts puts them together as the public one does.
     """
 
     norms_of: ClassVar[str]  # the norms of the output
@@ -131,18 +132,14 @@ class MixtureFeedForward(MaskedExperts):
         except TypeError:
             return UNKNOWN
         root: Any = self.root
-        return self.declines_tokens(
-            call["x"], call["modality_masks"], root.local_experts[0].w1.weight
-        )
+        return self.declines_tokens(call["x"], call["modality_masks"], root.local_experts[0].w1.weight)
 
     def forward(self, x: Tensor, modality_masks: Sequence[Tensor] | Tensor) -> Tensor:
         root: Any = self.root
         route = _needed(route_of(modality_masks))
         plan = route.plan
         w1, w3, w2 = ([getattr(expert, name).weight for expert in root.local_experts] for name in ("w1", "w3", "w2"))
-        rows = routed_ffn(
-            plan.pack(x), w1, w3, w2, offsets=plan.offsets, row_counts=plan.row_counts, activation="silu"
-        )
+        rows = routed_ffn(plan.pack(x), w1, w3, w2, offsets=plan.offsets, row_counts=plan.row_counts, activation="silu")
         self.count_tokens(plan.padded_rows, plan.capacity)
         return route.unpack(self.normed(rows, self.norms_of, plan)).view(x.shape)
 
@@ -187,9 +184,7 @@ class MixtureAttention(MaskedExperts):
         root: Any = self.root
         if isinstance(call["x"], Tensor) and call["x"].dim() != 2:
             return KINDS
-        return self.declines_tokens(
-            call["x"], call["modality_masks"], root.local_experts_wq[0].weight
-        )
+        return self.declines_tokens(call["x"], call["modality_masks"], root.local_experts_wq[0].weight)
 
     def forward(self, x: Tensor, attn_mask: Any, modality_masks: Sequence[Tensor] | Tensor) -> tuple[Tensor, Any]:
         root: Any = self.root
