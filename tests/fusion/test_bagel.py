@@ -172,17 +172,21 @@ class OtherNorm(nn.Module):
     ),
 )  # fmt: skip
 def test_look_alikes_are_refused(path, module, reason):
-    with pytest.raises(ValueError) as refusal:
-        fuse(changed(path, module))
-    assert str(refusal.value) == f"model: resembles BAGEL, but {reason}"
+    assert refusal(changed(path, module)) == f"model: resembles BAGEL, but {reason}"
+
+
+def refusal(model: nn.Module) -> str:
+    try:
+        fuse(model)
+    except ValueError as reason:
+        return str(reason)
+    return "none"
 
 
 def test_another_eps_is_refused():
     model = make()
     model.layers[0].input_layernorm_moe_gen.variance_epsilon = 1e-5
-    with pytest.raises(ValueError) as refusal:
-        fuse(model)
-    assert "expected variance_epsilon 1e-06, as the first expert has, got 1e-05" in str(refusal.value)
+    assert refusal(model).endswith("expected variance_epsilon 1e-06, as the first expert has, got 1e-05")
 
 
 @pytest.mark.parametrize("how", CheckpointImpl)
