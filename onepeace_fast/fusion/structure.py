@@ -88,6 +88,7 @@ def _is_of_distributed(value: object) -> bool:
 
 
 def _is_distributed_wrapper(module: nn.Module | None, inner: nn.Module) -> bool:
-    return (
-        module is not None and _is_of_distributed(type(module)) and any(inner is child for child in module.children())
-    )
+    """Whether a module is around another, itself or by more of its kind: FSDP around the checkpoint wrapper."""
+    if module is None or not _is_of_distributed(type(module)):
+        return False
+    return any(child is inner or _is_distributed_wrapper(child, inner) for child in module.children())

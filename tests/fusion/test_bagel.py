@@ -219,6 +219,17 @@ def test_autocast():
     assert_within_rule("output", fused, plain, truth)
 
 
+def test_layers_in_two_wrappers():
+    """As FSDP goes around the checkpoint wrapper."""
+    model = make()
+    plain, handle = model(**batch(0)), fuse(model)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = checkpoint_wrapper(checkpoint_wrapper(layer))
+    with use_backend("fused"):
+        torch.testing.assert_close(model(**batch(0)), plain, rtol=1e-5, atol=1e-5)
+    assert handle.report().parts[0].fused_calls == 1
+
+
 @pytest.mark.slow
 def test_compiled_layers_are_not_compiled_for_each_batch():
     """The lists of lengths and masks are the model's own: another number of samples compiles again."""
