@@ -44,12 +44,19 @@ class Structure:
             put around them runs: those of FSDP2, and the checkpoint wrapper; so do hooks of transformers.
         exchangeable: those of them that another module may take the place of, LoRA's for instance: what stands there is
             called, token by token.
+        whole: modules below it that are called with what the model's own code would give them: anything may be changed
+            in them.
     """
 
     def __init__(
-        self, root: nn.Module, called: Collection[nn.Module] = (), exchangeable: Collection[nn.Module] = ()
+        self,
+        root: nn.Module,
+        called: Collection[nn.Module] = (),
+        exchangeable: Collection[nn.Module] = (),
+        whole: Collection[nn.Module] = (),
     ) -> None:
-        self.parts = [*_parts(root, "", *({id(module) for module in some} for some in (called, exchangeable)))]
+        sets = ({id(module) for module in some} for some in (called, exchangeable, whole))
+        self.parts = [*_parts(root, "", *sets)]
 
     def change(self) -> str:
         """What changed since, in one line; an empty text for nothing."""
@@ -61,12 +68,14 @@ class Structure:
         return ""
 
 
-def _parts(module: nn.Module, prefix: str, called: Collection[int], exchangeable: Collection[int]) -> Iterator[Part]:
+def _parts(
+    module: nn.Module, prefix: str, called: Collection[int], exchangeable: Collection[int], whole: Collection[int]
+) -> Iterator[Part]:
     for name, child in module._modules.items():
-        if child is not None:
+        if child is not None and id(child) not in whole:
             path = f"{prefix}{name}"
             yield Part(path, module, name, child, type(child), id(child) in called, id(child) in exchangeable)
-            yield from _parts(child, f"{path}.", called, exchangeable)
+            yield from _parts(child, f"{path}.", called, exchangeable, whole)
 
 
 def _change(part: Part) -> str:
@@ -109,6 +118,7 @@ def _is_obeyed(hook: object) -> bool:
 
 
 def _is_distributed_wrapper(module: nn.Module | None, inner: nn.Module) -> bool:
-    return (
-        module is not None and _is_of_distributed(type(module)) and any(inner is child for child in module.children())
-    )
+    """Whether a module is around another, itself or by more of its kind: FSDP around the checkpoint wrapper."""
+    if module is None or not _is_of_distributed(type(module)):
+        return False
+    return any(child is inner or _is_distributed_wrapper(child, inner) for child in module.children())
