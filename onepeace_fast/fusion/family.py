@@ -1,6 +1,6 @@
 """What a family of models gives ``fuse``: one class, whose instances are fused parts of a live model.
 
-To add a family, write a subclass of ``FusedCall`` in a file of ``families/`` and name it in ``families/__init__.py``:
+To add a family, write a subclass of ``FusedCall`` in a file of families/ and name it in families/__init__.py:
 
 - ``resembles`` says by structure, never by a class's name, whether a module may be of the family.
 - ``__init__`` looks closely. It raises ``Refusal`` with one line where a look-alike computes something else, and

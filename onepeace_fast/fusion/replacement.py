@@ -1,4 +1,4 @@
-"""What stands in a module's ``__dict__`` for one of its methods."""
+"""What stands in a module's __dict__ for one of its methods."""
 
 from __future__ import annotations
 

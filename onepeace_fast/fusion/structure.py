@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch import nn
 
 from onepeace_fast.fusion.replacement import Replacement
@@ -19,8 +20,9 @@ TRANSFORMERS = "transformers."  # its hooks record what modules return, or let i
 
 
 def is_sharded(module: nn.Module) -> bool:
-    """Whether FSDP2 shards a module: then the ranks must agree on which of its parameters have a gradient."""
-    return any(kind.__name__ == "FSDPModule" and _is_of_distributed(kind) for kind in type(module).__mro__)
+    """Whether FSDP2 shards a module among ranks, which must agree on which of its parameters have a gradient."""
+    sharded = any(kind.__name__ == "FSDPModule" and _is_of_distributed(kind) for kind in type(module).__mro__)
+    return sharded and dist.get_world_size() > 1
 
 
 class Part(NamedTuple):

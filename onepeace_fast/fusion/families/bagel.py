@@ -1,4 +1,4 @@
-"""BAGEL's packed training (arXiv 2505.14683): a Qwen2 decoder with two experts, ``NAME`` and ``NAME_moe_gen``."""
+"""BAGEL's packed training (arXiv 2505.14683): a Qwen2 decoder with two experts, ``NAME`` and NAME_moe_gen."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
 """torchscale's encoder, that of BEiT-3 (arXiv 2208.10442): a copy A and B of every linear layer and norm.
 
-Public code: ``torchscale/architecture/encoder.py`` of microsoft/torchscale. Tokens before the split position take A,
+Public code: torchscale/architecture/encoder.py of microsoft/torchscale. Tokens before the split position take A,
 the others B; attention runs over both, and one bias table serves all layers. Without Multiway all take one copy.
 
     x = alpha x + drop_path(Wo LN(attention(LN x))),   x = alpha x + drop_path(W2 LN(activation(W1 LN x)))
 
 each LN inside a branch by Sub-LN, the others in front of it, or with post-norm behind the sum. Trusted, as structure
-does not show it: that the classes' ``forward`` is the public one, that ``compute_bias`` depends on key - query alone,
+does not show it: that the classes' ``forward`` is the public one, that compute_bias depends on key - query alone,
 and that ``drop_path`` multiplies each sample by a number.
 """
 

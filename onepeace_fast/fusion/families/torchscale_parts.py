@@ -61,7 +61,7 @@ def check_encoder(root: Any) -> None:
 
 
 def check_layer(path: str, layer: Any) -> None:
-    """Refuse a layer that is not ``EncoderLayer`` with attention and one feed-forward network."""
+    """Refuse a layer that is not EncoderLayer with attention and one feed-forward network."""
     if getattr(layer, "is_moe_layer", False):
         raise Refusal(f"{path}: expected one feed-forward network, got a mixture of experts (moe_freq)")
     if "forward" in layer.__dict__:
