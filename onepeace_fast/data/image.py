@@ -1,4 +1,4 @@
-"""Image files: decoded to RGB, cropped to a square, normalised."""
+"""Image files: decoded to RGB, cropped or squashed to a square, normalised."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from onepeace_fast.data._optional import optional
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+FITS = ("crop", "squash")
 MAX_PIXELS = 89_000_000  # Pillow itself speaks of a decompression bomb from 89.5 million on
 CROP_SCALE = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -64,34 +65,41 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                 elif image.format in ("JPEG", "MPO"):
                     image = open_whole_jpeg(Path(path).read_bytes())
                 upright = operations.exif_transpose(image)
-            _check_depth(path, upright)
+            check_depth(path, upright)
             with _decoding(path):
                 hidden = _transparent_colour(path, image, upright)
                 if hidden is None:
-                    return _to_rgb(upright)
+                    return to_rgb(upright)
                 del upright.info["transparency"]
-                rgb = _to_rgb(upright)
+                rgb = to_rgb(upright)
                 rgb.paste("white", mask=hidden)
                 return rgb
 
 
-def prepare_image(image: Image, side: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """Crop to a square, resample bicubically and normalise: float32 [3, side, side].
+def prepare_image(image: Image, side: int, *, fit: str = "crop", generator: torch.Generator | None = None) -> Tensor:
+    """Make a square, resampled bicubically and normalised: float32 [3, side, side].
 
-    With ``generator`` the crop is random: half of the area to all of it, aspect ratio 3:4 to 4:3, of a very long image
-    less area. It is never mirrored, since captions speak of left and right. Without, it is the centre, as wide as the
-    shorter side.
+    With fit="squash" the whole image becomes the square, whatever its shape, as in ONE-PEACE's public interface; with
+    "crop" a part of it. With ``generator`` the crop is random: half of the area to all of it, aspect ratio 3:4 to 4:3,
+    of a very long image less area. It is never mirrored, since captions speak of left and right. Without, it is the
+    centre, as wide as the shorter side.
 
     Raises:
-        ValueError: an image that is not RGB, or a side that is no positive integer.
+        ValueError: an image that is not RGB, a side that is no positive integer, another fit, or a random squash.
     """
     pillow = optional("PIL.Image")
+    require(fit in FITS, lambda: f"fit: expected one of {', '.join(FITS)}, got {fit!r}")
+    require(
+        fit == "crop" or generator is None, "generator: expected None with fit='squash', got one; nothing is random"
+    )
     require(type(side) is int and side > 0, lambda: f"side: expected a positive number of pixels, got {side!r}")
     require(
         isinstance(image, pillow.Image) and image.mode == "RGB",
         lambda: f"image: expected an RGB Pillow image, got {describe(image)}; read_image gives one",
     )
-    box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
+    box = None
+    if fit == "crop":
+        box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
     resized = image.resize((side, side), pillow.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).float() / 255
     mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
@@ -133,7 +141,8 @@ def _decoding(path: str) -> Iterator[None]:
         ) from error
 
 
-def _check_depth(path: str, image: Image) -> None:
+def check_depth(path: str, image: Image) -> None:
+    """Raise ``ValueError`` where an image has other than unsigned pixels of 8 or 16 bits."""
     if image.mode == "F" or image.mode.startswith("I"):
         low, high = cast("tuple[float, float]", image.getextrema())  # of its one channel
         require(
@@ -166,7 +175,8 @@ def _transparent_colour(path: str, image: Image, upright: Image) -> Image | None
     return pillow.fromarray((pixels == colour).all(axis=2))
 
 
-def _to_rgb(image: Image) -> Image:
+def to_rgb(image: Image) -> Image:
+    """An image of any mode as RGB: transparency on white, of 16 bits the upper 8."""
     pillow = optional("PIL.Image")
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
         return pillow.fromarray((numpy.asarray(image) >> 8).astype("uint8")).convert("RGB")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.data._gpt2 import normaliser, read_gpt2
 from onepeace_fast.data._optional import optional
 from onepeace_fast.layers.adapters import PADDING_TOKEN
 
@@ -30,11 +31,15 @@ class Tokenizer:
     """A Hugging Face ``tokenizers`` model whose special tokens have the ids of upstream's dictionary.
 
     ``<s>`` 0, ``<pad>`` 1, ``</s>`` 2, ``<unk>`` 3. Runs of whitespace in a caption count as one space, as in upstream.
-    A trained one also puts captions in lower case; one from a file does what its normaliser says.
+    A trained one also puts captions in lower case; one from a file does what its normaliser says. One from GPT-2's
+    files, also after ``save`` and ``load``, takes a caption as upstream's interface does: in lower case, behind one
+    space, with all its own whitespace.
     """
 
     def __init__(self, model: Any) -> None:
         self._model = model
+        own = model.normalizer
+        self._as_upstream = own is not None and own.__getstate__() == normaliser().__getstate__()
         model.no_padding()
         model.no_truncation()
         model.encode_special_tokens = True  # "<pad>" in a caption is five characters, not padding
@@ -60,6 +65,16 @@ class Tokenizer:
         expected = {token: place for place, token in enumerate(SPECIAL_TOKENS)}
         require(ids == expected, lambda: f"{path}: expected special tokens {expected}, got {ids}")
         return cls(model)
+
+    @classmethod
+    def from_gpt2(cls, folder: str | os.PathLike[str]) -> Tokenizer:
+        """Read upstream's ``encoder.json``, ``vocab.bpe`` and ``dict.txt``: GPT-2's byte-pair encoding, fairseq's ids.
+
+        Raises:
+            ValueError: a file that is missing or does not fit the others; one line naming it.
+            ImportError: tokenizers is missing.
+        """
+        return cls(read_gpt2(Path(folder).expanduser(), SPECIAL_TOKENS))
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -115,6 +130,8 @@ class Tokenizer:
                 hide or end the rest.
         """
         text = _one_line(caption)
+        if text and self._as_upstream:
+            text = caption.lower()  # as upstream does it: tokenizers' own knows no final sigma
         require(bool(text), lambda: f"caption: expected some text, got {caption!r}")
         encoding = self._model.encode(text, add_special_tokens=False)
         ids = encoding.ids
@@ -125,7 +142,9 @@ class Tokenizer:
             lambda: f"caption: expected text without {', '.join(SPECIAL_TOKENS[:UNKNOWN])}, got {describe(text)}",
         )
         # A space counts as part of the word behind it: some tokenizers give it to the token, some leave it out.
-        word_of = list(accumulate(character == " " for character in text))
+        word_of = list(accumulate(
+            character.isspace() and not before.isspace() for before, character in pairwise(["", *text])
+        ))  # fmt: skip
         words = [word_of[min(start, len(text) - 1)] for start, _ in encoding.offsets]
         return ids, [True, *(word != before for before, word in pairwise(words))]
 

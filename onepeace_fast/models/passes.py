@@ -164,7 +164,7 @@ def _join(each: Sequence[PaddedTokens]) -> PaddedTokens:
         ids = rows([places[: p.valid.shape[1]].expand(p.valid.shape) if p.ids is None else p.ids for p in each])
     x = rows([padded.x for padded in each], trailing=1)
     lengths = [count for padded in each for count in padded.lengths]
-    return PaddedTokens(x, rows([padded.valid for padded in each]), lengths, ids, each[0].width)
+    return PaddedTokens(x, rows([padded.valid for padded in each]), lengths, ids, max(padded.width for padded in each))
 
 
 def split(packed: Tensor, plan: RoutePlan, passes: Sequence[Tokens], samples: Samples | None) -> list[Encoded]:

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-_FILE = re.compile(r"[\w./*-]+(/|\.(json|safetensors|yaml|toml|md|py|cuh|cu|h|cpp))")
+_FILE = re.compile(r"[\w./*-]+(/|\.(json|safetensors|yaml|toml|md|py|cuh|cu|h|cpp|bpe|txt))")
 _NAME = re.compile(r"([A-Za-z_]\w*(?:\.\w+)*)(\(.*\))?")
 # What the library saves, and where commands are: no file of the checkout.
-_ELSEWHERE = {"config.json", "model.safetensors", "tokenizer.json"}
+_ELSEWHERE = {"config.json", "model.safetensors", "tokenizer.json", "encoder.json", "vocab.bpe", "dict.txt"}
 
 
 def _stored(tree: ast.AST) -> set[str]:

@@ -4,7 +4,7 @@ In a decoder an adapter holds positions alone.
 """
 
 from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_from_padding
-from onepeace_fast.layers.adapters.audio import AudioAdapter
+from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
 from onepeace_fast.layers.adapters.text import PADDING_TOKEN, TextAdapter
 from onepeace_fast.layers.parameters import init_truncated_normal
@@ -17,6 +17,7 @@ __all__ = [
     "ImageAdapter",
     "SeriesAdapter",
     "TextAdapter",
+    "frames_of",
     "init_truncated_normal",
     "valid_from_padding",
 ]

@@ -17,6 +17,13 @@ from onepeace_fast.relative_position import MAX_POSITIONS
 DECODER_AUDIO_POSITIONS = 1026
 
 
+def frames_of(samples: int, layers: tuple[tuple[int, int, int], ...]) -> int:
+    """Frames that convolutions (channels, kernel, stride) make of a waveform; 0 or less where it is too short."""
+    for _, kernel, stride in layers:
+        samples = (samples - kernel) // stride + 1
+    return samples
+
+
 class FeatureExtractor(nn.Module):
     """Strided 1-D convolutions over a waveform, each followed by LayerNorm and GELU."""
 
@@ -94,9 +101,7 @@ class AudioAdapter(SeriesAdapter):
 
     def frames(self, samples: int) -> int:
         """Frames that a waveform of this many samples has, CLS not counted; 0 or less where it is too short."""
-        for _, kernel, stride in self.feature_layers:
-            samples = (samples - kernel) // stride + 1
-        return samples
+        return frames_of(samples, self.feature_layers)
 
     def position_table(self, width: int) -> Tensor:
         return self.embed_positions(torch.arange(width, device=self.cls_embedding.device))
