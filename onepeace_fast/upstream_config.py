@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 # Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
-_ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
+_ADAPTER_REQUIRED = {"layernorm_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
 _REQUIRED: dict[str, dict[str, Any]] = {
     "": {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu"},
     "text_adapter": _ADAPTER_REQUIRED,
     "image_adapter": _ADAPTER_REQUIRED,
-    "audio_adapter": {**_ADAPTER_REQUIRED, "conv_pos_pre_ln": False, "conv_bias": False},
+    "audio_adapter": {**_ADAPTER_REQUIRED, "add_type_embedding": False, "conv_pos_pre_ln": False, "conv_bias": False},
 }
 _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
@@ -22,8 +22,11 @@ _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
         "checkpoint_activations": False, "use_text_moe": True, "use_image_moe": True, "use_audio_moe": True,
         "text_adapter": {}, "image_adapter": {}, "audio_adapter": {},
     },
-    "text_adapter": {"bucket_size": 256, "use_attn_bias": False},
-    "image_adapter": {"bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False},
+    "text_adapter": {"bucket_size": 256, "use_attn_bias": False, "add_type_embedding": False},
+    "image_adapter": {
+        "bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False,
+        "add_type_embedding": False,
+    },
     "audio_adapter": {
         "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
         "abs_pos_type": "conv", "conv_pos_depth": 5, "conv_pos_width": 95, "conv_pos_groups": 16, "bucket_size": 256,
@@ -106,12 +109,14 @@ def _float(value: Any) -> Any:
 
 
 def _text(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"bucket_size": section["bucket_size"], "use_bias": section["use_attn_bias"]}
+    fields = {"bucket_size": "bucket_size", "use_bias": "use_attn_bias", "type_embedding": "add_type_embedding"}
+    return {name: section[key] for name, key in fields.items()}
 
 
 def _image(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     _require_kind(f"{where}.image_adapter", "vision_encoder_type", section, "hmlp" if where == "encoder" else "none")
     fields = {"position_grid": "bucket_size", "bias_grid": "rel_bucket_size", "use_bias": "use_attn_bias"}
+    fields |= {"type_embedding": "add_type_embedding"}
     return {name: section[key] for name, key in fields.items()}
 
 

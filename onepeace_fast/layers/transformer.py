@@ -318,7 +318,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
-        for modality in config.modalities:
+        for modality in config.modalities if config.final_norm else ():
             self.add_module(f"{modality}_layer_norm", nn.LayerNorm(config.embed_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -369,6 +369,8 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
+        if not self.config.final_norm:
+            return x
         if isinstance(route, RoutePlan):
             return self._normalized_by_modality(x, route)
         return each_span(self.final_norm, x, route)

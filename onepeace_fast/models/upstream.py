@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.config import EncoderConfig
 from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.models.parameter_names import (
     copy_into,
@@ -30,6 +30,7 @@ from onepeace_fast.models.parameter_names import (
 )
 from onepeace_fast.relative_position import MAX_POSITIONS
 
+Config = TypeVar("Config", bound=EncoderConfig)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
@@ -112,7 +113,7 @@ def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     return {name: p.grad if grads else p.detach() for name, p in parameters.items()}
 
 
-def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, directory: Path) -> None:
+def save(model: nn.Module, config: EncoderConfig, expected: nn.Module, directory: Path) -> None:
     """Write the weights and the configuration, each under another name first, then in its place in one step.
 
     ``expected`` is the model that ``load`` would build of this configuration. Of a sharded model every process must
@@ -160,12 +161,12 @@ def _check_ties(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
-    """The configuration and the weights that ``save`` wrote."""
+def read_folder(directory: Path, kind: type[Config]) -> tuple[Config, dict[str, Tensor]]:
+    """The configuration and the weights that ``save`` wrote of a model of one kind."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise ValueError(f"directory: expected a folder that save() wrote, got {directory} without {name}")
-    config = OnePeaceConfig.load(directory / CONFIG_FILE)
+    config = kind.load(directory / CONFIG_FILE)
     try:
         with torch.device("cpu"):
             return config, load_file(directory / WEIGHTS_FILE)
