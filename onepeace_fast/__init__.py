@@ -21,6 +21,7 @@ from onepeace_fast.layers import (
 )
 from onepeace_fast.models import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval
 from onepeace_fast.ops import *  # noqa: F403
+from onepeace_fast.pretrained import LoadReport, from_pretrained
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.structures import Segments
 from onepeace_fast.transformers_attention import register_attention
@@ -34,6 +35,7 @@ __all__ = [
     "ClassifyConfig",
     "EncoderConfig",
     "FusedModel",
+    "LoadReport",
     "OnePeaceClassify",
     "OnePeaceConfig",
     "OnePeaceEncoder",
@@ -48,6 +50,7 @@ __all__ = [
     "RoutedNorm",
     "Segments",
     "compare",
+    "from_pretrained",
     "fuse",
     "register_attention",
     "shifted_windows",

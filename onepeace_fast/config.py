@@ -205,7 +205,7 @@ class EncoderConfig:
             if values["model"] != cls.kind:
                 raise ValueError(f"config: expected that of a {cls.kind} model, got that of a {values['model']} model")
             values = {name: value for name, value in values.items() if name != "model"}
-        return _build(cls, values, "config")
+        return build(cls, values, "config")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +317,12 @@ def _require_final_norm(config: TransformerConfig) -> None:
 _LISTS = {"feature_layers": "a list of [channels, kernel, stride]", "added": "a list of names"}
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build(cls: type, values: Any, where: str) -> Any:
+    """A configuration class from nested fields; ``where`` names it in messages.
+
+    Raises:
+        ValueError: a field that is unknown, missing or does not fit, or a section that is none.
+    """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of fields, got {values!r}")
     defaults = {item.name: item.default for item in dataclasses.fields(cls)}
@@ -329,7 +334,7 @@ def _build(cls: type, values: Any, where: str) -> Any:
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(defaults[name]) and value is not None:
-            value = _build(type(defaults[name]), value, name)
+            value = build(type(defaults[name]), value, name)
         elif name in _LISTS:
             if not isinstance(value, (list, tuple)):
                 raise ValueError(f"{name}: expected {_LISTS[name]}, got {value!r}")

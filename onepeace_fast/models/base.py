@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from onepeace_fast import hub
 from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import EncoderConfig
@@ -20,6 +21,7 @@ from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import inside
 from onepeace_fast.models import modalities, upstream
 from onepeace_fast.models.inputs import read_batch
+from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.passes import Encoded
 from onepeace_fast.models.stack import Stack
 
@@ -48,6 +50,7 @@ class OnePeaceEncoder(nn.Module):
             check_backend(backend)
         modalities.check_adapters(config.encoder, adapters or {})
         self.config = config
+        self.load_report: LoadReport | None = None  # of from_pretrained
         self.encoder_wrapper = Stack(config.encoder, backend, config.vocab_size, adapters)
 
     @property
@@ -114,6 +117,17 @@ class OnePeaceEncoder(nn.Module):
         with torch.device("meta"):
             expected = type(self)(self.config, adapters=adapters)
         upstream.save(self, self.config, expected, Path(directory).expanduser())
+
+    def push_to_hub(self, name: str, private: bool | None = None) -> str:
+        """Save into a repository of the Hugging Face Hub, "owner/name", made where there is none; the commit's address.
+
+        ``private`` is of a new repository; None: as its owner has set. ``onepeace_fast.from_pretrained`` loads it.
+
+        Raises:
+            ValueError: what ``save`` refuses, or the Hub; one line.
+            ImportError: huggingface_hub, of the extra ``hub``, is missing.
+        """
+        return hub.upload(name, self.save, private)
 
     @classmethod
     def load(
