@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from onepeace_fast import hub
 from onepeace_fast.config import read_config
@@ -24,6 +25,16 @@ _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
 }  # fmt: skip
+
+
+class _Undrawn(TorchFunctionMode):
+    """Nothing is drawn from a normal distribution: on meta, torch imports its compiler, of 80 MB, for that."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (nn.init.normal_, Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def from_pretrained(
@@ -107,7 +118,7 @@ def _load(
     report = LoadReport(str(path))
     found = _read_folder(path, ema) if path.is_dir() else _read_file(path, ema, report.unknown, head)
     config = target(found, kind, image_size, head)
-    with torch.device("meta"):  # no memory, and no numbers drawn, for what the file replaces
+    with torch.device("meta"), _Undrawn():  # no memory, and no numbers drawn, for what the file replaces
         model = MODELS[config.kind](config, backend, adapters)
     report.model = type(model).__name__
     fill(model, fit(found.weights, found.config, model, config, report), dtype, device, path)
