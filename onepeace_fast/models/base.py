@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,13 +17,15 @@ from typing_extensions import Self
 from onepeace_fast import hub
 from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import require
-from onepeace_fast.config import EncoderConfig
+from onepeace_fast.config import MODALITIES, EncoderConfig
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import inside
 from onepeace_fast.models import modalities, upstream
+from onepeace_fast.models.fill import fill
 from onepeace_fast.models.inputs import read_batch
 from onepeace_fast.models.load_report import LoadReport
+from onepeace_fast.models.parameter_names import full
 from onepeace_fast.models.passes import Encoded
 from onepeace_fast.models.stack import Stack
 
@@ -117,6 +121,34 @@ class OnePeaceEncoder(nn.Module):
         with torch.device("meta"):
             expected = type(self)(self.config, adapters=adapters)
         upstream.save(self, self.config, expected, Path(directory).expanduser())
+
+    def branch(self, *modalities: str) -> OnePeaceEncoder:
+        """A smaller model of some modalities, with copies of what they need: for retrieval where this one embeds.
+
+        It has no decoder and no classification head.
+
+        Raises:
+            ValueError: no modality, or one that the model does not have.
+        """
+        known = self.config.encoder.modalities
+        require(
+            bool(modalities) and set(modalities) <= set(known),
+            f"modalities: expected some of {', '.join(known)}, got {', '.join(modalities) or 'none'}",
+        )
+        kind, encoder = self._branch_kind(), self.config.encoder
+        gone: dict[str, Any] = {name: None for name in MODALITIES if name not in modalities}
+        added = tuple(name for name in encoder.added if name in modalities)
+        adapters = {name: copy.deepcopy(self.encoder.adapter(name)) for name in added}
+        encoder = dataclasses.replace(encoder, **gone, added=added)
+        with torch.device("meta"):
+            config = kind.config_class(encoder=encoder, vocab_size=self.config.vocab_size)
+            model = kind(config, self.encoder.backend, adapters)
+        values = {name: full(value) for name, value in self.to_upstream_state_dict().items() if value is not None}
+        fill(model, values)
+        return model.train(self.training)
+
+    def _branch_kind(self) -> type[OnePeaceEncoder]:
+        return OnePeaceEncoder
 
     def push_to_hub(self, name: str, private: bool | None = None) -> str:
         """Save into a repository of the Hugging Face Hub, "owner/name", made where there is none; the commit's address.

@@ -26,7 +26,7 @@ class LoadReport:
         kinds = {
             "unknown settings, not followed": self.unknown,
             "left out": _by_part(self.left_out),
-            "not in the file, fresh": self.fresh,
+            "not in the file, fresh": _by_part(self.fresh),
             "resampled": self.resampled,
             "copied to every layer": self.copied,
         }

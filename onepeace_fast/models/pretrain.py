@@ -15,10 +15,11 @@ from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.parameters import init_linear, init_truncated_normal, with_unread
 from onepeace_fast.layers.plain import inside, refuse_advancing
 from onepeace_fast.models import modalities
-from onepeace_fast.models.base import INITIAL_LOGIT_SCALE, EmbeddingModel
+from onepeace_fast.models.base import INITIAL_LOGIT_SCALE, EmbeddingModel, OnePeaceEncoder
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss
 from onepeace_fast.models.passes import Encoded, Tokens
+from onepeace_fast.models.retrieval import OnePeaceRetrieval
 from onepeace_fast.models.stack import Stack
 
 
@@ -50,6 +51,9 @@ class OnePeacePretrain(EmbeddingModel):
                 token = nn.Parameter(init_truncated_normal(torch.empty(1, decoder.embed_dim)))
                 self.register_parameter(f"{name}_mask_token", token)
                 self.add_module(f"{name}_mask_head", init_linear(nn.Linear(decoder.embed_dim, encoder.embed_dim)))
+
+    def _branch_kind(self) -> type[OnePeaceEncoder]:
+        return OnePeaceRetrieval
 
     @property
     def decoder(self) -> Stack:

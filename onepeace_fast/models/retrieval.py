@@ -9,7 +9,7 @@ from torch import nn
 
 from onepeace_fast.config import RetrievalConfig
 from onepeace_fast.layers.adapters import Adapter
-from onepeace_fast.models.base import INITIAL_LOGIT_SCALE, EmbeddingModel
+from onepeace_fast.models.base import INITIAL_LOGIT_SCALE, EmbeddingModel, OnePeaceEncoder
 
 
 class OnePeaceRetrieval(EmbeddingModel):
@@ -31,3 +31,6 @@ class OnePeaceRetrieval(EmbeddingModel):
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         for name in config.encoder.modalities:
             self.add_projection(name)
+
+    def _branch_kind(self) -> type[OnePeaceEncoder]:
+        return OnePeaceRetrieval

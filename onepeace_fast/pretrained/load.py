@@ -15,10 +15,11 @@ from onepeace_fast import hub
 from onepeace_fast.config import read_config
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.models import OnePeaceEncoder, upstream
+from onepeace_fast.models.fill import Shard
 from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.pretrained import pickles
 from onepeace_fast.pretrained.settings import ENCODER, MODELS, Found, from_settings, from_vision, kind_of, target
-from onepeace_fast.pretrained.weights import fill, fit, is_vision, today
+from onepeace_fast.pretrained.weights import fit, is_vision, put, today
 
 _log = logging.getLogger(__name__)
 _DTYPES = {
@@ -48,6 +49,7 @@ def from_pretrained(
     image_size: int | None = None,
     head: Mapping[str, Any] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
+    shard: Shard | None = None,
     revision: str | None = None,
 ) -> OnePeaceEncoder:
     """Build a model from a file, in evaluation mode; what was not simply copied is in its ``load_report``, logged once.
@@ -68,6 +70,8 @@ def from_pretrained(
             file's are for smaller images, as upstream does. Positions are resampled in every pass.
         head: fields of ``ClassifyConfig``, for a new head where the file has none.
         adapters: those of added modalities, by name; a folder alone can need them.
+        shard: called with the model before it has memory, to give its parts to ``fully_shard`` of FSDP2; every process
+            then reads its own part of each parameter.
         revision: a branch, tag or commit of a Hub repository.
 
     Raises:
@@ -79,7 +83,8 @@ def from_pretrained(
     dtype = _dtype(dtype)
     path = _find(path_or_hub_id, revision)
     try:
-        return _load(path, kind, dtype, torch.device(device or "cpu"), backend, ema, image_size, head or {}, adapters)
+        place = torch.device(device or "cpu")
+        return _load(path, kind, dtype, place, backend, ema, image_size, head or {}, adapters, shard)
     except ValueError as error:
         line = str(error)
         raise ValueError(line if line.startswith(str(path)) else f"{path}: {line}") from None
@@ -114,6 +119,7 @@ def _find(name: str | Path, revision: str | None) -> Path:
 def _load(
     path: Path, kind: str | None, dtype: torch.dtype | None, device: torch.device, backend: str | None, ema: bool,
     image_size: int | None, head: Mapping[str, Any], adapters: Mapping[str, Adapter] | None,
+    shard: Shard | None,
 ) -> OnePeaceEncoder:  # fmt: skip
     report = LoadReport(str(path))
     found = _read_folder(path, ema) if path.is_dir() else _read_file(path, ema, report.unknown, head)
@@ -121,7 +127,7 @@ def _load(
     with torch.device("meta"), _Undrawn():  # no memory, and no numbers drawn, for what the file replaces
         model = MODELS[config.kind](config, backend, adapters)
     report.model = type(model).__name__
-    fill(model, fit(found.weights, found.config, model, config, report), dtype, device, path)
+    put(model, fit(found.weights, found.config, model, config, report), dtype, device, shard, path)
     model.load_report = report
     special = report.unknown or report.left_out or report.fresh or report.resampled or report.copied
     _log.log(logging.WARNING if special else logging.INFO, "%s", report)

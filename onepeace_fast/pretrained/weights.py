@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from onepeace_fast.config import ClassifyConfig, EncoderConfig
 from onepeace_fast.models.classify import ClassifyHead
+from onepeace_fast.models.fill import Shard, fill
 from onepeace_fast.models.load_report import LoadReport
-from onepeace_fast.models.parameter_names import upstream_names, without_wrappers
+from onepeace_fast.models.parameter_names import without_wrappers
 from onepeace_fast.models.upstream import equals, fitting, grid_bucket
 from onepeace_fast.pretrained.resample import (
     grid_of_positions,
@@ -119,23 +120,14 @@ def _copy_tables(values: dict[str, Tensor], config: EncoderConfig, report: LoadR
             report.copied.append(name.format(0))
 
 
-def fill(
-    model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device, source: Path
-) -> None:
-    """Give every parameter of a model on meta its memory and its value, converted on the way."""
-    names = {id(parameter): name for name, parameter in upstream_names(model).items()}
-    total = sum(value.nbytes for value in values.values())
-    bar = progress(f"read {source.name}", "parameter", len(names)) if total >= _SAID_FROM else None
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            value = values[names[id(parameter)]]
-            target = torch.empty(value.shape, dtype=dtype or value.dtype, device=device)
-            target.copy_(value)
-            module._parameters[key] = nn.Parameter(target, parameter.requires_grad)
-            if bar is not None:
-                bar.update()
-    if bar is not None:
-        bar.close()
-    model.to(device)  # the buffers, which were made on the CPU
+def put(
+    model: nn.Module, values: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device,
+    shard: Shard | None, source: Path,
+) -> None:  # fmt: skip
+    """``fill`` a model, with a bar where the file is large."""
+    if sum(value.nbytes for value in values.values()) < _SAID_FROM:
+        fill(model, values, dtype, device, shard)
+        return
+    bar = progress(f"read {source.name}", "parameter", len(values))
+    fill(model, values, dtype, device, shard, bar.update)
+    bar.close()
