@@ -70,8 +70,8 @@ def from_pretrained(
             file's are for smaller images, as upstream does. Positions are resampled in every pass.
         head: fields of ``ClassifyConfig``, for a new head where the file has none.
         adapters: those of added modalities, by name; a folder alone can need them.
-        shard: called with the model before it has memory, to give its parts to ``fully_shard`` of FSDP2; every process
-            then reads its own part of each parameter.
+        shard: called with the model before it has memory, to give its parts to FSDP2's fully_shard; every process then
+            reads its own part of each parameter.
         revision: a branch, tag or commit of a Hub repository.
 
     Raises:

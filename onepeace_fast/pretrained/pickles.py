@@ -1,7 +1,7 @@
 """Reads what torch.save and pickle wrote, by a list of what may be in it; the numbers stay in the file until used.
 
-The zip format goes to torch.load with ``weights_only``. Its predecessor and plain pickles, whose tensors hold files of
-that predecessor, are read here: torch maps neither into memory.
+The zip format goes to torch.load with its own list of what is harmless. Its predecessor and plain pickles, whose
+tensors hold files of that predecessor, are read here: torch maps neither into memory.
 """
 
 from __future__ import annotations
