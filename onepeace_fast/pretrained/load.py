@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from onepeace_fast import hub
-from onepeace_fast.config import read_config
+from onepeace_fast.config import ClassifyConfig, read_config
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.models import OnePeaceEncoder, upstream
 from onepeace_fast.models.fill import Shard
@@ -122,7 +122,7 @@ def _load(
     shard: Shard | None,
 ) -> OnePeaceEncoder:  # fmt: skip
     report = LoadReport(str(path))
-    found = _read_folder(path, ema) if path.is_dir() else _read_file(path, ema, report.unknown, head)
+    found = _read_folder(path, ema, head) if path.is_dir() else _read_file(path, ema, report.unknown, head)
     config = target(found, kind, image_size, head)
     with torch.device("meta"), _Undrawn():  # no memory, and no numbers drawn, for what the file replaces
         model = MODELS[config.kind](config, backend, adapters)
@@ -134,10 +134,12 @@ def _load(
     return model.eval()
 
 
-def _read_folder(path: Path, ema: bool) -> Found:
+def _read_folder(path: Path, ema: bool, head: Mapping[str, Any]) -> Found:
     if ema:
         raise ValueError("ema: expected False for a folder that save() wrote, got True")
     config = read_config(path / upstream.CONFIG_FILE)
+    if head and isinstance(config, ClassifyConfig):
+        raise ValueError(f"head: expected none for a file with a head, got {dict(head)}")
     return Found(upstream.read_weights(path), config)
 
 

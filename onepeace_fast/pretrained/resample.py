@@ -12,12 +12,12 @@ from onepeace_fast.relative_position import CLS_ENTRIES
 
 def grid_of_table(rows: int) -> int:
     """The side, in patches, of the images that a bias table of so many rows is for."""
-    return (round((rows - CLS_ENTRIES) ** 0.5) + 1) // 2
+    return (round(max(rows - CLS_ENTRIES, 0) ** 0.5) + 1) // 2
 
 
 def grid_of_positions(rows: int) -> int:
     """The side, in patches, of the grid of so many positions, CLS counted."""
-    return round((rows - 1) ** 0.5)
+    return round(max(rows - 1, 0) ** 0.5)
 
 
 def resample_table(table: Tensor, grid: int) -> Tensor:

@@ -71,7 +71,7 @@ def from_settings(settings: Any, weights: Mapping[str, Tensor], unknown: list[st
     unknown += [f"model.{key}" for key in sorted(set(model) - _MODEL_KEYS)]
     shared: dict[str, Any] = {"encoder": _stack(model["encoder"], weights, ENCODER, "encoder", unknown)}
     if (tokens := weights.get(f"{ENCODER}.text_adapter.embed_tokens.weight")) is not None:
-        shared["vocab_size"] = len(tokens)
+        shared["vocab_size"] = _rows(tokens)
     kind = str(model.get("_name", "")).removeprefix(_UPSTREAM)
     copies = bool(model.get("copy_rel_pos_table")) or kind == ClassifyConfig.kind
     if kind == ClassifyConfig.kind:
@@ -102,10 +102,16 @@ def _stack(
     return build(TransformerConfig, fields, where)
 
 
+def _rows(value: Tensor) -> int:
+    return value.shape[0] if value.dim() else 0
+
+
 def _grids(weights: Mapping[str, Tensor], adapter: str) -> dict[str, Any]:
-    found = {"position_grid": grid_of_positions(len(weights[f"{adapter}.pos_embed"]))}
+    found = {}
+    if (positions := weights.get(f"{adapter}.pos_embed")) is not None:
+        found["position_grid"] = grid_of_positions(_rows(positions))
     if (table := weights.get(f"{adapter}.rel_pos_table_list.0.weight")) is not None:
-        found["bias_grid"] = grid_of_table(len(table))
+        found["bias_grid"] = grid_of_table(_rows(table))
     return found
 
 
@@ -115,7 +121,7 @@ def _head(
     """A head's fields: what the weights show, and of the settings the rest; without weights those that were given."""
     first = weights.get(f"{HEAD}.classifier.0.weight")
     last = weights.get(f"{HEAD}.classifier.3.weight")
-    if first is None or last is None or first.dim() != 2:
+    if first is None or last is None or first.dim() != 2 or not last.dim():
         _check_head(given)
         return dict(given)
     if given:
@@ -168,7 +174,7 @@ def target(found: Found, kind: str | None, image_size: int | None, head: Mapping
     config, encoder = found.config, found.config.encoder
     if kind is not None and kind != config.kind:
         config = _as_kind(config, MODELS[kind].config_class, head)
-    elif head and not isinstance(config, ClassifyConfig):
+    if head and not isinstance(config, ClassifyConfig):
         raise ValueError(f"head: expected none for a {config.kind} model, got {dict(head)}; give model_type='classify'")
     if found.copies_tables or isinstance(config, ClassifyConfig):
         encoder = dataclasses.replace(encoder, bias_table_per_layer=True)

@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 from data._refused import refused
-from models._encoder_only import retrieval
+from models._encoder_only import classify, retrieval
 from pretrained._files import checkpoint_of, write, write_vision
 
 from onepeace_fast import from_pretrained
@@ -28,6 +28,7 @@ def dump(path, values):
     return path
 
 
+TOKENS = "encoder_wrapper.text_adapter.embed_tokens.weight"
 WRITERS = {
     "zip": write,
     "before the zip": lambda path, values: write(path, values, zipped=False),
@@ -70,6 +71,12 @@ def test_a_pickle_cannot_do_what_its_readers_functions_would():
             lambda values: values["model"]["encoder_wrapper.text_adapter.rp_bucket"].add_(1),
             ("text_adapter.rp_bucket differs",),
         ),
+        (
+            lambda values: values["model"].update(
+                {"encoder_wrapper.text_adapter.embed_tokens.weight": torch.tensor(1.0)}
+            ),
+            ("vocab_size: ",),
+        ),
         (lambda values: values.update(cfg=None), ("cfg: expected upstream's settings", "got none")),
         (lambda values: values["cfg"]["model"].update(_name="bart"), ("cfg.model._name", "'bart'")),
         (lambda values: values.update(model={"bert.a": torch.zeros(2)}), ("weights of ONE-PEACE", "got bert.a")),
@@ -81,6 +88,29 @@ def test_a_file_of_another_model_is_refused(tmp_path, change, parts):
     change(values)
     path = write(tmp_path / "a.pt", values)
     refused(lambda: from_pretrained(path), f"{path}: ", *parts)
+
+
+@pytest.mark.parametrize("name, part", [("pos_embed", "missing"), ("rel_pos_table_list.0.weight", "missing")])
+def test_an_image_adapter_without_a_part_is_refused(tmp_path, name, part):
+    values = checkpoint_of(retrieval("image"))
+    value = values["model"].pop(f"encoder_wrapper.image_adapter.{name}")
+    path = write(tmp_path / "a.pt", values)
+    refused(lambda: from_pretrained(path), f"{path}: state_dict: ", f"{part}: encoder_wrapper.image_adapter.{name}")
+    for wrong in (torch.tensor(1.0), value[:-1], torch.zeros(0, 3)):
+        values["model"][f"encoder_wrapper.image_adapter.{name}"] = wrong
+        write(path, values)
+        refused(lambda: from_pretrained(path), f"{path}: ")
+
+
+def test_a_head_where_there_is_one_or_none_can_be_is_refused(tmp_path):
+    head, model = {"classes": 3, "head_width": 8}, classify("text")
+    path = write(tmp_path / "a.pt", checkpoint_of(model))
+    model.save(tmp_path / "ours")
+    for place in (path, tmp_path / "ours"):
+        refused(lambda place=place: from_pretrained(place, head=head), f"{place}: head: expected none for a file with")
+    write(path, checkpoint_of(retrieval("text")))
+    for kind in ("retrieval", "encoder", None):
+        refused(lambda kind=kind: from_pretrained(path, model_type=kind, head=head), f"{path}: head: expected none for")
 
 
 def test_of_many_names_that_do_not_fit_a_few_are_shown(tmp_path):

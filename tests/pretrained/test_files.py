@@ -2,7 +2,9 @@
 
 import logging
 import pickle
+import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -171,6 +173,38 @@ def test_settings_in_a_namespace_are_read(tmp_path):
     cfg = settings_of(model.config)
     values = checkpoint_of(model, cfg=None, args=Namespace(**{**cfg, "model": Namespace(**cfg["model"])}))
     assert holds(from_pretrained(write(tmp_path / "a.pt", values)), values["model"])
+
+
+@pytest.mark.parametrize("writer", [write, lambda path, values: write(path, values, zipped=False)])
+def test_settings_in_classes_that_are_not_installed_are_read(tmp_path, monkeypatch, writer):
+    def record(module, name):
+        kind = type(name, (), {"__module__": module})
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**{name: kind}))
+        return kind
+
+    def held(value):
+        one = (dicts if isinstance(value, dict) else lists if isinstance(value, list) else leaves)()
+        inside = {"_metadata": metadata()}
+        if isinstance(value, dict):
+            inside["_content"] = {key: held(item) for key, item in value.items()}
+        elif isinstance(value, list):
+            inside["_content"] = [held(item) for item in value]
+        else:
+            inside["_val"] = value
+        one.__dict__.update(inside)
+        return one
+
+    with monkeypatch.context() as monkeypatch:
+        monkeypatch.setitem(sys.modules, "omegaconf", SimpleNamespace())
+        dicts = record("omegaconf.dictconfig", "DictConfig")
+        lists = record("omegaconf.listconfig", "ListConfig")
+        leaves, metadata = record("omegaconf.nodes", "AnyNode"), record("omegaconf.base", "Metadata")
+        model = retrieval("text", "image")
+        values = checkpoint_of(model)
+        path = writer(tmp_path / "a.pt", {**values, "cfg": held(values["cfg"])})
+    assert "omegaconf.nodes" not in sys.modules
+    loaded = from_pretrained(path)
+    assert holds(loaded, values["model"]) and loaded.config.encoder.image == model.config.encoder.image
 
 
 def test_a_folder_of_any_kind_is_loaded_and_one_with_a_single_checkpoint(tmp_path):
