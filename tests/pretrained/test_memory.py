@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+
+pytest.importorskip("tqdm")
+
 from pretrained._files import write_vision
 
-from benchmarks.loading_memory import LIMIT, config_of, measure, write
 from onepeace_fast import OnePeaceRetrieval, RetrievalConfig
+from tools.loading_memory import LIMIT, config_of, measure, write
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's account of a process")
 WIDTHS = {"embed_dim": 768, "ffn_embed_dim": 3072, "attention_heads": 12}

@@ -1,6 +1,6 @@
 """Memory that from_pretrained takes beside the file's own pages, while it builds a model of upstream's checkpoint.
 
-    python -m benchmarks.loading_memory --folder DIR [--layers N] [--out FILE]
+    python -m tools.loading_memory --folder DIR [--layers N] [--out FILE]
 
 It writes checkpoints of random numbers in upstream's form into DIR, the public 4 B model's shape unless ``--layers``
 says otherwise: one in float32 (15.5 GB) and one in bfloat16. Each is loaded in bfloat16 by a fresh process, whose
