@@ -10,7 +10,7 @@ from onepeace_fast import (
 from onepeace_fast.attention_structures import Segments
 from onepeace_fast.backend import use_backend
 from onepeace_fast.comparison import compare
-from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.config import ClassifyConfig, EncoderConfig, OnePeaceConfig, RetrievalConfig
 from onepeace_fast.fusion import FusedModel, fuse
 from onepeace_fast.layers import (
     RelativeBias,
@@ -20,8 +20,9 @@ from onepeace_fast.layers import (
     RoutedNorm,
     shifted_windows,
 )
-from onepeace_fast.models import OnePeacePretrain
+from onepeace_fast.models import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval
 from onepeace_fast.ops import *  # noqa: F403
+from onepeace_fast.pretrained import LoadReport, from_pretrained
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.transformers_attention import register_attention
 
@@ -31,17 +32,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ClassifyConfig",
+    "EncoderConfig",
     "FusedModel",
+    "LoadReport",
+    "OnePeaceClassify",
     "OnePeaceConfig",
+    "OnePeaceEncoder",
     "OnePeacePretrain",
+    "OnePeaceRetrieval",
     "RelativeBias",
     "RelativeBiasAttention",
+    "RetrievalConfig",
     "RoutePlan",
     "RoutedFFN",
     "RoutedLinear",
     "RoutedNorm",
     "Segments",
     "compare",
+    "from_pretrained",
     "fuse",
     "register_attention",
     "shifted_windows",

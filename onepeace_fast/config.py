@@ -9,7 +9,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from typing_extensions import Self
 
 from onepeace_fast.upstream_config import read_transformer
 
@@ -40,10 +42,14 @@ def _require_bucket_size(config: TextAdapterConfig | AudioAdapterConfig) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class TextAdapterConfig:
-    """Token embedding, learned positions and, with ``use_bias``, a 1-D relative position bias."""
+    """Token embedding, learned positions and, with ``use_bias``, a 1-D relative position bias.
+
+    ``type_embedding`` adds one learned vector to every token, as models of pairs of images have it.
+    """
 
     bucket_size: int = 256
     use_bias: bool = True
+    type_embedding: bool = False
 
     def __post_init__(self) -> None:
         _require_bucket_size(self)
@@ -51,11 +57,15 @@ class TextAdapterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageAdapterConfig:
-    """hMLP stem over 16 x 16 patches, learned positions of a square grid and a bias table of another."""
+    """hMLP stem over 16 x 16 patches, learned positions of a square grid and a bias table of another.
+
+    ``type_embedding`` adds one learned vector to every token, and one more to those of the second image of a pair.
+    """
 
     position_grid: int = 16
     bias_grid: int = 16
     use_bias: bool = True
+    type_embedding: bool = False
 
     def __post_init__(self) -> None:
         _require_positive_integers(self, "position_grid", "bias_grid")
@@ -90,6 +100,7 @@ class TransformerConfig:
 
     ``sub_layer_norm`` normalises before the attention's output projection, ``attention_layer_norm`` after it,
     ``ffn_layer_norm`` before the FFN's second projection. ``layer_scale`` is LayerScale's initial value, None for none.
+    ``final_norm`` normalises each modality's tokens behind the last layer; the public vision file was saved without.
     ``added`` names the modalities that ``OnePeacePretrain.add_modality`` added, whose adapters are the user's own.
     """
 
@@ -104,6 +115,7 @@ class TransformerConfig:
     ffn_layer_norm: bool = True
     head_scale: bool = False
     layer_scale: float | None = 1e-6
+    final_norm: bool = True
     bias_table_per_layer: bool = False
     checkpoint_activations: bool = False
     text: TextAdapterConfig | None = TextAdapterConfig()
@@ -151,10 +163,96 @@ class TransformerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OnePeaceConfig:
-    """ONE-PEACE: an encoder, and the light decoder of the denoising task. ``vocab_size`` counts the 4 specials."""
+class EncoderConfig:
+    """ONE-PEACE's encoder alone. ``vocab_size`` counts the 4 specials."""
 
+    kind: ClassVar[str] = "encoder"
     encoder: TransformerConfig = TransformerConfig()
+    vocab_size: int = 50264
+
+    def __post_init__(self) -> None:
+        if not self.encoder.use_bias:
+            raise ValueError(
+                "encoder: expected use_bias True, got False: upstream masks an encoder's padding by its bias"
+            )
+        if not _is_positive_integer(self.vocab_size) or self.vocab_size < 4:
+            raise ValueError(f"vocab_size: expected at least the 4 specials, got {self.vocab_size}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the configuration as JSON."""
+        Path(path).write_text(json.dumps(self._to_dict(), indent=2) + "\n")
+
+    def _to_dict(self) -> dict[str, Any]:
+        return {"model": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ValueError: no JSON, or as ``from_dict``.
+        """
+        return cls.from_dict(_read_json(path))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build from nested fields, absent ones taking their defaults.
+
+        Raises:
+            ValueError: a field that is unknown or does not fit, or a section that is none.
+        """
+        if isinstance(values, Mapping) and "model" in values:
+            if values["model"] != cls.kind:
+                raise ValueError(f"config: expected that of a {cls.kind} model, got that of a {values['model']} model")
+            values = {name: value for name, value in values.items() if name != "model"}
+        return build(cls, values, "config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrievalConfig(EncoderConfig):
+    """An encoder with a projection for each modality, whose CLS is embedded for retrieval."""
+
+    kind: ClassVar[str] = "retrieval"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_final_norm(self.encoder)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifyConfig(EncoderConfig):
+    """An encoder and a head of ``classes`` outputs over the tokens of one modality.
+
+    ``attention_pooling`` pools the tokens by attention, CLS left out, else CLS is taken. ``pooler`` puts a linear layer
+    and tanh behind it. ``head_width`` is the hidden width of the classifier. ``two_images`` classifies pairs of images.
+    ``use_image_features`` pools image tokens where there is text too.
+    """
+
+    kind: ClassVar[str] = "classify"
+    classes: int
+    attention_pooling: bool = False
+    pooler: bool = False
+    pooler_dropout: float = 0.0
+    head_width: int
+    two_images: bool = False
+    use_image_features: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_final_norm(self.encoder)
+        _require_positive_integers(self, "classes", "head_width")
+        if not (is_number(self.pooler_dropout) and 0.0 <= self.pooler_dropout < 1.0):
+            raise ValueError(f"pooler_dropout: expected a probability in [0, 1), got {self.pooler_dropout!r}")
+        needed = [name for name in ("two_images", "use_image_features") if getattr(self, name)]
+        if needed and self.encoder.image is None:
+            raise ValueError(f"{needed[0]}: expected False without images, got True")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnePeaceConfig(EncoderConfig):
+    """ONE-PEACE for pretraining: an encoder, and the light decoder of the denoising task."""
+
+    kind: ClassVar[str] = "pretrain"
     decoder: TransformerConfig = TransformerConfig(
         embed_dim=768,
         ffn_embed_dim=2048,
@@ -165,46 +263,20 @@ class OnePeaceConfig:
         image=ImageAdapterConfig(use_bias=False),
         audio=AudioAdapterConfig(use_bias=False),
     )
-    vocab_size: int = 50264
 
     def __post_init__(self) -> None:
-        if not self.encoder.use_bias:
-            raise ValueError(
-                "encoder: expected use_bias True, got False: upstream masks an encoder's padding by its bias"
-            )
+        super().__post_init__()
+        _require_final_norm(self.encoder)
+        _require_final_norm(self.decoder)
         if self.decoder.added:
             raise ValueError(
                 f"decoder: expected no added modalities, got {list(self.decoder.added)}: only an encoder can have some"
             )
         if extra := set(self.decoder.modalities) - set(self.encoder.modalities):
             raise ValueError(f"decoder: expected modalities that the encoder has too, got {sorted(extra)}")
-        if not _is_positive_integer(self.vocab_size) or self.vocab_size < 4:
-            raise ValueError(f"vocab_size: expected at least the 4 specials, got {self.vocab_size}")
 
-    def save(self, path: str | Path) -> None:
-        """Write the configuration as JSON."""
-        Path(path).write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> OnePeaceConfig:
-        """Read what ``save`` wrote.
-
-        Raises:
-            ValueError: no JSON, or as ``from_dict``.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected a configuration that save() wrote, got no JSON ({error})") from None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> OnePeaceConfig:
-        """Build from nested fields, absent ones taking their defaults.
-
-        Raises:
-            ValueError: a field that is unknown or does not fit, or a section that is none.
-        """
-        return _build(cls, values, "config")
+    def _to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)  # a file that names no kind of model is a pretraining model's
 
     @classmethod
     def from_upstream(cls, encoder: Mapping[str, Any], decoder: Mapping[str, Any], vocab_size: int) -> OnePeaceConfig:
@@ -216,19 +288,53 @@ class OnePeaceConfig:
         return cls.from_dict({**sections, "vocab_size": vocab_size})
 
 
+def read_config(path: str | Path) -> EncoderConfig:
+    """The configuration that ``save`` wrote, of whatever kind of model.
+
+    Raises:
+        ValueError: no JSON, an unknown kind, or as ``from_dict``.
+    """
+    values = _read_json(path)
+    kind = values.get("model", OnePeaceConfig.kind) if isinstance(values, Mapping) else OnePeaceConfig.kind
+    kinds = {one.kind: one for one in (EncoderConfig, RetrievalConfig, ClassifyConfig, OnePeaceConfig)}
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"{path}: expected a model of {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind].from_dict(values)
+
+
+def _read_json(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a configuration that save() wrote, got no JSON ({error})") from None
+
+
+def _require_final_norm(config: TransformerConfig) -> None:
+    if not config.final_norm:
+        raise ValueError("final_norm: expected True, got False: only an encoder alone may end without norms")
+
+
 _LISTS = {"feature_layers": "a list of [channels, kernel, stride]", "added": "a list of names"}
 
 
-def _build(cls: type, values: Any, where: str) -> Any:
+def build(cls: type, values: Any, where: str) -> Any:
+    """A configuration class from nested fields; ``where`` names it in messages.
+
+    Raises:
+        ValueError: a field that is unknown, missing or does not fit, or a section that is none.
+    """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of fields, got {values!r}")
     defaults = {item.name: item.default for item in dataclasses.fields(cls)}
     if unknown := sorted(set(values) - set(defaults)):
         raise ValueError(f"{where}: expected some of {sorted(defaults)}, got unknown fields {unknown}")
+    needed = [name for name, default in defaults.items() if default is dataclasses.MISSING]
+    if missing := [name for name in needed if name not in values]:
+        raise ValueError(f"{where}: expected {', '.join(needed)}, got no {', '.join(missing)}")
     arguments = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(defaults[name]) and value is not None:
-            value = _build(type(defaults[name]), value, name)
+            value = build(type(defaults[name]), value, name)
         elif name in _LISTS:
             if not isinstance(value, (list, tuple)):
                 raise ValueError(f"{name}: expected {_LISTS[name]}, got {value!r}")

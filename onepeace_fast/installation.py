@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shlex
 import shutil
@@ -9,6 +10,7 @@ import sys
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,6 +27,21 @@ def install_command(extra: str) -> str:
     marked = (requirement.partition(";") for requirement in requirements)
     names = [name.strip() for name, _, marker in marked if f'extra == "{extra}"' in marker.replace("'", '"')]
     return f"{_pip()} {shlex.join(names)}" if names else f"{_pip()} -e '.[{extra}]' in the checkout"
+
+
+def optional(module: str, extra: str) -> ModuleType:
+    """Import a module of an extra.
+
+    Raises:
+        ImportError: it is missing or damaged; one line that says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except (ImportError, OSError) as error:  # soundfile raises OSError where its C library is missing
+        reason = " ".join(str(error).split())
+        raise ImportError(
+            f"{module}: cannot be imported ({reason}); type: {install_command(extra)}", name=module
+        ) from None
 
 
 def program_command(arguments: str) -> str:

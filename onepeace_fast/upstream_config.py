@@ -7,12 +7,19 @@ from collections.abc import Mapping
 from typing import Any
 
 # Upstream's keys by what becomes of them: read into a field, required to hold this value, or of no effect here.
-_ADAPTER_REQUIRED = {"layernorm_embedding": False, "add_type_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
+_ADAPTER_REQUIRED = {"layernorm_embedding": False, "shrink_alpha": 1.0, "dropout": 0.0}
 _REQUIRED: dict[str, dict[str, Any]] = {
-    "": {"attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0, "activation_fn": "gelu"},
+    "": {
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+        "layerdrop": 0.0,
+        "activation_fn": "gelu",
+        "layers_to_keep": None,
+        "embed_path": None,
+    },
     "text_adapter": _ADAPTER_REQUIRED,
     "image_adapter": _ADAPTER_REQUIRED,
-    "audio_adapter": {**_ADAPTER_REQUIRED, "conv_pos_pre_ln": False, "conv_bias": False},
+    "audio_adapter": {**_ADAPTER_REQUIRED, "add_type_embedding": False, "conv_pos_pre_ln": False, "conv_bias": False},
 }
 _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
     "": {
@@ -22,8 +29,11 @@ _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
         "checkpoint_activations": False, "use_text_moe": True, "use_image_moe": True, "use_audio_moe": True,
         "text_adapter": {}, "image_adapter": {}, "audio_adapter": {},
     },
-    "text_adapter": {"bucket_size": 256, "use_attn_bias": False},
-    "image_adapter": {"bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False},
+    "text_adapter": {"bucket_size": 256, "use_attn_bias": False, "add_type_embedding": False},
+    "image_adapter": {
+        "bucket_size": 16, "rel_bucket_size": 16, "vision_encoder_type": "hmlp", "use_attn_bias": False,
+        "add_type_embedding": False,
+    },
     "audio_adapter": {
         "feature_encoder_spec": "[(512, 10, 5)] + [(512, 3, 2)] * 4 + [(512,2,2)] + [(512,2,2)]",
         "abs_pos_type": "conv", "conv_pos_depth": 5, "conv_pos_width": 95, "conv_pos_groups": 16, "bucket_size": 256,
@@ -32,17 +42,24 @@ _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _NO_EFFECT: dict[str, set[str]] = {
     "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
-         "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency"},
-    "audio_adapter": {"feature_embed_dim", "freeze_extractor"},
+         "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency", "_name"},
+    "text_adapter": {"_name"},
+    "image_adapter": {"_name"},
+    "audio_adapter": {"feature_embed_dim", "freeze_extractor", "_name"},
 }  # fmt: skip
 
 
-def _read_section(values: Mapping[str, Any], section: str, where: str) -> dict[str, Any]:
+def _read_section(
+    values: Mapping[str, Any], section: str, where: str, unknown: list[str] | None = None
+) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of upstream's model YAML, got {values!r}")
     defaults, required = _UPSTREAM_DEFAULTS[section], _REQUIRED[section]
-    if unknown := sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT.get(section, set())):
-        raise ValueError(f"{where}: expected keys of upstream's model section, got unknown ones {unknown}")
+    others = sorted(set(values) - set(defaults) - set(required) - _NO_EFFECT.get(section, set()))
+    if others and unknown is None:
+        raise ValueError(f"{where}: expected keys of upstream's model section, got unknown ones {others}")
+    if unknown is not None:
+        unknown += [f"{where}.{key}" for key in others]
     if refused := {k: values[k] for k in required if k in values and values[k] != required[k]}:
         raise ValueError(f"{where}: expected { ({k: required[k] for k in refused}) }, got {refused}")
     return {**defaults, **values}
@@ -73,16 +90,17 @@ def _feature_layers(spec: str) -> tuple[tuple[int, int, int], ...]:
     return layers
 
 
-def read_transformer(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_transformer(values: Mapping[str, Any], where: str, unknown: list[str] | None = None) -> dict[str, Any]:
     """The fields of one stack from its section, "encoder" or "decoder"; absent keys take upstream's defaults.
 
     Raises:
-        ValueError: keys that are unknown, or whose value this library does not implement.
+        ValueError: keys whose value this library does not implement, or that are unknown, which ``unknown`` collects
+            where it is given.
     """
-    top = _read_section(values, "", where)
+    top = _read_section(values, "", where, unknown)
     adapters: dict[str, Any] = {}
     for name, read in _ADAPTER_READERS.items():
-        section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter")
+        section = _read_section(top[f"{name}_adapter"], f"{name}_adapter", f"{where}.{name}_adapter", unknown)
         adapters[name] = read(section, where) if top[f"use_{name}_moe"] else None
     fields = {
         "sub_layer_norm": "magneto_scale_attn", "attention_layer_norm": "scale_attn", "ffn_layer_norm": "scale_fc",
@@ -106,12 +124,14 @@ def _float(value: Any) -> Any:
 
 
 def _text(section: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"bucket_size": section["bucket_size"], "use_bias": section["use_attn_bias"]}
+    fields = {"bucket_size": "bucket_size", "use_bias": "use_attn_bias", "type_embedding": "add_type_embedding"}
+    return {name: section[key] for name, key in fields.items()}
 
 
 def _image(section: Mapping[str, Any], where: str) -> dict[str, Any]:
     _require_kind(f"{where}.image_adapter", "vision_encoder_type", section, "hmlp" if where == "encoder" else "none")
     fields = {"position_grid": "bucket_size", "bias_grid": "rel_bucket_size", "use_bias": "use_attn_bias"}
+    fields |= {"type_embedding": "add_type_embedding"}
     return {name: section[key] for name, key in fields.items()}
 
 

@@ -95,7 +95,7 @@ UNSUPPORTED = {
     "layerdrop": {"layerdrop": 0.2},
     "activation_fn": {"activation_fn": "relu"},
     "layernorm_embedding": {"text_adapter": {**BIASED, "layernorm_embedding": True}},
-    "add_type_embedding": {"image_adapter": {**BIASED, "add_type_embedding": True}},
+    "add_type_embedding": {"audio_adapter": {**BIASED, "add_type_embedding": True}},
     "shrink_alpha": {"audio_adapter": {**BIASED, "shrink_alpha": 0.1}},
     "dropout": {"text_adapter": {**BIASED, "dropout": 0.1}},
     "conv_pos_pre_ln": {"audio_adapter": {**BIASED, "conv_pos_pre_ln": True}},

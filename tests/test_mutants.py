@@ -22,6 +22,7 @@ AREAS = {
     "training": ("onepeace_fast/training/",),
     "data": ("onepeace_fast/data/",),
     "fusion": ("onepeace_fast/fusion/",),
+    "pretrained": ("onepeace_fast/pretrained/",),
     "models": ("onepeace_fast/",),  # what no area before it has
 }
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
-from onepeace_fast.installation import install_command
+from onepeace_fast import installation
 
 
 def optional(module: str) -> ModuleType:
@@ -14,10 +13,4 @@ def optional(module: str) -> ModuleType:
     Raises:
         ImportError: it is missing or damaged; one line that says how to install it.
     """
-    try:
-        return importlib.import_module(module)
-    except (ImportError, OSError) as error:  # soundfile raises OSError where its C library is missing
-        reason = " ".join(str(error).split())
-        raise ImportError(
-            f"{module}: cannot be imported ({reason}); type: {install_command('train')}", name=module
-        ) from None
+    return installation.optional(module, "train")

@@ -308,7 +308,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(TransformerLayer(config) for _ in range(config.layers))
-        for modality in config.modalities:
+        for modality in config.modalities if config.final_norm else ():
             self.add_module(f"{modality}_layer_norm", nn.LayerNorm(config.embed_dim))
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -364,6 +364,8 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
+        if not self.config.final_norm:
+            return x
         if isinstance(route, RoutePlan):
             return normalized_by_modality(x, route, self.final_norm)
         return each_span(self.final_norm, x, route)

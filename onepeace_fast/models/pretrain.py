@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onepeace_fast.backend import check_backend
 from onepeace_fast.checks import require
 from onepeace_fast.config import OnePeaceConfig
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.layers.parameters import init_linear, init_truncated_normal, with_unread
 from onepeace_fast.layers.plain import inside, refuse_advancing
-from onepeace_fast.models import modalities, upstream
+from onepeace_fast.models import modalities
+from onepeace_fast.models.base import INITIAL_LOGIT_SCALE, EmbeddingModel, OnePeaceEncoder
 from onepeace_fast.models.inputs import Batch, Hidden, read_batch
 from onepeace_fast.models.losses import contrastive_loss, denoising_loss
 from onepeace_fast.models.passes import Encoded, Tokens
+from onepeace_fast.models.retrieval import OnePeaceRetrieval
 from onepeace_fast.models.stack import Stack
 
-INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-MAX_LOGIT_SCALE = math.log(100)
-TASKS = ("encode", "embed", "reconstruct", "vision_language_loss", "audio_language_loss")
 
-
-class OnePeacePretrain(nn.Module):
+class OnePeacePretrain(EmbeddingModel):
     """ONE-PEACE (arXiv 2305.11172) with both pretraining tasks; parameters carry upstream's names.
 
     Args:
@@ -40,79 +33,32 @@ class OnePeacePretrain(nn.Module):
         adapters: those of the modalities that were added to the configuration, by name.
     """
 
+    tasks = ("encode", "embed", "reconstruct", "vision_language_loss", "audio_language_loss")
+    config: OnePeaceConfig
+    config_class = OnePeaceConfig
+
     def __init__(
         self, config: OnePeaceConfig, backend: str | None = None, adapters: Mapping[str, Adapter] | None = None
     ) -> None:
-        super().__init__()
-        if backend is not None:
-            check_backend(backend)
-        modalities.check_adapters(config.encoder, adapters or {})
-        self.config = config
+        super().__init__(config, backend, adapters)
         encoder, decoder = config.encoder, config.decoder
-        self.encoder_wrapper = Stack(encoder, backend, config.vocab_size, adapters)
         self.decoder_wrapper = Stack(decoder, backend)
         self.logit_scale = nn.Parameter(torch.tensor(INITIAL_LOGIT_SCALE))
         for name in encoder.modalities:
-            self.add_module(f"{name}_proj", init_linear(nn.Linear(encoder.embed_dim, encoder.embed_dim)))
+            self.add_projection(name)
             if name in decoder.modalities:
                 self.add_module(f"decoder_{name}_embed", init_linear(nn.Linear(encoder.embed_dim, decoder.embed_dim)))
                 token = nn.Parameter(init_truncated_normal(torch.empty(1, decoder.embed_dim)))
                 self.register_parameter(f"{name}_mask_token", token)
                 self.add_module(f"{name}_mask_head", init_linear(nn.Linear(decoder.embed_dim, encoder.embed_dim)))
 
-    @property
-    def encoder(self) -> Stack:
-        """The encoder, inside whatever was put around ``encoder_wrapper``."""
-        return inside(self.encoder_wrapper, Stack)
+    def _branch_kind(self) -> type[OnePeaceEncoder]:
+        return OnePeaceRetrieval
 
     @property
     def decoder(self) -> Stack:
         """The decoder, inside whatever was put around ``decoder_wrapper``."""
         return inside(self.decoder_wrapper, Stack)
-
-    def forward(self, task: str, **inputs: Any) -> Any:
-        """Call a method by its name, one of ``TASKS`` (else ``ValueError``), so that wrappers and hooks see it."""
-        require(task in TASKS, f"task: expected one of {', '.join(TASKS)}, got {task!r}")
-        return getattr(self, task)(**inputs)
-
-    def encode(
-        self, *, samples: Mapping[str, Tensor | Sequence[int]] | None = None, **inputs: Tensor | None
-    ) -> dict[str, Tensor]:
-        """Encode any set of modalities together.
-
-        Args:
-            text: int64 [rows, length] token ids without CLS; 1 is padding.
-            image: floating point [rows, 3, side, side], side a multiple of 16.
-            audio: floating point [rows, samples] at 16 kHz, zero at padding.
-            audio_padding: bool [rows, 1 + frames], CLS first, True at padding; None for none.
-            samples: {modality: int64 [rows]}, the sample that each row belongs to; by default row i is sample i's.
-            inputs: those above, and what the adapters of added modalities take, under their names.
-
-        Returns:
-            {modality: [rows, length, embed_dim]}, CLS first; rows at padding mean nothing.
-
-        Raises:
-            ValueError: an argument that does not fit, before any work.
-        """
-        encoder = self.encoder
-        batch, _ = read_batch(encoder.adapters, inputs, samples=samples)
-        (encoded,) = self.encoder_wrapper([encoder.embed(batch)], batch.samples)
-        return encoded.unpacked()
-
-    def embed(self, **inputs: Tensor | None) -> Tensor:
-        """Embed one modality for retrieval: its CLS, projected and L2-normalised, [rows, embed_dim].
-
-        ``inputs`` are one modality's, as in ``encode``.
-
-        Raises:
-            ValueError: none or several modalities, or what ``encode`` refuses.
-        """
-        encoder = self.encoder
-        batch, _ = read_batch(encoder.adapters, inputs)
-        names = ", ".join(encoder.adapters)
-        require(len(batch.inputs) == 1, f"{names}: expected exactly one, got {sorted(batch.inputs)}")
-        (encoded,) = self.encoder_wrapper([encoder.embed(batch)])
-        return self.project(encoded)
 
     def reconstruct(
         self,
@@ -270,69 +216,10 @@ class OnePeacePretrain(nn.Module):
         modalities.train_only(self, self.encoder_wrapper, self.encoder, name)
         self.reset_logit_scale()
 
-    def load_upstream_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Load parameters under upstream's names; strict, and nothing is changed unless everything fits.
-
-        Raises:
-            ValueError: missing, unexpected or misshaped keys, all of them listed, or a buffer with other values.
-        """
-        upstream.load(self, state_dict)
-
-    def to_upstream_state_dict(self, grads: bool = False) -> dict[str, Tensor | None]:
-        """Parameters, or with ``grads`` their gradients (None where there is none), under upstream's names.
-
-        Wrappers around layers (torch.compile, checkpoint_wrapper, FSDP) leave no trace in the names. What FSDP2 shards
-        are DTensors; of FSDP1, for which every process must call this, they are copies, and gradients are refused.
-
-        Raises:
-            ValueError: ``grads`` of a model in FSDP1.
-        """
-        return upstream.state_dict(self, grads)
-
-    def save(self, directory: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` (upstream's names); each file is replaced in one step.
-
-        Raises:
-            ValueError: parameters that ``load`` would refuse, since a part was replaced or parametrized; nothing is
-                written.
-        """
-        adapters = {name: self.encoder.adapter(name) for name in self.config.encoder.added}
-        with torch.device("meta"):
-            expected = type(self)(self.config, adapters=adapters)
-        upstream.save(self, self.config, expected, Path(directory).expanduser())
-
-    @classmethod
-    def load(
-        cls, directory: str | Path, backend: str | None = None, adapters: Mapping[str, Adapter] | None = None
-    ) -> OnePeacePretrain:
-        """Build the model that ``save`` wrote, on the CPU, each parameter in the dtype that it has in the file.
-
-        ``adapters`` are those of its added modalities, by name; they take the file's values and dtypes.
-
-        Raises:
-            ValueError: a file that is missing or does not fit.
-        """
-        config, weights = upstream.read_folder(Path(directory).expanduser())
-        with torch.device("meta"):  # no memory, and no numbers drawn, for what the file replaces
-            model = cls(config, backend, adapters)
-        upstream.take_over(model, weights)
-        return model.to("cpu")
-
-    def logit_scale_exp(self) -> Tensor:
-        """exp(s), s clamped in place to [0, ln 100]."""
-        with torch.no_grad():
-            self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-        return self.logit_scale.exp()
-
     def reset_logit_scale(self) -> None:
         """Set the temperature back to where it starts, 0.07."""
         with torch.no_grad():
             self.logit_scale.fill_(INITIAL_LOGIT_SCALE)
-
-    def project(self, encoded: Encoded) -> Tensor:
-        """The L2-normalised projection of the CLS of a pass of one modality: [rows, embed_dim]."""
-        name, cls = encoded.cls()
-        return F.normalize(self.get_submodule(f"{name}_proj")(cls), dim=1)
 
     def _decode(
         self, batches: Sequence[Batch], visible: Sequence[Tokens], encoded: Sequence[Encoded]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import OnePeaceConfig
+from onepeace_fast.config import EncoderConfig
 from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.models.parameter_names import (
     copy_into,
@@ -28,8 +28,17 @@ from onepeace_fast.models.parameter_names import (
     upstream_names,
     without_wrappers,
 )
-from onepeace_fast.relative_position import MAX_POSITIONS
+from onepeace_fast.relative_position import (
+    MAX_POSITIONS,
+    dense_index,
+    grid_code_offset,
+    grid_codes,
+    grid_table_rows,
+    series_index,
+    series_vector_index,
+)
 
+Config = TypeVar("Config", bound=EncoderConfig)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
@@ -41,13 +50,16 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
         "model: expected a model on a device, got parameters without memory; call to_empty(device=...) first",
     )
     with gathered(model):
-        values = _fitting(model, state_dict)
+        values = fitting(model, state_dict)
         for name, parameter in upstream_names(model).items():
             copy_into(parameter, values[name])
 
 
-def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict's values under the model's names; raises ``ValueError`` listing all that does not fit."""
+def fitting(model: nn.Module, state_dict: Mapping[str, Tensor], shown: int | None = None) -> dict[str, Tensor]:
+    """A state dict's values under the model's names; raises ``ValueError`` listing all that does not fit.
+
+    ``shown`` bounds how many of each kind are listed.
+    """
     parameters = upstream_names(model)
     renamed = _renamed(parameters, state_dict)
     counts = Counter(renamed.values())
@@ -71,10 +83,15 @@ def _fitting(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Te
         "no tensors with data": uncopyable,
         "also there under the new name": twice,
     }
-    found = "; ".join(f"{kind}: {', '.join(items)}" for kind, items in problems.items() if items)
+    found = "; ".join(f"{kind}: {_listed(items, shown)}" for kind, items in problems.items() if items)
     if found:
         raise ValueError(f"state_dict: expected exactly this model's keys, got some that do not fit. {found}")
     return {name: given[name] for name in parameters}
+
+
+def _listed(items: Sequence[str], shown: int | None) -> str:
+    more = len(items) - (len(items) if shown is None else shown)
+    return ", ".join(items) if more <= 0 else f"{', '.join(items[:shown])} and {more} more"
 
 
 def _renamed(parameters: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]) -> dict[str, str]:
@@ -112,7 +129,7 @@ def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
     return {name: p.grad if grads else p.detach() for name, p in parameters.items()}
 
 
-def save(model: nn.Module, config: OnePeaceConfig, expected: nn.Module, directory: Path) -> None:
+def save(model: nn.Module, config: EncoderConfig, expected: nn.Module, directory: Path) -> None:
     """Write the weights and the configuration, each under another name first, then in its place in one step.
 
     ``expected`` is the model that ``load`` would build of this configuration. Of a sharded model every process must
@@ -160,15 +177,19 @@ def _check_ties(tensors: Mapping[str, Tensor]) -> None:
         )
 
 
-def read_folder(directory: Path) -> tuple[OnePeaceConfig, dict[str, Tensor]]:
-    """The configuration and the weights that ``save`` wrote."""
+def read_folder(directory: Path, kind: type[Config]) -> tuple[Config, dict[str, Tensor]]:
+    """The configuration and the weights that ``save`` wrote of a model of one kind."""
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise ValueError(f"directory: expected a folder that save() wrote, got {directory} without {name}")
-    config = OnePeaceConfig.load(directory / CONFIG_FILE)
+    return kind.load(directory / CONFIG_FILE), read_weights(directory)
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """The weights that ``save`` wrote, mapped into memory."""
     try:
         with torch.device("cpu"):
-            return config, load_file(directory / WEIGHTS_FILE)
+            return load_file(directory / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -187,7 +208,7 @@ def take_over(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     for module in model.modules():
         for name, parameter in module._parameters.items():
             module._parameters[name] = fresh.get(id(parameter), parameter)
-    values = _fitting(model, weights)
+    values = fitting(model, weights)
     for name, parameter in upstream_names(model).items():
         parameter.data = values[name].clone()  # what is read of a file may be its pages
 
@@ -211,9 +232,33 @@ def _check_buffer(model: nn.Module, name: str, value: Tensor) -> str | None:
     if kind == "position_idx" and isinstance(module, ImageAdapter):
         expected = torch.arange(module.position_grid**2 + 1, device="cpu")
     elif kind == "rp_bucket" and isinstance(module, Adapter) and module.has_bias:
-        width = MAX_POSITIONS if isinstance(module, SeriesAdapter) else cast(ImageAdapter, module).bias_grid ** 2 + 1
-        expected = module.dense_table_index(width).cpu()
+        expected = _bucket(module)
     else:
         return f"{name} belongs to no part of this model"
-    same = value.shape == expected.shape and torch.equal(value.cpu().long(), expected)
+    same = equals(value, expected)
     return None if same else f"{name} differs from the one that follows from the configuration"
+
+
+def equals(value: Tensor, expected: Tensor) -> bool:
+    """Whether a buffer of a checkpoint holds these integers, in whatever dtype."""
+    return value.shape == expected.shape and torch.equal(value.cpu().long(), expected)
+
+
+def grid_bucket(grid: int) -> Tensor:
+    """The buffer rp_bucket of upstream's image adapter: int64 [grid ** 2 + 1, grid ** 2 + 1] on the CPU."""
+    code = grid_codes(grid, grid, "cpu")
+    is_cls = torch.arange(len(code), device="cpu") == 0
+    return dense_index(code, is_cls, grid_code_offset(grid), grid_table_rows(grid))
+
+
+def _bucket(adapter: Adapter) -> Tensor:
+    """The buffer rp_bucket of an adapter, which may be on meta where it is one of this library's."""
+    if type(adapter) is ImageAdapter:
+        return grid_bucket(adapter.bias_grid)
+    if not isinstance(adapter, SeriesAdapter):
+        return adapter.dense_table_index(cast(ImageAdapter, adapter).bias_grid ** 2 + 1).cpu()
+    if not adapter.cls_embedding.is_meta:
+        return adapter.dense_table_index(MAX_POSITIONS).cpu()
+    position = torch.arange(MAX_POSITIONS, device="cpu")
+    index = series_vector_index(series_index(adapter.bucket_size), adapter.bucket_size, MAX_POSITIONS)
+    return index[dense_index(position, position == 0, MAX_POSITIONS - 1, len(index))]

@@ -81,6 +81,7 @@ class Adapter(DerivedBuffers, ABC):
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
         super().__init__()
         self.cls_embedding = nn.Parameter(init_truncated_normal(torch.empty(1, 1, embed_dim)))
+        self.type_embedding: nn.Parameter | None = None
         self._remembered: dict[str, tuple[int, torch.device, Tensor | None]] = {}
         if tables:
             self.rel_pos_table_list = nn.ModuleList(nn.Embedding(rows, heads) for _ in range(tables))
@@ -113,8 +114,12 @@ class Adapter(DerivedBuffers, ABC):
         """Add positions to ``tokens``; with ``ids`` int64 [rows, visible] only those tokens, side by side."""
         positions = self.position_table(tokens.shape[1])
         if ids is None:
-            return tokens + positions
-        return take(tokens, ids) + take(positions.expand(tokens.shape[0], -1, -1), ids)
+            return self.typed(tokens + positions)
+        return self.typed(take(tokens, ids) + take(positions.expand(tokens.shape[0], -1, -1), ids))
+
+    def typed(self, x: Tensor) -> Tensor:
+        """Add the type embedding, where there is one."""
+        return x if self.type_embedding is None else x + self.type_embedding
 
     def forward(self, value: Tensor, ids: Tensor | None = None) -> Tensor:
         """Embed an input with positions; with ``ids`` only those tokens.

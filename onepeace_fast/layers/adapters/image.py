@@ -33,6 +33,9 @@ class ImageAdapter(Adapter):
         super().__init__(embed_dim, heads, tables, grid_table_rows(config.bias_grid))
         self.position_grid, self.bias_grid, self.embeds = config.position_grid, config.bias_grid, stem
         self.pos_embed = nn.Parameter(init_truncated_normal(torch.empty(self.position_grid**2 + 1, embed_dim)))
+        self.type_embedding_2: nn.Parameter | None = None
+        if config.type_embedding:
+            self.type_embedding, self.type_embedding_2 = (nn.Parameter(torch.zeros(1, 1, embed_dim)) for _ in range(2))
         if stem:
             quarter = embed_dim // 4
             self.embed_images = nn.Sequential(

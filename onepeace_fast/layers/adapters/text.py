@@ -25,6 +25,8 @@ class TextAdapter(SeriesAdapter):
         super().__init__(embed_dim, heads, tables, config.bucket_size)
         self.embed_positions = nn.Embedding(TEXT_POSITIONS, embed_dim)
         init_truncated_normal(self.embed_positions.weight)
+        if config.type_embedding:
+            self.type_embedding = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.vocab_size, self.embeds = vocab_size, vocab_size is not None
         if vocab_size is not None:
             self.embed_tokens = nn.Embedding(vocab_size, embed_dim, padding_idx=PADDING_TOKEN)
@@ -53,4 +55,4 @@ class TextAdapter(SeriesAdapter):
         return torch.cat([self.cls_embedding.expand(value.shape[0], -1, -1), self.embed_tokens(value)], dim=1)
 
     def place(self, tokens: Tensor, ids: Tensor | None) -> Tensor:
-        return super().place(tokens, None) if ids is None else take(tokens, ids) + self.embed_positions(ids)
+        return super().place(tokens, None) if ids is None else self.typed(take(tokens, ids) + self.embed_positions(ids))
