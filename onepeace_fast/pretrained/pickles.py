@@ -11,7 +11,7 @@ import pickle
 import re
 import struct
 from argparse import Namespace
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,8 +71,10 @@ def _allowed() -> dict[str, Any]:
     numbers = {f"numpy.dtypes.{type(numpy.dtype(code)).__name__}": type(numpy.dtype(code)) for code in "?bBhHiIlLqQefd"}
     scalars = {f"numpy.{core}.multiarray.scalar": _scalar for core in ("core", "_core")}
     stand_ins = {name: StandIn for name in _STAND_INS}
-    builtins = {f"builtins.{kind.__name__}": kind for kind in (set, frozenset, complex, bytearray)}
+    kinds = (set, frozenset, complex, bytearray, dict, list, tuple, str, int, float, bool)
+    builtins = {f"builtins.{kind.__name__}": kind for kind in kinds}
     single = {"argparse.Namespace": Namespace, "numpy.dtype": numpy.dtype, "typing.Any": _any}
+    single["collections.defaultdict"] = defaultdict
     return {**builtins, **single, **numbers, **scalars, **stand_ins}
 
 

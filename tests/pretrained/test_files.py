@@ -17,6 +17,7 @@ from pretrained._files import checkpoint_of, settings_of, state_of, write, write
 import onepeace_fast
 from onepeace_fast import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval, from_pretrained
 from onepeace_fast.config import ImageAdapterConfig, TextAdapterConfig
+from onepeace_fast.pretrained import weights
 
 
 def parameters(model):
@@ -166,6 +167,17 @@ def test_a_file_with_nothing_special_is_loaded_without_a_word(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         loaded = from_pretrained(write(tmp_path / "a.pt", checkpoint_of(retrieval("text"))))
     assert not caplog.records and str(loaded.load_report).endswith("every parameter as the file has it")
+
+
+def test_a_large_file_shows_how_far_it_is(tmp_path, monkeypatch):
+    counts, path = [], write(tmp_path / "a.pt", checkpoint_of(retrieval("text")))
+    bar = SimpleNamespace(update=lambda: counts.append(1), close=lambda: counts.append("closed"))
+    monkeypatch.setattr(weights, "progress", lambda *arguments: counts.append(arguments) or bar)
+    from_pretrained(path)
+    assert counts == []
+    monkeypatch.setattr(weights, "_SAID_FROM", 0)
+    number = len(parameters(from_pretrained(path)))
+    assert counts == [("read a.pt", "parameter", number), *[1] * number, "closed"]
 
 
 def test_settings_in_a_namespace_are_read(tmp_path):
