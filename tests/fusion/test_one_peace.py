@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from onepeace_fast import FusedModel, fuse, use_backend
 from onepeace_fast.fusion.families.one_peace_bias import PositionBias
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING
-from onepeace_fast.layers import transformer
+from onepeace_fast.layers import norms, transformer
 from onepeace_fast.tolerance import assert_within_rule
 from tests.fusion._checks import (
     Case,
@@ -103,7 +103,8 @@ def test_values_gradients_and_the_way_back(kind: str):
 
 
 def test_values_by_the_ops_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(transformer, "calls_modules", lambda x: False)
+    for module in (norms, transformer):
+        monkeypatch.setattr(module, "calls_modules", lambda x: False)
     check_values_and_undo(case("vl", tables=2))
     check_values_and_undo(case("al", visible=True))
 

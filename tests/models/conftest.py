@@ -4,14 +4,15 @@ import pytest
 import torch.distributed as dist
 
 from onepeace_fast import kernels
-from onepeace_fast.layers import transformer
+from onepeace_fast.layers import norms, transformer
 
 
 @pytest.fixture(autouse=True)
 def ops_on_a_cpu(request, monkeypatch):
     """The fused backend goes through the ops on a CPU too, as it does on a GPU, unless a test asks for the modules."""
     if "modules_on_a_cpu" not in request.fixturenames:
-        monkeypatch.setattr(transformer, "calls_modules", lambda x: False)
+        for module in (norms, transformer):
+            monkeypatch.setattr(module, "calls_modules", lambda x: False)
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ def test_the_peak_of_anonymous_memory_is_little_above_the_model(tmp_path, dtype)
     assert 0.9 < measured.share <= LIMIT
 
 
+@pytest.mark.slow
 def test_so_it_is_for_a_folder_and_for_the_vision_pickle(tmp_path):
     encoder = replace(config_of(1).encoder, text=None, audio=None)
     model = OnePeaceRetrieval(RetrievalConfig(encoder=encoder))
