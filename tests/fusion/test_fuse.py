@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from onepeace_fast import FusedModel, fuse
-from tests.fusion._sums import Encoder, Layer, Model, Sums, X, ways
+from tests.fusion._sums import Around, Encoder, Layer, Model, Sums, X, ways
 
 
 @pytest.fixture(autouse=True)
@@ -83,17 +83,6 @@ def test_parameters_that_are_replaced_are_read():
     fuse(model)
     model.load_state_dict({name: torch.zeros_like(value) for name, value in model.state_dict().items()}, assign=True)
     assert not model(X).any() and model.way == "fused"
-
-
-class Around(nn.Module):
-    """As an adapter of low rank stands in the place of a linear layer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any) -> Tensor:
-        return 2 * self.inner(*args)
 
 
 class Quantised(Tensor):
