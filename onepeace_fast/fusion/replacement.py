@@ -30,7 +30,7 @@ class Replacement:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The method's own: a Trainer and ``generate`` choose a batch's arguments by it."""
+        """The method's own: transformers' trainer and generation choose arguments by it."""
         return inspect.signature(self.original)
 
     def change(self) -> str:
