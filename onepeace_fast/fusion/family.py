@@ -11,6 +11,7 @@ To add a family, write a subclass of ``FusedCall`` in a file of families/ and na
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection
@@ -26,7 +27,10 @@ from onepeace_fast.models.choice import packing_pays
 
 TOO_LITTLE_PADDING = "on a CPU, packing pays only with more padding; use_backend('fused') packs in any case"
 ON_A_CPU = "on a CPU, routing saves memory but no time; use_backend('fused') fuses in any case"
+UNKNOWN = "arguments: others than the fused computation knows"
 BACKEND = "use_backend('reference') asks for it"
+TRACED = "torch.export or torch.jit.trace: the program holds the model's own code"
+REPLICATE = "_replicate_for_data_parallel"  # the method by which DataParallel copies a module
 MARK = "_onepeace_fast_fusion"  # of a root's __dict__: its fusion
 
 
@@ -60,9 +64,15 @@ class Fusion(ABC):
         """Put the fused computation in the place of the model's own."""
         self.root.__dict__[MARK] = self
 
+    @property
+    def is_installed(self) -> bool:
+        """Whether the module is computed by this fusion, and not its own way or by a later one."""
+        return self.root.__dict__.get(MARK) is self
+
     def remove(self) -> None:
-        """Give the model its own computation back, bit for bit."""
-        self.root.__dict__.pop(MARK, None)
+        """Give the model its own computation back, bit for bit; nothing where it has it, or a later fusion."""
+        if self.is_installed:
+            del self.root.__dict__[MARK]
 
     def count_tokens(self, padded: int, computed: int) -> None:
         """Add a fused call's tokens to what the report says."""
@@ -82,6 +92,12 @@ class FusedCall(Fusion):
         Refusal: parameters that are tied within the root.
     """
 
+    calls_own_forward: ClassVar[bool] = False  # whether the fused computation calls the root's class's
+    arguments_known: ClassVar[inspect.Signature]
+
+    def __init_subclass__(cls) -> None:
+        cls.arguments_known = inspect.signature(cls.declines)
+
     def __init__(
         self,
         root: nn.Module,
@@ -92,8 +108,13 @@ class FusedCall(Fusion):
     ) -> None:
         super().__init__(root)
         self.replacements = [Replacement(self, root if entry is None else entry, "forward", "call")]
-        self.structure = Structure(root, called, exchangeable, whole)
+        self.structure = Structure(root, called, exchangeable, whole, entry)
         _refuse_tied(root)
+
+    @property
+    def unread(self) -> list[Replacement]:
+        """Those whose original is not called by the fused computation."""
+        return self.replacements[self.calls_own_forward :]
 
     @abstractmethod
     def declines(self, *args: Any, **kwargs: Any) -> str:
@@ -112,45 +133,72 @@ class FusedCall(Fusion):
 
     def call(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
         """The root's forward: fused, or where this call or a change of the model forbids it, the model's own."""
-        reason = self.declines(*args, **kwargs)
-        if not reason and not torch.compiler.is_compiling():
-            reason = self.structure.change()
+        reason = self._declines(*args, **kwargs)
+        if not reason:
+            reason = self.structure.change() or next(filter(None, [one.change() for one in self.unread]), "")
         self.calls[reason] += 1
         return replacement.original(*args, **kwargs) if reason else self.forward(*args, **kwargs)
 
+    def _declines(self, *args: Any, **kwargs: Any) -> str:
+        if is_exported():
+            return TRACED
+        if requested_backend(None) == "reference":
+            return BACKEND
+        try:
+            self.arguments_known.bind(self, *args, **kwargs)
+        except TypeError:
+            return UNKNOWN  # the model's own code names what is wrong, or takes it
+        return self.declines(*args, **kwargs)
+
     def install(self) -> None:
         super().install()
+        self.root.__dict__[REPLICATE] = refuse_replicas
         for replacement in self.replacements:
             replacement.install()
 
     def remove(self) -> None:
+        if self.is_installed:
+            self.root.__dict__.pop(REPLICATE, None)
         super().remove()
         for replacement in self.replacements:
             replacement.remove()
 
 
+def refuse_replicas() -> None:
+    """In the place of a method by which a module is replicated: a replica would compute with the module's parameters.
+
+    Raises:
+        ValueError: always.
+    """
+    raise ValueError(
+        "model: expected a fused model on one device, got replicas of torch.nn.DataParallel; take "
+        "DistributedDataParallel, or FusedModel(model).undo()"
+    )
+
+
+def is_exported() -> bool:
+    """Whether a call is recorded as a program, which holds for other batches than this one."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+
+
 def packing_is_chosen(x: Tensor, padded: int, packed: int, of_a_row: int) -> bool:
-    """Whether a call packs its tokens: as ``use_backend`` asks, on a CPU where it pays, elsewhere always.
+    """Whether a call packs its tokens: where ``use_backend`` asks, on a CPU where it pays, elsewhere always.
 
     Args:
         x: the tokens, for their device.
         padded, packed: rows of each.
         of_a_row: floating-point operations of the products of one row in one layer.
     """
-    if backend := requested_backend(None):
-        return backend == "fused"
-    return x.device.type != "cpu" or packing_pays(padded, packed, of_a_row)
+    return x.device.type != "cpu" or requested_backend(None) == "fused" or packing_pays(padded, packed, of_a_row)
 
 
 def routing_is_chosen(x: Tensor) -> str:
     """Why a call whose tokens the model routes itself, without padding, is not fused; an empty text where it is.
 
-    ``use_backend`` is obeyed. Elsewhere a GPU fuses. A CPU does not: on an AMD EPYC the ops took up to a third longer
+    A GPU fuses. A CPU does where ``use_backend`` asks: on an AMD EPYC the ops took up to a third longer
     than the modules with few tokens and as long with many, and kept 0.53 to 0.83 of the memory for the backward pass.
     """
-    if backend := requested_backend(None):
-        return "" if backend == "fused" else BACKEND
-    return ON_A_CPU if x.device.type == "cpu" else ""
+    return ON_A_CPU if x.device.type == "cpu" and requested_backend(None) != "fused" else ""
 
 
 def _refuse_tied(root: nn.Module) -> None:

@@ -57,12 +57,13 @@ class FusedModel:
         return Report(parts, self.refused, gain)
 
     def _as_it_was(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        for part in self.parts.values():
+        fused = [part for part in self.parts.values() if part.is_installed]
+        for part in fused:
             part.remove()
         try:
             return model(*args, **kwargs)
         finally:
-            for part in self.parts.values():
+            for part in fused:
                 part.install()
 
 

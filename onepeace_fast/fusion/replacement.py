@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,14 +18,30 @@ class Replacement:
 
     def __init__(self, fusion: Any, module: nn.Module, method: str, call: str) -> None:
         self.fusion, self.module, self.method, self.call = fusion, module, method, call
+        self.kind = type(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.fusion, self.call)(self, *args, **kwargs)
 
     @property
     def original(self) -> Callable[..., Any]:
-        """The class's own method, bound to the module."""
-        return getattr(type(self.module), self.method).__get__(self.module)
+        """The class's own method for the module; a bound one would be this object again in compiled code."""
+        return partial(getattr(type(self.module), self.method), self.module)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The method's own: transformers' trainer and generation choose arguments by it."""
+        return inspect.signature(self.original)
+
+    def change(self) -> str:
+        """Why the method is not what was replaced: the module is of another class now; an empty text where it is.
+
+        A class that only adds to the other, as FSDP2's and parametrizations' do, has the same method.
+        """
+        kind = type(self.module)
+        if kind is self.kind or getattr(kind, self.method) is getattr(self.kind, self.method):
+            return ""
+        return f"expected the {self.method} of {self.kind.__name__}, got that of {kind.__name__}"
 
     def install(self) -> None:
         """Put it in the place of the method."""

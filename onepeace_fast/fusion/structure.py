@@ -1,4 +1,4 @@
-"""Whether a live module still is what it was when it was fused: classes, hooks, parameters.
+"""Whether a live module still is what it was when it was fused: classes, hooks, parameters, settings.
 
 A fused computation reads the parameters of many modules and calls few of them. What a user put around a module since
 then (LoRA, a hook, a quantised weight) would be ignored, so every call looks for it first.
@@ -35,6 +35,18 @@ class Part(NamedTuple):
     kind: type[nn.Module]
     is_called: bool
     may_change: bool
+    children: frozenset[str]
+    parameters: list[type]
+    names: frozenset[str]
+
+
+class Setting(NamedTuple):
+    """An attribute of a module that decides the computation, as it was."""
+
+    path: str
+    module: nn.Module
+    name: str
+    value: object
 
 
 class Structure:
@@ -48,6 +60,7 @@ class Structure:
             called, token by token.
         whole: modules below it that are called with what the model's own code would give them: anything may be changed
             in them.
+        entry: the module below it whose ``forward`` is replaced instead of the root's own.
     """
 
     def __init__(
@@ -56,17 +69,30 @@ class Structure:
         called: Collection[nn.Module] = (),
         exchangeable: Collection[nn.Module] = (),
         whole: Collection[nn.Module] = (),
+        entry: nn.Module | None = None,
     ) -> None:
         sets = ({id(module) for module in some} for some in (called, exchangeable, whole))
         self.parts = [*_parts(root, "", *sets)]
+        self.entry = root if entry is None else None
+        self.children = _children(root)
+        self.settings: list[Setting] = []
+
+    def watch(self, path: str, module: nn.Module, *names: str) -> None:
+        """Let another value of these attributes of a module below the root be a change."""
+        self.settings += [Setting(f"{path}.{name}", module, name, getattr(module, name)) for name in names]
 
     def change(self) -> str:
         """What changed since, in one line; an empty text for nothing."""
         if watched_everywhere():
             return "hooks are registered for all modules"
+        if self.entry is not None and (reason := _added(self.entry, self.children)):
+            return reason
         for part in self.parts:
             if reason := _change(part):
                 return f"{part.path}: {reason}"
+        for path, module, name, value in self.settings:
+            if (now := getattr(module, name)) != value:
+                return f"{path}: expected {value!r}, as when it was fused, got {now!r}"
         return ""
 
 
@@ -76,7 +102,10 @@ def _parts(
     for name, child in module._modules.items():
         if child is not None and id(child) not in whole:
             path = f"{prefix}{name}"
-            yield Part(path, module, name, child, type(child), id(child) in called, id(child) in exchangeable)
+            yield Part(
+                path, module, name, child, type(child), id(child) in called, id(child) in exchangeable,
+                _children(child), [*map(type, child._parameters.values())], _parameters(child),
+            )  # fmt: skip
             yield from _parts(child, f"{path}.", called, exchangeable, whole)
 
 
@@ -90,7 +119,18 @@ def _change(part: Part) -> str:
     for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]):
         if hooks and not (part.is_called and all(map(_is_obeyed, hooks.values()))):
             return "expected no hooks, got some"
-    if not part.may_change and not has_plain_tensors(module):
+    if part.may_change:
+        return ""
+    if reason := _added(module, part.children):
+        return reason
+    if [*map(type, module._parameters.values())] == part.parameters:
+        return ""  # most often, and quicker than what follows
+    if new := next(iter(_parameters(module) - part.names), ""):
+        return f"expected no parameter {new}, got one"
+    # FSDP1 keeps its tensors as plain attributes.
+    if lost := next((name for name in part.names if getattr(module, name, None) is None), ""):
+        return f"expected a parameter {lost}, got none"
+    if not has_plain_tensors(module):
         kinds = {type(parameter) for parameter in module._parameters.values() if parameter is not None}
         if other := next((kind for kind in kinds if not is_plain_tensor(kind) and not _is_of_distributed(kind)), None):
             return f"expected plain parameters, got {other.__name__}"
@@ -105,6 +145,23 @@ def _replaced(part: Part) -> str:
     if type(module) is not part.kind and not (part.is_called and isinstance(module, part.kind)):
         return f"expected a {part.kind.__name__}, got {_kind_name(module)}"
     return ""
+
+
+def _added(module: nn.Module, children: frozenset[str]) -> str:
+    if len(module._modules) == len(children):
+        return ""
+    for name in module._modules.keys() - children:
+        if (child := module._modules[name]) is not None:
+            return f"expected no module {name}, got {_kind_name(child)}"
+    return ""
+
+
+def _children(module: nn.Module) -> frozenset[str]:
+    return frozenset([name for name, child in module._modules.items() if child is not None])
+
+
+def _parameters(module: nn.Module) -> frozenset[str]:
+    return frozenset([name for name, parameter in module._parameters.items() if parameter is not None])
 
 
 def _kind_name(module: nn.Module | None) -> str:

@@ -13,84 +13,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from onepeace_fast import FusedModel, fuse
-from onepeace_fast.fusion.family import FusedCall, Refusal
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x)
-
-
-class Encoder(nn.Module):
-    """A stack whose fused form says so by a second output."""
-
-    def __init__(self, width: int = 3) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(2))
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
-        for layer in self.layers:
-            x = layer(x)
-        return scale * x, "own"
-
-
-class Sums(FusedCall):
-    family = "sums"
-
-    def __init__(self, root: nn.Module) -> None:
-        if root.norm.normalized_shape != (3,):
-            raise Refusal(f"norm: expected width 3, got {root.norm.normalized_shape[0]}")
-        super().__init__(root, root.layers)
-        for layer in root.layers:
-            self.replace(layer, "forward", "layer")
-
-    @staticmethod
-    def resembles(module: nn.Module) -> bool:
-        return isinstance(module, Encoder)
-
-    def declines(self, x: Tensor, scale: float = 1.0) -> str:
-        return "" if scale == 1 else "a scale was asked for"
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, str]:
-        self.count_tokens(2 * x.shape[0], x.shape[0])
-        for layer in self.root.layers:
-            x = layer(x, "fused")
-        return x, "fused"
-
-    def layer(self, replacement: Any, x: Tensor, way: str = "") -> Tensor:
-        if not way:
-            return replacement.original(x)
-        linear = replacement.module.linear
-        return x + nn.functional.linear(x, linear.weight, linear.bias)
-
-
-class Model(nn.Module):
-    def __init__(self, width: int = 3) -> None:
-        super().__init__()
-        self.encoder = Encoder(width)
-        self.head = nn.Linear(3, 1)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        encoded, self.way = self.encoder(x, scale=scale)
-        return self.head(encoded)
+from tests.fusion._sums import Around, Encoder, Layer, Model, Sums, X, ways
 
 
 @pytest.fixture(autouse=True)
 def _family(monkeypatch):
     monkeypatch.setattr(sys.modules["onepeace_fast.fusion.fuse"], "FAMILIES", (Sums,))
-
-
-X = torch.arange(6.0).view(2, 3)
-
-
-def ways(model: Model) -> str:
-    model(X)
-    return model.way
 
 
 def refusal(model: Any) -> str:
@@ -157,17 +85,6 @@ def test_parameters_that_are_replaced_are_read():
     assert not model(X).any() and model.way == "fused"
 
 
-class Around(nn.Module):
-    """As an adapter of low rank stands in the place of a linear layer."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any) -> Tensor:
-        return 2 * self.inner(*args)
-
-
 class Quantised(Tensor):
     """A tensor whose class decides what a product is."""
 
@@ -192,9 +109,34 @@ def quantise_parameter(layer: Layer) -> None:
     layer.linear.weight = nn.Parameter(layer.linear.weight.data.as_subclass(Quantised))
 
 
+class Scaled(Layer):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def add_module(layer: Layer) -> None:
+    layer.norm = nn.LayerNorm(3)
+
+
+def add_parameter(layer: Layer) -> None:
+    layer.scale = nn.Parameter(torch.ones(3))
+
+
+def drop_parameter(layer: Layer) -> None:
+    layer.linear.bias = None
+
+
+def become_another_class(layer: Layer) -> None:
+    layer.__class__ = Scaled
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (add_module, "layers.1: expected no module norm, got LayerNorm"),
+        (add_parameter, "layers.1: expected no parameter scale, got one"),
+        (drop_parameter, "layers.1.linear: expected a parameter bias, got none"),
+        (become_another_class, "expected the forward of Layer, got that of Scaled"),
         (wrap, "layers.1.linear: expected the Linear that was fused, got Around"),
         (hook, "layers.1.linear: expected no hooks, got some"),
         (hook_before, "layers.1: expected no hooks, got some"),
@@ -210,6 +152,37 @@ def test_what_was_changed_since_runs_as_the_models_own_code(change, reason):
     assert ways(model) == "own"
     (part,) = handle.report().parts
     assert part.own_calls == {reason: 1}
+
+
+def test_a_layer_more_or_a_module_beside_layers_runs_the_models_own_code():
+    model = Model()
+    handle = fuse(model)
+    model.encoder.layers.append(Layer())
+    assert ways(model) == "own"
+    del model.encoder.layers[2]
+    model.encoder.pooler = Layer()
+    assert ways(model) == "own"
+    assert [*handle.report().parts[0].own_calls] == [
+        "layers: expected no module 2, got Layer", "expected no module pooler, got Layer"
+    ]  # fmt: skip
+
+
+def test_a_class_that_adds_no_forward_is_fused():
+    model = Model()
+    fuse(model)
+    layer = model.encoder.layers[0]
+    layer.__class__ = type("Sharded", (Layer,), {})
+    assert ways(model) == "fused"
+
+
+def test_a_changed_setting_runs_the_models_own_code():
+    model = Model()
+    (part,) = fuse(model).parts.values()
+    part.structure.watch("norm", model.encoder.norm, "eps")
+    assert ways(model) == "fused"
+    model.encoder.norm.eps = 0.5
+    assert ways(model) == "own"
+    assert part.calls["norm.eps: expected 1e-05, as when it was fused, got 0.5"] == 1
 
 
 def test_hooks_for_all_modules_run_the_models_own_code():

@@ -159,6 +159,18 @@ def test_inference_mode():
         torch.testing.assert_close(model(**batch(0)), plain, rtol=1e-4, atol=1e-4)
 
 
+def test_a_route_of_inference_mode_serves_training():
+    model, given = make(), batch(0)
+    fuse(model)
+    with use_backend("fused"):
+        with torch.inference_mode():
+            expected = model(**given)
+        found = model(**given)
+        found.sum().backward()
+    assert torch.equal(found, expected)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_attention_gets_its_mask_and_gives_its_weights():
     given, model = batch(0), make().attention[0]
     handle = fuse(model)

@@ -24,3 +24,12 @@ def test_the_reference_backend_becomes_the_automatic_one_and_comes_back():
     FusedModel(other).undo()
     assert other.encoder.backend == "reference"
     assert torch.equal(model.embed(text=tokens), before)
+
+
+def test_a_handle_leaves_a_later_one_its_model():
+    model = small_model("reference").eval()
+    earlier = fuse(model)
+    earlier.undo()
+    later = fuse(model)
+    earlier.undo()
+    assert [part.root.backend for part in later.parts.values()] == [None] * len(later.parts)

@@ -108,7 +108,7 @@ class Bagel(FusedCall):
         except TypeError:
             return UNKNOWN
         x, und, gen = call["packed_sequence"], call["packed_und_token_indexes"], call.get("packed_gen_token_indexes")
-        if not _fits(x, root.norm.weight, und, gen):
+        if not _fits(x, self.norms[0][0].weight, und, gen):
             return KINDS
         if reason := routing_is_chosen(x):
             return reason

@@ -46,6 +46,7 @@ class MaskedExperts(FusedCall):
     """
 
     norms_of: ClassVar[str]  # the norms of the output
+    first: nn.Linear  # the first expert's, whose dtype tokens must have
 
     def __init__(self, root: nn.Module, whole: Sequence[nn.Module] = ()) -> None:
         super().__init__(root, whole=whole)
@@ -67,11 +68,11 @@ class MaskedExperts(FusedCall):
         require_rms_norms(experts := self.named(name), width, EPS)
         self.norms.append([module for _, module in experts])
 
-    def declines_tokens(self, x: Any, masks: Any, weight: Tensor) -> str:
+    def declines_tokens(self, x: Any, masks: Any) -> str:
         """Why a call with these tokens and masks is not fused."""
         if any([len({norm.eps for norm in norms}) > 1 for norms in self.norms]):
             return CHANGED_EPS
-        if not self._fits(x, masks, weight):
+        if not self._fits(x, masks, self.first.weight):
             return KINDS
         return routing_is_chosen(x) or ("" if route_of(masks) else OVERLAP)
 
@@ -114,6 +115,7 @@ class MixtureFeedForward(MaskedExperts):
             name: require_linears([(f"{path}.{name}", expert._modules[name]) for path, expert in experts])
             for name in ("w1", "w3", "w2")
         }
+        self.first = experts[0][1].w1
         hidden, width = shapes["w1"]
         for name, wanted in (("w3", (hidden, width)), ("w2", (width, hidden))):
             if shapes[name] != wanted:
@@ -131,8 +133,7 @@ class MixtureFeedForward(MaskedExperts):
             call = FEED_FORWARD.bind(self, *args, **kwargs).arguments
         except TypeError:
             return UNKNOWN
-        root: Any = self.root
-        return self.declines_tokens(call["x"], call["modality_masks"], root.local_experts[0].w1.weight)
+        return self.declines_tokens(call["x"], call["modality_masks"])
 
     def forward(self, x: Tensor, modality_masks: Sequence[Tensor] | Tensor) -> Tensor:
         root: Any = self.root
@@ -157,6 +158,7 @@ class MixtureAttention(MaskedExperts):
             raise Refusal("attention_comp: expected a module, got none")
         super().__init__(root, whole=[attention])
         shapes = [require_linears(self.named(name)) for name in self.projections]
+        self.first = self.named(self.projections[0])[0][1]
         inner, width = shapes[0]
         for name, got, wanted in zip(self.projections, shapes, [(inner, width)] * 3 + [(width, inner)], strict=True):
             if got != wanted:
@@ -166,6 +168,7 @@ class MixtureAttention(MaskedExperts):
             head_dim = getattr(root, "head_dim", 0)
             if not isinstance(head_dim, int) or head_dim < 1 or inner % head_dim:
                 raise Refusal(f"head_dim: expected a divisor of {inner}, got {head_dim}")
+            self.structure.watch("model", root, "head_dim")
             for name in self.qk_norms[:2]:
                 if root._modules.get(name) is None:
                     raise Refusal(f"{name}: expected norms, got none")
@@ -181,10 +184,9 @@ class MixtureAttention(MaskedExperts):
             call = ATTENTION.bind(self, *args, **kwargs).arguments
         except TypeError:
             return UNKNOWN
-        root: Any = self.root
         if isinstance(call["x"], Tensor) and call["x"].dim() != 2:
             return KINDS
-        return self.declines_tokens(call["x"], call["modality_masks"], root.local_experts_wq[0].weight)
+        return self.declines_tokens(call["x"], call["modality_masks"])
 
     def forward(self, x: Tensor, attn_mask: Any, modality_masks: Sequence[Tensor] | Tensor) -> tuple[Tensor, Any]:
         root: Any = self.root
@@ -245,7 +247,8 @@ def route_of(masks: Sequence[Tensor] | Tensor) -> Route | None:
     owners = [masks] if isinstance(masks, Tensor) else [*masks]
     kept = _PLANS.get(owners[0])
     if kept is None or not kept.holds(masks, owners):
-        _PLANS[owners[0]] = kept = Kept(masks, owners)
+        with torch.inference_mode(False):  # it is kept for what has gradients, too
+            _PLANS[owners[0]] = kept = Kept(masks, owners)
     return kept.route
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.drop_path import Branch, Branches, branches
-from onepeace_fast.fusion.families.one_peace_bias import AdapterBias, PositionBias
+from onepeace_fast.fusion.families.one_peace_bias import TABLE_SETTINGS, AdapterBias, PositionBias
 from onepeace_fast.fusion.families.one_peace_layer import Packed, SharedLayer, norm
 from onepeace_fast.fusion.family import TOO_LITTLE_PADDING, FusedCall, Refusal, packing_is_chosen
 from onepeace_fast.fusion.replacement import Replacement
@@ -76,6 +76,18 @@ class OnePeaceEncoder(FusedCall):
         self.encoder = encoder
         called = [encoder, *layers, *(bias.adapter for bias in adapters.values())]
         super().__init__(root, called=called, entry=encoder)
+        for number, layer in enumerate(layers):
+            path = f"fusion_model.layers.{number}"
+            self.structure.watch(
+                f"{path}.self_attn", layer.get_submodule("self_attn"), "scaling", "num_heads", "head_dim"
+            )
+            for name in self.modalities:
+                act = layer.get_submodule(f"{name}_ffn.0.act")
+                self.structure.watch(f"{path}.{name}_ffn.0.act", act, "approximate")
+        for bias in adapters.values():
+            tables: Any = bias.adapter.rel_pos_table_list if bias.has_bias else ()
+            for number, table in enumerate(tables):
+                self.structure.watch(f"{bias.path}.rel_pos_table_list.{number}", table, *TABLE_SETTINGS)
         if reason := self.structure.change():
             raise Refusal(reason)
         for shared, layer in zip(self.layers, layers, strict=True):
@@ -125,7 +137,7 @@ class OnePeaceEncoder(FusedCall):
                 return "the bias is of another length than the tokens"
         x = next(iter(infos.values()))[0]
         if x.device.type != "cpu":
-            return "" if packing_is_chosen(x, 1, 1, 1) else TOO_LITTLE_PADDING
+            return ""
         padded = sum([padding.numel() for _, padding, _ in infos.values()])
         hidden = sum([int(padding.sum()) for _, padding, _ in infos.values()]) if has_bias else 0
         of_a_row = 2 * self.dim * (4 * self.dim + 3 * (self.layers[0].hidden or 0))

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.dense_bias import dense_vector, is_relative
-from onepeace_fast.fusion.family import Refusal
+from onepeace_fast.fusion.family import Refusal, is_exported
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.layers.plain import has_plain_tensors
 from onepeace_fast.relative_position import CLS_ENTRIES, dense_index, grid_code_offset, grid_codes
+
+TABLE_SETTINGS = ("padding_idx", "max_norm", "sparse", "scale_grad_by_freq")  # of an Embedding that a vector lacks
 
 
 class PositionBias(Sequence[Tensor]):
@@ -69,7 +71,7 @@ class AdapterBias:
     """
 
     def __init__(self, path: str, adapter: nn.Module, is_grid: bool, heads: int, layers: int) -> None:
-        self.adapter, self.is_grid = adapter, is_grid
+        self.path, self.adapter, self.is_grid = path, adapter, is_grid
         self._buckets: Tensor | None = None
         self._version = 0
         self._rows: Tensor | None = None
@@ -94,7 +96,7 @@ class AdapterBias:
             name = f"{path}.rel_pos_table_list.{number}"
             if type(table) is not nn.Embedding or table.embedding_dim != heads or table.num_embeddings <= most:
                 raise Refusal(f"{name}: expected an Embedding of {most + 1} rows and {heads} heads, got {table}")
-            if table.padding_idx is not None or table.max_norm is not None or table.sparse or table.scale_grad_by_freq:
+            if any([getattr(table, setting) not in (None, False) for setting in TABLE_SETTINGS]):
                 raise Refusal(f"{name}: expected an Embedding without further settings, got {table}")
 
     @property
@@ -124,6 +126,8 @@ class AdapterBias:
     def bias(self, replacement: Replacement, batch: int, length: int | None = None) -> Sequence[Tensor]:
         """In the place of ``get_rel_pos_bias``: the adapter's list, whose pairs are made when they are read."""
         arguments = (batch,) if length is None else (batch, length)
+        if is_exported():
+            return replacement.original(*arguments)
         rows, positions = self.rows(), self._buckets
         assert positions is not None  # rows has read them
         width = positions.shape[0] if length is None else length

@@ -27,5 +27,6 @@ class OwnModel(Fusion):
         self.root.backend = None  # type: ignore[assignment]  # a stack's attribute
 
     def remove(self) -> None:
+        if self.is_installed:
+            self.root.backend = "reference"  # type: ignore[assignment]
         super().remove()
-        self.root.backend = "reference"  # type: ignore[assignment]

@@ -43,6 +43,7 @@ class T5Encoder(FusedCall):
     """A stack of blocks with T5's relative bias, in the first block for all of them or in each its own."""
 
     family = "T5"
+    calls_own_forward = True
 
     def __init__(self, root: nn.Module) -> None:
         stack: Any = root
@@ -60,6 +61,8 @@ class T5Encoder(FusedCall):
         kept = {id(module) for module in frame}
         inner = [module for module in root.modules() if module is not root]
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
+        for (name, _), attention in zip(blocks, attentions, strict=True):
+            self.structure.watch(f"{name}.layer.0.SelfAttention", attention, *SETTINGS)
         if reason := self.structure.change():
             raise Refusal(reason)
         self.arguments: list[str] = [*_parameters(root)][1:]

@@ -51,6 +51,7 @@ class SwinAttention(FusedCall):
         projections = [getattr(root, name) for name in PROJECTIONS]
         called = [module for part in projections for module in part.modules()]
         super().__init__(root, called, called)
+        self.structure.watch("relative_position_bias", bias, "window_size")
         _refuse_change(self)
 
     @staticmethod
@@ -59,9 +60,9 @@ class SwinAttention(FusedCall):
         return bias is not None and TABLE in bias._parameters and "q_proj" in module._modules
 
     def declines(self, *args: Any, **kwargs: Any) -> str:
-        if reason := _declined(self.root, {name: one for name, one in kwargs.items() if name not in ARGUMENTS}):
-            return reason
         x, mask = _given(*args, **kwargs)
+        if reason := _declined(self.root, x, {name: one for name, one in kwargs.items() if name not in ARGUMENTS}):
+            return reason
         if x.dim() != 3 or x.shape[1] != self.window[0] * self.window[1]:
             return "hidden_states: they are not windows of tokens"
         if mask is not None and x.device.type == "cpu" and not _parts(mask)[1]:
@@ -84,6 +85,7 @@ class BeitLayer(FusedCall):
     """A layer of BEiT with a bias of its own."""
 
     family = "BEiT"
+    calls_own_forward = True
 
     def __init__(self, root: nn.Module) -> None:
         attention: Any = root.attention
@@ -110,9 +112,9 @@ class BeitLayer(FusedCall):
     def declines(self, *args: Any, **kwargs: Any) -> str:
         attention: Any = self.root.attention
         known = (*ARGUMENTS, "interpolate_pos_encoding", "resolution")
-        if reason := _declined(attention, {name: one for name, one in kwargs.items() if name not in known}):
-            return reason
         x, mask = _given(*args, **kwargs)
+        if reason := _declined(attention, x, {name: one for name, one in kwargs.items() if name not in known}):
+            return reason
         window = self._window(*args, **kwargs)
         if mask is not None:
             return "attention_mask: a mask or a bias of all layers is not known to a layer"
@@ -142,14 +144,16 @@ class BeitLayer(FusedCall):
         return resolution[0] // patch, resolution[1] // patch
 
 
-def _given(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+def _given(*args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:
     given = dict(zip(ARGUMENTS, args, strict=False)) | kwargs
-    return given["hidden_states"], given.get("attention_mask")
+    return given.get("hidden_states"), given.get("attention_mask")
 
 
-def _declined(attention: Any, others: dict[str, Any]) -> str:
+def _declined(attention: Any, x: Any, others: dict[str, Any]) -> str:
     """Why neither family's call is fused; ``others`` are the keywords that they do not know."""
-    if requested_backend(None) != "fused" and attention.o_proj.weight.device.type == "cpu":
+    if not isinstance(x, Tensor):
+        return "hidden_states: they are not a tensor"
+    if requested_backend(None) != "fused" and x.device.type == "cpu":
         return ON_A_CPU
     if others.get("output_attentions") or getattr(attention.config, "output_attentions", False):
         return "output_attentions: attention's probabilities are not kept"

@@ -1,0 +1,166 @@
+"""What each family's fused computation would ignore, if it were changed after ``fuse``: the model's own code runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from onepeace_fast import fuse, use_backend
+from tests.fusion import _bagel, _mixture_of_transformers, _one_peace, _t5, _torchscale, _windows
+from tests.fusion._checks import floats
+
+TEXTS = {"src_tokens": torch.tensor([[5, 6, 7, 8], [9, 3, 1, 1], [4, 1, 1, 1]]), "encoder_type": "text"}
+SCALE = (_one_peace.DIM // _one_peace.HEADS) ** -0.5
+
+
+def one_peace(**options):
+    return _one_peace.Wrapper(**options).eval()
+
+
+MODELS = {
+    "ONE-PEACE": (one_peace, TEXTS),
+    "ONE-PEACE without norms": (lambda: one_peace(attn_ln=False, sub_norm=False), TEXTS),
+    "T5": (_t5.model, _t5.batch()),
+    "UMT5": (lambda: _t5.model("umt5"), _t5.batch()),
+    "torchscale": (lambda: _torchscale.Real(_torchscale.make()), _torchscale.batch(0)),
+    "Swin": (lambda: _windows.model("swin"), _windows.tokens(0, 2, 54)),
+    "BEiT": (lambda: _windows.model("beit"), _windows.tokens(0, 3, 13)),
+    "feed-forward": (_mixture_of_transformers.feed_forward, _mixture_of_transformers.feed_forward_batch(0)),
+    "BAGEL": (_bagel.make, _bagel.batch(0)),
+}
+
+
+class Twice(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments, **keywords):
+        return 2 * self.inner(*arguments, **keywords)
+
+
+def set_on(path, name, value):
+    return lambda model: setattr(model.get_submodule(path), name, value)
+
+
+def norm(width):
+    made = nn.LayerNorm(width)
+    made.weight = nn.Parameter(torch.linspace(0.5, 2, width))
+    return made
+
+
+def bias(width):
+    return nn.Parameter(torch.linspace(-1, 1, width))
+
+
+def twice(path):
+    def change(model):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Twice(model.get_submodule(path)))
+
+    return change
+
+
+def another_forward(path):
+    """Of a class below the module's, as a user patches one."""
+
+    def change(model):
+        module = model.get_submodule(path)
+
+        def forward(self, *arguments, **keywords):
+            out, *others = super(kind, self).forward(*arguments, **keywords)
+            return (2 * out, *others)
+
+        kind = type("Patched", (type(module),), {"forward": forward})
+        module.__class__ = kind
+
+    return change
+
+
+LAYER, BLOCK = "fusion_model.layers.1", "encoder.block.1.layer.0.SelfAttention"
+CHANGES = {
+    "scaling": ("ONE-PEACE", set_on(f"{LAYER}.self_attn", "scaling", 1.0),
+        f"{LAYER}.self_attn.scaling: expected {SCALE}, as when it was fused, got 1.0"),
+    "activation": ("ONE-PEACE", set_on(f"{LAYER}.text_ffn.0.act", "approximate", "tanh"),
+        f"{LAYER}.text_ffn.0.act.approximate: expected 'none', as when it was fused, got 'tanh'"),
+    "table": ("ONE-PEACE", set_on("text_adapter.rel_pos_table_list.0", "max_norm", 0.1),
+        "text_adapter.rel_pos_table_list.0.max_norm: expected None, as when it was fused, got 0.1"),
+    "norm of attention": ("ONE-PEACE without norms", lambda model: set_on(LAYER, "attn_ln", norm(32))(model),
+        f"{LAYER}: expected no module attn_ln, got LayerNorm"),
+    "gate's bias": ("ONE-PEACE", lambda model: set_on(f"{LAYER}.text_ffn.0.wi_0", "bias", bias(48))(model),
+        f"{LAYER}.text_ffn.0.wi_0: expected no parameter bias, got one"),
+    "T5's distances": ("T5", set_on(BLOCK.replace("1", "0", 1), "relative_attention_max_distance", 30),
+        "block.0.layer.0.SelfAttention.relative_attention_max_distance: expected 10, as when it was fused, got 30"),
+    "UMT5's distances": ("UMT5", set_on(BLOCK, "relative_attention_max_distance", 30),
+        "block.1.layer.0.SelfAttention.relative_attention_max_distance: expected 10, as when it was fused, got 30"),
+    "T5's attention": ("T5", another_forward(BLOCK),
+        "expected the forward of SharedBiasAttention, got that of Patched"),
+    "torchscale's bias": ("torchscale", set_on("model.encoder.layers.0.ffn.A.fc1", "bias", None),
+        "layers.0.ffn.A.fc1: expected a parameter bias, got none"),
+    "window": ("Swin", set_on("layers.1.attention.relative_position_bias", "window_size", (1, 9)),
+        "relative_position_bias.window_size: expected (3, 3), as when it was fused, got (1, 9)"),
+    "Swin's attention": ("Swin", another_forward("layers.1.attention"),
+        "expected the forward of WindowAttention, got that of Patched"),
+    "BEiT's attention": ("BEiT", another_forward("layers.1.attention"),
+        "expected the forward of ImageAttention, got that of Patched"),
+    "an expert's bias": ("feed-forward", lambda model: set_on("local_experts.1.w1", "bias", bias(48))(model),
+        "local_experts.1.w1: expected no parameter bias, got one"),
+    "an expert's layer": ("feed-forward", twice("local_experts.0.w1"),
+        "local_experts.0.w1: expected the Linear that was fused, got Twice"),
+    "BAGEL's bias": ("BAGEL", lambda model: set_on("layers.0.mlp.gate_proj", "bias", bias(48))(model),
+        "layers.0.mlp.gate_proj: expected no parameter bias, got one"),
+    "BAGEL's norm": ("BAGEL", twice("norm"), "norm: expected the Norm that was fused, got Twice"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_was_changed_is_obeyed(name):
+    of, change, reason = CHANGES[name]
+    make, batch = MODELS[of]
+    model, plain = make(), make()
+    unchanged = floats(plain(**batch))
+    change(plain)
+    expected = floats(plain(**batch))
+    assert any(not torch.equal(value, unchanged[of]) for of, value in expected.items())
+    handle = fuse(model)
+    change(model)
+    with use_backend("fused"):
+        found = floats(model(**batch))
+    for path, value in found.items():
+        torch.testing.assert_close(value, expected[path], rtol=1e-4, atol=1e-5)
+    assert [one for part in handle.parts.values() for one in part.calls if one] == [reason]
+
+
+@pytest.mark.parametrize("of", ["Swin", "BEiT"])
+def test_a_projection_without_a_weight_is_called(of):
+    make, batch = MODELS[of]
+    model = make()
+    fuse(model)
+    twice("layers.0.attention.o_proj")(model)
+    expected = floats(model(**batch))
+    with use_backend("fused"):
+        found = floats(model(**batch))
+    for path, value in found.items():
+        torch.testing.assert_close(value, expected[path], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("of", ["ONE-PEACE", "T5", "torchscale"])
+def test_an_exported_program_is_the_models_own(of):
+    make, batch = MODELS[of]
+    model = make()
+    own = torch.export.export(model, (), batch, strict=False).graph_module.code
+    fuse(model)
+    with use_backend("fused"):
+        assert torch.export.export(model, (), batch, strict=False).graph_module.code == own
+
+
+def test_own_code_runs_in_compiled_code():
+    """Behind a break of the graph a bound method would be looked up by its name, and be the replacement."""
+    model, batch = _mixture_of_transformers.make(), _mixture_of_transformers.batch(0)
+    fuse(model)
+    twice("feed_forward.1.local_experts.0.w1")(model)
+    torch._dynamo.reset()
+    with use_backend("fused"):
+        expected = model(**batch)
+        assert torch.equal(torch.compile(model, backend="eager")(**batch), expected)
