@@ -71,6 +71,7 @@ def test_searching_finds_a_file_by_itself_and_by_several_together(folder, capsys
     assert find(folder, "--image", str(folder / "1.png"), "--top", "2") == 0
     first = capsys.readouterr().out.splitlines()[1].split()
     assert first == ["1.000", "image", str(folder / "1.png")]
+    assert find(folder, "--image", str(folder / "1.png"), "--dtype", "bf16") == 0  # the same file's model
     out = str(folder / "found.json")
     query = ["--text", CAPTIONS[1], "--audio", str(folder / "2.wav")]
     assert find(folder, *query, "--of", "text", "audio", "--json", out) == 0
@@ -168,6 +169,6 @@ def test_after_a_kill_it_goes_on_where_it_was(folder):
     # What was done is not read again.
     for path in [folder / f"many {n}.png" for n in range(6)]:
         path.write_bytes(b"gone")
-    subprocess.run(command, cwd=ROOT, check=True)
+    assert subprocess.run(command, cwd=ROOT).returncode == 0
     found = content(folder / "all.parquet")
     assert sorted(line for line, _ in found.values()) == [*range(2, 62)] and not parts.exists()
