@@ -12,6 +12,7 @@ from typing import Any
 import onepeace_fast
 from onepeace_fast import _interrupt, info
 from onepeace_fast.demo import command as demo
+from onepeace_fast.embedding import embed_command, search_command
 from onepeace_fast.hardware import selftest, tune, warmup
 from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
 from onepeace_fast.training import command as training
@@ -93,6 +94,18 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "measure how well a checkpoint finds one side of held-out pairs by the other",
         "Embeds both sides of a manifest's pairs and prints recall at 1, 5 and 10 and the median rank, in both "
         "directions, beside what a random order gets: docs/training.md.",
+    ),
+    "embed": (
+        embed_command,
+        "embed the texts, images and sounds of a manifest into a file",
+        "Embeds every different item of a manifest and writes a Parquet file that `search` reads. Started again after "
+        "a kill it goes on where it was: docs/embedding.md.",
+    ),
+    "search": (
+        search_command,
+        "find the items of such a file that are nearest to a text, an image, a sound or several together",
+        "Embeds what you look for, prints the items with the largest cosines, and shows them in a page: "
+        "docs/embedding.md.",
     ),
     "selftest": (
         selftest,

@@ -290,6 +290,24 @@ class TestBenchFiles:
         assert 8000 <= bench.peak_of(lambda: (x + 1, x * 2)) < 8100  # and a few scalars
         assert bench.peak_of(lambda: [(x + i).sum().item() for i in range(5)]) < 5000
 
+    def test_embedding_compares_what_both_ways_have_in_common(self):
+        for package in ("tokenizers", "PIL", "soundfile", "scipy"):
+            pytest.importorskip(package)
+        bench = importlib.import_module("benchmarks.bench_embedding")
+        counts = bench.Counts(texts=5, images=2, sounds=3, tokens=(5, 9), seconds=(1.0, 1.2))
+        case, report = bench.EmbeddingCase(SIZES, counts), Report()
+        ids = case.embedder.process_text(case.texts)
+        assert sorted((ids != 1).sum(1).tolist()) == [5, 6, 7, 8, 9]
+        for part in bench.PARTS:
+            case.check(part)
+        timings = tuple(Timing([seconds] * 9, cpu=[seconds] * 9) for seconds in (0.8, 1.0))
+        assert [bench.add_row(report, part, 1, timings, (1, 2)) for part in bench.PARTS] == [False, True, False, True]
+        case.model.get_submodule("image_proj").register_forward_hook(
+            lambda _, __, found: found * torch.randn_like(found)
+        )
+        with pytest.raises(AssertionError, match="not close"):
+            case.check("images")
+
     def test_route_plans_are_alike(self):
         bench = importlib.import_module("benchmarks.bench_route_plan")
         case = EncoderCase(tiny_shape(), SIZES)

@@ -61,9 +61,7 @@ def read_rows(path: str | os.PathLike[str], columns: Sequence[str], *, missing: 
     require(missing in MISSING, lambda: f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
     manifest, parquet = _existing(path)
     rows, problems = [], []
-    for line, cells in (_parquet_rows if parquet else _tsv_rows)(manifest, columns):
-        whole = [cell if column == CAPTION else str(manifest.parent / os.path.expanduser(cell))
-                 for column, cell in zip(columns, cells, strict=True)]  # fmt: skip
+    for line, cells, whole in _whole_rows(manifest, parquet, columns):
         if problem := _problem(columns, cells, whole):
             problems.append(f"{'row' if parquet else 'line'} {line}: {problem}")
         else:
@@ -74,6 +72,17 @@ def read_rows(path: str | os.PathLike[str], columns: Sequence[str], *, missing: 
         _report(manifest, problems, total, missing)
     require(bool(rows), lambda: f"{manifest}: expected a usable pair, got none among {total}")
     return rows
+
+
+def read_items(path: str | os.PathLike[str], column: str) -> list[Row]:
+    """The cells of one column that are not empty, files as whole paths that nobody has looked for.
+
+    Raises:
+        ValueError: no such manifest, broken UTF-8, no such column, or a line with another number of columns.
+        ImportError: a Parquet file, and pyarrow is missing.
+    """
+    rows = _whole_rows(*_existing(path), (column,))
+    return [Row(tuple(whole), line) for line, cells, whole in rows if cells[0].strip()]
 
 
 def columns_of(path: str | os.PathLike[str]) -> list[str]:
@@ -92,6 +101,14 @@ def columns_of(path: str | os.PathLike[str]) -> list[str]:
             lines = (line.decode("utf-8-sig", "replace").rstrip("\r\n") for line in file)
             names = [_unquoted(cell) for cell in next(filter(None, lines), "").split("\t")]
     return [name for name in (*COLUMNS, CAPTION) if name in names]
+
+
+def _whole_rows(manifest: Path, parquet: bool, columns: Sequence[str]) -> Iterator[tuple[int, list[str], list[str]]]:
+    """Line, cells, and the cells with whole paths, of every row."""
+    for line, cells in (_parquet_rows if parquet else _tsv_rows)(manifest, columns):
+        whole = [cell if column == CAPTION else str(manifest.parent / os.path.expanduser(cell))
+                 for column, cell in zip(columns, cells, strict=True)]  # fmt: skip
+        yield line, cells, whole
 
 
 def _existing(path: str | os.PathLike[str]) -> tuple[Path, bool]:

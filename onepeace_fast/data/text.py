@@ -113,7 +113,11 @@ class Tokenizer:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a ``tokenizer.json``."""
-        Path(path).expanduser().write_text(self._model.to_str(pretty=True), encoding="utf-8")
+        Path(path).expanduser().write_text(self.text(), encoding="utf-8")
+
+    def text(self) -> str:
+        """What ``save`` writes."""
+        return self._model.to_str(pretty=True)
 
     @property
     def vocab_size(self) -> int:

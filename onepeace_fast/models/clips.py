@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
+from onepeace_fast.models.base import EmbeddingModel
 from onepeace_fast.models.inputs import read_batch
-from onepeace_fast.models.pretrain import OnePeacePretrain
 
 
-def embed_clips(model: OnePeacePretrain, clips: Sequence[Tensor]) -> Tensor:
+def embed_clips(model: EmbeddingModel, clips: Sequence[Tensor]) -> Tensor:
     """Embed each clip as it is alone: L2-normalised [clips, embed_dim], in the order given.
 
     The convolutions over a padded batch see its padding, so a row of ``model.embed(audio=..., audio_padding=...)``
