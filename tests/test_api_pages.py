@@ -10,6 +10,7 @@ from support.known_names import ROOT, is_known
 import onepeace_fast
 
 
+@pytest.mark.slow
 def test_every_public_name_gets_its_page_without_a_warning(tmp_path):
     pytest.importorskip("pdoc")
     from tools import api_pages

@@ -186,6 +186,7 @@ def test_a_name_that_is_none_is_refused(capsys):
     assert "no such fault" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_test_that_a_fault_names_is_run_by_make_test_or_make_test_all():
     named = {test for fault in FAULTS for test in fault.tests}
     files = sorted({test.partition("::")[0] for test in named})

@@ -149,6 +149,7 @@ def test_a_branch_without_a_column_leaves_it_out(folder, capsys):
     assert find(folder, "--model", str(folder / "branch"), "--image", str(folder / "0.png")) == 0
 
 
+@pytest.mark.slow
 def test_after_a_kill_it_goes_on_where_it_was(folder):
     from PIL import Image
 

@@ -52,6 +52,7 @@ def trained(tokenizer, pictures, labels):
     return model.eval()
 
 
+@pytest.mark.slow
 def test_a_trained_models_embeddings_in_upstreams_form_search_the_digits(tmp_path):
     from PIL import Image
 

@@ -155,6 +155,7 @@ def test_an_exported_program_is_the_models_own(of):
         assert torch.export.export(model, (), batch, strict=False).graph_module.code == own
 
 
+@pytest.mark.slow
 def test_own_code_runs_in_compiled_code():
     """Behind a break of the graph a bound method would be looked up by its name, and be the replacement."""
     model, batch = _mixture_of_transformers.make(), _mixture_of_transformers.batch(0)

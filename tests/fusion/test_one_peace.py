@@ -340,6 +340,7 @@ def test_autocast_inference_and_frozen_parameters():
     assert reasons(model) == set()
 
 
+@pytest.mark.slow
 def test_compiled_layers_serve_every_batch():
     torch._dynamo.reset()
     one, model, _ = wide("vl", {})

@@ -261,6 +261,7 @@ def test_a_compiled_block_is_not_compiled_again_for_other_batches(kind, backend)
                 torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_a_whole_compiled_model_computes_the_same():
     torch._dynamo.reset()
     model, given = _t5.model().double(), _t5.batch()

@@ -332,6 +332,7 @@ def test_without_gradients(mode: Callable[[], Any]) -> None:
         assert_close(*fused_and_plain(make(), **batch(0)))
 
 
+@pytest.mark.slow
 def test_layers_are_compiled_once_for_all_batches() -> None:
     model = make()
     plain = copy.deepcopy(model)

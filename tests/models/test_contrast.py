@@ -115,6 +115,7 @@ def test_no_gradient_is_taken_where_none_is_asked_for():
     assert not [event for event in profile.events() if event.name in ("aten::matmul", "aten::scatter_add_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [30, 1 << 22])
 def test_compiled_as_one_graph_it_is_the_same(block, monkeypatch):
     torch.compiler.reset()

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's a
 WIDTHS = {"embed_dim": 768, "ffn_embed_dim": 3072, "attention_heads": 12}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_peak_of_anonymous_memory_is_little_above_the_model(tmp_path, dtype):
     path = tmp_path / "a.pt"
