@@ -96,7 +96,7 @@ class Layer(nn.Module):
 
 class Rotary(nn.Module):
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        angles = position_ids[..., None] * torch.logspace(0, -3, WIDTH // 2).repeat(2)
+        angles = position_ids[..., None] * torch.logspace(0, -3, WIDTH // 2, device=x.device).repeat(2)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
 

@@ -67,7 +67,7 @@ def loss_of(case: Case, output: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     terms = []
     for value in floats(output).values():
-        weights = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+        weights = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         terms.append((value * weights).sum() if value.requires_grad else value.new_zeros(()))
     return torch.stack(terms).sum()
 

@@ -105,7 +105,7 @@ class Stack(nn.Module):
         self.feed_forward = nn.ModuleList(FeedForward() for _ in range(LAYERS))
 
     def forward(self, x: Tensor, masks) -> Tensor:
-        causal = torch.ones(len(x), len(x), dtype=torch.bool).tril()
+        causal = torch.ones(len(x), len(x), dtype=torch.bool, device=x.device).tril()
         for attention, feed_forward in zip(self.attention, self.feed_forward, strict=True):
             x = x + attention(x, causal, masks)[0]
             x = x + feed_forward(x, masks)

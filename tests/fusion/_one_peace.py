@@ -226,7 +226,7 @@ class ImageAdapter(Adapter):
 
     def forward(self, src_images: Tensor, preserve_ids: Tensor | None = None) -> Any:
         tokens = self.embed_images(src_images).flatten(2).transpose(1, 2)
-        padding = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.bool)
+        padding = torch.zeros(tokens.shape[0], tokens.shape[1] + 1, dtype=torch.bool, device=tokens.device)
         return self.place(tokens, self.pos_embed, padding, preserve_ids)
 
 
@@ -244,7 +244,7 @@ class AudioAdapter(Adapter):
         biases = None
         if self.rel_pos_table_list is not None:
             biases = self.get_rel_pos_bias(batch, padding_mask.shape[1])
-        ids = torch.arange(padding_mask.shape[1]).expand(batch, -1)
+        ids = torch.arange(padding_mask.shape[1], device=padding_mask.device).expand(batch, -1)
         if preserve_ids is not None:
             padding_mask = preserve_ids.eq(-1)
             ids = preserve_ids.masked_fill(padding_mask, preserve_ids.shape[1] - 1)

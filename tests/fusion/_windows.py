@@ -88,7 +88,7 @@ class WindowLayer(nn.Module):
         (height, width), (a, b) = self.size, self.window
         rolled = self.norm(x).view(-1, height, width, WIDTH).roll((-self.shift, -self.shift), (1, 2))
         mask = self.mask()
-        out, p = self.attention(self.windows(rolled), None if mask is None else mask.to(x.dtype), **kwargs)
+        out, p = self.attention(self.windows(rolled), None if mask is None else mask.to(x), **kwargs)
         out = out.view(-1, height // a, width // b, a, b, WIDTH).transpose(2, 3).reshape(-1, height, width, WIDTH)
         return x + out.roll((self.shift, self.shift), (1, 2)).reshape(x.shape), p
 
