@@ -272,6 +272,7 @@ sys.exit(gpu.main())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_what_was_measured_survives_a_kill_and_the_same_command_goes_on_with_what_is_left(
     tmp_path, monkeypatch, number

@@ -43,6 +43,7 @@ def test_each_fault_can_be_planted_and_names_tests_that_exist():
             assert f"def {name.partition('[')[0]}(" in (data.ROOT / file).read_text(), f"{fault.name}: {test}"
 
 
+@pytest.mark.slow
 def test_no_two_faults_share_a_name_or_plant_the_same_code_and_each_changes_the_code():
     names, codes = {}, {}
     for fault in FAULTS:

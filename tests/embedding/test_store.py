@@ -89,6 +89,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_where_the_disk_is_full_nothing_is_half_written(tmp_path):
     out = tmp_path / "all.parquet"
     done = subprocess.run([sys.executable, "-c", FULL, out], capture_output=True, text=True, check=True)
