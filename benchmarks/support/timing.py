@@ -33,12 +33,14 @@ def paired(
 ) -> tuple[Timing, ...]:
     """Time ``measured`` by pytest-benchmark, with a timed run of all ``against`` before each of its rounds.
 
+    Their order turns in every round, since whoever follows another variant finds colder caches.
     As many rounds as fit into about ``seconds``, ``least`` at least and ``rounds`` at most. Returns all timings.
     """
     timings = tuple(Timing() for _ in (measured, *against))
 
     def others() -> None:
-        for call, timing in zip(against, timings[1:], strict=True):
+        turned = list(zip(against, timings[1:], strict=True))[:: -1 if len(timings[0].seconds) % 2 else 1]
+        for call, timing in turned:
             timed(call, timing)
 
     warm = Timing()
