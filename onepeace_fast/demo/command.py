@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
+from onepeace_fast.command_line import at_least, path, stop
 from onepeace_fast.info import DEMO_INSTALL, DEMO_PACKAGES, missing
 
 DEFAULT_OUTPUT = Path("report")
@@ -16,12 +15,12 @@ DEFAULT_OUTPUT = Path("report")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the demo."""
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and noise (default 0)")
-    parser.add_argument("--steps", type=_positive(2), help="training steps of both stages together (default 1200)")
+    parser.add_argument("--steps", type=at_least(2), help="training steps of both stages together (default 1200)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to train (default: the GPU if torch sees one)")
     parser.add_argument("--denoise", action="store_true", help="train by denoising contrast too, as the paper: slower")
-    parser.add_argument("--output", type=_path, help=f"folder for what it makes (default {DEFAULT_OUTPUT})")
+    parser.add_argument("--output", type=path, help=f"folder for what it makes (default {DEFAULT_OUTPUT})")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--seeds", type=_positive(1), help="run this many seeds and print the spread, without a report")
+    what.add_argument("--seeds", type=at_least(1), help="run this many seeds and print the spread, without a report")
     rank = "rank images for a digit that you say in English, a second or two"
     what.add_argument("--wav", type=os.path.expanduser, metavar="FILE", help=rank)
 
@@ -34,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         comes with a line that says why.
     """
     if absent := missing(DEMO_PACKAGES):
-        return _stop(f"demo needs {', '.join(absent)}; type: {DEMO_INSTALL}", 2)
+        return stop(f"demo needs {', '.join(absent)}; type: {DEMO_INSTALL}")
     import torch
 
     from onepeace_fast.demo.experiment import Steps
@@ -43,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
-        return _stop("--device: expected cpu, got cuda, and torch sees no CUDA device here; leave the option out", 2)
+        return stop("--device: expected cpu, got cuda, and torch sees no CUDA device here; leave the option out")
     half = (arguments.steps or 0) // 2
     steps = Steps(half, arguments.steps - half) if half else Steps()
     device = arguments.device or ("cuda" if gpu else "cpu")
@@ -55,28 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
             options.output.mkdir(parents=True, exist_ok=True)  # fail now, not after minutes of training
             return run_seeds(options, arguments.seeds) if arguments.seeds else run(options)
     except ValueError as error:
-        return _stop(str(error), 2)
+        return stop(str(error))
     except BrokenPipeError:  # the reader has gone
         raise
     except OSError as error:
-        return _stop(f"{error.filename or options.output}: {error.strerror or error}", 2)
+        return stop(f"{error.filename or options.output}: {error.strerror or error}")
     except KeyboardInterrupt:
-        return _stop("\nStopped.", 130)
-
-
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
-
-
-def _positive(least: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number from {least} on, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-def _stop(line: str, code: int) -> int:
-    print(line, file=sys.stderr)
-    return code
+        return stop("\nStopped.", 130)

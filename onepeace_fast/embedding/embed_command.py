@@ -6,9 +6,9 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onepeace_fast.command_line import at_least, path, stop
 from onepeace_fast.info import TRAINING_INSTALL, missing
 from onepeace_fast.progress import progress
 
@@ -30,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--columns", nargs="+", metavar="COLUMN", help="which to embed (default: all that manifest and model have)"
     )
     parser.add_argument("--broken", choices=("fatal", "skip"), default="fatal", help="about an item that is broken")
-    parser.add_argument("--part", type=positive, default=1024, help="items of a part; a kill loses one (default 1024)")
+    parser.add_argument(
+        "--part", type=at_least(1), default=1024, help="items of a part; a kill loses one (default 1024)"
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,21 +142,3 @@ def _embed(embedder: Embedder, items: list[Item], parts: Parts, arguments: argpa
             skipped += len(faults)
     bar.close()
     return skipped
-
-
-def path(text: str) -> Path:
-    """A path with the home folder in it."""
-    return Path(os.path.expanduser(text))
-
-
-def positive(text: str) -> int:
-    """A whole number from 1 on."""
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def stop(line: str) -> int:
-    """Say why nothing more is done; the exit code."""
-    print(line, file=sys.stderr)
-    return 2

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onepeace_fast.embedding.embed_command import PACKAGES, add_model_arguments, load, path, positive, stop
+from onepeace_fast.command_line import at_least, path, stop
+from onepeace_fast.embedding.embed_command import PACKAGES, add_model_arguments, load
 from onepeace_fast.info import TRAINING_INSTALL, format_table, missing
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", metavar="FILE", help="likewise")
     parser.add_argument("--audio", action="append", metavar="FILE", help="likewise")
     parser.add_argument("--of", nargs="+", choices=MODALITIES, default=MODALITIES, help="what to find (default: all)")
-    parser.add_argument("--top", type=positive, default=10, help="items to show (default 10)")
+    parser.add_argument("--top", type=at_least(1), default=10, help="items to show (default 10)")
     parser.add_argument("--index", type=path, metavar="FILE", help="of faiss, made where there is none; may miss items")
     parser.add_argument("--page", type=path, metavar="FILE", help="write an HTML page of pictures and players")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the items there too")

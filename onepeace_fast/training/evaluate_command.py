@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from onepeace_fast.command_line import at_least, path, stop
 from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, format_table, missing
 
 if TYPE_CHECKING:
@@ -17,13 +15,13 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
-    parser.add_argument("checkpoint", type=_path, metavar="CHECKPOINT", help="a folder such as output/step-00001000")
-    parser.add_argument("manifest", type=_path, metavar="MANIFEST", help="held-out pairs, TSV or Parquet")
+    parser.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="a folder such as output/step-00001000")
+    parser.add_argument("manifest", type=path, metavar="MANIFEST", help="held-out pairs, TSV or Parquet")
     parser.add_argument(
         "--columns", nargs=2, metavar="COLUMN", help="which two to pair where the manifest has image, audio and caption"
     )
-    parser.add_argument("--batch-size", type=_positive, default=64, help="items embedded at once (default 64)")
-    parser.add_argument("--json", type=_path, metavar="FILE", help="write the figures there too")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="items embedded at once (default 64)")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the figures there too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,15 +31,15 @@ def run(arguments: argparse.Namespace) -> int:
         0: done. 2: something is missing or does not fit, with a line on the standard error.
     """
     if absent := missing(TRAINING_PACKAGES):
-        return _stop(f"evaluate needs {', '.join(absent)}; type: {TRAINING_INSTALL}")
+        return stop(f"evaluate needs {', '.join(absent)}; type: {TRAINING_INSTALL}")
     from onepeace_fast.training.evaluation import evaluate
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
-        return _stop(f"--json: expected a file in a folder that exists, got {arguments.json}")
+        return stop(f"--json: expected a file in a folder that exists, got {arguments.json}")
     try:
         found = evaluate(arguments.checkpoint, arguments.manifest, arguments.columns, arguments.batch_size)
     except (ValueError, ImportError) as error:
-        return _stop(str(error))
+        return stop(str(error))
     print(format_table(_table(found)))
     if arguments.json is not None:
         record: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "manifest": str(arguments.manifest)}
@@ -67,18 +65,3 @@ def _record(figures: Figures) -> dict[str, Any]:
     record: dict[str, Any] = {"queries": figures.queries, "candidates": figures.candidates}
     record |= direction(figures.recall, figures.median_rank)
     return record | {"chance": direction(figures.chance_recall, figures.chance_median_rank)}
-
-
-def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))
-
-
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
-
-
-def _stop(line: str) -> int:
-    print(line, file=sys.stderr)
-    return 2

@@ -110,7 +110,7 @@ class Encoder(nn.Module):
         encoder_type: str | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         if encoder_type not in NAMES:
-            raise NotImplementedError
+            raise ValueError(f"encoder_type: expected one of {', '.join(NAMES)}, got {encoder_type!r}")
         infos = {"text": text_info, "image": image_info, "audio": audio_info}
         names = NAMES[encoder_type].split()
         lengths = {name: 0 if infos[name] is None else infos[name][0].shape[1] for name in infos}

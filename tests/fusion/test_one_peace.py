@@ -286,7 +286,7 @@ def test_declined_calls():
     info = (torch.randn(2, 3, DIM), torch.zeros(2, 3, dtype=torch.bool), [torch.zeros(2, 4, 3, 3)])
     model.fusion_model(info, None, None, encoder_type="text")
     assert reasons(model) == {"the bias is not that of the model's own adapters"}
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(ValueError, match="encoder_type: expected one of"):
         model.fusion_model(info, info, info, encoder_type="val")
 
 
