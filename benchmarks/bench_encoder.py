@@ -160,7 +160,9 @@ def add_row(
     reference: Timing, fused: Timing, padded: Timing, packed: Timing,
 ) -> None:  # fmt: skip
     """Judge the ratios; the row goes into the table and into ``extra_info``."""
-    shape, choice = case.shape, choose(case.sizes.config(list(case.shape.lengths)), [case.tokens], None)
+    shape = case.shape
+    with torch.set_grad_enabled(mode == "both passes"):
+        choice = choose(case.sizes.config(list(shape.lengths)), [case.tokens], None)
     of_automatic, of_fused = interval(automatic.cpu, reference.cpu), interval(fused.cpu, reference.cpu)
     possible = statistics.median(padded.cpu) / statistics.median(packed.cpu)
     goals = {"automatic at most 1": of_automatic[0] <= 1, "fused at most 1.1": of_fused[1] <= 1.1}

@@ -11,7 +11,7 @@ from onepeace_fast import RoutePlan, use_backend
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
 from onepeace_fast.layers import transformer
 from onepeace_fast.models import stack
-from onepeace_fast.models.choice import COST_OF_A_PASS, COST_OF_PACKING, LEAST_SHARE, choose
+from onepeace_fast.models.choice import COST_OF_A_PASS, COST_OF_PACKING, COST_WITH_GRADIENTS, LEAST_SHARE, choose
 from onepeace_fast.models.passes import PaddedTokens
 from onepeace_fast.ops import pair_bias
 from onepeace_fast.ops.relative_bias_attention import RELATIVE_BIAS_ATTENTION
@@ -93,6 +93,7 @@ def passes_of(*widths_and_lengths):
     ]
 
 
+@torch.no_grad()
 def test_the_choice_weighs_what_packing_saves_against_what_it_costs(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     config = small_config(embed_dim=512, ffn_embed_dim=2048, attention_heads=8).encoder
@@ -115,6 +116,10 @@ def test_the_choice_weighs_what_packing_saves_against_what_it_costs(monkeypatch)
     least = math.ceil(packed * (1 + LEAST_SHARE) + 3 * COST_OF_PACKING / of_a_row)
     assert chosen((least, [packed])).backend == "fused", "three threads shorten the products alone"
     assert chosen((least - 1, [packed])).backend == "reference"
+    with torch.enable_grad():
+        least = math.ceil(packed * (1 + LEAST_SHARE) + 3 * COST_WITH_GRADIENTS * COST_OF_PACKING / of_a_row)
+        assert chosen((least, [packed])).backend == "fused", "the backward pass saves more products than it costs"
+        assert chosen((least - 1, [packed])).backend == "reference"
     narrow = small_config(embed_dim=32, ffn_embed_dim=64, attention_heads=2).encoder
     assert choose(narrow, passes_of((20, [20, 5])), None).backend == "reference", "so narrow rows cost nothing"
 
