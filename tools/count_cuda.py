@@ -11,6 +11,7 @@ tensor cores would each be busy.
 from __future__ import annotations
 
 import argparse
+import linecache
 import math
 import re
 import subprocess
@@ -27,29 +28,32 @@ from tools.compile_cuda import ARCHITECTURES, CSRC, HEAD_SIZES, HEADS
 SOURCE = CSRC / "relative_bias_attention_forward.cu"
 # A part of the kernel: a pattern of the source lines that lead to an instruction, outermost first, the first that fits.
 PARTS = {
-    "tile: start from runs": r"attend_tile<KEYS>.*start_runs",
-    "tile: are there runs": r"attend_tile<KEYS>.*are_runs",
-    "tile: bias of any codes": r"attend_tile<KEYS>.*(add_bias|start_pairs)<",
-    "tile: other kinds of bias": r"attend_tile<KEYS>.*(add_row_bias|add_cls_bias|start_rows|start_cls)<",
-    "tile: choice of bias": r"attend_tile<KEYS>.*(bias_tile|start_scores)<",
+    "tile: bias of runs": r"start_scores.*start_runs",
+    "tile: bias of any codes": r"start_scores.*visit_pairs",
+    "tile: other kinds of bias": r"start_scores.*(start_rows|const float bias = is_cls|!is_cls .. query_code)",
+    "narrow tile: bias": r"start_scores.*(start_cls|is_cls . |const ClsEntry)",
+    "tile: choice of bias": r"start_scores",
     "tile: q k^T": r"attend_tile<KEYS>.*multiply_keys",
     "tile: mask": r"attend_tile<KEYS>.*mask_keys",
+    "tile: rescale": r"attend_tile<KEYS>.*rescale",
     "tile: softmax, p v": r"attend_tile<KEYS>.*attend<COLUMNS>",
     "tile: rest": r"attend_tile<KEYS>",
-    "load of a tile": r"load_keys\(1 - stage",
+    "codes of a tile": r"load_next_keys.*copy_codes|describe_codes",
+    "load of CLS": r"load_next_keys.*copy_cls_keys",
+    "load of a tile": r"load_next_keys",
     "first load": r"load_keys\(0,",
     "narrow tile": r"attend_tile<BLOCK_ROWS>",
-    "loop": r"walk_queries.*(for \(int i = 0; i < shared|stage|cp_async_wait|this tile is there)",
+    "loop": r"cp_async_wait_all|this tile is there|int stage = i|key_rows.stage..modality == arg|key_tiles. forward",
     "load of the bias": r"load_whole_bias",
     "store": r"rows\.store",
     "begin": r"",
 }
-# Of a full tile of one modality's body: where all codes are runs, and where they are not.
-OF_TILE = {
-    "runs": ("start from runs", "are there runs", "choice of bias", "q k^T", "softmax, p v", "rest"),
-    "any": ("bias of any codes", "are there runs", "choice of bias", "q k^T", "softmax, p v", "rest"),
-}
-OF_LOAD, ONCE = ("load of a tile", "loop"), ("first load", "load of the bias", "store", "begin")
+# Of a full tile of one modality's body, where all codes are runs, and where they are not.
+OF_TILE = ("choice of bias", "q k^T", "softmax, p v", "rest")
+OF_CODES = {"runs": "bias of runs", "any": "bias of any codes"}
+OF_LOAD = ("load of a tile", "loop")  # by idle warps too; the codes are one warp's
+NARROW = ("narrow tile", "narrow tile: bias")
+ONCE = ("tile: rescale", "first load", "load of the bias", "store", "begin")
 CLASSES = {
     "HMMA": r"HMMA", "LDSM": r"LDSM", "LDS": r"LDS", "STS": r"STS", "MUFU": r"MUFU", "SHFL": r"SHFL|VOTE",
     "FP32": r"F[A-Z0-9]+", "LDGSTS": r"LDGSTS", "global": r"LDG|STG|LD|ST",
@@ -79,16 +83,15 @@ def disassemble(nvcc: Path, architecture: str) -> str:
 
 
 @cache
-def source_lines(file: str) -> tuple[str, ...]:
-    """A source's lines, from 0 on."""
-    return tuple(Path(file).read_text().splitlines())
+def source_line(file: str, number: int) -> str:
+    """Its text; nothing where ptxas gives a line of one file as another's, as it does where it merges code."""
+    return linecache.getline(file, number).strip()
 
 
 def instructions(listing: str, kernel: str) -> Iterator[tuple[str, str, str]]:
     """Each instruction of a kernel, by part of its mangled name: its part, its name and the line of csrc it is from."""
-    function = next(
-        part for part in re.split(r"^\.text\.", listing, flags=re.MULTILINE) if kernel in part.split(":")[0]
-    )
+    functions = re.split(r"^\.text\.", listing, flags=re.MULTILINE)[1:]
+    function = next(text for text in functions if kernel in text.split(":")[0])
     chain: list[tuple[str, int]] = []
     inside = False
     for line in function.splitlines():
@@ -98,7 +101,7 @@ def instructions(listing: str, kernel: str) -> Iterator[tuple[str, str, str]]:
             inside = "inlined at" in line
         elif found := re.match(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
             mine = [(file, number) for file, number in reversed(chain) if file.startswith(str(CSRC))]
-            text = " ".join(source_lines(file)[number - 1] for file, number in mine)
+            text = " ".join(source_line(file, number) for file, number in mine)
             where = f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "?"
             if found[1] not in ("NOP", "EXIT"):
                 yield next(part for part, pattern in PARTS.items() if re.search(pattern, text)), found[1], where
@@ -137,14 +140,14 @@ def total(parts: dict[str, Counter[str]], names: Iterable[str]) -> Counter[str]:
 def model(parts: dict[str, Counter[str]], codes: str, keys: int, warps: int) -> list[tuple[str, ...]]:
     """Microseconds of an H100 for each shape, by what is busy."""
     chip, rows = ARCHITECTURES["sm_90a"], []
-    tile = total(parts, (f"tile: {name}" for name in OF_TILE[codes]))
-    load, narrow, once = total(parts, OF_LOAD), parts["narrow tile"], total(parts, ONCE)
+    tile = total(parts, (f"tile: {name}" for name in (*OF_TILE, OF_CODES[codes])))
+    load, narrow, once = total(parts, OF_LOAD), total(parts, NARROW), total(parts, ONCE)
     for samples, length in SHAPES:
         row_blocks, tiles = math.ceil((length - 1) / 16) + 1, math.ceil((length - 1) / keys)
         blocks = math.ceil(row_blocks / warps)
         busy = Counter[str]()
         for kind in ("issued", "shared", "HMMA"):
-            of_all = tiles * load[kind]  # by idle warps too
+            of_all = tiles * (load[kind] + parts["codes of a tile"][kind] / warps)
             of_rows = tiles * tile[kind] + narrow[kind] + once[kind]
             busy[kind] = samples * HEADS * (blocks * warps * of_all + row_blocks * of_rows)
         cycles = (busy["issued"] / ISSUED, busy["shared"], busy["HMMA"] * HMMA_CYCLES)
@@ -173,8 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(format_table([("a warp", *kinds), *((part, *(str(of[k]) for k in kinds)) for part, of in parts.items())], ""))
     keys, warps = (32, 8) if chosen.head_size == 128 else (64, 9)
     load = total(parts, OF_LOAD)
-    for codes, names in OF_TILE.items():
-        tile = total(parts, (f"tile: {name}" for name in names))
+    for codes in OF_CODES:
+        tile = total(parts, (f"tile: {name}" for name in (*OF_TILE, OF_CODES[codes])))
         issued, shared = tile["issued"] + load["issued"], tile["shared"] + load["shared"]
         print(f"\ncodes are {codes}: a tile and the load of the next {issued} issued, {shared} shared\n")
         print(format_table([("H100, us", "issue", "shared", "tensor"), *model(parts, codes, keys, warps)], indent=""))

@@ -54,11 +54,14 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
 
 
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
+FORWARD_MEMORY = "forward_memory.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
     "tile": ("three modalities", WALK, "            __syncthreads();  // this tile"),
+    "codes of keys": ("three modalities", FORWARD_MEMORY, "        __syncwarp();  // the codes of keys"),
+    "codes of queries": ("three modalities", FORWARD_MEMORY, "            __syncwarp();  // the codes of queries"),
     "window": ("windows", WALK, "        forward.load_window(modality, first, count);\n        __syncthreads();"),
     "next window": ("windows", WALK, "        if (first > range.first) __syncthreads();"),
     "next queries": ("rounds", WALK, "        __syncthreads();  // the next queries"),

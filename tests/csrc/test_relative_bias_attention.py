@@ -15,6 +15,7 @@ from support.attention_cases import (
     kept_grid,
     lengths,
     mixed,
+    runs,
     series,
     shuffled_grid,
     text_only,
@@ -96,6 +97,13 @@ def test_a_whole_image_of_257_tokens(attend, batch, dim, limit, walk):
     check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), **walk, **limit)
 
 
+@walks
+@pytest.mark.parametrize("dtype, dim", list(zip((HALF[1], *HALF), HEAD_SIZES, strict=True)), ids=str)
+def test_blocks_whose_codes_are_runs_beside_others(attend, dtype, dim, walk):
+    batch = runs()
+    check(attend, batch, batch.leaves(1, dim, dtype=dtype), **walk)
+
+
 GRIDS = {f"{side} in order": (kept_grid, side, side) for side in (*range(3, 9), 14)}
 GRIDS |= {f"{side} shuffled": (shuffled_grid, side, [1, 5]) for side in range(3, 8)}
 
@@ -146,7 +154,7 @@ def test_a_head_scale_of_zero_stops_all_gradients_but_its_own(attend, walk):
     assert not results.qkv[:, :, 0].any() and not results.bias[0][0].any() and results.head_scale[0] != 0
 
 
-@pytest.mark.parametrize("scale", (0.3, -0.2))
+@pytest.mark.parametrize("scale", (0.3, -0.2, 0.0))
 @walks
 def test_any_scale(attend, scale, walk):
     batch = Batch(text_only().layout, text_only().tables, scale)

@@ -61,7 +61,7 @@ def test_long_samples_follow_the_dense_bias(way, dtype):
 @in_each_dtype
 def test_any_head_size_and_scale(way, dtype):
     for dim in (64, 128) if way == "kernel" else (1, 64):
-        for scale in (None, 0.3):
+        for scale in (None, 0.3, -0.2, 0.0):
             batch = Batch(text_only().layout, text_only().tables, scale)
             contract.check_against_naive(batch.call, batch.plain, batch.leaves(3, dim), dtype, batch.slices(3))
 
