@@ -34,6 +34,8 @@ TEXT = f"""
         /*0030*/                   LDSM.16.M88.4 R4, [R5] ;
         /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
         /*0050*/                   EXIT ;
+        /*0060*/                   WARPSYNC.COLLECTIVE R4, `(.L_x_1) ;
+        /*0070*/                   SHFL.BFLY P0, R8, R8, R9, R10 ;
 .text.kernelI13__nv_bfloat16Li64ELb1E:
         /*0010*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
 """

@@ -46,6 +46,7 @@ PARTS = {
     "loop": r"cp_async_wait_all|this tile is there|int stage = i|key_rows.stage..modality == arg|key_tiles. forward",
     "load of the bias": r"load_whole_bias",
     "store": r"rows\.store",
+    "inert rows": r"zero_inert_rows",
     "begin": r"",
 }
 # Of a full tile of one modality's body, where all codes are runs, and where they are not.
@@ -100,6 +101,8 @@ def instructions(listing: str, kernel: str) -> Iterator[tuple[str, str, str]]:
             chain.append((found[1], int(found[2])))
             inside = "inlined at" in line
         elif found := re.match(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", line):
+            if found[1] == "WARPSYNC.COLLECTIVE":
+                return  # from here on code of warps whose lanes have parted, which ours do not
             mine = [(file, number) for file, number in reversed(chain) if file.startswith(str(CSRC))]
             text = " ".join(source_line(file, number) for file, number in mine)
             where = f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "?"
