@@ -131,8 +131,8 @@ struct OutputRows {
             log_sum_exp[block_rows[mine] * arguments.heads + blockIdx.y] =
                 LN_2 * state.reference[below] + logf(below ? total[1] : total[0]);
         }
-        __syncwarp();
         constexpr int LANES = HEAD_DIM / CHUNK;  // of a row
+        __syncwarp();
 #pragma unroll 1
         for (int r = lane / LANES; r < row_block.count; r += WARP / LANES) {
             const int chunk = lane % LANES;
