@@ -170,7 +170,7 @@ struct Forward {
     }
 
     // Begin to copy this warp's queries, and load their codes.
-    __device__ void load_queries(const RowBlock& row_block) const {
+    __device__ __forceinline__ void load_queries(const RowBlock& row_block) const {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
         const BlockRows block_rows(shared.sample, arguments.modalities, row_block);
 #pragma unroll 1

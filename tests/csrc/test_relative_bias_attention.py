@@ -199,11 +199,11 @@ def test_minus_infinity_in_a_vector_masks_even_whole_tiles(attend, walk):
     assert not results.bias[0][:, 130:-3].any() and not results.bias[0][:, -2].any()
 
 
-@pytest.mark.parametrize("dim, count", [(32, 100), (64, 200)])
-def test_scores_that_grow_from_tile_to_tile_are_renormalised(attend, dim, count):
+@pytest.mark.parametrize("dim, count, dtype", [(32, 100, torch.bfloat16), (64, 200, torch.float16)])
+def test_scores_that_grow_from_tile_to_tile_are_renormalised(attend, dim, count, dtype):
     batch = lengths([count])
-    leaves = batch.leaves(1, dim, dtype=torch.bfloat16)
-    leaves["qkv"][:, 1] *= torch.arange(count + 5).bfloat16()[:, None, None] / 20
+    leaves = batch.leaves(1, dim, dtype=dtype)
+    leaves["qkv"][:, 1] *= torch.arange(count + 5).to(dtype)[:, None, None] / 20
     check(attend, batch, leaves)
 
 
