@@ -169,8 +169,8 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     codes in any order            63, 21    63, 21    33, 11   of either more
 //
 // Registers by ptxas of nvcc 13.0, no spills. Slots and cycles are those of tools/count_cuda.py for sm_90a and codes in
-// runs; a multiprocessor has 4 slots in a cycle. For heads of 64, issue slots and shared memory bound it alike at 257
-// tokens, shared memory alone beyond that, and device memory never.
+// runs; a multiprocessor has 4 slots in a cycle. For heads of 64, shared memory bounds it, at 257 tokens issue slots
+// nearly as much, and device memory never.
 template <typename T, int HEAD_DIM, bool WINDOWED>
 __global__ void __launch_bounds__(
     ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(WINDOWED))
