@@ -36,15 +36,16 @@ using Pairs = float[Launch::SLOTS][HALVES][2][4];
 template <typename Launch>
 using KeyRows = float[Launch::SLOTS][Launch::HEAD_DIM / 8][4];
 
-// The key block of a warp's slot, counted from the walk's first; past the last one where there are fewer.
+// The key block of a slot of a warp, counted from the walk's first; past the last one where there are fewer.
 template <typename Launch>
-__device__ __forceinline__ int own_key_block(int slot) {
-    return slot * Launch::WARPS + thread_index() / WARP;
+__device__ __forceinline__ int own_key_block(int warp, int slot) {
+    return slot * Launch::WARPS + warp;
 }
 
 // pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, HEAD_DIM], queries [TILE, HEAD_DIM], both in shared memory.
 template <typename Launch, typename T>
-__device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
+__device__ __forceinline__ void multiply(
+    int warp, Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const int lane = thread_index() % WARP;
 #pragma unroll
@@ -54,7 +55,7 @@ __device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, co
         for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
 #pragma unroll
         for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-            const int key_block = own_key_block<Launch>(slot);
+            const int key_block = own_key_block<Launch>(warp, slot);
             if (key_block >= key_blocks) continue;
             uint32_t a[4];
             left_operand<HEAD_DIM>(a, keys, lane, key_block, k);
@@ -70,7 +71,7 @@ __device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, co
 // rows += pairs queries: queries [TILE, HEAD_DIM] in shared memory.
 template <typename Launch, typename T>
 __device__ __forceinline__ void accumulate(
-    KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
+    int warp, KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, SLOTS = Launch::SLOTS;
     const int lane = thread_index() % WARP;
 #pragma unroll
@@ -84,7 +85,7 @@ __device__ __forceinline__ void accumulate(
             right_operand<HEAD_DIM>(b, queries, lane, half, j);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                if (own_key_block<Launch>(slot) >= key_blocks) continue;
+                if (own_key_block<Launch>(warp, slot) >= key_blocks) continue;
                 mma<T>(rows[slot][2 * j], a[slot], b[0], b[1]);
                 mma<T>(rows[slot][2 * j + 1], a[slot], b[2], b[3]);
             }
@@ -162,19 +163,19 @@ __device__ __forceinline__ void differentiate(
 // Add ds to the sums of entries.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void add_to_entries(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int key_blocks,
+    int warp, const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int key_blocks,
     const Sums& sums) {
     auto& shared = backward.shared;
     // A lane for each row of both halves of the tile, and of the key blocks of both slots.
     const int which = thread_index() % WARP / BLOCK_ROWS;
-    const int own = which < Launch::SLOTS ? own_key_block<Launch>(which) : key_blocks;
+    const int own = which < Launch::SLOTS ? own_key_block<Launch>(warp, which) : key_blocks;
     const uint32_t query_runs = find_run_starts(
         shared.query_code[stage] + which * BLOCK_ROWS, shared.query_rows[stage][which].count);
     const uint32_t key_runs = find_run_starts(
         shared.key_code + min(own, key_blocks - 1) * BLOCK_ROWS, own < key_blocks ? shared.key_rows[own].count : 0);
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int key_block = own_key_block<Launch>(slot);
+        const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
@@ -189,11 +190,11 @@ __device__ __forceinline__ void add_to_entries(
 // Leave ds of this warp's keys in shared memory for the gradient of queries.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void leave_score_gradient(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int key_blocks) {
+    int warp, const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int key_blocks) {
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int key_block = own_key_block<Launch>(slot);
+        const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
 #pragma unroll
         for (int i = 0; i < HALVES * 4; ++i) {
@@ -246,6 +247,7 @@ template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
     const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
+    const int warp = warp_index();
     KeyRows<Launch> key_gradient = {}, value_gradient = {};
     SpreadKeyBlock<T, Launch, LARGE> spread{backward};
     const bool spreads = key_blocks > spread.KEY_BLOCK;
@@ -261,25 +263,25 @@ __device__ __forceinline__ void walk_keys(
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
-        multiply<Launch>(probabilities, shared.keys, shared.queries[stage], key_blocks);
+        multiply<Launch>(warp, probabilities, shared.keys, shared.queries[stage], key_blocks);
 #pragma unroll
         for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
-            const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(slot);
+            const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(warp, slot);
             if (key_block < key_blocks) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
         }
-        accumulate<Launch>(value_gradient, probabilities, shared.grad[stage], key_blocks);
-        multiply<Launch>(gradients, shared.values, shared.grad[stage], key_blocks);
+        accumulate<Launch>(warp, value_gradient, probabilities, shared.grad[stage], key_blocks);
+        multiply<Launch>(warp, gradients, shared.values, shared.grad[stage], key_blocks);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
         const float row_sum = find_row_sum(spread, stage, key_blocks, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
         differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
-        leave_score_gradient(backward, gradients, key_blocks);
-        accumulate<Launch>(key_gradient, gradients, shared.queries[stage], key_blocks);
+        leave_score_gradient(warp, backward, gradients, key_blocks);
+        accumulate<Launch>(warp, key_gradient, gradients, shared.queries[stage], key_blocks);
         Sums sums{};
         if (backward.is_learned()) {
             sums = backward.prepare_sums(row_sum);
-            add_to_entries(backward, gradients, stage, key_blocks, sums);
+            add_to_entries(warp, backward, gradients, stage, key_blocks, sums);
         }
         if (spreads) spread.differentiate(stage, row_sum, sums);
         __syncthreads();  // the scores' gradient is complete
@@ -289,7 +291,7 @@ __device__ __forceinline__ void walk_keys(
     __syncthreads();  // nobody reads the keys, which give way to their gradients
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int key_block = own_key_block<Launch>(slot);
+        const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
         backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, 1);
         backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, 2);

@@ -102,6 +102,18 @@ struct BackwardPlan {
 extern "C" BackwardPlan relative_bias_attention_backward_plan(
     int32_t head_dim, int64_t bias_entries, int64_t shared_limit);
 
+// How the backward kernel's work is shared: thread blocks of a head, each for a group of samples and a part of their
+// keys.
+struct BackwardShares {
+    int32_t groups;
+    int32_t parts;
+};
+
+// For samples of one modality and of one length.
+extern "C" BackwardShares relative_bias_attention_backward_shares(
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
+    int64_t shared_limit);
+
 // Bytes of shared memory that a thread block may have on a device.
 int64_t relative_bias_attention_shared_limit(int32_t device);
 
