@@ -160,29 +160,33 @@ __device__ __forceinline__ void differentiate(
     }
 }
 
-// Add ds to the sums of entries.
+// Add ds of half a tile of queries to the sums of their block differences, or of their entries.
 template <typename T, typename Launch, bool LARGE>
-__device__ __forceinline__ void add_to_entries(
-    int warp, const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int key_blocks,
-    const Sums& sums) {
+__device__ __forceinline__ void add_to_sums(
+    int warp, const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int half,
+    int key_blocks, const Sums& sums) {
     auto& shared = backward.shared;
-    // A lane for each row of both halves of the tile, and of the key blocks of both slots.
-    const int which = thread_index() % WARP / BLOCK_ROWS;
-    const int own = which < Launch::SLOTS ? own_key_block<Launch>(warp, which) : key_blocks;
-    const uint32_t query_runs = find_run_starts(
-        shared.query_code[stage] + which * BLOCK_ROWS, shared.query_rows[stage][which].count);
-    const uint32_t key_runs = find_run_starts(
-        shared.key_code + min(own, key_blocks - 1) * BLOCK_ROWS, own < key_blocks ? shared.key_rows[own].count : 0);
+    const int query_place = shared.query_runs[stage][half].place;
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
         const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
+        const int key_place = shared.key_runs[key_block].place;
+        if (min(query_place, key_place) >= 0) {
+            // Of two modalities, whose pairs have no bias, they are further apart.
+            const int index = query_place - key_place;
+            if (index >= 0 && index < backward.workspace.differences) {
+                backward.difference_sums()[index].add(gradients[slot][half]);
+            }
+        } else {
+            const Side keys = backward.keys(key_block), queries = backward.queries(stage, half);
+            // A lane for each row of the queries, and of the keys.
+            const bool is_key = thread_index() % WARP >= BLOCK_ROWS;
+            const uint32_t runs =
+                find_run_starts(is_key ? keys.code : queries.code, is_key ? keys.count : queries.count);
             add_bias_gradient(
-                backward.arguments, backward.gradients, shared.bias_start, backward.keys(key_block),
-                key_runs >> (BLOCK_ROWS * slot) & 0xffff, backward.queries(stage, half),
-                query_runs >> (BLOCK_ROWS * half) & 0xffff, gradients[slot][half], sums);
+                backward.arguments, backward.gradients, shared.bias_start, keys, runs >> BLOCK_ROWS, queries,
+                runs & 0xffff, gradients[slot][half], sums);
         }
     }
 }
@@ -259,7 +263,15 @@ __device__ __forceinline__ void walk_keys(
     for (int tile = 0; tile < tiles; ++tile) {
         const int stage = tile % STAGES;
         cp_async_wait_all();
+        backward.find_query_runs(warp, stage);
         __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
+        if (tile == 0) {
+#pragma unroll
+            for (int slot = 0; slot < Launch::SLOTS; ++slot) {
+                const int key_block = own_key_block<Launch>(warp, slot);
+                if (key_block < key_blocks) backward.find_key_run(key_block);
+            }
+        }
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
@@ -281,10 +293,11 @@ __device__ __forceinline__ void walk_keys(
         Sums sums{};
         if (backward.is_learned()) {
             sums = backward.prepare_sums(row_sum);
-            add_to_entries(warp, backward, gradients, stage, key_blocks, sums);
+            add_to_sums(warp, backward, gradients, stage, 0, key_blocks, sums);
         }
         if (spreads) spread.differentiate(stage, row_sum, sums);
-        __syncthreads();  // the scores' gradient is complete
+        __syncthreads();  // the scores' gradient is complete, and nobody adds to what the second half adds to
+        if (backward.is_learned()) add_to_sums(warp, backward, gradients, stage, 1, key_blocks, sums);
         if (spreads) spread.accumulate(stage);
         find_query_gradient(backward, stage, key_blocks, is_whole, is_first);
     }
@@ -352,6 +365,9 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
     for (int sample = workspace.first_sample(group, arguments.samples); sample < end_sample; ++sample) {
         read_sample<BLOCK_ROWS>(shared.sample, arguments, sample);
         __syncthreads();  // everybody sees the sample, and what the thread block began with
+        if (warp_index() == 0) {
+            shared.differences.read_sample(arguments, gradients, shared.sample, workspace.differences);
+        }
         const int key_blocks = shared.sample.row_blocks;
         const int first = workspace.first_key_block(part, key_blocks);
         const int end = workspace.first_key_block(part + 1, key_blocks);
@@ -368,6 +384,7 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
         backward.flush();
         __syncthreads();  // nobody reads the sample any more
     }
+    backward.add_all_differences();
     if (part == 0 && workspace.scale_parts && thread_index() < WARP) {
         float sum = shared.scale_sums[thread_index()];
         for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);

@@ -51,6 +51,7 @@ struct BackwardWorkspace {
     int walk_key_blocks;    // that one walk takes
     int entries;            // of all vectors, those of CLS included
     bool is_large;          // whether vectors are read, and their sums kept, in device memory
+    int differences;        // block differences whose sums shared memory holds
     float* row_sums;     // [rows, heads]; null, as the next, where max_length says that samples are walked whole
     float* query_parts;  // [parts, rows, heads, head_dim]
     float* entry_parts;  // [groups, parts, heads, entries]; null where all vectors are frozen
@@ -80,6 +81,11 @@ struct BackwardWorkspace {
 // Row blocks of a sample, at most: those of each modality and of CLS are rounded up.
 inline int most_row_blocks(const RelativeBiasAttention& arguments, int64_t length) {
     return static_cast<int>((length + (BLOCK_ROWS - 1) * (arguments.modalities + 1)) / BLOCK_ROWS);
+}
+
+// Shared memory of vectors and of their sums in fixed point; sums by block difference follow.
+__host__ __device__ constexpr int64_t vector_bytes(bool is_large, int64_t entries) {
+    return is_large ? 0 : (3 * static_cast<int64_t>(sizeof(float)) * entries + 15) / 16 * 16;
 }
 
 inline int64_t count_entries(const RelativeBiasAttention& arguments) {
@@ -136,6 +142,7 @@ inline BackwardWorkspace plan_workspace(
     BackwardWorkspace workspace{};
     workspace.walk_key_blocks = plan.walk_key_blocks;
     workspace.is_large = plan.is_large;
+    workspace.differences = plan.differences;
     workspace.entries = static_cast<int>(count_entries(arguments));
     workspace.sample_row_blocks = expected_row_blocks(arguments);
     const BackwardShares shares = share_work(arguments, gradients.multiprocessors, plan);

@@ -95,6 +95,7 @@ struct BackwardPlan {
     int32_t is_compact;
     int32_t is_large;
     int32_t walk_key_blocks;  // key blocks, of 16 keys, that a thread block walks at once
+    int32_t differences;      // block differences whose sums shared memory holds
 };
 
 // For a head size, the entries of all vectors together with those of CLS, and the bytes of shared memory that a thread

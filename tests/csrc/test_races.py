@@ -55,6 +55,7 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
 
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
+DIFFERENCES = "difference_sums.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
@@ -71,6 +72,9 @@ BARRIERS = {
     "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
     "backward: next sample": ("frozen", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
     "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every key block is known"),
+    "backward: codes of a tile": ("three modalities", MEMORY, "        __syncwarp();  // all codes are there"),
+    "backward: run of a key block": ("three modalities", MEMORY, "        __syncwarp();  // all lanes see it"),
+    "backward: steps": ("split keys", DIFFERENCES, "        __syncwarp();  // every modality's step is there"),
     "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
     "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
     "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),

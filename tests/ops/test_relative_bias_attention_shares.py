@@ -32,7 +32,7 @@ def share(extension, samples, length, multiprocessors):
 
 
 def slowest(samples, groups, parts, multiprocessors):
-    """When the last thread block ends, each given to the first multiprocessor that is free, by that of an even share."""
+    """When the last thread block ends, by an even share's end; each goes to the multiprocessor that is free first."""
     free = [0.0] * multiprocessors
     for group in range(groups):
         size = (group + 1) * samples // groups - group * samples // groups
