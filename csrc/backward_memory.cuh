@@ -345,68 +345,9 @@ struct Backward {
         }
     }
 
-    // Add the sums by block difference to the entries; by all threads, each to the entries that flush gives it.
-    __device__ void add_all_differences() const {
-        if (!is_learned()) return;
-#pragma unroll 1
-        for (int m = 0; m < arguments.bias_vectors; ++m) {
-            if (shared.differences.count[m] == 0) continue;
-            const int start = shared.bias_start[m], body = arguments.bias[m].entries - CLS_ENTRIES;
-            const int before = thread_index() - start;
-            for (int i = before < 0 ? before + ceil_div(-before, THREADS) * THREADS : before % THREADS; i < body;
-                 i += THREADS) {
-                workspace.entry_parts[first_entry() + start + i] += add_differences(
-                    shared.differences, difference_sums(), m, i - arguments.bias[m].code_offset);
-            }
-        }
-    }
-
-    // Add the sums of a sample that is done to those of this thread block, and begin anew.
-    __device__ void flush() const {
-        if (!is_learned()) return;
-        __syncthreads();  // every warp has added
-        const int bits = low_bits(rows());
-        const float factor = shared.is_finite ? power_of_two(-shared.exponent - bits) : NAN;
-        for (int i = thread_index(); i < workspace.entries; i += THREADS) {
-            int &high = sums()[i], &low = sums()[workspace.entries + i];
-            workspace.entry_parts[first_entry() + i] += static_cast<float>(join(high, low, bits)) * factor;
-            high = low = 0;
-        }
-        __syncthreads();  // nobody reads the exponent any more
-        if (thread_index() == 0) shared.exponent = MOST_EXPONENT;
-    }
-
-    // The sums of entries, ready for scores' gradients up to the largest, or up to a lane's row sum, which other walks
-    // may have made larger; where sums were finer, they are rounded. By all threads, behind a barrier.
-    __device__ __forceinline__ Sums prepare_sums(float row_sum) const {
-        uint32_t largest = magnitude(row_sum);
-        for (int step = WARP / 2; step > 0; step /= 2) {
-            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
-        }
-        for (int warp = 0; warp < Launch::WARPS; ++warp) largest = max(largest, shared.largest[warp]);
-        const int before = shared.exponent, bits = low_bits(rows());
-        const uint32_t bound = bound_sums(largest, head_scale(), rows());
-        const int exponent = bound < INFINITE_BITS ? min(before, fixed_point(bound)) : before;
-        if (bound >= INFINITE_BITS && thread_index() == 0) shared.is_finite = false;
-        if (exponent < before) {
-            const int shift = min(before - exponent, 62);
-            for (int i = thread_index(); i < workspace.entries; i += THREADS) {
-                int &high = sums()[i], &low = sums()[workspace.entries + i];
-                const int64_t sum = (join(high, low, bits) + (int64_t{1} << (shift - 1))) >> shift;
-                high = static_cast<int>(sum >> bits);
-                low = static_cast<int>(sum - (static_cast<int64_t>(high) << bits));
-            }
-            __syncthreads();  // everybody knows the exponent before, and has rounded
-            if (thread_index() == 0) shared.exponent = exponent;
-        }
-        return {sums(), workspace.entries, power_of_two(exponent), power_of_two(bits)};
-    }
-
-private:
     __device__ int rows() const { return shared.sample.row_blocks * BLOCK_ROWS; }
 
-    static __device__ int64_t join(int high, int low, int bits) { return (static_cast<int64_t>(high) << bits) + low; }
-
+private:
     __device__ Side side(const RowBlock& row_block, const int* code) const {
         return {code, row_block.modality, row_block.count, row_block.modality == arguments.modalities};
     }

@@ -1,7 +1,7 @@
 // The gradient of vectors in code form from pairs of row blocks whose codes are runs: to which entries such a pair adds
 // depends on the difference of the two first codes alone. Each difference has float sums in the form of a warp's
-// accumulators, their 8 values folded to 6 by diagonal, over all samples of a thread block; at its end they are added up
-// along the diagonals. A lane adds to what is its own, in the order of the walk, and no two warps ever add to one
+// accumulators, their 8 values folded to 6 by diagonal, over all samples of a thread block; at its end they are added
+// up along the diagonals. A lane adds to what is its own, in the order of the walk, and no two warps ever add to one
 // difference between two barriers: the key blocks of a walk differ, so of one row block of queries all differences do.
 
 #pragma once
