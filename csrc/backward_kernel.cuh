@@ -340,8 +340,8 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 //     heads of                        32        64  64 compact       128  128 compact
 //     warps                            8         8           8         8            4
 //     key blocks of a walk            17        17           9         9            5   by tiles of 32 queries
-//     registers, sm_80          175, 186  243, 245    145, 153  220, 226     234, 239   the second is LARGE
-//     registers, sm_90a         195, 193  255, 255    153, 158  232, 236     245, 242
+//     registers, sm_80          196, 184  255, 248    145, 150  223, 223     238, 238   the second is LARGE
+//     registers, sm_90a         199, 199  255, 255    162, 160  250, 248     255, 253
 //     shared memory               75,008   118,016      76,288   129,536       89,728   bytes
 //     thread blocks for each multiprocessor: 1
 //
