@@ -56,6 +56,7 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
 FORWARD_MEMORY = "forward_memory.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
+ENTRY_SUMS = "entry_sums.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
@@ -74,12 +75,14 @@ BARRIERS = {
     "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
     "backward: next sample": ("frozen", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
     "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every key block is known"),
+    "backward: codes of a tile": ("three modalities", MEMORY, "        __syncwarp();  // all codes are there"),
+    "backward: run of a key block": ("three modalities", MEMORY, "        __syncwarp();  // all lanes see it"),
     "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
     "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
     "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),
-    "backward: additions": ("rounds", MEMORY, "        __syncthreads();  // every warp has added"),
-    "backward: exponent": ("three modalities", MEMORY, "        __syncthreads();  // nobody reads the exponent"),
-    "backward: coarser": ("growing", MEMORY, "        __syncthreads();  // everybody knows the exponent before"),
+    "backward: additions": ("rounds", ENTRY_SUMS, "    __syncthreads();  // every warp has added"),
+    "backward: exponent": ("three modalities", ENTRY_SUMS, "    __syncthreads();  // nobody reads the exponent"),
+    "backward: coarser": ("growing", ENTRY_SUMS, "        __syncthreads();  // everybody knows the exponent before"),
     "backward: columns": ("one block more", SPREAD, "            __syncwarp();  // the columns are complete"),
     "backward: row sums": ("split keys", ROW_SUMS, "        __syncwarp();  // lane 0"),
     "backward: row sums' sample": ("two walks", ROW_SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
