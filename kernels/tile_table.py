@@ -11,6 +11,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
+
 MAX_MODALITIES = 64  # of a launch of products
 OLDEST = 80  # the first architecture with bfloat16 in its tensor cores and copies that do not pass through registers
 
@@ -89,6 +91,11 @@ def refusal(architecture: str) -> str | None:
     if _number(architecture) >= OLDEST:
         return None
     return f"expected a GPU of compute capability {OLDEST / 10} or later, got {_number(architecture) / 10}"
+
+
+def norm_is_folded(dtype: torch.dtype) -> bool:
+    """Whether a norm goes into the products: in float16 what they store before it may pass the largest number."""
+    return dtype != torch.float16
 
 
 def tiles_of(kernel: str, architecture: str) -> TileParameters:
