@@ -76,7 +76,7 @@ def routed_ffn_hidden_kernel(
     tile_squares,  # [column tiles, rows]
     offsets,  # [MODALITIES + 1]
     rows, hidden, x_stride,
-    WIDTH: tl.constexpr,  # with a width that is no constant, sm_90's registers spill
+    WIDTH: tl.constexpr,  # a width that is no constant takes the last of sm_90's registers
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
@@ -113,7 +113,7 @@ def routed_ffn_hidden_kernel(
                 u_pieces = column_pieces(u_total, PIECES)
                 v_pieces = column_pieces(v_total, PIECES)
                 h_pieces = ()
-                mean = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+                total = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
                 for piece in tl.static_range(PIECES):
                     # The backward pass computes h from u and v as they are stored: so does this one.
                     u_part = u_pieces[piece].to(x.dtype.element_ty)
@@ -128,25 +128,25 @@ def routed_ffn_hidden_kernel(
                         if GATE:
                             h = h * v_part.to(tl.float32)
                         if norm_weight is not None:
-                            mean += tl.sum(h, 1)  # past the last column u, v and so h are zero
+                            total += h  # past the last column u, v and so h are zero
                             h_pieces += (h,)
                         else:
                             a_rows.store([row, first], h.to(a.dtype.element_ty))
                 if norm_weight is not None:
-                    mean = mean / tl.minimum(hidden - column, BLOCK_COLUMNS).to(tl.float32)
-                    squares = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
+                    mean = tl.sum(total, 1) / tl.minimum(hidden - column, BLOCK_COLUMNS).to(tl.float32)
+                    squares = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
                     for piece in tl.static_range(PIECES):
                         first = column + piece * PIECE_COLUMNS
                         columns = first + tl.arange(0, PIECE_COLUMNS)
                         inside = columns < hidden
                         centred = tl.where(inside[None, :], h_pieces[piece] - mean[:, None], 0)
-                        squares += tl.sum(centred * centred, 1)
+                        squares += centred * centred
                         weight = tl.load(of_modality(norm_weight, modality) + columns, mask=inside, other=0)
                         a_rows.store([row, first], (centred * weight.to(tl.float32)[None, :]).to(a.dtype.element_ty))
                     tile_rows = row + tl.arange(0, BLOCK_ROWS)
                     cell = column_tile.to(tl.int64) * rows + tile_rows
                     tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
-                    tl.store(tile_squares + cell, squares, mask=tile_rows < stop)
+                    tl.store(tile_squares + cell, tl.sum(squares, 1), mask=tile_rows < stop)
                 tile += tl.num_programs(0)
         before = end
 
