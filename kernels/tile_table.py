@@ -11,6 +11,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
+
 MAX_MODALITIES = 64  # of a launch of products
 OLDEST = 80  # the first architecture with bfloat16 in its tensor cores and copies that do not pass through registers
 
@@ -77,9 +79,9 @@ _WGMMA = {
     "input_gradient": _WIDE,
     "routed_linear": _WIDE,
 }
-# tcgen05 keeps the accumulators in a memory of its own and has as much shared memory, but an epilogue that reads two of
-# 128 columns from there spills: half of them.
-_TCGEN05 = _WGMMA | {"routed_ffn_hidden": _WGMMA["routed_ffn_hidden"]._replace(block_columns=64)}
+# tcgen05 keeps the accumulators in a memory of its own and has as much shared memory. Sums over the rows of pieces that
+# come from there do not compile with Triton 3.9; a whole tile does, without a spill.
+_TCGEN05 = _WGMMA | {"routed_ffn_hidden": _WGMMA["routed_ffn_hidden"]._replace(pieces=1)}
 KERNELS = tuple(_MMA)
 _used_instead: Mapping[str, TileParameters] | None = None
 
@@ -89,6 +91,11 @@ def refusal(architecture: str) -> str | None:
     if _number(architecture) >= OLDEST:
         return None
     return f"expected a GPU of compute capability {OLDEST / 10} or later, got {_number(architecture) / 10}"
+
+
+def norm_is_folded(dtype: torch.dtype) -> bool:
+    """Whether a norm goes into the products: in float16 what they store before it may pass the largest number."""
+    return dtype != torch.float16
 
 
 def tiles_of(kernel: str, architecture: str) -> TileParameters:

@@ -227,7 +227,6 @@ class FeedForwardSettings(NamedTuple):
     activation: str
     eps: float
     strategy: str
-    fold_norm: bool
     keep_products: bool
     keep_y: bool
 

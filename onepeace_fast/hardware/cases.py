@@ -263,7 +263,7 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
     grouped: dict[str, Any] = {"strategy": "grouped"}
     yield _routed_ffn(batch, width, dtype, make, "grouped: Sub-LN, gamma, drop_path, residual", **grouped)
     yield _routed_ffn(batch, width, dtype, make, "grouped: silu, row index, recompute", True, True, **grouped,
-                      activation="silu", recompute=True, fold_norm=False)  # fmt: skip
+                      activation="silu", recompute=True)  # fmt: skip
     yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
     yield _routed_ffn(batch, width, dtype, make, "grouped: relu, Sub-LN", **grouped, activation="relu")
     yield _routed_linear(batch, width, dtype, make, "grouped: bias")

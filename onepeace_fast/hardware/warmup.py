@@ -26,6 +26,7 @@ from onepeace_fast import kernels
 from onepeace_fast.config import OnePeaceConfig, TransformerConfig
 from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, missing
 from onepeace_fast.kernels.launch import Configuration, recording
+from onepeace_fast.kernels.tile_table import norm_is_folded
 from onepeace_fast.layers import Transformer
 from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.ops.routed_ffn_arguments import chosen_strategy
@@ -115,7 +116,7 @@ def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     yield "per_modality"
     with contextlib.suppress(ValueError):
         z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        unfolded = config.ffn_layer_norm and dtype == torch.float16
+        unfolded = config.ffn_layer_norm and not norm_is_folded(dtype)
         yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,), unfolded)
 
 

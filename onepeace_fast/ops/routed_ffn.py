@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast.kernels.tile_table import norm_is_folded
 from onepeace_fast.ops import routed_ffn_per_modality as per_modality
 from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index, require_lists
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
@@ -246,7 +247,6 @@ def routed_ffn(
     eps: float = 1e-5,
     recompute: bool = False,
     strategy: str | None = None,
-    fold_norm: bool | None = None,
 ) -> Tensor:
     """The gated feed-forward network of each row's modality, with Sub-LayerNorm, LayerScale, DropPath and residual.
 
@@ -273,10 +273,6 @@ def routed_ffn(
             vendor product for each, a kernel between them) or "reference"; None: what was measured to be the fastest
             on this GPU, "per_modality" where nothing was, and "grouped" on a GPU without ``row_counts``, where it takes
             z. A CPU runs the reference.
-        fold_norm: in the grouped strategy, apply the Sub-LayerNorm behind the output product; False applies it before,
-            by a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
-            which is not finite beyond 65504. Where a row of h has a mean far above its deviation the fold loses digits:
-            at 16 times its error was 1.4 times the other's, and as large as that of plain PyTorch.
 
     Returns:
         [N, width], or the residual's shape and dtype. Rows past offsets[G] get the residual, else zero. Under autocast
@@ -291,19 +287,17 @@ def routed_ffn(
         w0, w1, w2, b2 = (some and [w.to(dtype) for w in some] for some in (w0, w1, w2, b2))
     weights = FeedForwardWeights(*(list(some or ()) for some in (w0, w1, norm_weight, norm_bias, w2, b2)))
     routing, factors = Routing(offsets, tuple(row_counts), row_index), DropPath(drop_path, sample)
-    settings = FeedForwardSettings(activation, eps, strategy or "", bool(fold_norm), False, False)
+    settings = FeedForwardSettings(activation, eps, strategy or "", False, False)
     given = RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings)
     check(given, has_gate=w1 is not None)
-    fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
     strategy = chosen_strategy(
         strategy, z, weights.w0[0].shape[0], len(weights.w0), routing.row_counts,
-        unfolded=len(weights.norm_weight) > 0 and not fold_norm,
+        unfolded=len(weights.norm_weight) > 0 and not norm_is_folded(z.dtype),
     )  # fmt: skip
     leaves = (z, *(parameter for some in weights for parameter in some), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
     y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy == "grouped")
     settings = FeedForwardSettings(
-        activation, eps, strategy, fold_norm, keep_products=differentiable and not recompute,
-        keep_y=differentiable and y_needed,
-    )  # fmt: skip
+        activation, eps, strategy, keep_products=differentiable and not recompute, keep_y=differentiable and y_needed
+    )
     return ROUTED_FFN(RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings))[0]

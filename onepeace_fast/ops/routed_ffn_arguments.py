@@ -135,8 +135,8 @@ def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int, unfolded: bool) -
         return f"z: expected float16 or bfloat16 with strategy 'grouped', got {describe(z)}; use 'per_modality'"
     if unfolded and hidden > (most := WIDEST["gated_sub_ln"]):
         return (
-            f"w0: expected at most {most} hidden columns with strategy 'grouped' and a norm that is not folded, got "
-            f"{hidden}; use 'per_modality'"
+            f"w0: expected at most {most} hidden columns with strategy 'grouped' and a norm in float16, got {hidden}; "
+            "use 'per_modality'"
         )
     if modalities > MAX_MODALITIES:
         return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy 'grouped', got {modalities}"

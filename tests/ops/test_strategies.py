@@ -120,12 +120,14 @@ def test_what_that_strategy_cannot_take_reads_offsets_on_the_host_and_says_so_on
         assert arguments.chosen_strategy(None, z, hidden, groups, (40,)) == "per_modality"
 
 
-def test_a_norm_that_is_not_folded_is_as_wide_as_its_kernel_s_rows(measured, capturing):
+def test_a_norm_of_its_own_kernel_is_as_wide_as_its_rows(measured, capturing):
     measured([{"strategy": "grouped"}])
     z, known, most = on_gpu(torch.float16), (40,), WIDEST["gated_sub_ln"]
     for hidden, unfolded in ((most, True), (most + 8, False)):
         assert arguments.chosen_strategy("grouped", z, hidden, 3, known, unfolded) == "grouped"
-    with pytest.raises(ValueError, match=rf"^w0: expected at most {most} hidden columns .* got {most + 8}; use"):
+    with pytest.raises(
+        ValueError, match=rf"^w0: expected at most {most} hidden columns .* in float16, got {most + 8}; use"
+    ):
         arguments.chosen_strategy("grouped", z, most + 8, 3, known, unfolded=True)
     assert arguments.chosen_strategy(None, z, most + 8, 3, known, unfolded=True) == "per_modality"
 

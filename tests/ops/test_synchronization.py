@@ -106,12 +106,13 @@ def test_no_kind_of_plan_waits_from_packing_to_the_gradients(case, dropout):
 
 
 @pytest.mark.skipif(kernels.unavailable_reason() is not None, reason="the launchers need Triton")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("where", ("all rows", "some rows"))
-def test_the_launchers_read_no_tensor_on_the_host(where):
+def test_the_launchers_read_no_tensor_on_the_host(where, dtype):
     """On plain tensors of the meta device, which refuse it; nothing of a plan is known to the host."""
     rows = 24
 
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 
     offsets, index = empty(4, dtype=torch.int32), empty(rows, dtype=torch.int32)

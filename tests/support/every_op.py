@@ -56,9 +56,8 @@ def rowwise_inputs(
     ]
     found.append((ROUTED_LINEAR, RoutedLinearInputs(y, weights.w0, weights.norm_bias, routing)))
     for strategy in strategies:
-        for fold_norm in (True, False):
-            settings = FeedForwardSettings("gelu", 1e-5, strategy, fold_norm, keep_products=True, keep_y=True)
-            found.append((ROUTED_FFN, RoutedFFNInputs(y, weights, routing, x, gamma, drop_path, settings)))
+        settings = FeedForwardSettings("gelu", 1e-5, strategy, keep_products=True, keep_y=True)
+        found.append((ROUTED_FFN, RoutedFFNInputs(y, weights, routing, x, gamma, drop_path, settings)))
     return found
 
 
