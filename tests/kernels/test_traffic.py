@@ -9,8 +9,12 @@ import torch
 from support.kernels import DEVICE
 from support.traffic import Launch, counted
 
+from onepeace_fast import RoutePlan
+from onepeace_fast.config import TransformerConfig
 from onepeace_fast.hardware.cases import INERT_ROWS, Rows, kernel_cases, random_tensors
 from onepeace_fast.kernels.launch import Configuration
+from onepeace_fast.layers.transformer import TransformerLayer
+from tools.layer_traffic import LEAST
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can count")
 CPU = torch.device("cpu")
@@ -98,6 +102,23 @@ def check(launch: Launch, case, batch: Rows, size: tuple[int, int], moved: dict[
         group = "rows" if kind in ("rows", "column") else "vector"
         moved[group] += elements * tensor.element_size()
     return moved
+
+
+def test_the_launches_of_a_whole_layer_touch_each_row_once():
+    """So that ``tools.layer_traffic`` may count a launch by its tensors."""
+    plan = RoutePlan.from_lengths({"text": [5, 4], "image": [10, 4]})
+    layer = TransformerLayer(TransformerConfig(embed_dim=64, ffn_embed_dim=96, layers=1, attention_heads=2, audio=None))
+    x = torch.randn(plan.capacity, 64, requires_grad=True)
+    with counted() as launches:
+        layer(x, plan, ()).square().sum().backward()
+    found = set()
+    for launch in launches:
+        for name, tensor in launch.tensors.items():
+            if plan.capacity in tensor.shape:
+                moved = launch.elements()["loads", name] + launch.elements()["stores", name]
+                assert moved == tensor.numel(), f"{launch.kernel}: {moved} of the {tensor.numel()} elements of {name}"
+                found.add(launch.kernel)
+    assert found == {op.op for op in LEAST}
 
 
 def test_the_count_sees_what_is_read_twice_and_what_is_left_out():
