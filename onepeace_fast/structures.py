@@ -71,6 +71,7 @@ class LayerNormSaved(NamedTuple):
     bias: list[Tensor]
     head_scale: Tensor | None
     routing: Routing
+    passed: Tensor | None = None  # [rows, width], a gradient of x from elsewhere, which that of the norm is added to
 
 
 class LayerNormGradients(NamedTuple):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
-from onepeace_fast.layers.norms import normalized, normalized_by_modality
+from onepeace_fast.layers.norms import normalized, normalized_and_stream, normalized_by_modality
 from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is_plain, unfused, watched_everywhere
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
@@ -246,7 +246,8 @@ class TransformerLayer(nn.Module):
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
 
-        attended = self.self_attn(normalized(x, self.self_attn_layer_norm, attention), attention.plan, bias)
+        z, x = normalized_and_stream(x, self.self_attn_layer_norm, attention)
+        attended = self.self_attn(z, attention.plan, bias)
         if self.attn_ln is not None:
             attended = normalized(attended, self.attn_ln)
 
@@ -257,7 +258,7 @@ class TransformerLayer(nn.Module):
             x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
-            z = normalized(x, norm, feed_forward)
+            z, x = normalized_and_stream(x, norm, feed_forward)
         plan = feed_forward.plan
         ffns = [self.ffn(modality) for modality in plan.modalities]
         modules = plain_ffns(ffns)

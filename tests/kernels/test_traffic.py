@@ -57,7 +57,8 @@ def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
     """The rows that an operation has to read of a row tensor: with a row index all only of the residual stream."""
     if case.variant == "per modality" or case.operation == "gated_sub_ln":
         return list(range(batch.rows - INERT_ROWS))
-    if not case.variant.startswith("row index") or (name in ("x", "out") and "residual" in case.operation):
+    of_stream = name == "passed" or (name in ("x", "out") and "residual" in case.operation)
+    if of_stream or not case.variant.startswith("row index"):
         return list(range(tensor.shape[0]))
     if tensor.shape[0] == len(batch.some):
         return list(range(batch.some_offsets[-1]))
