@@ -314,3 +314,35 @@ class RoutedLinearGradients(NamedTuple):
     x: Tensor | None
     weight: list[Tensor | None]
     bias: list[Tensor | None]
+
+
+class ProjectionsInputs(NamedTuple):
+    """``projections``."""
+
+    x: Tensor  # [rows, width]
+    weight: list[Tensor]  # [columns, width], one per layer
+    bias: list[Tensor]  # [columns], of the layers that have one
+    biased: tuple[int, ...]  # which these are
+
+
+class ProjectionsOutputs(NamedTuple):
+    """The results one after another."""
+
+    y: Tensor  # [layers, rows, columns]
+
+
+class ProjectionsSaved(NamedTuple):
+    """What the backward pass of ``projections`` is given."""
+
+    grad_y: Tensor
+    x: Tensor
+    weight: list[Tensor]
+    biased: tuple[int, ...]
+
+
+class ProjectionsGradients(NamedTuple):
+    """Gradients of ``projections``; that of the weights is one tensor, [layers * columns, width]."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: list[Tensor | None]

@@ -156,7 +156,7 @@ def layer_traffic(
         patch.object(launch, "INTERPRETER", GPU),
         patch.object(arguments, "is_on_host", lambda x: False),  # a fake tensor has no values to check
         patch.object(operation, "is_eager", lambda tensors: True),  # as on a GPU, where no mode looks on
-        patch.object(transformer, "joins_weights", lambda z: True),
+        patch.object(transformer, "projects_together", lambda z: True),
         patch.object(ATTENTION, "run", traffic.leave_out(attention_fake)),
         patch.object(ATTENTION.backward, "run", traffic.leave_out(attention_fake_backward)),
         FakeTensorMode(allow_non_fake_inputs=True),

@@ -188,7 +188,8 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
     leaves = {**x, **_vectors("weight", width, dtype, make), **_vectors("bias", width, dtype, make, 0.0)}
     yield from _of_modalities(layer_norm, batch, leaves, entries)
     yield Case("layer_norm", "its stream", layer_norm_and_stream, {**x, **shared}, entries)
-    beside = partial(layer_norm_and_stream, **batch.of_some)
+    of_some: dict[str, Any] = batch.of_some
+    beside = partial(layer_norm_and_stream, **of_some)
     yield Case("layer_norm", "row index, its stream", beside, {**x, **shared}, entries)
     if width % HEADS == 0:
         entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")

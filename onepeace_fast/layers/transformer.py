@@ -25,14 +25,15 @@ from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
 from onepeace_fast.layers.side_by_side import DenseRoute, LayerRoute, dense_routes
 from onepeace_fast.ops import relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops.projections import projections
 from onepeace_fast.ops.relative_bias_attention import QKV
 from onepeace_fast.route_plan import RoutePlan
 
 FEW_NUMBERS = 256 * 1536  # an image at full width: what its layers keep is small
 
 
-def joins_weights(z: Tensor) -> bool:
-    """Whether weights are joined for one product: on a CPU that takes longer than one product for three saves."""
+def projects_together(z: Tensor) -> bool:
+    """Whether queries, keys and values are one tensor: attention's kernels take that, its code for a CPU the three."""
     return z.device.type != "cpu"
 
 
@@ -78,15 +79,13 @@ class SelfAttention(nn.Module):
         return self.out_proj(attended)
 
     def project(self, z: Tensor) -> QKV:
-        """Queries, keys and values by one product, [rows, 3, heads, head_dim]; or apart, [rows, heads, head_dim]."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear) or not joins_weights(z):
-            q, k, v = (projection(z).unflatten(1, (self.heads, self.head_dim)) for projection in projections)
+        """Queries, keys and values in one tensor, [rows, 3, heads, head_dim]; or apart, [rows, heads, head_dim]."""
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if not are_plain("q_proj, k_proj, v_proj", linears, nn.Linear) or not projects_together(z):
+            q, k, v = (linear(z).unflatten(1, (self.heads, self.head_dim)) for linear in linears)
             return q, k, v
-        weights = tuple(p.weight for p in projections)
-        biases = tuple(p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections)
-        projected = F.linear(z, torch.cat(weights), torch.cat(biases))
-        return projected.view(z.shape[0], 3, self.heads, self.head_dim)
+        projected = projections(z, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        return projected.unflatten(2, (self.heads, self.head_dim)).transpose(0, 1)
 
 
 class GeGLU(nn.Module):
