@@ -242,7 +242,7 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
     x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
     row_index = walk["row_index"]
     count = x.shape[0] if row_index is None else row_index.shape[0]
-    y = torch.empty((count, x.shape[1]), dtype=x.dtype, device=x.device)
+    y = torch.empty((count, x.shape[1]), dtype=given.y_dtype or x.dtype, device=x.device)
     rstd = torch.empty((count, 1), dtype=torch.float32, device=x.device)
     mean = None if rms else torch.empty_like(rstd)
     parameters, programs = parameters_for(_table_name("", rms, head_scale), x, count)

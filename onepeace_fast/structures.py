@@ -50,6 +50,7 @@ class LayerNormInputs(NamedTuple):
     head_scale: Tensor | None  # [heads]
     routing: Routing
     eps: float
+    y_dtype: torch.dtype | None = None  # None: that of x
 
 
 class LayerNormOutputs(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,8 +24,13 @@ def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
 
 
-def normalized_and_stream(x: Tensor, norm: nn.LayerNorm, branch: Branch) -> tuple[Tensor, Tensor]:
-    """LayerNorm of the rows that a branch computes, and x as the branch's residual connection takes it."""
+def normalized_and_stream(
+    x: Tensor, norm: nn.LayerNorm, branch: Branch, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of the rows that a branch computes, and x as the branch's residual connection takes it.
+
+    ``dtype`` is that of the products behind the norm, to which it may round: a cast would be one more pass over them.
+    """
     if branch.row_index is None and calls_modules(x):
         return norm(x), x
     if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
@@ -33,7 +39,7 @@ def normalized_and_stream(x: Tensor, norm: nn.LayerNorm, branch: Branch) -> tupl
     index: dict[str, Any] = {}
     if branch.row_index is not None:
         index = {"row_index": branch.row_index, "offsets": branch.plan.offsets}
-    return layer_norm_and_stream(x, norm.weight, norm.bias, eps=norm.eps, **index)
+    return layer_norm_and_stream(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, **index)
 
 
 def normalized_by_modality(x: Tensor, plan: RoutePlan, norm_of: Callable[[str], nn.Module]) -> Tensor:

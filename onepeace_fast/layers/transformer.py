@@ -25,6 +25,7 @@ from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
 from onepeace_fast.layers.side_by_side import DenseRoute, LayerRoute, dense_routes
 from onepeace_fast.ops import relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops.arguments import autocast_dtype
 from onepeace_fast.ops.projections import projections
 from onepeace_fast.ops.relative_bias_attention import QKV
 from onepeace_fast.route_plan import RoutePlan
@@ -159,6 +160,14 @@ def _few_or_no_gradient(x: Tensor) -> bool:
     return x.numel() <= FEW_NUMBERS or not torch.is_grad_enabled()
 
 
+def _product_dtype(x: Tensor, attention: nn.Module) -> torch.dtype | None:
+    """What autocast rounds attention's input to, None where a module of the user's may look at it before."""
+    if (dtype := autocast_dtype(x)) is None or watched_everywhere() or not is_plain(attention, SelfAttention):
+        return None
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return dtype if all(is_plain(linear, nn.Linear) for linear in linears) else None
+
+
 class TransformerLayer(nn.Module):
     """One layer: shared attention, one FFN per modality."""
 
@@ -245,22 +254,21 @@ class TransformerLayer(nn.Module):
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
 
-        z, x = normalized_and_stream(x, self.self_attn_layer_norm, attention)
+        z, x = normalized_and_stream(x, self.self_attn_layer_norm, attention, _product_dtype(x, self.self_attn))
         attended = self.self_attn(z, attention.plan, bias)
         if self.attn_ln is not None:
             attended = normalized(attended, self.attn_ln)
 
-        norm = self.final_layer_norm
+        norm, plan = self.final_layer_norm, feed_forward.plan
+        ffns = [self.ffn(modality) for modality in plan.modalities]
+        modules = plain_ffns(ffns)
         arrive = attention.arrival(dropout, seeds[0])
         plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
         if plain and feed_forward.row_index is None:
             x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
-            z, x = normalized_and_stream(x, norm, feed_forward)
-        plan = feed_forward.plan
-        ffns = [self.ffn(modality) for modality in plan.modalities]
-        modules = plain_ffns(ffns)
+            z, x = normalized_and_stream(x, norm, feed_forward, None if modules is None else autocast_dtype(x))
         if dropout or modules is None:
             y = by_modality(ffns, z, plan) if modules is None else self.packed_ffn(z, plan, modules)
             return residual(x, y, self.gamma_2, **feed_forward.arrival(dropout, seeds[1]))

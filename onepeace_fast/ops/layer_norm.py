@@ -75,7 +75,7 @@ def layer_norm_reference(given: LayerNormInputs, rms: bool = False) -> LayerNorm
         y, mean, rstd = normalize(
             _scaled(x, given.head_scale), _at(given.weight, 0), _at(given.bias, 0), given.eps, rms
         )
-        return LayerNormOutputs(y.to(x.dtype), mean, rstd)
+        return LayerNormOutputs(y.to(given.y_dtype or x.dtype), mean, rstd)
     y, mean, rstd = (value if value is None else value.zero_() for value in layer_norm_fake(given, rms))
     check_offsets(given.routing, y.shape[0])
     for m, part in enumerate(_parts(given, y.shape[0])):
@@ -157,7 +157,8 @@ def layer_norm_fake(given: LayerNormInputs, rms: bool = False) -> LayerNormOutpu
     x, row_index = given.x, given.routing.row_index
     count = x.shape[0] if row_index is None else row_index.shape[0]
     rstd = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
-    return LayerNormOutputs(x.new_empty(count, x.shape[1]), None if rms else torch.empty_like(rstd), rstd)
+    y = x.new_empty((count, x.shape[1]), dtype=given.y_dtype or x.dtype)
+    return LayerNormOutputs(y, None if rms else torch.empty_like(rstd), rstd)
 
 
 def layer_norm_backward_fake(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
@@ -226,18 +227,20 @@ def layer_norm_and_stream(
     row_index: Tensor | None = None,
     offsets: Tensor | None = None,
     eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``layer_norm``, and x, for a residual connection around what takes the norm.
+    """``layer_norm``, rounded to ``dtype`` where one is given, and x, for a residual connection around the branch.
 
     Where x is used in that place, the backward kernel adds the two gradients of x.
     """
-    stream, y = LAYER_NORM.passing(_checked(x, weight, bias, None, Routing(offsets, (), row_index), eps))
+    given = _checked(x, weight, bias, None, Routing(offsets, (), row_index), eps, dtype)
+    stream, y = LAYER_NORM.passing(given)
     return y, stream
 
 
 def _checked(
     x: Tensor, weight: Tensor | Sequence[Tensor] | None, bias: Tensor | Sequence[Tensor] | None,
-    head_scale: Tensor | None, routing: Routing, eps: float,
+    head_scale: Tensor | None, routing: Routing, eps: float, dtype: torch.dtype | None = None,
 ) -> LayerNormInputs:  # fmt: skip
     """The inputs, or a ValueError."""
     require_rows("x", x)
@@ -255,4 +258,4 @@ def _checked(
             ),
         )
         require_device("head_scale", head_scale, x.device)
-    return LayerNormInputs(x, weights, biases, head_scale, routing, eps)
+    return LayerNormInputs(x, weights, biases, head_scale, routing, eps, dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 SCHEMA_TYPES = {
     Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor[]",
     tuple[int, ...]: "SymInt[]", int: "SymInt", float: "float", str: "str", bool: "bool", list[bool]: "bool[]",
-    torch.dtype: "ScalarType",
+    torch.dtype: "ScalarType", torch.dtype | None: "ScalarType?",
 }  # fmt: skip
 
 

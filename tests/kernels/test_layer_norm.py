@@ -161,6 +161,16 @@ def test_the_gradient_of_x_elsewhere_is_added_to_that_of_the_norm(index, dtype):
     assert stream is leaves["x"] and alone.requires_grad
 
 
+@pytest.mark.parametrize("index", (None, [11, 0, 5, 4, 9, 2, 12, GARBAGE]), ids=("all rows", "some rows"))
+def test_a_norm_of_another_dtype_is_that_of_x_rounded(index):
+    leaves = on_device(leaves_of(13, 64), torch.float32)
+    extra = {} if index is None else {"row_index": int32(index), "offsets": ragged_offsets([4, 0, 3]).to(DEVICE)}
+    rounded = contract.run(lambda **mine: layer_norm_and_stream(**mine, **extra, dtype=HALF)[0], leaves)
+    expected = contract.run(lambda **mine: layer_norm(**mine, **extra).to(HALF), leaves)
+    assert rounded[0][0].dtype == HALF
+    contract.assert_same(rounded, expected, "rounded")
+
+
 def test_x_beside_its_norm_is_there_in_every_kind_of_execution(monkeypatch):
     """Autograd adds both gradients where the kernel does not."""
     call, leaves = both(None), on_device(leaves_of(5, 64), CHECKED)
