@@ -132,6 +132,7 @@ def layer_norm_forward_kernel(
 def layer_norm_backward_kernel(
     grad,  # [rows, width]
     x,  # [x_rows, width]
+    passed,  # [x_rows, width] or None
     dx,  # [x_rows, width]
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
@@ -143,7 +144,7 @@ def layer_norm_backward_kernel(
     row_index,  # [rows] or None
     place,  # [x_rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
-    rows, x_rows, width, grad_stride, x_stride, norms, modalities_per_norm, head_dim,
+    rows, x_rows, width, grad_stride, x_stride, passed_stride, norms, modalities_per_norm, head_dim,
     PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
@@ -211,6 +212,9 @@ def layer_norm_backward_kernel(
                     c_sums += (c_total[part] + result * value.to(tl.float32),)
                     if scale is not None:
                         result = result * c[part]
+                    if passed is not None:
+                        other = load_rows(passed, passed_stride, source, live, width, part, BLOCK_WIDTH)
+                        result += other.to(tl.float32)
                     store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
                 c_total = c_sums
                 tile += BLOCK_ROWS
@@ -221,10 +225,11 @@ def layer_norm_backward_kernel(
         norm += 1
     if dscale is not None:
         store_sums(dscale + program.to(tl.int64) * width, c_total, width, PARTS, BLOCK_WIDTH)
+    # What the norm did not read has the gradient from elsewhere alone.
     if place is not None:
-        store_zeros(dx, place, 0, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, place, 0, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH, passed, passed_stride)
     elif offsets is not None:
-        store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH, passed, passed_stride)
 
 
 def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
@@ -237,7 +242,7 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
     x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
     row_index = walk["row_index"]
     count = x.shape[0] if row_index is None else row_index.shape[0]
-    y = torch.empty((count, x.shape[1]), dtype=x.dtype, device=x.device)
+    y = torch.empty((count, x.shape[1]), dtype=given.y_dtype or x.dtype, device=x.device)
     rstd = torch.empty((count, 1), dtype=torch.float32, device=x.device)
     mean = None if rms else torch.empty_like(rstd)
     parameters, programs = parameters_for(_table_name("", rms, head_scale), x, count)
@@ -252,17 +257,18 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
 def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
     """Launch ``layer_norm_backward_kernel``, and a sum for each norm that needs one."""
     grad, x, head_scale, walk = unit_columns(saved.grad_y), unit_columns(saved.x), saved.head_scale, _walk(saved)
-    row_index, offsets, norms = walk["row_index"], walk["offsets"], walk["norms"]
+    row_index, offsets, norms, passed = walk["row_index"], walk["offsets"], walk["norms"], unit_columns(saved.passed)
     count, width = grad.shape
     parameters, programs = parameters_for(_table_name("_backward", saved.mean is None, head_scale), x, count)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partials = [new_partials(norms, programs, x) if any(flags) else None for flags in (needs.weight, needs.bias)]
     dscale = new_partials(1, programs, x) if needs.head_scale else None
     arguments = {
-        "grad": grad, "x": x, "dx": dx, "mean": saved.mean, "rstd": saved.rstd, "weight": stacked(saved.weight),
-        "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1], "dscale": dscale,
-        "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]), "rows": count,
-        "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0), **walk,
+        "grad": grad, "x": x, "passed": passed, "dx": dx, "mean": saved.mean, "rstd": saved.rstd,
+        "weight": stacked(saved.weight), "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1],
+        "dscale": dscale, "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]),
+        "rows": count, "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0),
+        "passed_stride": 0 if passed is None else passed.stride(0), **walk,
     }  # fmt: skip
     launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters)
     gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]

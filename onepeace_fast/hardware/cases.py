@@ -29,6 +29,7 @@ from onepeace_fast.ops import (
     routed_ffn,
     routed_linear,
 )
+from onepeace_fast.ops.layer_norm import layer_norm_and_stream
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 MODALITIES = 3
@@ -186,6 +187,10 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
     yield Case("layer_norm", "no parameters", layer_norm, x, entries)
     leaves = {**x, **_vectors("weight", width, dtype, make), **_vectors("bias", width, dtype, make, 0.0)}
     yield from _of_modalities(layer_norm, batch, leaves, entries)
+    yield Case("layer_norm", "its stream", layer_norm_and_stream, {**x, **shared}, entries)
+    of_some: dict[str, Any] = batch.of_some
+    beside = partial(layer_norm_and_stream, **of_some)
+    yield Case("layer_norm", "row index, its stream", beside, {**x, **shared}, entries)
     if width % HEADS == 0:
         entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")
         scale = {"head_scale": make(HEADS, dtype=torch.float32, scale=0.5, shift=1.0)}
