@@ -167,8 +167,8 @@ def walk_rows(
     """Compute this program's tiles of a result [rows, columns], modality by modality.
 
     What ``begin`` returns for a modality, a function of ``given``, its number, the end of its rows and the sizes, are
-    the ``tensors`` of its tiles: Triton 3.6 compiles no descriptor that is made within a ``while``. Constants and None
-    are in ``given``, since it returns neither from a function. Returns the program's next tile and the number of all.
+    the ``tensors`` of its tiles, descriptors among them, which are made once for all. Constants and None are in
+    ``given``: Triton 3.6 returns neither from a function. Returns the program's next tile and the number of all.
     """
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     keys, previous = modality_keys(offsets, rows, None, MODALITIES)
