@@ -22,12 +22,9 @@ from torch import Tensor
 from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_w,
-    add_xt_y,
-    bit_mask,
     column_pieces,
     contiguous_for_descriptors,
     for_descriptors,
-    input_gradient,
     launch_tiles,
     matrix,
     modality_keys,
@@ -37,8 +34,9 @@ from onepeace_fast.kernels.grouped_gemm import (
     tile_place,
     tiles_for,
     vectors,
-    weight_gradient,
 )
+from onepeace_fast.kernels.grouped_gradients import NormedLayer, WeightGradient
+from onepeace_fast.kernels.grouped_gradients import gradients as all_gradients
 from onepeace_fast.kernels.launch import cdiv, compact, launch
 from onepeace_fast.kernels.partial_sums import (
     BLOCK_COLUMNS,
@@ -120,62 +118,6 @@ def routed_ffn_hidden_gradient_kernel(
         before = end
 
 
-@triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])
-def routed_ffn_output_weight_gradient_kernel(
-    dy,  # [rows, width]
-    hhat,  # [rows, hidden]
-    outs,  # of each modality [width, hidden]
-    w2,  # of each modality [width, hidden]
-    norm_weight,  # of each modality [hidden]
-    norm_bias,  # of each modality [hidden]
-    db2,  # [MODALITIES, width]
-    dweight,  # [MODALITIES * row tiles, hidden]
-    dbias,  # [MODALITIES * row tiles, hidden]
-    offsets,  # [MODALITIES + 1]
-    rows, needed, width, hidden, dy_stride,
-    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-    ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    row_tiles = tl.cdiv(width, BLOCK_ROWS)
-    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, needed, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        end = before + tl.where(previous >= 0, row_tiles * column_tiles, 0)
-        if tile < end:
-            dy_rows = matrix(dy, stop, width, dy_stride, BLOCK_INNER, BLOCK_ROWS)
-            hhat_rows = matrix(hhat, stop, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS)
-            out = of_modality(outs, modality)
-            weight = of_modality(w2, modality)
-            gain, offset = of_modality(norm_weight, modality), of_modality(norm_bias, modality)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                first, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_xt_y(total, dy_rows, hhat_rows, first, column, start, stop, BLOCK_INNER)
-                row = first + tl.arange(0, BLOCK_ROWS)
-                row_sum = tl.load(db2 + modality * width + row, mask=row < width, other=0)[:, None]
-                pieces = column_pieces(total, PIECES)
-                for piece in tl.static_range(PIECES):
-                    at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
-                    inside = at < hidden
-                    mask = (row < width)[:, None] & inside[None, :]
-                    cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
-                    scale = tl.load(gain + at, mask=inside, other=0).to(tl.float32)[None, :]
-                    shift = tl.load(offset + at, mask=inside, other=0).to(tl.float32)[None, :]
-                    gradient = pieces[piece] * scale + row_sum * shift
-                    tl.store(out + cell, gradient.to(outs[0].dtype.element_ty), mask=mask)
-                    w = tl.load(weight + cell, mask=mask, other=0).to(tl.float32)
-                    partial = (modality * row_tiles + row_tile) * hidden + at
-                    tl.store(dweight + partial, tl.sum(w * pieces[piece], 0), mask=inside)
-                    tl.store(dbias + partial, tl.sum(w * row_sum, 0), mask=inside)
-                tile += tl.num_programs(0)
-        before = end
-
-
 @triton.jit
 def routed_ffn_sum_norm_tiles_kernel(
     dweight,  # [modalities * row_tiles, width]
@@ -220,42 +162,40 @@ def hidden_gradient(
     return du, dv, hhat
 
 
-def output_weight_gradient(
-    dy: Tensor, hhat: Tensor, db2: Tensor, saved: RoutedFFNSaved, gradients: FeedForwardWeights
-) -> None:
-    """Store dW2, dgl and dbl of every modality that needs one of them."""
-    outs, weight_gradients, bias_gradients = gradients.w2, gradients.norm_weight, gradients.norm_bias
-    of_modalities = enumerate(zip(outs, weight_gradients, bias_gradients, strict=True))
-    needed = [modality for modality, mine in of_modalities if any_given(mine)]
-    if not needed:
-        return
-    weights = saved.weights
-    dy, w2 = for_descriptors(dy), contiguous_for_descriptors(weights.w2)
-    (width, hidden), modalities = w2[0].shape, len(w2)
-    entry = "routed_ffn_output_gradient"
-    tiles, _ = tiles_for(entry, dy)
-    row_tiles = cdiv(width, tiles.block_rows)
-    dweight, dbias = (dy.new_empty((modalities * row_tiles, hidden), dtype=torch.float32) for _rank in range(2))
-    unused = None if all([out is not None for out in outs]) else torch.empty_like(w2[0])
-    arguments = {
-        "dy": dy, "hhat": hhat, "outs": tuple([unused if out is None else out for out in outs]), "w2": w2,
-        "norm_weight": vectors(weights.norm_weight), "norm_bias": vectors(weights.norm_bias), "db2": db2,
-        "dweight": dweight, "dbias": dbias, "offsets": compact(saved.routing.offsets), "rows": dy.shape[0],
-        "needed": bit_mask(needed), "width": width, "hidden": hidden, "dy_stride": row_stride(dy),
-    }  # fmt: skip
-    constants = {"MODALITIES": modalities, "PIECES": tiles.pieces}
-    launch_tiles(
-        routed_ffn_output_weight_gradient_kernel, entry, len(needed) * width, hidden, len(needed), arguments, constants
+def output_layer(
+    dy: Tensor, hhat: Tensor | None, db2: Tensor, saved: RoutedFFNSaved, gradients: FeedForwardWeights
+) -> WeightGradient | None:
+    """What ``all_gradients`` is given of W2; where it needs none itself but its norm does, something to store into."""
+    if hhat is None:
+        return None
+    weights, modalities = saved.weights, len(saved.weights.w2)
+    if not weights.norm_weight:
+        return WeightGradient(dy, hhat, gradients.w2)
+    width, hidden = weights.w2[0].shape
+    of_norm = zip(gradients.w2, gradients.norm_weight, gradients.norm_bias, strict=True)
+    unused = None if all([out is not None for out in gradients.w2]) else torch.empty_like(weights.w2[0])
+    outs = [(unused if mine[0] is None else mine[0]) if any_given(mine) else None for mine in of_norm]
+    row_tiles = cdiv(width, tiles_for("gradients", dy)[0].block_rows)
+    sums = dy.new_empty((2, modalities * row_tiles, hidden), dtype=torch.float32)
+    return WeightGradient(
+        dy, hhat, outs, NormedLayer(weights.w2, weights.norm_weight, weights.norm_bias, db2, *sums.unbind())
     )
-    if any_given(weight_gradients) or any_given(bias_gradients):
-        arguments = {
-            "dweight": dweight, "dbias": dbias, "row_tiles": row_tiles, "width": hidden,
-            "weight_gradients": with_unused(weight_gradients, hidden, weights.norm_weight[0]),
-            "bias_gradients": with_unused(bias_gradients, hidden, weights.norm_bias[0]),
-        }  # fmt: skip
-        constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-        grid = (cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
-        launch(routed_ffn_sum_norm_tiles_kernel, grid, arguments, constants, num_warps=4)
+
+
+def sum_norm_gradients(norm: NormedLayer, gradients: FeedForwardWeights) -> None:
+    """Store dgl and dbl of the modalities that need them."""
+    if not (any_given(gradients.norm_weight) or any_given(gradients.norm_bias)):
+        return
+    hidden, modalities = norm.norm_weight_sums.shape[1], len(norm.weight)
+    arguments = {
+        "dweight": norm.norm_weight_sums, "dbias": norm.norm_bias_sums,
+        "row_tiles": norm.norm_weight_sums.shape[0] // modalities, "width": hidden,
+        "weight_gradients": with_unused(gradients.norm_weight, hidden, norm.norm_weight[0]),
+        "bias_gradients": with_unused(gradients.norm_bias, hidden, norm.norm_bias[0]),
+    }  # fmt: skip
+    constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    grid = (cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
+    launch(routed_ffn_sum_norm_tiles_kernel, grid, arguments, constants, num_warps=4)
 
 
 def any_given(tensors: Sequence[Tensor | None]) -> bool:
@@ -280,12 +220,10 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     sums_needed = any_given(gradients.b2) or (normed and hhat_needed)
     dy, m1, m2, row_sums = scaled_gradient(saved, sums_needed, gradients.b2, dgamma)
     du, dv, hhat = hidden_gradient(dy, saved, m1, m2, hhat_needed)
-    if normed:
-        output_weight_gradient(dy, hhat, row_sums, saved, gradients)
-    elif hhat_needed:
-        weight_gradient([dy], hhat, offsets, [gradients.w2])
-    both = [(du, weights.w0, gradients.w0)]
-    both += [] if dv is None else [(dv, weights.w1, gradients.w1)]
-    weight_gradient([x for x, _, _ in both], z, offsets, [out for _, _, out in both])
-    dz = input_gradient([(x, w) for x, w, _ in both], offsets)
+    layers = [WeightGradient(du, z, gradients.w0)]
+    layers += [] if dv is None else [WeightGradient(dv, z, gradients.w1)]
+    output = output_layer(dy, hhat, row_sums, saved, gradients)
+    dz = all_gradients(layers, [weights.w0, weights.w1][: len(layers)], output, offsets)
+    if output is not None and output.norm is not None:
+        sum_norm_gradients(output.norm, gradients)
     return RoutedFFNGradients(dz, gradients, None, dgamma)

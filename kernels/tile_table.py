@@ -52,9 +52,7 @@ _MMA = {
     "routed_ffn_hidden": _SQUARE._replace(block_columns=64, pieces=4),
     "routed_ffn_output": _SQUARE._replace(pieces=4),
     "routed_ffn_hidden_gradient": _SQUARE._replace(pieces=8),
-    "routed_ffn_output_gradient": _SQUARE._replace(pieces=4),
-    "weight_gradient": _SQUARE,
-    "input_gradient": _SQUARE,
+    "gradients": _SQUARE._replace(pieces=4),
     "routed_linear": _SQUARE,
 }
 # From sm_120 on descriptors copy, but mma.sync still multiplies, from 99 KiB. The product with two accumulators copies
@@ -66,7 +64,9 @@ _MMA_DESCRIPTORS = _MMA | {
 }
 # wgmma reads both operands from shared memory: a tile of 128 x 256 reads less for each product than a square one, and
 # three stages of 64 fill 144 of 227 KiB. Where an epilogue holds more a tile is smaller; that of h's gradient waits for
-# memory longest, so that two programs take turns at it.
+# memory longest, so that two programs take turns at it. All products of the gradients are one launch with one last
+# wave: in three, the tiles of dW2, of dW0 and dW1, and of dz filled 76, 89 and 84% of the waves of 132 multiprocessors,
+# at the rows of tools/products.py; in one they fill 96%. Squares would fill 97% for dz, but by the model take longer.
 _WIDE = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
 _WGMMA = {
     "routed_ffn_hidden": _WIDE._replace(block_columns=128, pieces=4),
@@ -74,9 +74,7 @@ _WGMMA = {
     "routed_ffn_hidden_gradient": _WIDE._replace(
         block_columns=128, num_warps=4, programs_per_multiprocessor=2, pieces=16
     ),
-    "routed_ffn_output_gradient": _WIDE._replace(pieces=8),
-    "weight_gradient": _WIDE,
-    "input_gradient": _WIDE,
+    "gradients": _WIDE._replace(pieces=8),
     "routed_linear": _WIDE,
 }
 # tcgen05 keeps the accumulators in a memory of its own and has as much shared memory. Sums over the rows of pieces that

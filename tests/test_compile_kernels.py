@@ -131,7 +131,16 @@ def test_narrow_accesses_to_row_tensors_are_faults_that_name_the_tensor(planted)
 
 def test_what_one_form_of_a_product_lacks_is_named(planted):
     faults = inspected(planted.multiply, 64, 64, 4, SIZE=64, PRECISION="tf32").faults
-    assert [fault for fault in faults if "matrix product" in fault] == ["no UTMALDG in a matrix product"]
+    assert [fault for fault in faults if "matrix product" in fault] == [
+        "no UTMALDG in a matrix product", "no asynchronous HGMMA in a matrix product",
+    ]  # fmt: skip
+
+
+def test_products_that_wait_for_one_another_are_a_fault(planted):
+    free, waiting = (
+        inspected(planted.multiply_and_add, 64, 256, 4, SIZE=64, STEPS=4, READ=read).faults for read in (0, 1)
+    )
+    assert free == () and waiting == ("no asynchronous HGMMA in a matrix product",)
 
 
 @pytest.mark.parametrize("gpu", ("sm_89", "sm_90", "sm_100", "sm_120"))

@@ -42,3 +42,17 @@ def multiply(x, y, SIZE: tl.constexpr, PRECISION: tl.constexpr):
     cell = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     value = tl.load(x + cell)
     tl.store(y + cell, tl.dot(value, value, input_precision=PRECISION))
+
+
+@triton.jit
+def multiply_and_add(x, y, SIZE: tl.constexpr, STEPS: tl.constexpr, READ: tl.constexpr):
+    """Add up products of a matrix's blocks with themselves; to READ the sum waits for each before the next begins."""
+    rows = tl.make_tensor_descriptor(x, [SIZE, SIZE * STEPS], [SIZE * STEPS, 1], [SIZE, SIZE])
+    total = tl.zeros((SIZE, SIZE), dtype=tl.float32)
+    for k in range(0, SIZE * STEPS, SIZE):
+        block = rows.load([0, k])
+        total = tl.dot(block, block.T, total, input_precision="tf32")
+        if READ:
+            total = total * 2
+    cell = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
+    tl.store(y + cell, total)
