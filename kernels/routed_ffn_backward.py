@@ -13,6 +13,7 @@ Without Sub-LayerNorm dh = dy W2, and h takes hhat's place. No sum depends on wh
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -50,6 +51,12 @@ from onepeace_fast.kernels.routed_ffn_scale_gradient import scaled_gradient
 from onepeace_fast.structures import FeedForwardWeights, Needs, RoutedFFNGradients, RoutedFFNSaved
 
 
+@triton.jit
+def first_tile_of(start, modality, BLOCK_ROWS: tl.constexpr):
+    """Where the partial sums of a modality's row tiles begin: no two modalities overlap, and none counts the others."""
+    return start // BLOCK_ROWS + modality
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def routed_ffn_hidden_gradient_kernel(
     dy,  # [rows, width]
@@ -58,12 +65,15 @@ def routed_ffn_hidden_gradient_kernel(
     v,  # [rows, hidden] or None
     du,  # [rows, hidden]
     dv,  # [rows, hidden] or None
-    hhat,  # [rows, hidden] or None
+    n,  # [rows, hidden] or None: hhat without norm_bias
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1] or None
     m1,  # [rows] or None
     m2,  # [rows] or None
     norm_weight,  # of each modality [hidden], or None
+    norm_bias,  # of each modality [hidden], or None
+    dweight,  # [row tiles, hidden] or None
+    dbias,  # [row tiles, hidden] or None
     offsets,  # [MODALITIES + 1]
     rows, width, hidden, dy_stride,
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -108,9 +118,19 @@ def routed_ffn_hidden_gradient_kernel(
                     if mean is not None:
                         h = (h - mu) * r
                         scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
-                        dh = (dh * scale.to(tl.float32)[None, :] - g_mean - h * g_hhat_mean) * r
-                    if hhat is not None:
-                        tl.store(hhat + cell, h.to(hhat.dtype.element_ty), mask=mask)
+                        scale = scale.to(tl.float32)[None, :]
+                        if dweight is not None:
+                            # Rows past the modality's last one are zeros in dy, so that their dh is zero.
+                            partial = first_tile_of(start, modality, BLOCK_ROWS) + row_tile
+                            partial = partial.to(tl.int64) * hidden + at
+                            tl.store(dweight + partial, tl.sum(dh * h, 0), mask=at < hidden)
+                            tl.store(dbias + partial, tl.sum(dh, 0), mask=at < hidden)
+                        dh = (dh * scale - g_mean - h * g_hhat_mean) * r
+                        if norm_bias is not None:
+                            shift = tl.load(of_modality(norm_bias, modality) + at, mask=at < hidden, other=0)
+                            h = h * scale + shift.to(tl.float32)[None, :]
+                    if n is not None:
+                        tl.store(n + cell, h.to(n.dtype.element_ty), mask=mask)
                     tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
                     if dv is not None:
                         tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
@@ -118,19 +138,25 @@ def routed_ffn_hidden_gradient_kernel(
         before = end
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def routed_ffn_sum_norm_tiles_kernel(
-    dweight,  # [modalities * row_tiles, width]
-    dbias,  # [modalities * row_tiles, width]
+    dweight,  # [row tiles, width]
+    dbias,  # [row tiles, width]
     weight_gradients,  # of each modality [width]
     bias_gradients,  # of each modality [width]
-    row_tiles, width,
-    BLOCK_TILES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    offsets,  # [modalities + 1], or None: each modality has as many tiles as ``rows`` says
+    rows, width,
+    BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     modality = tl.program_id(1)
-    first = modality * row_tiles
-    last = first + row_tiles
+    first = modality * rows
+    last = first + rows
+    if offsets is not None:
+        start = tl.load(offsets + modality)
+        stop = tl.minimum(tl.load(offsets + modality + 1), rows)
+        first = first_tile_of(start, modality, BLOCK_ROWS)
+        last = first + tl.cdiv(tl.maximum(stop - start, 0), BLOCK_ROWS)
     if tl.program_id(2) == 0:
         total = column_sums(dweight, first, last, width, column, BLOCK_TILES, BLOCK_COLUMNS)
         store_of_modality(weight_gradients, modality, column, total, column < width)
@@ -139,27 +165,45 @@ def routed_ffn_sum_norm_tiles_kernel(
         store_of_modality(bias_gradients, modality, column, total, column < width)
 
 
+class NormGradients(NamedTuple):
+    """Where the gradients of a Sub-LayerNorm go: vectors [hidden] of each modality that needs one; empty without it."""
+
+    weight: Sequence[Tensor | None]
+    bias: Sequence[Tensor | None]
+
+
 def hidden_gradient(
-    dy: Tensor, saved: RoutedFFNSaved, m1: Tensor | None, m2: Tensor | None, hhat_needed: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """du, dv and hhat (h without norm), [rows, hidden]; rows past the last offset are not written."""
-    w2 = contiguous_for_descriptors(saved.weights.w2)
+    dy: Tensor, saved: RoutedFFNSaved, m1: Tensor | None, m2: Tensor | None, n_needed: bool,
+    norm_gradients: NormGradients | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """du, dv and hhat (h without norm), [rows, hidden]; rows past the last offset are not written.
+
+    With ``norm_gradients`` dgl and dbl are stored there, and the third is n.
+    """
+    weights, offsets = saved.weights, compact(saved.routing.offsets)
+    w2 = contiguous_for_descriptors(weights.w2)
     dy, u, v = for_descriptors(dy), saved.u.contiguous(), compact(saved.v)
-    rows, (width, hidden) = dy.shape[0], w2[0].shape
+    rows, (width, hidden), modalities = dy.shape[0], w2[0].shape, len(w2)
     du = torch.empty((rows, hidden), dtype=u.dtype, device=u.device)
-    dv, hhat = None if v is None else torch.empty_like(du), torch.empty_like(du) if hhat_needed else None
+    dv, n = None if v is None else torch.empty_like(du), torch.empty_like(du) if n_needed else None
+    entry = "routed_ffn_hidden_gradient"
+    tiles, _ = tiles_for(entry, dy)
+    dweight = dbias = None
+    if norm_gradients is not None and any_given((*norm_gradients.weight, *norm_gradients.bias)):
+        shape = (rows // tiles.block_rows + modalities, hidden)
+        dweight, dbias = (dy.new_empty(shape, dtype=torch.float32) for _rank in range(2))
     arguments = {
-        "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": saved.mean, "rstd": saved.rstd,
-        "m1": m1, "m2": m2, "norm_weight": vectors(saved.weights.norm_weight),
-        "offsets": compact(saved.routing.offsets), "rows": rows, "width": width, "hidden": hidden,
+        "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,
+        "m1": m1, "m2": m2, "norm_weight": vectors(weights.norm_weight),
+        "norm_bias": None if norm_gradients is None else vectors(weights.norm_bias), "dweight": dweight,
+        "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "hidden": hidden,
         "dy_stride": row_stride(dy),
     }  # fmt: skip
-    entry = "routed_ffn_hidden_gradient"
-    constants = {
-        "MODALITIES": len(w2), "ACTIVATION": saved.settings.activation, "PIECES": tiles_for(entry, dy)[0].pieces,
-    }  # fmt: skip
-    launch_tiles(routed_ffn_hidden_gradient_kernel, entry, rows, hidden, len(w2), arguments, constants)
-    return du, dv, hhat
+    constants = {"MODALITIES": modalities, "ACTIVATION": saved.settings.activation, "PIECES": tiles.pieces}
+    launch_tiles(routed_ffn_hidden_gradient_kernel, entry, rows, hidden, modalities, arguments, constants)
+    if dweight is not None:
+        sum_norm_tiles(dweight, dbias, norm_gradients, weights, offsets, rows, tiles.block_rows)
+    return du, dv, n
 
 
 def output_layer(
@@ -182,19 +226,27 @@ def output_layer(
     )
 
 
-def sum_norm_gradients(norm: NormedLayer, gradients: FeedForwardWeights) -> None:
+def sum_norm_gradients(norm: NormedLayer, gradients: FeedForwardWeights, weights: FeedForwardWeights) -> None:
     """Store dgl and dbl of the modalities that need them."""
-    if not (any_given(gradients.norm_weight) or any_given(gradients.norm_bias)):
-        return
-    hidden, modalities = norm.norm_weight_sums.shape[1], len(norm.weight)
+    if any_given(gradients.norm_weight) or any_given(gradients.norm_bias):
+        row_tiles = norm.norm_weight_sums.shape[0] // len(norm.weight)
+        needed = NormGradients(gradients.norm_weight, gradients.norm_bias)
+        sum_norm_tiles(norm.norm_weight_sums, norm.norm_bias_sums, needed, weights, None, row_tiles)
+
+
+def sum_norm_tiles(
+    dweight: Tensor, dbias: Tensor, gradients: NormGradients, weights: FeedForwardWeights, offsets: Tensor | None,
+    rows: int, block_rows: int = 1,
+) -> None:  # fmt: skip
+    """Store the sums over each modality's tiles of ``block_rows`` rows; without offsets each has ``rows`` tiles."""
+    hidden = dweight.shape[1]
     arguments = {
-        "dweight": norm.norm_weight_sums, "dbias": norm.norm_bias_sums,
-        "row_tiles": norm.norm_weight_sums.shape[0] // modalities, "width": hidden,
-        "weight_gradients": with_unused(gradients.norm_weight, hidden, norm.norm_weight[0]),
-        "bias_gradients": with_unused(gradients.norm_bias, hidden, norm.norm_bias[0]),
+        "dweight": dweight, "dbias": dbias, "offsets": offsets, "rows": rows, "width": hidden,
+        "weight_gradients": with_unused(gradients.weight, hidden, weights.norm_weight[0]),
+        "bias_gradients": with_unused(gradients.bias, hidden, weights.norm_bias[0]),
     }  # fmt: skip
-    constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-    grid = (cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
+    constants = {"BLOCK_ROWS": block_rows, "BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    grid = (cdiv(hidden, BLOCK_COLUMNS), len(weights.norm_weight), 2)
     launch(routed_ffn_sum_norm_tiles_kernel, grid, arguments, constants, num_warps=4)
 
 
@@ -225,5 +277,5 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     output = output_layer(dy, hhat, row_sums, saved, gradients)
     dz = all_gradients(layers, [weights.w0, weights.w1][: len(layers)], output, offsets)
     if output is not None and output.norm is not None:
-        sum_norm_gradients(output.norm, gradients)
+        sum_norm_gradients(output.norm, gradients, weights)
     return RoutedFFNGradients(dz, gradients, None, dgamma)

@@ -134,7 +134,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations that are not one Triton kernel; attention's reference takes time with ``rows`` squared."""
     batch = Rows(rows, device)
-    # The strategy of a GPU on which nothing was measured; a CPU has the reference alone.
+    # The one that takes every dtype on a GPU; a CPU has the reference alone.
     strategy = "per_modality" if device.type == "cuda" else None
     yield _routed_ffn(
         batch, 64, dtype, make, "Sub-LN, gamma, drop_path, residual", strategy=strategy, row_counts=batch.counts
@@ -271,6 +271,9 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
                       activation="silu", recompute=True)  # fmt: skip
     yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
     yield _routed_ffn(batch, width, dtype, make, "grouped: relu, Sub-LN", **grouped, activation="relu")
+    hybrid: dict[str, Any] = {"strategy": "hybrid", "row_counts": batch.counts}
+    yield _routed_ffn(batch, width, dtype, make, "hybrid: with everything", **hybrid)
+    yield _routed_ffn(batch, width, dtype, make, "hybrid: silu and nothing else", False, **hybrid, activation="silu")
     yield _routed_linear(batch, width, dtype, make, "grouped: bias")
     yield _routed_linear(batch, width, dtype, make, "grouped: no bias", bias=False)
 

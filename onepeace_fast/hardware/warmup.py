@@ -113,11 +113,11 @@ def needed_kernels(
 
 def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     """Those that the model may take: which one a batch takes depends on its rows."""
-    yield "per_modality"
-    with contextlib.suppress(ValueError):
-        z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        unfolded = config.ffn_layer_norm and not norm_is_folded(dtype)
-        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,), unfolded)
+    z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
+    unfolded = config.ffn_layer_norm and not norm_is_folded(dtype)
+    for strategy in ("per_modality", "hybrid", "grouped"):
+        with contextlib.suppress(ValueError):
+            yield chosen_strategy(strategy, z, config.ffn_embed_dim, 1, (1,), unfolded)
 
 
 def _step(

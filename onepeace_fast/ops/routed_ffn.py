@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.kernels.tile_table import norm_is_folded
+from onepeace_fast.ops import routed_ffn_hybrid as hybrid
 from onepeace_fast.ops import routed_ffn_per_modality as per_modality
 from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index, require_lists
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
@@ -139,7 +140,7 @@ def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
     if strategy == "reference":
         return _by_reference(given)
     _check_values(given)
-    if strategy == "per_modality":
+    if strategy in ("hybrid", "per_modality"):
         return _what_is_kept(given, per_modality.routed_ffn(given))
     from onepeace_fast.kernels.routed_ffn import routed_ffn_forward
 
@@ -179,6 +180,8 @@ def _backward_by_kernel(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         return routed_ffn_backward_reference(saved, needs)
     if saved.settings.strategy == "per_modality":
         return per_modality.routed_ffn_backward(saved, needs)
+    if saved.settings.strategy == "hybrid":
+        return hybrid.routed_ffn_backward(saved, needs)
     from onepeace_fast.kernels.routed_ffn_backward import routed_ffn_backward
 
     return routed_ffn_backward(saved, needs)
@@ -270,9 +273,10 @@ def routed_ffn(
         eps: of the Sub-LayerNorm.
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
         strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a
-            vendor product for each, a kernel between them) or "reference"; None: what was measured to be the fastest
-            on this GPU, "per_modality" where nothing was, and "grouped" on a GPU without ``row_counts``, where it takes
-            z. A CPU runs the reference.
+            vendor product for each, a kernel between them), "hybrid" (the same, but for the hidden gradient's product,
+            which is a launch with all else inside) or "reference"; None: what was measured to be the fastest on this
+            GPU, "hybrid" where nothing was, and "grouped" on a GPU without ``row_counts``; where these cannot take z,
+            "per_modality". A CPU runs the reference.
 
     Returns:
         [N, width], or the residual's shape and dtype. Rows past offsets[G] get the residual, else zero. Under autocast
@@ -296,7 +300,7 @@ def routed_ffn(
     )  # fmt: skip
     leaves = (z, *(parameter for some in weights for parameter in some), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy == "grouped")
+    y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy in ("grouped", "hybrid"))
     settings = FeedForwardSettings(
         activation, eps, strategy, keep_products=differentiable and not recompute, keep_y=differentiable and y_needed
     )

@@ -30,9 +30,13 @@ def measured(monkeypatch, tmp_path):
     strategies.measured_for.cache_clear()
 
 
-def test_a_gpu_that_was_not_measured_trusts_the_vendor_s_products(measured):
-    assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED == "per_modality"
+def test_a_gpu_that_was_not_measured_trusts_the_vendor_s_products_but_where_fusing_saves_most(measured, capturing):
+    assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED == "hybrid"
     assert strategy_for("routed_ffn", GPU, 9500, 1536) == UNMEASURED
+    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "hybrid"
+    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, ()) == "grouped"
+    wide = WIDEST["gated_sub_ln"] + 8
+    assert arguments.chosen_strategy(None, on_gpu(torch.float16), wide, 3, (40,), unfolded=True) == "hybrid"
 
 
 def test_a_measured_gpu_takes_the_first_class_that_holds_the_rows(measured):
@@ -106,6 +110,17 @@ def test_without_row_counts_a_gpu_runs_the_strategy_that_reads_none(measured, ca
 
 UNTAKEN = [(on_gpu(torch.float32), 256, 3, "float16 or bfloat16"), (on_gpu(width=60), 256, 3, "multiple of 8"),
            (on_gpu(), 252, 3, "multiple of 8"), (on_gpu(), 256, 65, "at most 64")]  # fmt: skip
+
+
+@pytest.mark.parametrize("z, hidden, groups, reason", UNTAKEN)
+def test_what_no_tile_can_take_is_the_vendor_s_whatever_was_measured(measured, capturing, z, hidden, groups, reason):
+    for classes in (None, [{"strategy": "hybrid"}], [{"strategy": "grouped"}]):
+        if classes is not None:
+            measured(classes)
+        assert arguments.chosen_strategy(None, z, hidden, groups, (40,)) == "per_modality"
+    for strategy in arguments.IN_TILES:
+        with pytest.raises(ValueError, match=f"{reason}.* with strategy '{strategy}'"):
+            arguments.chosen_strategy(strategy, z, hidden, groups, (40,))
 
 
 @pytest.mark.parametrize("z, hidden, groups, reason", UNTAKEN)
