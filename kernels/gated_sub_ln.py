@@ -45,7 +45,7 @@ def _load_u_and_v(
 @triton.jit
 def _hidden(u_part, v_part, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
     """h, and its derivatives by v and u."""
-    activated, slope = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+    activated, slope = activation_and_slope(u_part, ACTIVATION)
     h = activated
     if GATED:
         h = activated * v_part.to(tl.float32)
