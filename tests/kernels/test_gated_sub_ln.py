@@ -100,7 +100,8 @@ def test_smooth_activations_keep_the_rule_wherever_u_lies(activation):
     """Each row is a narrow range of u, held to the rule alone: near zero, where they bend, and in both tails."""
     centre = torch.cat([torch.logspace(-3, -0.5, 30), torch.linspace(0.4, 6, 50)])
     u = torch.cat([centre, -centre])[:, None] * (1 + 0.02 * normal(2 * len(centre), 64, seed=5))
-    rows = dict.fromkeys(("out0", "u"), list(range(len(u))))
+    each = list(range(len(u)))
+    rows = {"out0": each, "u": each}
     for dtype in (CHECKED, HALF):
         contract.check_against_naive(
             op([len(u)], activation), plain([len(u)], activation), on_device({"u": u}), dtype, rows
