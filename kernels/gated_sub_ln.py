@@ -2,7 +2,7 @@
 
 A program walks over rows of u and v and computes h in float32 registers; h is never stored. Both passes read a row
 once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows. The
-backward pass holds what it read and computes h twice, which takes fewer registers than to hold what follows from it.
+backward pass holds h and its derivatives, and copies the rows that come next into shared memory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
 from onepeace_fast.kernels.layer_norm import mean_and_rstd, stacked
 from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_by_norm, zero_sums
 from onepeace_fast.kernels.rows import (
@@ -45,7 +45,7 @@ def _load_u_and_v(
 @triton.jit
 def _hidden(u_part, v_part, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
     """h, and its derivatives by v and u."""
-    activated, slope = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+    activated, slope = activation_and_slope(u_part, ACTIVATION)
     h = activated
     if GATED:
         h = activated * v_part.to(tl.float32)
@@ -116,7 +116,8 @@ def gated_sub_ln_backward_kernel(
     dbias,  # [modalities, programs, width] or None
     offsets,  # [modalities + 1]
     rows, width, grad_stride, u_stride, v_stride, modalities,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
@@ -137,15 +138,14 @@ def gated_sub_ln_backward_kernel(
                     b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
                 w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-            tile = start
-            while tile < stop:
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 mu = 0.0
                 r = 0.0
                 if weight is not None:
-                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
-                    r = tl.load(rstd + row, mask=live, other=0)[:, None]
+                    mu = load_rows(mean, 1, row, live, 1, 0, 1)
+                    r = load_rows(rstd, 1, row, live, 1, 0, 1)
                 held = ()
                 w_sums = ()
                 b_sums = ()
@@ -155,26 +155,25 @@ def gated_sub_ln_backward_kernel(
                 for part in tl.static_range(PARTS):
                     dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
                     u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
-                    held += ((dn, u_part, v_part),)
+                    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     if weight is not None:
-                        h, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
-                        hhat = (h - mu) * r
+                        h = (h - mu) * r
                         g = dn.to(tl.float32)
-                        w_sums += (w_total[part] + g * hhat,)
+                        g_h = g * h
+                        w_sums += (w_total[part] + g_h,)
                         b_sums += (b_total[part] + g,)
                         g_total += g * w[part]
-                        g_hhat_total += g * w[part] * hhat
+                        g_hhat_total += g_h * w[part]
+                    held += ((dn, h, activated, slope),)
                 if weight is not None:
                     w_total = w_sums
                     b_total = b_sums
                     g_mean = (tl.sum(g_total, 1) / width)[:, None]
                     g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
                 for part in tl.static_range(PARTS):
-                    dn, u_part, v_part = held[part]
+                    dn, h, activated, slope = held[part]
                     dh = dn.to(tl.float32)
-                    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     if weight is not None:
-                        h = (h - mu) * r
                         dh = (dh * w[part] - g_mean - h * g_hhat_mean) * r
                         if bias is not None:
                             h = h * w[part] + b[part]
@@ -183,7 +182,6 @@ def gated_sub_ln_backward_kernel(
                     if dv is not None:
                         store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
                     store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
-                tile += BLOCK_ROWS
             if dweight is not None:
                 store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
             if dbias is not None:
@@ -238,7 +236,10 @@ def gated_sub_ln_backward_and_n(
         "grad_stride": grad.stride(0), "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0),
         "modalities": modalities,
     }  # fmt: skip
-    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, ACTIVATION=saved.activation)
+    # A norm's row in several parts takes all registers: sm_90 has none left for what copies the next one.
+    ahead = stages(parameters, grad, u, v) if parameters.parts == 1 or not saved.norm_weight else 1
+    constants = {"ACTIVATION": saved.activation, "STAGES": ahead}
+    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, **constants)
     gradients = [
         new_where_needed(saved.norm_weight, needs.norm_weight), new_where_needed(saved.norm_bias, needs.norm_bias),
     ]  # fmt: skip

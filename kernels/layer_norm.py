@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm of packed rows, both passes: the formulas stand in ``onepeace_fast/ops/layer_norm.py``.
 
 A row is in registers as a whole, so it is read once and written once; statistics are float32. A program keeps the
-parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
+parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients,
+and copies the rows that come next into shared memory.
 A norm without a mean is RMSNorm, whose launches have names of their own in a profile.
 """
 
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
 from onepeace_fast.kernels.partial_sums import (
     new_partials,
     new_where_needed,
@@ -79,7 +80,7 @@ def layer_norm_forward_kernel(
     row_index,  # [rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
     rows, width, x_stride, norms, modalities_per_norm, head_dim, eps,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
     first, last = share_of_rows(extent, BLOCK_ROWS)
@@ -87,13 +88,13 @@ def layer_norm_forward_kernel(
         c = load_vector(scale, width, PARTS, BLOCK_WIDTH, head_dim)
     norm = 0
     while norm < norms:
-        tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
-        if tile < stop:
+        start, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
+        if start < stop:
             if weight is not None:
                 w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
             if bias is not None:
                 b = load_vector(bias + norm * width, width, PARTS, BLOCK_WIDTH)
-            while tile < stop:
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
@@ -116,7 +117,6 @@ def layer_norm_forward_kernel(
                 if mean is not None:
                     store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
-                tile += BLOCK_ROWS
         norm += 1
     if offsets is not None:
         store_zeros(y, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
@@ -145,7 +145,7 @@ def layer_norm_backward_kernel(
     place,  # [x_rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
     rows, x_rows, width, grad_stride, x_stride, passed_stride, norms, modalities_per_norm, head_dim,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
@@ -155,14 +155,14 @@ def layer_norm_backward_kernel(
     c_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
     norm = 0
     while norm < norms:
-        tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
-        if tile < stop:
+        start, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
+        if start < stop:
             partial = (norm * tl.num_programs(0) + program).to(tl.int64) * width
             if weight is not None:
                 w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
             w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-            while tile < stop:
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
@@ -217,7 +217,6 @@ def layer_norm_backward_kernel(
                         result += other.to(tl.float32)
                     store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
                 c_total = c_sums
-                tile += BLOCK_ROWS
             if dweight is not None:
                 store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
             if dbias is not None:
@@ -250,7 +249,7 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
         "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(given.weight), "bias": stacked(given.bias),
         "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
     }  # fmt: skip
-    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters)
+    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters, STAGES=stages(parameters, x))
     return LayerNormOutputs(y, mean, rstd)
 
 
@@ -270,7 +269,7 @@ def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradien
         "rows": count, "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0),
         "passed_stride": 0 if passed is None else passed.stride(0), **walk,
     }  # fmt: skip
-    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters)
+    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters, STAGES=stages(parameters, grad, x))
     gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]
     sum_by_norm(partials, gradients, norms, offsets, count, parameters)
     by_head = None

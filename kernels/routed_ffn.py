@@ -124,7 +124,7 @@ def routed_ffn_hidden_kernel(
                         if GATE:
                             v_rows.store([row, first], v_part)
                     if a is not None:
-                        h, _ = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+                        h, _ = activation_and_slope(u_part, ACTIVATION)
                         if GATE:
                             h = h * v_part.to(tl.float32)
                         if norm_weight is not None:

@@ -109,7 +109,7 @@ def routed_ffn_hidden_gradient_kernel(
                     at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
                     mask = live[:, None] & (at < hidden)[None, :]
                     cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
-                    h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0).to(tl.float32), ACTIVATION)
+                    h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0), ACTIVATION)
                     activated = h
                     if v is not None:
                         value = tl.load(v + cell, mask=mask, other=0).to(tl.float32)

@@ -129,6 +129,17 @@ def test_narrow_accesses_to_row_tensors_are_faults_that_name_the_tensor(planted)
     assert inspected(planted.copy, 1024, 1024, 4, START=1).faults == ("load of x: 4 bytes wide, not 16",)
 
 
+@pytest.mark.parametrize("gpu", ("sm_80", "sm_90"))
+def test_a_loop_that_waits_for_the_row_it_asked_for_is_a_fault(planted, gpu):
+    def faults(stages, really):
+        return inspected(planted.copy_rows, 1024, 1024, 4, gpu, ROWS=1024, STAGES=stages, REALLY=really).faults
+
+    idle = "no copy is under way while a row is computed"
+    assert faults(3, 3) == faults(1, 1) == ()
+    assert faults(3, 2) == (idle,)
+    assert faults(3, 1) == ("load of x: not copied ahead", idle)
+
+
 def test_what_one_form_of_a_product_lacks_is_named(planted):
     faults = inspected(planted.multiply, 64, 64, 4, SIZE=64, PRECISION="tf32").faults
     assert [fault for fault in faults if "matrix product" in fault] == [

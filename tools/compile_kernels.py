@@ -6,9 +6,9 @@ Each launch of the heuristic and each tile is compiled in each form of ``onepeac
 operations themselves; nothing is launched. Left to itself it compiles the kernels over rows for sm_80 and sm_90, since
 their launches are the same everywhere, and the matrix products for every GPU that tiles are chosen for. A fault is a
 spill, more registers or shared memory than a program may have, an access to a row tensor of a width that is divisible
-by 16 which is not 16 bytes wide, or a matrix product without the chip's own instructions for it (from sm_90 on, loads
-by descriptors too). What the tiles of the matrix products come to at one batch is printed as well. This needs a process
-of its own: Triton's interpreter compiles nothing.
+by 16 which is not 16 bytes wide, a loop over rows that should copy rows ahead and does not, or a matrix product without
+the chip's own instructions for it (from sm_90 on, loads by descriptors too). What the tiles of the matrix products come
+to at one batch is printed as well. This needs a process of its own: Triton's interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -89,9 +90,19 @@ def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS)
         chip.programs_at_once(used.registers, used.shared, warps), bytes_per_element(found, sizes),
         (
             *_faults(chip, used, warps, found, sizes),
+            *_waits(configuration, compiled.asm["ptx"], found, sizes),
             *(f"no {name} in a matrix product" for name in missing_instructions(compiled, architecture)),
         ),
     )  # fmt: skip
+
+
+def _waits(configuration: Any, ptx: str, found: Sequence[Any], sizes: dict[str, int]) -> Iterator[str]:
+    """Where a loop of several stages waits for the row that it has just asked for."""
+    if configuration.constants.get("STAGES", 1) > 1:
+        for tensor in sorted({tensor for kind, tensor, _ in found if kind == "load" and tensor in sizes}):
+            yield f"load of {tensor}: not copied ahead"
+        if not re.search(r"cp\.async\.wait_group\s+[1-9]", ptx):
+            yield "no copy is under way while a row is computed"
 
 
 def _is_row_tensor(tensor: Any, rows: int, width: int) -> bool:

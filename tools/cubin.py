@@ -45,7 +45,10 @@ CHIPS = {
 
 
 class Access(NamedTuple):
-    """A load or store of device memory by one thread; the tensor is the kernel's parameter that its address is from."""
+    """A load or store of device memory by one thread, or a "copy" of it into shared memory that runs beside the thread.
+
+    The tensor is the kernel's parameter that its address is from.
+    """
 
     kind: str
     tensor: str
@@ -113,13 +116,14 @@ def pointer_parameters(compiled: Any) -> dict[int, str]:
 
 
 _STATEMENT = re.compile(r"^\s*(?:@!?%p\d+\s+)?([a-z][\w.:]*)\s+(.*);\s*$")
+_COPY = re.compile(r"\[.*\], \[\s*(%rd\d+).*\], (\w+)")  # to, from, bytes
 _WIDE_REGISTER = re.compile(r"%rd\d+")
 _SHARED = "shared"
 _SIZE = re.compile(r"[bfus](\d+)$")
 
 
 def accesses(ptx: str, names: Mapping[int, str]) -> list[Access]:
-    """Every ``ld.global`` and ``st.global``, its address followed back to the pointers that it is computed from.
+    """Every ``ld.global``, ``st.global`` and ``cp.async``, its address followed to the pointers it is computed from.
 
     Addresses may pass through shared memory, which counts as one register. The tensor is "?" where there is not
     exactly one pointer.
@@ -136,6 +140,8 @@ def accesses(ptx: str, names: Mapping[int, str]) -> list[Access]:
         if operation.startswith(("ld.global", "st.global")):
             address = re.search(r"\[\s*(%rd\d+)", operands)
             found.append((operation[:2], address[1] if address else "", _bytes(operation)))
+        elif operation.startswith("cp.async") and (copy := _COPY.match(operands)):
+            found.append(("cp", copy[1], int(copy[2], 0)))
         elif operation.startswith("ld.param") and registers:
             number = int(re.search(r"_param_(\d+)", operands)[1])
             pointers[registers[0]] = {number} & names.keys()
@@ -150,7 +156,7 @@ def accesses(ptx: str, names: Mapping[int, str]) -> list[Access]:
     for kind, address, size in found:
         sources = {names[number] for number in pointers.get(address, ())}
         tensor = sources.pop() if len(sources) == 1 else "?"
-        result.append(Access({"ld": "load", "st": "store"}[kind], tensor, size))
+        result.append(Access({"ld": "load", "st": "store", "cp": "copy"}[kind], tensor, size))
     return result
 
 
