@@ -29,13 +29,12 @@ def report(found: table.Result, before: tuple[Path, table.Result] | None) -> int
     for heading, rows in table.tables(found):
         print(f"\n{heading}\n{format_table(rows, indent='')}")
     print()
-    # Once for each architecture: its GPUs have the same code.
-    faults = dict.fromkeys(
-        (constants().gpus[gpu].architecture, name, fault)
-        for gpu, of_gpu in found["gpus"].items()
-        for name, record in of_gpu["kernels"].items()
+    faults = [
+        (architecture, name, fault)
+        for architecture, code in found["code"].items()
+        for name, record in code.items()
         for fault in record["faults"]
-    )
+    ]
     lines = [fault for fault in faults if not is_known(*fault)]
     for fault in faults:
         print(("FAULT {}, {}: {}" if fault in lines else "known: {}, {}: {}").format(*fault))

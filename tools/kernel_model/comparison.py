@@ -27,33 +27,32 @@ def comparable(found: Result, before: Result) -> bool:
 def _differences(found: Result, before: Result) -> Iterator[tuple[str, bool]]:
     if not comparable(found, before):
         return
+    for architecture, code in found["code"].items():
+        for name, record in code.items():
+            if was := before["code"].get(architecture, {}).get(name):
+                yield from ((f"{architecture}, {name}: {line}", True) for line in _of_code(record, was))
     for gpu, of_gpu in found["gpus"].items():
-        old = before["gpus"].get(gpu, {})
+        old = before["gpus"].get(gpu, {"kernels": {}, "strategies": {}})
         for name, record in of_gpu["kernels"].items():
-            if was := old.get("kernels", {}).get(name):
-                for line, worse in _of_kernel(record, was):
-                    yield f"{gpu}, {name}: {line}", worse
+            if was := old["kernels"].get(name):
+                yield from _of_time(f"{gpu}, {name}", record["us"], was["us"])
         for name, record in of_gpu["strategies"].items():
-            if was := old.get("strategies", {}).get(name):
+            if was := old["strategies"].get(name):
                 for field, what in NAMES.items():
-                    for line, worse in _of_time(record[field], was[field]):
-                        yield f"{gpu}, strategy {name}, {what}: {line}", worse
+                    yield from _of_time(f"{gpu}, strategy {name}, {what}", record[field], was[field])
 
 
-def _of_kernel(record: Mapping[str, Any], was: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    yield from _of_time(record["us"], was["us"])
+def _of_code(record: Mapping[str, Any], was: Mapping[str, Any]) -> Iterator[str]:
     if record["registers"] > was["registers"]:
-        yield f"{record['registers']} registers, more than {was['registers']}", True
+        yield f"{record['registers']} registers, more than {was['registers']}"
     if record["resident"] < was["resident"]:
-        yield f"{record['resident']} programs a multiprocessor, fewer than {was['resident']}", True
+        yield f"{record['resident']} programs a multiprocessor, fewer than {was['resident']}"
     if record["spilled"] > was["spilled"]:
-        yield f"{record['spilled']} bytes spilled, more than {was['spilled']}", True
+        yield f"{record['spilled']} bytes spilled, more than {was['spilled']}"
 
 
-def _of_time(now: list[float], was: list[float]) -> Iterator[tuple[str, bool]]:
+def _of_time(what: str, now: list[float], was: list[float]) -> Iterator[tuple[str, bool]]:
     change = Span(*now).middle / Span(*was).middle - 1
     if abs(change) > constants().regression:
-        yield (
-            f"{text_range(now)} us, {'up' if change > 0 else 'down'} {abs(change):.0%} from {text_range(was)}",
-            change > 0,
-        )
+        way = "up" if change > 0 else "down"
+        yield f"{what}: {text_range(now)} us, {way} {abs(change):.0%} from {text_range(was)}", change > 0

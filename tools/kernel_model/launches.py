@@ -121,7 +121,7 @@ def _gated_sub_ln(shape: Shape, make: Any, dtype: Any) -> None:
     with torch.no_grad():
         outputs = gated_sub_ln_forward(GatedSubLNInputs(u, v, weight, bias, routing, "gelu", 1e-5))
         saved = GatedSubLNSaved(grad, u, v, outputs.mean, outputs.rstd, weight, bias, routing, "gelu")
-        gated_sub_ln_backward_and_n(saved, GatedSubLNGradients(True, True, needed, needed))
+        gated_sub_ln_backward_and_n(saved, GatedSubLNGradients._make((True, True, needed, needed)))
 
 
 def _residual(shape: Shape, make: Any, dtype: Any) -> None:

@@ -51,7 +51,9 @@ def read(path: Path, shape: Shape) -> Measured:
             f"got {sizes['width']} and {sizes['hidden']}"
         )
     sections = found["sections"]
-    launches, feed_forward, layer = {}, {}, {}
+    launches: dict[tuple[str, ...], float] = {}
+    feed_forward: dict[str, float] = {}
+    layer: dict[str, float] = {}
     vendor = layer_products = None
     for section in _of_shape(sections, shape):
         variants = section["variants"]

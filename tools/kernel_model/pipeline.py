@@ -49,8 +49,11 @@ def _outstanding(name: str, main: Sequence[Sequence[Instruction]]) -> int | None
     least = []
     for loop in main:
         waits = [_OUTSTANDING.search(one.operands) for one in loop if one.name.startswith(f"{name}.LE")]
-        least.append(min((int(found[2], 16) for found in waits if found), default=None))
-    return None if None in least or not least else min(least)
+        counts = [int(found[2], 16) for found in waits if found]
+        if not counts:
+            return None
+        least.append(min(counts))
+    return min(least, default=None)
 
 
 def is_known(architecture: str, name: str, fault: str) -> bool:

@@ -35,22 +35,26 @@ def result(
     """Estimates of every launch and strategy on these GPUs; what was measured on one stands in the place of its own."""
     found: Result = {
         "title": TITLE, "date": today(), "dtype": DTYPE, "shape": shape._asdict() | {"counts": list(shape.counts)},
-        "versions": _versions(), "gpus": {},
+        "versions": _versions(), "code": {}, "gpus": {},
     }  # fmt: skip
+    for kernel in kernels:
+        found["code"].setdefault(kernel.architecture, {})[kernel.name] = _code_record(kernel)
     for name in gpus:
         gpu, known = constants().gpus[name], (measured or {}).get(name)
         errors: dict[str, float] = {}
         if known is not None:
             gpu = _with_rates(gpu, known, shape, errors)
         mine = [kernel for kernel in kernels if kernel.architecture == gpu.architecture]
-        records = {kernel.name: _kernel_record(kernel, estimate(kernel, gpu, shape)) for kernel in mine}
+        records = {kernel.name: _time_record(estimate(kernel, gpu, shape)) for kernel in mine}
         if known is not None:
             _replace_launches(records, known, errors)
         times = {launch: Span(*record["us"]) for launch, record in records.items()}
         of_strategies = {one.name: _strategy_record(one) for one in strategies(times, gpu, shape)}
         if known is not None:
             _replace_strategies(of_strategies, known, errors)
-        found["gpus"][name] = {"kernels": records, "strategies": of_strategies, "errors": errors}
+        found["gpus"][name] = {
+            "architecture": gpu.architecture, "kernels": records, "strategies": of_strategies, "errors": errors,
+        }  # fmt: skip
     return found
 
 
@@ -108,11 +112,16 @@ def _versions() -> dict[str, str]:
     return {"triton": triton.__version__}
 
 
-def _kernel_record(kernel: Compiled, found: Estimate) -> dict[str, Any]:
+def _time_record(found: Estimate) -> dict[str, Any]:
     return {
         "us": [round(found.time.low, 1), round(found.time.high, 1)], "of_roofline": round(found.share, 3),
         "HBM_bytes": found.traffic, "FLOP": found.flop, "tiles": found.tiles, "waves": round(found.waves, 2),
         "bounds_us": {unit: round(time, 1) for unit, time in found.bounds.items()},
+    }  # fmt: skip
+
+
+def _code_record(kernel: Compiled) -> dict[str, Any]:
+    return {
         "registers": kernel.registers, "spilled": kernel.spilled, "shared": kernel.shared, "resident": kernel.resident,
         "warps": kernel.warps, "stages": kernel.stages, "buffers": list(kernel.buffers),
         "outstanding": kernel.outstanding, "faults": list(kernel.faults),
@@ -135,37 +144,32 @@ def text_range(value: Sequence[float], digits: int = 0) -> str:
 def tables(found: Result) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
     """Each table with its heading."""
     for gpu, of_gpu in found["gpus"].items():
-        yield f"{gpu}: launches", [KERNEL_HEADINGS, *(_kernel_row(*pair) for pair in of_gpu["kernels"].items())]
-        heading = ("launch", *(f"{unit} us" for unit in UNITS))
-        bounds = [
+        code = found["code"][of_gpu["architecture"]]
+        rows = [_kernel_row(name, record, code[name]) for name, record in of_gpu["kernels"].items()]
+        yield f"{gpu}: launches", [KERNEL_HEADINGS, *rows]
+        rows = [
             (name, *(text_range([record["bounds_us"].get(unit, 0)] * 2) for unit in UNITS))
             for name, record in of_gpu["kernels"].items()
         ]
-        yield f"{gpu}: the least time of each unit", [heading, *bounds]
-        yield (
-            f"{gpu}: strategies",
-            [STRATEGY_HEADINGS, *(_strategy_row(*pair) for pair in of_gpu["strategies"].items())],
-        )
+        yield f"{gpu}: the least time of each unit", [("launch", *(f"{unit} us" for unit in UNITS)), *rows]
+        rows = [_strategy_row(name, record) for name, record in of_gpu["strategies"].items()]
+        yield f"{gpu}: strategies", [STRATEGY_HEADINGS, *rows]
         if of_gpu["errors"]:
             rows = [(name, f"{error:+.1%}") for name, error in of_gpu["errors"].items()]
             yield f"{gpu}: the model's error, where it was measured", [("what", "estimate over time"), *rows]
-    seen = set()
-    for gpu, of_gpu in found["gpus"].items():
-        architecture = constants().gpus[gpu].architecture
-        if architecture not in seen:
-            seen.add(architecture)
-            rows = [row for name, record in of_gpu["kernels"].items() for row in _code_rows(name, record)]
-            yield f"{architecture}: instructions of a warp", [CODE_HEADINGS, *rows]
+    for architecture, code in found["code"].items():
+        rows = [row for name, record in code.items() for row in _code_rows(name, record)]
+        yield f"{architecture}: instructions of a warp", [CODE_HEADINGS, *rows]
 
 
-def _kernel_row(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
-    waits = "-" if record["outstanding"] is None else str(record["outstanding"])
-    buffers = "-" if not record["buffers"] else "/".join(map(str, record["buffers"]))
+def _kernel_row(name: str, record: Mapping[str, Any], code: Mapping[str, Any]) -> tuple[str, ...]:
+    waits = "-" if code["outstanding"] is None else str(code["outstanding"])
+    buffers = "-" if not code["buffers"] else "/".join(map(str, code["buffers"]))
     return (
         _marked(name, record), text_range(record["us"]), f"{record['of_roofline']:.0%}",
         f"{record['HBM_bytes'] / 1e6:.0f}", f"{record['FLOP'] / 1e9:.0f}", str(record["tiles"]),
-        f"{record['waves']:.2f}", str(record["registers"]),
-        str(record["shared"]), str(record["resident"]), buffers, waits, "; ".join(record["faults"]) or "none",
+        f"{record['waves']:.2f}", str(code["registers"]), str(code["shared"]), str(code["resident"]), buffers, waits,
+        "; ".join(code["faults"]) or "none",
     )  # fmt: skip
 
 
