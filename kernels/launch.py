@@ -21,7 +21,7 @@ INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no
 
 
 class Configuration(NamedTuple):
-    """A kernel and all that it is launched with, by the names of its parameters."""
+    """A kernel and all that it is launched with, by the names of its parameters; of one that is recorded the grid."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -29,6 +29,7 @@ class Configuration(NamedTuple):
     num_warps: int
     max_registers: int | None = None
     num_stages: int | None = None
+    grid: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,7 +130,7 @@ def launch(
     """Launch a kernel; every launch of this package comes through here."""
     configuration = Configuration(kernel, arguments, constants, num_warps, max_registers, num_stages)
     if (recorder := _recorder.get()) is not None:
-        recorder.configurations.append(configuration)
+        recorder.configurations.append(configuration._replace(grid=grid))
     else:
         global _launched
         _launched += 1

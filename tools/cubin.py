@@ -78,6 +78,11 @@ def _of_kernel(compiled: Any, option: str) -> str:
         return cuobjdump(Path(file.name), option)
 
 
+def sass_of(compiled: Any) -> str:
+    """A kernel's machine code."""
+    return _of_kernel(compiled, "--dump-sass")
+
+
 def usage(compiled: Any) -> Usage:
     """What a kernel uses of a multiprocessor."""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", _of_kernel(compiled, "--dump-resource-usage"))
@@ -96,7 +101,7 @@ def missing_instructions(compiled: Any, architecture: str) -> list[str]:
     """What a kernel of matrix products ought to have, and has not; empty for any other kernel."""
     if "tt.dot " not in compiled.asm["ttir"]:
         return []
-    code = _of_kernel(compiled, "--dump-sass")
+    code = sass_of(compiled)
     missing = [name for name in PRODUCT_INSTRUCTIONS[architecture] if not re.search(rf"\b{name}\b", code)]
     # A wait that leaves one under way. Where ptxas cannot tell who reads the sums it waits for each, and says nothing.
     if "HGMMA" in code and not re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", code):

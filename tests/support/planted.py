@@ -64,3 +64,21 @@ def multiply_and_add(x, y, SIZE: tl.constexpr, STEPS: tl.constexpr, READ: tl.con
             total = total * 2
     cell = tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :]
     tl.store(y + cell, total)
+
+
+@triton.jit
+def multiply_in_steps(
+    x, w, y, rows, inner, columns, BARRIER: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+):  # fmt: skip
+    """One tile of x W^T by descriptors, step by step; a barrier among the steps stops Triton's pipeline."""
+    x_rows = tl.make_tensor_descriptor(x, [rows, inner], [inner, 1], [BLOCK_ROWS, BLOCK_INNER])
+    w_rows = tl.make_tensor_descriptor(w, [columns, inner], [inner, 1], [BLOCK_COLUMNS, BLOCK_INNER])
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    for k in range(0, inner, BLOCK_INNER):
+        part = x_rows.load([0, k])
+        if BARRIER:
+            tl.debug_barrier()
+        total = tl.dot(part, w_rows.load([0, k]).T, total)
+    y_rows = tl.make_tensor_descriptor(y, [rows, columns], [columns, 1], [BLOCK_ROWS, BLOCK_COLUMNS])
+    y_rows.store([0, 0], total.to(y.dtype.element_ty))
