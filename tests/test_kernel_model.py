@@ -281,9 +281,8 @@ def test_what_became_worse_is_said_in_words_and_by_the_exit_code(before, capsys,
     assert comparison.regressions(slightly, before) == []
     path = tmp_path / "model_2026-01-02.json"
     codes = [report(found, (path, before)) for found in (before, faster, worse)]
-    assert codes == [0, 0, 1] and capsys.readouterr().out.splitlines()[-1].endswith(
-        "4 worse than in model_2026-01-02.json"
-    )
+    assert f"  {0.5 * low:.0f}-{0.5 * high:.0f}  {low:.0f}-{high:.0f}  " in (printed := capsys.readouterr().out)
+    assert codes == [0, 0, 1] and printed.splitlines()[-1].endswith("4 worse than in model_2026-01-02.json")
     other = {**before, "shape": {**before["shape"], "width": 768}}
     assert report(other, (path, before)) == 0 and "of another shape" in capsys.readouterr().out
     fault = changed(before, name, faults=["pipeline: 1 buffer of an operand, not 4, for 4 stages"])
@@ -362,6 +361,7 @@ def test_what_was_measured_stands_in_the_models_place_and_its_error_is_printed(b
         ({"machine": {"gpu": "NVIDIA L4"}}, "expected a GPU of A100, H100, H200, got 'NVIDIA L4'"),
         ({"sizes": {"width": 768, "hidden": 3072}}, "expected width 1536 and hidden 6144, got 768 and 3072"),
         ({"quick": True}, "expected the full shapes in torch.bfloat16"),
+        ({"sections": None}, "expected a file that benchmarks/gpu.py wrote, got another"),
     ],
 )
 def test_a_file_of_another_kind_is_refused(tmp_path, fields, message):

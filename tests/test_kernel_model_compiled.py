@@ -59,3 +59,19 @@ def test_every_product_that_a_layer_launches_is_known_to_the_model():
     launches = recorded(Shape((300, 5), 256, 512), "sm_90").values()
     products = {launch.kernel for launch in launches if "BLOCK_INNER" in launch.configuration.constants}
     assert products == set(OF_KERNEL)
+
+
+def test_a_launch_moves_each_of_its_tensors_once():
+    from tools.kernel_model.launches import Shape, recorded
+
+    rows, width, hidden = 512, 256, 1024
+    launches = recorded(Shape((400, 112), width, hidden), "sm_90")
+    row, wide, weight, statistics = 2 * rows * width, 2 * rows * hidden, 2 * 2 * width * hidden, 4 * rows
+    offsets, vector = 4 * 3, 2 * hidden
+    expected = {
+        "gated_sub_ln: gated_sub_ln_forward": 3 * wide + 2 * statistics + 2 * 2 * vector + offsets,
+        "layer_norm: layer_norm_forward": 2 * row + 2 * statistics + 2 * 2 * width,
+        "residual: residual_forward": 3 * row + 2 * width,
+        "routed_ffn: grouped_gemm_input_gradient": 2 * wide + row + 2 * weight + offsets,
+    }
+    assert {name: launches[name].traffic for name in expected} == expected

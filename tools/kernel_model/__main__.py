@@ -26,7 +26,7 @@ def report(found: table.Result, before: tuple[Path, table.Result] | None) -> int
     """Print the tables, the faults, and what changed; returns the exit code."""
     from onepeace_fast.info import format_table
 
-    for heading, rows in table.tables(found):
+    for heading, rows in table.tables(found, before and before[1]):
         print(f"\n{heading}\n{format_table(rows, indent='')}")
     print()
     faults = [
@@ -41,7 +41,7 @@ def report(found: table.Result, before: tuple[Path, table.Result] | None) -> int
     worse: list[str] = []
     if before is not None:
         path, old = before
-        if comparison.comparable(found, old):
+        if table.comparable(found, old):
             worse = comparison.regressions(found, old)
             for line in worse:
                 print(f"WORSE {line}")
@@ -64,20 +64,29 @@ def run(
     kernels: list[Compiled] = compile_all(shape, architectures, workers)
     found = table.result(shape, kernels, gpus, known)
     last = table.last_file(folder)
-    code = report(found, None if last is None else (last, table.load(last)))
+    before = None if last is None else (last, table.load(last))
+    code = report(found, before)
     if write:
-        print(f"Written to {table.write(found, folder)}")
+        print(f"Written to {table.write(found, folder, before and before[1])}")
     return code
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
+    return int(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run from a command line; returns 0, 1 for what is worse or a fault, 2 where it cannot run."""
     parser = argparse.ArgumentParser(prog=PROGRAM, description="A cost model of the compiled kernels; nothing is run.")
     parser.add_argument("--gpu", action="append", choices=constants().gpus, help="only this GPU; repeat it")
-    parser.add_argument("--rows", type=int, action="append", metavar="N", help="rows of a modality; repeat it")
-    parser.add_argument("--width", type=int, help="columns of a row (default: 1536)")
-    parser.add_argument("--hidden", type=int, help="columns within the FFN (default: 4 times the width)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    parser.add_argument("--rows", type=_positive, action="append", metavar="N", help="rows of a modality; repeat it")
+    parser.add_argument("--width", type=_positive, help="columns of a row (default: 1536)")
+    parser.add_argument("--hidden", type=_positive, help="columns within the FFN (default: 4 times the width)")
+    parser.add_argument(
+        "--workers", type=_positive, default=os.cpu_count() or 1, help="processes (default: one a core)"
+    )
     text = "a file of times that benchmarks/gpu.py wrote, in place of what the model says of them; repeat it"
     parser.add_argument("--measured", type=Path, action="append", metavar="FILE", help=text)
     parser.add_argument("--write", action="store_true", help=f"write the tables into {table.FOLDER.name}/")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tools.kernel_model.constants import Span, constants
-from tools.kernel_model.table import NAMES, Result, text_range
+from tools.kernel_model.table import NAMES, Result, comparable, text_range
 
 
 def regressions(found: Result, before: Result) -> list[str]:
@@ -17,11 +17,6 @@ def regressions(found: Result, before: Result) -> list[str]:
 def gains(found: Result, before: Result) -> list[str]:
     """A line for each launch and strategy that became faster."""
     return [line for line, worse in _differences(found, before) if not worse]
-
-
-def comparable(found: Result, before: Result) -> bool:
-    """Whether both are of one shape and dtype."""
-    return all(found[name] == before[name] for name in ("shape", "dtype"))
 
 
 def _differences(found: Result, before: Result) -> Iterator[tuple[str, bool]]:

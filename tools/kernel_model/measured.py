@@ -37,7 +37,13 @@ class Measured(NamedTuple):
 
 def read(path: Path, shape: Shape) -> Measured:
     """A file's times; raise ValueError in one line where its GPU is not of the model's, or its widths are others."""
-    found = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return _read(path, json.loads(path.read_text(encoding="utf-8")), shape)
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a file that benchmarks/gpu.py wrote, got another: {error!r}") from None
+
+
+def _read(path: Path, found: dict[str, Any], shape: Shape) -> Measured:
     name = found.get("machine", {}).get("gpu", "")
     gpu = next((known for known in constants().gpus if known in name), None)
     if gpu is None:

@@ -19,12 +19,12 @@ from tools.kernel_model.strategies import Strategy, strategies, vendor_times
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "results"
 TITLE = "A model of the compiled kernels, not a measurement"
 _FILE = re.compile(r"model_(\d{4}-\d\d-\d\d)(?:\.(\d+))?\.json")
-KERNEL_HEADINGS = ("launch", "us", "of roofline", "HBM MB", "GFLOP", "tiles", "waves", "registers", "shared",
+KERNEL_HEADINGS = ("launch", "us", "before", "of roofline", "HBM MB", "GFLOP", "tiles", "waves", "registers", "shared",
                    "programs", "buffers", "waits", "faults")  # fmt: skip
 UNITS = ("tensor", "memory", "issue", "float", "integer", "mufu", "shared", "shuffles")
 CODE_HEADINGS = ("launch", "part", "instructions", "clocks of a warp", "loads waited for")
 NAMES = {"feed_forward": "FFN", "layer": "layer"}
-STRATEGY_HEADINGS = ("strategy", "FFN us", "over vendor", "layer us", "layer tax")
+STRATEGY_HEADINGS = ("strategy", "FFN us", "before", "over vendor", "layer us", "before", "layer tax")
 
 Result = dict[str, Any]
 
@@ -141,18 +141,30 @@ def text_range(value: Sequence[float], digits: int = 0) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-def tables(found: Result) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
-    """Each table with its heading."""
+def comparable(found: Result, before: Result | None) -> bool:
+    """Whether there is an earlier result of the same shape and dtype."""
+    return before is not None and all(found[name] == before[name] for name in ("shape", "dtype"))
+
+
+def tables(found: Result, before: Result | None = None) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Each table with its heading, with the times of an earlier result where that is of the same shape."""
+    old_gpus = before["gpus"] if before is not None and comparable(found, before) else {}
     for gpu, of_gpu in found["gpus"].items():
+        old = old_gpus.get(gpu, {"kernels": {}, "strategies": {}})
         code = found["code"][of_gpu["architecture"]]
-        rows = [_kernel_row(name, record, code[name]) for name, record in of_gpu["kernels"].items()]
+        rows = [
+            _kernel_row(name, record, code[name], old["kernels"].get(name))
+            for name, record in of_gpu["kernels"].items()
+        ]
         yield f"{gpu}: launches", [KERNEL_HEADINGS, *rows]
         rows = [
             (name, *(text_range([record["bounds_us"].get(unit, 0)] * 2) for unit in UNITS))
             for name, record in of_gpu["kernels"].items()
         ]
         yield f"{gpu}: the least time of each unit", [("launch", *(f"{unit} us" for unit in UNITS)), *rows]
-        rows = [_strategy_row(name, record) for name, record in of_gpu["strategies"].items()]
+        rows = [
+            _strategy_row(name, record, old["strategies"].get(name)) for name, record in of_gpu["strategies"].items()
+        ]
         yield f"{gpu}: strategies", [STRATEGY_HEADINGS, *rows]
         if of_gpu["errors"]:
             rows = [(name, f"{error:+.1%}") for name, error in of_gpu["errors"].items()]
@@ -162,15 +174,21 @@ def tables(found: Result) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
         yield f"{architecture}: instructions of a warp", [CODE_HEADINGS, *rows]
 
 
-def _kernel_row(name: str, record: Mapping[str, Any], code: Mapping[str, Any]) -> tuple[str, ...]:
+def _kernel_row(
+    name: str, record: Mapping[str, Any], code: Mapping[str, Any], was: Mapping[str, Any] | None
+) -> tuple[str, ...]:  # fmt: skip
     waits = "-" if code["outstanding"] is None else str(code["outstanding"])
     buffers = "-" if not code["buffers"] else "/".join(map(str, code["buffers"]))
     return (
-        _marked(name, record), text_range(record["us"]), f"{record['of_roofline']:.0%}",
+        _marked(name, record), text_range(record["us"]), _before(was, "us"), f"{record['of_roofline']:.0%}",
         f"{record['HBM_bytes'] / 1e6:.0f}", f"{record['FLOP'] / 1e9:.0f}", str(record["tiles"]),
         f"{record['waves']:.2f}", str(code["registers"]), str(code["shared"]), str(code["resident"]), buffers, waits,
         "; ".join(code["faults"]) or "none",
     )  # fmt: skip
+
+
+def _before(was: Mapping[str, Any] | None, field: str) -> str:
+    return "-" if was is None else text_range(was[field])
 
 
 def _marked(name: str, record: Mapping[str, Any]) -> str:
@@ -186,14 +204,15 @@ def _code_rows(name: str, record: Mapping[str, Any]) -> Iterator[tuple[str, ...]
             yield name, part, f"{code['instructions']}: {counted}", clocks, str(code["loads_waited_for"])
 
 
-def _strategy_row(name: str, record: Mapping[str, Any]) -> tuple[str, ...]:
+def _strategy_row(name: str, record: Mapping[str, Any], was: Mapping[str, Any] | None) -> tuple[str, ...]:
     return (
-        _marked(name, record), text_range(record["feed_forward"]), text_range(record["ratio"], 2),
-        text_range(record["layer"]), text_range(record["tax"], 2),
+        _marked(name, record), text_range(record["feed_forward"]), _before(was, "feed_forward"),
+        text_range(record["ratio"], 2), text_range(record["layer"]), _before(was, "layer"),
+        text_range(record["tax"], 2),
     )  # fmt: skip
 
 
-def document(found: Result) -> str:
+def document(found: Result, before: Result | None = None) -> str:
     """All of it as Markdown."""
     from benchmarks.support.report import markdown
 
@@ -204,7 +223,7 @@ def document(found: Result) -> str:
         "read it: [benchmarks](../README.md#the-model-of-the-kernels)."
     )
     blocks = [f"# {found['title']}, {found['date']}", about]
-    for heading, rows in tables(found):
+    for heading, rows in tables(found, before):
         blocks += [f"## {heading}", markdown(rows)]
     return "\n\n".join(blocks) + "\n"
 
@@ -215,7 +234,7 @@ def last_file(folder: Path = FOLDER) -> Path | None:
     return max(named, key=lambda pair: (pair[0][1], int(pair[0][2] or 1)))[1] if named else None
 
 
-def write(found: Result, folder: Path = FOLDER) -> Path:
+def write(found: Result, folder: Path = FOLDER, before: Result | None = None) -> Path:
     """Write the result as JSON and as Markdown and return the path of the first; a day's second one has a number."""
     from benchmarks.support.report import write_json, write_text
 
@@ -224,7 +243,7 @@ def write(found: Result, folder: Path = FOLDER) -> Path:
         number += 1
         path = folder / f"model_{found['date']}.{number}.json"
     write_json(path, found)
-    write_text(path.with_name(f"{path.stem}.md"), document(found))
+    write_text(path.with_name(f"{path.stem}.md"), document(found, before))
     return path
 
 
