@@ -177,7 +177,7 @@ def _copy_others(
 
 
 @triton.jit(
-    do_not_specialize=["rows", "stream_rows"],
+    do_not_specialize=["rows", "stream_rows", "a_tiles"],
     do_not_specialize_on_alignment=["drop_path", "sample", "row_index", "offsets"],
 )
 def routed_ffn_output_kernel(

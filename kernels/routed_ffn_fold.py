@@ -7,18 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.grouped_gemm import (
-    DESCRIPTOR_ALIGNMENT,
-    contiguous_for_descriptors,
-    of_modality,
-    vectors,
-)
+from onepeace_fast.kernels.grouped_gemm import contiguous_for_descriptors, of_modality, vectors
 from onepeace_fast.kernels.launch import cdiv, compact, launch
 from onepeace_fast.kernels.rows import row_extent
 from onepeace_fast.structures import FeedForwardWeights
 
 STATISTICS_ROWS = 32  # of one program that merges statistics
 FOLD_ROWS, FOLD_COLUMNS = 4, 512  # of W2, in registers at a time: whole tiles of columns
+ROW_MULTIPLE = 16  # of numbers of tiles: descriptors can read such rows, and any number of tiles compiles the same
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -120,10 +116,9 @@ def merge_statistics(
 
 
 def _for_tiles(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Room for a number for each tile of columns, in rows as far apart as a descriptor wants them."""
-    multiple = DESCRIPTOR_ALIGNMENT // dtype.itemsize
+    """Room for a number for each tile of columns."""
     *others, tiles = shape
-    return torch.empty((*others, cdiv(tiles, multiple) * multiple), dtype=dtype, device=device)[..., :tiles]
+    return torch.empty((*others, cdiv(tiles, ROW_MULTIPLE) * ROW_MULTIPLE), dtype=dtype, device=device)[..., :tiles]
 
 
 def fold(
