@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
+from onepeace_fast.kernels.grouped_gemm import of_modality, vectors
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
-from onepeace_fast.kernels.layer_norm import mean_and_rstd, stacked
+from onepeace_fast.kernels.layer_norm import mean_and_rstd
 from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_by_norm, zero_sums
 from onepeace_fast.kernels.rows import (
     load_rows,
@@ -60,8 +61,8 @@ def gated_sub_ln_forward_kernel(
     n,  # [rows, width]
     mean,  # [rows, 1]
     rstd,  # [rows, 1]
-    weight,  # [modalities, width] or None
-    bias,  # [modalities, width] or None
+    weight,  # of each modality [width], or None
+    bias,  # of each modality [width], or None
     offsets,  # [modalities + 1]
     rows, width, u_stride, v_stride, modalities, eps,
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -77,8 +78,8 @@ def gated_sub_ln_forward_kernel(
         tile, stop = rows_of_norm(offsets, modality, 1, first, last)
         if tile < stop:
             if weight is not None:
-                w = load_vector(weight + modality * width, width, PARTS, BLOCK_WIDTH)
-                b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, modality), width, PARTS, BLOCK_WIDTH)
+                b = load_vector(of_modality(bias, modality), width, PARTS, BLOCK_WIDTH)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -110,8 +111,8 @@ def gated_sub_ln_backward_kernel(
     n,  # [rows, width] or None
     mean,  # [rows, 1]
     rstd,  # [rows, 1]
-    weight,  # [modalities, width] or None
-    bias,  # [modalities, width] or None
+    weight,  # of each modality [width], or None
+    bias,  # of each modality [width], or None
     dweight,  # [modalities, programs, width] or None
     dbias,  # [modalities, programs, width] or None
     offsets,  # [modalities + 1]
@@ -133,9 +134,9 @@ def gated_sub_ln_backward_kernel(
         if start < stop:
             partial = (modality * tl.num_programs(0) + program).to(tl.int64) * width
             if weight is not None:
-                w = load_vector(weight + modality * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, modality), width, PARTS, BLOCK_WIDTH)
                 if bias is not None:
-                    b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
+                    b = load_vector(of_modality(bias, modality), width, PARTS, BLOCK_WIDTH)
                 w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
@@ -199,8 +200,8 @@ def gated_sub_ln_forward(given: GatedSubLNInputs) -> GatedSubLNOutputs:
         mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
     parameters, programs = parameters_for("gated_sub_ln", u, rows)
     arguments = {
-        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(given.norm_weight),
-        "bias": stacked(given.norm_bias), "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
+        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": vectors(given.norm_weight),
+        "bias": vectors(given.norm_bias), "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
         "v_stride": 0 if v is None else v.stride(0), "modalities": offsets.shape[0] - 1, "eps": given.eps,
     }  # fmt: skip
     launch_over_rows(gated_sub_ln_forward_kernel, programs, arguments, parameters, ACTIVATION=given.activation)
@@ -231,7 +232,7 @@ def gated_sub_ln_backward_and_n(
     ]
     arguments = {
         "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,
-        "weight": stacked(saved.norm_weight), "bias": stacked(saved.norm_bias) if n_needed else None,
+        "weight": vectors(saved.norm_weight), "bias": vectors(saved.norm_bias) if n_needed else None,
         "dweight": partials[0], "dbias": partials[1], "offsets": offsets, "rows": rows, "width": width,
         "grad_stride": grad.stride(0), "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0),
         "modalities": modalities,

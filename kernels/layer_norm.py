@@ -8,7 +8,7 @@ A norm without a mean is RMSNorm, whose launches have names of their own in a pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from onepeace_fast.kernels.grouped_gemm import of_modality, vectors
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
 from onepeace_fast.kernels.partial_sums import (
     new_partials,
@@ -74,8 +75,8 @@ def layer_norm_forward_kernel(
     y,  # [rows, width]
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
-    weight,  # [norms, width] or None
-    bias,  # [norms, width] or None
+    weight,  # of each norm [width], or None
+    bias,  # of each norm [width], or None
     scale,  # [width // head_dim] or None
     row_index,  # [rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
@@ -91,9 +92,9 @@ def layer_norm_forward_kernel(
         start, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
         if start < stop:
             if weight is not None:
-                w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, norm), width, PARTS, BLOCK_WIDTH)
             if bias is not None:
-                b = load_vector(bias + norm * width, width, PARTS, BLOCK_WIDTH)
+                b = load_vector(of_modality(bias, norm), width, PARTS, BLOCK_WIDTH)
             for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -136,7 +137,7 @@ def layer_norm_backward_kernel(
     dx,  # [x_rows, width]
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
-    weight,  # [norms, width] or None
+    weight,  # of each norm [width], or None
     scale,  # [width // head_dim] or None
     dweight,  # [norms, programs, width] or None
     dbias,  # [norms, programs, width] or None
@@ -159,7 +160,7 @@ def layer_norm_backward_kernel(
         if start < stop:
             partial = (norm * tl.num_programs(0) + program).to(tl.int64) * width
             if weight is not None:
-                w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, norm), width, PARTS, BLOCK_WIDTH)
             w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
@@ -231,11 +232,6 @@ def layer_norm_backward_kernel(
         store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH, passed, passed_stride)
 
 
-def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
-    """The vectors of all norms one after another in memory, None without any."""
-    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
-
-
 def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
     """Launch ``layer_norm_forward_kernel``; with ``rms`` it is RMSNorm, and there is no mean."""
     x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
@@ -246,7 +242,7 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
     mean = None if rms else torch.empty_like(rstd)
     parameters, programs = parameters_for(_table_name("", rms, head_scale), x, count)
     arguments = {
-        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(given.weight), "bias": stacked(given.bias),
+        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": vectors(given.weight), "bias": vectors(given.bias),
         "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
     }  # fmt: skip
     launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters, STAGES=stages(parameters, x))
@@ -264,7 +260,7 @@ def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradien
     dscale = new_partials(1, programs, x) if needs.head_scale else None
     arguments = {
         "grad": grad, "x": x, "passed": passed, "dx": dx, "mean": saved.mean, "rstd": saved.rstd,
-        "weight": stacked(saved.weight), "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1],
+        "weight": vectors(saved.weight), "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1],
         "dscale": dscale, "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]),
         "rows": count, "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0),
         "passed_stride": 0 if passed is None else passed.stride(0), **walk,
