@@ -151,12 +151,13 @@ def launch_over_rows(
 def stages(parameters: Parameters, *read: Tensor | None) -> int:
     """Stages of a loop over rows that reads these row tensors: 3 hold two rows ahead in shared memory, 1 holds none.
 
-    Every GPU since sm_80 has 100 KB for the programs of a multiprocessor; a fifth is for the system and for sums.
+    Every GPU since sm_80 has 100 KB for the programs of a multiprocessor. A program of several rows at a time has too
+    few registers for what copies them.
     """
     bytes_per_element = sum([tensor.element_size() for tensor in read if tensor is not None])
-    held = 2 * parameters.block_rows * parameters.block_width * bytes_per_element
-    programs = parameters.programs_per_multiprocessor
-    return 3 if programs is not None and programs * held <= 80 * 1024 else 1
+    held = 2 * parameters.block_width * bytes_per_element
+    programs = parameters.programs_per_multiprocessor  # None: a program ends with its first rows
+    return 3 if parameters.block_rows == 1 and programs is not None and programs * held <= 96 * 1024 else 1
 
 
 def launched() -> int:

@@ -291,9 +291,9 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
         "grad_normed_stride": grad_normed.stride(0) if normed else 0, "y_stride": 0 if y is None else y.stride(0),
         "out_stride": out.stride(0) if normed else 0, **_scaling(saved),
     }  # fmt: skip
-    launch_over_rows(
-        residual_backward_kernel, programs, arguments, parameters, STAGES=stages(parameters, grad, grad_normed, y, out)
-    )
+    # What looks up where a row is takes the registers that copies of the next ones would.
+    ahead = stages(parameters, grad, grad_normed, y, out) if row_index is None else 1
+    launch_over_rows(residual_backward_kernel, programs, arguments, parameters, STAGES=ahead)
     sums = [pair for pair in zip(partials, computed, strict=True) if pair[0] is not None]
     if sums:
         sum_partials(sums, walk_offsets, walked, 0, 1, parameters)
