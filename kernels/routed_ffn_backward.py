@@ -103,6 +103,12 @@ def routed_ffn_hidden_gradient_kernel(
                     r = tl.load(rstd + row, mask=live, other=0)[:, None]
                     g_mean = tl.load(m1 + row, mask=live, other=0)[:, None]
                     g_hhat_mean = tl.load(m2 + row, mask=live, other=0)[:, None]
+                if dweight is not None:
+                    # Rows past the modality's last one are zeros in dy, so that their dn is zero. The whole tile at
+                    # once, before its pieces change their layout: held in both it would spill.
+                    partial = (first_tile_of(start, modality, BLOCK_ROWS) + row_tile).to(tl.int64) * hidden
+                    columns = column + tl.arange(0, BLOCK_COLUMNS)
+                    tl.store(dbias + partial + columns, tl.sum(total, 0), mask=columns < hidden)
                 pieces = column_pieces(total, PIECES)
                 for piece in tl.static_range(PIECES):
                     dh = pieces[piece]
@@ -120,11 +126,7 @@ def routed_ffn_hidden_gradient_kernel(
                         scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
                         scale = scale.to(tl.float32)[None, :]
                         if dweight is not None:
-                            # Rows past the modality's last one are zeros in dy, so that their dh is zero.
-                            partial = first_tile_of(start, modality, BLOCK_ROWS) + row_tile
-                            partial = partial.to(tl.int64) * hidden + at
-                            tl.store(dweight + partial, tl.sum(dh * h, 0), mask=at < hidden)
-                            tl.store(dbias + partial, tl.sum(dh, 0), mask=at < hidden)
+                            tl.store(dweight + partial + at, tl.sum(dh * h, 0), mask=at < hidden)
                         dh = (dh * scale - g_mean - h * g_hhat_mean) * r
                         if norm_bias is not None:
                             shift = tl.load(of_modality(norm_bias, modality) + at, mask=at < hidden, other=0)
