@@ -28,7 +28,8 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         saved = saved._replace(u=u, v=v)
     if weights.norm_weight:
         # Here and not in the forward pass, which makes no use of it: then inference and a recomputed one pay nothing.
-        saved = saved._replace(folded=fold(weights, offsets, z.shape[0]))
+        folded, _ = fold(weights, offsets, z.shape[0], None)
+        saved = saved._replace(folded=folded)
     db2 = new_where_needed(weights.b2, wanted.b2)
     norm = NormGradients(
         new_where_needed(weights.norm_weight, wanted.norm_weight), new_where_needed(weights.norm_bias, wanted.norm_bias)
