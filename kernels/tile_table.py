@@ -64,7 +64,8 @@ _MMA_DESCRIPTORS = _MMA | {
 }
 # wgmma reads both operands from shared memory: a tile of 128 x 256 reads less for each product than a square one, and
 # three stages of 64 fill 144 of 227 KiB. Where an epilogue holds more a tile is smaller; that of h's gradient waits for
-# memory longest, so that two programs take turns at it.
+# memory longest, so that two programs take turns at it. By eighths that one spills in float16 with silu, and where it
+# sums for the norm too.
 _WIDE = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
 _WGMMA = {
     "routed_ffn_hidden": _WIDE._replace(block_columns=128, pieces=4),
