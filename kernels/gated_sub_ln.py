@@ -2,7 +2,7 @@
 
 A program walks over rows of u and v and computes h in float32 registers; h is never stored. Both passes read a row
 once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows. The
-backward pass holds h and its derivatives, and copies the rows that come next into shared memory.
+backward pass holds h and its derivatives, and copies the rows that come next into shared memory where that fits.
 """
 
 from __future__ import annotations

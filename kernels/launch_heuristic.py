@@ -49,7 +49,7 @@ class Kernel(NamedTuple):
 # A forward kernel waits for memory: many small programs. 16 elements of half precision are two accesses of 16 bytes to
 # each row tensor, enough to have under way. A scale for each head, or two row tensors and an activation, take more than
 # 64 registers. A backward kernel leaves its sums over rows for another kernel to add up: few programs of 8 warps leave
-# few of them, and its programs copy the rows that come next into shared memory, since so few hide no wait. Where a norm
+# few of them, and its programs copy wide rows ahead into shared memory, since so few hide no wait. Where a norm
 # is in it, it holds two to four row tensors and sums for two or three vectors: half as many elements of each.
 KERNELS = {
     "layer_norm": Kernel(16, 4, 32),

@@ -2,8 +2,8 @@
 
 A row is in registers as a whole, so it is read once and written once; statistics are float32. A program keeps the
 parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients,
-and copies the rows that come next into shared memory.
-A norm without a mean is RMSNorm, whose launches have names of their own in a profile.
+and copies the rows that come next into shared memory where ``stages`` says so. A norm without a mean is RMSNorm, whose
+launches have names of their own in a profile.
 """
 
 from __future__ import annotations
