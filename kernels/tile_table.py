@@ -64,10 +64,10 @@ _MMA_DESCRIPTORS = _MMA | {
 }
 # wgmma reads both operands from shared memory: a tile of 128 x 256 reads less for each product than a square one, and
 # three stages of 64 fill 144 of 227 KiB. Where an epilogue holds more a tile is smaller; that of h's gradient waits for
-# memory longest, so that two programs take turns at it; by eighths it spills in float16 with silu, and where it sums for
-# the norm too. All products of the gradients are one launch with one last wave: in three, the tiles of dW2, of dW0 and
-# dW1, and of dz filled 76, 89 and 84% of the waves of 132 multiprocessors, at the rows of tools/products.py; in one they
-# fill 96%. Squares would fill 97% for dz, but by the model take longer.
+# memory longest, so that two programs take turns at it; by eighths it spills in float16 with silu, and where it sums
+# for the norm too. All products of the gradients are one launch with one last wave: in three, the tiles of dW2, of dW0
+# and dW1, and of dz filled 76, 89 and 84% of the waves of 132 multiprocessors, at the rows of tools/products.py; in one
+# they fill 96%. Squares would fill 97% for dz, but by the model take longer.
 _WIDE = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
 _WGMMA = {
     "routed_ffn_hidden": _WIDE._replace(block_columns=128, pieces=4),
