@@ -245,7 +245,9 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
         "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": vectors(given.weight), "bias": vectors(given.bias),
         "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
     }  # fmt: skip
-    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters, STAGES=stages(parameters, x))
+    # RMSNorm has enough programs to hide each other's wait; a row in several parts would leave room for a program less.
+    ahead = 1 if rms or parameters.parts > 1 else stages(parameters, x)
+    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters, STAGES=ahead)
     return LayerNormOutputs(y, mean, rstd)
 
 
