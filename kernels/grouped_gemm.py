@@ -168,7 +168,8 @@ def walk_rows(
 
     What ``begin`` returns for a modality, a function of ``given``, its number, the end of its rows and the sizes, are
     the ``tensors`` of its tiles, descriptors among them, which are made once for all. Constants and None are in
-    ``given``: Triton 3.6 returns neither from a function. Returns the program's next tile and the number of all.
+    ``given``, since Triton 3.6 returns neither from a function; a constant is read by its index, since unpacked it is
+    a value. Returns the program's next tile and the number of all.
     """
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     keys, previous = modality_keys(offsets, rows, None, MODALITIES)

@@ -31,13 +31,11 @@ from onepeace_fast.kernels.grouped_gemm import (
     for_descriptors,
     launch_tiles,
     matrix,
-    modality_keys,
-    next_modality,
     of_modality,
     row_stride,
-    tile_place,
     tiles_for,
     vectors,
+    walk_rows,
 )
 from onepeace_fast.kernels.launch import cdiv, compact, unit_columns
 from onepeace_fast.kernels.routed_ffn_fold import fold, merge_statistics
@@ -63,6 +61,84 @@ def _add_both(u, v, x, w0, w1, row, column, inner, GATE: tl.constexpr, BLOCK_INN
     return u, v
 
 
+@triton.jit
+def _hidden_tensors(
+    given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    """Descriptors of a modality's rows and weights; that of x stands for those of tensors which are not given."""
+    x, w0, w1, u, v, a, _norm_weight, _tile_mean, _tile_squares, _rows, hidden, x_stride = given[0]
+    WIDTH: tl.constexpr = given[1]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // given[3]
+    x_rows = matrix(x, stop, WIDTH, x_stride, BLOCK_ROWS, BLOCK_INNER)
+    gate = matrix(of_modality(w0, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
+    value = gate
+    if w1 is not None:
+        value = matrix(of_modality(w1, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
+    u_rows = x_rows
+    v_rows = x_rows
+    if u is not None:
+        u_rows = matrix(u, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
+        if w1 is not None:
+            v_rows = matrix(v, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
+    a_rows = x_rows
+    if a is not None:
+        a_rows = matrix(a, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
+    return modality, stop, x_rows, gate, value, u_rows, v_rows, a_rows
+
+
+@triton.jit
+def _hidden_tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    x, _w0, w1, u, _v, a, norm_weight, tile_mean, tile_squares, rows, hidden, _x_stride = given[0]
+    modality, stop, x_rows, gate, value, u_rows, v_rows, a_rows = tensors
+    GATE: tl.constexpr = w1 is not None
+    WIDTH: tl.constexpr = given[1]
+    ACTIVATION: tl.constexpr = given[2]
+    PIECES: tl.constexpr = given[3]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    u_total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    v_total = u_total
+    u_total, v_total = _add_both(u_total, v_total, x_rows, gate, value, row, column, WIDTH, GATE, BLOCK_INNER)
+    u_pieces = column_pieces(u_total, PIECES)
+    v_pieces = column_pieces(v_total, PIECES)
+    h_pieces = ()
+    total = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
+    for piece in tl.static_range(PIECES):
+        # The backward pass computes h from u and v as they are stored: so does this one.
+        u_part = u_pieces[piece].to(x.dtype.element_ty)
+        v_part = v_pieces[piece].to(x.dtype.element_ty)
+        first = column + piece * PIECE_COLUMNS
+        if u is not None:
+            u_rows.store([row, first], u_part)
+            if GATE:
+                v_rows.store([row, first], v_part)
+        if a is not None:
+            h, _ = activation_and_slope(u_part, ACTIVATION)
+            if GATE:
+                h = h * v_part.to(tl.float32)
+            if norm_weight is not None:
+                total += h  # past the last column u, v and so h are zero
+                h_pieces += (h,)
+            else:
+                a_rows.store([row, first], h.to(a.dtype.element_ty))
+    if norm_weight is not None:
+        mean = tl.sum(total, 1) / tl.minimum(hidden - column, BLOCK_COLUMNS).to(tl.float32)
+        squares = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
+        for piece in tl.static_range(PIECES):
+            first = column + piece * PIECE_COLUMNS
+            columns = first + tl.arange(0, PIECE_COLUMNS)
+            inside = columns < hidden
+            centred = tl.where(inside[None, :], h_pieces[piece] - mean[:, None], 0)
+            squares += centred * centred
+            weight = tl.load(of_modality(norm_weight, modality) + columns, mask=inside, other=0)
+            a_rows.store([row, first], (centred * weight.to(tl.float32)[None, :]).to(a.dtype.element_ty))
+        tile_rows = row + tl.arange(0, BLOCK_ROWS)
+        cell = (column // BLOCK_COLUMNS).to(tl.int64) * rows + tile_rows
+        tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
+        tl.store(tile_squares + cell, tl.sum(squares, 1), mask=tile_rows < stop)
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def routed_ffn_hidden_kernel(
     x,  # [rows, WIDTH]
@@ -80,75 +156,11 @@ def routed_ffn_hidden_kernel(
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    GATE: tl.constexpr = w1 is not None
-    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            x_rows = matrix(x, stop, WIDTH, x_stride, BLOCK_ROWS, BLOCK_INNER)
-            gate = matrix(of_modality(w0, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
-            value = gate
-            if GATE:
-                value = matrix(of_modality(w1, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
-            if u is not None:
-                u_rows = matrix(u, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
-                if GATE:
-                    v_rows = matrix(v, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
-            if a is not None:
-                a_rows = matrix(a, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                u_total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                v_total = u_total
-                u_total, v_total = _add_both(
-                    u_total, v_total, x_rows, gate, value, row, column, WIDTH, GATE, BLOCK_INNER
-                )
-                u_pieces = column_pieces(u_total, PIECES)
-                v_pieces = column_pieces(v_total, PIECES)
-                h_pieces = ()
-                total = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
-                for piece in tl.static_range(PIECES):
-                    # The backward pass computes h from u and v as they are stored: so does this one.
-                    u_part = u_pieces[piece].to(x.dtype.element_ty)
-                    v_part = v_pieces[piece].to(x.dtype.element_ty)
-                    first = column + piece * PIECE_COLUMNS
-                    if u is not None:
-                        u_rows.store([row, first], u_part)
-                        if GATE:
-                            v_rows.store([row, first], v_part)
-                    if a is not None:
-                        h, _ = activation_and_slope(u_part, ACTIVATION)
-                        if GATE:
-                            h = h * v_part.to(tl.float32)
-                        if norm_weight is not None:
-                            total += h  # past the last column u, v and so h are zero
-                            h_pieces += (h,)
-                        else:
-                            a_rows.store([row, first], h.to(a.dtype.element_ty))
-                if norm_weight is not None:
-                    mean = tl.sum(total, 1) / tl.minimum(hidden - column, BLOCK_COLUMNS).to(tl.float32)
-                    squares = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
-                    for piece in tl.static_range(PIECES):
-                        first = column + piece * PIECE_COLUMNS
-                        columns = first + tl.arange(0, PIECE_COLUMNS)
-                        inside = columns < hidden
-                        centred = tl.where(inside[None, :], h_pieces[piece] - mean[:, None], 0)
-                        squares += centred * centred
-                        weight = tl.load(of_modality(norm_weight, modality) + columns, mask=inside, other=0)
-                        a_rows.store([row, first], (centred * weight.to(tl.float32)[None, :]).to(a.dtype.element_ty))
-                    tile_rows = row + tl.arange(0, BLOCK_ROWS)
-                    cell = column_tile.to(tl.int64) * rows + tile_rows
-                    tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
-                    tl.store(tile_squares + cell, tl.sum(squares, 1), mask=tile_rows < stop)
-                tile += tl.num_programs(0)
-        before = end
+    walk_rows(
+        offsets, rows, hidden,
+        ((x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, rows, hidden, x_stride), WIDTH, ACTIVATION, PIECES),
+        _hidden_tensors, _hidden_tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -176,6 +188,76 @@ def _copy_others(
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
+@triton.jit
+def _output_tensors(
+    given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    """Descriptors of a modality's rows and weights; that of ``a`` stands for those of tensors which are not given."""
+    a, w2, apart, tile_sums, width, hidden, a_tiles, a_stride, apart_stride = given[0]
+    y = given[1][0]
+    a_rows = matrix(a, stop, hidden, a_stride, BLOCK_ROWS, BLOCK_INNER)
+    weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
+    apart_rows = a_rows
+    sums = a_rows
+    if apart is not None:
+        apart_rows = matrix(apart, stop, a_tiles, apart_stride, BLOCK_ROWS, BLOCK_INNER)
+        mine = tile_sums + modality.to(tl.int64) * width * apart_stride
+        sums = matrix(mine, width, a_tiles, apart_stride, BLOCK_COLUMNS, BLOCK_INNER)
+    y_rows = a_rows
+    if y is not None:
+        y_rows = matrix(y, stop, width, width, BLOCK_ROWS, BLOCK_COLUMNS // given[2])
+    return modality, stop, a_rows, weight, apart_rows, sums, y_rows
+
+
+@triton.jit
+def _output_tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    _a, _w2, apart, _tile_sums, width, hidden, a_tiles, _a_stride, _apart_stride = given[0]
+    y, rstd, e, b2, out, residual, gamma, drop_path, sample, row_index, residual_stride = given[1]
+    modality, stop, a_rows, weight, apart_rows, sums, y_rows = tensors
+    PIECES: tl.constexpr = given[2]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    if apart is not None:
+        total = add_x_wt(total, apart_rows, sums, row, column, a_tiles, BLOCK_INNER)
+    total = add_x_wt(total, a_rows, weight, row, column, hidden, BLOCK_INNER)
+    rows_here = row + tl.arange(0, BLOCK_ROWS)
+    live = rows_here < stop
+    target = rows_here
+    if row_index is not None:
+        target = tl.load(row_index + rows_here, mask=live, other=0)
+    if drop_path is not None:
+        entry = tl.load(sample + target, mask=live, other=0)
+        factor = tl.load(drop_path + entry, mask=live, other=0).to(tl.float32)
+    if apart is not None:
+        r = tl.load(rstd + rows_here, mask=live, other=0)
+    parts = column_pieces(total, PIECES)
+    for piece in tl.static_range(PIECES):
+        value = parts[piece]
+        first = column + piece * PIECE_COLUMNS
+        columns = first + tl.arange(0, PIECE_COLUMNS)
+        inside = columns < width
+        if apart is not None:
+            bias = tl.load(e + modality * width + columns, mask=inside, other=0)
+            value = r[:, None] * value + bias[None, :]
+        elif b2 is not None:
+            bias = tl.load(of_modality(b2, modality) + columns, mask=inside, other=0).to(tl.float32)
+            value = value + bias[None, :]
+        if y is not None:
+            y_rows.store([row, first], value.to(y.dtype.element_ty))
+        if out is not None:
+            if drop_path is not None:
+                value = value * factor[:, None]
+            if gamma is not None:
+                value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
+            mask = live[:, None] & inside[None, :]
+            cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+            value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
+            cell = target.to(tl.int64)[:, None] * width + columns[None, :]
+            tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(
     do_not_specialize=["rows", "stream_rows", "a_tiles"],
     do_not_specialize_on_alignment=["drop_path", "sample", "row_index", "offsets"],
@@ -201,67 +283,13 @@ def routed_ffn_output_kernel(
     MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(width, BLOCK_COLUMNS)
+    walk_rows(
+        offsets, rows, width,
+        ((a, w2, apart, tile_sums, width, hidden, a_tiles, a_stride, apart_stride),
+         (y, rstd, e, b2, out, residual, gamma, drop_path, sample, row_index, residual_stride), PIECES),
+        _output_tensors, _output_tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
     extent = row_extent(offsets, MODALITIES, rows)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            a_rows = matrix(a, stop, hidden, a_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
-            if apart is not None:
-                apart_rows = matrix(apart, stop, a_tiles, apart_stride, BLOCK_ROWS, BLOCK_INNER)
-                mine = tile_sums + modality.to(tl.int64) * width * apart_stride
-                sums = matrix(mine, width, a_tiles, apart_stride, BLOCK_COLUMNS, BLOCK_INNER)
-            if y is not None:
-                y_rows = matrix(y, stop, width, width, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                if apart is not None:
-                    total = add_x_wt(total, apart_rows, sums, row, column, a_tiles, BLOCK_INNER)
-                total = add_x_wt(total, a_rows, weight, row, column, hidden, BLOCK_INNER)
-                rows_here = row + tl.arange(0, BLOCK_ROWS)
-                live = rows_here < stop
-                target = rows_here
-                if row_index is not None:
-                    target = tl.load(row_index + rows_here, mask=live, other=0)
-                if drop_path is not None:
-                    entry = tl.load(sample + target, mask=live, other=0)
-                    factor = tl.load(drop_path + entry, mask=live, other=0).to(tl.float32)
-                if apart is not None:
-                    r = tl.load(rstd + rows_here, mask=live, other=0)
-                parts = column_pieces(total, PIECES)
-                for piece in tl.static_range(PIECES):
-                    value = parts[piece]
-                    first = column + piece * (BLOCK_COLUMNS // PIECES)
-                    columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
-                    inside = columns < width
-                    if apart is not None:
-                        bias = tl.load(e + modality * width + columns, mask=inside, other=0)
-                        value = r[:, None] * value + bias[None, :]
-                    elif b2 is not None:
-                        bias = tl.load(of_modality(b2, modality) + columns, mask=inside, other=0).to(tl.float32)
-                        value = value + bias[None, :]
-                    if y is not None:
-                        y_rows.store([row, first], value.to(y.dtype.element_ty))
-                    if out is not None:
-                        if drop_path is not None:
-                            value = value * factor[:, None]
-                        if gamma is not None:
-                            value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
-                        mask = live[:, None] & inside[None, :]
-                        cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
-                        value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
-                        cell = target.to(tl.int64)[:, None] * width + columns[None, :]
-                        tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
-                tile += tl.num_programs(0)
-        before = end
     if out is not None:
         _copy_others(residual, out, place, extent, stream_rows, width, residual_stride, 32, BLOCK_COLUMNS)
     else:

@@ -28,13 +28,11 @@ from onepeace_fast.kernels.grouped_gemm import (
     for_descriptors,
     launch_tiles,
     matrix,
-    modality_keys,
-    next_modality,
     of_modality,
     row_stride,
-    tile_place,
     tiles_for,
     vectors,
+    walk_rows,
 )
 from onepeace_fast.kernels.grouped_gradients import NormedLayer, WeightGradient
 from onepeace_fast.kernels.grouped_gradients import gradients as all_gradients
@@ -52,9 +50,74 @@ from onepeace_fast.structures import FeedForwardWeights, Needs, RoutedFFNGradien
 
 
 @triton.jit
-def first_tile_of(start, modality, BLOCK_ROWS: tl.constexpr):
-    """Where the partial sums of a modality's row tiles begin: no two modalities overlap, and none counts the others."""
-    return start // BLOCK_ROWS + modality
+def tile_of_row(row, modality, BLOCK_ROWS: tl.constexpr):
+    """Where the sums of the tile that begins at ``row`` are: no two modalities overlap, and none counts the others."""
+    return row // BLOCK_ROWS + modality
+
+
+@triton.jit
+def _tensors(given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    dy, w2, width, hidden, dy_stride = given[0]
+    return (
+        modality,
+        stop,
+        matrix(dy, stop, width, dy_stride, BLOCK_ROWS, BLOCK_INNER),
+        matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS),
+    )
+
+
+@triton.jit
+def _tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    _dy, _w2, width, hidden, _dy_stride = given[0]
+    u, v, du, dv, n, mean, rstd, m1, m2, norm_weight, norm_bias, dweight, dbias = given[1]
+    modality, stop, dy_rows, weight = tensors
+    ACTIVATION: tl.constexpr = given[2]
+    PIECES: tl.constexpr = given[3]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    total = add_x_w(total, dy_rows, weight, row, column, width, BLOCK_INNER)
+    tile_rows = row + tl.arange(0, BLOCK_ROWS)
+    live = tile_rows < stop
+    if mean is not None:
+        mu = tl.load(mean + tile_rows, mask=live, other=0)[:, None]
+        r = tl.load(rstd + tile_rows, mask=live, other=0)[:, None]
+        g_mean = tl.load(m1 + tile_rows, mask=live, other=0)[:, None]
+        g_hhat_mean = tl.load(m2 + tile_rows, mask=live, other=0)[:, None]
+    if dweight is not None:
+        # Rows past the modality's last one are zeros in dy, so that their dn is zero. The whole tile at once, before
+        # its pieces change their layout: held in both it would spill.
+        partial = tile_of_row(row, modality, BLOCK_ROWS).to(tl.int64) * hidden
+        columns = column + tl.arange(0, BLOCK_COLUMNS)
+        tl.store(dbias + partial + columns, tl.sum(total, 0), mask=columns < hidden)
+    pieces = column_pieces(total, PIECES)
+    for piece in tl.static_range(PIECES):
+        dh = pieces[piece]
+        at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
+        mask = live[:, None] & (at < hidden)[None, :]
+        cell = tile_rows.to(tl.int64)[:, None] * hidden + at[None, :]
+        h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0), ACTIVATION)
+        activated = h
+        if v is not None:
+            value = tl.load(v + cell, mask=mask, other=0).to(tl.float32)
+            h = h * value
+            slope = slope * value
+        if mean is not None:
+            h = (h - mu) * r
+            scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
+            scale = scale.to(tl.float32)[None, :]
+            if dweight is not None:
+                tl.store(dweight + partial + at, tl.sum(dh * h, 0), mask=at < hidden)
+            dh = (dh * scale - g_mean - h * g_hhat_mean) * r
+            if norm_bias is not None:
+                shift = tl.load(of_modality(norm_bias, modality) + at, mask=at < hidden, other=0)
+                h = h * scale + shift.to(tl.float32)[None, :]
+        if n is not None:
+            tl.store(n + cell, h.to(n.dtype.element_ty), mask=mask)
+        tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
+        if dv is not None:
+            tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -79,65 +142,12 @@ def routed_ffn_hidden_gradient_kernel(
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            dy_rows = matrix(dy, stop, width, dy_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                first, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_w(total, dy_rows, weight, first, column, width, BLOCK_INNER)
-                row = first + tl.arange(0, BLOCK_ROWS)
-                live = row < stop
-                if mean is not None:
-                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
-                    r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                    g_mean = tl.load(m1 + row, mask=live, other=0)[:, None]
-                    g_hhat_mean = tl.load(m2 + row, mask=live, other=0)[:, None]
-                if dweight is not None:
-                    # Rows past the modality's last one are zeros in dy, so that their dn is zero. The whole tile at
-                    # once, before its pieces change their layout: held in both it would spill.
-                    partial = (first_tile_of(start, modality, BLOCK_ROWS) + row_tile).to(tl.int64) * hidden
-                    columns = column + tl.arange(0, BLOCK_COLUMNS)
-                    tl.store(dbias + partial + columns, tl.sum(total, 0), mask=columns < hidden)
-                pieces = column_pieces(total, PIECES)
-                for piece in tl.static_range(PIECES):
-                    dh = pieces[piece]
-                    at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
-                    mask = live[:, None] & (at < hidden)[None, :]
-                    cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
-                    h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0), ACTIVATION)
-                    activated = h
-                    if v is not None:
-                        value = tl.load(v + cell, mask=mask, other=0).to(tl.float32)
-                        h = h * value
-                        slope = slope * value
-                    if mean is not None:
-                        h = (h - mu) * r
-                        scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
-                        scale = scale.to(tl.float32)[None, :]
-                        if dweight is not None:
-                            tl.store(dweight + partial + at, tl.sum(dh * h, 0), mask=at < hidden)
-                        dh = (dh * scale - g_mean - h * g_hhat_mean) * r
-                        if norm_bias is not None:
-                            shift = tl.load(of_modality(norm_bias, modality) + at, mask=at < hidden, other=0)
-                            h = h * scale + shift.to(tl.float32)[None, :]
-                    if n is not None:
-                        tl.store(n + cell, h.to(n.dtype.element_ty), mask=mask)
-                    tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
-                    if dv is not None:
-                        tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
-                tile += tl.num_programs(0)
-        before = end
+    walk_rows(
+        offsets, rows, hidden,
+        ((dy, w2, width, hidden, dy_stride),
+         (u, v, du, dv, n, mean, rstd, m1, m2, norm_weight, norm_bias, dweight, dbias), ACTIVATION, PIECES),
+        _tensors, _tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -157,7 +167,7 @@ def routed_ffn_sum_norm_tiles_kernel(
     if offsets is not None:
         start = tl.load(offsets + modality)
         stop = tl.minimum(tl.load(offsets + modality + 1), rows)
-        first = first_tile_of(start, modality, BLOCK_ROWS)
+        first = tile_of_row(start, modality, BLOCK_ROWS)
         last = first + tl.cdiv(tl.maximum(stop - start, 0), BLOCK_ROWS)
     if tl.program_id(2) == 0:
         total = column_sums(dweight, first, last, width, column, BLOCK_TILES, BLOCK_COLUMNS)
