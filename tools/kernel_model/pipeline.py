@@ -19,9 +19,7 @@ _OUTSTANDING = re.compile(r"(gsb0|SB0),\s*0x([0-9a-f]+)$")
 # What Triton 3.9 itself stands in the way of, by architecture: it is printed, and is no fault. mma.sync takes x^T of
 # a weight's gradient from registers, which Triton loads early and then moves from step to step; each move waits.
 OF_REGISTERS = "pipeline: a step waits for loads that it started itself"
-KNOWN = {
-    "sm_80": {name: OF_REGISTERS for name in ("grouped_gemm_weight_gradient", "routed_ffn_output_weight_gradient")}
-}
+KNOWN = {"sm_80": {"grouped_gradients": OF_REGISTERS}}
 
 
 class Pipeline(NamedTuple):
