@@ -9,7 +9,7 @@ import pytest
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 from tools.kernel_model import comparison, constants, measured, pipeline, sass, table, timeline  # noqa: E402
-from tools.kernel_model.compiled import Code, Compiled, Part, parts  # noqa: E402
+from tools.kernel_model.compiled import Code, Compiled, Part, behind_copies, parts, without_short  # noqa: E402
 from tools.kernel_model.constants import Span  # noqa: E402
 from tools.kernel_model.estimate import estimate  # noqa: E402
 from tools.kernel_model.launches import Shape  # noqa: E402
@@ -109,6 +109,23 @@ def test_each_loop_over_tiles_is_a_part_with_the_main_loops_in_it():
     assert [one.address for one in first.before] == [1] and [one.address for one in first.after] == [6]
     assert [one.address for one in second.working] == [8, 9]
     assert [one.address for one in second.before] == [7] and [one.address for one in second.after] == [10, 11]
+
+
+def test_a_short_loop_of_products_stands_before_the_long_one_as_often_as_it_turns():
+    (both,) = parts(
+        code("LDG R1", "HGMMA.64x8x16", "@P0 BRA 0x1", "HGMMA.64x8x16", "@P0 BRA 0x3", "@P1 BRA 0x0", "EXIT")
+    )
+    found = without_short(both, 3)
+    assert [one.address for one in found.working] == [3, 4] and len(found.main) == 1
+    assert [one.address for one in found.before] == [0, 1, 2, 1, 2, 1, 2] and found.after == both.after
+
+
+def test_a_turn_over_rows_takes_its_share_of_a_load_where_rows_are_copied_ahead():
+    (copying,), (loading,) = (parts(code(f"{name} R1", "FADD", "@P0 BRA 0x0", "EXIT")) for name in ("LDGSTS", "LDG"))
+    loads = Span(500, 1000)
+    assert behind_copies(piece(300), copying, loads, {"STAGES": 3}).clocks == (300, 600)
+    assert behind_copies(piece(300), copying, loads, {"STAGES": 2}).clocks == (500, 1000)
+    assert behind_copies(piece(300), loading, loads, {}).clocks == (300, 600)
 
 
 def test_without_products_the_main_loop_is_the_innermost_one_that_loads():

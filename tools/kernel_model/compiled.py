@@ -160,13 +160,13 @@ def _steps_of_short(launch: Launch) -> int:
     return -(-configuration.arguments[SHORT_LOOPS[launch.kernel]] // configuration.constants["BLOCK_INNER"])
 
 
-def _without_short(part: Pieces, steps: int) -> Pieces:
+def without_short(part: Pieces, steps: int) -> Pieces:
     """The first main loop's steps, too few for a pipeline, stand before the second one."""
     short, main = sorted(part.main, key=lambda loop: loop.tail)
     return Pieces([main], [*main.code], part.after, [*part.before, *short.code * steps])
 
 
-def _behind_copies(code: Code, part: Pieces, loads: Span, constants_of: Mapping[str, Any]) -> Code:
+def behind_copies(code: Code, part: Pieces, loads: Span, constants_of: Mapping[str, Any]) -> Code:
     """A turn that reads what earlier turns copied ahead: so many of them take at least as long as a load."""
     if not any(one.base == "LDGSTS" for one in part.working):
         return code
@@ -183,7 +183,7 @@ def read(launch: Launch, name: str, architecture: str, text: str, ttgir: str, us
     found_parts = parts(sass.parse(text))
     has_products = any(one.kind == "products" for one in found_parts[0].working)
     if launch.kernel in SHORT_LOOPS and len(found_parts[0].main) == 2:
-        found_parts[0] = _without_short(found_parts[0], _steps_of_short(launch))
+        found_parts[0] = without_short(found_parts[0], _steps_of_short(launch))
     # An epilogue reads what the caches hold and what they do not; a kernel over rows reads all from memory.
     near = Span(latency["l2"], latency["memory"])
     loads = near if has_products else Span(latency["memory"], constants().loaded_latency * latency["memory"])
@@ -196,7 +196,7 @@ def read(launch: Launch, name: str, architecture: str, text: str, ttgir: str, us
         for part in found_parts
     ]  # fmt: skip
     if not has_products:
-        codes = [replace(codes[0], main=_behind_copies(codes[0].main, found_parts[0], loads, configuration.constants))]
+        codes = [replace(codes[0], main=behind_copies(codes[0].main, found_parts[0], loads, configuration.constants))]
     found = [f"spills: {used.local} bytes of local memory"] if used.local else []
     tile: tuple[int, ...] = ()
     if has_products:
