@@ -3,15 +3,13 @@
 import dataclasses
 import json
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
-RECORDED = Path(__file__).parent / "recorded" / "kernel_model_sm_90.json"
 
 from tools.kernel_model import comparison, constants, measured, pipeline, sass, table, timeline  # noqa: E402
-from tools.kernel_model.compiled import Code, Compiled, parts  # noqa: E402
+from tools.kernel_model.compiled import Code, Compiled, Part, behind_copies, parts, without_short  # noqa: E402
 from tools.kernel_model.constants import Span  # noqa: E402
 from tools.kernel_model.estimate import estimate  # noqa: E402
 from tools.kernel_model.launches import Shape  # noqa: E402
@@ -83,14 +81,55 @@ def test_the_main_loop_is_the_innermost_one_and_code_behind_the_end_makes_none()
         "NANOSLEEP",       # 10
         "BRA 0x3",         # 11: no loop, though it branches back
     )  # fmt: skip
-    found = parts(text)
+    (found,) = parts(text)
     assert [[one.address for one in loop.code] for loop in found.main] == [[3, 4]]
     assert [one.address for one in found.after] == [5, 6, 7, 8] and [one.address for one in found.before] == [1, 2]
     assert sass.counts(found.after) == {"global": 1, "float": 1, "control": 2}
 
 
+def test_each_loop_over_tiles_is_a_part_with_the_main_loops_in_it():
+    text = code(
+        "MOV",             # 0: the loop over modalities
+        "LDG R1",          # 1: two products one after another for each tile
+        "HGMMA.64x8x16",   # 2
+        "@P0 BRA 0x2",     # 3
+        "HGMMA.64x8x16",   # 4
+        "@P0 BRA 0x4",     # 5
+        "@P1 BRA 0x1",     # 6
+        "MOV",             # 7: one product for each tile of another loop
+        "HGMMA.64x8x16",   # 8
+        "@P0 BRA 0x8",     # 9
+        "FADD",            # 10
+        "@P1 BRA 0x7",     # 11
+        "@P2 BRA 0x0",     # 12
+        "EXIT",            # 13
+    )  # fmt: skip
+    first, second = parts(text)
+    assert [[one.address for one in loop.code] for loop in first.main] == [[2, 3], [4, 5]]
+    assert [one.address for one in first.before] == [1] and [one.address for one in first.after] == [6]
+    assert [one.address for one in second.working] == [8, 9]
+    assert [one.address for one in second.before] == [7] and [one.address for one in second.after] == [10, 11]
+
+
+def test_a_short_loop_of_products_stands_before_the_long_one_as_often_as_it_turns():
+    (both,) = parts(
+        code("LDG R1", "HGMMA.64x8x16", "@P0 BRA 0x1", "HGMMA.64x8x16", "@P0 BRA 0x3", "@P1 BRA 0x0", "EXIT")
+    )
+    found = without_short(both, 3)
+    assert [one.address for one in found.working] == [3, 4] and len(found.main) == 1
+    assert [one.address for one in found.before] == [0, 1, 2, 1, 2, 1, 2] and found.after == both.after
+
+
+def test_a_turn_over_rows_takes_its_share_of_a_load_where_rows_are_copied_ahead():
+    (copying,), (loading,) = (parts(code(f"{name} R1", "FADD", "@P0 BRA 0x0", "EXIT")) for name in ("LDGSTS", "LDG"))
+    loads = Span(500, 1000)
+    assert behind_copies(piece(300), copying, loads, {"STAGES": 3}).clocks == (300, 600)
+    assert behind_copies(piece(300), copying, loads, {"STAGES": 2}).clocks == (500, 1000)
+    assert behind_copies(piece(300), loading, loads, {}).clocks == (300, 600)
+
+
 def test_without_products_the_main_loop_is_the_innermost_one_that_loads():
-    found = parts(code("MOV", "LDG R1", "FADD", "@P0 BRA 0x1", "STG", "@P0 BRA 0x4", "EXIT"))
+    (found,) = parts(code("MOV", "LDG R1", "FADD", "@P0 BRA 0x1", "STG", "@P0 BRA 0x4", "EXIT"))
     assert [[one.address for one in loop.code] for loop in found.main] == [[1, 2, 3]]
     assert found.after == [] and [one.address for one in found.before] == [0, 4, 5, 6]
 
@@ -149,8 +188,8 @@ def test_a_step_that_waits_for_its_own_loads_is_a_fault_but_where_triton_leaves_
     made = pipeline.pipeline(ALLOCATION.format(3), [[load._replace(writes=1), use._replace(waits=(1,))]])
     (fault,) = pipeline.faults(made._replace(copies=2), "sm_80", 4)
     assert fault == "pipeline: a step waits for loads that it started itself"
-    assert pipeline.is_known("sm_80", "routed_ffn: grouped_gemm_weight_gradient", fault)
-    assert not pipeline.is_known("sm_90", "routed_ffn: grouped_gemm_weight_gradient", fault)
+    assert pipeline.is_known("sm_80", "routed_ffn: grouped_gradients", fault)
+    assert not pipeline.is_known("sm_90", "routed_ffn: grouped_gradients", fault)
     assert not pipeline.is_known("sm_80", "routed_ffn: routed_ffn_hidden", fault)
 
 
@@ -166,39 +205,63 @@ def piece(clocks: float = 0.0, **counts: int) -> Code:
     return Code(counts, Span(clocks, 2 * clocks), 0, 0)
 
 
+def part(**fields: object) -> Part:
+    return Part(**{"main": piece(products=4), "epilogue": piece(), "before": piece(), "main_loops": 1, **fields})
+
+
 def kernel(**fields: object) -> Compiled:
     found = {
-        "name": "routed_ffn: grouped_gemm_input_gradient", "architecture": "sm_90", "programs": 132,
+        "name": "routed_ffn: routed_ffn_output", "architecture": "sm_90", "programs": 132,
         "tile": (128, 256, 64), "warps": 4, "stages": 3, "registers": 128, "spilled": 0, "shared": 0, "resident": 1,
-        "traffic": 0, "trips": 1, "main": piece(products=4), "epilogue": piece(), "before": piece(), "main_loops": 1,
-        "buffers": (3, 3), "outstanding": 1, "faults": (),
+        "traffic": 0, "trips": 1, "parts": (part(),), "buffers": (3, 3), "outstanding": 1, "faults": (),
     }  # fmt: skip
     return Compiled(**{**found, **fields})
 
 
 def test_a_product_takes_its_steps_and_overheads_until_the_last_program_is_done():
     gpu, known = constants.constants().gpus["H100"], constants.constants()
-    shape = Shape((128 * 133,), 256, 32)  # 133 tiles for 132 programs, each of one step over 2 x 32 columns
+    shape = Shape((128 * 133,), 256, 64)  # 133 tiles for 132 programs, each of one step
     found = estimate(kernel(), gpu, shape)
     assert found.tiles == 133 and found.flop == 2 * 128 * 133 * 256 * 64
     assert found.time.low == pytest.approx(2 * (0.72 + known.tile_overhead) + known.launch)
     assert found.time.high == pytest.approx(2 * (0.74 + known.tile_overhead) + known.launch)
-    long = estimate(kernel(epilogue=piece(17000, float=100)), gpu, shape)  # 10 us and 20 us at 1.7 GHz
+    # 10 us and 20 us at 1.7 GHz
+    long = estimate(kernel(parts=(part(epilogue=piece(17000, float=100)),)), gpu, shape)
     first_loads = (263 / 1700, 479 / 1700)
     assert long.time.low == pytest.approx(2 * (0.72 + 10 + first_loads[0]) + known.launch)
     assert long.time.high == pytest.approx(2 * (0.74 + 20 + first_loads[1]) + known.launch)
     assert long.bounds["float"] == pytest.approx(2 * 100 * 4 / 4 / 1700)
 
 
+def test_tiles_of_several_shapes_are_walked_in_their_order_each_with_the_code_of_its_loop():
+    gpu, known = constants.constants().gpus["H100"], constants.constants()
+    shape = Shape((128 * 130,), 256, 256)
+    # 130 tiles of dz with 8 steps each; then dW0, dW1 and dW2: 2 tiles each of 260 steps. Four of these begin a second
+    # turn: two of dW1, whose epilogue is plain, and two of dW2, which takes 17000 clocks more.
+    gradients = kernel(
+        name="routed_ffn: grouped_gradients", parts=(part(main_loops=2), part(), part(epilogue=piece(17000)))
+    )
+    found = estimate(gradients, gpu, shape)
+    assert found.tiles == 136 and found.flop == 2 * 128 * 130 * 256 * 256 * 5
+    assert found.time.low == pytest.approx(
+        (8 + 260) * 0.72 + known.tile_overhead + 10 + 263 / 1700 + known.launch, rel=1e-6
+    )
+    one_loop = kernel(name="routed_ffn: grouped_gradients")
+    with pytest.raises(ValueError) as error:
+        estimate(one_loop, gpu, shape)
+    assert "expected 3 loops over tiles for dz, dW, got 1" in str(error.value)
+
+
 def test_no_launch_is_faster_than_a_copy_of_its_bytes_and_rows_wait_at_most_for_each_other():
     gpu, known = constants.constants().gpus["H100"], constants.constants()
-    copied = kernel(name="layer_norm: layer_norm_forward", main=piece(), traffic=3_000_000_000, tile=())
+    name, nothing = "layer_norm: layer_norm_forward", part(main=piece())
+    copied = kernel(name=name, parts=(nothing,), traffic=3_000_000_000, tile=())
     found = estimate(copied, gpu, Shape())
     assert found.time.low == pytest.approx(1000 + known.launch)
     assert found.share == pytest.approx(1000 / found.time.middle)
     two = kernel(
-        name="layer_norm: layer_norm_forward", programs=264, resident=2, trips=10, traffic=264 * 6400, tile=(),
-        main=piece(1700, float=850),
+        name=name, programs=264, resident=2, trips=10, traffic=264 * 6400, tile=(),
+        parts=(part(main=piece(1700, float=850)),),
     )  # fmt: skip
     found = estimate(two, gpu, Shape())
     assert found.time.low == pytest.approx(10 + known.launch)  # 10 turns of a us; both programs issue 850 in each
@@ -219,9 +282,8 @@ NOTES_TAXES = {"fused": 1.24, "per modality": 1.23, "hybrid": 1.15}
 
 @pytest.fixture(scope="module")
 def before():
-    """The model of the tree that the notes are of, from what was read of its compiled code."""
-    kernels = [Compiled.from_json(value) for value in json.loads(RECORDED.read_text())]
-    return table.result(Shape(), kernels, ["H100", "H200"])
+    """The model of the tree that the notes are of, as it was committed."""
+    return table.load(table.FOLDER / "model_2026-11-30_before.json")
 
 
 def test_the_model_reproduces_the_notes_within_a_tenth(before):
@@ -253,6 +315,27 @@ def test_more_memory_helps_what_memory_bounds(before):
     )
 
 
+MOVED = {
+    "hybrid: routed_ffn_fold": 0, "gated_sub_ln: gated_sub_ln_forward": 0, "residual: residual_forward": 87_400_000,
+    "residual_layer_norm: residual_forward": 0, "layer_norm: layer_norm_forward": 58_000_000,
+    "layer_norm: layer_norm_backward": 0, "layer_norm: partial_sums": 0, "layer_norm_and_stream: layer_norm_forward": 0,
+}  # fmt: skip
+
+
+def small() -> list[Compiled]:
+    """A product and launches over rows, so that each strategy and the layer have some."""
+    rows = (part(main=piece(20000, float=100)),)
+    return [
+        kernel(registers=165),
+        *[kernel(name=name, traffic=moved, tile=(), parts=rows) for name, moved in MOVED.items()],
+    ]
+
+
+@pytest.fixture
+def result():
+    return table.result(Shape(), small(), ["H100", "H200"])
+
+
 def changed(result, name, us=None, **code):
     """A result in which a launch takes another time on an H100, or has other code."""
     copied = json.loads(json.dumps(result))
@@ -262,45 +345,45 @@ def changed(result, name, us=None, **code):
     return copied
 
 
-def test_what_became_worse_is_said_in_words_and_by_the_exit_code(before, capsys, tmp_path):
+def test_what_became_worse_is_said_in_words_and_by_the_exit_code(result, capsys, tmp_path):
     from tools.kernel_model.__main__ import report
 
     name = "routed_ffn: routed_ffn_output"
-    low, high = before["gpus"]["H100"]["kernels"][name]["us"]
-    worse = changed(before, name, us=[1.2 * low, 1.2 * high], registers=200, resident=0, spilled=8)
-    assert comparison.regressions(before, before) == comparison.gains(before, before) == []
-    assert comparison.regressions(worse, before) == [
+    low, high = result["gpus"]["H100"]["kernels"][name]["us"]
+    worse = changed(result, name, us=[1.2 * low, 1.2 * high], registers=200, resident=0, spilled=8)
+    assert comparison.regressions(result, result) == comparison.gains(result, result) == []
+    assert comparison.regressions(worse, result) == [
         f"sm_90, {name}: 200 registers, more than 165",
         f"sm_90, {name}: 0 programs a multiprocessor, fewer than 1",
         f"sm_90, {name}: 8 bytes spilled, more than 0",
         f"H100, {name}: {1.2 * low:.0f}-{1.2 * high:.0f} us, up 20% from {low:.0f}-{high:.0f}",
     ]
-    faster = changed(before, name, us=[low / 2, high / 2])
-    assert len(comparison.gains(faster, before)) == 1 and comparison.regressions(faster, before) == []
-    slightly = changed(before, name, us=[1.02 * low, 1.02 * high])
-    assert comparison.regressions(slightly, before) == []
+    faster = changed(result, name, us=[low / 2, high / 2])
+    assert len(comparison.gains(faster, result)) == 1 and comparison.regressions(faster, result) == []
+    slightly = changed(result, name, us=[1.02 * low, 1.02 * high])
+    assert comparison.regressions(slightly, result) == []
     path = tmp_path / "model_2026-01-02.json"
-    codes = [report(found, (path, before)) for found in (before, faster, worse)]
+    codes = [report(found, (path, result)) for found in (result, faster, worse)]
     assert f"  {0.5 * low:.0f}-{0.5 * high:.0f}  {low:.0f}-{high:.0f}  " in (printed := capsys.readouterr().out)
     assert codes == [0, 0, 1] and printed.splitlines()[-1].endswith("4 worse than in model_2026-01-02.json")
-    other = {**before, "shape": {**before["shape"], "width": 768}}
-    assert report(other, (path, before)) == 0 and "of another shape" in capsys.readouterr().out
-    fault = changed(before, name, faults=["pipeline: 1 buffer of an operand, not 4, for 4 stages"])
+    other = {**result, "shape": {**result["shape"], "width": 768}}
+    assert report(other, (path, result)) == 0 and "of another shape" in capsys.readouterr().out
+    fault = changed(result, name, faults=["pipeline: 1 buffer of an operand, not 4, for 4 stages"])
     assert report(fault, None) == 1
     assert f"FAULT sm_90, {name}: pipeline: 1 buffer" in capsys.readouterr().out
 
 
-def test_a_result_is_written_beside_the_others_of_its_day_and_the_last_one_is_found(before, tmp_path):
-    first, second = (table.write({**before, "date": "2026-01-02"}, tmp_path) for _ in range(2))
-    table.write({**before, "date": "2025-12-31"}, tmp_path)
+def test_a_result_is_written_beside_the_others_of_its_day_and_the_last_one_is_found(result, tmp_path):
+    first, second = (table.write({**result, "date": "2026-01-02"}, tmp_path) for _ in range(2))
+    table.write({**result, "date": "2025-12-31"}, tmp_path)
     for number in range(3, 11):
-        last = table.write({**before, "date": "2026-01-02"}, tmp_path)
+        last = table.write({**result, "date": "2026-01-02"}, tmp_path)
         assert last.name == f"model_2026-01-02.{number}.json"
     assert (first.name, second.name) == ("model_2026-01-02.json", "model_2026-01-02.2.json")
-    assert table.last_file(tmp_path) == last and table.load(last)["gpus"] == before["gpus"]
+    assert table.last_file(tmp_path) == last and table.load(last)["gpus"] == result["gpus"]
     text = last.with_suffix(".md").read_text()
     assert text.startswith("# A model of the compiled kernels, not a measurement, 2026-01-02")
-    assert "| routed_ffn: routed_ffn_hidden |" in text
+    assert "| routed_ffn: routed_ffn_output |" in text
     (tmp_path / "model_2027-01-01.json").write_text("{}")
     with pytest.raises(ValueError, match="expected a result of the model"):
         table.load(table.last_file(tmp_path))
@@ -329,15 +412,15 @@ def gpu_file(**fields: object) -> dict:
     return {**found, **fields}
 
 
-def test_what_was_measured_stands_in_the_models_place_and_its_error_is_printed(before, tmp_path, capsys):
+def test_what_was_measured_stands_in_the_models_place_and_its_error_is_printed(tmp_path, capsys):
     from tools.kernel_model.__main__ import report
 
     path = tmp_path / "gpu_NVIDIA-H100_2026-01-02.json"
     path.write_text(json.dumps(gpu_file()))
     known = measured.read(path, Shape())
     assert (known.gpu, known.vendor, known.copy) == ("H100", 3000, 2.5e6)
-    kernels = [Compiled.from_json(value) for value in json.loads(RECORDED.read_text())]
-    found = table.result(Shape(), kernels, ["H100"], {"H100": known})["gpus"]["H100"]
+    result = table.result(Shape(), small(), ["H100"], {"H100": known})
+    found = result["gpus"]["H100"]
     assert found["kernels"]["layer_norm: layer_norm_forward"]["us"] == [50, 50]
     both = [found["kernels"][f"layer_norm: {name}"]["us"][0] for name in ("layer_norm_backward", "partial_sums")]
     assert sum(both) == pytest.approx(100, abs=0.2)
@@ -350,7 +433,7 @@ def test_what_was_measured_stands_in_the_models_place_and_its_error_is_printed(b
     assert errors["layer_norm: layer_norm_forward"] < 0 and errors["strategy fused, FFN"] < 0
     # A copy is slower than was assumed: so is what memory bounds.
     assert found["kernels"]["residual: residual_forward"]["bounds_us"]["memory"] == pytest.approx(87.4 / 2.5, rel=0.01)
-    report({**before, "gpus": {"H100": found}}, None)
+    report(result, None)
     printed = capsys.readouterr().out
     assert "H100: the model's error, where it was measured" in printed and "fused (measured)" in printed
 

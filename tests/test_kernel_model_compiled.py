@@ -48,7 +48,7 @@ def test_the_command_prints_every_launch_and_strategy_of_a_shape():
     heading = lines.index("H100: strategies")
     assert [line.split("  ")[0] for line in lines[heading + 2 : heading + 5]] == ["fused", "per modality", "hybrid"]
     kernels = {line.split()[1] for line in lines if line.startswith("routed_ffn: ")}
-    assert {"routed_ffn_hidden", "routed_ffn_hidden_gradient", "grouped_gemm_input_gradient"} < kernels
+    assert {"routed_ffn_hidden", "routed_ffn_hidden_gradient", "grouped_gradients"} < kernels
     assert lines[-1].startswith("A model of the compiled kernels, not a measurement: 0 faults")
 
 
@@ -68,10 +68,17 @@ def test_a_launch_moves_each_of_its_tensors_once():
     launches = recorded(Shape((400, 112), width, hidden), "sm_90")
     row, wide, weight, statistics = 2 * rows * width, 2 * rows * hidden, 2 * 2 * width * hidden, 4 * rows
     offsets, vector = 4 * 3, 2 * hidden
+    (programs,) = launches["layer_norm_and_stream: layer_norm_backward"].configuration.grid
     expected = {
         "gated_sub_ln: gated_sub_ln_forward": 3 * wide + 2 * statistics + 2 * 2 * vector + offsets,
         "layer_norm: layer_norm_forward": 2 * row + 2 * statistics + 2 * 2 * width,
         "residual: residual_forward": 3 * row + 2 * width,
-        "routed_ffn: grouped_gemm_input_gradient": 2 * wide + row + 2 * weight + offsets,
-    }
+        # du, dv and hhat, z, dz and dy, W0, W1, W2 and their gradients, the norm's, db2, and sums of 2 row tiles.
+        "routed_ffn: grouped_gradients": 3 * wide + 3 * row + 6 * weight + 2 * 2 * vector + 2 * 4 * width
+        + 2 * 2 * 2 * 4 * hidden + offsets,
+        # dn is never there: dy, u, v, du, dv, n, W2, the norm's vectors, four statistics, sums of 4 + 2 row tiles.
+        "hybrid: routed_ffn_hidden_gradient": row + 5 * wide + weight + 2 * 2 * vector + 4 * statistics
+        + 2 * 6 * 4 * hidden + offsets,
+        "layer_norm_and_stream: layer_norm_backward": 4 * row + 2 * statistics + 2 * width + 2 * 4 * programs * width,
+    }  # fmt: skip
     assert {name: launches[name].traffic for name in expected} == expected

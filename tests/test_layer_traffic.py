@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tools import layer_traffic as tool
 from tools.layer_traffic import Moved, Traffic, layer_traffic, least_bytes, ratios
 
 COUNTS, WIDTH, HIDDEN = (1264, 8224), 1536, 6144
@@ -38,3 +39,16 @@ def test_the_count_takes_what_is_read_and_written_and_no_view_or_product():
     with traffic:
         left_out(x)
     assert "neg" not in traffic.moved
+
+
+def test_the_command_prints_the_ratios_and_writes_the_same_tables(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tool, "FILE", tmp_path / "layer_traffic.md")
+    small = ["--rows", "40", "60", "--width", "128", "--hidden", "512"]
+    tool.main(small)
+    printed = capsys.readouterr().out
+    assert not tool.FILE.exists() and printed.count(" times the least") == 4
+    tool.main([*small, "--write"])
+    written = tool.FILE.read_text()
+    ratio_lines = [line for line in written.splitlines() if line.endswith(" times the least")]
+    assert ratio_lines == [line for line in printed.splitlines() if line.endswith(" times the least")]
+    assert written.count("| gated_sub_ln_backward_kernel |") == 2

@@ -1,6 +1,6 @@
 """Count the bytes that a layer's forward and backward pass move outside its matrix products and its attention, by op.
 
-    python -m tools.layer_traffic [--rows N] [--width N] [--hidden N]
+    python -m tools.layer_traffic [--rows N N] [--width N] [--hidden N] [--write]
 
 The packed layer runs at its real sizes on fake tensors, which have shapes and no memory: each op of PyTorch counts what
 it reads and writes, each launch of a kernel its tensors once, as ``tests/kernels/test_traffic.py`` proves. ``LEAST``
@@ -13,6 +13,7 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.support.report import markdown, write_text
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.kernels import launch
 from onepeace_fast.layers import transformer
@@ -32,6 +34,8 @@ from onepeace_fast.ops.relative_bias_attention import _fake_backward as attentio
 from onepeace_fast.route_plan import RoutePlan
 from onepeace_fast.tables import table
 
+TITLE = "The bytes that a layer moves outside its matrix products and its attention, by op"
+FILE = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "layer_traffic.md"
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "matmul"}
 NO_MEMORY = {"device", "_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
 OVERWRITING = {"copy_", "zero_", "fill_"}  # they do not read what they change
@@ -195,26 +199,38 @@ def ratios(moved: Mapping[str, Moved], least: Mapping[str, int]) -> dict[str, fl
     return {"all": of_all, "without the hidden width": sum(counted.values()) / sum(least.values())}
 
 
+def rows_of(moved: Mapping[str, Moved], least: Mapping[str, int], unit: int) -> list[tuple[str, ...]]:
+    """The table of a stream in row tensors of the branch, the heading first."""
+    found: list[tuple[str, ...]] = [("op", "calls", "rows", "other", "least", "ratio")]
+    for name, (calls, by_row, others) in moved.items():
+        need = least.get(name, 0)
+        cells = (f"{by_row / unit:.2f}", f"{others / unit:.2f}", f"{need / unit:.2f}" if need else "")
+        found.append((name, str(calls), *cells, f"{(by_row + others) / need:.2f}" if need else ""))
+    return found
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Print a table for each dtype of the residual stream."""
     parser = argparse.ArgumentParser(prog="python -m tools.layer_traffic", description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, nargs=2, default=(1264, 8224), help="of text and of image")
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--hidden", type=int, default=6144)
+    parser.add_argument("--write", action="store_true", help=f"write the tables into results/{FILE.name} too")
     options = parser.parse_args(given)
     half, rows = torch.bfloat16, sum(options.rows)
+    document = [f"# {TITLE}", "By `python -m tools.layer_traffic --write`; counted, not measured: no time, no cache."]
     for stream in (half, torch.float32):
         moved = layer_traffic(options.rows, options.width, options.hidden, stream)
         least = least_bytes(rows, options.width, options.hidden, stream, half)
         unit = rows * options.width * half.itemsize
-        print(f"\n{rows} rows of {options.width} in {half}, {unit / 1e6:.1f} MB, over a stream in {stream}:\n")
-        lines = [("op", "calls", "rows", "other", "least", "ratio")]
-        for name, (calls, by_row, others) in moved.items():
-            need = least.get(name, 0)
-            cells = (f"{by_row / unit:.2f}", f"{others / unit:.2f}", f"{need / unit:.2f}" if need else "")
-            lines.append((name, str(calls), *cells, f"{(by_row + others) / need:.2f}" if need else ""))
-        print(table(lines))
-        print("".join(f"\n{of}: {ratio:.3f} times the least" for of, ratio in ratios(moved, least).items()))
+        heading = f"{rows} rows of {options.width} in {half}, {unit / 1e6:.1f} MB, over a stream in {stream}"
+        lines = rows_of(moved, least, unit)
+        found = [f"{of}: {ratio:.3f} times the least" for of, ratio in ratios(moved, least).items()]
+        print("\n".join([f"\n{heading}:\n", table(lines), "", *found]))
+        document += [f"## {heading}", markdown(lines), *found]
+    if options.write:
+        write_text(FILE, "\n\n".join(document) + "\n")
+        print(f"\nWritten to {FILE}")
 
 
 if __name__ == "__main__":

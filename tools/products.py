@@ -24,7 +24,8 @@ class Product(NamedTuple):
     """One launch: results of some rows by some columns, each summed over an inner dimension, in their tiles' order.
 
     ``weights`` are how many right operands a left one is multiplied by in one pass; ``beside`` are the matrices of a
-    result's shape that the epilogue reads and writes, in bytes of an element each.
+    result's shape that the epilogue reads and writes, in bytes of an element each; ``loops`` say which of the kernel's
+    loops over tiles a result is of, where it has several.
     """
 
     name: str
@@ -34,6 +35,13 @@ class Product(NamedTuple):
     inner: Sequence[int]
     beside: Sequence[int]
     weights: int = 1
+    loops: Sequence[int] = ()
+
+    @property
+    def flop(self) -> int:
+        """That its results need."""
+        shapes = zip(self.rows, self.columns, self.inner, strict=True)
+        return sum(2 * rows * columns * inner * self.weights for rows, columns, inner in shapes)
 
 
 class Figures(NamedTuple):
@@ -58,6 +66,7 @@ def products(counts: Sequence[int] = COUNTS, width: int = WIDTH, hidden: int = H
         "columns": [width] * every + [width, width, hidden] * every,
         "inner": [2 * hidden] * every + [rows for rows in counts for _weight in range(3)],
         "beside": [ELEMENT] * every + [ELEMENT, ELEMENT, 2 * ELEMENT] * every,
+        "loops": [0] * every + [1, 1, 2] * every,
     }  # fmt: skip
     return [
         Product("u, v", "routed_ffn_hidden", counts, [hidden] * every, [width] * every, [3 * ELEMENT] * every, 2),
@@ -84,13 +93,12 @@ def figures(product: Product, architecture: str) -> Figures:
     of_step = 2 * tile.block_rows * tile.block_columns * product.weights
     operands = tile.block_rows + product.weights * tile.block_columns
     shapes = list(zip(product.rows, product.columns, product.inner, strict=True))
-    least = sum(2 * rows * columns * inner * product.weights for rows, columns, inner in shapes)
     return Figures(
         tiles=sum(counts),
         waves=sum(counts) / programs,
-        efficiency=least / (programs * longest * of_step),
+        efficiency=product.flop / (programs * longest * of_step),
         operations=of_step * sum(lengths),
-        least_operations=least,
+        least_operations=product.flop,
         read=ELEMENT * operands * sum(lengths),
         least_read=ELEMENT * sum(inner * (rows + product.weights * columns) for rows, columns, inner in shapes if rows),
         beside=sum(

@@ -238,7 +238,8 @@ LAST = {
     "mutants --all": ["VENV -m tools.mutants --all"],
     "rehearse --short": ["VENV -m tools.rehearsal --short"],
     "kernels --all": [
-        "VENV -m tools.compile_kernels --all", "VENV -m tools.kernel_model", "VENV -m tools.compile_cuda",
+        "VENV -m tools.compile_kernels --all", "VENV -m tools.kernel_model", "VENV -m tools.layer_traffic",
+        "VENV -m tools.compile_cuda",
     ],
 }  # fmt: skip
 
@@ -249,7 +250,7 @@ def test_commands_pass_their_arguments_on(machine, line):
     assert machine.started(*line.split())[-len(expected) :] == expected
 
 
-@pytest.mark.parametrize("tool", ("compile_kernels", "kernel_model", "compile_cuda"))
+@pytest.mark.parametrize("tool", ("compile_kernels", "kernel_model", "layer_traffic", "compile_cuda"))
 def test_a_fault_of_any_kind_of_kernel_is_passed_through(machine, tool):
     machine.codes[f"-m tools.{tool}"] = 1
     machine.started("kernels", code=1)

@@ -6,8 +6,8 @@ import functools
 import multiprocessing
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,7 +17,9 @@ from tools.kernel_model.launches import Launch, Shape, recorded
 from tools.kernel_model.pipeline import faults, pipeline
 from tools.kernel_model.timeline import exposed_loads, warp_clocks
 
-PARTS = ("main", "epilogue", "before")
+PIECES = ("main", "epilogue", "before")
+# A product that adds a few columns, as many as the argument says, in a loop of their own before the others.
+SHORT_LOOPS = {"routed_ffn_output": "a_tiles"}
 SCHEDULERS = 4  # of a multiprocessor; each has a quarter of a program's warps
 
 
@@ -37,12 +39,28 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A launch on an architecture.
+class Part:
+    """What a program does for each tile of one of its loops over tiles; in a kernel without products all of its code.
 
-    ``main`` is one turn of the main loop, or of several one after another; ``epilogue`` what a program does for each
-    tile of products after it, ``before`` it, and in a kernel without products outside the main loop.
+    ``main`` is one turn of the main loop, or of several one after another (``main_loops``); ``epilogue`` what follows
+    it in a tile of products, ``before`` what comes before it, and without products all that is outside the main loop.
     """
+
+    main: Code
+    epilogue: Code
+    before: Code
+    main_loops: int
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Part:
+        """What ``dataclasses.asdict`` made of one, and JSON of that."""
+        codes = {piece: Code(**{**value[piece], "clocks": Span(*value[piece]["clocks"])}) for piece in PIECES}
+        return cls(**{**value, **codes})
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A launch on an architecture, with a part for each of its loops over tiles, in the order of the code."""
 
     name: str
     architecture: str
@@ -56,10 +74,7 @@ class Compiled:
     resident: int  # programs that a multiprocessor holds
     traffic: int  # bytes of device memory
     trips: int  # of the main loop in each program, where there are no products
-    main: Code
-    epilogue: Code
-    before: Code
-    main_loops: int
+    parts: tuple[Part, ...]
     buffers: tuple[int, ...]
     outstanding: int | None
     faults: tuple[str, ...]
@@ -67,14 +82,13 @@ class Compiled:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Compiled:
         """What ``dataclasses.asdict`` made of one, and JSON of that."""
-        codes = {part: Code(**{**value[part], "clocks": Span(*value[part]["clocks"])}) for part in PARTS}
         lists = {name: tuple(value[name]) for name in ("tile", "buffers", "faults")}
-        return cls(**{**value, **codes, **lists})
+        return cls(**{**value, **lists, "parts": tuple(map(Part.from_json, value["parts"]))})
 
     @property
     def has_products(self) -> bool:
         """Whether it multiplies on tensor cores."""
-        return "products" in self.main.counts
+        return "products" in self.parts[0].main.counts
 
 
 def code_of(code: Sequence[sass.Instruction], architecture: str, loads: Span, warps: float) -> Code:
@@ -96,7 +110,7 @@ def _shared_bytes(one: sass.Instruction) -> int:
         return 2 * inner * (rows + columns) // 4
     if one.base in ("LDSM", "STSM"):
         return 512 if ".4" in one.name or "x4" in one.name else 256 if ".2" in one.name else 128
-    if one.base in ("LDS", "STS"):
+    if one.base in ("LDS", "STS", "LDGSTS"):
         return 32 * (16 if ".128" in one.name else 8 if ".64" in one.name else 4)
     return 0
 
@@ -112,8 +126,8 @@ def trips(launch: Launch) -> int:
     return 1 if columns is None else -(-given[columns] // constant["BLOCK_COLUMNS"])
 
 
-class Parts(NamedTuple):
-    """A kernel's code in pieces; of one with products what a program does for each tile, else all of it."""
+class Pieces(NamedTuple):
+    """Code in pieces: of a kernel with products what a program does for each tile of a loop over them, else all."""
 
     main: list[sass.Loop]
     working: list[sass.Instruction]
@@ -121,19 +135,44 @@ class Parts(NamedTuple):
     before: list[sass.Instruction]
 
 
-def parts(code: Sequence[sass.Instruction]) -> Parts:
+def parts(code: Sequence[sass.Instruction]) -> list[Pieces]:
     """The main loops, and what stands after and before them; all that is not in them is before, without products."""
     loops = sass.loops(code)
     main = sass.main_loops(code, loops)
+    if not any(one.kind == "products" for loop in main for one in loop.code):
+        return [_pieces(None, main, code)]
+    return [_pieces(around, mine, code) for around, mine in sass.tile_loops(loops, main)]
+
+
+def _pieces(around: sass.Loop | None, main: list[sass.Loop], code: Sequence[sass.Instruction]) -> Pieces:
     inside = frozenset().union(*(loop.addresses for loop in main))
     working = [one for loop in main for one in loop.code]
-    around = sass.tile_loop(loops, main) if any(one.kind == "products" for one in working) else None
     if around is None:
-        return Parts(main, working, [], [one for one in code if one.address not in inside])
+        return Pieces(main, working, [], [one for one in code if one.address not in inside])
     last, rest = max(loop.tail for loop in main), [one for one in around.code if one.address not in inside]
     # What the compiler moved behind the end of the loop is seldom run.
     after = [one for one in rest if last < one.address <= around.tail]
-    return Parts(main, working, after, [one for one in rest if one.address < last])
+    return Pieces(main, working, after, [one for one in rest if one.address < last])
+
+
+def _steps_of_short(launch: Launch) -> int:
+    configuration = launch.configuration
+    return -(-configuration.arguments[SHORT_LOOPS[launch.kernel]] // configuration.constants["BLOCK_INNER"])
+
+
+def without_short(part: Pieces, steps: int) -> Pieces:
+    """The first main loop's steps, too few for a pipeline, stand before the second one."""
+    short, main = sorted(part.main, key=lambda loop: loop.tail)
+    return Pieces([main], [*main.code], part.after, [*part.before, *short.code * steps])
+
+
+def behind_copies(code: Code, part: Pieces, loads: Span, constants_of: Mapping[str, Any]) -> Code:
+    """A turn that reads what earlier turns copied ahead: so many of them take at least as long as a load."""
+    if not any(one.base == "LDGSTS" for one in part.working):
+        return code
+    ahead = constants_of["STAGES"] - 1
+    low, high = (max(clocks, load / ahead) for clocks, load in zip(code.clocks, loads, strict=True))
+    return replace(code, clocks=Span(low, high))
 
 
 def read(launch: Launch, name: str, architecture: str, text: str, ttgir: str, used: Any) -> Compiled:
@@ -141,14 +180,23 @@ def read(launch: Launch, name: str, architecture: str, text: str, ttgir: str, us
     from tools.cubin import CHIPS
 
     configuration, latency = launch.configuration, constants().chips[architecture].latency
-    main, *pieces = parts(sass.parse(text))
-    has_products = any(one.kind == "products" for one in pieces[0])
+    found_parts = parts(sass.parse(text))
+    has_products = any(one.kind == "products" for one in found_parts[0].working)
+    if launch.kernel in SHORT_LOOPS and len(found_parts[0].main) == 2:
+        found_parts[0] = without_short(found_parts[0], _steps_of_short(launch))
     # An epilogue reads what the caches hold and what they do not; a kernel over rows reads all from memory.
     near = Span(latency["l2"], latency["memory"])
     loads = near if has_products else Span(latency["memory"], constants().loaded_latency * latency["memory"])
-    made = pipeline(ttgir, [loop.code for loop in main])
+    made = pipeline(ttgir, [loop.code for part in found_parts for loop in part.main])
     warps = configuration.num_warps
-    codes = [code_of(piece, architecture, loads, max(1, warps / SCHEDULERS)) for piece in pieces]
+    codes = [
+        Part(
+            *(code_of(piece, architecture, loads, max(1, warps / SCHEDULERS)) for piece in part[1:]), len(part.main)
+        )
+        for part in found_parts
+    ]  # fmt: skip
+    if not has_products:
+        codes = [replace(codes[0], main=behind_copies(codes[0].main, found_parts[0], loads, configuration.constants))]
     found = [f"spills: {used.local} bytes of local memory"] if used.local else []
     tile: tuple[int, ...] = ()
     if has_products:
@@ -167,8 +215,7 @@ def read(launch: Launch, name: str, architecture: str, text: str, ttgir: str, us
         resident=CHIPS[architecture].programs_at_once(used.registers, used.shared, warps),
         traffic=launch.traffic,
         trips=trips(launch),
-        **dict(zip(PARTS, codes, strict=True)),
-        main_loops=len(main),
+        parts=tuple(codes),
         buffers=made.buffers,
         outstanding=made.copies if made.products is None else made.products,
         faults=tuple(found),

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from tools.kernel_model.compiled import SCHEDULERS, Code, Compiled
+from tools.kernel_model.compiled import SCHEDULERS, Code, Compiled, Part
 from tools.kernel_model.constants import GPU, Constants, Span, constants
 from tools.kernel_model.launches import Shape
 from tools.products import Product, products
@@ -21,9 +21,7 @@ OF_KERNEL = {
     "routed_ffn_hidden": "u, v",
     "routed_ffn_output": "y",
     "routed_ffn_hidden_gradient": "dh",
-    "routed_ffn_output_weight_gradient": "dW2",
-    "grouped_gemm_weight_gradient": "dW0, dW1",
-    "grouped_gemm_input_gradient": "dz",
+    "grouped_gradients": "dz, dW",
 }
 
 
@@ -48,10 +46,14 @@ class Estimate:
 
 
 class Work(NamedTuple):
-    """Of a program with products: how many tiles it has, and how many K-steps in all of them."""
+    """How many tiles a program has in one of its loops over them, and how many K-steps in all of these."""
 
-    tiles: int
-    steps: int
+    tiles: int = 0
+    steps: int = 0
+
+    def __add__(self, other: Any) -> Work:
+        """Both with those of another."""
+        return Work(self.tiles + other.tiles, self.steps + other.steps)
 
 
 def estimate(kernel: Compiled, gpu: GPU, shape: Shape) -> Estimate:
@@ -59,9 +61,9 @@ def estimate(kernel: Compiled, gpu: GPU, shape: Shape) -> Estimate:
     known = constants()
     if kernel.has_products:
         product = product_of(kernel.name, shape)
-        flop, of_programs = _walk(product, kernel)
+        flop, of_programs = product.flop, _walk(product, kernel)
         bounds, time = _product(kernel, gpu, known, product, of_programs)
-        tiles = sum(work.tiles for work in of_programs)
+        tiles = sum(work.tiles for program in of_programs for work in program)
     else:
         flop, tiles = 0, kernel.programs * kernel.trips
         bounds, time = _rows(kernel, gpu, known)
@@ -89,61 +91,80 @@ def _multiprocessors(gpu: GPU) -> int:
     return CHIPS[gpu.architecture].multiprocessors
 
 
-def _walk(product: Product, kernel: Compiled) -> tuple[int, list[Work]]:
-    """FLOPs that the product needs, and the work of each program, whose tiles lie a launch's programs apart."""
+def _walk(product: Product, kernel: Compiled) -> list[list[Work]]:
+    """The work of each program in each loop over tiles; its tiles lie a launch's programs apart."""
     tile_rows, tile_columns, tile_inner = kernel.tile
-    columns = ceil(product.columns / tile_columns)
-    longest_first = sorted(
-        ((ceil(inner / tile_inner), ceil(rows / tile_rows) * columns)
-         for rows, inner in zip(product.rows, product.inner, strict=True)), reverse=True,
-    )  # fmt: skip
-    steps = [length for length, count in longest_first for _tile in range(count)]
-    shares = [steps[program :: kernel.programs] for program in range(kernel.programs)]
-    flop = sum(
-        2 * rows * product.columns * inner * product.weights
-        for rows, inner in zip(product.rows, product.inner, strict=True)
-    )
-    return flop, [Work(len(share), sum(share)) for share in shares]
+    loops = product.loops or [0] * len(product.rows)
+    if len(kernel.parts) != max(loops) + 1:
+        raise ValueError(
+            f"{kernel.name}: expected {max(loops) + 1} loops over tiles for {product.name}, got {len(kernel.parts)}; "
+            "correct tools/products.py"
+        )
+    tiles = [
+        (loop, ceil(inner / tile_inner))
+        for loop, rows, columns, inner in zip(loops, product.rows, product.columns, product.inner, strict=True)
+        for _tile in range(ceil(rows / tile_rows) * ceil(columns / tile_columns))
+    ]
+    found = []
+    for program in range(kernel.programs):
+        mine = tiles[program :: kernel.programs]
+        steps = [[steps for loop, steps in mine if loop == part] for part in range(len(kernel.parts))]
+        found.append([Work(len(some), sum(some)) for some in steps])
+    return found
 
 
 def _product(
-    kernel: Compiled, gpu: GPU, known: Constants, product: Product, of_programs: list[Work]
+    kernel: Compiled, gpu: GPU, known: Constants, product: Product, of_programs: list[list[Work]]
 ) -> tuple[dict[str, float], Span]:
     of_step = prod(kernel.tile) * product.weights / prod(known.step)
-    alone = min(kernel.resident, ceil(kernel.programs / _multiprocessors(gpu))) == 1
-    shared_clock = known.chips[gpu.architecture].shared_bytes * gpu.clock
-    # A step takes as long as tensor cores need, as its operands take through shared memory, or as its warps need.
-    of_shared = kernel.warps * kernel.main.shared_bytes / kernel.main_loops / shared_clock
-    of_warps = kernel.main.clocks.low / kernel.main_loops / gpu.clock
-    step = Span(*(max(pace * of_step, of_shared, of_warps) for pace in gpu.step))
-    units = _units(kernel.main, kernel, gpu, known)
-    epilogue_units = _units(kernel.epilogue, kernel, gpu, known)
-    overhead = _overhead(kernel, gpu, known, alone)
-    busiest = max(of_programs, key=lambda work: work.steps * step.high + work.tiles * overhead.high)
-    chain = Span(
-        busiest.steps * step.low + busiest.tiles * overhead.low,
-        busiest.steps * step.high + busiest.tiles * overhead.high,
-    )
+    steps = [_step(part, kernel, gpu, known, of_step) for part in kernel.parts]
+    overheads = [_overhead(part, kernel, gpu, known) for part in kernel.parts]
+
+    def chain(program: list[Work]) -> Span:
+        parts = list(zip(program, steps, overheads, strict=True))
+        return Span(*(sum(work.steps * step[end] + work.tiles * overhead[end] for work, step, overhead in parts)
+                      for end in (0, 1)))  # fmt: skip
+
+    longest = max(map(chain, of_programs), key=lambda span: span.high)
     # Programs of one multiprocessor share its units: p, p + multiprocessors, ...
     count = _multiprocessors(gpu)
-    together = [of_programs[first::count] for first in range(min(count, len(of_programs)))]
-    steps = max(sum(work.steps for work in group) for group in together)
-    tiles = max(sum(work.tiles for work in group) for group in together)
-    bounds = {"tensor": steps * of_step * prod(known.step) * 2 / (gpu.dense / count)}
-    for unit, clocks in units.items():
-        bounds[unit] = (steps * clocks / kernel.main_loops + tiles * epilogue_units[unit]) / gpu.clock
-    least = max([*bounds.values(), steps * step.low])
-    return bounds, Span(max(chain.low, least), max(chain.high, least))
+    together = [
+        [sum(works, Work()) for works in zip(*of_programs[first::count], strict=True)]
+        for first in range(min(count, len(of_programs)))
+    ]
+    of_step_dense = of_step * prod(known.step) * 2 / (gpu.dense / count)
+    bounds = {"tensor": max(sum(work.steps for work in group) for group in together) * of_step_dense}
+    units = [(_units(part.main, kernel, gpu, known), _units(part.epilogue, kernel, gpu, known), part.main_loops)
+             for part in kernel.parts]  # fmt: skip
+    for unit in units[0][0]:
+        clocks = (
+            sum(work.steps * main[unit] / loops + work.tiles * epilogue[unit]
+                for work, (main, epilogue, loops) in zip(group, units, strict=True))
+            for group in together
+        )  # fmt: skip
+        bounds[unit] = max(clocks) / gpu.clock
+    paces = (sum(work.steps * step.low for work, step in zip(group, steps, strict=True)) for group in together)
+    least = max([*bounds.values(), *paces])
+    return bounds, Span(max(longest.low, least), max(longest.high, least))
 
 
-def _overhead(kernel: Compiled, gpu: GPU, known: Constants, alone: bool) -> Span:
+def _step(part: Part, kernel: Compiled, gpu: GPU, known: Constants, of_step: float) -> Span:
+    """As long as tensor cores need, as its operands take through shared memory, or as its warps need."""
+    of_shared = kernel.warps * part.main.shared_bytes / part.main_loops
+    of_shared /= known.chips[gpu.architecture].shared_bytes * gpu.clock
+    of_warps = part.main.clocks.low / part.main_loops / gpu.clock
+    return Span(*(max(pace * of_step, of_shared, of_warps) for pace in gpu.step))
+
+
+def _overhead(part: Part, kernel: Compiled, gpu: GPU, known: Constants) -> Span:
     """Time of a tile beside its K-steps: the first loads, and the epilogue."""
     latency = known.chips[gpu.architecture].latency
-    units = max(_units(kernel.epilogue, kernel, gpu, known).values())
-    low = kernel.before.clocks.low + latency["l2"] + max(units, kernel.epilogue.clocks.low)
-    high = kernel.before.clocks.high + latency["memory"] + kernel.epilogue.clocks.high
+    alone = min(kernel.resident, ceil(kernel.programs / _multiprocessors(gpu))) == 1
+    units = max(_units(part.epilogue, kernel, gpu, known).values())
+    low = part.before.clocks.low + latency["l2"] + max(units, part.epilogue.clocks.low)
+    high = part.before.clocks.high + latency["memory"] + part.epilogue.clocks.high
     if not alone:  # at most the other programs' epilogues fall into the same time
-        high += (kernel.resident - 1) * kernel.warps / SCHEDULERS * kernel.epilogue.instructions
+        high += (kernel.resident - 1) * kernel.warps / SCHEDULERS * part.epilogue.instructions
     least = known.tile_overhead if alone else 0.0
     return Span(max(low / gpu.clock, least), max(high / gpu.clock, least))
 
@@ -162,12 +183,13 @@ def _rows(kernel: Compiled, gpu: GPU, known: Constants) -> tuple[dict[str, float
     of_one = ceil(kernel.programs / count)  # programs that a multiprocessor runs, some after others
     resident = min(kernel.resident, of_one)
     waves = ceil(of_one / resident)
-    main, rest = _units(kernel.main, kernel, gpu, known), _units(kernel.before, kernel, gpu, known)
+    (part,) = kernel.parts
+    main, rest = _units(part.main, kernel, gpu, known), _units(part.before, kernel, gpu, known)
     bounds = {unit: of_one * (kernel.trips * main[unit] + rest[unit]) / gpu.clock for unit in main}
-    low = kernel.trips * kernel.main.clocks.low + kernel.before.clocks.low
-    high = kernel.trips * kernel.main.clocks.high + kernel.before.clocks.high
+    low = kernel.trips * part.main.clocks.low + part.before.clocks.low
+    high = kernel.trips * part.main.clocks.high + part.before.clocks.high
     others = (resident - 1) * kernel.warps / SCHEDULERS
-    high += others * (kernel.trips * kernel.main.instructions + kernel.before.instructions)
+    high += others * (kernel.trips * part.main.instructions + part.before.instructions)
     # At most nothing else is done while a program's rows come and go.
     high += kernel.traffic / kernel.programs / known.chips[gpu.architecture].cache_bytes
     least = max(bounds.values())

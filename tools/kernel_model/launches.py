@@ -1,7 +1,9 @@
-"""What a layer launches at one batch: the routed FFN by its own products, and the operations between products."""
+"""What a layer launches at one batch: the routed FFN by its strategies, and the operations between products."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable
 from itertools import accumulate
@@ -72,6 +74,24 @@ def recorded(shape: Shape, architecture: str) -> dict[str, Launch]:
     return found
 
 
+def _without_products() -> contextlib.AbstractContextManager[Any]:
+    """A context in which the vendor's products are not computed: nobody reads what they give."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    products = {"mm": 0, "addmm": 1}  # where the left operand stands; the right one comes next
+
+    class WithoutProducts(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            name = function._schema.name.removeprefix("aten::")
+            if name not in products:
+                return function(*args, **kwargs)
+            left, right = args[products[name] : products[name] + 2]
+            return kwargs["out"] if "out" in kwargs else left.new_empty(left.shape[0], right.shape[1])
+
+    return WithoutProducts()
+
+
 def _both_passes(call: Callable[..., Any], leaves: dict[str, Any]) -> None:
     """Forward and backward with a gradient of every leaf."""
     import torch
@@ -90,7 +110,7 @@ def _offsets(shape: Shape) -> Any:
     return torch.tensor([0, *accumulate(shape.counts)], dtype=torch.int32)
 
 
-def _routed_ffn(shape: Shape, make: Any, dtype: Any) -> None:
+def _routed_ffn(shape: Shape, make: Any, dtype: Any, strategy: str = "grouped") -> None:
     """With gate, Sub-LayerNorm, LayerScale and residual, as the model has them."""
     from onepeace_fast.ops import routed_ffn
 
@@ -104,8 +124,9 @@ def _routed_ffn(shape: Shape, make: Any, dtype: Any) -> None:
         "w2": each(width, hidden), "b2": each(width), "norm_weight": each(hidden), "norm_bias": each(hidden),
         "residual": make(rows, width, dtype=dtype), "gamma": make(width, dtype=dtype),
     }  # fmt: skip
-    offsets = _offsets(shape)
-    _both_passes(lambda **given: routed_ffn(**given, offsets=offsets, strategy="grouped"), leaves)
+    settings = {"offsets": _offsets(shape), "row_counts": shape.counts, "strategy": strategy}
+    with _without_products():
+        _both_passes(lambda **given: routed_ffn(**given, **settings), leaves)
 
 
 def _gated_sub_ln(shape: Shape, make: Any, dtype: Any) -> None:
@@ -146,10 +167,20 @@ def _layer_norm(shape: Shape, make: Any, dtype: Any) -> None:
     _both_passes(layer_norm, {"x": make(shape.rows, shape.width, dtype=dtype), **vectors})
 
 
+def _layer_norm_and_stream(shape: Shape, make: Any, dtype: Any) -> None:
+    """Around a branch: its backward pass adds the gradient of the stream."""
+    from onepeace_fast.ops.layer_norm import layer_norm_and_stream
+
+    vectors = {name: make(shape.width, dtype=dtype) for name in ("weight", "bias")}
+    _both_passes(layer_norm_and_stream, {"x": make(shape.rows, shape.width, dtype=dtype), **vectors})
+
+
 OPERATIONS = {
     "routed_ffn": _routed_ffn,
+    "hybrid": functools.partial(_routed_ffn, strategy="hybrid"),
     "gated_sub_ln": _gated_sub_ln,
     "residual": _residual,
     "residual_layer_norm": _residual_layer_norm,
     "layer_norm": _layer_norm,
+    "layer_norm_and_stream": _layer_norm_and_stream,
 }

@@ -189,17 +189,23 @@ def _dominators(following: Sequence[Sequence[int]]) -> list[int]:
 
 
 def main_loops(code: Sequence[Instruction], found: Sequence[Loop]) -> list[Loop]:
-    """The innermost loops with products of the tensor cores, or in a kernel without any those with global loads."""
+    """The innermost loops with products of the tensor cores, or in a kernel without any those that load rows."""
     has_products = any(one.kind == "products" for one in code)
 
     def works(loop: Loop) -> bool:
-        return any(one.kind == "products" if has_products else one.base == "LDG" for one in loop.code)
+        return any(one.kind == "products" if has_products else one.base in ("LDG", "LDGSTS") for one in loop.code)
 
     working = [loop for loop in found if works(loop)]
     return [loop for loop in working if not any(other.addresses < loop.addresses for other in working)]
 
 
-def tile_loop(found: Sequence[Loop], main: Sequence[Loop]) -> Loop | None:
-    """The innermost loop around all main loops: what a persistent program does for each tile."""
-    inside = frozenset().union(*(loop.addresses for loop in main))
-    return next((loop for loop in found if loop.addresses > inside), None)
+def tile_loops(found: Sequence[Loop], main: Sequence[Loop]) -> list[tuple[Loop | None, list[Loop]]]:
+    """The innermost loop around each main loop, what a persistent program does for each tile, with all those in it.
+
+    They are in the order of their addresses; of a kernel without such a loop all main loops are together, with None.
+    """
+    around = [next((loop for loop in found if loop.addresses > one.addresses), None) for one in main]
+    if None in around:
+        return [(None, list(main))]
+    several = sorted(dict.fromkeys(around), key=lambda loop: loop.tail)
+    return [(loop, [one for one, mine in zip(main, around, strict=True) if mine is loop]) for loop in several]

@@ -16,27 +16,18 @@ from tools.products import ELEMENT, products
 
 HEADS, HEAD_DIM = 24, 64
 SAMPLES = 32  # of the batch, an image and its caption each
-FUSED_DH = "routed_ffn: routed_ffn_hidden_gradient"
 # Of each strategy the launches of this library, by the beginnings of their names, and the products of the vendor.
-EVERY = ("u, v", "y", "dh", "dW2", "dW0, dW1", "dz")
+EVERY = ("u, v", "y", "dh", "dz, dW")
 LAUNCHES = {
     "fused": (("routed_ffn:",), ()),
     "per modality": (("gated_sub_ln:", "residual:"), EVERY),
-    # The scale-gradient kernel takes m1 and m2 from the fold's c and e; dh's epilogue stores n in hhat's place.
-    "hybrid": (
-        (
-            "gated_sub_ln: gated_sub_ln_forward", "residual: residual_forward", "routed_ffn: routed_ffn_fold",
-            "routed_ffn: routed_ffn_scale_gradient", "routed_ffn: routed_ffn_sum_row_tiles", FUSED_DH,
-            "routed_ffn: routed_ffn_sum_norm_tiles",
-        ),
-        tuple(name for name in EVERY if name != "dh"),
-    ),
-}  # fmt: skip
-# Row tensors that are moved outside products and kernels of this library: sums for gradients of biases (q, k, v and the
-# output projection), autograd's addition of the stream's two gradients.
-MOVED_BESIDE = {"bias gradients": 4, "autograd's addition": 3}
-FEED_FORWARD_BIAS = {"per modality": 1}  # dy read once more, for the gradient of the FFN's output bias
-AROUND = ("layer_norm:", "layer_norm:", "residual_layer_norm:")  # before attention, within it, and after it
+    "hybrid": (("hybrid:",), tuple(name for name in EVERY if name != "dh")),
+}
+# Row tensors that are moved outside products and kernels of this library: sums for gradients of the biases of q, v and
+# the output projection; of the FFN's output bias by a strategy of vendor products only, which reads dy once more.
+BIAS_GRADIENTS = 3
+FEED_FORWARD_BIAS = {"per modality": 1}
+AROUND = ("layer_norm_and_stream:", "layer_norm:", "residual_layer_norm:")  # before attention, within and after it
 
 
 class Strategy(NamedTuple):
@@ -51,11 +42,7 @@ class Strategy(NamedTuple):
 
 def vendor_times(gpu: GPU, shape: Shape) -> dict[str, float]:
     """The time of each of the FFN's products by the vendor."""
-    times = {}
-    for product in products(shape.counts, shape.width, shape.hidden):
-        pairs = zip(product.rows, product.inner, strict=True)
-        times[product.name] = sum(2 * n * product.columns * k * product.weights for n, k in pairs) / gpu.vendor
-    return times
+    return {product.name: product.flop / gpu.vendor for product in products(shape.counts, shape.width, shape.hidden)}
 
 
 def strategies(times: Mapping[str, Span], gpu: GPU, shape: Shape) -> list[Strategy]:
@@ -65,9 +52,8 @@ def strategies(times: Mapping[str, Span], gpu: GPU, shape: Shape) -> list[Strate
     projections = 3 * 4 * 2 * shape.rows * shape.width**2 / gpu.vendor
     attention, bare_attention = _attention(gpu, shape)
     bare = sum(vendor.values())
-    joined = 2 * 3 * shape.width**2 * ELEMENT / gpu.copy  # torch.cat of the weights of q, k and v
     outside = _total([_of(times, prefix) for prefix in AROUND])
-    outside += _one(projections + attention + joined + sum(MOVED_BESIDE.values()) * rows)
+    outside += _one(projections + attention + BIAS_GRADIENTS * rows)
     found = []
     for name, (prefixes, by_vendor) in LAUNCHES.items():
         beside = sum(vendor[product] for product in by_vendor) + FEED_FORWARD_BIAS.get(name, 0) * rows

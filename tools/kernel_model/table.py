@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.kernel_model.compiled import Compiled
+from tools.kernel_model.compiled import PIECES, Compiled
 from tools.kernel_model.constants import GPU, Span, constants
 from tools.kernel_model.estimate import Estimate, estimate
 from tools.kernel_model.launches import DTYPE, Shape
@@ -125,13 +125,17 @@ def _code_record(kernel: Compiled) -> dict[str, Any]:
         "registers": kernel.registers, "spilled": kernel.spilled, "shared": kernel.shared, "resident": kernel.resident,
         "warps": kernel.warps, "stages": kernel.stages, "buffers": list(kernel.buffers),
         "outstanding": kernel.outstanding, "faults": list(kernel.faults),
-        **{
-            part: {
-                "counts": code.counts, "instructions": code.instructions, "loads_waited_for": code.exposed_loads,
-                "warp_clocks": [round(clocks) for clocks in code.clocks],
+        "parts": [
+            {
+                piece: {
+                    "counts": code.counts, "instructions": code.instructions, "loads_waited_for": code.exposed_loads,
+                    "warp_clocks": [round(clocks) for clocks in code.clocks],
+                }
+                for piece in PIECES
+                if (code := getattr(part, piece)).instructions
             }
-            for part, code in (("main", kernel.main), ("epilogue", kernel.epilogue), ("before", kernel.before))
-        },
+            for part in kernel.parts
+        ],
     }  # fmt: skip
 
 
@@ -196,12 +200,11 @@ def _marked(name: str, record: Mapping[str, Any]) -> str:
 
 
 def _code_rows(name: str, record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    for part in ("main", "epilogue", "before"):
-        code = record[part]
-        if code["instructions"]:
+    for number, part in enumerate(record["parts"], start=1):
+        for piece, code in part.items():
             counted = ", ".join(f"{count} {kind}" for kind, count in code["counts"].items())
-            clocks = text_range(code["warp_clocks"])
-            yield name, part, f"{code['instructions']}: {counted}", clocks, str(code["loads_waited_for"])
+            what, clocks = piece if number == 1 else f"{piece} {number}", text_range(code["warp_clocks"])
+            yield name, what, f"{code['instructions']}: {counted}", clocks, str(code["loads_waited_for"])
 
 
 def _strategy_row(name: str, record: Mapping[str, Any], was: Mapping[str, Any] | None) -> tuple[str, ...]:
