@@ -2,7 +2,7 @@
 
 It compiles every launch of the routed FFN and of the operations between products, reads the machine code, and prints
 tables, beside the last committed one. Exit code 1: a pipeline that is not as its launch asks, a spill, or a launch or
-strategy that is worse than in that table. ``make kernels`` ends with it. How to read it: benchmarks/README.md.
+strategy that is worse than in that table. ``make kernels`` prints it. How to read it: benchmarks/README.md.
 """
 
 from __future__ import annotations
