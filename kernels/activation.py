@@ -45,7 +45,7 @@ def activation_and_slope(u, ACTIVATION: tl.constexpr):
     HALF: tl.constexpr = u.dtype.primitive_bitwidth < 32
     u = u.to(tl.float32)
     if ACTIVATION == "relu":
-        value = tl.maximum(u, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        value = tl.where(u < 0, 0.0, u)  # a NaN stays
         slope = tl.where(u <= 0, 0.0, 1.0)
     else:
         if ACTIVATION == "gelu":
