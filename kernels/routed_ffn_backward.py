@@ -12,9 +12,6 @@ Without Sub-LayerNorm dh = dy W2, and h takes hhat's place. No sum depends on wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -36,23 +33,11 @@ from onepeace_fast.kernels.grouped_gemm import (
 )
 from onepeace_fast.kernels.grouped_gradients import NormedLayer, WeightGradient
 from onepeace_fast.kernels.grouped_gradients import gradients as all_gradients
-from onepeace_fast.kernels.launch import cdiv, compact, launch
-from onepeace_fast.kernels.partial_sums import (
-    BLOCK_COLUMNS,
-    BLOCK_PROGRAMS,
-    column_sums,
-    store_of_modality,
-    with_unused,
-)
+from onepeace_fast.kernels.launch import cdiv, compact
 from onepeace_fast.kernels.routed_ffn import hidden
+from onepeace_fast.kernels.routed_ffn_norm_gradient import any_given, sum_norm_tiles
 from onepeace_fast.kernels.routed_ffn_scale_gradient import scaled_gradient
 from onepeace_fast.structures import FeedForwardWeights, Needs, RoutedFFNGradients, RoutedFFNSaved
-
-
-@triton.jit
-def tile_of_row(row, modality, BLOCK_ROWS: tl.constexpr):
-    """Where the sums of the tile that begins at ``row`` are: no two modalities overlap, and none counts the others."""
-    return row // BLOCK_ROWS + modality
 
 
 @triton.jit
@@ -71,7 +56,7 @@ def _tile(
     given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
 ):
     _dy, _w2, width, hidden, _dy_stride = given[0]
-    u, v, du, dv, n, mean, rstd, m1, m2, norm_weight, norm_bias, dweight, dbias = given[1]
+    u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight = given[1]
     modality, stop, dy_rows, weight = tensors
     ACTIVATION: tl.constexpr = given[2]
     PIECES: tl.constexpr = given[3]
@@ -85,12 +70,6 @@ def _tile(
         r = tl.load(rstd + tile_rows, mask=live, other=0)[:, None]
         g_mean = tl.load(m1 + tile_rows, mask=live, other=0)[:, None]
         g_hhat_mean = tl.load(m2 + tile_rows, mask=live, other=0)[:, None]
-    if dweight is not None:
-        # Rows past the modality's last one are zeros in dy, so that their dn is zero. The whole tile at once, before
-        # its pieces change their layout: held in both it would spill.
-        partial = tile_of_row(row, modality, BLOCK_ROWS).to(tl.int64) * hidden
-        columns = column + tl.arange(0, BLOCK_COLUMNS)
-        tl.store(dbias + partial + columns, tl.sum(total, 0), mask=columns < hidden)
     pieces = column_pieces(total, PIECES)
     for piece in tl.static_range(PIECES):
         dh = pieces[piece]
@@ -106,15 +85,9 @@ def _tile(
         if mean is not None:
             h = (h - mu) * r
             scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
-            scale = scale.to(tl.float32)[None, :]
-            if dweight is not None:
-                tl.store(dweight + partial + at, tl.sum(dh * h, 0), mask=at < hidden)
-            dh = (dh * scale - g_mean - h * g_hhat_mean) * r
-            if norm_bias is not None:
-                shift = tl.load(of_modality(norm_bias, modality) + at, mask=at < hidden, other=0)
-                h = h * scale + shift.to(tl.float32)[None, :]
-        if n is not None:
-            tl.store(n + cell, h.to(n.dtype.element_ty), mask=mask)
+            dh = (dh * scale.to(tl.float32)[None, :] - g_mean - h * g_hhat_mean) * r
+        if hhat is not None:
+            tl.store(hhat + cell, h.to(hhat.dtype.element_ty), mask=mask)
         tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
         if dv is not None:
             tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
@@ -128,15 +101,12 @@ def routed_ffn_hidden_gradient_kernel(
     v,  # [rows, hidden] or None
     du,  # [rows, hidden]
     dv,  # [rows, hidden] or None
-    n,  # [rows, hidden] or None: hhat without norm_bias
+    hhat,  # [rows, hidden] or None
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1] or None
     m1,  # [rows] or None
     m2,  # [rows] or None
     norm_weight,  # of each modality [hidden], or None
-    norm_bias,  # of each modality [hidden], or None
-    dweight,  # [row tiles, hidden] or None
-    dbias,  # [row tiles, hidden] or None
     offsets,  # [MODALITIES + 1]
     rows, width, hidden, dy_stride,
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
@@ -144,78 +114,32 @@ def routed_ffn_hidden_gradient_kernel(
 ):  # fmt: skip
     walk_rows(
         offsets, rows, hidden,
-        ((dy, w2, width, hidden, dy_stride),
-         (u, v, du, dv, n, mean, rstd, m1, m2, norm_weight, norm_bias, dweight, dbias), ACTIVATION, PIECES),
+        ((dy, w2, width, hidden, dy_stride), (u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight), ACTIVATION, PIECES),
         _tensors, _tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def routed_ffn_sum_norm_tiles_kernel(
-    dweight,  # [row tiles, width]
-    dbias,  # [row tiles, width]
-    weight_gradients,  # of each modality [width]
-    bias_gradients,  # of each modality [width]
-    offsets,  # [modalities + 1], or None: each modality has as many tiles as ``rows`` says
-    rows, width,
-    BLOCK_ROWS: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    modality = tl.program_id(1)
-    first = modality * rows
-    last = first + rows
-    if offsets is not None:
-        start = tl.load(offsets + modality)
-        stop = tl.minimum(tl.load(offsets + modality + 1), rows)
-        first = tile_of_row(start, modality, BLOCK_ROWS)
-        last = first + tl.cdiv(tl.maximum(stop - start, 0), BLOCK_ROWS)
-    if tl.program_id(2) == 0:
-        total = column_sums(dweight, first, last, width, column, BLOCK_TILES, BLOCK_COLUMNS)
-        store_of_modality(weight_gradients, modality, column, total, column < width)
-    else:
-        total = column_sums(dbias, first, last, width, column, BLOCK_TILES, BLOCK_COLUMNS)
-        store_of_modality(bias_gradients, modality, column, total, column < width)
-
-
-class NormGradients(NamedTuple):
-    """Where the gradients of a Sub-LayerNorm go: vectors [hidden] of each modality that needs one; empty without it."""
-
-    weight: Sequence[Tensor | None]
-    bias: Sequence[Tensor | None]
-
-
 def hidden_gradient(
-    dy: Tensor, saved: RoutedFFNSaved, m1: Tensor | None, m2: Tensor | None, n_needed: bool,
-    norm_gradients: NormGradients | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
-    """du, dv and hhat (h without norm), [rows, hidden]; rows past the last offset are not written.
-
-    With ``norm_gradients`` dgl and dbl are stored there, and the third is n.
-    """
-    weights, offsets = saved.weights, compact(saved.routing.offsets)
-    w2 = contiguous_for_descriptors(weights.w2)
+    dy: Tensor, saved: RoutedFFNSaved, m1: Tensor | None, m2: Tensor | None, hhat_needed: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """du, dv and hhat (h without norm), [rows, hidden]; rows past the last offset are not written."""
+    w2 = contiguous_for_descriptors(saved.weights.w2)
     dy, u, v = for_descriptors(dy), saved.u.contiguous(), compact(saved.v)
-    rows, (width, hidden), modalities = dy.shape[0], w2[0].shape, len(w2)
+    rows, (width, hidden) = dy.shape[0], w2[0].shape
     du = torch.empty((rows, hidden), dtype=u.dtype, device=u.device)
-    dv, n = None if v is None else torch.empty_like(du), torch.empty_like(du) if n_needed else None
-    entry = "routed_ffn_hidden_gradient"
-    tiles, _ = tiles_for(entry, dy)
-    dweight = dbias = None
-    if norm_gradients is not None and any_given((*norm_gradients.weight, *norm_gradients.bias)):
-        shape = (rows // tiles.block_rows + modalities, hidden)
-        dweight, dbias = (dy.new_empty(shape, dtype=torch.float32) for _rank in range(2))
+    dv, hhat = None if v is None else torch.empty_like(du), torch.empty_like(du) if hhat_needed else None
     arguments = {
-        "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,
-        "m1": m1, "m2": m2, "norm_weight": vectors(weights.norm_weight),
-        "norm_bias": None if norm_gradients is None else vectors(weights.norm_bias), "dweight": dweight,
-        "dbias": dbias, "offsets": offsets, "rows": rows, "width": width, "hidden": hidden,
+        "dy": dy, "w2": w2, "u": u, "v": v, "du": du, "dv": dv, "hhat": hhat, "mean": saved.mean, "rstd": saved.rstd,
+        "m1": m1, "m2": m2, "norm_weight": vectors(saved.weights.norm_weight),
+        "offsets": compact(saved.routing.offsets), "rows": rows, "width": width, "hidden": hidden,
         "dy_stride": row_stride(dy),
     }  # fmt: skip
-    constants = {"MODALITIES": modalities, "ACTIVATION": saved.settings.activation, "PIECES": tiles.pieces}
-    launch_tiles(routed_ffn_hidden_gradient_kernel, entry, rows, hidden, modalities, arguments, constants)
-    if dweight is not None:
-        sum_norm_tiles(dweight, dbias, norm_gradients, weights, offsets, rows, tiles.block_rows)
-    return du, dv, n
+    entry = "routed_ffn_hidden_gradient"
+    constants = {
+        "MODALITIES": len(w2), "ACTIVATION": saved.settings.activation, "PIECES": tiles_for(entry, dy)[0].pieces,
+    }  # fmt: skip
+    launch_tiles(routed_ffn_hidden_gradient_kernel, entry, rows, hidden, len(w2), arguments, constants)
+    return du, dv, hhat
 
 
 def output_layer(
@@ -236,35 +160,6 @@ def output_layer(
     return WeightGradient(
         dy, hhat, outs, NormedLayer(weights.w2, weights.norm_weight, weights.norm_bias, db2, *sums.unbind())
     )
-
-
-def sum_norm_gradients(norm: NormedLayer, gradients: FeedForwardWeights, weights: FeedForwardWeights) -> None:
-    """Store dgl and dbl of the modalities that need them."""
-    if any_given(gradients.norm_weight) or any_given(gradients.norm_bias):
-        row_tiles = norm.norm_weight_sums.shape[0] // len(norm.weight)
-        needed = NormGradients(gradients.norm_weight, gradients.norm_bias)
-        sum_norm_tiles(norm.norm_weight_sums, norm.norm_bias_sums, needed, weights, None, row_tiles)
-
-
-def sum_norm_tiles(
-    dweight: Tensor, dbias: Tensor, gradients: NormGradients, weights: FeedForwardWeights, offsets: Tensor | None,
-    rows: int, block_rows: int = 1,
-) -> None:  # fmt: skip
-    """Store the sums over each modality's tiles of ``block_rows`` rows; without offsets each has ``rows`` tiles."""
-    hidden = dweight.shape[1]
-    arguments = {
-        "dweight": dweight, "dbias": dbias, "offsets": offsets, "rows": rows, "width": hidden,
-        "weight_gradients": with_unused(gradients.weight, hidden, weights.norm_weight[0]),
-        "bias_gradients": with_unused(gradients.bias, hidden, weights.norm_bias[0]),
-    }  # fmt: skip
-    constants = {"BLOCK_ROWS": block_rows, "BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-    grid = (cdiv(hidden, BLOCK_COLUMNS), len(weights.norm_weight), 2)
-    launch(routed_ffn_sum_norm_tiles_kernel, grid, arguments, constants, num_warps=4)
-
-
-def any_given(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether one of them is not None."""
-    return any([tensor is not None for tensor in tensors])
 
 
 def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
@@ -289,5 +184,5 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     output = output_layer(dy, hhat, row_sums, saved, gradients)
     dz = all_gradients(layers, [weights.w0, weights.w1][: len(layers)], output, offsets)
     if output is not None and output.norm is not None:
-        sum_norm_gradients(output.norm, gradients, weights)
+        sum_norm_tiles(output.norm.norm_weight_sums, output.norm.norm_bias_sums, gradients, weights)
     return RoutedFFNGradients(dz, gradients, None, dgamma)

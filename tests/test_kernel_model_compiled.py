@@ -76,9 +76,10 @@ def test_a_launch_moves_each_of_its_tensors_once():
         # du, dv and hhat, z, dz and dy, W0, W1, W2 and their gradients, the norm's, db2, and sums of 2 row tiles.
         "routed_ffn: grouped_gradients": 3 * wide + 3 * row + 6 * weight + 2 * 2 * vector + 2 * 4 * width
         + 2 * 2 * 2 * 4 * hidden + offsets,
-        # dn is never there: dy, u, v, du, dv, n, W2, the norm's vectors, four statistics, sums of 4 + 2 row tiles.
-        "hybrid: routed_ffn_hidden_gradient": row + 5 * wide + weight + 2 * 2 * vector + 4 * statistics
-        + 2 * 6 * 4 * hidden + offsets,
+        # dn is never there: dy, u, v, du, dv, hhat, W2, the norm's weights, four statistics.
+        "hybrid: routed_ffn_hidden_gradient": row + 5 * wide + weight + 2 * vector + 4 * statistics + offsets,
+        # Of one modality: Ghat, which gives way to dW2, and W2, the norm's, db2, and sums of 8 row tiles.
+        "hybrid: routed_ffn_norm_gradient": 3 * weight // 2 + 2 * vector + 4 * width + 2 * 8 * 4 * hidden,
         "layer_norm_and_stream: layer_norm_backward": 4 * row + 2 * statistics + 2 * width + 2 * 4 * programs * width,
     }  # fmt: skip
     assert {name: launches[name].traffic for name in expected} == expected

@@ -88,7 +88,7 @@ def test_each_gradient_alone_has_the_bits_that_it_has_among_the_others():
 
 
 def backward_launches(frozen=()):
-    """The kernels of a backward pass, by name, and what the product of the hidden gradient is given."""
+    """The kernels of a backward pass, by name, and whether the product of the hidden gradient stores hhat."""
     leaves = on_device(leaves_of(COUNTS, *product_size(16, 24)), PRODUCT_DTYPE)
     mine = {name: leaf.requires_grad_(not name.startswith(frozen)) for name, leaf in leaves.items()}
     with recording("sm_90", 132) as configurations:
@@ -96,20 +96,19 @@ def backward_launches(frozen=()):
         configurations.clear()
         out.backward(torch.ones_like(out))
     (product,) = [one for one in configurations if one.kernel.__name__ == "routed_ffn_hidden_gradient_kernel"]
-    given = {name for name in ("n", "dweight", "dbias") if product.arguments[name] is not None}
     names = [one.kernel.__name__.removeprefix("routed_ffn_").removesuffix("_kernel") for one in configurations]
-    return names, given
+    return names, product.arguments["hhat"] is not None
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="what would be launched is the same on a CPU")
 def test_what_is_frozen_costs_neither_a_launch_nor_a_store():
-    rows = ["fold", "scale_gradient"]
-    assert backward_launches() == (
-        [*rows, "sum_row_tiles", "hidden_gradient", "sum_norm_tiles"], {"n", "dweight", "dbias"},
-    )  # fmt: skip
-    assert backward_launches(("w2",))[1] == {"dweight", "dbias"}
-    assert backward_launches(("norm",)) == ([*rows, "sum_row_tiles", "hidden_gradient"], {"n"})
-    assert backward_launches(("w", "norm", "b2", "gamma")) == ([*rows, "hidden_gradient"], set())
+    rows, of_norm = ["fold", "scale_gradient"], ["norm_gradient"] * len(COUNTS)
+    every = [*rows, "sum_row_tiles", "hidden_gradient", *of_norm, "sum_norm_tiles"]
+    assert backward_launches() == backward_launches(("w2",)) == (every, True)
+    assert backward_launches(("norm",)) == (every[:-1], True)
+    one = ("w2_0", "w2_1", "norm_weight_0", "norm_weight_1", "norm_bias_0", "norm_bias_1")
+    assert backward_launches(one)[0].count("norm_gradient") == 1
+    assert backward_launches(("w", "norm", "b2", "gamma")) == ([*rows, "hidden_gradient"], False)
 
 
 def test_norms_of_different_dtypes_get_gradients_of_their_own():

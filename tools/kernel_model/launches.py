@@ -40,14 +40,14 @@ class Launch(NamedTuple):
 
     @property
     def traffic(self) -> int:
-        """Bytes of its tensors, each moved once: no kernel here both reads and writes one."""
+        """Bytes of its tensors, each moved once; one that is read and written stands in two arguments."""
         from torch import Tensor
 
         tensors = {}
-        for value in self.configuration.arguments.values():
+        for name, value in self.configuration.arguments.items():
             for one in value if isinstance(value, tuple) else (value,):
                 if isinstance(one, Tensor):
-                    tensors[one.data_ptr()] = one.numel() * one.element_size()
+                    tensors[name, one.data_ptr()] = one.numel() * one.element_size()
         return sum(tensors.values())
 
 

@@ -17,15 +17,9 @@ from tools.kernel_model.timeline import exposed_loads
 _BUFFERS = re.compile(r"ttg\.local_alloc\s*:\s*\(\)\s*->\s*!ttg\.memdesc<(\d+)x\d+x\d+x(?:bf16|f16|f32|f8\w*)\b")
 _OUTSTANDING = re.compile(r"(gsb0|SB0),\s*0x([0-9a-f]+)$")
 # What Triton 3.9 itself stands in the way of, by architecture: it is printed, and is no fault. mma.sync takes x^T of
-# a weight's gradient from registers, which Triton loads early and then moves from step to step; each move waits. ptxas
-# keeps to 56 registers where there are 255, and one more, with two modalities, in memory.
+# a weight's gradient from registers, which Triton loads early and then moves from step to step; each move waits.
 OF_REGISTERS = "pipeline: a step waits for loads that it started itself"
-KNOWN = {
-    "sm_80": {
-        "grouped_gradients": OF_REGISTERS,
-        "routed_ffn_sum_norm_tiles": "spills: 8 bytes of local memory",
-    }
-}
+KNOWN = {"sm_80": {"grouped_gradients": OF_REGISTERS}}
 
 
 class Pipeline(NamedTuple):
