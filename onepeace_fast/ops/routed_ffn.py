@@ -275,8 +275,8 @@ def routed_ffn(
         strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a
             vendor product for each, a kernel between them), "hybrid" (the same, but for the hidden gradient's product,
             which is a launch with all else inside) or "reference"; None: what was measured to be the fastest on this
-            GPU, "per_modality" where nothing was or it cannot take z, and "grouped" on a GPU without ``row_counts``. A
-            CPU runs the reference.
+            GPU, "hybrid" where nothing was, "grouped" on a GPU without ``row_counts``, and "per_modality" where that one
+            cannot take z. A CPU runs the reference.
 
     Returns:
         [N, width], or the residual's shape and dtype. Rows past offsets[G] get the residual, else zero. Under autocast

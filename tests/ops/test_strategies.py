@@ -30,12 +30,11 @@ def measured(monkeypatch, tmp_path):
     strategies.measured_for.cache_clear()
 
 
-def test_a_gpu_that_was_not_measured_trusts_the_vendor_s_products(measured, capturing):
-    assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED == "per_modality"
+def test_a_gpu_that_was_not_measured_takes_what_the_model_of_the_kernels_prefers(measured, capturing):
+    assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED == "hybrid"
     assert strategy_for("routed_ffn", GPU, 9500, 1536) == UNMEASURED
-    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "per_modality"
+    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "hybrid"
     assert arguments.chosen_strategy(None, on_gpu(), 256, 3, ()) == "grouped"
-    measured([{"strategy": "hybrid"}])
     wide = WIDEST["gated_sub_ln"] + 8
     assert arguments.chosen_strategy(None, on_gpu(torch.float16), wide, 3, (40,), unfolded=True) == "hybrid"
 
