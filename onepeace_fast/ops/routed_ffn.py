@@ -275,7 +275,7 @@ def routed_ffn(
         strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a
             vendor product for each, a kernel between them), "hybrid" (the same, but for the hidden gradient's product,
             which is a launch with all else inside) or "reference"; None: what was measured to be the fastest on this
-            GPU, "hybrid" where nothing was, "grouped" on a GPU without ``row_counts``, and "per_modality" where that one
+            GPU, "hybrid" where nothing was, "grouped" on a GPU without ``row_counts``, "per_modality" where that one
             cannot take z. A CPU runs the reference.
 
     Returns:
