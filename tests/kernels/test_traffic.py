@@ -4,6 +4,8 @@ Row tensors move exactly once each way, whatever has one element for each row to
 at most once by a program. `pytest -s` prints the bytes, vectors apart from rows.
 """
 
+import functools
+
 import pytest
 import torch
 from support.kernels import DEVICE
@@ -109,6 +111,7 @@ def test_the_launches_of_a_whole_layer_touch_each_row_once():
     """So that ``tools.layer_traffic`` may count a launch by its tensors."""
     plan = RoutePlan.from_lengths({"text": [5, 4], "image": [10, 4]})
     layer = TransformerLayer(TransformerConfig(embed_dim=64, ffn_embed_dim=96, layers=1, attention_heads=2, audio=None))
+    layer.packed_ffn = functools.partial(layer.packed_ffn, strategy="per_modality")  # which the tool counts
     x = torch.randn(plan.capacity, 64, requires_grad=True)
     with counted() as launches:
         layer(x, plan, ()).square().sum().backward()
