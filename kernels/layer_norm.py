@@ -267,7 +267,9 @@ def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradien
         "rows": count, "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0),
         "passed_stride": 0 if passed is None else passed.stride(0), **walk,
     }  # fmt: skip
-    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters, STAGES=stages(parameters, grad, x))
+    # Triton copies what is added last not ahead where a row index says which rows that are.
+    ahead = 1 if passed is not None and row_index is not None else stages(parameters, grad, x, passed)
+    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters, STAGES=ahead)
     gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]
     sum_by_norm(partials, gradients, norms, offsets, count, parameters)
     by_head = None
