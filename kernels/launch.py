@@ -157,7 +157,7 @@ def stages(parameters: Parameters, *read: Tensor | None) -> int:
     bytes_per_element = sum([tensor.element_size() for tensor in read if tensor is not None])
     held = 2 * parameters.block_width * bytes_per_element
     programs = parameters.programs_per_multiprocessor  # None: a program ends with its first rows
-    return 3 if parameters.block_rows == 1 and programs is not None and programs * held < 96 * 1024 else 1
+    return 3 if parameters.block_rows == 1 and programs is not None and programs * held <= 96 * 1024 else 1
 
 
 def launched() -> int:

@@ -267,8 +267,9 @@ def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradien
         "rows": count, "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0),
         "passed_stride": 0 if passed is None else passed.stride(0), **walk,
     }  # fmt: skip
-    # Triton copies what is added last not ahead where a row index says which rows that are.
-    ahead = 1 if passed is not None and row_index is not None else stages(parameters, grad, x, passed)
+    # What is added last Triton does not copy ahead through a row index; with a scale rows in parts spill on sm_120.
+    none_ahead = (passed is not None and row_index is not None) or (head_scale is not None and parameters.parts > 1)
+    ahead = 1 if none_ahead else stages(parameters, grad, x, passed)
     launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters, STAGES=ahead)
     gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]
     sum_by_norm(partials, gradients, norms, offsets, count, parameters)
