@@ -87,7 +87,7 @@ def test_no_launch_is_faster_than_a_copy_of_its_bytes_and_rows_wait_at_most_for_
         parts=(part(main=piece(1700, float=850)),),
     )  # fmt: skip
     found = estimate(two, gpu, Shape())
-    assert found.time.low == pytest.approx(10 + known.launch)  # 10 turns of a us; both programs issue 850 in each
+    assert found.time.low == pytest.approx(10 + known.launch)  # 10 turns of a us, of 850 slots for each program
     assert found.time.high == pytest.approx(10 * (2 + 0.5) + 100 / 1700 + known.launch)
 
 

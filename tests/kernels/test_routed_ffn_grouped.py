@@ -12,6 +12,9 @@ from support import contract
 from support.ffn_cases import (
     ALL,
     NO_GATE,
+    check_each_gradient_alone,
+    check_norms_of_different_dtypes,
+    leaves_far_from_zero,
     leaves_of,
     op,
     plain,
@@ -260,23 +263,12 @@ def test_samples_may_all_be_dropped_or_all_be_kept(factor):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ratio", (4, 16))
 def test_gradients_keep_the_rule_where_the_mean_of_h_is_far_above_its_deviation(ratio, dtype):
-    counts, options = [60], frozenset({"bias", "norm"})
-    leaves = leaves_of(counts, *product_size(64, 256), options)
-    leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
-    leaves["w0_0"] = 0.02 * leaves["w0_0"]
-    leaves["w0_0"][:, 0] = 1
-    leaves["w1_0"][:, 0] = 1.5 * ratio
-    check(counts, dtype, options, leaves=leaves)
+    options, leaves = leaves_far_from_zero(ratio)
+    check([60], dtype, options, leaves=leaves)
 
 
 def test_each_gradient_alone_has_the_bits_that_it_has_among_the_others():
-    counts = [5, 0, 7]
-    leaves = on_device(leaves_of(counts, *product_size(16, 24), inert=1), PRODUCT_DTYPE)
-    expected = contract.run(op(counts, inert=1, **GROUPED), leaves)[1]
-    for name in ("z", "w0_0", "w1_2", "w2_0", "w2_1", "b2_0", "norm_weight_2", "norm_bias_0", "gamma"):
-        frozen = [other for other in leaves if other != name]
-        actual = contract.run(op(counts, inert=1, **GROUPED), leaves, frozen=frozen)[1]
-        contract.assert_same_gradients(actual, {**dict.fromkeys(frozen), name: expected[name]}, f"{name} alone")
+    check_each_gradient_alone(**GROUPED)
 
 
 def test_as_many_backward_launches_for_any_number_of_modalities_and_fewer_for_what_is_frozen():
@@ -297,13 +289,7 @@ def test_sixty_four_modalities_follow_the_naive_ones():
 
 
 def test_norms_of_different_dtypes_get_gradients_of_their_own():
-    counts = [5, 0, 7]
-    leaves = on_device(leaves_of(counts, *product_size(16, 24)), HALF)
-    wide = {name: leaf.float() if name.endswith("_2") and "norm" in name else leaf for name, leaf in leaves.items()}
-    expected = contract.run(op(counts, **GROUPED), leaves)[1]
-    actual = contract.run(op(counts, **GROUPED), wide)[1]
-    for name, gradient in expected.items():
-        assert torch.equal(actual[name].to(HALF), gradient), name
+    check_norms_of_different_dtypes(**GROUPED)
 
 
 def test_the_gradient_s_rows_may_lie_past_2_to_the_31_elements(tmp_path):

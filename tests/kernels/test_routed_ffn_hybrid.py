@@ -6,7 +6,16 @@ What holds of every strategy stands in ``tests/kernels/test_routed_ffn.py``.
 import pytest
 import torch
 from support import contract
-from support.ffn_cases import ALL, leaves_of, op, plain, slices_of
+from support.ffn_cases import (
+    ALL,
+    check_each_gradient_alone,
+    check_norms_of_different_dtypes,
+    leaves_far_from_zero,
+    leaves_of,
+    op,
+    plain,
+    slices_of,
+)
 from support.kernels import DEVICE, HALF, PRODUCT_DTYPE, int32, on_device, product_size
 from support.tiles import small_tiles
 
@@ -49,13 +58,8 @@ def test_rows_come_back_where_the_index_says():
 
 @pytest.mark.parametrize("ratio", (4, 16))
 def test_gradients_keep_the_rule_where_the_mean_of_h_is_far_above_its_deviation(ratio):
-    counts, options = [60], frozenset({"bias", "norm"})
-    leaves = leaves_of(counts, *product_size(64, 256), options)
-    leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
-    leaves["w0_0"] = 0.02 * leaves["w0_0"]
-    leaves["w0_0"][:, 0] = 1
-    leaves["w1_0"][:, 0] = 1.5 * ratio
-    check(counts, options, leaves=leaves)
+    options, leaves = leaves_far_from_zero(ratio)
+    check([60], options, leaves=leaves)
 
 
 def test_what_is_recomputed_has_the_bits_of_what_is_kept():
@@ -78,13 +82,7 @@ def test_strides_do_not_matter():
 
 
 def test_each_gradient_alone_has_the_bits_that_it_has_among_the_others():
-    counts = [5, 0, 7]
-    leaves = on_device(leaves_of(counts, *product_size(16, 24), inert=1), PRODUCT_DTYPE)
-    expected = contract.run(op(counts, inert=1, **HYBRID), leaves)[1]
-    for name in ("z", "w0_0", "w1_2", "w2_0", "w2_1", "b2_0", "norm_weight_2", "norm_bias_0", "gamma"):
-        frozen = [other for other in leaves if other != name]
-        actual = contract.run(op(counts, inert=1, **HYBRID), leaves, frozen=frozen)[1]
-        contract.assert_same_gradients(actual, {**dict.fromkeys(frozen), name: expected[name]}, f"{name} alone")
+    check_each_gradient_alone(**HYBRID)
 
 
 def backward_launches(frozen=()):
@@ -112,11 +110,4 @@ def test_what_is_frozen_costs_neither_a_launch_nor_a_store():
 
 
 def test_norms_of_different_dtypes_get_gradients_of_their_own():
-    counts = [5, 0, 7]
-    leaves = on_device(leaves_of(counts, *product_size(16, 24)), HALF)
-    wide = {name: leaf.float() if name.endswith("_2") and "norm" in name else leaf for name, leaf in leaves.items()}
-    expected = contract.run(op(counts, **HYBRID), leaves)[1]
-    actual = contract.run(op(counts, **HYBRID), wide)[1]
-    assert {actual[f"norm_{kind}_2"].dtype for kind in ("weight", "bias")} == {torch.float32}
-    for name, gradient in expected.items():
-        assert torch.equal(actual[name].to(HALF), gradient), name
+    check_norms_of_different_dtypes(**HYBRID)
