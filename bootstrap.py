@@ -7,7 +7,8 @@
   bench    the benchmarks; arguments go to pytest
   docs     the pages of the API, from the docstrings, into build/docs
   kernels  compiles every kernel for sm_80 and sm_90, with no GPU, and checks registers, spills, shared memory and the
-           width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration
+           width of memory accesses; CUDA's where there is nvcc; --all: a row for every Triton configuration;
+           then the model of what they cost, beside its last committed table, and the bytes that a layer moves
   mutants  plants faults in copies of this checkout and runs the tests that must fail then; names choose some
   rehearse what the GPU tests and benchmarks do on the host, with no GPU: devices, host reads, compiles, launches
            --short: less, in a few minutes; --versions 2.11 or oldest: in an environment with these torch and Triton
@@ -268,6 +269,10 @@ COMMANDS = {
 }
 
 
+# What kernels runs besides, whatever its arguments.
+KERNEL_TOOLS = ("tools.kernel_model", "tools.layer_traffic", "tools.compile_cuda")
+
+
 def start(command: str, arguments: list[str]) -> int:
     """Prepare what a command needs, run it and return its exit code."""
     if command == "gpu":
@@ -284,7 +289,9 @@ def start(command: str, arguments: list[str]) -> int:
         arguments = [argument for argument in arguments if argument != "--coverage"]
     say(heading)
     code = in_environment(*module, *arguments)
-    return in_environment("tools.compile_cuda") or code if command == "kernels" else code
+    for tool in KERNEL_TOOLS if command == "kernels" else ():
+        code = in_environment(tool) or code
+    return code
 
 
 def main(arguments: list[str]) -> int:

@@ -2,7 +2,7 @@
 
 A program walks over rows of u and v and computes h in float32 registers; h is never stored. Both passes read a row
 once, and keep the norm of a modality and the sums for its gradients in registers while they walk over its rows. The
-backward pass holds what it read and computes h twice, which takes fewer registers than to hold what follows from it.
+backward pass holds h and its derivatives, and copies the rows that come next into shared memory where that fits.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from onepeace_fast.kernels.activation import activation_and_slope
-from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
-from onepeace_fast.kernels.layer_norm import mean_and_rstd, stacked
+from onepeace_fast.kernels.grouped_gemm import of_modality, vectors
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
+from onepeace_fast.kernels.layer_norm import mean_and_rstd
 from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_by_norm, zero_sums
 from onepeace_fast.kernels.rows import (
     load_rows,
@@ -45,7 +46,7 @@ def _load_u_and_v(
 @triton.jit
 def _hidden(u_part, v_part, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
     """h, and its derivatives by v and u."""
-    activated, slope = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
+    activated, slope = activation_and_slope(u_part, ACTIVATION)
     h = activated
     if GATED:
         h = activated * v_part.to(tl.float32)
@@ -60,8 +61,8 @@ def gated_sub_ln_forward_kernel(
     n,  # [rows, width]
     mean,  # [rows, 1]
     rstd,  # [rows, 1]
-    weight,  # [modalities, width] or None
-    bias,  # [modalities, width] or None
+    weight,  # of each modality [width], or None
+    bias,  # of each modality [width], or None
     offsets,  # [modalities + 1]
     rows, width, u_stride, v_stride, modalities, eps,
     ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
@@ -77,8 +78,8 @@ def gated_sub_ln_forward_kernel(
         tile, stop = rows_of_norm(offsets, modality, 1, first, last)
         if tile < stop:
             if weight is not None:
-                w = load_vector(weight + modality * width, width, PARTS, BLOCK_WIDTH)
-                b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, modality), width, PARTS, BLOCK_WIDTH)
+                b = load_vector(of_modality(bias, modality), width, PARTS, BLOCK_WIDTH)
             while tile < stop:
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
@@ -110,13 +111,14 @@ def gated_sub_ln_backward_kernel(
     n,  # [rows, width] or None
     mean,  # [rows, 1]
     rstd,  # [rows, 1]
-    weight,  # [modalities, width] or None
-    bias,  # [modalities, width] or None
+    weight,  # of each modality [width], or None
+    bias,  # of each modality [width], or None
     dweight,  # [modalities, programs, width] or None
     dbias,  # [modalities, programs, width] or None
     offsets,  # [modalities + 1]
     rows, width, grad_stride, u_stride, v_stride, modalities,
-    ACTIVATION: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr, STAGES: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
@@ -132,20 +134,19 @@ def gated_sub_ln_backward_kernel(
         if start < stop:
             partial = (modality * tl.num_programs(0) + program).to(tl.int64) * width
             if weight is not None:
-                w = load_vector(weight + modality * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, modality), width, PARTS, BLOCK_WIDTH)
                 if bias is not None:
-                    b = load_vector(bias + modality * width, width, PARTS, BLOCK_WIDTH)
+                    b = load_vector(of_modality(bias, modality), width, PARTS, BLOCK_WIDTH)
                 w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
                 b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-            tile = start
-            while tile < stop:
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 mu = 0.0
                 r = 0.0
                 if weight is not None:
-                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
-                    r = tl.load(rstd + row, mask=live, other=0)[:, None]
+                    mu = load_rows(mean, 1, row, live, 1, 0, 1)
+                    r = load_rows(rstd, 1, row, live, 1, 0, 1)
                 held = ()
                 w_sums = ()
                 b_sums = ()
@@ -155,26 +156,25 @@ def gated_sub_ln_backward_kernel(
                 for part in tl.static_range(PARTS):
                     dn = load_rows(grad, grad_stride, row, live, width, part, BLOCK_WIDTH)
                     u_part, v_part = _load_u_and_v(u, v, u_stride, v_stride, row, live, width, part, BLOCK_WIDTH)
-                    held += ((dn, u_part, v_part),)
+                    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     if weight is not None:
-                        h, _, _ = _hidden(u_part, v_part, v is not None, ACTIVATION)
-                        hhat = (h - mu) * r
+                        h = (h - mu) * r
                         g = dn.to(tl.float32)
-                        w_sums += (w_total[part] + g * hhat,)
+                        g_h = g * h
+                        w_sums += (w_total[part] + g_h,)
                         b_sums += (b_total[part] + g,)
                         g_total += g * w[part]
-                        g_hhat_total += g * w[part] * hhat
+                        g_hhat_total += g_h * w[part]
+                    held += ((dn, h, activated, slope),)
                 if weight is not None:
                     w_total = w_sums
                     b_total = b_sums
                     g_mean = (tl.sum(g_total, 1) / width)[:, None]
                     g_hhat_mean = (tl.sum(g_hhat_total, 1) / width)[:, None]
                 for part in tl.static_range(PARTS):
-                    dn, u_part, v_part = held[part]
+                    dn, h, activated, slope = held[part]
                     dh = dn.to(tl.float32)
-                    h, activated, slope = _hidden(u_part, v_part, v is not None, ACTIVATION)
                     if weight is not None:
-                        h = (h - mu) * r
                         dh = (dh * w[part] - g_mean - h * g_hhat_mean) * r
                         if bias is not None:
                             h = h * w[part] + b[part]
@@ -183,7 +183,6 @@ def gated_sub_ln_backward_kernel(
                     if dv is not None:
                         store_rows(dv, row, live, width, dh * activated, part, BLOCK_WIDTH)
                     store_rows(du, row, live, width, dh * slope, part, BLOCK_WIDTH)
-                tile += BLOCK_ROWS
             if dweight is not None:
                 store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
             if dbias is not None:
@@ -201,8 +200,8 @@ def gated_sub_ln_forward(given: GatedSubLNInputs) -> GatedSubLNOutputs:
         mean, rstd = (torch.empty((rows, 1), dtype=torch.float32, device=u.device) for _ in range(2))
     parameters, programs = parameters_for("gated_sub_ln", u, rows)
     arguments = {
-        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": stacked(given.norm_weight),
-        "bias": stacked(given.norm_bias), "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
+        "u": u, "v": v, "n": n, "mean": mean, "rstd": rstd, "weight": vectors(given.norm_weight),
+        "bias": vectors(given.norm_bias), "offsets": offsets, "rows": rows, "width": width, "u_stride": u.stride(0),
         "v_stride": 0 if v is None else v.stride(0), "modalities": offsets.shape[0] - 1, "eps": given.eps,
     }  # fmt: skip
     launch_over_rows(gated_sub_ln_forward_kernel, programs, arguments, parameters, ACTIVATION=given.activation)
@@ -233,12 +232,15 @@ def gated_sub_ln_backward_and_n(
     ]
     arguments = {
         "grad": grad, "u": u, "v": v, "du": du, "dv": dv, "n": n, "mean": saved.mean, "rstd": saved.rstd,
-        "weight": stacked(saved.norm_weight), "bias": stacked(saved.norm_bias) if n_needed else None,
+        "weight": vectors(saved.norm_weight), "bias": vectors(saved.norm_bias) if n_needed else None,
         "dweight": partials[0], "dbias": partials[1], "offsets": offsets, "rows": rows, "width": width,
         "grad_stride": grad.stride(0), "u_stride": u.stride(0), "v_stride": 0 if v is None else v.stride(0),
         "modalities": modalities,
     }  # fmt: skip
-    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, ACTIVATION=saved.activation)
+    # A norm's row in several parts takes all registers: sm_90 has none left for what copies the next one.
+    ahead = stages(parameters, grad, u, v) if parameters.parts == 1 or not saved.norm_weight else 1
+    constants = {"ACTIVATION": saved.activation, "STAGES": ahead}
+    launch_over_rows(gated_sub_ln_backward_kernel, programs, arguments, parameters, **constants)
     gradients = [
         new_where_needed(saved.norm_weight, needs.norm_weight), new_where_needed(saved.norm_bias, needs.norm_bias),
     ]  # fmt: skip

@@ -16,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import architecture_and_multiprocessors, cdiv, compact, launch
-from onepeace_fast.kernels.rows import row_extent, store_zeros
+from onepeace_fast.kernels.launch import architecture_and_multiprocessors, cdiv, launch
 from onepeace_fast.kernels.tile_table import MAX_MODALITIES, TileParameters, tiles_of
 
 SLOTS = tl.constexpr(MAX_MODALITIES)
@@ -138,18 +137,40 @@ def add_xt_y(accumulator, x, y, row, column, start, stop, BLOCK_INNER: tl.conste
     return accumulator
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
-def grouped_gemm_input_gradient_kernel(
-    x_0,  # [rows, inner]
-    x_1,  # [rows, inner] or None
-    weights_0,  # of each modality [inner, columns]
-    weights_1,  # of each modality [inner, columns], or None
-    out,  # [rows, columns]
-    offsets,  # [MODALITIES + 1]
-    rows, inner, columns, x_0_stride, x_1_stride,
-    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-    ROW_TILES_AT_ONCE: tl.constexpr,
+@triton.jit
+def walk_tiles(
+    tile, before, row_tiles, column_tiles, start, given, tensors, compute: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
+    """Compute this program's tiles of a result that ``before`` tiles come before; returns its first one behind it.
+
+    ``compute`` is a function of ``given``, ``tensors``, a tile's first row and column, and its sizes. The rows of the
+    result begin at ``start``.
+    """
+    end = before + row_tiles * column_tiles
+    # No ``tl.range(flatten=True)``, which would load a tile's first operands while the one before is stored: with two
+    # accumulators, or several walks in a kernel, ptxas then waits for every wgmma, and sm_100 stores by two buffers.
+    while tile < end:
+        row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
+        row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
+        compute(given, tensors, row, column, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)
+        tile += tl.num_programs(0)
+    return tile
+
+
+@triton.jit
+def walk_rows(
+    offsets,  # [MODALITIES + 1]
+    rows, columns, given, begin: tl.constexpr, compute: tl.constexpr, MODALITIES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Compute this program's tiles of a result [rows, columns], modality by modality.
+
+    What ``begin`` returns for a modality, a function of ``given``, its number, the end of its rows and the sizes, are
+    the ``tensors`` of its tiles, descriptors among them, which are made once for all. Constants and None are in
+    ``given``, since Triton 3.6 returns neither from a function; a constant is read by its index, since unpacked it is
+    a value. Returns the program's next tile and the number of all.
+    """
     column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
     keys, previous = modality_keys(offsets, rows, None, MODALITIES)
     tile = tl.program_id(0)
@@ -159,58 +180,13 @@ def grouped_gemm_input_gradient_kernel(
         row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
         end = before + row_tiles * column_tiles
         if tile < end:
-            x_rows = matrix(x_0, stop, inner, x_0_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(of_modality(weights_0, modality), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
-            if x_1 is not None:
-                x_1_rows = matrix(x_1, stop, inner, x_1_stride, BLOCK_ROWS, BLOCK_INNER)
-                weight_1 = matrix(of_modality(weights_1, modality), inner, columns, columns, BLOCK_INNER, BLOCK_COLUMNS)
-            out_rows = matrix(out, stop, columns, columns, BLOCK_ROWS, BLOCK_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_w(total, x_rows, weight, row, column, inner, BLOCK_INNER)
-                if x_1 is not None:
-                    total = add_x_w(total, x_1_rows, weight_1, row, column, inner, BLOCK_INNER)
-                out_rows.store([row, column], total.to(out.dtype.element_ty))
-                tile += tl.num_programs(0)
+            tensors = begin(given, modality, stop, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER)
+            tile = walk_tiles(
+                tile, before, row_tiles, column_tiles, start, given, tensors, compute, BLOCK_ROWS, BLOCK_COLUMNS,
+                BLOCK_INNER, ROW_TILES_AT_ONCE,
+            )  # fmt: skip
         before = end
-    store_zeros(out, None, row_extent(offsets, MODALITIES, rows), rows, columns, 32, BLOCK_COLUMNS)
-
-
-@triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])
-def grouped_gemm_weight_gradient_kernel(
-    xs,  # one or two [rows, x_columns]
-    y,  # [rows, y_columns]
-    outs,  # of each x, of each modality [x_columns, y_columns]
-    offsets,  # [MODALITIES + 1]
-    rows, needed, x_columns, y_columns, x_stride, y_stride,
-    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-    ROW_TILES_AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    row_tiles = tl.cdiv(x_columns, BLOCK_ROWS)
-    column_tiles = tl.cdiv(y_columns, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, needed, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        for which in range(len(xs)):
-            end = before + tl.where(previous >= 0, row_tiles * column_tiles, 0)
-            if tile < end:
-                # Out here: Triton 3.6 compiles no descriptor that is made within a ``while``.
-                x_rows = matrix(of_modality(xs, which), stop, x_columns, x_stride, BLOCK_INNER, BLOCK_ROWS)
-                y_rows = matrix(y, stop, y_columns, y_stride, BLOCK_INNER, BLOCK_COLUMNS)
-                mine = of_modality(outs, which * MODALITIES + modality)
-                out = matrix(mine, x_columns, y_columns, y_columns, BLOCK_ROWS, BLOCK_COLUMNS)
-                while tile < end:
-                    row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                    row, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                    total = add_xt_y(total, x_rows, y_rows, row, column, start, stop, BLOCK_INNER)
-                    out.store([row, column], total.to(outs[0].dtype.element_ty))
-                    tile += tl.num_programs(0)
-            before = end
+    return tile, before
 
 
 def launch_tiles(
@@ -269,55 +245,6 @@ def vectors(tensors: Sequence[Tensor]) -> tuple[Tensor, ...] | None:
     first = tensors[0].dtype
     same = all([tensor.dtype == first for tensor in tensors])
     return tuple([(tensor if same else tensor.float()).contiguous() for tensor in tensors])
-
-
-def input_gradient(pairs: Sequence[tuple[Tensor, Sequence[Tensor]]], offsets: Tensor) -> Tensor:
-    """The sum of x W over one or two pairs of x [rows, K] and weights [K, N], one of each modality: [rows, N].
-
-    Rows past the last offset are zero.
-    """
-    xs = [for_descriptors(x) for x, _ in pairs]
-    weights = [contiguous_for_descriptors(w) for _, w in pairs]
-    rows, (inner, columns), modalities = xs[0].shape[0], weights[0][0].shape, len(weights[0])
-    out = torch.empty((rows, columns), dtype=xs[0].dtype, device=xs[0].device)
-    both = len(pairs) > 1
-    arguments = {
-        "x_0": xs[0], "x_1": xs[1] if both else None,
-        "weights_0": weights[0], "weights_1": weights[1] if both else None,
-        "out": out, "offsets": compact(offsets), "rows": rows, "inner": inner, "columns": columns,
-        "x_0_stride": row_stride(xs[0]), "x_1_stride": row_stride(xs[-1]),
-    }  # fmt: skip
-    launch_tiles(
-        grouped_gemm_input_gradient_kernel, "input_gradient", rows, columns, modalities, arguments,
-        {"MODALITIES": modalities},
-    )  # fmt: skip
-    return out
-
-
-def weight_gradient(xs: Sequence[Tensor], y: Tensor, offsets: Tensor, outs: Sequence[Sequence[Tensor | None]]) -> None:
-    """Store x^T y over each modality's rows, each x [rows, N] and y [rows, K], into its tensor [N, K] of x's ``outs``.
-
-    All x lie alike. A modality for which no x has a tensor is left out; one without rows gets zeros.
-    """
-    modalities = len(outs[0])
-    needed = [modality for modality in range(modalities) if any([mine[modality] is not None for mine in outs])]
-    if not needed:
-        return
-    xs, y = tuple([for_descriptors(x) for x in xs]), for_descriptors(y)
-    flat = [out for mine in outs for out in mine]
-    shape = (xs[0].shape[1], y.shape[1])
-    unused = None if all([mine[modality] is not None for mine in outs for modality in needed]) else y.new_empty(shape)
-    some = next(out for out in (unused, *flat) if out is not None)
-    arguments = {
-        "xs": xs, "y": y, "outs": tuple([some if out is None else out for out in flat]), "offsets": compact(offsets),
-        "rows": y.shape[0], "needed": bit_mask(needed), "x_columns": shape[0], "y_columns": shape[1],
-        "x_stride": row_stride(xs[0]), "y_stride": row_stride(y),
-    }  # fmt: skip
-    problems, constants = len(xs) * len(needed), {"MODALITIES": modalities}
-    launch_tiles(
-        grouped_gemm_weight_gradient_kernel, "weight_gradient", problems * shape[0], shape[1], problems, arguments,
-        constants,
-    )  # fmt: skip
 
 
 def bit_mask(needed: Sequence[int]) -> int:

@@ -21,7 +21,7 @@ INTERPRETER = ("sm_90", 4)  # architecture and multiprocessors where there is no
 
 
 class Configuration(NamedTuple):
-    """A kernel and all that it is launched with, by the names of its parameters."""
+    """A kernel and all that it is launched with, by the names of its parameters; of one that is recorded the grid."""
 
     kernel: Any
     arguments: Mapping[str, Any]
@@ -29,6 +29,7 @@ class Configuration(NamedTuple):
     num_warps: int
     max_registers: int | None = None
     num_stages: int | None = None
+    grid: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -129,7 +130,7 @@ def launch(
     """Launch a kernel; every launch of this package comes through here."""
     configuration = Configuration(kernel, arguments, constants, num_warps, max_registers, num_stages)
     if (recorder := _recorder.get()) is not None:
-        recorder.configurations.append(configuration)
+        recorder.configurations.append(configuration._replace(grid=grid))
     else:
         global _launched
         _launched += 1
@@ -145,6 +146,18 @@ def launch_over_rows(
         "BLOCK_WIDTH": parameters.block_width // parameters.parts,
     }  # fmt: skip
     launch(kernel, (programs,), arguments, constants, parameters.num_warps, parameters.max_registers)
+
+
+def stages(parameters: Parameters, *read: Tensor | None) -> int:
+    """Stages of a loop over rows that reads these row tensors: 3 hold two rows ahead in shared memory, 1 holds none.
+
+    Every GPU since sm_80 has 100 KB for the programs of a multiprocessor. A program of several rows at a time has too
+    few registers for what copies them.
+    """
+    bytes_per_element = sum([tensor.element_size() for tensor in read if tensor is not None])
+    held = 2 * parameters.block_width * bytes_per_element
+    programs = parameters.programs_per_multiprocessor  # None: a program ends with its first rows
+    return 3 if parameters.block_rows == 1 and programs is not None and programs * held <= 96 * 1024 else 1
 
 
 def launched() -> int:

@@ -1,7 +1,8 @@
 """How a kernel over rows is launched on a GPU on which nothing was measured: a rule, with a reason at each choice.
 
 No figure here depends on the architecture: every GPU since sm_80 has 65,536 registers a multiprocessor, and these
-kernels use next to no shared memory. `make kernels` compiles every launch and refuses spills and narrow accesses.
+kernels take no more shared memory than each has. `make kernels` compiles every launch and refuses spills, narrow
+accesses and loops that wait for the row that they have just asked for.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ class Kernel(NamedTuple):
 # A forward kernel waits for memory: many small programs. 16 elements of half precision are two accesses of 16 bytes to
 # each row tensor, enough to have under way. A scale for each head, or two row tensors and an activation, take more than
 # 64 registers. A backward kernel leaves its sums over rows for another kernel to add up: few programs of 8 warps leave
-# few of them. Where a norm is in it, it holds two to four row tensors and sums for two or three vectors: half as many
-# elements of each.
+# few of them, and its programs copy wide rows ahead into shared memory, since so few hide no wait. Where a norm
+# is in it, it holds two to four row tensors and sums for two or three vectors: half as many elements of each.
 KERNELS = {
     "layer_norm": Kernel(16, 4, 32),
     "layer_norm_head_scale": Kernel(16, 4, 16),

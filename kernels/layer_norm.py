@@ -1,13 +1,14 @@
 """LayerNorm and RMSNorm of packed rows, both passes: the formulas stand in ``onepeace_fast/ops/layer_norm.py``.
 
 A row is in registers as a whole, so it is read once and written once; statistics are float32. A program keeps the
-parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients.
-A norm without a mean is RMSNorm, whose launches have names of their own in a profile.
+parameters of a modality in registers while it walks over its rows of it, and its sums over them for their gradients,
+and copies the rows that come next into shared memory where ``stages`` says so. A norm without a mean is RMSNorm, whose
+launches have names of their own in a profile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.grouped_gemm import of_modality, vectors
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
 from onepeace_fast.kernels.partial_sums import (
     new_partials,
     new_where_needed,
@@ -73,13 +75,13 @@ def layer_norm_forward_kernel(
     y,  # [rows, width]
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
-    weight,  # [norms, width] or None
-    bias,  # [norms, width] or None
+    weight,  # of each norm [width], or None
+    bias,  # of each norm [width], or None
     scale,  # [width // head_dim] or None
     row_index,  # [rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
     rows, width, x_stride, norms, modalities_per_norm, head_dim, eps,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
     first, last = share_of_rows(extent, BLOCK_ROWS)
@@ -87,13 +89,13 @@ def layer_norm_forward_kernel(
         c = load_vector(scale, width, PARTS, BLOCK_WIDTH, head_dim)
     norm = 0
     while norm < norms:
-        tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
-        if tile < stop:
+        start, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
+        if start < stop:
             if weight is not None:
-                w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, norm), width, PARTS, BLOCK_WIDTH)
             if bias is not None:
-                b = load_vector(bias + norm * width, width, PARTS, BLOCK_WIDTH)
-            while tile < stop:
+                b = load_vector(of_modality(bias, norm), width, PARTS, BLOCK_WIDTH)
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
@@ -116,7 +118,6 @@ def layer_norm_forward_kernel(
                 if mean is not None:
                     store_rows(mean, row, live, 1, mu, 0, 1)
                 store_rows(rstd, row, live, 1, r, 0, 1)
-                tile += BLOCK_ROWS
         norm += 1
     if offsets is not None:
         store_zeros(y, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
@@ -132,10 +133,11 @@ def layer_norm_forward_kernel(
 def layer_norm_backward_kernel(
     grad,  # [rows, width]
     x,  # [x_rows, width]
+    passed,  # [x_rows, width] or None
     dx,  # [x_rows, width]
     mean,  # [rows, 1] or None
     rstd,  # [rows, 1]
-    weight,  # [norms, width] or None
+    weight,  # of each norm [width], or None
     scale,  # [width // head_dim] or None
     dweight,  # [norms, programs, width] or None
     dbias,  # [norms, programs, width] or None
@@ -143,8 +145,8 @@ def layer_norm_backward_kernel(
     row_index,  # [rows] or None
     place,  # [x_rows] or None
     offsets,  # [norms * modalities_per_norm + 1] or None
-    rows, x_rows, width, grad_stride, x_stride, norms, modalities_per_norm, head_dim,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    rows, x_rows, width, grad_stride, x_stride, passed_stride, norms, modalities_per_norm, head_dim,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, norms * modalities_per_norm, rows)
@@ -154,14 +156,14 @@ def layer_norm_backward_kernel(
     c_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
     norm = 0
     while norm < norms:
-        tile, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
-        if tile < stop:
+        start, stop = rows_of_norm(offsets, norm, modalities_per_norm, first, last)
+        if start < stop:
             partial = (norm * tl.num_programs(0) + program).to(tl.int64) * width
             if weight is not None:
-                w = load_vector(weight + norm * width, width, PARTS, BLOCK_WIDTH)
+                w = load_vector(of_modality(weight, norm), width, PARTS, BLOCK_WIDTH)
             w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
             b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-            while tile < stop:
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
                 row = tile + tl.arange(0, BLOCK_ROWS)
                 live = row < stop
                 source = row
@@ -211,9 +213,11 @@ def layer_norm_backward_kernel(
                     c_sums += (c_total[part] + result * value.to(tl.float32),)
                     if scale is not None:
                         result = result * c[part]
+                    if passed is not None:
+                        other = load_rows(passed, passed_stride, source, live, width, part, BLOCK_WIDTH)
+                        result += other.to(tl.float32)
                     store_rows(dx, source, live, width, result, part, BLOCK_WIDTH)
                 c_total = c_sums
-                tile += BLOCK_ROWS
             if dweight is not None:
                 store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
             if dbias is not None:
@@ -221,15 +225,11 @@ def layer_norm_backward_kernel(
         norm += 1
     if dscale is not None:
         store_sums(dscale + program.to(tl.int64) * width, c_total, width, PARTS, BLOCK_WIDTH)
+    # What the norm did not read has the gradient from elsewhere alone.
     if place is not None:
-        store_zeros(dx, place, 0, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
+        store_zeros(dx, place, 0, x_rows, width, BLOCK_ROWS, BLOCK_WIDTH, passed, passed_stride)
     elif offsets is not None:
-        store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH)
-
-
-def stacked(vectors: Sequence[Tensor]) -> Tensor | None:
-    """The vectors of all norms one after another in memory, None without any."""
-    return torch.stack(list(vectors)) if len(vectors) > 1 else compact(vectors[0]) if vectors else None
+        store_zeros(dx, None, extent, rows, width, BLOCK_ROWS, BLOCK_WIDTH, passed, passed_stride)
 
 
 def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOutputs:
@@ -237,34 +237,40 @@ def layer_norm_forward(given: LayerNormInputs, rms: bool = False) -> LayerNormOu
     x, head_scale, walk = unit_columns(given.x), given.head_scale, _walk(given)
     row_index = walk["row_index"]
     count = x.shape[0] if row_index is None else row_index.shape[0]
-    y = torch.empty((count, x.shape[1]), dtype=x.dtype, device=x.device)
+    y = torch.empty((count, x.shape[1]), dtype=given.y_dtype or x.dtype, device=x.device)
     rstd = torch.empty((count, 1), dtype=torch.float32, device=x.device)
     mean = None if rms else torch.empty_like(rstd)
     parameters, programs = parameters_for(_table_name("", rms, head_scale), x, count)
     arguments = {
-        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": stacked(given.weight), "bias": stacked(given.bias),
+        "x": x, "y": y, "mean": mean, "rstd": rstd, "weight": vectors(given.weight), "bias": vectors(given.bias),
         "scale": compact(head_scale), "rows": count, "x_stride": x.stride(0), "eps": given.eps, **walk,
     }  # fmt: skip
-    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters)
+    # RMSNorm has enough programs to hide each other's wait; a row in several parts would leave room for a program less.
+    ahead = 1 if rms or parameters.parts > 1 else stages(parameters, x)
+    launch_over_rows(layer_norm_forward_kernel, programs, arguments, parameters, STAGES=ahead)
     return LayerNormOutputs(y, mean, rstd)
 
 
 def layer_norm_backward(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
     """Launch ``layer_norm_backward_kernel``, and a sum for each norm that needs one."""
     grad, x, head_scale, walk = unit_columns(saved.grad_y), unit_columns(saved.x), saved.head_scale, _walk(saved)
-    row_index, offsets, norms = walk["row_index"], walk["offsets"], walk["norms"]
+    row_index, offsets, norms, passed = walk["row_index"], walk["offsets"], walk["norms"], unit_columns(saved.passed)
     count, width = grad.shape
     parameters, programs = parameters_for(_table_name("_backward", saved.mean is None, head_scale), x, count)
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     partials = [new_partials(norms, programs, x) if any(flags) else None for flags in (needs.weight, needs.bias)]
     dscale = new_partials(1, programs, x) if needs.head_scale else None
     arguments = {
-        "grad": grad, "x": x, "dx": dx, "mean": saved.mean, "rstd": saved.rstd, "weight": stacked(saved.weight),
-        "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1], "dscale": dscale,
-        "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]), "rows": count,
-        "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0), **walk,
+        "grad": grad, "x": x, "passed": passed, "dx": dx, "mean": saved.mean, "rstd": saved.rstd,
+        "weight": vectors(saved.weight), "scale": compact(head_scale), "dweight": partials[0], "dbias": partials[1],
+        "dscale": dscale, "place": None if row_index is None else row_places(row_index, offsets, x.shape[0]),
+        "rows": count, "x_rows": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0),
+        "passed_stride": 0 if passed is None else passed.stride(0), **walk,
     }  # fmt: skip
-    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters)
+    # What is added last Triton does not copy ahead through a row index; with a scale rows in parts spill on sm_120.
+    none_ahead = (passed is not None and row_index is not None) or (head_scale is not None and parameters.parts > 1)
+    ahead = 1 if none_ahead else stages(parameters, grad, x, passed)
+    launch_over_rows(layer_norm_backward_kernel, programs, arguments, parameters, STAGES=ahead)
     gradients = [new_where_needed(saved.weight, needs.weight), new_where_needed(saved.bias, needs.bias)]
     sum_by_norm(partials, gradients, norms, offsets, count, parameters)
     by_head = None

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, unit_columns
+from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
 from onepeace_fast.kernels.layer_norm import mean_and_rstd
 from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_partials, zero_sums
 from onepeace_fast.kernels.rows import (
@@ -148,13 +148,13 @@ def residual_backward_kernel(
     branch_offsets,  # [modalities + 1] or None
     rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride, out_stride, modalities, drop_below,
     dropout_scale,
-    PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
-    tile, stop = share_of_rows(extent, BLOCK_ROWS)
+    start, stop = share_of_rows(extent, BLOCK_ROWS)
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
-    if tile < stop:
+    if start < stop:
         partial = program.to(tl.int64) * width
         if gamma is not None:
             gammas = load_vector(gamma, width, PARTS, BLOCK_WIDTH)
@@ -163,7 +163,7 @@ def residual_backward_kernel(
         gamma_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
         w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
         b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-        while tile < stop:
+        for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
             row = tile + tl.arange(0, BLOCK_ROWS)
             live = row < stop
             stream_row = row
@@ -226,7 +226,6 @@ def residual_backward_kernel(
                 store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
             if dgamma is not None:
                 gamma_total = gamma_sums
-            tile += BLOCK_ROWS
         if dgamma is not None:
             store_sums(dgamma + partial, gamma_total, width, PARTS, BLOCK_WIDTH)
         if dweight is not None:
@@ -292,7 +291,9 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
         "grad_normed_stride": grad_normed.stride(0) if normed else 0, "y_stride": 0 if y is None else y.stride(0),
         "out_stride": out.stride(0) if normed else 0, **_scaling(saved),
     }  # fmt: skip
-    launch_over_rows(residual_backward_kernel, programs, arguments, parameters)
+    # What looks up where a row is takes the registers that copies of the next ones would.
+    ahead = stages(parameters, grad, grad_normed, y, out) if row_index is None else 1
+    launch_over_rows(residual_backward_kernel, programs, arguments, parameters, STAGES=ahead)
     sums = [pair for pair in zip(partials, computed, strict=True) if pair[0] is not None]
     if sums:
         sum_partials(sums, walk_offsets, walked, 0, 1, parameters)

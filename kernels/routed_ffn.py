@@ -2,13 +2,20 @@
 
 With h = activation(z W0^T) * (z W1^T) and Sub-LayerNorm's weight g and bias b, the norm is folded into the products:
 
-    LayerNorm(h) W2^T + b2 = r (a W2^T) - r mu c + e,    a = h * g,  c = W2 g,  e = W2 b + b2
+    LayerNorm(h) W2^T + b2 = r (a W2^T + (m - mu) C^T) + e,    a = (h - m) * g,  e = W2 b + b2
 
-(mu, r) are a row's mean and reciprocal deviation. The first product stores a and the mean and sum of squares of each
-tile's part of a row; the second takes what these merge to into its epilogue, and LayerScale, DropPath and the residual.
+(mu, r) are a row's mean and reciprocal deviation, m the means of its part in each tile, C the sums of W2 g over each
+tile's columns. So a is no larger than what h deviates by, however far its mean is from zero. The first product stores
+a, m and each part's sum of squares about m; the second takes m - mu as more columns of a, and r, e, LayerScale,
+DropPath and the residual into its epilogue.
+
+In float16 u v may pass the largest number before it is normalised: there the norm is a kernel of its own between the
+products.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -24,17 +31,16 @@ from onepeace_fast.kernels.grouped_gemm import (
     for_descriptors,
     launch_tiles,
     matrix,
-    modality_keys,
-    next_modality,
     of_modality,
     row_stride,
-    tile_place,
     tiles_for,
     vectors,
+    walk_rows,
 )
 from onepeace_fast.kernels.launch import cdiv, compact, unit_columns
 from onepeace_fast.kernels.routed_ffn_fold import fold, merge_statistics
 from onepeace_fast.kernels.rows import row_extent, row_places, store_zeros
+from onepeace_fast.kernels.tile_table import norm_is_folded
 from onepeace_fast.structures import (
     FeedForwardSettings,
     FeedForwardWeights,
@@ -55,6 +61,84 @@ def _add_both(u, v, x, w0, w1, row, column, inner, GATE: tl.constexpr, BLOCK_INN
     return u, v
 
 
+@triton.jit
+def _hidden_tensors(
+    given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    """Descriptors of a modality's rows and weights; that of x stands for those of tensors which are not given."""
+    x, w0, w1, u, v, a, _norm_weight, _tile_mean, _tile_squares, _rows, hidden, x_stride = given[0]
+    WIDTH: tl.constexpr = given[1]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // given[3]
+    x_rows = matrix(x, stop, WIDTH, x_stride, BLOCK_ROWS, BLOCK_INNER)
+    gate = matrix(of_modality(w0, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
+    value = gate
+    if w1 is not None:
+        value = matrix(of_modality(w1, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
+    u_rows = x_rows
+    v_rows = x_rows
+    if u is not None:
+        u_rows = matrix(u, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
+        if w1 is not None:
+            v_rows = matrix(v, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
+    a_rows = x_rows
+    if a is not None:
+        a_rows = matrix(a, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
+    return modality, stop, x_rows, gate, value, u_rows, v_rows, a_rows
+
+
+@triton.jit
+def _hidden_tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    x, _w0, w1, u, _v, a, norm_weight, tile_mean, tile_squares, rows, hidden, _x_stride = given[0]
+    modality, stop, x_rows, gate, value, u_rows, v_rows, a_rows = tensors
+    GATE: tl.constexpr = w1 is not None
+    WIDTH: tl.constexpr = given[1]
+    ACTIVATION: tl.constexpr = given[2]
+    PIECES: tl.constexpr = given[3]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    u_total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    v_total = u_total
+    u_total, v_total = _add_both(u_total, v_total, x_rows, gate, value, row, column, WIDTH, GATE, BLOCK_INNER)
+    u_pieces = column_pieces(u_total, PIECES)
+    v_pieces = column_pieces(v_total, PIECES)
+    h_pieces = ()
+    total = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
+    for piece in tl.static_range(PIECES):
+        # The backward pass computes h from u and v as they are stored: so does this one.
+        u_part = u_pieces[piece].to(x.dtype.element_ty)
+        v_part = v_pieces[piece].to(x.dtype.element_ty)
+        first = column + piece * PIECE_COLUMNS
+        if u is not None:
+            u_rows.store([row, first], u_part)
+            if GATE:
+                v_rows.store([row, first], v_part)
+        if a is not None:
+            h, _ = activation_and_slope(u_part, ACTIVATION)
+            if GATE:
+                h = h * v_part.to(tl.float32)
+            if norm_weight is not None:
+                total += h  # past the last column u, v and so h are zero
+                h_pieces += (h,)
+            else:
+                a_rows.store([row, first], h.to(a.dtype.element_ty))
+    if norm_weight is not None:
+        mean = tl.sum(total, 1) / tl.minimum(hidden - column, BLOCK_COLUMNS).to(tl.float32)
+        squares = tl.zeros((BLOCK_ROWS, PIECE_COLUMNS), dtype=tl.float32)
+        for piece in tl.static_range(PIECES):
+            first = column + piece * PIECE_COLUMNS
+            columns = first + tl.arange(0, PIECE_COLUMNS)
+            inside = columns < hidden
+            centred = tl.where(inside[None, :], h_pieces[piece] - mean[:, None], 0)
+            squares += centred * centred
+            weight = tl.load(of_modality(norm_weight, modality) + columns, mask=inside, other=0)
+            a_rows.store([row, first], (centred * weight.to(tl.float32)[None, :]).to(a.dtype.element_ty))
+        tile_rows = row + tl.arange(0, BLOCK_ROWS)
+        cell = (column // BLOCK_COLUMNS).to(tl.int64) * rows + tile_rows
+        tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
+        tl.store(tile_squares + cell, tl.sum(squares, 1), mask=tile_rows < stop)
+
+
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
 def routed_ffn_hidden_kernel(
     x,  # [rows, WIDTH]
@@ -68,78 +152,15 @@ def routed_ffn_hidden_kernel(
     tile_squares,  # [column tiles, rows]
     offsets,  # [MODALITIES + 1]
     rows, hidden, x_stride,
-    WIDTH: tl.constexpr,  # with a width that is no constant, sm_90's registers spill
+    WIDTH: tl.constexpr,  # a width that is no constant takes the last of sm_90's registers
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    GATE: tl.constexpr = w1 is not None
-    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            x_rows = matrix(x, stop, WIDTH, x_stride, BLOCK_ROWS, BLOCK_INNER)
-            gate = matrix(of_modality(w0, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
-            value = gate
-            if GATE:
-                value = matrix(of_modality(w1, modality), hidden, WIDTH, WIDTH, BLOCK_COLUMNS, BLOCK_INNER)
-            if u is not None:
-                u_rows = matrix(u, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
-                if GATE:
-                    v_rows = matrix(v, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
-            if a is not None:
-                a_rows = matrix(a, stop, hidden, hidden, BLOCK_ROWS, PIECE_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                u_total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                v_total = u_total
-                u_total, v_total = _add_both(
-                    u_total, v_total, x_rows, gate, value, row, column, WIDTH, GATE, BLOCK_INNER
-                )
-                tile_rows = row + tl.arange(0, BLOCK_ROWS)
-                u_pieces = column_pieces(u_total, PIECES)
-                v_pieces = column_pieces(v_total, PIECES)
-                mean = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-                squares = tl.zeros((BLOCK_ROWS,), dtype=tl.float32)
-                for piece in tl.static_range(PIECES):
-                    # The backward pass computes h from u and v as they are stored: so does this one.
-                    u_part = u_pieces[piece].to(x.dtype.element_ty)
-                    v_part = v_pieces[piece].to(x.dtype.element_ty)
-                    first = column + piece * PIECE_COLUMNS
-                    if u is not None:
-                        u_rows.store([row, first], u_part)
-                        if GATE:
-                            v_rows.store([row, first], v_part)
-                    if a is not None:
-                        h, _ = activation_and_slope(u_part.to(tl.float32), ACTIVATION)
-                        if GATE:
-                            h = h * v_part.to(tl.float32)
-                        if norm_weight is not None:
-                            columns = first + tl.arange(0, PIECE_COLUMNS)
-                            inside = columns < hidden
-                            # Past the last column u, v and so h are zero.
-                            count = tl.maximum(tl.minimum(hidden - first, PIECE_COLUMNS), 0).to(tl.float32)
-                            piece_mean = tl.sum(h, 1) / tl.maximum(count, 1)
-                            centred = tl.where(inside[None, :], h - piece_mean[:, None], 0)
-                            apart = piece_mean - mean
-                            part = count / tl.maximum(piece * PIECE_COLUMNS + count, 1)
-                            mean += apart * part
-                            squares += tl.sum(centred * centred, 1) + apart * apart * part * (piece * PIECE_COLUMNS)
-                            weight = tl.load(of_modality(norm_weight, modality) + columns, mask=inside, other=0)
-                            h = h * weight.to(tl.float32)[None, :]
-                        a_rows.store([row, first], h.to(a.dtype.element_ty))
-                if norm_weight is not None:
-                    cell = column_tile.to(tl.int64) * rows + tile_rows
-                    tl.store(tile_mean + cell, mean, mask=tile_rows < stop)
-                    tl.store(tile_squares + cell, squares, mask=tile_rows < stop)
-                tile += tl.num_programs(0)
-        before = end
+    walk_rows(
+        offsets, rows, hidden,
+        ((x, w0, w1, u, v, a, norm_weight, tile_mean, tile_squares, rows, hidden, x_stride), WIDTH, ACTIVATION, PIECES),
+        _hidden_tensors, _hidden_tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -167,17 +188,87 @@ def _copy_others(
         tile += tl.num_programs(0) * BLOCK_ROWS
 
 
+@triton.jit
+def _output_tensors(
+    given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    """Descriptors of a modality's rows and weights; that of ``a`` stands for those of tensors which are not given."""
+    a, w2, apart, tile_sums, width, hidden, a_tiles, a_stride, apart_stride = given[0]
+    y = given[1][0]
+    a_rows = matrix(a, stop, hidden, a_stride, BLOCK_ROWS, BLOCK_INNER)
+    weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
+    apart_rows = a_rows
+    sums = a_rows
+    if apart is not None:
+        apart_rows = matrix(apart, stop, a_tiles, apart_stride, BLOCK_ROWS, BLOCK_INNER)
+        mine = tile_sums + modality.to(tl.int64) * width * apart_stride
+        sums = matrix(mine, width, a_tiles, apart_stride, BLOCK_COLUMNS, BLOCK_INNER)
+    y_rows = a_rows
+    if y is not None:
+        y_rows = matrix(y, stop, width, width, BLOCK_ROWS, BLOCK_COLUMNS // given[2])
+    return modality, stop, a_rows, weight, apart_rows, sums, y_rows
+
+
+@triton.jit
+def _output_tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    _a, _w2, apart, _tile_sums, width, hidden, a_tiles, _a_stride, _apart_stride = given[0]
+    y, rstd, e, b2, out, residual, gamma, drop_path, sample, row_index, residual_stride = given[1]
+    modality, stop, a_rows, weight, apart_rows, sums, y_rows = tensors
+    PIECES: tl.constexpr = given[2]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    if apart is not None:
+        total = add_x_wt(total, apart_rows, sums, row, column, a_tiles, BLOCK_INNER)
+    total = add_x_wt(total, a_rows, weight, row, column, hidden, BLOCK_INNER)
+    rows_here = row + tl.arange(0, BLOCK_ROWS)
+    live = rows_here < stop
+    target = rows_here
+    if row_index is not None:
+        target = tl.load(row_index + rows_here, mask=live, other=0)
+    if drop_path is not None:
+        entry = tl.load(sample + target, mask=live, other=0)
+        factor = tl.load(drop_path + entry, mask=live, other=0).to(tl.float32)
+    if apart is not None:
+        r = tl.load(rstd + rows_here, mask=live, other=0)
+    parts = column_pieces(total, PIECES)
+    for piece in tl.static_range(PIECES):
+        value = parts[piece]
+        first = column + piece * PIECE_COLUMNS
+        columns = first + tl.arange(0, PIECE_COLUMNS)
+        inside = columns < width
+        if apart is not None:
+            bias = tl.load(e + modality * width + columns, mask=inside, other=0)
+            value = r[:, None] * value + bias[None, :]
+        elif b2 is not None:
+            bias = tl.load(of_modality(b2, modality) + columns, mask=inside, other=0).to(tl.float32)
+            value = value + bias[None, :]
+        if y is not None:
+            y_rows.store([row, first], value.to(y.dtype.element_ty))
+        if out is not None:
+            if drop_path is not None:
+                value = value * factor[:, None]
+            if gamma is not None:
+                value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
+            mask = live[:, None] & inside[None, :]
+            cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
+            value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
+            cell = target.to(tl.int64)[:, None] * width + columns[None, :]
+            tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(
-    do_not_specialize=["rows", "stream_rows"],
+    do_not_specialize=["rows", "stream_rows", "a_tiles"],
     do_not_specialize_on_alignment=["drop_path", "sample", "row_index", "offsets"],
 )
 def routed_ffn_output_kernel(
     a,  # [rows, hidden]
     w2,  # of each modality [width, hidden]
-    c,  # [MODALITIES, width] or None
+    apart,  # [rows, column tiles of a] or None
+    tile_sums,  # [MODALITIES, width, column tiles of a] or None
+    rstd,  # [rows, 1] or None
     e,  # [MODALITIES, width] or None
-    mean,  # [rows, 1]
-    rstd,  # [rows, 1]
     b2,  # of each modality [width], or None
     y,  # [rows, width] or None
     out,  # [stream_rows, width] or None
@@ -188,78 +279,39 @@ def routed_ffn_output_kernel(
     row_index,  # [rows] or None
     place,  # [stream_rows] or None
     offsets,  # [MODALITIES + 1]
-    rows, stream_rows, width, hidden, a_stride, residual_stride,
+    rows, stream_rows, width, hidden, a_tiles, a_stride, apart_stride, residual_stride,
     MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(width, BLOCK_COLUMNS)
+    walk_rows(
+        offsets, rows, width,
+        ((a, w2, apart, tile_sums, width, hidden, a_tiles, a_stride, apart_stride),
+         (y, rstd, e, b2, out, residual, gamma, drop_path, sample, row_index, residual_stride), PIECES),
+        _output_tensors, _output_tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
     extent = row_extent(offsets, MODALITIES, rows)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            a_rows = matrix(a, stop, hidden, a_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_COLUMNS, BLOCK_INNER)
-            if y is not None:
-                y_rows = matrix(y, stop, width, width, BLOCK_ROWS, BLOCK_COLUMNS // PIECES)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_wt(total, a_rows, weight, row, column, hidden, BLOCK_INNER)
-                rows_here = row + tl.arange(0, BLOCK_ROWS)
-                live = rows_here < stop
-                target = rows_here
-                if row_index is not None:
-                    target = tl.load(row_index + rows_here, mask=live, other=0)
-                if drop_path is not None:
-                    entry = tl.load(sample + target, mask=live, other=0)
-                    factor = tl.load(drop_path + entry, mask=live, other=0).to(tl.float32)
-                if c is not None:
-                    r = tl.load(rstd + rows_here, mask=live, other=0)
-                    mu = tl.load(mean + rows_here, mask=live, other=0)
-                parts = column_pieces(total, PIECES)
-                for piece in tl.static_range(PIECES):
-                    value = parts[piece]
-                    first = column + piece * (BLOCK_COLUMNS // PIECES)
-                    columns = first + tl.arange(0, BLOCK_COLUMNS // PIECES)
-                    inside = columns < width
-                    if c is not None:
-                        correction = tl.load(c + modality * width + columns, mask=inside, other=0)
-                        bias = tl.load(e + modality * width + columns, mask=inside, other=0)
-                        value = r[:, None] * (value - mu[:, None] * correction[None, :]) + bias[None, :]
-                    elif b2 is not None:
-                        bias = tl.load(of_modality(b2, modality) + columns, mask=inside, other=0).to(tl.float32)
-                        value = value + bias[None, :]
-                    if y is not None:
-                        y_rows.store([row, first], value.to(y.dtype.element_ty))
-                    if out is not None:
-                        if drop_path is not None:
-                            value = value * factor[:, None]
-                        if gamma is not None:
-                            value = value * tl.load(gamma + columns, mask=inside, other=0).to(tl.float32)[None, :]
-                        mask = live[:, None] & inside[None, :]
-                        cell = target.to(tl.int64)[:, None] * residual_stride + columns[None, :]
-                        value += tl.load(residual + cell, mask=mask, other=0).to(tl.float32)
-                        cell = target.to(tl.int64)[:, None] * width + columns[None, :]
-                        tl.store(out + cell, value.to(out.dtype.element_ty), mask=mask)
-                tile += tl.num_programs(0)
-        before = end
     if out is not None:
         _copy_others(residual, out, place, extent, stream_rows, width, residual_stride, 32, BLOCK_COLUMNS)
     else:
         store_zeros(y, None, extent, rows, width, 32, BLOCK_COLUMNS)
 
 
+class HiddenRows(NamedTuple):
+    """What is stored of h, where it is kept or normed."""
+
+    u: Tensor | None  # [rows, hidden]
+    v: Tensor | None  # [rows, hidden]
+    a: Tensor | None  # [rows, hidden]
+    mean: Tensor | None  # [rows, 1]
+    rstd: Tensor | None  # [rows, 1]
+    apart: Tensor | None  # the mean of each tile's part above the row's [rows, column tiles]
+
+
 def hidden(
     z: Tensor, weights: FeedForwardWeights, offsets: Tensor, settings: FeedForwardSettings, *, normed: bool,
     keep_products: bool, keep_a: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """Launch ``routed_ffn_hidden_kernel``: u, v and a where they are kept, mean and rstd of h where it is normed."""
+) -> HiddenRows:  # fmt: skip
+    """Launch ``routed_ffn_hidden_kernel``: u, v and a where they are kept, and what a norm takes where it is normed."""
     z, offsets, (w0, w1, *_) = for_descriptors(z), compact(offsets), weights
     rows, (columns, inner), modalities = z.shape[0], w0[0].shape, len(w0)
     shape = (rows, columns)
@@ -267,12 +319,10 @@ def hidden(
     v = z.new_empty(shape) if keep_products and w1 else None
     a = z.new_empty(shape) if keep_a else None
     parameters, _ = tiles_for("routed_ffn_hidden", z)
-    tile_mean = tile_squares = mean = rstd = None
+    tile_mean = tile_squares = None
     if normed:
-        tiles = cdiv(columns, parameters.block_columns)
-        tile_mean = z.new_empty((tiles, rows), dtype=torch.float32)
-        mean = z.new_empty((rows, 1), dtype=torch.float32)
-        tile_squares, rstd = torch.empty_like(tile_mean), torch.empty_like(mean)
+        tile_mean = z.new_empty((cdiv(columns, parameters.block_columns), rows), dtype=torch.float32)
+        tile_squares = torch.empty_like(tile_mean)
     arguments = {
         "x": z, "w0": contiguous_for_descriptors(w0), "w1": contiguous_for_descriptors(w1) or None, "u": u, "v": v,
         "a": a, "norm_weight": vectors(weights.norm_weight) if normed else None, "tile_mean": tile_mean,
@@ -282,15 +332,20 @@ def hidden(
         "WIDTH": inner, "MODALITIES": modalities, "ACTIVATION": settings.activation, "PIECES": parameters.pieces,
     }  # fmt: skip
     launch_tiles(routed_ffn_hidden_kernel, "routed_ffn_hidden", rows, columns, modalities, arguments, constants)
-    if normed:
-        merge_statistics(tile_mean, tile_squares, mean, rstd, offsets, settings.eps, columns, parameters.block_columns)
-    return u, v, a, mean, rstd
+    if tile_mean is None or tile_squares is None:
+        return HiddenRows(u, v, a, None, None, None)
+    tile_columns = parameters.block_columns
+    merged = merge_statistics(tile_mean, tile_squares, offsets, settings.eps, columns, tile_columns, z.dtype)
+    return HiddenRows(u, v, a, *merged)
 
 
 def output(
-    a: Tensor, given: RoutedFFNInputs, folded: Tensor | None, mean: Tensor | None, rstd: Tensor | None
+    a: Tensor, given: RoutedFFNInputs, h: HiddenRows, folded: Tensor | None, tile_sums: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Launch ``routed_ffn_output_kernel``: out, and y where it is kept and is not out itself."""
+    """Launch ``routed_ffn_output_kernel``: out, and y where it is kept and is not out itself.
+
+    With ``tile_sums`` the norm is folded, else ``a`` is what it gave.
+    """
     a, residual, w2 = for_descriptors(a), given.residual, given.weights.w2
     offsets, row_index = compact(given.routing.offsets), compact(given.routing.row_index)
     rows, (columns, inner), modalities = a.shape[0], w2[0].shape, len(w2)
@@ -301,14 +356,17 @@ def output(
         residual = unit_columns(residual)
         out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
         place = None if row_index is None else row_places(row_index, offsets, residual.shape[0])
-    c, e = (None, None) if folded is None else folded.unbind()
+    apart, rstd, e, b2 = None, None, None, vectors(given.weights.b2)
+    if tile_sums is not None:
+        apart, rstd, (_, e), b2 = h.apart, h.rstd, folded.unbind(), None
     arguments = {
-        "a": a, "w2": contiguous_for_descriptors(w2), "c": c, "e": e, "mean": mean, "rstd": rstd,
-        "b2": vectors(given.weights.b2) if folded is None else None, "y": y, "out": out, "residual": residual,
-        "gamma": compact(given.gamma), "drop_path": compact(given.drop_path.scale),
+        "a": a, "w2": contiguous_for_descriptors(w2), "apart": apart, "tile_sums": tile_sums, "rstd": rstd, "e": e,
+        "b2": b2, "y": y, "out": out, "residual": residual, "gamma": compact(given.gamma),
+        "drop_path": compact(given.drop_path.scale),
         "sample": compact(given.drop_path.sample), "row_index": row_index, "place": place, "offsets": offsets,
         "rows": rows, "stream_rows": rows if residual is None else residual.shape[0],
-        "width": columns, "hidden": inner, "a_stride": row_stride(a),
+        "width": columns, "hidden": inner, "a_tiles": 0 if apart is None else apart.shape[1],
+        "a_stride": row_stride(a), "apart_stride": 0 if apart is None else apart.stride(0),
         "residual_stride": 0 if residual is None else residual.stride(0),
     }  # fmt: skip
     constants = {"MODALITIES": modalities, "PIECES": tiles_for("routed_ffn_output", a)[0].pieces}
@@ -320,15 +378,21 @@ def routed_ffn_forward(given: RoutedFFNInputs) -> RoutedFFNOutputs:
     """The forward pass by grouped products; u and v also where the norm made them and they are not to be kept."""
     z, weights, routing, settings = given.z, given.weights, given.routing, given.settings
     normed = bool(weights.norm_weight)
-    unfolded = normed and not settings.fold_norm
-    u, v, a, mean, rstd = hidden(
-        z, weights, routing.offsets, settings, normed=normed and not unfolded,
-        keep_products=settings.keep_products or unfolded, keep_a=not unfolded,
+    folds = normed and norm_is_folded(z.dtype)
+    h = hidden(
+        z, weights, routing.offsets, settings, normed=folds,
+        keep_products=settings.keep_products or folds != normed, keep_a=folds == normed,
     )  # fmt: skip
-    if unfolded:
+    a, mean, rstd = h.a, h.mean, h.rstd
+    if folds != normed:
         a, mean, rstd = gated_sub_ln_forward(
-            GatedSubLNInputs(u, v, weights.norm_weight, weights.norm_bias, routing, settings.activation, settings.eps)
+            GatedSubLNInputs(
+                h.u, h.v, weights.norm_weight, weights.norm_bias, routing, settings.activation, settings.eps
+            )
         )
-    folded = fold(weights, routing.offsets, z.shape[0]) if normed else None
-    out, y = output(a, given, None if unfolded else folded, mean, rstd)
-    return RoutedFFNOutputs(out, u, v, y, mean, rstd, folded)
+    folded = tile_sums = None
+    if normed:
+        tile_columns = tiles_for("routed_ffn_hidden", z)[0].block_columns if folds else None
+        folded, tile_sums = fold(weights, routing.offsets, z.shape[0], tile_columns)
+    out, y = output(a, given, h, folded, tile_sums)
+    return RoutedFFNOutputs(out, h.u, h.v, y, mean, rstd, folded)

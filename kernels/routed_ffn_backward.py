@@ -12,8 +12,6 @@ Without Sub-LayerNorm dh = dy W2, and h takes hhat's place. No sum depends on wh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
@@ -22,34 +20,77 @@ from torch import Tensor
 from onepeace_fast.kernels.activation import activation_and_slope
 from onepeace_fast.kernels.grouped_gemm import (
     add_x_w,
-    add_xt_y,
-    bit_mask,
     column_pieces,
     contiguous_for_descriptors,
     for_descriptors,
-    input_gradient,
     launch_tiles,
     matrix,
-    modality_keys,
-    next_modality,
     of_modality,
     row_stride,
-    tile_place,
     tiles_for,
     vectors,
-    weight_gradient,
+    walk_rows,
 )
-from onepeace_fast.kernels.launch import cdiv, compact, launch
-from onepeace_fast.kernels.partial_sums import (
-    BLOCK_COLUMNS,
-    BLOCK_PROGRAMS,
-    column_sums,
-    store_of_modality,
-    with_unused,
-)
+from onepeace_fast.kernels.grouped_gradients import NormedLayer, WeightGradient
+from onepeace_fast.kernels.grouped_gradients import gradients as all_gradients
+from onepeace_fast.kernels.launch import cdiv, compact
 from onepeace_fast.kernels.routed_ffn import hidden
+from onepeace_fast.kernels.routed_ffn_norm_gradient import any_given, sum_norm_tiles
 from onepeace_fast.kernels.routed_ffn_scale_gradient import scaled_gradient
 from onepeace_fast.structures import FeedForwardWeights, Needs, RoutedFFNGradients, RoutedFFNSaved
+
+
+@triton.jit
+def _tensors(given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    dy, w2, width, hidden, dy_stride = given[0]
+    return (
+        modality,
+        stop,
+        matrix(dy, stop, width, dy_stride, BLOCK_ROWS, BLOCK_INNER),
+        matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS),
+    )
+
+
+@triton.jit
+def _tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    _dy, _w2, width, hidden, _dy_stride = given[0]
+    u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight = given[1]
+    modality, stop, dy_rows, weight = tensors
+    ACTIVATION: tl.constexpr = given[2]
+    PIECES: tl.constexpr = given[3]
+    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    total = add_x_w(total, dy_rows, weight, row, column, width, BLOCK_INNER)
+    tile_rows = row + tl.arange(0, BLOCK_ROWS)
+    live = tile_rows < stop
+    if mean is not None:
+        mu = tl.load(mean + tile_rows, mask=live, other=0)[:, None]
+        r = tl.load(rstd + tile_rows, mask=live, other=0)[:, None]
+        g_mean = tl.load(m1 + tile_rows, mask=live, other=0)[:, None]
+        g_hhat_mean = tl.load(m2 + tile_rows, mask=live, other=0)[:, None]
+    pieces = column_pieces(total, PIECES)
+    for piece in tl.static_range(PIECES):
+        dh = pieces[piece]
+        at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
+        mask = live[:, None] & (at < hidden)[None, :]
+        cell = tile_rows.to(tl.int64)[:, None] * hidden + at[None, :]
+        h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0), ACTIVATION)
+        activated = h
+        if v is not None:
+            value = tl.load(v + cell, mask=mask, other=0).to(tl.float32)
+            h = h * value
+            slope = slope * value
+        if mean is not None:
+            h = (h - mu) * r
+            scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
+            dh = (dh * scale.to(tl.float32)[None, :] - g_mean - h * g_hhat_mean) * r
+        if hhat is not None:
+            tl.store(hhat + cell, h.to(hhat.dtype.element_ty), mask=mask)
+        tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
+        if dv is not None:
+            tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -71,130 +112,11 @@ def routed_ffn_hidden_gradient_kernel(
     MODALITIES: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
     BLOCK_INNER: tl.constexpr, ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            dy_rows = matrix(dy, stop, width, dy_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(of_modality(w2, modality), width, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                first, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_w(total, dy_rows, weight, first, column, width, BLOCK_INNER)
-                row = first + tl.arange(0, BLOCK_ROWS)
-                live = row < stop
-                if mean is not None:
-                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
-                    r = tl.load(rstd + row, mask=live, other=0)[:, None]
-                    g_mean = tl.load(m1 + row, mask=live, other=0)[:, None]
-                    g_hhat_mean = tl.load(m2 + row, mask=live, other=0)[:, None]
-                pieces = column_pieces(total, PIECES)
-                for piece in tl.static_range(PIECES):
-                    dh = pieces[piece]
-                    at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
-                    mask = live[:, None] & (at < hidden)[None, :]
-                    cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
-                    h, slope = activation_and_slope(tl.load(u + cell, mask=mask, other=0).to(tl.float32), ACTIVATION)
-                    activated = h
-                    if v is not None:
-                        value = tl.load(v + cell, mask=mask, other=0).to(tl.float32)
-                        h = h * value
-                        slope = slope * value
-                    if mean is not None:
-                        h = (h - mu) * r
-                        scale = tl.load(of_modality(norm_weight, modality) + at, mask=at < hidden, other=0)
-                        dh = (dh * scale.to(tl.float32)[None, :] - g_mean - h * g_hhat_mean) * r
-                    if hhat is not None:
-                        tl.store(hhat + cell, h.to(hhat.dtype.element_ty), mask=mask)
-                    tl.store(du + cell, (dh * slope).to(du.dtype.element_ty), mask=mask)
-                    if dv is not None:
-                        tl.store(dv + cell, (dh * activated).to(dv.dtype.element_ty), mask=mask)
-                tile += tl.num_programs(0)
-        before = end
-
-
-@triton.jit(do_not_specialize=["rows", "needed"], do_not_specialize_on_alignment=["offsets"])
-def routed_ffn_output_weight_gradient_kernel(
-    dy,  # [rows, width]
-    hhat,  # [rows, hidden]
-    outs,  # of each modality [width, hidden]
-    w2,  # of each modality [width, hidden]
-    norm_weight,  # of each modality [hidden]
-    norm_bias,  # of each modality [hidden]
-    db2,  # [MODALITIES, width]
-    dweight,  # [MODALITIES * row tiles, hidden]
-    dbias,  # [MODALITIES * row tiles, hidden]
-    offsets,  # [MODALITIES + 1]
-    rows, needed, width, hidden, dy_stride,
-    MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
-    ROW_TILES_AT_ONCE: tl.constexpr, PIECES: tl.constexpr,
-):  # fmt: skip
-    PIECE_COLUMNS: tl.constexpr = BLOCK_COLUMNS // PIECES
-    row_tiles = tl.cdiv(width, BLOCK_ROWS)
-    column_tiles = tl.cdiv(hidden, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, needed, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        end = before + tl.where(previous >= 0, row_tiles * column_tiles, 0)
-        if tile < end:
-            dy_rows = matrix(dy, stop, width, dy_stride, BLOCK_INNER, BLOCK_ROWS)
-            hhat_rows = matrix(hhat, stop, hidden, hidden, BLOCK_INNER, BLOCK_COLUMNS)
-            out = of_modality(outs, modality)
-            weight = of_modality(w2, modality)
-            gain, offset = of_modality(norm_weight, modality), of_modality(norm_bias, modality)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                first, column = row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_xt_y(total, dy_rows, hhat_rows, first, column, start, stop, BLOCK_INNER)
-                row = first + tl.arange(0, BLOCK_ROWS)
-                row_sum = tl.load(db2 + modality * width + row, mask=row < width, other=0)[:, None]
-                pieces = column_pieces(total, PIECES)
-                for piece in tl.static_range(PIECES):
-                    at = column + piece * PIECE_COLUMNS + tl.arange(0, PIECE_COLUMNS)
-                    inside = at < hidden
-                    mask = (row < width)[:, None] & inside[None, :]
-                    cell = row.to(tl.int64)[:, None] * hidden + at[None, :]
-                    scale = tl.load(gain + at, mask=inside, other=0).to(tl.float32)[None, :]
-                    shift = tl.load(offset + at, mask=inside, other=0).to(tl.float32)[None, :]
-                    gradient = pieces[piece] * scale + row_sum * shift
-                    tl.store(out + cell, gradient.to(outs[0].dtype.element_ty), mask=mask)
-                    w = tl.load(weight + cell, mask=mask, other=0).to(tl.float32)
-                    partial = (modality * row_tiles + row_tile) * hidden + at
-                    tl.store(dweight + partial, tl.sum(w * pieces[piece], 0), mask=inside)
-                    tl.store(dbias + partial, tl.sum(w * row_sum, 0), mask=inside)
-                tile += tl.num_programs(0)
-        before = end
-
-
-@triton.jit
-def routed_ffn_sum_norm_tiles_kernel(
-    dweight,  # [modalities * row_tiles, width]
-    dbias,  # [modalities * row_tiles, width]
-    weight_gradients,  # of each modality [width]
-    bias_gradients,  # of each modality [width]
-    row_tiles, width,
-    BLOCK_TILES: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
-    modality = tl.program_id(1)
-    first = modality * row_tiles
-    last = first + row_tiles
-    if tl.program_id(2) == 0:
-        total = column_sums(dweight, first, last, width, column, BLOCK_TILES, BLOCK_COLUMNS)
-        store_of_modality(weight_gradients, modality, column, total, column < width)
-    else:
-        total = column_sums(dbias, first, last, width, column, BLOCK_TILES, BLOCK_COLUMNS)
-        store_of_modality(bias_gradients, modality, column, total, column < width)
+    walk_rows(
+        offsets, rows, hidden,
+        ((dy, w2, width, hidden, dy_stride), (u, v, du, dv, hhat, mean, rstd, m1, m2, norm_weight), ACTIVATION, PIECES),
+        _tensors, _tile, MODALITIES, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
 
 
 def hidden_gradient(
@@ -220,47 +142,24 @@ def hidden_gradient(
     return du, dv, hhat
 
 
-def output_weight_gradient(
-    dy: Tensor, hhat: Tensor, db2: Tensor, saved: RoutedFFNSaved, gradients: FeedForwardWeights
-) -> None:
-    """Store dW2, dgl and dbl of every modality that needs one of them."""
-    outs, weight_gradients, bias_gradients = gradients.w2, gradients.norm_weight, gradients.norm_bias
-    of_modalities = enumerate(zip(outs, weight_gradients, bias_gradients, strict=True))
-    needed = [modality for modality, mine in of_modalities if any_given(mine)]
-    if not needed:
-        return
-    weights = saved.weights
-    dy, w2 = for_descriptors(dy), contiguous_for_descriptors(weights.w2)
-    (width, hidden), modalities = w2[0].shape, len(w2)
-    entry = "routed_ffn_output_gradient"
-    tiles, _ = tiles_for(entry, dy)
-    row_tiles = cdiv(width, tiles.block_rows)
-    dweight, dbias = (dy.new_empty((modalities * row_tiles, hidden), dtype=torch.float32) for _rank in range(2))
-    unused = None if all([out is not None for out in outs]) else torch.empty_like(w2[0])
-    arguments = {
-        "dy": dy, "hhat": hhat, "outs": tuple([unused if out is None else out for out in outs]), "w2": w2,
-        "norm_weight": vectors(weights.norm_weight), "norm_bias": vectors(weights.norm_bias), "db2": db2,
-        "dweight": dweight, "dbias": dbias, "offsets": compact(saved.routing.offsets), "rows": dy.shape[0],
-        "needed": bit_mask(needed), "width": width, "hidden": hidden, "dy_stride": row_stride(dy),
-    }  # fmt: skip
-    constants = {"MODALITIES": modalities, "PIECES": tiles.pieces}
-    launch_tiles(
-        routed_ffn_output_weight_gradient_kernel, entry, len(needed) * width, hidden, len(needed), arguments, constants
+def output_layer(
+    dy: Tensor, hhat: Tensor | None, db2: Tensor, saved: RoutedFFNSaved, gradients: FeedForwardWeights
+) -> WeightGradient | None:
+    """What ``all_gradients`` is given of W2; where it needs none itself but its norm does, something to store into."""
+    if hhat is None:
+        return None
+    weights, modalities = saved.weights, len(saved.weights.w2)
+    if not weights.norm_weight:
+        return WeightGradient(dy, hhat, gradients.w2)
+    width, hidden = weights.w2[0].shape
+    of_norm = zip(gradients.w2, gradients.norm_weight, gradients.norm_bias, strict=True)
+    unused = None if all([out is not None for out in gradients.w2]) else torch.empty_like(weights.w2[0])
+    outs = [(unused if mine[0] is None else mine[0]) if any_given(mine) else None for mine in of_norm]
+    row_tiles = cdiv(width, tiles_for("gradients", dy)[0].block_rows)
+    sums = dy.new_empty((2, modalities * row_tiles, hidden), dtype=torch.float32)
+    return WeightGradient(
+        dy, hhat, outs, NormedLayer(weights.w2, weights.norm_weight, weights.norm_bias, db2, *sums.unbind())
     )
-    if any_given(weight_gradients) or any_given(bias_gradients):
-        arguments = {
-            "dweight": dweight, "dbias": dbias, "row_tiles": row_tiles, "width": hidden,
-            "weight_gradients": with_unused(weight_gradients, hidden, weights.norm_weight[0]),
-            "bias_gradients": with_unused(bias_gradients, hidden, weights.norm_bias[0]),
-        }  # fmt: skip
-        constants = {"BLOCK_TILES": BLOCK_PROGRAMS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
-        grid = (cdiv(hidden, BLOCK_COLUMNS), modalities, 2)
-        launch(routed_ffn_sum_norm_tiles_kernel, grid, arguments, constants, num_warps=4)
-
-
-def any_given(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether one of them is not None."""
-    return any([tensor is not None for tensor in tensors])
 
 
 def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradients:
@@ -280,12 +179,10 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     sums_needed = any_given(gradients.b2) or (normed and hhat_needed)
     dy, m1, m2, row_sums = scaled_gradient(saved, sums_needed, gradients.b2, dgamma)
     du, dv, hhat = hidden_gradient(dy, saved, m1, m2, hhat_needed)
-    if normed:
-        output_weight_gradient(dy, hhat, row_sums, saved, gradients)
-    elif hhat_needed:
-        weight_gradient([dy], hhat, offsets, [gradients.w2])
-    both = [(du, weights.w0, gradients.w0)]
-    both += [] if dv is None else [(dv, weights.w1, gradients.w1)]
-    weight_gradient([x for x, _, _ in both], z, offsets, [out for _, _, out in both])
-    dz = input_gradient([(x, w) for x, w, _ in both], offsets)
+    layers = [WeightGradient(du, z, gradients.w0)]
+    layers += [] if dv is None else [WeightGradient(dv, z, gradients.w1)]
+    output = output_layer(dy, hhat, row_sums, saved, gradients)
+    dz = all_gradients(layers, [weights.w0, weights.w1][: len(layers)], output, offsets)
+    if output is not None and output.norm is not None:
+        sum_norm_tiles(output.norm.norm_weight_sums, output.norm.norm_bias_sums, gradients, weights)
     return RoutedFFNGradients(dz, gradients, None, dgamma)

@@ -14,17 +14,14 @@ from onepeace_fast.kernels.grouped_gemm import (
     add_x_wt,
     contiguous_for_descriptors,
     for_descriptors,
-    input_gradient,
     launch_tiles,
     matrix,
-    modality_keys,
-    next_modality,
     of_modality,
     row_stride,
-    tile_place,
     vectors,
-    weight_gradient,
+    walk_rows,
 )
+from onepeace_fast.kernels.grouped_gradients import WeightGradient, gradients
 from onepeace_fast.kernels.launch import compact
 from onepeace_fast.kernels.routed_ffn_scale_gradient import modality_sums
 from onepeace_fast.kernels.rows import row_extent, store_zeros
@@ -35,6 +32,34 @@ from onepeace_fast.structures import (
     RoutedLinearOutputs,
     RoutedLinearSaved,
 )
+
+
+@triton.jit
+def _tensors(given, modality, stop, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr):
+    x, weights, bias, out, inner, columns, x_stride = given
+    shift = out
+    if bias is not None:
+        shift = of_modality(bias, modality)
+    return (
+        matrix(x, stop, inner, x_stride, BLOCK_ROWS, BLOCK_INNER),
+        matrix(of_modality(weights, modality), columns, inner, inner, BLOCK_COLUMNS, BLOCK_INNER),
+        matrix(out, stop, columns, columns, BLOCK_ROWS, BLOCK_COLUMNS),
+        shift,
+    )
+
+
+@triton.jit
+def _tile(
+    given, tensors, row, column, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr
+):
+    _x, _weights, bias, out, inner, columns, _stride = given
+    x_rows, weight, out_rows, shift = tensors
+    total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
+    total = add_x_wt(total, x_rows, weight, row, column, inner, BLOCK_INNER)
+    if bias is not None:
+        at = column + tl.arange(0, BLOCK_COLUMNS)
+        total += tl.load(shift + at, mask=at < columns, other=0).to(tl.float32)[None, :]
+    out_rows.store([row, column], total.to(out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["offsets"])
@@ -48,30 +73,10 @@ def routed_linear_kernel(
     MODALITIES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     ROW_TILES_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    column_tiles = tl.cdiv(columns, BLOCK_COLUMNS)
-    keys, previous = modality_keys(offsets, rows, None, MODALITIES)
-    tile = tl.program_id(0)
-    before = 0
-    for _rank in range(MODALITIES):
-        previous, modality, start, stop = next_modality(keys, previous, offsets, MODALITIES)
-        row_tiles = tl.cdiv(stop - start, BLOCK_ROWS)
-        end = before + row_tiles * column_tiles
-        if tile < end:
-            x_rows = matrix(x, stop, inner, x_stride, BLOCK_ROWS, BLOCK_INNER)
-            weight = matrix(of_modality(weights, modality), columns, inner, inner, BLOCK_COLUMNS, BLOCK_INNER)
-            out_rows = matrix(out, stop, columns, columns, BLOCK_ROWS, BLOCK_COLUMNS)
-            while tile < end:
-                row_tile, column_tile = tile_place(tile - before, row_tiles, column_tiles, ROW_TILES_AT_ONCE)
-                row, column = start + row_tile * BLOCK_ROWS, column_tile * BLOCK_COLUMNS
-                total = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), dtype=tl.float32)
-                total = add_x_wt(total, x_rows, weight, row, column, inner, BLOCK_INNER)
-                if bias is not None:
-                    at = column + tl.arange(0, BLOCK_COLUMNS)
-                    shift = tl.load(of_modality(bias, modality) + at, mask=at < columns, other=0)
-                    total += shift.to(tl.float32)[None, :]
-                out_rows.store([row, column], total.to(out.dtype.element_ty))
-                tile += tl.num_programs(0)
-        before = end
+    walk_rows(
+        offsets, rows, columns, (x, weights, bias, out, inner, columns, x_stride), _tensors, _tile, MODALITIES,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_INNER, ROW_TILES_AT_ONCE,
+    )  # fmt: skip
     store_zeros(out, None, row_extent(offsets, MODALITIES, rows), rows, columns, 32, BLOCK_COLUMNS)
 
 
@@ -98,7 +103,7 @@ def routed_linear_backward(saved: RoutedLinearSaved, needs: Needs) -> RoutedLine
         for w, need in zip(weight, needs.weight, strict=True)
     ]
     dbias = [dy.new_empty(dy.shape[1]) if need else None for need in needs.bias]
-    weight_gradient([dy], x, offsets, [dweight])
+    dx = gradients([WeightGradient(dy, x, dweight)], [weight] if needs.x else None, None, offsets)
     if any(needs.bias):
         modality_sums(dy, offsets, dbias)
-    return RoutedLinearGradients(input_gradient([(dy, weight)], offsets) if needs.x else None, dweight, dbias)
+    return RoutedLinearGradients(dx, dweight, dbias)

@@ -99,10 +99,12 @@ def store_zeros(
     out,  # [rows, width]
     place,  # [rows] or None
     first, last, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
+    instead=None,  # [rows, width] or None
+    instead_stride=0,
 ):  # fmt: skip
     """Zeros into this program's share of the rows from ``first`` to ``last`` of a contiguous matrix.
 
-    With places only into rows that have none.
+    With places only into rows that have none. Instead of zeros there may be the rows of another matrix.
     """
     zeros = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=out.dtype.element_ty)
     tile = first + tl.program_id(0) * BLOCK_ROWS
@@ -113,7 +115,10 @@ def store_zeros(
             idle = tl.load(place + row, mask=idle, other=0) < 0
         part = 0
         while part * BLOCK_WIDTH < width:
-            store_rows(out, row, idle, width, zeros, part, BLOCK_WIDTH)
+            value = zeros
+            if instead is not None:
+                value = load_rows(instead, instead_stride, row, idle, width, part, BLOCK_WIDTH)
+            store_rows(out, row, idle, width, value, part, BLOCK_WIDTH)
             part += 1
         tile += tl.num_programs(0) * BLOCK_ROWS
 

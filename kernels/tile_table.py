@@ -11,6 +11,8 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
+import torch
+
 MAX_MODALITIES = 64  # of a launch of products
 OLDEST = 80  # the first architecture with bfloat16 in its tensor cores and copies that do not pass through registers
 
@@ -50,9 +52,7 @@ _MMA = {
     "routed_ffn_hidden": _SQUARE._replace(block_columns=64, pieces=4),
     "routed_ffn_output": _SQUARE._replace(pieces=4),
     "routed_ffn_hidden_gradient": _SQUARE._replace(pieces=8),
-    "routed_ffn_output_gradient": _SQUARE._replace(pieces=4),
-    "weight_gradient": _SQUARE,
-    "input_gradient": _SQUARE,
+    "gradients": _SQUARE._replace(pieces=4),
     "routed_linear": _SQUARE,
 }
 # From sm_120 on descriptors copy, but mma.sync still multiplies, from 99 KiB. The product with two accumulators copies
@@ -64,7 +64,10 @@ _MMA_DESCRIPTORS = _MMA | {
 }
 # wgmma reads both operands from shared memory: a tile of 128 x 256 reads less for each product than a square one, and
 # three stages of 64 fill 144 of 227 KiB. Where an epilogue holds more a tile is smaller; that of h's gradient waits for
-# memory longest, so that two programs take turns at it.
+# memory longest, so that two programs take turns at it; by eighths it spills in float16 with silu, and where it sums
+# for the norm too. All products of the gradients are one launch with one last wave: in three, the tiles of dW2, of dW0
+# and dW1, and of dz filled 76, 89 and 84% of the waves of 132 multiprocessors, at the rows of tools/products.py; in one
+# they fill 96%. Squares would fill 97% for dz, but by the model take longer.
 _WIDE = TileParameters(128, 256, 64, row_tiles_at_once=8, num_warps=8, num_stages=3, programs_per_multiprocessor=1)
 _WGMMA = {
     "routed_ffn_hidden": _WIDE._replace(block_columns=128, pieces=4),
@@ -72,14 +75,12 @@ _WGMMA = {
     "routed_ffn_hidden_gradient": _WIDE._replace(
         block_columns=128, num_warps=4, programs_per_multiprocessor=2, pieces=16
     ),
-    "routed_ffn_output_gradient": _WIDE._replace(pieces=8),
-    "weight_gradient": _WIDE,
-    "input_gradient": _WIDE,
+    "gradients": _WIDE._replace(pieces=8),
     "routed_linear": _WIDE,
 }
-# tcgen05 keeps the accumulators in a memory of its own and has as much shared memory, but an epilogue that reads two of
-# 128 columns from there spills: half of them.
-_TCGEN05 = _WGMMA | {"routed_ffn_hidden": _WGMMA["routed_ffn_hidden"]._replace(block_columns=64)}
+# tcgen05 keeps the accumulators in a memory of its own and has as much shared memory. Sums over the rows of pieces that
+# come from there do not compile with Triton 3.9; a whole tile does, without a spill.
+_TCGEN05 = _WGMMA | {"routed_ffn_hidden": _WGMMA["routed_ffn_hidden"]._replace(pieces=1)}
 KERNELS = tuple(_MMA)
 _used_instead: Mapping[str, TileParameters] | None = None
 
@@ -89,6 +90,11 @@ def refusal(architecture: str) -> str | None:
     if _number(architecture) >= OLDEST:
         return None
     return f"expected a GPU of compute capability {OLDEST / 10} or later, got {_number(architecture) / 10}"
+
+
+def norm_is_folded(dtype: torch.dtype) -> bool:
+    """Whether a norm goes into the products: in float16 what they store before it may pass the largest number."""
+    return dtype != torch.float16
 
 
 def tiles_of(kernel: str, architecture: str) -> TileParameters:

@@ -155,8 +155,8 @@ def _implementation(operation: str) -> str:
         )
     if operation == "routed_ffn":
         return (
-            "the vendor's products with Triton kernels between them, or by strategy='grouped' Triton kernels alone, on "
-            f"CUDA tensors; {reference} on a CPU and for float64"
+            "the vendor's products with Triton kernels between them and one in place of a product, or by "
+            f"strategy='grouped' Triton kernels alone, on CUDA tensors; {reference} on a CPU and for float64"
         )
     if operation == "routed_linear":
         return (

@@ -50,6 +50,7 @@ class LayerNormInputs(NamedTuple):
     head_scale: Tensor | None  # [heads]
     routing: Routing
     eps: float
+    y_dtype: torch.dtype | None = None  # None: that of x
 
 
 class LayerNormOutputs(NamedTuple):
@@ -71,6 +72,7 @@ class LayerNormSaved(NamedTuple):
     bias: list[Tensor]
     head_scale: Tensor | None
     routing: Routing
+    passed: Tensor | None = None  # [rows, width], a gradient of x from elsewhere, which that of the norm is added to
 
 
 class LayerNormGradients(NamedTuple):
@@ -227,7 +229,6 @@ class FeedForwardSettings(NamedTuple):
     activation: str
     eps: float
     strategy: str
-    fold_norm: bool
     keep_products: bool
     keep_y: bool
 
@@ -312,4 +313,36 @@ class RoutedLinearGradients(NamedTuple):
 
     x: Tensor | None
     weight: list[Tensor | None]
+    bias: list[Tensor | None]
+
+
+class ProjectionsInputs(NamedTuple):
+    """``projections``."""
+
+    x: Tensor  # [rows, width]
+    weight: list[Tensor]  # [columns, width], one per layer
+    bias: list[Tensor]  # [columns], of the layers that have one
+    biased: tuple[int, ...]  # which these are
+
+
+class ProjectionsOutputs(NamedTuple):
+    """The results one after another."""
+
+    y: Tensor  # [layers, rows, columns]
+
+
+class ProjectionsSaved(NamedTuple):
+    """What the backward pass of ``projections`` is given."""
+
+    grad_y: Tensor
+    x: Tensor
+    weight: list[Tensor]
+    biased: tuple[int, ...]
+
+
+class ProjectionsGradients(NamedTuple):
+    """Gradients of ``projections``; that of the weights is one tensor, [layers * columns, width]."""
+
+    x: Tensor | None
+    weight: Tensor | None
     bias: list[Tensor | None]

@@ -92,7 +92,7 @@ def test_the_most_telling_comes_first_and_compiled_peers_come_after_all_of_the_h
 def test_what_compiles_long_can_be_compiled_beforehand():
     cuda = torch.device("cuda")
     warmed = {section.name: section.warmed for section in sections.headline(False, cuda) if section.warmed}
-    own = ("fused", "strategy_grouped", "strategy_per_modality")
+    own = ("fused", "strategy_grouped", "strategy_hybrid", "strategy_per_modality")
     assert warmed["layer, vision-language 32"] == (*own, "fused_drop_path_0.4")
     assert warmed["routed FFN, vision-language 32"] == own
     assert [name for name, variants in warmed.items() if variants == ("fused",)] == [

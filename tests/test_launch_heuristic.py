@@ -1,7 +1,9 @@
 """The rule for launch parameters: what holds of every launch, and what it leaves a thread."""
 
 import pytest
+import torch
 
+from onepeace_fast.kernels.launch import stages
 from onepeace_fast.kernels.launch_heuristic import KERNELS, WIDEST, WIDTHS, heuristic, widest, width_class
 from onepeace_fast.kernels.launch_parameters import launch_parameters, use_launch_parameters
 
@@ -42,6 +44,23 @@ def test_backward_kernels_are_few_programs_since_each_leaves_sums_to_add_up():
         if "backward" in kernel:
             assert heuristic(kernel, width).programs_per_multiprocessor <= 2
             assert heuristic(kernel, width).num_warps >= 8
+
+
+def test_rows_are_copied_ahead_where_two_of_each_tensor_fit_into_every_multiprocessor():
+    def of(kernel, width, *dtypes):
+        return stages(heuristic(kernel, width), *[torch.empty(0, dtype=dtype) for dtype in dtypes])
+
+    half, single = torch.bfloat16, torch.float32
+    one_row = [width for width in WIDTHS if heuristic("layer_norm_backward", width).block_rows == 1]
+    for width in WIDTHS:
+        assert of("layer_norm_backward", width, half, half) == (3 if width in one_row else 1)
+        assert of("gated_sub_ln_backward", width, half, half, half) == (3 if width in one_row else 1)
+    assert one_row == [2048, 4096, 6144]
+    assert of("gated_sub_ln_backward", 2048, single, single, single) == 3
+    assert of("gated_sub_ln_backward", 6144, single, single, single) == 1
+    assert of("layer_norm", 2048, half) == 3 and of("layer_norm", 2048, single) == 1
+    assert stages(heuristic("gated_sub_ln_backward", 6144), torch.empty(0), torch.empty(0), None) == 3
+    assert stages(heuristic("layer_norm", 2048)._replace(programs_per_multiprocessor=None), torch.empty(0)) == 1
 
 
 def test_other_parameters_hold_inside_a_block_for_that_kernel_alone():

@@ -19,7 +19,7 @@ def tiles():
 def test_rows_and_columns_fill_whole_tiles():
     from tools.products import Product, figures
 
-    found = figures(Product("y", "any", [1, 129, 0], 300, [64, 64, 64], weights=2, beside=3), "sm_90")
+    found = figures(Product("y", "any", [1, 129, 0], [300] * 3, [64] * 3, [3] * 3, weights=2), "sm_90")
     assert found.tiles == 3 * 2 and found.waves == pytest.approx(6 / 132)
     assert found.operations == 6 * 2 * 2 * 128 * 256 * 64
     assert found.least_operations == 2 * 2 * 130 * 300 * 64
@@ -32,7 +32,17 @@ def test_the_last_program_to_finish_decides_the_efficiency():
     from tools.products import Product, figures
 
     rows = [128 * 66, 128 * 66]
-    alike = figures(Product("one wave", "any", rows, 256, [640, 640]), "sm_90")
+    alike = figures(Product("one wave", "any", rows, [256, 256], [640, 640], [2, 2]), "sm_90")
     assert alike.efficiency == 1
-    ragged = figures(Product("half of it short", "any", rows, 256, [640, 64]), "sm_90")
+    ragged = figures(Product("half of it short", "any", rows, [256, 256], [640, 64], [2, 2]), "sm_90")
     assert ragged.efficiency == pytest.approx((640 + 64) / (2 * 640))
+
+
+def test_results_of_several_shapes_fill_one_wave():
+    from tools.products import Product, figures
+
+    found = figures(Product("both", "any", [128 * 100, 256], [256, 256 * 16], [64, 128], [2, 4]), "sm_90")
+    assert found.tiles == 132 and found.operations == found.least_operations == 2 * 128 * 256 * (100 * 64 + 32 * 128)
+    assert found.efficiency == pytest.approx((100 * 64 + 32 * 128) / (132 * 128))
+    assert found.least_read == 2 * (64 * (12800 + 256) + 128 * (256 + 4096))
+    assert found.beside == 2 * 12800 * 256 + 4 * 256 * 4096

@@ -6,9 +6,9 @@ Each launch of the heuristic and each tile is compiled in each form of ``onepeac
 operations themselves; nothing is launched. Left to itself it compiles the kernels over rows for sm_80 and sm_90, since
 their launches are the same everywhere, and the matrix products for every GPU that tiles are chosen for. A fault is a
 spill, more registers or shared memory than a program may have, an access to a row tensor of a width that is divisible
-by 16 which is not 16 bytes wide, or a matrix product without the chip's own instructions for it (from sm_90 on, loads
-by descriptors too). What the tiles of the matrix products come to at one batch is printed as well. This needs a process
-of its own: Triton's interpreter compiles nothing.
+by 16 which is not 16 bytes wide, a loop over rows that should copy rows ahead and does not, or a matrix product without
+the chip's own instructions for it (from sm_90 on, loads by descriptors too). What the tiles of the matrix products come
+to at one batch is printed as well. This needs a process of its own: Triton's interpreter compiles nothing.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import argparse
 import contextlib
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest import mock
 
 WIDTHS = (256, 384, 768, 1536, 3072, 6144)  # one in each width class
 ROW_GPUS = ("sm_80", "sm_90")
@@ -88,9 +90,19 @@ def inspect(configuration: Any, architecture: str, width: int, rows: int = ROWS)
         chip.programs_at_once(used.registers, used.shared, warps), bytes_per_element(found, sizes),
         (
             *_faults(chip, used, warps, found, sizes),
+            *_waits(configuration, compiled.asm["ptx"], found, sizes),
             *(f"no {name} in a matrix product" for name in missing_instructions(compiled, architecture)),
         ),
     )  # fmt: skip
+
+
+def _waits(configuration: Any, ptx: str, found: Sequence[Any], sizes: dict[str, int]) -> Iterator[str]:
+    """Where a loop of several stages waits for the row that it has just asked for."""
+    if configuration.constants.get("STAGES", 1) > 1:
+        for tensor in sorted({tensor for kind, tensor, _ in found if kind == "load" and tensor in sizes}):
+            yield f"load of {tensor}: not copied ahead"
+        if not re.search(r"cp\.async\.wait_group\s+[1-9]", ptx):
+            yield "no copy is under way while a row is computed"
 
 
 def _is_row_tensor(tensor: Any, rows: int, width: int) -> bool:
@@ -129,7 +141,7 @@ def configurations(architecture: str, width: int, dtype: Any, parts: Sequence[st
 
     cpu = torch.device("cpu")
     chip = recording(architecture, CHIPS[architecture].multiprocessors)
-    with force_kernels(True), chip as found:
+    with force_kernels(True), _no_vendor_products(), chip as found:
         cases = [*kernel_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)] if "rows" in parts else []
         if "products" in parts:
             cases += product_cases(ROWS, width, dtype, empty_tensors(cpu), cpu)
@@ -137,6 +149,21 @@ def configurations(architecture: str, width: int, dtype: Any, parts: Sequence[st
             outputs = case.outputs()
             case.gradients(outputs, [torch.empty_like(output) for output in outputs])
     return found
+
+
+@contextlib.contextmanager
+def _no_vendor_products() -> Iterator[None]:
+    """Leave the vendor's products out, which take a CPU minutes: nobody looks at what they give."""
+    import torch
+
+    def mm(left: Any, right: Any, out: Any = None) -> Any:
+        return left.new_empty(left.shape[0], right.shape[1]) if out is None else out
+
+    def addmm(added: Any, left: Any, right: Any, out: Any = None) -> Any:
+        return mm(left, right, out)
+
+    with mock.patch.multiple(torch, mm=mm, addmm=addmm):
+        yield
 
 
 class Job(NamedTuple):

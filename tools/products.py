@@ -21,19 +21,27 @@ HEADINGS = ("product", "GPU", "tile", "tiles", "waves", "efficiency", "GFLOP", "
 
 
 class Product(NamedTuple):
-    """One launch: for each modality a result of some rows by ``columns``, summed over an inner dimension.
+    """One launch: results of some rows by some columns, each summed over an inner dimension, in their tiles' order.
 
-    ``weights`` are how many right operands a left one is multiplied by in one pass; ``beside`` are the matrices of the
-    result's shape that the epilogue reads and writes, in bytes of an element each.
+    ``weights`` are how many right operands a left one is multiplied by in one pass; ``beside`` are the matrices of a
+    result's shape that the epilogue reads and writes, in bytes of an element each; ``loops`` say which of the kernel's
+    loops over tiles a result is of, where it has several.
     """
 
     name: str
     entry: str
     rows: Sequence[int]
-    columns: int
+    columns: Sequence[int]
     inner: Sequence[int]
+    beside: Sequence[int]
     weights: int = 1
-    beside: int = 0
+    loops: Sequence[int] = ()
+
+    @property
+    def flop(self) -> int:
+        """That its results need."""
+        shapes = zip(self.rows, self.columns, self.inner, strict=True)
+        return sum(2 * rows * columns * inner * self.weights for rows, columns, inner in shapes)
 
 
 class Figures(NamedTuple):
@@ -51,14 +59,20 @@ class Figures(NamedTuple):
 
 def products(counts: Sequence[int] = COUNTS, width: int = WIDTH, hidden: int = HIDDEN) -> list[Product]:
     """Those of a forward and a backward pass, with gate, Sub-LayerNorm, LayerScale and a float32 residual."""
-    every = len(counts)
+    counts, every = sorted(counts, reverse=True), len(counts)
+    # Of each modality dW0, dW1 and dW2: in one launch with dz they have one wave that is not full, and not three.
+    gradients = {
+        "rows": [*counts, *[hidden, hidden, width] * every],
+        "columns": [width] * every + [width, width, hidden] * every,
+        "inner": [2 * hidden] * every + [rows for rows in counts for _weight in range(3)],
+        "beside": [ELEMENT] * every + [ELEMENT, ELEMENT, 2 * ELEMENT] * every,
+        "loops": [0] * every + [1, 1, 2] * every,
+    }  # fmt: skip
     return [
-        Product("u, v", "routed_ffn_hidden", counts, hidden, [width] * every, 2, 3 * ELEMENT),
-        Product("y", "routed_ffn_output", counts, width, [hidden] * every, beside=ELEMENT + 4 + 4),
-        Product("dh", "routed_ffn_hidden_gradient", counts, hidden, [width] * every, beside=5 * ELEMENT),
-        Product("dW2", "routed_ffn_output_gradient", [width] * every, hidden, counts, beside=2 * ELEMENT),
-        Product("dW0, dW1", "weight_gradient", [hidden] * 2 * every, width, [*counts] * 2, beside=ELEMENT),
-        Product("dz", "input_gradient", counts, width, [2 * hidden] * every, beside=ELEMENT),
+        Product("u, v", "routed_ffn_hidden", counts, [hidden] * every, [width] * every, [3 * ELEMENT] * every, 2),
+        Product("y", "routed_ffn_output", counts, [width] * every, [hidden] * every, [ELEMENT + 4 + 4] * every),
+        Product("dh", "routed_ffn_hidden_gradient", counts, [hidden] * every, [width] * every, [5 * ELEMENT] * every),
+        Product("dz, dW", "gradients", **gradients),
     ]
 
 
@@ -68,26 +82,28 @@ def figures(product: Product, architecture: str) -> Figures:
 
     tile = tiles_of(product.entry, architecture)
     programs = CHIPS[architecture].multiprocessors * tile.programs_per_multiprocessor
-    column_tiles = ceil(product.columns / tile.block_columns)
-    counts = [ceil(rows / tile.block_rows) * column_tiles for rows in product.rows]
+    counts = [
+        ceil(rows / tile.block_rows) * ceil(columns / tile.block_columns)
+        for rows, columns in zip(product.rows, product.columns, strict=True)
+    ]
     steps = [ceil(inner / tile.block_inner) * tile.block_inner for inner in product.inner]
-    # A program takes every ``programs``-th tile of all modalities, those with most rows first.
-    longest_first = sorted(zip(steps, counts, strict=True), reverse=True)
-    lengths = [length for length, count in longest_first for _tile in range(count)]
+    # A program takes every ``programs``-th tile.
+    lengths = [length for length, count in zip(steps, counts, strict=True) for _tile in range(count)]
     longest = max(sum(lengths[program::programs]) for program in range(min(programs, len(lengths))))
     of_step = 2 * tile.block_rows * tile.block_columns * product.weights
     operands = tile.block_rows + product.weights * tile.block_columns
-    needed = list(zip(product.rows, product.inner, strict=True))
-    least = sum(2 * rows * product.columns * inner * product.weights for rows, inner in needed)
+    shapes = list(zip(product.rows, product.columns, product.inner, strict=True))
     return Figures(
         tiles=sum(counts),
         waves=sum(counts) / programs,
-        efficiency=least / (programs * longest * of_step),
+        efficiency=product.flop / (programs * longest * of_step),
         operations=of_step * sum(lengths),
-        least_operations=least,
+        least_operations=product.flop,
         read=ELEMENT * operands * sum(lengths),
-        least_read=ELEMENT * sum(inner * (rows + product.weights * product.columns) for rows, inner in needed if rows),
-        beside=sum(product.rows) * product.columns * product.beside,
+        least_read=ELEMENT * sum(inner * (rows + product.weights * columns) for rows, columns, inner in shapes if rows),
+        beside=sum(
+            rows * columns * bytes_each for (rows, columns, _), bytes_each in zip(shapes, product.beside, strict=True)
+        ),
     )
 
 

@@ -29,6 +29,7 @@ from onepeace_fast.ops import (
     routed_ffn,
     routed_linear,
 )
+from onepeace_fast.ops.layer_norm import layer_norm_and_stream
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 MODALITIES = 3
@@ -133,7 +134,7 @@ def kernel_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: 
 def specified_cases(rows: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
     """The operations that are not one Triton kernel; attention's reference takes time with ``rows`` squared."""
     batch = Rows(rows, device)
-    # The strategy of a GPU on which nothing was measured; a CPU has the reference alone.
+    # The one that takes every dtype on a GPU; a CPU has the reference alone.
     strategy = "per_modality" if device.type == "cuda" else None
     yield _routed_ffn(
         batch, 64, dtype, make, "Sub-LN, gamma, drop_path, residual", strategy=strategy, row_counts=batch.counts
@@ -186,6 +187,10 @@ def _layer_norm(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iter
     yield Case("layer_norm", "no parameters", layer_norm, x, entries)
     leaves = {**x, **_vectors("weight", width, dtype, make), **_vectors("bias", width, dtype, make, 0.0)}
     yield from _of_modalities(layer_norm, batch, leaves, entries)
+    yield Case("layer_norm", "its stream", layer_norm_and_stream, {**x, **shared}, entries)
+    of_some: dict[str, Any] = batch.of_some
+    beside = partial(layer_norm_and_stream, **of_some)
+    yield Case("layer_norm", "row index, its stream", beside, {**x, **shared}, entries)
     if width % HEADS == 0:
         entries = ("layer_norm_head_scale", "layer_norm_backward_head_scale")
         scale = {"head_scale": make(HEADS, dtype=torch.float32, scale=0.5, shift=1.0)}
@@ -263,9 +268,12 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
     grouped: dict[str, Any] = {"strategy": "grouped"}
     yield _routed_ffn(batch, width, dtype, make, "grouped: Sub-LN, gamma, drop_path, residual", **grouped)
     yield _routed_ffn(batch, width, dtype, make, "grouped: silu, row index, recompute", True, True, **grouped,
-                      activation="silu", recompute=True, fold_norm=False)  # fmt: skip
+                      activation="silu", recompute=True)  # fmt: skip
     yield _routed_ffn(batch, width, dtype, make, "grouped: gelu_tanh alone", False, **grouped, activation="gelu_tanh")
     yield _routed_ffn(batch, width, dtype, make, "grouped: relu, Sub-LN", **grouped, activation="relu")
+    hybrid: dict[str, Any] = {"strategy": "hybrid", "row_counts": batch.counts}
+    yield _routed_ffn(batch, width, dtype, make, "hybrid: with everything", **hybrid)
+    yield _routed_ffn(batch, width, dtype, make, "hybrid: silu and nothing else", False, **hybrid, activation="silu")
     yield _routed_linear(batch, width, dtype, make, "grouped: bias")
     yield _routed_linear(batch, width, dtype, make, "grouped: no bias", bias=False)
 

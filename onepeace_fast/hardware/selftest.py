@@ -181,7 +181,7 @@ def timed_strategies(device: torch.device, shapes: Sequence[tuple[int, int]] = T
     """The classes of rows of the routed FFN, each with the strategy that was faster at its shape, in bfloat16."""
     found = {}
     for rows, width in shapes:
-        times = {name: seconds_of_strategy(name, rows, width, device) for name in ("per_modality", "grouped")}
+        times = {name: seconds_of_strategy(name, rows, width, device) for name in ("per_modality", "grouped", "hybrid")}
         found[rows] = times
         said = ", ".join(f"{name} {1e6 * seconds:.0f} us" for name, seconds in times.items())
         print(f"routed_ffn, forward and backward, {rows} rows of width {width}: {said}")

@@ -26,6 +26,7 @@ from onepeace_fast import kernels
 from onepeace_fast.config import OnePeaceConfig, TransformerConfig
 from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, missing
 from onepeace_fast.kernels.launch import Configuration, recording
+from onepeace_fast.kernels.tile_table import norm_is_folded
 from onepeace_fast.layers import Transformer
 from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.ops.routed_ffn_arguments import chosen_strategy
@@ -112,11 +113,11 @@ def needed_kernels(
 
 def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:
     """Those that the model may take: which one a batch takes depends on its rows."""
-    yield "per_modality"
-    with contextlib.suppress(ValueError):
-        z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
-        unfolded = config.ffn_layer_norm and dtype == torch.float16
-        yield chosen_strategy("grouped", z, config.ffn_embed_dim, 1, (1,), unfolded)
+    z = torch.empty(1, config.embed_dim, dtype=dtype, device="meta")
+    unfolded = config.ffn_layer_norm and not norm_is_folded(dtype)
+    for strategy in ("per_modality", "hybrid", "grouped"):
+        with contextlib.suppress(ValueError):
+            yield chosen_strategy(strategy, z, config.ffn_embed_dim, 1, (1,), unfolded)
 
 
 def _step(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -12,20 +13,33 @@ from onepeace_fast.drop_path import Branch
 from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, unfused
 from onepeace_fast.layers.reference import each_span, plan_spans
 from onepeace_fast.ops import layer_norm
+from onepeace_fast.ops.layer_norm import layer_norm_and_stream
 from onepeace_fast.route_plan import RoutePlan
 
 
-def normalized(x: Tensor, norm: nn.LayerNorm, branch: Branch | None = None) -> Tensor:
-    """LayerNorm of packed rows by the parameters of a module; with a branch, of the rows that it computes."""
-    if (branch is None or branch.row_index is None) and calls_modules(x):
+def normalized(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """LayerNorm of packed rows by the parameters of a module."""
+    if calls_modules(x) or not are_plain("LayerNorm", (norm,), nn.LayerNorm):
         return norm(x)
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)
+
+
+def normalized_and_stream(
+    x: Tensor, norm: nn.LayerNorm, branch: Branch, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of the rows that a branch computes, and x as the branch's residual connection takes it.
+
+    ``dtype`` is that of the products behind the norm, to which it may round: a cast would be one more pass over them.
+    """
+    if branch.row_index is None and calls_modules(x):
+        return norm(x), x
     if not are_plain("LayerNorm", (norm,), nn.LayerNorm):
         # An embedding, since its gradient is summed in a fixed order on every device.
-        return norm(x if branch is None or branch.row_index is None else F.embedding(branch.row_index, x))
+        return norm(x if branch.row_index is None else F.embedding(branch.row_index, x)), x
     index: dict[str, Any] = {}
-    if branch is not None and branch.row_index is not None:
+    if branch.row_index is not None:
         index = {"row_index": branch.row_index, "offsets": branch.plan.offsets}
-    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps, **index)
+    return layer_norm_and_stream(x, norm.weight, norm.bias, eps=norm.eps, dtype=dtype, **index)
 
 
 def normalized_by_modality(x: Tensor, plan: RoutePlan, norm_of: Callable[[str], nn.Module]) -> Tensor:

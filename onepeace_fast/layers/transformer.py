@@ -19,20 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from onepeace_fast.checks import require
 from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
-from onepeace_fast.layers.norms import normalized, normalized_by_modality
+from onepeace_fast.layers.norms import normalized, normalized_and_stream, normalized_by_modality
 from onepeace_fast.layers.parameters import init_linear
 from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is_plain, unfused, watched_everywhere
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
 from onepeace_fast.layers.side_by_side import DenseRoute, LayerRoute, dense_routes
 from onepeace_fast.ops import relative_bias_attention, residual, residual_layer_norm, routed_ffn
+from onepeace_fast.ops.arguments import autocast_dtype
+from onepeace_fast.ops.projections import projections
 from onepeace_fast.ops.relative_bias_attention import QKV
 from onepeace_fast.route_plan import RoutePlan
 
 FEW_NUMBERS = 256 * 1536  # an image at full width: what its layers keep is small
 
 
-def joins_weights(z: Tensor) -> bool:
-    """Whether weights are joined for one product: on a CPU that takes longer than one product for three saves."""
+def projects_together(z: Tensor) -> bool:
+    """Whether queries, keys and values are one tensor: attention's kernels take that, its code for a CPU the three."""
     return z.device.type != "cpu"
 
 
@@ -78,15 +80,13 @@ class SelfAttention(nn.Module):
         return self.out_proj(attended)
 
     def project(self, z: Tensor) -> QKV:
-        """Queries, keys and values by one product, [rows, 3, heads, head_dim]; or apart, [rows, heads, head_dim]."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        if not are_plain("q_proj, k_proj, v_proj", projections, nn.Linear) or not joins_weights(z):
-            q, k, v = (projection(z).unflatten(1, (self.heads, self.head_dim)) for projection in projections)
+        """Queries, keys and values in one tensor, [rows, 3, heads, head_dim]; or apart, [rows, heads, head_dim]."""
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if not are_plain("q_proj, k_proj, v_proj", linears, nn.Linear) or not projects_together(z):
+            q, k, v = (linear(z).unflatten(1, (self.heads, self.head_dim)) for linear in linears)
             return q, k, v
-        weights = tuple(p.weight for p in projections)
-        biases = tuple(p.weight.new_zeros(p.weight.shape[0]) if p.bias is None else p.bias for p in projections)
-        projected = F.linear(z, torch.cat(weights), torch.cat(biases))
-        return projected.view(z.shape[0], 3, self.heads, self.head_dim)
+        projected = projections(z, [linear.weight for linear in linears], [linear.bias for linear in linears])
+        return projected.unflatten(2, (self.heads, self.head_dim)).transpose(0, 1)
 
 
 class GeGLU(nn.Module):
@@ -158,6 +158,14 @@ def _alike(one: FFNModules, first: FFNModules) -> bool:
 def _few_or_no_gradient(x: Tensor) -> bool:
     """Whether what the modules keep for a backward pass, twice as much as the ops do, is nothing or little."""
     return x.numel() <= FEW_NUMBERS or not torch.is_grad_enabled()
+
+
+def _product_dtype(x: Tensor, attention: nn.Module) -> torch.dtype | None:
+    """What autocast rounds attention's input to, None where a module of the user's may look at it before."""
+    if (dtype := autocast_dtype(x)) is None or watched_everywhere() or not is_plain(attention, SelfAttention):
+        return None
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj)
+    return dtype if all(is_plain(linear, nn.Linear) for linear in linears) else None
 
 
 class TransformerLayer(nn.Module):
@@ -246,21 +254,21 @@ class TransformerLayer(nn.Module):
         seeds = (None, None) if seeds is None else seeds
         dropout = 0.0 if seeds[0] is None else self.dropout
 
-        attended = self.self_attn(normalized(x, self.self_attn_layer_norm, attention), attention.plan, bias)
+        z, x = normalized_and_stream(x, self.self_attn_layer_norm, attention, _product_dtype(x, self.self_attn))
+        attended = self.self_attn(z, attention.plan, bias)
         if self.attn_ln is not None:
             attended = normalized(attended, self.attn_ln)
 
-        norm = self.final_layer_norm
+        norm, plan = self.final_layer_norm, feed_forward.plan
+        ffns = [self.ffn(modality) for modality in plan.modalities]
+        modules = plain_ffns(ffns)
         arrive = attention.arrival(dropout, seeds[0])
         plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
         if plain and feed_forward.row_index is None:
             x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
         else:
             x = residual(x, attended, self.gamma_1, **arrive)
-            z = normalized(x, norm, feed_forward)
-        plan = feed_forward.plan
-        ffns = [self.ffn(modality) for modality in plan.modalities]
-        modules = plain_ffns(ffns)
+            z, x = normalized_and_stream(x, norm, feed_forward, None if modules is None else autocast_dtype(x))
         if dropout or modules is None:
             y = by_modality(ffns, z, plan) if modules is None else self.packed_ffn(z, plan, modules)
             return residual(x, y, self.gamma_2, **feed_forward.arrival(dropout, seeds[1]))

@@ -75,7 +75,7 @@ def layer_norm_reference(given: LayerNormInputs, rms: bool = False) -> LayerNorm
         y, mean, rstd = normalize(
             _scaled(x, given.head_scale), _at(given.weight, 0), _at(given.bias, 0), given.eps, rms
         )
-        return LayerNormOutputs(y.to(x.dtype), mean, rstd)
+        return LayerNormOutputs(y.to(given.y_dtype or x.dtype), mean, rstd)
     y, mean, rstd = (value if value is None else value.zero_() for value in layer_norm_fake(given, rms))
     check_offsets(given.routing, y.shape[0])
     for m, part in enumerate(_parts(given, y.shape[0])):
@@ -89,11 +89,13 @@ def layer_norm_reference(given: LayerNormInputs, rms: bool = False) -> LayerNorm
 def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
     """With d the gradient of c * x: dx = c d, zero in rows that were not read, dc = sum(x d) over rows and heads.
 
-    Without a mean it is RMSNorm's.
+    What was passed is added to dx. Without a mean it is RMSNorm's.
     """
     x, grad, mean, head_scale = saved.x, saved.grad_y, saved.mean, saved.head_scale
     dweight, dbias = zeros_where_needed(saved.weight, needs.weight), zeros_where_needed(saved.bias, needs.bias)
-    dx = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    passed = saved.passed
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dx = dx.zero_() if passed is None else dx.copy_(passed)
     dscale = saved.rstd.new_zeros(head_scale.shape) if needs.head_scale else None
     for m, part in enumerate(_parts(saved, grad.shape[0])):
         source, mu = source_rows(saved.routing, part, x), None if mean is None else mean[part]
@@ -101,7 +103,8 @@ def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerN
         dscaled, weight_part, bias_part = normalize_backward(
             grad[part], _scaled(x[source], head_scale), mu, saved.rstd[part], _at(saved.weight, m), wanted
         )
-        dx[source] = _scaled(dscaled, head_scale).to(x.dtype)
+        of_norm = _scaled(dscaled, head_scale)
+        dx[source] = (of_norm if passed is None else of_norm.add_(passed[source])).to(x.dtype)
         if dscale is not None:
             dscale += (dscaled * x[source]).unflatten(1, (head_scale.shape[0], -1)).sum((0, 2))
         if wanted[1]:
@@ -154,7 +157,8 @@ def layer_norm_fake(given: LayerNormInputs, rms: bool = False) -> LayerNormOutpu
     x, row_index = given.x, given.routing.row_index
     count = x.shape[0] if row_index is None else row_index.shape[0]
     rstd = x.new_empty((count, 1), dtype=accumulation_dtype(x.dtype))
-    return LayerNormOutputs(x.new_empty(count, x.shape[1]), None if rms else torch.empty_like(rstd), rstd)
+    y = x.new_empty((count, x.shape[1]), dtype=given.y_dtype or x.dtype)
+    return LayerNormOutputs(y, None if rms else torch.empty_like(rstd), rstd)
 
 
 def layer_norm_backward_fake(saved: LayerNormSaved, needs: Needs) -> LayerNormGradients:
@@ -176,7 +180,7 @@ LAYER_NORM = Operation(
     fake=layer_norm_fake,
     gradient=Gradient(
         LayerNormSaved, LayerNormGradients, layer_norm_backward_reference, layer_norm_backward_by_kernel,
-        layer_norm_backward_fake,
+        layer_norm_backward_fake, select=lambda given, outputs, needs: {"passed": None},
     ),
 )  # fmt: skip
 
@@ -212,6 +216,33 @@ def layer_norm(
         ValueError: a dtype, shape or device that does not fit.
     """
     routing = Routing(offsets, tuple(row_counts), row_index)
+    return LAYER_NORM(_checked(x, weight, bias, head_scale, routing, eps))[0]
+
+
+def layer_norm_and_stream(
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor] | None = None,
+    bias: Tensor | Sequence[Tensor] | None = None,
+    *,
+    row_index: Tensor | None = None,
+    offsets: Tensor | None = None,
+    eps: float = 1e-5,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``layer_norm``, rounded to ``dtype`` where one is given, and x, for a residual connection around the branch.
+
+    Where x is used in that place, the backward kernel adds the two gradients of x.
+    """
+    given = _checked(x, weight, bias, None, Routing(offsets, (), row_index), eps, dtype)
+    stream, y = LAYER_NORM.passing(given)
+    return y, stream
+
+
+def _checked(
+    x: Tensor, weight: Tensor | Sequence[Tensor] | None, bias: Tensor | Sequence[Tensor] | None,
+    head_scale: Tensor | None, routing: Routing, eps: float, dtype: torch.dtype | None = None,
+) -> LayerNormInputs:  # fmt: skip
+    """The inputs, or a ValueError."""
     require_rows("x", x)
     require_eps(eps)
     modalities = require_norm_routing(routing, x)
@@ -227,4 +258,4 @@ def layer_norm(
             ),
         )
         require_device("head_scale", head_scale, x.device)
-    return LAYER_NORM(LayerNormInputs(x, weights, biases, head_scale, routing, eps))[0]
+    return LayerNormInputs(x, weights, biases, head_scale, routing, eps, dtype)

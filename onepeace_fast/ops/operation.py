@@ -9,75 +9,24 @@ profilers, ``torch.func`` and tensors of other kinds. A plain eager call runs th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from onepeace_fast.ops.kernel_choice import runs_kernel
+from onepeace_fast.ops.structure_layout import Layout, Leaf
 from onepeace_fast.structures import Function, Needs
 
 NAMESPACE = "onepeace_fast"
 ELSEWHERE = "OnePeacePretrain alone has a reference backend for it"  # use_backend changes no op
-SCHEMA_TYPES = {
-    Tensor: "Tensor", Tensor | None: "Tensor?", list[Tensor]: "Tensor[]", list[Tensor | None]: "Tensor[]",
-    tuple[int, ...]: "SymInt[]", int: "SymInt", float: "float", str: "str", bool: "bool", list[bool]: "bool[]",
-    torch.dtype: "ScalarType",
-}  # fmt: skip
 _SAVED = object()
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 # What a tensor may have beside its values: one that is batched, negated by a bit or a subclass has other keys too.
 _PLAIN_KEYS = 0
 for _key in ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView"):
     _PLAIN_KEYS |= torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, _key)).raw_repr()
-
-
-class Leaf(NamedTuple):
-    """A field that is not a structure itself: its place, and its type in a schema."""
-
-    path: tuple[str, ...]
-    type: str
-
-
-class Layout:
-    """The leaves of a class of structures, which may nest one level deep: flattens a structure and builds it again."""
-
-    def __init__(self, structure: type[Any]) -> None:
-        self.structure = structure
-        self._inner = [kind if hasattr(kind, "_fields") else None for kind in get_type_hints(structure).values()]
-        self._nested = [place for place, kind in enumerate(self._inner) if kind is not None][::-1]
-        self.leaves = _leaves(structure)
-
-    def flatten(self, structure: tuple[Any, ...]) -> list[Any]:
-        """The values of the leaves in their order."""
-        flat = [*structure]
-        for place in self._nested:  # the last first, so that the others stay where they are
-            flat[place : place + 1] = flat[place]
-        return flat
-
-    def build(self, flat: Sequence[Any]) -> Any:
-        """A structure with these values of its leaves."""
-        if not self._nested:
-            return self.structure._make(flat)
-        values, start = [], 0
-        for kind in self._inner:
-            if kind is None:
-                values.append(flat[start])
-                start += 1
-            else:
-                stop = start + len(kind._fields)
-                values.append(kind._make(flat[start:stop]))
-                start = stop
-        return self.structure._make(values)
-
-
-def _leaves(structure: type[Any]) -> list[Leaf]:
-    found = []
-    for name, kind in get_type_hints(structure).items():
-        inner = _leaves(kind) if hasattr(kind, "_fields") else [Leaf((), SCHEMA_TYPES[kind])]
-        found += [Leaf((name, *leaf.path), leaf.type) for leaf in inner]
-    return found
 
 
 def is_eager(tensors: Sequence[Tensor | None]) -> bool:
@@ -204,7 +153,7 @@ class _Op:
 
 
 class Gradient(NamedTuple):
-    """How an op is differentiated, once.
+    """How an op is differentiated, once. A field ``passed`` of what is saved is for ``Operation.passing``.
 
     ``reference``, ``kernel`` and ``fake`` take what was saved and the needs, and give gradients, None where none is
     needed. ``select`` gives those fields of what is saved that are not inputs and outputs by name. ``finish`` gives
@@ -294,8 +243,20 @@ class Operation(_Op):
         if torch.is_grad_enabled():
             differentiable = self._differentiable(flat)
             if any([tensor is not None and tensor.requires_grad for tensor in differentiable]):
-                return self._apply(self, given, *differentiable)
+                return self._apply(self, given, False, *differentiable)
         return self.run(given)[: self.shown]
+
+    def passing(self, given: Any) -> tuple[Tensor, ...]:
+        """The first input, to be used from here on in its place, and what a call returns.
+
+        In plain eager execution the gradient of its further use then reaches the backward pass, as ``passed``, which
+        adds its own to it; autograd would do that with one more pass over both. Elsewhere it is the input itself.
+        """
+        flat = self._inputs.flatten(given)
+        wanted = torch.is_grad_enabled() and flat[0].requires_grad and not torch.compiler.is_compiling()
+        if wanted and is_eager(_tensors(flat)):
+            return self._apply(self, given, True, *self._differentiable(flat))
+        return (flat[0], *self(given))
 
     def _differentiable(self, flat: Sequence[Any]) -> list[Tensor | None]:
         """The tensors that may get a gradient, those of lists one by one."""
@@ -341,16 +302,22 @@ class Operation(_Op):
         if self._optional_grads:
             ctx.set_materialize_grads(False)
 
-    def differentiate(self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs) -> list[Any]:
-        """Gradients by leaf; None where no output had one."""
+    def differentiate(
+        self, ctx: Any, grads: Sequence[Tensor | None], needs: Needs, passed: Tensor | None = None
+    ) -> list[Any]:
+        """Gradients by leaf, the first added to what was ``passed``; None where no output had one."""
         flat: list[Any] = [*grads[: self.visible]]
         if all([grad is None for grad in flat]):
-            return [[None] * len(flag) if type(flag) is list else None for flag in self._gradients.flatten(needs)]
+            none = [[None] * len(flag) if type(flag) is list else None for flag in self._gradients.flatten(needs)]
+            return [passed, *none[1:]]
         tensors = iter(ctx.saved_tensors)
         for item in ctx.kept:
             mine = [next(tensors) for _ in item] if type(item) is list else item
             flat.append(next(tensors) if item is _SAVED else mine)
-        gradients = self.gradient.finish(self.backward, self._saved.build(flat), needs)
+        saved = self._saved.build(flat)
+        if passed is not None:
+            saved = saved._replace(passed=passed)
+        gradients = self.gradient.finish(self.backward, saved, needs)
         return self._gradients.flatten(gradients)
 
     def _setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -380,19 +347,28 @@ class Operation(_Op):
 
 
 class _EagerFunction(torch.autograd.Function):
-    """A direct call with a gradient: autograd sees the tensors that may get one behind the inputs that hold them."""
+    """A direct call with a gradient: autograd sees the tensors that may get one behind the inputs that hold them.
+
+    Where it passes the first input, that comes out too, in front.
+    """
 
     @staticmethod
-    def forward(ctx: Any, operation: Operation, given: Any, *differentiable: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, operation: Operation, given: Any, passes: bool, *differentiable: Tensor | None
+    ) -> tuple[Tensor, ...]:
         outputs = operation.run(given)
         ctx.operation, ctx.needs = operation, operation.needs(given)
         operation.save(ctx, given, outputs, ctx.needs)
         ctx.mark_non_differentiable(*outputs[operation.visible : operation.shown])
-        return outputs[: operation.shown]
+        ctx.passes = passes
+        if passes:
+            ctx.set_materialize_grads(False)
+        return (given[0], *outputs[: operation.shown]) if passes else outputs[: operation.shown]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        found: list[Any] = [None, None]
-        for value in ctx.operation.differentiate(ctx, grads, ctx.needs):
+        passed, grads = (grads[0], grads[1:]) if ctx.passes else (None, grads)
+        found: list[Any] = [None, None, None]
+        for value in ctx.operation.differentiate(ctx, grads, ctx.needs, passed):
             found += value if type(value) is list else (value,)
         return tuple(found)

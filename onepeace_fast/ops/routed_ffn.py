@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from onepeace_fast.kernels.tile_table import norm_is_folded
+from onepeace_fast.ops import routed_ffn_hybrid as hybrid
 from onepeace_fast.ops import routed_ffn_per_modality as per_modality
 from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index, require_lists
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
@@ -138,7 +140,7 @@ def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
     if strategy == "reference":
         return _by_reference(given)
     _check_values(given)
-    if strategy == "per_modality":
+    if strategy in ("hybrid", "per_modality"):
         return _what_is_kept(given, per_modality.routed_ffn(given))
     from onepeace_fast.kernels.routed_ffn import routed_ffn_forward
 
@@ -178,6 +180,8 @@ def _backward_by_kernel(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         return routed_ffn_backward_reference(saved, needs)
     if saved.settings.strategy == "per_modality":
         return per_modality.routed_ffn_backward(saved, needs)
+    if saved.settings.strategy == "hybrid":
+        return hybrid.routed_ffn_backward(saved, needs)
     from onepeace_fast.kernels.routed_ffn_backward import routed_ffn_backward
 
     return routed_ffn_backward(saved, needs)
@@ -246,7 +250,6 @@ def routed_ffn(
     eps: float = 1e-5,
     recompute: bool = False,
     strategy: str | None = None,
-    fold_norm: bool | None = None,
 ) -> Tensor:
     """The gated feed-forward network of each row's modality, with Sub-LayerNorm, LayerScale, DropPath and residual.
 
@@ -270,13 +273,10 @@ def routed_ffn(
         eps: of the Sub-LayerNorm.
         recompute: keep neither of z W0^T and z W1^T for the backward pass, which computes them again.
         strategy: "grouped" (products of all modalities in one launch, and all else inside them), "per_modality" (a
-            vendor product for each, a kernel between them) or "reference"; None: what was measured to be the fastest
-            on this GPU, "per_modality" where nothing was, and "grouped" on a GPU without ``row_counts``, where it takes
-            z. A CPU runs the reference.
-        fold_norm: in the grouped strategy, apply the Sub-LayerNorm behind the output product; False applies it before,
-            by a kernel of its own. None folds but in float16: the fold stores h * norm_weight before it is normalised,
-            which is not finite beyond 65504. Where a row of h has a mean far above its deviation the fold loses digits:
-            at 16 times its error was 1.4 times the other's, and as large as that of plain PyTorch.
+            vendor product for each, a kernel between them), "hybrid" (the same, but for the hidden gradient's product,
+            which is a launch with all else inside) or "reference"; None: what was measured to be the fastest on this
+            GPU, "hybrid" where nothing was, "grouped" on a GPU without ``row_counts``, "per_modality" where that one
+            cannot take z. A CPU runs the reference.
 
     Returns:
         [N, width], or the residual's shape and dtype. Rows past offsets[G] get the residual, else zero. Under autocast
@@ -291,19 +291,17 @@ def routed_ffn(
         w0, w1, w2, b2 = (some and [w.to(dtype) for w in some] for some in (w0, w1, w2, b2))
     weights = FeedForwardWeights(*(list(some or ()) for some in (w0, w1, norm_weight, norm_bias, w2, b2)))
     routing, factors = Routing(offsets, tuple(row_counts), row_index), DropPath(drop_path, sample)
-    settings = FeedForwardSettings(activation, eps, strategy or "", bool(fold_norm), False, False)
+    settings = FeedForwardSettings(activation, eps, strategy or "", False, False)
     given = RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings)
     check(given, has_gate=w1 is not None)
-    fold_norm = z.dtype != torch.float16 if fold_norm is None else fold_norm
     strategy = chosen_strategy(
         strategy, z, weights.w0[0].shape[0], len(weights.w0), routing.row_counts,
-        unfolded=len(weights.norm_weight) > 0 and not fold_norm,
+        unfolded=len(weights.norm_weight) > 0 and not norm_is_folded(z.dtype),
     )  # fmt: skip
     leaves = (z, *(parameter for some in weights for parameter in some), gamma)
     differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
-    y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy == "grouped")
+    y_needed = gamma is not None or (len(weights.norm_weight) > 0 and strategy in ("grouped", "hybrid"))
     settings = FeedForwardSettings(
-        activation, eps, strategy, fold_norm, keep_products=differentiable and not recompute,
-        keep_y=differentiable and y_needed,
-    )  # fmt: skip
+        activation, eps, strategy, keep_products=differentiable and not recompute, keep_y=differentiable and y_needed
+    )
     return ROUTED_FFN(RoutedFFNInputs(z, weights, routing, residual, gamma, factors, settings))[0]

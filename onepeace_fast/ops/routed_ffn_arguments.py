@@ -29,6 +29,7 @@ from onepeace_fast.structures import RoutedFFNInputs
 
 TILE_ALIGNMENT = 16  # bytes, of the distance of two rows in a tensor descriptor
 OPTIONAL = ("b2", "norm_weight", "norm_bias")
+IN_TILES = ("grouped", "hybrid")  # the strategies with products of our own
 
 
 def check(given: RoutedFFNInputs, has_gate: bool) -> None:
@@ -89,16 +90,16 @@ def chosen_strategy(
     if strategy is None:
         if not has_kernels or z.dtype == torch.float64:
             return "reference"
-        reason = _untaken_by_tiles(z, hidden, modalities, unfolded)
         if z.is_cuda and not row_counts:
+            reason = _untaken_by_tiles("grouped", z, hidden, modalities, unfolded)
             return "grouped" if reason is None else _by_host(reason)
-        measured = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
-        return "per_modality" if measured == "grouped" and reason else measured
+        best = strategy_for("routed_ffn", z.device, z.shape[0], z.shape[1])
+        return "per_modality" if _untaken_by_tiles(best, z, hidden, modalities, unfolded) else best
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, or None, got {strategy!r}")
     if strategy != "reference" and not has_kernels and kernels_forced() is not False:
         raise ValueError(f"strategy: expected 'reference' with z on {z.device}, got {strategy!r}; use None for both")
-    if strategy == "grouped" and (reason := _untaken_by_tiles(z, hidden, modalities, unfolded)) is not None:
+    if (reason := _untaken_by_tiles(strategy, z, hidden, modalities, unfolded)) is not None:
         raise ValueError(reason)
     return strategy
 
@@ -119,27 +120,29 @@ def _warn_of_host_read(reason: str) -> None:
     )
 
 
-def _untaken_by_tiles(z: Tensor, hidden: int, modalities: int, unfolded: bool) -> str | None:
-    """Why grouped products cannot take these tensors, in one line."""
+def _untaken_by_tiles(strategy: str, z: Tensor, hidden: int, modalities: int, unfolded: bool) -> str | None:
+    """Why a strategy's own products cannot take these tensors, in one line; None where they can or it has none."""
+    if strategy not in IN_TILES:
+        return None
     multiple = TILE_ALIGNMENT // z.element_size()
     for name, columns in (("z", z.shape[1]), ("w0", hidden)):
         if columns % multiple:
             return (
                 f"{name}: expected a multiple of {multiple} {'columns' if name == 'z' else 'hidden columns'} with "
-                f"strategy 'grouped' in {str(z.dtype).removeprefix('torch.')}, got {columns}; use 'per_modality'"
+                f"strategy '{strategy}' in {str(z.dtype).removeprefix('torch.')}, got {columns}; use 'per_modality'"
             )
     if z.is_cuda and (reason := _refused_by(z.device)) is not None:
-        return f"z: {reason} with strategy 'grouped'; use 'per_modality'"
+        return f"z: {reason} with strategy '{strategy}'; use 'per_modality'"
     half = z.dtype in (torch.float16, torch.bfloat16)
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
-        return f"z: expected float16 or bfloat16 with strategy 'grouped', got {describe(z)}; use 'per_modality'"
-    if unfolded and hidden > (most := WIDEST["gated_sub_ln"]):
+        return f"z: expected float16 or bfloat16 with strategy '{strategy}', got {describe(z)}; use 'per_modality'"
+    if strategy == "grouped" and unfolded and hidden > (most := WIDEST["gated_sub_ln"]):
         return (
-            f"w0: expected at most {most} hidden columns with strategy 'grouped' and a norm that is not folded, got "
-            f"{hidden}; use 'per_modality'"
+            f"w0: expected at most {most} hidden columns with strategy 'grouped' and a norm in float16, got {hidden}; "
+            "use 'per_modality'"
         )
     if modalities > MAX_MODALITIES:
-        return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy 'grouped', got {modalities}"
+        return f"offsets: expected at most {MAX_MODALITIES} modalities with strategy '{strategy}', got {modalities}"
     return None
 
 

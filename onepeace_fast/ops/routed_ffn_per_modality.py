@@ -95,23 +95,35 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         GatedSubLNGradients._make((True, v is not None, wanted.norm_weight, wanted.norm_bias)),
         any(wanted.w2),
     )
-    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
-    for m, rows in enumerate(ranges):
-        torch.mm(gated.u[rows], weights.w0[m], out=dz[rows])
-        if weights.w1:
-            dz[rows].addmm_(gated.v[rows], weights.w1[m])
-    dz[ranges[-1].stop :] = 0
     gradients = FeedForwardWeights(
-        _products(gated.u, z, ranges, wanted.w0),
-        _products(gated.v, z, ranges, wanted.w1),
+        weight_gradients(gated.u, z, ranges, wanted.w0),
+        weight_gradients(gated.v, z, ranges, wanted.w1),
         gated.norm_weight,
         gated.norm_bias,
-        _products(dy, n, ranges, wanted.w2),
+        weight_gradients(dy, n, ranges, wanted.w2),
         [dy[ranges[m]].sum(0) if need else None for m, need in enumerate(wanted.b2)],
     )
-    return RoutedFFNGradients(dz, gradients, None, dgamma)
+    return RoutedFFNGradients(input_gradient(gated.u, gated.v, z, weights, ranges), gradients, None, dgamma)
 
 
-def _products(left: Tensor, right: Tensor, ranges: Sequence[slice], needs: Sequence[bool]) -> list[Tensor | None]:
+def input_gradient(
+    du: Tensor, dv: Tensor | None, z: Tensor, weights: FeedForwardWeights, ranges: Sequence[slice]
+) -> Tensor:
+    """dz = du W0 + dv W1, zero for inert rows."""
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
+    for m, rows in enumerate(ranges):
+        mine = dz[rows]
+        torch.mm(du[rows], weights.w0[m], out=mine)
+        if dv is not None:
+            torch.addmm(mine, dv[rows], weights.w1[m], out=mine)
+    dz[ranges[-1].stop :] = 0
+    return dz
+
+
+def weight_gradients(
+    left: Tensor | None, right: Tensor | None, ranges: Sequence[slice], needs: Sequence[bool]
+) -> list[Tensor | None]:
     """left^T right over the rows of each modality that needs it: the gradient of its weight."""
-    return [left[ranges[m]].t() @ right[ranges[m]] if need else None for m, need in enumerate(needs)]
+    if left is None or right is None:
+        return [None for _need in needs]
+    return [torch.mm(left[ranges[m]].t(), right[ranges[m]]) if need else None for m, need in enumerate(needs)]

@@ -120,8 +120,8 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A GPU on which every comparison is kept, or not, and on which "grouped" takes the time that is set."""
-    state = {"error": 1.0, "architecture": "sm_90", "grouped": 1.0}
+    """A GPU on which every comparison is kept, or not, and "grouped" and "hybrid" take the time that is set."""
+    state = {"error": 1.0, "architecture": "sm_90", "grouped": 1.0, "hybrid": 1.0}
 
     def rows(device):
         assert device == GPU
@@ -130,7 +130,8 @@ def gpu(monkeypatch, tmp_path):
         yield selftest.Result("layer_norm", "plain", torch.float32, True, "out0", state["error"], 2.0)
 
     def seconds(strategy, rows, width, device):
-        return 1e-3 * rows if strategy == "per_modality" else state["grouped"] * (1e-3 * rows + 1e-3)
+        more = {"per_modality": 0, "grouped": 1e-3, "hybrid": 2e-3}[strategy]
+        return state.get(strategy, 1.0) * (1e-3 * rows + more)
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -162,10 +163,12 @@ def test_a_gpu_that_passes_gets_its_file_and_the_fused_backend(gpu, tmp_path, ca
 
 
 def test_the_strategy_of_each_class_of_rows_is_the_faster_one_there(gpu):
-    gpu["grouped"] = 0.9995  # 1 ms more at any size: slower for few rows, faster for many
-    shapes = ((1000, 1536), (4000, 1536))
+    # 1 and 2 ms more at any size: slower for few rows, faster for many.
+    gpu["grouped"], gpu["hybrid"] = 0.9995, 0.9993
+    shapes = ((1000, 1536), (4000, 1536), (16000, 1536))
     assert selftest.timed_strategies(GPU, shapes) == [
-        {"width": None, "rows": 2000, "strategy": "per_modality"}, {"width": None, "rows": None, "strategy": "grouped"},
+        {"width": None, "rows": 2000, "strategy": "per_modality"}, {"width": None, "rows": 8000, "strategy": "grouped"},
+        {"width": None, "rows": None, "strategy": "hybrid"},
     ]  # fmt: skip
     assert tuple(sorted(selftest.TIMED)) == selftest.TIMED
 
@@ -225,8 +228,8 @@ def test_a_cpu_writes_nothing(results, tmp_path, monkeypatch):
     assert cli.main(["selftest", "--device", "cpu"]) == 0 and not (tmp_path / "own").exists()
 
 
-@pytest.mark.parametrize("strategy", ["grouped", "per_modality"])
-def test_both_strategies_are_timed_forward_and_backward_with_the_counts_on_the_host(monkeypatch, strategy):
+@pytest.mark.parametrize("strategy", ["grouped", "hybrid", "per_modality"])
+def test_all_strategies_are_timed_forward_and_backward_with_the_counts_on_the_host(monkeypatch, strategy):
     seen = []
 
     def launched(z, *arguments, row_counts, **how):

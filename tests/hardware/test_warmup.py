@@ -63,13 +63,13 @@ def layer_step(lengths, frozen=(), strategy="grouped"):
     return found
 
 
-@pytest.mark.parametrize("strategy", ("grouped", "per_modality"))
+@pytest.mark.parametrize("strategy", ("grouped", "hybrid", "per_modality"))
 def test_neither_another_batch_nor_a_frozen_modality_compiles_anything(strategy):
     first = layer_step({"text": [16, 16], "image": [16, 16]}, strategy=strategy)
     assert len(first) > 8
     for lengths in ({"text": [1, 1], "image": [0, 1]}, {"text": [3, 2, 30], "image": [17, 1, 300]}):
         assert layer_step(lengths, strategy=strategy) <= first
-    if strategy == "grouped":
+    if strategy != "per_modality":
         for frozen in (("text",), ("image",)):
             assert layer_step({"text": [16, 16], "image": [16, 16]}, frozen, strategy) <= first
 
@@ -86,11 +86,12 @@ def test_the_products_of_another_width_are_compiled_but_for_two_the_same():
     }
 
 
-def test_the_kernels_of_both_strategies_are_listed_once_each():
+def test_the_kernels_of_all_strategies_are_listed_once_each():
     found = needed()
     names = {kernel.name for kernel in found}
     assert len(set(found)) == len(found)
     assert {"routed_ffn_hidden_kernel", "gated_sub_ln_forward_kernel", "residual_backward_kernel"} <= names
+    assert "routed_ffn_norm_gradient_kernel" in names  # of "hybrid" alone
     assert len(needed(modalities=(2,))) < len(found)
 
 

@@ -237,8 +237,11 @@ LAST = {
     "test-all -x": [f"{PARALLEL} --no-loadscope-reorder -m slow and not gpu -x"],
     "mutants --all": ["VENV -m tools.mutants --all"],
     "rehearse --short": ["VENV -m tools.rehearsal --short"],
-    "kernels --all": ["VENV -m tools.compile_kernels --all", "VENV -m tools.compile_cuda"],
-}
+    "kernels --all": [
+        "VENV -m tools.compile_kernels --all", "VENV -m tools.kernel_model", "VENV -m tools.layer_traffic",
+        "VENV -m tools.compile_cuda",
+    ],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("line", LAST)
@@ -247,8 +250,8 @@ def test_commands_pass_their_arguments_on(machine, line):
     assert machine.started(*line.split())[-len(expected) :] == expected
 
 
-@pytest.mark.parametrize("tool", ("compile_kernels", "compile_cuda"))
-def test_a_fault_of_either_kind_of_kernel_is_passed_through(machine, tool):
+@pytest.mark.parametrize("tool", ("compile_kernels", "kernel_model", "layer_traffic", "compile_cuda"))
+def test_a_fault_of_any_kind_of_kernel_is_passed_through(machine, tool):
     machine.codes[f"-m tools.{tool}"] = 1
     machine.started("kernels", code=1)
 

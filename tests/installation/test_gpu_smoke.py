@@ -40,7 +40,7 @@ def test_a_fault_in_an_output_or_a_gradient_is_found(monkeypatch, capsys, tensor
     monkeypatch.setattr(selftest, "outputs_and_gradients", faulty)
     assert smoke.main(["layer_norm", "--device", "cpu"]) == int(tensor is not None)
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 5 and ("FAULT in" in said[0] and f": {tensor}, " in said[0]) == (tensor is not None)
+    assert len(said) == 7 and ("FAULT in" in said[0] and f": {tensor}, " in said[0]) == (tensor is not None)
     assert all(": ok; 0 launches; nearest to its bound: " in line for line in said[1:])
 
 

@@ -37,7 +37,8 @@ SELDOM = {
 IN_HALF = ("test_values_and_gradients_follow_the_naive_ones", "test_every_combination_of_options_follows_the_naive_one")
 
 KERNELS_ALONE = (
-    "encoder", "goldens", "grouped_gemm", "launch", "mixture_of_transformers", "routed_ffn_grouped", "traffic",
+    "encoder", "goldens", "grouped_gemm", "launch", "mixture_of_transformers", "routed_ffn_grouped",
+    "routed_ffn_hybrid", "traffic",
 )  # fmt: skip
 
 if INTERPRETED or DEVICE == "cuda":

@@ -95,6 +95,31 @@ def test_every_activation_follows_the_naive_one_with_and_without_gate_and_norm(a
         check([5, 0, 7], 24, dtype, activation, eps=0.1, inert=1, **absent)
 
 
+@pytest.mark.parametrize("activation", ("gelu", "gelu_tanh", "silu"))
+def test_smooth_activations_keep_the_rule_wherever_u_lies(activation):
+    """Each row is a narrow range of u, held to the rule alone: near zero, where they bend, and in both tails."""
+    centre = torch.cat([torch.logspace(-3, -0.5, 30), torch.linspace(0.4, 6, 50)])
+    u = torch.cat([centre, -centre])[:, None] * (1 + 0.02 * normal(2 * len(centre), 64, seed=5))
+    each = list(range(len(u)))
+    rows = {"out0": each, "u": each}
+    for dtype in (CHECKED, HALF):
+        contract.check_against_naive(
+            op([len(u)], activation), plain([len(u)], activation), on_device({"u": u}), dtype, rows
+        )
+
+
+@pytest.mark.skipif(REFERENCE_ONLY, reason="PyTorch's own gelu of infinity is no number on a CPU in bfloat16")
+def test_gelu_keeps_what_is_no_number_and_ends_beyond_every_number():
+    for dtype in (CHECKED, HALF):
+        most = torch.finfo(dtype).max
+        u = torch.tensor([[torch.inf, -torch.inf, torch.nan, most, -most, 0.0]], dtype=dtype, device=DEVICE)
+        outputs, gradients = contract.run(op([1]), {"u": u}, [torch.ones_like(u)])
+        assert torch.equal(outputs[0][0, [0, 3, 4, 5]], u.new_tensor([torch.inf, most, 0, 0]))
+        assert torch.equal(gradients["u"][0, 3:], u.new_tensor([1, 0, 0.5]))
+        for values in (outputs[0], gradients["u"]):
+            assert values[0, 1:3].isnan().all()
+
+
 def test_relu_has_the_derivative_zero_at_zero_and_keeps_what_is_no_number():
     u = torch.tensor([[0.0, -0.0, 3.0, -3.0, torch.inf, -torch.inf, torch.nan]], dtype=CHECKED, device=DEVICE)
     outputs, gradients = contract.run(op([1], "relu"), {"u": u}, [torch.ones_like(u)])

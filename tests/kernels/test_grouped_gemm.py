@@ -10,7 +10,9 @@ from support.kernels import DEVICE, DTYPES, PRODUCT_DTYPE
 from support.plans import ragged_offsets
 from support.tiles import small_tiles
 
-from onepeace_fast.kernels.grouped_gemm import for_descriptors, input_gradient, weight_gradient
+from onepeace_fast.kernels.grouped_gemm import for_descriptors
+from onepeace_fast.kernels.grouped_gradients import WeightGradient, gradients
+from onepeace_fast.kernels.launch import launched
 from onepeace_fast.tolerance import assert_within_rule
 
 MANY = [1, 0, 64, 3, 0, 17, 2]
@@ -34,6 +36,22 @@ def weights_of(counts, dtype, seed):
 
 def empty_weight():
     return torch.empty(HIDDEN, WIDTH, dtype=PRODUCT_DTYPE, device=DEVICE)
+
+
+def input_gradient(pairs, offsets):
+    """The sum of x W over one or two pairs."""
+    nothing, like = (
+        [None] * len(pairs[0][1]),
+        torch.empty(len(pairs[0][0]), WIDTH, dtype=pairs[0][0].dtype, device=DEVICE),
+    )
+    return gradients([WeightGradient(x, like, nothing) for x, _ in pairs], [w for _, w in pairs], None, offsets)
+
+
+def weight_gradient(xs, y, offsets, outs):
+    """Store x^T y of each x."""
+    assert (
+        gradients([WeightGradient(x, y, mine) for x, mine in zip(xs, outs, strict=True)], None, None, offsets) is None
+    )
 
 
 def check_product(out, x, y):
@@ -94,6 +112,37 @@ def test_weight_gradients_of_two_products_come_from_one_launch():
         for m, rows in by_modality(counts):
             if mine[m] is not None:
                 check_product(mine[m], x[rows], y[rows])
+
+
+def test_all_gradients_of_a_feed_forward_network_come_from_one_launch():
+    counts = [3, 0, 70]
+    offsets = ragged_offsets(counts).to(DEVICE)
+    dys, weights = (
+        [rows_of(counts, HIDDEN, PRODUCT_DTYPE, s) for s in (1, 3)],
+        [weights_of(counts, PRODUCT_DTYPE, s) for s in (4, 9)],
+    )
+    x, dy, h = (rows_of(counts, columns, PRODUCT_DTYPE, s) for s, columns in ((2, WIDTH), (5, WIDTH), (6, HIDDEN)))
+    outs = [[None, empty_weight(), empty_weight()], [None, None, empty_weight()]]
+    output = [torch.full((WIDTH, HIDDEN), torch.nan, dtype=PRODUCT_DTYPE, device=DEVICE) for _ in range(2)] + [None]
+    before = launched()
+    dx = gradients(
+        [WeightGradient(left, x, mine) for left, mine in zip(dys, outs, strict=True)], weights,
+        WeightGradient(dy, h, output), offsets,
+    )  # fmt: skip
+    assert launched() == before + 1
+    assert torch.equal(dx, input_gradient(list(zip(dys, weights, strict=True)), offsets))
+    pairs = [*((left, x, mine) for left, mine in zip(dys, outs, strict=True)), (dy, h, output)]
+    for left, right, mine in pairs:
+        for m, rows in by_modality(counts):
+            if mine[m] is not None:
+                check_product(mine[m], left[rows], right[rows])
+
+
+def test_nothing_is_launched_where_nothing_is_needed():
+    counts = [3, 5]
+    before, x = launched(), rows_of(counts, WIDTH, PRODUCT_DTYPE, 1)
+    layer = WeightGradient(rows_of(counts, HIDDEN, PRODUCT_DTYPE, 2), x, [None, None])
+    assert gradients([layer], None, None, ragged_offsets(counts).to(DEVICE)) is None and launched() == before
 
 
 def test_rows_may_lie_anyhow():

@@ -26,8 +26,9 @@ from support.layer_norm_cases import GARBAGE, leaves_of, op, plain
 from support.plans import ragged_offsets
 
 from onepeace_fast import layer_norm, rms_norm
-from onepeace_fast.ops import arguments
+from onepeace_fast.ops import arguments, operation
 from onepeace_fast.ops.arguments import MAX_WIDTH
+from onepeace_fast.ops.layer_norm import layer_norm_and_stream
 
 ROWS = (0, 1, 7, 65, 300) if REFERENCE_ONLY else (0, 1, 7)
 MODALITIES = first(([5, 0, 7], [30, 7, 0, 0, 90], [1], [0, 1, 65], [0, 0]), 2)
@@ -135,6 +136,53 @@ def test_a_row_index_reads_these_rows_and_writes_them_one_after_another(counts, 
     for width, heads in first(((64, None if rms else 4), (63, None))):
         check(leaves_of(13, width, len(counts or ()), bias=not rms, heads=heads), dtype, counts, index, rms=rms)
     check(leaves_of(13, 64, bias=not rms), dtype, counts, index, rms=rms)
+
+
+def both(norm, counts=None, index=None):
+    """A norm, and x beside it: the op's or the naive one's."""
+    extra = {} if index is None else {"row_index": int32(index), "offsets": ragged_offsets(counts).to(DEVICE)}
+
+    def call(x, **norms):
+        return layer_norm_and_stream(x, **norms, **extra) if norm is None else (norm(x, **norms), x * 1)
+
+    return call
+
+
+@DTYPE
+@pytest.mark.parametrize("index", (None, [11, 0, 5, 4, 9, 2, 12, GARBAGE]), ids=("all rows", "some rows"))
+def test_the_gradient_of_x_elsewhere_is_added_to_that_of_the_norm(index, dtype):
+    counts = None if index is None else [4, 0, 3]
+    for width in first((64, 63)):
+        leaves = leaves_of(13, width)
+        contract.check_against_naive(both(None, counts, index), both(plain(counts, index)), leaves, dtype)
+    call, leaves = both(None, counts, index), on_device(leaves_of(13, 64), CHECKED)
+    contract.check_gradient_layouts(call, leaves)
+    alone, stream = call(**{name: leaf.requires_grad_(name == "weight") for name, leaf in leaves.items()})
+    assert stream is leaves["x"] and alone.requires_grad
+
+
+@pytest.mark.parametrize("index", (None, [11, 0, 5, 4, 9, 2, 12, GARBAGE]), ids=("all rows", "some rows"))
+def test_a_norm_of_another_dtype_is_that_of_x_rounded(index):
+    leaves = on_device(leaves_of(13, 64), torch.float32)
+    extra = {} if index is None else {"row_index": int32(index), "offsets": ragged_offsets([4, 0, 3]).to(DEVICE)}
+    rounded = contract.run(lambda **mine: layer_norm_and_stream(**mine, **extra, dtype=HALF)[0], leaves)
+    expected = contract.run(lambda **mine: layer_norm(**mine, **extra).to(HALF), leaves)
+    assert rounded[0][0].dtype == HALF
+    contract.assert_same(rounded, expected, "rounded")
+
+
+def test_x_beside_its_norm_is_there_in_every_kind_of_execution(monkeypatch):
+    """Autograd adds both gradients where the kernel does not."""
+    call, leaves = both(None), on_device(leaves_of(5, 64), CHECKED)
+    expected = contract.run(call, leaves)
+    for alone in range(2):  # the other has no gradient
+        actual = contract.run(lambda alone=alone, **mine: call(**mine)[alone], {"x": leaves["x"]})
+        (plainly,) = (contract.run(lambda x, a=alone: (layer_norm(x), x * 1)[a], {"x": leaves["x"]}),)
+        contract.assert_same(actual, plainly, f"output {alone} alone")
+    monkeypatch.setattr(operation, "is_eager", lambda tensors: False)
+    registered = contract.run(call, leaves)
+    assert all(map(torch.equal, registered[0], expected[0]))
+    contract.assert_close_gradients(registered[1], expected[1], "registered")
 
 
 def test_parameters_may_be_shared_by_the_modalities_of_offsets():

@@ -4,13 +4,19 @@ Row tensors move exactly once each way, whatever has one element for each row to
 at most once by a program. `pytest -s` prints the bytes, vectors apart from rows.
 """
 
+import functools
+
 import pytest
 import torch
 from support.kernels import DEVICE
 from support.traffic import Launch, counted
 
+from onepeace_fast import RoutePlan
+from onepeace_fast.config import TransformerConfig
 from onepeace_fast.hardware.cases import INERT_ROWS, Rows, kernel_cases, random_tensors
 from onepeace_fast.kernels.launch import Configuration
+from onepeace_fast.layers.transformer import TransformerLayer
+from tools.layer_traffic import LEAST
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter can count")
 CPU = torch.device("cpu")
@@ -53,7 +59,8 @@ def rows_read(case, batch: Rows, name: str, tensor: torch.Tensor) -> list[int]:
     """The rows that an operation has to read of a row tensor: with a row index all only of the residual stream."""
     if case.variant == "per modality" or case.operation == "gated_sub_ln":
         return list(range(batch.rows - INERT_ROWS))
-    if not case.variant.startswith("row index") or (name in ("x", "out") and "residual" in case.operation):
+    of_stream = name == "passed" or (name in ("x", "out") and "residual" in case.operation)
+    if of_stream or not case.variant.startswith("row index"):
         return list(range(tensor.shape[0]))
     if tensor.shape[0] == len(batch.some):
         return list(range(batch.some_offsets[-1]))
@@ -98,6 +105,24 @@ def check(launch: Launch, case, batch: Rows, size: tuple[int, int], moved: dict[
         group = "rows" if kind in ("rows", "column") else "vector"
         moved[group] += elements * tensor.element_size()
     return moved
+
+
+def test_the_launches_of_a_whole_layer_touch_each_row_once():
+    """So that ``tools.layer_traffic`` may count a launch by its tensors."""
+    plan = RoutePlan.from_lengths({"text": [5, 4], "image": [10, 4]})
+    layer = TransformerLayer(TransformerConfig(embed_dim=64, ffn_embed_dim=96, layers=1, attention_heads=2, audio=None))
+    layer.packed_ffn = functools.partial(layer.packed_ffn, strategy="per_modality")  # which the tool counts
+    x = torch.randn(plan.capacity, 64, requires_grad=True)
+    with counted() as launches:
+        layer(x, plan, ()).square().sum().backward()
+    found = set()
+    for launch in launches:
+        for name, tensor in launch.tensors.items():
+            if plan.capacity in tensor.shape:
+                moved = launch.elements()["loads", name] + launch.elements()["stores", name]
+                assert moved == tensor.numel(), f"{launch.kernel}: {moved} of the {tensor.numel()} elements of {name}"
+                found.add(launch.kernel)
+    assert found == {op.op for op in LEAST}
 
 
 def test_the_count_sees_what_is_read_twice_and_what_is_left_out():

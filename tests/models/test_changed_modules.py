@@ -49,8 +49,8 @@ def as_on_a_gpu(z):
 
 @pytest.fixture(autouse=True)
 def joined_weights(monkeypatch):
-    """Queries, keys and values by one product where they may."""
-    monkeypatch.setattr(transformer, "joins_weights", as_on_a_gpu)
+    """Queries, keys and values in one tensor where they may."""
+    monkeypatch.setattr(transformer, "projects_together", as_on_a_gpu)
 
 
 class Wrapper(nn.Module):

@@ -17,6 +17,7 @@ from models._small import (
 )
 
 from onepeace_fast.drop_path import branches
+from onepeace_fast.layers import transformer
 
 
 @pytest.mark.parametrize("drop_path", [False, True])
@@ -78,6 +79,35 @@ def test_autocast_runs_attention_and_ffn_in_bfloat16_and_keeps_the_residual_stre
     assert dtypes.seen["routed_ffn"] == dtypes.seen["relative_bias_attention"] == {torch.bfloat16}
     assert dtypes.seen["residual"] == {torch.float32}
     assert {gradient.dtype for gradient in gradients_of(model, loss).values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("drop_path", [False, True])
+@pytest.mark.parametrize("hooked", ["", "self_attn.q_proj", "self_attn", "text_ffn.3"])
+def test_autocast_rounds_a_norm_once_and_not_in_front_of_what_a_hook_sees(hooked, drop_path, monkeypatch):
+    model = small_model("fused", dtype=torch.float32)
+    layer = model.encoder_wrapper.fusion_model.layers[0]
+    x, plan, bias = layer_inputs(model, batch_of(text=[7, 2, 5], image=(3, 3), dtype=torch.float32))
+    route = branches(plan.with_drop_path(torch.tensor([[[0.0, 1.25, 1.25], [1.25, 0.0, 1.25]]])))[0]
+    route, norms, inputs = route if drop_path else plan, [], []
+    original = transformer.normalized_and_stream
+
+    def recorded(*given):
+        norms.append(original(*given))
+        return norms[-1]
+
+    def run():
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            return layer(x, route, bias)
+
+    if hooked:
+        layer.get_submodule(hooked).register_forward_pre_hook(lambda module, given: inputs.append(given[0].dtype))
+    monkeypatch.setattr(transformer, "normalized_and_stream", recorded)
+    got, dtypes = run(), [z.dtype for z, _ in norms]
+    rounded = [not hooked.startswith("self_attn"), "ffn" not in hooked][: 1 + drop_path]
+    assert dtypes == [torch.bfloat16 if one else torch.float32 for one in rounded]
+    assert not hooked.startswith("self_attn") or set(inputs) == {torch.float32}
+    monkeypatch.setattr(transformer, "normalized_and_stream", lambda *given: original(*given[:3]))
+    torch.testing.assert_close(got, run(), rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

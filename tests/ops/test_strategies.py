@@ -30,9 +30,13 @@ def measured(monkeypatch, tmp_path):
     strategies.measured_for.cache_clear()
 
 
-def test_a_gpu_that_was_not_measured_trusts_the_vendor_s_products(measured):
-    assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED == "per_modality"
+def test_a_gpu_that_was_not_measured_takes_what_the_model_of_the_kernels_prefers(measured, capturing):
+    assert strategy_for("routed_ffn", CPU, 9500, 1536) == UNMEASURED == "hybrid"
     assert strategy_for("routed_ffn", GPU, 9500, 1536) == UNMEASURED
+    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, (40,)) == "hybrid"
+    assert arguments.chosen_strategy(None, on_gpu(), 256, 3, ()) == "grouped"
+    wide = WIDEST["gated_sub_ln"] + 8
+    assert arguments.chosen_strategy(None, on_gpu(torch.float16), wide, 3, (40,), unfolded=True) == "hybrid"
 
 
 def test_a_measured_gpu_takes_the_first_class_that_holds_the_rows(measured):
@@ -109,6 +113,17 @@ UNTAKEN = [(on_gpu(torch.float32), 256, 3, "float16 or bfloat16"), (on_gpu(width
 
 
 @pytest.mark.parametrize("z, hidden, groups, reason", UNTAKEN)
+def test_what_no_tile_can_take_is_the_vendor_s_whatever_was_measured(measured, capturing, z, hidden, groups, reason):
+    for classes in (None, [{"strategy": "hybrid"}], [{"strategy": "grouped"}]):
+        if classes is not None:
+            measured(classes)
+        assert arguments.chosen_strategy(None, z, hidden, groups, (40,)) == "per_modality"
+    for strategy in arguments.IN_TILES:
+        with pytest.raises(ValueError, match=f"{reason}.* with strategy '{strategy}'"):
+            arguments.chosen_strategy(strategy, z, hidden, groups, (40,))
+
+
+@pytest.mark.parametrize("z, hidden, groups, reason", UNTAKEN)
 def test_what_that_strategy_cannot_take_reads_offsets_on_the_host_and_says_so_once(
     measured, capturing, z, hidden, groups, reason
 ):
@@ -120,12 +135,14 @@ def test_what_that_strategy_cannot_take_reads_offsets_on_the_host_and_says_so_on
         assert arguments.chosen_strategy(None, z, hidden, groups, (40,)) == "per_modality"
 
 
-def test_a_norm_that_is_not_folded_is_as_wide_as_its_kernel_s_rows(measured, capturing):
+def test_a_norm_of_its_own_kernel_is_as_wide_as_its_rows(measured, capturing):
     measured([{"strategy": "grouped"}])
     z, known, most = on_gpu(torch.float16), (40,), WIDEST["gated_sub_ln"]
     for hidden, unfolded in ((most, True), (most + 8, False)):
         assert arguments.chosen_strategy("grouped", z, hidden, 3, known, unfolded) == "grouped"
-    with pytest.raises(ValueError, match=rf"^w0: expected at most {most} hidden columns .* got {most + 8}; use"):
+    with pytest.raises(
+        ValueError, match=rf"^w0: expected at most {most} hidden columns .* in float16, got {most + 8}; use"
+    ):
         arguments.chosen_strategy("grouped", z, most + 8, 3, known, unfolded=True)
     assert arguments.chosen_strategy(None, z, most + 8, 3, known, unfolded=True) == "per_modality"
 

@@ -106,27 +106,29 @@ def test_no_kind_of_plan_waits_from_packing_to_the_gradients(case, dropout):
 
 
 @pytest.mark.skipif(kernels.unavailable_reason() is not None, reason="the launchers need Triton")
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("where", ("all rows", "some rows"))
-def test_the_launchers_read_no_tensor_on_the_host(where):
-    """On plain tensors of the meta device, which refuse it; nothing of a plan is known to the host."""
+def test_the_launchers_read_no_tensor_on_the_host(where, dtype):
+    """On plain tensors of the meta device, which refuse it; the host knows but the row counts of vendor products."""
     rows = 24
 
-    def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=DEVICE)
 
     offsets, index = empty(4, dtype=torch.int32), empty(rows, dtype=torch.int32)
     with pytest.raises((RuntimeError, NotImplementedError)):
         offsets.tolist()
-    routing = Routing(offsets, (), index if where == "some rows" else None)
     stream = 32 if where == "some rows" else rows
     drop_path = DropPath(empty(4), empty(stream, dtype=torch.int32))
     with recording("sm_90", 132) as configurations:
-        for operation, given in rowwise_inputs(empty, rows, stream, routing, drop_path, ("grouped",)):
-            run_both_passes(operation, given, "kernel")
+        for strategy, counts in (("grouped", ()), ("hybrid", (9, 0, 15))):
+            routing = Routing(offsets, counts, index if where == "some rows" else None)
+            for operation, given in rowwise_inputs(empty, rows, stream, routing, drop_path, (strategy,)):
+                run_both_passes(operation, given, "kernel")
     names = {configuration.kernel.__name__ for configuration in configurations}
     assert {
-        "routed_ffn_hidden_kernel", "routed_ffn_output_kernel", "grouped_gemm_weight_gradient_kernel",
-        "grouped_gemm_input_gradient_kernel", "routed_ffn_scale_gradient_kernel",
+        "routed_ffn_hidden_kernel", "routed_ffn_output_kernel", "grouped_gradients_kernel",
+        "routed_ffn_scale_gradient_kernel",
     } <= names  # fmt: skip
     assert len(configurations) > 25
 

@@ -12,6 +12,7 @@ from onepeace_fast.attention_structures import AttentionInputs, BiasVectors, Key
 from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN
 from onepeace_fast.ops.layer_norm import LAYER_NORM
 from onepeace_fast.ops.operation import Operation
+from onepeace_fast.ops.projections import PROJECTIONS
 from onepeace_fast.ops.relative_bias_attention import RELATIVE_BIAS_ATTENTION
 from onepeace_fast.ops.residual import RESIDUAL
 from onepeace_fast.ops.routed_ffn import ROUTED_FFN
@@ -23,6 +24,7 @@ from onepeace_fast.structures import (
     FeedForwardWeights,
     GatedSubLNInputs,
     LayerNormInputs,
+    ProjectionsInputs,
     ResidualInputs,
     RoutedFFNInputs,
     RoutedLinearInputs,
@@ -55,10 +57,10 @@ def rowwise_inputs(
         (GATED_SUB_LN, GatedSubLNInputs(u, v, weights.norm_weight, weights.norm_bias, routing, "gelu", 1e-5)),
     ]
     found.append((ROUTED_LINEAR, RoutedLinearInputs(y, weights.w0, weights.norm_bias, routing)))
+    found.append((PROJECTIONS, ProjectionsInputs(y, weights.w0, weights.norm_bias[1:], (*range(1, modalities),))))
     for strategy in strategies:
-        for fold_norm in (True, False):
-            settings = FeedForwardSettings("gelu", 1e-5, strategy, fold_norm, keep_products=True, keep_y=True)
-            found.append((ROUTED_FFN, RoutedFFNInputs(y, weights, routing, x, gamma, drop_path, settings)))
+        settings = FeedForwardSettings("gelu", 1e-5, strategy, keep_products=True, keep_y=True)
+        found.append((ROUTED_FFN, RoutedFFNInputs(y, weights, routing, x, gamma, drop_path, settings)))
     return found
 
 

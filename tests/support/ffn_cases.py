@@ -11,6 +11,7 @@ from torch import Tensor
 from onepeace_fast import routed_ffn
 from support import contract, naive
 from support.contract import normal
+from support.kernels import HALF, PRODUCT_DTYPE, on_device, product_size
 from support.plans import ragged_offsets
 
 DROP_PATH = torch.tensor([1.25, 0.0, 1.25])
@@ -139,3 +140,37 @@ def check_nan_in_one_modality(call: Callable[..., Tensor], counts: Sequence[int]
             assert torch.equal(actual[1][name][real], gradient[real]), name
         elif not name.endswith("_1"):
             assert torch.equal(actual[1][name], gradient), name
+
+
+def leaves_far_from_zero(ratio: float) -> tuple[frozenset, dict[str, Tensor]]:
+    """Options and leaves of one modality of 60 rows, whose rows of h have a mean of ``ratio`` times their deviation."""
+    options = frozenset({"bias", "norm"})
+    leaves = leaves_of([60], *product_size(64, 256), options)
+    leaves["z"][:, 0] = 1  # so that u = 1, and v has a mean of ratio times its deviation, about 1.5
+    leaves["w0_0"] = 0.02 * leaves["w0_0"]
+    leaves["w0_0"][:, 0] = 1
+    leaves["w1_0"][:, 0] = 1.5 * ratio
+    return options, leaves
+
+
+def check_each_gradient_alone(**settings: object) -> None:
+    """What is frozen leaves every other gradient's bits as they are."""
+    counts = [5, 0, 7]
+    leaves = on_device(leaves_of(counts, *product_size(16, 24), inert=1), PRODUCT_DTYPE)
+    expected = contract.run(op(counts, inert=1, **settings), leaves)[1]
+    for name in ("z", "w0_0", "w1_2", "w2_0", "w2_1", "b2_0", "norm_weight_2", "norm_bias_0", "gamma"):
+        frozen = [other for other in leaves if other != name]
+        actual = contract.run(op(counts, inert=1, **settings), leaves, frozen=frozen)[1]
+        contract.assert_same_gradients(actual, {**dict.fromkeys(frozen), name: expected[name]}, f"{name} alone")
+
+
+def check_norms_of_different_dtypes(**settings: object) -> None:
+    """Each modality's norm has gradients in its own dtype, of the same bits but for that."""
+    counts = [5, 0, 7]
+    leaves = on_device(leaves_of(counts, *product_size(16, 24)), HALF)
+    wide = {name: leaf.float() if name.endswith("_2") and "norm" in name else leaf for name, leaf in leaves.items()}
+    expected = contract.run(op(counts, **settings), leaves)[1]
+    actual = contract.run(op(counts, **settings), wide)[1]
+    assert {actual[f"norm_{kind}_2"].dtype for kind in ("weight", "bias")} == {torch.float32}
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name].to(HALF), gradient), name

@@ -63,6 +63,16 @@ def _span(tensor: Tensor) -> int:
     return 1 + sum((extent - 1) * stride for extent, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
+def named_tensors(configuration: Configuration) -> dict[str, Tensor]:
+    """The tensors that a kernel is launched with; those of a tuple by their place in it."""
+    found = {}
+    for name, value in configuration.arguments.items():
+        several = value if isinstance(value, tuple) else [value]
+        named = {f"{name} {i}" if isinstance(value, tuple) else name: one for i, one in enumerate(several)}
+        found |= {of: one for of, one in named.items() if isinstance(one, Tensor)}
+    return found
+
+
 @contextlib.contextmanager
 def counted() -> Iterator[list[Launch]]:
     """Collect the launches inside."""
@@ -85,7 +95,7 @@ def counted() -> Iterator[list[Launch]]:
         return store(builder, pointers, value, mask, *rest)
 
     def counted_launch(configuration: Configuration, grid: tuple[int, ...]) -> None:
-        tensors = {name: value for name, value in configuration.arguments.items() if isinstance(value, Tensor)}
+        tensors = named_tensors(configuration)
         launches.append(Launch(configuration.kernel.__name__, int(np.prod(grid)), tensors))
         launch(configuration, grid)
 

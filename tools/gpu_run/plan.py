@@ -18,9 +18,10 @@ from tools.gpu_run.schedule import Stage, State
 
 SMOKE = (
     "layer_norm", "residual", "gated_sub_ln", "routed_ffn", "grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain",
-    "attention_72", "attention_257",
+    "hybrid_ffn", "attention_72", "attention_257",
 )  # fmt: skip
-NEEDS_KERNELS = ("grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain")  # which a rehearsal on a CPU has not
+# Those whose kernels a rehearsal on a CPU has not.
+NEEDS_KERNELS = ("grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain", "hybrid_ffn")
 SANITIZED = ("attention_72", "attention_33")  # at most 72 tokens: racecheck is hundreds of times slower
 PARITY = "repeat or test_parity or test_on_gpu or test_goldens or test_encoder"
 KERNEL_TESTS, SHARDS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels

@@ -54,6 +54,7 @@ def checks(full: bool) -> dict[str, Check]:
         "grouped_ffn": Check(products, "routed_ffn", "Sub-LN"),
         "grouped_ffn_row_index": Check(products, "routed_ffn", "row index"),
         "grouped_ffn_plain": Check(products, "routed_ffn", "alone"),
+        "hybrid_ffn": Check(products, "routed_ffn", "hybrid"),
         **attention,
     }
 
