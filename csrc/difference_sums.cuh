@@ -99,9 +99,9 @@ struct Differences {
 
     // What a row block's codes [BLOCK_ROWS] say, as keys. Only row blocks that are as many strides behind the first as
     // row blocks have a place, so no two have the same. By all lanes of a warp.
-    __device__ __forceinline__ Run find_run(int modalities, const RowBlock& row_block, const int* code) const {
+    __device__ __forceinline__ Run find_run(int bias_vectors, const RowBlock& row_block, const int* code) const {
         const int m = row_block.modality, first = code[0];
-        if (m == modalities || !are_runs<BLOCK_ROWS>(code, row_block.count)) return NO_RUN;
+        if (m >= bias_vectors || !are_runs<BLOCK_ROWS>(code, row_block.count)) return NO_RUN;
         const int place = row_block.first / BLOCK_ROWS;
         const bool has_place = step[m] > 0 && first == origin[m] + place * step[m];
         return {row_block.count == BLOCK_ROWS ? m : -1, first, has_place ? m * PLACES + place : -1};

@@ -140,8 +140,9 @@ def test_any_number_of_cls_tokens(attend, name, dim, limit, walk):
 
 @walks
 @pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
-def test_bias_and_head_scale_are_each_optional(attend, bias, head_scale, walk):
-    batch = mixed()
+@pytest.mark.parametrize("make", [mixed, lambda: lengths([33, 17], 2)], ids=["kept", "whole row blocks"])
+def test_bias_and_head_scale_are_each_optional(attend, make, bias, head_scale, walk):
+    batch = make()
     check(attend, batch, batch.leaves(2, 32, bias=bias, head_scale=head_scale, dtype=torch.float16), **walk)
 
 
