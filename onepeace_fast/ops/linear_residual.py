@@ -51,7 +51,7 @@ from onepeace_fast.structures import (
 def linear_residual_forward(given: LinearResidualInputs) -> LinearResidualOutputs:
     """A product, and ``residual`` by its kernel where that runs."""
     z, weight = given.z, given.weight
-    y = z @ weight.t() if given.bias is None else torch.addmm(given.bias, z, weight.t())
+    y = torch.mm(z, weight.t()) if given.bias is None else torch.addmm(given.bias, z, weight.t())
     return LinearResidualOutputs(*RESIDUAL.run(_as_residual(given, y)), y if given.keep_y else None)
 
 
@@ -78,15 +78,16 @@ def linear_residual_backward(saved: LinearResidualSaved, needs: Needs) -> Linear
     g = next(grad for grad in (found.y, found.x, saved.grad_out) if grad is not None)
     gradients = LinearResidualGradients(found.x, None, None, dbias, found.gamma, found.norm_weight, found.norm_bias)
     if not without_y:
-        return gradients._replace(z=g @ weight if needs.z else None, weight=g.t() @ z if needs.weight else None)
+        dz = torch.mm(g, weight) if needs.z else None
+        return gradients._replace(z=dz, weight=torch.mm(g.t(), z) if needs.weight else None)
     scaled_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dz = g @ torch.mul(weight, saved.gamma[:, None], out=scaled_weight) if needs.z else None
+    dz = torch.mm(g, torch.mul(weight, saved.gamma[:, None], out=scaled_weight)) if needs.z else None
     of_scale = parameter_gradients_reference
     if runs_kernel("linear_residual_backward", weight):
         from onepeace_fast.kernels.linear_residual import parameter_gradients
 
         of_scale = parameter_gradients
-    dweight, dbias, dgamma = of_scale(g.t() @ z, total, weight, bias, saved.gamma)
+    dweight, dbias, dgamma = of_scale(torch.mm(g.t(), z), total, weight, bias, saved.gamma)
     return gradients._replace(
         z=dz, weight=dweight if needs.weight else None, bias=dbias if needs.bias else None, gamma=dgamma
     )
