@@ -104,6 +104,16 @@ def plain_of_some(norm):
     return call
 
 
+def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_a_parameter():
+    call, leaves = op(7, index=[5, 0, 6]), on_device(leaves_of(7, 64, 64, LAYER_NORM, branch_rows=3), CHECKED)
+    given = [normal(7, 64, seed=seed, dtype=CHECKED).to(DEVICE) for seed in (8, 9)]
+    expected = contract.run(call, leaves, given)[1]
+    given[0][[1, 2, 3, 4]] = torch.nan
+    actual = contract.run(call, leaves, given)[1]
+    for name in ("z", "weight", "bias", "gamma"):
+        assert torch.equal(actual[name], expected[name]), name
+
+
 @pytest.mark.parametrize("which", (0, 1))
 def test_an_output_without_a_gradient_counts_as_zero(which):
     def pick(function):
