@@ -122,7 +122,7 @@ def test_the_launches_of_a_whole_layer_touch_each_row_once():
                 moved = launch.elements()["loads", name] + launch.elements()["stores", name]
                 assert moved == tensor.numel(), f"{launch.kernel}: {moved} of the {tensor.numel()} elements of {name}"
                 found.add(launch.kernel)
-    assert found == {op.op for op in LEAST}
+    assert found == {op.op for op in LEAST if not op.weight}
 
 
 def test_the_count_sees_what_is_read_twice_and_what_is_left_out():
