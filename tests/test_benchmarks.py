@@ -213,6 +213,7 @@ class TestMachine:
 
 
 class TestBenchFiles:
+    @pytest.mark.slow
     def test_pytest_collects_every_file(self):
         options = ["-o", "python_files=bench_*.py", "--collect-only", "-q"]
         command = [sys.executable, "-m", "pytest", "benchmarks", *options]
