@@ -11,7 +11,7 @@ from typing import NamedTuple
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from matplotlib import rc_context
 
-from onepeace_fast.report import measured_charts, model_charts
+from onepeace_fast.report import estimate_charts, measured_charts, model_charts
 from onepeace_fast.report.changes import Change, Comparison
 from onepeace_fast.report.drawing import STYLE, Picture
 from onepeace_fast.report.results import Model, Results
@@ -33,6 +33,8 @@ TOPICS = (
     ("modalities", "Time against the number of modalities", "Does routing cost more with more modalities?", ON_A_CPU),
     ("memory", "Memory", "What a step keeps for its backward pass, and the most that it takes.", ON_A_CPU),
     ("host", "Host time", "What the host needs to plan and to queue the work.", ON_A_CPU),
+    ("model", "The 4 B model", "What a training step takes, on one GPU and on more.",
+     "onepeace-fast report with a model_*.json of benchmarks/results; onepeace-fast estimate for other sizes"),
     ("utilisation", "Utilisation", "FLOPs that the model needs, over time and rate.", ON_A_GPU),
 )  # fmt: skip
 
@@ -54,6 +56,7 @@ def draw(files: Sequence[Results | Model]) -> list[Picture]:
         return [
             *(picture for file in measured for picture in measured_charts.pictures(file)),
             *(picture for file in modelled for picture in model_charts.pictures(file)),
+            *(estimate_charts.pictures() if modelled else ()),
         ]
 
 

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "result
 OF_CPU = sorted(RESULTS.glob("cpu_*.json"))
 MOST = RESULTS / "cpu_AMD-EPYC_2026-11-30T0019Z.json"
 OF_MODEL = RESULTS / "model_2026-11-30.json"
-UNITS = (" ms", "ms\n", "us for", "MiB", "TFLOP/s", "over th", "of a copy's rate", "times")
+UNITS = (" ms", "ms\n", "us for", "MiB", "TFLOP/s", "over th", "of a copy's rate", "times", "GB", "samples a second")
 
 
 @pytest.fixture(scope="module")
