@@ -126,7 +126,7 @@ def metadata(wheel):
 def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wheel, metadata):
     assert metadata["Version"] == onepeace_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"demo", "train", "hub", "resample", "search", "docs", "bench", "peers", "transformers", "dev"}
+    extras = {"demo", "train", "hub", "resample", "search", "report", "docs", "bench", "peers", "transformers", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{INFORMATION}/entry_points.txt")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 CHIP_PARTS = ("warps_per_clock", "shared_bytes_per_clock", "cache_bytes_per_clock", "latency_clocks")
-FILE = Path(__file__).with_name("constants.json")
+FILE = Path(__file__).parent.parent.parent / "onepeace_fast" / "estimate" / "constants.json"
 
 
 class Span(NamedTuple):
