@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_memory import peak_of
 from benchmarks.support import shapes
 from benchmarks.support.encoder import SIZES
+from benchmarks.support.memory import peak_of
 from benchmarks.support.report import Report
 from benchmarks.support.shapes import Sizes
 from benchmarks.support.timing import paired
