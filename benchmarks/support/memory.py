@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from onepeace_fast.memory import peak_bytes
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it prints two lines for every profile
 
 
 def peak_of(call: Callable[[], object]) -> int:
