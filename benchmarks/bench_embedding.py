@@ -31,6 +31,8 @@ from onepeace_fast.embedding import Embedder
 from onepeace_fast.models.passes import Encoded, PaddedTokens
 from onepeace_fast.timing import Timing, interval
 
+pytestmark = pytest.mark.full
+
 TITLE = f"Embedding, {SIZES.layers} layers, width {SIZES.width}, float32: CPU time over upstream's in the same round"
 FOOTER = "{} threads; medians of the rounds' ratios with their 95% intervals; below 1 is faster; peaks are of one call"
 PARTS = {"texts": 1 / 1.3, "images": 1.0, "sounds, encoder": 1 / 1.3, "sounds": 1.0}  # and the goals, at most

@@ -26,6 +26,8 @@ from benchmarks.support.timing import paired
 from onepeace_fast.models.choice import choose
 from onepeace_fast.timing import HostClock, Timing, interleaved, interval
 
+pytestmark = pytest.mark.full
+
 PAIRS = 30
 TITLE = f"Stack of {SIZES.layers} layers, float32, without adapters: CPU time over the reference's in the same round"
 NARROW = Sizes(width=128, hidden=256, heads=4, layers=4, grid=4)

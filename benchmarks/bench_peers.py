@@ -19,7 +19,7 @@ from benchmarks.support.timing import show
 from benchmarks.support.variants import MODES, Budget, Runner
 from onepeace_fast.timing import Timing, clock_for
 
-ROUNDS = 25
+ROUNDS = 15
 ROWS = [
     pytest.param(name, i, peer.name, mode, id=f"{name}-{i}-{peer.name}-{mode}")
     for name in SUITES

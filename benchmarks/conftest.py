@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add this suite's options."""
     group = parser.getgroup("onepeace_fast benchmarks")
     group.addoption("--threads", type=int, default=1, help="threads of torch on a CPU (default: 1)")
-    group.addoption("--case-seconds", type=float, default=5.0, help="time for each timed case (default: 5)")
+    group.addoption("--case-seconds", type=float, default=3.0, help="time for each timed case (default: 3)")
     group.addoption("--full", action="store_true", help="on a CPU also compiled peers and the long cases")
     group.addoption("--results", type=Path, help="also write what was measured to a JSON file in this folder")
 
@@ -41,12 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the written order, whatever a plugin made of it: the tables follow it."""
     for item in items:
         item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+        if item.get_closest_marker("full") and not item.config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="takes long: with --full alone"))
     if all(item.path.parent == Path(__file__).parent for item in items):
         items.sort(key=lambda item: (item.path, list(item.callspec.indices.values())))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start an empty report."""
+    config.addinivalue_line("markers", "full: takes long; run with --full alone")
     config.stash[REPORT] = Report()
 
 

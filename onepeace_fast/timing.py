@@ -258,7 +258,7 @@ def interleaved(
             leads[name] = taken.host
             if turn >= 0:
                 timing.add(taken)
-        if after_round is not None and turn >= 0:
+        if after_round is not None and any(timing.seconds for timing in timings.values()):
             after_round(timings)
     return {name: timing for name, timing in timings.items() if name not in errors}, errors
 
