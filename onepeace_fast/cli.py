@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import onepeace_fast
-from onepeace_fast import _interrupt, info
+from onepeace_fast import _interrupt, bench_command, info
 from onepeace_fast.demo import command as demo
 from onepeace_fast.embedding import embed_command, search_command
 from onepeace_fast.estimate import command as estimate
@@ -116,6 +116,12 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "results and every gradient with its reference in float64. Where all of them on a GPU keep within their "
         "tolerances, it times the strategies and writes the GPU's file of measurements, which makes the fused backend "
         f"automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into your configuration.",
+    ),
+    "bench": (
+        bench_command,
+        "time a suite against every peer that is installed, and show it as it runs",
+        "Checks what ours and every peer compute, then times them in turn, forward and backward: on a GPU at the "
+        "model's sizes, on a CPU at small ones. Needs a checkout: benchmarks/README.md.",
     ),
     "tune": (
         tune,
