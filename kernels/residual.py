@@ -168,7 +168,10 @@ def residual_backward_kernel(
     gamma_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
     of_sum = 0
     while of_sum < sums:
-        start, stop = rows_of_norm(offsets, of_sum, modalities_per_sum, first, last)
+        start = first
+        stop = last
+        if dy_sum is not None:
+            start, stop = rows_of_norm(offsets, of_sum, modalities_per_sum, first, last)
         if start < stop:
             partial = program.to(tl.int64) * width
             if gamma is not None:

@@ -52,7 +52,7 @@ def linear_residual_forward(given: LinearResidualInputs) -> LinearResidualOutput
     """A product, and ``residual`` by its kernel where that runs."""
     z, weight = given.z, given.weight
     y = torch.mm(z, weight.t()) if given.bias is None else torch.addmm(given.bias, z, weight.t())
-    return LinearResidualOutputs(*RESIDUAL.run(_as_residual(given, y)), y if given.keep_y else None)
+    return LinearResidualOutputs._make((*RESIDUAL.run(_as_residual(given, y)), y if given.keep_y else None))
 
 
 def _as_residual(given: LinearResidualInputs, y: Tensor) -> ResidualInputs:
@@ -71,9 +71,9 @@ def linear_residual_backward(saved: LinearResidualSaved, needs: Needs) -> Linear
     total = weight.new_empty(weight.shape[0], dtype=accumulation_dtype(weight.dtype)) if without_y else None
     scaled = any(value is not None for value in (branch.gamma, branch.drop_path.scale, *branch.routing[::2]))
     stream = saved.grad_out if saved.grad_normed is None else saved.out
-    wanted = ResidualGradients(
-        True, scaled or stream.dtype != weight.dtype, needs.gamma and not without_y, needs.norm_weight, needs.norm_bias
-    )  # fmt: skip
+    cast = scaled or stream.dtype != weight.dtype
+    of_gamma = needs.gamma and not without_y
+    wanted = ResidualGradients._make((True, cast, of_gamma, needs.norm_weight, needs.norm_bias))
     found = residual_backward_and_sums(branch, wanted, [total if without_y else dbias])
     g = next(grad for grad in (found.y, found.x, saved.grad_out) if grad is not None)
     gradients = LinearResidualGradients(found.x, None, None, dbias, found.gamma, found.norm_weight, found.norm_bias)
@@ -113,7 +113,7 @@ def parameter_gradients_reference(
 
 def _fake(given: LinearResidualInputs) -> LinearResidualOutputs:
     y = given.z.new_empty(given.z.shape[0], given.weight.shape[0])
-    return LinearResidualOutputs(*residual_fake(_as_residual(given, y)), y if given.keep_y else None)
+    return LinearResidualOutputs._make((*residual_fake(_as_residual(given, y)), y if given.keep_y else None))
 
 
 def _fake_backward(saved: LinearResidualSaved, needs: Needs) -> LinearResidualGradients:

@@ -46,7 +46,7 @@ def as_branch(given: RoutedFFNInputs, y: Tensor) -> ResidualInputs:
     )
 
 
-def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved, ResidualGradients]:
+def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved, Needs]:
     """What the residual's backward pass is given to make dy and dgamma, and what is needed of it."""
     y = saved.y if needs.gamma else None
     nothing = dict.fromkeys(("grad_normed", "out", "norm_weight", "norm_bias", "mean", "rstd"))

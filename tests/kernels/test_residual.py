@@ -323,17 +323,18 @@ def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma():
     assert torch.equal(actual["gamma"], expected["gamma"]) and torch.equal(actual["y"], expected["y"])
 
 
+@pytest.mark.parametrize("dtype", dict.fromkeys((CHECKED, torch.float64)), ids=str)
 @pytest.mark.parametrize("counts", ([7], [0, 5, 9, 0, 3]))
-def test_the_branch_s_gradient_is_summed_over_the_rows_of_each_modality(counts):
+def test_the_branch_s_gradient_is_summed_over_the_rows_of_each_modality(counts, dtype):
     bounds = [0, *accumulate(counts)]
     ranges, rows = [slice(start, stop) for start, stop in pairwise(bounds)], bounds[-1] + 2
     tensors = normal(rows, 64, seed=1), normal(64, seed=2), normal(rows, 64, seed=3)
-    grad, gamma, y = (tensor.to(DEVICE, CHECKED) for tensor in tensors)
+    grad, gamma, y = (tensor.to(DEVICE, dtype) for tensor in tensors)
     nothing = dict.fromkeys(("grad_normed", "out", "norm_weight", "norm_bias", "mean", "rstd"))
     for scale in (gamma, None):
         saved = ResidualSaved(
             grad_out=grad, y=y, gamma=scale, drop_path=DropPath(), dropout=Dropout(), routing=Routing(int32(bounds)),
-            y_dtype=CHECKED, **nothing,
+            y_dtype=dtype, **nothing,
         )  # fmt: skip
         sums = [None if m == 2 else torch.empty_like(gamma) for m in range(len(counts))]
         needs = ResidualGradients(False, scale is not None, scale is not None, False, False)
