@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import re
 import statistics
 from collections.abc import Iterator, Sequence
@@ -69,13 +70,16 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         model = _model(arguments)
         lengths = _lengths(arguments, model.encoder.modalities)
-        files = [read(one) for one in arguments.measured or sorted(RESULTS.glob("*pu_*.json"))]
-    except ValueError as error:
+        given = arguments.measured or [*sorted(RESULTS.glob("*pu_*.json")), *sorted(RESULTS.glob("scale_*.json"))]
+        scales = [one for one in given if one.name.startswith("scale_")]
+        files = [read(one) for one in given if one not in scales]
+        found = [error for one in scales for error in errors.of_scale(one.name, json.loads(one.read_text("utf-8")))]
+    except (ValueError, KeyError) as error:
         return stop(str(error))
     for heading, rows in sections(arguments, model, lengths):
         print(f"\n{heading}\n{table(rows)}")
-    found = errors.errors([file for file in files if isinstance(file, Results)])
-    print(f"\nBeside what was measured: {len(found)} figures of {len(files)} files")
+    found = [*errors.errors([file for file in files if isinstance(file, Results)]), *found]
+    print(f"\nBeside what was measured: {len(found)} figures of {len(given)} files")
     if found:
         print(table(_error_rows(found)))
         middle = statistics.median(abs(error.relative) for error in found)

@@ -36,6 +36,16 @@ def errors(files: Sequence[Results]) -> list[Error]:
     return [error for file in files for row in file.rows for error in _of_row(file, row)]
 
 
+def of_scale(name: str, found: Mapping[str, Any]) -> list[Error]:
+    """Of a file of ``benchmarks/scale.py``: bytes that a process sent and held."""
+    errors: list[Error] = []
+    for row in found["rows"]:
+        for figure, value in scale.predicted(found, row["processes"])[row["what"]].items():
+            what = f"{name}: {row['what']} of {row['processes']} processes, {figure.replace('_', ' ')}"
+            errors.append(Error(what, row[figure] / 1e6, value.times(1e-6), "MB"))
+    return errors
+
+
 def _of_row(file: Results, row: Row) -> Iterator[Error]:
     place = f"{file.path.name}: {row.name}"
     if row.kind == "memory":

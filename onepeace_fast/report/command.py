@@ -15,7 +15,7 @@ DEFAULT_OUTPUT = Path("report")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the report."""
-    text = "results of benchmarks or of the model of the kernels, such as benchmarks/results/*.json"
+    text = "results of benchmarks or of the model of the kernels, such as benchmarks/results/cpu_*.json"
     parser.add_argument("files", type=path, nargs="+", metavar="FILE", help=text)
     text = "an earlier file of times: what changed beyond the noise since then is flagged"
     parser.add_argument("--before", type=path, metavar="FILE", help=text)

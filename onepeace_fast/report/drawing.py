@@ -81,7 +81,7 @@ def new_figure(height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
 
 def colours(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """A colour and a marker for each variant that was measured: ours blue, the reference grey."""
-    fixed = {"fused": (OURS, "o"), "reference": (REFERENCE, "s"), "eager": (REFERENCE, "s"), "sliced": (REFERENCE, "s")}
+    fixed = {"fused": (OURS, "o"), "reference": (REFERENCE, "s"), "eager": (REFERENCE, "s")}
     found, turn = {}, 2
     for name in names:
         if name in fixed:

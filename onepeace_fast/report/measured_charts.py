@@ -115,7 +115,7 @@ def _ratios(results: Results, base: str) -> Iterator[Picture]:
             )  # fmt: skip
         axes.axvline(1, color="#111827", linewidth=0.8)
         across(figure, f"time over the {base}'s, with 95% interval")
-        _labels(axes, [row.section.rpartition(", ")[2] for row in mine])
+        _labels(axes, [row.section.partition(", ")[2] for row in mine])
         legend(figure, axes)
         faster = sum(ratio.high < 1 for row in mine for name, ratio in row.ratios.items() if name.endswith(over))
         total = sum(name in row.ratios for row in mine for name in variants)
