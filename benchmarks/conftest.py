@@ -49,7 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start an empty report."""
-    config.addinivalue_line("markers", "full: takes long; run with --full alone")
     config.stash[REPORT] = Report()
 
 
