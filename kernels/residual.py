@@ -166,7 +166,8 @@ def residual_backward_kernel(
     first, last = share_of_rows(extent, BLOCK_ROWS)
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
     gamma_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-    for of_sum in range(sums):  # of one the compiler makes no loop
+    of_sum = 0
+    while of_sum < sums:
         start = first
         stop = last
         if dy_sum is not None:
@@ -256,6 +257,7 @@ def residual_backward_kernel(
             if dy_sum is not None:
                 of_program = (of_sum * tl.num_programs(0) + program).to(tl.int64) * width
                 store_sums(dy_sum + of_program, y_total, width, PARTS, BLOCK_WIDTH)
+        of_sum += 1
     if dgamma is not None:
         store_sums(dgamma + program.to(tl.int64) * width, gamma_total, width, PARTS, BLOCK_WIDTH)
     if branch_offsets is not None and dy is not None:
