@@ -75,7 +75,7 @@ def _by_ops(work: Work, gpu_name: str, way: str, products: float, attention: flo
     projections = products * 4 * width / (4 * width + 3 * hidden)
     row = 2 * rows * width / copy
     found = found.plus(strategy["vendor_FLOP"] * of_flop / vendor + projections / vendor)
-    found = found.plus((3 + strategy["moved_rows"]) * row)
+    found = found.plus(2 * row)  # gradients of the biases of q and v
     # Attention: q, k, v, output and their gradients once at the goal of 1.5 times a copy; longer where products bind,
     # which small heads reach at half the vendor's rate at best.
     floor, computed = 12 * row, 3.5 * attention / vendor

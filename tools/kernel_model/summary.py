@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tools.kernel_model.strategies import AROUND, FEED_FORWARD_BIAS, LAUNCHES
+from tools.kernel_model.strategies import AROUND, LAUNCHES
 from tools.products import products
 
 FILE = Path(__file__).resolve().parent.parent.parent / "onepeace_fast" / "estimate" / "kernels.json"
@@ -30,7 +30,6 @@ def summary(found: Mapping[str, Any], source: str) -> dict[str, Any]:
                     "products": _summed(kernels, prefixes, with_products=True),
                     "rows": _summed(kernels, prefixes, with_products=False),
                     "vendor_FLOP": sum(flop[product] for product in by_vendor),
-                    "moved_rows": FEED_FORWARD_BIAS.get(name, 0),
                 }
                 for name, (prefixes, by_vendor) in LAUNCHES.items()
             },
