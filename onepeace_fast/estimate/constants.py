@@ -43,7 +43,7 @@ class Span(NamedTuple):
         """Halfway."""
         return (self.low + self.high) / 2
 
-    def plus(self, other: Span | float) -> Span:
+    def __add__(self, other: Any) -> Span:
         """Both ends with those of another, or with a number."""
         low, high = other if isinstance(other, Span) else (other, other)
         return Span(self.low + low, self.high + high)

@@ -65,7 +65,7 @@ def memory(work: Work, sizes: Sizes, processes: int) -> Memory:
     gathered = 0.0
     if processes > 1:  # a layer's weights and the gradients of one, and the root's weights and gradients
         gathered = FLOAT32 * ((GATHERED_LAYERS + 1) * sizes.layer + 2 * sizes.root)
-    transient = Span(*work.transient_bytes()).plus(LOGITS).plus(CONTEXT)
+    transient = Span(*work.transient_bytes()) + LOGITS + CONTEXT
     return Memory(STATES * sizes.parameters / processes, gathered, work.saved_bytes(), transient)
 
 

@@ -70,17 +70,17 @@ def _by_ops(work: Work, gpu_name: str, way: str, products: float, attention: flo
     of_flop = rows * width * hidden / (table_rows * shape["width"] * shape["hidden"])
     of_width, of_hidden = rows * width / (table_rows * shape["width"]), rows * hidden / (table_rows * shape["hidden"])
     found = Span(*strategy["products"]).times(MICROSECOND * of_flop)
-    found = found.plus(Span(*strategy["rows"]).times(MICROSECOND * of_hidden))
-    found = found.plus(Span(*known["around"]).times(MICROSECOND * of_width))
+    found += Span(*strategy["rows"]).times(MICROSECOND * of_hidden)
+    found += Span(*known["around"]).times(MICROSECOND * of_width)
     projections = products * 4 * width / (4 * width + 3 * hidden)
     row = 2 * rows * width / copy
-    found = found.plus(strategy["vendor_FLOP"] * of_flop / vendor + projections / vendor)
-    found = found.plus(2 * row)  # gradients of the biases of q and v
+    found += strategy["vendor_FLOP"] * of_flop / vendor + projections / vendor
+    found += 2 * row  # gradients of the biases of q and v
     # Attention: q, k, v, output and their gradients once at the goal of 1.5 times a copy; longer where products bind,
     # which small heads reach at half the vendor's rate at best.
     floor, computed = 12 * row, 3.5 * attention / vendor
     goal = constants.value("attention")["share_of_floor"]
-    return found.plus(Span(max(goal * floor, computed), max(goal * floor, 2 * computed)))
+    return found + Span(max(goal * floor, computed), max(goal * floor, 2 * computed))
 
 
 def step(work: Work, gpu_name: str, way: str, parameters: int, processes: int = 1) -> Span:
@@ -96,4 +96,4 @@ def step(work: Work, gpu_name: str, way: str, parameters: int, processes: int = 
     beside = 8 * FLOAT32 * parameters / processes / copy
     if work.autocast:
         beside += (FLOAT32 + 2) * parameters / copy
-    return once.plus(beside)
+    return once + beside

@@ -80,8 +80,10 @@ def linear_residual_backward(saved: LinearResidualSaved, needs: Needs) -> Linear
     if not without_y:
         dz = torch.mm(g, weight) if needs.z else None
         return gradients._replace(z=dz, weight=torch.mm(g.t(), z) if needs.weight else None)
-    scaled_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    dz = torch.mm(g, torch.mul(weight, saved.gamma[:, None], out=scaled_weight)) if needs.z else None
+    dz = None
+    if needs.z:
+        scaled_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)  # not in gamma's wider dtype
+        dz = torch.mm(g, torch.mul(weight, saved.gamma[:, None], out=scaled_weight))
     of_scale = parameter_gradients_reference
     if runs_kernel("linear_residual_backward", weight):
         from onepeace_fast.kernels.linear_residual import parameter_gradients

@@ -83,8 +83,7 @@ def _of_row(row: Row) -> Iterator[tuple[str, tuple[float, float, str]]]:
     for name, ratio in row.ratios.items():
         yield f"{row.name}: {name}", (ratio.median, spread(ratio), "times")
     for variant, size in row.peaks.items():
-        if variant.count("_") == 0:  # a whole and not a share of it
-            yield f"{row.name}: memory of {variant}", (size / 2**20, 0.0, "MiB")
+        yield f"{row.name}: memory of {variant}", (size / 2**20, 0.0, "MiB")
 
 
 def spread(figure: Timed | Ratio) -> float:

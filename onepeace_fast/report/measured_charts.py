@@ -173,8 +173,6 @@ def _memory_rows(results: Results) -> dict[str, list[Row]]:
     groups: dict[str, list[Row]] = {}
     for row in results.rows:
         if row.peaks and row.tokens:
-            row_peaks = {name: size for name, size in row.peaks.items() if not name.endswith("per_token")}
-            row.peaks = row_peaks
             where = "kept for the backward pass" if row.mode == "saved" else "the most of a step"
             name = where if row.kind == "memory" else f"{row.kind}, {SHOWN.get(row.mode, row.mode)}"
             groups.setdefault(name, []).append(row)

@@ -185,9 +185,10 @@ def _of_tables(tables: Mapping[str, Any]) -> Iterator[Row]:
                 for name, value in values.items()
                 if "_over_" in name and isinstance(value, list) and len(value) == 3
             }
-            row.peaks = {
+            by_variant = {
                 name.removesuffix("_bytes"): value for name, value in values.items() if name.endswith("_bytes")
             }
+            row.peaks = by_variant.pop("peak", {}) | by_variant
             yield row
 
 

@@ -100,6 +100,25 @@ def test_a_planted_slow_down_is_flagged_and_nothing_else(tmp_path, capsys):
     assert "WORSE" in (tmp_path / page.NAME).read_text(encoding="utf-8")
 
 
+def test_more_memory_of_any_variant_is_flagged(tmp_path):
+    found = of_gpu()
+    variants = found["sections"]["layer, a"]["variants"]
+    variants["boolean_masks"] = {"forward_backward": timed(2, 1.9, 2.1), "peak_bytes": {"forward_backward": 2**30}}
+    before = read(write(tmp_path / "before.json", found))
+    variants["boolean_masks"]["peak_bytes"] = {"forward_backward": 1.1 * 2**30}
+    after = read(write(tmp_path / "after.json", found))
+    flagged = [one.what for one in compare(before, after).flagged]
+    assert "layer, a, both passes: memory of boolean_masks" in flagged
+    assert all(what.endswith("memory of boolean_masks") for what in flagged)
+
+
+def test_peaks_by_variant_are_compared():
+    (path,) = RESULTS.glob("embedding_*.json")
+    found = compare(read(path), read(path))
+    peaks = [one.what.rpartition(": ")[2] for one in found.changes if one.unit == "MiB"]
+    assert set(peaks) == {"memory of ours", "memory of upstream"} and not found.flagged
+
+
 def test_a_slow_down_within_the_noise_is_not_flagged():
     before = read(OF_CPU[0])
     after = Results(before.path, slowed(before.found, 1.01), [])

@@ -52,11 +52,11 @@ def strategies(times: Mapping[str, Span], gpu: GPU, shape: Shape) -> list[Strate
     attention, bare_attention = _attention(gpu, shape)
     bare = sum(vendor.values())
     outside = _total([_of(times, prefix) for prefix in AROUND])
-    outside += _one(projections + attention + BIAS_GRADIENTS * rows)
+    outside += projections + attention + BIAS_GRADIENTS * rows
     found = []
     for name, (prefixes, by_vendor) in LAUNCHES.items():
         beside = sum(vendor[product] for product in by_vendor)
-        time = _total([_of(times, prefix) for prefix in prefixes]) + _one(beside)
+        time = _total([_of(times, prefix) for prefix in prefixes]) + beside
         layer = time + outside
         layer_bare = bare + projections + bare_attention
         found.append(Strategy(name, time, _over(time, bare), layer, _over(layer, layer_bare)))
@@ -72,10 +72,6 @@ def _of(times: Mapping[str, Span], prefix: str) -> Span:
 
 def _total(times: Sequence[Span]) -> Span:
     return Span(sum(time.low for time in times), sum(time.high for time in times))
-
-
-def _one(time: float) -> Span:
-    return Span(time, time)
 
 
 def _over(time: Span, base: float) -> Span:
