@@ -1,0 +1,6 @@
+"""UnIVAL (arXiv 2307.16184)."""
+
+from onepeace_fast.models.unival.config import UnivalConfig
+from onepeace_fast.models.unival.model import Unival
+
+__all__ = ["Unival", "UnivalConfig"]
