@@ -169,10 +169,7 @@ def _samples_of(name: str, x: Tensor, count: int, samples: Sequence[int] | Tenso
     if samples is None:
         require(
             rows == count,
-            lambda: (
-                f"samples: expected the sample of each row of {name}, since there are {rows} for {count} texts; "
-                "got none"
-            ),
+            lambda: f"samples: expected the sample of each of the {rows} rows of {name}, of {count} texts, got none",
         )
         return [*range(count)]
     own = read_values(samples) if isinstance(samples, Tensor) else [int(value) for value in samples]
@@ -182,7 +179,7 @@ def _samples_of(name: str, x: Tensor, count: int, samples: Sequence[int] | Tenso
 
 
 def read_target(
-    config: UnivalConfig, what: str, ids: Tensor, count: int, code: Sequence[bool] | Tensor | None
+    config: UnivalConfig, what: str, ids: Tensor, source: Tensor, code: Sequence[bool] | Tensor | None
 ) -> dict[str, Tokens]:
     """The decoder's tokens: "text", and "code" of the samples that write an image.
 
@@ -190,6 +187,8 @@ def read_target(
         ValueError: ids that do not fit.
     """
     whole = text_tokens(what, ids, [], config.max_target_positions, config.vocab_size)
+    require_device(what, ids, source.device)
+    count = source.shape[0]
     require(ids.shape[0] == count, lambda: f"{what}: expected a row for each of {count} texts, got {ids.shape[0]}")
     flags = [False] * count
     if code is not None:

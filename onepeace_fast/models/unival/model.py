@@ -101,7 +101,7 @@ class Unival(nn.Module):
         Raises:
             ValueError: an input that does not fit, before any work.
         """
-        tokens = read_target(self.config, "previous", previous, source.shape[0], code)
+        tokens = read_target(self.config, "previous", previous, source, code)
         encoded = self._encode(source, samples, patches, maps)
         x, layout = self.decoder(tokens, self.encoder.embed_tokens.weight, encoded, "previous")
         parts = layout.unpacked(x)
@@ -131,7 +131,7 @@ class Unival(nn.Module):
         require_tensor("target", target, INTEGERS, "[samples, length]", 2)
         require_device("target", target, source.device)
         previous = F.pad(target, (1, 0), value=BEGIN)[:, :-1].masked_fill(target == PADDING, PADDING)
-        tokens = read_target(self.config, "target", previous, source.shape[0], code)
+        tokens = read_target(self.config, "target", previous, source, code)
         encoded = self._encode(source, samples, patches, maps)
         x, layout = self.decoder(tokens, self.encoder.embed_tokens.weight, encoded, "target")
         wanted = {"text": target, "code": target.roll(-1, 1)}
