@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def unival(backend: str | None = "fused", dtype: torch.dtype = torch.float64, **
     model = Unival(unival_config(**changed), backend).to(dtype)
     randomise(model)  # type: ignore[arg-type]  # it goes by names
     return model.eval()
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The line by which a call is refused; nothing where it is not, so that a comparison fails."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def maps(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:

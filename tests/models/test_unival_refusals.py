@@ -3,7 +3,7 @@
 import pytest
 import torch
 from data._refused import refused
-from models._unival import CHANNELS, SOURCE, TARGET, maps, unival, unival_config
+from models._unival import CHANNELS, SOURCE, TARGET, maps, refusal, unival, unival_config
 
 from onepeace_fast.models.unival import UnivalConfig
 from onepeace_fast.models.unival.encoder import Encoder
@@ -97,14 +97,15 @@ def test_what_does_not_fit_is_refused_in_a_line_before_any_work(name, backend, m
 def test_a_sample_without_a_token_is_refused(backend):
     empty, model = SOURCE.clone(), unival(backend)
     empty[2] = 1
-    refused(lambda: model.encode(empty), "", "source: expected at least one token in each sample, got none in [2]")
+    says = "source: expected at least one token in each sample, got none in [2]"
+    assert refusal(lambda: model.encode(empty)) == says
     assert model.encode(empty, image=IMAGE, samples={"image": [2]})["image"].isfinite().all()
     says = "target: expected at least one token in each sample, got none in [1]"
-    refused(lambda: model.loss(SOURCE, PADDED), "", says)
+    assert refusal(lambda: model.loss(SOURCE, PADDED)) == says
 
 
 def test_an_unknown_task_and_modalities_that_the_model_lacks_are_refused():
-    refused(lambda: unival()("write"), "", "task: expected one of encode, logits, loss, got 'write'")
+    refused(lambda: unival()("write"), "", "task: expected one of encode, logits, loss, generate, got 'write'")
     model = unival(audio=False)
     says = "input: expected some of image, video, got ['audio']"
     refused(lambda: model.encode(SOURCE[:2], audio=maps()["audio"]), "", says)

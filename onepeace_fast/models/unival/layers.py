@@ -9,7 +9,7 @@ behind attention and inside the FFN are NormFormer's, arXiv 2110.09456, as in OF
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,13 @@ from onepeace_fast.layers.norms import normalized
 from onepeace_fast.layers.plain import are_plain, calls_modules
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.ops import gated_sub_ln, relative_bias_attention, residual, residual_layer_norm
+
+
+class Route(Protocol):
+    """How queries attend to keys and values, which come projected, and with the head scale of a layer."""
+
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, head_scale: Tensor) -> Tensor:
+        """The joined heads of each query, before the output projection."""
 
 
 class PackedRoute(NamedTuple):
@@ -37,8 +44,9 @@ class PackedRoute(NamedTuple):
     vectors: tuple[Tensor, ...] = ()  # [heads, entries] of each modality
     code_offsets: tuple[int, ...] = ()
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, head_scale: Tensor) -> Tensor:
         """Packed rows [rows, dim] of queries, and [key rows, dim] of keys and values."""
+        assert k is not None and v is not None
         q, k, v = (x.unflatten(1, self.query_places.shape[1:]) for x in (q, k, v))
         own = self.segments
         return relative_bias_attention(
@@ -54,15 +62,13 @@ class PaddedRoute(NamedTuple):
 
     bias: Tensor  # [batch, heads, queries, keys]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, head_scale: Tensor) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, head_scale: Tensor) -> Tensor:
         """[batch, queries, dim], and [batch, keys, dim] twice."""
+        assert k is not None and v is not None
         q, k, v = (x.unflatten(2, (head_scale.shape[0], -1)).transpose(1, 2) for x in (q, k, v))
         score = (q * (2 * q.shape[-1]) ** -0.5) @ k.transpose(-1, -2) + self.bias
         weights = score.softmax(-1, dtype=torch.promote_types(torch.float32, score.dtype)).to(v.dtype)
         return (weights @ v * head_scale[:, None, None]).transpose(1, 2).flatten(2)
-
-
-Route: TypeAlias = PackedRoute | PaddedRoute
 
 
 class Attention(nn.Module):
@@ -74,9 +80,10 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
         self.c_attn = nn.Parameter(torch.ones(config.attention_heads))
 
-    def forward(self, x: Tensor, keys: Tensor, route: Route) -> Tensor:
-        """Attention of normalised tokens to ``keys``, packed or padded."""
-        return self.out_proj(route.attend(self.q_proj(x), self.k_proj(keys), self.v_proj(keys), self.c_attn))
+    def forward(self, x: Tensor, keys: Tensor | None, route: Route) -> Tensor:
+        """Attention of normalised tokens to ``keys``, packed or padded; None where the route has kept them."""
+        k, v = (None, None) if keys is None else (self.k_proj(keys), self.v_proj(keys))
+        return self.out_proj(route.attend(self.q_proj(x), k, v, self.c_attn))
 
 
 class Layer(nn.Module):
@@ -143,8 +150,8 @@ class DecoderLayer(Layer):
         self.self_attn_ln, self.cross_attn_ln = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.encoder_attn, self.encoder_attn_layer_norm = Attention(config), nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, encoded: Tensor, own: Route, cross: Route) -> Tensor:
-        """As ``EncoderLayer``; ``encoded`` is the encoder's output, packed or padded as x is."""
+    def forward(self, x: Tensor, encoded: Tensor | None, own: Route, cross: Route) -> Tensor:
+        """As ``EncoderLayer``; ``encoded`` is the encoder's output, packed or padded as x is; None where it is kept."""
         if isinstance(own, PaddedRoute):
             z = self.self_attn_layer_norm(x)
             x = x + self.self_attn_ln(self.self_attn(z, z, own))

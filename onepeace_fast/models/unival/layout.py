@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
@@ -182,6 +183,12 @@ class Padded:
         is_cls = (place == 0) & (name == "code")
         index = dense_index(tokens.codes[place], is_cls, tokens.code_offset, vector.shape[1])
         return F.embedding(index, vector.t()).permute(0, 3, 1, 2)
+
+    def taken(self, samples: Tensor) -> Padded:
+        """The layout of these samples, int64, any of them several times; it has their padding and places alone."""
+        found = copy.copy(self)
+        found.valid, found.place = self.valid[samples], self.place[samples]
+        return found
 
     def unpacked(self, x: Tensor) -> dict[str, Tensor]:
         """[samples, length, width] as {modality: [rows, length, width]}, zeros at padding."""

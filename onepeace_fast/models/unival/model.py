@@ -17,10 +17,13 @@ from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device, require_tensor
 from onepeace_fast.layers.parameters import with_unread
 from onepeace_fast.models.unival import state
+from onepeace_fast.models.unival.beam_search import Hypothesis, Settings, Trie, check_settings, search
+from onepeace_fast.models.unival.cache import Cached, Uncached
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.decoder import Decoder
 from onepeace_fast.models.unival.encoder import Encoded, Encoder
 from onepeace_fast.models.unival.inputs import BEGIN, PADDING, read_source, read_target
+from onepeace_fast.models.unival.layout import Packed
 from onepeace_fast.models.unival.losses import token_loss
 from onepeace_fast.routing import INTEGERS
 
@@ -45,7 +48,7 @@ class Unival(nn.Module):
         backend: "reference" (padded, as upstream computes it), "fused" (packed), or None: automatic, by device.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("encode", "logits", "loss")
+    tasks: ClassVar[tuple[str, ...]] = ("encode", "logits", "loss", "generate")
 
     def __init__(self, config: UnivalConfig, backend: str | None = None) -> None:
         super().__init__()
@@ -141,6 +144,37 @@ class Unival(nn.Module):
         x = layout.rows(x)
         loss = token_loss(F.linear(x, self.encoder.embed_tokens.weight), flat.long(), smoothing, encouraging)
         return with_unread(loss, *self.encoder.unread(encoded.layout.tokens), *self.decoder.unread(tokens))
+
+    @torch.no_grad()
+    def generate(
+        self, source: Tensor, *, beams: int = 5, max_length: int = 20, min_length: int = 1, length_penalty: float = 1.0,
+        answers: Trie | None = None, samples: Samples | None = None, patches: Mapping[str, Tensor] | None = None,
+        **maps: Tensor | None,
+    ) -> list[list[Hypothesis]]:  # fmt: skip
+        """Write a text for each sample by beam search.
+
+        The fused backend keeps keys and values of what is written and seen; the reference computes all of it again for
+        each token.
+
+        Args:
+            source, samples, patches, maps: as in ``encode``.
+            beams: how many texts of a sample are kept in work; 1 is the most likely token at each place.
+            max_length, min_length: tokens of a text, its end counted.
+            length_penalty: what a text's length is raised to before its log-probability is divided by it.
+            answers: the texts that alone may be written, or None.
+
+        Returns:
+            of each sample at most ``beams`` hypotheses, best first.
+
+        Raises:
+            ValueError: an input that does not fit, before any work.
+        """
+        settings = Settings(beams, max_length, min_length, length_penalty, answers)
+        check_settings(settings, self.config)
+        encoded = self._encode(source, samples, patches, maps)
+        kind = Cached if isinstance(encoded.layout, Packed) else Uncached
+        step = kind(self.decoder, self.encoder.embed_tokens.weight, encoded, max_length)
+        return search(step, source.shape[0], settings, source.device)
 
     def _encode(
         self, source: Tensor, samples: Samples | None, patches: Mapping[str, Tensor] | None,

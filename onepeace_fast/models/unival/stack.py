@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from onepeace_fast.layers.derived import DerivedBuffers
 from onepeace_fast.models.unival.config import UnivalConfig
-from onepeace_fast.models.unival.inputs import Tokens
 from onepeace_fast.models.unival.layout import Packed, Padded
 from onepeace_fast.relative_position import CLS_ENTRIES, grid_table_rows, series_index
 
@@ -57,14 +56,15 @@ class Stack(DerivedBuffers):
         pairs: Any = zip(self.token_rel_pos_table_list, self.image_rel_pos_table_list, strict=True)
         return [
             [
-                self._text(text.weight, x) if name == "text" else image.weight.t().contiguous()
+                self.text_vector(text.weight, x.code_offset + 1) if name == "text" else image.weight.t().contiguous()
                 for name, x in layout.tokens.items()
             ]
             for text, image in pairs
         ]
 
-    def _text(self, table: Tensor, tokens: Tokens) -> Tensor:
-        centre, reach = self.token_index.shape[0] // 2, tokens.code_offset
+    def text_vector(self, table: Tensor, length: int) -> Tensor:
+        """The bias of texts of a length by a layer's table, [heads, entries], of equal places in entry length - 1."""
+        centre, reach = self.token_index.shape[0] // 2, length - 1
         rows = self.token_index[centre - reach : centre + reach + 1]
         # An embedding, since its gradient is summed in a fixed order on every device.
         return F.pad(F.embedding(rows, table), (0, 0, 0, CLS_ENTRIES)).t().contiguous()

@@ -23,9 +23,8 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     problems, rest = [], {}
     for name, value in state_dict.items():
         if name in TIED:
-            same = (
-                TABLE in state_dict and value.shape == state_dict[TABLE].shape and torch.equal(value, state_dict[TABLE])
-            )
+            table = state_dict.get(TABLE)
+            same = table is not None and value.shape == table.shape and torch.equal(value, table)
             problems += [] if same else [f"{name} differs from {TABLE}, which it is"]
         elif name.split(".")[-1] in ("version", "token_rp_bucket", "image_rp_bucket", "image_position_idx"):
             expected = buffer(config, name)
