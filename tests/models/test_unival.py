@@ -100,6 +100,18 @@ def test_where_a_text_is_padded_to_does_not_matter():
     assert not found[:, 5:].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_rounds_and_changes_little(backend):
+    model, given = unival(backend, torch.float32), maps(torch.float32)
+    exact = model.logits(SOURCE, PREVIOUS, code=CODE, samples=SAMPLES, **given)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model.logits(SOURCE, PREVIOUS, code=CODE, samples=SAMPLES, **given)
+        loss = model.loss(SOURCE, TARGET, code=CODE, samples=SAMPLES, **given)
+    assert 1e-5 < ((rounded.float() - exact).abs().max() / exact.abs().max()).item() < 0.05
+    assert rounded.dtype == torch.bfloat16 and loss.dtype == torch.float32
+    assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
 def test_upstream_s_state_dict_goes_both_ways():
     model, other = unival(), unival("reference")
     state = model.to_upstream_state_dict()
