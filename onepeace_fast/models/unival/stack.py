@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.layout import Packed, Padded
 from onepeace_fast.relative_position import CLS_ENTRIES, grid_table_rows, series_index
 
-Layout = Packed | Padded
+Layout: TypeAlias = Packed | Padded
 
 
 class Stack(DerivedBuffers):
