@@ -21,6 +21,7 @@
 #include "backward_memory.cuh"
 #include "backward_workspace.cuh"
 #include "bias_gradient.cuh"
+#include "entry_sums.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 #include "spread_key_block.cuh"
@@ -36,15 +37,16 @@ using Pairs = float[Launch::SLOTS][HALVES][2][4];
 template <typename Launch>
 using KeyRows = float[Launch::SLOTS][Launch::HEAD_DIM / 8][4];
 
-// The key block of a warp's slot, counted from the walk's first; past the last one where there are fewer.
+// The key block of a slot of a warp, counted from the walk's first; past the last one where there are fewer.
 template <typename Launch>
-__device__ __forceinline__ int own_key_block(int slot) {
-    return slot * Launch::WARPS + thread_index() / WARP;
+__device__ __forceinline__ int own_key_block(int warp, int slot) {
+    return slot * Launch::WARPS + warp;
 }
 
 // pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, HEAD_DIM], queries [TILE, HEAD_DIM], both in shared memory.
 template <typename Launch, typename T>
-__device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
+__device__ __forceinline__ void multiply(
+    int warp, Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const int lane = thread_index() % WARP;
 #pragma unroll
@@ -54,7 +56,7 @@ __device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, co
         for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
 #pragma unroll
         for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-            const int key_block = own_key_block<Launch>(slot);
+            const int key_block = own_key_block<Launch>(warp, slot);
             if (key_block >= key_blocks) continue;
             uint32_t a[4];
             left_operand<HEAD_DIM>(a, keys, lane, key_block, k);
@@ -70,7 +72,7 @@ __device__ __forceinline__ void multiply(Pairs<Launch>& pairs, const T* keys, co
 // rows += pairs queries: queries [TILE, HEAD_DIM] in shared memory.
 template <typename Launch, typename T>
 __device__ __forceinline__ void accumulate(
-    KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
+    int warp, KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, SLOTS = Launch::SLOTS;
     const int lane = thread_index() % WARP;
 #pragma unroll
@@ -84,7 +86,7 @@ __device__ __forceinline__ void accumulate(
             right_operand<HEAD_DIM>(b, queries, lane, half, j);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
-                if (own_key_block<Launch>(slot) >= key_blocks) continue;
+                if (own_key_block<Launch>(warp, slot) >= key_blocks) continue;
                 mma<T>(rows[slot][2 * j], a[slot], b[0], b[1]);
                 mma<T>(rows[slot][2 * j + 1], a[slot], b[2], b[3]);
             }
@@ -159,29 +161,33 @@ __device__ __forceinline__ void differentiate(
     }
 }
 
-// Add ds to the sums of entries.
+// Add ds of half a tile of queries to the sums of their block differences, or of their entries.
 template <typename T, typename Launch, bool LARGE>
-__device__ __forceinline__ void add_to_entries(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int key_blocks,
-    const Sums& sums) {
+__device__ __forceinline__ void add_to_sums(
+    int warp, const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int stage, int half,
+    int key_blocks, const Sums& sums) {
     auto& shared = backward.shared;
-    // A lane for each row of both halves of the tile, and of the key blocks of both slots.
-    const int which = thread_index() % WARP / BLOCK_ROWS;
-    const int own = which < Launch::SLOTS ? own_key_block<Launch>(which) : key_blocks;
-    const uint32_t query_runs = find_run_starts(
-        shared.query_code[stage] + which * BLOCK_ROWS, shared.query_rows[stage][which].count);
-    const uint32_t key_runs = find_run_starts(
-        shared.key_code + min(own, key_blocks - 1) * BLOCK_ROWS, own < key_blocks ? shared.key_rows[own].count : 0);
+    const int query_place = shared.query_runs[stage][half].place;
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int key_block = own_key_block<Launch>(slot);
+        const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
-#pragma unroll
-        for (int half = 0; half < HALVES; ++half) {
+        const int key_place = shared.key_runs[key_block].place;
+        if (min(query_place, key_place) >= 0) {
+            // Of two modalities, whose pairs have no bias, they are further apart.
+            const int index = query_place - key_place;
+            if (index >= 0 && index < backward.workspace.differences) {
+                backward.difference_sums()[index].add(gradients[slot][half]);
+            }
+        } else {
+            const Side keys = backward.keys(key_block), queries = backward.queries(stage, half);
+            // A lane for each row of the queries, and of the keys.
+            const bool is_key = thread_index() % WARP >= BLOCK_ROWS;
+            const uint32_t runs =
+                find_run_starts(is_key ? keys.code : queries.code, is_key ? keys.count : queries.count);
             add_bias_gradient(
-                backward.arguments, backward.gradients, shared.bias_start, backward.keys(key_block),
-                key_runs >> (BLOCK_ROWS * slot) & 0xffff, backward.queries(stage, half),
-                query_runs >> (BLOCK_ROWS * half) & 0xffff, gradients[slot][half], sums);
+                backward.arguments, backward.gradients, shared.bias_start, keys, runs >> BLOCK_ROWS, queries,
+                runs & 0xffff, gradients[slot][half], sums);
         }
     }
 }
@@ -189,11 +195,11 @@ __device__ __forceinline__ void add_to_entries(
 // Leave ds of this warp's keys in shared memory for the gradient of queries.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void leave_score_gradient(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int key_blocks) {
+    int warp, const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, int key_blocks) {
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int key_block = own_key_block<Launch>(slot);
+        const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
 #pragma unroll
         for (int i = 0; i < HALVES * 4; ++i) {
@@ -237,15 +243,17 @@ __device__ __forceinline__ void find_query_gradient(
 //     two warps   p and d of the spread key block, if there is one
 //     all warps   p = exp2(k q^T ...) | dv += p g | d = v g^T | shares of r and the largest d into shared memory
 //     barrier 2   all shares are there
-//     all warps   r | ds = c p (d - r) into shared memory | dk += ds q | ds to sums of entries | spread: its ds
-//     barrier 3   ds is complete
-//     all warps   spread: its dk and dv by columns | dq = ds^T k, pieces of 16 x 16 dealt to the warps | wait (copies)
+//     all warps   r | ds = c p (d - r) into shared memory | dk += ds q | first half of ds to sums | spread: its ds
+//     barrier 3   ds is complete, nobody adds to what the second half adds to
+//     all warps   second half of ds to sums | spread: its dk and dv by columns
+//                 dq = ds^T k, pieces of 16 x 16 dealt to the warps | wait (copies)
 //
 // Between barriers warps run apart: the tensor cores may work for one while another computes exponentials.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
     const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
+    const int warp = warp_index();
     KeyRows<Launch> key_gradient = {}, value_gradient = {};
     SpreadKeyBlock<T, Launch, LARGE> spread{backward};
     const bool spreads = key_blocks > spread.KEY_BLOCK;
@@ -257,39 +265,48 @@ __device__ __forceinline__ void walk_keys(
     for (int tile = 0; tile < tiles; ++tile) {
         const int stage = tile % STAGES;
         cp_async_wait_all();
+        backward.find_query_runs(warp, stage);
         __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
+        if (tile == 0) {
+#pragma unroll
+            for (int slot = 0; slot < Launch::SLOTS; ++slot) {
+                const int key_block = own_key_block<Launch>(warp, slot);
+                if (key_block < key_blocks) backward.find_key_run(key_block);
+            }
+        }
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
-        multiply<Launch>(probabilities, shared.keys, shared.queries[stage], key_blocks);
+        multiply<Launch>(warp, probabilities, shared.keys, shared.queries[stage], key_blocks);
 #pragma unroll
         for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
-            const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(slot);
+            const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(warp, slot);
             if (key_block < key_blocks) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
         }
-        accumulate<Launch>(value_gradient, probabilities, shared.grad[stage], key_blocks);
-        multiply<Launch>(gradients, shared.values, shared.grad[stage], key_blocks);
+        accumulate<Launch>(warp, value_gradient, probabilities, shared.grad[stage], key_blocks);
+        multiply<Launch>(warp, gradients, shared.values, shared.grad[stage], key_blocks);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
         const float row_sum = find_row_sum(spread, stage, key_blocks, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
         differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
-        leave_score_gradient(backward, gradients, key_blocks);
-        accumulate<Launch>(key_gradient, gradients, shared.queries[stage], key_blocks);
+        leave_score_gradient(warp, backward, gradients, key_blocks);
+        accumulate<Launch>(warp, key_gradient, gradients, shared.queries[stage], key_blocks);
         Sums sums{};
         if (backward.is_learned()) {
-            sums = backward.prepare_sums(row_sum);
-            add_to_entries(backward, gradients, stage, key_blocks, sums);
+            sums = prepare_sums(backward, row_sum);
+            add_to_sums(warp, backward, gradients, stage, 0, key_blocks, sums);
         }
         if (spreads) spread.differentiate(stage, row_sum, sums);
-        __syncthreads();  // the scores' gradient is complete
+        __syncthreads();  // the scores' gradient is complete, and nobody adds to what the second half adds to
+        if (backward.is_learned()) add_to_sums(warp, backward, gradients, stage, 1, key_blocks, sums);
         if (spreads) spread.accumulate(stage);
         find_query_gradient(backward, stage, key_blocks, is_whole, is_first);
     }
     __syncthreads();  // nobody reads the keys, which give way to their gradients
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
-        const int key_block = own_key_block<Launch>(slot);
+        const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
         backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, 1);
         backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, 2);
@@ -323,15 +340,16 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 //     heads of                        32        64  64 compact       128  128 compact
 //     warps                            8         8           8         8            4
 //     key blocks of a walk            17        17           9         9            5   by tiles of 32 queries
-//     registers, sm_80          175, 186  243, 245    145, 153  220, 226     234, 239   the second is LARGE
-//     registers, sm_90a         195, 193  255, 255    153, 158  232, 236     245, 242
-//     shared memory               74,240   117,248      75,776   129,024       89,216   bytes
+//     registers, sm_80          196, 184  255, 248    145, 150  223, 223     238, 238   the second is LARGE
+//     registers, sm_90a         199, 199  255, 255    162, 160  250, 248     255, 253
+//     shared memory               75,008   118,016      76,288   129,536       89,728   bytes
 //     thread blocks for each multiprocessor: 1
 //
-// Vectors that are not LARGE take 12 bytes more for each entry.
+// Vectors that are not LARGE take 12 bytes more for each entry, and sums by block difference 768 bytes each.
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
-// model of an H100, never by device memory; the bias and its gradient cost about 55%.
+// model of an H100, never by device memory. Where codes are runs, bias and gradient cost about 330 of 1,640 issue slots
+// of a warp's 32 x 32 pairs, of other codes about 1,100.
 template <typename T, int HEAD_DIM, bool COMPACT, bool LARGE>
 __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1) attention_backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
@@ -350,6 +368,9 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
     for (int sample = workspace.first_sample(group, arguments.samples); sample < end_sample; ++sample) {
         read_sample<BLOCK_ROWS>(shared.sample, arguments, sample);
         __syncthreads();  // everybody sees the sample, and what the thread block began with
+        if (warp_index() == 0) {
+            shared.differences.read_sample(arguments, gradients, shared.sample, workspace.differences);
+        }
         const int key_blocks = shared.sample.row_blocks;
         const int first = workspace.first_key_block(part, key_blocks);
         const int end = workspace.first_key_block(part + 1, key_blocks);
@@ -363,9 +384,10 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
         } else {
             refuse_sample(backward);
         }
-        backward.flush();
+        flush(backward);
         __syncthreads();  // nobody reads the sample any more
     }
+    add_all_differences(backward);
     if (part == 0 && workspace.scale_parts && thread_index() < WARP) {
         float sum = shared.scale_sums[thread_index()];
         for (int step = WARP / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffff, sum, step);

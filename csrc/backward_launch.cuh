@@ -12,6 +12,7 @@
 #include "backward_sums.cuh"
 #include "backward_workspace.cuh"
 #include "bias.cuh"
+#include "difference_sums.cuh"
 #include "forward_memory.cuh"
 #include "launch.cuh"
 #include "relative_bias_attention.h"
@@ -20,12 +21,19 @@
 
 namespace onepeace_fast {
 
+// What shared memory is for, first come first served: keys and queries, without which nothing runs; the vectors with
+// their sums in fixed point, which any codes need; and of what is left, sums by block difference, which only save time.
+// Row blocks that are runs are as a rule 16 codes or more apart, so of all differences one is for 16 entries.
 template <typename Launch>
 BackwardPlan backward_plan(int64_t entries, int64_t shared_limit) {
-    const int64_t least = sizeof(BackwardShared<bfloat16, Launch>), all = least + 3 * sizeof(float) * entries;
-    const bool is_large = all > shared_limit;
-    const LaunchPlan launch{Launch::THREADS, 1, static_cast<int32_t>(is_large ? least : all)};
-    return {launch, Launch::COMPACT, is_large, Launch::KEY_BLOCKS};
+    const int64_t least = sizeof(BackwardShared<bfloat16, Launch>), vectors = vector_bytes(false, entries);
+    const bool is_large = least + vectors > shared_limit;
+    const int64_t taken = least + (is_large ? 0 : vectors);
+    const int64_t left = std::max<int64_t>(0, shared_limit - taken) / static_cast<int64_t>(sizeof(DifferenceSums));
+    const int64_t differences = std::min(left, (entries + BLOCK_ROWS - 1) / BLOCK_ROWS);
+    const int64_t bytes = taken + differences * static_cast<int64_t>(sizeof(DifferenceSums));
+    const LaunchPlan launch{Launch::THREADS, 1, static_cast<int32_t>(bytes)};
+    return {launch, Launch::COMPACT, is_large, Launch::KEY_BLOCKS, static_cast<int32_t>(differences)};
 }
 
 // For a head size, the entries of all vectors with those of CLS, and the bytes that a thread block may have: the larger

@@ -10,6 +10,8 @@
 #include "backward_workspace.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
+#include "block_difference.cuh"
+#include "difference_sums.cuh"
 #include "forward_memory.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
@@ -27,7 +29,7 @@ struct alignas(128) BackwardShared {
     T grad[STAGES][TILE * HEAD_DIM];
     T score_gradient[KEY_BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
     T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
-    float log_sum_exp[STAGES][TILE];               // infinite past the last query
+    float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
     float row_sums[STAGES][TILE];
     int query_code[STAGES][TILE];  // of CLS queries: their modality
     int key_code[KEY_BLOCKS * BLOCK_ROWS];
@@ -40,10 +42,13 @@ struct alignas(128) BackwardShared {
     RowBlock query_rows[STAGES][HALVES];
     RowBlock key_rows[KEY_BLOCKS];
     int bias_start[MAX_MODALITIES];
+    Run query_runs[STAGES][HALVES];
+    Run key_runs[KEY_BLOCKS];
+    Differences differences;
     Sample sample;
     int exponent;   // of the fixed point in which sums stand
     int is_finite;  // whether all gradients of scores have been so far
-    // float bias[entries], int sums[2 * entries] follow, unless the vectors are large.
+    // float bias[entries], int sums[2 * entries] follow, unless the vectors are large; then DifferenceSums.
 
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
@@ -87,6 +92,12 @@ struct Backward {
         return reinterpret_cast<int*>(shared.bias() + workspace.entries);
     }
 
+    // [workspace.differences].
+    __device__ DifferenceSums* difference_sums() const {
+        return reinterpret_cast<DifferenceSums*>(
+            reinterpret_cast<char*>(shared.bias()) + vector_bytes(LARGE, workspace.entries));
+    }
+
     __device__ bool is_learned() const { return workspace.entry_parts; }
 
     __device__ float head_scale() const {
@@ -125,11 +136,15 @@ struct Backward {
                 workspace.entry_parts[first_entry() + i] = 0.f;
                 sums()[i] = sums()[workspace.entries + i] = 0;
             }
+            auto* zeros = reinterpret_cast<float*>(difference_sums());
+            const int floats = workspace.differences * static_cast<int>(sizeof(DifferenceSums) / sizeof(float));
+            for (int i = thread_index(); i < floats; i += THREADS) zeros[i] = 0.f;
         }
         if (thread_index() < WARP) shared.scale_sums[thread_index()] = 0.f;
         if (thread_index() == 0) {
             shared.exponent = MOST_EXPONENT;
             shared.is_finite = true;
+            shared.differences.begin();
         }
     }
 
@@ -144,12 +159,28 @@ struct Backward {
         float (&scores)[2][4], int stage, int key_block, int half) const {
         const int lane = thread_index() % WARP;
         const float scale = LOG2_E * arguments.scale;
-        const Side keys = this->keys(key_block);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            const int query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
-            scores[i / 4][i % 4] = scores[i / 4][i % 4] * scale - LOG2_E * shared.log_sum_exp[stage][query];
+        for (int n = 0; n < 2; ++n) {
+            const float2 log_sum_exp = *reinterpret_cast<const float2*>(
+                shared.log_sum_exp[stage] + half * BLOCK_ROWS + 8 * n + 2 * (lane % 4));
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                scores[n][i] = scores[n][i] * scale - (i % 2 ? log_sum_exp.y : log_sum_exp.x);
+            }
         }
+        const Run key_run = shared.key_runs[key_block], query_run = shared.query_runs[stage][half];
+        if (!LARGE && key_run.modality >= 0 && key_run.modality == query_run.modality) {
+            const float* entries = shared.bias() + (query_run.first - key_run.first - lane_distance(lane));
+            float bias[DIAGONALS];
+#pragma unroll
+            for (int i = 0; i < DIAGONALS; ++i) bias[i] = entries[-diagonal_distance(i)];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                scores[i / 4][i % 4] = fast_exp2(scores[i / 4][i % 4] + bias[diagonal(i / 4, i % 4)]);
+            }
+            return;
+        }
+        const Side keys = this->keys(key_block);
         if (arguments.bias_vectors) {
             visit_entries(
                 arguments, shared.bias_start, keys, queries(stage, half),
@@ -167,6 +198,7 @@ struct Backward {
         const int thread = thread_index();
         if (thread < key_blocks) {
             shared.key_rows[thread] = find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, first + thread);
+            shared.key_runs[thread] = NO_RUN;
         }
         __syncthreads();  // every key block is known
 #pragma unroll 1
@@ -222,6 +254,34 @@ struct Backward {
                 shared.query_rows[stage][half] = {row_block.modality, row_block.first, count};
             }
         }
+    }
+
+    // Find the runs of a tile's queries, and turn log-sum-exp to base 2; by the first warp, which copied codes and
+    // these, after the copies.
+    __device__ __forceinline__ void find_query_runs(int warp, int stage) const {
+        if (warp != 0) return;
+        shared.log_sum_exp[stage][thread_index()] *= LOG2_E;
+        __syncwarp();  // all codes are there
+#pragma unroll
+        for (int half = 0; half < HALVES; ++half) {
+            const RowBlock row_block = shared.query_rows[stage][half];
+            Run run = shared.differences.find_run(
+                arguments.bias_vectors, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
+            if (thread_index() == 0) {
+                const int m = row_block.modality;
+                if (run.modality >= 0) run.first += shared.bias_start[m] + arguments.bias[m].code_offset;
+                if (run.place >= 0) run.place += shared.differences.equal[m];
+                shared.query_runs[stage][half] = run;
+            }
+        }
+    }
+
+    // Find the run of a key block, for the warp that calls.
+    __device__ __forceinline__ void find_key_run(int key_block) const {
+        const Run run = shared.differences.find_run(
+            arguments.bias_vectors, shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
+        if (thread_index() % WARP == 0) shared.key_runs[key_block] = run;
+        __syncwarp();  // all lanes see it
     }
 
     // Store the gradients of a key block or of its values, which a warp holds, through the memory `staged` that held
@@ -286,52 +346,9 @@ struct Backward {
         }
     }
 
-    // Add the sums of a sample that is done to those of this thread block, and begin anew.
-    __device__ void flush() const {
-        if (!is_learned()) return;
-        __syncthreads();  // every warp has added
-        const int bits = low_bits(rows());
-        const float factor = shared.is_finite ? power_of_two(-shared.exponent - bits) : NAN;
-        for (int i = thread_index(); i < workspace.entries; i += THREADS) {
-            int &high = sums()[i], &low = sums()[workspace.entries + i];
-            workspace.entry_parts[first_entry() + i] += static_cast<float>(join(high, low, bits)) * factor;
-            high = low = 0;
-        }
-        __syncthreads();  // nobody reads the exponent any more
-        if (thread_index() == 0) shared.exponent = MOST_EXPONENT;
-    }
-
-    // The sums of entries, ready for scores' gradients up to the largest, or up to a lane's row sum, which other walks
-    // may have made larger; where sums were finer, they are rounded. By all threads, behind a barrier.
-    __device__ __forceinline__ Sums prepare_sums(float row_sum) const {
-        uint32_t largest = magnitude(row_sum);
-        for (int step = WARP / 2; step > 0; step /= 2) {
-            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
-        }
-        for (int warp = 0; warp < Launch::WARPS; ++warp) largest = max(largest, shared.largest[warp]);
-        const int before = shared.exponent, bits = low_bits(rows());
-        const uint32_t bound = bound_sums(largest, head_scale(), rows());
-        const int exponent = bound < INFINITE_BITS ? min(before, fixed_point(bound)) : before;
-        if (bound >= INFINITE_BITS && thread_index() == 0) shared.is_finite = false;
-        if (exponent < before) {
-            const int shift = min(before - exponent, 62);
-            for (int i = thread_index(); i < workspace.entries; i += THREADS) {
-                int &high = sums()[i], &low = sums()[workspace.entries + i];
-                const int64_t sum = (join(high, low, bits) + (int64_t{1} << (shift - 1))) >> shift;
-                high = static_cast<int>(sum >> bits);
-                low = static_cast<int>(sum - (static_cast<int64_t>(high) << bits));
-            }
-            __syncthreads();  // everybody knows the exponent before, and has rounded
-            if (thread_index() == 0) shared.exponent = exponent;
-        }
-        return {sums(), workspace.entries, power_of_two(exponent), power_of_two(bits)};
-    }
-
-private:
     __device__ int rows() const { return shared.sample.row_blocks * BLOCK_ROWS; }
 
-    static __device__ int64_t join(int high, int low, int bits) { return (static_cast<int64_t>(high) << bits) + low; }
-
+private:
     __device__ Side side(const RowBlock& row_block, const int* code) const {
         return {code, row_block.modality, row_block.count, row_block.modality == arguments.modalities};
     }

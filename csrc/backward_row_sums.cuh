@@ -14,8 +14,8 @@
 
 namespace onepeace_fast {
 
-// Of 16 columns, in the products of grad: all of them, but on compute capability 10, where they spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+// Of 16 columns, in the products of grad: all of them, but on compute capability 8 and 10, where they spill.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
 constexpr int STEPS_AT_ONCE = 2;
 #else
 constexpr int STEPS_AT_ONCE = 8;
@@ -64,11 +64,13 @@ struct RowSums {
             }
         }
         RowSumState& state = forward.shared.row_sum_states[thread_index()];
+        const float scale = score_scale(forward.arguments);
         float sum[2] = {0.f, 0.f};
 #pragma unroll
         for (int i = 0; i < COLUMNS / 2; ++i) {
             const int row = i % 4 / 2;
-            sum[row] += fast_exp2(scores[i / 4][i % 4] - state.log_sum_exp[row]) * gradients[i / 4][i % 4];
+            const float score = scale * scores[i / 4][i % 4];
+            sum[row] += fast_exp2(score - state.log_sum_exp[row]) * gradients[i / 4][i % 4];
         }
         for (int i = 0; i < 2; ++i) state.sum[i] += sum[i];
     }
@@ -94,9 +96,9 @@ struct RowSums {
 // are those of the forward kernel.
 //
 //     heads of                 32       64      128
-//     registers, sm_80    94, 101  96, 112   94, 92   the second with windows
-//     registers, sm_90a    95, 99  96, 116   94, 94
-//     thread blocks for each  2, 2    2, 1    2, 2   multiprocessor of compute capability 9.0
+//     registers, sm_80    94, 122  96, 119  71, 71   the second with windows
+//     registers, sm_90a   96, 124  96, 133  98, 95
+//     thread blocks for each  2, 1    2, 1    2, 2   multiprocessor of compute capability 9.0
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound as the forward kernel is: it has as many matrix products.
 template <typename T, int HEAD_DIM, bool WINDOWED>

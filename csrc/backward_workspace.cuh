@@ -17,7 +17,9 @@ namespace onepeace_fast {
 constexpr int HALVES = 2;  // row blocks of queries in a tile
 constexpr int TILE = HALVES * BLOCK_ROWS;
 constexpr int MOST_PARTS = 8;
-constexpr int LEAST_KEY_BLOCKS = 4;  // of a part: fewer are not worth a thread block
+// Of a part: a walk takes as long beside its key blocks, and as long again where it adds up the queries' gradients in
+// the workspace.
+constexpr int LEAST_KEY_BLOCKS = 4;
 
 // Warps of a thread block, and the slots of each: key blocks, which are row blocks of keys, whose gradients it holds in
 // registers. The compact shape is for GPUs that give a thread block less shared memory than the other takes.
@@ -49,6 +51,7 @@ struct BackwardWorkspace {
     int walk_key_blocks;    // that one walk takes
     int entries;            // of all vectors, those of CLS included
     bool is_large;          // whether vectors are read, and their sums kept, in device memory
+    int differences;        // block differences whose sums shared memory holds
     float* row_sums;     // [rows, heads]; null, as the next, where max_length says that samples are walked whole
     float* query_parts;  // [parts, rows, heads, head_dim]
     float* entry_parts;  // [groups, parts, heads, entries]; null where all vectors are frozen
@@ -80,10 +83,55 @@ inline int most_row_blocks(const RelativeBiasAttention& arguments, int64_t lengt
     return static_cast<int>((length + (BLOCK_ROWS - 1) * (arguments.modalities + 1)) / BLOCK_ROWS);
 }
 
+// Shared memory of vectors and of their sums in fixed point; sums by block difference follow.
+__host__ __device__ constexpr int64_t vector_bytes(bool is_large, int64_t entries) {
+    return is_large ? 0 : (3 * static_cast<int64_t>(sizeof(float)) * entries + 15) / 16 * 16;
+}
+
 inline int64_t count_entries(const RelativeBiasAttention& arguments) {
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries;
     return entries;
+}
+
+// Row blocks that a sample is expected to have at most.
+inline int expected_row_blocks(const RelativeBiasAttention& arguments) {
+    const int mean = ceil_div(arguments.rows, std::max(arguments.samples, 1));
+    return most_row_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
+}
+
+// How many thread blocks share the work of a head.
+inline BackwardShares share_work(
+    const RelativeBiasAttention& arguments, int multiprocessors, const BackwardPlan& plan) {
+    const int samples = std::max(arguments.samples, 1), heads = arguments.heads;
+    const int row_blocks = expected_row_blocks(arguments);
+    const int64_t tiles = ceil_div(row_blocks, HALVES);
+    multiprocessors = std::max(multiprocessors, 1);
+    // The time of a thread block in that of a key block and a tile of queries: 309 cycles of an H100, modelled. Loading
+    // four entries a thread takes about as long as all key blocks of a walk and a tile.
+    const int64_t begin = plan.walk_key_blocks * (1 + count_entries(arguments) / (4 * plan.launch.threads));
+    const auto find_time = [&](int parts) {
+        const bool is_whole = parts == 1 && arguments.max_length && row_blocks <= plan.walk_key_blocks;
+        const int key_blocks = ceil_div(row_blocks, parts);
+        const int walks = std::max(1, ceil_div(key_blocks - 1, plan.walk_key_blocks - 1));
+        return tiles * (key_blocks + walks * LEAST_KEY_BLOCKS * (is_whole ? 1 : 2));
+    };
+    BackwardShares best{};
+    int64_t least = 0;
+    for (int parts = 1; parts <= MOST_PARTS; ++parts) {
+        const int64_t all = static_cast<int64_t>(samples) * heads * parts;
+        // Each part has the queries' gradients in the workspace: no more than even out what few samples leave idle.
+        if (parts > 1 && (all > 4 * multiprocessors || row_blocks < parts * LEAST_KEY_BLOCKS)) break;
+        // At least two thread blocks for each multiprocessor, one after the other, even out unlike lengths.
+        const int first = std::min(samples, std::max(1, 2 * multiprocessors / (heads * parts)));
+        for (int groups = first; groups <= std::min(samples, 4 * first); ++groups) {
+            const int64_t thread_blocks = static_cast<int64_t>(groups) * heads * parts;
+            const int64_t waves = (thread_blocks + multiprocessors - 1) / multiprocessors;
+            const int64_t time = waves * (ceil_div(samples, groups) * find_time(parts) + begin);
+            if (!best.groups || time < least) best = {groups, parts}, least = time;
+        }
+    }
+    return best;
 }
 
 // How the work is shared on this device, and where its parts of the workspace begin: null plus offsets where the
@@ -94,15 +142,12 @@ inline BackwardWorkspace plan_workspace(
     BackwardWorkspace workspace{};
     workspace.walk_key_blocks = plan.walk_key_blocks;
     workspace.is_large = plan.is_large;
+    workspace.differences = plan.differences;
     workspace.entries = static_cast<int>(count_entries(arguments));
-    const int samples = std::max(arguments.samples, 1), multiprocessors = std::max(gradients.multiprocessors, 1);
-    const int64_t mean = ceil_div(arguments.rows, samples);
-    workspace.sample_row_blocks = most_row_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
-    // Two thread blocks for each multiprocessor, one after the other, even out unlike lengths.
-    workspace.groups = std::min(samples, std::max(1, 2 * multiprocessors / arguments.heads));
-    // Where samples and heads leave multiprocessors idle, keys are split among them.
-    const int most = static_cast<int>(multiprocessors / (static_cast<int64_t>(samples) * arguments.heads));
-    workspace.parts = std::max(1, std::min({most, MOST_PARTS, workspace.sample_row_blocks / LEAST_KEY_BLOCKS}));
+    workspace.sample_row_blocks = expected_row_blocks(arguments);
+    const BackwardShares shares = share_work(arguments, gradients.multiprocessors, plan);
+    workspace.groups = shares.groups;
+    workspace.parts = shares.parts;
     bool learned = false;
     for (int m = 0; m < arguments.bias_vectors; ++m) learned = learned || gradients.bias[m];
     const auto take = [&](int64_t elements) {

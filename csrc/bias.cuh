@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include "block_difference.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 
@@ -44,49 +45,64 @@ __device__ __forceinline__ float load_entry(const BiasVector& vector, int head, 
     return LOG2_E * load_element(vector.data, vector.type, head * vector.head_stride + entry * vector.entry_stride);
 }
 
-// scores = scale * scores + bias: a thread's accumulators of 16 queries, in rows, by KEYS keys, whose codes are
-// query_code [BLOCK_ROWS] and key_code [KEYS].
-template <int KEYS, typename Entry>
-__device__ __forceinline__ void add_bias(
-    float (&scores)[KEYS / 8][4], float scale, const int* query_code, const int* key_code, int shift, Entry entry) {
+// The scores of a warp, 16 queries in rows by KEYS keys, are counted in units of the scale and start from their bias,
+// to which the matrix product adds the rest. What follows gives a thread's accumulators that start.
+
+// For any codes, query_code [BLOCK_ROWS] and key_code [KEYS]: put(score, entry) of each pair.
+template <int KEYS, typename Put>
+__device__ __forceinline__ void visit_pairs(
+    float (&scores)[KEYS / 8][4], const int* query_code, const int* key_code, Put put) {
     const int lane = thread_index() % WARP, row = lane / 4, column = 2 * (lane % 4);
-    const int first = query_code[row] + shift, second = query_code[row + 8] + shift;
+    const int first = query_code[row], second = query_code[row + 8];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
         const int left = key_code[8 * n + column], right = key_code[8 * n + column + 1];
-        scores[n][0] = scores[n][0] * scale + entry(first - left);
-        scores[n][1] = scores[n][1] * scale + entry(first - right);
-        scores[n][2] = scores[n][2] * scale + entry(second - left);
-        scores[n][3] = scores[n][3] * scale + entry(second - right);
+        put(scores[n][0], first - left);
+        put(scores[n][1], first - right);
+        put(scores[n][2], second - left);
+        put(scores[n][3], second - right);
     }
 }
 
-// scores = scale * scores + a bias for each row.
+// For runs of keys, of which key_code has the first codes; of the run of queries, `entries` is where its first code
+// minus 0 has its entry. Rows that a run lacks read up to BLOCK_ROWS - 1 entries too far, on either side.
 template <int KEYS>
-__device__ __forceinline__ void add_row_bias(float (&scores)[KEYS / 8][4], float scale, float first, float second) {
+__device__ __forceinline__ void start_runs(float (&scores)[KEYS / 8][4], const float* entries, const int* key_code) {
+    entries += lane_distance(thread_index() % WARP);
+#pragma unroll
+    for (int j = 0; j < KEYS / BLOCK_ROWS; ++j) {
+        const float* entry = entries - key_code[BLOCK_ROWS * j];
+        float of_diagonal[DIAGONALS];
+#pragma unroll
+        for (int d = 0; d < DIAGONALS; ++d) of_diagonal[d] = entry[diagonal_distance(d)];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) scores[2 * j + i / 4][i % 4] = of_diagonal[diagonal(i / 4, i % 4)];
+    }
+}
+
+// For a bias of each of a thread's two rows.
+template <int KEYS>
+__device__ __forceinline__ void start_rows(float (&scores)[KEYS / 8][4], float first, float second) {
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
-        scores[n][0] = scores[n][0] * scale + first;
-        scores[n][1] = scores[n][1] * scale + first;
-        scores[n][2] = scores[n][2] * scale + second;
-        scores[n][3] = scores[n][3] * scale + second;
+        scores[n][0] = scores[n][1] = first;
+        scores[n][2] = scores[n][3] = second;
     }
 }
 
-// scores = scale * scores + bias, for CLS keys of modalities key_modality [KEYS]; each of a thread's two rows has a
-// bias with CLS of its own modality.
+// For CLS keys of modalities key_modality [KEYS]; each of a thread's two rows has a bias with CLS of its own modality.
 template <int KEYS>
-__device__ __forceinline__ void add_cls_bias(
-    float (&scores)[KEYS / 8][4], float scale, const int* key_modality, int first, int second, float first_bias,
+__device__ __forceinline__ void start_cls(
+    float (&scores)[KEYS / 8][4], const int* key_modality, int first, int second, float first_bias,
     float second_bias) {
     const int column = 2 * (thread_index() % 4);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
         const int left = key_modality[8 * n + column], right = key_modality[8 * n + column + 1];
-        scores[n][0] = scores[n][0] * scale + (left == first ? first_bias : 0.f);
-        scores[n][1] = scores[n][1] * scale + (right == first ? first_bias : 0.f);
-        scores[n][2] = scores[n][2] * scale + (left == second ? second_bias : 0.f);
-        scores[n][3] = scores[n][3] * scale + (right == second ? second_bias : 0.f);
+        scores[n][0] = left == first ? first_bias : 0.f;
+        scores[n][1] = right == first ? first_bias : 0.f;
+        scores[n][2] = left == second ? second_bias : 0.f;
+        scores[n][3] = right == second ? second_bias : 0.f;
     }
 }
 

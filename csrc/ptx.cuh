@@ -62,6 +62,9 @@ __device__ __forceinline__ int thread_index() {
     return index;
 }
 
+// Number of this thread's warp. By the broadcast the compiler knows that a warp branches by it as one. By whole warps.
+__device__ __forceinline__ int warp_index() { return __shfl_sync(0xffffffff, thread_index() / 32, 0); }
+
 // The dynamic shared memory of the thread block.
 __device__ __forceinline__ void* shared_memory() {
     extern __shared__ __align__(128) unsigned char memory[];

@@ -3,8 +3,8 @@
 //
 //                      | tile i                                                  | tile i + 1
 //     copies           | tile i + 1 into the other stage (cp.async) ........ wait | tile i + 2 ...
-//     a warp   barrier | q k^T  | scale, bias | windows | mask | exp2 | p v  wait | barrier | q k^T ...
-//     unit             | tensor | shared, FMA | global  | ALU  | MUFU | tensor
+//     a warp   barrier | bias   | q k^T  | windows | mask | exp2 | p v  wait | barrier | q k^T ...
+//     unit             | shared | tensor | global  | ALU  | MUFU | tensor
 //
 // The barrier says that this tile has arrived for all, and that nobody reads the one before, whose stage the next
 // copies overwrite. Between barriers warps run apart: the tensor cores work for one while another computes
@@ -55,34 +55,32 @@ __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int c
     }
 }
 
-// Turn a warp's scores to base 2 and add their bias, but for the entries of a windowed vector.
+// Start a warp's scores from their bias, but for the entries of a windowed vector.
 template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
-__device__ __forceinline__ void bias_tile(
+__device__ __forceinline__ void start_scores(
     float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
-    const float scale = arguments.scale;
     const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
     const int mine = shared.query_rows[warp].modality, modality = shared.key_rows[stage].modality;
     const int* query_code = shared.query_code[warp];
     const int* key_code = shared.key_code[stage];
     const bool is_cls = mine == arguments.modalities;
-    const int first = is_cls ? query_code[row] : mine, second = is_cls ? query_code[row + 8] : mine;
-    if (!arguments.bias_vectors) {
-        add_row_bias<COLUMNS>(scores, scale, 0.f, 0.f);
-    } else if (COLUMNS == BLOCK_ROWS) {
+    if (COLUMNS == BLOCK_ROWS && arguments.bias_vectors) {
+        const int first = is_cls ? query_code[row] : mine, second = is_cls ? query_code[row + 8] : mine;
         const ClsEntry entry = is_cls ? CLS_AS_BOTH : CLS_AS_KEY;
-        add_cls_bias<COLUMNS>(
-            scores, scale, key_code, first, second, shared.cls[first][entry], shared.cls[second][entry]);
-    } else if (is_cls) {
-        const float bias = shared.cls[modality][CLS_AS_QUERY];
-        add_row_bias<COLUMNS>(scores, scale, first == modality ? bias : 0.f, second == modality ? bias : 0.f);
-    } else if (mine != modality || WINDOWED) {
-        add_row_bias<COLUMNS>(scores, scale, 0.f, 0.f);
+        start_cls<COLUMNS>(scores, key_code, first, second, shared.cls[first][entry], shared.cls[second][entry]);
+    } else if (mine != modality || WINDOWED || !arguments.bias_vectors) {
+        const float bias = is_cls && arguments.bias_vectors ? shared.cls[modality][CLS_AS_QUERY] : 0.f;
+        start_rows<COLUMNS>(
+            scores, !is_cls || query_code[row] == modality ? bias : 0.f,
+            !is_cls || query_code[row + 8] == modality ? bias : 0.f);
+    } else if (shared.query_is_run[warp] && shared.keys_are_runs[stage]) {
+        start_runs<COLUMNS>(scores, shared.bias() + query_code[0], key_code);
     } else {
         const float* entries = shared.bias();
-        const int shift = shared.bias_start[modality] + arguments.bias[modality].code_offset;
-        add_bias<COLUMNS>(scores, scale, query_code, key_code, shift, [&](int entry) { return entries[entry]; });
+        visit_pairs<COLUMNS>(
+            scores, query_code, key_code, [&](float& score, int entry) { score = entries[entry]; });
     }
 }
 
@@ -102,23 +100,24 @@ __device__ __forceinline__ void add_windows(
         forward.load_window(modality, first, count);
         __syncthreads();
         if (mine.count && mine.modality == modality) {
-            add_bias<COLUMNS>(
-                scores, 1.f, shared.query_code[warp], shared.key_code[stage],
-                forward.arguments.bias[modality].code_offset - first,
-                [&](int entry) { return entry >= 0 && entry < count ? entries[entry] : 0.f; });
+            visit_pairs<COLUMNS>(
+                scores, shared.query_code[warp], shared.key_code[stage], [&](float& score, int entry) {
+                    score += entry >= first && entry < first + count ? entries[entry - first] : 0.f;
+                });
         }
     }
 }
 
-// QueryRows::attend of a tile of keys and its scores, in base 2. By all warps: those without queries only load windows.
+// QueryRows::attend of a tile of keys and its scores, in units of score_scale. By all warps: those without queries only
+// load windows.
 template <int COLUMNS, typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
     QueryRows& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
     auto& shared = forward.shared;
-    float scores[COLUMNS / 8][4] = {};
+    float scores[COLUMNS / 8][4];
     if (shared.query_rows[thread_index() / WARP].count) {
+        start_scores<COLUMNS>(scores, forward, stage);
         multiply_keys<COLUMNS, HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
-        bias_tile<COLUMNS>(scores, forward, stage);
     }
     if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
@@ -162,10 +161,9 @@ __device__ __forceinline__ void walk_queries(
         for (int i = 0; i < shared.sample.key_tiles; ++i) {
             const int stage = i % STAGES;
             cp_async_wait_all();
+            forward.describe_codes(stage);
             __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
-            if (i + 1 < shared.sample.key_tiles) {
-                forward.load_keys(1 - stage, find_row_block(shared.sample, arguments.modalities, KEYS, i + 1));
-            }
+            if (i + 1 < shared.sample.key_tiles) forward.load_next_keys(stage);
             if (shared.key_rows[stage].modality == arguments.modalities) {
                 attend_tile<BLOCK_ROWS>(rows, forward, stage, bias_capacity);
             } else {

@@ -95,12 +95,25 @@ struct BackwardPlan {
     int32_t is_compact;
     int32_t is_large;
     int32_t walk_key_blocks;  // key blocks, of 16 keys, that a thread block walks at once
+    int32_t differences;      // block differences whose sums shared memory holds
 };
 
 // For a head size, the entries of all vectors together with those of CLS, and the bytes of shared memory that a thread
 // block may have. Where nothing fits, the plan has more of them.
 extern "C" BackwardPlan relative_bias_attention_backward_plan(
     int32_t head_dim, int64_t bias_entries, int64_t shared_limit);
+
+// How the backward kernel's work is shared: thread blocks of a head, each for a group of samples and a part of their
+// keys.
+struct BackwardShares {
+    int32_t groups;
+    int32_t parts;
+};
+
+// For samples of one modality and of one length.
+extern "C" BackwardShares relative_bias_attention_backward_shares(
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
+    int64_t shared_limit);
 
 // Bytes of shared memory that a thread block may have on a device.
 int64_t relative_bias_attention_shared_limit(int32_t device);

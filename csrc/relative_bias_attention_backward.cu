@@ -26,6 +26,19 @@ const char* launch_type(
     return launch_backward<T, 128>(arguments, gradients, plan, stream);
 }
 
+// Samples of one modality and of one length.
+RelativeBiasAttention like_samples(int samples, int length, int heads, int head_dim, int bias_entries) {
+    RelativeBiasAttention arguments{};
+    arguments.samples = samples;
+    arguments.modalities = arguments.bias_vectors = 1;
+    arguments.heads = heads;
+    arguments.head_dim = head_dim;
+    arguments.rows = samples * length;
+    arguments.max_length = length;
+    arguments.bias[0].entries = bias_entries;
+    return arguments;
+}
+
 }  // namespace
 
 BackwardPlan relative_bias_attention_backward_plan(int32_t head_dim, int64_t bias_entries, int64_t shared_limit) {
@@ -47,20 +60,20 @@ int64_t relative_bias_attention_backward_workspace(
     return check_arguments(arguments) ? 0 : plan_workspace(arguments, gradients, plan_on_device(arguments)).bytes;
 }
 
+BackwardShares relative_bias_attention_backward_shares(
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
+    int64_t shared_limit) {
+    const RelativeBiasAttention arguments = like_samples(samples, length, heads, head_dim, bias_entries);
+    return share_work(arguments, multiprocessors, choose_backward_plan(head_dim, bias_entries, shared_limit));
+}
+
 int64_t relative_bias_attention_backward_bytes(
     int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
     int64_t shared_limit) {
-    RelativeBiasAttention arguments{};
-    arguments.samples = samples;
-    arguments.modalities = arguments.bias_vectors = 1;
-    arguments.heads = heads;
-    arguments.head_dim = head_dim;
-    arguments.rows = samples * length;
-    arguments.max_length = length;
-    arguments.bias[0].entries = bias_entries;
+    const RelativeBiasAttention arguments = like_samples(samples, length, heads, head_dim, bias_entries);
     RelativeBiasAttentionGradients gradients{};
     gradients.multiprocessors = multiprocessors;
-    gradients.bias[0] = &arguments;  // no null: it learns
+    gradients.bias[0] = &gradients;  // no null: it learns
     const BackwardPlan plan = choose_backward_plan(head_dim, bias_entries, shared_limit);
     const auto count = [&](auto launch) { return count_bytes<decltype(launch)>(arguments, gradients, plan); };
     if (head_dim == 32) return count(BackwardLaunch<32, false>());

@@ -1,9 +1,10 @@
 // Flash attention forward over packed segments, with the relative position bias of bias.cuh.
 //
 // A thread block takes up to WARPS row blocks of queries of one sample and head, a warp each, and walks all keys of the
-// sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score grows. Keys and values
-// of the next tile are copied while one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches
-// and CLS take 17 row blocks of queries, and 4 tiles of 64 and one of 16 keys.
+// sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score has grown by HEADROOM.
+// Scores start from their bias, and the matrix product adds the rest. Keys and values of the next tile are copied while
+// one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and CLS take 17 row blocks of
+// queries, and 4 tiles of 64 and one of 16 keys.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -23,6 +24,7 @@ namespace onepeace_fast {
 namespace {
 
 constexpr float LN_2 = 0.6931471805599453f;
+constexpr float HEADROOM = 8.f;  // probabilities are at most 2^8 times too large, which every type holds
 
 // A warp's 16 rows of the output so far, not yet divided by their sums of probabilities. A thread holds parts of rows
 // lane / 4 and lane / 4 + 8.
@@ -35,36 +37,37 @@ struct OutputRows {
         forward.shared.row_states[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
     }
 
-    // Take in a tile of keys: its scores, base 2, become probabilities relative to the largest so far.
+    // Take in a tile of keys: its scores become probabilities relative to the row's reference.
     template <int COLUMNS, bool WINDOWED>
     __device__ __forceinline__ void attend(
         float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
         const T* values = forward.shared.values[stage];
         RowState& state = forward.shared.row_states[thread_index()];
         const int lane = thread_index() % WARP;
-        float reference[2], sum[2];
+        const float scale = score_scale(forward.arguments);
+        float reference[2], sum[2], most[2];
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float most = state.largest[i];
+            reference[i] = state.reference[i];
+            sum[i] = state.sum[i];
+            most[i] = -INFINITY;
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; ++n) most = fmaxf(most, fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
-            most = row_max(most);
-            reference[i] = most == -INFINITY ? 0.f : most;  // a row that a bias of -inf masks so far
-            const float factor = fast_exp2(state.largest[i] - reference[i]);
-            state.largest[i] = most;
-            sum[i] = state.sum[i] * factor;
-#pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                result[n][2 * i] *= factor;
-                result[n][2 * i + 1] *= factor;
+            for (int n = 0; n < COLUMNS / 8; ++n) {
+                most[i] = fmaxf(most[i], fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
             }
+            most[i] = scale * row_max(most[i]);
+        }
+        const bool grows = most[0] > reference[0] + HEADROOM || most[1] > reference[1] + HEADROOM;
+        if (__ballot_sync(0xffffffff, grows)) rescale(reference, sum, state, most);
+        for (int i = 0; i < 2; ++i) {
+            if (reference[i] == -INFINITY) reference[i] = 0.f;  // a row that a bias of -inf masks so far
         }
 #pragma unroll
         for (int k = 0; k < COLUMNS / 16; ++k) {
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 float& score = scores[2 * k + i / 4][i % 4];
-                score = fast_exp2(score - reference[i % 4 / 2]);
+                score = fast_exp2(scale * score - reference[i % 4 / 2]);
                 sum[i % 4 / 2] += score;
             }
             uint32_t a[4];
@@ -80,6 +83,23 @@ struct OutputRows {
         for (int i = 0; i < 2; ++i) state.sum[i] = sum[i];
     }
 
+    // Of rows whose largest score has outgrown their reference.
+    __device__ __forceinline__ void rescale(
+        float (&reference)[2], float (&sum)[2], RowState& state, const float (&most)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const bool grows = most[i] > reference[i] + HEADROOM;
+            const float factor = grows ? fast_exp2(reference[i] - most[i]) : 1.f;
+            if (grows) state.reference[i] = reference[i] = most[i];
+            sum[i] *= factor;
+#pragma unroll
+            for (int n = 0; n < HEAD_DIM / 8; ++n) {
+                result[n][2 * i] *= factor;
+                result[n][2 * i + 1] *= factor;
+            }
+        }
+    }
+
     // Store the rows through the memory that held their queries: out [rows, heads, HEAD_DIM], log_sum_exp [rows,
     // heads].
     template <bool WINDOWED>
@@ -92,28 +112,31 @@ struct OutputRows {
         const RowState& state = forward.shared.row_states[thread_index()];
         const float head_scale =
             arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
+        const BlockRows block_rows(forward.shared.sample, arguments.modalities, row_block);
+        float total[2];
         __syncwarp();
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float total = row_sum(state.sum[i]), factor = head_scale / total;
-            const int r = lane / 4 + 8 * i;
+            total[i] = row_sum(state.sum[i]);
+            const float factor = head_scale / total[i];
+            T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, 0) + 2 * (lane % 4);
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                T* target = staged + swizzled<HEAD_DIM>(r, n) + 2 * (lane % 4);
-                *reinterpret_cast<uint32_t*>(target) =
+                *reinterpret_cast<uint32_t*>(staged + chunk_offset(target - staged, n)) =
                     pack<T>(result[n][2 * i] * factor, result[n][2 * i + 1] * factor);
             }
-            if (lane % 4 == 0 && r < row_block.count) {
-                const int64_t index = find_row(forward.shared.sample, arguments.modalities, row_block, r).index;
-                log_sum_exp[index * arguments.heads + blockIdx.y] = LN_2 * state.largest[i] + logf(total);
-            }
         }
+        const int below = lane % 4, mine = lane / 4 + 8 * below;  // two of four lanes have a row each
+        if (below < 2 && mine < row_block.count) {
+            log_sum_exp[block_rows[mine] * arguments.heads + blockIdx.y] =
+                LN_2 * state.reference[below] + logf(below ? total[1] : total[0]);
+        }
+        constexpr int LANES = HEAD_DIM / CHUNK;  // of a row
         __syncwarp();
 #pragma unroll 1
-        for (int i = lane; i < row_block.count * (HEAD_DIM / CHUNK); i += WARP) {
-            const int r = i / (HEAD_DIM / CHUNK), chunk = i % (HEAD_DIM / CHUNK);
-            const int64_t index = find_row(forward.shared.sample, arguments.modalities, row_block, r).index;
-            T* target = out + (index * arguments.heads + blockIdx.y) * HEAD_DIM + chunk * CHUNK;
+        for (int r = lane / LANES; r < row_block.count; r += WARP / LANES) {
+            const int chunk = lane % LANES;
+            T* target = out + (block_rows[r] * arguments.heads + blockIdx.y) * HEAD_DIM + chunk * CHUNK;
             *reinterpret_cast<uint4*>(target) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(r, chunk));
         }
@@ -137,13 +160,17 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     heads of                          32        64       128
 //     queries x keys of a tile    144 x 64  144 x 64  128 x 32
 //     warps                              9         9         8
-//     registers, sm_80              92, 96   96, 127  125, 131   the second with windows
-//     registers, sm_90a            95, 102   96, 121  123, 133
-//     shared memory                 32,000    57,600    71,168   bytes, and 4 for each entry, at most BIAS_CAPACITY
-//     thread blocks for each            2, 2      2, 1      2, 1   multiprocessor of compute capability 9.0
+//     registers, sm_80             92, 110  96, 128  126, 144   the second with windows
+//     registers, sm_90a            89, 114  96, 133  128, 147
+//     shared memory                 32,192    57,792    71,232   bytes, and 4 for each entry, at most BIAS_CAPACITY
+//     thread blocks for each            2, 1      2, 1      2, 1   multiprocessor of compute capability 9.0
+//     issue slots                      441       539       457   of a warp's tile and of its load of the next
+//     cycles of shared memory          131       210       213   for the same
+//     codes in any order            63, 21    63, 21    33, 11   of either more
 //
-// Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
-// model of an H100, and never by device memory; the bias costs about 18%.
+// Registers by ptxas of nvcc 13.0, no spills. Slots and cycles are those of tools/count_cuda.py for sm_90a and codes in
+// runs; a multiprocessor has 4 slots in a cycle. For heads of 64, shared memory bounds it, at 257 tokens issue slots
+// nearly as much, and device memory never.
 template <typename T, int HEAD_DIM, bool WINDOWED>
 __global__ void __launch_bounds__(
     ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(WINDOWED))
@@ -166,10 +193,10 @@ attention_forward_kernel(
 template <int HEAD_DIM>
 LaunchPlan plan(int64_t bias_entries) {
     const bool windowed = bias_entries > BIAS_CAPACITY;
-    const auto bias = sizeof(float) * (windowed ? BIAS_CAPACITY : bias_entries);
+    const int held = static_cast<int>(std::min<int64_t>(bias_entries, BIAS_CAPACITY));
     return {
         ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(windowed),
-        static_cast<int32_t>(sizeof(ForwardShared<bfloat16, HEAD_DIM>) + bias)};
+        forward_shared_bytes<HEAD_DIM>(held)};
 }
 
 template <typename T, int HEAD_DIM>

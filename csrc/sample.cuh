@@ -86,6 +86,17 @@ __device__ __forceinline__ RowBlock find_row_block(const Sample& sample, int mod
     return {m, index * BLOCK_ROWS, min(BLOCK_ROWS, sample.cls_total - index * BLOCK_ROWS)};
 }
 
+// The one after a row block, of as many rows; there is one.
+__device__ __forceinline__ RowBlock next_row_block(
+    const Sample& sample, int modalities, int rows, const RowBlock& row_block) {
+    int m = row_block.modality, first = row_block.first + (m < modalities ? rows : BLOCK_ROWS);
+#pragma unroll 1
+    for (; m < modalities; ++m, first = 0) {
+        if (first < sample.body[m]) return {m, first, min(rows, sample.body[m] - first)};
+    }
+    return {m, first, min(BLOCK_ROWS, sample.cls_total - first)};
+}
+
 // Row i of a row block; past its last row, its last row.
 __device__ __forceinline__ Row find_row(const Sample& sample, int modalities, const RowBlock& row_block, int i) {
     i = row_block.first + min(i, row_block.count - 1);
@@ -95,6 +106,24 @@ __device__ __forceinline__ Row find_row(const Sample& sample, int modalities, co
     for (; i >= sample.cls[m]; ++m) i -= sample.cls[m];
     return {sample.first[m] + sample.body[m] + i, m};
 }
+
+// The rows of a row block, by their numbers in it; past its last row, its last row.
+class BlockRows {
+  public:
+    __device__ __forceinline__ BlockRows(const Sample& sample, int modalities, const RowBlock& row_block)
+        : sample(sample), modalities(modalities), row_block(row_block),
+          first(row_block.modality < modalities ? sample.first[row_block.modality] + row_block.first : -1) {}
+
+    __device__ __forceinline__ int64_t operator[](int i) const {
+        return first >= 0 ? first + min(i, row_block.count - 1) : find_row(sample, modalities, row_block, i).index;
+    }
+
+  private:
+    const Sample& sample;
+    const int modalities;
+    const RowBlock& row_block;
+    const int first;  // -1 where they are CLS
+};
 
 // The row that every modality's segments end before: what follows is inert.
 __device__ __forceinline__ int find_end(const RelativeBiasAttention& arguments) {

@@ -39,6 +39,7 @@ SUM_THREADS = 256
 SHAPES = ((64, 257, 964), (32, 257, 964), (2, 1025, 3972), (16, 750, 1502))  # samples, tokens of each, entries
 HEADS = 24
 HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/SM", "matrix instructions", "faults")
+BACKWARD_PLAN = ("is_compact", "is_large", "walk_key_blocks", "differences")
 
 
 class Plan(ctypes.Structure):
@@ -50,7 +51,7 @@ class Plan(ctypes.Structure):
 class BackwardPlan(ctypes.Structure):
     """``BackwardPlan`` of csrc/relative_bias_attention.h."""
 
-    _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in ("is_compact", "is_large", "walk_key_blocks")))
+    _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in BACKWARD_PLAN))
 
 
 class Kernel(NamedTuple):

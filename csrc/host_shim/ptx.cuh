@@ -30,6 +30,8 @@ inline float fast_exp2(float x) {
 
 inline int thread_index() { return host_shim::position().thread.x; }
 
+__forceinline__ int warp_index() { return __shfl_sync(0xffffffff, thread_index() / 32, 0); }
+
 inline void* shared_memory() { return host_shim::shared_memory(); }
 
 inline void cp_async_16(void* shared, const void* global) { host_shim::copy_later(shared, global, 16); }

@@ -98,6 +98,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
         if _wants(wanted.w2, m):
             n = normalize(h, norm_weight[m], norm_bias[m], settings.eps)[0] if norm_weight else h
             gradients.w2[m] = dy.t() @ n
+            del n  # each here is as wide as u: what is done with makes room for the next
         dh = dy @ w2[m]
         if norm_weight:
             dh, gradients.norm_weight[m], gradients.norm_bias[m] = normalize_backward(
@@ -105,16 +106,19 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
                 (True, _wants(wanted.norm_weight, m), _wants(wanted.norm_bias, m)),
             )  # fmt: skip
             dh = dh.to(z.dtype)
-        du = ACTIVATION_BACKWARD[settings.activation](dh * v[rows] if w1 else dh, u_m)
+        del h
+        dv = activated.mul_(dh) if w1 else None
+        du = ACTIVATION_BACKWARD[settings.activation](dh.mul_(v[rows]) if w1 else dh, u_m)
+        del activated, dh
         if _wants(wanted.w0, m):
             gradients.w0[m] = du.t() @ z_m
         if w1:
-            dv = dh.mul_(activated)
             if _wants(wanted.w1, m):
                 gradients.w1[m] = dv.t() @ z_m
             torch.addmm(du @ w0[m], dv, w1[m], out=dz[rows])
         else:
             torch.mm(du, w0[m], out=dz[rows])
+        del du, dv
     return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, branch.gamma)
 
 

@@ -54,11 +54,15 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
 
 
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
+FORWARD_MEMORY = "forward_memory.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
+ENTRY_SUMS = "entry_sums.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
     "tile": ("three modalities", WALK, "            __syncthreads();  // this tile"),
+    "codes of keys": ("three modalities", FORWARD_MEMORY, "        __syncwarp();  // the codes of keys"),
+    "codes of queries": ("three modalities", FORWARD_MEMORY, "            __syncwarp();  // the codes of queries"),
     "window": ("windows", WALK, "        forward.load_window(modality, first, count);\n        __syncthreads();"),
     "next window": ("windows", WALK, "        if (first > range.first) __syncthreads();"),
     "next queries": ("rounds", WALK, "        __syncthreads();  // the next queries"),
@@ -71,12 +75,14 @@ BARRIERS = {
     "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
     "backward: next sample": ("frozen", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
     "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every key block is known"),
+    "backward: codes of a tile": ("three modalities", MEMORY, "        __syncwarp();  // all codes are there"),
+    "backward: run of a key block": ("three modalities", MEMORY, "        __syncwarp();  // all lanes see it"),
     "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
     "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
     "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),
-    "backward: additions": ("rounds", MEMORY, "        __syncthreads();  // every warp has added"),
-    "backward: exponent": ("three modalities", MEMORY, "        __syncthreads();  // nobody reads the exponent"),
-    "backward: coarser": ("growing", MEMORY, "        __syncthreads();  // everybody knows the exponent before"),
+    "backward: additions": ("rounds", ENTRY_SUMS, "    __syncthreads();  // every warp has added"),
+    "backward: exponent": ("three modalities", ENTRY_SUMS, "    __syncthreads();  // nobody reads the exponent"),
+    "backward: coarser": ("growing", ENTRY_SUMS, "        __syncthreads();  // everybody knows the exponent before"),
     "backward: columns": ("one block more", SPREAD, "            __syncwarp();  // the columns are complete"),
     "backward: row sums": ("split keys", ROW_SUMS, "        __syncwarp();  // lane 0"),
     "backward: row sums' sample": ("two walks", ROW_SUMS, "arguments, blockIdx.z);\n    __syncthreads();"),
@@ -99,5 +105,8 @@ def test_a_deleted_barrier_is_named_by_its_line(build, tmp_path, name):
     process = host_shim.run(program, tmp_path, case(batch, dim))
     barrier = source[: source.index(text)].count("\n") + 1 + text[: text.index("__sync")].count("\n")
     lines = {int(line) for line in re.findall(rf"{file}:(\d+)", process.stderr)}
+    if name == "backward: blocks":  # rows that are not known yet are copied from an address that is none
+        assert re.search("SEGV(.|\\n)*cp_async_wait_all(.|\\n)*walk_keys", process.stderr)
+        return
     assert process.returncode and "data race" in process.stderr
     assert any(abs(line - barrier) <= 8 for line in lines), f"line {barrier}, named are {sorted(lines)}"

@@ -15,6 +15,7 @@ from support.attention_cases import (
     kept_grid,
     lengths,
     mixed,
+    runs,
     series,
     shuffled_grid,
     text_only,
@@ -96,6 +97,13 @@ def test_a_whole_image_of_257_tokens(attend, batch, dim, limit, walk):
     check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), **walk, **limit)
 
 
+@walks
+@pytest.mark.parametrize("dtype, dim", list(zip((HALF[1], *HALF), HEAD_SIZES, strict=True)), ids=str)
+def test_blocks_whose_codes_are_runs_beside_others(attend, dtype, dim, walk):
+    batch = runs()
+    check(attend, batch, batch.leaves(1, dim, dtype=dtype), **walk)
+
+
 GRIDS = {f"{side} in order": (kept_grid, side, side) for side in (*range(3, 9), 14)}
 GRIDS |= {f"{side} shuffled": (shuffled_grid, side, [1, 5]) for side in range(3, 8)}
 
@@ -132,8 +140,9 @@ def test_any_number_of_cls_tokens(attend, name, dim, limit, walk):
 
 @walks
 @pytest.mark.parametrize("bias, head_scale", [(False, False), (True, False), (False, True)])
-def test_bias_and_head_scale_are_each_optional(attend, bias, head_scale, walk):
-    batch = mixed()
+@pytest.mark.parametrize("make", [mixed, lambda: lengths([33, 17], 2)], ids=["kept", "whole row blocks"])
+def test_bias_and_head_scale_are_each_optional(attend, make, bias, head_scale, walk):
+    batch = make()
     check(attend, batch, batch.leaves(2, 32, bias=bias, head_scale=head_scale, dtype=torch.float16), **walk)
 
 
@@ -146,7 +155,7 @@ def test_a_head_scale_of_zero_stops_all_gradients_but_its_own(attend, walk):
     assert not results.qkv[:, :, 0].any() and not results.bias[0][0].any() and results.head_scale[0] != 0
 
 
-@pytest.mark.parametrize("scale", (0.3, -0.2))
+@pytest.mark.parametrize("scale", (0.3, -0.2, 0.0))
 @walks
 def test_any_scale(attend, scale, walk):
     batch = Batch(text_only().layout, text_only().tables, scale)
@@ -191,11 +200,11 @@ def test_minus_infinity_in_a_vector_masks_even_whole_tiles(attend, walk):
     assert not results.bias[0][:, 130:-3].any() and not results.bias[0][:, -2].any()
 
 
-@pytest.mark.parametrize("dim, count", [(32, 100), (64, 200)])
-def test_scores_that_grow_from_tile_to_tile_are_renormalised(attend, dim, count):
+@pytest.mark.parametrize("dim, count, dtype", [(32, 100, torch.bfloat16), (64, 200, torch.float16)])
+def test_scores_that_grow_from_tile_to_tile_are_renormalised(attend, dim, count, dtype):
     batch = lengths([count])
-    leaves = batch.leaves(1, dim, dtype=torch.bfloat16)
-    leaves["qkv"][:, 1] *= torch.arange(count + 5).bfloat16()[:, None, None] / 20
+    leaves = batch.leaves(1, dim, dtype=dtype)
+    leaves["qkv"][:, 1] *= torch.arange(count + 5).to(dtype)[:, None, None] / 20
     check(attend, batch, leaves)
 
 

@@ -5,7 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from support.attention_cases import Batch, any_cls, kept_grid, lengths, mixed, text_only, windowed_grid
+from support import naive
+from support.attention_cases import Batch, Table, any_cls, kept_grid, lengths, mixed, text_only, windowed_grid
 from support.kernel_attention import (
     WALKS,
     assert_same,
@@ -15,12 +16,24 @@ from support.kernel_attention import (
     walks,
     wide,
 )
+from support.plans import naive_layout, whole_rows
 
 CODES = {
     "equal": [5] * 20,
     "in reverse": [*range(40, 0, -1)],
     "in steps of two": [*range(0, 80, 2)],
     "runs of any length": [17, 18, 19, 3, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 40, 41, 7, 8, 9, 10, 60, 61, 62, 18],
+    "runs and others": [
+        *range(32),
+        40,
+        *range(33, 48),
+        *range(16),
+        *range(64, 80),
+    ],  # the third and fourth have no place
+    "runs 20 apart": [20 * block + i for block in range(4) for i in range(16)],
+    "runs 5 apart": [5 * block + i for block in range(5) for i in range(16)],
+    "runs in reverse": [16 * block + i for block in (3, 2, 1, 0) for i in range(16)],
+    "runs that repeat": [*range(16)] * 4,
     "every pair's own": [62 * i + i * i % 31 for i in range(31)],  # Erdős and Turán's: all differences differ
 }
 
@@ -29,6 +42,21 @@ CODES = {
 def test_any_codes(attend, codes):
     batch = coded(codes)
     check(attend, batch, wide(batch, 1, 32))
+
+
+@walks
+def test_samples_whose_runs_are_differently_far_apart(attend, walk):
+    """One thread block has them all; what it holds for the first's differences is not the second's."""
+    codes = [*range(48), *(20 * block + i for block in (3, 4, 5) for i in range(16))]
+    starts = [(1, 48), (49, 40), (1, 16), (17, 25)]  # the last two are of one row block, and of two
+    positions = {"text": [[0, *range(first, first + count)] for first, count in starts]}
+    kept = whole_rows({"text": [count + 1 for _, count in starts]})
+    layout = naive_layout(kept, positions=positions, codes={"text": [0, *codes]})
+    span = max(codes)
+    batch = Batch(
+        layout, (Table(2 * span + 4, naive.vector_row(span, 2 * span + 4), torch.arange(2 * span + 4), span),)
+    )
+    check(attend, batch, wide(batch, 1, 32), **walk)
 
 
 def rounding(batch, leaves, grad, sample):

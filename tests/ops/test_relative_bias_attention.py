@@ -60,8 +60,9 @@ def test_long_samples_follow_the_dense_bias(way, dtype):
 
 @in_each_dtype
 def test_any_head_size_and_scale(way, dtype):
+    signs = (-0.2, 0.0) if way == "kernel" else ()  # which the kernel gives to the queries
     for dim in (64, 128) if way == "kernel" else (1, 64):
-        for scale in (None, 0.3):
+        for scale in (None, 0.3, *signs):
             batch = Batch(text_only().layout, text_only().tables, scale)
             contract.check_against_naive(batch.call, batch.plain, batch.leaves(3, dim), dtype, batch.slices(3))
 

@@ -170,6 +170,19 @@ def _images(side: int, rows: Sequence[Sequence[int]], **texts: Sequence[int]) ->
     return naive_layout(kept, positions=positions, codes={"image": grid_codes(side, side).tolist()})
 
 
+def runs() -> Batch:
+    """Rows of a grid of 16, of one image without CLS, of another half of them in random order; texts in order, but one
+    whose last token is further on."""
+    patches = list(range(1, 129))
+    shuffled = patches[:64] + random.Random(16).sample(patches[64:], 64)
+    kept = {
+        "image": [patches[:112], [0, *shuffled]],
+        "text": [list(range(1, 71)), list(range(20)), [*range(1, 16), 60]],
+    }
+    layout = naive_layout(kept, codes={"image": grid_codes(16, 16).tolist()})
+    return Batch(layout, (grid(16, 16), series(64, 71)))
+
+
 def shuffled_grid(side: int, kept: Sequence[int] = ()) -> Batch:
     """A whole image, and kept patches of others, in random order."""
     generator = random.Random(side)

@@ -1,0 +1,57 @@
+"""The count of the forward kernel's instructions: each goes to its part by the source lines that lead to it."""
+
+import itertools
+from collections import Counter
+
+from tools import count_cuda
+from tools.compile_cuda import CSRC
+
+
+def line_of(name, text):
+    """The number of the line of a source that has a text."""
+    return next(number for number, line in enumerate((CSRC / name).read_text().splitlines(), 1) if text in line)
+
+
+def listing(*chain):
+    """What nvdisasm prints of one instruction's source lines, innermost first."""
+    places = [f'File "{CSRC / name}", line {line_of(name, text)}' for name, text in chain]
+    inlined = [f"{mine} inlined at {outer}" for mine, outer in itertools.pairwise(places)]
+    return "".join(f"\t//## {line}\n" for line in [*inlined, places[-1]])
+
+
+WALK = "query_walk.cuh"
+OUTER = ((WALK, "attend_tile<KEYS>(rows"), ("relative_bias_attention_forward.cu", "walk_queries<OutputRows"))
+START = (("bias.cuh", "of_diagonal[d] = entry"), (WALK, "start_runs<COLUMNS>("), (WALK, "start_scores<COLUMNS>("))
+RUNS = listing(*START, *OUTER)
+PRODUCT = listing(("tile.cuh", "ldmatrix(a"), (WALK, "multiply_keys<COLUMNS, HEAD_DIM>("), *OUTER)
+TEXT = f"""
+//---- .text.kernelI13__nv_bfloat16Li64ELb0E
+.text.kernelI13__nv_bfloat16Li64ELb0E:
+{RUNS}
+        /*0010*/                   LDS R1, [R2] ;
+        /*0020*/              @!P0 LDS.64 R1, [R2] ;
+{PRODUCT}
+        /*0030*/                   LDSM.16.M88.4 R4, [R5] ;
+        /*0040*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   WARPSYNC.COLLECTIVE R4, `(.L_x_1) ;
+        /*0070*/                   SHFL.BFLY P0, R8, R8, R9, R10 ;
+.text.kernelI13__nv_bfloat16Li64ELb1E:
+        /*0010*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+"""
+
+
+def test_instructions_are_counted_by_part_and_class():
+    parts = count_cuda.count(TEXT, "bfloat16Li64ELb0")
+    found = {name: dict(of) for name, of in parts.items() if of}
+    product = {"LDSM": 1, "HMMA": 1, "issued": 2, "shared": 4}
+    assert found == {"tile: bias of runs": {"LDS": 2, "issued": 2, "shared": 3}, "tile: q k^T": product}
+
+
+def test_each_kind_of_resource_is_modelled():
+    """A warp's tile of 64 keys that fills 400 slots, 200 cycles of shared memory and 64 matrix instructions."""
+    parts = {name: Counter[str]() for name in count_cuda.PARTS}
+    parts["tile: q k^T"].update(issued=400, shared=200, HMMA=64)
+    found = dict((row[0], row[1:]) for row in count_cuda.model(parts, "runs", 64, 9))
+    # 64 samples of 24 heads, 17 row blocks and 4 tiles each: 104,448 tiles for 132 multiprocessors of 1.7 GHz.
+    assert found["64 x 257 tokens"] == ("47", "93", "48")
