@@ -121,7 +121,7 @@ def _expected(where: str, task: str, column: str, what: str, row: Mapping[str, A
 
 
 def _text_of(where: str, task: str, column: str, row: Mapping[str, Any], bins: int) -> str:
-    value = row.get(column)
+    value: Any = row.get(column)
     if column == "box":
         fits = isinstance(value, list) and len(value) == 4 and all(is_number(one) and 0 <= one <= 1 for one in value)
         ordered = fits and value[0] <= value[2] and value[1] <= value[3]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from onepeace_fast.checks import require
+from onepeace_fast.config import ModelConfig
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 VISUAL = ("image", "video", "audio")  # in the order of a sequence, all before the text
@@ -30,7 +31,7 @@ _NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnivalConfig:
+class UnivalConfig(ModelConfig):
     """Sizes of UnIVAL (arXiv 2307.16184).
 
     Attributes:
@@ -44,6 +45,7 @@ class UnivalConfig:
         video, audio: whether it takes them, beside text and images.
     """
 
+    kind: ClassVar[str] = "unival"
     vocab_size: int
     embed_dim: int = 768
     ffn_dim: int = 3072
