@@ -143,6 +143,14 @@ class TaskDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return sum(map(len, self._samples.values()))
 
+    def count(self, task: str) -> int:
+        """How many samples a task has."""
+        return len(self._samples[task])
+
+    def answer(self, task: str, index: int) -> Tensor:
+        """What is to be written, int64 [length], its end included."""
+        return self._texts[task][1][index][0]
+
     def __getitem__(self, key: tuple[str, int]) -> dict[str, Any]:
         """ "source" and "target" int64 [length], ends included, "task", "path", and "map" float32.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,9 +12,11 @@ from onepeace_fast.checks import require
 from onepeace_fast.data.task_batches import TaskDataset, TaskSampler, collate_tasks
 from onepeace_fast.data.tasks import TASKS, Sample, Vocabulary, read_tasks, without_locations
 from onepeace_fast.data.text import Tokenizer
+from onepeace_fast.models.parameter_names import upstream_names
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.models.unival.config import VISUAL
 from onepeace_fast.models.unival.inputs import PADDING
+from onepeace_fast.models.unival.state import TIED
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.family import Family, Reading
 from onepeace_fast.training.optimizer import adamw
@@ -30,12 +32,13 @@ class UnivalTrainer(Trainer):
 
     def make_optimizer(self) -> torch.optim.AdamW:
         """That of the next step's stage. All parameters decay, as upstream's do; what no task reads does not train."""
-        config: UnivalTrainingConfig = self.config
+        config, model = self.config, cast(Unival, self.model)
         stage, _ = config.stage_of(self.step_number)
-        read: dict[str, Any] = dict.fromkeys(["text", *modalities_of(config.stages[stage]["tasks"])])
-        unread = {*self.model.encoder.unread(read), *self.model.decoder.unread(read)}  # type: ignore[operator, union-attr]
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(parameter not in unread)
+        read = modalities_of(config.stages[stage]["tasks"])
+        unread = tuple(start for name in VISUAL if name not in read for start in _own_names(name))
+        uncoded = {*model.decoder.unread({"text": cast(Any, None)})}  # no task writes codes of images
+        for name, parameter in upstream_names(model).items():
+            parameter.requires_grad_(parameter not in uncoded and not name.startswith(unread))
         return adamw(self.model, config.learning_rate, config.weight_decay, betas=BETAS, spared=lambda *_: False)
 
     def step(self, batches: Iterator[Mapping[str, Any]]) -> dict[str, float]:
@@ -46,6 +49,11 @@ class UnivalTrainer(Trainer):
             self.optimizer = self.make_optimizer()
         return numbers
 
+    def weights(self) -> dict[str, Tensor]:
+        """As ``Trainer.weights``, with what else upstream's state dict holds, but for copies of the token table."""
+        found = cast(Unival, self.model).to_upstream_state_dict()
+        return self._gather({name: value for name, value in found.items() if name not in TIED and value is not None})
+
     def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The mean over the tokens of all processes, of which this one's share is weighted by how many it has."""
         config = self.config
@@ -54,6 +62,11 @@ class UnivalTrainer(Trainer):
         tokens = (batch["target"] != PADDING).sum().double()
         share = tokens / self.processes.average(tokens.clone())
         return {"loss": self.pass_forward("loss", inputs) * share.item()}
+
+
+def _own_names(modality: str) -> list[str]:
+    """How the names of a modality's own parameters begin."""
+    return [f"encoder.{modality}_proj.", f"encoder.embed_{modality}s.", f"encoder.embed_{modality}_positions."]
 
 
 def modalities_of(tasks: Iterable[str]) -> list[str]:

@@ -10,11 +10,13 @@ from training._runs import curves, same_training
 from training._unival_runs import MODEL, STAGES, write_tasks, write_unival
 
 from onepeace_fast.data.batches import BrokenFile
+from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.training import checkpoint, command
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.start import read_entries, read_run, start
 from onepeace_fast.training.trainer import Trainer
+from onepeace_fast.training.unival import Tasks
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -189,7 +191,7 @@ def test_audio_is_fine_tuned_from_a_checkpoint(folder, capsys):
     own, new = (load_file(path / "model.safetensors") for path in (before, after))
     changed = {name for name, value in own.items() if not torch.equal(value, new[name])}
     assert {"encoder.audio_proj.weight", "encoder.embed_tokens.weight"} <= changed
-    assert not {name for name in changed if "image_proj" in name or "video_" in name}
+    assert not {name for name in changed if "image_proj" in name or "embed_image" in name or "video_" in name}
     assert checkpoint.load_state(after)["trained"] == ["text", "image", "video", "audio"]
 
 
@@ -203,3 +205,28 @@ def test_broken_maps_are_named_or_skipped(folder):
         list(started(folder, "bad1", **keys).batches)
     assert f"{folder / 'bad.npy'}: expected a feature map" in str(caught.value)
     assert len(list(started(folder, "bad2", broken="skip", **keys).batches)) == 2
+
+
+def test_a_processs_loss_counts_by_its_tokens(folder):
+    """The mean over processes is that of all their tokens."""
+
+    class Two(Processes):
+        def average(self, value):
+            return (value + 37.0) / 2  # the other has 37 tokens
+
+    run = started(folder, "share")
+    batch = next(run.batches)
+    inputs = {name: value for name, value in batch.items() if name != "tasks"}
+    own, tokens = run.trainer.model.loss(**inputs).item(), (batch["target"] != 1).sum().item()
+    assert tokens != 37
+    run.trainer.processes = Two(0, 1, torch.device("cpu"))
+    loss = run.trainer.losses(batch)["loss"].item()
+    assert loss == pytest.approx(own * tokens / ((tokens + 37) / 2), rel=1e-5)
+
+
+def test_accumulated_batches_go_on_where_a_checkpoint_stopped(folder):
+    config = read_run(write_unival(folder, "accumulated", accumulation=2))
+    tasks, place = Tasks(config, read_entries(config, ONE)), folder / "whole" / "step-00000007"
+    model, tokenizer = UnivalConfig.load(place / "config.json"), Tokenizer.load(place / "tokenizer.json")
+    whole, later = (list(tasks.reading(model, tokenizer, ONE, step)[1]) for step in (0, 2))
+    assert len(whole) == 14 and later == whole[4:]
