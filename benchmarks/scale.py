@@ -33,7 +33,7 @@ from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.tables import table
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
-from onepeace_fast.training.trainer import Trainer
+from onepeace_fast.training.pairs import PairTrainer
 
 COUNTS = (2, 4, 8)
 ROWS, WIDTH = 512, 256  # of the contrast, on each process
@@ -108,7 +108,7 @@ def training_step(processes: Processes) -> dict[str, Any]:
     """A step of the trainer, after one that allocates the optimizer's state."""
     torch.manual_seed(0)
     keys = {"manifest": "-", "output": "-", "batch_size": PAIRS, "steps": 10, "learning_rate": 1e-4}
-    trainer = Trainer(
+    trainer = PairTrainer(
         OnePeacePretrain(configuration(), "fused"), TrainingConfig(stage="vision_language", **keys), processes
     )
     given = batches(processes.rank)

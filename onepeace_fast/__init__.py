@@ -21,6 +21,7 @@ from onepeace_fast.layers import (
     shifted_windows,
 )
 from onepeace_fast.models import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval
+from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.pretrained import LoadReport, from_pretrained
 from onepeace_fast.route_plan import RoutePlan
@@ -49,6 +50,8 @@ __all__ = [
     "RoutedLinear",
     "RoutedNorm",
     "Segments",
+    "Unival",
+    "UnivalConfig",
     "compare",
     "from_pretrained",
     "fuse",

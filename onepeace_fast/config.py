@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from typing_extensions import Self
 
@@ -162,28 +162,17 @@ class TransformerConfig:
         return (self.layers if self.bias_table_per_layer else 1) if self.use_bias else 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class EncoderConfig:
-    """ONE-PEACE's encoder alone. ``vocab_size`` counts the 4 specials."""
+class ModelConfig:
+    """What the configuration of every model can do; a subclass is a dataclass that names its ``kind``."""
 
-    kind: ClassVar[str] = "encoder"
-    encoder: TransformerConfig = TransformerConfig()
-    vocab_size: int = 50264
-
-    def __post_init__(self) -> None:
-        if not self.encoder.use_bias:
-            raise ValueError(
-                "encoder: expected use_bias True, got False: upstream masks an encoder's padding by its bias"
-            )
-        if not _is_positive_integer(self.vocab_size) or self.vocab_size < 4:
-            raise ValueError(f"vocab_size: expected at least the 4 specials, got {self.vocab_size}")
+    kind: ClassVar[str]
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
         Path(path).write_text(json.dumps(self._to_dict(), indent=2) + "\n")
 
     def _to_dict(self) -> dict[str, Any]:
-        return {"model": self.kind, **dataclasses.asdict(self)}
+        return {"model": self.kind, **dataclasses.asdict(cast(Any, self))}
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -206,6 +195,23 @@ class EncoderConfig:
                 raise ValueError(f"config: expected that of a {cls.kind} model, got that of a {values['model']} model")
             values = {name: value for name, value in values.items() if name != "model"}
         return build(cls, values, "config")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(ModelConfig):
+    """ONE-PEACE's encoder alone. ``vocab_size`` counts the 4 specials."""
+
+    kind: ClassVar[str] = "encoder"
+    encoder: TransformerConfig = TransformerConfig()
+    vocab_size: int = 50264
+
+    def __post_init__(self) -> None:
+        if not self.encoder.use_bias:
+            raise ValueError(
+                "encoder: expected use_bias True, got False: upstream masks an encoder's padding by its bias"
+            )
+        if not _is_positive_integer(self.vocab_size) or self.vocab_size < 4:
+            raise ValueError(f"vocab_size: expected at least the 4 specials, got {self.vocab_size}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ from onepeace_fast.data.text import MAX_TOKENS, TokenizedCaptions, Tokenizer, pa
 BROKEN = ("fatal", "skip")
 MAX_BROKEN_IN_A_ROW = 100
 _PACKAGES = {"image": ("PIL.Image",), "audio": ("soundfile", "scipy.signal")}
+
+Result = TypeVar("Result")
 
 _log = logging.getLogger(__name__)
 
@@ -89,10 +91,7 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             max_tokens=max_tokens,
             name=lambda place: f"{entries[place].path}, line {entries[place].line} of the manifest",
         )
-        # Shared by a loader's workers, so that each file is reported once.
-        self._reported = (
-            torch.zeros(len(entries), dtype=torch.bool, device="cpu").share_memory_() if broken == "skip" else None
-        )
+        self._reported = reports(len(entries), broken)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -109,25 +108,46 @@ class PairDataset(Dataset[dict[str, Tensor]]):
             lambda: f"key: expected (epoch, index), an index below {len(self)}, got {key!r}; a BatchSampler gives them",
         )
         epoch, index = key
-        attempts = min(MAX_BROKEN_IN_A_ROW, len(self))
-        for place in (step % len(self) for step in range(index, index + attempts)):
-            try:
-                media = self._read(epoch, place)
-            except ValueError as error:
-                if self._reported is None:
-                    raise BrokenFile(str(error)) from error
-                if not self._reported[place]:
-                    self._reported[place] = True
-                    _log.warning("%s; the next pair takes its place", error)
-                continue
-            text, word_starts = self._captions[place]
-            return {"text": text, "word_starts": word_starts, self.modality: media}
-        first = self._entries[index].path
-        raise BrokenFile(f"{first}: expected fewer broken files, got {attempts} in a row from this one on")
+        place, media = first_whole(
+            lambda place: self._read(epoch, place), index, len(self), self._reported, self._entries[index].path
+        )
+        text, word_starts = self._captions[place]
+        return {"text": text, "word_starts": word_starts, self.modality: media}
 
     def _read(self, epoch: int, index: int) -> Tensor:
         generator = None if self.seed is None else generator_of(self.seed, "augmentation", epoch, index)
         return _read_file(self._entries[index].path, self.side, generator)
+
+
+def reports(count: int, broken: str) -> Tensor | None:
+    """Which files were reported as broken, shared by a loader's workers; None where a broken one stops all."""
+    return torch.zeros(count, dtype=torch.bool, device="cpu").share_memory_() if broken == "skip" else None
+
+
+def first_whole(
+    read: Callable[[int], Result], index: int, count: int, reported: Tensor | None, first: Path
+) -> tuple[int, Result]:
+    """The first place from ``index`` on, round ``count``, that can be read, and what was read there.
+
+    Args:
+        read: what a place has; ``ValueError`` where its file does not decode.
+        reported: of ``reports``; each file is logged once.
+        first: the file of ``index``.
+
+    Raises:
+        BrokenFile: a file that does not decode, without ``reported``; else a hundred of them in a row.
+    """
+    attempts = min(MAX_BROKEN_IN_A_ROW, count)
+    for place in (step % count for step in range(index, index + attempts)):
+        try:
+            return place, read(place)
+        except ValueError as error:
+            if reported is None:
+                raise BrokenFile(str(error)) from error
+            if not reported[place]:
+                reported[place] = True
+                _log.warning("%s; the next pair takes its place", error)
+    raise BrokenFile(f"{first}: expected fewer broken files, got {attempts} in a row from this one on")
 
 
 class FileDataset(Dataset[Tensor]):

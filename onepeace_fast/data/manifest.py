@@ -69,7 +69,7 @@ def read_rows(path: str | os.PathLike[str], columns: Sequence[str], *, missing: 
     total = len(rows) + len(problems)
     require(total > 0, lambda: f"{manifest}: expected pairs below the header, got none")
     if problems:
-        _report(manifest, problems, total, missing)
+        report_problems(manifest, problems, total, missing)
     require(bool(rows), lambda: f"{manifest}: expected a usable pair, got none among {total}")
     return rows
 
@@ -130,7 +130,8 @@ def _problem(columns: Sequence[str], cells: Sequence[str], whole: Sequence[str])
     return None
 
 
-def _report(manifest: Path, problems: list[str], total: int, missing: str) -> None:
+def report_problems(manifest: Path, problems: list[str], total: int, missing: str) -> None:
+    """Stop because of rows that are not whole, or log how many are left out; see ``read_manifest``."""
     found = f"{len(problems)} of {total} pairs without a file or a caption"
     if missing == "skip":
         _log.warning("%s: %s; they are left out", manifest, found)

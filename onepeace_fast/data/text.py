@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy
 import torch
@@ -152,6 +152,10 @@ class Tokenizer:
         words = [word_of[min(start, len(text) - 1)] for start, _ in encoding.offsets]
         return ids, [True, *(word != before for before, word in pairwise(words))]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without the space in front that byte-pair encoding puts before the first word."""
+        return self._model.decode(list(ids), skip_special_tokens=False).strip()
+
     def encode(self, caption: str, *, max_tokens: int = MAX_TOKENS) -> tuple[list[int], list[bool]]:
         """The first ``max_tokens`` tokens of a caption and END, and whether each begins a word; END does not.
 
@@ -160,6 +164,14 @@ class Tokenizer:
         """
         ids, starts = self.tokens(caption)
         return [*ids[:max_tokens], END], [*starts[:max_tokens], False]
+
+
+class Splits(Protocol):
+    """What turns a text into tokens, such as a ``Tokenizer``."""
+
+    def tokens(self, caption: str, /) -> tuple[list[int], list[bool]]:
+        """As ``Tokenizer.tokens``."""
+        ...
 
 
 class TokenizedCaptions:
@@ -180,7 +192,7 @@ class TokenizedCaptions:
     def __init__(
         self,
         captions: Sequence[str],
-        tokenizer: Tokenizer,
+        tokenizer: Splits,
         *,
         max_tokens: int = MAX_TOKENS,
         name: Callable[[int], str] = "captions[{}]".format,

@@ -1,1 +1,1 @@
-"""Pretraining of ONE-PEACE: masks of the denoising task, optimizer and learning rate."""
+"""Training: ONE-PEACE by contrast and denoising, UnIVAL by a curriculum of tasks."""

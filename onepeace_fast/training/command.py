@@ -62,13 +62,13 @@ def pretrain(path: str) -> int:
     """
     if absent := missing(TRAINING_PACKAGES):
         return _stop(f"train needs {', '.join(absent)}; type: {TRAINING_INSTALL}", 2)
-    from onepeace_fast.training.config import TrainingConfig
     from onepeace_fast.training.distributed import MainFailed, Processes
+    from onepeace_fast.training.start import read_run
     from onepeace_fast.training.train import last_checkpoint, train
     from onepeace_fast.training.trainer import NotFinite
 
     try:
-        config = TrainingConfig.load(path)
+        config = read_run(path)
     except ValueError as error:
         return _stop(str(error), 2)
     output = config.path("output")

@@ -7,22 +7,26 @@ import difflib
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import yaml
+from typing_extensions import Self
 
 from onepeace_fast.backend import BACKENDS
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import OnePeaceConfig, is_number
+from onepeace_fast.config import ModelConfig, is_number
 from onepeace_fast.data.batches import BROKEN
 from onepeace_fast.data.manifest import MISSING
 
 STAGES = {"vision_language": "image", "audio_language": "audio"}
 PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
+
+Model = TypeVar("Model", bound=ModelConfig)
 
 
 class Kind(NamedTuple):
@@ -32,78 +36,69 @@ class Kind(NamedTuple):
     expected: str
 
 
-def _one_of(names: Any) -> Kind:
+def one_of(names: Any) -> Kind:
+    """One of some names."""
     return Kind(lambda value: isinstance(value, str) and value in names, f"one of {', '.join(names)}")
 
 
-_COUNT = Kind(lambda value: type(value) is int and value > 0, "a positive integer")
-_SIZE = Kind(lambda value: type(value) is int and value >= 0, "an integer from 0 on")
-_POSITIVE = Kind(lambda value: is_number(value) and value > 0, "a positive number")
-_NUMBER = Kind(lambda value: is_number(value) and value >= 0, "a number from 0 on")
+COUNT = Kind(lambda value: type(value) is int and value > 0, "a positive integer")
+SIZE = Kind(lambda value: type(value) is int and value >= 0, "an integer from 0 on")
+POSITIVE = Kind(lambda value: is_number(value) and value > 0, "a positive number")
+NUMBER = Kind(lambda value: is_number(value) and value >= 0, "a number from 0 on")
 _PATH = Kind(lambda value: isinstance(value, str) and value.strip() != "", "a path")
 _MODEL = Kind(
     lambda value: isinstance(value, Mapping) or _PATH.fits(value), "fields of a model configuration, or a config.json"
 )
 
 
-def _key(kind: Kind, default: Any = dataclasses.MISSING, *, changes_result: bool = True) -> Any:
+def key(kind: Kind, default: Any = dataclasses.MISSING, *, changes_result: bool = True) -> Any:
+    """A key of the file; ``changes_result`` of one that must stay when a run goes on."""
     return field(default=default, metadata={"kind": kind, "changes_result": changes_result})
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """One pretraining run. Paths are relative to the configuration's folder; ``docs/training.md`` explains every key.
+class RunConfig(ABC):
+    """What every run has. Paths are relative to the configuration's folder; ``docs/training.md`` explains every key.
 
-    ``batch_size`` is per process; an optimizer step takes ``accumulation`` batches of every process. ``steps`` and
-    ``warm_up`` count optimizer steps.
+    ``batch_size`` is per process; an optimizer step takes ``accumulation`` batches of every process. ``warm_up`` counts
+    optimizer steps.
     """
 
-    stage: str = _key(_one_of(STAGES))
-    manifest: str = _key(_PATH, changes_result=False)
-    output: str = _key(_PATH, changes_result=False)
-    tokenizer: str | None = _key(_PATH, None, changes_result=False)
-    init: str | None = _key(_PATH, None)
-    model: Mapping[str, Any] | str | None = _key(_MODEL, None, changes_result=False)
-    initial_scale: float = _key(_POSITIVE, 1.0, changes_result=False)  # nor does it where there is a checkpoint
-    batch_size: int = _key(_COUNT)
-    accumulation: int = _key(_COUNT, 1)
-    steps: int = _key(_COUNT)
-    learning_rate: float = _key(_POSITIVE)
-    minimum_learning_rate: float = _key(_NUMBER, 0.0)
-    warm_up: int = _key(_SIZE, 0)
-    weight_decay: float = _key(_NUMBER, 0.05)
-    clip: float = _key(_POSITIVE, 3.0)
-    precision: str = _key(_one_of(PRECISIONS), "float32")
-    seed: int = _key(_SIZE, 0)
-    missing: str = _key(_one_of(MISSING), "fatal", changes_result=False)
-    broken: str = _key(_one_of(BROKEN), "fatal")
-    device: str | None = _key(_one_of(DEVICES), None, changes_result=False)
-    backend: str | None = _key(_one_of(BACKENDS), None)
-    workers: int = _key(_SIZE, 2, changes_result=False)
-    checkpoint_every: int = _key(_COUNT, 1000, changes_result=False)
-    keep: int = _key(_COUNT, 2, changes_result=False)
-    log_every: int = _key(_COUNT, 10, changes_result=False)
+    family: str
+    manifest: str = key(_PATH, changes_result=False)
+    output: str = key(_PATH, changes_result=False)
+    tokenizer: str | None = key(_PATH, None, changes_result=False)
+    init: str | None = key(_PATH, None)
+    model: Mapping[str, Any] | str | None = key(_MODEL, None, changes_result=False)
+    batch_size: int = key(COUNT)
+    accumulation: int = key(COUNT, 1)
+    learning_rate: float = key(POSITIVE)
+    minimum_learning_rate: float = key(NUMBER, 0.0)
+    warm_up: int = key(SIZE, 0)
+    weight_decay: float = key(NUMBER, 0.05)
+    clip: float = key(POSITIVE, 3.0)
+    precision: str = key(one_of(PRECISIONS), "float32")
+    seed: int = key(SIZE, 0)
+    missing: str = key(one_of(MISSING), "fatal", changes_result=False)
+    broken: str = key(one_of(BROKEN), "fatal")
+    device: str | None = key(one_of(DEVICES), None, changes_result=False)
+    backend: str | None = key(one_of(BACKENDS), None)
+    workers: int = key(SIZE, 2, changes_result=False)
+    checkpoint_every: int = key(COUNT, 1000, changes_result=False)
+    keep: int = key(COUNT, 2, changes_result=False)
+    log_every: int = key(COUNT, 10, changes_result=False)
 
     folder: Path = field(default=Path(), repr=False)
 
     def __post_init__(self) -> None:
-        for item in _keys():
+        for item in self._keys():
             value, kind = getattr(self, item.name), item.metadata["kind"]
             optional = item.default is None and value is None
             require(optional or kind.fits(value), f"{item.name}: expected {kind.expected}, got {describe(value)}")
-        require(self.warm_up < self.steps, f"warm_up: expected fewer than steps ({self.steps}), got {self.warm_up}")
         require(
             self.minimum_learning_rate <= self.learning_rate,
             f"minimum_learning_rate: expected at most learning_rate ({self.learning_rate}), got "
             f"{self.minimum_learning_rate}",
-        )
-        require(
-            self.stage == "vision_language" or self.init is not None,
-            "init: expected the model folder of a finished vision_language run where stage is audio_language, got none",
-        )
-        require(
-            self.init is None or self.initial_scale == 1,
-            f"initial_scale: expected none beside init, whose weights stay as they are, got {self.initial_scale}",
         )
         for name in ("output", "init"):
             path = str(self.path(name))
@@ -111,31 +106,40 @@ class TrainingConfig:
             require(whole, f"{name}: expected a path in UTF-8, got {path!r}; safetensors takes no other")
 
     @classmethod
-    def load(cls, path: str | Path) -> TrainingConfig:
+    def load(cls, path: str | Path) -> Self:
         """Read a YAML file.
 
         Raises:
             ValueError: a file that cannot be read, or a key that is unknown, missing, doubled or does not fit.
         """
         path = Path(os.path.expanduser(path))
-        values = _read_yaml(path)
-        require(isinstance(values, Mapping), f"{path}: expected a mapping of keys to values, got {describe(values)}")
-        known = [item.name for item in _keys()]
+        values = read_yaml(path)
+        known = [item.name for item in cls._keys()]
         for name in values:
             close = difflib.get_close_matches(str(name), known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             require(name in known, f"{path}: expected some of {', '.join(known)}, got {name!r}{hint}")
-        missing = [item.name for item in _keys() if item.default is dataclasses.MISSING and item.name not in values]
+        missing = [item.name for item in cls._keys() if item.default is dataclasses.MISSING and item.name not in values]
         require(not missing, f"{path}: expected {', '.join(missing)}, got no value")
         try:
             return cls(**values, folder=path.parent)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
+    @classmethod
+    def _keys(cls) -> list[dataclasses.Field[Any]]:
+        """Those that must be there first."""
+        found = [item for item in dataclasses.fields(cls) if item.metadata]
+        return sorted(found, key=lambda item: item.default is not dataclasses.MISSING)
+
     @property
-    def modality(self) -> str:
-        """What the stage pairs with text: image or audio."""
-        return STAGES[self.stage]
+    @abstractmethod
+    def total(self) -> int:
+        """Optimizer steps of the whole run."""
+
+    @abstractmethod
+    def schedule(self, step: int) -> tuple[int, int]:
+        """Where a step stands in the rise and fall of the learning rate that it belongs to, and how long that is."""
 
     @overload
     def path(self, name: Literal["manifest", "output"]) -> Path: ...  # the keys that every file has
@@ -148,14 +152,14 @@ class TrainingConfig:
         value = getattr(self, name)
         return None if value is None else self.folder / os.path.expanduser(value)
 
-    def model_config(self, base: OnePeaceConfig) -> OnePeaceConfig:
+    def model_config(self, base: Model) -> Model:
         """The configuration of the model: ``base`` with the fields that the key ``model`` gives instead.
 
         Raises:
             ValueError: a field that is unknown or does not fit.
         """
         try:
-            return OnePeaceConfig.from_dict(_merged(dataclasses.asdict(base), self.model_fields(), ""))
+            return base.from_dict(_merged(dataclasses.asdict(cast(Any, base)), self.model_fields(), ""))
         except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
 
@@ -166,11 +170,43 @@ class TrainingConfig:
 
     def settings(self) -> dict[str, Any]:
         """The keys that change the result, except those that name files, whose contents count instead."""
-        return {item.name: getattr(self, item.name) for item in _keys() if item.metadata["changes_result"]}
+        return {item.name: getattr(self, item.name) for item in self._keys() if item.metadata["changes_result"]}
 
 
-def _keys() -> list[dataclasses.Field[Any]]:
-    return [item for item in dataclasses.fields(TrainingConfig) if item.metadata]
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(RunConfig):
+    """A pretraining run of ONE-PEACE; ``steps`` counts optimizer steps."""
+
+    family: str = key(one_of(["one_peace"]), "one_peace", changes_result=False)
+    stage: str = key(one_of(STAGES))
+    initial_scale: float = key(POSITIVE, 1.0, changes_result=False)  # nor does it where there is a checkpoint
+    steps: int = key(COUNT)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.warm_up < self.steps, f"warm_up: expected fewer than steps ({self.steps}), got {self.warm_up}")
+        require(
+            self.stage == "vision_language" or self.init is not None,
+            "init: expected the model folder of a finished vision_language run where stage is audio_language, got none",
+        )
+        require(
+            self.init is None or self.initial_scale == 1,
+            f"initial_scale: expected none beside init, whose weights stay as they are, got {self.initial_scale}",
+        )
+
+    @property
+    def modality(self) -> str:
+        """What the stage pairs with text: image or audio."""
+        return STAGES[self.stage]
+
+    @property
+    def total(self) -> int:
+        """The key ``steps``."""
+        return self.steps
+
+    def schedule(self, step: int) -> tuple[int, int]:
+        """One rise and fall over the whole run."""
+        return step, self.steps
 
 
 class _Loader(yaml.SafeLoader):
@@ -198,15 +234,22 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: cannot be read: {reason}") from None
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Mapping[str, Any]:
+    """The keys of a YAML file.
+
+    Raises:
+        ValueError: a file that cannot be read, or holds something else.
+    """
     text = _read_text(path)
     try:
-        return yaml.load(text, _Loader)
+        values = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ValueError(f"{path}{where}: not valid YAML: {reason}") from None
+    require(isinstance(values, Mapping), f"{path}: expected a mapping of keys to values, got {describe(values)}")
+    return values
 
 
 def _read_json(path: Path) -> Any:

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from onepeace_fast.checks import require
 from onepeace_fast.layers.transformer import TransformerLayer
 from onepeace_fast.models.parameter_names import full
-from onepeace_fast.models.pretrain import OnePeacePretrain
+from onepeace_fast.models.unival import layers as unival
 
 Result = TypeVar("Result")
 
@@ -103,20 +103,22 @@ class Processes:
             value /= self.count
         return value
 
-    def place(self, model: OnePeacePretrain) -> None:
+    def place(self, model: nn.Module) -> None:
         """Move a model to its device, sharded over all processes where there are several.
 
-        Each layer gathers its weights when it runs, all others belong to the root. The scalar ``logit_scale`` cannot be
-        sharded: every process has it whole.
+        Each layer gathers its weights when it runs, all others belong to the root. A scalar, ONE-PEACE's
+        ``logit_scale``, cannot be sharded: every process has it whole.
         """
         if self.count == 1:
             model.to(self.device)
             return
         mesh = init_device_mesh(self.device.type, (self.count,))
-        model.logit_scale.data = model.logit_scale.data.to(self.device)
-        layers = [module for module in model.modules() if isinstance(module, TransformerLayer)]
+        scalars = {parameter for parameter in model.parameters() if not parameter.dim()}
+        for parameter in scalars:
+            parameter.data = parameter.data.to(self.device)
+        layers = [module for module in model.modules() if isinstance(module, TransformerLayer | unival.Layer)]
         for module in (*layers, model):
-            fully_shard(module, mesh=mesh, ignored_params={model.logit_scale})
+            fully_shard(module, mesh=mesh, ignored_params=scalars)
             # gloo in older releases of torch sums where it is asked for an average.
             cast(FSDPModule, module).set_force_sum_reduction_for_comms(True)
 

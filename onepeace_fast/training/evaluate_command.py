@@ -11,12 +11,15 @@ from onepeace_fast.info import TRAINING_INSTALL, TRAINING_PACKAGES, format_table
 
 if TYPE_CHECKING:
     from onepeace_fast.training.retrieval import Figures
+    from onepeace_fast.training.unival_evaluation import TaskFigures
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of the command."""
     parser.add_argument("checkpoint", type=path, metavar="CHECKPOINT", help="a folder such as output/step-00001000")
-    parser.add_argument("manifest", type=path, metavar="MANIFEST", help="held-out pairs, TSV or Parquet")
+    parser.add_argument(
+        "manifest", type=path, metavar="MANIFEST", help="held-out pairs, TSV or Parquet; of UnIVAL JSON lines"
+    )
     parser.add_argument(
         "--columns", nargs=2, metavar="COLUMN", help="which two to pair where the manifest has image, audio and caption"
     )
@@ -33,19 +36,40 @@ def run(arguments: argparse.Namespace) -> int:
     if absent := missing(TRAINING_PACKAGES):
         return stop(f"evaluate needs {', '.join(absent)}; type: {TRAINING_INSTALL}")
     from onepeace_fast.training.evaluation import evaluate
+    from onepeace_fast.training.unival_evaluation import evaluate_tasks, is_unival
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
         return stop(f"--json: expected a file in a folder that exists, got {arguments.json}")
+    record: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "manifest": str(arguments.manifest)}
     try:
-        found = evaluate(arguments.checkpoint, arguments.manifest, arguments.columns, arguments.batch_size)
+        if is_unival(arguments.checkpoint):
+            if arguments.columns is not None:
+                return stop(f"--columns: expected none for UnIVAL's tasks, got {' and '.join(arguments.columns)}")
+            tasks = evaluate_tasks(arguments.checkpoint, arguments.manifest, arguments.batch_size)
+            table, record["tasks"] = _task_table(tasks), {name: _task_record(one) for name, one in tasks.items()}
+        else:
+            found = evaluate(arguments.checkpoint, arguments.manifest, arguments.columns, arguments.batch_size)
+            table, record["directions"] = _table(found), {name: _record(figures) for name, figures in found.items()}
     except (ValueError, ImportError) as error:
         return stop(str(error))
-    print(format_table(_table(found)))
+    print(format_table(table))
     if arguments.json is not None:
-        record: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "manifest": str(arguments.manifest)}
-        record["directions"] = {name: _record(figures) for name, figures in found.items()}
         arguments.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0
+
+
+def _task_table(found: dict[str, TaskFigures]) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [("task", "samples", "right", "by chance", "loss")]
+    for name, one in found.items():
+        chance = "" if one.choices is None else f"{1 / one.choices:.1%}"
+        rows.append((name, str(one.samples), f"{one.right / one.samples:.1%}", chance, f"{one.loss:.4g}"))
+    return rows
+
+
+def _task_record(figures: TaskFigures) -> dict[str, Any]:
+    chance = None if figures.choices is None else 1 / figures.choices
+    right = figures.right / figures.samples
+    return {"samples": figures.samples, "right": right, "chance": chance, "loss": figures.loss}
 
 
 def _table(found: dict[str, Figures]) -> list[tuple[str, ...]]:

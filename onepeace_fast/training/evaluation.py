@@ -48,7 +48,7 @@ def evaluate(folder: Path, manifest: Path, columns: Sequence[str] | None, batch_
     """
     folder, first, second = Path(folder).expanduser(), *_pair(manifest, columns)
     names = [MODALITIES[first], MODALITIES[second]]
-    _require_trained(folder, names)
+    require_trained(folder, names)
     model = OnePeacePretrain.load(folder).eval().float()  # the files' pixels and samples are float32
     known = model.config.encoder.modalities
     require(
@@ -92,7 +92,7 @@ def _pair(manifest: Path, columns: Sequence[str] | None) -> tuple[str, str]:
     return first, second
 
 
-def _require_trained(folder: Path, modalities: Sequence[str]) -> None:
+def require_trained(folder: Path, modalities: Sequence[str]) -> None:
     """Refuse a damaged checkpoint, and modalities whose weights are as they were drawn."""
     if (folder / CHECKSUMS_FILE).exists() and (reason := checkpoint.damage(folder)):
         raise ValueError(f"{folder}: expected a whole checkpoint, got a damaged one ({reason})")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from onepeace_fast.checks import describe, require
@@ -14,13 +15,20 @@ from onepeace_fast.checks import describe, require
 SPARED = ("cls_embedding", "pos_embed", "embed_positions.weight")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[str, Any]]:
-    """Sort the trainable parameters into two groups for ``torch.optim.AdamW``, decayed first, then spared.
+def is_spared(name: str, parameter: Tensor) -> bool:
+    """Whether ONE-PEACE's weight decay spares a parameter."""
+    return parameter.dim() < 2 or any(f".{name}".endswith(f".{ending}") for ending in SPARED)
 
-    Spared are parameters with fewer than two dimensions, which are norms, biases, LayerScale (gamma_1, gamma_2), head
-    scale (c_attn) and logit_scale; and CLS embeddings and learned positions (``SPARED``), of the decoder's audio too.
-    All else decays: matrices, convolutions (audio's position convolutions too), token embeddings, bias tables, mask
-    tokens, and of audio mask_embedding and cls_pos_embed.
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float = 0.05, spared: Callable[[str, Tensor], bool] = is_spared
+) -> list[dict[str, Any]]:
+    """Sort the trainable parameters into groups for ``torch.optim.AdamW``, decayed first, then spared.
+
+    By default spared are parameters with fewer than two dimensions, which are norms, biases, LayerScale (gamma_1,
+    gamma_2), head scale (c_attn) and logit_scale; and CLS embeddings and learned positions (``SPARED``), of the
+    decoder's audio too. All else decays: matrices, convolutions (audio's position convolutions too), token embeddings,
+    bias tables, mask tokens, and of audio mask_embedding and cls_pos_embed.
 
     Upstream's public code does the same except for two names: a missing comma in its list makes the decoder's image
     positions and text CLS decay. Here they are spared like the encoder's, as that list means.
@@ -30,28 +38,30 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.05) -> list[dict[
     """
     _require_number("weight_decay", weight_decay, weight_decay >= 0, "0 or more")
     decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            exempt = parameter.dim() < 2 or any(f".{name}".endswith(f".{ending}") for ending in SPARED)
-            (spared if exempt else decayed).append(parameter)
-    require(bool(decayed or spared), "model: expected a parameter with requires_grad, got none")
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            (others if spared(name, parameter) else decayed).append(parameter)
+    require(bool(decayed or others), "model: expected a parameter with requires_grad, got none")
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def adamw(model: nn.Module, peak: float, weight_decay: float = 0.05) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups(model, weight_decay)``, betas (0.9, 0.98) and eps 1e-8 as upstream pretrains.
+def adamw(
+    model: nn.Module, peak: float, weight_decay: float = 0.05, *, betas: tuple[float, float] = (0.9, 0.98),
+    spared: Callable[[str, Tensor], bool] = is_spared,
+) -> torch.optim.AdamW:  # fmt: skip
+    """AdamW over ``parameter_groups(model, weight_decay, spared)``; betas and eps 1e-8 are as upstream pretrains.
 
     It uses torch's fused kernel, which does not mix sharded and whole tensors: each kind has its own groups.
     ``peak`` is its learning rate until the caller sets each group's "lr" from ``learning_rate``. Clip gradients before
     a step with ``torch.nn.utils.clip_grad_norm_`` (upstream: 3.0).
     """
     groups = []
-    for group in parameter_groups(model, weight_decay):
+    for group in parameter_groups(model, weight_decay, spared):
         for sharded in (True, False):
             chosen = [parameter for parameter in group["params"] if isinstance(parameter, DTensor) is sharded]
             groups += [{**group, "params": chosen}] if chosen else []
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, lr=peak, betas=betas, eps=1e-8, fused=True)
 
 
 def learning_rate(step: int, *, peak: float, warm_up: int, total: int, minimum: float = 0.0) -> float:

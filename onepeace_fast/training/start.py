@@ -3,79 +3,94 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.utils.data import DataLoader
 
 from onepeace_fast.checks import require
-from onepeace_fast.config import ImageAdapterConfig, OnePeaceConfig
-from onepeace_fast.data.batches import BatchSampler, PairDataset, collate
-from onepeace_fast.data.manifest import Entry, read_manifest
 from onepeace_fast.data.text import Tokenizer
-from onepeace_fast.layers.adapters import PATCH, AudioAdapter
-from onepeace_fast.models.modalities import parameters_of
-from onepeace_fast.models.parameter_names import upstream_names
-from onepeace_fast.models.pretrain import OnePeacePretrain
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import TOKENIZER_FILE
-from onepeace_fast.training.config import TrainingConfig
+from onepeace_fast.training.config import RunConfig, TrainingConfig, read_yaml
 from onepeace_fast.training.distributed import Processes
+from onepeace_fast.training.family import Family
+from onepeace_fast.training.pairs import Pairs
 from onepeace_fast.training.trainer import Trainer
+from onepeace_fast.training.unival import Tasks
+from onepeace_fast.training.unival_config import UnivalTrainingConfig
+
+CONFIGS: dict[str, type[RunConfig]] = {"one_peace": TrainingConfig, "unival": UnivalTrainingConfig}
+FAMILIES: dict[str, type[Family]] = {"one_peace": Pairs, "unival": Tasks}
+
+
+def read_run(path: str | Path) -> RunConfig:
+    """The configuration of a run of any family, which its key "family" names; ONE-PEACE's where there is none.
+
+    Raises:
+        ValueError: as ``RunConfig.load``, or an unknown family.
+    """
+    path = Path(os.path.expanduser(path))
+    family = read_yaml(path).get("family", "one_peace")
+    require(
+        isinstance(family, str) and family in CONFIGS,
+        f"{path}: family: expected one of {', '.join(CONFIGS)}, got {family!r}",
+    )
+    return CONFIGS[family].load(path)
 
 
 class Started(NamedTuple):
     """A trainer, its batches, what every checkpoint holds besides its state, and lines that say where it stands.
 
-    ``trained`` are the modalities that this run, or what it began with, has trained.
+    ``trained`` tells of a step the modalities that this run, or what it began with, has trained by then.
     """
 
     trainer: Trainer
     batches: Iterator[dict[str, Any]]
     tokenizer: bytes
     settings: dict[str, Any]
-    trained: list[str]
+    trained: Callable[[int], list[str]]
     lines: list[str]
 
 
-def read_entries(config: TrainingConfig, processes: Processes) -> list[Entry]:
-    """The pairs of the configuration's manifest, for every process.
+def read_entries(config: RunConfig, processes: Processes) -> Any:
+    """What the configuration's manifest has, for every process.
 
     Raises:
-        ValueError: what ``read_manifest`` refuses.
+        ValueError: what does not fit in it.
     """
-    return processes.on_main(lambda: read_manifest(config.path("manifest"), config.modality, missing=config.missing))
+    return processes.on_main(lambda: FAMILIES[config.family].read(config))
 
 
-def start(config: TrainingConfig, processes: Processes, entries: Sequence[Entry]) -> Started:
-    """Build the run on the pairs of ``read_entries``, or continue it from its newest usable checkpoint.
+def start(config: RunConfig, processes: Processes, entries: Any) -> Started:
+    """Build the run on what ``read_entries`` gave, or continue it from its newest usable checkpoint.
 
     Raises:
         ValueError: a file, a setting or a checkpoint that does not fit; no checkpoint has been touched.
     """
+    family = FAMILIES[config.family](config, entries)
     found = processes.on_main(lambda: checkpoint.newest(config.path("output")))
-    model_config, fields = _model_config(config, found.folder), config.model_fields()
+    model_config, fields = _model_config(family, found.folder), config.model_fields()
     tokenizer_file = _tokenizer_file(config, found.folder)
+    reserved = family.reserved_rows
     if tokenizer_file is None:
         tokenizer_file = config.path("output") / TOKENIZER_FILE
-        processes.on_main(lambda: _train_tokenizer(entries, model_config.vocab_size, tokenizer_file))
+        size = model_config.vocab_size - reserved
+        processes.on_main(lambda: _train_tokenizer(family.texts(), size, tokenizer_file))
     tokenizer = Tokenizer.load(tokenizer_file)
     if found.folder is None and config.init is None and (not config.tokenizer or "vocab_size" not in fields):
-        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size)
-    _require_fit(config, model_config, tokenizer)
+        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size + reserved)
+    family.require_fit(model_config, tokenizer)
     settings = config.settings() | {
         "model": dict(fields),
         "contents of manifest": checkpoint.digest(config.path("manifest"))[:16],
         "contents of tokenizer": checkpoint.digest(tokenizer_file)[:16],
-        "pairs": len(entries),
+        "pairs": family.count,
         "processes": processes.count,
         "device": processes.device.type,
     }
@@ -87,43 +102,37 @@ def start(config: TrainingConfig, processes: Processes, entries: Sequence[Entry]
             raise ValueError(f"output: expected {place}, got {'; '.join(changed)}")
         lines = processes.on_main(lambda: _set_aside(found))
     torch.manual_seed(config.seed)
-    trainer = Trainer(_model(config, model_config, found.folder), config, processes)
+    trainer = family.trainer(_model(family, model_config, found.folder), processes)
     if state is not None:
         trainer.load_state(state)
-    batches = _batches(config, model_config, entries, tokenizer, processes, trainer.step_number)
-    lines.append(_summary(config, trainer, len(entries), found.folder))
-    trained = _trained(config, model_config, found.folder)
+    batches = family.batches(model_config, tokenizer, processes, trainer.step_number)
+    lines.append(_summary(family, trainer, found.folder))
+    before = family.trained_before(model_config, found.folder)  # now, since the checkpoint may go
+
+    def trained(step: int) -> list[str]:
+        return [name for name in family.modalities(model_config) if name in before | family.trained(step)]
+
     return Started(trainer, batches, tokenizer_file.read_bytes(), settings, trained, lines)
 
 
-def _trained(config: TrainingConfig, model: OnePeaceConfig, folder: Path | None) -> list[str]:
-    """The modalities trained here or before; a model without a record of it counts as trained whole."""
-    place, names = config.path("init") if folder is None else folder, {"text", config.modality}
-    if place is not None:
-        recorded = (place / checkpoint.TRAINING_FILE).is_file()
-        before = checkpoint.load_state(place).get("trained") if recorded else None
-        init = OnePeaceConfig.load(place / CONFIG_FILE).encoder.modalities
-        names |= set(init if before is None else before)
-    return [name for name in model.encoder.modalities if name in names]
-
-
-def _model_config(config: TrainingConfig, folder: Path | None) -> OnePeaceConfig:
+def _model_config(family: Family, folder: Path | None) -> Any:
     """The model's sizes: the checkpoint's, or those of the configuration on top of the initial model's."""
+    kind, config = type(family.default_model), family.config
     if folder is not None:
-        return OnePeaceConfig.load(folder / CONFIG_FILE)
+        return kind.load(folder / CONFIG_FILE)
     initial = config.path("init")
     if initial is None:
-        return config.model_config(OnePeaceConfig())
+        return config.model_config(family.default_model)
     path = initial / CONFIG_FILE
     require(path.is_file(), f"init: expected the folder of a model, got {initial} without {CONFIG_FILE}")
     try:
-        base = OnePeaceConfig.load(path)
+        base = kind.load(path)
     except ValueError as error:
         raise ValueError(f"init: {path}: {error}") from None
     return config.model_config(base)
 
 
-def _tokenizer_file(config: TrainingConfig, folder: Path | None) -> Path | None:
+def _tokenizer_file(config: RunConfig, folder: Path | None) -> Path | None:
     """The tokenizer that is there already: the configuration's, the checkpoint's or the initial model's."""
     if config.tokenizer is not None:
         return config.path("tokenizer")
@@ -135,23 +144,10 @@ def _tokenizer_file(config: TrainingConfig, folder: Path | None) -> Path | None:
     return path
 
 
-def _train_tokenizer(entries: Sequence[Entry], size: int, path: Path) -> None:
+def _train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
     draft = path.with_name(f"{path.name}.new")
-    Tokenizer.train((entry.caption for entry in entries), size).save(draft)
+    Tokenizer.train(texts, size).save(draft)
     os.replace(draft, path)
-
-
-def _require_fit(config: TrainingConfig, model: OnePeaceConfig, tokenizer: Tokenizer) -> None:
-    for name in ("text", config.modality):
-        if name not in model.encoder.modalities or name not in model.decoder.modalities:
-            raise ValueError(
-                f"model: expected {name} in encoder and decoder for stage {config.stage}, got a model without; give "
-                f"encoder: {{{name}: {{}}}} and decoder: {{{name}: {{use_bias: false}}}}"
-            )
-    require(
-        tokenizer.vocab_size <= model.vocab_size,
-        f"tokenizer: expected at most the model's vocab_size, {model.vocab_size}, got {tokenizer.vocab_size} tokens",
-    )
 
 
 def _set_aside(found: checkpoint.Found) -> list[str]:
@@ -163,71 +159,28 @@ def _set_aside(found: checkpoint.Found) -> list[str]:
     return lines
 
 
-def _model(config: TrainingConfig, model_config: OnePeaceConfig, folder: Path | None) -> OnePeacePretrain:
-    model = OnePeacePretrain(model_config, config.backend)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.Linear):
-                module.weight *= config.initial_scale
-    initial = config.path("init")
+def _model(family: Family, model_config: Any, folder: Path | None) -> Any:
+    model = family.build(model_config)
+    initial = family.config.path("init")
     if folder is None and initial is not None:
         path = initial / WEIGHTS_FILE
         try:
             weights = load_file(path)
-            model.load_upstream_state_dict(_added(model, weights) | weights)
+            model.load_upstream_state_dict(family.fresh(model, weights) | weights)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"init: {path}: cannot be read: {' '.join(str(error).split())}") from None
         except ValueError as error:
             raise ValueError(f"init: {error}") from None
-    if config.stage == "audio_language":
-        model.train_only("audio")
-    unread = set(model_config.encoder.modalities) - {"text", config.modality}
-    for parameter in parameters_of(model, unread):
-        parameter.requires_grad_(False)  # so that weight decay leaves them alone
+    family.prepare(model)
     if folder is not None:
         model.load_upstream_state_dict(load_file(folder / WEIGHTS_FILE))
     return model
 
 
-def _added(model: OnePeacePretrain, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The fresh parameters of modalities that the initial model does not have at all."""
-    names = [name for name in model.config.encoder.modalities if f"{name}_proj.weight" not in weights]
-    parameters = upstream_names(model)
-    return {key: value.detach() for key, value in parameters.items() if any(f"{name}_" in key for name in names)}
-
-
-def _batches(
-    config: TrainingConfig,
-    model_config: OnePeaceConfig,
-    entries: Sequence[Entry],
-    tokenizer: Tokenizer,
-    processes: Processes,
-    step: int,
-) -> Iterator[dict[str, Any]]:
-    encoder, image = model_config.encoder, config.modality == "image"
-    side = cast(ImageAdapterConfig, encoder.image).position_grid * PATCH if image else None
-    pairs = PairDataset(entries, tokenizer, config.modality, side=side, seed=config.seed, broken=config.broken)
-    first = step * config.accumulation
-    sampler = BatchSampler(len(pairs), config.batch_size, config.seed, processes.rank, processes.count, first)
-    # The method over the configuration, without the adapter, because workers may get it pickled.
-    frames = None if image else functools.partial(cast(Any, AudioAdapter.frames), encoder.audio)
-    return iter(
-        DataLoader(
-            pairs,
-            batch_sampler=sampler,
-            collate_fn=functools.partial(collate, frames=frames),
-            num_workers=config.workers,
-            pin_memory=processes.device.type == "cuda",
-            generator=torch.Generator(),  # the default one draws DropPath
-        )
-    )
-
-
-def _summary(config: TrainingConfig, trainer: Trainer, pairs: int, folder: Path | None) -> str:
+def _summary(family: Family, trainer: Trainer, folder: Path | None) -> str:
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     processes = trainer.processes
     where = processes.device.type if processes.count == 1 else f"{processes.count} x {processes.device.type}"
     begin = "from the beginning" if folder is None else f"from {folder.name}"
-    return (
-        f"Training {config.stage} on {pairs:,} pairs, {trained:,} parameters, {where}, {begin} to step {config.steps}"
-    )
+    steps = family.config.total
+    return f"Training {family.described()}, {trained:,} parameters, {where}, {begin} to step {steps}"

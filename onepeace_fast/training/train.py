@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 from safetensors.torch import save_file
 
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE, NotWritten
-from onepeace_fast.training.config import TrainingConfig
+from onepeace_fast.training.config import RunConfig
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.logs import Logs
 from onepeace_fast.training.start import Started, read_entries, start
 
 
-def train(config: TrainingConfig, processes: Processes) -> int:
+def train(config: RunConfig, processes: Processes) -> int:
     """Train to the configured step, from the newest checkpoint if there is one.
 
     Returns:
@@ -33,20 +34,20 @@ def train(config: TrainingConfig, processes: Processes) -> int:
         processes.on_main(lambda: stack.enter_context(checkpoint.claimed(output)))
         run = start(config, processes, entries)
         trainer, logs = run.trainer, None
-        if processes.is_main and trainer.step_number < config.steps:
+        if processes.is_main and trainer.step_number < config.total:
             for line in run.lines:
                 print(line, flush=True)
             pairs = config.batch_size * config.accumulation * processes.count
-            logs = stack.enter_context(Logs(output, trainer.step_number, config.steps, config.log_every, pairs))
-        while trainer.step_number < config.steps:
+            logs = stack.enter_context(Logs(output, trainer.step_number, config.total, config.log_every, pairs))
+        while trainer.step_number < config.total:
             numbers = trainer.step(run.batches)
             step = trainer.step_number
             if logs is not None:
                 logs.add(step, numbers)
-            if step % config.checkpoint_every == 0 or step == config.steps:
+            if step % config.checkpoint_every == 0 or step == config.total:
                 problem = _save(config, processes, run)
-                if problem and logs is not None and step < config.steps:
-                    again = min(step + config.checkpoint_every - step % config.checkpoint_every, config.steps)
+                if problem and logs is not None and step < config.total:
+                    again = min(step + config.checkpoint_every - step % config.checkpoint_every, config.total)
                     logs.say(
                         f"Step {step}: checkpoint not written ({problem}); training goes on and tries again at step "
                         f"{again}"
@@ -54,13 +55,13 @@ def train(config: TrainingConfig, processes: Processes) -> int:
     if processes.is_main:
         if problem:
             print(
-                f"Step {config.steps}, the last: checkpoint not written ({problem}); {last_checkpoint(output)}",
+                f"Step {config.total}, the last: checkpoint not written ({problem}); {last_checkpoint(output)}",
                 file=sys.stderr,
             )
         else:
             if logs is not None:
                 print(logs.summary())
-            print(f"Done: {checkpoint.folder_of(output, config.steps)}")
+            print(f"Done: {checkpoint.folder_of(output, config.total)}")
     return 1 if problem else 0
 
 
@@ -72,12 +73,15 @@ def last_checkpoint(output: Path) -> str:
     return f"the last checkpoint is {folders[-1]}, and the same command continues from there"
 
 
-def _save(config: TrainingConfig, processes: Processes, run: Started) -> str | None:
+def _save(config: RunConfig, processes: Processes, run: Started) -> str | None:
     """Write a checkpoint and remove old ones; returns why it could not be written."""
     trainer, output = run.trainer, config.path("output")
-    weights, state = trainer.weights(), trainer.state() | {"settings": run.settings, "trained": run.trained}
+    weights, state = (
+        trainer.weights(),
+        trainer.state() | {"settings": run.settings, "trained": run.trained(trainer.step_number)},
+    )
     writers = {
-        CONFIG_FILE: trainer.model.config.save,
+        CONFIG_FILE: cast(Any, trainer.model.config).save,
         WEIGHTS_FILE: lambda path: save_file({name: value.contiguous() for name, value in weights.items()}, path),
         TOKENIZER_FILE: lambda path: path.write_bytes(run.tokenizer),
         TRAINING_FILE: lambda path: checkpoint.save_state(state, path),

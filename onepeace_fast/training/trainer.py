@@ -1,40 +1,36 @@
-"""One optimizer step of pretraining, and the state that makes the next one the same after a restart."""
+"""One optimizer step of a run, and the state that makes the next one the same after a restart."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from onepeace_fast.layers.adapters import PATCH
 from onepeace_fast.models.parameter_names import full, shard_like, upstream_names
-from onepeace_fast.models.pretrain import OnePeacePretrain
-from onepeace_fast.training.config import TrainingConfig
+from onepeace_fast.training.config import RunConfig
 from onepeace_fast.training.distributed import Processes
-from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 from onepeace_fast.training.optimizer import adamw, learning_rate
-
-INPUTS = ("text", "image", "audio", "audio_padding")
 
 
 class NotFinite(Exception):
     """The loss or the gradient is infinite or not a number; the weights are as before this step."""
 
 
-class Trainer:
+class Trainer(ABC):
     """A model on its device, its optimizer and its generators; ``step_number`` counts the optimizer steps done.
 
     With several processes, all of them must call every method.
     """
 
-    def __init__(self, model: OnePeacePretrain, config: TrainingConfig, processes: Processes) -> None:
+    def __init__(self, model: nn.Module, config: Any, processes: Processes) -> None:
         self.model, self.config, self.processes = model.train(), config, processes
         processes.place(model)
-        self.optimizer = adamw(model, config.learning_rate, config.weight_decay)
         self.step_number = 0
+        self.optimizer = self.make_optimizer()
         self.masks = torch.Generator()
         seed = torch.Generator().manual_seed(config.seed)
         seeds = torch.randint(2**62, (2, processes.count), generator=seed, device="cpu")[:, processes.rank].tolist()
@@ -48,27 +44,28 @@ class Trainer:
             NotFinite: before anything is updated.
             ValueError: a batch that the model does not take.
         """
-        config = self.config
+        config: RunConfig = self.config
+        place, total = config.schedule(self.step_number)
         rate = learning_rate(
-            self.step_number,
+            place,
             peak=config.learning_rate,
             warm_up=config.warm_up,
-            total=config.steps,
+            total=total,
             minimum=config.minimum_learning_rate,
         )
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
         for _ in range(config.accumulation):
-            losses = self._loss(next(batches))
+            losses = self.losses(next(batches))
             (losses["loss"] / config.accumulation).backward()
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach()
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         norm = self.processes.clip_gradients(parameters, config.clip)
         values = self.processes.average(torch.stack([value.float() for value in sums.values()]) / config.accumulation)
-        *numbers, total = torch.cat([values, norm.float().view(1)]).tolist()  # the step's only wait for the device
-        result = dict(zip(sums, numbers, strict=True)) | {"gradient_norm": total, "learning_rate": rate}
-        if not (math.isfinite(result["loss"]) and math.isfinite(total)):
+        *numbers, gradient = torch.cat([values, norm.float().view(1)]).tolist()  # the step's only wait for the device
+        result = dict(zip(sums, numbers, strict=True)) | {"gradient_norm": gradient, "learning_rate": rate}
+        if not (math.isfinite(result["loss"]) and math.isfinite(gradient)):
             found = ", ".join(f"{name} {value:.4g}" for name, value in result.items())
             raise NotFinite(f"step {self.step_number + 1} is not finite ({found})")
         for group in self.optimizer.param_groups:
@@ -77,22 +74,21 @@ class Trainer:
         self.step_number += 1
         return result
 
-    def _loss(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        device, config = self.processes.device, self.config
-        masks = self._draw_masks(batch)
-        inputs = {name: batch[name].to(device, non_blocking=True) for name in INPUTS if name in batch}
-        masks = {name: mask.to(device, non_blocking=True) for name, mask in masks.items()}
-        # Without the cache: in older torch a weight that was first cast without gradient loses its gradient.
-        with torch.autocast(device.type, torch.bfloat16, config.precision == "bfloat16", cache_enabled=False):
-            return self.model(f"{config.stage}_loss", **inputs, masks=masks)
+    @abstractmethod
+    def losses(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The "loss" of a batch that lies on the CPU, and what else is logged."""
 
-    def _draw_masks(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        text, word_starts = batch["text"], batch["word_starts"]
-        if self.config.modality == "image":
-            patches = (batch["image"].shape[-1] // PATCH) ** 2
-            return vision_language_masks(text, word_starts, patches, self.masks)
-        width = batch["audio_padding"].shape[1] - 1
-        return audio_language_masks(text, word_starts, batch["frames"], self.masks, width)
+    def make_optimizer(self) -> torch.optim.AdamW:
+        """The optimizer of the step that comes next."""
+        return adamw(self.model, self.config.learning_rate, self.config.weight_decay)
+
+    def pass_forward(self, task: str, inputs: Mapping[str, Any]) -> Any:
+        """What the model's method returns, in the precision of the configuration; tensors are on the CPU before."""
+        device = self.processes.device
+        moved = _on(inputs, device)
+        # Without the cache: in older torch a weight that was first cast without gradient loses its gradient.
+        with torch.autocast(device.type, torch.bfloat16, self.config.precision == "bfloat16", cache_enabled=False):
+            return self.model(task, **moved)
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters whole, on the CPU, in the main process; empty in the others."""
@@ -112,6 +108,7 @@ class Trainer:
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what ``state`` returned in the main process."""
         self.step_number = state["step"]
+        self.optimizer = self.make_optimizer()
         parameters = upstream_names(self.model)
         place = {id(p): i for i, p in enumerate(p for group in self.optimizer.param_groups for p in group["params"])}
         entries = {
@@ -133,3 +130,10 @@ class Trainer:
             if self.processes.is_main:
                 result[name] = whole.cpu()
         return result
+
+
+def _on(value: Any, device: torch.device) -> Any:
+    """A tensor, or those in a mapping, on a device."""
+    if isinstance(value, Mapping):
+        return {name: _on(one, device) for name, one in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

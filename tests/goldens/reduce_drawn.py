@@ -2,10 +2,11 @@
 
     PYTHONPATH=.:tests python tests/goldens/reduce_drawn.py RECORDING.safetensors... --out tests/goldens
 
-``tools/parity/drawn.py`` draws them again, and the file keeps the first eight of each. Outputs keep their values, but
-zeros stand at padding. The gradients of inputs become int16 with one float32 scale each, as in ``reduce.py``. Of each
-gradient G of a matrix remain G r and l G, with r and l = cos(1), cos(2), ...: an error anywhere in G changes both. A
-case "_flat", whose outputs are those of the case without it, is left out.
+``tools/parity/drawn.py`` draws them again, and the file keeps the first eight of each; inputs that it does not draw are
+kept. Outputs keep their values, but zeros stand at padding. The gradients of inputs and logits become int16 with one
+float32 scale each, as in ``reduce.py``. Of each gradient G of a matrix remain G r and l G, with r and l = cos(1),
+cos(2), ...: an error anywhere in G changes both. A case "_flat", whose outputs are those of the case without it, is
+left out.
 """
 
 from __future__ import annotations
@@ -27,14 +28,20 @@ PADDED = ("split", "allB", "caption")  # cases of torchscale
 
 def forget_padding(name: str, value: Tensor, tensors: dict[str, Tensor]) -> Tensor:
     """Zero in the rows at padding, which mean nothing."""
-    if name.split(".")[1] not in PADDED:
+    _, case, *rest = name.split(".")
+    if rest == ["encoder_out"] and f"out.{case}.encoder_padding_mask" in tensors:  # UnIVAL's
+        return value.masked_fill(tensors[f"out.{case}.encoder_padding_mask"].bool()[..., None], 0)
+    if rest == ["logits"]:
+        ids = tensors[f"input.{'code_' if case == 'code' else ''}prev_output_tokens"]
+        return value.masked_fill((ids == 1)[..., None], 0)
+    if case not in PADDED:
         return value
     return value.masked_fill(tensors["input.encoder_padding_mask"].bool()[..., None], 0)
 
 
 def reduce(tensors: dict[str, Tensor], upstream: str) -> dict[str, Tensor]:
     """The tensors to write."""
-    found = BY_UPSTREAM[upstream]()
+    found = BY_UPSTREAM[upstream]() if any(name.startswith("param.") for name in tensors) else {}
     for name, value in found.items():
         if not torch.equal(value, tensors[name]):
             raise SystemExit(f"{name}: expected the numbers of the recording's seed, got others")
@@ -47,13 +54,13 @@ def reduce(tensors: dict[str, Tensor], upstream: str) -> dict[str, Tensor]:
                 raise SystemExit(f"{name}: expected the values of the case without _flat, got others")
         elif prefix in ("out", "mid"):
             result[name] = forget_padding(name, value, tensors)
-        elif prefix == "dinput":
+        elif prefix in ("dinput", "dlogits"):
             result[name], result[f"scale.{name}"] = quantise(value)
         elif prefix == "grad":
             result |= {f"{kind}.{name}": part for kind, part in projections(value).items()}
         elif "mask" in name:
             result[name] = value.to(torch.uint8)
-        elif prefix in ("buffer", "loss"):
+        elif prefix in ("buffer", "loss") or (prefix == "input" and name not in found):
             result[name] = value
     return {name: result[name].contiguous() for name in sorted(result)}
 

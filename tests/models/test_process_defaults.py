@@ -12,7 +12,7 @@ from onepeace_fast import OnePeacePretrain
 from onepeace_fast.demo import data as demo_data
 from onepeace_fast.demo.waveform import waveforms
 from onepeace_fast.relative_position import series_index
-from onepeace_fast.training.trainer import INPUTS
+from onepeace_fast.training.pairs import INPUTS
 
 
 @contextlib.contextmanager

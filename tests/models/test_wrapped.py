@@ -13,7 +13,7 @@ from onepeace_fast import OnePeacePretrain
 from onepeace_fast.layers.adapters import TextAdapter
 from onepeace_fast.models.parameter_names import upstream_modules, upstream_names
 from onepeace_fast.training.distributed import Processes
-from onepeace_fast.training.trainer import Trainer
+from onepeace_fast.training.pairs import PairTrainer
 
 
 def sharded(module):
@@ -158,13 +158,13 @@ def test_a_modality_is_added_inside_the_wrappers(wrapper):
 def test_training_goes_on_from_a_wrapped_model_s_state_in_a_plain_one(wrapper):
     processes = Processes(0, 1, torch.device("cpu"))
     model = wrapped_model(wrapper)
-    trainer = Trainer(model.train(), configuration("vision_language"), processes)
+    trainer = PairTrainer(model.train(), configuration("vision_language"), processes)
     trainer.step(iter([batch_number("vision_language", 0)]))
     weights, state = trainer.weights(), trainer.state()
     plain = small_model("fused", dtype=torch.float32, seed=5)
     assert weights.keys() == plain.state_dict().keys() and state["optimizer"].keys() <= weights.keys()
     plain.load_upstream_state_dict(weights)
-    again = Trainer(plain, configuration("vision_language"), processes)
+    again = PairTrainer(plain, configuration("vision_language"), processes)
     again.load_state(state)
     numbers = [one.step(iter([batch_number("vision_language", 1)])) for one in (trainer, again)]
     assert numbers[0]["loss"] == pytest.approx(numbers[1]["loss"], rel=1e-5)

@@ -13,10 +13,12 @@ from safetensors.torch import save
 
 from tools.parity.__main__ import KINDS, main
 
+BUCKETS = '{"token_bucket_size": 4, "image_bucket_size": 2}'
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 CHECKS = {
     "mot_ffn": 146, "onepeace_flags": 908, "onepeace_perlayer": 1122, "onepeace_tiny": 850, "torchscale_bias": 4,
-    "torchscale_multiway": 244, "unival_bias": 5,
+    "torchscale_multiway": 244, "unival_bias": 10, "unival_tiny": 590, "unival_tiny_grads_text_code": 772,
+    "unival_tiny_mid": 50,
 }  # fmt: skip
 
 
@@ -86,8 +88,8 @@ def configured(**changed: object) -> tuple[dict, dict]:
     [
         (lambda: (small()[0], {"upstream": "x/y"}), f"expected a recording of one of {', '.join(KINDS)}, got x/y"),
         (lambda: (small()[0], {"a": "b"}), f"expected a recording of one of {', '.join(KINDS)}, got no upstream"),
-        (lambda: (small()[0], {"upstream": "mshukor/UnIVAL"}), "expected of mshukor/UnIVAL a recording of its buckets, "
-         "buffer.*, got also dinput.split.token_embeddings"),
+        (lambda: (small()[0], {"upstream": "mshukor/UnIVAL", "config": BUCKETS}), "expected the cases text, image, "
+         "image_sampled, video, audio, code, got allA, allB, caption, eps_probe, split"),
         (lambda: without("out.split.encoder_out"), "expected the tensor out.split.encoder_out, got a recording "
          "without it"),
         (lambda: without("grad.split.layer_norm.A.bias"), "expected the tensor grad.split.layer_norm.A.bias, got "

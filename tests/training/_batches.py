@@ -11,7 +11,7 @@ from models._small import audio_batch, image_batch, small_config, small_model, t
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
-from onepeace_fast.training.trainer import Trainer
+from onepeace_fast.training.pairs import PairTrainer
 
 LENGTHS, FRAMES = [7, 4, 5, 6], [9, 20, 30, 14]
 STAGES = ("vision_language", "audio_language")
@@ -45,14 +45,14 @@ def configuration(stage: str, **keys: Any) -> TrainingConfig:
 
 def trainer(
     stage: str, processes: Processes | None = None, model: dict[str, Any] | None = None, **keys: Any
-) -> Trainer:
+) -> PairTrainer:
     """A trainer of a small randomised model with DropPath and dropout; ``model`` overrides fields of both stacks."""
     fields = {"drop_path_rate": 0.4, "dropout": 0.1} | (model or {})
     small = small_model("fused", small_config(decoder=fields, **fields), torch.float32)
     if stage == "audio_language":
         small.train_only("audio")
     processes = processes or Processes(0, 1, torch.device("cpu"))
-    return Trainer(small, configuration(stage, **keys), processes)
+    return PairTrainer(small, configuration(stage, **keys), processes)
 
 
 def masks_of(stage: str, batch: dict[str, Any], seed: int | torch.Generator) -> dict[str, torch.Tensor]:

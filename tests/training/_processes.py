@@ -19,7 +19,8 @@ from training._batches import STAGES, batch_number, masks_of, trainer
 from onepeace_fast.training import command
 from onepeace_fast.training.distributed import Processes, full
 from onepeace_fast.training.optimizer import adamw
-from onepeace_fast.training.trainer import INPUTS, Trainer
+from onepeace_fast.training.pairs import INPUTS
+from onepeace_fast.training.trainer import Trainer
 
 PLAIN = {"drop_path_rate": 0.0, "dropout": 0.0}
 

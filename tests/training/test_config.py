@@ -49,7 +49,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
     ("line", "parts"),
     [
         ("stepz: 3", ["got 'stepz'; did you mean steps?"]),
-        ("3: 3", ["expected some of stage, manifest", "got 3"]),
+        ("3: 3", ["expected some of manifest, output, batch_size", "got 3"]),
         ("accumulation: 0", ["accumulation: expected a positive integer, got int 0"]),
         ("accumulation: true", ["accumulation: expected a positive integer, got bool True"]),
         ("accumulation: 1.5", ["accumulation: expected a positive integer, got float 1.5"]),

@@ -16,7 +16,7 @@ import torch
 
 from onepeace_fast.backend import BACKENDS
 from tools.parity import mixture_of_transformers, one_peace, torchscale, unival
-from tools.parity.recording import Recording, RecordingError, read
+from tools.parity.recording import Recording, RecordingError, read_whole
 from tools.parity.report import Report
 
 COMPARED = ("out.", "mid.", "loss.", "dinput.", "dlogits.", "grad.", "right.", "left.", "whole.", "buffer.")
@@ -33,7 +33,7 @@ KINDS = {
     "OFA-Sys/ONE-PEACE": Kind(one_peace.compare),
     "microsoft/torchscale": Kind(torchscale.compare),
     "facebookresearch/Mixture-of-Transformers": Kind(mixture_of_transformers.compare),
-    "mshukor/UnIVAL": Kind(unival.compare, ("fused",)),  # of its bias alone, which both backends read
+    "mshukor/UnIVAL": Kind(unival.compare),
 }
 
 
@@ -51,7 +51,7 @@ def run(path: Path, device: str) -> tuple[int, int]:
     """Compare a file by every backend and print what differs: how many checks passed and failed."""
     passed = failed = 0
     try:
-        recording = read(path).to(device)
+        recording = read_whole(path).to(device)
         kind = kind_of(recording)
         for backend in kind.backends:
             recording.looked_at.clear()

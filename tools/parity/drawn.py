@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from tools.parity import unival_drawn
+
 # Sizes of the recorded feed-forward network of Mixture-of-Transformers.
 EXPERTS, DIM, HIDDEN, SAMPLES, LENGTH = 3, 128, 224, 2, 45
 # Sizes of torchscale's recorded encoder, and how many tokens at the end of its second sample are padding.
@@ -77,4 +79,5 @@ def torchscale() -> dict[str, Tensor]:
 BY_UPSTREAM: dict[str, Callable[[], dict[str, Tensor]]] = {
     "facebookresearch/Mixture-of-Transformers": mixture_of_transformers,
     "microsoft/torchscale": torchscale,
+    "mshukor/UnIVAL": unival_drawn.parameters,
 }

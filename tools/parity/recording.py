@@ -97,6 +97,23 @@ def read(path: Path) -> Recording:
     return Recording(tensors | _drawn(tensors, metadata), metadata, quantised)
 
 
+def read_whole(path: Path) -> Recording:
+    """``read``, and where a file has no parameters those and the inputs of the file whose name begins its own.
+
+    So NAME_mid.safetensors stands beside NAME.safetensors.
+    """
+    recording = read(path)
+    stem, _, kind = path.name.partition(".")
+    if not any(name.startswith("param.") for name in recording.tensors):
+        parts = stem.split("_")
+        beside = [path.with_name("_".join(parts[:count]) + "." + kind) for count in range(len(parts) - 1, 0, -1)]
+        for other in filter(Path.exists, beside):
+            found = read(other).tensors
+            given = {name: value for name, value in found.items() if name.startswith(("param.", "input."))}
+            return dataclasses.replace(recording, tensors={**given, **recording.tensors})
+    return recording
+
+
 def _drawn(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
     """Parameters and inputs of which a reduced recording holds the first eight numbers."""
     first = {name.removeprefix("first."): value for name, value in tensors.items() if name.startswith("first.")}

@@ -1,0 +1,70 @@
+"""What UnIVAL's encoder and decoder share: tables of positions and of relative biases, and their norms."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onepeace_fast.layers.derived import DerivedBuffers
+from onepeace_fast.models.unival.config import UnivalConfig
+from onepeace_fast.models.unival.layout import Packed, Padded
+from onepeace_fast.relative_position import CLS_ENTRIES, grid_table_rows, series_index
+
+Layout: TypeAlias = Packed | Padded
+
+
+class Stack(DerivedBuffers):
+    """Positions, and the bias of distances of each layer."""
+
+    token_index: Tensor
+
+    def __init__(self, config: UnivalConfig, layers: int, positions: int) -> None:
+        super().__init__()
+        dim, side, heads = config.embed_dim, config.image_bucket_size, config.attention_heads
+        self.config = config
+        self.layernorm_embedding = nn.LayerNorm(dim)
+        self.embed_positions = nn.Embedding(positions + 2, dim)
+        self.embed_image_positions = nn.Embedding(side**2 + 1, dim)
+        self.pos_ln, self.image_pos_ln = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.layer_norm = nn.LayerNorm(dim)
+        tokens = 2 * config.token_bucket_size - 1
+        self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(tokens, heads) for _ in range(layers))
+        self.image_rel_pos_table_list = nn.ModuleList(nn.Embedding(grid_table_rows(side), heads) for _ in range(layers))
+        self.add_derived("token_index", partial(series_index, config.token_bucket_size))
+
+    def position_table(self, name: str) -> nn.Embedding:
+        """The positions of a modality."""
+        kind = {"text": "", "code": "image_"}.get(name, f"{name}_")
+        return self.get_submodule(f"embed_{kind}positions")  # type: ignore[return-value]
+
+    def places(self, layout: Layout) -> Tensor:
+        """The normalised position of each place, [places, dim]; biases are made of them, tokens get nothing."""
+        return torch.cat([
+            layout.norm(
+                F.embedding(tokens.table_rows, self.position_table(name).weight),
+                self.pos_ln if name == "text" else self.image_pos_ln,
+            )
+            for name, tokens in layout.tokens.items()
+        ])  # fmt: skip
+
+    def vectors(self, layout: Layout) -> list[list[Tensor]]:
+        """For each layer the relative bias of each modality, [heads, entries]."""
+        pairs: Any = zip(self.token_rel_pos_table_list, self.image_rel_pos_table_list, strict=True)
+        return [
+            [
+                self.text_vector(text.weight, x.code_offset + 1) if name == "text" else image.weight.t().contiguous()
+                for name, x in layout.tokens.items()
+            ]
+            for text, image in pairs
+        ]
+
+    def text_vector(self, table: Tensor, length: int) -> Tensor:
+        """The bias of texts of a length by a layer's table, [heads, entries], of equal places in entry length - 1."""
+        centre, reach = self.token_index.shape[0] // 2, length - 1
+        rows = self.token_index[centre - reach : centre + reach + 1]
+        # An embedding, since its gradient is summed in a fixed order on every device.
+        return F.pad(F.embedding(rows, table), (0, 0, 0, CLS_ENTRIES)).t().contiguous()

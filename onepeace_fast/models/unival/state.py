@@ -1,0 +1,63 @@
+"""Upstream's state dicts of UnIVAL: strict, with the buffers and the copies of the token table that they carry."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from onepeace_fast.models import upstream
+from onepeace_fast.models.unival.config import UnivalConfig
+from onepeace_fast.models.upstream import equals, grid_bucket
+from onepeace_fast.relative_position import MAX_POSITIONS, series_index
+
+TABLE = "encoder.embed_tokens.weight"
+TIED = ("decoder.embed_tokens.weight", "decoder.output_projection.weight")
+PAST_WINDOW, PAST_WINDOW_COUNT = 1024, 769  # upstream's ids behind the window of codes
+
+
+def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """See ``Unival.load_upstream_state_dict``."""
+    config: UnivalConfig = model.config  # type: ignore[assignment]
+    problems, rest = [], {}
+    for name, value in state_dict.items():
+        if name in TIED:
+            table = state_dict.get(TABLE)
+            same = table is not None and value.shape == table.shape and torch.equal(value, table)
+            problems += [] if same else [f"{name} differs from {TABLE}, which it is"]
+        elif name.split(".")[-1] in ("version", "token_rp_bucket", "image_rp_bucket", "image_position_idx"):
+            expected = buffer(config, name)
+            if expected is None or not equals(value, expected):
+                problems.append(f"{name} differs from the one that follows from the configuration")
+        else:
+            rest[name] = value
+    if problems:
+        raise ValueError(f"state_dict: expected UnIVAL's own, got one whose {'; '.join(problems)}")
+    upstream.load(model, rest)
+
+
+def buffer(config: UnivalConfig, name: str) -> Tensor | None:
+    """A buffer of upstream's state dict, int64; None where there is none of this name."""
+    side, window = config.image_bucket_size, config.code_window
+    stack, _, kind = name.partition(".")
+    if stack not in ("encoder", "decoder"):
+        return None
+    if kind == "version":
+        return torch.tensor([3])
+    if kind == "token_rp_bucket":
+        place = torch.arange(MAX_POSITIONS)
+        return series_index(config.token_bucket_size)[place[:, None] - place + MAX_POSITIONS - 1]
+    if kind == "image_rp_bucket":
+        return grid_bucket(side)
+    if kind == "image_position_idx" and stack == "decoder":
+        place = torch.arange(window)
+        rows = (1 + place[:, None] * side + place).flatten()
+        return torch.cat([rows.new_zeros(1), rows, rows.new_full((PAST_WINDOW_COUNT,), PAST_WINDOW)])
+    return None
+
+
+def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
+    """See ``Unival.to_upstream_state_dict``."""
+    found = upstream.state_dict(model, grads)
+    return {**found, **{name: found[TABLE] for name in TIED}}

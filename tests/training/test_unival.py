@@ -1,0 +1,232 @@
+"""Runs of UnIVAL: tasks in equal shares, a curriculum, its losses, and a restart in the middle of it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from models._small import assert_same_bits
+from training._runs import curves, same_training
+from training._unival_runs import MODEL, STAGES, write_tasks, write_unival
+
+from onepeace_fast.data.batches import BrokenFile
+from onepeace_fast.data.text import Tokenizer
+from onepeace_fast.models.unival import Unival, UnivalConfig
+from onepeace_fast.training import checkpoint, command
+from onepeace_fast.training.distributed import Processes
+from onepeace_fast.training.start import read_entries, read_run, start
+from onepeace_fast.training.trainer import Trainer
+from onepeace_fast.training.unival import Tasks
+
+ONE = Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus, and "whole", a finished run of both stages."""
+    folder = tmp_path_factory.mktemp("unival")
+    write_tasks(folder)
+    assert command.pretrain(str(write_unival(folder, "whole", checkpoint_every=1, keep=9))) == 0
+    return folder
+
+
+def started(folder, name="fresh", processes=ONE, **keys):
+    (folder / name).mkdir(exist_ok=True)
+    config = read_run(write_unival(folder, name, **keys))
+    return start(config, processes, read_entries(config, processes))
+
+
+def refusal(folder, **keys):
+    """The line by which the command refuses a configuration; nothing where it runs."""
+    try:
+        config = read_run(write_unival(folder, "refused", **keys))
+        (folder / "refused").mkdir(exist_ok=True)
+        start(config, ONE, read_entries(config, ONE))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+STAGE = {"tasks": ["caption"], "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"family": "beit"}, ["family: expected one of one_peace, unival, got 'beit'"]),
+        ({"stages": None}, ["expected stages, got no value"]),
+        ({"stages": []}, ["stages: expected a list of stages", "got list []"]),
+        ({"stages": [{"tasks": ["caption"]}]}, ["stages[0]: expected {tasks: [...], steps: N}, got dict"]),
+        ({"stages": [STAGE, STAGE | {"steps": 0}]}, ["stages[1].steps: expected a positive integer, got int 0"]),
+        ({"stages": [STAGE | {"tasks": ["captoin"]}]}, ["stages[0].tasks: expected some of caption, vqa", "captoin"]),
+        ({"stages": [STAGE | {"tasks": ["vqa", "vqa"]}]}, ["stages[0].tasks: expected", "each once"]),
+        ({"stages": [STAGE], "warm_up": 3}, ["warm_up: expected fewer than the steps of stages[0] (3), got 3"]),
+        ({"batch_size": 6}, ["stages[0]: batch_size: expected a multiple of 4", "matching has as many", "got 6"]),
+        ({"smoothing": 1.0}, ["smoothing: expected a number from 0 to below 1, got float 1.0"]),
+        ({"encouraging": "yes"}, ["encouraging: expected true or false, got str 'yes'"]),
+        ({"bins": 1}, ["bins: expected an integer from 2 on, got int 1"]),
+        ({"steps": 3}, ["expected some of", "got 'steps'"]),
+        ({"model": MODEL | {"video": False}}, ["model: expected video for the tasks", "give video: true"]),
+        ({"model": MODEL | {"layers": 2}}, ["model: config: expected some of", "unknown fields ['layers']"]),
+        ({"manifest": "none.jsonl"}, ["none.jsonl: expected a manifest of JSON lines"]),
+        ({"init": "whole/none"}, ["init: expected the folder of a model"]),
+    ],
+)
+def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, parts):
+    line = refusal(folder, **keys)
+    assert [part for part in parts if part not in line] == [] and "\n" not in line, line
+
+
+def test_an_unknown_task_stops_the_command_by_file_and_line(folder, capsys):
+    path = folder / "typo.jsonl"
+    path.write_text((folder / "tasks.jsonl").read_text() + json.dumps({"task": "captoin"}) + "\n")
+    assert command.pretrain(str(write_unival(folder, "typo", manifest="typo.jsonl"))) == 2
+    err = capsys.readouterr().err
+    assert f"{path}, line 25: task: expected one of caption, vqa" in err and "did you mean caption?" in err
+    assert err.count("\n") == 1 and not (folder / "typo").exists()
+
+
+def test_two_stages_are_those_of_a_plain_loop(folder):
+    """Each with an optimizer of its own over what its tasks read; all of it decays, the loss is as configured."""
+    keys = {"smoothing": 0.2, "encouraging": True, "accumulation": 2, "clip": 0.5, "weight_decay": 0.3, "warm_up": 0}
+    stages = [{"tasks": ["caption", "vqa"], "steps": 2}, {"tasks": ["caption", "video_caption"], "steps": 2}]
+    run = started(folder, "loop", stages=stages, **keys)
+    model, taken = copy.deepcopy(run.trainer.model), []
+
+    def kept():
+        for batch in run.batches:
+            taken.append(batch)
+            yield batch
+
+    batches = kept()
+    got = [run.trainer.step(batches) for _ in range(4)]
+
+    given = {name: p.requires_grad_() for name, p in model.named_parameters()}
+    unread = {
+        "image_pos_ln", "embed_image_positions", "image_rel_pos_table_list", "code_layernorm_embedding",
+    }  # of the decoder, which writes no codes  # fmt: skip
+    for stage, absent in enumerate((("video", "audio"), ("audio",))):
+        names = [f"encoder.{name}" for one in absent for name in (f"{one}_proj", f"embed_{one}_positions")]
+        frozen = (*names, *(f"decoder.{name}" for name in unread))
+        trained = [p for name, p in given.items() if not name.startswith(frozen)]
+        optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.999), weight_decay=0.3, fused=True)
+        for step, rate in enumerate((0.01, 0.005)):
+            number, losses = 2 * stage + step, []
+            model.zero_grad()
+            for batch in taken[2 * number : 2 * number + 2]:
+                inputs = {name: value for name, value in batch.items() if name != "tasks"}
+                loss = model.loss(**inputs, smoothing=0.2, encouraging=True)
+                (loss / 2).backward()
+                losses.append(loss.item())
+            torch.nn.utils.clip_grad_norm_(trained, 0.5)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            assert got[number]["loss"] == pytest.approx(sum(losses) / 2, rel=1e-5)
+            assert got[number]["learning_rate"] == pytest.approx(rate)
+    own = {name: parameter.detach() for name, parameter in given.items()}
+    found = run.trainer.weights()
+    assert [name for name in own if not torch.allclose(found[name], own[name], rtol=1e-4, atol=1e-6)] == []
+    before = started(folder, "loop2", stages=stages, **keys).trainer.weights()
+    assert torch.equal(found["encoder.audio_proj.weight"], before["encoder.audio_proj.weight"])
+    assert not torch.equal(found["encoder.video_proj.weight"], before["encoder.video_proj.weight"])
+
+
+def test_every_batch_of_a_run_holds_equally_many_of_its_stages_tasks(folder):
+    batches = [sorted(batch["tasks"]) for batch in started(folder).batches]
+    assert batches == [
+        sorted(stage["tasks"] * (8 // len(stage["tasks"]))) for stage in STAGES for _ in range(stage["steps"])
+    ]
+
+
+def test_the_seed_decides_order_and_weights(folder):
+    first, same, other = (started(folder, seed=seed) for seed in (1, 1, 2))
+    sources = [[batch["source"] for batch in run.batches] for run in (first, same, other)]
+    assert_same_bits(first.trainer.weights(), same.trainer.weights())
+    assert all(map(torch.equal, sources[0], sources[1]))
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(sources[0], sources[2], strict=True))
+    weights = [run.trainer.weights()["encoder.image_proj.weight"] for run in (first, other)]
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.parametrize("stop", [3, 5])
+def test_a_run_stopped_in_its_second_stage_ends_in_the_same_bits(folder, monkeypatch, stop):
+    """At its very beginning, and in its middle; steps behind the last checkpoint are taken again."""
+    name, take = f"stopped{stop}", Trainer.step
+
+    def interrupted(self, batches):
+        if self.step_number == stop:
+            raise KeyboardInterrupt
+        return take(self, batches)
+
+    path = str(write_unival(folder, name, checkpoint_every=3 if stop == 3 else 4))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", interrupted)
+        assert command.pretrain(path) == 130
+    assert command.pretrain(path) == 0
+    assert same_training(folder / name / "step-00000007", folder / "whole" / "step-00000007")
+    assert curves(folder / name)["loss"] == curves(folder / "whole")["loss"]
+
+
+def test_a_checkpoint_says_what_was_trained_by_then_and_loads_as_a_model(folder):
+    trained = [checkpoint.load_state(folder / "whole" / f"step-{step:08d}")["trained"] for step in (3, 4)]
+    assert trained == [["text", "image"], ["text", "image", "video"]]
+    place = folder / "whole" / "step-00000007"
+    config = UnivalConfig.load(place / "config.json")
+    assert config.feature_channels == MODEL["feature_channels"]
+    model = Unival(config)
+    from safetensors.torch import load_file
+
+    model.load_upstream_state_dict(load_file(place / "model.safetensors"))
+
+
+def test_audio_is_fine_tuned_from_a_checkpoint(folder, capsys):
+    keys = {"init": "whole/step-00000007", "stages": [{"tasks": ["audio_caption"], "steps": 2}], "model": None}
+    assert command.pretrain(str(write_unival(folder, "audio", **keys))) == 0
+    assert "Training audio_caption (3) in 1 stage" in capsys.readouterr().out
+    before, after = (folder / run for run in ("whole/step-00000007", "audio/step-00000002"))
+    assert (before / "tokenizer.json").read_bytes() == (after / "tokenizer.json").read_bytes()
+    from safetensors.torch import load_file
+
+    own, new = (load_file(path / "model.safetensors") for path in (before, after))
+    changed = {name for name, value in own.items() if not torch.equal(value, new[name])}
+    assert {"encoder.audio_proj.weight", "encoder.embed_tokens.weight"} <= changed
+    assert not {name for name in changed if "image_proj" in name or "embed_image" in name or "video_" in name}
+    assert checkpoint.load_state(after)["trained"] == ["text", "image", "video", "audio"]
+
+
+def test_broken_maps_are_named_or_skipped(folder):
+    lines = (folder / "tasks.jsonl").read_text().splitlines()
+    (folder / "bad.npy").write_text("no map")
+    row = json.loads(lines[0]) | {"image": "bad.npy"}
+    (folder / "broken.jsonl").write_text("\n".join([json.dumps(row), *lines]) + "\n")
+    keys = {"manifest": "broken.jsonl", "stages": [{"tasks": ["caption"], "steps": 2}]}
+    with pytest.raises(BrokenFile) as caught:
+        list(started(folder, "bad1", **keys).batches)
+    assert f"{folder / 'bad.npy'}: expected a feature map" in str(caught.value)
+    assert len(list(started(folder, "bad2", broken="skip", **keys).batches)) == 2
+
+
+def test_a_processs_loss_counts_by_its_tokens(folder):
+    """The mean over processes is that of all their tokens."""
+
+    class Two(Processes):
+        def average(self, value):
+            return (value + 37.0) / 2  # the other has 37 tokens
+
+    run = started(folder, "share")
+    batch = next(run.batches)
+    inputs = {name: value for name, value in batch.items() if name != "tasks"}
+    own, tokens = run.trainer.model.loss(**inputs).item(), (batch["target"] != 1).sum().item()
+    assert tokens != 37
+    run.trainer.processes = Two(0, 1, torch.device("cpu"))
+    loss = run.trainer.losses(batch)["loss"].item()
+    assert loss == pytest.approx(own * tokens / ((tokens + 37) / 2), rel=1e-5)
+
+
+def test_accumulated_batches_go_on_where_a_checkpoint_stopped(folder):
+    config = read_run(write_unival(folder, "accumulated", accumulation=2))
+    tasks, place = Tasks(config, read_entries(config, ONE)), folder / "whole" / "step-00000007"
+    model, tokenizer = UnivalConfig.load(place / "config.json"), Tokenizer.load(place / "tokenizer.json")
+    whole, later = (list(tasks.reading(model, tokenizer, ONE, step)[1]) for step in (0, 2))
+    assert len(whole) == 14 and later == whole[4:]

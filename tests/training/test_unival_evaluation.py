@@ -1,0 +1,103 @@
+"""What a UnIVAL checkpoint's answers are measured by."""
+
+import json
+
+import pytest
+import torch
+from training._unival_runs import MODEL, write_tasks, write_unival
+
+from onepeace_fast import cli
+from onepeace_fast.models.unival import Hypothesis, Unival
+from onepeace_fast.training import command
+
+TASKS = ["caption", "vqa", "grounding", "matching", "video_caption"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A corpus without sounds, and a run of one step."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    lines = [line for line in write_tasks(folder).read_text().splitlines() if "audio" not in line]
+    (folder / "tasks.jsonl").write_text("\n".join(lines) + "\n")
+    stages = [{"tasks": TASKS, "steps": 1}]
+    keys = {"stages": stages, "batch_size": 5, "warm_up": 0, "learning_rate": 1e-3, "checkpoint_every": 1}
+    assert command.pretrain(str(write_unival(folder, **keys))) == 0
+    return folder
+
+
+def evaluated(folder, *options, manifest="tasks.jsonl"):
+    path = folder / "figures.json"
+    path.unlink(missing_ok=True)
+    arguments = ["evaluate", str(folder / "run" / "step-00000001"), str(folder / manifest), "--json", str(path)]
+    return cli.main([*arguments, *options]), json.loads(path.read_text())["tasks"] if path.exists() else None
+
+
+def test_figures_are_those_of_the_answers_and_of_the_model_s_loss(folder, monkeypatch, capsys):
+    """Every second text of a batch is written as the manifest has it, the others with a word more."""
+    asked = []
+
+    def generate(self, source, *, beams, max_length, answers, samples, **maps):
+        asked.append((len(source), max_length, answers and answers.largest))
+        targets = [target[target != 1].tolist() for target in written.pop(0)]
+        return [[Hypothesis(t[:-1] + [5] * (place % 2), 0.0), Hypothesis([7], -1.0)] for place, t in enumerate(targets)]
+
+    loss, written, losses = Unival.loss, [], []
+
+    def remembered(self, *, target, **inputs):
+        written.append(target)
+        found = loss(self, target=target, **inputs)
+        losses.append((found.item(), (target != 1).sum().item()))
+        return found
+
+    monkeypatch.setattr(Unival, "generate", generate)
+    monkeypatch.setattr(Unival, "loss", remembered)
+    code, found = evaluated(folder, "--batch-size", "4")
+    assert code == 0
+    assert {task: one["samples"] for task, one in found.items()} == dict(zip(TASKS, (3, 6, 3, 6, 3), strict=True))
+    assert [one["right"] for one in found.values()] == pytest.approx([2 / 3, 1 / 2, 2 / 3, 1 / 2, 2 / 3])
+    assert [one["chance"] for one in found.values()] == [None, pytest.approx(1 / 3), None, 1 / 2, None]
+    mean = sum(value * count for value, count in losses[1:3]) / sum(count for _, count in losses[1:3])
+    assert found["vqa"]["loss"] == pytest.approx(mean)
+    assert [count for count, *_ in asked] == [3, 4, 2, 3, 4, 2, 3]
+    assert [bool(answers) for *_, answers in asked] == [False, True, True, False, True, True, False]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["task", "samples", "right", "by", "chance", "loss"]
+    assert table[2].split()[:4] == ["vqa", "6", "50.0%", "33.3%"]
+
+
+def test_questions_are_answered_among_the_manifest_s_answers(folder):
+    """A checkpoint that has learned nothing still writes one of them."""
+    code, found = evaluated(folder)
+    assert code == 0
+    assert all(torch.tensor(one["loss"]).isfinite() for one in found.values())
+    assert found["vqa"]["right"] > 0 and found["matching"]["right"] > 0 and found["caption"]["right"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "manifest", "part"),
+    [
+        (("--columns", "image", "audio"), "tasks.jsonl", "--columns: expected none for UnIVAL's tasks"),
+        ((), "sounds.jsonl", "expected a checkpoint trained on text and audio, got one of text and image and video"),
+        ((), "none.jsonl", "expected a manifest of JSON lines"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_one_line(folder, capsys, options, manifest, part):
+    row = {"task": "audio_caption", "audio": "audio0.npy", "caption": "a sound"}
+    (folder / "sounds.jsonl").write_text(json.dumps(row) + "\n")
+    assert evaluated(folder, *options, manifest=manifest) == (2, None)
+    assert part in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_its_samples_by_heart_in_two_stages(folder, tmp_path):
+    write_tasks(tmp_path)
+    learned = [task for task in TASKS if task != "matching"]
+    stages = [{"tasks": learned[:3], "steps": 150}, {"tasks": learned, "steps": 100}]
+    model = MODEL | {"embed_dim": 32, "ffn_dim": 64}
+    keys = {"stages": stages, "model": model, "batch_size": 12, "warm_up": 10, "learning_rate": 5e-3}
+    assert command.pretrain(str(write_unival(tmp_path, checkpoint_every=1000, **keys))) == 0
+    (tmp_path / "run" / "step-00000250").rename(tmp_path / "run" / "step-00000001")
+    (tmp_path / "tasks.jsonl").write_text((folder / "tasks.jsonl").read_text())
+    code, found = evaluated(tmp_path)
+    assert code == 0
+    assert {task: found[task]["right"] for task in learned} == dict.fromkeys(learned, 1.0)
