@@ -20,6 +20,7 @@ from onepeace_fast.layers import (
     RoutedNorm,
     shifted_windows,
 )
+from onepeace_fast.merging import interpolate, merge
 from onepeace_fast.models import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.ops import *  # noqa: F403
@@ -55,6 +56,8 @@ __all__ = [
     "compare",
     "from_pretrained",
     "fuse",
+    "interpolate",
+    "merge",
     "register_attention",
     "shifted_windows",
     "use_backend",

@@ -16,6 +16,7 @@ from onepeace_fast.embedding import embed_command, search_command
 from onepeace_fast.estimate import command as estimate
 from onepeace_fast.hardware import selftest, tune, warmup
 from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
+from onepeace_fast.merging import command as merging
 from onepeace_fast.report import command as report
 from onepeace_fast.training import command as training
 from onepeace_fast.training import evaluate_command as evaluation
@@ -108,6 +109,12 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "find the items of such a file that are nearest to a text, an image, a sound or several together",
         "Embeds what you look for, prints the items with the largest cosines, and shows them in a page: "
         "docs/embedding.md.",
+    ),
+    "merge": (
+        merging,
+        "average the weights of several checkpoints into one",
+        "Averages checkpoints that have the same parts, such as fine-tunings of one model, and writes a checkpoint of "
+        "their form: a folder, a .safetensors file, or a .pt file such as upstream's: docs/merging.md.",
     ),
     "selftest": (
         selftest,

@@ -40,6 +40,10 @@ _UPSTREAM_DEFAULTS: dict[str, dict[str, Any]] = {
         "use_attn_bias": False,
     },
 }  # fmt: skip
+# The keys that say which model it is, and not how it is trained.
+ARCHITECTURE = frozenset(key for section in _UPSTREAM_DEFAULTS.values() for key in section) - {
+    "drop_path_rate", "dropout", "layer_scale_init_value", "checkpoint_activations"
+}  # fmt: skip
 _NO_EFFECT: dict[str, set[str]] = {
     "": {"normalize_before", "learned_pos", "max_positions", "offload_activations", "max_source_positions",
          "fsdp_checkpoint_wrap_layer_preserve_frequency", "fsdp_checkpoint_wrap_layer_skip_frequency", "_name"},

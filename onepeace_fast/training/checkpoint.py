@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
+from onepeace_fast.nested import flat
 
 TOKENIZER_FILE, TRAINING_FILE, CHECKSUMS_FILE = "tokenizer.json", "training.pt", "SHA256SUMS"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TRAINING_FILE)
@@ -166,7 +167,7 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """What differs between two nested settings, a text for each: "model.encoder.layers: 2 there, 3 here"."""
-    before, now = _flat(saved), _flat(current)
+    before, now = flat(saved), flat(current)
     absent = object()
     pairs = {name: (before.get(name, absent), now.get(name, absent)) for name in sorted({*before, *now})}
 
@@ -174,13 +175,6 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[st
         return "absent" if value is absent else f"{value}"
 
     return [f"{name}: {show(old)} there, {show(new)} here" for name, (old, new) in pairs.items() if old != new]
-
-
-def _flat(settings: Mapping[str, Any], start: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for name, value in settings.items():
-        result |= _flat(value, f"{start}{name}.") if isinstance(value, Mapping) else {f"{start}{name}": value}
-    return result
 
 
 def digest(path: Path) -> str:

@@ -28,6 +28,7 @@ _NAMES = {
     "image_bucket_size": "image_bucket_size", "max_source_positions": "max_source_positions",
     "max_target_positions": "max_target_positions", "code_image_size": "code_image_size",
 }  # fmt: skip
+ARCHITECTURE = frozenset({*_FIXED, *_NAMES.values(), "video_encoder_name", "audio_encoder_name"})
 
 
 @dataclass(frozen=True, kw_only=True)

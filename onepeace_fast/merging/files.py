@@ -1,0 +1,55 @@
+"""Writes an average in the form of the models that it is of."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from onepeace_fast.checks import require
+from onepeace_fast.merging.sources import FOLDER, PICKLE, SAFETENSORS, TOKENIZER_FILE, Source
+from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
+
+
+def check_out(sources: list[Source], out: Path) -> None:
+    """Raise ``ValueError`` where a file of these models cannot be written under this name."""
+    forms = sorted({source.form for source in sources})
+    require(len(forms) == 1, f"models: expected files of one form, got {' and '.join(forms)}")
+    require(out.parent.is_dir(), f"{out}: expected a name in a folder that exists, got none")
+    fits = {FOLDER: not out.is_file(), SAFETENSORS: out.suffix == ".safetensors" and not out.is_dir()}
+    fits[PICKLE] = out.suffix in (".pt", ".pkl") and not out.is_dir()
+    require(fits[forms[0]], f"{out}: expected {forms[0]}, as the models are, got another name")
+
+
+def write(sources: list[Source], merged: Mapping[str, Tensor], out: Path) -> None:
+    """Write the average with the first model's settings; each file under another name first, then in one step.
+
+    Optimizers, steps and checksums of the models are not of the average, and left out.
+    """
+    first = sources[0]
+    if first.form == FOLDER:
+        out.mkdir(exist_ok=True)
+        _replace(out / WEIGHTS_FILE, lambda path: save_file(dict(merged), path))
+        _replace(out / CONFIG_FILE, lambda path: path.write_text(json.dumps(first.settings, indent=2) + "\n"))
+        words = next((source.tokenizer for source in sources if source.tokenizer is not None), None)
+        if words is not None:
+            _replace(out / TOKENIZER_FILE, lambda path: path.write_bytes(words))
+    elif first.form == SAFETENSORS:
+        _replace(out, lambda path: save_file(dict(merged), path))
+    else:
+        whole = dict(merged) if first.settings is None else {**first.settings, "model": dict(merged)}
+        _replace(out, lambda path: torch.save(whole, path))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    draft = path.with_name(f"{path.name}.new")
+    try:
+        write(draft)
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
