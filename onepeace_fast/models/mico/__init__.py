@@ -1,0 +1,7 @@
+"""MiCo (arXiv 2406.09412)."""
+
+from onepeace_fast.models.mico.config import ContextConfig, EvaConfig, TextConfig
+from onepeace_fast.models.mico.context import Context
+from onepeace_fast.models.mico.encoder import EvaEncoder
+
+__all__ = ["Context", "ContextConfig", "EvaConfig", "EvaEncoder", "TextConfig"]
