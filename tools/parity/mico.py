@@ -43,9 +43,10 @@ def compare_encoder(recording: Recording, config: Mapping[str, Any], backend: st
     features = model(pixels)
     for handle in handles:
         handle.remove()
-    for name, want in recording.pick("mid.block").items():
-        report.check(f"block {name}", states[int(name)].view(want.shape), want, OUTPUT_TOLERANCE)
     rows = features.flatten(0, 1)
+    for name in recorded(recording, "mid.block"):
+        state = states[int(name.removeprefix("mid.block"))].view(rows.shape)
+        report.check_gradient(recording, name, state, OUTPUT_TOLERANCE)
     head = model.clip_features(rows)
     counts = [pixels.shape[1]] * pixels.shape[0]
     found = {"vision_features": features, "head": head, "pool_vision_for_contra": pooled(rows, counts)}
@@ -73,8 +74,14 @@ def probe(model: EvaEncoder, x: Tensor, backend: str) -> Tensor:
 
 def check_outputs(report: Report, recording: Recording, found: Mapping[str, Tensor]) -> None:
     """All that is recorded under "out."; what is not found has no value."""
-    for name, want in recording.pick("out.").items():
-        report.check(f"out.{name}", found.get(name), want, OUTPUT_TOLERANCE)
+    for name in recorded(recording, "out."):
+        report.check_gradient(recording, name, found.get(name.removeprefix("out.")), OUTPUT_TOLERANCE)
+
+
+def recorded(recording: Recording, *prefixes: str) -> list[str]:
+    """What is recorded under these names, whole or by its projections."""
+    names = {name.partition(".")[2] if name.split(".")[0] in PROJECTIONS else name for name in recording.tensors}
+    return sorted(name for name in names if name.startswith(prefixes))
 
 
 def check_backward(
@@ -85,12 +92,10 @@ def check_backward(
         report.check("loss.total", total, recording["loss.total"], LOSS_TOLERANCE)
     total.backward()
     gradients = state_dict(grads=True)
-    names = {name.partition(".")[2] if name.split(".")[0] in PROJECTIONS else name for name in recording.tensors}
-    for name in sorted(name for name in names if name.startswith(("dinput.", "grad."))):
+    for name in recorded(recording, "dinput.", "grad."):
         kind, _, own = name.partition(".")
         got = inputs[own].grad if kind == "dinput" and own in inputs else gradients.get(own)
         report.check_gradient(recording, name, got)
-    recording.pick("scale.")
 
 
 def compare_context(recording: Recording, config: Mapping[str, Any], backend: str) -> Report:
@@ -109,7 +114,7 @@ def compare_context(recording: Recording, config: Mapping[str, Any], backend: st
     for name, x in given.items():
         modality = name.rstrip("0123456789")
         found[f"context.{name}"] = context(model, modality, x, packed)
-        if f"out.context_pooled.{name}" in recording.tensors:
+        if f"out.context_pooled.{name}" in recorded(recording, "out."):
             found[f"context_pooled.{name}"] = context(model, modality, x, packed, pool=True)
         if modality in frames and x.shape[1] == frames[modality]:
             found[f"feat_{LETTERS[modality]}"] = model.feature(modality, pooled(x.flatten(0, 1), [x.shape[1]] * len(x)))

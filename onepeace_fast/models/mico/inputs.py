@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import describe, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
 from onepeace_fast.models.mico.config import PADDING, EvaConfig, TextConfig
 from onepeace_fast.routing import INTEGERS, whole_numbers
 
@@ -29,14 +29,15 @@ def read_samples(name: str, rows: int, samples: Sequence[int] | Tensor | None, c
     if samples is None:
         found = [*range(rows)]
     else:
-        found = [*whole_numbers(f"samples[{name!r}]", samples)]
+        given = read_values(samples) if isinstance(samples, Tensor) else samples
+        found = [*whole_numbers(f"samples[{name!r}]", given)]
         require(
             len(found) == rows and len({*found}) == rows,
             lambda: f"samples[{name!r}]: expected another sample for each of {rows} rows, got {found}",
         )
     limit = "" if count is None else f" below {count}"
     require(
-        all(0 <= sample and (count is None or sample < count) for sample in found),
+        all(sample >= 0 and (count is None or sample < count) for sample in found),
         lambda: f"samples[{name!r}]: expected samples{limit}, got {found}",
     )
     return found

@@ -6,7 +6,7 @@ Packed rows run the ops; padded ones, and rows on a CPU where no kernel runs, th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +59,9 @@ def activated(u: Tensor, v: Tensor | None, norm: nn.LayerNorm | None, activation
     if packed and plain and not calls_modules(u):
         rows = u.shape[0]
         offsets = torch.arange(2, dtype=torch.int32, device=u.device) * rows
-        parameters = {} if norm is None else {"norm_weight": [norm.weight], "norm_bias": [norm.bias], "eps": norm.eps}
+        parameters: dict[str, Any] = (
+            {} if norm is None else {"norm_weight": [norm.weight], "norm_bias": [norm.bias], "eps": norm.eps}
+        )
         return gated_sub_ln(u, v, offsets=offsets, row_counts=(rows,), activation=activation, **parameters)
     h = ACTIVATIONS[activation](u)
     h = h if v is None else h * v
@@ -69,9 +71,7 @@ def activated(u: Tensor, v: Tensor | None, norm: nn.LayerNorm | None, activation
 def add(x: Tensor, y: Tensor, packed: bool, drop_path: DropPath | None = None) -> Tensor:
     """x + drop_path y."""
     if packed and not calls_modules(x):
-        return residual(x, y, None) if drop_path is None else residual(
-            x, y, None, drop_path=drop_path.factor, sample=drop_path.sample
-        )  # fmt: skip
+        return residual(x, y, None, **_of_samples(drop_path))
     return x + _kept(y, drop_path)
 
 
@@ -80,10 +80,13 @@ def add_and_norm(
 ) -> tuple[Tensor, Tensor]:
     """``add``, and the norm of it."""
     if packed and not calls_modules(x) and are_plain("LayerNorm", (norm,), nn.LayerNorm):
-        of_samples = {} if drop_path is None else {"drop_path": drop_path.factor, "sample": drop_path.sample}
-        return residual_layer_norm(x, y, None, norm.weight, norm.bias, eps=norm.eps, **of_samples)
+        return residual_layer_norm(x, y, None, norm.weight, norm.bias, eps=norm.eps, **_of_samples(drop_path))
     x = x + _kept(y, drop_path)
     return x, norm(x)
+
+
+def _of_samples(drop_path: DropPath | None) -> dict[str, Any]:
+    return {} if drop_path is None else {"drop_path": drop_path.factor, "sample": drop_path.sample}
 
 
 def _kept(y: Tensor, drop_path: DropPath | None) -> Tensor:

@@ -17,30 +17,33 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
 
 def checked(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a state dict has of parameters; raises where a buffer or a tied weight in it has other values."""
-    problems, rest = [], {}
+    problems, rest, carried = [], {}, _carried(model)
     for name, value in state_dict.items():
-        expected = _follows(model, state_dict, name)
+        expected = carried.get(name)
+        expected = state_dict.get(expected) if isinstance(expected, str) else expected
         if expected is None:
             rest[name] = value
-        elif value.shape != expected.shape or not torch.allclose(value.float(), expected.float(), rtol=0, atol=1e-6):
+        elif not _equal(value, expected):
             problems.append(f"{name} differs from the one that follows from the others")
     if problems:
         raise ValueError(f"state_dict: expected MiCo's own, got one whose {'; '.join(problems)}")
     return rest
 
 
-def _follows(model: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> Tensor | None:
-    """What an entry has to be that is no parameter here, on the CPU; None for any other name."""
+def _carried(model: nn.Module) -> dict[str, Tensor | str]:
+    """What a state dict may have that is no parameter here: its values, or the name of the weight that it is."""
+    found: dict[str, Tensor | str] = {}
     for place, module in model.named_modules():
         prefix = f"{place}." if place else ""
-        if not name.startswith(prefix):
-            continue
-        found = getattr(module, "carried", dict)().get(name.removeprefix(prefix))
-        if isinstance(found, str):  # a tied weight: the name of the one that it is
-            return state_dict.get(prefix + found)
-        if found is not None:
-            return found
-    return None
+        own: Mapping[str, Tensor | str] = module.carried() if hasattr(module, "carried") else {}
+        found |= {prefix + name: prefix + x if isinstance(x, str) else x for name, x in own.items()}
+    return found
+
+
+def _equal(value: Tensor, expected: Tensor) -> bool:
+    """To within what another order of float32's roundings changes."""
+    same = value.shape == expected.shape
+    return same and torch.allclose(value.cpu().float(), expected.cpu().float(), rtol=0, atol=1e-6)
 
 
 def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
