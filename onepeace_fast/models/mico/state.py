@@ -47,5 +47,6 @@ def _equal(value: Tensor, expected: Tensor) -> bool:
 
 
 def state_dict(model: nn.Module, grads: bool) -> dict[str, Tensor | None]:
-    """Parameters or their gradients under upstream's names."""
-    return upstream.state_dict(model, grads)
+    """Parameters or their gradients under upstream's names, and the tied weights once more."""
+    found = upstream.state_dict(model, grads)
+    return {**found, **{name: found[x] for name, x in _carried(model).items() if isinstance(x, str)}}
