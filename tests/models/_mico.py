@@ -2,18 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from models._small import randomise
 
 from onepeace_fast import RoutePlan
-from onepeace_fast.models.mico import TextConfig, TextEncoder
+from onepeace_fast.models.mico import EvaConfig, Mico, MicoConfig, TextConfig, TextEncoder
 from onepeace_fast.models.mico.context import PackedContext
 
 CONTEXT_WIDTH, VOCABULARY = 12, 23
-TEXT = TextConfig(vocab_size=VOCABULARY, width=CONTEXT_WIDTH, ffn_dim=20, layers=2, heads=3, max_positions=9)
+TEXT = TextConfig(
+    vocab_size=VOCABULARY, width=CONTEXT_WIDTH, ffn_dim=20, layers=2, heads=3, max_positions=9, mask_id=4, first_word=6
+)  # fmt: skip
+SIDE = 8
+VISION = EvaConfig(image_size=SIDE, patch_size=4, width=16, layers=2, head_width=8, ffn_dim=20, output_dim=6)
+CONFIG = MicoConfig(
+    vision=VISION, text=TEXT, contra_dim=6, frames={"vision": 3, "audio": 2, "depth": 2, "normal": 2}
+)  # fmt: skip
+CAPTIONS = torch.tensor([[5, 9, 7, 3, 0], [6, 8, 11, 0, 0], [5, 4, 2, 9, 11], [3, 21, 0, 0, 0]])
+SUBTITLES = torch.tensor([[7, 3, 14, 0], [9, 5, 0, 0]])
+SAMPLES = {"vision": [2, 0], "audio": [1, 2], "normal": [1], "depth": [0], "subtitle": [2, 3]}
+
+
+def mico(backend: str | None = "fused", dtype: torch.dtype = torch.float64, **changed: Any) -> Mico:
+    """A model in evaluation mode; its temperature makes hard similarities."""
+    model = Mico(dataclasses.replace(CONFIG, **changed), backend).to(dtype)
+    randomise(model)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.contra_temp.fill_(0.3)
+        model.vision_encoder.logit_scale.fill_(2.0)
+    return model.eval()
+
+
+def frames(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Two videos, two spectrograms of one channel, an image of depth and one of normals: rows of ``SAMPLES``."""
+    generator = torch.Generator().manual_seed(6)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, SIDE, SIDE, generator=generator, dtype=torch.float64).to(dtype)
+
+    return {
+        "audio": [drawn(3), drawn(1)], "vision": [drawn(2, 3), drawn(4, 3)], "normal": drawn(1, 2, 3),
+        "depth": drawn(1, 1, 3),
+    }  # fmt: skip
+
+
+def batch(dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """Four samples with unlike modalities."""
+    return {"subtitle": SUBTITLES, "samples": SAMPLES, **frames(dtype)}
+
+
+def alone(sample: int, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
+    """One sample of the batch."""
+    whole, found = batch(dtype), {}
+    for name, samples in SAMPLES.items():
+        if sample in samples:
+            row = whole[name][samples.index(sample)]
+            found[name] = row[row != 0][None] if name == "subtitle" else [row]
+    return found
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The line by which a call is refused; nothing where it is not, so that a comparison fails."""
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def text_encoder(backend: str | None = "fused", dtype: torch.dtype = torch.float64) -> TextEncoder:

@@ -161,4 +161,4 @@ def test_parameters_start_as_bert_s():
     model = TextEncoder(text_encoder().config)
     assert not model.bert.embeddings.word_embeddings.weight[0].any()
     assert model.bert.encoder.layer[0].intermediate.dense.weight.std().item() == pytest.approx(0.02, rel=0.1)
-    assert CONTEXT_WIDTH == model.config.width
+    assert model.config.width == CONTEXT_WIDTH

@@ -10,7 +10,7 @@ from typing import Any
 from onepeace_fast.checks import require
 
 EPS = 1e-6  # of the encoder's norms
-BEGIN, END, PADDING, MASK = 101, 102, 0, 103  # BERT's [CLS], [SEP], [PAD] and [MASK]
+PADDING = 0  # BERT's [PAD]
 # Upstream's heads of the contrast, whose names are letters; a modality of one's own has its name.
 LETTERS = {"vision": "v", "audio": "a", "depth": "d", "subtitle": "s"}
 # Upstream's heads of several modalities, by what is joined, in this order.
@@ -32,13 +32,13 @@ _OF_KERNELS = ("fusedLN", "xattn")  # how upstream computes it, not what
 _UPSTREAM = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0}
 
 
-def _check_sizes(config: Any, less: tuple[str, ...] = ()) -> None:
+def _check_sizes(config: Any) -> None:
     """Raise where a field that is an integer is not a positive one, or a flag is none."""
     for one in dataclasses.fields(config):
         value = getattr(config, one.name)
         if one.type == "bool":
             require(isinstance(value, bool), f"{one.name}: expected True or False, got {value!r}")
-        elif one.type == "int" and one.name not in less:
+        elif one.type == "int":
             fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
             require(fits, f"{one.name}: expected a positive integer, got {value!r}")
 
@@ -130,10 +130,12 @@ class TextConfig:
     """Sizes of BERT (arXiv 1810.04805) with cross attention; the defaults are those of its base model, uncased.
 
     Attributes:
-        vocab_size: tokens, of which 0 pads; 101 begins, 102 ends and 103 masks a text.
+        vocab_size: tokens, of which 0 pads a text.
         width, ffn_dim, layers, heads: of the layers.
         max_positions: the longest text.
         type_rows: of the table of token types, of which the first alone is read.
+        mask_id, first_word: the token that hides others, and the first of the words that are put in others' places;
+            those of BERT's vocabularies.
     """
 
     vocab_size: int = 30522
@@ -143,9 +145,14 @@ class TextConfig:
     heads: int = 12
     max_positions: int = 512
     type_rows: int = 2
+    mask_id: int = 103
+    first_word: int = 106
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        for name in ("mask_id", "first_word"):
+            value, limit = getattr(self, name), self.vocab_size
+            require(value < limit, f"{name}: expected a token below vocab_size, {limit}, got {value}")
         require(self.width % self.heads == 0, f"heads: expected a divisor of width, {self.width}, got {self.heads}")
 
 
@@ -183,3 +190,36 @@ class ContextConfig:
     def unions(self) -> dict[str, tuple[str, ...]]:
         """Upstream's heads of several modalities that there are."""
         return {name: parts for name, parts in UNIONS.items() if set(parts) <= {*self.modalities}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicoConfig:
+    """Sizes of MiCo (arXiv 2406.09412).
+
+    Attributes:
+        vision: of the encoder, which all frames share.
+        text: of the text encoder.
+        contra_dim, frames: as in ``ContextConfig``.
+        matching_weight: of that loss beside the others.
+        pool: whether texts see two tokens of each frame, its CLS and the mean of its patches, in place of all.
+    """
+
+    vision: EvaConfig = field(default_factory=EvaConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    contra_dim: int = 512
+    frames: Mapping[str, int] = field(default_factory=lambda: {"vision": 8, "audio": 8, "depth": 8})
+    matching_weight: float = 0.1
+    pool: bool = False
+
+    def __post_init__(self) -> None:
+        _check_sizes(self)
+        weight = self.matching_weight
+        require(weight >= 0, f"matching_weight: expected a weight of at least 0, got {weight}")
+        self.context  # noqa: B018  # it is checked where it is made
+
+    @property
+    def context(self) -> ContextConfig:
+        """What is between the two encoders."""
+        return ContextConfig(
+            vision_dim=self.vision.width, width=self.text.width, contra_dim=self.contra_dim, frames=self.frames
+        )

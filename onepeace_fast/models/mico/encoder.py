@@ -74,10 +74,9 @@ class EvaAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def _projected(self, x: Tensor) -> list[Tensor]:
-        if self.config.sub_layer_norm:
-            return [self.q_proj(x) + self.q_bias, self.k_proj(x), self.v_proj(x) + self.v_bias]
-        q, k, v = self.qkv(x).chunk(3, -1)
-        return [q + self.q_bias, k, v + self.v_bias]
+        apart = self.config.sub_layer_norm
+        q, k, v = (self.q_proj(x), self.k_proj(x), self.v_proj(x)) if apart else self.qkv(x).chunk(3, -1)
+        return [q + self.q_bias.to(q.dtype), k, v + self.v_bias.to(v.dtype)]
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None, segments: Segments | None) -> Tensor:
         """Packed rows [rows, width] with segments, or [frames, tokens, width]; the same shape."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ class PackedTexts:
             count = context.plan.sample_count
             first = [bisect_left(samples, sample) for sample in range(count + 1)]
             ends = [*accumulate(plan.segment_lengths[0], initial=0)]
-            longest = max(ends[stop] - ends[start] for start, stop in zip(first, first[1:], strict=False))
+            longest = max(ends[stop] - ends[start] for start, stop in pairwise(first))
             starts = torch.tensor([ends[text] for text in first], dtype=torch.int32, device=ids.device)
             self.of_samples = plan.segments._replace(cu_seqlens=starts[None], max_length=longest)
             self.keys = context.plan.segments
