@@ -188,4 +188,4 @@ class Context(nn.Module):
 
 
 def _embeddings(rows: int, width: int) -> nn.Parameter:
-    return nn.Parameter(0.02 * torch.randn(1, rows, width))
+    return nn.Parameter(nn.init.normal_(torch.empty(1, rows, width), std=0.02))

@@ -181,19 +181,19 @@ class EvaEncoder(DerivedBuffers):
             self._init_as_upstream()
 
     def _init_as_upstream(self) -> None:
-        """Normal of deviation 0.02 cut at 2, biases zero; what a block adds shrinks with its depth."""
+        """Normal of deviation 0.02, biases zero; what a block adds shrinks with its depth, and so does the head."""
         for parameter in (self.cls_token, self.pos_embed):
             nn.init.trunc_normal_(parameter, std=0.02)
+        blocks: Any = self.blocks
+        shrunk = {self.head: 0.001}
+        for depth, block in enumerate(blocks, 1):
+            last = block.mlp.w3 if self.config.swiglu else block.mlp.fc2
+            shrunk |= {linear: (2 * depth) ** -0.5 for linear in (block.attn.proj, last)}
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.trunc_normal_(module.weight, std=0.02 * shrunk.get(module, 1.0))
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        blocks: Any = self.blocks
-        for depth, block in enumerate(blocks, 1):
-            for linear in (block.attn.proj, block.mlp.w3 if self.config.swiglu else block.mlp.fc2):
-                linear.weight.div_((2 * depth) ** 0.5)
-        self.head.weight.mul_(0.001)
 
     def check(self, name: str, frames: object) -> None:
         """Raise ValueError unless these are frames [..., 3, side, side] of this encoder's size."""

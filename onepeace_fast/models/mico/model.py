@@ -5,6 +5,7 @@ Each sample has any of the modalities, in any number of frames; a batch is one p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device
 from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.mico import losses
 from onepeace_fast.models.mico.config import LETTERS, MicoConfig
 from onepeace_fast.models.mico.context import Context, PackedContext, Tokens, pooled
@@ -40,13 +42,13 @@ class Seen(NamedTuple):
     tokens: dict[str, Tokens]
     pooled: dict[str, Tensor]  # [rows, width] of each modality
     rows: dict[str, Rows]
-    count: int  # samples
+    samples: int
 
     def parts(self) -> dict[tuple[str, ...], list[int]]:
         """The samples of each set of modalities that there is."""
         there = {name: {*one.samples} for name, one in self.rows.items()}
         found: dict[tuple[str, ...], list[int]] = {}
-        for sample in range(self.count):
+        for sample in range(self.samples):
             names = tuple(name for name, samples in there.items() if sample in samples)
             found.setdefault(names, []).append(sample)
         return found
@@ -58,7 +60,7 @@ class Clip(nn.Module):
     def __init__(self, visual: EvaEncoder) -> None:
         super().__init__()
         self.visual = visual
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
 
 class Mico(Context):
@@ -70,6 +72,7 @@ class Mico(Context):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("encode", "embed", "match", "losses")
+    load_report: LoadReport | None = None
 
     def __init__(self, config: MicoConfig, backend: str | None = None) -> None:
         super().__init__(config.context)
@@ -169,8 +172,8 @@ class Mico(Context):
         require(len(own) == len(text), lambda: f"of: expected a sample for each of {len(text)} texts, got {len(own)}")
         order = sorted(range(len(own)), key=lambda place: own[place])
         seen = self._see(frames, subtitle, samples, None, text.device)
-        fits = all(0 <= sample < seen.count for sample in own)
-        require(fits, lambda: f"of: expected samples from 0 to {seen.count - 1}, got {own}")
+        fits = all(0 <= sample < seen.samples for sample in own)
+        require(fits, lambda: f"of: expected samples from 0 to {seen.samples - 1}, got {own}")
         index = torch.tensor(order, dtype=torch.int64, device=text.device)
         logits = self._match(text[index], self._context(seen), [own[place] for place in order])
         found = logits.softmax(1)[:, 1]
@@ -216,7 +219,7 @@ class Mico(Context):
         union = self._union(seen)
         for name in self.context_config.modalities:  # of another process's batch
             features.setdefault(name, (feature[:0], []))
-        features[UNION] = (union, range(seen.count))
+        features[UNION] = (union, [*range(seen.samples)])
         names = sorted(features)
         counts = [len(features[name][1]) for name in names] + [losses.hidden_count(masked)]
         *of_names, hidden = losses.counts_of_processes(counts, text.device)
