@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,14 +34,16 @@ def log_softmax(logits: Tensor) -> Tensor:
     return F.log_softmax(logits, dim=-1, dtype=torch.promote_types(torch.float32, logits.dtype))
 
 
-def gather_without_gradient(local: Tensor) -> Tensor:
-    """Rows of all ranks, detached, in the order of the ranks, which must have equally many."""
+def gather_without_gradient(local: Tensor, counts: Sequence[int] = ()) -> Tensor:
+    """Rows of all ranks, detached, in the order of the ranks; ``counts`` are theirs where they may differ."""
     local = local.detach()
     if not (dist.is_available() and dist.is_initialized()):
         return local
+    if counts:  # a collective takes equal sizes
+        local = F.pad(local, (0, 0, 0, max(counts) - len(local)))
     gathered = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(gathered, local.contiguous())
-    return torch.cat(gathered)
+    return torch.cat([x[:count] for x, count in zip(gathered, counts, strict=True)] if counts else gathered)
 
 
 class _Contrast(torch.autograd.Function):
@@ -111,12 +114,15 @@ def _blocks_of_rows(rows: int, keys: int) -> list[tuple[int, int]]:
     return [(place, min(step, rows - place)) for place in range(0, rows, step)]
 
 
-def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def contrastive_loss(
+    a: Tensor, b: Tensor, scale: Tensor, *, counts: Sequence[int] = (), smoothing: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Symmetric contrast of L2-normalised [rows, dim] against the detached rows of all ranks.
 
     ``scale`` is the factor of the similarities, a scalar such as ``OnePeacePretrain.logit_scale_exp`` gives. All ranks
-    must have equally many rows. The logits are made in blocks and never held; they are in at least float32, under
-    autocast too. There is no second derivative.
+    must have equally many rows, unless ``counts`` says how many each has: then the mean over ranks is that over all
+    rows. The label's ``smoothing`` is spread over all keys. The logits are made in blocks and never held; they are in
+    at least float32, under autocast too. There is no second derivative.
 
     Returns the mean of both directions, in at least float32, and how many rows of a and of b find their own partner
     first, as float32 scalars on the device.
@@ -127,13 +133,39 @@ def contrastive_loss(a: Tensor, b: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     require(a.dim() == 2 and a.shape == b.shape,
             lambda: f"a, b: expected [rows, dim] of equal sizes, got {list(a.shape)} and {list(b.shape)}")  # fmt: skip
     rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    rows = a.shape[0]
+    first = sum(counts[:rank]) if counts else rank * rows
     losses, correct = [], []
     for query, key in ((a, b), (b, a)):
         trained = torch.is_grad_enabled() and (query.requires_grad or scale.requires_grad)
-        loss, found, *_ = _Contrast.apply(query, scale, gather_without_gradient(key), rank * a.shape[0], trained)
-        losses.append(loss)
+        keys = gather_without_gradient(key, counts)
+        if not rows:  # of no row there is no mean
+            losses.append(_zero(query, scale))
+            correct.append(scale.detach().new_zeros((), dtype=torch.float32))
+            continue
+        loss, found, *_ = _Contrast.apply(query, scale, keys, first, trained)
+        if smoothing:
+            loss = loss + smoothing * _above_mean(query, scale, keys, first)
+        losses.append(loss * (rows * len(counts) / sum(counts)) if counts else loss)
         correct.append(found)
     return (losses[0] + losses[1]) / 2, correct[0], correct[1]
+
+
+def _zero(query: Tensor, scale: Tensor) -> Tensor:
+    """Zero, of which the gradients are zeros."""
+    return query.to(torch.promote_types(torch.float32, query.dtype)).sum() + 0 * scale
+
+
+def _above_mean(query: Tensor, scale: Tensor, keys: Tensor, first: int) -> Tensor:
+    """How far a row's own logit is above the mean of its logits, the mean over rows: what smoothing takes of it.
+
+    The mean of logits is the logit of the mean key, so they are not made.
+    """
+    wide = torch.promote_types(torch.float32, query.dtype)
+    with torch.autocast(query.device.type, enabled=False):
+        query, keys = query.to(wide), keys.to(wide)
+        own = keys[first : first + query.shape[0]]
+        return (scale.to(wide) * (query * (own - keys.mean(0))).sum(1)).mean()
 
 
 def select_rows(mask: Tensor, count: int) -> Tensor:

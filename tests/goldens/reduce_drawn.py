@@ -5,8 +5,8 @@
 ``tools/parity/drawn.py`` draws them again, and the file keeps the first eight of each; inputs that it does not draw are
 kept. Outputs keep their values, but zeros stand at padding. The gradients of inputs and logits become int16 with one
 float32 scale each, as in ``reduce.py``. Of each gradient G of a matrix remain G r and l G, with r and l = cos(1),
-cos(2), ...: an error anywhere in G changes both. A case "_flat", whose outputs are those of the case without it, is
-left out.
+cos(2), ...: an error anywhere in G changes both. MiCo's larger outputs and gradients of inputs are so too. A case
+"_flat", whose outputs are those of the case without it, is left out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tools.parity.drawn import BY_UPSTREAM
 from tools.parity.report import projections
 
 PADDED = ("split", "allB", "caption")  # cases of torchscale
+LARGE = 4096  # numbers of one of MiCo's tensors
 
 
 def forget_padding(name: str, value: Tensor, tensors: dict[str, Tensor]) -> Tensor:
@@ -39,9 +40,9 @@ def forget_padding(name: str, value: Tensor, tensors: dict[str, Tensor]) -> Tens
     return value.masked_fill(tensors["input.encoder_padding_mask"].bool()[..., None], 0)
 
 
-def reduce(tensors: dict[str, Tensor], upstream: str) -> dict[str, Tensor]:
+def reduce(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Tensor]:
     """The tensors to write."""
-    found = BY_UPSTREAM[upstream]() if any(name.startswith("param.") for name in tensors) else {}
+    found = BY_UPSTREAM[metadata["upstream"]](metadata) if any(name.startswith("param.") for name in tensors) else {}
     for name, value in found.items():
         if not torch.equal(value, tensors[name]):
             raise SystemExit(f"{name}: expected the numbers of the recording's seed, got others")
@@ -52,6 +53,8 @@ def reduce(tensors: dict[str, Tensor], upstream: str) -> dict[str, Tensor]:
             own = tensors[name.replace("_flat", "")]
             if prefix == "out" and not torch.equal(value, own.view_as(value)):
                 raise SystemExit(f"{name}: expected the values of the case without _flat, got others")
+        elif "MiCo" in metadata["upstream"] and prefix in ("out", "mid", "dinput") and value.numel() > LARGE:
+            result |= {f"{kind}.{name}": part for kind, part in projections(value).items()}
         elif prefix in ("out", "mid"):
             result[name] = forget_padding(name, value, tensors)
         elif prefix in ("dinput", "dlogits"):
@@ -74,7 +77,7 @@ def main() -> None:
     for path in arguments.files:
         tensors, metadata = read(path)
         target = arguments.out / f"{path.name}.xz"
-        raw = save(reduce(tensors, metadata["upstream"]), metadata=dict(sorted(metadata.items())))
+        raw = save(reduce(tensors, metadata), metadata=dict(sorted(metadata.items())))
         target.write_bytes(lzma.compress(raw, filters=FILTERS))
         print(f"{target}: {target.stat().st_size:,} bytes")
 

@@ -45,7 +45,7 @@ def randomise(model: OnePeacePretrain, seed: int = 0) -> None:
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             last = name.rsplit(".", 1)[-1]
-            if last == "logit_scale":
+            if not parameter.dim():  # a temperature
                 continue
             if parameter.dim() == 1 and last in ("weight", "c_attn"):
                 value = 1 + 0.3 * noise

@@ -5,6 +5,7 @@ import torch.distributed as dist
 
 from onepeace_fast import kernels
 from onepeace_fast.layers import norms, transformer
+from onepeace_fast.models.mico import layers as mico_layers
 from onepeace_fast.models.unival import layers
 
 
@@ -12,7 +13,7 @@ from onepeace_fast.models.unival import layers
 def ops_on_a_cpu(request, monkeypatch):
     """The fused backend goes through the ops on a CPU too, as it does on a GPU, unless a test asks for the modules."""
     if "modules_on_a_cpu" not in request.fixturenames:
-        for module in (norms, transformer, layers):
+        for module in (norms, transformer, layers, mico_layers):
             monkeypatch.setattr(module, "calls_modules", lambda x: False)
 
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 from onepeace_fast.backend import BACKENDS
-from tools.parity import mixture_of_transformers, one_peace, torchscale, unival
+from tools.parity import mico, mixture_of_transformers, one_peace, torchscale, unival
 from tools.parity.recording import Recording, RecordingError, read_whole
 from tools.parity.report import Report
 
@@ -34,6 +34,7 @@ KINDS = {
     "microsoft/torchscale": Kind(torchscale.compare),
     "facebookresearch/Mixture-of-Transformers": Kind(mixture_of_transformers.compare),
     "mshukor/UnIVAL": Kind(unival.compare),
+    "invictus717/MiCo": Kind(mico.compare),
 }
 
 

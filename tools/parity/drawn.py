@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from tools.parity import unival_drawn
+from tools.parity import mico_drawn, unival_drawn
 
 # Sizes of the recorded feed-forward network of Mixture-of-Transformers.
 EXPERTS, DIM, HIDDEN, SAMPLES, LENGTH = 3, 128, 224, 2, 45
@@ -76,8 +77,9 @@ def torchscale() -> dict[str, Tensor]:
     return found
 
 
-BY_UPSTREAM: dict[str, Callable[[], dict[str, Tensor]]] = {
-    "facebookresearch/Mixture-of-Transformers": mixture_of_transformers,
-    "microsoft/torchscale": torchscale,
-    "mshukor/UnIVAL": unival_drawn.parameters,
+BY_UPSTREAM: dict[str, Callable[[Mapping[str, str]], dict[str, Tensor]]] = {
+    "facebookresearch/Mixture-of-Transformers": lambda metadata: mixture_of_transformers(),
+    "microsoft/torchscale": lambda metadata: torchscale(),
+    "mshukor/UnIVAL": lambda metadata: unival_drawn.parameters(),
+    "invictus717/MiCo": lambda metadata: mico_drawn.drawn(json.loads(metadata["config"])),
 }

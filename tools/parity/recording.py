@@ -120,7 +120,7 @@ def _drawn(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, Te
     if not first:
         return {}
     draw = drawn.BY_UPSTREAM.get(metadata.get("upstream", ""))
-    found = {} if draw is None else draw()
+    found = {} if draw is None else draw(metadata)
     for name in sorted({*first, *found}):
         same = name in first and name in found
         if not same or not torch.allclose(found[name].flatten()[:8], first[name], rtol=1e-6, atol=0):

@@ -52,24 +52,28 @@ class Report:
         elif not torch.equal(got.nan_to_num(), want.nan_to_num()):
             self.failures.append(f"{name}: changed")
 
-    def check_gradient(self, recording: Recording, name: str, got: Tensor | None) -> None:
-        """A gradient against the recorded one, or against what ``projections`` left of it."""
+    def check_gradient(
+        self, recording: Recording, name: str, got: Tensor | None, tolerance: float = GRADIENT_TOLERANCE
+    ) -> None:
+        """A gradient, or another tensor, against the recorded one, or against what ``projections`` left of it."""
         kinds = [kind for kind in PROJECTIONS if f"{kind}.{name}" in recording.tensors]
         if not kinds:
-            tolerance = GRADIENT_TOLERANCE + (QUANTISED if name in recording.quantised else 0)
+            tolerance += QUANTISED if name in recording.quantised else 0
             self.check(name, got, recording[name], tolerance)
             return
         parts = {} if got is None else projections(got)
         for kind in parts or kinds:
-            self.check(f"{kind} of {name}", parts.get(kind), recording[f"{kind}.{name}"], GRADIENT_TOLERANCE)
+            self.check(f"{kind} of {name}", parts.get(kind), recording[f"{kind}.{name}"], tolerance)
 
 
-def projections(gradient: Tensor) -> dict[str, Tensor]:
-    """G r and l G of a matrix G, with r and l = cos(1), cos(2), ...: an error changes both; a vector itself."""
-    if gradient.dim() == 1:
-        return {"whole": gradient}
-    wide = gradient.double()
-    left, right = (
-        torch.arange(1, size + 1, dtype=torch.float64, device=gradient.device).cos() for size in gradient.shape
-    )
+def projections(tensor: Tensor) -> dict[str, Tensor]:
+    """G r and l G of a matrix G, with r and l = cos(1), cos(2), ...: an error changes both; a vector itself.
+
+    What has more dimensions is the matrix of them that is the nearest to a square.
+    """
+    if tensor.dim() == 1:
+        return {"whole": tensor}
+    sizes = [(tensor.shape[:i].numel() + tensor.shape[i:].numel(), i) for i in range(1, tensor.dim())]
+    wide = tensor.double().reshape(tensor.shape[: min(sizes)[1]].numel(), -1)
+    left, right = (torch.arange(1, size + 1, dtype=torch.float64, device=wide.device).cos() for size in wide.shape)
     return {"right": (wide @ right).float(), "left": (left @ wide).float()}

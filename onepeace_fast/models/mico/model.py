@@ -1,0 +1,334 @@
+"""MiCo (arXiv 2406.09412): one encoder for frames of every modality, and BERT, which reads texts beside them.
+
+Each sample has any of the modalities, in any number of frames; a batch is one packed sequence for each encoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onepeace_fast.backend import check_backend, resolve_backend
+from onepeace_fast.checks import require, require_device
+from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.models.load_report import LoadReport
+from onepeace_fast.models.mico import losses
+from onepeace_fast.models.mico.config import LETTERS, MicoConfig
+from onepeace_fast.models.mico.context import Context, PackedContext, Tokens, pooled
+from onepeace_fast.models.mico.encoder import EvaEncoder
+from onepeace_fast.models.mico.inputs import (
+    Given,
+    Rows,
+    read_frames,
+    read_samples,
+    read_texts,
+    require_every_sample,
+)
+from onepeace_fast.models.mico.losses import Masked
+from onepeace_fast.models.mico.text_encoder import TextEncoder
+
+Samples = Mapping[str, Sequence[int] | Tensor]
+UNION = "union"
+
+
+class Seen(NamedTuple):
+    """What the encoders make of a batch without its texts."""
+
+    tokens: dict[str, Tokens]
+    pooled: dict[str, Tensor]  # [rows, width] of each modality
+    rows: dict[str, Rows]
+    samples: int
+
+    def parts(self) -> dict[tuple[str, ...], list[int]]:
+        """The samples of each set of modalities that there is."""
+        there = {name: {*one.samples} for name, one in self.rows.items()}
+        found: dict[tuple[str, ...], list[int]] = {}
+        for sample in range(self.samples):
+            names = tuple(name for name, samples in there.items() if sample in samples)
+            found.setdefault(names, []).append(sample)
+        return found
+
+
+class Clip(nn.Module):
+    """The encoder at its place in upstream's names, and EVA-CLIP's temperature, which nothing reads."""
+
+    def __init__(self, visual: EvaEncoder) -> None:
+        super().__init__()
+        self.visual = visual
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+
+class Mico(Context):
+    """Encoders, context and heads; parameters have upstream's names.
+
+    Args:
+        config: sizes.
+        backend: "reference" (padded, as upstream computes it), "fused" (packed), or None: automatic, by device.
+    """
+
+    tasks: ClassVar[tuple[str, ...]] = ("encode", "embed", "match", "losses")
+    load_report: LoadReport | None = None
+
+    def __init__(self, config: MicoConfig, backend: str | None = None) -> None:
+        super().__init__(config.context)
+        self.config = config
+        self.vision_encoder = Clip(EvaEncoder(config.vision))
+        self.multimodal_encoder = TextEncoder(config.text)
+        self.backend = backend
+
+    @property
+    def backend(self) -> str | None:
+        """That of both encoders."""
+        return self.multimodal_encoder.backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        if backend is not None:
+            check_backend(backend)
+        self.multimodal_encoder.backend = self.vision_encoder.visual.backend = backend
+
+    def forward(self, task: str, **inputs: Any) -> Any:
+        """Call a method by its name, one of ``tasks`` (else ``ValueError``), so that wrappers and hooks see it."""
+        require(task in self.tasks, f"task: expected one of {', '.join(self.tasks)}, got {task!r}")
+        return getattr(self, task)(**inputs)
+
+    def encode(self, **frames: Given | None) -> dict[str, list[Tensor]]:
+        """The encoder's tokens, of all frames of all modalities in one pass.
+
+        Args:
+            frames: {modality: floating point [rows, frames, 3, side, side], or of one channel [rows, frames, side,
+                side], as spectrograms are; or a list of rows, each with its own number of frames}.
+
+        Returns:
+            {modality: of each row [frames, tokens, width]}, CLS first.
+
+        Raises:
+            ValueError: an input that does not fit, before any work.
+        """
+        seen = self._see(frames, None, None, None)
+        found = {}
+        for name, own in seen.tokens.items():
+            parts = own.x.split([*own.counts])
+            found[name] = [parts[seen.rows[name].given.index(row)] for row in range(len(parts))]
+        return found
+
+    def embed(
+        self, *, text: Tensor | None = None, subtitle: Tensor | None = None, samples: Samples | None = None,
+        **frames: Given | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """Normalised features for retrieval.
+
+        Args:
+            text, subtitle: integers [rows, length], token ids, 0 behind each text.
+            samples: {modality or "subtitle": the sample of each row}; by default row i is sample i's.
+            frames: as in ``encode``.
+
+        Returns:
+            {modality, "subtitle" or "text": [rows, contra_dim]}, rows in their order in the input; and where a batch
+            has more than texts, "union": [samples, contra_dim], of all that each sample has.
+
+        Raises:
+            ValueError: an input that does not fit, before any work.
+        """
+        given = subtitle is not None or any(x is not None for x in frames.values())
+        require(given or text is not None, "embed: expected a text or at least one modality, got none")
+        found: dict[str, Tensor] = {}
+        if given:
+            if text is not None:
+                read_texts("text", text, self.config.text)
+            seen = self._see(frames, subtitle, samples, None)
+            for name, x in seen.pooled.items():
+                order = torch.tensor(seen.rows[name].given, dtype=torch.int64, device=x.device)
+                feature = self.feature(name, x)
+                found[name] = torch.zeros_like(feature).index_copy(0, order, feature)
+            found[UNION] = self._union(seen)
+        if text is not None:
+            found["text"] = self.feature("text", self.multimodal_encoder(text).first)
+        return found
+
+    def match(
+        self, text: Tensor, *, of: Sequence[int] | None = None, subtitle: Tensor | None = None,
+        samples: Samples | None = None, **frames: Given | None,
+    ) -> Tensor:  # fmt: skip
+        """The probability that each text belongs to a sample.
+
+        Args:
+            text, subtitle, samples, frames: as in ``embed``.
+            of: the sample that each text is matched with; by default text i with sample i.
+
+        Returns:
+            [texts].
+
+        Raises:
+            ValueError: an input that does not fit, before any work.
+        """
+        read_texts("text", text, self.config.text)
+        own = [*range(len(text))] if of is None else [int(sample) for sample in of]
+        require(len(own) == len(text), lambda: f"of: expected a sample for each of {len(text)} texts, got {len(own)}")
+        order = sorted(range(len(own)), key=lambda place: own[place])
+        seen = self._see(frames, subtitle, samples, None, text.device)
+        fits = all(0 <= sample < seen.samples for sample in own)
+        require(fits, lambda: f"of: expected samples from 0 to {seen.samples - 1}, got {own}")
+        index = torch.tensor(order, dtype=torch.int64, device=text.device)
+        logits = self._match(text[index], self._context(seen), [own[place] for place in order])
+        found = logits.softmax(1)[:, 1]
+        return torch.zeros_like(found).index_copy(0, index, found)
+
+    def losses(
+        self, text: Tensor, *, subtitle: Tensor | None = None, samples: Samples | None = None,
+        masked: Masked | None = None, generator: torch.Generator | None = None, **frames: Given | None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """VAST's pretraining losses (arXiv 2305.18500) of a batch with a caption for each sample.
+
+        Contrast of captions with each modality and with all that a sample has together; matching of captions with
+        contexts, and with wrong ones that are drawn by their similarity; captions, whose hidden tokens are found from
+        what comes before them and from the context.
+
+        Args:
+            text: integers [samples, length], the captions.
+            subtitle, samples, frames: as in ``embed``.
+            masked: what is hidden of the captions, by ``mask_captions``; None: it is drawn here.
+            generator: on the CPU, of what is hidden and of the wrong pairs; None: the default one.
+
+        Returns:
+            "contrast", "matching", "caption" and their sum, "loss", in which matching has its weight.
+
+        Raises:
+            ValueError: an input that does not fit, before any work: a sample without any modality, a single sample.
+        """
+        config = self.config
+        read_texts("text", text, config.text)
+        require(
+            len(text) > 1, f"text: expected at least 2 samples, to pair one with what is another's, got {len(text)}"
+        )
+        masked = losses.mask_captions(text, config.text, generator) if masked is None else masked
+        require(
+            masked.ids.shape == masked.hidden.shape == text.shape and masked.hidden.dtype == torch.bool,
+            lambda: f"masked: expected ids and hidden tokens of the captions' {list(text.shape)}, got others",
+        )
+        seen = self._see(frames, subtitle, samples, len(text), text.device)
+        context = self._context(seen)
+        scale = 1 / self.contra_temp
+        feature = self.feature("text", self.multimodal_encoder(text).first)
+        features = {name: (self.feature(name, x), seen.rows[name].samples) for name, x in seen.pooled.items()}
+        union = self._union(seen)
+        for name in self.context_config.modalities:  # of another process's batch
+            features.setdefault(name, (feature[:0], []))
+        features[UNION] = (union, [*range(seen.samples)])
+        names = sorted(features)
+        counts = [len(features[name][1]) for name in names] + [losses.hidden_count(masked)]
+        *of_names, hidden = losses.counts_of_processes(counts, text.device)
+        contrast = losses.contrast(
+            feature, {name: features[name] for name in names}, scale, dict(zip(names, of_names, strict=True))
+        )
+        pairs = losses.draw_pairs(feature, union, scale, generator)
+        chosen = torch.tensor(pairs.texts, dtype=torch.int64, device=text.device)
+        matching = losses.matching(self._match(text[chosen], context, pairs.samples), pairs.belongs)
+        read = self.multimodal_encoder(masked.ids, context, causal=True)
+        found = read.texts.tokens(read.x, masked.hidden)
+        caption = losses.captioning(self.multimodal_encoder.scores(found, read.texts.packed), text, masked, hidden)
+        loss = with_unread(contrast + config.matching_weight * matching + caption, *self._unread(seen))
+        return {"loss": loss, **{name: x.detach() for name, x in (
+            ("contrast", contrast), ("matching", matching), ("caption", caption))}}  # fmt: skip
+
+    def _see(
+        self, frames: Mapping[str, Given | None], subtitle: Tensor | None, samples: Samples | None, count: int | None,
+        device: torch.device | None = None,
+    ) -> Seen:  # fmt: skip
+        """Read a batch and encode it; ``count`` is the number of samples where texts say it."""
+        rows = self._read(frames, subtitle, samples or {}, count, device)
+        known = 1 + max(sample for one in rows.values() for sample in one.samples) if count is None else count
+        require_every_sample(known, rows)
+        tokens: dict[str, Tokens] = {}
+        pools: dict[str, Tensor] = {}
+        visual = {name: one for name, one in rows.items() if name != "subtitle"}
+        if visual:
+            pixels = [one.values for one in visual.values()]
+            x = self.vision_encoder.visual(pixels[0] if len(pixels) == 1 else torch.cat(pixels))
+            parts = x.split([len(one) for one in pixels])
+            for (name, one), part in zip(visual.items(), parts, strict=True):
+                tokens[name] = Tokens(part, one.counts, one.samples)
+                pools[name] = pooled(part, one.counts)
+        if "subtitle" in rows:
+            one = rows["subtitle"]
+            read = self.multimodal_encoder(one.values)
+            real = one.values != 0
+            tokens["subtitle"] = Tokens(read.texts.tokens(read.x, real), one.counts, one.samples)
+            pools["subtitle"] = read.first
+        return Seen(tokens, pools, rows, known)
+
+    def _read(
+        self, frames: Mapping[str, Given | None], subtitle: Tensor | None, samples: Samples, count: int | None,
+        device: torch.device | None,
+    ) -> dict[str, Rows]:  # fmt: skip
+        """Each modality in the order of its samples; raises before any work."""
+        given = {name: x for name, x in frames.items() if x is not None}
+        unknown = [name for name in given if name not in self.config.frames]
+        require(not unknown, lambda: f"frames: expected some of {', '.join(self.config.frames)}, got {unknown}")
+        present = [*given, "subtitle"] if subtitle is not None else [*given]
+        strangers = [name for name in samples if name not in present]
+        require(not strangers, lambda: f"samples: expected those of {present}, got {strangers}")
+        require(bool(present), "frames: expected at least one modality, got none")
+        found: dict[str, Rows] = {}
+        for name in self.config.frames:
+            if name in given:
+                own = read_samples(name, len(given[name]), samples.get(name), count)
+                found[name] = read_frames(name, given[name], self.config.vision, own)
+                device = found[name].values.device if device is None else device
+                require_device(name, found[name].values, device)
+        if subtitle is not None:
+            valid = read_texts("subtitle", subtitle, self.config.text)
+            require(device is None or subtitle.device == device, f"subtitle: expected ids on {device}, got others")
+            own = read_samples("subtitle", len(subtitle), samples.get("subtitle"), count)
+            order = sorted(range(len(own)), key=lambda row: own[row])
+            index = torch.tensor(order, dtype=torch.int64, device=subtitle.device)
+            lengths = valid[index].sum(1).tolist()
+            found["subtitle"] = Rows(subtitle[index], lengths, [own[row] for row in order], order)
+        return found
+
+    def _context(self, seen: Seen) -> PackedContext:
+        packed = resolve_backend(self.backend, next(iter(seen.pooled.values())).device) == "fused"
+        return self.context(seen.tokens, packed, self.config.pool)
+
+    def _match(self, text: Tensor, context: PackedContext, samples: Sequence[int]) -> Tensor:
+        read = self.multimodal_encoder(text, context, samples=samples)
+        return self.itm_head(read.first, read.texts.packed)
+
+    def _union(self, seen: Seen) -> Tensor:
+        """The feature of all that each sample has: [samples, contra_dim]."""
+        parts, order = [], []
+        for names, samples in seen.parts().items():
+            pools = {}
+            for name in names:
+                place = {sample: row for row, sample in enumerate(seen.rows[name].samples)}
+                x = seen.pooled[name]
+                index = torch.tensor([place[sample] for sample in samples], dtype=torch.int64, device=x.device)
+                pools[name] = F.embedding(index, x)
+            parts.append(self.union_feature(pools))
+            order += samples
+        found = torch.cat(parts)
+        index = torch.tensor(order, dtype=torch.int64, device=found.device)
+        return torch.zeros_like(found).index_copy(0, index, found)
+
+    def _unread(self, seen: Seen) -> list[nn.Parameter]:
+        """The parameters that a batch does not read."""
+        found: list[nn.Parameter] = [self.vision_encoder.logit_scale]
+        modules: list[nn.Module] = []
+        for name in self.context_config.modalities:
+            if name not in seen.rows:
+                modules += [self.get_submodule(f"hidden_trans_{name}_multimodal")]
+                modules += [self.get_submodule(f"contra_head_{LETTERS.get(name, name)}")]
+                found.append(self.get_parameter(f"{name}_type_embeddings"))
+                if name in self.config.frames:
+                    found.append(self.get_parameter(f"{name}_frame_embedding"))
+        sets = [{*names} for names in seen.parts()]
+        unions = self.context_config.unions.items()
+        modules += [self.get_submodule(f"contra_head_{name}") for name, parts in unions if {*parts} not in sets]
+        if {*seen.rows} == {"subtitle"}:
+            modules.append(self.vision_encoder.visual)
+        return found + [parameter for module in modules for parameter in module.parameters()]
