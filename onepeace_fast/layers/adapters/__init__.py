@@ -6,6 +6,7 @@ In a decoder an adapter holds positions alone.
 from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_from_padding
 from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
+from onepeace_fast.layers.adapters.signal import SignalAdapter
 from onepeace_fast.layers.adapters.text import PADDING_TOKEN, TextAdapter
 from onepeace_fast.layers.parameters import init_truncated_normal
 
@@ -16,6 +17,7 @@ __all__ = [
     "AudioAdapter",
     "ImageAdapter",
     "SeriesAdapter",
+    "SignalAdapter",
     "TextAdapter",
     "frames_of",
     "init_truncated_normal",
