@@ -19,7 +19,7 @@ from torch import Tensor
 
 from onepeace_fast import OnePeaceConfig, OnePeacePretrain
 from onepeace_fast.config import TransformerConfig
-from onepeace_fast.layers.adapters import Adapter, SignalAdapter
+from onepeace_fast.layers.adapters import Adapter, SignalAdapter, TableAdapter
 
 SMALL = TransformerConfig(
     embed_dim=32, ffn_embed_dim=64, layers=2, attention_heads=2, layer_scale=None, image=None, audio=None
@@ -59,7 +59,26 @@ def signal() -> Task:
     return Task(adapter, tones(240, [50.0, 100.0]), tones(90, [200.0]), classes=3)
 
 
-TASKS: dict[str, Callable[[], Task]] = {"signal": signal}
+def table() -> Task:
+    """Whether a number is above the limit of its row's category; another column is noise, in part missing."""
+    limits = {"low": 10.0, "middle": 20.0, "high": 30.0}
+    adapter = TableAdapter(SMALL, {"level": (20.0, 10.0), "noise": (0.0, 1.0)}, {"kind": list(limits)})
+
+    def rows(count: int) -> Samples:
+        found, labels = [], []
+        for place in range(count):
+            kind = [*limits][place % 3]
+            above = int(torch.rand(()) < 0.5)
+            level = limits[kind] + (2 * above - 1) * (2 + 8 * torch.rand(()).item())
+            noise = torch.randn(()).item() if place % 4 else None
+            labels.append(above)
+            found.append({"level": level, "noise": noise, "kind": kind})
+        return Samples(adapter.batch("table", found), torch.tensor(labels))
+
+    return Task(adapter, rows(3000), rows(200), classes=2)
+
+
+TASKS: dict[str, Callable[[], Task]] = {"signal": signal, "table": table}
 
 
 def learn(name: str, steps: int = 100) -> dict[str, float]:

@@ -7,6 +7,7 @@ from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_
 from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
 from onepeace_fast.layers.adapters.signal import SignalAdapter
+from onepeace_fast.layers.adapters.table import TableAdapter
 from onepeace_fast.layers.adapters.text import PADDING_TOKEN, TextAdapter
 from onepeace_fast.layers.parameters import init_truncated_normal
 
@@ -18,6 +19,7 @@ __all__ = [
     "ImageAdapter",
     "SeriesAdapter",
     "SignalAdapter",
+    "TableAdapter",
     "TextAdapter",
     "frames_of",
     "init_truncated_normal",
