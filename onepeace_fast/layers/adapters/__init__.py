@@ -5,6 +5,7 @@ In a decoder an adapter holds positions alone.
 
 from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_from_padding
 from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
+from onepeace_fast.layers.adapters.depth import DepthAdapter, NormalAdapter
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
 from onepeace_fast.layers.adapters.signal import SignalAdapter
 from onepeace_fast.layers.adapters.table import TableAdapter
@@ -16,7 +17,9 @@ __all__ = [
     "PATCH",
     "Adapter",
     "AudioAdapter",
+    "DepthAdapter",
     "ImageAdapter",
+    "NormalAdapter",
     "SeriesAdapter",
     "SignalAdapter",
     "TableAdapter",
