@@ -124,6 +124,36 @@ def grid_code_offset(table_grid: int) -> int:
     return window_code_offset((table_grid, table_grid))
 
 
+def distinct_difference_codes(count: int) -> Tensor:
+    """Codes whose differences are all distinct, so that each ordered pair has an entry of its own: int64 [count].
+
+    2 p k + (k^2 mod p) with a prime p (Erdos and Turan, 1941); the largest is below 2 p^2.
+    """
+    prime = max(count, 2)
+    while any(prime % divisor == 0 for divisor in range(2, math.isqrt(prime) + 1)):
+        prime += 1
+    k = torch.arange(count, device="cpu")
+    return 2 * prime * k + k * k % prime
+
+
+def pair_table_rows(count: int) -> int:
+    """Rows of a bias table with one for each ordered pair of unlike tokens, one for equal ones and three for CLS."""
+    return 1 + count * (count - 1) + CLS_ENTRIES
+
+
+def pair_vector_index(count: int) -> Tensor:
+    """Table rows of the vector for ``distinct_difference_codes(count)``, whose middle is difference 0: int64 [entries].
+
+    Equal tokens have row 0; then come the pairs, query by query. A difference that no pair has takes row 0 too.
+    """
+    codes = distinct_difference_codes(count)
+    offset, rows = int(codes[-1]), pair_table_rows(count)
+    index = torch.zeros(2 * offset + 1, dtype=torch.int64, device="cpu")
+    unlike = ~torch.eye(count, dtype=torch.bool, device="cpu")
+    index[(codes[:, None] - codes)[unlike] + offset] = torch.arange(1, rows - CLS_ENTRIES, device="cpu")
+    return torch.cat([index, torch.arange(rows - CLS_ENTRIES, rows, device="cpu")])
+
+
 def dense_index(
     code: Tensor, is_cls: Tensor, offset: int, entries: int, keys: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:

@@ -82,6 +82,24 @@ def test_the_multiway_example_runs(capsys):
     assert capsys.readouterr().out == "[2, 20, 64], gradient of the bias table [32, 4]\n"
 
 
+OTHER_MODALITIES = example("other_modalities")
+
+
+@pytest.mark.parametrize("name", OTHER_MODALITIES.TASKS)
+def test_other_modalities_find_the_captions_of_samples_that_they_never_saw(name):
+    found = OTHER_MODALITIES.learn(name)
+    assert found["last"] < 0.3 * found["first"]
+    assert found["right"] > 0.85 and found["chance"] <= 0.5
+
+
+def test_the_example_of_other_modalities_prints_a_line_each_and_refuses_a_name_that_is_none(capsys):
+    OTHER_MODALITIES.main(["signal"])
+    line = r"signal: loss \d\.\d\d to \d\.\d\d; \d+% of samples held out find their caption, by chance 33%\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+    with pytest.raises(SystemExit, match=r"NAME: expected some of signal.*, got smell"):
+        OTHER_MODALITIES.main(["smell"])
+
+
 @pytest.fixture(scope="module")
 def pen_strokes():
     """The example as a module."""

@@ -3,15 +3,14 @@
 import pytest
 import torch
 from data._refused import refused
+from models._added import everything
 from models._small import (
     BACKENDS,
     assert_close,
     assert_same_bits,
     at_tokens,
-    audio_batch,
     batch_of,
     gradients_of,
-    hide,
     randomise,
     small_config,
     small_model,
@@ -58,19 +57,6 @@ def extended(backend="fused", init_from=None, **config):
     tables = model.config.encoder.bias_tables
     model.add_modality("sensor", SensorAdapter(tables=tables), init_from=init_from)
     return model
-
-
-def everything(model):
-    batch = batch_of(text=[7, 2, 5], image=(3, 3), audio=[9, 4, 6])
-    audio, padding = audio_batch([9, 4, 6])
-    with torch.no_grad():
-        return {
-            **model.encode(**batch),
-            "text alone": model.embed(text=batch["text"]),
-            "image alone": model.embed(image=batch["image"]),
-            "audio alone": model.embed(audio=audio, audio_padding=padding),
-            **{f"{name} rebuilt": value for name, value in model.reconstruct(**batch, masks=hide(batch)).items()},
-        }
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

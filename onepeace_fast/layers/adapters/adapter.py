@@ -12,7 +12,7 @@ A new modality is a subclass of ``Adapter``, or of ``SeriesAdapter`` where its t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -57,6 +57,24 @@ def valid_from_padding(
     )
     require_device(f"{name}_padding", padding, device)
     return ~padding
+
+
+def require_items(name: str, what: str, items: Sequence[object]) -> None:
+    """Raise unless there is something to make a batch of."""
+    require(len(items) > 0, f"{name}: expected at least one of {what}, got none")
+
+
+def padded_batch(items: Sequence[Tensor], tokens: Sequence[int], of_a_token: int = 1) -> tuple[Tensor, Tensor]:
+    """Items [entries, ...] side by side, and where they are padding: bool [rows, 1 + length], False at CLS.
+
+    ``tokens`` has how many each item makes, of ``of_a_token`` entries each; what is missing is zero.
+    """
+    longest = max(tokens)
+    value = items[0].new_zeros(len(items), longest * of_a_token, *items[0].shape[1:])
+    for row, item in zip(value, items, strict=True):
+        row[: len(item)] = item
+    padding = torch.arange(longest + 1) > torch.tensor(tokens)[:, None]
+    return value, padding.to(value.device)
 
 
 def accepted_floats(parameter: Tensor) -> tuple[torch.dtype, ...]:

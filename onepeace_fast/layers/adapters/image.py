@@ -29,6 +29,8 @@ class ChannelLayerNorm(nn.Module):
 class ImageAdapter(Adapter):
     """hMLP stem plus learned positions of a square grid. ``stem`` False: positions alone, for a decoder."""
 
+    channels = stem_channels = 3  # of the input, and of what the stem makes of it
+
     def __init__(self, config: ImageAdapterConfig, embed_dim: int, heads: int, tables: int, stem: bool) -> None:
         super().__init__(embed_dim, heads, tables, grid_table_rows(config.bias_grid))
         self.position_grid, self.bias_grid, self.embeds = config.position_grid, config.bias_grid, stem
@@ -39,7 +41,7 @@ class ImageAdapter(Adapter):
         if stem:
             quarter = embed_dim // 4
             self.embed_images = nn.Sequential(
-                nn.Conv2d(3, quarter, kernel_size=4, stride=4),
+                nn.Conv2d(self.stem_channels, quarter, kernel_size=4, stride=4),
                 ChannelLayerNorm(quarter),
                 nn.GELU(),
                 nn.Conv2d(quarter, quarter, kernel_size=2, stride=2),
@@ -75,11 +77,12 @@ class ImageAdapter(Adapter):
         return torch.cat([cls, resampled.to(patches.dtype)])
 
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
-        require_tensor(name, value, accepted_floats(self.cls_embedding), "[rows, 3, side, side]", 4)
+        layout = f"[rows, {self.channels}, side, side]"
+        require_tensor(name, value, accepted_floats(self.cls_embedding), layout, 4)
         side, largest = value.shape[2], self.bias_grid * PATCH
         require(
-            value.shape[1] == 3 and side == value.shape[3] and side > 0 and side % PATCH == 0,
-            f"{name}: expected a square [rows, 3, side, side] with side a multiple of {PATCH}, got {describe(value)}",
+            value.shape[1] == self.channels and side == value.shape[3] and side > 0 and side % PATCH == 0,
+            f"{name}: expected a square {layout} with side a multiple of {PATCH}, got {describe(value)}",
         )
         require(
             not self.has_bias or side <= largest,
@@ -88,6 +91,6 @@ class ImageAdapter(Adapter):
         return torch.ones(value.shape[0], 1 + (side // PATCH) ** 2, dtype=torch.bool, device=value.device)
 
     def tokens(self, value: Tensor) -> Tensor:
-        """Embed [rows, 3, side, side] to [rows, 1 + patches, embed_dim]."""
+        """Embed [rows, channels, side, side] to [rows, 1 + patches, embed_dim]."""
         patches = self.embed_images(value).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_embedding.to(patches.dtype).expand(value.shape[0], -1, -1), patches], dim=1)
