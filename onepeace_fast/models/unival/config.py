@@ -11,22 +11,35 @@ from onepeace_fast.checks import require
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 VISUAL = ("image", "video", "audio")  # in the order of a sequence, all before the text
+_FLAGS = ("video", "audio", "networks")
+_STAGES = 4
+_CHANNELS = 512  # 32 times a network's first width, which the 32 groups of the 3-D ResNeXt divide after doubling
 # Upstream's arguments that this model has built in.
-_FIXED = {
+_FIXED: dict[str, Any] = {
     "encoder_normalize_before": True, "decoder_normalize_before": True, "share_decoder_input_output_embed": True,
     "share_all_embeddings": True, "layernorm_embedding": True, "patch_layernorm_embedding": True,
     "code_layernorm_embedding": True, "add_type_embedding": True, "scale_attn": True, "scale_fc": True,
     "scale_heads": True, "scale_resids": False, "disable_entangle": True, "entangle_position_embedding": False,
     "no_scale_embedding": True, "attn_scale_factor": 2, "activation_fn": "gelu", "add_mm_type_embedding": False,
-    "qk_norm": False, "adapter": False, "encoder_prompt": False, "decoder_prompt": False,
+    "qk_norm": False, "adapter": False, "encoder_prompt": False, "decoder_prompt": False, "sync_bn": False,
+    "freeze_resnet": False, "freeze_resnet_video": False, "resnet_drop_path_rate": 0.0, "mel_bins": 64,
+    "enable_fusion": False,
 }  # fmt: skip
 _ALIKE = ("embed_dim", "ffn_embed_dim", "attention_heads")
+_BLOCKS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
+# Upstream's names of networks without their depth.
+_IMAGE_NETWORK, _VIDEO_NETWORK, _AUDIO_NETWORK = "timm_resnet", "all_resnext", "pann_cnn14"
 _NAMES = {
     "embed_dim": "encoder_embed_dim", "ffn_dim": "encoder_ffn_embed_dim", "attention_heads": "encoder_attention_heads",
     "encoder_layers": "encoder_layers", "decoder_layers": "decoder_layers", "token_bucket_size": "token_bucket_size",
     "image_bucket_size": "image_bucket_size", "max_source_positions": "max_source_positions",
     "max_target_positions": "max_target_positions", "code_image_size": "code_image_size",
+    "audio_hop": "hop_size",
 }  # fmt: skip
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +55,9 @@ class UnivalConfig:
         code_image_size: side of an image that is written as codes, 8 pixels each.
         feature_channels: of the feature maps.
         video, audio: whether it takes them, beside text and images.
+        networks: whether it has the networks that make feature maps of pixels, frames and waveforms.
+        image_blocks, video_blocks: bottlenecks in each stage of ResNet and of the 3-D ResNeXt.
+        audio_hop: samples from one frame of a spectrogram to the next.
     """
 
     vocab_size: int
@@ -58,15 +74,21 @@ class UnivalConfig:
     feature_channels: int = 2048
     video: bool = True
     audio: bool = True
+    networks: bool = False
+    image_blocks: tuple[int, ...] = _BLOCKS["101"]
+    video_blocks: tuple[int, ...] = _BLOCKS["101"]
+    audio_hop: int = 480
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, is_flag = getattr(self, field.name), field.name in VISUAL
-            if is_flag:
+            value = getattr(self, field.name)
+            if field.name in _FLAGS:
                 require(isinstance(value, bool), f"{field.name}: expected True or False, got {value!r}")
+            elif field.name.endswith("_blocks"):
+                fits = isinstance(value, tuple) and len(value) == _STAGES and all(_is_positive(x) for x in value)
+                require(fits, f"{field.name}: expected {_STAGES} positive integers, one for a stage, got {value!r}")
             else:
-                fits = isinstance(value, int) and not isinstance(value, bool) and value > 0
-                require(fits, f"{field.name}: expected a positive integer, got {value!r}")
+                require(_is_positive(value), f"{field.name}: expected a positive integer, got {value!r}")
         require(
             self.embed_dim % self.attention_heads == 0,
             f"attention_heads: expected a divisor of embed_dim, {self.embed_dim}, got {self.attention_heads}",
@@ -82,6 +104,10 @@ class UnivalConfig:
             self.code_window <= self.image_bucket_size,
             f"code_image_size: expected at most {8 * self.image_bucket_size}, 8 pixels for each of the positions, got "
             f"{self.code_image_size}",
+        )
+        require(
+            not self.networks or self.feature_channels % _CHANNELS == 0,
+            f"feature_channels: expected a multiple of {_CHANNELS} with networks, got {self.feature_channels}",
         )
 
     @property
@@ -100,7 +126,9 @@ class UnivalConfig:
         return self.code_image_size // 8
 
     @classmethod
-    def from_upstream(cls, args: Mapping[str, Any], vocab_size: int, feature_channels: int = 2048) -> UnivalConfig:
+    def from_upstream(
+        cls, args: Mapping[str, Any], vocab_size: int, feature_channels: int = 2048, networks: bool = False
+    ) -> UnivalConfig:
         """The configuration of upstream's arguments, which its checkpoints hold under "cfg" and "model".
 
         Raises:
@@ -114,4 +142,22 @@ class UnivalConfig:
             require(one == other, f"decoder_{name}: expected the encoder's {one}, got {other}")
         given = {own: args[name] for own, name in _NAMES.items() if name in args}
         video, audio = (bool(args.get(f"{name}_encoder_name")) for name in ("video", "audio"))
+        if networks:
+            given |= _networks(args)
         return cls(vocab_size=vocab_size, feature_channels=feature_channels, video=video, audio=audio, **given)
+
+
+def _networks(args: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of the networks that upstream's arguments name."""
+    found: dict[str, Any] = {"networks": True}
+    image, video, audio = (args.get(f"{name}_encoder_name") for name in ("image", "video", "audio"))
+    require(image == _IMAGE_NETWORK, f"image_encoder_name: expected {_IMAGE_NETWORK}, got {image}")
+    wanted = [("image_blocks", "resnet_type", args.get("resnet_type"), "resnet")]
+    wanted += [("video_blocks", "video_encoder_name", video, _VIDEO_NETWORK)] if video else []
+    for field, name, value, start in wanted:
+        depth = str(value).removeprefix(start)
+        expected = ", ".join(f"{start}{depth}" for depth in _BLOCKS)
+        require(str(value).startswith(start) and depth in _BLOCKS, f"{name}: expected one of {expected}, got {value}")
+        found[field] = _BLOCKS[depth]
+    require(not audio or audio == _AUDIO_NETWORK, f"audio_encoder_name: expected {_AUDIO_NETWORK}, got {audio}")
+    return found
