@@ -16,7 +16,7 @@ from onepeace_fast.models.unival import networks as networks_module
 from onepeace_fast.models.unival.networks import network, without_stripes
 from onepeace_fast.models.unival.spectrogram import log_mel, mel_filters, to_hertz, to_mel
 from onepeace_fast.models.unival.state import CONSTANTS, TABLE, TIED, constants, statistics
-from onepeace_fast.pretrained.load import _Undrawn
+from onepeace_fast.pretrained.weights import Undrawn
 
 SIZES = {
     "networks": True, "feature_channels": 512, "image_blocks": (1, 2, 1, 1), "video_blocks": (1, 1, 1, 1),
@@ -182,7 +182,7 @@ def test_the_image_network_is_torchvision_s():
 
 
 def test_full_networks_have_upstream_s_names_and_sizes():
-    with torch.device("meta"), _Undrawn():
+    with torch.device("meta"), Undrawn():
         encoder = Unival(UnivalConfig(vocab_size=9, networks=True)).encoder
     shapes = {name: list(value.shape) for name, value in encoder.state_dict().items()}
     expected = {

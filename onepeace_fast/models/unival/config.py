@@ -22,11 +22,21 @@ _FIXED: dict[str, Any] = {
     "scale_heads": True, "scale_resids": False, "disable_entangle": True, "entangle_position_embedding": False,
     "no_scale_embedding": True, "attn_scale_factor": 2, "activation_fn": "gelu", "add_mm_type_embedding": False,
     "qk_norm": False, "adapter": False, "encoder_prompt": False, "decoder_prompt": False, "sync_bn": False,
-    "freeze_resnet": False, "freeze_resnet_video": False, "resnet_drop_path_rate": 0.0, "mel_bins": 64,
-    "enable_fusion": False,
+    "resnet_drop_path_rate": 0.0, "mel_bins": 64, "enable_fusion": False, "layernorm_image_embedding": False,
+    "layernorm_video_embedding": False, "layernorm_audio_embedding": False, "encoder_layerdrop": 0,
+    "decoder_layerdrop": 0, "quant_noise_pq": 0, "interpolate_position": False, "with_cls": False,
+    "cross_self_attention": False, "no_cross_attention": False, "no_token_positional_embeddings": False,
+    "adaptive_softmax_cutoff": None, "encoder_layers_to_keep": None, "decoder_layers_to_keep": None,
 }  # fmt: skip
 _ALIKE = ("embed_dim", "ffn_embed_dim", "attention_heads")
-_BLOCKS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
+# What says nothing about the model that is not said elsewhere, or belongs to what _FIXED refuses.
+_WITHOUT_EFFECT = {
+    "encoder_embed_path", "decoder_embed_path", "encoder_learned_pos", "decoder_learned_pos", "decoder_output_dim",
+    "decoder_input_dim", "encoder_eval", "pooler_dropout", "adaptive_softmax_dropout", "adapter_dim", "adapter_type",
+    "resnet_model_path", "resnet_type", "image_encoder_name", "video_encoder_name", "audio_encoder_name",
+    *(f"{stack}_prompt_{part}" for stack in ("encoder", "decoder") for part in ("type", "length", "projection", "dim")),
+}  # fmt: skip
+_BLOCKS: dict[str, tuple[int, ...]] = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
 # Upstream's names of networks without their depth.
 _IMAGE_NETWORK, _VIDEO_NETWORK, _AUDIO_NETWORK = "timm_resnet", "all_resnext", "pann_cnn14"
 _NAMES = {
@@ -36,6 +46,8 @@ _NAMES = {
     "max_target_positions": "max_target_positions", "code_image_size": "code_image_size",
     "audio_hop": "hop_size",
 }  # fmt: skip
+
+KNOWN_ARGUMENTS = frozenset({*_FIXED, *_NAMES.values(), *_WITHOUT_EFFECT, *(f"decoder_{name}" for name in _ALIKE)})
 
 
 def _is_positive(value: object) -> bool:
@@ -140,11 +152,36 @@ class UnivalConfig:
         for name in _ALIKE:
             one, other = args.get(f"encoder_{name}"), args.get(f"decoder_{name}")
             require(one == other, f"decoder_{name}: expected the encoder's {one}, got {other}")
+        for name in ("decoder_input_dim", "decoder_output_dim"):
+            width = args.get("decoder_embed_dim")
+            require(
+                args.get(name, width) == width, f"{name}: expected decoder_embed_dim, {width}, got {args.get(name)}"
+            )
         given = {own: args[name] for own, name in _NAMES.items() if name in args}
         video, audio = (bool(args.get(f"{name}_encoder_name")) for name in ("video", "audio"))
         if networks:
             given |= _networks(args)
         return cls(vocab_size=vocab_size, feature_channels=feature_channels, video=video, audio=audio, **given)
+
+    def to_upstream(self) -> dict[str, Any]:
+        """Upstream's arguments of this model, which ``from_upstream`` reads.
+
+        Raises:
+            ValueError: networks of a depth that upstream has no name for.
+        """
+        args = {**_FIXED, **{name: getattr(self, own) for own, name in _NAMES.items()}}
+        args |= {f"decoder_{name}": args[f"encoder_{name}"] for name in _ALIKE}
+        depths = {blocks: depth for depth, blocks in _BLOCKS.items()}
+        named = ["image_blocks", *(["video_blocks"] if self.video else [])]
+        for field in named:
+            known = not self.networks or getattr(self, field) in depths
+            require(known, f"{field}: expected one of {', '.join(map(str, depths))}, got {getattr(self, field)}")
+        image, video = (depths.get(blocks, "101") for blocks in (self.image_blocks, self.video_blocks))
+        return {
+            **args, "arch": "unival_base", "image_encoder_name": _IMAGE_NETWORK, "resnet_type": f"resnet{image}",
+            "video_encoder_name": f"{_VIDEO_NETWORK}{video}" if self.video else None,
+            "audio_encoder_name": _AUDIO_NETWORK if self.audio else None,
+        }  # fmt: skip
 
 
 def _networks(args: Mapping[str, Any]) -> dict[str, Any]:

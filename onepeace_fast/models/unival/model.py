@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device, require_tensor
 from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.unival import state
 from onepeace_fast.models.unival.beam_search import Hypothesis, Settings, Trie, check_settings, search
 from onepeace_fast.models.unival.cache import Cached, Uncached
@@ -49,6 +50,7 @@ class Unival(nn.Module):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("encode", "logits", "loss", "generate")
+    load_report: LoadReport | None = None  # of ``from_pretrained``
 
     def __init__(self, config: UnivalConfig, backend: str | None = None) -> None:
         super().__init__()

@@ -29,19 +29,31 @@ PAST_WINDOW, PAST_WINDOW_COUNT = 1024, 769  # upstream's ids behind the window o
 
 def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
     """See ``Unival.load_upstream_state_dict``."""
+    parameters, counted = separated(model, state_dict)
+    upstream.load(model, parameters)
+    for name, own in statistics(model).items():
+        own.copy_(counted[name])
+
+
+def separated(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What may be parameters, and the running statistics; what follows from the configuration is checked, and left out.
+
+    Raises:
+        ValueError: statistics that are missing or misshaped, or other values than those that follow.
+    """
     config: UnivalConfig = model.config  # type: ignore[assignment]
-    problems, rest, counted, expected_constants = [], {}, statistics(model), constants(config)
-    missing = [name for name in counted if name not in state_dict]
-    problems += [f"running statistics are incomplete: missing {', '.join(missing)}"] if missing else []
+    own, expected_constants = statistics(model), constants(config)
+    problems: list[str] = []
+    parameters, counted = {}, {}
     for name, value in state_dict.items():
         if name in TIED:
             table = state_dict.get(TABLE)
             same = table is not None and value.shape == table.shape and torch.equal(value, table)
             problems += [] if same else [f"{name} differs from {TABLE}, which it is"]
-        elif name in counted:
-            problems += [] if value.shape == counted[name].shape else [
-                f"{name} has the shape {list(value.shape)} instead of {list(counted[name].shape)}"
-            ]  # fmt: skip
+        elif name in own:
+            counted[name] = value
+            if value.shape != own[name].shape:
+                problems.append(f"{name} has the shape {list(value.shape)} instead of {list(own[name].shape)}")
         elif name in expected_constants:
             if not _rounds_to(value, expected_constants[name]):
                 problems.append(f"{name} differs from the formula's, which upstream's spectrogram is made by")
@@ -50,12 +62,15 @@ def load(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             if expected is None or not equals(value, expected):
                 problems.append(f"{name} differs from the one that follows from the configuration")
         else:
-            rest[name] = value
+            parameters[name] = value
+    # Upstream's frozen BatchNorms count no batches.
+    absent = [name for name in own if name not in counted]
+    counted |= {name: torch.tensor(0) for name in absent if name.endswith(".num_batches_tracked")}
+    if missing := [name for name in absent if name not in counted]:
+        problems.append(f"running statistics are incomplete: missing {', '.join(missing)}")
     if problems:
         raise ValueError(f"state_dict: expected UnIVAL's own, got one whose {'; '.join(problems)}")
-    upstream.load(model, rest)
-    for name, own in counted.items():
-        own.copy_(state_dict[name])
+    return parameters, counted
 
 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
