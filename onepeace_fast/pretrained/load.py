@@ -5,38 +5,35 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from onepeace_fast import hub
-from onepeace_fast.checks import require
 from onepeace_fast.config import ClassifyConfig, read_config
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.models import OnePeaceEncoder, upstream
 from onepeace_fast.models.fill import Shard
 from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.mico import Mico, MicoConfig
-from onepeace_fast.pretrained import mico, pickles
+from onepeace_fast.models.unival import Unival
+from onepeace_fast.pretrained import pickles
+from onepeace_fast.pretrained.mico import KIND as MICO
+from onepeace_fast.pretrained.mico import is_mico, load_mico
 from onepeace_fast.pretrained.settings import ENCODER, MODELS, Found, from_settings, from_vision, kind_of, target
+from onepeace_fast.pretrained.unival import KIND as UNIVAL
+from onepeace_fast.pretrained.unival import is_unival, load_unival
 from onepeace_fast.pretrained.weights import Undrawn, fit, is_vision, put, today
 
 _log = logging.getLogger(__name__)
-MICO = "mico"
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
 }  # fmt: skip
 
 
-@overload
-def from_pretrained(path_or_hub_id: str | Path, *, model_type: Literal["mico"], **arguments: Any) -> Mico: ...
-@overload
 def from_pretrained(
-    path_or_hub_id: str | Path, *, model_type: str | None = None, **arguments: Any
-) -> OnePeaceEncoder: ...
-def from_pretrained(  # type: ignore[misc]  # the overloads leave the arguments open
     path_or_hub_id: str | Path,
     *,
     model_type: str | None = None,
@@ -50,7 +47,7 @@ def from_pretrained(  # type: ignore[misc]  # the overloads leave the arguments 
     shard: Shard | None = None,
     revision: str | None = None,
     config: MicoConfig | None = None,
-) -> OnePeaceEncoder | Mico:
+) -> Any:
     """Build a model from a file, in evaluation mode; what was not simply copied is in its ``load_report``, logged once.
 
     The file is mapped into memory, and every parameter goes straight into its dtype and onto its device. All of it is
@@ -59,9 +56,8 @@ def from_pretrained(  # type: ignore[misc]  # the overloads leave the arguments 
     Args:
         path_or_hub_id: upstream's ``.pt`` or vision ``.pkl``, a folder that ``save`` wrote or that holds one of these
             files, or the name of a repository of the Hugging Face Hub, "owner/name".
-        model_type: "pretrain", "retrieval", "classify" or "encoder", also as upstream has it ("one_peace_retrieval");
-            None: what the file holds. Parts that the model does not have are left out. "mico": upstream's checkpoint
-            of MiCo, without CLIP's text encoder; it takes dtype, device, backend, image_size, revision and config.
+        model_type: "pretrain", "retrieval", "classify" or "encoder", also as upstream has it ("one_peace_retrieval"),
+            "unival" or "mico"; None: what the file holds. Parts that the model does not have are left out.
         dtype: of all parameters, "bf16" and "fp16" too; None: each as in the file.
         device: None is the CPU.
         backend: as the model's.
@@ -75,28 +71,21 @@ def from_pretrained(  # type: ignore[misc]  # the overloads leave the arguments 
         revision: a branch, tag or commit of a Hub repository.
         config: of MiCo, where its encoder is none that is public; None: by the weights.
 
+    Returns:
+        a model of ONE-PEACE; ``Unival`` for UnIVAL's file, which takes no image_size, head or adapters; ``Mico`` for
+        MiCo's, which takes no ema, head, adapters or shard, and leaves CLIP's text encoder out.
+
     Raises:
         ValueError: what is not there, broken, of another model or holds code; one line that names the file. Settings
             that this library does not implement.
         ImportError: SciPy or huggingface_hub is needed and missing; one line that says how to install it.
     """
-    kind = None if model_type in (None, MICO) else kind_of(str(model_type))
-    if model_type == MICO:
-        others = {"ema": ema, "head": head, "adapters": adapters, "shard": shard}
-        given = [name for name, value in others.items() if value]
-        require(not given, lambda: f"{given[0]}: expected none for MiCo, got one")
-    else:
-        require(config is None, "config: expected one for model_type='mico' alone, got one for ONE-PEACE")
+    kind = model_type if model_type in (None, UNIVAL, MICO) else kind_of(model_type)
     dtype = _dtype(dtype)
     path = _find(path_or_hub_id, revision)
     try:
         place = torch.device(device or "cpu")
-        if model_type == MICO:
-            require(path.is_file(), "expected upstream's checkpoint of MiCo, got a folder that save() wrote")
-            loaded = mico.load_mico(path, dtype, place, backend, image_size, config)
-            _tell(loaded.load_report)
-            return loaded
-        return _load(path, kind, dtype, place, backend, ema, image_size, head or {}, adapters, shard)
+        return _load(path, kind, dtype, place, backend, ema, image_size, head or {}, adapters, shard, config)
     except ValueError as error:
         line = str(error)
         raise ValueError(line if line.startswith(str(path)) else f"{path}: {line}") from None
@@ -131,24 +120,46 @@ def _find(name: str | Path, revision: str | None) -> Path:
 def _load(
     path: Path, kind: str | None, dtype: torch.dtype | None, device: torch.device, backend: str | None, ema: bool,
     image_size: int | None, head: Mapping[str, Any], adapters: Mapping[str, Adapter] | None,
-    shard: Shard | None,
-) -> OnePeaceEncoder:  # fmt: skip
+    shard: Shard | None, config: MicoConfig | None,
+) -> OnePeaceEncoder | Unival | Mico:  # fmt: skip
     report = LoadReport(str(path))
-    found = _read_folder(path, ema, head) if path.is_dir() else _read_file(path, ema, report.unknown, head)
-    config = target(found, kind, image_size, head)
+    settings, weights = (None, {}) if path.is_dir() else _read_file(path, ema)
+    if is_mico(weights):
+        _require_plain(kind, MICO, "MiCo", ema=ema or None, head=head or None, adapters=adapters, shard=shard)
+        return _reported(load_mico(path, weights, dtype, device, backend, image_size, config, report), report)
+    if config is not None:
+        raise ValueError("config: expected none but for a file of MiCo's, got one")
+    if is_unival(weights):
+        _require_plain(kind, UNIVAL, "UnIVAL", image_size=image_size, head=head or None, adapters=adapters)
+        return _reported(load_unival(path, settings, weights, dtype, device, backend, shard, report), report)
+    if path.is_dir():
+        found = _read_folder(path, ema, head)
+    else:
+        found = _one_peace(settings, weights, report.unknown, head)
+    if kind in (UNIVAL, MICO):
+        raise ValueError(f"model_type: expected one of {', '.join(MODELS)} for a file of ONE-PEACE's, got {kind!r}")
+    wanted = target(found, kind, image_size, head)
     with torch.device("meta"), Undrawn():  # no memory, and no numbers drawn, for what the file replaces
-        model = MODELS[config.kind](config, backend, adapters)
+        model = MODELS[wanted.kind](wanted, backend, adapters)
     report.model = type(model).__name__
-    put(model, fit(found.weights, found.config, model, config, report), dtype, device, shard, path)
+    put(model, fit(found.weights, found.config, model, wanted, report), dtype, device, shard, path)
+    return _reported(model, report)
+
+
+def _reported(model: Any, report: LoadReport) -> Any:
     model.load_report = report
-    _tell(report)
+    special = report.unknown or report.left_out or report.fresh or report.resampled or report.copied
+    _log.log(logging.WARNING if special else logging.INFO, "%s", report)
     return model.eval()
 
 
-def _tell(report: LoadReport | None) -> None:
-    assert report is not None
-    special = report.unknown or report.left_out or report.fresh or report.resampled or report.copied
-    _log.log(logging.WARNING if special else logging.INFO, "%s", report)
+def _require_plain(kind: str | None, own: str, family: str, **options: Any) -> None:
+    """Refuse what is for other models alone."""
+    if kind not in (None, own):
+        raise ValueError(f"model_type: expected {own!r} or None for a file of {family}'s, got {kind!r}")
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected none for a file of {family}'s, got {value!r}")
 
 
 def _read_folder(path: Path, ema: bool, head: Mapping[str, Any]) -> Found:
@@ -160,24 +171,25 @@ def _read_folder(path: Path, ema: bool, head: Mapping[str, Any]) -> Found:
     return Found(upstream.read_weights(path), config)
 
 
-def _read_file(path: Path, ema: bool, unknown: list[str], head: Mapping[str, Any]) -> Found:
+def _read_file(path: Path, ema: bool) -> tuple[Any, dict[str, Tensor]]:
+    """A file's settings, and its weights."""
     values = pickles.read(path)
-    states: Any = values.get("model") if isinstance(values, Mapping) else None
+    states: Any = values.get("model", values) if isinstance(values, Mapping) else None
     if ema:
         extra = values.get("extra_state") if isinstance(values, Mapping) else None
         states = extra.get("ema") if isinstance(extra, Mapping) else None
         if not states:
             kept = sorted(map(str, extra)) if isinstance(extra, Mapping) else "none"
             raise ValueError(f"ema: expected a moving average in extra_state, got {kept}; load without ema")
-    weights: dict[str, Tensor] = today(pickles.tensors(states))
+    settings = values.get("cfg") if isinstance(values, Mapping) else None
+    if settings is None and isinstance(values, Mapping) and values.get("args") is not None:
+        settings = values["args"]
+    return pickles.plain(settings), pickles.tensors(states)
+
+
+def _one_peace(settings: Any, given: Mapping[str, Tensor], unknown: list[str], head: Mapping[str, Any]) -> Found:
+    weights = today(given)
     if not any(name.startswith(f"{ENCODER}.") for name in weights):
-        if mico.is_mico(pickles.tensors(values)):
-            raise ValueError("expected weights of ONE-PEACE, got those of MiCo; load them with model_type='mico'")
         shown = ", ".join([*weights][:3]) or "no tensors under 'model'"
         raise ValueError(f"expected weights of ONE-PEACE, such as {ENCODER}.*, got {shown}")
-    if is_vision(pickles.tensors(states)):
-        return from_vision(weights)
-    settings = values.get("cfg")
-    if settings is None and values.get("args") is not None:
-        settings = values["args"]
-    return from_settings(pickles.plain(settings), weights, unknown, head)
+    return from_vision(weights) if is_vision(given) else from_settings(settings, weights, unknown, head)

@@ -15,9 +15,9 @@ from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.mico import EvaConfig, Mico, MicoConfig, TextConfig
 from onepeace_fast.models.mico.state import checked
 from onepeace_fast.models.upstream import fitting
-from onepeace_fast.pretrained import pickles
 from onepeace_fast.pretrained.weights import SHOWN, Undrawn, put
 
+KIND = "mico"
 VISUAL, TEXT = "vision_encoder.visual", "multimodal_encoder.bert"
 LEFT_OUT = "vision_encoder.text."  # CLIP's text encoder, which upstream deletes
 # What upstream renames in older files, in its order: the first that is in a name.
@@ -32,16 +32,12 @@ def is_mico(weights: Mapping[str, Tensor]) -> bool:
 
 
 def load_mico(
-    path: Path, dtype: torch.dtype | None, device: torch.device, backend: str | None, image_size: int | None,
-    config: MicoConfig | None,
+    path: Path, given: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device, backend: str | None,
+    image_size: int | None, config: MicoConfig | None, report: LoadReport,
 ) -> Mico:  # fmt: skip
-    """See ``from_pretrained``."""
-    values = pickles.read(path)
-    inner = values.get("model", values) if isinstance(values, Mapping) else values
-    weights = {_today(name): value for name, value in pickles.tensors(inner).items()}
-    if not is_mico(weights):
-        raise ValueError(f"expected weights of MiCo, such as itm_head.*, got {', '.join([*weights][:3]) or 'none'}")
-    report = LoadReport(str(path), model="Mico")
+    """A model of a file's weights; all of it is checked before a parameter is made."""
+    weights = {_today(name): value for name, value in given.items()}
+    report.model = "Mico"
     report.left_out += [name for name in weights if name.startswith(LEFT_OUT)]
     weights = {name: value for name, value in weights.items() if not name.startswith(LEFT_OUT)}
     if image_size is not None:
@@ -49,8 +45,7 @@ def load_mico(
     with torch.device("meta"), Undrawn():
         model = Mico(config or config_of(weights), backend)
     put(model, fitting(model, checked(model, weights), SHOWN), dtype, device, None, path)
-    model.load_report = report
-    return model.eval()
+    return model
 
 
 def _today(name: str) -> str:
