@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from onepeace_fast import hub
 from onepeace_fast.config import ClassifyConfig, read_config
@@ -17,25 +16,18 @@ from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.models import OnePeaceEncoder, upstream
 from onepeace_fast.models.fill import Shard
 from onepeace_fast.models.load_report import LoadReport
+from onepeace_fast.models.unival import Unival
 from onepeace_fast.pretrained import pickles
 from onepeace_fast.pretrained.settings import ENCODER, MODELS, Found, from_settings, from_vision, kind_of, target
-from onepeace_fast.pretrained.weights import fit, is_vision, put, today
+from onepeace_fast.pretrained.unival import KIND as UNIVAL
+from onepeace_fast.pretrained.unival import is_unival, load_unival
+from onepeace_fast.pretrained.weights import Undrawn, fit, is_vision, put, today
 
 _log = logging.getLogger(__name__)
 _DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float16": torch.float16, "fp16": torch.float16,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float64": torch.float64,
 }  # fmt: skip
-
-
-class _Undrawn(TorchFunctionMode):
-    """Nothing is drawn from a normal distribution: on meta, torch imports its compiler, of 80 MB, for that."""
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if function in (nn.init.normal_, Tensor.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **kwargs)
 
 
 def from_pretrained(
@@ -51,7 +43,7 @@ def from_pretrained(
     adapters: Mapping[str, Adapter] | None = None,
     shard: Shard | None = None,
     revision: str | None = None,
-) -> OnePeaceEncoder:
+) -> Any:
     """Build a model from a file, in evaluation mode; what was not simply copied is in its ``load_report``, logged once.
 
     The file is mapped into memory, and every parameter goes straight into its dtype and onto its device. All of it is
@@ -60,8 +52,8 @@ def from_pretrained(
     Args:
         path_or_hub_id: upstream's ``.pt`` or vision ``.pkl``, a folder that ``save`` wrote or that holds one of these
             files, or the name of a repository of the Hugging Face Hub, "owner/name".
-        model_type: "pretrain", "retrieval", "classify" or "encoder", also as upstream has it ("one_peace_retrieval");
-            None: what the file holds. Parts that the model does not have are left out.
+        model_type: "pretrain", "retrieval", "classify" or "encoder", also as upstream has it ("one_peace_retrieval"),
+            or "unival"; None: what the file holds. Parts that the model does not have are left out.
         dtype: of all parameters, "bf16" and "fp16" too; None: each as in the file.
         device: None is the CPU.
         backend: as the model's.
@@ -74,12 +66,15 @@ def from_pretrained(
             reads its own part of each parameter.
         revision: a branch, tag or commit of a Hub repository.
 
+    Returns:
+        a model of ONE-PEACE, or ``Unival`` for UnIVAL's file, which takes no image_size, head or adapters.
+
     Raises:
         ValueError: what is not there, broken, of another model or holds code; one line that names the file. Settings
             that this library does not implement.
         ImportError: SciPy or huggingface_hub is needed and missing; one line that says how to install it.
     """
-    kind = None if model_type is None else kind_of(model_type)
+    kind = model_type if model_type in (None, UNIVAL) else kind_of(model_type)
     dtype = _dtype(dtype)
     path = _find(path_or_hub_id, revision)
     try:
@@ -120,18 +115,42 @@ def _load(
     path: Path, kind: str | None, dtype: torch.dtype | None, device: torch.device, backend: str | None, ema: bool,
     image_size: int | None, head: Mapping[str, Any], adapters: Mapping[str, Adapter] | None,
     shard: Shard | None,
-) -> OnePeaceEncoder:  # fmt: skip
+) -> OnePeaceEncoder | Unival:  # fmt: skip
     report = LoadReport(str(path))
-    found = _read_folder(path, ema, head) if path.is_dir() else _read_file(path, ema, report.unknown, head)
+    model: OnePeaceEncoder | Unival
+    if path.is_dir():
+        found = _read_folder(path, ema, head)
+    else:
+        settings, weights = _read_file(path, ema)
+        if is_unival(weights):
+            _require_plain(kind, image_size=image_size, head=head or None, adapters=adapters)
+            model = load_unival(path, settings, weights, dtype, device, backend, shard, report)
+            return _reported(model, report)
+        found = _one_peace(settings, weights, report.unknown, head)
+    if kind == UNIVAL:
+        raise ValueError(f"model_type: expected one of {', '.join(MODELS)} for a file of ONE-PEACE's, got {kind!r}")
     config = target(found, kind, image_size, head)
-    with torch.device("meta"), _Undrawn():  # no memory, and no numbers drawn, for what the file replaces
+    with torch.device("meta"), Undrawn():  # no memory, and no numbers drawn, for what the file replaces
         model = MODELS[config.kind](config, backend, adapters)
     report.model = type(model).__name__
     put(model, fit(found.weights, found.config, model, config, report), dtype, device, shard, path)
+    return _reported(model, report)
+
+
+def _reported(model: OnePeaceEncoder | Unival, report: LoadReport) -> OnePeaceEncoder | Unival:
     model.load_report = report
     special = report.unknown or report.left_out or report.fresh or report.resampled or report.copied
     _log.log(logging.WARNING if special else logging.INFO, "%s", report)
     return model.eval()
+
+
+def _require_plain(kind: str | None, **options: Any) -> None:
+    """Refuse what is for ONE-PEACE alone."""
+    if kind not in (None, UNIVAL):
+        raise ValueError(f"model_type: expected {UNIVAL!r} or None for a file of UnIVAL's, got {kind!r}")
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected none for a file of UnIVAL's, got {value!r}")
 
 
 def _read_folder(path: Path, ema: bool, head: Mapping[str, Any]) -> Found:
@@ -143,7 +162,8 @@ def _read_folder(path: Path, ema: bool, head: Mapping[str, Any]) -> Found:
     return Found(upstream.read_weights(path), config)
 
 
-def _read_file(path: Path, ema: bool, unknown: list[str], head: Mapping[str, Any]) -> Found:
+def _read_file(path: Path, ema: bool) -> tuple[Any, dict[str, Tensor]]:
+    """A file's settings, and its weights."""
     values = pickles.read(path)
     states: Any = values.get("model") if isinstance(values, Mapping) else None
     if ema:
@@ -152,13 +172,15 @@ def _read_file(path: Path, ema: bool, unknown: list[str], head: Mapping[str, Any
         if not states:
             kept = sorted(map(str, extra)) if isinstance(extra, Mapping) else "none"
             raise ValueError(f"ema: expected a moving average in extra_state, got {kept}; load without ema")
-    weights: dict[str, Tensor] = today(pickles.tensors(states))
+    settings = values.get("cfg") if isinstance(values, Mapping) else None
+    if settings is None and isinstance(values, Mapping) and values.get("args") is not None:
+        settings = values["args"]
+    return pickles.plain(settings), pickles.tensors(states)
+
+
+def _one_peace(settings: Any, given: Mapping[str, Tensor], unknown: list[str], head: Mapping[str, Any]) -> Found:
+    weights = today(given)
     if not any(name.startswith(f"{ENCODER}.") for name in weights):
         shown = ", ".join([*weights][:3]) or "no tensors under 'model'"
         raise ValueError(f"expected weights of ONE-PEACE, such as {ENCODER}.*, got {shown}")
-    if is_vision(pickles.tensors(states)):
-        return from_vision(weights)
-    settings = values.get("cfg")
-    if settings is None and values.get("args") is not None:
-        settings = values["args"]
-    return from_settings(pickles.plain(settings), weights, unknown, head)
+    return from_vision(weights) if is_vision(given) else from_settings(settings, weights, unknown, head)

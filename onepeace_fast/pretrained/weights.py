@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from onepeace_fast.config import ClassifyConfig, EncoderConfig
 from onepeace_fast.models.classify import ClassifyHead
@@ -30,6 +31,16 @@ _SAID_FROM = 1 << 30  # bytes; less is read before a bar has been looked at
 # What some models have and others do not, beside the parts of modalities.
 _PARTS = (DECODER, HEAD, "logit_scale")
 _OF_MODALITY = ("{}_proj", "decoder_{}_embed", "{}_mask_token", "{}_mask_head")
+
+
+class Undrawn(TorchFunctionMode):
+    """Nothing is drawn from a normal distribution: on meta, torch imports its compiler, of 80 MB, for that."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function in (nn.init.normal_, Tensor.normal_):
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
 
 
 def today(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
 from onepeace_fast.models.unival.config import VISUAL, UnivalConfig
+from onepeace_fast.models.unival.spectrogram import MEL_BINS, WINDOW
 from onepeace_fast.relative_position import window_code_offset, window_codes
 from onepeace_fast.routing import INTEGERS
 
 BEGIN, PADDING, END = 0, 1, 2
+AUDIO_STEP = 32  # frames, and bins, of a spectrogram to one place of its map
 _RANKS = {"image": 4, "video": 5, "audio": 4}
 _LAYOUTS = {
     "image": "[rows, channels, height, width]", "video": "[rows, channels, frames, height, width]",
     "audio": "[rows, channels, height, width]",
+}  # fmt: skip
+# What goes into networks.
+_RAW_LAYOUTS = {
+    "image": "[rows, 3, height, width]", "video": "[rows, 3, frames, height, width]", "audio": "[rows, samples]",
 }  # fmt: skip
 
 
@@ -115,16 +121,55 @@ def visual_tokens(
         ),
     )
     rows, codes = grid_places(height, width, config, features.device)
-    values = features.flatten(2).transpose(1, 2)
     place = None
     if patches is not None:
-        place = _checked_patches(name, patches, features.shape[0], count, features.device)
-        values = values.gather(1, place[:, :, None].expand(-1, -1, values.shape[2]))
+        patches = place = _checked_patches(name, patches, features.shape[0], count, features.device)
         place = place % (height * width) if name == "video" else place
     elif name == "video":
         place = (torch.arange(count, device=features.device) % (height * width)).expand(features.shape[0], -1)
+    values = taken(features, patches)
     valid = torch.ones(values.shape[:2], dtype=torch.bool, device=features.device)
     return Tokens(values, valid, samples, rows, codes, window_code_offset((side, side)), place)
+
+
+def taken(features: Tensor, patches: Tensor | None) -> Tensor:
+    """A feature map's tokens [rows, length, channels], all of them or these patches."""
+    values = features.flatten(2).transpose(1, 2)
+    return values if patches is None else values.gather(1, patches.long()[:, :, None].expand(-1, -1, values.shape[2]))
+
+
+def split_raw(
+    config: UnivalConfig, maps: Mapping[str, Tensor | None]
+) -> tuple[dict[str, Tensor | None], dict[str, Tensor]]:
+    """The maps, with one of zeros where a network will make it, and what goes into these networks.
+
+    Raises:
+        ValueError: pixels, frames or a waveform that do not fit.
+    """
+    raw = {
+        name: x for name, x in maps.items() if name in config.modalities and config.networks and _is_raw(x, name)
+    }  # fmt: skip
+    return {**maps, **{name: _map_of(name, x, config) for name, x in raw.items()}}, raw
+
+
+def _is_raw(x: object, name: str) -> TypeGuard[Tensor]:
+    if not isinstance(x, Tensor):
+        return False
+    return x.dim() == 2 if name == "audio" else x.dim() == _RANKS[name] and x.shape[1] == 3
+
+
+def _map_of(name: str, x: Tensor, config: UnivalConfig) -> Tensor:
+    """Zeros without memory in the shape of a network's feature map."""
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: expected floating point {_RAW_LAYOUTS[name]}, got {describe(x)}")
+    if name == "audio":
+        least = max((AUDIO_STEP - 1) * config.audio_hop, WINDOW // 2 + 1)  # half a frame is reflected at each end
+        require(x.shape[1] >= least, lambda: f"audio: expected at least {least} samples, got {x.shape[1]}")
+        size = [(x.shape[1] // config.audio_hop + 1) // AUDIO_STEP, MEL_BINS // AUDIO_STEP]
+    else:
+        steps = [16, 32, 32] if name == "video" else [32, 32]
+        size = [-(-extent // step) for extent, step in zip(x.shape[2:], steps, strict=True)]
+    return x.new_zeros(()).expand(x.shape[0], config.feature_channels, *size)
 
 
 def _checked_patches(name: str, patches: Tensor, rows: int, count: int, device: torch.device) -> Tensor:

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device, require_tensor
 from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.unival import state
 from onepeace_fast.models.unival.beam_search import Hypothesis, Settings, Trie, check_settings, search
 from onepeace_fast.models.unival.cache import Cached, Uncached
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.decoder import Decoder
 from onepeace_fast.models.unival.encoder import Encoded, Encoder
-from onepeace_fast.models.unival.inputs import BEGIN, PADDING, read_source, read_target
+from onepeace_fast.models.unival.inputs import BEGIN, PADDING, read_source, read_target, split_raw
 from onepeace_fast.models.unival.layout import Packed
 from onepeace_fast.models.unival.losses import token_loss
 from onepeace_fast.routing import INTEGERS
@@ -41,7 +42,7 @@ def init_as_upstream(module: nn.Module) -> None:
 
 
 class Unival(nn.Module):
-    """Encoder and decoder; feature maps of images, videos and audio come in.
+    """Encoder and decoder; feature maps of images, videos and audio come in, or with networks these themselves.
 
     Args:
         config: sizes.
@@ -49,6 +50,7 @@ class Unival(nn.Module):
     """
 
     tasks: ClassVar[tuple[str, ...]] = ("encode", "logits", "loss", "generate")
+    load_report: LoadReport | None = None  # of ``from_pretrained``
 
     def __init__(self, config: UnivalConfig, backend: str | None = None) -> None:
         super().__init__()
@@ -72,8 +74,9 @@ class Unival(nn.Module):
 
         Args:
             source: integers [samples, length], token ids; 1 is padding.
-            image, audio: floating point [rows, channels, height, width], feature maps.
-            video: floating point [rows, channels, frames, height, width].
+            image, audio: floating point [rows, channels, height, width], feature maps; or what the model's networks
+                make them of, pixels [rows, 3, height, width] and waveforms [rows, samples] at 48 kHz.
+            video: floating point [rows, channels, frames, height, width]; or 3 channels, the pixels of frames.
             samples: {modality: the sample of each row}; by default row i is sample i's.
             patches: {modality: int64 [rows, patches]}, the tokens of a map to take, in this order; by default all.
             maps: those above.
@@ -143,7 +146,7 @@ class Unival(nn.Module):
         ])  # fmt: skip
         x = layout.rows(x)
         loss = token_loss(F.linear(x, self.encoder.embed_tokens.weight), flat.long(), smoothing, encouraging)
-        return with_unread(loss, *self.encoder.unread(encoded.layout.tokens), *self.decoder.unread(tokens))
+        return with_unread(loss, *self.encoder.unread(encoded), *self.decoder.unread(tokens))
 
     @torch.no_grad()
     def generate(
@@ -180,9 +183,10 @@ class Unival(nn.Module):
         self, source: Tensor, samples: Samples | None, patches: Mapping[str, Tensor] | None,
         maps: Mapping[str, Tensor | None],
     ) -> Encoded:  # fmt: skip
+        maps, raw = split_raw(self.config, maps)
         tokens = read_source(self.config, source, maps, samples, patches)
         packed = resolve_backend(self.backend, source.device) == "fused"
-        return self.encoder(tokens, packed)
+        return self.encoder(tokens, packed, raw, patches or {})
 
     def load_upstream_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load upstream's state dict; strict, and nothing is changed unless everything fits.
