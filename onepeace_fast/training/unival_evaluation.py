@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from onepeace_fast.checks import require
 from onepeace_fast.data.task_batches import TaskDataset, collate_tasks
+from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import MATCHES, Sample, Vocabulary, read_tasks
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Trie, Unival, UnivalConfig
@@ -68,7 +69,9 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
         (folder / TRAINING_FILE).is_file(),
         f"{folder}: expected a checkpoint of onepeace-fast train, got a folder without {TRAINING_FILE}",
     )
-    config, bins = UnivalConfig.load(folder / CONFIG_FILE), checkpoint.load_state(folder)["settings"]["bins"]
+    config, settings = UnivalConfig.load(folder / CONFIG_FILE), checkpoint.load_state(folder)["settings"]
+    bins = settings["bins"]
+    files = Files(config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
     samples = read_tasks(manifest, bins=bins)
     require_trained(folder, ["text", *modalities_of(samples)])
     model = Unival(config)
@@ -77,7 +80,7 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
     model.eval().to(device)
     vocabulary = Vocabulary(Tokenizer.load(folder / TOKENIZER_FILE), config.vocab_size, bins)
     longest = (config.max_source_positions, config.max_target_positions)
-    dataset = TaskDataset(samples, vocabulary, channels=config.feature_channels, longest=longest)
+    dataset = TaskDataset(samples, vocabulary, files=files, longest=longest)
     return {task: _figures(model, vocabulary, dataset, task, own, batch_size) for task, own in samples.items()}
 
 

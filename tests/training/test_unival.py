@@ -203,7 +203,7 @@ def test_broken_maps_are_named_or_skipped(folder):
     keys = {"manifest": "broken.jsonl", "stages": [{"tasks": ["caption"], "steps": 2}]}
     with pytest.raises(BrokenFile) as caught:
         list(started(folder, "bad1", **keys).batches)
-    assert f"{folder / 'bad.npy'}: expected a feature map" in str(caught.value)
+    assert f"{folder / 'bad.npy'}: expected an array" in str(caught.value)
     assert len(list(started(folder, "bad2", broken="skip", **keys).batches)) == 2
 
 
@@ -230,3 +230,25 @@ def test_accumulated_batches_go_on_where_a_checkpoint_stopped(folder):
     model, tokenizer = UnivalConfig.load(place / "config.json"), Tokenizer.load(place / "tokenizer.json")
     whole, later = (list(tasks.reading(model, tokenizer, ONE, step)[1]) for step in (0, 2))
     assert len(whole) == 14 and later == whole[4:]
+
+
+def test_networks_train_on_images_and_their_statistics_are_in_checkpoints(tmp_path, monkeypatch):
+    from PIL import Image
+    from safetensors.torch import load_file
+
+    rows = []
+    for place, word in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 30), word).save(tmp_path / f"{place}.png")
+        rows.append({"task": "caption", "image": f"{place}.png", "caption": f"a {word} wall"})
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = MODEL | {"networks": True, "feature_channels": 512, "image_blocks": [1, 1, 1, 1], "video": False}
+    keys = {"model": model | {"audio": False}, "stages": [{"tasks": ["caption"], "steps": 2}], "batch_size": 3}
+    path = str(write_unival(tmp_path, checkpoint_every=1, image_size=32, **keys))
+    assert command.pretrain(path) == 0
+    folders = [tmp_path / "run" / f"step-{step:08d}" for step in (1, 2)]
+    first, last = (load_file(folder / "model.safetensors") for folder in folders)
+    for name in ("encoder.embed_images.conv1.weight", "encoder.embed_images.bn1.running_mean"):
+        assert not torch.equal(first[name], last[name]), name
+    folders[1].rename(tmp_path / "straight")
+    assert command.pretrain(path) == 0
+    assert same_training(folders[1], tmp_path / "straight")
