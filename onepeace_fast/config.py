@@ -341,9 +341,9 @@ def build(cls: type, values: Any, where: str) -> Any:
     for name, value in values.items():
         if dataclasses.is_dataclass(defaults[name]) and value is not None:
             value = build(type(defaults[name]), value, name)
-        elif name in _LISTS:
+        elif isinstance(defaults[name], tuple):
             if not isinstance(value, (list, tuple)):
-                raise ValueError(f"{name}: expected {_LISTS[name]}, got {value!r}")
+                raise ValueError(f"{name}: expected {_LISTS.get(name, 'a list')}, got {value!r}")
             value = tuple(tuple(item) if isinstance(item, (list, tuple)) else item for item in value)
         arguments[name] = value
     return cls(**arguments)

@@ -34,11 +34,12 @@ _SAMPLEWISE = ("PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBL
 TAKEN = "WAV, AIFF, AU, FLAC, OGG or MP3"
 
 
-def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Tensor:
-    """Decode a file of any sample rate, channels (averaged) and sample format: float32 [samples], mono at 16 kHz.
+def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600, sample_rate: int = SAMPLE_RATE) -> Tensor:
+    """Decode a file of any sample rate, channels (averaged) and sample format: float32 [samples], mono.
 
-    A header that says more than ``max_seconds`` is refused before anything is decoded. A file that was cut off, or that
-    gives fewer samples than its header says, is refused: what is returned was decoded.
+    It is resampled to ``sample_rate``. A header that says more than ``max_seconds`` is refused before anything is
+    decoded. A file that was cut off, or that gives fewer samples than its header says, is refused: what is returned was
+    decoded.
 
     Raises:
         ValueError: no such file, not audio, broken, cut off, empty, silent, not finite, or too long; one line naming
@@ -77,9 +78,9 @@ def read_audio(path: str | os.PathLike[str], *, max_seconds: float = 600) -> Ten
             "it was cut off or is damaged, fetch it again"
         )
     _check_sound(path, mono)
-    if rate != SAMPLE_RATE:
-        common = math.gcd(rate, SAMPLE_RATE)
-        mono = torch.from_numpy(signal.resample_poly(mono.numpy(), SAMPLE_RATE // common, rate // common))
+    if rate != sample_rate:
+        common = math.gcd(rate, sample_rate)
+        mono = torch.from_numpy(signal.resample_poly(mono.numpy(), sample_rate // common, rate // common))
         _check_sound(path, mono)  # resampling may leave one sample of two, and make the largest larger
     return mono
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -76,13 +76,16 @@ def read_image(path: str | os.PathLike[str]) -> Image:
                 return rgb
 
 
-def prepare_image(image: Image, side: int, *, fit: str = "crop", generator: torch.Generator | None = None) -> Tensor:
+def prepare_image(
+    image: Image, side: int, *, fit: str = "crop", generator: torch.Generator | None = None,
+    statistics: tuple[Sequence[float], Sequence[float]] = (MEAN, DEVIATION),
+) -> Tensor:  # fmt: skip
     """Make a square, resampled bicubically and normalised: float32 [3, side, side].
 
     With fit="squash" the whole image becomes the square, whatever its shape, as in ONE-PEACE's public interface; with
     "crop" a part of it. With ``generator`` the crop is random: half of the area to all of it, aspect ratio 3:4 to 4:3,
     of a very long image less area. It is never mirrored, since captions speak of left and right. Without, it is the
-    centre, as wide as the shorter side.
+    centre, as wide as the shorter side. ``statistics`` are mean and deviation of the three colours, from 0 to 1.
 
     Raises:
         ValueError: an image that is not RGB, a side that is no positive integer, another fit, or a random squash.
@@ -102,7 +105,7 @@ def prepare_image(image: Image, side: int, *, fit: str = "crop", generator: torc
         box = _centre_box(*image.size) if generator is None else _random_box(*image.size, generator)
     resized = image.resize((side, side), pillow.Resampling.BICUBIC, box=box)
     pixels = torch.from_numpy(numpy.array(resized)).permute(2, 0, 1).float() / 255
-    mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    mean, deviation = (pixels.new_tensor(values).view(3, 1, 1) for values in statistics)
     return (pixels - mean) / deviation
 
 

@@ -6,24 +6,18 @@ The samples of a step depend on the seed and its number alone, not on workers, p
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from onepeace_fast.checks import require
 from onepeace_fast.data.batches import BROKEN, BrokenFile, first_whole, generator_of, reports
+from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import TASKS, Sample, Vocabulary
 from onepeace_fast.data.text import TokenizedCaptions
 from onepeace_fast.layers.adapters import PADDING_TOKEN
-
-LAYOUTS = {
-    "image": "[channels, height, width]", "video": "[channels, frames, height, width]",
-    "audio": "[channels, height, width]",
-}  # fmt: skip
 
 
 class Part(NamedTuple):
@@ -106,12 +100,12 @@ def require_equal_shares(batch_size: int, tasks: Sequence[str]) -> None:
 
 
 class TaskDataset(Dataset[dict[str, Any]]):
-    """Questions about feature maps and their answers; ``dataset[task, index]`` is one, ready for ``collate_tasks``.
+    """Questions about files and their answers; ``dataset[task, index]`` is one, ready for ``collate_tasks``.
 
     Args:
         samples: of ``read_tasks``.
         vocabulary: for the texts, which are encoded once.
-        channels: of the maps.
+        files: how they are read.
         longest: the most tokens of a question, its beginning and end counted, and of an answer with its end; a longer
             one is cut, and how many were is logged.
         broken: as for ``PairDataset``; the next sample of the task takes a broken one's place.
@@ -121,11 +115,11 @@ class TaskDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self, samples: Mapping[str, Sequence[Sample]], vocabulary: Vocabulary, *, channels: int,
+        self, samples: Mapping[str, Sequence[Sample]], vocabulary: Vocabulary, *, files: Files,
         longest: tuple[int, int], broken: str = "fatal",
     ) -> None:  # fmt: skip
         require(broken in BROKEN, lambda: f"broken: expected one of {', '.join(BROKEN)}, got {broken!r}")
-        self.channels, self._samples = channels, samples
+        self._files, self._samples = files, samples
         self._texts: dict[str, tuple[TokenizedCaptions, TokenizedCaptions]] = {}
         self._reported = {}
         for task, own in samples.items():
@@ -152,76 +146,51 @@ class TaskDataset(Dataset[dict[str, Any]]):
         return self._texts[task][1][index][0]
 
     def __getitem__(self, key: tuple[str, int]) -> dict[str, Any]:
-        """ "source" and "target" int64 [length], ends included, "task", "path", and "map" float32.
+        """ "source" and "target" int64 [length], ends included, "task", "path", and "seen" float32, of the file.
 
         Raises:
-            BrokenFile: a file that is no such map, with broken="fatal"; with "skip" a hundred of them in a row.
+            BrokenFile: a file that does not fit, with broken="fatal"; with "skip" a hundred of them in a row.
         """
         task, index = key
         own, modality = self._samples[task], TASKS[task].modality
         place, found = first_whole(
-            lambda place: read_map(own[place].path, modality, self.channels), index, len(own), self._reported[task],
+            lambda place: self._files.read(own[place].path, modality), index, len(own), self._reported[task],
             own[index].path,
         )  # fmt: skip
         source, target = (texts[place][0] for texts in self._texts[task])
         begin = source.new_zeros(1)
         return {
-            "task": task, "path": own[place].path, "source": torch.cat([begin, source]), "target": target, "map": found,
+            "task": task, "path": own[place].path, "source": torch.cat([begin, source]), "target": target,
+            "seen": found,
         }  # fmt: skip
-
-
-def read_map(path: Path, modality: str, channels: int) -> Tensor:
-    """A feature map of a .npy file, as float32.
-
-    Raises:
-        ValueError: another file, or a map of another layout, with other channels or with what is no number.
-    """
-    try:
-        found = torch.from_numpy(numpy.load(path, allow_pickle=False))
-    except (OSError, ValueError, TypeError, EOFError) as error:
-        raise ValueError(
-            f"{path}: expected a feature map, a .npy file, got another ({' '.join(str(error).split())})"
-        ) from error
-    layout = LAYOUTS[modality]
-    fits = found.is_floating_point() and found.dim() == layout.count(",") + 1 and found.numel() > 0
-    require(
-        fits and found.shape[0] == channels,
-        lambda: (
-            f"{path}: expected a feature map of {modality}, floating point {layout} of {channels} channels, got "
-            f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
-        ),
-    )
-    found = found.float()
-    require(bool(found.isfinite().all()), lambda: f"{path}: expected finite numbers, got some that are not")
-    return found
 
 
 def collate_tasks(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Put samples of any tasks together.
 
     Returns:
-        "source" and "target", int64 [samples, length], padded with token 1; the maps of each modality, float32
-        [rows, ...], and in "samples" which sample each of them belongs to; "tasks", each sample's.
+        "source" and "target", int64 [samples, length], padded with token 1; what each modality's files hold,
+        float32 [rows, ...], and in "samples" which sample each of them belongs to; "tasks", each sample's.
 
     Raises:
-        BrokenFile: maps of one modality that differ in size.
+        BrokenFile: files of one modality that differ in size.
     """
-    maps: dict[str, list[Tensor]] = {}
+    seen: dict[str, list[Tensor]] = {}
     samples: dict[str, list[int]] = {}
     first: dict[str, Mapping[str, Any]] = {}
     for place, item in enumerate(items):
         modality = TASKS[item["task"]].modality
         before = first.setdefault(modality, item)
-        if item["map"].shape != before["map"].shape:
+        if item["seen"].shape != before["seen"].shape:
             raise BrokenFile(
-                f"{item['path']}: expected a feature map as large as that of {before['path']}, with which it shares a "
-                f"batch, {list(before['map'].shape)}, got {list(item['map'].shape)}"
+                f"{item['path']}: expected what is as large as that of {before['path']}, with which it shares a "
+                f"batch, {list(before['seen'].shape)}, got {list(item['seen'].shape)}"
             )
-        maps.setdefault(modality, []).append(item["map"])
+        seen.setdefault(modality, []).append(item["seen"])
         samples.setdefault(modality, []).append(place)
     texts = {name: _padded([item[name] for item in items]) for name in ("source", "target")}
     return {
-        **texts, **{name: torch.stack(own) for name, own in maps.items()}, "samples": samples,
+        **texts, **{name: torch.stack(own) for name, own in seen.items()}, "samples": samples,
         "tasks": [item["task"] for item in items],
     }  # fmt: skip
 

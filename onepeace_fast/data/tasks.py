@@ -136,7 +136,8 @@ def _text_of(where: str, task: str, column: str, row: Mapping[str, Any], bins: i
 
 def location(share: float, bins: int = BINS) -> str:
     """The word of a place from 0 to 1: the nearest of ``bins`` that stand evenly from 0 to 1, both included."""
-    return f"<bin_{round(share * (bins - 1))}>"
+    nearest = round(share * (bins - 1))
+    return f"<bin_{nearest}>"
 
 
 class Vocabulary:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.config import EncoderConfig
+from onepeace_fast.config import EncoderConfig, ModelConfig
 from onepeace_fast.layers.adapters import Adapter, ImageAdapter, SeriesAdapter
 from onepeace_fast.models.parameter_names import (
     copy_into,
@@ -38,7 +38,7 @@ from onepeace_fast.relative_position import (
     series_vector_index,
 )
 
-Config = TypeVar("Config", bound=EncoderConfig)
+Config = TypeVar("Config", bound=ModelConfig)
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 

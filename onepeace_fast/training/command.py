@@ -13,7 +13,7 @@ from onepeace_fast.installation import program_command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A configuration, or the first run, which makes its own."""
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("configuration", nargs="?", metavar="CONFIG.yaml", help="the run: examples/ has two")
+    what.add_argument("configuration", nargs="?", metavar="CONFIG.yaml", help="the run: examples/ has three")
     text = "draw a small data set into ./first_run and train on it: under a minute on a CPU"
     what.add_argument("--first-run", action="store_true", help=text)
 

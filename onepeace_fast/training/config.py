@@ -25,6 +25,7 @@ from onepeace_fast.data.manifest import MISSING
 STAGES = {"vision_language": "image", "audio_language": "audio"}
 PRECISIONS = ("float32", "bfloat16")
 DEVICES = ("cpu", "cuda")
+FAMILY = "one_peace"  # where a file names none
 
 Model = TypeVar("Model", bound=ModelConfig)
 
@@ -114,6 +115,9 @@ class RunConfig(ABC):
         """
         path = Path(os.path.expanduser(path))
         values = read_yaml(path)
+        own = cls.__dataclass_fields__["family"].default
+        family = values.get("family", own if own == FAMILY else None)
+        require(family == own, f"{path}: family: expected {own}, got {family!r}")
         known = [item.name for item in cls._keys()]
         for name in values:
             close = difflib.get_close_matches(str(name), known, 1)
@@ -177,7 +181,7 @@ class RunConfig(ABC):
 class TrainingConfig(RunConfig):
     """A pretraining run of ONE-PEACE; ``steps`` counts optimizer steps."""
 
-    family: str = key(one_of(["one_peace"]), "one_peace", changes_result=False)
+    family: str = key(one_of([FAMILY]), FAMILY, changes_result=False)
     stage: str = key(one_of(STAGES))
     initial_scale: float = key(POSITIVE, 1.0, changes_result=False)  # nor does it where there is a checkpoint
     steps: int = key(COUNT)

@@ -17,7 +17,7 @@ from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import TOKENIZER_FILE
-from onepeace_fast.training.config import RunConfig, TrainingConfig, read_yaml
+from onepeace_fast.training.config import FAMILY, RunConfig, TrainingConfig, read_yaml
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.family import Family
 from onepeace_fast.training.pairs import Pairs
@@ -25,8 +25,8 @@ from onepeace_fast.training.trainer import Trainer
 from onepeace_fast.training.unival import Tasks
 from onepeace_fast.training.unival_config import UnivalTrainingConfig
 
-CONFIGS: dict[str, type[RunConfig]] = {"one_peace": TrainingConfig, "unival": UnivalTrainingConfig}
-FAMILIES: dict[str, type[Family]] = {"one_peace": Pairs, "unival": Tasks}
+CONFIGS: dict[str, type[RunConfig]] = {FAMILY: TrainingConfig, "unival": UnivalTrainingConfig}
+FAMILIES: dict[str, type[Family]] = {FAMILY: Pairs, "unival": Tasks}
 
 
 def read_run(path: str | Path) -> RunConfig:
@@ -36,7 +36,7 @@ def read_run(path: str | Path) -> RunConfig:
         ValueError: as ``RunConfig.load``, or an unknown family.
     """
     path = Path(os.path.expanduser(path))
-    family = read_yaml(path).get("family", "one_peace")
+    family = read_yaml(path).get("family", FAMILY)
     require(
         isinstance(family, str) and family in CONFIGS,
         f"{path}: family: expected one of {', '.join(CONFIGS)}, got {family!r}",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from onepeace_fast.checks import require
 from onepeace_fast.data.task_batches import TaskDataset, TaskSampler, collate_tasks
+from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import TASKS, Sample, Vocabulary, read_tasks, without_locations
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.parameter_names import upstream_names
@@ -137,8 +138,9 @@ class Tasks(Family):
     def reading(self, model: UnivalConfig, tokenizer: Tokenizer, processes: Processes, step: int) -> Reading:
         """Equal shares of the tasks."""
         config = self.config
+        files = Files(model.feature_channels, model.networks, config.image_size, config.audio_seconds)
         dataset = TaskDataset(
-            self.entries, Vocabulary(tokenizer, model.vocab_size, config.bins), channels=model.feature_channels,
+            self.entries, Vocabulary(tokenizer, model.vocab_size, config.bins), files=files,
             longest=(model.max_source_positions, model.max_target_positions), broken=config.broken,
         )  # fmt: skip
         counts = {task: len(own) for task, own in self.entries.items()}

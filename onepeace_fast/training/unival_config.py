@@ -29,6 +29,8 @@ class UnivalTrainingConfig(RunConfig):
     smoothing: float = key(_SHARE, 0.0)
     encouraging: bool = key(_FLAG, False)
     bins: int = key(_BINS, BINS)
+    image_size: int = key(COUNT, 384)
+    audio_seconds: float = key(POSITIVE, 10.0)
     weight_decay: float = key(NUMBER, 0.01)
     clip: float = key(POSITIVE, 5.0)
 

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from onepeace_fast.checks import require
 from onepeace_fast.data.task_batches import TaskDataset, collate_tasks
+from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import MATCHES, Sample, Vocabulary, read_tasks
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Trie, Unival, UnivalConfig
 from onepeace_fast.models.unival.inputs import END, PADDING
-from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
+from onepeace_fast.models.upstream import CONFIG_FILE
 from onepeace_fast.progress import progress
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE
@@ -68,16 +68,17 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
         (folder / TRAINING_FILE).is_file(),
         f"{folder}: expected a checkpoint of onepeace-fast train, got a folder without {TRAINING_FILE}",
     )
-    config, bins = UnivalConfig.load(folder / CONFIG_FILE), checkpoint.load_state(folder)["settings"]["bins"]
+    settings = checkpoint.load_state(folder)["settings"]
+    config, bins = UnivalConfig.load(folder / CONFIG_FILE), settings["bins"]
+    files = Files(config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
     samples = read_tasks(manifest, bins=bins)
     require_trained(folder, ["text", *modalities_of(samples)])
-    model = Unival(config)
-    model.load_upstream_state_dict(load_file(folder / WEIGHTS_FILE))
+    model = Unival.load(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.eval().to(device)
     vocabulary = Vocabulary(Tokenizer.load(folder / TOKENIZER_FILE), config.vocab_size, bins)
     longest = (config.max_source_positions, config.max_target_positions)
-    dataset = TaskDataset(samples, vocabulary, channels=config.feature_channels, longest=longest)
+    dataset = TaskDataset(samples, vocabulary, files=files, longest=longest)
     return {task: _figures(model, vocabulary, dataset, task, own, batch_size) for task, own in samples.items()}
 
 

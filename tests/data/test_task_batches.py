@@ -11,7 +11,8 @@ pytest.importorskip("tokenizers")
 numpy = pytest.importorskip("numpy")
 
 from onepeace_fast.data.batches import BrokenFile  # noqa: E402
-from onepeace_fast.data.task_batches import Part, TaskDataset, TaskSampler, collate_tasks, read_map  # noqa: E402
+from onepeace_fast.data.task_batches import Part, TaskDataset, TaskSampler, collate_tasks  # noqa: E402
+from onepeace_fast.data.task_files import Files  # noqa: E402
 from onepeace_fast.data.tasks import Sample, Vocabulary  # noqa: E402
 from onepeace_fast.data.text import Tokenizer  # noqa: E402
 
@@ -80,7 +81,7 @@ def dataset(maps, broken="fatal", longest=(64, 64)):
         "grounding": [Sample(maps / "larger.npy", "a box", "<bin_0> <bin_9>", 3)],
         "video_caption": [Sample(maps / "video.npy", "a box?", "a box falls", 4)],
     }
-    return TaskDataset(samples, words, channels=5, longest=longest, broken=broken), words
+    return TaskDataset(samples, words, files=Files(5), longest=longest, broken=broken), words
 
 
 def test_a_batch_has_begun_questions_ended_answers_and_the_maps_of_their_samples(maps):
@@ -110,7 +111,7 @@ def test_a_broken_map_stops_or_the_next_sample_of_the_task_takes_its_place(maps)
     data, _ = dataset(maps)
     with pytest.raises(BrokenFile) as caught:
         data["vqa", 1]
-    assert f"{maps / 'broken.npy'}: expected a feature map, a .npy file" in str(caught.value)
+    assert f"{maps / 'broken.npy'}: expected an array, a .npy file" in str(caught.value)
     skipping, _ = dataset(maps, broken="skip")
     assert skipping["vqa", 1]["path"] == maps / "image.npy"
     assert torch.equal(skipping["vqa", 1]["source"], skipping["vqa", 0]["source"])
@@ -118,12 +119,12 @@ def test_a_broken_map_stops_or_the_next_sample_of_the_task_takes_its_place(maps)
 
 def test_maps_that_do_not_fit_are_refused(maps):
     image = maps / "image.npy"
-    refused(lambda: read_map(image, "image", 4), image, "of 4 channels, got float16 [5, 2, 3]")
-    refused(lambda: read_map(image, "video", 5), image, "map of video", "frames")
+    refused(lambda: Files(4).read(image, "image"), image, "[4, height, width], got float16 [5, 2, 3]")
+    refused(lambda: Files(5).read(image, "video"), image, "map of video", "frames")
     numpy.save(maps / "odd.npy", numpy.full((5, 1, 1), numpy.nan))
-    refused(lambda: read_map(maps / "odd.npy", "audio", 5), maps / "odd.npy", "finite")
+    refused(lambda: Files(5).read(maps / "odd.npy", "audio"), maps / "odd.npy", "finite")
     numpy.save(maps / "odd.npy", numpy.zeros((5, 1, 1), "int64"))
-    refused(lambda: read_map(maps / "odd.npy", "audio", 5), maps / "odd.npy", "floating point")
+    refused(lambda: Files(5).read(maps / "odd.npy", "audio"), maps / "odd.npy", "floating point")
     data, _ = dataset(maps)
     line = refused(lambda: collate_tasks([data["vqa", 0], data["grounding", 0]]), maps / "larger.npy", "[5, 3, 3]")
     assert str(image) in line

@@ -52,8 +52,8 @@ def write_unival(folder: Path, name: str = "run", **keys: Any) -> Path:
     """A YAML of a run of seven steps into ``folder/name``; keywords override or add keys, None removes one."""
     values = {
         "family": "unival", "manifest": "tasks.jsonl", "output": name, "model": MODEL, "stages": STAGES, "bins": 11,
-        "batch_size": 8, "learning_rate": 0.01, "warm_up": 1, "device": "cpu", "workers": 0, "log_every": 1,
-        "checkpoint_every": 2,
+        "batch_size": 8, "learning_rate": 0.01, "warm_up": 1, "device": "cpu", "backend": "reference",
+        "workers": 0, "log_every": 1, "checkpoint_every": 2,
     }  # fmt: skip
     values = {key: value for key, value in (values | keys).items() if value is not None}
     path = folder / f"{name}.yaml"

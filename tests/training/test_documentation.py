@@ -10,19 +10,39 @@ pytest.importorskip("yaml")
 
 from onepeace_fast import OnePeaceConfig
 from onepeace_fast.training.config import TrainingConfig
+from onepeace_fast.training.start import read_run
+from onepeace_fast.training.unival import Tasks
+from onepeace_fast.training.unival_config import UnivalTrainingConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
+def listed(page):
+    """The keys of a page's tables with their defaults."""
+    text = (ROOT / "docs" / page).read_text()
+    return dict(re.findall(r"^\| `(\w+)` \| (?:`([^`]*)`)? ?\|", text, re.MULTILINE))
+
+
+def keys_of(kind):
+    items = (item for item in dataclasses.fields(kind) if item.metadata)
+    return {item.name: {dataclasses.MISSING: "", None: "null"}.get(item.default, str(item.default)) for item in items}
+
+
 def test_the_page_lists_every_key_with_its_default():
-    page = (ROOT / "docs" / "training.md").read_text()
-    listed = dict(re.findall(r"^\| `(\w+)` \| (?:`([^`]*)`)? ?\|", page, re.MULTILINE))
-    keys = {}
-    for item in dataclasses.fields(TrainingConfig):
-        if item.metadata:
-            default = {dataclasses.MISSING: "", None: "null"}.get(item.default, str(item.default))
-            keys[item.name] = default
-    assert {name: listed.get(name) for name in keys} == keys
+    keys, found = keys_of(TrainingConfig), listed("training.md")
+    assert {name: found.get(name) for name in keys} == keys
+
+
+def test_unival_s_page_lists_its_own_keys_and_defaults():
+    shared, keys = keys_of(TrainingConfig), keys_of(UnivalTrainingConfig)
+    assert listed("unival.md") == {name: value for name, value in keys.items() if shared.get(name) != value}
+
+
+def test_unival_s_example_is_a_configuration_and_its_model_fits():
+    config = read_run(ROOT / "examples" / "train_unival.yaml")
+    model = config.model_config(Tasks.default_model)
+    assert model == Tasks.default_model and "audio" in model.modalities
+    assert [len(part.tasks) for part in config.parts] == [4, 5]
 
 
 @pytest.mark.parametrize("name", ["vision_language", "audio_language"])

@@ -5,7 +5,9 @@ import json
 
 import pytest
 import torch
+from data._refused import refused
 from models._small import assert_same_bits
+from safetensors.torch import load_file
 from training._runs import curves, same_training
 from training._unival_runs import MODEL, STAGES, write_tasks, write_unival
 
@@ -13,10 +15,12 @@ from onepeace_fast.data.batches import BrokenFile
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.training import checkpoint, command
+from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.start import read_entries, read_run, start
 from onepeace_fast.training.trainer import Trainer
 from onepeace_fast.training.unival import Tasks
+from onepeace_fast.training.unival_config import UnivalTrainingConfig
 
 ONE = Processes(0, 1, torch.device("cpu"))
 
@@ -75,6 +79,22 @@ STAGE = {"tasks": ["caption"], "steps": 3}
 def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, parts):
     line = refusal(folder, **keys)
     assert [part for part in parts if part not in line] == [] and "\n" not in line, line
+
+
+def test_each_step_has_its_stage_and_place_and_the_end_is_the_last_ones(tmp_path):
+    config = read_run(write_unival(tmp_path))
+    places = [config.stage_of(step) for step in range(8)]
+    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4)]
+    assert config.total == 7 and [config.schedule(step) for step in (2, 5)] == [(2, 3), (2, 4)]
+
+
+def test_a_configuration_of_another_family_is_refused_by_its_family(folder):
+    for kind, keys, line in (
+        (TrainingConfig, {}, "family: expected one_peace, got 'unival'"),
+        (UnivalTrainingConfig, {"family": None}, "family: expected unival, got None"),
+    ):
+        path = write_unival(folder, "other", **keys)
+        refused(lambda: kind.load(path), path, line)  # noqa: B023
 
 
 def test_an_unknown_task_stops_the_command_by_file_and_line(folder, capsys):
@@ -172,12 +192,11 @@ def test_a_checkpoint_says_what_was_trained_by_then_and_loads_as_a_model(folder)
     trained = [checkpoint.load_state(folder / "whole" / f"step-{step:08d}")["trained"] for step in (3, 4)]
     assert trained == [["text", "image"], ["text", "image", "video"]]
     place = folder / "whole" / "step-00000007"
-    config = UnivalConfig.load(place / "config.json")
-    assert config.feature_channels == MODEL["feature_channels"]
-    model = Unival(config)
-    from safetensors.torch import load_file
-
-    model.load_upstream_state_dict(load_file(place / "model.safetensors"))
+    model, again = Unival.load(place), Unival.load(str(place), "reference")
+    assert model.config.feature_channels == MODEL["feature_channels"] and again.backend == "reference"
+    assert_same_bits(model.to_upstream_state_dict(), again.to_upstream_state_dict())
+    written = load_file(place / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in model.named_parameters())
 
 
 def test_audio_is_fine_tuned_from_a_checkpoint(folder, capsys):
@@ -186,8 +205,6 @@ def test_audio_is_fine_tuned_from_a_checkpoint(folder, capsys):
     assert "Training audio_caption (3) in 1 stage" in capsys.readouterr().out
     before, after = (folder / run for run in ("whole/step-00000007", "audio/step-00000002"))
     assert (before / "tokenizer.json").read_bytes() == (after / "tokenizer.json").read_bytes()
-    from safetensors.torch import load_file
-
     own, new = (load_file(path / "model.safetensors") for path in (before, after))
     changed = {name for name, value in own.items() if not torch.equal(value, new[name])}
     assert {"encoder.audio_proj.weight", "encoder.embed_tokens.weight"} <= changed
@@ -203,7 +220,7 @@ def test_broken_maps_are_named_or_skipped(folder):
     keys = {"manifest": "broken.jsonl", "stages": [{"tasks": ["caption"], "steps": 2}]}
     with pytest.raises(BrokenFile) as caught:
         list(started(folder, "bad1", **keys).batches)
-    assert f"{folder / 'bad.npy'}: expected a feature map" in str(caught.value)
+    assert f"{folder / 'bad.npy'}: expected an array" in str(caught.value)
     assert len(list(started(folder, "bad2", broken="skip", **keys).batches)) == 2
 
 
@@ -230,3 +247,24 @@ def test_accumulated_batches_go_on_where_a_checkpoint_stopped(folder):
     model, tokenizer = UnivalConfig.load(place / "config.json"), Tokenizer.load(place / "tokenizer.json")
     whole, later = (list(tasks.reading(model, tokenizer, ONE, step)[1]) for step in (0, 2))
     assert len(whole) == 14 and later == whole[4:]
+
+
+def test_networks_train_on_images_and_their_statistics_are_in_checkpoints(tmp_path, monkeypatch):
+    from PIL import Image
+
+    rows = []
+    for place, word in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 30), word).save(tmp_path / f"{place}.png")
+        rows.append({"task": "caption", "image": f"{place}.png", "caption": f"a {word} wall"})
+    (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = MODEL | {"networks": True, "feature_channels": 512, "image_blocks": [1, 1, 1, 1], "video": False}
+    keys = {"model": model | {"audio": False}, "stages": [{"tasks": ["caption"], "steps": 2}], "batch_size": 3}
+    path = str(write_unival(tmp_path, checkpoint_every=1, image_size=32, **keys))
+    assert command.pretrain(path) == 0
+    folders = [tmp_path / "run" / f"step-{step:08d}" for step in (1, 2)]
+    first, last = (load_file(folder / "model.safetensors") for folder in folders)
+    for name in ("encoder.embed_images.conv1.weight", "encoder.embed_images.bn1.running_mean"):
+        assert not torch.equal(first[name], last[name]), name
+    folders[1].rename(tmp_path / "straight")
+    assert command.pretrain(path) == 0
+    assert same_training(folders[1], tmp_path / "straight")

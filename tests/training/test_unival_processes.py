@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training._runs import curves, same_training
 from training._unival_runs import write_tasks, write_unival
 
@@ -29,10 +30,8 @@ def launch(path):
 
 
 def test_two_processes_train_as_one_and_resume_in_the_second_stage(tmp_path):
-    from safetensors.torch import load_file
-
     write_tasks(tmp_path)
-    keys = {"smoothing": 0.1, "encouraging": True, "checkpoint_every": 4}
+    keys = {"backend": "fused", "smoothing": 0.1, "encouraging": True, "checkpoint_every": 4}
     assert command.pretrain(str(write_unival(tmp_path, "one", **keys))) == 0
     path = write_unival(tmp_path, "two", batch_size=4, **keys)
     assert "2 x cpu, from the beginning to step 7" in launch(path)

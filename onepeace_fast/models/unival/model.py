@@ -7,6 +7,7 @@ it would be in a batch of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device, require_tensor
 from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.models import upstream
 from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.unival import state
 from onepeace_fast.models.unival.beam_search import Hypothesis, Settings, Trie, check_settings, search
@@ -196,6 +198,18 @@ class Unival(nn.Module):
             )
             packed = False
         return self.encoder(tokens, packed, raw, patches or {})
+
+    @classmethod
+    def load(cls, directory: str | Path, backend: str | None = None) -> Unival:
+        """Build the model of a checkpoint of ``onepeace-fast train``, on the CPU, in training mode.
+
+        Raises:
+            ValueError: a file that is missing or does not fit.
+        """
+        config, weights = upstream.read_folder(Path(directory).expanduser(), UnivalConfig)
+        model = cls(config, backend)
+        model.load_upstream_state_dict(weights)
+        return model
 
     def load_upstream_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load upstream's state dict; strict, and nothing is changed unless everything fits.
