@@ -93,7 +93,7 @@ def looks(name: str, found: Sequence[Look]) -> Picture:
         box, sound = (-0.5, width - 0.5, height - 0.5, -0.5), columns == 2
         axes.imshow(look.shown, cmap="Greys", extent=box, aspect="auto" if sound else "equal")
         drawn = axes.imshow(
-            look.weights, cmap="Oranges", alpha=0.65, vmin=0, vmax=most, extent=box, interpolation="nearest",
+            look.weights, cmap="Oranges", alpha=0.8 * look.weights / most, vmin=0, vmax=most, extent=box, interpolation="nearest",
             aspect="auto" if sound else "equal",
         )  # fmt: skip
         if sound:
