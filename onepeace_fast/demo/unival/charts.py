@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from onepeace_fast.demo.charts import BLUE, CHANCE, GREY, ORANGE, STYLE, WIDTH, Picture, new_figure
 from onepeace_fast.demo.percent import percent
@@ -93,15 +93,22 @@ def looks(name: str, found: Sequence[Look]) -> Picture:
         box, sound = (-0.5, width - 0.5, height - 0.5, -0.5), columns == 2
         axes.imshow(look.shown, cmap="Greys", extent=box, aspect="auto" if sound else "equal")
         drawn = axes.imshow(
-            look.weights, cmap="Oranges", alpha=0.8 * look.weights / most, vmin=0, vmax=most, extent=box, interpolation="nearest",
-            aspect="auto" if sound else "equal",
+            look.weights, cmap="Oranges", alpha=0.8 * look.weights / most, vmin=0, vmax=most, extent=box,
+            interpolation="nearest", aspect="auto" if sound else "equal",
         )  # fmt: skip
         if sound:
             axes.invert_yaxis()
         axes.set(xticks=[], yticks=[])
         wrote = f"{look.wrote} {'✓' if look.right else '✗'}"
         axes.set_title(wrote if look.right or not sound else f"{wrote} ({look.digit})", fontsize=9)
-    figure.colorbar(drawn, ax=figure.axes, orientation="horizontal", aspect=40, label="attention to a position")
+    figure.colorbar(
+        drawn,
+        ax=figure.axes,
+        orientation="horizontal",
+        aspect=40,
+        ticks=MaxNLocator(4),
+        label="attention to a position",
+    )
     right = sum(look.right for look in found)
     mean = float(np.mean([look.weights.sum() for look in found]))
     title = f"{name.capitalize()}: {percent(mean)} of the attention is on the map, the rest on the words; {right} of "
