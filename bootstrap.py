@@ -1,6 +1,7 @@
 """Run onepeace_fast from a checkout: python3 bootstrap.py COMMAND [ARGUMENTS]
 
   demo     the demonstration; arguments go to `onepeace-fast demo`
+  demo-unival  three claims of UnIVAL's paper; arguments go to `onepeace-fast demo-unival`
   test     ruff's rules and format, mypy, then the quick tests on all cores; arguments go to pytest; --coverage: with
            their coverage
   test-all the slow tests, which test leaves out; arguments go to pytest
@@ -46,7 +47,7 @@ ARCHITECTURES = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
-INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
+INCLUDED = {"demo": ["demo"], "demo-unival": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
 INCLUDED["test-all"] = [*INCLUDED["dev"], "transformers"]
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
@@ -258,6 +259,7 @@ COVERAGE = ("--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under
 # What each says before it runs a module of .venv, and the module with its first arguments; gpu runs none of them.
 COMMANDS = {
     "demo": ("Running the demonstration", "onepeace_fast.cli", "demo"),
+    "demo-unival": ("Running the demonstration of UnIVAL", "onepeace_fast.cli", "demo-unival"),
     "test": ("Running the quick tests; `make test-all` runs the others", *PARALLEL),
     "test-all": ("Running the slow tests", *PARALLEL, "--no-loadscope-reorder", "-m", "slow and not gpu"),
     "bench": ("Running the benchmarks", "pytest", "benchmarks"),

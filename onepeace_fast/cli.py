@@ -12,6 +12,7 @@ from typing import Any
 import onepeace_fast
 from onepeace_fast import _interrupt, bench_command, info
 from onepeace_fast.demo import command as demo
+from onepeace_fast.demo.unival import command as demo_unival
 from onepeace_fast.embedding import embed_command, search_command
 from onepeace_fast.estimate import command as estimate
 from onepeace_fast.hardware import selftest, tune, warmup
@@ -86,6 +87,12 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "Trains a small ONE-PEACE on scikit-learn's handwritten digits with captions, then on synthetic spoken digits "
         "with captions, lets sounds and images that were never paired find each other, and writes a report with all "
         "of it to look at and listen to. Downloads nothing.",
+    ),
+    "demo-unival": (
+        demo_unival,
+        "three claims of UnIVAL's paper tried with a small model: train, merge, measure, report",
+        "Trains small UnIVALs on scikit-learn's handwritten digits and on synthetic spoken digits, merges two of them, "
+        "and writes a report of transfer, merging and several tasks at once: docs/demo_unival.md. Downloads nothing.",
     ),
     "train": (
         training,

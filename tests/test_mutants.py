@@ -24,6 +24,7 @@ AREAS = {
     "fusion": ("onepeace_fast/fusion/",),
     "pretrained": ("onepeace_fast/pretrained/",),
     "tools": ("tools/", "benchmarks/"),
+    "merging": ("onepeace_fast/merging/", "onepeace_fast/demo/unival/"),
     "unival": ("onepeace_fast/models/unival/",),
     "models": ("onepeace_fast/",),  # what no area before it has
 }

@@ -55,7 +55,7 @@ def write(result: Result, folder: Path) -> Path:
     wrong = np.flatnonzero(images[result.similarity.argmax(1)] != sounds).tolist()
     chosen = choose(result.sound_labels, result.sound_voices)
     shown_wrong = len(set(chosen) & set(wrong))
-    return _write(
+    return render(
         folder / "index.html",
         "report.html",
         title=title,
@@ -94,7 +94,7 @@ def write_ranking(
     under the sound's own name and ``-ranking.html``, so that the report beside it stays.
     """
     require(len(ranking) > 0, "ranking: expected at least one digit, got none")
-    return _write(
+    return render(
         folder / f"{Path(wav_name).stem}-ranking.html",
         "ranking.html",
         title=f"onepeace_fast: {Path(wav_name).name}",
@@ -229,7 +229,7 @@ def machine(result: Result) -> list[tuple[str, str]]:
         ("Model", f"{result.parameters:,} parameters"),
         ("Seed", str(result.seed)),
         ("Device", result.device),
-        ("CPU", _cpu()),
+        ("CPU", cpu()),
         ("Backend", backend()),
         ("Threads", str(torch.get_num_threads())),
         ("Python", f"{platform.python_version()} on {platform.system()}"),
@@ -244,7 +244,7 @@ def backend() -> str:
     return os.environ.get(ENVIRONMENT_VARIABLE) or "automatic"
 
 
-def _cpu() -> str:
+def cpu() -> str:
     """The processor's own name, where the system tells it."""
     listing = Path("/proc/cpuinfo")
     lines = listing.read_text().splitlines() if listing.exists() else []
@@ -252,7 +252,7 @@ def _cpu() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
-def _write(path: Path, template: str, **values: Any) -> Path:
+def render(path: Path, template: str, **values: Any) -> Path:
     """Render a template and put the page in its place in one step."""
     environment = Environment(
         loader=PackageLoader("onepeace_fast.demo"), autoescape=True, undefined=StrictUndefined,
