@@ -229,7 +229,7 @@ class EvaEncoder(DerivedBuffers):
             x = block(x, rope, segments, drop_path)
         x = normalized(x, self.norm) if packed else self.norm(x)
         # The head is CLIP's: who reads the tokens alone does not train it.
-        return with_unread(x.view(*shape, tokens, -1), *self.head.parameters())
+        return with_unread(x.view(*shape, tokens, self.config.width), *self.head.parameters())
 
     def _drop_path(self, count: int, device: torch.device) -> list[tuple[DropPath | None, DropPath | None]]:
         """Of both branches of each block, by frame."""

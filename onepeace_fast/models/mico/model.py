@@ -203,9 +203,7 @@ class Mico(Context):
         """
         config = self.config
         read_texts("text", text, config.text)
-        require(
-            len(text) > 1, f"text: expected at least 2 samples, to pair one with what is another's, got {len(text)}"
-        )
+        require(len(text) > 1, f"text: expected at least 2 samples, to pair one with another's, got {len(text)}")
         masked = losses.mask_captions(text, config.text, generator) if masked is None else masked
         require(
             masked.ids.shape == masked.hidden.shape == text.shape and masked.hidden.dtype == torch.bool,
