@@ -21,6 +21,7 @@ from onepeace_fast.layers import (
     shifted_windows,
 )
 from onepeace_fast.models import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval
+from onepeace_fast.models.mico import Mico, MicoConfig
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.pretrained import LoadReport, from_pretrained
@@ -37,6 +38,8 @@ __all__ = [
     "EncoderConfig",
     "FusedModel",
     "LoadReport",
+    "Mico",
+    "MicoConfig",
     "OnePeaceClassify",
     "OnePeaceConfig",
     "OnePeaceEncoder",

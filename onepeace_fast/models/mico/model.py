@@ -276,12 +276,11 @@ class Mico(Context):
         for name in self.config.frames:
             if name in given:
                 own = read_samples(name, len(given[name]), samples.get(name), count)
-                found[name] = read_frames(name, given[name], self.config.vision, own)
-                device = found[name].values.device if device is None else device
-                require_device(name, found[name].values, device)
+                found[name] = read_frames(name, given[name], self.config.vision, own, device)
+                device = found[name].values.device
         if subtitle is not None:
             valid = read_texts("subtitle", subtitle, self.config.text)
-            require(device is None or subtitle.device == device, f"subtitle: expected ids on {device}, got others")
+            require_device("subtitle", subtitle, subtitle.device if device is None else device)
             own = read_samples("subtitle", len(subtitle), samples.get("subtitle"), count)
             order = sorted(range(len(own)), key=lambda row: own[row])
             index = torch.tensor(order, dtype=torch.int64, device=subtitle.device)
