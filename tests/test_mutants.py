@@ -25,6 +25,7 @@ AREAS = {
     "pretrained": ("onepeace_fast/pretrained/",),
     "tools": ("tools/", "benchmarks/"),
     "unival": ("onepeace_fast/models/unival/",),
+    "mico": ("onepeace_fast/models/mico/",),
     "models": ("onepeace_fast/",),  # what no area before it has
 }
 

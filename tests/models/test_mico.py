@@ -180,13 +180,29 @@ def test_wrong_partners_are_drawn_by_their_similarity_and_never_the_own(block, m
     assert not drawn.diagonal().any()
 
 
-def test_a_name_has_to_be_given_where_upstream_has_no_head_of_a_set():
+def test_the_union_is_upstream_s_head_of_just_these_modalities_or_the_sum_of_their_heads():
     model = mico()
-    found = model.embed(**batch())
-    pools = {name: torch.randn(2, 16, dtype=torch.float64) for name in ("audio", "normal")}
-    joined = model.contra_head_a(pools["audio"]) + model.contra_head_normal(pools["normal"])
+    pools = {name: torch.randn(2, 16, dtype=torch.float64) for name in ("audio", "normal", "vision")}
+    own = {name: model.contra_head_normal if name == "normal" else getattr(model, f"contra_head_{name[0]}")
+           for name in pools}  # fmt: skip
+    joined = sum(own[name](x) for name, x in pools.items())
     torch.testing.assert_close(model.union_feature(pools), F.normalize(joined, dim=1))
-    assert found["union"].norm(dim=1).allclose(torch.ones(4, dtype=torch.float64))
+    two = {name: pools[name] for name in ("audio", "vision")}
+    joined = model.contra_head_va(torch.cat([two["vision"], two["audio"]], 1))
+    torch.testing.assert_close(model.union_feature(two), F.normalize(joined, dim=1))
+    one = {"audio": pools["audio"]}
+    torch.testing.assert_close(model.union_feature(one), model.feature("audio", pools["audio"]))
+
+
+def test_pairs_are_the_own_ones_and_two_wrong_ones_of_each_sample():
+    x, y = (F.normalize(torch.randn(5, 3, generator=generator(seed)), dim=1) for seed in (0, 1))
+    pairs = draw_pairs(x, y, torch.tensor(2.0), generator())
+    found = [*zip(*pairs, strict=True)]
+    assert len(found) == 15 and pairs.samples == sorted(pairs.samples)
+    assert [(t, s) for t, s, belongs in found if belongs] == [(i, i) for i in range(5)]
+    wrong = [(t, s) for t, s, belongs in found if not belongs]
+    assert all(t != s for t, s in wrong)
+    assert all(sum(s == one for _, s in wrong) >= 1 and sum(t == one for t, _ in wrong) >= 1 for one in range(5))
 
 
 def test_state_dicts_go_both_ways_under_upstream_s_names():

@@ -5,7 +5,7 @@ import torch
 from models._mico import CAPTIONS, SAMPLES, TEXT, batch, mico
 
 from onepeace_fast.models.mico import mask_captions
-from onepeace_fast.models.mico.losses import Masked, contrast, counts_of_processes
+from onepeace_fast.models.mico.losses import Masked, captioning, contrast, counts_of_processes
 
 # With two samples in a process the wrong partner of one is the other.
 HALVES = ([0, 1], [2, 3])
@@ -67,3 +67,11 @@ def test_a_process_without_a_modality_gets_gradients_of_zeros_from_its_contrast(
     alone = contrast(text.detach(), {"union": features["union"]}, scale.detach(), {"union": [3]})
     torch.testing.assert_close(loss.detach(), alone / 2)
     assert text.grad.any() and scale.grad != 0
+
+
+def test_a_process_s_captions_count_by_their_hidden_tokens():
+    masked, ids = masks(), CAPTIONS
+    count = int(masked.hidden.sum())
+    scores = torch.randn(count, 23, dtype=torch.float64)
+    alone = captioning(scores, ids, masked, [count])
+    torch.testing.assert_close(captioning(scores, ids, masked, [count, 3 * count]), alone / 2)

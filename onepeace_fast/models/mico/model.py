@@ -111,11 +111,7 @@ class Mico(Context):
             ValueError: an input that does not fit, before any work.
         """
         seen = self._see(frames, None, None, None)
-        found = {}
-        for name, own in seen.tokens.items():
-            parts = own.x.split([*own.counts])
-            found[name] = [parts[seen.rows[name].given.index(row)] for row in range(len(parts))]
-        return found
+        return {name: [*own.x.split([*own.counts])] for name, own in seen.tokens.items()}
 
     def embed(
         self, *, text: Tensor | None = None, subtitle: Tensor | None = None, samples: Samples | None = None,
