@@ -1,5 +1,7 @@
 """MiCo over packed rows: any modalities of any sample, the padded reference, its losses, state dicts."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,6 +237,23 @@ def test_autocast_rounds_and_changes_little(backend):
         assert 1e-5 < (rounded[name].float() - x).abs().max().item() < 0.05, name
     assert loss.dtype == torch.float32
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_on_parts_are_called(backend):
+    model, called = mico(backend), []
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(lambda *given, name=name: called.append(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        model.losses(CAPTIONS, generator=generator(), **batch())
+    # Lists and dictionaries are no calls, words are read by their matrix, and no sample has just these sets.
+    containers = ("blocks", "layer", "cls", "predictions", "vision_encoder")
+    silent = {name for name, _ in model.named_modules() if name} - {*called}
+    assert {name for name in silent if not name.endswith(containers) and "embeddings." not in name} == {
+        "vision_encoder.visual.head", "contra_head_va", "contra_head_vs"
+    }  # fmt: skip
 
 
 def test_tasks_are_called_by_name():
