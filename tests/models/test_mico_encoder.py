@@ -121,6 +121,17 @@ def test_sizes_that_make_no_encoder_are_refused(changed, says):
     assert refusal(lambda: dataclasses.replace(VISION, **changed)) == says
 
 
+def test_norms_have_upstream_s_epsilons_of_which_one_differs():
+    norms = {
+        (flag, name.rpartition(".")[2]): module.eps
+        for flag in (False, True)
+        for name, module in encoder(sub_layer_norm=True, swiglu=flag).named_modules()
+        if isinstance(module, torch.nn.LayerNorm)
+    }
+    assert norms.pop((False, "ffn_ln")) == 1e-5
+    assert len(norms) == 9 and {*norms.values()} == {1e-6}
+
+
 def test_a_state_dict_takes_upstream_s_buffers_and_refuses_others():
     model = encoder(**EVA_2)
     state, angles = model.to_upstream_state_dict(), model.carried()

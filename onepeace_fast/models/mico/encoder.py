@@ -99,7 +99,8 @@ class EvaMlp(nn.Module):
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(config.width, config.ffn_dim), nn.Linear(config.ffn_dim, config.width)
-        self.ffn_ln = nn.LayerNorm(config.ffn_dim, EPS) if config.sub_layer_norm else None
+        # Of all of upstream's norms this one alone has torch's own epsilon.
+        self.ffn_ln = nn.LayerNorm(config.ffn_dim) if config.sub_layer_norm else None
 
     def forward(self, x: Tensor, packed: bool) -> Tensor:
         """[..., width]."""
