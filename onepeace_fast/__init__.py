@@ -22,6 +22,7 @@ from onepeace_fast.layers import (
 )
 from onepeace_fast.merging import interpolate, merge
 from onepeace_fast.models import OnePeaceClassify, OnePeaceEncoder, OnePeacePretrain, OnePeaceRetrieval
+from onepeace_fast.models.mico import Mico, MicoConfig
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.ops import *  # noqa: F403
 from onepeace_fast.pretrained import LoadReport, from_pretrained
@@ -38,6 +39,8 @@ __all__ = [
     "EncoderConfig",
     "FusedModel",
     "LoadReport",
+    "Mico",
+    "MicoConfig",
     "OnePeaceClassify",
     "OnePeaceConfig",
     "OnePeaceEncoder",

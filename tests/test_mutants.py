@@ -26,6 +26,7 @@ AREAS = {
     "tools": ("tools/", "benchmarks/"),
     "merging": ("onepeace_fast/merging/", "onepeace_fast/demo/unival/"),
     "unival": ("onepeace_fast/models/unival/",),
+    "mico": ("onepeace_fast/models/mico/",),
     "models": ("onepeace_fast/",),  # what no area before it has
 }
 

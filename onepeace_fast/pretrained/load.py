@@ -132,10 +132,7 @@ def _load(
     if is_unival(weights):
         _require_plain(kind, UNIVAL, "UnIVAL", image_size=image_size, head=head or None, adapters=adapters)
         return _reported(load_unival(path, settings, weights, dtype, device, backend, shard, report), report)
-    if path.is_dir():
-        found = _read_folder(path, ema, head)
-    else:
-        found = _one_peace(settings, weights, report.unknown, head)
+    found = _read_folder(path, ema, head) if path.is_dir() else _one_peace(settings, weights, report.unknown, head)
     if kind in (UNIVAL, MICO):
         raise ValueError(f"model_type: expected one of {', '.join(MODELS)} for a file of ONE-PEACE's, got {kind!r}")
     wanted = target(found, kind, image_size, head)

@@ -95,6 +95,43 @@ def bert(seed: int = 3) -> Any:
     return model
 
 
+def naive_bert(
+    state: Mapping[str, torch.Tensor], ids: torch.Tensor, context: torch.Tensor | None, causal: bool
+) -> torch.Tensor:
+    """BERT over one text [length] without padding, and the tokens that it sees, by Hugging Face's names."""
+    import torch.nn.functional as F
+
+    heads, prefix = TEXT.heads, "bert."
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ state[f"{prefix}{name}.weight"].t() + state[f"{prefix}{name}.bias"]
+
+    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
+        x = x - x.mean(-1, keepdim=True)
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-12).sqrt()
+        return x * state[f"{prefix}{name}.weight"] + state[f"{prefix}{name}.bias"]
+
+    def attention(name: str, x: torch.Tensor, seen: torch.Tensor, hidden: bool) -> torch.Tensor:
+        q = linear(f"{name}.self.query", x).view(len(x), heads, -1)
+        k, v = (linear(f"{name}.self.{part}", seen).view(len(seen), heads, -1) for part in ("key", "value"))
+        score = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+        if hidden:
+            score = score + torch.full_like(score[0], -torch.inf).triu(1)
+        attended = torch.einsum("hqk,khd->qhd", score.softmax(-1), v).flatten(1)
+        return norm(f"{name}.output.LayerNorm", x + linear(f"{name}.output.dense", attended))
+
+    tables = [state[f"bert.embeddings.{kind}_embeddings.weight"] for kind in ("word", "position", "token_type")]
+    x = norm("embeddings.LayerNorm", tables[0][ids] + tables[1][: len(ids)] + tables[2][0])
+    for layer in range(TEXT.layers):
+        place = f"encoder.layer.{layer}"
+        x = attention(f"{place}.attention", x, x, causal)
+        if context is not None:
+            x = attention(f"{place}.crossattention", x, context, False)
+        y = linear(f"{place}.output.dense", F.gelu(linear(f"{place}.intermediate.dense", x)))
+        x = norm(f"{place}.output.LayerNorm", x + y)
+    return x
+
+
 def context_of(
     lengths: Mapping[str, Sequence[int]], samples: Mapping[str, Sequence[int]], only: int | None = None,
     dtype: torch.dtype = torch.float64,

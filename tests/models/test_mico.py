@@ -1,5 +1,7 @@
 """MiCo over packed rows: any modalities of any sample, the padded reference, its losses, state dicts."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -180,13 +182,29 @@ def test_wrong_partners_are_drawn_by_their_similarity_and_never_the_own(block, m
     assert not drawn.diagonal().any()
 
 
-def test_a_name_has_to_be_given_where_upstream_has_no_head_of_a_set():
+def test_the_union_is_upstream_s_head_of_just_these_modalities_or_the_sum_of_their_heads():
     model = mico()
-    found = model.embed(**batch())
-    pools = {name: torch.randn(2, 16, dtype=torch.float64) for name in ("audio", "normal")}
-    joined = model.contra_head_a(pools["audio"]) + model.contra_head_normal(pools["normal"])
+    pools = {name: torch.randn(2, 16, dtype=torch.float64) for name in ("audio", "normal", "vision")}
+    own = {name: model.contra_head_normal if name == "normal" else getattr(model, f"contra_head_{name[0]}")
+           for name in pools}  # fmt: skip
+    joined = sum(own[name](x) for name, x in pools.items())
     torch.testing.assert_close(model.union_feature(pools), F.normalize(joined, dim=1))
-    assert found["union"].norm(dim=1).allclose(torch.ones(4, dtype=torch.float64))
+    two = {name: pools[name] for name in ("audio", "vision")}
+    joined = model.contra_head_va(torch.cat([two["vision"], two["audio"]], 1))
+    torch.testing.assert_close(model.union_feature(two), F.normalize(joined, dim=1))
+    one = {"audio": pools["audio"]}
+    torch.testing.assert_close(model.union_feature(one), model.feature("audio", pools["audio"]))
+
+
+def test_pairs_are_the_own_ones_and_two_wrong_ones_of_each_sample():
+    x, y = (F.normalize(torch.randn(5, 3, generator=generator(seed)), dim=1) for seed in (0, 1))
+    pairs = draw_pairs(x, y, torch.tensor(2.0), generator())
+    found = [*zip(*pairs, strict=True)]
+    assert len(found) == 15 and pairs.samples == sorted(pairs.samples)
+    assert [(t, s) for t, s, belongs in found if belongs] == [(i, i) for i in range(5)]
+    wrong = [(t, s) for t, s, belongs in found if not belongs]
+    assert all(t != s for t, s in wrong)
+    assert all(sum(s == one for _, s in wrong) >= 1 and sum(t == one for t, _ in wrong) >= 1 for one in range(5))
 
 
 def test_state_dicts_go_both_ways_under_upstream_s_names():
@@ -219,6 +237,23 @@ def test_autocast_rounds_and_changes_little(backend):
         assert 1e-5 < (rounded[name].float() - x).abs().max().item() < 0.05, name
     assert loss.dtype == torch.float32
     assert all(gradient.isfinite().all() for gradient in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_on_parts_are_called(backend):
+    model, called = mico(backend), []
+    for name, module in model.named_modules():
+        if name:
+            module.register_forward_hook(lambda *given, name=name: called.append(name))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        model.losses(CAPTIONS, generator=generator(), **batch())
+    # Lists and dictionaries are no calls, words are read by their matrix, and no sample has just these sets.
+    containers = ("blocks", "layer", "cls", "predictions", "vision_encoder")
+    silent = {name for name, _ in model.named_modules() if name} - {*called}
+    assert {name for name in silent if not name.endswith(containers) and "embeddings." not in name} == {
+        "vision_encoder.visual.head", "contra_head_va", "contra_head_vs"
+    }  # fmt: skip
 
 
 def test_tasks_are_called_by_name():

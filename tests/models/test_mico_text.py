@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models._mico import CONTEXT_WIDTH, bert, context_of, text_encoder
+from models._mico import CONTEXT_WIDTH, bert, context_of, naive_bert, text_encoder
 from models._small import BACKENDS
 
 from onepeace_fast.models.mico import TextEncoder
@@ -10,6 +10,8 @@ from onepeace_fast.models.mico import TextEncoder
 TEXTS = torch.tensor([[5, 9, 7, 3, 0], [6, 8, 0, 0, 0], [5, 4, 2, 9, 11], [3, 0, 0, 0, 0]])
 LENGTHS = {"vision": [3, 5], "audio": [2, 4], "subtitle": [1]}
 SAMPLES = {"vision": [0, 3], "audio": [1, 3], "subtitle": [2]}
+PLACES = [[0, 1, 2], [8, 9], [14], [*range(3, 8), *range(10, 14)]]  # of each sample in the packed rows
+KINDS = ["alone", "context", "causal", "causal-context"]
 CASES = [(False, False), (False, True), (True, False), (True, True)]
 
 
@@ -17,12 +19,33 @@ def weights_of(x, seed=1):
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=x.dtype)
 
 
-def gradients(loss, *inputs):
-    loss.backward()
-    return [x.grad.clone() for x in inputs]
+@pytest.mark.parametrize(("causal", "sees"), CASES, ids=KINDS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_values_and_gradients_are_those_of_naive_code_text_by_text(backend, causal, sees):
+    model, context = text_encoder(backend), context_of(LENGTHS, SAMPLES) if sees else None
+    found = model(TEXTS, context, causal=causal)
+    x = found.texts.unpacked(found.x)
+    rows = context.x.detach().clone().requires_grad_() if sees else None
+    leaves = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    total = 0.0
+    for text, places in enumerate(PLACES):
+        ids = TEXTS[text][TEXTS[text] != 0]
+        expected = naive_bert(leaves, ids, rows[places] if sees else None, causal)
+        torch.testing.assert_close(x[text, : len(ids)], expected, rtol=1e-10, atol=1e-12)
+        total = total + (expected * weights_of(x)[text, : len(ids)]).sum()
+    assert not x[TEXTS == 0].any()
+    (x * weights_of(x)).sum().backward()
+    total.backward()
+    for name, parameter in model.named_parameters():
+        want = leaves[name].grad
+        if want is not None:
+            torch.testing.assert_close(parameter.grad, want, rtol=1e-9, atol=1e-11, msg=lambda t: f"{name}: {t}")  # noqa: B023
+    if sees:
+        torch.testing.assert_close(context.x.grad, rows.grad, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize(("causal", "sees"), CASES, ids=["alone", "context", "causal", "causal-context"])
+@pytest.mark.slow
+@pytest.mark.parametrize(("causal", "sees"), CASES, ids=KINDS)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_values_and_gradients_are_those_of_hugging_face_s_bert(backend, causal, sees):
     pytest.importorskip("transformers")
@@ -41,9 +64,8 @@ def test_values_and_gradients_are_those_of_hugging_face_s_bert(backend, causal, 
     given, rows = {}, None
     if sees:
         rows = context.x.detach().clone().requires_grad_()
-        places = [[*range(0, 3)], [*range(8, 10)], [14], [*range(3, 8), *range(10, 14)]]  # of the packed rows
-        index = torch.tensor([[*own, *[0] * (9 - len(own))] for own in places])
-        there = torch.arange(9) < torch.tensor([[len(own)] for own in places])
+        index = torch.tensor([[*own, *[0] * (9 - len(own))] for own in PLACES])
+        there = torch.arange(9) < torch.tensor([[len(own)] for own in PLACES])
         given = {"encoder_hidden_states": rows[index], "encoder_attention_mask": there.long()}
     hidden = (1.0 - seen.double()) * torch.finfo(torch.float64).min
     expected = other.bert(TEXTS, attention_mask=hidden, use_cache=False, **given).last_hidden_state
@@ -62,6 +84,7 @@ def test_values_and_gradients_are_those_of_hugging_face_s_bert(backend, causal, 
         torch.testing.assert_close(context.x.grad, rows.grad, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 def test_state_dicts_of_hugging_face_go_both_ways():
     pytest.importorskip("transformers")
     model, other = text_encoder(), bert()

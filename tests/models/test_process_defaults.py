@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from models import _mico
 from models._small import BACKENDS, assert_same_bits, batch_of, losses_with_gradients, small_config, small_model
 from models.test_add_modality import SensorAdapter, extended
 from training._batches import STAGES, batch_number, masks_of
@@ -48,6 +49,13 @@ def test_a_model_computes_the_same_whatever_the_defaults_are(backend, value):
     batch = batch_of(text=[3, 5], image=(2, 4), audio=[9, 20], dtype=torch.float32)  # the positions are 3 x 3
     samples = {"text": [0, 1], "image": [1, 2], "audio": [2, 0]}
     same_under(value, lambda: model.encode(**batch, samples=samples))
+
+
+@pytest.mark.parametrize("value", [torch.bfloat16, "meta"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mico_computes_the_same_whatever_the_defaults_are(backend, value):
+    model, batch = _mico.mico(backend, torch.float32), _mico.batch(torch.float32)
+    same_under(value, lambda: model.losses(_mico.CAPTIONS, generator=torch.Generator("cpu").manual_seed(0), **batch))
 
 
 @pytest.mark.parametrize("value", [torch.float64, torch.bfloat16, "meta"])

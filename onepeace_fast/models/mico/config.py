@@ -100,7 +100,7 @@ class EvaConfig:
 
     @classmethod
     def from_upstream(cls, vision: Mapping[str, Any], output_dim: int) -> EvaConfig:
-        """The configuration of ``vision_cfg`` of EVA-CLIP's JSON, whose ``embed_dim`` is ``output_dim``.
+        """The configuration of the vision section of EVA-CLIP's JSON; its embedding width is ``output_dim``.
 
         Raises:
             ValueError: a setting by which upstream builds another model than this one.

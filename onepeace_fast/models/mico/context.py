@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import require
 from onepeace_fast.layers.norms import normalized
+from onepeace_fast.layers.plain import is_plain
 from onepeace_fast.models.mico import state
 from onepeace_fast.models.mico.config import LETTERS, ContextConfig
 from onepeace_fast.models.mico.layers import activated
@@ -140,10 +141,13 @@ class Context(nn.Module):
 
     def _rows(self, name: str, x: Tensor, counts: Sequence[int], packed: bool) -> Tensor:
         """The context's rows of one modality."""
-        linear, norm = self.get_submodule(f"hidden_trans_{name}_multimodal").children()
-        assert isinstance(norm, nn.LayerNorm)
-        y = linear(x).flatten(0, -2)
-        y = normalized(y, norm) if packed else norm(y)
+        trans = self.get_submodule(f"hidden_trans_{name}_multimodal")
+        if packed and is_plain(trans, nn.Sequential):
+            linear, norm = trans
+            assert isinstance(norm, nn.LayerNorm)
+            y = normalized(linear(x).flatten(0, -2), norm)
+        else:  # wrapped, or with hooks of its own
+            y = trans(x).flatten(0, -2)
         added = self.get_parameter(f"{name}_type_embeddings")[0]
         if name in self.context_config.frames:
             table = self.get_parameter(f"{name}_frame_embedding")[0]

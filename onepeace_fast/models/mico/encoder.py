@@ -99,7 +99,8 @@ class EvaMlp(nn.Module):
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         self.fc1, self.fc2 = nn.Linear(config.width, config.ffn_dim), nn.Linear(config.ffn_dim, config.width)
-        self.ffn_ln = nn.LayerNorm(config.ffn_dim, EPS) if config.sub_layer_norm else None
+        # Of all of upstream's norms this one alone has torch's own epsilon.
+        self.ffn_ln = nn.LayerNorm(config.ffn_dim) if config.sub_layer_norm else None
 
     def forward(self, x: Tensor, packed: bool) -> Tensor:
         """[..., width]."""
@@ -229,7 +230,7 @@ class EvaEncoder(DerivedBuffers):
             x = block(x, rope, segments, drop_path)
         x = normalized(x, self.norm) if packed else self.norm(x)
         # The head is CLIP's: who reads the tokens alone does not train it.
-        return with_unread(x.view(*shape, tokens, -1), *self.head.parameters())
+        return with_unread(x.view(*shape, tokens, self.config.width), *self.head.parameters())
 
     def _drop_path(self, count: int, device: torch.device) -> list[tuple[DropPath | None, DropPath | None]]:
         """Of both branches of each block, by frame."""

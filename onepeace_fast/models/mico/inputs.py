@@ -43,7 +43,9 @@ def read_samples(name: str, rows: int, samples: Sequence[int] | Tensor | None, c
     return found
 
 
-def read_frames(name: str, given: Given, config: EvaConfig, samples: list[int]) -> Rows:
+def read_frames(
+    name: str, given: Given, config: EvaConfig, samples: list[int], device: torch.device | None = None
+) -> Rows:
     """Frames of one modality, of each row its own number of them; those of one channel have it three times.
 
     Raises:
@@ -60,7 +62,8 @@ def read_frames(name: str, given: Given, config: EvaConfig, samples: list[int]) 
                 f"[frames, {side}, {side}], got {describe(row)}"
             ),
         )
-        require_device(f"{name}[{place}]", row, rows[0].device)
+        device = row.device if device is None else device
+        require_device(f"{name}[{place}]", row, device)
     order = sorted(range(len(rows)), key=lambda row: samples[row])
     whole = [row if row.dim() == 4 else row[:, None].expand(-1, 3, -1, -1) for row in (rows[i] for i in order)]
     return Rows(torch.cat(whole), [len(row) for row in whole], [samples[i] for i in order], order)

@@ -60,13 +60,18 @@ def mask_captions(ids: Tensor, config: TextConfig, generator: torch.Generator | 
     require(not short, lambda: f"text: expected at least 2 tokens in each caption, to hide one, got less in {short}")
     hidden = torch.zeros_like(can)
     while (open_rows := ~hidden.any(1)).any():
-        drawn = torch.rand(tokens.shape, generator=generator) < HIDDEN_SHARE
+        drawn = _uniform(tokens, generator) < HIDDEN_SHARE
         hidden = torch.where(open_rows[:, None], drawn & can, hidden)
-    kind = torch.rand(tokens.shape, generator=generator)
-    words = torch.randint(config.first_word, config.vocab_size, tokens.shape, generator=generator)
+    kind = _uniform(tokens, generator)
+    words = torch.randint(config.first_word, config.vocab_size, tokens.shape, generator=generator, device="cpu")
     put = torch.where(kind < MASKED, torch.full_like(tokens, config.mask_id), words)
     masked = torch.where(hidden & (kind < MASKED + REPLACED), put, tokens)
     return Masked(masked.to(ids.device), hidden.to(ids.device))
+
+
+def _uniform(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Numbers in [0, 1) on the CPU, whatever the process's defaults are."""
+    return torch.rand(like.shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def counts_of_processes(counts: Sequence[int], device: torch.device) -> list[list[int]]:
@@ -122,7 +127,7 @@ def draw_wrong(
     for place in range(0, rows, step):
         with torch.autocast(queries.device.type, enabled=False):
             weights = (queries[place : place + step] @ keys.t()).softmax(1).add_(LEAST_WEIGHT).cpu()
-        own = torch.arange(len(weights))
+        own = torch.arange(len(weights), device="cpu")
         weights[own, own + place] = 0
         found += torch.multinomial(weights, 1, generator=generator)[:, 0].tolist()
     return found

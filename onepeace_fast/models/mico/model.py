@@ -111,11 +111,7 @@ class Mico(Context):
             ValueError: an input that does not fit, before any work.
         """
         seen = self._see(frames, None, None, None)
-        found = {}
-        for name, own in seen.tokens.items():
-            parts = own.x.split([*own.counts])
-            found[name] = [parts[seen.rows[name].given.index(row)] for row in range(len(parts))]
-        return found
+        return {name: [*own.x.split([*own.counts])] for name, own in seen.tokens.items()}
 
     def embed(
         self, *, text: Tensor | None = None, subtitle: Tensor | None = None, samples: Samples | None = None,
@@ -203,9 +199,7 @@ class Mico(Context):
         """
         config = self.config
         read_texts("text", text, config.text)
-        require(
-            len(text) > 1, f"text: expected at least 2 samples, to pair one with what is another's, got {len(text)}"
-        )
+        require(len(text) > 1, f"text: expected at least 2 samples, to pair one with another's, got {len(text)}")
         masked = losses.mask_captions(text, config.text, generator) if masked is None else masked
         require(
             masked.ids.shape == masked.hidden.shape == text.shape and masked.hidden.dtype == torch.bool,
@@ -278,12 +272,11 @@ class Mico(Context):
         for name in self.config.frames:
             if name in given:
                 own = read_samples(name, len(given[name]), samples.get(name), count)
-                found[name] = read_frames(name, given[name], self.config.vision, own)
-                device = found[name].values.device if device is None else device
-                require_device(name, found[name].values, device)
+                found[name] = read_frames(name, given[name], self.config.vision, own, device)
+                device = found[name].values.device
         if subtitle is not None:
             valid = read_texts("subtitle", subtitle, self.config.text)
-            require(device is None or subtitle.device == device, f"subtitle: expected ids on {device}, got others")
+            require_device("subtitle", subtitle, subtitle.device if device is None else device)
             own = read_samples("subtitle", len(subtitle), samples.get("subtitle"), count)
             order = sorted(range(len(own)), key=lambda row: own[row])
             index = torch.tensor(order, dtype=torch.int64, device=subtitle.device)
