@@ -7,6 +7,7 @@ from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_
 from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
 from onepeace_fast.layers.adapters.depth import DepthAdapter, NormalAdapter
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
+from onepeace_fast.layers.adapters.points import PointAdapter
 from onepeace_fast.layers.adapters.signal import SignalAdapter
 from onepeace_fast.layers.adapters.table import TableAdapter
 from onepeace_fast.layers.adapters.text import PADDING_TOKEN, TextAdapter
@@ -20,6 +21,7 @@ __all__ = [
     "DepthAdapter",
     "ImageAdapter",
     "NormalAdapter",
+    "PointAdapter",
     "SeriesAdapter",
     "SignalAdapter",
     "TableAdapter",

@@ -7,6 +7,8 @@ A new modality is a subclass of ``Adapter``, or of ``SeriesAdapter`` where its t
     tokens(value)                 their embeddings without positions, [rows, length, embed_dim]
     position_table(width)         the embeddings of positions 0 to width - 1, CLS at 0
     codes, vector_index           the relative position bias: a code per position, and the table row of each distance
+
+A token's position is its place in the row, or what ``position_ids`` reads in the input.
 """
 
 from __future__ import annotations
@@ -95,6 +97,7 @@ class Adapter(DerivedBuffers, ABC):
 
     takes_padding = False
     embeds = True  # False in a decoder, whose adapters hold positions alone
+    position_count: int | None = None  # where an input says its tokens' positions: how many there are, CLS included
 
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
         super().__init__()
@@ -146,6 +149,14 @@ class Adapter(DerivedBuffers, ABC):
         """
         tokens = self.tokens(value) if self.embeds else with_unread(value, *self.parameters(recurse=False))
         return self.place(tokens, ids)
+
+    def position_ids(self, value: Tensor) -> Tensor | None:
+        """Position that each token's code belongs to, where an input says it: int64 [rows, length], 0 at CLS alone.
+
+        With them ``position_count`` is set, and is the width that codes and bias vectors are made for. None: the place
+        in the row.
+        """
+        return None
 
     @abstractmethod
     def vector_index(self, width: int) -> Tensor:
