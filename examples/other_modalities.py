@@ -22,6 +22,7 @@ from onepeace_fast.config import TransformerConfig
 from onepeace_fast.layers.adapters import (
     Adapter,
     DepthAdapter,
+    GraphAdapter,
     NormalAdapter,
     PointAdapter,
     SignalAdapter,
@@ -128,12 +129,29 @@ def points() -> Task:
     return Task(adapter, clouds(240), clouds(60), classes=3)
 
 
+def graph() -> Task:
+    """Whether a graph is a chain, a star or a binary tree, of 6 to 20 nodes in any order behind the root."""
+    adapter = GraphAdapter(SMALL, features=1, deepest=7)
+
+    def graphs(count: int) -> Samples:
+        labels, found = torch.arange(count) % 3, []
+        for label in labels.tolist():
+            nodes = int(torch.randint(6, 21, ()))
+            before = [[node, (node - 1, 0, (node - 1) // 2)[label]] for node in range(1, nodes)]
+            order = F.pad(1 + torch.randperm(nodes - 1), (1, 0))  # the root stays node 0
+            found.append((torch.randn(nodes, 1), order[torch.tensor(before)]))
+        return Samples(adapter.batch("graph", found), labels)
+
+    return Task(adapter, graphs(300), graphs(90), classes=3)
+
+
 TASKS: dict[str, Callable[[], Task]] = {
     "signal": signal,
     "table": table,
     "depth": depth,
     "normals": normals,
     "points": points,
+    "graph": graph,
 }
 
 

@@ -6,6 +6,7 @@ In a decoder an adapter holds positions alone.
 from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_from_padding
 from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
 from onepeace_fast.layers.adapters.depth import DepthAdapter, NormalAdapter
+from onepeace_fast.layers.adapters.graph import GraphAdapter
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
 from onepeace_fast.layers.adapters.points import PointAdapter
 from onepeace_fast.layers.adapters.signal import SignalAdapter
@@ -19,6 +20,7 @@ __all__ = [
     "Adapter",
     "AudioAdapter",
     "DepthAdapter",
+    "GraphAdapter",
     "ImageAdapter",
     "NormalAdapter",
     "PointAdapter",

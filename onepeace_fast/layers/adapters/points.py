@@ -25,8 +25,8 @@ AXES = 3
 class PointAdapter(Adapter):
     """A token for each group of points; its position is that of the group's centre in space.
 
-    A group is seen relative to its centre, in radii of the group, with the radius beside: by two layers, the maximum over
-    its points, two more beside that maximum, and the maximum again. The centre goes through two layers as position
+    A group is seen relative to its centre, in radii of the group, with the radius beside: by two layers, the maximum
+    over its points, two more beside that maximum, and the maximum again. The centre goes through two layers as position
     embedding. The relative bias of two groups depends on how many cells of a cube apart their centres are.
 
     Args:
