@@ -6,7 +6,7 @@ import pytest
 import torch
 from data._refused import refused, taken
 from models._added import CONFIG, check_others_keep_their_bits, check_packed_is_padded, check_rows_stand_alone, extended
-from models._small import BACKENDS
+from models._small import BACKENDS, assert_close, at_tokens, batch_of, valid_tokens
 
 from onepeace_fast.layers.adapters import PointAdapter
 from onepeace_fast.layers.adapters.points import farthest_points, group_points
@@ -129,6 +129,14 @@ def test_two_groups_have_the_bias_of_the_cells_between_their_centres():
             assert index[ids[1 + i], ids[1 + j]] == (x * 5 + y) * 5 + z
     assert window_table_rows(adapter.grid) == 125
     assert (index[0, 1:] == 125).all() and (index[1:, 0] == 126).all() and index[0, 0] == 127
+
+
+def test_samples_without_a_cloud_are_one_packed_and_padded():
+    inputs = {**batch_of(text=[7, 2, 5, 1]), **batch([40, 4, 0])}
+    samples = {"text": [0, 1, 2, 3], "other": [3, 1, 2]}
+    results = [extended(make, backend).encode(**inputs, samples=samples) for backend in BACKENDS]
+    valid = valid_tokens(inputs) | {"other": ~inputs["other_padding"]}
+    assert_close(*(at_tokens(outputs, valid) for outputs in results[::-1]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -66,17 +66,22 @@ def require_items(name: str, what: str, items: Sequence[object]) -> None:
     require(len(items) > 0, f"{name}: expected at least one of {what}, got none")
 
 
-def padded_batch(items: Sequence[Tensor], tokens: Sequence[int], of_a_token: int = 1) -> tuple[Tensor, Tensor]:
-    """Items [entries, ...] side by side, and where they are padding: bool [rows, 1 + length], False at CLS.
+def padded_batch(name: str, items: Sequence[Tensor], tokens: Sequence[int], of_a_token: int = 1) -> dict[str, Tensor]:
+    """Items [entries, ...] side by side under a modality's name, and its padding: bool [rows, 1 + length], CLS first.
 
     ``tokens`` has how many each item makes, of ``of_a_token`` entries each; what is missing is zero.
+
+    Raises:
+        ValueError: items of several dtypes or devices.
     """
+    kinds = sorted({f"{item.dtype} on {item.device}".removeprefix("torch.") for item in items})
+    require(len(kinds) == 1, f"{name}: expected one dtype on one device, got {', '.join(kinds)}")
     longest = max(tokens)
     value = items[0].new_zeros(len(items), longest * of_a_token, *items[0].shape[1:])
     for row, item in zip(value, items, strict=True):
         row[: len(item)] = item
     padding = torch.arange(longest + 1) > torch.tensor(tokens)[:, None]
-    return value, padding.to(value.device)
+    return {name: value, f"{name}_padding": padding.to(value.device)}
 
 
 def accepted_floats(parameter: Tensor) -> tuple[torch.dtype, ...]:

@@ -81,8 +81,7 @@ class GraphAdapter(Adapter):
             if not isinstance(graph, tuple) or len(graph) != 2:
                 raise ValueError(f"{where}: expected a pair of nodes and edges, got {describe(graph)}")
             found.append(self._nodes(where, *graph))
-        value, padding = padded_batch(found, [len(nodes) for nodes in found])
-        return {name: value, f"{name}_padding": padding}
+        return padded_batch(name, found, [len(nodes) for nodes in found])
 
     def _nodes(self, where: str, nodes: Tensor, edges: Tensor) -> Tensor:
         """A graph's rows of the input, [nodes, channels]."""

@@ -88,8 +88,7 @@ class PointAdapter(Adapter):
                 "scale the cloud, or give extent",
             )
             grouped.append(group_points(cloud, self.groups, self.members))
-        value, padding = padded_batch(grouped, [len(groups) for groups in grouped])
-        return {name: value, f"{name}_padding": padding}
+        return padded_batch(name, grouped, [len(groups) for groups in grouped])
 
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         layout = f"[rows, groups, {self.members}, {self.channels}]"
