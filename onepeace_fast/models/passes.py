@@ -24,8 +24,8 @@ class PaddedTokens(NamedTuple):
     """One modality's tokens in one pass, padded, CLS first, and what is known of them.
 
     ``x`` [rows, length, dim] holds their embeddings. ``valid`` bool [rows, length] marks real tokens, ``lengths``
-    counts them in each row; ``ids`` int64 [rows, length] are position ids where only some are visible, else None;
-    ``width`` is the number of positions before any was hidden.
+    counts them in each row; ``ids`` int64 [rows, length] are position ids where only some are visible or the input says
+    them, else None; ``width`` is the number of positions, before any was hidden.
     """
 
     x: Tensor

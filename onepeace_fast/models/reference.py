@@ -90,6 +90,9 @@ def dense_biases(
 def _modality_bias(adapter: Adapter, table: int, padded: PaddedTokens, batch: int) -> Tensor:
     """One modality's bias [batch, heads, length, length], gathered twice where only some tokens are visible."""
     index = adapter.dense_table_index(padded.width)
+    if adapter.position_count is not None and padded.ids is not None:
+        pairs = index[padded.ids[:, :, None], padded.ids[:, None, :]]
+        return adapter.rel_pos_table_list[table](pairs).permute(0, 3, 1, 2)
     bias = adapter.rel_pos_table_list[table](index).unsqueeze(0).expand(batch, -1, -1, -1).permute(0, 3, 1, 2)
     if padded.ids is not None:
         heads, visible = bias.shape[1], padded.ids.shape[1]

@@ -101,6 +101,9 @@ class Stack(nn.Module):
                 x = self.adapter(name).place(tokens[name], ids)
             else:
                 x = self.embedding(name, value, ids)
+            adapter = self.adapter(name)
+            if ids is None and adapter.position_count is not None:
+                ids, width = adapter.position_ids(value), adapter.position_count
             result[name] = PaddedTokens(x, valid, lengths, ids, width)
         return result
 

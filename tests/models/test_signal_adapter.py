@@ -109,6 +109,13 @@ def test_the_own_rate_keeps_the_bits_and_rounding_makes_no_further_reading():
         ([torch.zeros(4, 3)], [50.0], "other, signals[0]: expected [readings, 2]", "float32 [4, 3]"),
         ([torch.zeros(4, 2)], [0.0], "rates[0]: expected a positive number", "float 0.0"),
         ([torch.zeros(4, 2)], [math.inf], "rates[0]: expected a positive number", "float inf"),
+        ([torch.zeros(9, 2)], [0.01], "other, signals[0]: expected up to 6 patches of 0.08 seconds", "got 11250"),
+        (
+            [torch.zeros(4, 2), torch.zeros(4, 2).double()],
+            [50.0] * 2,
+            "other: expected one dtype",
+            "float32 on cpu, float64",
+        ),
         ([torch.tensor([[0.0, math.nan]])], [50.0], "other, signals[0]: expected finite readings", "cut them out"),
     ],
 )
@@ -130,6 +137,14 @@ def test_tensors_that_do_not_fit_are_refused_in_one_line(shape, dtype, part):
     refused(lambda: extended(make).embed(other=torch.zeros(shape, dtype=dtype)), "other: ", part)
 
 
-@pytest.mark.parametrize(("changed", "start"), [({"rate": 0}, "rate: "), ({"longest": 1024}, "longest: ")])
+@pytest.mark.parametrize(
+    ("changed", "start"),
+    [
+        ({"rate": 0}, "rate: "),
+        ({"longest": 1024}, "longest: "),
+        ({"patch": 0}, "patch: "),
+        ({"channels": 0}, "channels: "),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused_in_one_line(changed, start):
     refused(lambda: SignalAdapter(CONFIG, **{"channels": 2, "rate": 50.0, **changed}), start)

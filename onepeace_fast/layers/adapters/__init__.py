@@ -6,7 +6,9 @@ In a decoder an adapter holds positions alone.
 from onepeace_fast.layers.adapters.adapter import Adapter, SeriesAdapter, valid_from_padding
 from onepeace_fast.layers.adapters.audio import AudioAdapter, frames_of
 from onepeace_fast.layers.adapters.depth import DepthAdapter, NormalAdapter
+from onepeace_fast.layers.adapters.graph import GraphAdapter
 from onepeace_fast.layers.adapters.image import PATCH, ImageAdapter
+from onepeace_fast.layers.adapters.points import PointAdapter
 from onepeace_fast.layers.adapters.signal import SignalAdapter
 from onepeace_fast.layers.adapters.table import TableAdapter
 from onepeace_fast.layers.adapters.text import PADDING_TOKEN, TextAdapter
@@ -18,8 +20,10 @@ __all__ = [
     "Adapter",
     "AudioAdapter",
     "DepthAdapter",
+    "GraphAdapter",
     "ImageAdapter",
     "NormalAdapter",
+    "PointAdapter",
     "SeriesAdapter",
     "SignalAdapter",
     "TableAdapter",

@@ -7,6 +7,8 @@ A new modality is a subclass of ``Adapter``, or of ``SeriesAdapter`` where its t
     tokens(value)                 their embeddings without positions, [rows, length, embed_dim]
     position_table(width)         the embeddings of positions 0 to width - 1, CLS at 0
     codes, vector_index           the relative position bias: a code per position, and the table row of each distance
+
+A token's position is its place in the row, or what ``position_ids`` reads in the input.
 """
 
 from __future__ import annotations
@@ -64,17 +66,22 @@ def require_items(name: str, what: str, items: Sequence[object]) -> None:
     require(len(items) > 0, f"{name}: expected at least one of {what}, got none")
 
 
-def padded_batch(items: Sequence[Tensor], tokens: Sequence[int], of_a_token: int = 1) -> tuple[Tensor, Tensor]:
-    """Items [entries, ...] side by side, and where they are padding: bool [rows, 1 + length], False at CLS.
+def padded_batch(name: str, items: Sequence[Tensor], tokens: Sequence[int], of_a_token: int = 1) -> dict[str, Tensor]:
+    """Items [entries, ...] side by side under a modality's name, and its padding: bool [rows, 1 + length], CLS first.
 
     ``tokens`` has how many each item makes, of ``of_a_token`` entries each; what is missing is zero.
+
+    Raises:
+        ValueError: items of several dtypes or devices.
     """
+    kinds = sorted({f"{item.dtype} on {item.device}".removeprefix("torch.") for item in items})
+    require(len(kinds) == 1, f"{name}: expected one dtype on one device, got {', '.join(kinds)}")
     longest = max(tokens)
     value = items[0].new_zeros(len(items), longest * of_a_token, *items[0].shape[1:])
     for row, item in zip(value, items, strict=True):
         row[: len(item)] = item
     padding = torch.arange(longest + 1) > torch.tensor(tokens)[:, None]
-    return value, padding.to(value.device)
+    return {name: value, f"{name}_padding": padding.to(value.device)}
 
 
 def accepted_floats(parameter: Tensor) -> tuple[torch.dtype, ...]:
@@ -95,6 +102,7 @@ class Adapter(DerivedBuffers, ABC):
 
     takes_padding = False
     embeds = True  # False in a decoder, whose adapters hold positions alone
+    position_count: int | None = None  # where an input says its tokens' positions: how many there are, CLS included
 
     def __init__(self, embed_dim: int, heads: int, tables: int, rows: int) -> None:
         super().__init__()
@@ -146,6 +154,14 @@ class Adapter(DerivedBuffers, ABC):
         """
         tokens = self.tokens(value) if self.embeds else with_unread(value, *self.parameters(recurse=False))
         return self.place(tokens, ids)
+
+    def position_ids(self, value: Tensor) -> Tensor | None:
+        """Position that each token's code belongs to, where an input says it: int64 [rows, length], 0 at CLS alone.
+
+        With them ``position_count`` is set, and is the width that codes and bias vectors are made for. None: the place
+        in the row.
+        """
+        return None
 
     @abstractmethod
     def vector_index(self, width: int) -> Tensor:

@@ -43,6 +43,8 @@ class SignalAdapter(SeriesAdapter):
     ) -> None:  # fmt: skip
         super().__init__(config.embed_dim, config.attention_heads, config.bias_tables, bucket_size)
         require(is_number(rate) and rate > 0, f"rate: expected a positive number of hertz, got {describe(rate)}")
+        for name, size in (("channels", channels), ("patch", patch)):
+            require(isinstance(size, int) and size > 0, f"{name}: expected a positive integer, got {describe(size)}")
         limit = MAX_POSITIONS - 1
         require(0 < longest <= limit, f"longest: expected 1 to {limit} patches, got {describe(longest)}")
         self.channels, self.rate, self.patch, self.longest = channels, rate, patch, longest
@@ -73,10 +75,16 @@ class SignalAdapter(SeriesAdapter):
             require(fits, f"{where}: expected [readings, {self.channels}], got {describe(signal)}")
             require(is_number(rate) and rate > 0, f"rates[{place}]: expected a positive number, got {describe(rate)}")
             require(bool(signal.isfinite().all()), f"{where}: expected finite readings, got others; cut them out")
+            patches = self._patches(readings_at(len(signal), rate, self.rate))
+            require(
+                patches <= self.longest,
+                f"{where}: expected up to {self.longest} patches of {self.patch / self.rate:g} seconds, got {patches}",
+            )
             readings.append(resample(signal, rate, self.rate))
-        patches = [-(-len(signal) // self.patch) for signal in readings]
-        value, padding = padded_batch(readings, patches, self.patch)
-        return {name: value, f"{name}_padding": padding}
+        return padded_batch(name, readings, [self._patches(len(signal)) for signal in readings], self.patch)
+
+    def _patches(self, readings: int) -> int:
+        return -(-readings // self.patch)
 
     def valid(self, name: str, value: Tensor, padding: Tensor | None) -> Tensor:
         layout = f"[rows, readings, {self.channels}]"
@@ -100,6 +108,11 @@ class SignalAdapter(SeriesAdapter):
         return self.embed_positions[:width]
 
 
+def readings_at(count: int, rate: float, new_rate: float) -> int:
+    """How many readings a signal of ``count`` has at another rate."""
+    return math.ceil(count / (rate / new_rate) - ROUNDING)
+
+
 def resample(signal: Tensor, rate: float, new_rate: float) -> Tensor:
     """A signal [readings, channels] at another rate, from second 0: each new reading is the mean over its own time.
 
@@ -108,7 +121,7 @@ def resample(signal: Tensor, rate: float, new_rate: float) -> Tensor:
     ratio, count = rate / new_rate, len(signal)
     if ratio == 1 or not count:
         return signal
-    new_count = max(1, math.ceil(count / ratio - ROUNDING))
+    new_count = max(1, readings_at(count, rate, new_rate))
     edges = (torch.arange(new_count + 1, dtype=torch.float64, device=signal.device) * ratio).clamp(max=count)
     edges[-1] = count
     whole = edges.long()
