@@ -31,7 +31,7 @@ struct alignas(128) BackwardShared {
     T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
     float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
     float row_sums[STAGES][TILE];
-    int query_code[STAGES][TILE];  // of CLS queries: their modality
+    int query_code[STAGES][TILE];  // of CLS queries: their vector
     int key_code[KEY_BLOCKS * BLOCK_ROWS];
     T spread_rows[BLOCK_ROWS * TILE];  // probabilities of the key block that is spread
     float spread_probabilities[BLOCK_ROWS][TILE + CHUNK];
@@ -113,9 +113,9 @@ struct Backward {
     }
 
     // The bias of a pair in base 2.
-    __device__ __forceinline__ float bias(int modality, int entry) const {
+    __device__ __forceinline__ float bias(int vector, int entry) const {
         if (!LARGE) return shared.bias()[entry];
-        return load_entry(arguments.bias[modality], blockIdx.y, entry - shared.bias_start[modality]);
+        return load_entry(arguments.bias[vector], blockIdx.y, entry - shared.bias_start[vector]);
     }
 
     // Load the vectors, and set all sums to zero.
@@ -169,7 +169,7 @@ struct Backward {
             }
         }
         const Run key_run = shared.key_runs[key_block], query_run = shared.query_runs[stage][half];
-        if (!LARGE && key_run.modality >= 0 && key_run.modality == query_run.modality) {
+        if (!LARGE && key_run.vector >= 0 && key_run.vector == query_run.vector) {
             const float* entries = shared.bias() + (query_run.first - key_run.first - lane_distance(lane));
             float bias[DIAGONALS];
 #pragma unroll
@@ -184,7 +184,7 @@ struct Backward {
         if (arguments.bias_vectors) {
             visit_entries(
                 arguments, shared.bias_start, keys, queries(stage, half),
-                [&](int n, int i, int modality, int entry) { scores[n][i] += bias(modality, entry); });
+                [&](int n, int i, int vector, int entry) { scores[n][i] += bias(vector, entry); });
         }
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
@@ -265,12 +265,12 @@ struct Backward {
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const RowBlock row_block = shared.query_rows[stage][half];
-            Run run = shared.differences.find_run(
-                arguments.bias_vectors, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
+            Run run =
+                shared.differences.find_run(arguments, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
             if (thread_index() == 0) {
-                const int m = row_block.modality;
-                if (run.modality >= 0) run.first += shared.bias_start[m] + arguments.bias[m].code_offset;
-                if (run.place >= 0) run.place += shared.differences.equal[m];
+                const int v = run.vector;
+                if (v >= 0) run.first += shared.bias_start[v] + arguments.bias[v].code_offset;
+                if (run.place >= 0) run.place += shared.differences.equal[row_block.modality];
                 shared.query_runs[stage][half] = run;
             }
         }
@@ -279,7 +279,7 @@ struct Backward {
     // Find the run of a key block, for the warp that calls.
     __device__ __forceinline__ void find_key_run(int key_block) const {
         const Run run = shared.differences.find_run(
-            arguments.bias_vectors, shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
+            arguments, shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
         if (thread_index() % WARP == 0) shared.key_runs[key_block] = run;
         __syncwarp();  // all lanes see it
     }
@@ -350,15 +350,16 @@ struct Backward {
 
 private:
     __device__ Side side(const RowBlock& row_block, const int* code) const {
-        return {code, row_block.modality, row_block.count, row_block.modality == arguments.modalities};
+        const int m = row_block.modality;
+        return {code, vector_of(arguments, m), row_block.count, m == arguments.modalities};
     }
 
-    // A row's code, or the modality of a CLS row, which stands last in its segment.
+    // A row's code, or the vector of a CLS row, which stands last in its segment.
     __device__ void load_code(int* target, const Row& row) const {
         if (row.index < shared.sample.first[row.modality] + shared.sample.body[row.modality]) {
             cp_async_4(target, arguments.code + row.index);
         } else {
-            *target = row.modality;
+            *target = vector_of(arguments, row.modality);
         }
     }
 };

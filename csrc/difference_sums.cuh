@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "bias.cuh"
 #include "block_difference.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
@@ -52,7 +53,7 @@ struct alignas(16) DifferenceSums {
 
 // What codes of a row block say, in one access to shared memory.
 struct alignas(16) Run {
-    int modality;  // of a whole row block whose codes are a run; negative: it is none
+    int vector;    // of a whole row block whose codes are a run; negative: it is none
     int first;     // the first code; of queries, the entry of that and a key's code of zero
     int place;     // of keys and queries whose pairs have sums by difference: theirs less the keys' is their number
 };
@@ -61,7 +62,8 @@ constexpr Run NO_RUN{-1, 0, -1};
 constexpr int PLACES = 1 << 20;  // of a modality: more than it has differences or row blocks
 
 // Which block differences have sums, in shared memory. The first codes of a modality's row blocks are `stride` apart,
-// as in the first sample that has two; where another sample's are not, or there is no room, its pairs have none.
+// as in the first sample that has two; where another sample's are not, or there is no room, its pairs have none. Of
+// modalities that share a vector only the first one's have: two row blocks of several may have the same codes.
 struct Differences {
     int taken;
     int stride[MAX_MODALITIES];  // 0: not known yet; negative: there is no room
@@ -99,12 +101,15 @@ struct Differences {
 
     // What a row block's codes [BLOCK_ROWS] say, as keys. Only row blocks that are as many strides behind the first as
     // row blocks have a place, so no two have the same. By all lanes of a warp.
-    __device__ __forceinline__ Run find_run(int bias_vectors, const RowBlock& row_block, const int* code) const {
+    __device__ __forceinline__ Run find_run(
+        const RelativeBiasAttention& arguments, const RowBlock& row_block, const int* code) const {
         const int m = row_block.modality, first = code[0];
-        if (m >= bias_vectors || !are_runs<BLOCK_ROWS>(code, row_block.count)) return NO_RUN;
+        if (!arguments.bias_vectors || m == arguments.modalities) return NO_RUN;
+        if (!are_runs<BLOCK_ROWS>(code, row_block.count)) return NO_RUN;
         const int place = row_block.first / BLOCK_ROWS;
-        const bool has_place = step[m] > 0 && first == origin[m] + place * step[m];
-        return {row_block.count == BLOCK_ROWS ? m : -1, first, has_place ? m * PLACES + place : -1};
+        const bool has_place = m < arguments.bias_vectors && step[m] > 0 && first == origin[m] + place * step[m];
+        const int vector = row_block.count == BLOCK_ROWS ? vector_of(arguments, m) : -1;
+        return {vector, first, has_place ? m * PLACES + place : -1};
     }
 
 private:

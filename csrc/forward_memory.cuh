@@ -53,14 +53,14 @@ struct alignas(128) ForwardShared {
     T keys[STAGES][KEYS * HEAD_DIM];
     T values[STAGES][KEYS * HEAD_DIM];
     T queries[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp; at the end its results
-    int key_code[STAGES][KEYS];               // of CLS keys: their modality
+    int key_code[STAGES][KEYS];               // of CLS keys: their vector
     RowBlock key_rows[STAGES];
     bool keys_are_runs[STAGES];  // of codes, a run in each row block
     union {
         RowState row_states[ForwardLaunch<HEAD_DIM>::THREADS];
         RowSumState row_sum_states[ForwardLaunch<HEAD_DIM>::THREADS];
     };
-    int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their modality
+    int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their vector
     RowBlock query_rows[WARPS];         // of each warp; none where the count is 0
     bool query_is_run[WARPS];           // of their codes
     Range query_codes[WARPS];           // of body queries, where the bias is windowed
@@ -135,7 +135,7 @@ struct Forward {
         cp_async_16(shared.values[stage] + target, from + arguments.which_stride);
     }
 
-    // By the last warp, which copies fewer keys than others or none: a tile, and its codes, of CLS keys their modality.
+    // By the last warp, which copies fewer keys than others or none: a tile, and its codes, of CLS keys their vector.
     __device__ __forceinline__ void copy_codes(int stage, const RowBlock& tile) const {
         const int lane = thread_index() - (THREADS - WARP);
         const bool is_cls = tile.modality == arguments.modalities;
@@ -143,7 +143,8 @@ struct Forward {
         const BlockRows rows(shared.sample, arguments.modalities, tile);
         for (int i = lane; i >= 0 && i < (is_cls ? BLOCK_ROWS : KEYS); i += WARP) {
             if (is_cls) {
-                shared.key_code[stage][i] = find_row(shared.sample, arguments.modalities, tile, i).modality;
+                const int modality = find_row(shared.sample, arguments.modalities, tile, i).modality;
+                shared.key_code[stage][i] = vector_of(arguments, modality);
             } else {
                 cp_async_4(shared.key_code[stage] + i, arguments.code + rows[i]);
             }
@@ -187,9 +188,10 @@ struct Forward {
         if (lane == 0) shared.query_rows[warp] = row_block;
         const Row row = find_row(shared.sample, arguments.modalities, row_block, lane % BLOCK_ROWS);
         const bool is_cls = row_block.modality == arguments.modalities;
-        int code = is_cls ? row.modality : arguments.code[row.index];
+        const int vector = vector_of(arguments, row.modality);
+        int code = is_cls ? vector : arguments.code[row.index];
         if (arguments.bias_vectors && !is_cls) {
-            code += arguments.bias[row.modality].code_offset + (WINDOWED ? 0 : shared.bias_start[row.modality]);
+            code += arguments.bias[vector].code_offset + (WINDOWED ? 0 : shared.bias_start[vector]);
         }
         if (lane < BLOCK_ROWS) shared.query_code[warp][lane] = code;
         if (WINDOWED) {
@@ -230,12 +232,17 @@ struct Forward {
         }
     }
 
-    // Whole vectors of the modalities that have body rows among these row blocks of queries.
+    // Whether body rows have a vector.
+    __device__ __forceinline__ bool has_vector(const RowBlock& rows, int vector) const {
+        return rows.modality < arguments.modalities && vector_of(arguments, rows.modality) == vector;
+    }
+
+    // Whole vectors of the modalities that have body rows among these row blocks of queries; one for all is always one.
     __device__ void load_whole_bias(int first_row_block, int end_row_block) const {
 #pragma unroll 1
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
             const int end = start + ceil_div(shared.sample.body[m], BLOCK_ROWS);
-            if (start < end_row_block && end > first_row_block) {
+            if (arguments.bias_vectors == 1 || (start < end_row_block && end > first_row_block)) {
                 const BiasVector& vector = arguments.bias[m];
                 for (int i = thread_index(); i < vector.entries - CLS_ENTRIES; i += THREADS) {
                     shared.bias()[shared.bias_start[m] + i] = load_bias(vector, i);
@@ -245,12 +252,12 @@ struct Forward {
         }
     }
 
-    // First and last entry that a tile of keys can meet; none, first > last, without queries of its modality.
-    __device__ Range find_entries(int stage, int modality) const {
+    // First and last entry that a tile of keys can meet; none, first > last, without queries of its vector.
+    __device__ Range find_entries(int stage, int vector) const {
         Range queries{INT_MAX, INT_MIN}, keys{INT_MAX, INT_MIN};
         for (int w = 0; w < ForwardLaunch<HEAD_DIM>::WARPS; ++w) {
             const RowBlock& rows = shared.query_rows[w];
-            if (rows.count && rows.modality == modality) queries.include(shared.query_codes[w]);
+            if (rows.count && has_vector(rows, vector)) queries.include(shared.query_codes[w]);
         }
         if (queries.first > queries.last) return queries;
         for (int i = thread_index() % WARP; i < KEYS; i += WARP) {
@@ -261,9 +268,9 @@ struct Forward {
     }
 
     // Some entries of a vector, from entry `first` on.
-    __device__ void load_window(int modality, int first, int count) const {
+    __device__ void load_window(int vector, int first, int count) const {
         for (int i = thread_index(); i < count; i += THREADS) {
-            shared.bias()[i] = load_bias(arguments.bias[modality], first + i);
+            shared.bias()[i] = load_bias(arguments.bias[vector], first + i);
         }
     }
 };

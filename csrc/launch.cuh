@@ -70,9 +70,10 @@ inline const char* check_arguments(const RelativeBiasAttention& a) {
             "cu_seqlens: expected at most %d samples and %d heads in one launch, got %d and %d; pass fewer at once",
             MAX_GRID - 1, MAX_GRID, a.samples, a.heads);
     }
-    if (a.bias_vectors != 0 && a.bias_vectors != a.modalities) {
+    if (a.bias_vectors > 1 && a.bias_vectors != a.modalities) {
         return say(
-            "bias: expected one vector for each of %d modalities, or none, got %d", a.modalities, a.bias_vectors);
+            "bias: expected one vector for each of %d modalities, one for all, or none, got %d", a.modalities,
+            a.bias_vectors);
     }
     for (int m = 0; m < a.bias_vectors; ++m) {
         const BiasVector& vector = a.bias[m];

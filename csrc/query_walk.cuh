@@ -65,16 +65,18 @@ __device__ __forceinline__ void start_scores(
     const int mine = shared.query_rows[warp].modality, modality = shared.key_rows[stage].modality;
     const int* query_code = shared.query_code[warp];
     const int* key_code = shared.key_code[stage];
-    const bool is_cls = mine == arguments.modalities;
+    const bool is_cls = mine == arguments.modalities, share = arguments.bias_vectors == 1;
     if (COLUMNS == BLOCK_ROWS && arguments.bias_vectors) {
-        const int first = is_cls ? query_code[row] : mine, second = is_cls ? query_code[row + 8] : mine;
+        const int first = is_cls ? query_code[row] : vector_of(arguments, mine);
+        const int second = is_cls ? query_code[row + 8] : first;
         const ClsEntry entry = is_cls ? CLS_AS_BOTH : CLS_AS_KEY;
         start_cls<COLUMNS>(scores, key_code, first, second, shared.cls[first][entry], shared.cls[second][entry]);
-    } else if (mine != modality || WINDOWED || !arguments.bias_vectors) {
-        const float bias = is_cls && arguments.bias_vectors ? shared.cls[modality][CLS_AS_QUERY] : 0.f;
+    } else if ((share ? is_cls : mine != modality) || WINDOWED || !arguments.bias_vectors) {
+        const int vector = vector_of(arguments, modality);
+        const float bias = is_cls && arguments.bias_vectors ? shared.cls[vector][CLS_AS_QUERY] : 0.f;
         start_rows<COLUMNS>(
-            scores, !is_cls || query_code[row] == modality ? bias : 0.f,
-            !is_cls || query_code[row + 8] == modality ? bias : 0.f);
+            scores, !is_cls || query_code[row] == vector ? bias : 0.f,
+            !is_cls || query_code[row + 8] == vector ? bias : 0.f);
     } else if (shared.query_is_run[warp] && shared.keys_are_runs[stage]) {
         start_runs<COLUMNS>(scores, shared.bias() + query_code[0], key_code);
     } else {
@@ -92,14 +94,14 @@ __device__ __forceinline__ void add_windows(
     const int warp = thread_index() / WARP;
     const RowBlock& mine = shared.query_rows[warp];
     const float* entries = forward.shared.bias();
-    const int modality = shared.key_rows[stage].modality;
-    const Range range = forward.find_entries(stage, modality);
+    const int vector = vector_of(forward.arguments, shared.key_rows[stage].modality);
+    const Range range = forward.find_entries(stage, vector);
     for (int first = range.first; first <= range.last; first += capacity) {
         const int count = min(capacity, range.last - first + 1);
         if (first > range.first) __syncthreads();  // nobody reads the window before
-        forward.load_window(modality, first, count);
+        forward.load_window(vector, first, count);
         __syncthreads();
-        if (mine.count && mine.modality == modality) {
+        if (mine.count && forward.has_vector(mine, vector)) {
             visit_pairs<COLUMNS>(
                 scores, shared.query_code[warp], shared.key_code[stage], [&](float& score, int entry) {
                     score += entry >= first && entry < first + count ? entries[entry - first] : 0.f;

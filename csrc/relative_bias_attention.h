@@ -45,7 +45,7 @@ struct RelativeBiasAttention {
     const int32_t* cu_seqlens;  // [modalities, samples + 1], dense
     const int32_t* code;        // [rows]
     const uint8_t* is_cls;      // [rows], 0 or 1
-    int32_t bias_vectors;       // 0, or one for each modality
+    int32_t bias_vectors;       // 0, one for each modality, or one for the pairs of all tokens
     BiasVector bias[MAX_MODALITIES];
     const void* head_scale;  // [heads], dense, or null
     ElementType head_scale_type;

@@ -21,7 +21,7 @@ from onepeace_fast.attention_structures import (
 )
 from onepeace_fast.checks import describe
 from onepeace_fast.ops.pair_bias import Batch, hidden_keys, joined, pair_entries, pair_values
-from onepeace_fast.ops.segments import Pairs, head_slices, is_shared, longest_sample, sample_pairs
+from onepeace_fast.ops.segments import Pairs, head_slices, longest_sample, sample_pairs
 from onepeace_fast.structures import Needs
 
 HEAD_SIZES = (32, 64, 128)
@@ -59,8 +59,6 @@ def _unknown_to_kernels(given: AttentionInputs | AttentionSaved) -> str | None:
         return "expected keys of the queries' own tokens, got keys of others"
     if given.segments.order is not None:
         return "expected no order, got one"
-    if is_shared(given.bias, given.segments, given.segments):
-        return f"expected a bias for each of {given.segments.cu_seqlens.shape[0]} modalities, got one for all"
     if not 0 < head_dim <= HEAD_SIZES[-1]:
         return f"expected heads of at most {HEAD_SIZES[-1]}, got {head_dim}"
     if given.v is not None and given.v.shape[-1] > head_dim:

@@ -93,9 +93,12 @@ def entry(vectors, offsets, given, keys, i, j, dtype):
 class Form:
     """A call of the op and the same by ``naive``: q, k, v and vectors are the leaves."""
 
-    def __init__(self, *, vectors=1, order=None, cross=False, cls=False, sizes=(8, 8), joint=False, head_scale=False):
-        self.segments = segments(QUERIES, 1, order=order, cls=cls)
-        self.keys = segments(KEYS, 2, order=order, cls=cls) if cross else self.segments
+    def __init__(
+        self, *, vectors=1, order=None, cross=False, cls=False, sizes=(8, 8), joint=False, head_scale=False,
+        lengths=(QUERIES, KEYS),
+    ):  # fmt: skip
+        self.segments = segments(lengths[0], 1, order=order, cls=cls)
+        self.keys = segments(lengths[1], 2, order=order, cls=cls) if cross else self.segments
         self.cross, self.joint, self.vectors = cross, joint, vectors
         rows, key_rows = (side.code.shape[0] for side in (self.segments, self.keys))
         head_dim, value_dim = sizes
@@ -138,6 +141,18 @@ FORMS = {
 @pytest.mark.parametrize("name", FORMS)
 def test_values_and_gradients_follow_the_formula(name, way, dtype):
     form = Form(**FORMS[name])
+    contract.check_against_naive(form.call, form.plain, form.leaves, dtype)
+
+
+# What the kernels take, with heads of theirs and samples of several tiles.
+ON_KERNELS = ["one vector for all", "one vector for all, CLS"]
+LONG = {"lengths": ([[70, 0, 17, 33], [33, 90, 0, 40]], [[66, 35, 0, 80], [0, 40, 0, 70]]), "sizes": (32, 32)}
+
+
+@in_each("dtype", {"kernel": DTYPES_OF_WAYS["kernel"]})
+@pytest.mark.parametrize("name", ON_KERNELS)
+def test_the_kernels_follow_the_formula(name, way, dtype):
+    form = Form(**FORMS[name] | LONG)
     contract.check_against_naive(form.call, form.plain, form.leaves, dtype)
 
 
