@@ -256,16 +256,16 @@ __device__ __forceinline__ void walk_keys(
     const int warp = warp_index();
     KeyRows<Launch> key_gradient = {}, value_gradient = {};
     SpreadKeyBlock<T, Launch, LARGE> spread{backward};
-    const bool spreads = key_blocks > spread.KEY_BLOCK;
-    if (spreads) spread.begin();
+    const bool has_spread = key_blocks > spread.KEY_BLOCK;
+    if (has_spread) spread.begin();
     backward.load_keys(first, key_blocks);
-    backward.load_queries(0, 0, is_whole);
     const int tiles = ceil_div(shared.sample.row_blocks, HALVES);
+    if (tiles) backward.load_queries(0, 0, is_whole);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         const int stage = tile % STAGES;
         cp_async_wait_all();
-        backward.find_query_runs(warp, stage);
+        backward.find_query_runs(warp, stage, key_blocks);
         __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
         if (tile == 0) {
 #pragma unroll
@@ -275,59 +275,56 @@ __device__ __forceinline__ void walk_keys(
             }
         }
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
+        const int seen = shared.seen_key_blocks[stage];  // the others have no probabilities
+        const bool spreads = seen > spread.KEY_BLOCK;
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
-        multiply<Launch>(warp, probabilities, shared.keys, shared.queries[stage], key_blocks);
+        multiply<Launch>(warp, probabilities, shared.keys, shared.queries[stage], seen);
 #pragma unroll
         for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
             const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(warp, slot);
-            if (key_block < key_blocks) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
+            if (key_block < seen) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
         }
-        accumulate<Launch>(warp, value_gradient, probabilities, shared.grad[stage], key_blocks);
-        multiply<Launch>(warp, gradients, shared.values, shared.grad[stage], key_blocks);
+        accumulate<Launch>(warp, value_gradient, probabilities, shared.grad[stage], seen);
+        multiply<Launch>(warp, gradients, shared.values, shared.grad[stage], seen);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
-        const float row_sum = find_row_sum(spread, stage, key_blocks, is_whole);
+        const float row_sum = find_row_sum(spread, stage, seen, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
         differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
-        leave_score_gradient(warp, backward, gradients, key_blocks);
-        accumulate<Launch>(warp, key_gradient, gradients, shared.queries[stage], key_blocks);
+        leave_score_gradient(warp, backward, gradients, seen);
+        accumulate<Launch>(warp, key_gradient, gradients, shared.queries[stage], seen);
         Sums sums{};
         if (backward.is_learned()) {
             sums = prepare_sums(backward, row_sum);
-            add_to_sums(warp, backward, gradients, stage, 0, key_blocks, sums);
+            add_to_sums(warp, backward, gradients, stage, 0, seen, sums);
         }
         if (spreads) spread.differentiate(stage, row_sum, sums);
         __syncthreads();  // the scores' gradient is complete, and nobody adds to what the second half adds to
-        if (backward.is_learned()) add_to_sums(warp, backward, gradients, stage, 1, key_blocks, sums);
+        if (backward.is_learned()) add_to_sums(warp, backward, gradients, stage, 1, seen, sums);
         if (spreads) spread.accumulate(stage);
-        find_query_gradient(backward, stage, key_blocks, is_whole, is_first);
+        find_query_gradient(backward, stage, seen, is_whole, is_first);
     }
+    if (!tiles) cp_async_wait_all();
     __syncthreads();  // nobody reads the keys, which give way to their gradients
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
         const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
-        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, 1);
-        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, 2);
+        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, backward.gradients.k);
+        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, backward.gradients.v);
     }
-    if (spreads) spread.store();
+    if (has_spread) spread.store();
     __syncthreads();  // the next keys take their place
 }
 
 // A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& backward) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     auto& shared = backward.shared;
-    for (int m = 0; m < backward.arguments.modalities; ++m) {
-        const int elements = (shared.sample.body[m] + shared.sample.cls[m]) * HEAD_DIM;
-        for (int i = thread_index(); i < elements; i += Launch::THREADS) {
-            for (int which = 0; which < 3; ++which) {
-                backward.result(shared.sample.first[m] + i / HEAD_DIM, which)[i % HEAD_DIM] = from_float<T>(NAN);
-            }
-        }
-    }
+    backward.fill(backward.gradients.q, shared.sample, NAN);
+    backward.fill(backward.gradients.k, shared.key_sample, NAN);
+    backward.fill(backward.gradients.v, shared.key_sample, NAN);
     if (thread_index() == 0) {
         shared.scale_sums[0] = NAN;
         shared.is_finite = false;
@@ -358,7 +355,10 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
     using Launch = BackwardLaunch<HEAD_DIM, COMPACT>;
     const int group = blockIdx.z, part = blockIdx.x;
     if (group == workspace.groups) {
-        return zero_inert_rows<Launch>(arguments, static_cast<T*>(gradients.qkv));
+        zero_inert_rows<T, Launch>(gradients.q, arguments.queries, arguments.samples);
+        zero_inert_rows<T, Launch>(gradients.k, arguments.keys, arguments.samples);
+        zero_inert_rows<T, Launch>(gradients.v, arguments.keys, arguments.samples);
+        return;
     }
     auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());
     const Backward<T, Launch, LARGE> backward{arguments, gradients, workspace, shared};
@@ -366,16 +366,18 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
     const int end_sample = workspace.first_sample(group + 1, arguments.samples);
 #pragma unroll 1
     for (int sample = workspace.first_sample(group, arguments.samples); sample < end_sample; ++sample) {
-        read_sample<BLOCK_ROWS>(shared.sample, arguments, sample);
+        read_sample<BLOCK_ROWS>(shared.sample, shared.key_sample, arguments, sample);
         __syncthreads();  // everybody sees the sample, and what the thread block began with
         if (warp_index() == 0) {
             shared.differences.read_sample(arguments, gradients, shared.sample, workspace.differences);
         }
-        const int key_blocks = shared.sample.row_blocks;
+        const int key_blocks = shared.key_sample.row_blocks;
         const int first = workspace.first_key_block(part, key_blocks);
         const int end = workspace.first_key_block(part + 1, key_blocks);
-        const bool is_whole = workspace.walks_whole(shared.sample);
-        if (is_whole || workspace.query_parts) {
+        const bool is_whole = workspace.walks_whole(shared.key_sample);
+        if (is_whole && key_blocks == 0) {
+            backward.fill(gradients.q, shared.sample, 0.f);
+        } else if (is_whole || workspace.query_parts) {
 #pragma unroll 1
             for (int key_block = first, taken = 0; key_block < end; key_block += taken) {
                 taken = Launch::next_walk(end - key_block);

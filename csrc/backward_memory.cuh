@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <climits>
 #include <cmath>
 
 #include "backward_workspace.cuh"
@@ -31,6 +32,8 @@ struct alignas(128) BackwardShared {
     T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
     float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
     float row_sums[STAGES][TILE];
+    int query_order[STAGES][TILE];
+    int key_order[KEY_BLOCKS * BLOCK_ROWS];
     int query_code[STAGES][TILE];  // of CLS queries: their vector
     int key_code[KEY_BLOCKS * BLOCK_ROWS];
     T spread_rows[BLOCK_ROWS * TILE];  // probabilities of the key block that is spread
@@ -41,11 +44,14 @@ struct alignas(128) BackwardShared {
     uint32_t largest[WARPS];          // magnitude of a gradient of probabilities, of each warp
     RowBlock query_rows[STAGES][HALVES];
     RowBlock key_rows[KEY_BLOCKS];
+    Range key_orders[KEY_BLOCKS];
+    int seen_key_blocks[STAGES];  // of the walk, up to the last one of which a query of the tile sees a key
     int bias_start[MAX_MODALITIES];
     Run query_runs[STAGES][HALVES];
     Run key_runs[KEY_BLOCKS];
     Differences differences;
     Sample sample;
+    Sample key_sample;
     int exponent;   // of the fixed point in which sums stand
     int is_finite;  // whether all gradients of scores have been so far
     // float bias[entries], int sums[2 * entries] follow, unless the vectors are large; then DifferenceSums.
@@ -70,17 +76,7 @@ struct Backward {
     const BackwardWorkspace& workspace;
     Memory& shared;
 
-    // A row's queries (0), keys (1) or values (2): [HEAD_DIM].
-    __device__ const T* source(int row, int which) const {
-        return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
-               blockIdx.y * arguments.head_stride;
-    }
-
-    // Their gradients.
-    __device__ T* result(int row, int which) const {
-        return static_cast<T*>(gradients.qkv) +
-               ((static_cast<int64_t>(row) * 3 + which) * arguments.heads + blockIdx.y) * HEAD_DIM;
-    }
+    __device__ bool has_order() const { return arguments.queries.order; }
 
     __device__ int64_t first_entry() const {
         return workspace.first_entry(blockIdx.z, blockIdx.x, blockIdx.y, arguments.heads);
@@ -151,10 +147,11 @@ struct Backward {
     // The key that stands in a row of shared memory.
     __device__ Row find_key(int row) const {
         return find_row(
-            shared.sample, arguments.modalities, shared.key_rows[row / BLOCK_ROWS], row % BLOCK_ROWS);
+            shared.key_sample, arguments.modalities, shared.key_rows[row / BLOCK_ROWS], row % BLOCK_ROWS);
     }
 
-    // Scores of a key block and half a tile of queries become probabilities, zero past the last key and query.
+    // Scores of a key block and half a tile of queries become probabilities, zero past the last key and query and where
+    // an order hides the key.
     __device__ __forceinline__ void find_probabilities(
         float (&scores)[2][4], int stage, int key_block, int half) const {
         const int lane = thread_index() % WARP;
@@ -169,7 +166,7 @@ struct Backward {
             }
         }
         const Run key_run = shared.key_runs[key_block], query_run = shared.query_runs[stage][half];
-        if (!LARGE && key_run.vector >= 0 && key_run.vector == query_run.vector) {
+        if (!LARGE && key_run.vector >= 0 && key_run.vector == query_run.vector && key_run.order <= query_run.order) {
             const float* entries = shared.bias() + (query_run.first - key_run.first - lane_distance(lane));
             float bias[DIAGONALS];
 #pragma unroll
@@ -186,6 +183,7 @@ struct Backward {
                 arguments, shared.bias_start, keys, queries(stage, half),
                 [&](int n, int i, int vector, int entry) { scores[n][i] += bias(vector, entry); });
         }
+        if (has_order()) hide_later(scores, stage, key_block, half);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const bool is_key = lane / 4 + i % 4 / 2 * 8 < keys.count;
@@ -193,23 +191,48 @@ struct Backward {
         }
     }
 
+    // Scores of keys whose order is above a query's.
+    __device__ __forceinline__ void hide_later(float (&scores)[2][4], int stage, int key_block, int half) const {
+        const int lane = thread_index() % WARP;
+        const int* key_order = shared.key_order + key_block * BLOCK_ROWS + lane / 4;
+        const int* query_order = shared.query_order[stage] + half * BLOCK_ROWS + 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (key_order[i % 4 / 2 * 8] > query_order[i / 4 * 8 + i % 2]) scores[i / 4][i % 4] = -INFINITY;
+        }
+    }
+
     // Begin to copy the keys and values of key blocks from `first` of the sample on; by all threads, behind a barrier.
     __device__ void load_keys(int first, int key_blocks) const {
         const int thread = thread_index();
         if (thread < key_blocks) {
-            shared.key_rows[thread] = find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, first + thread);
+            const RowBlock row_block =
+                find_row_block(shared.key_sample, arguments.modalities, BLOCK_ROWS, first + thread);
+            shared.key_rows[thread] = row_block;
             shared.key_runs[thread] = NO_RUN;
+            if (has_order()) {
+                const BlockRows rows(shared.key_sample, arguments.modalities, row_block);
+                Range orders{INT_MAX, INT_MIN};
+                for (int i = 0; i < row_block.count; ++i) {
+                    orders.include({arguments.keys.order[rows[i]], arguments.keys.order[rows[i]]});
+                }
+                shared.key_orders[thread] = orders;
+            }
         }
         __syncthreads();  // every key block is known
 #pragma unroll 1
         for (int i = thread; i < key_blocks * BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
             const int from = find_key(row).index;
-            cp_async_16(shared.keys + target, source(from, 1) + chunk * CHUNK);
-            cp_async_16(shared.values + target, source(from, 2) + chunk * CHUNK);
+            cp_async_16(shared.keys + target, find_head_row<T>(arguments.k, from) + chunk * CHUNK);
+            cp_async_16(shared.values + target, find_head_row<T>(arguments.v, from) + chunk * CHUNK);
         }
 #pragma unroll 1
-        for (int i = thread; i < key_blocks * BLOCK_ROWS; i += THREADS) load_code(shared.key_code + i, find_key(i));
+        for (int i = thread; i < key_blocks * BLOCK_ROWS; i += THREADS) {
+            const Row row = find_key(i);
+            load_code(shared.key_code + i, arguments.keys, shared.key_sample, row);
+            if (has_order()) cp_async_4(shared.key_order + i, arguments.keys.order + row.index);
+        }
     }
 
     // Begin to copy a tile of queries, the gradients of their outputs, log-sum-exp and codes. Rows past the last one
@@ -231,7 +254,7 @@ struct Backward {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
             const RowBlock row_block = choose(row >= BLOCK_ROWS);
             const int64_t from = find_row(shared.sample, arguments.modalities, row_block, row % BLOCK_ROWS).index;
-            cp_async_16(shared.queries[stage] + target, source(from, 0) + chunk * CHUNK);
+            cp_async_16(shared.queries[stage] + target, find_head_row<T>(arguments.q, from) + chunk * CHUNK);
             cp_async_16(
                 shared.grad[stage] + target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
                                                  blockIdx.y * gradients.head_stride + chunk * CHUNK);
@@ -241,7 +264,8 @@ struct Backward {
             const RowBlock row_block = choose(half);
             const int count = HALVES * tile + half < row_blocks ? row_block.count : 0;
             const Row row = find_row(shared.sample, arguments.modalities, row_block, thread % BLOCK_ROWS);
-            load_code(shared.query_code[stage] + thread, row);
+            load_code(shared.query_code[stage] + thread, arguments.queries, shared.sample, row);
+            if (has_order()) cp_async_4(shared.query_order[stage] + thread, arguments.queries.order + row.index);
             const int64_t index = static_cast<int64_t>(row.index) * arguments.heads + blockIdx.y;
             if (thread % BLOCK_ROWS < count) {
                 cp_async_4(shared.log_sum_exp[stage] + thread, gradients.log_sum_exp + index);
@@ -256,17 +280,34 @@ struct Backward {
         }
     }
 
-    // Find the runs of a tile's queries, and turn log-sum-exp to base 2; by the first warp, which copied codes and
-    // these, after the copies.
-    __device__ __forceinline__ void find_query_runs(int warp, int stage) const {
+    // Find the runs of a tile's queries and the keys that they see, and turn log-sum-exp to base 2; by the first warp,
+    // which copied codes, orders and these, after the copies.
+    __device__ __forceinline__ void find_query_runs(int warp, int stage, int key_blocks) const {
         if (warp != 0) return;
-        shared.log_sum_exp[stage][thread_index()] *= LOG2_E;
+        float& log_sum_exp = shared.log_sum_exp[stage][thread_index()];
+        log_sum_exp = log_sum_exp == -INFINITY ? INFINITY : log_sum_exp * LOG2_E;  // that of a query that sees no key
         __syncwarp();  // all codes are there
+        if (has_order()) {
+            Range orders{shared.query_order[stage][thread_index()], shared.query_order[stage][thread_index()]};
+            orders.include_lanes();
+            const int lane = thread_index();
+            const bool sees = lane < key_blocks && shared.key_orders[lane].first <= orders.last;
+            key_blocks = 32 - __clz(__ballot_sync(0xffffffff, sees));
+        }
+        if (thread_index() == 0) shared.seen_key_blocks[stage] = key_blocks;
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const RowBlock row_block = shared.query_rows[stage][half];
             Run run =
                 shared.differences.find_run(arguments, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
+            if (has_order()) {
+                Range orders{INT_MAX, INT_MIN};
+                for (int i = 0; i < BLOCK_ROWS; ++i) {
+                    const int order = shared.query_order[stage][half * BLOCK_ROWS + i];
+                    orders.include({order, order});
+                }
+                run.order = orders.first;
+            }
             if (thread_index() == 0) {
                 const int v = run.vector;
                 if (v >= 0) run.first += shared.bias_start[v] + arguments.bias[v].code_offset;
@@ -278,8 +319,9 @@ struct Backward {
 
     // Find the run of a key block, for the warp that calls.
     __device__ __forceinline__ void find_key_run(int key_block) const {
-        const Run run = shared.differences.find_run(
+        Run run = shared.differences.find_run(
             arguments, shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
+        if (has_order()) run.order = shared.key_orders[key_block].last;
         if (thread_index() % WARP == 0) shared.key_runs[key_block] = run;
         __syncwarp();  // all lanes see it
     }
@@ -287,7 +329,8 @@ struct Backward {
     // Store the gradients of a key block or of its values, which a warp holds, through the memory `staged` that held
     // these: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
     __device__ __forceinline__ void store_keys(
-        const float (&values)[HEAD_DIM / 8][4], float factor, int key_block, T* staged, int which) const {
+        const float (&values)[HEAD_DIM / 8][4], float factor, int key_block, T* staged,
+        const GradientRows& gradient) const {
         const int lane = thread_index() % WARP;
         staged += key_block * BLOCK_ROWS * HEAD_DIM;
 #pragma unroll
@@ -303,7 +346,8 @@ struct Backward {
 #pragma unroll 1
         for (int i = lane; i < shared.key_rows[key_block].count * ROW_CHUNKS; i += WARP) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            *reinterpret_cast<uint4*>(result(find_key(key_block * BLOCK_ROWS + row).index, which) + chunk * CHUNK) =
+            *reinterpret_cast<uint4*>(
+                result(gradient, find_key(key_block * BLOCK_ROWS + row).index) + chunk * CHUNK) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, chunk));
         }
     }
@@ -329,7 +373,7 @@ struct Backward {
             __syncwarp();  // the rows are complete
             const int row = lane / 2, chunk = lane % 2;
             if (row < row_block.count) {
-                *reinterpret_cast<uint4*>(result(find(row), 0) + columns + chunk * CHUNK) =
+                *reinterpret_cast<uint4*>(result(gradients.q, find(row)) + columns + chunk * CHUNK) =
                     *reinterpret_cast<const uint4*>(staged + row * BLOCK_ROWS + chunk * CHUNK);
             }
             __syncwarp();  // the next rows take their place
@@ -338,7 +382,7 @@ struct Backward {
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i % 2 * 8;
             if (row >= row_block.count) continue;
-            const int64_t index = (blockIdx.x * static_cast<int64_t>(arguments.rows) + find(row)) * arguments.heads;
+            const int64_t index = (blockIdx.x * static_cast<int64_t>(arguments.queries.rows) + find(row)) * arguments.heads;
             auto* target = reinterpret_cast<float2*>(
                 workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + i / 2 * 8 + 2 * (lane % 4));
             const float2 before = is_first ? float2{0.f, 0.f} : *target;
@@ -346,7 +390,24 @@ struct Backward {
         }
     }
 
-    __device__ int rows() const { return shared.sample.row_blocks * BLOCK_ROWS; }
+    // Of queries or of keys, whichever are more.
+    __device__ int rows() const { return max(shared.sample.row_blocks, shared.key_sample.row_blocks) * BLOCK_ROWS; }
+
+    // This head's row of a gradient: [HEAD_DIM].
+    __device__ T* result(const GradientRows& gradient, int64_t row) const {
+        return static_cast<T*>(gradient.data) + row * gradient.row_stride + blockIdx.y * HEAD_DIM;
+    }
+
+    // Set a gradient's rows of a sample; by all threads.
+    __device__ void fill(const GradientRows& gradient, const Sample& sample, float value) const {
+#pragma unroll 1
+        for (int m = 0; m < arguments.modalities; ++m) {
+            const int elements = (sample.body[m] + sample.cls[m]) * HEAD_DIM;
+            for (int i = thread_index(); i < elements; i += THREADS) {
+                result(gradient, sample.first[m] + i / HEAD_DIM)[i % HEAD_DIM] = from_float<T>(value);
+            }
+        }
+    }
 
 private:
     __device__ Side side(const RowBlock& row_block, const int* code) const {
@@ -355,24 +416,22 @@ private:
     }
 
     // A row's code, or the vector of a CLS row, which stands last in its segment.
-    __device__ void load_code(int* target, const Row& row) const {
-        if (row.index < shared.sample.first[row.modality] + shared.sample.body[row.modality]) {
-            cp_async_4(target, arguments.code + row.index);
+    __device__ void load_code(int* target, const PackedRows& rows, const Sample& sample, const Row& row) const {
+        if (row.index < sample.first[row.modality] + sample.body[row.modality]) {
+            cp_async_4(target, rows.code + row.index);
         } else {
             *target = vector_of(arguments, row.modality);
         }
     }
 };
 
-// Rows of qkv [rows, 3, heads, HEAD_DIM] past the last sample are zero; the thread blocks past the last group share
-// them.
-template <typename Launch, typename T>
-__device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
+// Rows of a gradient past the last sample are zero; the thread blocks past the last group share them.
+template <typename T, typename Launch>
+__device__ void zero_inert_rows(const GradientRows& gradient, const PackedRows& rows, int samples) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;
-    const int64_t first = find_end(arguments), last = arguments.rows;
-    share_rows<LANES, THREADS>(3 * first, 3 * last, [&](int64_t row, int chunk) {
-        const int64_t index = row * arguments.heads + blockIdx.y;
-        *reinterpret_cast<uint4*>(qkv + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
+    share_rows<LANES, THREADS>(find_end(rows, samples), rows.rows, [&](int64_t row, int chunk) {
+        T* target = static_cast<T*>(gradient.data) + row * gradient.row_stride + blockIdx.y * HEAD_DIM;
+        *reinterpret_cast<uint4*>(target + chunk * CHUNK) = uint4{0, 0, 0, 0};
     });
 }
 

@@ -6,6 +6,8 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <cmath>
+
 #include "backward_workspace.cuh"
 #include "query_walk.cuh"
 #include "relative_bias_attention.h"
@@ -38,7 +40,8 @@ struct RowSums {
             const int64_t row =
                 find_row(forward.shared.sample, forward.arguments.modalities, row_block, lane / 4 + 8 * i).index;
             RowSumState& state = forward.shared.row_sum_states[thread_index()];
-            state.log_sum_exp[i] = LOG2_E * gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
+            const float log_sum_exp = gradients.log_sum_exp[row * forward.arguments.heads + blockIdx.y];
+            state.log_sum_exp[i] = log_sum_exp == -INFINITY ? INFINITY : LOG2_E * log_sum_exp;  // it sees no key
             state.sum[i] = 0.f;
             grad[i] = static_cast<const T*>(gradients.grad) + row * gradients.row_stride +
                       blockIdx.y * gradients.head_stride + 2 * (lane % 4);
@@ -110,9 +113,9 @@ attention_row_sums_kernel(
     const __grid_constant__ BackwardWorkspace workspace, int bias_capacity) {
     auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
-    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, arguments, blockIdx.z);
+    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, shared.key_sample, arguments, blockIdx.z);
     __syncthreads();
-    if (workspace.walks_whole(shared.sample)) return;
+    if (workspace.walks_whole(shared.key_sample)) return;
     walk_queries<RowSums<T, HEAD_DIM>>(
         forward, bias_capacity,
         [&](const RowSums<T, HEAD_DIM>& rows) { rows.store(forward, workspace.row_sums); }, gradients);

@@ -54,17 +54,25 @@ struct alignas(128) ForwardShared {
     T values[STAGES][KEYS * HEAD_DIM];
     T queries[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp; at the end its results
     int key_code[STAGES][KEYS];               // of CLS keys: their vector
+    int key_order[STAGES][KEYS];
     RowBlock key_rows[STAGES];
-    bool keys_are_runs[STAGES];  // of codes, a run in each row block
+    RowBlock next_key_rows[STAGES];  // of the tile after this one that some query sees; none where the count is not positive
+    bool keys_are_runs[STAGES];      // of codes, a run in each row block
+    bool keys_are_whole[STAGES];     // no key is missing, and none may be hidden
+    Range key_orders[STAGES];
+    bool attends[STAGES][WARPS];     // whether a warp has queries that see a key
     union {
         RowState row_states[ForwardLaunch<HEAD_DIM>::THREADS];
         RowSumState row_sum_states[ForwardLaunch<HEAD_DIM>::THREADS];
     };
     int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their vector
+    int query_order[WARPS][BLOCK_ROWS];
+    Range query_orders[WARPS];
     RowBlock query_rows[WARPS];         // of each warp; none where the count is 0
     bool query_is_run[WARPS];           // of their codes
     Range query_codes[WARPS];           // of body queries, where the bias is windowed
     Sample sample;
+    Sample key_sample;
     float cls[MAX_MODALITIES][CLS_ENTRIES];
     int bias_start[MAX_MODALITIES];
     int query_tile;
@@ -100,12 +108,6 @@ struct Forward {
     const RelativeBiasAttention& arguments;
     Memory& shared;
 
-    // A row's queries (0), keys (1) or values (2): [HEAD_DIM].
-    __device__ const T* source(int row, int which) const {
-        return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
-               blockIdx.y * arguments.head_stride;
-    }
-
     // Begin to copy a tile's keys and values. Rows past its end repeat the last one: what stands there in memory may be
     // NaN, which a product with zero would keep.
     __device__ __forceinline__ void copy_keys(int stage, const RowBlock& tile) const {
@@ -113,7 +115,7 @@ struct Forward {
         const int thread = thread_index(), row = thread / ROW_CHUNKS, chunk = thread % ROW_CHUNKS;
         if (tile.modality == arguments.modalities) return copy_cls_keys(stage, tile);
         if (thread >= COPYING_THREADS) return;
-        const int begin = shared.sample.first[tile.modality] + tile.first, target = swizzled<HEAD_DIM>(row, chunk);
+        const int begin = shared.key_sample.first[tile.modality] + tile.first, target = swizzled<HEAD_DIM>(row, chunk);
 #pragma unroll
         for (int first = 0; first < KEYS; first += ROWS) {
             copy_key(stage, target + first * HEAD_DIM, begin + min(first + row, tile.count - 1), chunk);
@@ -124,50 +126,79 @@ struct Forward {
 #pragma unroll 1
         for (int i = thread_index(); i < BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            const int from = find_row(shared.sample, arguments.modalities, tile, row).index;
+            const int from = find_row(shared.key_sample, arguments.modalities, tile, row).index;
             copy_key(stage, swizzled<HEAD_DIM>(row, chunk), from, chunk);
         }
     }
 
     __device__ __forceinline__ void copy_key(int stage, int target, int row, int chunk) const {
-        const T* from = source(row, 1) + chunk * CHUNK;
-        cp_async_16(shared.keys[stage] + target, from);
-        cp_async_16(shared.values[stage] + target, from + arguments.which_stride);
+        cp_async_16(shared.keys[stage] + target, find_head_row<T>(arguments.k, row) + chunk * CHUNK);
+        cp_async_16(shared.values[stage] + target, find_head_row<T>(arguments.v, row) + chunk * CHUNK);
     }
 
-    // By the last warp, which copies fewer keys than others or none: a tile, and its codes, of CLS keys their vector.
+    // By the last warp, which copies fewer keys than others or none: a tile, its codes, of CLS keys their vector, and
+    // its orders.
     __device__ __forceinline__ void copy_codes(int stage, const RowBlock& tile) const {
         const int lane = thread_index() - (THREADS - WARP);
         const bool is_cls = tile.modality == arguments.modalities;
         if (lane == 0) shared.key_rows[stage] = tile;
-        const BlockRows rows(shared.sample, arguments.modalities, tile);
+        const BlockRows rows(shared.key_sample, arguments.modalities, tile);
         for (int i = lane; i >= 0 && i < (is_cls ? BLOCK_ROWS : KEYS); i += WARP) {
             if (is_cls) {
-                const int modality = find_row(shared.sample, arguments.modalities, tile, i).modality;
+                const int modality = find_row(shared.key_sample, arguments.modalities, tile, i).modality;
                 shared.key_code[stage][i] = vector_of(arguments, modality);
             } else {
-                cp_async_4(shared.key_code[stage] + i, arguments.code + rows[i]);
+                cp_async_4(shared.key_code[stage] + i, arguments.keys.code + rows[i]);
             }
+            if (has_order()) cp_async_4(shared.key_order[stage] + i, arguments.keys.order + rows[i]);
         }
     }
 
-    // By the last warp, whose copies have ended: what the codes are.
-    __device__ __forceinline__ void describe_codes(int stage) const {
-        if (WINDOWED || thread_index() < THREADS - WARP) return;
+    __device__ bool has_order() const { return arguments.queries.order; }
+
+    // By the last warp, whose copies have ended: what the codes and orders are, and which tile comes next.
+    __device__ __forceinline__ void describe_keys(int stage) const {
+        if (thread_index() < THREADS - WARP) return;
         __syncwarp();  // the codes of keys are there
-        const bool runs = are_runs<KEYS>(shared.key_code[stage], shared.key_rows[stage].count);
-        if (thread_index() % WARP == 0) shared.keys_are_runs[stage] = runs;
+        const RowBlock tile = shared.key_rows[stage];
+        const bool runs = !WINDOWED && are_runs<KEYS>(shared.key_code[stage], tile.count);
+        RowBlock next = next_row_block(shared.key_sample, arguments.modalities, KEYS, tile);
+        if (has_order()) next = describe_orders(stage, tile, next);
+        if (thread_index() % WARP == 0) {
+            shared.keys_are_runs[stage] = runs;
+            shared.keys_are_whole[stage] =
+                !has_order() && tile.count == (tile.modality == arguments.modalities ? BLOCK_ROWS : KEYS);
+            shared.next_key_rows[stage] = next;
+        }
+    }
+
+    // Which warps have queries that see a key of the tile, and the first tile from `next` on that some query sees.
+    __device__ RowBlock describe_orders(int stage, const RowBlock& tile, RowBlock next) const {
+        const int lane = thread_index() % WARP;
+        Range orders{INT_MAX, INT_MIN}, of_queries{INT_MAX, INT_MIN};
+        for (int i = lane; i < tile.count; i += WARP) {
+            orders.include({shared.key_order[stage][i], shared.key_order[stage][i]});
+        }
+        orders.include_lanes();
+        if (lane < ForwardLaunch<HEAD_DIM>::WARPS && shared.query_rows[lane].count) {
+            of_queries = shared.query_orders[lane];
+            shared.attends[stage][lane] = orders.first <= of_queries.last;
+        }
+        of_queries.include_lanes();
+        if (lane == 0) shared.key_orders[stage] = orders;
+        for (; next.count > 0; next = next_row_block(shared.key_sample, arguments.modalities, KEYS, next)) {
+            const BlockRows rows(shared.key_sample, arguments.modalities, next);
+            bool is_seen = false;
+            for (int i = lane; i < next.count; i += WARP) is_seen |= arguments.keys.order[rows[i]] <= of_queries.last;
+            if (__ballot_sync(0xffffffff, is_seen)) break;
+        }
+        return next;
     }
 
     // Begin to load a tile of keys into its stage.
     __device__ __forceinline__ void load_keys(int stage, const RowBlock& tile) const {
         copy_codes(stage, tile);
         copy_keys(stage, tile);
-    }
-
-    // The tile after the one in a stage, into the other one.
-    __device__ __forceinline__ void load_next_keys(int stage) const {
-        load_keys(1 - stage, next_row_block(shared.sample, arguments.modalities, KEYS, shared.key_rows[stage]));
     }
 
     // Begin to copy this warp's queries, and load their codes.
@@ -177,7 +208,7 @@ struct Forward {
 #pragma unroll 1
         for (int row = lane / ROW_CHUNKS; row < BLOCK_ROWS; row += WARP / ROW_CHUNKS) {
             const int chunk = lane % ROW_CHUNKS;
-            const T* from = source(block_rows[row], 0) + chunk * CHUNK;
+            const T* from = find_head_row<T>(arguments.q, block_rows[row]) + chunk * CHUNK;
             T* target = shared.queries[warp] + swizzled<HEAD_DIM>(row, chunk);
             if (arguments.scale > 0.f) {
                 cp_async_16(target, from);
@@ -185,15 +216,22 @@ struct Forward {
                 copy_turned(target, from);
             }
         }
-        if (lane == 0) shared.query_rows[warp] = row_block;
+        if (lane == 0) set_query_rows(row_block);
         const Row row = find_row(shared.sample, arguments.modalities, row_block, lane % BLOCK_ROWS);
         const bool is_cls = row_block.modality == arguments.modalities;
         const int vector = vector_of(arguments, row.modality);
-        int code = is_cls ? vector : arguments.code[row.index];
+        int code = is_cls ? vector : arguments.queries.code[row.index];
         if (arguments.bias_vectors && !is_cls) {
             code += arguments.bias[vector].code_offset + (WINDOWED ? 0 : shared.bias_start[vector]);
         }
         if (lane < BLOCK_ROWS) shared.query_code[warp][lane] = code;
+        if (has_order()) {
+            const int order = arguments.queries.order[row.index];
+            if (lane < BLOCK_ROWS) shared.query_order[warp][lane] = order;
+            Range orders{order, order};
+            orders.include_lanes();
+            if (lane == 0) shared.query_orders[warp] = orders;
+        }
         if (WINDOWED) {
             Range codes{code, code};
             codes.include_lanes();
@@ -203,6 +241,13 @@ struct Forward {
             const bool is_run = are_runs<BLOCK_ROWS>(shared.query_code[warp], row_block.count);
             if (lane == 0) shared.query_is_run[warp] = is_run;
         }
+    }
+
+    // The row block of this warp, by one lane.
+    __device__ __forceinline__ void set_query_rows(const RowBlock& row_block) const {
+        const int warp = thread_index() / WARP;
+        shared.query_rows[warp] = row_block;
+        for (int stage = 0; stage < STAGES; ++stage) shared.attends[stage][warp] = row_block.count;
     }
 
     // Queries with the sign of a scale that is negative or 0.
@@ -239,10 +284,11 @@ struct Forward {
 
     // Whole vectors of the modalities that have body rows among these row blocks of queries; one for all is always one.
     __device__ void load_whole_bias(int first_row_block, int end_row_block) const {
+        if (arguments.bias_vectors == 1) first_row_block = -1;
 #pragma unroll 1
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
             const int end = start + ceil_div(shared.sample.body[m], BLOCK_ROWS);
-            if (arguments.bias_vectors == 1 || (start < end_row_block && end > first_row_block)) {
+            if (start < end_row_block && end > first_row_block) {
                 const BiasVector& vector = arguments.bias[m];
                 for (int i = thread_index(); i < vector.entries - CLS_ENTRIES; i += THREADS) {
                     shared.bias()[shared.bias_start[m] + i] = load_bias(vector, i);

@@ -56,15 +56,18 @@ inline const char* check_arguments(const RelativeBiasAttention& a) {
     if (a.type != FLOAT16 && a.type != BFLOAT16) {
         return say("qkv: expected float16 or bfloat16, got %s", name_of(a.type));
     }
-    if (a.modalities < 1 || a.modalities > MAX_MODALITIES) {
-        return say("cu_seqlens: expected 1 to %d modalities, got %d", MAX_MODALITIES, a.modalities);
+    for (const PackedRows* rows : {&a.queries, &a.keys}) {
+        if (rows->modalities < 1 || rows->modalities > a.modalities || a.modalities > MAX_MODALITIES) {
+            return say("cu_seqlens: expected 1 to %d modalities, got %d", MAX_MODALITIES, rows->modalities);
+        }
+        if (a.samples < 0 || rows->rows < 0 || a.heads < 1 || rows->max_length < 0) {
+            return say(
+                "qkv: expected no negative size and at least one head, got %d samples, %d rows, %d heads and a longest "
+                "sample of %d",
+                a.samples, rows->rows, a.heads, rows->max_length);
+        }
     }
-    if (a.samples < 0 || a.rows < 0 || a.heads < 1 || a.max_length < 0) {
-        return say(
-            "qkv: expected no negative size and at least one head, got %d samples, %d rows, %d heads and a longest "
-            "sample of %d",
-            a.samples, a.rows, a.heads, a.max_length);
-    }
+    if (!a.queries.order != !a.keys.order) return "order: expected that of queries and of keys, or none, got one of them";
     if (a.heads > MAX_GRID || a.samples >= MAX_GRID) {
         return say(
             "cu_seqlens: expected at most %d samples and %d heads in one launch, got %d and %d; pass fewer at once",
@@ -86,7 +89,9 @@ inline const char* check_arguments(const RelativeBiasAttention& a) {
     if (a.head_scale && (a.head_scale_type < FLOAT16 || a.head_scale_type > FLOAT32)) {
         return say("head_scale: expected float16, bfloat16 or float32, got %s", name_of(a.head_scale_type));
     }
-    return check_rows("qkv", a.qkv, {a.row_stride, a.which_stride, a.head_stride});
+    const char* problem = check_rows("q", a.q.data, {a.q.row_stride, a.q.head_stride});
+    if (!problem) problem = check_rows("k", a.k.data, {a.k.row_stride, a.k.head_stride});
+    return problem ? problem : check_rows("v", a.v.data, {a.v.row_stride, a.v.head_stride});
 }
 
 // Bytes of shared memory that a thread block may have on a device.

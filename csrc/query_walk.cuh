@@ -43,6 +43,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[COLUMNS / 8][4], c
     }
 }
 
+// Of keys past the last.
 template <int COLUMNS>
 __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int count) {
     const int column = 2 * (thread_index() % 4);
@@ -51,6 +52,24 @@ __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int c
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             if (8 * n + column + i % 2 >= count) scores[n][i] = -INFINITY;
+        }
+    }
+}
+
+// Of keys whose order is above a query's.
+template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
+__device__ __forceinline__ void mask_later(
+    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+    auto& shared = forward.shared;
+    const int warp = thread_index() / WARP, row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
+    if (shared.key_orders[stage].last <= shared.query_orders[warp].first) return;
+    const int first = shared.query_order[warp][row], second = shared.query_order[warp][row + 8];
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; ++n) {
+        for (int right = 0; right < 2; ++right) {
+            const int order = shared.key_order[stage][8 * n + column + right];
+            if (order > first) scores[n][right] = -INFINITY;
+            if (order > second) scores[n][2 + right] = -INFINITY;
         }
     }
 }
@@ -101,7 +120,7 @@ __device__ __forceinline__ void add_windows(
         if (first > range.first) __syncthreads();  // nobody reads the window before
         forward.load_window(vector, first, count);
         __syncthreads();
-        if (mine.count && forward.has_vector(mine, vector)) {
+        if (shared.attends[stage][warp] && forward.has_vector(mine, vector)) {
             visit_pairs<COLUMNS>(
                 scores, shared.query_code[warp], shared.key_code[stage], [&](float& score, int entry) {
                     score += entry >= first && entry < first + count ? entries[entry - first] : 0.f;
@@ -110,23 +129,25 @@ __device__ __forceinline__ void add_windows(
     }
 }
 
-// QueryRows::attend of a tile of keys and its scores, in units of score_scale. By all warps: those without queries only
-// load windows.
+// QueryRows::attend of a tile of keys and its scores, in units of score_scale. By all warps: those without queries that
+// see a key only load windows.
 template <int COLUMNS, typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
     QueryRows& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
     auto& shared = forward.shared;
     float scores[COLUMNS / 8][4];
-    if (shared.query_rows[thread_index() / WARP].count) {
+    if (shared.attends[stage][thread_index() / WARP]) {
         start_scores<COLUMNS>(scores, forward, stage);
         multiply_keys<COLUMNS, HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
     }
     if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
-    if (shared.query_rows[thread_index() / WARP].count) {
-        const int count = shared.key_rows[stage].count;
-        if (count < COLUMNS) mask_keys<COLUMNS>(scores, count);
+    if (shared.attends[stage][thread_index() / WARP]) {
+        if (!shared.keys_are_whole[stage]) {
+            mask_keys<COLUMNS>(scores, shared.key_rows[stage].count);
+            if (forward.has_order()) mask_later<COLUMNS>(scores, forward, stage);
+        }
         rows.template attend<COLUMNS>(scores, forward, stage);
     }
 }
@@ -151,27 +172,32 @@ __device__ __forceinline__ void walk_queries(
         const int first_row_block = query_tile * row_blocks / query_tiles;
         const int end_row_block = (query_tile + 1) * row_blocks / query_tiles;
         const bool active = thread_index() / WARP < end_row_block - first_row_block;
-        forward.load_keys(0, find_row_block(shared.sample, arguments.modalities, KEYS, 0));
+        const bool has_keys = shared.key_sample.key_tiles > 0;
+        if (has_keys) forward.load_keys(0, find_row_block(shared.key_sample, arguments.modalities, KEYS, 0));
         if (active) {
             const int index = first_row_block + thread_index() / WARP;
             forward.load_queries(find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, index));
         } else if (thread_index() % WARP == 0) {
-            shared.query_rows[thread_index() / WARP].count = 0;
+            forward.set_query_rows({0, 0, 0});
         }
         if (!WINDOWED) forward.load_whole_bias(first_row_block, end_row_block);
         QueryRows rows(forward, more...);
-        for (int i = 0; i < shared.sample.key_tiles; ++i) {
-            const int stage = i % STAGES;
+        // The last warp knows the orders of all queries; without keys, everybody has read which queries are next.
+        if (forward.has_order() || !has_keys) __syncthreads();
+        int stage = 0;
+        for (bool has_next = has_keys; has_next; stage = 1 - stage) {
             cp_async_wait_all();
-            forward.describe_codes(stage);
+            forward.describe_keys(stage);
             __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
-            if (i + 1 < shared.sample.key_tiles) forward.load_next_keys(stage);
+            has_next = shared.next_key_rows[stage].count > 0;
+            if (has_next) forward.load_keys(1 - stage, RowBlock(shared.next_key_rows[stage]));
             if (shared.key_rows[stage].modality == arguments.modalities) {
                 attend_tile<BLOCK_ROWS>(rows, forward, stage, bias_capacity);
             } else {
                 attend_tile<KEYS>(rows, forward, stage, bias_capacity);
             }
         }
+        if (!has_keys) cp_async_wait_all();  // results take the place of queries
         if (shared.query_rows[thread_index() / WARP].count) finish(rows);
         if (thread_index() == 0) shared.query_tile += gridDim.x;
         __syncthreads();  // the next queries take the place of these keys and results

@@ -30,11 +30,12 @@ const char* launch_type(
 RelativeBiasAttention like_samples(int samples, int length, int heads, int head_dim, int bias_entries) {
     RelativeBiasAttention arguments{};
     arguments.samples = samples;
-    arguments.modalities = arguments.bias_vectors = 1;
+    arguments.modalities = arguments.queries.modalities = arguments.bias_vectors = 1;
     arguments.heads = heads;
     arguments.head_dim = head_dim;
-    arguments.rows = samples * length;
-    arguments.max_length = length;
+    arguments.queries.rows = samples * length;
+    arguments.queries.max_length = length;
+    arguments.keys = arguments.queries;
     arguments.bias[0].entries = bias_entries;
     return arguments;
 }
@@ -85,7 +86,11 @@ const char* relative_bias_attention_backward(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream) {
     if (const char* problem = check_arguments(arguments)) return problem;
     const char* problem = check_rows("grad", gradients.grad, {gradients.row_stride, gradients.head_stride});
-    if (!problem) problem = check_address("gradient of qkv", gradients.qkv);
+    const GradientRows* rows[] = {&gradients.q, &gradients.k, &gradients.v};
+    for (int i = 0; i < 3 && !problem; ++i) {
+        const char* names[] = {"gradient of q", "gradient of k", "gradient of v"};
+        problem = check_rows(names[i], rows[i]->data, {rows[i]->row_stride});
+    }
     if (!problem) problem = check_address("workspace", gradients.workspace);
     if (problem) return problem;
     return arguments.type == FLOAT16 ? launch_type<float16>(arguments, gradients, stream)

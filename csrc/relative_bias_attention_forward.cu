@@ -118,7 +118,7 @@ struct OutputRows {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             total[i] = row_sum(state.sum[i]);
-            const float factor = head_scale / total[i];
+            const float factor = total[i] == 0.f ? 0.f : head_scale / total[i];  // 0: it sees no key
             T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, 0) + 2 * (lane % 4);
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
@@ -148,7 +148,8 @@ struct OutputRows {
 template <typename T, int HEAD_DIM>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
     constexpr int LANES = HEAD_DIM / CHUNK, THREADS = ForwardLaunch<HEAD_DIM>::THREADS;
-    share_rows<LANES, THREADS>(find_end(arguments), arguments.rows, [&](int64_t row, int chunk) {
+    const int first = find_end(arguments.queries, arguments.samples);
+    share_rows<LANES, THREADS>(first, arguments.queries.rows, [&](int64_t row, int chunk) {
         const int64_t index = row * arguments.heads + blockIdx.y;
         *reinterpret_cast<uint4*>(out + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
         if (chunk == 0) log_sum_exp[index] = 0.f;
@@ -184,7 +185,7 @@ attention_forward_kernel(
     }
     auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
     const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
-    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, arguments, blockIdx.z);
+    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, shared.key_sample, arguments, blockIdx.z);
     walk_queries<OutputRows<T, HEAD_DIM>>(forward, bias_capacity, [&](OutputRows<T, HEAD_DIM>& rows) {
         rows.store(forward, out, log_sum_exp);
     });
@@ -203,8 +204,9 @@ template <typename T, int HEAD_DIM>
 const char* launch(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
     // Each modality may have one row block that is not full, and CLS needs one more; a longer sample than is said is
     // walked by the same thread blocks in several rounds.
-    const int64_t mean = arguments.samples ? arguments.rows / arguments.samples : 0;
-    const int64_t length = std::min<int64_t>(arguments.max_length ? arguments.max_length : 2 * mean, arguments.rows);
+    const PackedRows& queries = arguments.queries;
+    const int64_t mean = arguments.samples ? queries.rows / arguments.samples : 0;
+    const int64_t length = std::min<int64_t>(queries.max_length ? queries.max_length : 2 * mean, queries.rows);
     const int64_t row_blocks = (length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1;
     const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
     int64_t entries = 0;
@@ -237,7 +239,7 @@ const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
     if (const char* problem = check_arguments(arguments)) return problem;
     if (const char* problem = check_address("out", out)) return problem;
-    if (arguments.rows == 0) return nullptr;
+    if (arguments.queries.rows == 0) return nullptr;
     return arguments.type == FLOAT16 ? launch_type<float16>(arguments, out, log_sum_exp, stream)
                                      : launch_type<bfloat16>(arguments, out, log_sum_exp, stream);
 }

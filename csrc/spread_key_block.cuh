@@ -109,8 +109,8 @@ struct SpreadKeyBlock {
     }
 
     __device__ __forceinline__ void store() const {
-        store_columns(key_gradient, backward.arguments.scale, backward.shared.keys, 1);
-        store_columns(value_gradient, backward.head_scale(), backward.shared.values, 2);
+        store_columns(key_gradient, backward.arguments.scale, backward.shared.keys, backward.gradients.k);
+        store_columns(value_gradient, backward.head_scale(), backward.shared.values, backward.gradients.v);
     }
 
 private:
@@ -136,7 +136,7 @@ private:
 
     // Through the memory `staged` that held the keys or values: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
     __device__ __forceinline__ void store_columns(
-        const float (&sums)[TILES][4], float factor, T* staged, int which) const {
+        const float (&sums)[TILES][4], float factor, T* staged, const GradientRows& gradient) const {
         const int lane = thread_index() % WARP;
 #pragma unroll
         for (int i = 0; i < TILES; ++i) {
@@ -152,7 +152,7 @@ private:
             __syncwarp();  // the columns are complete
             if (lane < backward.shared.key_rows[KEY_BLOCK].count) {
                 const int row = KEY_BLOCK * BLOCK_ROWS + lane;
-                *reinterpret_cast<uint4*>(backward.result(backward.find_key(row).index, which) + tile * CHUNK) =
+                *reinterpret_cast<uint4*>(backward.result(gradient, backward.find_key(row).index) + tile * CHUNK) =
                     *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, tile));
             }
         }

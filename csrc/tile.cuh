@@ -12,6 +12,12 @@ namespace onepeace_fast {
 
 constexpr int CHUNK = 8;  // elements of a 16-byte access
 
+// This head's row of queries, keys or values: [HEAD_DIM].
+template <typename T>
+__device__ __forceinline__ const T* find_head_row(const HeadRows& rows, int row) {
+    return static_cast<const T*>(rows.data) + row * rows.row_stride + blockIdx.y * rows.head_stride;
+}
+
 // Offset of a chunk of 8 columns: eight rows that are read at once lie in eight different groups of banks.
 template <int HEAD_DIM>
 __device__ __forceinline__ constexpr int swizzled(int row, int chunk) {

@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.contract import normal
 
-ROW = {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
+ROW = {"device": 0, "samples": 1, "heads": 1, "head_dim": 32}
 
 
 class Call:
@@ -13,10 +13,16 @@ class Call:
     def __init__(self, extension, **changes):
         plan = {"cu_seqlens": torch.tensor([[0, 1]], dtype=torch.int32), "code": torch.zeros(1, dtype=torch.int32)}
         self.tensors = plan | {"is_cls": torch.zeros(1, dtype=torch.bool)}
+        segments = {"rows": 1, "modalities": 1, "max_length": 1}
+        segments |= {name: tensor.data_ptr() for name, tensor in self.tensors.items()} | {"order": 0}
         self.tensors["qkv"] = normal(1, 3, 1, 32, seed=0, dtype=torch.float16)
         kinds = {"type": "float16", "head_scale": 0, "head_scale_type": "float32"}
-        values = {**ROW, **kinds, "scale": 1.0, "strides": (96, 32, 32), "bias": []}
-        values |= {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        values = {**ROW, **kinds, "scale": 1.0, "bias": []}
+        for side in ("queries", "keys"):
+            values[side] = (*(changes.pop(f"{side}.{name}", value) for name, value in segments.items()),)
+        for name, x in zip("qkv", self.tensors["qkv"].unbind(1), strict=True):
+            matrix = {"data": x.data_ptr(), "row_stride": 96, "head_stride": 32}
+            values[name] = (*(changes.pop(f"{name}.{part}", value) for part, value in matrix.items()),)
         values |= changes
         self.attention, self.vectors = extension.RelativeBiasAttention(**values), len(values["bias"])
 
@@ -33,7 +39,8 @@ class Call:
         qkv = torch.full_like(self.tensors["qkv"], torch.nan)
         workspace = torch.empty(self.attention.backward_workspace(**wanted) + 16, dtype=torch.uint8)
         values = {"grad": gradient.data_ptr(), "grad_strides": (32, 32), "log_sum_exp": log_sum_exp.data_ptr()}
-        values |= {"qkv": qkv.data_ptr(), "workspace": workspace.data_ptr(), "stream": 0}
+        values |= {"workspace": workspace.data_ptr(), "stream": 0}
+        values |= {name: (x.data_ptr(), 96) for name, x in zip("qkv", qkv.unbind(1), strict=True)}
         self.launch("backward", qkv, **{**wanted, **values, **changes})
         return qkv
 
@@ -65,20 +72,25 @@ REFUSED = {
     "type: expected float16, bfloat16 or float32, got float64": {"head_scale_type": "float64"},
     "qkv: expected float16 or bfloat16, got float32": {"type": "float32"},
     "qkv: expected a head size of 32, 64 or 128, got 48": {"head_dim": 48},
-    f"qkv: {ADDRESS}": {"qkv": 8},
-    "qkv: expected strides that 8 divides, got 97": {"strides": (97, 32, 32)},
+    **{f"{name}: {ADDRESS}": {f"{name}.data": 8} for name in "qkv"},
+    **{f"{name}: expected strides that 8 divides, got 97": {f"{name}.row_stride": 97} for name in "qkv"},
+    **{f"{name}: expected strides that 8 divides, got 33": {f"{name}.head_stride": 33} for name in "qkv"},
     "qkv: expected no negative size and at least one head, got": {"heads": 0},
-    "cu_seqlens: expected 1 to 16 modalities, got 17": {"modalities": 17},
+    "qkv: expected no negative size and at least one head, got 1 samples, -1 rows": {"keys.rows": -1},
+    "cu_seqlens: expected 1 to 16 modalities, got 17": {"queries.modalities": 17},
+    "cu_seqlens: expected 1 to 16 modalities, got 0": {"keys.modalities": 0},
+    "order: expected that of queries and of keys, or none, got one of them": {"keys.order": 16},
     "cu_seqlens: expected at most 65534 samples and 65535 heads in one launch, got 65535 and": {"samples": 65_535},
     "bias: expected float16, bfloat16 or float32 [heads, 4 or more], got": {"bias": [(*VECTOR[:4], 3, 0)]},
-    "bias: expected one vector for each of 1 modalities, or none, got 2": {"bias": [VECTOR] * 2},
+    "bias: expected one vector for each of 1 modalities, one for all, or none, got 2": {"bias": [VECTOR] * 2},
     "bias: expected at most 16 vectors, got 17": {"bias": [VECTOR] * 17},
 }
 GRADIENTS_REFUSED = {
     f"grad: {ADDRESS}": {"grad": 8},
     "grad: expected strides that 8 divides, got 33": {"grad_strides": (33, 32)},
     "grad: expected strides that 8 divides, got 36": {"grad_strides": (32, 36)},
-    f"gradient of qkv: {ADDRESS}": {"qkv": 8},
+    **{f"gradient of {name}: {ADDRESS}": {name: (8, 96)} for name in "qkv"},
+    **{f"gradient of {name}: expected strides that 8 divides, got 97": {name: (16, 97)} for name in "qkv"},
     f"workspace: {ADDRESS}": {"workspace": 8},
     "bias: expected a gradient for each of 0 vectors, 0 where it is frozen, got 1": {"bias": [16]},
     "head_scale: expected 0, since there is no head scale, got a gradient": {"head_scale": 16},
@@ -135,7 +147,7 @@ def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):
     grad = normal(1, 1, 32, seed=1, dtype=torch.float16)
     results = []
     for length in (1, 2**31 - 1):
-        call = Call(host_extension, max_length=length)
+        call = Call(host_extension, **{"queries.max_length": length, "keys.max_length": length})
         out, log_sum_exp = call.forward()
         results.append((out, log_sum_exp, call.backward(grad, log_sum_exp)))
     assert all(map(torch.equal, *results))
