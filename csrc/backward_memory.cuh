@@ -20,6 +20,12 @@
 
 namespace onepeace_fast {
 
+// Of the key block that is spread, and a tile of queries.
+struct alignas(16) SpreadScores {
+    float probabilities[BLOCK_ROWS][TILE + CHUNK];
+    float gradients[BLOCK_ROWS][TILE + CHUNK];
+};
+
 template <typename T, typename Launch>
 struct alignas(128) BackwardShared {
     static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEY_BLOCKS = Launch::KEY_BLOCKS;
@@ -29,7 +35,6 @@ struct alignas(128) BackwardShared {
     T queries[STAGES][TILE * HEAD_DIM];
     T grad[STAGES][TILE * HEAD_DIM];
     T score_gradient[KEY_BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
-    T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
     float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
     float row_sums[STAGES][TILE];
     int query_order[STAGES][TILE];
@@ -37,8 +42,10 @@ struct alignas(128) BackwardShared {
     int query_code[STAGES][TILE];  // of CLS queries: their vector
     int key_code[KEY_BLOCKS * BLOCK_ROWS];
     T spread_rows[BLOCK_ROWS * TILE];  // probabilities of the key block that is spread
-    float spread_probabilities[BLOCK_ROWS][TILE + CHUNK];
-    float spread_gradients[BLOCK_ROWS][TILE + CHUNK];
+    union {
+        SpreadScores spread;                        // until the scores' gradient is complete
+        T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];  // from then on: gradients of queries on their way to memory
+    };
     float partial_sums[WARPS][TILE];  // of probability times its gradient over a warp's keys
     float scale_sums[WARP];           // of row sums, for each row of a tile
     uint32_t largest[WARPS];          // magnitude of a gradient of probabilities, of each warp

@@ -57,8 +57,8 @@ struct SpreadKeyBlock {
         for (int i = 0; i < 8; ++i) {
             const int row = lane / 4 + i % 4 / 2 * 8, query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
             const float probability = scores[i / 4][i % 4], gradient = gradients[i / 4][i % 4];
-            shared.spread_probabilities[row][query] = probability;
-            shared.spread_gradients[row][query] = gradient;
+            shared.spread.probabilities[row][query] = probability;
+            shared.spread.gradients[row][query] = gradient;
             largest = max(largest, max(magnitude(gradient), magnitude(probability * gradient)));
         }
         return largest;
@@ -70,7 +70,7 @@ struct SpreadKeyBlock {
         float sum = 0.f;
 #pragma unroll 1
         for (int row = 0; row < backward.shared.key_rows[KEY_BLOCK].count; ++row) {
-            sum += backward.shared.spread_probabilities[row][lane] * backward.shared.spread_gradients[row][lane];
+            sum += backward.shared.spread.probabilities[row][lane] * backward.shared.spread.gradients[row][lane];
         }
         return sum;
     }
@@ -82,9 +82,9 @@ struct SpreadKeyBlock {
         const Side keys = backward.keys(KEY_BLOCK), queries = backward.queries(stage, half);
 #pragma unroll 1
         for (int row = thread_index() / WARP; row < keys.count; row += Launch::WARPS) {
-            const float probability = shared.spread_probabilities[row][lane];
+            const float probability = shared.spread.probabilities[row][lane];
             const float gradient =
-                backward.head_scale() * probability * (shared.spread_gradients[row][lane] - mean);
+                backward.head_scale() * probability * (shared.spread.gradients[row][lane] - mean);
             const int place = swizzled<TILE>(row, chunk) + lane % CHUNK;
             shared.spread_rows[place] = from_float<T>(probability);
             shared.score_gradient[KEY_BLOCK * BLOCK_ROWS * TILE + place] = from_float<T>(gradient);

@@ -1,4 +1,4 @@
-"""Orders, one bias for all and keys of other tokens, by the kernels on a CPU under AddressSanitizer, against float64."""
+"""Orders, one bias for all and keys of other tokens: the kernels on a CPU under AddressSanitizer, against float64."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ from onepeace_fast.tolerance import assert_within_rule
 # Samples that no walk takes whole, and one of one tile beside.
 LONG = ([[150, 0, 17, 33], [133, 90, 0, 40]], [[66, 35, 0, 290], [0, 40, 0, 70]])
 KINDS = {name: FORMS[name] for name in ON_KERNELS} | {
+    "one vector for all, runs": {"runs": True, "cls": True},
     "causal, CLS": {"order": causal, "cls": True, "vectors": 2},
+    "causal, runs, CLS": {"order": causal, "runs": True, "cls": True},
     "later first": {"order": later_first, "vectors": 2, "cross": True},
 }
 
@@ -54,7 +56,7 @@ def test_values_and_gradients_follow_the_formula(attend, name, walk):
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 @pytest.mark.parametrize("limit", ["99 KiB", "227 KiB"])
-@pytest.mark.parametrize("name", ["one vector for all, CLS", "causal, CLS", "later first"])
+@pytest.mark.parametrize("name", ["one vector for all, CLS", "causal, runs, CLS", "later first"])
 def test_samples_that_no_walk_takes_whole(attend, name, limit, dim):
     form = Form(**KINDS[name] | {"sizes": (dim, dim), "lengths": LONG})
     check_form(attend, form, shared_limit=SHARED_LIMITS[limit])

@@ -17,11 +17,14 @@ Lengths = Sequence[Sequence[int]]
 Order = Callable[[int, int, int], int]
 QUERIES, KEYS = [[5, 0, 3, 2], [2, 4, 0, 3]], [[4, 3, 0, 6], [0, 2, 0, 1]]
 INERT, HEADS, OFFSET = 2, 2, 9
+RUN_OFFSET = 300  # of codes that are places
 FIELDS = Segments._fields  # which torch 2.8 does not trace
 
 
-def segments(lengths: Lengths, seed: int, *, order: Order | None = None, cls: bool = False) -> Segments:
-    """Codes of their own for each row, so that neither position nor order stands in for one."""
+def segments(
+    lengths: Lengths, seed: int, *, order: Order | None = None, cls: bool = False, runs: bool = False
+) -> Segments:
+    """Codes of their own for each row, so that neither position nor order stands in for one; or the places, as runs."""
     rows = sum(map(sum, lengths)) + INERT
     generator = torch.Generator().manual_seed(seed)
     bounds = torch.tensor([0, *[n for row in lengths for n in row]]).cumsum(0)
@@ -30,6 +33,8 @@ def segments(lengths: Lengths, seed: int, *, order: Order | None = None, cls: bo
     counts = [sum(row) for row in lengths] + [INERT]
     modality = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor(counts)).int()
     code = torch.randint(0, OFFSET, (rows,), generator=generator).int()
+    if runs:
+        code = of_each(lengths, lambda m, place, within: within)
     is_cls = torch.zeros(rows, dtype=torch.bool)
     if cls:
         is_cls[
@@ -115,23 +120,24 @@ class Form:
     def __init__(
         self, *, vectors: int = 1, order: Order | None = None, cross: bool = False, cls: bool = False,
         sizes: tuple[int, int] = (8, 8), joint: bool = False, head_scale: bool = False,
-        lengths: tuple[Lengths, Lengths] = (QUERIES, KEYS),
+        lengths: tuple[Lengths, Lengths] = (QUERIES, KEYS), runs: bool = False,
     ) -> None:  # fmt: skip
-        self.segments = segments(lengths[0], 1, order=order, cls=cls)
-        self.keys = segments(lengths[1], 2, order=order, cls=cls) if cross else self.segments
+        self.segments = segments(lengths[0], 1, order=order, cls=cls, runs=runs)
+        self.keys = segments(lengths[1], 2, order=order, cls=cls, runs=runs) if cross else self.segments
+        self.offset = RUN_OFFSET if runs else OFFSET
         self.cross, self.joint, self.vectors = cross, joint, vectors
         rows, key_rows = (side.code.shape[0] for side in (self.segments, self.keys))
         head_dim, value_dim = sizes
         self.leaves = {"q": normal(rows, HEADS, head_dim, seed=3), "k": normal(key_rows, HEADS, head_dim, seed=4)}
         self.leaves |= {"v": normal(key_rows, HEADS, value_dim, seed=5)}
-        self.leaves |= {f"vector{m}": normal(HEADS, 2 * OFFSET + 4, seed=6 + m) for m in range(vectors)}
+        self.leaves |= {f"vector{m}": normal(HEADS, 2 * self.offset + 4, seed=6 + m) for m in range(vectors)}
         self.leaves |= {"head_scale": 1 + 0.5 * normal(HEADS, seed=9)} if head_scale else {}
 
     def arguments(self, leaves: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the op takes beside qkv."""
         bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
         given = dict(zip(FIELDS, self.segments, strict=True)) | {"keys": self.keys if self.cross else None}
-        return given | {"bias": bias, "code_offsets": [OFFSET] * len(bias), "head_scale": leaves.get("head_scale")}
+        return given | {"bias": bias, "code_offsets": [self.offset] * len(bias), "head_scale": leaves.get("head_scale")}
 
     def qkv(self, leaves: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
         """Queries, keys and values, in one tensor or apart."""
@@ -146,7 +152,7 @@ class Form:
         """out and the log-sum-exp by the formula."""
         bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
         q, k, v = (leaves[name] for name in "qkv")
-        return naive(q, k, v, self.segments, self.keys, bias, [OFFSET] * len(bias), leaves.get("head_scale"))
+        return naive(q, k, v, self.segments, self.keys, bias, [self.offset] * len(bias), leaves.get("head_scale"))
 
     def plain(self, **leaves: Tensor) -> Tensor:
         """out by the formula."""
@@ -158,6 +164,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "one vector for all, CLS": {"cls": True, "head_scale": True},
     "causal, joint": {"order": causal, "vectors": 2, "joint": True},
     "prefix": {"order": prefix, "cls": True},
+    "causal, runs": {"order": causal, "vectors": 2, "runs": True},
     "causal without bias": {"order": causal, "vectors": 0},
     "keys of others": {"cross": True, "vectors": 2, "head_scale": True},
     "keys of others in order, CLS": {"cross": True, "order": causal, "cls": True},
