@@ -49,8 +49,8 @@ int64_t relative_bias_attention_shared_limit(int32_t device) { return shared_lim
 
 int64_t relative_bias_attention_shared_bytes(
     int32_t head_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit) {
-    const LaunchPlan forward =
-        relative_bias_attention_forward_plan(head_dim, bias_entries - static_cast<int64_t>(CLS_ENTRIES) * bias_vectors);
+    const LaunchPlan forward = relative_bias_attention_forward_plan(
+        head_dim, bias_entries - static_cast<int64_t>(CLS_ENTRIES) * bias_vectors, shared_limit);
     return std::max(
         forward.shared_bytes, choose_backward_plan(head_dim, bias_entries, shared_limit).launch.shared_bytes);
 }

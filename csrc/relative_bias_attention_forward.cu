@@ -162,7 +162,7 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     warps                              9         9         8
 //     registers, sm_80             92, 110  96, 128  126, 144   the second with windows
 //     registers, sm_90a            89, 114  96, 133  128, 147
-//     shared memory                 32,192    57,792    71,232   bytes, and 4 for each entry, at most BIAS_CAPACITY
+//     shared memory                 32,192    57,792    71,232   bytes, and 4 for each entry that plan_bias gives
 //     thread blocks for each            2, 1      2, 1      2, 1   multiprocessor of compute capability 9.0
 //     issue slots                      441       539       457   of a warp's tile and of its load of the next
 //     cycles of shared memory          131       210       213   for the same
@@ -191,12 +191,10 @@ attention_forward_kernel(
 }
 
 template <int HEAD_DIM>
-LaunchPlan plan(int64_t bias_entries) {
-    const bool windowed = bias_entries > BIAS_CAPACITY;
-    const int held = static_cast<int>(std::min<int64_t>(bias_entries, BIAS_CAPACITY));
+LaunchPlan plan(const BiasPlan& bias) {
     return {
-        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(windowed),
-        forward_shared_bytes<HEAD_DIM>(held)};
+        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(bias.is_windowed),
+        forward_shared_bytes<HEAD_DIM>(bias.capacity)};
 }
 
 template <typename T, int HEAD_DIM>
@@ -209,15 +207,14 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
-    const LaunchPlan planned = plan<HEAD_DIM>(entries);
+    const BiasPlan bias = plan_bias<HEAD_DIM>(entries, shared_limit(arguments.device));
+    const LaunchPlan planned = plan<HEAD_DIM>(bias);
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     return launch_kernel(
-        entries > BIAS_CAPACITY ? attention_forward_kernel<T, HEAD_DIM, true>
-                                : attention_forward_kernel<T, HEAD_DIM, false>,
+        bias.is_windowed ? attention_forward_kernel<T, HEAD_DIM, true> : attention_forward_kernel<T, HEAD_DIM, false>,
         arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
-        planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp,
-        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
+        planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp, bias.capacity);
 }
 
 template <typename T>
@@ -229,8 +226,10 @@ const char* launch_type(const RelativeBiasAttention& arguments, void* out, float
 
 }  // namespace
 
-LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries) {
-    return head_dim == 32 ? plan<32>(bias_entries) : head_dim == 64 ? plan<64>(bias_entries) : plan<128>(bias_entries);
+LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries, int64_t shared_limit) {
+    return head_dim == 32   ? plan<32>(plan_bias<32>(bias_entries, shared_limit))
+           : head_dim == 64 ? plan<64>(plan_bias<64>(bias_entries, shared_limit))
+                            : plan<128>(plan_bias<128>(bias_entries, shared_limit));
 }
 
 const char* relative_bias_attention_forward(

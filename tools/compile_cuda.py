@@ -125,8 +125,9 @@ def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
         return Plan(SUM_THREADS, 1, 0), True
     if kernel.name != "attention_backward_kernel":
         function = library.relative_bias_attention_forward_plan
-        function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
-        return function(kernel.head_dim, LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES), True
+        function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+        entries = LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES
+        return function(kernel.head_dim, entries, chip.shared_of_program), True
     function = library.relative_bias_attention_backward_plan
     function.restype, function.argtypes = BackwardPlan, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
     some = (LARGE_ENTRIES,) if kernel.large else (PLANNED_ENTRIES + PLANNED_ENTRIES_OF_CLS, FEW_ENTRIES)

@@ -54,7 +54,7 @@ def test_values_and_gradients_follow_the_dense_bias(attend, name, dtype, dim, li
 @pytest.mark.parametrize("limit", SHARED_LIMITS)
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 def test_both_passes_run_with_what_each_device_gives(attend, dim, limit):
-    """With vectors that fill what the forward pass has for them."""
+    """With vectors that the forward pass holds whole on all of them."""
     batch = windowed_grid(42, "rows")
     check(attend, batch, batch.leaves(1, dim, dtype=torch.bfloat16), shared_limit=SHARED_LIMITS[limit])
 
@@ -173,8 +173,8 @@ def test_vectors_and_head_scale_in_float32(attend, walk):
 @pytest.mark.parametrize("dim, limit", list(SHAPES.values()), ids=SHAPES)
 @pytest.mark.parametrize("where", ("rows", "corners", "anywhere"))
 def test_vectors_that_shared_memory_does_not_hold_are_read_in_windows(attend, where, dim, limit, walk):
-    """A grid of 64 has 16,129 entries; patches far apart meet more of them than a window has."""
-    batch = windowed_grid(64, where)
+    """A grid of 120 has 57,121 entries; patches far apart meet more of them than a window has."""
+    batch = windowed_grid(120, where)
     check(attend, batch, batch.leaves(1, dim, dtype=HALF[dim != 64]), **walk, **limit)
 
 

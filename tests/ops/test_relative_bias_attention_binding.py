@@ -1,8 +1,12 @@
 """The binding of attention's CUDA kernels, compiled by g++: what it launches on addresses, and what it refuses."""
 
+import ctypes
+
 import pytest
 import torch
 from support.contract import normal
+
+from tools.compile_cuda import Plan
 
 ROW = {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
 
@@ -160,6 +164,18 @@ def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(host_e
     plain, biased = NEEDED[head_dim, limit]
     assert needed() == (plain, limit * 1024) and needed(1500, 500) == (biased, limit * 1024)
     assert needed(1 << 20)[0] <= limit * 1024
+
+
+@pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
+def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, limit):
+    """Of windows, which take more registers, one thread block runs at a time."""
+    function = ctypes.CDLL(host_extension.__file__).relative_bias_attention_forward_plan
+    function.restype = Plan
+    plan = lambda entries: function(head_dim, ctypes.c_int64(entries), ctypes.c_int64(limit * 1024))  # noqa: E731
+    without = plan(0).shared_bytes
+    most = (limit * 1024 - without) // 4
+    found = [(plan(entries).shared_bytes, plan(entries).thread_blocks_at_once) for entries in (most, most + 1)]
+    assert found == [(without + 4 * most, 2), (without + 4 * most, 1)]
 
 
 def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension, monkeypatch):
