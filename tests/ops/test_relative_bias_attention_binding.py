@@ -6,8 +6,6 @@ import pytest
 import torch
 from support.contract import normal
 
-from tools.compile_cuda import Plan
-
 ROW = {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
 
 
@@ -166,11 +164,17 @@ def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(host_e
     assert needed(1 << 20)[0] <= limit * 1024
 
 
+class LaunchPlan(ctypes.Structure):
+    """Of csrc/relative_bias_attention.h."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
+
+
 @pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
 def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, limit):
     """Of windows, which take more registers, one thread block runs at a time."""
     function = ctypes.CDLL(host_extension.__file__).relative_bias_attention_forward_plan
-    function.restype = Plan
+    function.restype = LaunchPlan
     plan = lambda entries: function(head_dim, ctypes.c_int64(entries), ctypes.c_int64(limit * 1024))  # noqa: E731
     without = plan(0).shared_bytes
     most = (limit * 1024 - without) // 4
