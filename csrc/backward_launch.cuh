@@ -50,9 +50,8 @@ BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
 }
 
 inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
-    return head_dim == 32   ? choose_backward_plan<32>(entries, shared_limit)
-           : head_dim == 64 ? choose_backward_plan<64>(entries, shared_limit)
-                            : choose_backward_plan<128>(entries, shared_limit);
+    return with_head_size(
+        head_dim, [&](auto size) { return choose_backward_plan<size.value>(entries, shared_limit); });
 }
 
 // Of the backward kernel; backward_walks.cuh has it, compiled for each head size and shape in a file of its own.

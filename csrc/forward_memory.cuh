@@ -25,7 +25,7 @@ constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // what compute capability 8.6
 template <int HEAD_DIM>
 struct ForwardLaunch {
     static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
-    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
+    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : HEAD_DIM == 96 ? 48 : 64;
     static constexpr int THREADS = WARPS * WARP;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
     // The shared memory of such a multiprocessor holds no second one.
@@ -112,7 +112,7 @@ struct Forward {
     using Memory = ForwardShared<T, HEAD_DIM>;
     static constexpr int THREADS = ForwardLaunch<HEAD_DIM>::THREADS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
     static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
-    static constexpr int COPYING_THREADS = 256;  // a tile's chunks divide evenly among them
+    static constexpr int COPYING_THREADS = HEAD_DIM == 96 ? 192 : 256;  // a tile's chunks divide evenly among them
 
     const RelativeBiasAttention& arguments;
     Memory& shared;
@@ -191,8 +191,8 @@ struct Forward {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
         const BlockRows block_rows(shared.sample, arguments.modalities, row_block);
 #pragma unroll 1
-        for (int row = lane / ROW_CHUNKS; row < BLOCK_ROWS; row += WARP / ROW_CHUNKS) {
-            const int chunk = lane % ROW_CHUNKS;
+        for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const T* from = source(block_rows[row], 0) + chunk * CHUNK;
             T* target = shared.queries[warp] + swizzled<HEAD_DIM>(row, chunk);
             if (arguments.scale > 0.f) {

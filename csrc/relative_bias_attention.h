@@ -33,7 +33,7 @@ struct RelativeBiasAttention {
     int32_t samples;
     int32_t modalities;
     int32_t heads;
-    int32_t head_dim;     // 32, 64 or 128
+    int32_t head_dim;     // 32, 64, 96 or 128
     int32_t rows;         // capacity, inert rows included
     int32_t max_length;   // longest sample, all modalities together; 0 where the host does not know it
     float scale;          // of q . k

@@ -10,7 +10,7 @@ from support.attention_cases import any_cls, lengths, mixed, windowed_grid
 from support.kernel_attention import WALKS, gradient_of
 
 pytestmark = pytest.mark.slow
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
 # A batch, how its keys are walked, and the head sizes.
 CASES = {
     "three modalities": (mixed, WALKS["whole"], HEAD_SIZES),

@@ -66,7 +66,7 @@ REFUSED = {
     "type: expected float16, bfloat16 or float32, got int8": {"type": "int8"},
     "type: expected float16, bfloat16 or float32, got float64": {"head_scale_type": "float64"},
     "qkv: expected float16 or bfloat16, got float32": {"type": "float32"},
-    "qkv: expected a head size of 32, 64 or 128, got 48": {"head_dim": 48},
+    "qkv: expected a head size of 32, 64, 96 or 128, got 48": {"head_dim": 48},
     f"qkv: {ADDRESS}": {"qkv": 8},
     "qkv: expected strides that 8 divides, got 97": {"strides": (97, 32, 32)},
     "qkv: expected no negative size and at least one head, got": {"heads": 0},
@@ -147,10 +147,13 @@ def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):
 NEEDED = {
     (32, 99): (75008, 101312),
     (64, 99): (76288, 101056),
+    (96, 99): (87168, 100992),
     (128, 99): (89728, 101248),
     (64, 163): (118016, 166592),
+    (96, 163): (102912, 166848),
     (128, 163): (129536, 166592),
     (64, 227): (118016, 231872),
+    (96, 227): (102912, 222912),
     (128, 227): (129536, 231872),
 }
 
@@ -185,7 +188,7 @@ def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_e
 def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension, monkeypatch):
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(75 * 1024))
     fits = {}
-    for head_dim in (32, 64, 128):
+    for head_dim in (32, 64, 96, 128):
         needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, entries=[])
         fits[head_dim] = needed <= limit
-    assert fits == {32: True, 64: True, 128: False}
+    assert fits == {32: True, 64: True, 96: False, 128: False}
