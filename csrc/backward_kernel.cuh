@@ -340,8 +340,8 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 //     heads of                     32        64       c64        96       c96       128      c128   c is compact
 //     warps                         8         8         8         8         6         8         4
 //     key blocks of a walk         17        17         9         9         7         9         5   by 32 queries
-//     registers, sm_80       196, 184  255, 248  145, 150  189, 190  189, 191  223, 223  238, 238   second: LARGE
-//     registers, sm_90a      199, 199  255, 255  162, 160  212, 210  212, 210  250, 248  255, 253
+//     registers, sm_80       196, 184  255, 248  145, 150  189, 190  189, 191  224, 226  239, 240   second: LARGE
+//     registers, sm_90a      199, 199  255, 255  162, 160  212, 210  212, 210  247, 249  251, 249
 //     shared memory            75,008   118,016    76,288   102,912    87,168   129,536    89,728   bytes
 //     thread blocks for each multiprocessor: 1
 //

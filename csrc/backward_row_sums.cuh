@@ -97,7 +97,7 @@ struct RowSums {
 //
 //     heads of                     32       64       96     128
 //     registers, sm_80        94, 122  96, 119   91, 95  71, 71   the second with windows
-//     registers, sm_90a       96, 124  96, 133  95, 108  98, 95
+//     registers, sm_90a       96, 124  96, 133  95, 108  99, 95
 //     thread blocks for each     2, 1     2, 1     2, 1    2, 2   multiprocessor of compute capability 9.0
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound as the forward kernel is: it has as many matrix products.

@@ -160,8 +160,8 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     heads of                          32        64        96       128
 //     queries x keys of a tile    144 x 64  144 x 64  144 x 48  128 x 32
 //     warps                              9         9         9         8
-//     registers, sm_80             92, 110   96, 128   96, 138  126, 144   the second with windows
-//     registers, sm_90a            89, 114   96, 133   96, 137  128, 147
+//     registers, sm_80             92, 110   96, 128   96, 138  124, 145   the second with windows
+//     registers, sm_90a            89, 114   96, 133   96, 137  127, 146
 //     shared memory                 32,192    57,792    70,976    71,232   bytes, and 4 for each entry that plan_bias
 //     thread blocks for each          2, 1      2, 1      2, 1      2, 1   gives; multiprocessor of 9.0
 //     issue slots                      439       536       514       435   of a warp's tile and of its load of the next
