@@ -50,9 +50,8 @@ BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
 }
 
 inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
-    return head_dim == 32   ? choose_backward_plan<32>(entries, shared_limit)
-           : head_dim == 64 ? choose_backward_plan<64>(entries, shared_limit)
-                            : choose_backward_plan<128>(entries, shared_limit);
+    return with_head_size(
+        head_dim, [&](auto size) { return choose_backward_plan<size.value>(entries, shared_limit); });
 }
 
 // Of the backward kernel; backward_walks.cuh has it, compiled for each head size and shape in a file of its own.
@@ -74,14 +73,14 @@ const char* launch_row_sums(
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     const int64_t entries = workspace.entries - CLS_ENTRIES * arguments.bias_vectors;
-    const LaunchPlan planned = relative_bias_attention_forward_plan(HEAD_DIM, entries);
-    const auto kernel = entries > BIAS_CAPACITY ? attention_row_sums_kernel<T, HEAD_DIM, true>
-                                                : attention_row_sums_kernel<T, HEAD_DIM, false>;
+    const BiasPlan bias = plan_bias<HEAD_DIM>(entries, shared_limit(arguments.device));
+    const auto kernel = bias.is_windowed ? attention_row_sums_kernel<T, HEAD_DIM, true>
+                                         : attention_row_sums_kernel<T, HEAD_DIM, false>;
     const int parts = ceil_div(launched_row_blocks(arguments, workspace), ForwardLaunch<HEAD_DIM>::WARPS);
     const dim3 grid(parts, arguments.heads, arguments.samples);
     return launch_kernel(
-        kernel, arguments.device, grid, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
-        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
+        kernel, arguments.device, grid, ForwardLaunch<HEAD_DIM>::THREADS, forward_shared_bytes<HEAD_DIM>(bias.capacity),
+        stream, base_2, gradients, workspace, bias.capacity);
 }
 
 template <typename T, int HEAD_DIM>

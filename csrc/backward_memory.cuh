@@ -69,6 +69,7 @@ struct alignas(128) BackwardShared {
 // Every GPU that the kernels take holds the compact shape, and heads of 32 in the other.
 static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, false>>) <= SMALLEST_SHARED_BYTES);
 static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, true>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<96, true>>) <= SMALLEST_SHARED_BYTES);
 static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, true>>) <= SMALLEST_SHARED_BYTES);
 
 // One thread block's view of its head, its samples one after another.

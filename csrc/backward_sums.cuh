@@ -68,6 +68,7 @@ __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
     read_sample<BLOCK_ROWS>(sample, key_sample, arguments, blockIdx.z);
     __syncthreads();
     if (workspace.walks_whole(key_sample)) return;
+    if (SUM_THREADS % ROW_CHUNKS && thread_index() >= ROWS * ROW_CHUNKS) return;
     const int chunk = thread_index() % ROW_CHUNKS;
 #pragma unroll 1
     for (int i = blockIdx.x * ROWS + thread_index() / ROW_CHUNKS; i < sample.row_blocks * BLOCK_ROWS;

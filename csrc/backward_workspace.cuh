@@ -27,8 +27,8 @@ template <int HEAD_DIM_, bool COMPACT_>
 struct BackwardLaunch {
     static constexpr int HEAD_DIM = HEAD_DIM_;
     static constexpr bool COMPACT = COMPACT_;
-    static constexpr int WARPS = COMPACT && HEAD_DIM == 128 ? 4 : 8;
-    static constexpr int SLOTS = COMPACT || HEAD_DIM == 128 ? 1 : 2;
+    static constexpr int WARPS = !COMPACT || HEAD_DIM < 96 ? 8 : HEAD_DIM == 96 ? 6 : 4;
+    static constexpr int SLOTS = COMPACT || HEAD_DIM >= 96 ? 1 : 2;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int SLOT_KEY_BLOCKS = WARPS * SLOTS;
     static constexpr int KEY_BLOCKS = SLOT_KEY_BLOCKS + 1;  // of one walk: one more is spread over all warps

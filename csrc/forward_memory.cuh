@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdint>
 
 #include "bias.cuh"
 #include "block_difference.cuh"
@@ -17,14 +19,13 @@
 namespace onepeace_fast {
 
 constexpr int STAGES = 2;  // tiles in shared memory: one is computed while the next one is copied
-constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
 constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 give a thread block
 
 // Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
 template <int HEAD_DIM>
 struct ForwardLaunch {
     static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
-    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
+    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : HEAD_DIM == 96 ? 48 : 64;
     static constexpr int THREADS = WARPS * WARP;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
     // The shared memory of such a multiprocessor holds no second one.
@@ -87,9 +88,25 @@ constexpr int forward_shared_bytes(int bias_entries) {
     return static_cast<int>(sizeof(ForwardShared<bfloat16, HEAD_DIM>) + sizeof(float) * (bias_entries + BLOCK_ROWS));
 }
 
-// Every GPU that the kernels take holds them.
-static_assert(forward_shared_bytes<64>(BIAS_CAPACITY) <= SMALLEST_SHARED_BYTES);
-static_assert(forward_shared_bytes<128>(BIAS_CAPACITY) <= SMALLEST_SHARED_BYTES);
+// Entries of the bias in shared memory, and whether they are windows because not all of them fit.
+struct BiasPlan {
+    int capacity;
+    bool is_windowed;
+};
+
+// For the entries of all vectors without those of CLS, and the bytes that a thread block may have. Entries are held
+// whole as long as one thread block holds them, though from about half of that on a multiprocessor has one thread block
+// at a time in place of two: windows would leave it one all the same, for the registers they take, and cost each tile
+// two barriers and a test of each score's entry. Where even one does not hold them, windows are as large as fits.
+template <int HEAD_DIM>
+BiasPlan plan_bias(int64_t entries, int64_t shared_limit) {
+    const int64_t room = (shared_limit - forward_shared_bytes<HEAD_DIM>(0)) / static_cast<int64_t>(sizeof(float));
+    return {static_cast<int>(std::min(entries, std::max<int64_t>(room, 1))), entries > room};
+}
+
+// Every GPU that the kernels take holds vectors of 7168 entries: a grid of 42 x 42, or three 1-D vectors.
+static_assert(forward_shared_bytes<64>(7168) <= SMALLEST_SHARED_BYTES);
+static_assert(forward_shared_bytes<128>(7168) <= SMALLEST_SHARED_BYTES);
 
 // What scores are counted in, base 2: the scale without its sign, which queries have then, and 1 where it is 0, as
 // queries are then. Larger scores are then larger probabilities.
@@ -103,7 +120,7 @@ struct Forward {
     using Memory = ForwardShared<T, HEAD_DIM>;
     static constexpr int THREADS = ForwardLaunch<HEAD_DIM>::THREADS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
     static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
-    static constexpr int COPYING_THREADS = 256;  // a tile's chunks divide evenly among them
+    static constexpr int COPYING_THREADS = HEAD_DIM == 96 ? 192 : 256;  // a tile's chunks divide evenly among them
 
     const RelativeBiasAttention& arguments;
     Memory& shared;
@@ -206,8 +223,8 @@ struct Forward {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
         const BlockRows block_rows(shared.sample, arguments.modalities, row_block);
 #pragma unroll 1
-        for (int row = lane / ROW_CHUNKS; row < BLOCK_ROWS; row += WARP / ROW_CHUNKS) {
-            const int chunk = lane % ROW_CHUNKS;
+        for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const T* from = find_head_row<T>(arguments.q, block_rows[row]) + chunk * CHUNK;
             T* target = shared.queries[warp] + swizzled<HEAD_DIM>(row, chunk);
             if (arguments.scale > 0.f) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
+#include <type_traits>
 
 #include "relative_bias_attention.h"
 
@@ -48,10 +49,19 @@ inline const char* name_of(ElementType type) {
     return type == FLOAT16 ? "float16" : type == BFLOAT16 ? "bfloat16" : "an unknown type";
 }
 
+// call(a constant that is the head size), for one that check_arguments takes.
+template <typename Call>
+auto with_head_size(int32_t head_dim, Call call) {
+    if (head_dim == 32) return call(std::integral_constant<int, 32>());
+    if (head_dim == 64) return call(std::integral_constant<int, 64>());
+    if (head_dim == 96) return call(std::integral_constant<int, 96>());
+    return call(std::integral_constant<int, 128>());
+}
+
 // What is wrong with the arguments, in one line, or null.
 inline const char* check_arguments(const RelativeBiasAttention& a) {
-    if (a.head_dim != 32 && a.head_dim != 64 && a.head_dim != 128) {
-        return say("qkv: expected a head size of 32, 64 or 128, got %d", a.head_dim);
+    if (a.head_dim % 32 || a.head_dim < 32 || a.head_dim > 128) {
+        return say("qkv: expected a head size of 32, 64, 96 or 128, got %d", a.head_dim);
     }
     if (a.type != FLOAT16 && a.type != BFLOAT16) {
         return say("qkv: expected float16 or bfloat16, got %s", name_of(a.type));

@@ -50,7 +50,7 @@ struct RelativeBiasAttention {
     int32_t samples;
     int32_t modalities;  // of queries or of keys, whichever have more
     int32_t heads;
-    int32_t head_dim;    // 32, 64 or 128
+    int32_t head_dim;    // 32, 64, 96 or 128
     float scale;         // of q . k
     ElementType type;    // of q, k, v and out: FLOAT16 or BFLOAT16
     HeadRows q;
@@ -71,8 +71,10 @@ struct LaunchPlan {
     int32_t shared_bytes;
 };
 
-// For a head size, and the entries of all vectors together without those of CLS.
-extern "C" LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries);
+// For a head size, the entries of all vectors together without those of CLS, and the bytes of shared memory that a
+// thread block may have. Where nothing fits, the plan has more of them.
+extern "C" LaunchPlan relative_bias_attention_forward_plan(
+    int32_t head_dim, int64_t bias_entries, int64_t shared_limit);
 
 // Writes out and log_sum_exp, inert rows too. Returns null, or one line, which stays until this thread's next one: an
 // argument that is refused, in which case nothing is launched, or CUDA's error. The pointers must stay valid until the

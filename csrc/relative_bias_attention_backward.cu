@@ -21,9 +21,9 @@ template <typename T>
 const char* launch_type(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream) {
     const BackwardPlan plan = plan_on_device(arguments);
-    if (arguments.head_dim == 32) return launch_backward<T, 32>(arguments, gradients, plan, stream);
-    if (arguments.head_dim == 64) return launch_backward<T, 64>(arguments, gradients, plan, stream);
-    return launch_backward<T, 128>(arguments, gradients, plan, stream);
+    return with_head_size(arguments.head_dim, [&](auto head_dim) {
+        return launch_backward<T, head_dim.value>(arguments, gradients, plan, stream);
+    });
 }
 
 // Samples of one modality and of one length.
@@ -50,8 +50,8 @@ int64_t relative_bias_attention_shared_limit(int32_t device) { return shared_lim
 
 int64_t relative_bias_attention_shared_bytes(
     int32_t head_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit) {
-    const LaunchPlan forward =
-        relative_bias_attention_forward_plan(head_dim, bias_entries - static_cast<int64_t>(CLS_ENTRIES) * bias_vectors);
+    const LaunchPlan forward = relative_bias_attention_forward_plan(
+        head_dim, bias_entries - static_cast<int64_t>(CLS_ENTRIES) * bias_vectors, shared_limit);
     return std::max(
         forward.shared_bytes, choose_backward_plan(head_dim, bias_entries, shared_limit).launch.shared_bytes);
 }
@@ -76,10 +76,10 @@ int64_t relative_bias_attention_backward_bytes(
     gradients.multiprocessors = multiprocessors;
     gradients.bias[0] = &gradients;  // no null: it learns
     const BackwardPlan plan = choose_backward_plan(head_dim, bias_entries, shared_limit);
-    const auto count = [&](auto launch) { return count_bytes<decltype(launch)>(arguments, gradients, plan); };
-    if (head_dim == 32) return count(BackwardLaunch<32, false>());
-    if (head_dim == 64) return plan.is_compact ? count(BackwardLaunch<64, true>()) : count(BackwardLaunch<64, false>());
-    return plan.is_compact ? count(BackwardLaunch<128, true>()) : count(BackwardLaunch<128, false>());
+    return with_head_size(head_dim, [&](auto size) {
+        return plan.is_compact ? count_bytes<BackwardLaunch<size.value, true>>(arguments, gradients, plan)
+                               : count_bytes<BackwardLaunch<size.value, false>>(arguments, gradients, plan);
+    });
 }
 
 const char* relative_bias_attention_backward(

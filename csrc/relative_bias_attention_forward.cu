@@ -122,7 +122,7 @@ struct OutputRows {
             T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, 0) + 2 * (lane % 4);
 #pragma unroll
             for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                *reinterpret_cast<uint32_t*>(staged + chunk_offset(target - staged, n)) =
+                *reinterpret_cast<uint32_t*>(staged + chunk_offset<HEAD_DIM>(target - staged, n)) =
                     pack<T>(result[n][2 * i] * factor, result[n][2 * i + 1] * factor);
             }
         }
@@ -134,8 +134,8 @@ struct OutputRows {
         constexpr int LANES = HEAD_DIM / CHUNK;  // of a row
         __syncwarp();
 #pragma unroll 1
-        for (int r = lane / LANES; r < row_block.count; r += WARP / LANES) {
-            const int chunk = lane % LANES;
+        for (int i = lane; i < row_block.count * LANES; i += WARP) {
+            const int r = i / LANES, chunk = i % LANES;
             T* target = out + (block_rows[r] * arguments.heads + blockIdx.y) * HEAD_DIM + chunk * CHUNK;
             *reinterpret_cast<uint4*>(target) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(r, chunk));
@@ -158,16 +158,18 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 
 // The forward pass. Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 //
-//     heads of                          32        64       128
-//     queries x keys of a tile    144 x 64  144 x 64  128 x 32
-//     warps                              9         9         8
-//     registers, sm_80             92, 110  96, 128  126, 144   the second with windows
-//     registers, sm_90a            89, 114  96, 133  128, 147
-//     shared memory                 32,192    57,792    71,232   bytes, and 4 for each entry, at most BIAS_CAPACITY
-//     thread blocks for each            2, 1      2, 1      2, 1   multiprocessor of compute capability 9.0
-//     issue slots                      441       539       457   of a warp's tile and of its load of the next
-//     cycles of shared memory          131       210       213   for the same
-//     codes in any order            63, 21    63, 21    33, 11   of either more
+//     heads of                          32        64        96       128
+//     queries x keys of a tile    144 x 64  144 x 64  144 x 48  128 x 32
+//     warps                              9         9         9         8
+//     registers, sm_80             92, 110   96, 128   96, 138  124, 145   the second with windows
+//     registers, sm_90a            89, 114   96, 133   96, 137  127, 146
+//     shared memory                 32,192    57,792    70,976    71,232   bytes, and 4 for each entry that plan_bias
+//     thread blocks for each          2, 1      2, 1      2, 1      2, 1   gives; multiprocessor of 9.0
+//     issue slots                      439       536       514       435   of a warp's tile and of its load of the next
+//     cycles of shared memory          131       210       235       213   for the same
+//     codes in any order            63, 21    63, 21    48, 16    33, 11   of either more
+//
+// With heads of 96, tiles of 64 keys spill, and tiles of 32 keys issue 6% to 19% more at 72 to 1025 tokens.
 //
 // Registers by ptxas of nvcc 13.0, no spills. Slots and cycles are those of tools/count_cuda.py for sm_90a and codes in
 // runs; a multiprocessor has 4 slots in a cycle. For heads of 64, shared memory bounds it, at 257 tokens issue slots
@@ -192,12 +194,10 @@ attention_forward_kernel(
 }
 
 template <int HEAD_DIM>
-LaunchPlan plan(int64_t bias_entries) {
-    const bool windowed = bias_entries > BIAS_CAPACITY;
-    const int held = static_cast<int>(std::min<int64_t>(bias_entries, BIAS_CAPACITY));
+LaunchPlan plan(const BiasPlan& bias) {
     return {
-        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(windowed),
-        forward_shared_bytes<HEAD_DIM>(held)};
+        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(bias.is_windowed),
+        forward_shared_bytes<HEAD_DIM>(bias.capacity)};
 }
 
 template <typename T, int HEAD_DIM>
@@ -211,28 +211,29 @@ const char* launch(const RelativeBiasAttention& arguments, void* out, float* log
     const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
-    const LaunchPlan planned = plan<HEAD_DIM>(entries);
+    const BiasPlan bias = plan_bias<HEAD_DIM>(entries, shared_limit(arguments.device));
+    const LaunchPlan planned = plan<HEAD_DIM>(bias);
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     return launch_kernel(
-        entries > BIAS_CAPACITY ? attention_forward_kernel<T, HEAD_DIM, true>
-                                : attention_forward_kernel<T, HEAD_DIM, false>,
+        bias.is_windowed ? attention_forward_kernel<T, HEAD_DIM, true> : attention_forward_kernel<T, HEAD_DIM, false>,
         arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
-        planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp,
-        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
+        planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp, bias.capacity);
 }
 
 template <typename T>
 const char* launch_type(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
-    if (arguments.head_dim == 32) return launch<T, 32>(arguments, out, log_sum_exp, stream);
-    if (arguments.head_dim == 64) return launch<T, 64>(arguments, out, log_sum_exp, stream);
-    return launch<T, 128>(arguments, out, log_sum_exp, stream);
+    return with_head_size(arguments.head_dim, [&](auto head_dim) {
+        return launch<T, head_dim.value>(arguments, out, log_sum_exp, stream);
+    });
 }
 
 }  // namespace
 
-LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries) {
-    return head_dim == 32 ? plan<32>(bias_entries) : head_dim == 64 ? plan<64>(bias_entries) : plan<128>(bias_entries);
+LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries, int64_t shared_limit) {
+    return with_head_size(head_dim, [&](auto size) {
+        return plan<size.value>(plan_bias<size.value>(bias_entries, shared_limit));
+    });
 }
 
 const char* relative_bias_attention_forward(

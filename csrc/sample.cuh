@@ -142,6 +142,7 @@ __device__ __forceinline__ int find_end(const PackedRows& rows, int samples) {
 template <int LANES, int THREADS, typename Visit>
 __device__ __forceinline__ void share_rows(int64_t first, int64_t last, Visit visit) {
     constexpr int ROWS = THREADS / LANES;
+    if (THREADS % LANES && thread_index() >= ROWS * LANES) return;
     int64_t row = first + blockIdx.x * ROWS + thread_index() / LANES;
     for (; row < last; row += gridDim.x * ROWS) visit(row, thread_index() % LANES);
 }

@@ -30,7 +30,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 # One of each kind, Hopper with the instructions of its own; what sm_86 gives a thread block, sm_89 gives too.
 ARCHITECTURES = {"sm_90a" if name == "sm_90" else name: chip for name, chip in CHIPS.items() if name != "sm_86"}
 SMALL = ARCHITECTURES["sm_89"]
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
 PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
 PLANNED_ENTRIES_OF_CLS = 9
 FEW_ENTRIES = 964  # of a grid of 16 x 16, where a compact thread block does not hold those
@@ -125,8 +125,9 @@ def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
         return Plan(SUM_THREADS, 1, 0), True
     if kernel.name != "attention_backward_kernel":
         function = library.relative_bias_attention_forward_plan
-        function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
-        return function(kernel.head_dim, LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES), True
+        function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+        entries = LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES
+        return function(kernel.head_dim, entries, chip.shared_of_program), True
     function = library.relative_bias_attention_backward_plan
     function.restype, function.argtypes = BackwardPlan, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
     some = (LARGE_ENTRIES,) if kernel.large else (PLANNED_ENTRIES + PLANNED_ENTRIES_OF_CLS, FEW_ENTRIES)

@@ -63,6 +63,7 @@ CLASSES = {
 }  # fmt: skip
 OTHER = "integer"  # and addresses, branches, constants
 SHAPES = ((64, 72), (64, 257), (32, 329), (16, 750), (16, 1025))  # samples, tokens of each
+SHAPES_OF_TILES = {96: (48, 9), 128: (32, 8)}  # keys and warps by head size, others' 64 and 9: ForwardLaunch
 CLOCK, ISSUED, HMMA_CYCLES = 1700.0, 4, 4096 / (4096 * 0.62)  # MHz; a cycle of a multiprocessor; by mma.sync
 
 
@@ -178,7 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = count(listing, kernel)
     kinds = (*CLASSES, OTHER, "issued", "shared")
     print(format_table([("a warp", *kinds), *((part, *(str(of[k]) for k in kinds)) for part, of in parts.items())], ""))
-    keys, warps = (32, 8) if chosen.head_size == 128 else (64, 9)
+    keys, warps = SHAPES_OF_TILES.get(chosen.head_size, (64, 9))
     load = total(parts, OF_LOAD)
     for codes in OF_CODES:
         tile = total(parts, (f"tile: {name}" for name in (*OF_TILE, OF_CODES[codes])))

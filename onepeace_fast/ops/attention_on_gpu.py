@@ -26,7 +26,7 @@ from onepeace_fast.ops.pair_bias import Batch, hidden_keys, joined, pair_entries
 from onepeace_fast.ops.segments import Pairs, head_slices, longest_sample, sample_pairs
 from onepeace_fast.structures import Needs
 
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # elements of 16 bits that one access of 16 bytes takes
 

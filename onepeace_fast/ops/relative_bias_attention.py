@@ -321,7 +321,7 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
         [rows, heads, value_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero,
         and so is a query that sees no key. The log-sum-exp is [rows, heads], float32 for half precision, -inf where a
         query sees no key. On a GPU float16 and bfloat16 with heads of at most 128 run the CUDA kernels, forward and
-        backward, with or without an order, ``keys`` and vectors (zeros fill heads up to 32, 64 or 128; tiles that an
+        backward, with or without an order, ``keys`` and vectors (zeros fill heads up to 32, 64, 96 or 128; tiles that an
         order hides cost nothing). Whatever they cannot take, such as values wider than the keys, runs PyTorch's
         attention, which says so once, and has its gradients from the reference.
 

@@ -12,14 +12,14 @@ from support.contract import normal
 from support.kernel_attention import WALKS, gradient_of
 
 pytestmark = pytest.mark.slow
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
 # A batch, how its keys are walked, and the head sizes.
 CASES = {
     "three modalities": (mixed, WALKS["whole"], HEAD_SIZES),
     "CLS in blocks": (lambda: any_cls([[(18, 9), (2, 1)], [(40, 20), (1, 17)]]), WALKS["whole"], HEAD_SIZES),
     "split keys": (lambda: lengths([40, 3], 2), WALKS["split"], HEAD_SIZES),
-    "windows": (lambda: windowed_grid(64, "corners"), WALKS["whole"], (32,)),
-    "windows, split keys": (lambda: windowed_grid(64, "rows"), WALKS["split"], (64,)),
+    "windows": (lambda: windowed_grid(120, "corners"), WALKS["whole"], (32,)),
+    "windows, split keys": (lambda: windowed_grid(120, "rows"), WALKS["split"], (64,)),
     "rounds": (lambda: lengths([330]), {"max_length": 1}, HEAD_SIZES),
     "one block more": (lambda: lengths([129]), WALKS["whole"], (128,)),
     "two walks": (lambda: lengths([131]), WALKS["whole"], (128,)),

@@ -1,5 +1,7 @@
 """The binding of attention's CUDA kernels, compiled by g++: what it launches on addresses, and what it refuses."""
 
+import ctypes
+
 import pytest
 import torch
 from support.contract import normal
@@ -71,7 +73,7 @@ REFUSED = {
     "type: expected float16, bfloat16 or float32, got int8": {"type": "int8"},
     "type: expected float16, bfloat16 or float32, got float64": {"head_scale_type": "float64"},
     "qkv: expected float16 or bfloat16, got float32": {"type": "float32"},
-    "qkv: expected a head size of 32, 64 or 128, got 48": {"head_dim": 48},
+    "qkv: expected a head size of 32, 64, 96 or 128, got 48": {"head_dim": 48},
     **{f"{name}: {ADDRESS}": {f"{name}.data": 8} for name in "qkv"},
     **{f"{name}: expected strides that 8 divides, got 97": {f"{name}.row_stride": 97} for name in "qkv"},
     **{f"{name}: expected strides that 8 divides, got 33": {f"{name}.head_stride": 33} for name in "qkv"},
@@ -155,13 +157,16 @@ def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):
 
 # Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.
 NEEDED = {
-    (32, 99): (76672, 100672),
-    (64, 99): (77440, 101248),
-    (128, 99): (90624, 101376),
-    (64, 163): (119680, 166720),
-    (128, 163): (130688, 166208),
-    (64, 227): (119680, 232000),
-    (128, 227): (130688, 232256),
+    (32, 99): (75008, 101312),
+    (64, 99): (76288, 101056),
+    (96, 99): (87168, 100992),
+    (128, 99): (89728, 101248),
+    (64, 163): (118016, 166592),
+    (96, 163): (102912, 166848),
+    (128, 163): (129536, 166592),
+    (64, 227): (118016, 231872),
+    (96, 227): (102912, 222912),
+    (128, 227): (129536, 231872),
 }
 
 
@@ -174,10 +179,28 @@ def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(host_e
     assert needed(1 << 20)[0] <= limit * 1024
 
 
+class LaunchPlan(ctypes.Structure):
+    """Of csrc/relative_bias_attention.h."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
+
+
+@pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
+def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, limit):
+    """Of windows, which take more registers, one thread block runs at a time."""
+    function = ctypes.CDLL(host_extension.__file__).relative_bias_attention_forward_plan
+    function.restype = LaunchPlan
+    plan = lambda entries: function(head_dim, ctypes.c_int64(entries), ctypes.c_int64(limit * 1024))  # noqa: E731
+    without = plan(0).shared_bytes
+    most = (limit * 1024 - without) // 4
+    found = [(plan(entries).shared_bytes, plan(entries).thread_blocks_at_once) for entries in (most, most + 1)]
+    assert found == [(without + 4 * most, 2), (without + 4 * most, 1)]
+
+
 def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension, monkeypatch):
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(76 * 1024))
     fits = {}
-    for head_dim in (32, 64, 128):
+    for head_dim in (32, 64, 96, 128):
         needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, entries=[])
         fits[head_dim] = needed <= limit
-    assert fits == {32: True, 64: True, 128: False}
+    assert fits == {32: True, 64: True, 96: False, 128: False}
