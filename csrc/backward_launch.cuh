@@ -61,8 +61,8 @@ const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream);
 
-// Row blocks of a sample's queries that the grids of the smaller kernels have room for: no more than all rows fill, whatever
-// max_length promises.
+// Row blocks of a sample's queries that the grids of the smaller kernels have room for: no more than all rows fill,
+// whatever max_length promises.
 inline int launched_row_blocks(const RelativeBiasAttention& arguments, const BackwardWorkspace& workspace) {
     return std::min(workspace.query_row_blocks, most_row_blocks(arguments, arguments.queries.rows));
 }
@@ -100,8 +100,8 @@ const char* launch_backward(
         const int rows = launched_row_blocks(arguments, workspace) * BLOCK_ROWS;
         const dim3 grid(ceil_div(rows, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads, arguments.samples);
         problem = launch_kernel(
-            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(SampleOfBoth), stream,
-            arguments, gradients, workspace);
+            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(SampleOfBoth),
+            stream, arguments, gradients, workspace);
     }
     if (!problem && (workspace.entry_parts || workspace.scale_parts)) {
         const dim3 grid(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);

@@ -99,8 +99,8 @@ struct RowSums {
 // are those of the forward kernel.
 //
 //     heads of                 32       64      128
-//     registers, sm_80    94, 122  96, 119  71, 71   the second with windows
-//     registers, sm_90a   96, 124  96, 133  98, 95
+//     registers, sm_80    94, 122  96, 118  70, 70   the second with windows
+//     registers, sm_90a   95, 126  96, 132  94, 94
 //     thread blocks for each  2, 1    2, 1    2, 2   multiprocessor of compute capability 9.0
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound as the forward kernel is: it has as many matrix products.

@@ -56,7 +56,7 @@ struct alignas(128) ForwardShared {
     int key_code[STAGES][KEYS];               // of CLS keys: their vector
     int key_order[STAGES][KEYS];
     RowBlock key_rows[STAGES];
-    RowBlock next_key_rows[STAGES];  // of the tile after this one that some query sees; none where the count is not positive
+    RowBlock next_key_rows[STAGES];  // of the next tile that some query sees; none where the count is not positive
     bool keys_are_runs[STAGES];      // of codes, a run in each row block
     bool keys_are_whole[STAGES];     // no key is missing, and none may be hidden
     Range key_orders[STAGES];

@@ -2,9 +2,10 @@
 //
 // A thread block takes up to WARPS row blocks of queries of one sample and head, a warp each, and walks all keys of the
 // sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score has grown by HEADROOM.
-// Scores start from their bias, and the matrix product adds the rest. Keys and values of the next tile are copied while
-// one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and CLS take 17 row blocks of
-// queries, and 4 tiles of 64 and one of 16 keys.
+// Scores start from their bias, and the matrix product adds the rest. With an order, tiles that no query of the thread
+// block sees are not loaded, and a warp leaves out those that none of its queries sees. Keys and values of the next
+// tile are copied while one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and CLS take
+// 17 row blocks of queries, and 4 tiles of 64 and one of 16 keys.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -161,12 +162,12 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     heads of                          32        64       128
 //     queries x keys of a tile    144 x 64  144 x 64  128 x 32
 //     warps                              9         9         8
-//     registers, sm_80             92, 110  96, 128  126, 144   the second with windows
-//     registers, sm_90a            89, 114  96, 133  128, 147
-//     shared memory                 32,192    57,792    71,232   bytes, and 4 for each entry, at most BIAS_CAPACITY
+//     registers, sm_80             88, 110  96, 128  127, 144   the second with windows
+//     registers, sm_90a            90, 113  96, 135  128, 157
+//     shared memory                 33,600    59,200    72,384   bytes, and 4 for each entry, at most BIAS_CAPACITY
 //     thread blocks for each            2, 1      2, 1      2, 1   multiprocessor of compute capability 9.0
-//     issue slots                      441       539       457   of a warp's tile and of its load of the next
-//     cycles of shared memory          131       210       213   for the same
+//     issue slots                      426       531       463   of a warp's tile and of its load of the next
+//     cycles of shared memory          128       208       210   for the same
 //     codes in any order            63, 21    63, 21    33, 11   of either more
 //
 // Registers by ptxas of nvcc 13.0, no spills. Slots and cycles are those of tools/count_cuda.py for sm_90a and codes in
