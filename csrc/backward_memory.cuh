@@ -170,9 +170,7 @@ struct Backward {
             if (has_order()) {
                 const BlockRows rows(shared.key_sample, arguments.modalities, row_block);
                 Range orders{INT_MAX, INT_MIN};
-                for (int i = 0; i < row_block.count; ++i) {
-                    orders.include({arguments.keys.order[rows[i]], arguments.keys.order[rows[i]]});
-                }
+                for (int i = 0; i < row_block.count; ++i) orders.include(arguments.keys.order[rows[i]]);
                 shared.key_orders[thread] = orders;
             }
         }
@@ -245,9 +243,10 @@ struct Backward {
         log_sum_exp = log_sum_exp == -INFINITY ? INFINITY : log_sum_exp * LOG2_E;  // that of a query that sees no key
         __syncwarp();  // all codes are there
         if (has_order()) {
-            Range orders{shared.query_order[stage][thread_index()], shared.query_order[stage][thread_index()]};
-            orders.include_lanes();
             const int lane = thread_index();
+            Range orders{INT_MAX, INT_MIN};
+            orders.include(shared.query_order[stage][lane]);
+            orders.include_lanes();
             const bool sees = lane < key_blocks && shared.key_orders[lane].first <= orders.last;
             key_blocks = 32 - __clz(__ballot_sync(0xffffffff, sees));
         }
@@ -259,10 +258,7 @@ struct Backward {
                 shared.differences.find_run(arguments, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
             if (has_order()) {
                 Range orders{INT_MAX, INT_MIN};
-                for (int i = 0; i < BLOCK_ROWS; ++i) {
-                    const int order = shared.query_order[stage][half * BLOCK_ROWS + i];
-                    orders.include({order, order});
-                }
+                for (int i = 0; i < BLOCK_ROWS; ++i) orders.include(shared.query_order[stage][half * BLOCK_ROWS + i]);
                 run.order = orders.first;
             }
             if (thread_index() == 0) {

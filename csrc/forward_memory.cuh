@@ -176,9 +176,7 @@ struct Forward {
     __device__ RowBlock describe_orders(int stage, const RowBlock& tile, RowBlock next) const {
         const int lane = thread_index() % WARP;
         Range orders{INT_MAX, INT_MIN}, of_queries{INT_MAX, INT_MIN};
-        for (int i = lane; i < tile.count; i += WARP) {
-            orders.include({shared.key_order[stage][i], shared.key_order[stage][i]});
-        }
+        for (int i = lane; i < tile.count; i += WARP) orders.include(shared.key_order[stage][i]);
         orders.include_lanes();
         if (lane < ForwardLaunch<HEAD_DIM>::WARPS && shared.query_rows[lane].count) {
             of_queries = shared.query_orders[lane];
