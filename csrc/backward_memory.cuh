@@ -239,9 +239,7 @@ struct Backward {
     // which copied codes, orders and these, after the copies.
     __device__ __forceinline__ void find_query_runs(int warp, int stage, int key_blocks) const {
         if (warp != 0) return;
-        float& log_sum_exp = shared.log_sum_exp[stage][thread_index()];
-        log_sum_exp = log_sum_exp == -INFINITY ? INFINITY : log_sum_exp * LOG2_E;  // that of a query that sees no key
-        __syncwarp();  // all codes are there
+        shared.log_sum_exp[stage][thread_index()] *= LOG2_E;
         if (has_order()) {
             const int lane = thread_index();
             Range orders{INT_MAX, INT_MIN};
@@ -251,6 +249,7 @@ struct Backward {
             key_blocks = 32 - __clz(__ballot_sync(0xffffffff, sees));
         }
         if (thread_index() == 0) shared.seen_key_blocks[stage] = key_blocks;
+        __syncwarp();  // all codes are there
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const RowBlock row_block = shared.query_rows[stage][half];
