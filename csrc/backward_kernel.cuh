@@ -248,7 +248,8 @@ __device__ __forceinline__ void find_query_gradient(
 //     all warps   second half of ds to sums | spread: its dk and dv by columns
 //                 dq = ds^T k, pieces of 16 x 16 dealt to the warps | wait (copies)
 //
-// Between barriers warps run apart: the tensor cores may work for one while another computes exponentials.
+// Key blocks behind the last one that a query sees are left out. Between barriers warps run apart: the tensor cores may
+// work for one while another computes exponentials.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
     const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
@@ -275,7 +276,7 @@ __device__ __forceinline__ void walk_keys(
             }
         }
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
-        const int seen = shared.seen_key_blocks[stage];  // the others have no probabilities
+        const int seen = shared.seen_key_blocks[stage];
         const bool spreads = seen > spread.KEY_BLOCK;
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
@@ -311,8 +312,9 @@ __device__ __forceinline__ void walk_keys(
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
         const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
-        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, backward.gradients.k);
-        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, backward.gradients.v);
+        const auto &k = backward.gradients.k, &v = backward.gradients.v;
+        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, k);
+        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, v);
     }
     if (has_spread) spread.store();
     __syncthreads();  // the next keys take their place
@@ -355,10 +357,7 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
     using Launch = BackwardLaunch<HEAD_DIM, COMPACT>;
     const int group = blockIdx.z, part = blockIdx.x;
     if (group == workspace.groups) {
-        zero_inert_rows<T, Launch>(gradients.q, arguments.queries, arguments.samples);
-        zero_inert_rows<T, Launch>(gradients.k, arguments.keys, arguments.samples);
-        zero_inert_rows<T, Launch>(gradients.v, arguments.keys, arguments.samples);
-        return;
+        return zero_inert_rows<T, Launch>(arguments, gradients);
     }
     auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());
     const Backward<T, Launch, LARGE> backward{arguments, gradients, workspace, shared};

@@ -37,16 +37,19 @@ BackwardPlan backward_plan(int64_t entries, int64_t shared_limit) {
 }
 
 // For a head size, the entries of all vectors with those of CLS, and the bytes that a thread block may have: the larger
-// shape where it fits, and in either the vectors with the sums of their gradient where they do.
+// shape where it fits beside a vector of a 16 x 16 grid, and in either the vectors with the sums of their gradient
+// where they do.
 template <int HEAD_DIM>
 BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
-    const BackwardPlan plan = backward_plan<BackwardLaunch<HEAD_DIM, false>>(entries, shared_limit);
+    using Larger = BackwardLaunch<HEAD_DIM, false>;
     if constexpr (HAS_COMPACT_SHAPE<HEAD_DIM>) {
-        if (plan.launch.shared_bytes > shared_limit) {
+        constexpr int64_t OF_GRID = vector_bytes(false, 31 * 31 + CLS_ENTRIES);
+        constexpr int64_t NEEDED = sizeof(BackwardShared<bfloat16, Larger>) + OF_GRID;
+        if (NEEDED > shared_limit) {
             return backward_plan<BackwardLaunch<HEAD_DIM, true>>(entries, shared_limit);
         }
     }
-    return plan;
+    return backward_plan<Larger>(entries, shared_limit);
 }
 
 inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
@@ -60,8 +63,8 @@ const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream);
 
-// Row blocks of a sample's queries that the grids of the smaller kernels have room for: no more than all rows fill, whatever
-// max_length promises.
+// Row blocks of a sample's queries that the grids of the smaller kernels have room for: no more than all rows fill,
+// whatever max_length promises.
 inline int launched_row_blocks(const RelativeBiasAttention& arguments, const BackwardWorkspace& workspace) {
     return std::min(workspace.query_row_blocks, most_row_blocks(arguments, arguments.queries.rows));
 }
@@ -99,8 +102,8 @@ const char* launch_backward(
         const int rows = launched_row_blocks(arguments, workspace) * BLOCK_ROWS;
         const dim3 grid(ceil_div(rows, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads, arguments.samples);
         problem = launch_kernel(
-            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(SampleOfBoth), stream,
-            arguments, gradients, workspace);
+            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(SampleOfBoth),
+            stream, arguments, gradients, workspace);
     }
     if (!problem && (workspace.entry_parts || workspace.scale_parts)) {
         const dim3 grid(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);

@@ -1,4 +1,4 @@
-// What a thread block of the backward kernel holds in shared memory, how it is loaded, and how it is stored.
+// How what a thread block of the backward kernel holds in shared memory is loaded, and how it is stored.
 
 #pragma once
 
@@ -8,6 +8,7 @@
 #include <climits>
 #include <cmath>
 
+#include "backward_shared.cuh"
 #include "backward_workspace.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
@@ -19,58 +20,6 @@
 #include "tile.cuh"
 
 namespace onepeace_fast {
-
-// Of the key block that is spread, and a tile of queries.
-struct alignas(16) SpreadScores {
-    float probabilities[BLOCK_ROWS][TILE + CHUNK];
-    float gradients[BLOCK_ROWS][TILE + CHUNK];
-};
-
-template <typename T, typename Launch>
-struct alignas(128) BackwardShared {
-    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEY_BLOCKS = Launch::KEY_BLOCKS;
-
-    T keys[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end of a walk their gradients
-    T values[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end of a walk theirs
-    T queries[STAGES][TILE * HEAD_DIM];
-    T grad[STAGES][TILE * HEAD_DIM];
-    T score_gradient[KEY_BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
-    float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
-    float row_sums[STAGES][TILE];
-    int query_order[STAGES][TILE];
-    int key_order[KEY_BLOCKS * BLOCK_ROWS];
-    int query_code[STAGES][TILE];  // of CLS queries: their vector
-    int key_code[KEY_BLOCKS * BLOCK_ROWS];
-    T spread_rows[BLOCK_ROWS * TILE];  // probabilities of the key block that is spread
-    union {
-        SpreadScores spread;                        // until the scores' gradient is complete
-        T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];  // from then on: gradients of queries on their way to memory
-    };
-    float partial_sums[WARPS][TILE];  // of probability times its gradient over a warp's keys
-    float scale_sums[WARP];           // of row sums, for each row of a tile
-    uint32_t largest[WARPS];          // magnitude of a gradient of probabilities, of each warp
-    RowBlock query_rows[STAGES][HALVES];
-    RowBlock key_rows[KEY_BLOCKS];
-    Range key_orders[KEY_BLOCKS];
-    int seen_key_blocks[STAGES];  // of the walk, up to the last one of which a query of the tile sees a key
-    int bias_start[MAX_MODALITIES];
-    Run query_runs[STAGES][HALVES];
-    Run key_runs[KEY_BLOCKS];
-    Differences differences;
-    Sample sample;
-    Sample key_sample;
-    int exponent;   // of the fixed point in which sums stand
-    int is_finite;  // whether all gradients of scores have been so far
-    // float bias[entries], int sums[2 * entries] follow, unless the vectors are large; then DifferenceSums.
-
-    __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
-};
-
-// Every GPU that the kernels take holds the compact shape, and heads of 32 in the other.
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, false>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, true>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<96, true>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, true>>) <= SMALLEST_SHARED_BYTES);
 
 // One thread block's view of its head, its samples one after another.
 template <typename T, typename Launch_, bool LARGE>
@@ -221,9 +170,7 @@ struct Backward {
             if (has_order()) {
                 const BlockRows rows(shared.key_sample, arguments.modalities, row_block);
                 Range orders{INT_MAX, INT_MIN};
-                for (int i = 0; i < row_block.count; ++i) {
-                    orders.include({arguments.keys.order[rows[i]], arguments.keys.order[rows[i]]});
-                }
+                for (int i = 0; i < row_block.count; ++i) orders.include(arguments.keys.order[rows[i]]);
                 shared.key_orders[thread] = orders;
             }
         }
@@ -292,17 +239,17 @@ struct Backward {
     // which copied codes, orders and these, after the copies.
     __device__ __forceinline__ void find_query_runs(int warp, int stage, int key_blocks) const {
         if (warp != 0) return;
-        float& log_sum_exp = shared.log_sum_exp[stage][thread_index()];
-        log_sum_exp = log_sum_exp == -INFINITY ? INFINITY : log_sum_exp * LOG2_E;  // that of a query that sees no key
-        __syncwarp();  // all codes are there
+        shared.log_sum_exp[stage][thread_index()] *= LOG2_E;
         if (has_order()) {
-            Range orders{shared.query_order[stage][thread_index()], shared.query_order[stage][thread_index()]};
-            orders.include_lanes();
             const int lane = thread_index();
+            Range orders{INT_MAX, INT_MIN};
+            orders.include(shared.query_order[stage][lane]);
+            orders.include_lanes();
             const bool sees = lane < key_blocks && shared.key_orders[lane].first <= orders.last;
             key_blocks = 32 - __clz(__ballot_sync(0xffffffff, sees));
         }
         if (thread_index() == 0) shared.seen_key_blocks[stage] = key_blocks;
+        __syncwarp();  // all codes are there
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const RowBlock row_block = shared.query_rows[stage][half];
@@ -310,10 +257,7 @@ struct Backward {
                 shared.differences.find_run(arguments, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
             if (has_order()) {
                 Range orders{INT_MAX, INT_MIN};
-                for (int i = 0; i < BLOCK_ROWS; ++i) {
-                    const int order = shared.query_order[stage][half * BLOCK_ROWS + i];
-                    orders.include({order, order});
-                }
+                for (int i = 0; i < BLOCK_ROWS; ++i) orders.include(shared.query_order[stage][half * BLOCK_ROWS + i]);
                 run.order = orders.first;
             }
             if (thread_index() == 0) {
@@ -390,7 +334,7 @@ struct Backward {
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i % 2 * 8;
             if (row >= row_block.count) continue;
-            const int64_t index = (blockIdx.x * static_cast<int64_t>(arguments.queries.rows) + find(row)) * arguments.heads;
+            const int64_t rows = arguments.queries.rows, index = (blockIdx.x * rows + find(row)) * arguments.heads;
             auto* target = reinterpret_cast<float2*>(
                 workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + i / 2 * 8 + 2 * (lane % 4));
             const float2 before = is_first ? float2{0.f, 0.f} : *target;
@@ -433,14 +377,21 @@ private:
     }
 };
 
-// Rows of a gradient past the last sample are zero; the thread blocks past the last group share them.
+// Rows of the gradients past the last sample are zero; the thread blocks past the last group share them.
 template <typename T, typename Launch>
-__device__ void zero_inert_rows(const GradientRows& gradient, const PackedRows& rows, int samples) {
+__device__ void zero_inert_rows(
+    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
     constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;
-    share_rows<LANES, THREADS>(find_end(rows, samples), rows.rows, [&](int64_t row, int chunk) {
-        T* target = static_cast<T*>(gradient.data) + row * gradient.row_stride + blockIdx.y * HEAD_DIM;
-        *reinterpret_cast<uint4*>(target + chunk * CHUNK) = uint4{0, 0, 0, 0};
-    });
+    const auto zero = [&](const GradientRows& gradient, const PackedRows& rows) {
+        const int first = find_end(rows, arguments.samples);
+        share_rows<LANES, THREADS>(first, rows.rows, [&](int64_t row, int chunk) {
+            T* target = static_cast<T*>(gradient.data) + row * gradient.row_stride + blockIdx.y * HEAD_DIM;
+            *reinterpret_cast<uint4*>(target + chunk * CHUNK) = uint4{0, 0, 0, 0};
+        });
+    };
+    zero(gradients.q, arguments.queries);
+    zero(gradients.k, arguments.keys);
+    zero(gradients.v, arguments.keys);
 }
 
 }  // namespace onepeace_fast

@@ -55,8 +55,8 @@ static __global__ void __launch_bounds__(SUM_THREADS) attention_sum_entries_kern
 }
 
 // The gradients of queries whose samples were not walked whole. Thread blocks: some that share the rows of a sample,
-// heads, samples; a thread for each chunk of a row, 408 bytes of shared memory, 39 registers on sm_80 and sm_90a by
-// ptxas of nvcc 13.0, so 6 thread blocks for each multiprocessor. Bound by device memory, from which it reads the
+// heads, samples; a thread for each chunk of a row, 408 bytes of shared memory, 39 registers on sm_80 and 40 on sm_90a
+// by ptxas of nvcc 13.0, so 6 thread blocks for each multiprocessor. Bound by device memory, from which it reads the
 // parts.
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
             if (workspace.first_key_block(part, key_blocks) == workspace.first_key_block(part + 1, key_blocks)) {
                 continue;  // it had no keys
             }
-            const int64_t index = (part * static_cast<int64_t>(arguments.queries.rows) + row) * arguments.heads + blockIdx.y;
+            const int64_t rows = arguments.queries.rows, index = (part * rows + row) * arguments.heads + blockIdx.y;
             const auto* from =
                 reinterpret_cast<const float4*>(workspace.query_parts + index * HEAD_DIM + chunk * CHUNK);
             for (int half = 0; half < 2; ++half) {

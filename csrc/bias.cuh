@@ -23,6 +23,8 @@ struct Range {
         last = max(last, other.last);
     }
 
+    __device__ __forceinline__ void include(int one) { include(Range{one, one}); }
+
     // Includes those of all lanes of the warp.
     __device__ __forceinline__ void include_lanes() {
         for (int step = WARP / 2; step > 0; step /= 2) {

@@ -57,7 +57,7 @@ struct alignas(128) ForwardShared {
     int key_code[STAGES][KEYS];               // of CLS keys: their vector
     int key_order[STAGES][KEYS];
     RowBlock key_rows[STAGES];
-    RowBlock next_key_rows[STAGES];  // of the tile after this one that some query sees; none where the count is not positive
+    RowBlock next_key_rows[STAGES];  // of the next tile that some query sees; none where the count is not positive
     bool keys_are_runs[STAGES];      // of codes, a run in each row block
     bool keys_are_whole[STAGES];     // no key is missing, and none may be hidden
     Range key_orders[STAGES];
@@ -193,9 +193,7 @@ struct Forward {
     __device__ RowBlock describe_orders(int stage, const RowBlock& tile, RowBlock next) const {
         const int lane = thread_index() % WARP;
         Range orders{INT_MAX, INT_MIN}, of_queries{INT_MAX, INT_MIN};
-        for (int i = lane; i < tile.count; i += WARP) {
-            orders.include({shared.key_order[stage][i], shared.key_order[stage][i]});
-        }
+        for (int i = lane; i < tile.count; i += WARP) orders.include(shared.key_order[stage][i]);
         orders.include_lanes();
         if (lane < ForwardLaunch<HEAD_DIM>::WARPS && shared.query_rows[lane].count) {
             of_queries = shared.query_orders[lane];

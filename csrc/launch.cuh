@@ -77,7 +77,9 @@ inline const char* check_arguments(const RelativeBiasAttention& a) {
                 a.samples, rows->rows, a.heads, rows->max_length);
         }
     }
-    if (!a.queries.order != !a.keys.order) return "order: expected that of queries and of keys, or none, got one of them";
+    if (!a.queries.order != !a.keys.order) {
+        return "order: expected that of queries and of keys, or none, got one of them";
+    }
     if (a.heads > MAX_GRID || a.samples >= MAX_GRID) {
         return say(
             "cu_seqlens: expected at most %d samples and %d heads in one launch, got %d and %d; pass fewer at once",

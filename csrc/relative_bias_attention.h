@@ -42,7 +42,7 @@ struct PackedRows {
     const int32_t* cu_seqlens;  // [modalities, samples + 1], dense
     const int32_t* code;        // [rows]
     const uint8_t* is_cls;      // [rows], 0 or 1
-    const int32_t* order;       // [rows], or null: a query sees the keys of its sample of its own order and of lower ones
+    const int32_t* order;       // [rows], or null: a query sees its sample's keys of its own order and of lower ones
 };
 
 struct RelativeBiasAttention {
@@ -153,8 +153,8 @@ extern "C" int64_t relative_bias_attention_backward_bytes(
     int64_t shared_limit);
 
 // Writes the gradients; the same input gives the same bits. A head with a gradient that is not finite gets NaN in all
-// entries of its vectors; so do the rows of a sample with more keys than a max_length that is given. Returns as the forward
-// pass does.
+// entries of its vectors; so do the rows of a sample with more keys than a max_length that is given. Returns as the
+// forward pass does.
 const char* relative_bias_attention_backward(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, void* stream);
 

@@ -2,9 +2,10 @@
 //
 // A thread block takes up to WARPS row blocks of queries of one sample and head, a warp each, and walks all keys of the
 // sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score has grown by HEADROOM.
-// Scores start from their bias, and the matrix product adds the rest. Keys and values of the next tile are copied while
-// one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and CLS take 17 row blocks of
-// queries, and 4 tiles of 64 and one of 16 keys.
+// Scores start from their bias, and the matrix product adds the rest. With an order, tiles that no query of the thread
+// block sees are not loaded, and a warp leaves out those that none of its queries sees. Keys and values of the next
+// tile are copied while one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and CLS take
+// 17 row blocks of queries, and 4 tiles of 64 and one of 16 keys.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -163,10 +164,10 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 //     warps                              9         9         9         8
 //     registers, sm_80             92, 110   96, 128   96, 138  124, 145   the second with windows
 //     registers, sm_90a            89, 114   96, 133   96, 137  127, 146
-//     shared memory                 32,192    57,792    70,976    71,232   bytes, and 4 for each entry that plan_bias
+//     shared memory                 33,600    59,200    72,256    72,384   bytes, and 4 for each entry that plan_bias
 //     thread blocks for each          2, 1      2, 1      2, 1      2, 1   gives; multiprocessor of 9.0
-//     issue slots                      439       536       514       435   of a warp's tile and of its load of the next
-//     cycles of shared memory          131       210       235       213   for the same
+//     issue slots                      426       531       524       444   of a warp's tile and of its load of the next
+//     cycles of shared memory          128       208       233       210   for the same
 //     codes in any order            63, 21    63, 21    48, 16    33, 11   of either more
 //
 // With heads of 96, tiles of 64 keys spill, and tiles of 32 keys issue 6% to 19% more at 72 to 1025 tokens.

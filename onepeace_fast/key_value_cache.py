@@ -85,7 +85,9 @@ class KeyValueCache:
             require_values((after <= self._capacity).all(), most)
         has_place = (rows < bounds[-1, -1]) & (place < self._capacity)
         target = torch.where(has_place, segment * self._capacity + place, self.k.shape[0] - 1)
-        for cached, value in ((self.k, k), (self.v, v), (self.segments.code, code), (self.segments.order, order)):
+        kept = self.segments.order
+        assert kept is not None
+        for cached, value in ((self.k, k), (self.v, v), (self.segments.code, code), (kept, order)):
             cached.index_copy_(0, target, value.to(cached.dtype))
         self.k[-1:], self.v[-1:] = 0, 0
         self.lengths.copy_(after.clamp(max=self._capacity))

@@ -3,12 +3,13 @@
 //     run CASE RESULTS
 //
 // A case: RelativeBiasAttention as bytes, then the arrays that it points to, each as its number of bytes (int64) and
-// these: q, k and v (before each, where in its array it begins, int64), of the queries and, where 1 comes before and not
-// 0, of the keys cu_seqlens, code, is_cls and order, which may be empty, the number of vectors and every bias,
-// head_scale. Then 0 for the forward pass alone, or 1, RelativeBiasAttentionGradients as bytes and grad, like q: of
-// the pointers there, bias and head_scale are null where frozen, q, k, v and workspace say how far off 16 bytes they
-// shall be, and the gradients of q, k and v are one array, [rows, 3, heads, head_dim], where k's row stride is not 0. Then a number of runs and each run's order of blocks and warps. Results of each run: out and log_sum_exp, and the
-// gradients of q, k and v, every learned bias and head_scale. Every array is an allocation of its own, as long as its contents
+// these: q, k and v (before each, where in its array it begins, int64), of the queries and, where 1 comes before and
+// not 0, of the keys cu_seqlens, code, is_cls and order, which may be empty, the number of vectors and every bias,
+// head_scale. Then 0 for the forward pass alone, or 1, RelativeBiasAttentionGradients as bytes and grad, like q: of the
+// pointers there, bias and head_scale are null where frozen, q, k, v and workspace say how far off 16 bytes they shall
+// be, and the gradients of q, k and v are one array, [rows, 3, heads, head_dim], where k's row stride is not 0. Then a
+// number of runs and each run's order of blocks and warps. Results of each run: out and log_sum_exp, and the gradients
+// of q, k and v, every learned bias and head_scale. Every array is an allocation of its own, as long as its contents
 // and full of NaN before, so that AddressSanitizer sees an access past it.
 
 #include <cstdio>

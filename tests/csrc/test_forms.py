@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.attention_forms import FORMS, HEADS, ON_KERNELS, SEVERAL_TILES, Form, causal, later_first
+from support.attention_forms import FORMS, HEADS, ON_KERNELS, SEVERAL_TILES, Form, causal
 from support.contract import normal, run
 from support.host_shim import SHARED_LIMITS
 from support.kernel_attention import HEAD_SIZES, walks
@@ -15,7 +15,6 @@ KINDS = {name: FORMS[name] for name in ON_KERNELS} | {
     "one vector for all, runs": {"runs": True, "cls": True},
     "causal, CLS": {"order": causal, "cls": True, "vectors": 2},
     "causal, runs, CLS": {"order": causal, "runs": True, "cls": True},
-    "later first": {"order": later_first, "vectors": 2, "cross": True},
 }
 
 
@@ -56,7 +55,7 @@ def test_values_and_gradients_follow_the_formula(attend, name, walk):
 
 @pytest.mark.parametrize("dim", HEAD_SIZES)
 @pytest.mark.parametrize("limit", ["99 KiB", "227 KiB"])
-@pytest.mark.parametrize("name", ["one vector for all, CLS", "causal, runs, CLS", "later first"])
+@pytest.mark.parametrize("name", ["one vector for all, CLS", "causal, runs, CLS", "keys of others, later first"])
 def test_samples_that_no_walk_takes_whole(attend, name, limit, dim):
     form = Form(**KINDS[name] | {"sizes": (dim, dim), "lengths": LONG})
     check_form(attend, form, shared_limit=SHARED_LIMITS[limit])

@@ -25,12 +25,27 @@ def segments(places, order):
     return Segments(cu_seqlens, modality, code, torch.zeros_like(code, dtype=torch.bool), 70, orders)
 
 
+def on(device, of):
+    return Segments(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in of))
+
+
 @in_each_way
 @pytest.mark.parametrize("vectors", (0, 1, 2))
 @pytest.mark.parametrize("name", ORDERS)
 def test_generating_step_by_step_gives_what_the_whole_pass_gives(name, way, vectors):
+    check(ORDERS[name], CHECKED[way], vectors)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*takes the slower path:RuntimeWarning")
+@pytest.mark.parametrize("name", ORDERS)
+def test_on_a_gpu_generating_step_by_step_gives_what_the_whole_pass_gives(name):
+    check(ORDERS[name], torch.bfloat16, 2, "cuda")
+
+
+def check(order, dtype, vectors, device="cpu"):
     """Samples grow at unlike rates, some not at all in a step."""
-    modalities, dtype = max(vectors, 1), CHECKED[way]
+    modalities = max(vectors, 1)
     steps = [[row[:] for row in step][:modalities] for step in [PROMPTS[vectors < 2], *STEPS]]
     # A token's place counts those of its sample that came before, of all modalities.
     seen, places = [0] * 3, []
@@ -41,17 +56,16 @@ def test_generating_step_by_step_gives_what_the_whole_pass_gives(name, way, vect
                 of_step[m][sample] = list(range(seen[sample], seen[sample] + count))
                 seen[sample] += count
         places.append(of_step)
-    order = ORDERS[name]
     of_whole = [[[i for step in places for i in step[m][s]] for s in range(3)] for m in range(modalities)]
-    whole = segments(of_whole, order)
+    whole = on(device, segments(of_whole, order))
     rows = whole.code.shape[0]
-    q, k, v = (normal(rows, HEADS, DIM, seed=seed).to(dtype) for seed in (1, 2, 3))
-    bias = [normal(HEADS, 2 * 80 + 4, seed=4 + m).to(dtype) for m in range(vectors)]
+    q, k, v = (normal(rows, HEADS, DIM, seed=seed).to(device, dtype) for seed in (1, 2, 3))
+    bias = [normal(HEADS, 2 * 80 + 4, seed=4 + m).to(device, dtype) for m in range(vectors)]
     given = {"bias": bias, "code_offsets": [80] * vectors}
     expected = relative_bias_attention((q, k, v), **whole._asdict(), **given)
-    cache = KeyValueCache(3, 70, HEADS, DIM, modalities=modalities, dtype=dtype)
+    cache = KeyValueCache(3, 70, HEADS, DIM, modalities=modalities, device=device, dtype=dtype)
     for of_step in places:
-        new = segments(of_step, order)
+        new = on(device, segments(of_step, order))
         chosen = [
             int(whole.cu_seqlens[m, sample]) + of_whole[m][sample].index(place)
             for m, row in enumerate(of_step)

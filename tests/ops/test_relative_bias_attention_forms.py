@@ -24,7 +24,8 @@ from support.attention_ways import CHECKED, DTYPES_OF_WAYS, in_each
 from support.contract import normal, refused
 from support.kernels import poisoned_memory  # noqa: F401  a fixture of all tests here
 
-from onepeace_fast import Segments, relative_bias_attention
+from onepeace_fast import Segments, cuda_extension, relative_bias_attention
+from onepeace_fast.ops.relative_bias_attention import _say_once
 
 
 @in_each("dtype", {way: dtypes for way, dtypes in DTYPES_OF_WAYS.items() if way != "kernel"})
@@ -213,15 +214,28 @@ def test_what_is_written_into_orders_and_keys_is_seen(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMS)
 def test_on_a_gpu_values_and_gradients_follow_the_formula(name, dtype):
-    form = Form(**FORMS[name])
+    check_on_gpu(FORMS[name], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*takes the slower path:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES_OF_WAYS["kernel"], ids=str)
+@pytest.mark.parametrize("head_dim", (32, 64, 128))
+@pytest.mark.parametrize("name", ON_KERNELS)
+def test_on_a_gpu_the_kernels_follow_the_formula(name, head_dim, dtype):
+    _say_once.cache_clear()
+    before = cuda_extension.launched()
+    check_on_gpu(FORMS[name] | {"lengths": SEVERAL_TILES, "sizes": (head_dim, head_dim)}, dtype)
+    assert cuda_extension.launched() - before == 2
+
+
+def check_on_gpu(kind, dtype):
+    form, on_host = Form(**kind), Form(**kind)
     form.segments, form.keys = (
         Segments(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in side)) for side in (form.segments, form.keys)
     )
 
-    def on_host(**leaves):
-        return Form.plain(Form(**FORMS[name]), **leaves)
-
     def on_gpu(**leaves):
         return form.call(**{key: leaf.cuda() for key, leaf in leaves.items()}).cpu()
 
-    contract.check_against_naive(on_gpu, on_host, form.leaves, dtype)
+    contract.check_against_naive(on_gpu, on_host.plain, form.leaves, dtype)

@@ -168,6 +168,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "causal without bias": {"order": causal, "vectors": 0},
     "keys of others": {"cross": True, "vectors": 2, "head_scale": True},
     "keys of others in order, CLS": {"cross": True, "order": causal, "cls": True},
+    "keys of others, later first": {"cross": True, "order": later_first, "vectors": 2},
     "keys of others without bias": {"cross": True, "vectors": 0},
     "wide keys": {"vectors": 2, "sizes": (16, 8)},
     "wide values of others": {"cross": True, "sizes": (8, 16)},
