@@ -260,7 +260,7 @@ COMMANDS = {
     "demo": ("Running the demonstration", "onepeace_fast.cli", "demo"),
     "test": ("Running the quick tests; `make test-all` runs the others", *PARALLEL),
     "test-all": ("Running the slow tests", *PARALLEL, "--no-loadscope-reorder", "-m", "slow and not gpu"),
-    "bench": ("Running the benchmarks", "pytest", "benchmarks", "-o", "python_files=bench_*.py"),
+    "bench": ("Running the benchmarks", "pytest", "benchmarks"),
     "docs": ("Rendering the docstrings", "tools.api_pages"),
     "kernels": ("Compiling the kernels for GPUs that need not be here", "tools.compile_kernels"),
     "mutants": ("Planting faults in copies of this checkout", "tools.mutants"),

@@ -17,9 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.bench_memory import peak_of
 from benchmarks.support import shapes
 from benchmarks.support.encoder import SIZES
+from benchmarks.support.memory import peak_of
 from benchmarks.support.report import Report
 from benchmarks.support.shapes import Sizes
 from benchmarks.support.timing import paired
@@ -30,6 +30,8 @@ from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.embedding import Embedder
 from onepeace_fast.models.passes import Encoded, PaddedTokens
 from onepeace_fast.timing import Timing, interval
+
+pytestmark = pytest.mark.full
 
 TITLE = f"Embedding, {SIZES.layers} layers, width {SIZES.width}, float32: CPU time over upstream's in the same round"
 FOOTER = "{} threads; medians of the rounds' ratios with their 95% intervals; below 1 is faster; peaks are of one call"

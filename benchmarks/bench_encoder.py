@@ -22,9 +22,11 @@ from benchmarks.support.boolean_masks import routed_by_masks
 from benchmarks.support.encoder import SIZES, EncoderCase
 from benchmarks.support.report import Report
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.timing import paired, timed
+from benchmarks.support.timing import paired
 from onepeace_fast.models.choice import choose
-from onepeace_fast.timing import Timing, interval
+from onepeace_fast.timing import HostClock, Timing, interleaved, interval
+
+pytestmark = pytest.mark.full
 
 PAIRS = 30
 TITLE = f"Stack of {SIZES.layers} layers, float32, without adapters: CPU time over the reference's in the same round"
@@ -64,10 +66,8 @@ def test_encoder(name: str, mode: str, benchmark: Any, report: Report, case_seco
     timings = paired(benchmark, *calls, seconds=0.7 * case_seconds, rounds=PAIRS, least=5)
     # Not in the same rounds: their matrices would push the weights of whoever comes next out of the caches.
     products = [bare_products(shape, sizes, mode) for shape in (padded_shape(case.shape), case.shape)]
-    bare = (Timing(), Timing())
-    for _ in range(len(timings[0].cpu) // 2 + 1):
-        for call, timing in zip(products, bare, strict=True):
-            timed(call, timing)
+    calls = {i: lambda _, call=call: call() for i, call in enumerate(products)}
+    bare = interleaved(calls, HostClock(), rounds=len(timings[0].cpu) // 2 + 1, warmups=0)[0].values()
     add_row(report, benchmark.extra_info, case, mode, threads, *timings, *bare)
 
 

@@ -6,13 +6,10 @@ Peak: the largest sum of allocations above what stood before the step, gradients
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.support.encoder import SAMPLES, SIZES, EncoderCase, inputs
+from benchmarks.support.memory import peak_of
 from benchmarks.support.report import Report
 from onepeace_fast.memory import saved_bytes
 
@@ -67,14 +64,3 @@ def peak(case: EncoderCase, backend: str) -> int:
     for tokens in case.tokens.values():
         tokens.x.grad = None
     return peak_of(lambda: case.step(backend))
-
-
-def peak_of(call: Callable[[], object]) -> int:
-    """The highest sum of a call's allocations less what it freed, in bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    sizes = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-    if not len(sizes):
-        raise RuntimeError("the profiler recorded no allocation")
-    return int(sizes.cumsum(0).max())

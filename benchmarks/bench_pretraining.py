@@ -20,6 +20,8 @@ from onepeace_fast import OnePeaceConfig, OnePeacePretrain
 from onepeace_fast.config import AudioAdapterConfig, TransformerConfig
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
 
+pytestmark = pytest.mark.full
+
 SIZES = Sizes(width=256, hidden=1024, heads=4, layers=4)
 SAMPLES, CHANNELS, VOCABULARY, PADDING, END = 4, 32, 1000, 1, 2
 SECONDS = 8

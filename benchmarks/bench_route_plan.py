@@ -57,7 +57,9 @@ def layer_call(case: EncoderCase) -> Callable[[], torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("tokens", [1000, 3000, 10000])
+@pytest.mark.parametrize(
+    "tokens", [1000, pytest.param(3000, marks=pytest.mark.full), pytest.param(10000, marks=pytest.mark.full)]
+)
 def test_route_plan(tokens: int, name: str, benchmark: Any, report: Report, case_seconds: float) -> None:
     """One way to build a plan, with a timed layer before every round."""
     case = EncoderCase(shape_of(tokens), SIZES)

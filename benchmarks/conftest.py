@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,10 @@ sys.path.insert(0, str(ROOT))
 with contextlib.suppress(ImportError):
     import setuptools  # noqa: F401  inductor needs it, and it must come before the distutils that others import
 
-from benchmarks.support import machine  # noqa: E402
+from benchmarks.support import machine, peers, results  # noqa: E402
+from benchmarks.support.peers import peer  # noqa: E402, F401
 from benchmarks.support.report import Report, write_json  # noqa: E402
+from benchmarks.support.timing import REPLAY  # noqa: E402
 from tools.scratch import use_scratch  # noqa: E402
 
 use_scratch()
@@ -29,14 +30,19 @@ REPORT = pytest.StashKey[Report]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add this suite's options."""
     group = parser.getgroup("onepeace_fast benchmarks")
-    group.addoption("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    group.addoption("--case-seconds", type=float, default=8.0, help="time for each timed case (default: 8)")
+    group.addoption("--threads", type=int, default=1, help="threads of torch on a CPU (default: 1)")
+    group.addoption("--case-seconds", type=float, default=3.0, help="time for each timed case (default: 3)")
+    group.addoption("--full", action="store_true", help="on a CPU also compiled peers and the long cases")
     group.addoption("--results", type=Path, help="also write what was measured to a JSON file in this folder")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep the written order, whatever a plugin made of it: the tables follow it."""
+    for item in items:
+        item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+        if item.get_closest_marker("full") and not item.config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="takes long: with --full alone"))
     if all(item.path.parent == Path(__file__).parent for item in items):
         items.sort(key=lambda item: (item.path, list(item.callspec.indices.values())))
 
@@ -70,14 +76,17 @@ def threads(pytestconfig: pytest.Config) -> Iterator[int]:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the tables, and write them where that was asked for."""
     report = config.stash[REPORT]
-    if not report.rows:
+    if not report.rows and not report.sections:
         return
+    device, full = peers.device_here(), config.getoption("--full")
     terminalreporter.section("onepeace_fast", sep="=")
-    terminalreporter.write_line(report.text())
+    terminalreporter.write_line("\n\n".join(filter(None, (results.text(report.sections), report.text()))))
+    if report.sections:
+        for name, reason in peers.here(device, full)[1].items():
+            terminalreporter.write_line(f"{name} is not measured: {reason}")
     if folder := config.getoption("--results"):
-        found, date = machine.describe(torch.device("cpu")), machine.now()
-        found["threads"] = config.getoption("--threads")
-        found["load_average"] = [round(value, 2) for value in os.getloadavg()] if hasattr(os, "getloadavg") else None
-        path = folder / machine.file_name("cpu", found, date)
-        write_json(path, {"date": date, "machine": found, "measured": report.measured(), "table": report.text()})
+        found = results.begun(device, report.sections)
+        found["machine"]["threads"] = config.getoption("--threads")
+        path = folder / machine.file_name(device.type.replace("cuda", "gpu"), found["machine"], found["date"])
+        write_json(path, found | {"measured": report.measured(), "table": report.text()})
         terminalreporter.write_line(f"\nWritten to {path}")

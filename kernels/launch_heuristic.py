@@ -100,6 +100,8 @@ def _bound(kernel: str, rows: int) -> int | None:
         return 128
     if kernel == "residual_rms_norm" and rows > 1:
         return 96
+    if kernel in ("residual_backward", "residual_layer_norm_backward") and rows > 1:
+        return MOST_REGISTERS
     return 128 if kernel in ("gated_sub_ln", "layer_norm") and rows == 1 else None
 
 

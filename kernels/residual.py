@@ -7,20 +7,30 @@ up each row's place among the branch's rows, so that every row is read and writt
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from onepeace_fast.kernels.launch import compact, launch_over_rows, parameters_for, stages, unit_columns
 from onepeace_fast.kernels.layer_norm import mean_and_rstd
-from onepeace_fast.kernels.partial_sums import new_partials, new_where_needed, store_sums, sum_partials, zero_sums
+from onepeace_fast.kernels.partial_sums import (
+    new_partials,
+    new_where_needed,
+    store_sums,
+    sum_by_norm,
+    sum_partials,
+    zero_sums,
+)
 from onepeace_fast.kernels.rows import (
     load_rows,
     load_vector,
     row_extent,
     row_places,
+    rows_of_norm,
     share_of_rows,
     store_rows,
     store_zeros,
@@ -131,7 +141,7 @@ def residual_backward_kernel(
     y,  # [branch_rows, width] or None
     out,  # [rows of the stream, width] or None
     dx,  # [rows of the stream, width] or None
-    dy,  # [branch_rows, width]
+    dy,  # [branch_rows, width] or None
     mean,  # [rows of the stream, 1] or None
     rstd,  # [rows of the stream, 1] or None
     gamma,  # [width] or None
@@ -142,97 +152,115 @@ def residual_backward_kernel(
     dgamma,  # [1, programs, width] or None
     dweight,  # [1, programs, width] or None
     dbias,  # [1, programs, width] or None
+    dy_sum,  # [sums, programs, width] or None
     row_index,  # [branch_rows] or None
     place,  # [rows of the stream] or None
     offsets,  # [modalities + 1] or None, of the rows that are walked over
     branch_offsets,  # [modalities + 1] or None
-    rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride, out_stride, modalities, drop_below,
-    dropout_scale,
+    rows, branch_rows, width, grad_stride, grad_normed_stride, y_stride, out_stride, modalities, sums,
+    modalities_per_sum, drop_below, dropout_scale,
     STAGES: tl.constexpr, PARTS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     extent = row_extent(offsets, modalities, rows)
-    start, stop = share_of_rows(extent, BLOCK_ROWS)
+    first, last = share_of_rows(extent, BLOCK_ROWS)
     branch_extent = row_extent(branch_offsets, modalities, branch_rows)
-    if start < stop:
-        partial = program.to(tl.int64) * width
-        if gamma is not None:
-            gammas = load_vector(gamma, width, PARTS, BLOCK_WIDTH)
-        if grad_normed is not None:
-            w = load_vector(norm_weight, width, PARTS, BLOCK_WIDTH)
-        gamma_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-        w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-        b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
-        for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
-            row = tile + tl.arange(0, BLOCK_ROWS)
-            live = row < stop
-            stream_row = row
-            branch_row = row
-            placed = row < tl.minimum(stop, branch_extent)
-            if row_index is not None:  # a walk over the branch's rows
-                stream_row = tl.load(row_index + row, mask=live, other=0)
-            if place is not None:  # a walk over the stream's rows
-                branch_row = tl.load(place + row, mask=live, other=-1)
-                placed = branch_row >= 0
-            path_factor = _drop_path_factor(drop_path, sample, stream_row, placed)
-            mu = 0.0
-            r = 0.0
-            if mean is not None:
-                mu = tl.load(mean + row, mask=live, other=0)[:, None]
+    gamma_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+    of_sum = 0
+    while of_sum < sums:
+        start = first
+        stop = last
+        if dy_sum is not None:
+            start, stop = rows_of_norm(offsets, of_sum, modalities_per_sum, first, last)
+        if start < stop:
+            partial = program.to(tl.int64) * width
+            if gamma is not None:
+                gammas = load_vector(gamma, width, PARTS, BLOCK_WIDTH)
             if grad_normed is not None:
-                r = tl.load(rstd + row, mask=live, other=0)[:, None]
-            held = ()
-            gamma_sums = ()
-            w_sums = ()
-            b_sums = ()
-            if grad_normed is not None:
-                g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                # Past the width dn is zero, and so is what xhat takes part in.
-                for part in tl.static_range(PARTS):
-                    dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH)
-                    value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH)
-                    held += ((dn, value),)
-                    g = dn.to(tl.float32)
-                    xhat = (value.to(tl.float32) - mu) * r
-                    w_sums += (w_total[part] + g * xhat,)
-                    b_sums += (b_total[part] + g,)
-                    g_total += g * w[part]
-                    g_xhat_total += g * w[part] * xhat
-                w_total = w_sums
-                b_total = b_sums
-                g_mean = 0.0
+                w = load_vector(norm_weight, width, PARTS, BLOCK_WIDTH)
+            w_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+            b_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+            y_total = zero_sums(PARTS, BLOCK_ROWS, BLOCK_WIDTH)
+            for tile in tl.range(start, stop, BLOCK_ROWS, num_stages=STAGES):
+                row = tile + tl.arange(0, BLOCK_ROWS)
+                live = row < stop
+                stream_row = row
+                branch_row = row
+                placed = row < tl.minimum(stop, branch_extent)
+                if row_index is not None:  # a walk over the branch's rows
+                    stream_row = tl.load(row_index + row, mask=live, other=0)
+                if place is not None:  # a walk over the stream's rows
+                    branch_row = tl.load(place + row, mask=live, other=-1)
+                    placed = branch_row >= 0
+                path_factor = _drop_path_factor(drop_path, sample, stream_row, placed)
+                mu = 0.0
+                r = 0.0
                 if mean is not None:
-                    g_mean = (tl.sum(g_total, 1) / width)[:, None]
-                g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
-            for part in tl.static_range(PARTS):
-                total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
-                if grad is not None:
-                    total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+                    mu = tl.load(mean + row, mask=live, other=0)[:, None]
                 if grad_normed is not None:
-                    dn, value = held[part]
-                    xhat = (value.to(tl.float32) - mu) * r
-                    total += (dn.to(tl.float32) * w[part] - g_mean - xhat * g_xhat_mean) * r
-                if dx is not None:
-                    store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
-                scaled = total * _times_dropout(
-                    path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
-                )
+                    r = tl.load(rstd + row, mask=live, other=0)[:, None]
+                held = ()
+                gamma_sums = ()
+                y_sums = ()
+                w_sums = ()
+                b_sums = ()
+                if grad_normed is not None:
+                    g_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    g_xhat_total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    # Past the width dn is zero, and so is what xhat takes part in.
+                    for part in tl.static_range(PARTS):
+                        dn = load_rows(grad_normed, grad_normed_stride, row, live, width, part, BLOCK_WIDTH)
+                        value = load_rows(out, out_stride, row, live, width, part, BLOCK_WIDTH)
+                        held += ((dn, value),)
+                        g = dn.to(tl.float32)
+                        xhat = (value.to(tl.float32) - mu) * r
+                        w_sums += (w_total[part] + g * xhat,)
+                        b_sums += (b_total[part] + g,)
+                        g_total += g * w[part]
+                        g_xhat_total += g * w[part] * xhat
+                    w_total = w_sums
+                    b_total = b_sums
+                    g_mean = 0.0
+                    if mean is not None:
+                        g_mean = (tl.sum(g_total, 1) / width)[:, None]
+                    g_xhat_mean = (tl.sum(g_xhat_total, 1) / width)[:, None]
+                for part in tl.static_range(PARTS):
+                    total = tl.zeros((BLOCK_ROWS, BLOCK_WIDTH), dtype=tl.float32)
+                    if grad is not None:
+                        total = load_rows(grad, grad_stride, stream_row, live, width, part, BLOCK_WIDTH).to(tl.float32)
+                    if grad_normed is not None:
+                        dn, value = held[part]
+                        xhat = (value.to(tl.float32) - mu) * r
+                        total += (dn.to(tl.float32) * w[part] - g_mean - xhat * g_xhat_mean) * r
+                    if dx is not None:
+                        store_rows(dx, row, live, width, total, part, BLOCK_WIDTH)
+                    scaled = total * _times_dropout(
+                        path_factor, seed, stream_row, width, drop_below, dropout_scale, part, BLOCK_WIDTH
+                    )
+                    if dgamma is not None:
+                        branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
+                        gamma_sums += (gamma_total[part] + tl.where(placed[:, None], scaled * branch, 0),)
+                    if gamma is not None:
+                        scaled = scaled * gammas[part]
+                    if dy is not None:
+                        store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
+                    if dy_sum is not None:
+                        y_sums += (y_total[part] + tl.where(placed[:, None], scaled, 0),)
                 if dgamma is not None:
-                    branch = load_rows(y, y_stride, branch_row, placed, width, part, BLOCK_WIDTH).to(tl.float32)
-                    gamma_sums += (gamma_total[part] + tl.where(placed[:, None], scaled * branch, 0),)
-                if gamma is not None:
-                    scaled = scaled * gammas[part]
-                store_rows(dy, branch_row, placed, width, scaled, part, BLOCK_WIDTH)
-            if dgamma is not None:
-                gamma_total = gamma_sums
-        if dgamma is not None:
-            store_sums(dgamma + partial, gamma_total, width, PARTS, BLOCK_WIDTH)
-        if dweight is not None:
-            store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
-        if dbias is not None:
-            store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
-    if branch_offsets is not None:
+                    gamma_total = gamma_sums
+                if dy_sum is not None:
+                    y_total = y_sums
+            if dweight is not None:
+                store_sums(dweight + partial, w_total, width, PARTS, BLOCK_WIDTH)
+            if dbias is not None:
+                store_sums(dbias + partial, b_total, width, PARTS, BLOCK_WIDTH)
+            if dy_sum is not None:
+                of_program = (of_sum * tl.num_programs(0) + program).to(tl.int64) * width
+                store_sums(dy_sum + of_program, y_total, width, PARTS, BLOCK_WIDTH)
+        of_sum += 1
+    if dgamma is not None:
+        store_sums(dgamma + program.to(tl.int64) * width, gamma_total, width, PARTS, BLOCK_WIDTH)
+    if branch_offsets is not None and dy is not None:
         store_zeros(dy, None, branch_extent, branch_rows, width, BLOCK_ROWS, BLOCK_WIDTH)
 
 
@@ -259,10 +287,11 @@ def residual_forward(given: ResidualInputs) -> ResidualOutputs:
     return ResidualOutputs(out, normed, mean, rstd)
 
 
-def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
+def residual_backward(saved: ResidualSaved, needs: Needs, sums: Sequence[Tensor | None] = ()) -> ResidualGradients:
     """Launch ``residual_backward_kernel`` and the sum for the parameters.
 
-    Without a norm's gradient the walk is over the branch's rows, otherwise over the stream's.
+    Without a norm's gradient the walk is over the branch's rows, otherwise over the stream's. The sum of dy over the
+    rows of each modality, or over all rows, is stored into ``sums``, where there is a vector [width] for it.
     """
     grads = saved.grad_out, saved.grad_normed, saved.y if needs.gamma else None
     grad, grad_normed, y = (unit_columns(value) for value in grads)
@@ -278,25 +307,32 @@ def residual_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     gradients = new_where_needed(vectors, (needs.gamma, needs.norm_weight, needs.norm_bias))
     computed = gradients if normed else [gradients[0], None, None]
     partials = [None if gradient is None else new_partials(1, programs, like) for gradient in computed]
+    of_dy = new_partials(len(sums), programs, like) if any(vector is not None for vector in sums) else None
+    groups = 1 if of_dy is None else len(sums)
     dx = torch.empty(like.shape, dtype=like.dtype, device=like.device) if normed else None
-    dy = torch.empty((branch_rows, width), dtype=saved.y_dtype, device=like.device)
+    dy = torch.empty((branch_rows, width), dtype=saved.y_dtype, device=like.device) if needs.y else None
     arguments = {
         "grad": grad, "grad_normed": grad_normed, "y": y, "out": out, "dx": dx, "dy": dy, "mean": mean, "rstd": rstd,
         "norm_weight": compact(saved.norm_weight) if normed else None,
-        "dgamma": partials[0], "dweight": partials[1], "dbias": partials[2],
+        "dgamma": partials[0], "dweight": partials[1], "dbias": partials[2], "dy_sum": of_dy,
         "row_index": None if normed else row_index,
         "place": row_places(row_index, offsets, stream_rows) if normed and row_index is not None else None,
         "offsets": walk_offsets, "branch_offsets": offsets, "rows": walked, "branch_rows": branch_rows,
         "width": width, "grad_stride": 0 if grad is None else grad.stride(0),
         "grad_normed_stride": grad_normed.stride(0) if normed else 0, "y_stride": 0 if y is None else y.stride(0),
-        "out_stride": out.stride(0) if normed else 0, **_scaling(saved),
+        "out_stride": out.stride(0) if normed else 0, "sums": groups,
+        "modalities_per_sum": 0 if walk_offsets is None else (walk_offsets.shape[0] - 1) // groups, **_scaling(saved),
     }  # fmt: skip
     # What looks up where a row is takes the registers that copies of the next ones would.
     ahead = stages(parameters, grad, grad_normed, y, out) if row_index is None else 1
     launch_over_rows(residual_backward_kernel, programs, arguments, parameters, STAGES=ahead)
-    sums = [pair for pair in zip(partials, computed, strict=True) if pair[0] is not None]
-    if sums:
-        sum_partials(sums, walk_offsets, walked, 0, 1, parameters)
+    pairs = [pair for pair in zip(partials, computed, strict=True) if pair[0] is not None]
+    if groups == 1 and of_dy is not None:
+        pairs.append((of_dy, sums[0]))
+    elif of_dy is not None:
+        sum_by_norm([of_dy], [sums], groups, walk_offsets, walked, parameters)
+    for first in range(0, len(pairs), 3):  # as many as a launch adds up
+        sum_partials(pairs[first : first + 3], walk_offsets, walked, 0, 1, parameters)
     if not normed:  # a norm whose output received no gradient still owes zeros
         for gradient in gradients[1:]:
             if gradient is not None:

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import onepeace_fast
-from onepeace_fast import _interrupt, info
+from onepeace_fast import _interrupt, bench_command, info
 from onepeace_fast.demo import command as demo
 from onepeace_fast.embedding import embed_command, search_command
+from onepeace_fast.estimate import command as estimate
 from onepeace_fast.hardware import selftest, tune, warmup
 from onepeace_fast.kernels.measured import ENVIRONMENT_VARIABLE
+from onepeace_fast.report import command as report
 from onepeace_fast.training import command as training
 from onepeace_fast.training import evaluate_command as evaluation
 
@@ -115,6 +117,12 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "tolerances, it times the strategies and writes the GPU's file of measurements, which makes the fused backend "
         f"automatic there: into the folder that {ENVIRONMENT_VARIABLE} names, else into your configuration.",
     ),
+    "bench": (
+        bench_command,
+        "time a suite against every peer that is installed, and show it as it runs",
+        "Checks what ours and every peer compute, then times them in turn, forward and backward: on a GPU at the "
+        "model's sizes, on a CPU at small ones. Needs a checkout: benchmarks/README.md.",
+    ),
     "tune": (
         tune,
         "measure the kernels' launch parameters on this GPU",
@@ -127,6 +135,19 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "compile the kernels of a model before its first step",
         "Compiles every Triton kernel that a training step of a model needs, by all cores, into Triton's cache, so "
         "that the first step finds them there.",
+    ),
+    "report": (
+        report,
+        "draw benchmark results, and flag what changed between two files",
+        "Draws result files as pictures and a page, what was measured apart from what is modelled, and says what was "
+        "not measured. With --before it flags what changed beyond the noise.",
+    ),
+    "estimate": (
+        estimate,
+        "say by a model whether one fits a GPU, how fast it trains on N of them, and what they send",
+        "Works out FLOPs, bytes, memory, the time of a step by several ways as ranges, and what FSDP2 sends, of a "
+        "model that need not be built, on GPUs that need not be here. Prints how far it is off where something was "
+        "measured.",
     ),
 }
 

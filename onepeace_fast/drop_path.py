@@ -34,14 +34,11 @@ class Branch(NamedTuple):
     drop_path: Tensor | None = None
     sample: Tensor | None = None
 
-    def arrival(self, dropout: float, seed: Tensor | None) -> dict[str, Any]:
+    def arrival(self) -> dict[str, Any]:
         """How the branch's rows come back into the residual stream: the keyword arguments of ``residual``."""
         # Where rows are skipped, the branch's plan marks those behind its last as inert.
         offsets = None if self.row_index is None else self.plan.offsets
-        return {
-            "drop_path": self.drop_path, "sample": self.sample, "row_index": self.row_index, "offsets": offsets,
-            "dropout": dropout, "seed": seed,
-        }  # fmt: skip
+        return {"drop_path": self.drop_path, "sample": self.sample, "row_index": self.row_index, "offsets": offsets}
 
 
 class Branches(NamedTuple):

@@ -160,10 +160,10 @@ class ResidualSaved(NamedTuple):
 
 
 class ResidualGradients(NamedTuple):
-    """Gradients of ``residual``; that of x is None where it is ``grad_out`` itself."""
+    """Gradients of ``residual``; that of x is None where it is ``grad_out`` itself, that of y where none is needed."""
 
     x: Tensor | None
-    y: Tensor
+    y: Tensor | None
     gamma: Tensor | None
     norm_weight: Tensor | None
     norm_bias: Tensor | None

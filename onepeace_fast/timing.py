@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -18,6 +20,8 @@ Call = Callable[[int], object]
 Name = TypeVar("Name", bound=Hashable)
 LONGEST_LEAD = 0.03
 LEAST_ROUNDS = 3
+BETWEEN_SAMPLES = 0.5  # seconds between two looks at the clocks' rates, which take time themselves
+SHORT = 1e-3  # seconds; gaps between the launches of a longer call are a small part of it
 
 
 class Taken(NamedTuple):
@@ -53,19 +57,24 @@ class Timing:
         return f"{self.median * 1e3:.0f} ({min(self.seconds) * 1e3:.0f}-{max(self.seconds) * 1e3:.0f})"
 
     def record(self) -> dict[str, Any]:
-        """Median, extremes and number of runs, in milliseconds."""
-        milliseconds = [1e3 * value for value in self.seconds]
+        """Median, quartiles, extremes and number of runs, in milliseconds."""
         record = {
-            "median_ms": round(statistics.median(milliseconds), 4),
-            "min_ms": round(min(milliseconds), 4),
-            "max_ms": round(max(milliseconds), 4),
-            "runs": len(milliseconds),
+            **_quartiles(self.seconds),
+            "min_ms": round(1e3 * min(self.seconds), 4),
+            "max_ms": round(1e3 * max(self.seconds), 4),
+            "runs": len(self.seconds),
         }
         host = self.host if self.host != self.seconds else []  # on a CPU both are one
-        for name, values in (("host_median_ms", host), ("cpu_median_ms", self.cpu)):
-            if values:
-                record[name] = round(1e3 * statistics.median(values), 4)
-        return record
+        if host:
+            record["host_median_ms"] = round(1e3 * statistics.median(host), 4)
+        return record | ({f"cpu_{name}": value for name, value in _quartiles(self.cpu).items()} if self.cpu else {})
+
+
+def _quartiles(seconds: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles in milliseconds; of one time all are that."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else [*seconds] * 3
+    names = ("median_ms", "lower_quartile_ms", "upper_quartile_ms")
+    return {name: round(1e3 * value, 4) for name, value in zip(names, (middle, low, high), strict=True)}
 
 
 class DeviceLost(Exception):
@@ -76,7 +85,24 @@ class DeviceLost(Exception):
 
 
 class HostClock:
-    """Wall clock and the process's own time, for a device whose work is done when the call returns."""
+    """Wall clock and the process's own time, for a device whose work is done when the call returns.
+
+    ``frequencies`` are the clock rates in MHz that ``sample`` found.
+    """
+
+    def __init__(self) -> None:
+        self.frequencies: list[float] = []
+
+    def sample(self) -> None:
+        """Note how fast the processor's clock runs, where Linux says so; called between rounds."""
+        information = Path("/proc/cpuinfo")
+        if information.exists():
+            found = re.findall(r"^cpu MHz\s*: ([0-9.]+)", information.read_text(), re.MULTILINE)
+            self.frequencies += [max(map(float, found))] if found else []
+
+    def shortened(self, call: Call, inputs: int) -> Call:
+        """The call without the gaps between its launches; on a CPU there are none."""
+        return call
 
     def time(self, call: Call, index: int, lead: float = 0.0) -> Taken:
         """Run ``call(index)``; ``lead`` is what the host needed last time, in seconds."""
@@ -98,7 +124,29 @@ class EventClock(HostClock):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self.cycles_per_second = self._calibrate()
+
+    def sample(self) -> None:
+        """Note the rate of the multiprocessors' clock, where pynvml is installed: torch asks NVML by it."""
+        try:
+            self.frequencies.append(float(torch.cuda.clock_rate()))
+        except (ModuleNotFoundError, RuntimeError):
+            return
+
+    def shortened(self, call: Call, inputs: int) -> Call:
+        """A short call as a captured graph for each of its ``inputs``, which a replay's index chooses as a call's does.
+
+        A longer one is returned as it is, and so is one that cannot be captured since it waits for the device.
+        """
+        if self.time(call, 0, self.time(call, 0).host).seconds > SHORT:
+            return call
+        try:
+            graphs = [captured_graph(call, index) for index in range(inputs)]
+        except RuntimeError:
+            self.recover()
+            return call
+        return lambda index: graphs[index % len(graphs)].replay()
 
     @classmethod
     def _calibrate(cls) -> float:
@@ -141,6 +189,19 @@ class EventClock(HostClock):
             raise DeviceLost("", describe_error(error)) from error
 
 
+def captured_graph(call: Call, index: int) -> torch.cuda.CUDAGraph:
+    """What a call launches, as a graph; the call runs once before, on a stream of its own, as capturing asks for."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(index)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(index)
+    return graph
+
+
 def clock_for(device: torch.device) -> HostClock:
     """The clock of a device."""
     return EventClock() if device.type == "cuda" else HostClock()
@@ -164,23 +225,29 @@ def recovered(clock: HostClock, called: Any, error: Exception) -> str:
 def interleaved(
     calls: Mapping[Name, Call], clock: HostClock, *, rounds: int = 20, warmups: int = 2, seconds_each: float = 4.0,
     seconds: float = math.inf, least: int = LEAST_ROUNDS,
+    after_round: Callable[[dict[Name, Timing]], None] | None = None,
 ) -> tuple[dict[Name, Timing], dict[Name, str]]:  # fmt: skip
     """Time every call in turn, round after round; ``call(round)`` picks its inputs by the round.
 
-    A call that has taken ``seconds_each`` in all is left out of later rounds once it has run ``least`` times, and no
-    round begins after ``seconds`` once ``least`` have run. One that raises is left out from then on, its times with it.
+    Every other round goes backwards, since whoever follows another call finds its caches. A call that has taken
+    ``seconds_each`` in all is left out of later rounds once it has run ``least`` times, and no round begins after
+    ``seconds`` once ``least`` have run. One that raises is left out from then on, its times with it. ``after_round`` is
+    told what was found so far.
 
     Returns the timings, and the errors of the calls that raised. Raises ``DeviceLost``.
     """
     timings = {name: Timing() for name in calls}
     errors: dict[Name, str] = {}
     leads = dict.fromkeys(calls, 0.0)
-    stop = time.perf_counter() + seconds
+    stop, look = time.perf_counter() + seconds, -math.inf
     for turn in range(-warmups, rounds):
         if turn >= least and time.perf_counter() > stop:
             break
-        for name, call in calls.items():
-            timing = timings[name]
+        if time.perf_counter() >= look:
+            clock.sample()
+            look = time.perf_counter() + BETWEEN_SAMPLES
+        for name in list(calls)[:: -1 if turn % 2 else 1]:
+            call, timing = calls[name], timings[name]
             if name in errors or (len(timing.seconds) >= least and sum(timing.seconds) > seconds_each):
                 continue
             try:
@@ -191,6 +258,8 @@ def interleaved(
             leads[name] = taken.host
             if turn >= 0:
                 timing.add(taken)
+        if after_round is not None and any(timing.seconds for timing in timings.values()):
+            after_round(timings)
     return {name: timing for name, timing in timings.items() if name not in errors}, errors
 
 

@@ -16,11 +16,12 @@ from benchmarks.support import machine
 from benchmarks.support.boolean_masks import routed_by_masks
 from benchmarks.support.encoder import EncoderCase, inputs
 from benchmarks.support.layer import LayerCase
+from benchmarks.support.memory import peak_of
 from benchmarks.support.report import Report
 from benchmarks.support.sections import full_shapes
 from benchmarks.support.shapes import Shape
-from benchmarks.support.timing import paired
-from benchmarks.support.variants import Variant, compiled, trained
+from benchmarks.support.timing import REPLAY, paired
+from benchmarks.support.variants import Variant, compiled
 from onepeace_fast.timing import DeviceLost, Timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,12 +35,14 @@ class FakeBenchmark:
     def __init__(self) -> None:
         self.extra_info = {}
 
-    def pedantic(self, target, setup, rounds, iterations):
-        """Run the setup and the target in turn."""
+    def pedantic(self, target, rounds, iterations):
+        """Run the target and keep the times that the timer says."""
         assert iterations == 1
+        self.seconds = []
         for _ in range(rounds):
-            setup()
+            start = REPLAY()
             target()
+            self.seconds.append(REPLAY() - start)
 
 
 class OperationCounter(TorchDispatchMode):
@@ -86,38 +89,17 @@ class TestShapes:
 
 class TestPairs:
     def test_pairs_alternate(self):
-        called = []
+        called, benchmark = [], FakeBenchmark()
         measured, against = paired(
-            FakeBenchmark(), lambda: called.append("m"), lambda: called.append("a"), seconds=60, rounds=5
+            benchmark, lambda: called.append("m"), lambda: called.append("a"), seconds=60, rounds=5
         )
-        assert called == ["a", "m"] * 6
+        assert called == ["a", "m", "m", "a"] * 3 and benchmark.seconds == measured.seconds
         assert len(measured.seconds) == len(against.seconds) == len(measured.cpu) == 5
 
 
 class TestVariants:
     def variant(self, value: float) -> Variant:
         return Variant(lambda _: torch.full((4,), value), lambda _: None, rows=lambda y: y)
-
-    def test_another_output_is_an_error_and_no_time(self):
-        factories = {"wrong": lambda: self.variant(1.001), "base": lambda: self.variant(1.0)}
-        factories |= {"nan": lambda: self.variant(float("nan")), "right": lambda: self.variant(1.00001)}
-        records = tiny_runner().measure(factories, base="base")
-        assert list(records) == ["wrong", "base", "nan", "right"]
-        for name in ("wrong", "nan"):
-            assert "differs" in records[name]["error"] and "forward" not in records[name]
-        assert records["right"]["forward"]["runs"] == records["base"]["forward_backward"]["runs"] == 3
-
-    def test_a_wrong_gradient_is_an_error(self):
-        x, gradient = torch.ones(4, 2, requires_grad=True), torch.ones(4, 2)
-
-        def factory(function):
-            variant = trained(function, [(x,)], [gradient], [])
-            variant.rows = variant.gradient_rows = lambda rows: rows
-            return lambda: variant
-
-        factories = {"base": factory(lambda x: 2 * x), "wrong": factory(lambda x: x + x.detach())}
-        record = tiny_runner().measure(factories, base="base")["wrong"]
-        assert record["output_relative_difference"] == 0 and "its gradient differs" in record["error"]
 
     def test_the_time_budget_is_held(self):
         factories = {"eager": lambda: self.variant(1.0), "compiled": compiled(lambda: self.variant(1.0))}
@@ -213,8 +195,9 @@ class TestMachine:
 
 
 class TestBenchFiles:
+    @pytest.mark.slow
     def test_pytest_collects_every_file(self):
-        options = ["-o", "python_files=bench_*.py", "--collect-only", "-q"]
+        options = ["--collect-only", "-q"]
         command = [sys.executable, "-m", "pytest", "benchmarks", *options]
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert found.returncode == 0, found.stdout + found.stderr
@@ -287,8 +270,8 @@ class TestBenchFiles:
         assert [row["measured"]["measure"] for row in report.rows[bench.TITLE]] == ["saved", "peak"]
         assert all(row["measured"]["ratio"] > 0 for row in report.rows[bench.TITLE])
         x = torch.ones(1000)
-        assert 8000 <= bench.peak_of(lambda: (x + 1, x * 2)) < 8100  # and a few scalars
-        assert bench.peak_of(lambda: [(x + i).sum().item() for i in range(5)]) < 5000
+        assert 8000 <= peak_of(lambda: (x + 1, x * 2)) < 8100  # and a few scalars
+        assert peak_of(lambda: [(x + i).sum().item() for i in range(5)]) < 5000
 
     def test_embedding_compares_what_both_ways_have_in_common(self):
         for package in ("tokenizers", "PIL", "soundfile", "scipy"):

@@ -75,7 +75,8 @@ class Day:
 def test_models_take_turns_from_the_first_round_to_the_last(monkeypatch):
     day = Day(monkeypatch)
     compare(day.model("a", lambda _: 1.0), day.model("b", lambda _: 1.0), torch.ones(3), rounds=3)
-    assert day.rounds == [("a", FORWARD), ("a", BOTH), ("b", FORWARD), ("b", BOTH)] * 5  # two rounds warm up
+    there = [("a", FORWARD), ("a", BOTH), ("b", FORWARD), ("b", BOTH)]
+    assert day.rounds == [*there, *there[::-1]] * 2 + there  # two rounds warm up, and every other one goes backwards
 
 
 def test_times_are_medians_of_what_follows_the_warm_up_by_both_clocks(monkeypatch):
@@ -89,7 +90,9 @@ def test_times_are_medians_of_what_follows_the_warm_up_by_both_clocks(monkeypatc
         assert found.ratio(mode, wall=True) == (1.0, 2.0, 3.0)  # of the rounds' ratios, 2, 3 and 1
         assert found.ratio(mode) == (0.25, 0.5, 2.25)
     record = found.record()[FORWARD]
-    assert record["old"] == {"median_ms": 2e3, "min_ms": 1e3, "max_ms": 3e3, "runs": 3, "cpu_median_ms": 4e3}
+    cpu = {"cpu_median_ms": 4e3, "cpu_lower_quartile_ms": 4e3, "cpu_upper_quartile_ms": 4e3}
+    wall = {"median_ms": 2e3, "lower_quartile_ms": 1.5e3, "upper_quartile_ms": 2.5e3, "min_ms": 1e3, "max_ms": 3e3}
+    assert record["old"] == {**wall, "runs": 3, **cpu}
     assert record["ratio"] == [0.25, 0.5, 2.25] and record["wall_ratio"] == [1.0, 2.0, 3.0]
 
 

@@ -113,6 +113,7 @@ def test_a_plain_copy_has_no_fault(planted):
     assert result.faults == () and result.bytes_per_element == 8 and result.registers > 0 and result.programs > 8
 
 
+@pytest.mark.slow
 def test_a_spill_is_a_fault(planted):
     (fault,) = inspected(planted.hold, 128, 1024, 4, ROWS=128, COLUMNS=1024).faults
     assert fault.startswith("spills: ")

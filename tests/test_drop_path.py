@@ -177,8 +177,11 @@ def test_products_run_on_the_computed_rows_alone(monkeypatch):
     drop_path = torch.tensor([[0.0, 1.25, 1.25, 0.0], [1.25, 0.0, 0.0, 0.0]])
     (route,) = branches(plan.with_drop_path(drop_path[None]))
     seen = []
-    linear, ffn = F.linear, transformer.routed_ffn
+    linear, joined, ffn = F.linear, transformer.linear_residual, transformer.routed_ffn
     monkeypatch.setattr(F, "linear", lambda z, *rest: (seen.append(len(z)), linear(z, *rest))[1])
+    monkeypatch.setattr(
+        transformer, "linear_residual", lambda x, z, *rest, **k: (seen.append(len(z)), joined(x, z, *rest, **k))[1]
+    )
     monkeypatch.setattr(transformer, "routed_ffn", lambda z, *rest, **k: (seen.append(len(z)), ffn(z, *rest, **k))[1])
     layer(x, route, bias)
     rows = [int((factors != 0)[plan.sample.long()].sum()) for factors in drop_path]

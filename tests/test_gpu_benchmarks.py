@@ -60,8 +60,7 @@ def test_a_dense_bias_and_the_code_form_are_alike_in_parts(shape):
     factories |= {"dense": lambda: case.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True)}
     records = tiny_runner().measure(factories, base="reference")
     for name in ("fused", "dense"):
-        assert records[name]["output_relative_difference"] < 1e-5
-        assert records[name]["gradient_relative_difference"] < 1e-5
+        assert list(records[name]["checked"]) == ["output", "gradient"]
 
 
 def test_all_layers_add_up_one_gradient_of_the_tables_in_both_ways():
@@ -91,33 +90,33 @@ def test_flex_attention_reads_the_same_bias(shape):
     flex, expected = case.flex_attention(compile_it=False), case.reference(bias=True)
     with torch.no_grad():
         out = flex.rows(flex.forward(0))
-    torch.testing.assert_close(out, expected.forward(0).detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out, expected.rows(expected.forward(0)).detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", attention.tiny_shapes()[:2], ids=lambda shape: shape.name)
 def test_flash_attention_is_given_whole_samples_and_its_output_is_put_back(shape, monkeypatch):
-    def naive(qkv, bounds, longest):
-        samples = [sample.permute(1, 2, 0, 3) for sample in qkv.split(bounds.diff().tolist())]
-        assert max(sample.shape[2] for sample in samples) == longest
+    def naive(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
+        lengths = cu_seqlens_q.diff().tolist()
+        assert max(lengths) == max_seqlen_q == max_seqlen_k and cu_seqlens_k is cu_seqlens_q
+        samples = zip(*(x.transpose(0, 1).split(lengths, dim=1) for x in (q, k, v)), strict=True)
         return torch.cat([F.scaled_dot_product_attention(*sample).transpose(0, 1) for sample in samples])
 
-    module = types.SimpleNamespace(flash_attn_varlen_qkvpacked_func=naive)
+    module = types.SimpleNamespace(flash_attn_varlen_func=naive)
     monkeypatch.setitem(sys.modules, "flash_attn", module)
     case = AttentionCase(shape, SIZES, CPU, torch.float32, sets=2)
     factories = {name: factory for name, factory in case.factories().items() if "no_bias" in name}
     records = tiny_runner().measure(factories, base="reference")
-    record = records["flash_attention_no_bias"]
-    assert record["output_relative_difference"] < 1e-5 and record["gradient_relative_difference"] < 1e-5
+    assert list(records["flash_attention_no_bias"]["checked"]) == ["output", "gradient"]
 
 
 def test_attention_by_the_kernel_agrees_and_its_launches_are_counted(monkeypatch, host_extension):
     host.use(monkeypatch, host_extension)
     case = AttentionCase(attention.tiny_shapes()[1], Sizes(64, 64, 2), CPU, torch.bfloat16, sets=1)
     factories = {name: case.factories()[name] for name in ("reference", "sdpa_memory_efficient", "fused")}
-    runner = Runner(HostClock(), Budget(60.0), rounds=1, tolerance=0.05)
+    runner = Runner(HostClock(), Budget(60.0), rounds=1, memory=False)
     records = runner.measure(factories, base="reference")
-    assert records["fused"]["output_relative_difference"] < 0.02
-    assert records["sdpa_memory_efficient"]["gradient_relative_difference"] < 0.02
+    for name in ("fused", "sdpa_memory_efficient"):
+        assert list(records[name].get("checked", ())) == ["output", "gradient"], records[name]
     launches = re.findall(r"\d+", records["fused"]["note"])
     assert int(launches[0]) == 1 and int(launches[1]) >= 1
 
@@ -186,7 +185,7 @@ def test_backward_is_what_both_passes_take_longer_round_by_round_and_repeats_are
     def factories(forward, both, repeats=1):
         return {"one": lambda: Variant(forward.__getitem__, both.__getitem__, repeats=repeats)}
 
-    runner = Runner(MadeUpClock(), Budget(60.0), rounds=3, tolerance=1e-4)
+    runner = Runner(MadeUpClock(), Budget(60.0), rounds=3, memory=False)
     record = runner.measure(factories(forward, both))["one"]
     assert [record[mode]["median_ms"] for mode in PASSES] == [3e3, 4e3, 9e3]
     assert (record["backward"]["min_ms"], record["backward"]["max_ms"], record["backward"]["runs"]) == (3e3, 6e3, 3)
@@ -200,10 +199,10 @@ def test_the_routed_ffn_alone_agrees_in_all_variants_for_any_number_of_modalitie
     shape = ragged_shape(modalities, rows)
     assert len(shape.lengths) == modalities and shape.real_tokens == rows
     case = FeedForwardCase(RoutedRows(shape, Sizes(32, 48, 2), CPU, torch.float32, sets=2))
-    runner = Runner(clock_for(CPU), Budget(60, "left out"), rounds=1, tolerance=1e-5)
+    runner = Runner(clock_for(CPU), Budget(60, "left out"), rounds=1, memory=False)
     records = runner.measure(case.factories(), base="sliced")
-    compared = {name for name, record in records.items() if "output_relative_difference" in record}
-    assert compared == {"boolean_mask", "grouped_mm", "fused", "strategy_reference"}
+    compared = {name for name, record in records.items() if "checked" in record}
+    assert compared == {"sliced", "boolean_mask", "grouped_mm", "fused", "strategy_reference"}
     assert not any("error" in record for record in records.values())
 
 

@@ -1,14 +1,18 @@
 """The cost model of the compiled kernels: what it reads from machine code."""
 
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
+from onepeace_fast.kernels.launch import Configuration  # noqa: E402
 from tools.kernel_model import pipeline, sass, timeline  # noqa: E402
-from tools.kernel_model.compiled import Code, behind_copies, parts, without_short  # noqa: E402
+from tools.kernel_model.compiled import Code, behind_copies, of_one_sum, parts, trips, without_short  # noqa: E402
 from tools.kernel_model.constants import Span  # noqa: E402
+from tools.kernel_model.launches import Launch  # noqa: E402
 
 # As cuobjdump prints it; the second word of the load says 4 clocks, barrier 2 when it is there, wait for barrier 0.
 LISTING = """
@@ -113,6 +117,33 @@ def test_a_short_loop_of_products_stands_before_the_long_one_as_often_as_it_turn
     found = without_short(both, 3)
     assert [one.address for one in found.working] == [3, 4] and len(found.main) == 1
     assert [one.address for one in found.before] == [0, 1, 2, 1, 2, 1, 2] and found.after == both.after
+
+
+def turns(kernel, sizes, offsets=None, **given):
+    """Turns of a launch of one program that adds up partial sums."""
+    offsets = None if offsets is None else torch.tensor(offsets)
+    named = SimpleNamespace(__name__=f"{kernel}_kernel")
+    return trips(Launch("", Configuration(named, {"offsets": offsets, **given}, sizes, 4, grid=(1,))))
+
+
+def test_partial_sums_take_as_many_turns_as_their_launch_has_of_them():
+    sizes = {"BLOCK_ROWS": 2, "BLOCK_PROGRAMS": 4}
+    assert turns("partial_sums", sizes, rows=1000, norm=0, modalities_per_norm=0, programs=10) == 3
+    # Shares of 100 rows: programs 0 to 3 have rows of the first norm, 3 to 9 of the second, none of the third.
+    of_norms = {"offsets": [0, 350, 1000, 1000], "rows": 1024, "modalities_per_norm": 1, "programs": 10}
+    assert [turns("partial_sums", sizes, **of_norms, norm=norm) for norm in range(3)] == [1, 2, 0]
+    assert turns("routed_ffn_sum_norm_tiles", {"BLOCK_TILES": 32}, row_tiles=33) == 2
+    # Of 3 and 5 row tiles, the gradient of gamma adds up all.
+    tiles, given = {"BLOCK_ROWS": 32, "BLOCK_TILES": 2}, {"offsets": [0, 70, 230], "rows": 230}
+    assert turns("routed_ffn_sum_row_tiles", tiles, **given, dgamma=None) == 3
+    assert turns("routed_ffn_sum_row_tiles", tiles, **given, dgamma=torch.empty(8, 1)) == 4
+
+
+def test_of_the_loops_over_partial_sums_a_program_takes_one():
+    (both,) = parts(code("MOV", "LDG R1", "@P0 BRA 0x1", "LDG R1", "FADD", "@P0 BRA 0x3", "STG", "EXIT"))
+    found = of_one_sum(both)
+    assert [one.address for one in found.working] == [3, 4, 5] and len(found.main) == 1
+    assert [one.address for one in found.before] == [0, 6, 7]
 
 
 def test_a_turn_over_rows_takes_its_share_of_a_load_where_rows_are_copied_ahead():

@@ -23,7 +23,7 @@ AREAS = {
     "data": ("onepeace_fast/data/",),
     "fusion": ("onepeace_fast/fusion/",),
     "pretrained": ("onepeace_fast/pretrained/",),
-    "tools": ("tools/",),
+    "tools": ("tools/", "benchmarks/"),
     "models": ("onepeace_fast/",),  # what no area before it has
 }
 

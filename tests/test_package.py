@@ -1,5 +1,6 @@
 """What is built and installed from this checkout: the right packages, outside the source tree, and nothing else."""
 
+import itertools
 import os
 import re
 import runpy
@@ -125,7 +126,7 @@ def metadata(wheel):
 def test_metadata_carries_the_version_of_the_code_the_licence_and_the_command(wheel, metadata):
     assert metadata["Version"] == onepeace_fast.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
-    extras = {"demo", "train", "hub", "resample", "search", "docs", "bench", "peers", "transformers", "dev"}
+    extras = {"demo", "train", "hub", "resample", "search", "report", "docs", "bench", "peers", "transformers", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     assert b"onepeace-fast = onepeace_fast.cli:main" in wheel.read(f"{INFORMATION}/entry_points.txt")
 
@@ -208,8 +209,13 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("from_checkout", [False, True])
+@pytest.mark.parametrize(
+    "form, from_checkout",
+    [
+        pytest.param(*case, marks=[] if case in (("a command", True), ("an import", False)) else [pytest.mark.slow])
+        for case in itertools.product(FORMS, (False, True))
+    ],
+)
 def test_a_checkout_that_is_not_installed_imports_its_own_kernels_beside_an_installed_wheel(
     form, from_checkout, built, tmp_path
 ):

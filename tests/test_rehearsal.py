@@ -108,6 +108,7 @@ def test_the_driver_refuses_what_a_gpu_s_does():
     assert refused == "1" and "got 307200" in too_much
 
 
+@pytest.mark.slow
 def test_every_planted_fault_is_one_line_and_what_is_sound_is_none(tmp_path):
     path = tmp_path / "test_planted.py"
     path.write_text(PLANTED.replace("NEEDS", "gpu"))  # so that this file is not one of GPU tests

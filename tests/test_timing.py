@@ -14,7 +14,7 @@ def test_variants_run_in_turn():
     called = []
     calls = {name: lambda index, name=name: called.append((name, index)) for name in "abc"}
     timings, errors = interleaved(calls, HostClock(), rounds=4, warmups=2)
-    assert called == [(name, index) for index in range(6) for name in "abc"]
+    assert called == [(name, index) for index in range(6) for name in ("cba" if index % 2 else "abc")]
     assert not errors and [len(timing.seconds) for timing in timings.values()] == [4, 4, 4]
 
 
@@ -66,7 +66,62 @@ def test_the_host_s_clock_takes_wall_clock_and_the_process_s_own_time_and_the_re
     found = Timing()
     found.add(HostClock().time(lambda _: None, 0))
     assert (found.seconds, found.cpu) == ([0.5], [0.25])
-    assert found.record() == {"median_ms": 500, "min_ms": 500, "max_ms": 500, "runs": 1, "cpu_median_ms": 250}
+    assert found.record() == {
+        "median_ms": 500, "lower_quartile_ms": 500, "upper_quartile_ms": 500, "min_ms": 500, "max_ms": 500, "runs": 1,
+        "cpu_median_ms": 250, "cpu_lower_quartile_ms": 250, "cpu_upper_quartile_ms": 250,
+    }  # fmt: skip
+
+
+def test_quartiles_enclose_half_of_the_times():
+    record = Timing([0.005, 0.001, 0.004, 0.002, 0.003]).record()
+    assert [record[name] for name in ("lower_quartile_ms", "median_ms", "upper_quartile_ms")] == [2.0, 3.0, 4.0]
+
+
+def test_whoever_watches_is_told_of_every_round_that_counts():
+    seen = []
+    interleaved(
+        {"a": lambda _: 0.1}, MadeUpClock(), rounds=3, after_round=lambda found: seen.append(len(found["a"].seconds))
+    )
+    assert seen == [1, 2, 3]
+
+
+class GraphClock(EventClock):
+    """A device that takes what it is told, and knows no graphs where ``refuses``."""
+
+    def __init__(self, seconds):
+        self.seconds, self.recovered = seconds, 0
+
+    def time(self, call, index, lead=0.0):
+        call(index)
+        return timing.Taken(self.seconds, 0.0)
+
+    def recover(self):
+        self.recovered += 1
+
+
+def test_a_short_call_is_replayed_from_a_graph_of_each_of_its_inputs(monkeypatch):
+    replayed = []
+
+    def captured(call, index):
+        return types.SimpleNamespace(replay=lambda: replayed.append(index))
+
+    monkeypatch.setattr(timing, "captured_graph", captured)
+    called = []
+    short = GraphClock(timing.SHORT / 2).shortened(called.append, 3)
+    called.clear()
+    for index in range(4):
+        short(index)
+    assert replayed == [0, 1, 2, 0] and called == []
+    assert GraphClock(timing.SHORT * 2).shortened(called.append, 3) == called.append
+
+
+def test_a_call_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
+    def refuses(call, index):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(timing, "captured_graph", refuses)
+    clock, call = GraphClock(timing.SHORT / 2), [].append
+    assert clock.shortened(call, 2) == call and clock.recovered == 1
 
 
 def test_events_enclose_the_call_alone_once_the_device_has_left_its_idle_clocks(monkeypatch):

@@ -43,16 +43,23 @@ GPU = ("sm_90", 132)  # how many partial sums there are is its multiprocessors'
 
 
 class Pass(NamedTuple):
-    """The row tensors that a formula reads and writes: of the stream, of the branch, of the hidden width."""
+    """The row tensors that a formula reads and writes: of the stream, of the branch, of the hidden width.
+
+    ``cast`` are those of the branch that the stream's own are where both have one dtype; ``weight`` are the output
+    projection's weight and what is like it.
+    """
 
     op: str
     formula: str
-    stream: int
-    branch: int
-    hidden: int
+    stream: int = 0
+    branch: int = 0
+    hidden: int = 0
+    cast: int = 0
+    weight: int = 0
 
 
-# Each once each way; bias gradients and sums for parameters are of rows that are at hand, as are additions.
+# Each once each way; bias gradients and sums for parameters are of rows that are at hand, as are additions. gamma_1's
+# gradient is read off the output projection's, so that y_1 is not: see ``onepeace_fast/ops/linear_residual.py``.
 LEAST = (
     Pass("layer_norm_forward_kernel", "LN_1: x in, z out", 1, 1, 0),
     Pass("layer_norm_forward_kernel", "Sub-LN of attention: o in, n out", 0, 2, 0),
@@ -61,7 +68,9 @@ LEAST = (
     Pass("residual_forward_kernel", "the FFN's residual: x', y_2 in, x'' out", 2, 1, 0),
     Pass("residual_backward_kernel", "the FFN's residual: dx'', y_2 in, dy_2 out", 1, 2, 0),
     Pass("gated_sub_ln_backward_kernel", "dn, u, v in, du, dv, n out", 0, 0, 6),
-    Pass("residual_backward_kernel", "attention's residual, LN_2: dx'', dz, x', y_1 in, dx', dy_1 out", 3, 3, 0),
+    Pass("residual_backward_kernel", "attention's residual, LN_2: dx'', dz, x' in, dx', dy_1 out", 3, 1, 0, cast=1),
+    Pass("mul", "W in, gamma_1 W out", weight=2),
+    Pass("linear_residual_gradient_kernel", "dy_1^T n, W in, dW out", weight=3),
     Pass("layer_norm_backward_kernel", "Sub-LN of attention: dn, o in, do out", 0, 3, 0),
     Pass("layer_norm_backward_kernel", "LN_1: dz, x, dx' in, dx out", 3, 1, 0),
 )
@@ -183,8 +192,9 @@ def least_bytes(rows: int, width: int, hidden: int, stream: torch.dtype, half: t
     """What ``LEAST`` comes to, by op."""
     found: dict[str, int] = {}
     for op in LEAST:
-        columns = (op.stream * stream.itemsize + op.branch * half.itemsize) * width + op.hidden * half.itemsize * hidden
-        found[op.op] = found.get(op.op, 0) + rows * columns
+        branch = op.branch + (op.cast if stream != half else 0)
+        columns = (op.stream * stream.itemsize + branch * half.itemsize) * width + op.hidden * half.itemsize * hidden
+        found[op.op] = found.get(op.op, 0) + rows * columns + op.weight * half.itemsize * width**2
     return found
 
 

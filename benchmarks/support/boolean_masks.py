@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.support.encoder import EncoderCase
+from benchmarks.support.shapes import Shape
+from onepeace_fast.models.stack import Stack
 
 ALL = "routed"
 
@@ -32,9 +34,15 @@ class BooleanMasks(nn.Module):
 
 def routed_by_masks(case: EncoderCase) -> EncoderCase:
     """Change a case's reference: the whole sequence is one span, whose feed-forward and final norm choose by masks."""
-    model, lengths = case.stack.fusion_model, case.shape.lengths
+    route_by_masks(case.stack, case.shape, torch.device("cpu"))
+    return case
+
+
+def route_by_masks(stack: Stack, shape: Shape, device: torch.device) -> None:
+    """Change the reference of a stack that gets batches of one shape."""
+    model, lengths = stack.fusion_model, shape.lengths
     counts = torch.tensor([len(row) * max(row) for row in lengths.values()])
-    modality = torch.arange(len(lengths)).repeat_interleave(counts)
+    modality = torch.arange(len(lengths)).repeat_interleave(counts).to(device)
     for layer in model.layers:
         layer.add_module(f"{ALL}_ffn", BooleanMasks([layer.ffn(name) for name in lengths], modality))
     model.add_module(f"{ALL}_layer_norm", BooleanMasks([model.final_norm(name) for name in lengths], modality))
@@ -44,4 +52,3 @@ def routed_by_masks(case: EncoderCase) -> EncoderCase:
         return x, [(ALL, 0, x.shape[0])], *others
 
     model.register_forward_pre_hook(one_span)
-    return case

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from itertools import accumulate
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.support import products
+from benchmarks.support import feed_forward_peers, products
 from benchmarks.support.layer import LayerCase, strategies
 from benchmarks.support.routed_rows import RoutedRows
-from benchmarks.support.variants import HOW_FUSED_RUNS, Factory, Variant, compiled, trained
+from benchmarks.support.variants import HOW_FUSED_RUNS, MAX_AUTOTUNE, Factory, LeftOut, Variant, compiled, trained
 
 ALIGNMENT = 16
 Function = Callable[[Tensor], Tensor]
+
+
+def _compiled(function: Function, how: Mapping[str, Any]) -> Function:
+    return torch.compile(function, dynamic=False, **how) if how else function
 
 
 class FeedForwardCase:
@@ -27,30 +33,50 @@ class FeedForwardCase:
         self.experts = [self.layer.ffn(name) for name in self.names]
         self.parameters = [parameter for expert in self.experts for parameter in expert.parameters()]
 
-    def _variant(self, function: Function, compile_it: bool, order: Tensor | None = None) -> Variant:
+    def _variant(self, function: Function, order: Tensor | None = None) -> Variant:
         """A variant over the packed rows, or over the rows in another order."""
         sets = self.case.packed if order is None else [x[order] for x in self.case.packed]
         gradients = self.case.gradients if order is None else [x[order] for x in self.case.gradients]
         back = None if order is None else order.argsort()
         variant = trained(
-            torch.compile(function, dynamic=False) if compile_it else function,
+            function,
             [(x.clone().requires_grad_(),) for x in sets],
             gradients,
             self.parameters,
         )
         variant.rows = variant.gradient_rows = (lambda rows: rows) if back is None else (lambda rows: rows[back])
+        ends = [*accumulate(self.counts)]
+        variant.slices = [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
         return variant
 
-    def sliced(self, compile_it: bool = False) -> Variant:
+    def sliced(self, **compile_how: Any) -> Variant:
         """Contiguous slices by modality, each through its own modules, and a concatenation."""
         experts, counts = self.experts, self.counts
 
         def run(z: Tensor) -> Tensor:
             return torch.cat([expert(rows) for expert, rows in zip(experts, z.split(counts), strict=True)])
 
-        return self._variant(run, compile_it)
+        return self._variant(_compiled(run, compile_how))
 
-    def boolean_mask(self, compile_it: bool = False) -> Variant:
+    def padded(self) -> Variant:
+        """Upstream's way: every modality's rows padded to its longest sample, each span through its own modules."""
+        if not isinstance(self.case, LayerCase):
+            raise LeftOut("one sample has no padding")
+        case, experts = self.case, self.experts
+
+        def run(z: Tensor) -> Tensor:
+            parts = (z[:, start:stop] for _, start, stop in case.spans)
+            return torch.cat([expert(part) for expert, part in zip(experts, parts, strict=True)], dim=1)
+
+        def rows(padded: Tensor) -> Tensor:
+            return case.to_rows(padded.transpose(0, 1))
+
+        sets = [(case.padded(x).requires_grad_(),) for x in case.packed]
+        variant = trained(run, sets, [case.padded(x) for x in case.gradients], self.parameters)
+        variant.rows = variant.gradient_rows = rows
+        return variant
+
+    def boolean_mask(self, **compile_how: Any) -> Variant:
         """Tokens sample by sample, chosen by one boolean mask for each modality and written back by it."""
         order = torch.argsort(self.plan.sample, stable=True)
         masks = [self.plan.modality[order] == group for group in range(len(self.names))]
@@ -62,9 +88,9 @@ class FeedForwardCase:
                 y[mask] = expert(z[mask])
             return y
 
-        return self._variant(run, compile_it, order)
+        return self._variant(_compiled(run, compile_how), order)
 
-    def grouped(self, compile_it: bool = False) -> Variant:
+    def grouped(self, **compile_how: Any) -> Variant:
         """PyTorch's grouped product over stacked weights.
 
         Its rows are padded to a multiple of 16 for each modality, which every version of the operation takes.
@@ -93,10 +119,11 @@ class FeedForwardCase:
             return x.new_zeros(sum(padded), x.shape[1]).index_copy(0, rows, x)
 
         return trained(
-            torch.compile(run, dynamic=False) if compile_it else run,
+            _compiled(run, compile_how),
             [(spaced(x).requires_grad_(),) for x in self.case.packed],
             [spaced(x) for x in self.case.gradients],
             [w0, w1, norm_weight, norm_bias, w2, b2],
+            parameter_gradients=lambda found: [stacked[m] for m in range(len(self.experts)) for stacked in found],
             rows=lambda y: y[rows],
             gradient_rows=lambda gradient: gradient[rows],
             note=f"weights stacked once beforehand, rows padded to multiples of {ALIGNMENT} for each modality",
@@ -104,7 +131,7 @@ class FeedForwardCase:
 
     def fused(self, strategy: str | None = None) -> Variant:
         """The library's op, by the strategy that it takes itself or by another."""
-        variant = self._variant(lambda z: self.layer.packed_ffn(z, self.plan, strategy=strategy), False)
+        variant = self._variant(lambda z: self.layer.packed_ffn(z, self.plan, strategy=strategy))
         variant.note = HOW_FUSED_RUNS if strategy is None else ""
         return variant
 
@@ -120,7 +147,10 @@ class FeedForwardCase:
             "products": self.products,
             "products_joined": lambda: self.products(joined=True),
             **eager,
-            **{f"{name}_compiled": compiled(functools.partial(factory, True)) for name, factory in eager.items()},
+            **{f"{n}_compiled": compiled(functools.partial(make, mode="default")) for n, make in eager.items()},
+            "sliced_max_autotune": compiled(lambda: self.sliced(mode=MAX_AUTOTUNE)),
+            "padded": self.padded,
+            **{name: functools.partial(make, self) for name, make in feed_forward_peers.PEERS.items()},
             "fused": self.fused,
             **{f"strategy_{name}": functools.partial(self.fused, name) for name in strategies(self.case.device)},
         }

@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.support import products
+from benchmarks.support import layer_peers, products
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.variants import HOW_FUSED_RUNS, Factory, Variant, compiled, trained
+from benchmarks.support.variants import HOW_FUSED_RUNS, MAX_AUTOTUNE, Factory, Variant, compiled, trained
 from onepeace_fast.drop_path import Branches, branches
 from onepeace_fast.models.passes import PaddedTokens
 from onepeace_fast.models.reference import dense_biases
@@ -92,7 +94,13 @@ class LayerCase:
         """The packed layout's bias, one vector for each modality."""
         return self.stack.bias(self.shape.positions)[0]
 
-    def reference(self, compile_it: bool = False) -> Variant:
+    @property
+    def row_ranges(self) -> list[slice]:
+        """Each modality's packed rows."""
+        ends = [*accumulate(self.plan.row_counts)]
+        return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+
+    def reference(self, **compile_how: Any) -> Variant:
         """Upstream's layer over the padded batch with its materialised bias."""
         spans, layer = self.spans, self.layer
 
@@ -100,17 +108,18 @@ class LayerCase:
             return layer(x.transpose(0, 1), spans, bias)
 
         bias = self.dense_bias().detach().requires_grad_()
-        sets = [(self.padded(packed).requires_grad_(), bias) for packed in self.packed]
+        variant = self.padded_variant(torch.compile(run, dynamic=False, **compile_how) if compile_how else run, (bias,))
+        variant.slices = self.row_ranges
+        return variant
+
+    def padded_variant(self, function: Callable[..., Tensor], bias: tuple[Tensor, ...]) -> Variant:
+        """A variant of a function of the padded batch [batch, length, width] that returns [length, batch, width]."""
+        sets = [(self.padded(packed).requires_grad_(), *bias) for packed in self.packed]
         gradients = [self.padded(gradient).transpose(0, 1) for gradient in self.gradients]
-        function = torch.compile(run, dynamic=False) if compile_it else run
-        return trained(
-            function,
-            sets,
-            gradients,
-            self.parameters,
-            rows=self.to_rows,
-            gradient_rows=lambda gradient: self.to_rows(gradient.transpose(0, 1)),
-        )
+        variant = trained(function, sets, gradients, self.parameters)
+        variant.rows = self.to_rows
+        variant.gradient_rows = lambda gradient: self.to_rows(gradient.transpose(0, 1))
+        return variant
 
     def fused(self, drop_path: float = 0.0, strategy: str | None = None) -> Variant:
         """The packed layer; with DropPath it skips that share of the samples.
@@ -137,6 +146,8 @@ class LayerCase:
         variant = trained(run, sets, self.gradients, self.parameters, note=note)
         if not drop_path:  # else it computes something else
             variant.rows = variant.gradient_rows = lambda rows: rows
+        else:
+            variant.parameter_gradients = None
         return variant
 
     def products(self, joined: bool = False) -> products.BareProducts:
@@ -153,7 +164,10 @@ class LayerCase:
             "products": lambda: self.products().variant(),
             "products_joined": lambda: self.products(joined=True).variant(joined),
             "reference": self.reference,
-            "reference_compiled": compiled(lambda: self.reference(compile_it=True)),
+            "reference_compiled": compiled(lambda: self.reference(mode="default")),
+            "reference_max_autotune": compiled(lambda: self.reference(mode=MAX_AUTOTUNE)),
+            "boolean_mask": lambda: layer_peers.boolean_mask(self),
+            "sliced": lambda: layer_peers.sliced(self),
             "fused": self.fused,
             **{f"strategy_{name}": functools.partial(self.fused, 0.0, name) for name in strategies(self.device)},
             f"fused_drop_path_{DROP_PATH}": lambda: self.fused(DROP_PATH),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.support.shapes import Shape, Sizes
-from benchmarks.support.variants import Factory, Variant, compiled, trained
+from benchmarks.support.variants import MAX_AUTOTUNE, Factory, LeftOut, Variant, compiled, trained
 from onepeace_fast.hardware.cases import OVER_ROWS, Rows, empty_tensors
 from onepeace_fast.ops import gated_sub_ln, residual_layer_norm
 
@@ -80,8 +80,39 @@ def operations(case: PointwiseCase) -> dict[str, Callable[[], Operation]]:
     return {name: functools.partial(make, case) for name, make in made.items()}
 
 
+def rms_norm_peers(weight: Tensor) -> dict[str, Callable[[], Function]]:
+    """Others' functions with one weight for all rows."""
+
+    def liger() -> Function:
+        function = importlib.import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+        return lambda x: function.apply(x, weight, EPS)
+
+    def apex() -> Function:
+        function = importlib.import_module("apex.normalization.fused_layer_norm").fused_rms_norm_affine
+        return lambda x: function(x, weight, weight.shape, EPS)
+
+    def quack() -> Function:
+        function = importlib.import_module("quack").rmsnorm
+        return lambda x: function(x, weight, eps=EPS)
+
+    def transformer_engine() -> Function:
+        module = importlib.import_module("transformer_engine.pytorch")
+        return _with_parameters(module.RMSNorm(weight.shape[0], eps=EPS), weight=weight)
+
+    return {"liger": liger, "apex": apex, "quack": quack, "transformer_engine": transformer_engine}
+
+
+def _with_parameters(module: torch.nn.Module, **parameters: Tensor) -> Function:
+    """A module's call over given tensors in the place of its parameters."""
+    return lambda x: torch.func.functional_call(module, parameters, (x,))
+
+
 def layer_norm_peers(weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Function]]:
     """Others' functions with one weight and bias for all rows."""
+
+    def transformer_engine() -> Function:
+        module = importlib.import_module("transformer_engine.pytorch")
+        return _with_parameters(module.LayerNorm(weight.shape[0], eps=EPS), weight=weight, bias=bias)
 
     def liger() -> Function:
         function = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
@@ -95,7 +126,7 @@ def layer_norm_peers(weight: Tensor, bias: Tensor) -> dict[str, Callable[[], Fun
         function = importlib.import_module("flash_attn.ops.triton.layer_norm").layer_norm_fn
         return lambda x: function(x, weight, bias, eps=EPS)
 
-    return {"liger": liger, "apex": apex, "flash-attn": flash_attention}
+    return {"liger": liger, "apex": apex, "flash-attn": flash_attention, "transformer_engine": transformer_engine}
 
 
 def case_operation(name: str, case: PointwiseCase) -> Operation:
@@ -105,7 +136,7 @@ def case_operation(name: str, case: PointwiseCase) -> Operation:
     matrices = {key: (width, leaf.dtype) for key, leaf in first.leaves.items() if leaf.dim() == 2}
     names = [key for key in first.leaves if key not in matrices]
     vectors = dict(zip(names, case.vectors(width, len(names), around=1.0), strict=True))
-    peers = layer_norm_peers(**vectors) if name == "layer_norm" else {}
+    peers = PEERS[name](**vectors) if name in PEERS else {}
 
     def of_rows(function: Function) -> Function:
         return lambda *rows: function(**dict(zip(matrices, rows, strict=True)), **vectors)
@@ -176,6 +207,9 @@ def gated_sub_ln_operation(case: PointwiseCase) -> Operation:
     )
 
 
+PEERS: dict[str, Callable[..., dict[str, Callable[[], Function]]]] = {
+    "layer_norm": layer_norm_peers, "rms_norm": rms_norm_peers
+}  # fmt: skip
 OPERATIONS = {"residual": residual_operation, "gated_sub_ln": gated_sub_ln_operation}
 
 
@@ -188,12 +222,19 @@ def _factories(
     def variant(function: Function) -> Variant:
         made = trained(function, sets, gradients, parameters)
         made.rows = lambda out: out[-1] if isinstance(out, tuple) else out  # the norm, behind a residual stream
-        made.gradient_rows = lambda gradient: gradient
+        made.gradient_rows, made.gradients_compared = lambda gradient: gradient, made.inputs
         return made
+
+    def peer_variant(peer: Callable[[], Function]) -> Variant:
+        function = peer()
+        if sets[0][0].device.type == "cpu":
+            raise LeftOut("the package needs a CUDA device")
+        return variant(function)
 
     return {
         "eager": lambda: variant(eager),
-        "compiled": compiled(lambda: variant(torch.compile(eager, dynamic=False))),
-        **{name: lambda peer=peer: variant(peer()) for name, peer in peers.items()},
+        "compiled": compiled(lambda: variant(torch.compile(eager, dynamic=False, mode="default"))),
+        "max_autotune": compiled(lambda: variant(torch.compile(eager, dynamic=False, mode=MAX_AUTOTUNE))),
+        **{name: lambda peer=peer: peer_variant(peer) for name, peer in peers.items()},
         "fused": lambda: variant(fused),
     }

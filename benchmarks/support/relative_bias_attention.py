@@ -24,11 +24,15 @@ from benchmarks.support.attention_goals import GOALS, GOALS_SHAPE
 from benchmarks.support.layer import MODEL_LAYERS, LayerCase
 from benchmarks.support.pointwise import Operation
 from benchmarks.support.shapes import Shape, Sizes, subset_of
-from benchmarks.support.variants import MODES, Factory, LeftOut, Variant, compiled, trained
+from benchmarks.support.variants import MAX_AUTOTUNE, MODES, Factory, LeftOut, Variant, compiled, trained
 from onepeace_fast import cuda_extension, relative_bias_attention
-from onepeace_fast.ops.kernel_choice import force_kernels
 from onepeace_fast.relative_position import CLS_ENTRIES
 
+FLASH = {  # where each version's package has its function
+    "flash_attention": "flash_attn",
+    "flash_attention_3": "flash_attn_interface",
+    "flash_attention_4": "flash_attn.cute",
+}
 ALIGNMENT = 8  # elements; a dense bias whose rows begin elsewhere than at multiples is copied first
 FOR_SUBSETS = (  # of a batch: a dense bias costs the same whatever the codes
     "reference",
@@ -104,12 +108,14 @@ class AttentionCase:
         factories = {
             "reference": lambda: self.reference(bias=True),
             "reference_no_bias": lambda: self.reference(bias=False),
+            "reference_compiled": compiled(lambda: self.reference(bias=True, mode="default")),
+            "reference_max_autotune": compiled(lambda: self.reference(bias=True, mode=MAX_AUTOTUNE)),
             "bias_built_sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True),
             "sdpa_memory_efficient": lambda: self.sdpa(SDPBackend.EFFICIENT_ATTENTION),
             "sdpa_cudnn": lambda: self.sdpa(SDPBackend.CUDNN_ATTENTION, frozen=True),
             "xformers": self.xformers,
             "flex_attention": compiled(lambda: self.flex_attention()),
-            "flash_attention_no_bias": self.flash_attention,
+            **{f"{name}_no_bias": functools.partial(self.flash_attention, module) for name, module in FLASH.items()},
             "all_layers_sdpa_memory_efficient": self.all_layers_sdpa,
             "fused_no_bias": lambda: self.fused(bias=False),
             "fused_frozen_tables": lambda: self.fused(bias=True, frozen=True),
@@ -129,20 +135,23 @@ class AttentionCase:
         variant.note = f"launches of the CUDA extension: {forward} forward, {both} forward and backward"
         return variant
 
-    def reference(self, bias: bool) -> Variant:
-        """The same by the reference, which computes in float32, for its values alone."""
-        variant = self._operation(bias)
+    def reference(self, bias: bool, **compile_how: Any) -> Variant:
+        """Upstream's way in plain PyTorch: products, softmax in float32 and a dense bias that is given."""
 
-        def without_kernels(call: Callable[[int], Any]) -> Callable[[int], Any]:
-            def run(index: int) -> Any:
-                with force_kernels(False):
-                    return call(index)
+        def run(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> Tensor:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            scores = torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(2, 3)) + given
+            wide = torch.promote_types(torch.float32, scores.dtype)
+            return torch.matmul(F.softmax(scores, dim=-1, dtype=wide).type_as(v), v).transpose(1, 2)
 
-            return run
-
-        for mode in MODES:
-            setattr(variant, mode, without_kernels(getattr(variant, mode)))
-        variant.timed, variant.note = False, "not timed: what the others are compared with"
+        dense = self.layer.dense_bias().detach()
+        if not bias:
+            dense = torch.zeros_like(dense).masked_fill(dense == -torch.inf, -torch.inf)
+        function = torch.compile(run, dynamic=False, **compile_how) if compile_how else run
+        variant = self._padded(function, (self.aligned(dense).requires_grad_(bias),))
+        variant.against = "reference" if bias else "reference_no_bias"
+        heads = [(slice(None), h) for h in range(self.heads)]
+        variant.slices = [*self.layer.row_ranges, *heads]
         return variant
 
     def _operation(self, bias: bool, frozen: bool = False) -> Variant:
@@ -249,21 +258,32 @@ class AttentionCase:
             return flex.flex_attention(q, k, v, score_mod=score, block_mask=block_mask).transpose(1, 2)
 
         vectors = tuple(vector.clone().requires_grad_() for vector in self.vectors)
-        return self._padded(torch.compile(run, dynamic=False) if compile_it else run, vectors)
+        variant = self._padded(torch.compile(run, dynamic=False) if compile_it else run, vectors)
+        if compile_it and self.device.type == "cpu":  # torch has no backward pass of it there
+            variant.forward, variant.forward_backward = torch.no_grad()(variant.forward), None
+            variant.note = "forward alone, which keeps nothing for a backward pass: torch has none on a CPU"
+        return variant
 
-    def flash_attention(self) -> Variant:
+    def flash_attention(self, module: str) -> Variant:
         """flash-attn over packed samples: it takes no such bias, so it shows what attention alone costs."""
-        attention = importlib.import_module("flash_attn").flash_attn_varlen_qkvpacked_func
+        attention = importlib.import_module(module).flash_attn_varlen_func
         order = torch.argsort(self.plan.sample, stable=True)
         back = torch.argsort(order)
         lengths = torch.tensor([0, *self.shape.sample_lengths])
         bounds = lengths.cumsum(0).to(device=self.device, dtype=torch.int32)
         longest = max(self.shape.sample_lengths)
-        sets = [(qkv[order].requires_grad_(),) for qkv in self.qkv]
+
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            out = attention(
+                q, k, v, cu_seqlens_q=bounds, cu_seqlens_k=bounds, max_seqlen_q=longest, max_seqlen_k=longest
+            )
+            return out[0] if isinstance(out, tuple) else out  # later ones may return the row sums' logarithms too
+
+        sets = [tuple(x[order].requires_grad_() for x in qkv.unbind(1)) for qkv in self.qkv]
         gradients = [gradient[order] for gradient in self.gradients]
-        variant = trained(lambda qkv: attention(qkv, bounds, longest), sets, gradients, [])
-        variant.rows = lambda out: out[back]
-        variant.gradient_rows = lambda gradient: gradient[back].transpose(0, 1).flatten(0, 1)
+        variant = trained(run, sets, gradients, [])
+        variant.rows = variant.gradient_rows = lambda rows: rows[back]
+        variant.gradients_compared = 3
         return self._described(variant, bias=False)
 
     @staticmethod
@@ -287,7 +307,7 @@ class AttentionCase:
     def _packed(self, variant: Variant, bias: bool) -> Variant:
         """Of packed qkv: the same."""
         variant.rows = lambda out: out
-        variant.gradient_rows = lambda gradient: gradient.transpose(0, 1).flatten(0, 1)
+        variant.gradient_rows = lambda gradient: gradient.unbind(1)
         return self._described(variant, bias)
 
     def _pad(self, rows: Tensor) -> Tensor:
@@ -311,4 +331,5 @@ class AttentionCase:
 
     def _described(self, variant: Variant, bias: bool) -> Variant:
         variant.against = "reference" if bias else "reference_no_bias"
+        variant.parameter_gradients = None  # the bias has another form in each way
         return variant

@@ -27,6 +27,7 @@ class Report:
 
     def __init__(self) -> None:
         self.rows: dict[str, list[dict[str, Any]]] = {}
+        self.sections: dict[str, dict[str, Any]] = {}  # of peers, as in a result file
         self.footers: dict[str, str] = {}
 
     def add(self, title: str, shown: dict[str, str], measured: dict[str, Any], footer: str = "") -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,18 +17,28 @@ from benchmarks.support.layer import DROP_PATH, MODEL_LAYERS, LayerCase, strateg
 from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.routed_rows import RoutedRows, ragged_shape
 from benchmarks.support.shapes import Shape, Sizes
+from benchmarks.support.step import StepCase
 from benchmarks.support.variants import MODES, Factory, Runner
-from onepeace_fast.timing import DeviceLost, recovered
+from onepeace_fast.timing import DeviceLost, HostClock, recovered
 
 FULL = Sizes(width=1536, hidden=6144, heads=24)
 TINY = Sizes(width=64, hidden=128, heads=2)
 MODALITIES_BY_ROWS = 2
 POINTWISE = ("layer_norm", "residual", "gated_sub_ln")  # what the model launches
 COMPILED = {  # the compiled peers of each kind, and what is measured beside them
-    "layer": ("products", "reference", "reference_compiled", "fused"),
-    "ffn": ("products", "sliced", "sliced_compiled", "boolean_mask_compiled", "grouped_mm_compiled", "fused"),
-    "attention": ("reference", "flex_attention", "fused"),
-    "pointwise": ("eager", "compiled", "fused"),
+    "layer": ("products", "reference", "reference_compiled", "reference_max_autotune", "fused"),
+    "ffn": (
+        "products",
+        "sliced",
+        "sliced_compiled",
+        "sliced_max_autotune",
+        "boolean_mask_compiled",
+        "grouped_mm_compiled",
+        "fused",
+    ),
+    "attention": ("reference", "reference_compiled", "reference_max_autotune", "flex_attention", "fused"),
+    "pointwise": ("eager", "compiled", "max_autotune", "fused"),
+    "step": ("products", "reference", "reference_compiled", "reference_max_autotune", "fused"),
 }
 Records = dict[str, dict[str, Any]]
 
@@ -85,10 +96,12 @@ class Section(NamedTuple):
     def measure(self, setting: Setting, runner: Runner) -> dict[str, Any]:
         """The section's record; an ``error`` where not even its inputs can be made."""
         torch.compiler.reset()  # every section compiles anew, and none runs into the limit of recompilations
+        runner.clock.frequencies.clear()
         try:
             prepared = self.prepare(setting)
             records = runner.measure(self.chosen(prepared.factories), base=prepared.base)
-            return {"kind": self.kind, "variants": records, **prepared.finish(records)}
+            record = {"kind": self.kind, "variants": records, **prepared.finish(records)}
+            return record | ({"clocks_mhz": found} if (found := frequencies(runner.clock)) else {})
         except DeviceLost:
             raise
         except Exception as error:
@@ -101,6 +114,15 @@ class Section(NamedTuple):
             for name, factory in factories.items()
             if (name in self.names if self.names else not getattr(factory, "is_compiled", False))
         }
+
+
+def frequencies(clock: HostClock) -> dict[str, float]:
+    """How fast the clock of the device or processor ran in a section; nothing where it cannot be asked."""
+    found = clock.frequencies
+    if not found:
+        return {}
+    figures = (("least", min(found)), ("median", statistics.median(found)), ("most", max(found)))
+    return {**{name: round(value) for name, value in figures}, "samples": len(found)}
 
 
 def full_shapes() -> list[Shape]:
@@ -130,11 +152,11 @@ def headline(quick: bool, device: torch.device) -> list[Section]:
     own = tuple(f"strategy_{name}" for name in strategies(device))
     by_rows = [ragged_shape(MODALITIES_BY_ROWS, rows) for rows in ((16, 48) if quick else (256, 1024, 4096, 32768))]
     return [
-        _layer(batch, warmed=("fused", *own, f"fused_drop_path_{DROP_PATH}")),
-        _feed_forward(batch, warmed=("fused", *own)),
-        *(_feed_forward(shape, True, names=("products", "sliced", *own)) for shape in by_rows),
-        _attention(image),
-        *(_pointwise(name, batch, warmed=("fused",)) for name in POINTWISE),
+        layer_section(batch, warmed=("fused", *own, f"fused_drop_path_{DROP_PATH}")),
+        feed_forward_section(batch, warmed=("fused", *own)),
+        *(feed_forward_section(shape, True, names=("products", "sliced", *own)) for shape in by_rows),
+        attention_section(image),
+        *(pointwise_section(name, batch, warmed=("fused",)) for name in POINTWISE),
     ]
 
 
@@ -142,15 +164,17 @@ def rest(quick: bool) -> list[Section]:
     """The compiled peers at the headline's shapes, every other shape, and the compiled peers there."""
     (batch, *batches), (image, *images) = _batches(quick), _attention_shapes(quick)
     compiled_there = [] if quick else [
-        *(section(shape) for shape in batches for section in (_layer, _feed_forward)), *map(_attention, images)
+        *(section(shape) for shape in batches for section in (layer_section, feed_forward_section)),
+        *map(attention_section, images),
     ]  # fmt: skip
     return [
-        _compiled(_layer(batch)), _compiled(_feed_forward(batch)), _compiled(_attention(image)),
-        *(_compiled(_pointwise(name, batch)) for name in POINTWISE),
+        compiled_section(layer_section(batch)), compiled_section(feed_forward_section(batch)),
+        compiled_section(attention_section(image)),
+        *(compiled_section(pointwise_section(name, batch)) for name in POINTWISE),
         _bias(batch),
-        *(section(shape) for shape in batches for section in (_layer, _feed_forward, _bias)),
-        *map(_attention, images),
-        *map(_compiled, compiled_there),
+        *(section(shape) for shape in batches for section in (layer_section, feed_forward_section, _bias)),
+        *map(attention_section, images),
+        *map(compiled_section, compiled_there),
     ]  # fmt: skip
 
 
@@ -162,10 +186,10 @@ def _attention_shapes(quick: bool) -> list[Shape]:
     return attention.tiny_shapes() if quick else attention.full_shapes()
 
 
-def _compiled(section: Section) -> Section:
+def compiled_section(section: Section) -> Section:
     """The compiled peers of a section, with what they are held against measured again beside them."""
     names = COMPILED[section.kind]
-    warmed = tuple(name for name in names if name.endswith("compiled") or name == "flex_attention")
+    warmed = tuple(name for name in names if name.endswith(("compiled", "max_autotune")) or name == "flex_attention")
     return section._replace(name=f"{section.name}, compiled peers", names=names, warmed=warmed)
 
 
@@ -178,7 +202,7 @@ def _described(shape: Shape) -> dict[str, Any]:
     }
 
 
-def _layer(shape: Shape, **how: Any) -> Section:
+def layer_section(shape: Shape, **how: Any) -> Section:
     def prepare(setting: Setting) -> Prepared:
         case = setting.layer_case(shape)
         operations = case.products().operations
@@ -191,7 +215,7 @@ def _layer(shape: Shape, **how: Any) -> Section:
     return Section(f"layer, {shape.name}", "layer", prepare, **how)
 
 
-def _feed_forward(shape: Shape, rows_alone: bool = False, **how: Any) -> Section:
+def feed_forward_section(shape: Shape, rows_alone: bool = False, **how: Any) -> Section:
     def prepare(setting: Setting) -> Prepared:
         case = RoutedRows(shape, *setting.where) if rows_alone else setting.layer_case(shape)
         factories = FeedForwardCase(case).factories()
@@ -213,7 +237,7 @@ def _bias(shape: Shape) -> Section:
     return Section(f"bias, {shape.name}", "bias", prepare)
 
 
-def _attention(shape: Shape) -> Section:
+def attention_section(shape: Shape, **how: Any) -> Section:
     def prepare(setting: Setting) -> Prepared:
         operation = attention.AttentionCase(shape, *setting.where, setting.layers).operation()
 
@@ -228,10 +252,10 @@ def _attention(shape: Shape) -> Section:
 
         return Prepared(operation.factories, "reference", finish)
 
-    return Section(f"attention, {shape.name}", "attention", prepare)
+    return Section(f"attention, {shape.name}", "attention", prepare, **how)
 
 
-def _pointwise(name: str, shape: Shape, **how: Any) -> Section:
+def pointwise_section(name: str, shape: Shape, **how: Any) -> Section:
     def prepare(setting: Setting) -> Prepared:
         operation = operations(PointwiseCase(shape, *setting.where, stream=torch.float32))[name]()
 
@@ -243,10 +267,25 @@ def _pointwise(name: str, shape: Shape, **how: Any) -> Section:
     return Section(f"{name}, {shape.name}", "pointwise", prepare, **how)
 
 
+def step_section(shape: Shape, **how: Any) -> Section:
+    """A training step of a stack of the setting's layers."""
+
+    def prepare(setting: Setting) -> Prepared:
+        case = StepCase(shape, *setting.where)
+        return Prepared(case.factories(), "reference", lambda records: {**_described(shape), **with_tax(records)})
+
+    return Section(f"step, {shape.name}", "step", prepare, **how)
+
+
 def with_tax(records: Records) -> dict[str, Records]:
     """Add to every variant its time over that of the bare products, for each mode."""
     base = records["products"]
     for record in records.values():
         modes = [mode for mode in MODES if mode in record and mode in base]
-        record["tax"] = {mode: round(record[mode]["median_ms"] / base[mode]["median_ms"], 4) for mode in modes}
+        record["tax"] = {mode: round(_time(record[mode]) / _time(base[mode]), 4) for mode in modes}
     return {"variants": records}
+
+
+def _time(found: Mapping[str, float]) -> float:
+    """The process's own time where it was taken, which other programs disturb less."""
+    return found.get("cpu_median_ms", found["median_ms"])

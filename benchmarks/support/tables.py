@@ -61,11 +61,17 @@ def reasons(skipped: Sequence[str]) -> list[str]:
 def errors(name: str, section: Mapping[str, Any]) -> list[str]:
     """A line for every error of a section."""
     own = [f"{name}: {section['error']}"] if "error" in section else []
-    return own + [f"{name}, {v}: {record['error']}" for v, record in section["variants"].items() if "error" in record]
+    states = ((v, state, record) for v, record in section["variants"].items() for state in ("error", "wrong"))
+    return own + [
+        f"{name}, {v}: {'wrong: ' * (state == 'wrong')}{record[state]}"
+        for v, state, record in states
+        if state in record
+    ]
 
 
 def _state(record: Mapping[str, Any]) -> str:
-    return "error" if "error" in record else ("left out" if "skipped" in record else "-")
+    states = {"wrong": "wrong", "error": "error", "skipped": "left out"}
+    return next((shown for state, shown in states.items() if state in record), "-")
 
 
 def _ceiling_rows(ceilings: Mapping[str, Any]) -> Rows:
@@ -89,7 +95,7 @@ def _tax_rows(title: str, variants: Mapping[str, Any]) -> Rows:
 
 
 def _share_rows(title: str, variants: Mapping[str, Any]) -> Rows:
-    heads = ("forward ms", "of copy", "backward ms", "of copy", "fwd+bwd ms", "of copy", "difference")
+    heads = ("forward ms", "of copy", "backward ms", "of copy", "fwd+bwd ms", "of copy", "error over allowed")
     rows: Rows = [(title, *heads)]
     for name, record in variants.items():
         cells = []
@@ -97,6 +103,5 @@ def _share_rows(title: str, variants: Mapping[str, Any]) -> Rows:
             timed = record.get(mode, {})
             time = number(timed["median_ms"], 4) if timed else _state(record)
             cells += [time, number(timed.get("share_of_copy"), 2)]
-        difference = record.get("output_relative_difference")
-        rows.append((name, *cells, "-" if difference is None else f"{difference:.1e}"))
+        rows.append((name, *cells, number(max(record.get("checked", {}).values(), default=None), 2)))
     return rows

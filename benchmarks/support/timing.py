@@ -1,11 +1,42 @@
-"""What pytest-benchmark times beside its peers, and how two backends' times are shown."""
+"""What pytest-benchmark shows of times that were taken in turn, and how two backends' times are shown."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from onepeace_fast.timing import HostClock, Timing
+from onepeace_fast.timing import HostClock, Timing, interleaved
+
+
+class Replay:
+    """A timer for pytest-benchmark, which takes times itself: it gives back those that were taken in turn.
+
+    While it has none it is the wall clock.
+    """
+
+    __name__ = "times taken in turn by onepeace_fast.timing"
+
+    def __init__(self) -> None:
+        self._left: list[float] = []
+
+    def load(self, seconds: Sequence[float]) -> None:
+        """Give these durations, one between each two calls."""
+        self._left = [moment for duration in seconds for moment in (0.0, duration)]
+
+    def __call__(self) -> float:
+        """The moment of the next call, in seconds."""
+        return self._left.pop(0) if self._left else time.perf_counter()
+
+
+REPLAY = Replay()
+
+
+def show(benchmark: Any, seconds: Sequence[float]) -> None:
+    """Put durations into pytest-benchmark's table and file; its timer is ``REPLAY``."""
+    REPLAY.load(seconds)
+    benchmark.pedantic(lambda: None, rounds=len(seconds), iterations=1)
 
 
 def backends(reference: Timing, fused: Timing, threads: int) -> tuple[dict[str, Any], dict[str, str]]:
@@ -18,11 +49,6 @@ def backends(reference: Timing, fused: Timing, threads: int) -> tuple[dict[str, 
     return {"threads": threads, **records, "speed_up": round(speed_up, 4)}, shown
 
 
-def timed(call: Callable[[], object], timing: Timing) -> None:
-    """Time one call by both clocks of a CPU."""
-    timing.add(HostClock().time(lambda _: call(), 0))
-
-
 def paired(
     benchmark: Any,
     measured: Callable[[], object],
@@ -31,26 +57,15 @@ def paired(
     rounds: int,
     least: int = 3,
 ) -> tuple[Timing, ...]:
-    """Time ``measured`` by pytest-benchmark, with a timed run of all ``against`` before each of its rounds.
+    """Time all calls in turn by both clocks of a CPU; pytest-benchmark shows the times of ``measured``.
 
-    Their order turns in every round, since whoever follows another variant finds colder caches.
     As many rounds as fit into about ``seconds``, ``least`` at least and ``rounds`` at most. Returns all timings.
     """
-    timings = tuple(Timing() for _ in (measured, *against))
-
-    def others() -> None:
-        turned = list(zip(against, timings[1:], strict=True))[:: -1 if len(timings[0].seconds) % 2 else 1]
-        for call, timing in turned:
-            timed(call, timing)
-
-    warm = Timing()
-    for call in (*against, measured):
-        timed(call, warm)
-    fitting = int(seconds / max(sum(warm.seconds), 1e-9))
-    benchmark.pedantic(
-        lambda: timed(measured, timings[0]),
-        setup=others,
-        rounds=max(least, min(rounds, fitting)),
-        iterations=1,
+    calls = {i: lambda _, call=call: call() for i, call in enumerate((measured, *against))}
+    timings, errors = interleaved(
+        calls, HostClock(), rounds=rounds, warmups=1, seconds_each=math.inf, seconds=seconds, least=least
     )
-    return timings
+    for i, error in errors.items():
+        raise RuntimeError(f"variant {i}: {error}")
+    show(benchmark, timings[0].seconds)
+    return tuple(timings.values())

@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from onepeace_fast.timing import DeviceLost, HostClock, Timing, interleaved, recovered
+from benchmarks.support.checked import Values, Wrong, check, exactly, values, wide_dtype
+from benchmarks.support.memory import peak_of
+from onepeace_fast.timing import DeviceLost, HostClock, Timing, interleaved, interval, recovered
 
+OURS = "fused"  # what every section calls this library's way
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 MODES = ("forward", "forward_backward")
 PASSES = ("forward", "backward", "forward_backward")  # backward is never timed alone, see Runner.measure
 HOW_FUSED_RUNS = (
@@ -28,17 +32,23 @@ class Variant:
 
     ``rows`` brings the output of ``forward`` into packed order, to compare it with the other variants' outputs, and
     ``gradient_rows`` each of the first ``gradients_compared`` gradients of ``forward_backward``, those of the tokens.
-    They are compared with the variant named ``against``, by default with the base. A call does the work ``repeats``
-    times, and a time is what one of them takes.
+    Behind the gradients of its ``inputs`` are those of parameters, which ``parameter_gradients`` brings into the base's
+    order. All are held against the variant named ``against``, by default the base, and its ``exact`` output and
+    gradients of set 0, and rows also by ``slices``. A call does the work ``repeats`` times, and a time is what one of
+    them takes. ``sets`` is the number of input sets; without a ``forward_backward`` there is no backward pass.
     """
 
     forward: Callable[[int], Any]
-    forward_backward: Callable[[int], Any]
+    forward_backward: Callable[[int], Any] | None
     rows: Callable[[Tensor], Tensor] | None = None
     gradient_rows: Callable[[Tensor], Tensor] | None = None
+    parameter_gradients: Callable[[Sequence[Tensor]], Sequence[Tensor]] | None = None
+    exact: Callable[[], tuple[Any, Sequence[Tensor]]] | None = None
+    slices: Sequence[Any] = ()
+    inputs: int = 0
+    sets: int = 1
     gradients_compared: int = 1
     against: str = ""
-    timed: bool = True
     repeats: int = 1
     compiled: bool = False
     note: str = ""
@@ -63,6 +73,13 @@ def trained(
     The forward pass alone is that of training: it keeps what the backward pass needs.
     """
 
+    needed = [argument for argument in sets[0] if isinstance(argument, Tensor) and argument.requires_grad]
+    attributes.setdefault("parameter_gradients", (lambda found: found) if parameters else None)
+    attributes.setdefault("inputs", len(needed))
+
+    def exact() -> tuple[Any, Sequence[Tensor]]:
+        return exactly(function, sets[0], gradients[0], parameters, wide_dtype(needed[0].device))
+
     def forward(index: int) -> Tensor:
         return function(*sets[index % len(sets)])
 
@@ -71,7 +88,7 @@ def trained(
         needed = [argument for argument in arguments if argument.requires_grad]
         return torch.autograd.grad(function(*arguments), [*needed, *parameters], gradients[index % len(sets)])
 
-    return Variant(forward, forward_backward, **attributes)
+    return Variant(forward, forward_backward, exact=exact, sets=len(sets), **attributes)
 
 
 def compiled(variant: Factory) -> Factory:
@@ -95,6 +112,8 @@ class Budget:
         self.no_compile = no_compile
         self.compile_seconds: dict[str, float] = {}
         self.sections_left = 1  # the one that runs and those that follow
+        self.seconds = seconds
+        self.compiling_is_free = False  # where every section has a time of its own, after what it compiles
 
     @property
     def seconds_left(self) -> float:
@@ -103,10 +122,12 @@ class Budget:
 
     def timing_seconds(self) -> float:
         """How long this section may measure; asked after compiling, which no section's share contains."""
-        return max(self.seconds_left, 0.0) / self.sections_left
+        return self.seconds if self.compiling_is_free else max(self.seconds_left, 0.0) / self.sections_left
 
     def refusal(self, name: str, is_compiled: bool) -> str | None:
         """Why a variant must be left out, or None; it is taken to compile as long as it did for the last shape."""
+        if self.compiling_is_free:
+            return None
         if self.seconds_left < 0:
             return "left out: the time budget was used up"
         if is_compiled and self.no_compile:
@@ -119,33 +140,37 @@ class Budget:
 
 @dataclass
 class Runner:
-    """Measures variants: builds, warms and compiles each, compares their outputs, then times them in turn.
+    """Measures variants: builds, warms and compiles each, checks what it computes, then times all in turn.
 
     ``faulted`` are variants that are not run and why: what an earlier process died of; ``starting`` is told the name
-    of each before its first run, and an empty one before times are taken.
+    of each before its first run, and an empty one before times are taken; ``watching`` what was timed so far, after
+    each round. With ``memory`` the peak of each pass is taken too. ``timings`` are those of the last section.
     """
 
     clock: HostClock
     budget: Budget
     rounds: int
-    tolerance: float
     faulted: Mapping[str, str] = field(default_factory=dict)
     starting: Callable[[str], None] = lambda name: None
+    watching: Callable[[Mapping[tuple[str, str], Timing]], None] | None = None
+    memory: bool = True
+    timings: dict[tuple[str, str], Timing] = field(default_factory=dict)
 
     def measure(self, factories: Mapping[str, Factory], base: str | None = None) -> dict[str, dict[str, Any]]:
-        """The record of every variant: its times by mode, or an ``error``, or why it was ``skipped``.
+        """The record of every variant: its times by mode, or ``wrong`` or an ``error``, or why it was ``skipped``.
 
         ``backward`` is, round by round, the time of both passes less that of the forward pass, over the same inputs: in
         training the caches hold what the forward pass left there. A median that is not positive is noise, left out.
 
-        Raises ``DeviceLost``, with the variant's name, where only a new process can go on.
+        A variant whose output or gradients break the tolerance rule, beside ``base`` and its exact values, is wrong and
+        gets no time.
 
-        A variant whose output or gradient of the tokens differs from that of ``base`` by more than the tolerance is an
-        error, not a time.
+        Raises:
+            DeviceLost: with the variant's name, where only a new process can go on.
         """
         records: dict[str, dict[str, Any]] = {name: {} for name in factories}
         variants: dict[str, Variant] = {}
-        expected: dict[str, dict[str, Tensor]] = {}
+        expected: dict[str, tuple[Values, Values, Sequence[Any]]] = {}
         for name in sorted(factories, key=lambda name: name != base):  # the base first, else in order
             record = records[name]
             if name in self.faulted:
@@ -158,11 +183,16 @@ class Runner:
             try:
                 variant = factories[name]()
                 found = self._first_run(name, variant, record)
-                against = variant.against or base
-                if name == against:
-                    expected[name] = found
-                else:
-                    self._compare(found, expected.get(against, {}), record)
+                against = variant.against or base or ""
+                if name == against and variant.exact is not None:
+                    expected[name] = found, values(variant, *variant.exact()), variant.slices
+                if found and against in expected:
+                    record["checked"] = check(found, *expected[against])
+                if self.memory:
+                    record["peak_bytes"] = {mode: peak_of(lambda call=call: call(0)) for mode, call in _calls(variant)}
+            except Wrong as difference:
+                record["wrong"] = str(difference)
+                continue
             except ModuleNotFoundError as error:
                 record["skipped"] = f"left out: {error.name} is not installed"
                 continue
@@ -175,46 +205,50 @@ class Runner:
             if variant.note:
                 record["note"] = variant.note
             variants[name] = variant
-        calls = {
-            (name, mode): getattr(variant, mode)
-            for name, variant in variants.items()
-            if variant.timed
-            for mode in MODES
-        }  # fmt: skip
+        calls = {(name, mode): call for name, variant in variants.items() for mode, call in _calls(variant)}
         self.starting("")
-        timings, errors = self._timed(calls)
-        for (name, mode), timing in timings.items():
+        timings, errors = self._timed(calls, variants)
+        for (name, _), timing in timings.items():
             timing.seconds = [seconds / variants[name].repeats for seconds in timing.seconds]
-            records[name][mode] = timing.record()
+            timing.cpu = [seconds / variants[name].repeats for seconds in timing.cpu]
         for name in variants:
-            forward, both = (timings[name, mode].seconds if (name, mode) in timings else [] for mode in MODES)
-            backward = Timing([after - before for before, after in zip(forward, both, strict=False)])
-            if backward.seconds and (record := backward.record())["median_ms"] > 0:
-                records[name]["backward"] = record
+            forward, both = (timings.get((name, mode), Timing()) for mode in MODES)
+            timings[name, "backward"] = Timing(_less(both.seconds, forward.seconds), [], _less(both.cpu, forward.cpu))
+        for (name, mode), timing in timings.items():
+            if timing.seconds and (mode != "backward" or timing.median > 0):
+                records[name][mode] = timing.record()
         for (name, mode), error in errors.items():
             records[name]["error"] = f"{mode}: {error}"
+        _beside_ours(records, timings)
+        self.timings = timings
         return records
 
-    def _timed(self, calls: Mapping[tuple[str, str], Callable[[int], Any]]) -> Any:
+    def _timed(self, calls: Mapping[tuple[str, str], Callable[[int], Any]], variants: Mapping[str, Variant]) -> Any:
         """Times and errors by variant and mode; a fault of the device is the variant's."""
         try:
-            return interleaved(calls, self.clock, rounds=self.rounds, seconds=self.budget.timing_seconds())
+            short = {key: self._shortened(key, call, variants[key[0]].sets) for key, call in calls.items()}
+            return interleaved(
+                short, self.clock, rounds=self.rounds, seconds=self.budget.timing_seconds(), after_round=self.watching
+            )
         except DeviceLost as lost:
             (name, mode), line = lost.args
             raise DeviceLost(name, f"{mode}: {line}") from lost
 
-    def _first_run(self, name: str, variant: Variant, record: dict[str, Any]) -> dict[str, Tensor]:
+    def _shortened(self, key: tuple[str, str], call: Callable[[int], Any], sets: int) -> Callable[[int], Any]:
+        """The call as a graph where it is short; one that fails meanwhile does so again in turn, and is noted there."""
+        try:
+            return self.clock.shortened(call, sets)
+        except Exception as error:
+            recovered(self.clock, key, error)
+            return call
+
+    def _first_run(self, name: str, variant: Variant, record: dict[str, Any]) -> Values:
         """Run both modes once, which compiles what must be compiled; returns what can be compared, in packed order."""
-        start, found = time.perf_counter(), {}
-        output = variant.forward(0)
-        if variant.rows is not None:
-            found["output"] = variant.rows(output).detach().float()
-        del output
-        gradients = variant.forward_backward(0)
-        if variant.gradient_rows is not None:
-            compared = gradients[: variant.gradients_compared]
-            found["gradient"] = torch.cat([variant.gradient_rows(gradient) for gradient in compared]).float()
-        del gradients
+        start = time.perf_counter()
+        found = values(variant, variant.forward(0), ())
+        if variant.forward_backward is not None:
+            gradients = variant.forward_backward(0)
+            found |= values(variant, None, gradients if isinstance(gradients, tuple) else ())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         if variant.compiled:
@@ -222,11 +256,23 @@ class Runner:
             self.budget.compile_seconds[name] = record["compile_seconds"]
         return found
 
-    def _compare(self, found: Mapping[str, Tensor], expected: Mapping[str, Tensor], record: dict[str, Any]) -> None:
-        for what in (what for what in found if what in expected):
-            difference = ((found[what] - expected[what]).norm() / expected[what].norm()).item()
-            record[f"{what}_relative_difference"] = difference
-            if not difference <= self.tolerance:
-                raise AssertionError(
-                    f"its {what} differs from the base's by {difference:.1e}, more than {self.tolerance}"
-                )
+
+def _calls(variant: Variant) -> list[tuple[str, Callable[[int], Any]]]:
+    """What a variant runs, by mode."""
+    return [(mode, call) for mode in MODES if (call := getattr(variant, mode)) is not None]
+
+
+def _less(both: Sequence[float], forward: Sequence[float]) -> list[float]:
+    return [after - before for before, after in zip(forward, both, strict=False)]
+
+
+def _beside_ours(records: Mapping[str, dict[str, Any]], timings: Mapping[tuple[str, str], Timing]) -> None:
+    """Add to every record its time over ours, round by round: the median inside its 95% interval."""
+    for (name, mode), timing in timings.items():
+        ours = timings.get((OURS, mode))
+        if name == OURS or ours is None or mode not in records[name] or mode not in records[OURS]:
+            continue
+        a, b = (one.cpu or one.seconds for one in (timing, ours))
+        rounds = [(one, other) for one, other in zip(a, b, strict=False) if other > 0]
+        if rounds:
+            records[name].setdefault("over_ours", {})[mode] = list(interval(*zip(*rounds, strict=True)))

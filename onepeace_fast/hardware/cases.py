@@ -30,6 +30,7 @@ from onepeace_fast.ops import (
     routed_linear,
 )
 from onepeace_fast.ops.layer_norm import layer_norm_and_stream
+from onepeace_fast.ops.linear_residual import linear_residual
 from onepeace_fast.relative_position import CLS_ENTRIES
 
 MODALITIES = 3
@@ -263,7 +264,7 @@ OVER_ROWS = {"layer_norm": _layer_norm, "rms_norm": _rms_norm, "residual": _resi
 
 
 def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device: torch.device) -> Iterator[Case]:
-    """The operations whose kernels are matrix products, in half precision or in the interpreter."""
+    """The operations of matrix products, this library's or the vendor's, in half precision or in the interpreter."""
     batch = Rows(rows, device)
     grouped: dict[str, Any] = {"strategy": "grouped"}
     yield _routed_ffn(batch, width, dtype, make, "grouped: Sub-LN, gamma, drop_path, residual", **grouped)
@@ -274,8 +275,31 @@ def product_cases(rows: int, width: int, dtype: torch.dtype, make: Make, device:
     hybrid: dict[str, Any] = {"strategy": "hybrid", "row_counts": batch.counts}
     yield _routed_ffn(batch, width, dtype, make, "hybrid: with everything", **hybrid)
     yield _routed_ffn(batch, width, dtype, make, "hybrid: silu and nothing else", False, **hybrid, activation="silu")
+    by_vendor: dict[str, Any] = {"strategy": "per_modality", "row_counts": batch.counts}
+    yield _routed_ffn(batch, width, dtype, make, "per modality: Sub-LN, gamma, drop_path, residual", **by_vendor)
+    yield from _linear_residual(batch, width, dtype, make)
     yield _routed_linear(batch, width, dtype, make, "grouped: bias")
     yield _routed_linear(batch, width, dtype, make, "grouped: no bias", bias=False)
+
+
+def _linear_residual(batch: Rows, width: int, dtype: torch.dtype, make: Make) -> Iterator[Case]:
+    linear = {"weight": make(width, width, dtype=dtype, scale=width**-0.5), "bias": make(width, dtype=dtype)}
+    linear |= {"gamma": make(width, dtype=torch.float32, scale=0.5)}
+    norm = _norm_parameters(width, torch.float32, make, "norm_")
+    for stream in (torch.float32, dtype):
+        x, z = (make(batch.rows, width, dtype=kind) for kind in (stream, dtype))
+        form = f"{str(stream).removeprefix('torch.')} stream"
+        yield Case("linear_residual", f"LayerNorm, {form}", linear_residual, {"x": x, "z": z, **linear, **norm})
+        scaled = partial(_joined, **batch.scaling)
+        yield Case("linear_residual", f"drop_path, {form}", scaled, {"x": x, "z": z, **linear})
+    some = make(len(batch.some), width, dtype=dtype)
+    of_some: dict[str, Any] = {**batch.scaling, **batch.of_some}
+    call = partial(linear_residual, **of_some)
+    yield Case("linear_residual", "LayerNorm, row index, drop_path", call, {"x": x, "z": some, **linear, **norm})
+
+
+def _joined(**given: Any) -> Tensor:
+    return linear_residual(**given)[0]
 
 
 def timed_routed_ffn(

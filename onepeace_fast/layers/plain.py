@@ -80,6 +80,11 @@ def _is_spectral(module: nn.Module) -> bool:
     return old or isinstance(module, _SpectralNorm)
 
 
+def calls_as(module: nn.Module, kind: type[Kind]) -> TypeGuard[Kind]:
+    """Whether a call of a module runs ``kind.forward``, and nothing watches or changes it."""
+    return getattr(type(module), "forward", None) is kind.forward and not is_watched(module)
+
+
 def watched_everywhere() -> bool:
     """Whether hooks are registered for all modules."""
     return bool(

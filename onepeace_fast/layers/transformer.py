@@ -21,11 +21,20 @@ from onepeace_fast.config import TransformerConfig
 from onepeace_fast.drop_path import Branch, Branches, branches
 from onepeace_fast.layers.norms import normalized, normalized_and_stream, normalized_by_modality
 from onepeace_fast.layers.parameters import init_linear
-from onepeace_fast.layers.plain import are_plain, by_modality, calls_modules, is_plain, unfused, watched_everywhere
+from onepeace_fast.layers.plain import (
+    are_plain,
+    by_modality,
+    calls_as,
+    calls_modules,
+    is_plain,
+    unfused,
+    watched_everywhere,
+)
 from onepeace_fast.layers.reference import Spans, add_branch, attend, each_span, plan_spans
 from onepeace_fast.layers.side_by_side import DenseRoute, LayerRoute, dense_routes
 from onepeace_fast.ops import relative_bias_attention, residual, residual_layer_norm, routed_ffn
 from onepeace_fast.ops.arguments import autocast_dtype
+from onepeace_fast.ops.linear_residual import linear_residual
 from onepeace_fast.ops.projections import projections
 from onepeace_fast.ops.relative_bias_attention import QKV
 from onepeace_fast.route_plan import RoutePlan
@@ -64,6 +73,10 @@ class SelfAttention(nn.Module):
             else:
                 attended = attend(q, k, v, self.heads, bias, self.c_attn)  # type: ignore[arg-type]
             return self.out_proj(attended if self.ln is None else self.ln(attended))
+        return self.out_proj(self.before_projection(z, route, bias))
+
+    def before_projection(self, z: Tensor, route: RoutePlan, bias: Sequence[Tensor] | Tensor | None) -> Tensor:
+        """What the output projection takes of normalised packed rows [R, dim]; the same shape."""
         attended = relative_bias_attention(
             self.project(z),
             cu_seqlens=route.cu_seqlens,
@@ -75,9 +88,7 @@ class SelfAttention(nn.Module):
             head_scale=self.c_attn,
             max_length=route.max_length,
         ).flatten(1)
-        if self.ln is not None:
-            attended = normalized(attended, self.ln)
-        return self.out_proj(attended)
+        return attended if self.ln is None else normalized(attended, self.ln)
 
     def project(self, z: Tensor) -> QKV:
         """Queries, keys and values in one tensor, [rows, 3, heads, head_dim]; or apart, [rows, heads, head_dim]."""
@@ -240,42 +251,51 @@ class TransformerLayer(nn.Module):
         return add_branch(x, y, self.gamma_2, drop_paths[1], dropout)
 
     def packed(
-        self,
-        x: Tensor,
-        attention: Branch,
-        feed_forward: Branch,
-        bias: Sequence[Tensor],
-        seeds: Sequence[Tensor | None] | Tensor | None,
+        self, x: Tensor, attention: Branch, feed_forward: Branch, bias: Sequence[Tensor], seeds: Tensor | None
     ) -> Tensor:
         """The layer over packed rows, by the ops; each branch computes its own rows."""
         simple = seeds is None and attention.drop_path is None
         if simple and _few_or_no_gradient(x) and calls_modules(x) and (spans := plan_spans(attention.plan)):
             return self._by_modules(x, attention.plan, spans, bias, (None, None), 0.0)
-        seeds = (None, None) if seeds is None else seeds
-        dropout = 0.0 if seeds[0] is None else self.dropout
+        dropout: Sequence[dict[str, Any]] = ({}, {})
+        if seeds is not None and self.dropout:
+            dropout = [{"dropout": self.dropout, "seed": seed} for seed in seeds]
 
         z, x = normalized_and_stream(x, self.self_attn_layer_norm, attention, _product_dtype(x, self.self_attn))
-        attended = self.self_attn(z, attention.plan, bias)
-        if self.attn_ln is not None:
-            attended = normalized(attended, self.attn_ln)
-
         norm, plan = self.final_layer_norm, feed_forward.plan
+        plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
+        joined: dict[str, Any] = {}
+        if plain and feed_forward.row_index is None:
+            joined = {"norm_weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+        x, normed = self._after_attention(x, z, attention, bias, dropout[0], **joined)
         ffns = [self.ffn(modality) for modality in plan.modalities]
         modules = plain_ffns(ffns)
-        arrive = attention.arrival(dropout, seeds[0])
-        plain = are_plain("LayerNorm", (norm,), nn.LayerNorm) and norm.weight is not None
-        if plain and feed_forward.row_index is None:
-            x, z = residual_layer_norm(x, attended, self.gamma_1, norm.weight, norm.bias, eps=norm.eps, **arrive)
-        else:
-            x = residual(x, attended, self.gamma_1, **arrive)
-            z, x = normalized_and_stream(x, norm, feed_forward, None if modules is None else autocast_dtype(x))
-        if dropout or modules is None:
-            y = by_modality(ffns, z, plan) if modules is None else self.packed_ffn(z, plan, modules)
-            return residual(x, y, self.gamma_2, **feed_forward.arrival(dropout, seeds[1]))
+        if normed is None:
+            normed, x = normalized_and_stream(x, norm, feed_forward, None if modules is None else autocast_dtype(x))
+        if dropout[1] or modules is None:
+            y = by_modality(ffns, normed, plan) if modules is None else self.packed_ffn(normed, plan, modules)
+            return residual(x, y, self.gamma_2, **dropout[1], **feed_forward.arrival())
         return self.packed_ffn(
-            z, plan, modules, residual=x, gamma=self.gamma_2, drop_path=feed_forward.drop_path,
+            normed, plan, modules, residual=x, gamma=self.gamma_2, drop_path=feed_forward.drop_path,
             sample=feed_forward.sample, row_index=feed_forward.row_index,
         )  # fmt: skip
+
+    def _after_attention(
+        self, x: Tensor, z: Tensor, branch: Branch, bias: Sequence[Tensor], dropout: dict[str, Any], **norm: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """x with attention's branch, and with the parameters of a LayerNorm its norm."""
+        attention, how = self.self_attn, branch.arrival() | norm | dropout
+        if not dropout and self.attn_ln is None and calls_as(attention, SelfAttention):
+            out = attention.out_proj
+            if are_plain("out_proj", (out,), nn.Linear):
+                attended = attention.before_projection(z, branch.plan, bias)
+                return linear_residual(x, attended, out.weight, out.bias, self.gamma_1, **how)
+        attended = attention(z, branch.plan, bias)
+        if self.attn_ln is not None:
+            attended = normalized(attended, self.attn_ln)
+        if norm:
+            return residual_layer_norm(x, attended, self.gamma_1, **how)
+        return residual(x, attended, self.gamma_1, **how), None
 
     def packed_ffn(
         self, z: Tensor, plan: RoutePlan, modules: Sequence[FFNModules] | None = None, **settings: Any

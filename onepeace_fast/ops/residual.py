@@ -8,7 +8,7 @@ arXiv 1603.09382). The residual stream may be float32 while the branch is half p
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from onepeace_fast.ops.arguments import (
     require_rows,
 )
 from onepeace_fast.ops.dropout import dropout_factor
+from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
 from onepeace_fast.ops.packed_rows import accumulation_dtype
@@ -56,12 +57,12 @@ def row_factor(
     return factor
 
 
-def branch_places(routing: Routing, branch_rows: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def branch_places(routing: Routing, count: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Which row of y each row of x gets, -1 for none, [rows of x]; and which row of x each row of y goes to, [N].
 
     Rows of y past the last of ``offsets`` go to a row behind the last of x. Nothing is read on the host.
     """
-    entries = torch.arange(branch_rows, device=x.device)
+    entries = torch.arange(count, device=x.device)
     target = entries if routing.row_index is None else routing.row_index.long()
     if routing.offsets is not None:
         target = torch.where(entries < routing.offsets[-1], target, x.shape[0])
@@ -107,24 +108,27 @@ def residual_backward_reference(saved: ResidualSaved, needs: Needs) -> ResidualG
     factor = row_factor(total, y_dtype, saved.gamma, saved.drop_path, saved.dropout)
     dy = total if factor is None else total * factor
     if routing.row_index is not None or routing.offsets is not None:
-        place, target = branch_places(routing, _branch_rows(total, routing), total)
+        place, target = branch_places(routing, branch_rows(total, routing), total)
         dy = _rows_at(dy, torch.where(target < total.shape[0], target, -1))
         y = _rows_at(y, place) if needs.gamma else None
         total = torch.where(place[:, None] < 0, 0, total)
     if needs.gamma:
         scaled = row_factor(total, y_dtype, None, saved.drop_path, saved.dropout)
         dgamma = (total * (y if scaled is None else y * scaled)).sum(0).to(saved.gamma.dtype)
-    dy = dy.to(y_dtype).contiguous()
+    if needs.y:
+        dy = dy.to(y_dtype).contiguous()
+        dy = dy.clone() if dy is grad or dy is dx else dy
     return ResidualGradients(
         dx,
-        dy.clone() if dy is grad or dy is dx else dy,
+        dy if needs.y else None,
         dgamma,
         _parameter_gradient(saved.norm_weight, dweight) if needs.norm_weight else None,
         _parameter_gradient(saved.norm_bias, dbias) if needs.norm_bias else None,
     )
 
 
-def _branch_rows(stream: Tensor, routing: Routing) -> int:
+def branch_rows(stream: Tensor, routing: Routing) -> int:
+    """How many rows a branch has."""
     return stream.shape[0] if routing.row_index is None else routing.row_index.shape[0]
 
 
@@ -153,7 +157,27 @@ def _backward_by_kernel(saved: ResidualSaved, needs: Needs) -> ResidualGradients
     return residual_backward(saved, needs)
 
 
-def _fake(given: ResidualInputs) -> ResidualOutputs:
+def residual_backward_and_sums(
+    saved: ResidualSaved, needs: Needs, sums: Sequence[Tensor | None], ranges: Sequence[slice] = (slice(None),)
+) -> ResidualGradients:
+    """The gradients by the kernel where it runs, and the sum of dy over the rows of each modality, or over all rows.
+
+    The sums go into vectors [width], where there is one. Where dy is not needed, nothing may scale it.
+    """
+    if runs_kernel("residual_backward", saved.grad_out if saved.grad_normed is None else saved.grad_normed):
+        from onepeace_fast.kernels.residual import residual_backward
+
+        return residual_backward(saved, needs, sums)
+    found = residual_backward_reference(saved, needs)
+    dy = next(grad for grad in (found.y, found.x, saved.grad_out) if grad is not None)
+    for rows, into in zip(ranges, sums, strict=False):
+        if into is not None:
+            torch.sum(dy[rows], 0, dtype=into.dtype, out=into)
+    return found
+
+
+def residual_fake(given: ResidualInputs) -> ResidualOutputs:
+    """The shapes of the outputs."""
     x = given.x
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if given.norm_weight is None:
@@ -172,7 +196,7 @@ def _fake_backward(saved: ResidualSaved, needs: Needs) -> ResidualGradients:
     )
     return ResidualGradients(
         None if saved.grad_normed is None else like.new_empty(like.shape),
-        like.new_empty((_branch_rows(like, saved.routing), like.shape[1]), dtype=saved.y_dtype),
+        like.new_empty((branch_rows(like, saved.routing), like.shape[1]), dtype=saved.y_dtype) if needs.y else None,
         *(torch.empty_like(parameter) if need else None for parameter, need in parameters),
     )
 
@@ -207,7 +231,7 @@ RESIDUAL = Operation(
     ResidualOutputs,
     reference=residual_reference,
     kernel=_by_kernel,
-    fake=_fake,
+    fake=residual_fake,
     gradient=Gradient(
         ResidualSaved, ResidualGradients, residual_backward_reference, _backward_by_kernel, _fake_backward,
         _select, _finish,
@@ -252,7 +276,7 @@ def residual(
         x, y, gamma, DropPath(drop_path, sample), Dropout(dropout, seed), Routing(offsets, (), row_index), None, None,
         eps=1e-5,
     )  # fmt: skip
-    _check(given)
+    check_residual(given)
     return RESIDUAL(given)[0]
 
 
@@ -326,31 +350,37 @@ def residual_rms_norm(
 
 
 def _normed(given: ResidualInputs) -> tuple[Tensor, Tensor]:
-    _check(given)
+    check_residual(given)
+    check_norm(given)
+    out, normed = RESIDUAL(given)
+    return out, normed
+
+
+def check_norm(given: ResidualInputs) -> None:
+    """Raise unless the norm's parameters fit the stream."""
     x, weight = given.x, given.norm_weight
     require(weight is not None, "norm_weight: expected a floating-point vector, got None; residual() has no norm")
     require_eps(given.eps)
     require_vector("norm_weight", weight, x.shape[1], x.device)
     require_vector("norm_bias", given.norm_bias, x.shape[1], x.device)
-    out, normed = RESIDUAL(given)
-    return out, normed
 
 
-def _check(given: ResidualInputs) -> None:
+def check_residual(given: ResidualInputs, name: str = "y", columns: int | None = None) -> None:
+    """Raise unless the branch's rows, of x's width or so many columns, and what scales it fit the stream."""
     x, y, routing, dropout = given.x, given.y, given.routing, given.dropout
     require_rows("x", x)
-    require_tensor("y", y, FLOATS, "[rows, width]", 2)
+    require_tensor(name, y, FLOATS, "[rows, width]", 2)
     require_row_index(routing.row_index, x)
-    count = _branch_rows(x, routing)
+    shape = branch_rows(x, routing), x.shape[1] if columns is None else columns
     require(
-        y.shape[0] == count and y.shape[1] == x.shape[1],
-        lambda: f"y: expected [{count}, {x.shape[1]}], a row for each of x or of row_index, got {describe(y)}",
+        y.shape == shape,
+        lambda: f"{name}: expected {list(shape)}, a row for each of x or of row_index, got {describe(y)}",
     )
     require(
         y.dtype == x.dtype or (x.dtype == torch.float32 and y.dtype.itemsize == 2),
-        lambda: f"y: expected x's dtype, or half precision over a float32 x, got {describe(y)} over {describe(x)}",
+        lambda: f"{name}: expected x's dtype, or half precision over a float32 x, got {describe(y)} over {describe(x)}",
     )
-    require_device("y", y, x.device)
+    require_device(name, y, x.device)
     if routing.offsets is not None:
         check_routing(routing, y)
     require_vector("gamma", given.gamma, x.shape[1], x.device)

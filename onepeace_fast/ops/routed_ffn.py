@@ -87,10 +87,13 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
     gradients = FeedForwardWeights._make([None] * len(parameters) for parameters in saved.weights)
     ranges = list(row_slices(saved.routing))
     u, v = (saved.u, saved.v) if saved.u is not None else per_modality.project(z, saved.weights, ranges)
-    branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
+    dy_all, dgamma = saved.grad_out.to(z.dtype), None
+    if per_modality.is_scaled(saved):
+        branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
+        dy_all, dgamma = branch.y, branch.gamma
     dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
     for m, rows in enumerate(ranges):
-        dy, z_m, u_m = branch.y[rows], z[rows], u[rows]
+        dy, z_m, u_m = dy_all[rows], z[rows], u[rows]
         activated = ACTIVATIONS[settings.activation](u_m)
         h = activated * v[rows] if w1 else activated
         if _wants(wanted.b2, m):
@@ -98,6 +101,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
         if _wants(wanted.w2, m):
             n = normalize(h, norm_weight[m], norm_bias[m], settings.eps)[0] if norm_weight else h
             gradients.w2[m] = dy.t() @ n
+            del n  # each here is as wide as u: what is done with makes room for the next
         dh = dy @ w2[m]
         if norm_weight:
             dh, gradients.norm_weight[m], gradients.norm_bias[m] = normalize_backward(
@@ -105,17 +109,20 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
                 (True, _wants(wanted.norm_weight, m), _wants(wanted.norm_bias, m)),
             )  # fmt: skip
             dh = dh.to(z.dtype)
-        du = ACTIVATION_BACKWARD[settings.activation](dh * v[rows] if w1 else dh, u_m)
+        del h
+        dv = activated.mul_(dh) if w1 else None
+        du = ACTIVATION_BACKWARD[settings.activation](dh.mul_(v[rows]) if w1 else dh, u_m)
+        del activated, dh
         if _wants(wanted.w0, m):
             gradients.w0[m] = du.t() @ z_m
         if w1:
-            dv = dh.mul_(activated)
             if _wants(wanted.w1, m):
                 gradients.w1[m] = dv.t() @ z_m
             torch.addmm(du @ w0[m], dv, w1[m], out=dz[rows])
         else:
             torch.mm(du, w0[m], out=dz[rows])
-    return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, branch.gamma)
+        del du, dv
+    return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, dgamma)
 
 
 def _wants(flags: Sequence[bool], m: int) -> bool:

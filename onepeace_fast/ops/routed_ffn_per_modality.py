@@ -9,7 +9,7 @@ from torch import Tensor
 
 from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN, gated_sub_ln_backward_and_n
 from onepeace_fast.ops.packed_rows import row_slices
-from onepeace_fast.ops.residual import RESIDUAL
+from onepeace_fast.ops.residual import RESIDUAL, residual_backward_and_sums
 from onepeace_fast.structures import (
     Dropout,
     FeedForwardWeights,
@@ -46,7 +46,7 @@ def as_branch(given: RoutedFFNInputs, y: Tensor) -> ResidualInputs:
     )
 
 
-def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved, ResidualGradients]:
+def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved, Needs]:
     """What the residual's backward pass is given to make dy and dgamma, and what is needed of it."""
     y = saved.y if needs.gamma else None
     nothing = dict.fromkeys(("grad_normed", "out", "norm_weight", "norm_bias", "mean", "rstd"))
@@ -55,6 +55,11 @@ def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved,
         routing=saved.routing, y_dtype=saved.z.dtype, **nothing,
     )  # fmt: skip
     return branch, ResidualGradients._make((False, True, needs.gamma, False, False))
+
+
+def is_scaled(saved: RoutedFFNSaved) -> bool:
+    """Whether dy differs from the gradient of the result."""
+    return saved.gamma is not None or saved.drop_path.scale is not None or saved.routing.row_index is not None
 
 
 def routed_ffn(given: RoutedFFNInputs) -> RoutedFFNOutputs:
@@ -83,8 +88,12 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     ranges = list(row_slices(routing))
     u, v = (saved.u, saved.v) if saved.u is not None else project(z, weights, ranges)
     dy, dgamma = saved.grad_out.to(z.dtype), None
-    if saved.gamma is not None or saved.drop_path.scale is not None or routing.row_index is not None:
-        _, dy, dgamma, *_ = RESIDUAL.backward.run(*as_branch_saved(saved, needs))
+    db2 = [torch.empty_like(b2) if need else None for b2, need in zip(weights.b2, wanted.b2, strict=True)]
+    scaled = is_scaled(saved)
+    if scaled or any(wanted.b2):
+        branch, needed = as_branch_saved(saved._replace(grad_out=saved.grad_out if scaled else dy), needs)
+        found = residual_backward_and_sums(branch, needed._replace(y=scaled), db2, ranges)
+        dy, dgamma = found.y if scaled else dy, found.gamma
     dn = torch.empty_like(u)
     for m, rows in enumerate(ranges):
         torch.mm(dy[rows], weights.w2[m], out=dn[rows])
@@ -101,7 +110,7 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
         gated.norm_weight,
         gated.norm_bias,
         weight_gradients(dy, n, ranges, wanted.w2),
-        [dy[ranges[m]].sum(0) if need else None for m, need in enumerate(wanted.b2)],
+        db2,
     )
     return RoutedFFNGradients(input_gradient(gated.u, gated.v, z, weights, ranges), gradients, None, dgamma)
 

@@ -1,10 +1,14 @@
 """The command `onepeace-fast demo` at a reduced size: what it prints, what it leaves behind, and what it refuses."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import re
 import sys
 import wave
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -46,14 +50,34 @@ def reduced(monkeypatch, spoken, tmp_path):
         yield
 
 
+class FirstRun(NamedTuple):
+    """A short run: its folder, what it left there and what it printed."""
+
+    folder: Path
+    left: set[str]
+    printed: str
+    kept_threads: bool
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, spoken):
-    """A folder that a short run has filled."""
-    folder = tmp_path_factory.mktemp("trained") / "report"
-    with pytest.MonkeyPatch.context() as patch, use_backend("reference"):
-        reduce(patch, spoken, folder.parent)
+def first_run(tmp_path_factory, spoken):
+    """One run for all tests that look at what it did."""
+    folder, threads, printed = (
+        tmp_path_factory.mktemp("trained") / "new" / "folder",
+        torch.get_num_threads(),
+        io.StringIO(),
+    )
+    with pytest.MonkeyPatch.context() as patch, use_backend("reference"), contextlib.redirect_stdout(printed):
+        reduce(patch, spoken, folder.parent.parent)
         assert demo("--output", folder, steps=5) == 0
-    return folder
+    left = {path.name for path in folder.iterdir()}
+    return FirstRun(folder, left, printed.getvalue(), torch.get_num_threads() == threads)
+
+
+@pytest.fixture
+def trained(first_run):
+    """A folder that a short run has filled."""
+    return first_run.folder
 
 
 def demo(*arguments, steps=2):
@@ -69,23 +93,20 @@ def recording(path, samples, rate=16_000):
     return path
 
 
-def test_demo_trains_both_stages_and_leaves_a_report_and_a_model(tmp_path, capsys):
-    threads = torch.get_num_threads()
-    assert demo("--output", tmp_path / "new" / "folder", steps=5) == 0
-    printed = capsys.readouterr()
-    assert "2 steps, images" in printed.out and "3 steps, sounds" in printed.out
-    assert re.search(r"sound finds image +[\d.]+% +[\d.]+%\n", printed.out)
-    assert "Both backends compute the same" in printed.out
-    assert re.search(r"image-text: fused is .+; automatic is .+\n", printed.out)
-    assert "automatic backend, one CPU thread" in printed.out
-    assert max(map(len, printed.out.partition("What to try next")[0].splitlines())) <= 110
-    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == {"index.html", "model"}
-    assert torch.get_num_threads() == threads
+def test_demo_trains_both_stages_and_leaves_a_report_and_a_model(first_run):
+    printed = first_run.printed
+    assert "2 steps, images" in printed and "3 steps, sounds" in printed
+    assert re.search(r"sound finds image +[\d.]+% +[\d.]+%\n", printed)
+    assert "Both backends compute the same" in printed
+    assert re.search(r"image-text: fused is .+; automatic is .+\n", printed)
+    assert "automatic backend, one CPU thread" in printed
+    assert max(map(len, printed.partition("What to try next")[0].splitlines())) <= 110
+    assert first_run.left == {"index.html", "model"}
+    assert first_run.kept_threads
 
 
-def test_what_to_try_next_can_be_typed_as_it_stands(trained, tmp_path, capsys, spoken):
-    assert demo("--output", trained) == 0
-    (line,) = (line for line in capsys.readouterr().out.splitlines() if "--wav" in line)
+def test_what_to_try_next_can_be_typed_as_it_stands(first_run, tmp_path, spoken):
+    (line,) = (line for line in first_run.printed.splitlines() if "--wav" in line)
     arguments = re.search(r"onepeace-fast (demo .*?--wav) mine.wav", line)[1].split()
     assert cli.main([*arguments, str(recording(tmp_path / "mine.wav", spoken[1].sounds[0]))]) == 0
 

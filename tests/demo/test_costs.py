@@ -89,6 +89,7 @@ def test_the_peak_counts_what_is_alive_at_once():
     assert 2_000_000 <= costs.peak_bytes(call, torch.device("cpu")) < 2_100_000
 
 
+@pytest.mark.slow
 def test_the_profiler_prints_nothing():
     code = "import torch; from onepeace_fast.demo import costs; "  # in a process of its own: it reads its level once
     code += "costs.peak_bytes(lambda: torch.ones(9), torch.device('cpu'))"

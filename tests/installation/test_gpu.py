@@ -134,6 +134,7 @@ def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not
     assert tests[0].judge(1, ["1 failed"]) == (FAILED, "exit code 1: 1 failed")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 def test_parity_finds_tests_of_agreement_and_of_repeats():
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-k", plan.PARITY]

@@ -55,7 +55,7 @@ OPTIONS = {
     "norm behind attention": {"attention_layer_norm": True, "sub_layer_norm": False},
     "no norm in the FFN": {"ffn_layer_norm": False},
 }
-SELDOM = ("checkpointed", "norm behind attention", "no norm in the FFN")
+SELDOM = ("checkpointed", "plain", "norm behind attention", "no norm in the FFN")
 
 
 @pytest.mark.parametrize(

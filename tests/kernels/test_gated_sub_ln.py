@@ -42,7 +42,8 @@ def check(counts, width, dtype, activation="gelu", eps=1e-5, **form) -> None:
 @DTYPE
 @pytest.mark.parametrize("width", (63, 64, 200) if REFERENCE_ONLY else WIDTHS)
 def test_values_and_gradients_follow_the_naive_ones(width, dtype):
-    for counts, inert in first((([5, 0, 2], 2), ([0, 0], 3), ([0], 0), ([1], 0)), 2):
+    shapes = (([5, 0, 2], 2), ([0, 0], 3), ([0], 0), ([1], 0))
+    for counts, inert in shapes[:1] if width == 6144 and INTERPRETED else first(shapes, 2):
         check(counts, width, dtype, inert=inert)
 
 

@@ -1,5 +1,7 @@
 """``residual``, ``residual_layer_norm`` and ``residual_rms_norm``, by the reference and by the kernels."""
 
+from itertools import accumulate, pairwise
+
 import pytest
 import torch
 from support import contract
@@ -27,6 +29,8 @@ from onepeace_fast.kernels.launch_heuristic import Parameters
 from onepeace_fast.kernels.launch_parameters import use_launch_parameters
 from onepeace_fast.ops.arguments import MAX_WIDTH
 from onepeace_fast.ops.dropout import dropout_factor
+from onepeace_fast.ops.residual import residual_backward_and_sums
+from onepeace_fast.structures import Dropout, DropPath, ResidualGradients, ResidualSaved, Routing
 from onepeace_fast.tolerance import DTYPES
 
 NORM = pytest.mark.parametrize("norm", (NO_NORM, LAYER_NORM, RMS_NORM))
@@ -317,6 +321,32 @@ def test_the_gradient_of_rows_that_an_index_leaves_out_is_not_read_for_gamma():
     given[0][[1, 2, 3, 4]] = torch.nan
     actual = contract.run(call, leaves, given)[1]
     assert torch.equal(actual["gamma"], expected["gamma"]) and torch.equal(actual["y"], expected["y"])
+
+
+@pytest.mark.parametrize("dtype", dict.fromkeys((CHECKED, torch.float64)), ids=str)
+@pytest.mark.parametrize("counts", ([7], [0, 5, 9, 0, 3]))
+def test_the_branch_s_gradient_is_summed_over_the_rows_of_each_modality(counts, dtype):
+    bounds = [0, *accumulate(counts)]
+    ranges, rows = [slice(start, stop) for start, stop in pairwise(bounds)], bounds[-1] + 2
+    tensors = normal(rows, 64, seed=1), normal(64, seed=2), normal(rows, 64, seed=3)
+    grad, gamma, y = (tensor.to(DEVICE, dtype) for tensor in tensors)
+    nothing = dict.fromkeys(("grad_normed", "out", "norm_weight", "norm_bias", "mean", "rstd"))
+    for scale in (gamma, None):
+        saved = ResidualSaved(
+            grad_out=grad, y=y, gamma=scale, drop_path=DropPath(), dropout=Dropout(), routing=Routing(int32(bounds)),
+            y_dtype=dtype, **nothing,
+        )  # fmt: skip
+        sums = [None if m == 2 else torch.empty_like(gamma) for m in range(len(counts))]
+        needs = ResidualGradients(False, scale is not None, scale is not None, False, False)
+        found = residual_backward_and_sums(saved, needs, sums, ranges)
+        dy = grad if scale is None else grad * scale
+        for m, into in enumerate(sums):
+            if into is not None:
+                torch.testing.assert_close(into, dy[ranges[m]].sum(0))
+        assert (found.y is None) == (scale is None)
+        if scale is not None:
+            torch.testing.assert_close(found.y[: bounds[-1]], dy[: bounds[-1]])
+            torch.testing.assert_close(found.gamma, (grad * y)[: bounds[-1]].sum(0))
 
 
 def test_offsets_are_read_on_the_device():

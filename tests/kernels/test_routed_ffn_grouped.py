@@ -43,7 +43,8 @@ from onepeace_fast.tolerance import assert_within_rule, errors
 WIDTH, HIDDEN = 96, 200  # neither is a multiple of a tile
 COUNTS = [5, 0, 40]
 MANY = [1, 0, 64, 3, 0, 33, 2]
-RAGGED = ([64, 1, 63], MANY) if DEVICE == "cuda" else ([300], [65, 0], [64, 1, 63], MANY)
+RAGGED = ([64, 1, 63], MANY) if DEVICE == "cuda" else ([300], [65, 0], [64, 1, 63])
+CASES = [(counts, PRODUCT_DTYPE) for counts in RAGGED] + ([] if DEVICE == "cuda" else [(MANY, HALF)])
 GROUPED = {"strategy": "grouped"}
 
 
@@ -63,8 +64,7 @@ def check(counts, dtype, options=ALL, inert=0, width=WIDTH, hidden=HIDDEN, leave
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("counts", RAGGED, ids=str)
+@pytest.mark.parametrize("counts, dtype", CASES, ids=str)
 def test_values_and_gradients_follow_the_naive_ones(counts, dtype):
     check(counts, dtype, inert=7)
 
@@ -74,7 +74,7 @@ def test_the_ffn_without_a_gate_a_norm_and_a_residual_follows_the_naive_one():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("drop_path", ([1.25, 1.25, 1.25], [0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
+@pytest.mark.parametrize("drop_path", ([0.0, 0.0, 0.0], [1.25, 0.0, 1.25]), ids=str)
 def test_rows_come_back_where_the_index_says(drop_path, dtype):
     counts, stream_rows = [17, 0, 30], 60
     order = torch.randperm(stream_rows, generator=torch.Generator().manual_seed(0))
@@ -126,7 +126,7 @@ def test_what_is_recomputed_has_the_bits_of_what_is_kept():
 
 
 def test_without_gradients_the_result_is_the_same():
-    leaves = on_device(leaves_of(COUNTS, WIDTH, HIDDEN), HALF)
+    leaves = on_device(leaves_of(COUNTS, *product_size(16, 72)), HALF)
     expected = contract.run(op(COUNTS, **GROUPED), leaves)[0][0]
     with torch.no_grad():
         assert torch.equal(op(COUNTS, **GROUPED)(**leaves), expected)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="only the interpreter ca
 CPU = torch.device("cpu")
 SIZES = ((40, 64), (43, 384), (8, 4100))  # rows, width: several programs, a last block that is not full, rows in parts
 CASES = [
-    pytest.param(size, i, marks=[pytest.mark.slow] if size == SIZES[-1] else [])
+    pytest.param(size, i, marks=[] if size == SIZES[1] else [pytest.mark.slow])
     for size in SIZES
     for i in range(len(list(kernel_cases(*size, torch.float16, random_tensors(CPU), CPU))))
 ]
@@ -122,7 +122,7 @@ def test_the_launches_of_a_whole_layer_touch_each_row_once():
                 moved = launch.elements()["loads", name] + launch.elements()["stores", name]
                 assert moved == tensor.numel(), f"{launch.kernel}: {moved} of the {tensor.numel()} elements of {name}"
                 found.add(launch.kernel)
-    assert found == {op.op for op in LEAST}
+    assert found == {op.op for op in LEAST if not op.weight}
 
 
 def test_the_count_sees_what_is_read_twice_and_what_is_left_out():

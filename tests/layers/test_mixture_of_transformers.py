@@ -69,10 +69,8 @@ def test_torch_draws_the_recorded_numbers():
         torch.testing.assert_close(value.flatten()[:8], recording()[f"first.{name}"], rtol=1e-6, atol=0, msg=name)
 
 
-@pytest.mark.filterwarnings("ignore:RoutedFFN")
-@pytest.mark.parametrize("way", ("tokens", "packed", "parts"))
-@pytest.mark.parametrize("case", ("partition", "partition_flat", "empty1", "overlap"))
-def test_outputs_and_every_gradient_are_the_recorded_ones(case, way):
+def check(case: str, way: str) -> None:
+    """Outputs and every gradient are the recorded ones."""
     flat, tensors = case.endswith("_flat"), recording()
     case = case.removesuffix("_flat")
     upstream, shape = Upstream().to(DEVICE), (-1, DIM) if flat else tensors["input.x"].shape
@@ -93,6 +91,13 @@ def test_outputs_and_every_gradient_are_the_recorded_ones(case, way):
     if case == "empty1":
         assert all(parameter.grad is not None and not parameter.grad.any()
                    for parameter in upstream.local_experts[1].parameters())  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:RoutedFFN")
+@pytest.mark.parametrize("way", ("tokens", "packed", "parts"))
+@pytest.mark.parametrize("case", ("partition", "partition_flat", "empty1", "overlap"))
+def test_outputs_and_every_gradient_are_the_recorded_ones(case, way):
+    check(case, way)
 
 
 def test_small_inputs_show_the_norm_s_eps():

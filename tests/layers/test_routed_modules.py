@@ -28,6 +28,9 @@ from onepeace_fast.layers import plain
 from onepeace_fast.layers.routed import ffn as ffn_file
 
 MODULES = pytest.mark.parametrize("name", modules())
+# A module of each class, the networks by one op and by several; the others compile the same code.
+QUICK = ("linear", "RMSNorm", "GeGLU by tanh, Sub-LayerNorm, output bias", "biases, RMSNorm before and behind")
+COMPILED = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in modules()]
 
 
 def check(module, ids, dim=DIM):
@@ -122,7 +125,7 @@ def test_a_state_dict_and_a_copy_hold_all(name):
     assert torch.equal(module(x, plan), out) and not torch.equal(twin(x, plan), out)
 
 
-@MODULES
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_module_compiles_in_one_graph(name):
     module, plan = modules()[name], plan_of(BATCHES["mixed"])
     x = tokens(8).requires_grad_()

@@ -199,6 +199,19 @@ def test_every_part_is_obeyed_by_both_backends(part, change):
     check_obeyed(part, ON_ALL[change])
 
 
+JOINED = small_config(layers=1)  # without a norm behind it the output projection is in one op with the residual
+PLAIN_JOINED = two_steps("reference", "", None, config=JOINED)
+
+
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [(part, change) for part in ("self_attn.out_proj", "self_attn") for change in ON_ALL]
+    + [("self_attn.out_proj", change) for change in ON_WEIGHTS],
+)
+def test_what_ends_attention_s_branch_is_obeyed_by_both_backends(part, change):
+    check_obeyed(f"layers.0.{part}", (ON_ALL | ON_WEIGHTS)[change], plain=PLAIN_JOINED, config=JOINED)
+
+
 @pytest.mark.parametrize("change", ["wrapped", "forward hook", "backward pre-hook"])
 def test_a_table_of_the_bias_is_obeyed_by_both_backends(change):
     check_obeyed(TABLE, ON_ALL[change])

@@ -77,7 +77,7 @@ def test_autocast_runs_attention_and_ffn_in_bfloat16_and_keeps_the_residual_stre
         with Dtypes() as dtypes:
             model.encode(**batch)
     assert dtypes.seen["routed_ffn"] == dtypes.seen["relative_bias_attention"] == {torch.bfloat16}
-    assert dtypes.seen["residual"] == {torch.float32}
+    assert dtypes.seen["linear_residual"] == {torch.float32}
     assert {gradient.dtype for gradient in gradients_of(model, loss).values()} == {torch.float32}
 
 

@@ -83,12 +83,12 @@ def test_the_sizes_that_the_tests_look_for_are_distinct():
     assert not vectors & (PADDED | SAMPLE_LENGTHS | SEGMENT_LENGTHS | {TOTAL})
 
 
-def test_every_layer_calls_the_four_ops():
+def test_every_layer_calls_the_ops_of_its_branches():
     calls = record("fused", backward=True).calls
     for suffix in ("", "_backward"):
         got = {name: calls[f"onepeace_fast::{name}{suffix}"] for name in ("relative_bias_attention", "routed_ffn")}
         assert got == {"relative_bias_attention": LAYERS, "routed_ffn": LAYERS}
-        assert calls[f"onepeace_fast::residual{suffix}"] == LAYERS
+        assert calls[f"onepeace_fast::linear_residual{suffix}"] == LAYERS  # that of attention
         assert calls[f"onepeace_fast::layer_norm{suffix}"] == 2 * LAYERS + 1  # before and inside attention; final
 
 

@@ -22,4 +22,4 @@ class LostClock(HostClock):
 
 def tiny_runner(seconds: float = 60.0, no_compile: str | None = None) -> Runner:
     """Three rounds by the host's clock."""
-    return Runner(HostClock(), Budget(seconds, no_compile), rounds=3, tolerance=1e-4)
+    return Runner(HostClock(), Budget(seconds, no_compile), rounds=3, memory=False)

@@ -1,9 +1,9 @@
 """A clock for tests: what calls take is what they say."""
 
-from onepeace_fast.timing import Taken
+from onepeace_fast.timing import HostClock, Taken
 
 
-class MadeUpClock:
+class MadeUpClock(HostClock):
     """Takes what a call returns for its time."""
 
     recovered = 0
@@ -15,3 +15,6 @@ class MadeUpClock:
     def recover(self):
         """Count."""
         self.recovered += 1
+
+    def sample(self):
+        """It has no rate."""

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from onepeace_fast.attention_structures import AttentionInputs, BiasVectors, KeySegments, Segments
+from onepeace_fast.linear_residual_structures import LinearResidualInputs
 from onepeace_fast.ops.gated_sub_ln import GATED_SUB_LN
 from onepeace_fast.ops.layer_norm import LAYER_NORM
+from onepeace_fast.ops.linear_residual import LINEAR_RESIDUAL
 from onepeace_fast.ops.operation import Operation
 from onepeace_fast.ops.projections import PROJECTIONS
 from onepeace_fast.ops.relative_bias_attention import RELATIVE_BIAS_ATTENTION
@@ -56,6 +58,10 @@ def rowwise_inputs(
         (RESIDUAL, ResidualInputs(x, y, gamma, drop_path, Dropout(0.1, seed), branch, weight, bias, 1e-5)),
         (GATED_SUB_LN, GatedSubLNInputs(u, v, weights.norm_weight, weights.norm_bias, routing, "gelu", 1e-5)),
     ]
+    joined = LinearResidualInputs(
+        x, u, weights.w2[0], weights.b2[0], gamma, drop_path, branch, weight, bias, 1e-5, keep_y=False
+    )
+    found.append((LINEAR_RESIDUAL, joined))
     found.append((ROUTED_LINEAR, RoutedLinearInputs(y, weights.w0, weights.norm_bias, routing)))
     found.append((PROJECTIONS, ProjectionsInputs(y, weights.w0, weights.norm_bias[1:], (*range(1, modalities),))))
     for strategy in strategies:

@@ -108,15 +108,14 @@ def slices_of(counts: Sequence[int]) -> dict[str, list[slice]]:
     return dict.fromkeys(("out0", "z", "residual"), parts)
 
 
-def check_nan_in_inert_rows(
-    call: Callable[..., Tensor], counts: Sequence[int], leaves: dict[str, Tensor], poisoned: str
-) -> None:
-    """Assert that NaN in the inert rows of a leaf, or of the output's gradient, changes no bit of the other rows."""
+def check_nan_in_inert_rows(call: Callable[..., Tensor], counts: Sequence[int], leaves: dict[str, Tensor]) -> None:
+    """Assert that NaN in the inert rows of z, residual and the output's gradient changes no bit of the other rows."""
     real, inert = sum(counts), len(leaves["z"]) - sum(counts)
     given = [normal(*leaves["z"].shape, seed=9).to(leaves["z"].device)]
     given[0][-inert:] = 0
     expected = contract.run(call, leaves, given)
-    (given[0] if poisoned == "gradient" else leaves[poisoned])[-inert:] = torch.nan
+    for tensor in (leaves["z"], leaves["residual"], given[0]):
+        tensor[-inert:] = torch.nan
     actual = contract.run(call, leaves, given)
     assert torch.equal(actual[0][0][:-inert], expected[0][0][:-inert])
     for name, gradient in expected[1].items():

@@ -32,7 +32,7 @@ EVERY_DTYPE = tuple(dict.fromkeys((torch.float64, *CONTRACT_DTYPES)))  # the ref
 PRODUCT_SIZE = (96, 200) if DEVICE == "cuda" else None
 interpreter_only = pytest.mark.skipif(DEVICE == "cuda", reason="many programs to compile: a CPU runs these")
 MANY_ROWS = 9500 if DEVICE == "cuda" else 400
-REPEATS = 50 if DEVICE == "cuda" else 10 if REFERENCE_ONLY else 3  # the interpreter runs one program after another
+REPEATS = 50 if DEVICE == "cuda" else 10 if REFERENCE_ONLY else 2  # the interpreter runs one program after another
 
 
 def on_device(leaves: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
 
@@ -20,6 +21,12 @@ from tools.kernel_model.timeline import exposed_loads, warp_clocks
 PIECES = ("main", "epilogue", "before")
 # A product that adds a few columns, as many as the argument says, in a loop of their own before the others.
 SHORT_LOOPS = {"routed_ffn_output": "a_tiles"}
+# Launches that add up partial sums, and how many at a time; a program takes one of several loops, each of a vector.
+SUMS = {
+    "partial_sums": "BLOCK_PROGRAMS",
+    "routed_ffn_sum_norm_tiles": "BLOCK_TILES",
+    "routed_ffn_sum_row_tiles": "BLOCK_TILES",
+}
 SCHEDULERS = 4  # of a multiprocessor; each has a quarter of a program's warps
 
 
@@ -115,10 +122,29 @@ def _shared_bytes(one: sass.Instruction) -> int:
     return 0
 
 
+def partial_sums(launch: Launch) -> int:
+    """The most partial sums that a program of a launch in ``SUMS`` adds up."""
+    constant, given = launch.configuration.constants, launch.configuration.arguments
+    if launch.kernel == "routed_ffn_sum_norm_tiles":
+        return given["row_tiles"]
+    bounds = [0, given["rows"]] if given["offsets"] is None else given["offsets"].tolist()
+    if launch.kernel == "routed_ffn_sum_row_tiles":
+        tiles = [-(-(stop - start) // constant["BLOCK_ROWS"]) for start, stop in pairwise(bounds)]
+        return max(tiles) if given["dgamma"] is None else sum(tiles)
+    # Of the programs that left them, those with rows of the norm.
+    modalities = given["modalities_per_norm"] or 1
+    start, stop = bounds[given["norm"] * modalities], bounds[(given["norm"] + 1) * modalities]
+    rows = -(-bounds[-1] // given["programs"])
+    share = max(-(-rows // constant["BLOCK_ROWS"]), 1) * constant["BLOCK_ROWS"]
+    return -(-stop // share) - start // share if start < stop else 0
+
+
 def trips(launch: Launch) -> int:
-    """Turns of the main loop in each program of a kernel without products."""
+    """Turns of the main loop in a program of a kernel without products, the most of all programs."""
     configuration, (programs, *_) = launch.configuration, launch.configuration.grid
     constant, given = configuration.constants, configuration.arguments
+    if launch.kernel in SUMS:
+        return -(-partial_sums(launch) // constant[SUMS[launch.kernel]])
     if "PARTS" in constant:  # its programs walk over shares of the rows
         blocks = -(-given["rows"] // constant["BLOCK_ROWS"])
         return -(-blocks // programs)
@@ -166,6 +192,12 @@ def without_short(part: Pieces, steps: int) -> Pieces:
     return Pieces([main], [*main.code], part.after, [*part.before, *short.code * steps])
 
 
+def of_one_sum(part: Pieces) -> Pieces:
+    """Of several loops, each over the partial sums of a vector, the longest: a program takes one of them."""
+    longest = max(part.main, key=lambda loop: len(loop.code))
+    return part._replace(main=[longest], working=[*longest.code])
+
+
 def behind_copies(code: Code, part: Pieces, loads: Span, constants_of: Mapping[str, Any]) -> Code:
     """A turn that reads what earlier turns copied ahead: so many of them take at least as long as a load."""
     if not any(one.base == "LDGSTS" for one in part.working):
@@ -184,6 +216,8 @@ def read(launch: Launch, name: str, architecture: str, text: str, ttgir: str, us
     has_products = any(one.kind == "products" for one in found_parts[0].working)
     if launch.kernel in SHORT_LOOPS and len(found_parts[0].main) == 2:
         found_parts[0] = without_short(found_parts[0], _steps_of_short(launch))
+    if launch.kernel in SUMS:
+        found_parts[0] = of_one_sum(found_parts[0])
     # An epilogue reads what the caches hold and what they do not; a kernel over rows reads all from memory.
     near = Span(latency["l2"], latency["memory"])
     loads = near if has_products else Span(latency["memory"], constants().loaded_latency * latency["memory"])

@@ -5,27 +5,11 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from onepeace_fast.estimate.constants import FILE, Span
+
 CHIP_PARTS = ("warps_per_clock", "shared_bytes_per_clock", "cache_bytes_per_clock", "latency_clocks")
-FILE = Path(__file__).with_name("constants.json")
-
-
-class Span(NamedTuple):
-    """A range, from the least to the most."""
-
-    low: float
-    high: float
-
-    @property
-    def middle(self) -> float:
-        """Halfway."""
-        return (self.low + self.high) / 2
-
-    def __add__(self, other: Any) -> Span:
-        """Both ends added to those of another."""
-        return Span(self.low + other.low, self.high + other.high)
 
 
 class GPU(NamedTuple):

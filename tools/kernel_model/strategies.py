@@ -23,10 +23,9 @@ LAUNCHES = {
     "per modality": (("gated_sub_ln:", "residual:"), EVERY),
     "hybrid": (("hybrid:",), tuple(name for name in EVERY if name != "dh")),
 }
-# Row tensors that are moved outside products and kernels of this library: sums for gradients of the biases of q, v and
-# the output projection; of the FFN's output bias by a strategy of vendor products only, which reads dy once more.
-BIAS_GRADIENTS = 3
-FEED_FORWARD_BIAS = {"per modality": 1}
+# Row tensors that are moved outside products and kernels of this library: sums for gradients of the biases of q and v.
+BIAS_GRADIENTS = 2
+# The residual is joined with the output projection; alone it moves a row tensor or two more, and two weights less.
 AROUND = ("layer_norm_and_stream:", "layer_norm:", "residual_layer_norm:")  # before attention, within and after it
 
 
@@ -53,11 +52,11 @@ def strategies(times: Mapping[str, Span], gpu: GPU, shape: Shape) -> list[Strate
     attention, bare_attention = _attention(gpu, shape)
     bare = sum(vendor.values())
     outside = _total([_of(times, prefix) for prefix in AROUND])
-    outside += _one(projections + attention + BIAS_GRADIENTS * rows)
+    outside += projections + attention + BIAS_GRADIENTS * rows
     found = []
     for name, (prefixes, by_vendor) in LAUNCHES.items():
-        beside = sum(vendor[product] for product in by_vendor) + FEED_FORWARD_BIAS.get(name, 0) * rows
-        time = _total([_of(times, prefix) for prefix in prefixes]) + _one(beside)
+        beside = sum(vendor[product] for product in by_vendor)
+        time = _total([_of(times, prefix) for prefix in prefixes]) + beside
         layer = time + outside
         layer_bare = bare + projections + bare_attention
         found.append(Strategy(name, time, _over(time, bare), layer, _over(layer, layer_bare)))
@@ -73,10 +72,6 @@ def _of(times: Mapping[str, Span], prefix: str) -> Span:
 
 def _total(times: Sequence[Span]) -> Span:
     return Span(sum(time.low for time in times), sum(time.high for time in times))
-
-
-def _one(time: float) -> Span:
-    return Span(time, time)
 
 
 def _over(time: Span, base: float) -> Span:

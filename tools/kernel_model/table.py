@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tools.kernel_model import summary
 from tools.kernel_model.compiled import PIECES, Compiled
 from tools.kernel_model.constants import GPU, Span, constants
 from tools.kernel_model.estimate import Estimate, estimate
@@ -247,6 +248,8 @@ def write(found: Result, folder: Path = FOLDER, before: Result | None = None) ->
         path = folder / f"model_{found['date']}.{number}.json"
     write_json(path, found)
     write_text(path.with_name(f"{path.stem}.md"), document(found, before))
+    if folder == FOLDER:
+        write_text(summary.FILE, summary.text(found, path.name))
     return path
 
 

@@ -1,0 +1,1 @@
+"""``onepeace-fast report``: pictures and a page of result files, and what changed between two."""
