@@ -22,6 +22,7 @@
 #include "backward_workspace.cuh"
 #include "bias_gradient.cuh"
 #include "entry_sums.cuh"
+#include "gradient_rows.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 #include "spread_key_block.cuh"
@@ -33,9 +34,9 @@ namespace onepeace_fast {
 template <typename Launch>
 using Pairs = float[Launch::SLOTS][HALVES][2][4];
 
-// Of a warp: the gradient of its keys or values.
-template <typename Launch>
-using KeyRows = float[Launch::SLOTS][Launch::HEAD_DIM / 8][4];
+// Of a warp: the gradient of its keys or values, of which a head has SIZE.
+template <typename Launch, int SIZE>
+using KeyRows = float[Launch::SLOTS][SIZE / 8][4];
 
 // The key block of a slot of a warp, counted from the walk's first; past the last one where there are fewer.
 template <typename Launch>
@@ -43,23 +44,22 @@ __device__ __forceinline__ int own_key_block(int warp, int slot) {
     return slot * Launch::WARPS + warp;
 }
 
-// pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, HEAD_DIM], queries [TILE, HEAD_DIM], both in shared memory.
-template <typename Launch, typename T>
+// pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, SIZE], queries [TILE, SIZE], both in shared memory.
+template <typename Launch, int SIZE, typename T>
 __device__ __forceinline__ void multiply(
     int warp, Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const int lane = thread_index() % WARP;
 #pragma unroll
-    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+    for (int k = 0; k < SIZE / 16; ++k) {
         uint32_t b[HALVES][4];
 #pragma unroll
-        for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
+        for (int half = 0; half < HALVES; ++half) transposed_right_operand<SIZE>(b[half], queries, lane, half, k);
 #pragma unroll
         for (int slot = 0; slot < Launch::SLOTS; ++slot) {
             const int key_block = own_key_block<Launch>(warp, slot);
             if (key_block >= key_blocks) continue;
             uint32_t a[4];
-            left_operand<HEAD_DIM>(a, keys, lane, key_block, k);
+            left_operand<SIZE>(a, keys, lane, key_block, k);
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
                 mma<T>(pairs[slot][half][0], a, b[half][0], b[half][1]);
@@ -69,11 +69,11 @@ __device__ __forceinline__ void multiply(
     }
 }
 
-// rows += pairs queries: queries [TILE, HEAD_DIM] in shared memory.
-template <typename Launch, typename T>
+// rows += pairs queries: queries [TILE, SIZE] in shared memory.
+template <typename Launch, int SIZE, typename T>
 __device__ __forceinline__ void accumulate(
-    int warp, KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM, SLOTS = Launch::SLOTS;
+    int warp, KeyRows<Launch, SIZE>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
+    constexpr int SLOTS = Launch::SLOTS;
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
@@ -81,9 +81,9 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) left_operand<T>(a[slot], pairs[slot][half][0], pairs[slot][half][1]);
 #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 16; ++j) {
+        for (int j = 0; j < SIZE / 16; ++j) {
             uint32_t b[4];
-            right_operand<HEAD_DIM>(b, queries, lane, half, j);
+            right_operand<SIZE>(b, queries, lane, half, j);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
                 if (own_key_block<Launch>(warp, slot) >= key_blocks) continue;
@@ -255,7 +255,8 @@ __device__ __forceinline__ void walk_keys(
     const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
     const int warp = warp_index();
-    KeyRows<Launch> key_gradient = {}, value_gradient = {};
+    KeyRows<Launch, Launch::HEAD_DIM> key_gradient = {};
+    KeyRows<Launch, Launch::VALUE_DIM> value_gradient = {};
     SpreadKeyBlock<T, Launch, LARGE> spread{backward};
     const bool has_spread = key_blocks > spread.KEY_BLOCK;
     if (has_spread) spread.begin();
@@ -280,21 +281,21 @@ __device__ __forceinline__ void walk_keys(
         const bool spreads = seen > spread.KEY_BLOCK;
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
-        multiply<Launch>(warp, probabilities, shared.keys, shared.queries[stage], seen);
+        multiply<Launch, Launch::HEAD_DIM>(warp, probabilities, shared.keys, shared.queries[stage], seen);
 #pragma unroll
         for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
             const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(warp, slot);
             if (key_block < seen) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
         }
-        accumulate<Launch>(warp, value_gradient, probabilities, shared.grad[stage], seen);
-        multiply<Launch>(warp, gradients, shared.values, shared.grad[stage], seen);
+        accumulate<Launch, Launch::VALUE_DIM>(warp, value_gradient, probabilities, shared.grad[stage], seen);
+        multiply<Launch, Launch::VALUE_DIM>(warp, gradients, shared.values, shared.grad[stage], seen);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
         const float row_sum = find_row_sum(spread, stage, seen, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
         differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
         leave_score_gradient(warp, backward, gradients, seen);
-        accumulate<Launch>(warp, key_gradient, gradients, shared.queries[stage], seen);
+        accumulate<Launch, Launch::HEAD_DIM>(warp, key_gradient, gradients, shared.queries[stage], seen);
         Sums sums{};
         if (backward.is_learned()) {
             sums = prepare_sums(backward, row_sum);
@@ -324,9 +325,11 @@ __device__ __forceinline__ void walk_keys(
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& backward) {
     auto& shared = backward.shared;
-    backward.fill(backward.gradients.q, shared.sample, NAN);
-    backward.fill(backward.gradients.k, shared.key_sample, NAN);
-    backward.fill(backward.gradients.v, shared.key_sample, NAN);
+    const int modalities = backward.arguments.modalities;
+    const auto& gradients = backward.gradients;
+    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.q, shared.sample, modalities, NAN);
+    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.k, shared.key_sample, modalities, NAN);
+    fill_rows<T, Launch::VALUE_DIM, Launch::THREADS>(gradients.v, shared.key_sample, modalities, NAN);
     if (thread_index() == 0) {
         shared.scale_sums[0] = NAN;
         shared.is_finite = false;
@@ -349,16 +352,14 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 // Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
 // model of an H100, never by device memory. Where codes are runs, bias and gradient cost about 330 of 1,640 issue slots
 // of a warp's 32 x 32 pairs, of other codes about 1,100.
-template <typename T, int HEAD_DIM, bool COMPACT, bool LARGE>
-__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1) attention_backward_kernel(
+template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT, bool LARGE>
+__global__ void __launch_bounds__((BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>::THREADS), 1) attention_backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
-    using Launch = BackwardLaunch<HEAD_DIM, COMPACT>;
+    using Launch = BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>;
     const int group = blockIdx.z, part = blockIdx.x;
-    if (group == workspace.groups) {
-        return zero_inert_rows<T, Launch>(arguments, gradients);
-    }
+    if (group == workspace.groups) return zero_inert_rows<T, Launch>(arguments, gradients);
     auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());
     const Backward<T, Launch, LARGE> backward{arguments, gradients, workspace, shared};
     backward.begin();
@@ -375,7 +376,7 @@ __global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1)
         const int end = workspace.first_key_block(part + 1, key_blocks);
         const bool is_whole = workspace.walks_whole(shared.key_sample);
         if (is_whole && key_blocks == 0) {
-            backward.fill(gradients.q, shared.sample, 0.f);
+            fill_rows<T, HEAD_DIM, Launch::THREADS>(gradients.q, shared.sample, arguments.modalities, 0.f);
         } else if (is_whole || workspace.query_parts) {
 #pragma unroll 1
             for (int key_block = first, taken = 0; key_block < end; key_block += taken) {

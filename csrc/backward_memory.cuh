@@ -15,6 +15,7 @@
 #include "block_difference.cuh"
 #include "difference_sums.cuh"
 #include "forward_memory.cuh"
+#include "gradient_rows.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 #include "tile.cuh"
@@ -26,7 +27,8 @@ template <typename T, typename Launch_, bool LARGE>
 struct Backward {
     using Launch = Launch_;
     using Memory = BackwardShared<T, Launch>;
-    static constexpr int HEAD_DIM = Launch::HEAD_DIM, THREADS = Launch::THREADS, ROW_CHUNKS = HEAD_DIM / CHUNK;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, VALUE_DIM = Launch::VALUE_DIM, THREADS = Launch::THREADS;
+    static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
 
     const RelativeBiasAttention& arguments;
     const RelativeBiasAttentionGradients& gradients;
@@ -177,10 +179,12 @@ struct Backward {
         __syncthreads();  // every key block is known
 #pragma unroll 1
         for (int i = thread; i < key_blocks * BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
-            const int from = find_key(row).index;
-            cp_async_16(shared.keys + target, find_head_row<T>(arguments.k, from) + chunk * CHUNK);
-            cp_async_16(shared.values + target, find_head_row<T>(arguments.v, from) + chunk * CHUNK);
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, from = find_key(row).index;
+            T* target = shared.keys + swizzled<HEAD_DIM>(row, chunk);
+            cp_async_16(target, find_head_row<T>(arguments.k, from) + chunk * CHUNK);
+            if (!has_value(chunk)) continue;
+            target = shared.values + swizzled<VALUE_DIM>(row, chunk);
+            cp_async_16(target, find_head_row<T>(arguments.v, from) + chunk * CHUNK);
         }
 #pragma unroll 1
         for (int i = thread; i < key_blocks * BLOCK_ROWS; i += THREADS) {
@@ -206,13 +210,16 @@ struct Backward {
         };
 #pragma unroll 1
         for (int i = thread; i < TILE * ROW_CHUNKS; i += THREADS) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const RowBlock row_block = choose(row >= BLOCK_ROWS);
             const int64_t from = find_row(shared.sample, arguments.modalities, row_block, row % BLOCK_ROWS).index;
-            cp_async_16(shared.queries[stage] + target, find_head_row<T>(arguments.q, from) + chunk * CHUNK);
+            T* target = shared.queries[stage] + swizzled<HEAD_DIM>(row, chunk);
+            cp_async_16(target, find_head_row<T>(arguments.q, from) + chunk * CHUNK);
+            if (!has_value(chunk)) continue;
+            target = shared.grad[stage] + swizzled<VALUE_DIM>(row, chunk);
             cp_async_16(
-                shared.grad[stage] + target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
-                                                 blockIdx.y * gradients.head_stride + chunk * CHUNK);
+                target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
+                            blockIdx.y * gradients.head_stride + chunk * CHUNK);
         }
         if (thread < TILE) {
             const int half = thread / BLOCK_ROWS;
@@ -279,28 +286,29 @@ struct Backward {
     }
 
     // Store the gradients of a key block or of its values, which a warp holds, through the memory `staged` that held
-    // these: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
+    // these: [KEY_BLOCKS, BLOCK_ROWS, SIZE].
+    template <int CHUNKS>
     __device__ __forceinline__ void store_keys(
-        const float (&values)[HEAD_DIM / 8][4], float factor, int key_block, T* staged,
-        const GradientRows& gradient) const {
+        const float (&values)[CHUNKS][4], float factor, int key_block, T* staged, const GradientRows& gradient) const {
+        constexpr int SIZE = CHUNKS * CHUNK;
         const int lane = thread_index() % WARP;
-        staged += key_block * BLOCK_ROWS * HEAD_DIM;
+        staged += key_block * BLOCK_ROWS * SIZE;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, n) + 2 * (lane % 4);
+            for (int n = 0; n < CHUNKS; ++n) {
+                T* target = staged + swizzled<SIZE>(lane / 4 + 8 * i, n) + 2 * (lane % 4);
                 *reinterpret_cast<uint32_t*>(target) =
                     pack<T>(values[n][2 * i] * factor, values[n][2 * i + 1] * factor);
             }
         }
         __syncwarp();  // the rows are complete
 #pragma unroll 1
-        for (int i = lane; i < shared.key_rows[key_block].count * ROW_CHUNKS; i += WARP) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
+        for (int i = lane; i < shared.key_rows[key_block].count * CHUNKS; i += WARP) {
+            const int row = i / CHUNKS, chunk = i % CHUNKS;
             *reinterpret_cast<uint4*>(
-                result(gradient, find_key(key_block * BLOCK_ROWS + row).index) + chunk * CHUNK) =
-                *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, chunk));
+                gradient_row<T, SIZE>(gradient, find_key(key_block * BLOCK_ROWS + row).index) + chunk * CHUNK) =
+                *reinterpret_cast<const uint4*>(staged + swizzled<SIZE>(row, chunk));
         }
     }
 
@@ -325,7 +333,7 @@ struct Backward {
             __syncwarp();  // the rows are complete
             const int row = lane / 2, chunk = lane % 2;
             if (row < row_block.count) {
-                *reinterpret_cast<uint4*>(result(gradients.q, find(row)) + columns + chunk * CHUNK) =
+                *reinterpret_cast<uint4*>(gradient_row<T, HEAD_DIM>(gradients.q, find(row)) + columns + chunk * CHUNK) =
                     *reinterpret_cast<const uint4*>(staged + row * BLOCK_ROWS + chunk * CHUNK);
             }
             __syncwarp();  // the next rows take their place
@@ -345,23 +353,10 @@ struct Backward {
     // Of queries or of keys, whichever are more.
     __device__ int rows() const { return max(shared.sample.row_blocks, shared.key_sample.row_blocks) * BLOCK_ROWS; }
 
-    // This head's row of a gradient: [HEAD_DIM].
-    __device__ T* result(const GradientRows& gradient, int64_t row) const {
-        return static_cast<T*>(gradient.data) + row * gradient.row_stride + blockIdx.y * HEAD_DIM;
-    }
-
-    // Set a gradient's rows of a sample; by all threads.
-    __device__ void fill(const GradientRows& gradient, const Sample& sample, float value) const {
-#pragma unroll 1
-        for (int m = 0; m < arguments.modalities; ++m) {
-            const int elements = (sample.body[m] + sample.cls[m]) * HEAD_DIM;
-            for (int i = thread_index(); i < elements; i += THREADS) {
-                result(gradient, sample.first[m] + i / HEAD_DIM)[i % HEAD_DIM] = from_float<T>(value);
-            }
-        }
-    }
-
 private:
+    // Whether values are as wide as the chunk.
+    __device__ static bool has_value(int chunk) { return VALUE_DIM == HEAD_DIM || chunk < VALUE_DIM / CHUNK; }
+
     __device__ Side side(const RowBlock& row_block, const int* code) const {
         const int m = row_block.modality;
         return {code, vector_of(arguments, m), row_block.count, m == arguments.modalities};
@@ -376,22 +371,5 @@ private:
         }
     }
 };
-
-// Rows of the gradients past the last sample are zero; the thread blocks past the last group share them.
-template <typename T, typename Launch>
-__device__ void zero_inert_rows(
-    const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;
-    const auto zero = [&](const GradientRows& gradient, const PackedRows& rows) {
-        const int first = find_end(rows, arguments.samples);
-        share_rows<LANES, THREADS>(first, rows.rows, [&](int64_t row, int chunk) {
-            T* target = static_cast<T*>(gradient.data) + row * gradient.row_stride + blockIdx.y * HEAD_DIM;
-            *reinterpret_cast<uint4*>(target + chunk * CHUNK) = uint4{0, 0, 0, 0};
-        });
-    };
-    zero(gradients.q, arguments.queries);
-    zero(gradients.k, arguments.keys);
-    zero(gradients.v, arguments.keys);
-}
 
 }  // namespace onepeace_fast

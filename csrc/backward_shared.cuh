@@ -22,12 +22,13 @@ struct alignas(16) SpreadScores {
 
 template <typename T, typename Launch>
 struct alignas(128) BackwardShared {
-    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEY_BLOCKS = Launch::KEY_BLOCKS;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, VALUE_DIM = Launch::VALUE_DIM;
+    static constexpr int WARPS = Launch::WARPS, KEY_BLOCKS = Launch::KEY_BLOCKS;
 
-    T keys[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end of a walk their gradients
-    T values[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end of a walk theirs
+    T keys[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];     // at the end of a walk their gradients
+    T values[KEY_BLOCKS * BLOCK_ROWS * VALUE_DIM];  // at the end of a walk theirs
     T queries[STAGES][TILE * HEAD_DIM];
-    T grad[STAGES][TILE * HEAD_DIM];
+    T grad[STAGES][TILE * VALUE_DIM];
     T score_gradient[KEY_BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
     float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
     float row_sums[STAGES][TILE];
@@ -61,9 +62,10 @@ struct alignas(128) BackwardShared {
 };
 
 // Every GPU that the kernels take holds the compact shape, and heads of 32 in the other.
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, false>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, true>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<96, true>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, true>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, 32, false>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, 64, true>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<96, 96, true>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, 64, true>>) <= SMALLEST_SHARED_BYTES);
+static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, 128, true>>) <= SMALLEST_SHARED_BYTES);
 
 }  // namespace onepeace_fast

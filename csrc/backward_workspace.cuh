@@ -23,12 +23,12 @@ constexpr int LEAST_KEY_BLOCKS = 4;
 
 // Warps of a thread block, and the slots of each: key blocks, which are row blocks of keys, whose gradients it holds in
 // registers. The compact shape is for GPUs that give a thread block less shared memory than the other takes.
-template <int HEAD_DIM_, bool COMPACT_>
+template <int HEAD_DIM_, int VALUE_DIM_, bool COMPACT_>
 struct BackwardLaunch {
-    static constexpr int HEAD_DIM = HEAD_DIM_;
+    static constexpr int HEAD_DIM = HEAD_DIM_, VALUE_DIM = VALUE_DIM_, BOTH = HEAD_DIM + VALUE_DIM;
     static constexpr bool COMPACT = COMPACT_;
-    static constexpr int WARPS = !COMPACT || HEAD_DIM < 96 ? 8 : HEAD_DIM == 96 ? 6 : 4;
-    static constexpr int SLOTS = COMPACT || HEAD_DIM >= 96 ? 1 : 2;
+    static constexpr int WARPS = !COMPACT || BOTH < 192 ? 8 : BOTH == 192 ? 6 : 4;
+    static constexpr int SLOTS = COMPACT || BOTH >= 192 ? 1 : 2;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int SLOT_KEY_BLOCKS = WARPS * SLOTS;
     static constexpr int KEY_BLOCKS = SLOT_KEY_BLOCKS + 1;  // of one walk: one more is spread over all warps
@@ -177,18 +177,19 @@ int64_t count_bytes(
     const BackwardPlan& plan) {
     const BackwardWorkspace workspace = plan_workspace(arguments, gradients, plan);
     const int64_t pairs = static_cast<int64_t>(arguments.queries.rows) * arguments.heads;
-    const int64_t matrix = 2 * pairs * Launch::HEAD_DIM, vector = 4 * pairs;
+    const int64_t vector = 4 * pairs;
+    const int64_t both = 2 * pairs * Launch::BOTH;  // queries and gradients of their outputs, or keys and values
     const int row_blocks = ceil_div(arguments.keys.max_length, BLOCK_ROWS);
     int walks = 0;
     for (int left = ceil_div(row_blocks, workspace.parts); left > 0; left -= Launch::next_walk(left)) {
         walks += workspace.parts;
     }
     // Queries, their gradients, log-sum-exp and codes in each walk; keys, values, codes and all gradients once.
-    int64_t bytes = walks * 2 * (matrix + vector) + 2 * matrix + vector + 3 * matrix;
+    int64_t bytes = walks * (both + 2 * vector) + both + vector + both + 2 * pairs * Launch::HEAD_DIM;
     if (workspace.query_parts) {
-        const int64_t passes = ceil_div(row_blocks, ForwardLaunch<Launch::HEAD_DIM>::WARPS);
-        bytes += 2 * (matrix + vector) + passes * (2 * matrix + vector);  // for row sums
-        bytes += vector + walks * vector;                                 // of row sums
+        const int64_t passes = ceil_div(row_blocks, ForwardLaunch<Launch::HEAD_DIM, Launch::VALUE_DIM>::WARPS);
+        bytes += both + 2 * vector + passes * (both + vector);  // for row sums
+        bytes += vector + walks * vector;                       // of row sums
         bytes += 4 * pairs * Launch::HEAD_DIM * 2 * walks;                // of queries' gradients, in parts
     }
     // Begun once, added to for each sample, summed.

@@ -74,9 +74,9 @@ GradientRows gradient_rows(const Gradient& gradient) {
 }
 
 RelativeBiasAttention attention(
-    int device, int samples, int heads, int head_dim, float scale, const std::string& type, const Matrix& q,
-    const Matrix& k, const Matrix& v, const Segments& queries, const Segments& keys, const std::vector<Vector>& bias,
-    std::uintptr_t head_scale, const std::string& head_scale_type) {
+    int device, int samples, int heads, int head_dim, int value_dim, float scale, const std::string& type,
+    const Matrix& q, const Matrix& k, const Matrix& v, const Segments& queries, const Segments& keys,
+    const std::vector<Vector>& bias, std::uintptr_t head_scale, const std::string& head_scale_type) {
     if (bias.size() > MAX_MODALITIES) {
         const std::string most = std::to_string(MAX_MODALITIES), got = std::to_string(bias.size());
         throw std::invalid_argument("bias: expected at most " + most + " vectors, got " + got);
@@ -86,6 +86,7 @@ RelativeBiasAttention attention(
     arguments.samples = samples;
     arguments.heads = heads;
     arguments.head_dim = head_dim;
+    arguments.value_dim = value_dim;
     arguments.scale = scale;
     arguments.type = element_type(type);
     arguments.q = head_rows(q);
@@ -105,10 +106,11 @@ RelativeBiasAttention attention(
 
 // Bytes of shared memory that thread blocks of both passes take on a device, and that they may have there.
 std::tuple<std::int64_t, std::int64_t> shared_memory(
-    int device, int head_dim, const std::vector<std::int64_t>& entries) {
+    int device, int head_dim, int value_dim, const std::vector<std::int64_t>& entries) {
     const std::int64_t limit = relative_bias_attention_shared_limit(device);
     const std::int64_t all = std::accumulate(entries.begin(), entries.end(), std::int64_t{0});
-    return {relative_bias_attention_shared_bytes(head_dim, static_cast<int>(entries.size()), all, limit), limit};
+    const int vectors = static_cast<int>(entries.size());
+    return {relative_bias_attention_shared_bytes(head_dim, value_dim, vectors, all, limit), limit};
 }
 
 void require_driver() {
@@ -177,7 +179,8 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("MAX_MODALITIES") = MAX_MODALITIES;
     module.def("unavailable_reason", &unavailable_reason, "Why no kernel can run here in one line, or None.");
     module.def(
-        "shared_memory", &shared_memory, py::kw_only(), py::arg("device"), py::arg("head_dim"), py::arg("entries"),
+        "shared_memory", &shared_memory, py::kw_only(), py::arg("device"), py::arg("head_dim"), py::arg("value_dim"),
+        py::arg("entries"),
         "Bytes of shared memory that a thread block of either pass takes with vectors of these entries, and may have.");
     py::class_<RelativeBiasAttention>(
         module, "RelativeBiasAttention",
@@ -185,8 +188,9 @@ PYBIND11_MODULE(_cuda, module) {
         "The arguments of csrc/relative_bias_attention.h; what is at the addresses must outlive the launches.")
         .def(
             py::init(&attention), py::kw_only(), py::arg("device"), py::arg("samples"), py::arg("heads"),
-            py::arg("head_dim"), py::arg("scale"), py::arg("type"), py::arg("q"), py::arg("k"), py::arg("v"),
-            py::arg("queries"), py::arg("keys"), py::arg("bias"), py::arg("head_scale"), py::arg("head_scale_type"))
+            py::arg("head_dim"), py::arg("value_dim"), py::arg("scale"), py::arg("type"), py::arg("q"), py::arg("k"),
+            py::arg("v"), py::arg("queries"), py::arg("keys"), py::arg("bias"), py::arg("head_scale"),
+            py::arg("head_scale_type"))
         .def(
             "forward", &forward, py::kw_only(), py::arg("out"), py::arg("log_sum_exp"), py::arg("stream"),
             "Launches the forward kernel, or raises one line.")

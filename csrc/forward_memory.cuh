@@ -21,10 +21,12 @@ namespace onepeace_fast {
 constexpr int STAGES = 2;  // tiles in shared memory: one is computed while the next one is copied
 constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 give a thread block
 
-// Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
-template <int HEAD_DIM>
+// For the head sizes of keys and of values: warps of a thread block, keys of a tile, and thread blocks that a
+// multiprocessor shall hold at once.
+template <int HEAD_DIM_, int VALUE_DIM_>
 struct ForwardLaunch {
-    static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
+    static constexpr int HEAD_DIM = HEAD_DIM_, VALUE_DIM = VALUE_DIM_, BOTH = HEAD_DIM + VALUE_DIM;
+    static constexpr int WARPS = BOTH == 256 ? 8 : 9;
     static constexpr int KEYS = HEAD_DIM == 128 ? 32 : HEAD_DIM == 96 ? 48 : 64;
     static constexpr int THREADS = WARPS * WARP;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
@@ -47,12 +49,12 @@ struct alignas(16) RowSumState {
     float sum[2];          // of probability times its gradient, in this thread's columns
 };
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename Launch>
 struct alignas(128) ForwardShared {
-    static constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEYS = Launch::KEYS;
 
     T keys[STAGES][KEYS * HEAD_DIM];
-    T values[STAGES][KEYS * HEAD_DIM];
+    T values[STAGES][KEYS * Launch::VALUE_DIM];
     T queries[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp; at the end its results
     int key_code[STAGES][KEYS];               // of CLS keys: their vector
     int key_order[STAGES][KEYS];
@@ -63,8 +65,8 @@ struct alignas(128) ForwardShared {
     Range key_orders[STAGES];
     bool attends[STAGES][WARPS];     // whether a warp has queries that see a key
     union {
-        RowState row_states[ForwardLaunch<HEAD_DIM>::THREADS];
-        RowSumState row_sum_states[ForwardLaunch<HEAD_DIM>::THREADS];
+        RowState row_states[Launch::THREADS];
+        RowSumState row_sum_states[Launch::THREADS];
     };
     int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their vector
     int query_order[WARPS][BLOCK_ROWS];
@@ -83,9 +85,9 @@ struct alignas(128) ForwardShared {
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
 
-template <int HEAD_DIM>
+template <typename Launch>
 constexpr int forward_shared_bytes(int bias_entries) {
-    return static_cast<int>(sizeof(ForwardShared<bfloat16, HEAD_DIM>) + sizeof(float) * (bias_entries + BLOCK_ROWS));
+    return static_cast<int>(sizeof(ForwardShared<bfloat16, Launch>) + sizeof(float) * (bias_entries + BLOCK_ROWS));
 }
 
 // Entries of the bias in shared memory, and whether they are windows because not all of them fit.
@@ -98,15 +100,15 @@ struct BiasPlan {
 // whole as long as one thread block holds them, though from about half of that on a multiprocessor has one thread block
 // at a time in place of two: windows would leave it one all the same, for the registers they take, and cost each tile
 // two barriers and a test of each score's entry. Where even one does not hold them, windows are as large as fits.
-template <int HEAD_DIM>
+template <typename Launch>
 BiasPlan plan_bias(int64_t entries, int64_t shared_limit) {
-    const int64_t room = (shared_limit - forward_shared_bytes<HEAD_DIM>(0)) / static_cast<int64_t>(sizeof(float));
+    const int64_t room = (shared_limit - forward_shared_bytes<Launch>(0)) / static_cast<int64_t>(sizeof(float));
     return {static_cast<int>(std::min(entries, std::max<int64_t>(room, 1))), entries > room};
 }
 
 // Every GPU that the kernels take holds vectors of 7168 entries: a grid of 42 x 42, or three 1-D vectors.
-static_assert(forward_shared_bytes<64>(7168) <= SMALLEST_SHARED_BYTES);
-static_assert(forward_shared_bytes<128>(7168) <= SMALLEST_SHARED_BYTES);
+static_assert(forward_shared_bytes<ForwardLaunch<64, 64>>(7168) <= SMALLEST_SHARED_BYTES);
+static_assert(forward_shared_bytes<ForwardLaunch<128, 128>>(7168) <= SMALLEST_SHARED_BYTES);
 
 // What scores are counted in, base 2: the scale without its sign, which queries have then, and 1 where it is 0, as
 // queries are then. Larger scores are then larger probabilities.
@@ -115,11 +117,11 @@ __device__ __forceinline__ float score_scale(const RelativeBiasAttention& argume
 }
 
 // One thread block's view of its sample and head.
-template <typename T, int HEAD_DIM, bool WINDOWED>
+template <typename T, typename Launch, bool WINDOWED>
 struct Forward {
-    using Memory = ForwardShared<T, HEAD_DIM>;
-    static constexpr int THREADS = ForwardLaunch<HEAD_DIM>::THREADS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
-    static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
+    using Memory = ForwardShared<T, Launch>;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, VALUE_DIM = Launch::VALUE_DIM;
+    static constexpr int THREADS = Launch::THREADS, KEYS = Launch::KEYS, ROW_CHUNKS = HEAD_DIM / CHUNK;
     static constexpr int COPYING_THREADS = HEAD_DIM == 96 ? 192 : 256;  // a tile's chunks divide evenly among them
 
     const RelativeBiasAttention& arguments;
@@ -132,10 +134,10 @@ struct Forward {
         const int thread = thread_index(), row = thread / ROW_CHUNKS, chunk = thread % ROW_CHUNKS;
         if (tile.modality == arguments.modalities) return copy_cls_keys(stage, tile);
         if (thread >= COPYING_THREADS) return;
-        const int begin = shared.key_sample.first[tile.modality] + tile.first, target = swizzled<HEAD_DIM>(row, chunk);
+        const int begin = shared.key_sample.first[tile.modality] + tile.first;
 #pragma unroll
         for (int first = 0; first < KEYS; first += ROWS) {
-            copy_key(stage, target + first * HEAD_DIM, begin + min(first + row, tile.count - 1), chunk);
+            copy_key(stage, row, first, begin + min(first + row, tile.count - 1), chunk);
         }
     }
 
@@ -144,13 +146,17 @@ struct Forward {
         for (int i = thread_index(); i < BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const int from = find_row(shared.key_sample, arguments.modalities, tile, row).index;
-            copy_key(stage, swizzled<HEAD_DIM>(row, chunk), from, chunk);
+            copy_key(stage, row, 0, from, chunk);
         }
     }
 
-    __device__ __forceinline__ void copy_key(int stage, int target, int row, int chunk) const {
-        cp_async_16(shared.keys[stage] + target, find_head_row<T>(arguments.k, row) + chunk * CHUNK);
-        cp_async_16(shared.values[stage] + target, find_head_row<T>(arguments.v, row) + chunk * CHUNK);
+    // A chunk of row `from`, and of its values, to row `row` of `first` and those that follow.
+    __device__ __forceinline__ void copy_key(int stage, int row, int first, int from, int chunk) const {
+        T* key = shared.keys[stage] + first * HEAD_DIM;
+        T* value = shared.values[stage] + first * VALUE_DIM;
+        cp_async_16(key + swizzled<HEAD_DIM>(row, chunk), find_head_row<T>(arguments.k, from) + chunk * CHUNK);
+        if (VALUE_DIM < HEAD_DIM && chunk * CHUNK >= VALUE_DIM) return;
+        cp_async_16(value + swizzled<VALUE_DIM>(row, chunk), find_head_row<T>(arguments.v, from) + chunk * CHUNK);
     }
 
     // By the last warp, which copies fewer keys than others or none: a tile, its codes, of CLS keys their vector, and
@@ -195,7 +201,7 @@ struct Forward {
         Range orders{INT_MAX, INT_MIN}, of_queries{INT_MAX, INT_MIN};
         for (int i = lane; i < tile.count; i += WARP) orders.include(shared.key_order[stage][i]);
         orders.include_lanes();
-        if (lane < ForwardLaunch<HEAD_DIM>::WARPS && shared.query_rows[lane].count) {
+        if (lane < Launch::WARPS && shared.query_rows[lane].count) {
             of_queries = shared.query_orders[lane];
             shared.attends[stage][lane] = orders.first <= of_queries.last;
         }
@@ -316,7 +322,7 @@ struct Forward {
     // First and last entry that a tile of keys can meet; none, first > last, without queries of its vector.
     __device__ Range find_entries(int stage, int vector) const {
         Range queries{INT_MAX, INT_MIN}, keys{INT_MAX, INT_MIN};
-        for (int w = 0; w < ForwardLaunch<HEAD_DIM>::WARPS; ++w) {
+        for (int w = 0; w < Launch::WARPS; ++w) {
             const RowBlock& rows = shared.query_rows[w];
             if (rows.count && has_vector(rows, vector)) queries.include(shared.query_codes[w]);
         }

@@ -49,19 +49,26 @@ inline const char* name_of(ElementType type) {
     return type == FLOAT16 ? "float16" : type == BFLOAT16 ? "bfloat16" : "an unknown type";
 }
 
-// call(a constant that is the head size), for one that check_arguments takes.
+// call(constants that are the head sizes of keys and of values), for those that check_arguments takes.
 template <typename Call>
-auto with_head_size(int32_t head_dim, Call call) {
-    if (head_dim == 32) return call(std::integral_constant<int, 32>());
-    if (head_dim == 64) return call(std::integral_constant<int, 64>());
-    if (head_dim == 96) return call(std::integral_constant<int, 96>());
-    return call(std::integral_constant<int, 128>());
+auto with_head_sizes(int32_t head_dim, int32_t value_dim, Call call) {
+    constexpr std::integral_constant<int, 32> of_32;
+    constexpr std::integral_constant<int, 64> of_64;
+    constexpr std::integral_constant<int, 96> of_96;
+    constexpr std::integral_constant<int, 128> of_128;
+    if (head_dim == 32) return call(of_32, of_32);
+    if (head_dim == 64) return call(of_64, of_64);
+    if (head_dim == 96) return call(of_96, of_96);
+    return value_dim == 64 ? call(of_128, of_64) : call(of_128, of_128);
 }
 
 // What is wrong with the arguments, in one line, or null.
 inline const char* check_arguments(const RelativeBiasAttention& a) {
     if (a.head_dim % 32 || a.head_dim < 32 || a.head_dim > 128) {
         return say("qkv: expected a head size of 32, 64, 96 or 128, got %d", a.head_dim);
+    }
+    if (a.value_dim != a.head_dim && (a.head_dim != 128 || a.value_dim != 64)) {
+        return say("v: expected values of the keys' %d, or of 64 beside 128, got %d", a.head_dim, a.value_dim);
     }
     if (a.type != FLOAT16 && a.type != BFLOAT16) {
         return say("qkv: expected float16 or bfloat16, got %s", name_of(a.type));

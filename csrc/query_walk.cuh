@@ -57,9 +57,9 @@ __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int c
 }
 
 // Of keys whose order is above a query's.
-template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
+template <int COLUMNS, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void mask_later(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP, row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
     if (shared.key_orders[stage].last <= shared.query_orders[warp].first) return;
@@ -75,9 +75,9 @@ __device__ __forceinline__ void mask_later(
 }
 
 // Start a warp's scores from their bias, but for the entries of a windowed vector.
-template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
+template <int COLUMNS, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void start_scores(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
@@ -106,9 +106,9 @@ __device__ __forceinline__ void start_scores(
 }
 
 // Add the entries of a windowed vector; all warps of the thread block load, those with queries of the modality add.
-template <int COLUMNS, typename T, int HEAD_DIM>
+template <int COLUMNS, typename T, typename Launch>
 __device__ __forceinline__ void add_windows(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, true>& forward, int stage, int capacity) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, true>& forward, int stage, int capacity) {
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP;
     const RowBlock& mine = shared.query_rows[warp];
@@ -131,16 +131,16 @@ __device__ __forceinline__ void add_windows(
 
 // QueryRows::attend of a tile of keys and its scores, in units of score_scale. By all warps: those without queries that
 // see a key only load windows.
-template <int COLUMNS, typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED>
+template <int COLUMNS, typename QueryRows, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
-    QueryRows& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
+    QueryRows& rows, const Forward<T, Launch, WINDOWED>& forward, int stage, int bias_capacity) {
     auto& shared = forward.shared;
     float scores[COLUMNS / 8][4];
     if (shared.attends[stage][thread_index() / WARP]) {
         start_scores<COLUMNS>(scores, forward, stage);
-        multiply_keys<COLUMNS, HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
+        multiply_keys<COLUMNS, Launch::HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
     }
-    if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
+    if constexpr (WINDOWED && COLUMNS == Launch::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
     if (shared.attends[stage][thread_index() / WARP]) {
@@ -155,10 +155,10 @@ __device__ __forceinline__ void attend_tile(
 // By a thread block whose sample is read: its queries, one row block for each warp at a time, attend to all keys of the
 // sample. QueryRows is OutputRows of the forward pass or RowSums of the backward pass: QueryRows(forward, more...)
 // begins when queries and their keys are being copied, attend takes in a tile, and finish(rows) ends them.
-template <typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED, typename Finish, typename... More>
+template <typename QueryRows, typename T, typename Launch, bool WINDOWED, typename Finish, typename... More>
 __device__ __forceinline__ void walk_queries(
-    const Forward<T, HEAD_DIM, WINDOWED>& forward, int bias_capacity, Finish finish, const More&... more) {
-    constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
+    const Forward<T, Launch, WINDOWED>& forward, int bias_capacity, Finish finish, const More&... more) {
+    constexpr int WARPS = Launch::WARPS, KEYS = Launch::KEYS;
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
     forward.describe_bias();

@@ -26,7 +26,7 @@ struct BiasVector {
     ElementType type;
 };
 
-// Queries, keys or values, [rows, heads, head_dim], 16-byte aligned, the last dimension dense.
+// Queries, keys or values, [rows, heads, head_dim or value_dim], 16-byte aligned, the last dimension dense.
 struct HeadRows {
     const void* data;
     int64_t row_stride;  // in elements, multiples of 8
@@ -50,7 +50,8 @@ struct RelativeBiasAttention {
     int32_t samples;
     int32_t modalities;  // of queries or of keys, whichever have more
     int32_t heads;
-    int32_t head_dim;    // 32, 64, 96 or 128
+    int32_t head_dim;    // of queries and keys: 32, 64, 96 or 128
+    int32_t value_dim;   // of values: the same, or 64 beside 128
     float scale;         // of q . k
     ElementType type;    // of q, k, v and out: FLOAT16 or BFLOAT16
     HeadRows q;
@@ -71,21 +72,22 @@ struct LaunchPlan {
     int32_t shared_bytes;
 };
 
-// For a head size, the entries of all vectors together without those of CLS, and the bytes of shared memory that a
+// For the head sizes, the entries of all vectors together without those of CLS, and the bytes of shared memory that a
 // thread block may have. Where nothing fits, the plan has more of them.
 extern "C" LaunchPlan relative_bias_attention_forward_plan(
-    int32_t head_dim, int64_t bias_entries, int64_t shared_limit);
+    int32_t head_dim, int32_t value_dim, int64_t bias_entries, int64_t shared_limit);
 
 // Writes out and log_sum_exp, inert rows too. Returns null, or one line, which stays until this thread's next one: an
 // argument that is refused, in which case nothing is launched, or CUDA's error. The pointers must stay valid until the
 // stream has passed the launch; nothing is allocated, nothing synchronises.
 const char* relative_bias_attention_forward(
     const RelativeBiasAttention& arguments,
-    void* out,           // [rows, heads, head_dim], dense, 16-byte aligned
+    void* out,           // [rows, heads, value_dim], dense, 16-byte aligned
     float* log_sum_exp,  // [rows, heads], dense
     void* stream);
 
-// Gradients of queries, keys or values, [rows, heads, head_dim], 16-byte aligned, the last two dimensions dense.
+// Gradients of queries, keys or values, [rows, heads, head_dim or value_dim], 16-byte aligned, the last two dimensions
+// dense.
 struct GradientRows {
     void* data;
     int64_t row_stride;  // in elements, a multiple of 8
@@ -94,7 +96,7 @@ struct GradientRows {
 // What the backward pass reads beside the arguments, and what it writes.
 struct RelativeBiasAttentionGradients {
     int32_t multiprocessors;  // of the device: few samples and heads have their keys split among them
-    const void* grad;         // of out, in its type [rows, heads, head_dim], 16-byte aligned, the last dimension dense
+    const void* grad;         // of out, in its type [rows, heads, value_dim], 16-byte aligned, the last dimension dense
     int64_t row_stride;       // strides of grad in elements, multiples of 8
     int64_t head_stride;
     const float* log_sum_exp;  // [rows, heads], of the forward pass
@@ -121,10 +123,10 @@ struct BackwardPlan {
     int32_t differences;      // block differences whose sums shared memory holds
 };
 
-// For a head size, the entries of all vectors together with those of CLS, and the bytes of shared memory that a thread
-// block may have. Where nothing fits, the plan has more of them.
+// For the head sizes, the entries of all vectors together with those of CLS, and the bytes of shared memory that a
+// thread block may have. Where nothing fits, the plan has more of them.
 extern "C" BackwardPlan relative_bias_attention_backward_plan(
-    int32_t head_dim, int64_t bias_entries, int64_t shared_limit);
+    int32_t head_dim, int32_t value_dim, int64_t bias_entries, int64_t shared_limit);
 
 // How the backward kernel's work is shared: thread blocks of a head, each for a group of samples and a part of their
 // keys.
@@ -135,22 +137,22 @@ struct BackwardShares {
 
 // For samples of one modality and of one length.
 extern "C" BackwardShares relative_bias_attention_backward_shares(
-    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
-    int64_t shared_limit);
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t value_dim, int32_t bias_entries,
+    int32_t multiprocessors, int64_t shared_limit);
 
 // Bytes of shared memory that a thread block may have on a device.
 int64_t relative_bias_attention_shared_limit(int32_t device);
 
 // Bytes of shared memory that the thread blocks of both passes take, at most, where they may have `shared_limit`; more
-// than that where the kernels cannot run. For a head size, the vectors and all their entries together.
+// than that where the kernels cannot run. For the head sizes, the vectors and all their entries together.
 extern "C" int64_t relative_bias_attention_shared_bytes(
-    int32_t head_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit);
+    int32_t head_dim, int32_t value_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit);
 
 // Bytes that the backward pass reads and writes outside thread blocks, caches included, for samples of one modality and
 // of one length in a 16-bit type, with a vector that learns.
 extern "C" int64_t relative_bias_attention_backward_bytes(
-    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t bias_entries, int32_t multiprocessors,
-    int64_t shared_limit);
+    int32_t samples, int32_t length, int32_t heads, int32_t head_dim, int32_t value_dim, int32_t bias_entries,
+    int32_t multiprocessors, int64_t shared_limit);
 
 // Writes the gradients; the same input gives the same bits. A head with a gradient that is not finite gets NaN in all
 // entries of its vectors; so do the rows of a sample with more keys than a max_length that is given. Returns as the

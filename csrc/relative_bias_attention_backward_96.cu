@@ -4,7 +4,7 @@
 
 namespace onepeace_fast {
 
-template LaunchWalks launch_walks<float16, 96, false>;
-template LaunchWalks launch_walks<bfloat16, 96, false>;
+template LaunchWalks launch_walks<float16, 96, 96, false>;
+template LaunchWalks launch_walks<bfloat16, 96, 96, false>;
 
 }  // namespace onepeace_fast

@@ -4,7 +4,7 @@
 
 namespace onepeace_fast {
 
-template LaunchWalks launch_walks<float16, 96, true>;
-template LaunchWalks launch_walks<bfloat16, 96, true>;
+template LaunchWalks launch_walks<float16, 96, 96, true>;
+template LaunchWalks launch_walks<bfloat16, 96, 96, true>;
 
 }  // namespace onepeace_fast

@@ -29,19 +29,21 @@ constexpr float HEADROOM = 8.f;  // probabilities are at most 2^8 times too larg
 
 // A warp's 16 rows of the output so far, not yet divided by their sums of probabilities. A thread holds parts of rows
 // lane / 4 and lane / 4 + 8.
-template <typename T, int HEAD_DIM>
+template <typename T, typename Launch>
 struct OutputRows {
-    float result[HEAD_DIM / 8][4] = {};
+    static constexpr int VALUE_DIM = Launch::VALUE_DIM;
+
+    float result[VALUE_DIM / 8][4] = {};
 
     template <bool WINDOWED>
-    __device__ explicit OutputRows(const Forward<T, HEAD_DIM, WINDOWED>& forward) {
+    __device__ explicit OutputRows(const Forward<T, Launch, WINDOWED>& forward) {
         forward.shared.row_states[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
     }
 
     // Take in a tile of keys: its scores become probabilities relative to the row's reference.
     template <int COLUMNS, bool WINDOWED>
     __device__ __forceinline__ void attend(
-        float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+        float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
         const T* values = forward.shared.values[stage];
         RowState& state = forward.shared.row_states[thread_index()];
         const int lane = thread_index() % WARP;
@@ -74,9 +76,9 @@ struct OutputRows {
             uint32_t a[4];
             left_operand<T>(a, scores[2 * k], scores[2 * k + 1]);
 #pragma unroll
-            for (int j = 0; j < HEAD_DIM / 16; ++j) {
+            for (int j = 0; j < VALUE_DIM / 16; ++j) {
                 uint32_t b[4];
-                right_operand<HEAD_DIM>(b, values, lane, k, j);
+                right_operand<VALUE_DIM>(b, values, lane, k, j);
                 mma<T>(result[2 * j], a, b[0], b[1]);
                 mma<T>(result[2 * j + 1], a, b[2], b[3]);
             }
@@ -94,18 +96,18 @@ struct OutputRows {
             if (grows) state.reference[i] = reference[i] = most[i];
             sum[i] *= factor;
 #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n) {
+            for (int n = 0; n < VALUE_DIM / 8; ++n) {
                 result[n][2 * i] *= factor;
                 result[n][2 * i + 1] *= factor;
             }
         }
     }
 
-    // Store the rows through the memory that held their queries: out [rows, heads, HEAD_DIM], log_sum_exp [rows,
+    // Store the rows through the memory that held their queries: out [rows, heads, VALUE_DIM], log_sum_exp [rows,
     // heads].
     template <bool WINDOWED>
     __device__ __forceinline__ void store(
-        const Forward<T, HEAD_DIM, WINDOWED>& forward, T* out, float* log_sum_exp) {
+        const Forward<T, Launch, WINDOWED>& forward, T* out, float* log_sum_exp) {
         const RelativeBiasAttention& arguments = forward.arguments;
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
         T* staged = forward.shared.queries[warp];
@@ -120,10 +122,10 @@ struct OutputRows {
         for (int i = 0; i < 2; ++i) {
             total[i] = row_sum(state.sum[i]);
             const float factor = total[i] == 0.f ? 0.f : head_scale / total[i];  // 0: it sees no key
-            T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, 0) + 2 * (lane % 4);
+            T* target = staged + swizzled<VALUE_DIM>(lane / 4 + 8 * i, 0) + 2 * (lane % 4);
 #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                *reinterpret_cast<uint32_t*>(staged + chunk_offset<HEAD_DIM>(target - staged, n)) =
+            for (int n = 0; n < VALUE_DIM / 8; ++n) {
+                *reinterpret_cast<uint32_t*>(staged + chunk_offset<VALUE_DIM>(target - staged, n)) =
                     pack<T>(result[n][2 * i] * factor, result[n][2 * i + 1] * factor);
             }
         }
@@ -132,27 +134,27 @@ struct OutputRows {
             log_sum_exp[block_rows[mine] * arguments.heads + blockIdx.y] =
                 LN_2 * state.reference[below] + logf(below ? total[1] : total[0]);
         }
-        constexpr int LANES = HEAD_DIM / CHUNK;  // of a row
+        constexpr int LANES = VALUE_DIM / CHUNK;  // of a row
         __syncwarp();
 #pragma unroll 1
         for (int i = lane; i < row_block.count * LANES; i += WARP) {
             const int r = i / LANES, chunk = i % LANES;
-            T* target = out + (block_rows[r] * arguments.heads + blockIdx.y) * HEAD_DIM + chunk * CHUNK;
+            T* target = out + (block_rows[r] * arguments.heads + blockIdx.y) * VALUE_DIM + chunk * CHUNK;
             *reinterpret_cast<uint4*>(target) =
-                *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(r, chunk));
+                *reinterpret_cast<const uint4*>(staged + swizzled<VALUE_DIM>(r, chunk));
         }
     }
 };
 
-// Rows of out [rows, heads, HEAD_DIM] and log_sum_exp [rows, heads] past the last sample are zero; the thread blocks
+// Rows of out [rows, heads, VALUE_DIM] and log_sum_exp [rows, heads] past the last sample are zero; the thread blocks
 // past the last sample share them.
-template <typename T, int HEAD_DIM>
+template <typename T, typename Launch>
 __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, float* log_sum_exp) {
-    constexpr int LANES = HEAD_DIM / CHUNK, THREADS = ForwardLaunch<HEAD_DIM>::THREADS;
+    constexpr int VALUE_DIM = Launch::VALUE_DIM, LANES = VALUE_DIM / CHUNK, THREADS = Launch::THREADS;
     const int first = find_end(arguments.queries, arguments.samples);
     share_rows<LANES, THREADS>(first, arguments.queries.rows, [&](int64_t row, int chunk) {
         const int64_t index = row * arguments.heads + blockIdx.y;
-        *reinterpret_cast<uint4*>(out + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(out + index * VALUE_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
         if (chunk == 0) log_sum_exp[index] = 0.f;
     });
 }
@@ -175,65 +177,70 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 // Registers by ptxas of nvcc 13.0, no spills. Slots and cycles are those of tools/count_cuda.py for sm_90a and codes in
 // runs; a multiprocessor has 4 slots in a cycle. For heads of 64, shared memory bounds it, at 257 tokens issue slots
 // nearly as much, and device memory never.
-template <typename T, int HEAD_DIM, bool WINDOWED>
+template <typename T, int HEAD_DIM, int VALUE_DIM, bool WINDOWED>
 __global__ void __launch_bounds__(
-    ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(WINDOWED))
+    (ForwardLaunch<HEAD_DIM, VALUE_DIM>::THREADS),
+    (ForwardLaunch<HEAD_DIM, VALUE_DIM>::thread_blocks_at_once(WINDOWED)))
 attention_forward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
-    T* out,              // [rows, heads, HEAD_DIM]
+    T* out,              // [rows, heads, VALUE_DIM]
     float* log_sum_exp,  // [rows, heads]
     int bias_capacity) {
+    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM>;
     if (static_cast<int>(blockIdx.z) == arguments.samples) {
-        return zero_inert_rows<T, HEAD_DIM>(arguments, out, log_sum_exp);
+        return zero_inert_rows<T, Launch>(arguments, out, log_sum_exp);
     }
-    auto& shared = *static_cast<ForwardShared<T, HEAD_DIM>*>(shared_memory());
-    const Forward<T, HEAD_DIM, WINDOWED> forward{arguments, shared};
-    read_sample<ForwardLaunch<HEAD_DIM>::KEYS>(shared.sample, shared.key_sample, arguments, blockIdx.z);
-    walk_queries<OutputRows<T, HEAD_DIM>>(forward, bias_capacity, [&](OutputRows<T, HEAD_DIM>& rows) {
+    auto& shared = *static_cast<ForwardShared<T, Launch>*>(shared_memory());
+    const Forward<T, Launch, WINDOWED> forward{arguments, shared};
+    read_sample<Launch::KEYS>(shared.sample, shared.key_sample, arguments, blockIdx.z);
+    walk_queries<OutputRows<T, Launch>>(forward, bias_capacity, [&](OutputRows<T, Launch>& rows) {
         rows.store(forward, out, log_sum_exp);
     });
 }
 
-template <int HEAD_DIM>
+template <typename Launch>
 LaunchPlan plan(const BiasPlan& bias) {
     return {
-        ForwardLaunch<HEAD_DIM>::THREADS, ForwardLaunch<HEAD_DIM>::thread_blocks_at_once(bias.is_windowed),
-        forward_shared_bytes<HEAD_DIM>(bias.capacity)};
+        Launch::THREADS, Launch::thread_blocks_at_once(bias.is_windowed), forward_shared_bytes<Launch>(bias.capacity)};
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, int VALUE_DIM>
 const char* launch(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
+    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM>;
     // Each modality may have one row block that is not full, and CLS needs one more; a longer sample than is said is
     // walked by the same thread blocks in several rounds.
     const PackedRows& queries = arguments.queries;
     const int64_t mean = arguments.samples ? queries.rows / arguments.samples : 0;
     const int64_t length = std::min<int64_t>(queries.max_length ? queries.max_length : 2 * mean, queries.rows);
     const int64_t row_blocks = (length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1;
-    const int parts = ceil_div(static_cast<int>(row_blocks), ForwardLaunch<HEAD_DIM>::WARPS);
+    const int parts = ceil_div(static_cast<int>(row_blocks), Launch::WARPS);
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
-    const BiasPlan bias = plan_bias<HEAD_DIM>(entries, shared_limit(arguments.device));
-    const LaunchPlan planned = plan<HEAD_DIM>(bias);
+    const BiasPlan bias = plan_bias<Launch>(entries, shared_limit(arguments.device));
+    const LaunchPlan planned = plan<Launch>(bias);
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
+    const auto kernel = bias.is_windowed ? attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, true>
+                                         : attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, false>;
     return launch_kernel(
-        bias.is_windowed ? attention_forward_kernel<T, HEAD_DIM, true> : attention_forward_kernel<T, HEAD_DIM, false>,
-        arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
+        kernel, arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
         planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp, bias.capacity);
 }
 
 template <typename T>
 const char* launch_type(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
-    return with_head_size(arguments.head_dim, [&](auto head_dim) {
-        return launch<T, head_dim.value>(arguments, out, log_sum_exp, stream);
+    return with_head_sizes(arguments.head_dim, arguments.value_dim, [&](auto head_dim, auto value_dim) {
+        return launch<T, head_dim.value, value_dim.value>(arguments, out, log_sum_exp, stream);
     });
 }
 
 }  // namespace
 
-LaunchPlan relative_bias_attention_forward_plan(int32_t head_dim, int64_t bias_entries, int64_t shared_limit) {
-    return with_head_size(head_dim, [&](auto size) {
-        return plan<size.value>(plan_bias<size.value>(bias_entries, shared_limit));
+LaunchPlan relative_bias_attention_forward_plan(
+    int32_t head_dim, int32_t value_dim, int64_t bias_entries, int64_t shared_limit) {
+    return with_head_sizes(head_dim, value_dim, [&](auto head_size, auto value_size) {
+        using Launch = ForwardLaunch<head_size.value, value_size.value>;
+        return plan<Launch>(plan_bias<Launch>(bias_entries, shared_limit));
     });
 }
 

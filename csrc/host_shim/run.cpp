@@ -82,7 +82,7 @@ private:
 
 const char* run_forward(const RelativeBiasAttention& attention, Results& results, const float** log_sum_exp) {
     const size_t elements = static_cast<size_t>(attention.queries.rows) * attention.heads;
-    char* out = results.add(elements * attention.head_dim, 2);
+    char* out = results.add(elements * attention.value_dim, 2);
     auto* sums = reinterpret_cast<float*>(results.add(elements, sizeof(float)));
     *log_sum_exp = sums;
     return onepeace_fast::relative_bias_attention_forward(attention, out, sums, nullptr);
@@ -91,14 +91,15 @@ const char* run_forward(const RelativeBiasAttention& attention, Results& results
 const char* run_backward(
     const RelativeBiasAttention& attention, RelativeBiasAttentionGradients gradients, Results& results) {
     const size_t heads = attention.heads;
-    const size_t row = heads * attention.head_dim;
+    const size_t row = heads * attention.head_dim;  // of the others where they are one array
     onepeace_fast::GradientRows* rows[] = {&gradients.q, &gradients.k, &gradients.v};
     const bool together = gradients.k.row_stride;
     char* data = together ? results.add(3 * attention.queries.rows * row, 2) : nullptr;
     for (int i = 0; i < 3; ++i) {
-        if (!together) data = results.add((i ? attention.keys : attention.queries).rows * row, 2);
+        const size_t mine = i == 2 ? heads * attention.value_dim : row;
+        if (!together) data = results.add((i ? attention.keys : attention.queries).rows * mine, 2);
         const auto off = reinterpret_cast<intptr_t>(rows[i]->data);
-        *rows[i] = {(together ? data + 2 * i * row : data) + off, static_cast<int64_t>(together ? 3 * row : row)};
+        *rows[i] = {(together ? data + 2 * i * row : data) + off, static_cast<int64_t>(together ? 3 * row : mine)};
     }
     for (int m = 0; m < attention.bias_vectors; ++m) {
         const auto& vector = attention.bias[m];

@@ -27,13 +27,14 @@ from onepeace_fast.ops.segments import Pairs, head_slices, longest_sample, sampl
 from onepeace_fast.structures import Needs
 
 HEAD_SIZES = (32, 64, 96, 128)
+NARROW_VALUES = 64  # that the kernels take beside keys of the largest size
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # elements of 16 bits that one access of 16 bytes takes
 
 
 def refusal(given: AttentionInputs | AttentionSaved) -> str | None:
     """Why the CUDA kernels do not run on these tensors, in one line, or None: for both passes of a call alike."""
-    dtype, head_dim = key_of(given).dtype, key_of(given).shape[-1]
+    dtype = key_of(given).dtype
     if dtype not in KERNEL_DTYPES:
         return f"expected float16 or bfloat16, got {_name(dtype)}"
     if (reason := _unknown_to_kernels(given)) is not None:
@@ -46,9 +47,9 @@ def refusal(given: AttentionInputs | AttentionSaved) -> str | None:
         return f"expected at most {most} modalities, got {modalities}"
     if (reason := cuda_extension.unsupported_reason(torch.cuda.get_device_capability(device))) is not None:
         return reason
+    sizes = dict(zip(("head_dim", "value_dim"), _padded_sizes(given), strict=True))
     needed, limit = cuda_extension.extension().shared_memory(
-        device=key_of(given).get_device(), head_dim=_padded_size(head_dim),
-        entries=[vector.shape[1] for vector in given.bias.vectors],
+        device=key_of(given).get_device(), **sizes, entries=[vector.shape[1] for vector in given.bias.vectors],
     )  # fmt: skip
     if needed > limit:
         return f"expected at most {limit} bytes of shared memory for a thread block, got {needed}"
@@ -76,40 +77,42 @@ def _keys_of(given: AttentionInputs | AttentionSaved) -> Segments | KeySegments:
     return given.segments if given.key_segments.cu_seqlens is None else given.key_segments
 
 
-def _padded_size(head_dim: int) -> int:
-    return next(size for size in HEAD_SIZES if size >= head_dim)
+def _padded_sizes(given: AttentionInputs | AttentionSaved) -> tuple[int, int]:
+    """Head sizes of keys and of values that the kernels take, none smaller than these."""
+    head_dim = next(size for size in HEAD_SIZES if size >= key_of(given).shape[-1])
+    is_narrow = head_dim == HEAD_SIZES[-1] and given.v is not None and given.v.shape[-1] <= NARROW_VALUES
+    return head_dim, NARROW_VALUES if is_narrow else head_dim
 
 
-def _padded(x: Tensor) -> Tensor:
+def _padded(x: Tensor, size: int) -> Tensor:
     """Heads of a size that the kernels take; zeros add nothing to a product, and what they give is cut off."""
-    size = _padded_size(x.shape[-1])
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
 def _apart(given: AttentionInputs | AttentionSaved) -> list[Tensor]:
     """Queries, keys and values as the kernels take them: [rows or key rows, heads, one of HEAD_SIZES] each."""
+    head_dim, value_dim = _padded_sizes(given)
     if given.qkv is not None:
-        qkv = _padded(given.qkv)
+        qkv = _padded(given.qkv, head_dim)
         _require_readable(qkv)
         return [*qkv.unbind(1)]
     q, k, v = given.q, given.k, given.v
     assert q is not None and k is not None and v is not None
-    padded = (_padded(q), _padded(k), F.pad(v, (0, more)) if (more := _padded_size(k.shape[-1]) - v.shape[-1]) else v)
-    return [_readable_rows(x) for x in padded]
+    return [_readable_rows(_padded(x, size)) for x, size in ((q, head_dim), (k, head_dim), (v, value_dim))]
 
 
 def launch_forward(given: AttentionInputs) -> AttentionOutputs:
     """The CUDA kernel on the current stream."""
     q, k, v = _apart(given)
-    rows, heads, head_dim = q.shape
-    out, log_sum_exp = q.new_empty(rows, heads, head_dim), q.new_empty(rows, heads, dtype=torch.float32)
+    rows, heads, _ = q.shape
+    out, log_sum_exp = q.new_empty(rows, heads, v.shape[-1]), q.new_empty(rows, heads, dtype=torch.float32)
     if rows:
         attention, _held = _arguments(given, q, k, v)
         with torch.cuda.device_of(q):  # a launch makes the tensors' device the current one
             attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(q.device))
         cuda_extension.count_launch()
     value_dim = (given.v if given.qkv is None else given.qkv).shape[-1]
-    return AttentionOutputs(out if value_dim == head_dim else out[..., :value_dim].contiguous(), log_sum_exp)
+    return AttentionOutputs(out if value_dim == v.shape[-1] else out[..., :value_dim].contiguous(), log_sum_exp)
 
 
 def launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
@@ -120,8 +123,7 @@ def launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
     q, k, v = _apart(saved)
     grad, value_dim = saved.grad_out, (saved.v if saved.qkv is None else saved.qkv).shape[-1]
     _require_like_output(grad, q, torch.Size((*q.shape[:2], value_dim)))
-    if value_dim != q.shape[-1]:
-        grad = F.pad(grad, (0, q.shape[-1] - value_dim))
+    grad = _padded(grad, v.shape[-1])
     dqkv = None if saved.qkv is None else q.new_empty(q.shape[0], 3, *q.shape[1:])
     gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     found = _launch_backward(saved, q, k, v, grad, gradients if dqkv is None else [*dqkv.unbind(1)], needs)
@@ -193,6 +195,7 @@ def _arguments(
         samples=plan[0].cu_seqlens.shape[1] - 1,
         heads=q.shape[1],
         head_dim=q.shape[2],
+        value_dim=v.shape[2],
         scale=given.scale,
         type=_name(q.dtype),
         **{name: (x.data_ptr(), *x.stride()[:2]) for name, x in zip("qkv", (q, k, v), strict=True)},

@@ -321,9 +321,10 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
         [rows, heads, value_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero,
         and so is a query that sees no key. The log-sum-exp is [rows, heads], float32 for half precision, -inf where a
         query sees no key. On a GPU float16 and bfloat16 with heads of at most 128 run the CUDA kernels, forward and
-        backward, with or without an order, ``keys`` and vectors (zeros fill heads up to 32, 64, 96 or 128; tiles that an
-        order hides cost nothing). Whatever they cannot take, such as values wider than the keys, runs PyTorch's
-        attention, which says so once, and has its gradients from the reference.
+        backward, with or without an order, ``keys`` and vectors. Zeros fill heads up to 32, 64, 96 or 128, and values
+        beside keys of 128 up to 64 or 128; tiles that an order hides cost nothing. Whatever they cannot take, such as
+        values wider than the keys, runs PyTorch's attention, which says so once, and has its gradients from the
+        reference.
 
     Raises:
         ValueError: a dtype, shape or device that does not fit, on a GPU also strides that 16 bytes cannot be read from;

@@ -60,3 +60,13 @@ def test_samples_that_no_walk_takes_whole(attend, name, limit, dim):
     form = Form(**KINDS[name] | {"sizes": (dim, dim), "lengths": LONG})
     check_form(attend, form, shared_limit=SHARED_LIMITS[limit])
     check_form(attend, form, shared_limit=SHARED_LIMITS[limit], multiprocessors=132)
+
+
+@pytest.mark.parametrize("limit", ["99 KiB", "227 KiB"])
+@pytest.mark.parametrize("order", [None, causal], ids=["all", "causal"])
+def test_keys_of_128_beside_values_of_64(attend, order, limit):
+    """Around the lengths that one thread block walks, in either shape."""
+    counts = [[129, 130, 3, 0, 113, 114]]
+    form = Form(order=order, runs=True, cls=True, head_scale=True, sizes=(128, 64), lengths=(counts, counts))
+    check_form(attend, form, shared_limit=SHARED_LIMITS[limit])
+    check_form(attend, form, torch.float16, shared_limit=SHARED_LIMITS[limit], multiprocessors=132)

@@ -59,9 +59,9 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
 FORMS_OF_RACES = ("one vector for all, CLS", "prefix", "causal, runs", "keys of others", "keys of others in order, CLS")
 
 
-def form_case(name: str, multiprocessors: int) -> bytes:
+def form_case(name: str, multiprocessors: int, sizes: tuple[int, int] = (32, 32)) -> bytes:
     """Forward and backward of a form."""
-    form = Form(**FORMS[name] | {"sizes": (32, 32), "lengths": SEVERAL_TILES})
+    form = Form(**FORMS[name] | {"sizes": sizes, "lengths": SEVERAL_TILES})
     leaves = {key: leaf.bfloat16() for key, leaf in form.leaves.items()}
     qkv = form.qkv(leaves)
     grad = normal(leaves["q"].shape[0], *leaves["v"].shape[1:], seed=1000, dtype=torch.bfloat16)
@@ -74,6 +74,14 @@ def form_case(name: str, multiprocessors: int) -> bytes:
 @pytest.mark.parametrize("name", FORMS_OF_RACES)
 def test_no_two_threads_of_the_other_kinds_do(build, tmp_path, name, multiprocessors):
     process = host_shim.run(build("thread"), tmp_path, form_case(name, multiprocessors))
+    assert process.returncode == 0, process.stderr[:4000]
+
+
+@pytest.mark.parametrize("limit", ("99 KiB", "227 KiB"))
+@pytest.mark.parametrize("multiprocessors", (1, 132))
+def test_no_two_threads_do_where_keys_are_wider_than_values(build, tmp_path, multiprocessors, limit):
+    given = form_case(FORMS_OF_RACES[0], multiprocessors, (128, 64))
+    process = host_shim.run(build("thread"), tmp_path, given, shared_limit=host_shim.SHARED_LIMITS[limit])
     assert process.returncode == 0, process.stderr[:4000]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.contract import normal
 
-ROW = {"device": 0, "samples": 1, "heads": 1, "head_dim": 32}
+ROW = {"device": 0, "samples": 1, "heads": 1, "head_dim": 32, "value_dim": 32}
 
 
 class Call:
@@ -74,6 +74,8 @@ REFUSED = {
     "type: expected float16, bfloat16 or float32, got float64": {"head_scale_type": "float64"},
     "qkv: expected float16 or bfloat16, got float32": {"type": "float32"},
     "qkv: expected a head size of 32, 64, 96 or 128, got 48": {"head_dim": 48},
+    "v: expected values of the keys' 32, or of 64 beside 128, got 64": {"value_dim": 64},
+    "v: expected values of the keys' 128, or of 64 beside 128, got 32": {"head_dim": 128},
     **{f"{name}: {ADDRESS}": {f"{name}.data": 8} for name in "qkv"},
     **{f"{name}: expected strides that 8 divides, got 97": {f"{name}.row_stride": 97} for name in "qkv"},
     **{f"{name}: expected strides that 8 divides, got 33": {f"{name}.head_stride": 33} for name in "qkv"},
@@ -155,26 +157,33 @@ def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):
     assert all(map(torch.equal, *results))
 
 
-# Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.
+# Bytes of a thread block, by head sizes and KiB that the device gives: without vectors, and with 2000 entries.
 NEEDED = {
-    (32, 99): (72576, 101184),
-    (64, 99): (73344, 101184),
-    (96, 99): (84992, 101120),
-    (128, 99): (88576, 100864),
-    (64, 163): (115584, 166464),
-    (96, 163): (99968, 166208),
-    (128, 163): (126592, 166720),
-    (64, 227): (115584, 231744),
-    (96, 227): (99968, 219968),
-    (128, 227): (126592, 232000),
+    (32, 32, 99): (72576, 101184),
+    (64, 64, 99): (73344, 101184),
+    (96, 96, 99): (84992, 101120),
+    (128, 64, 99): (84992, 101120),
+    (128, 128, 99): (88576, 100864),
+    (64, 64, 163): (115584, 166464),
+    (96, 96, 163): (99968, 166208),
+    (128, 64, 163): (99968, 166208),
+    (128, 128, 163): (126592, 166720),
+    (64, 64, 227): (115584, 231744),
+    (96, 96, 227): (99968, 219968),
+    (128, 64, 227): (99968, 219968),
+    (128, 128, 227): (126592, 232000),
 }
+with_sizes = pytest.mark.parametrize(("head_dim", "value_dim", "limit"), NEEDED)
 
 
-@pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
-def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(host_extension, monkeypatch, head_dim, limit):
+@with_sizes
+def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(
+    host_extension, monkeypatch, head_dim, value_dim, limit
+):
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(limit * 1024))
-    needed = lambda *entries: host_extension.shared_memory(device=0, head_dim=head_dim, entries=entries)  # noqa: E731
-    plain, biased = NEEDED[head_dim, limit]
+    asked = {"device": 0, "head_dim": head_dim, "value_dim": value_dim}
+    needed = lambda *entries: host_extension.shared_memory(**asked, entries=entries)  # noqa: E731
+    plain, biased = NEEDED[head_dim, value_dim, limit]
     assert needed() == (plain, limit * 1024) and needed(1500, 500) == (biased, limit * 1024)
     assert needed(1 << 20)[0] <= limit * 1024
 
@@ -185,12 +194,12 @@ class LaunchPlan(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
 
 
-@pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
-def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, limit):
+@with_sizes
+def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, value_dim, limit):
     """Of windows, which take more registers, one thread block runs at a time."""
     function = ctypes.CDLL(host_extension.__file__).relative_bias_attention_forward_plan
-    function.restype = LaunchPlan
-    plan = lambda entries: function(head_dim, ctypes.c_int64(entries), ctypes.c_int64(limit * 1024))  # noqa: E731
+    function.restype, function.argtypes = LaunchPlan, (ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+    plan = lambda entries: function(head_dim, value_dim, entries, limit * 1024)  # noqa: E731
     without = plan(0).shared_bytes
     most = (limit * 1024 - without) // 4
     found = [(plan(entries).shared_bytes, plan(entries).thread_blocks_at_once) for entries in (most, most + 1)]
@@ -201,6 +210,6 @@ def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension,
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(75 * 1024))
     fits = {}
     for head_dim in (32, 64, 96, 128):
-        needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, entries=[])
+        needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, value_dim=head_dim, entries=[])
         fits[head_dim] = needed <= limit
     assert fits == {32: True, 64: True, 96: False, 128: False}

@@ -43,7 +43,7 @@ def test_the_kernels_follow_the_formula(name, way, dtype):
 
 
 @pytest.mark.parametrize("way", ["kernel"], indirect=True)
-@pytest.mark.parametrize("head_dim, value_dim", [(88, 88), (8, 8), (128, 64), (40, 24)])
+@pytest.mark.parametrize("head_dim, value_dim", [(88, 88), (8, 8), (128, 64), (120, 40), (128, 72), (40, 24)])
 def test_zeros_fill_heads_up_to_what_the_kernels_take(way, head_dim, value_dim):
     joint = head_dim == value_dim
     form = Form(vectors=2, cls=True, sizes=(head_dim, value_dim), joint=joint, head_scale=True)
@@ -220,12 +220,12 @@ def test_on_a_gpu_values_and_gradients_follow_the_formula(name, dtype):
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("error:.*takes the slower path:RuntimeWarning")
 @pytest.mark.parametrize("dtype", DTYPES_OF_WAYS["kernel"], ids=str)
-@pytest.mark.parametrize("head_dim", (32, 64, 128))
+@pytest.mark.parametrize("sizes", [(32, 32), (64, 64), (96, 96), (128, 64), (128, 128)], ids=str)
 @pytest.mark.parametrize("name", ON_KERNELS)
-def test_on_a_gpu_the_kernels_follow_the_formula(name, head_dim, dtype):
+def test_on_a_gpu_the_kernels_follow_the_formula(name, sizes, dtype):
     _say_once.cache_clear()
     before = cuda_extension.launched()
-    check_on_gpu(FORMS[name] | {"lengths": SEVERAL_TILES, "sizes": (head_dim, head_dim)}, dtype)
+    check_on_gpu(FORMS[name] | {"lengths": SEVERAL_TILES, "sizes": sizes}, dtype)
     assert cuda_extension.launched() - before == 2
 
 

@@ -64,7 +64,7 @@ class RelativeBiasAttention(ctypes.Structure):
     """Of ``csrc/relative_bias_attention.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("device", "samples", "modalities", "heads", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("device", "samples", "modalities", "heads", "head_dim", "value_dim")),
         ("scale", ctypes.c_float),
         ("type", ctypes.c_int32),
         *((name, HeadRows) for name in "qkv"),
@@ -185,7 +185,8 @@ def attention_case(
     queries = Segments(cu_seqlens, like, code, is_cls, max_length, order)
     case = RelativeBiasAttention(
         samples=cu_seqlens.shape[1] - 1, modalities=max(len(side.cu_seqlens) for side in (queries, keys or queries)),
-        heads=heads, head_dim=head_dim, scale=head_dim**-0.5 if scale is None else scale, type=TYPES[like.dtype],
+        heads=heads, head_dim=head_dim, value_dim=apart[2].shape[2],
+        scale=head_dim**-0.5 if scale is None else scale, type=TYPES[like.dtype],
         bias_vectors=len(bias), head_scale_type=TYPES[like.dtype if head_scale is None else head_scale.dtype],
         **{name: HeadRows(None, *x.stride()[:2]) for name, x in zip("qkv", apart, strict=True)},
         queries=_packed_rows(queries, like), keys=_packed_rows(keys or queries, apart[1]),
