@@ -22,6 +22,7 @@
 #include "backward_workspace.cuh"
 #include "bias_gradient.cuh"
 #include "entry_sums.cuh"
+#include "gradient_rows.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 #include "spread_key_block.cuh"
@@ -33,9 +34,9 @@ namespace onepeace_fast {
 template <typename Launch>
 using Pairs = float[Launch::SLOTS][HALVES][2][4];
 
-// Of a warp: the gradient of its keys or values.
-template <typename Launch>
-using KeyRows = float[Launch::SLOTS][Launch::HEAD_DIM / 8][4];
+// Of a warp: the gradient of its keys or values, of which a head has SIZE.
+template <typename Launch, int SIZE>
+using KeyRows = float[Launch::SLOTS][SIZE / 8][4];
 
 // The key block of a slot of a warp, counted from the walk's first; past the last one where there are fewer.
 template <typename Launch>
@@ -43,23 +44,22 @@ __device__ __forceinline__ int own_key_block(int warp, int slot) {
     return slot * Launch::WARPS + warp;
 }
 
-// pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, HEAD_DIM], queries [TILE, HEAD_DIM], both in shared memory.
-template <typename Launch, typename T>
+// pairs += keys queries^T: keys [key_blocks, BLOCK_ROWS, SIZE], queries [TILE, SIZE], both in shared memory.
+template <typename Launch, int SIZE, typename T>
 __device__ __forceinline__ void multiply(
     int warp, Pairs<Launch>& pairs, const T* keys, const T* queries, int key_blocks) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     const int lane = thread_index() % WARP;
 #pragma unroll
-    for (int k = 0; k < HEAD_DIM / 16; ++k) {
+    for (int k = 0; k < SIZE / 16; ++k) {
         uint32_t b[HALVES][4];
 #pragma unroll
-        for (int half = 0; half < HALVES; ++half) transposed_right_operand<HEAD_DIM>(b[half], queries, lane, half, k);
+        for (int half = 0; half < HALVES; ++half) transposed_right_operand<SIZE>(b[half], queries, lane, half, k);
 #pragma unroll
         for (int slot = 0; slot < Launch::SLOTS; ++slot) {
             const int key_block = own_key_block<Launch>(warp, slot);
             if (key_block >= key_blocks) continue;
             uint32_t a[4];
-            left_operand<HEAD_DIM>(a, keys, lane, key_block, k);
+            left_operand<SIZE>(a, keys, lane, key_block, k);
 #pragma unroll
             for (int half = 0; half < HALVES; ++half) {
                 mma<T>(pairs[slot][half][0], a, b[half][0], b[half][1]);
@@ -69,11 +69,11 @@ __device__ __forceinline__ void multiply(
     }
 }
 
-// rows += pairs queries: queries [TILE, HEAD_DIM] in shared memory.
-template <typename Launch, typename T>
+// rows += pairs queries: queries [TILE, SIZE] in shared memory.
+template <typename Launch, int SIZE, typename T>
 __device__ __forceinline__ void accumulate(
-    int warp, KeyRows<Launch>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM, SLOTS = Launch::SLOTS;
+    int warp, KeyRows<Launch, SIZE>& rows, const Pairs<Launch>& pairs, const T* queries, int key_blocks) {
+    constexpr int SLOTS = Launch::SLOTS;
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
@@ -81,9 +81,9 @@ __device__ __forceinline__ void accumulate(
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) left_operand<T>(a[slot], pairs[slot][half][0], pairs[slot][half][1]);
 #pragma unroll
-        for (int j = 0; j < HEAD_DIM / 16; ++j) {
+        for (int j = 0; j < SIZE / 16; ++j) {
             uint32_t b[4];
-            right_operand<HEAD_DIM>(b, queries, lane, half, j);
+            right_operand<SIZE>(b, queries, lane, half, j);
 #pragma unroll
             for (int slot = 0; slot < SLOTS; ++slot) {
                 if (own_key_block<Launch>(warp, slot) >= key_blocks) continue;
@@ -248,24 +248,26 @@ __device__ __forceinline__ void find_query_gradient(
 //     all warps   second half of ds to sums | spread: its dk and dv by columns
 //                 dq = ds^T k, pieces of 16 x 16 dealt to the warps | wait (copies)
 //
-// Between barriers warps run apart: the tensor cores may work for one while another computes exponentials.
+// Key blocks behind the last one that a query sees are left out. Between barriers warps run apart: the tensor cores may
+// work for one while another computes exponentials.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void walk_keys(
     const Backward<T, Launch, LARGE>& backward, int first, int key_blocks, bool is_whole, bool is_first) {
     auto& shared = backward.shared;
     const int warp = warp_index();
-    KeyRows<Launch> key_gradient = {}, value_gradient = {};
+    KeyRows<Launch, Launch::HEAD_DIM> key_gradient = {};
+    KeyRows<Launch, Launch::VALUE_DIM> value_gradient = {};
     SpreadKeyBlock<T, Launch, LARGE> spread{backward};
-    const bool spreads = key_blocks > spread.KEY_BLOCK;
-    if (spreads) spread.begin();
+    const bool has_spread = key_blocks > spread.KEY_BLOCK;
+    if (has_spread) spread.begin();
     backward.load_keys(first, key_blocks);
-    backward.load_queries(0, 0, is_whole);
     const int tiles = ceil_div(shared.sample.row_blocks, HALVES);
+    if (tiles) backward.load_queries(0, 0, is_whole);
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
         const int stage = tile % STAGES;
         cp_async_wait_all();
-        backward.find_query_runs(warp, stage);
+        backward.find_query_runs(warp, stage, key_blocks);
         __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
         if (tile == 0) {
 #pragma unroll
@@ -275,59 +277,59 @@ __device__ __forceinline__ void walk_keys(
             }
         }
         if (tile + 1 < tiles) backward.load_queries(1 - stage, tile + 1, is_whole);
+        const int seen = shared.seen_key_blocks[stage];
+        const bool spreads = seen > spread.KEY_BLOCK;
         const uint32_t largest = spreads ? spread.find_probabilities(stage) : 0;
         Pairs<Launch> probabilities = {}, gradients = {};
-        multiply<Launch>(warp, probabilities, shared.keys, shared.queries[stage], key_blocks);
+        multiply<Launch, Launch::HEAD_DIM>(warp, probabilities, shared.keys, shared.queries[stage], seen);
 #pragma unroll
         for (int i = 0; i < Launch::SLOTS * HALVES; ++i) {
             const int slot = i / HALVES, half = i % HALVES, key_block = own_key_block<Launch>(warp, slot);
-            if (key_block < key_blocks) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
+            if (key_block < seen) backward.find_probabilities(probabilities[slot][half], stage, key_block, half);
         }
-        accumulate<Launch>(warp, value_gradient, probabilities, shared.grad[stage], key_blocks);
-        multiply<Launch>(warp, gradients, shared.values, shared.grad[stage], key_blocks);
+        accumulate<Launch, Launch::VALUE_DIM>(warp, value_gradient, probabilities, shared.grad[stage], seen);
+        multiply<Launch, Launch::VALUE_DIM>(warp, gradients, shared.values, shared.grad[stage], seen);
         share_sums(backward, probabilities, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
-        const float row_sum = find_row_sum(spread, stage, key_blocks, is_whole);
+        const float row_sum = find_row_sum(spread, stage, seen, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
         differentiate<Launch>(probabilities, gradients, row_sum, backward.head_scale());
-        leave_score_gradient(warp, backward, gradients, key_blocks);
-        accumulate<Launch>(warp, key_gradient, gradients, shared.queries[stage], key_blocks);
+        leave_score_gradient(warp, backward, gradients, seen);
+        accumulate<Launch, Launch::HEAD_DIM>(warp, key_gradient, gradients, shared.queries[stage], seen);
         Sums sums{};
         if (backward.is_learned()) {
             sums = prepare_sums(backward, row_sum);
-            add_to_sums(warp, backward, gradients, stage, 0, key_blocks, sums);
+            add_to_sums(warp, backward, gradients, stage, 0, seen, sums);
         }
         if (spreads) spread.differentiate(stage, row_sum, sums);
         __syncthreads();  // the scores' gradient is complete, and nobody adds to what the second half adds to
-        if (backward.is_learned()) add_to_sums(warp, backward, gradients, stage, 1, key_blocks, sums);
+        if (backward.is_learned()) add_to_sums(warp, backward, gradients, stage, 1, seen, sums);
         if (spreads) spread.accumulate(stage);
-        find_query_gradient(backward, stage, key_blocks, is_whole, is_first);
+        find_query_gradient(backward, stage, seen, is_whole, is_first);
     }
+    if (!tiles) cp_async_wait_all();
     __syncthreads();  // nobody reads the keys, which give way to their gradients
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
         const int key_block = own_key_block<Launch>(warp, slot);
         if (key_block >= key_blocks) continue;
-        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, 1);
-        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, 2);
+        const auto &k = backward.gradients.k, &v = backward.gradients.v;
+        backward.store_keys(key_gradient[slot], backward.arguments.scale, key_block, shared.keys, k);
+        backward.store_keys(value_gradient[slot], backward.head_scale(), key_block, shared.values, v);
     }
-    if (spreads) spread.store();
+    if (has_spread) spread.store();
     __syncthreads();  // the next keys take their place
 }
 
 // A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& backward) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM;
     auto& shared = backward.shared;
-    for (int m = 0; m < backward.arguments.modalities; ++m) {
-        const int elements = (shared.sample.body[m] + shared.sample.cls[m]) * HEAD_DIM;
-        for (int i = thread_index(); i < elements; i += Launch::THREADS) {
-            for (int which = 0; which < 3; ++which) {
-                backward.result(shared.sample.first[m] + i / HEAD_DIM, which)[i % HEAD_DIM] = from_float<T>(NAN);
-            }
-        }
-    }
+    const int modalities = backward.arguments.modalities;
+    const auto& gradients = backward.gradients;
+    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.q, shared.sample, modalities, NAN);
+    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.k, shared.key_sample, modalities, NAN);
+    fill_rows<T, Launch::VALUE_DIM, Launch::THREADS>(gradients.v, shared.key_sample, modalities, NAN);
     if (thread_index() == 0) {
         shared.scale_sums[0] = NAN;
         shared.is_finite = false;
@@ -337,12 +339,12 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 // The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
 // groups of samples and one more.
 //
-//     heads of                        32        64  64 compact       128  128 compact
-//     warps                            8         8           8         8            4
-//     key blocks of a walk            17        17           9         9            5   by tiles of 32 queries
-//     registers, sm_80          196, 184  255, 248    145, 150  223, 223     238, 238   the second is LARGE
-//     registers, sm_90a         199, 199  255, 255    162, 160  250, 248     255, 253
-//     shared memory               75,008   118,016      76,288   129,536       89,728   bytes
+//     heads of                     32        64       c64        96       c96       128      c128   c is compact
+//     warps                         8         8         8         8         6         8         4
+//     key blocks of a walk         17        17         9         9         7         9         5   by 32 queries
+//     registers, sm_80       196, 184  255, 248  145, 150  189, 190  189, 191  224, 226  239, 240   second: LARGE
+//     registers, sm_90a      199, 199  255, 255  162, 160  212, 210  212, 210  247, 249  251, 249
+//     shared memory            75,008   118,016    76,288   102,912    87,168   129,536    89,728   bytes
 //     thread blocks for each multiprocessor: 1
 //
 // Vectors that are not LARGE take 12 bytes more for each entry, and sums by block difference 768 bytes each.
@@ -350,32 +352,32 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 // Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
 // model of an H100, never by device memory. Where codes are runs, bias and gradient cost about 330 of 1,640 issue slots
 // of a warp's 32 x 32 pairs, of other codes about 1,100.
-template <typename T, int HEAD_DIM, bool COMPACT, bool LARGE>
-__global__ void __launch_bounds__(BackwardLaunch<HEAD_DIM, COMPACT>::THREADS, 1) attention_backward_kernel(
+template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT, bool LARGE>
+__global__ void __launch_bounds__((BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>::THREADS), 1) attention_backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
-    using Launch = BackwardLaunch<HEAD_DIM, COMPACT>;
+    using Launch = BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>;
     const int group = blockIdx.z, part = blockIdx.x;
-    if (group == workspace.groups) {
-        return zero_inert_rows<Launch>(arguments, static_cast<T*>(gradients.qkv));
-    }
+    if (group == workspace.groups) return zero_inert_rows<T, Launch>(arguments, gradients);
     auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());
     const Backward<T, Launch, LARGE> backward{arguments, gradients, workspace, shared};
     backward.begin();
     const int end_sample = workspace.first_sample(group + 1, arguments.samples);
 #pragma unroll 1
     for (int sample = workspace.first_sample(group, arguments.samples); sample < end_sample; ++sample) {
-        read_sample<BLOCK_ROWS>(shared.sample, arguments, sample);
+        read_sample<BLOCK_ROWS>(shared.sample, shared.key_sample, arguments, sample);
         __syncthreads();  // everybody sees the sample, and what the thread block began with
         if (warp_index() == 0) {
             shared.differences.read_sample(arguments, gradients, shared.sample, workspace.differences);
         }
-        const int key_blocks = shared.sample.row_blocks;
+        const int key_blocks = shared.key_sample.row_blocks;
         const int first = workspace.first_key_block(part, key_blocks);
         const int end = workspace.first_key_block(part + 1, key_blocks);
-        const bool is_whole = workspace.walks_whole(shared.sample);
-        if (is_whole || workspace.query_parts) {
+        const bool is_whole = workspace.walks_whole(shared.key_sample);
+        if (is_whole && key_blocks == 0) {
+            fill_rows<T, HEAD_DIM, Launch::THREADS>(gradients.q, shared.sample, arguments.modalities, 0.f);
+        } else if (is_whole || workspace.query_parts) {
 #pragma unroll 1
             for (int key_block = first, taken = 0; key_block < end; key_block += taken) {
                 taken = Launch::next_walk(end - key_block);

@@ -37,71 +37,76 @@ BackwardPlan backward_plan(int64_t entries, int64_t shared_limit) {
 }
 
 // For a head size, the entries of all vectors with those of CLS, and the bytes that a thread block may have: the larger
-// shape where it fits, and in either the vectors with the sums of their gradient where they do.
-template <int HEAD_DIM>
+// shape where it fits beside a vector of a 16 x 16 grid, and in either the vectors with the sums of their gradient
+// where they do.
+template <int HEAD_DIM, int VALUE_DIM>
 BackwardPlan choose_backward_plan(int64_t entries, int64_t shared_limit) {
-    const BackwardPlan plan = backward_plan<BackwardLaunch<HEAD_DIM, false>>(entries, shared_limit);
+    using Larger = BackwardLaunch<HEAD_DIM, VALUE_DIM, false>;
     if constexpr (HAS_COMPACT_SHAPE<HEAD_DIM>) {
-        if (plan.launch.shared_bytes > shared_limit) {
-            return backward_plan<BackwardLaunch<HEAD_DIM, true>>(entries, shared_limit);
+        constexpr int64_t OF_GRID = vector_bytes(false, 31 * 31 + CLS_ENTRIES);
+        constexpr int64_t NEEDED = sizeof(BackwardShared<bfloat16, Larger>) + OF_GRID;
+        if (NEEDED > shared_limit) {
+            return backward_plan<BackwardLaunch<HEAD_DIM, VALUE_DIM, true>>(entries, shared_limit);
         }
     }
-    return plan;
+    return backward_plan<Larger>(entries, shared_limit);
 }
 
-inline BackwardPlan choose_backward_plan(int32_t head_dim, int64_t entries, int64_t shared_limit) {
-    return head_dim == 32   ? choose_backward_plan<32>(entries, shared_limit)
-           : head_dim == 64 ? choose_backward_plan<64>(entries, shared_limit)
-                            : choose_backward_plan<128>(entries, shared_limit);
+inline BackwardPlan choose_backward_plan(
+    int32_t head_dim, int32_t value_dim, int64_t entries, int64_t shared_limit) {
+    return with_head_sizes(head_dim, value_dim, [&](auto head_size, auto value_size) {
+        return choose_backward_plan<head_size.value, value_size.value>(entries, shared_limit);
+    });
 }
 
 // Of the backward kernel; backward_walks.cuh has it, compiled for each head size and shape in a file of its own.
-template <typename T, int HEAD_DIM, bool COMPACT>
+template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT>
 const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream);
 
-// Row blocks of a sample that the grids of the smaller kernels have room for: no more than all rows fill, whatever
-// max_length promises.
+// Row blocks of a sample's queries that the grids of the smaller kernels have room for: no more than all rows fill,
+// whatever max_length promises.
 inline int launched_row_blocks(const RelativeBiasAttention& arguments, const BackwardWorkspace& workspace) {
-    return std::min(workspace.sample_row_blocks, most_row_blocks(arguments, arguments.rows));
+    return std::min(workspace.query_row_blocks, most_row_blocks(arguments, arguments.queries.rows));
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, int VALUE_DIM>
 const char* launch_row_sums(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, void* stream) {
+    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM>;
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     const int64_t entries = workspace.entries - CLS_ENTRIES * arguments.bias_vectors;
-    const LaunchPlan planned = relative_bias_attention_forward_plan(HEAD_DIM, entries);
-    const auto kernel = entries > BIAS_CAPACITY ? attention_row_sums_kernel<T, HEAD_DIM, true>
-                                                : attention_row_sums_kernel<T, HEAD_DIM, false>;
-    const int parts = ceil_div(launched_row_blocks(arguments, workspace), ForwardLaunch<HEAD_DIM>::WARPS);
+    const BiasPlan bias = plan_bias<Launch>(entries, shared_limit(arguments.device));
+    const auto kernel = bias.is_windowed ? attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, true>
+                                         : attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, false>;
+    const int parts = ceil_div(launched_row_blocks(arguments, workspace), Launch::WARPS);
     const dim3 grid(parts, arguments.heads, arguments.samples);
     return launch_kernel(
-        kernel, arguments.device, grid, planned.threads, planned.shared_bytes, stream, base_2, gradients, workspace,
-        static_cast<int>(std::min<int64_t>(entries, BIAS_CAPACITY)));
+        kernel, arguments.device, grid, Launch::THREADS, forward_shared_bytes<Launch>(bias.capacity), stream, base_2,
+        gradients, workspace, bias.capacity);
 }
 
-template <typename T, int HEAD_DIM>
+template <typename T, int HEAD_DIM, int VALUE_DIM>
 const char* launch_backward(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const BackwardPlan& plan,
     void* stream) {
     const BackwardWorkspace workspace = plan_workspace(arguments, gradients, plan);
     const bool has_parts = workspace.query_parts && arguments.samples;
     const char* problem = nullptr;
-    if (has_parts) problem = launch_row_sums<T, HEAD_DIM>(arguments, gradients, workspace, stream);
+    if (has_parts) problem = launch_row_sums<T, HEAD_DIM, VALUE_DIM>(arguments, gradients, workspace, stream);
     if (problem) return problem;
-    const auto launch = launch_walks<T, HEAD_DIM, false>;
-    const auto launch_compact = launch_walks<T, HEAD_DIM, HAS_COMPACT_SHAPE<HEAD_DIM>>;
+    const auto launch = launch_walks<T, HEAD_DIM, VALUE_DIM, false>;
+    const auto launch_compact = launch_walks<T, HEAD_DIM, VALUE_DIM, HAS_COMPACT_SHAPE<HEAD_DIM>>;
     problem = (plan.is_compact ? launch_compact : launch)(arguments, gradients, workspace, plan.launch, stream);
     if (!problem && has_parts) {
         const int rows = launched_row_blocks(arguments, workspace) * BLOCK_ROWS;
         const dim3 grid(ceil_div(rows, SUM_THREADS / (HEAD_DIM / CHUNK)), arguments.heads, arguments.samples);
         problem = launch_kernel(
-            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(Sample), stream,
-            arguments, gradients, workspace);
+            attention_sum_queries_kernel<T, HEAD_DIM>, arguments.device, grid, SUM_THREADS, sizeof(SampleOfBoth),
+            stream, arguments, gradients, workspace);
     }
     if (!problem && (workspace.entry_parts || workspace.scale_parts)) {
         const dim3 grid(std::max(1, ceil_div(workspace.entries, SUM_THREADS)), arguments.heads);

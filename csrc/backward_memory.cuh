@@ -1,86 +1,41 @@
-// What a thread block of the backward kernel holds in shared memory, how it is loaded, and how it is stored.
+// How what a thread block of the backward kernel holds in shared memory is loaded, and how it is stored.
 
 #pragma once
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <climits>
 #include <cmath>
 
+#include "backward_shared.cuh"
 #include "backward_workspace.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
 #include "block_difference.cuh"
 #include "difference_sums.cuh"
 #include "forward_memory.cuh"
+#include "gradient_rows.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
 #include "tile.cuh"
 
 namespace onepeace_fast {
 
-template <typename T, typename Launch>
-struct alignas(128) BackwardShared {
-    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEY_BLOCKS = Launch::KEY_BLOCKS;
-
-    T keys[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];    // at the end of a walk their gradients
-    T values[KEY_BLOCKS * BLOCK_ROWS * HEAD_DIM];  // at the end of a walk theirs
-    T queries[STAGES][TILE * HEAD_DIM];
-    T grad[STAGES][TILE * HEAD_DIM];
-    T score_gradient[KEY_BLOCKS * BLOCK_ROWS * TILE];  // of a tile of queries, keys in rows
-    T results[WARPS][BLOCK_ROWS * BLOCK_ROWS];     // gradients of queries on their way to memory
-    float log_sum_exp[STAGES][TILE];               // in base 2; infinite past the last query
-    float row_sums[STAGES][TILE];
-    int query_code[STAGES][TILE];  // of CLS queries: their modality
-    int key_code[KEY_BLOCKS * BLOCK_ROWS];
-    T spread_rows[BLOCK_ROWS * TILE];  // probabilities of the key block that is spread
-    float spread_probabilities[BLOCK_ROWS][TILE + CHUNK];
-    float spread_gradients[BLOCK_ROWS][TILE + CHUNK];
-    float partial_sums[WARPS][TILE];  // of probability times its gradient over a warp's keys
-    float scale_sums[WARP];           // of row sums, for each row of a tile
-    uint32_t largest[WARPS];          // magnitude of a gradient of probabilities, of each warp
-    RowBlock query_rows[STAGES][HALVES];
-    RowBlock key_rows[KEY_BLOCKS];
-    int bias_start[MAX_MODALITIES];
-    Run query_runs[STAGES][HALVES];
-    Run key_runs[KEY_BLOCKS];
-    Differences differences;
-    Sample sample;
-    int exponent;   // of the fixed point in which sums stand
-    int is_finite;  // whether all gradients of scores have been so far
-    // float bias[entries], int sums[2 * entries] follow, unless the vectors are large; then DifferenceSums.
-
-    __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
-};
-
-// Every GPU that the kernels take holds the compact shape, and heads of 32 in the other.
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<32, false>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<64, true>>) <= SMALLEST_SHARED_BYTES);
-static_assert(sizeof(BackwardShared<bfloat16, BackwardLaunch<128, true>>) <= SMALLEST_SHARED_BYTES);
-
 // One thread block's view of its head, its samples one after another.
 template <typename T, typename Launch_, bool LARGE>
 struct Backward {
     using Launch = Launch_;
     using Memory = BackwardShared<T, Launch>;
-    static constexpr int HEAD_DIM = Launch::HEAD_DIM, THREADS = Launch::THREADS, ROW_CHUNKS = HEAD_DIM / CHUNK;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, VALUE_DIM = Launch::VALUE_DIM, THREADS = Launch::THREADS;
+    static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
 
     const RelativeBiasAttention& arguments;
     const RelativeBiasAttentionGradients& gradients;
     const BackwardWorkspace& workspace;
     Memory& shared;
 
-    // A row's queries (0), keys (1) or values (2): [HEAD_DIM].
-    __device__ const T* source(int row, int which) const {
-        return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
-               blockIdx.y * arguments.head_stride;
-    }
-
-    // Their gradients.
-    __device__ T* result(int row, int which) const {
-        return static_cast<T*>(gradients.qkv) +
-               ((static_cast<int64_t>(row) * 3 + which) * arguments.heads + blockIdx.y) * HEAD_DIM;
-    }
+    __device__ bool has_order() const { return arguments.queries.order; }
 
     __device__ int64_t first_entry() const {
         return workspace.first_entry(blockIdx.z, blockIdx.x, blockIdx.y, arguments.heads);
@@ -113,9 +68,9 @@ struct Backward {
     }
 
     // The bias of a pair in base 2.
-    __device__ __forceinline__ float bias(int modality, int entry) const {
+    __device__ __forceinline__ float bias(int vector, int entry) const {
         if (!LARGE) return shared.bias()[entry];
-        return load_entry(arguments.bias[modality], blockIdx.y, entry - shared.bias_start[modality]);
+        return load_entry(arguments.bias[vector], blockIdx.y, entry - shared.bias_start[vector]);
     }
 
     // Load the vectors, and set all sums to zero.
@@ -151,10 +106,11 @@ struct Backward {
     // The key that stands in a row of shared memory.
     __device__ Row find_key(int row) const {
         return find_row(
-            shared.sample, arguments.modalities, shared.key_rows[row / BLOCK_ROWS], row % BLOCK_ROWS);
+            shared.key_sample, arguments.modalities, shared.key_rows[row / BLOCK_ROWS], row % BLOCK_ROWS);
     }
 
-    // Scores of a key block and half a tile of queries become probabilities, zero past the last key and query.
+    // Scores of a key block and half a tile of queries become probabilities, zero past the last key and query and where
+    // an order hides the key.
     __device__ __forceinline__ void find_probabilities(
         float (&scores)[2][4], int stage, int key_block, int half) const {
         const int lane = thread_index() % WARP;
@@ -169,7 +125,7 @@ struct Backward {
             }
         }
         const Run key_run = shared.key_runs[key_block], query_run = shared.query_runs[stage][half];
-        if (!LARGE && key_run.modality >= 0 && key_run.modality == query_run.modality) {
+        if (!LARGE && key_run.vector >= 0 && key_run.vector == query_run.vector && key_run.order <= query_run.order) {
             const float* entries = shared.bias() + (query_run.first - key_run.first - lane_distance(lane));
             float bias[DIAGONALS];
 #pragma unroll
@@ -184,8 +140,9 @@ struct Backward {
         if (arguments.bias_vectors) {
             visit_entries(
                 arguments, shared.bias_start, keys, queries(stage, half),
-                [&](int n, int i, int modality, int entry) { scores[n][i] += bias(modality, entry); });
+                [&](int n, int i, int vector, int entry) { scores[n][i] += bias(vector, entry); });
         }
+        if (has_order()) hide_later(scores, stage, key_block, half);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
             const bool is_key = lane / 4 + i % 4 / 2 * 8 < keys.count;
@@ -193,23 +150,48 @@ struct Backward {
         }
     }
 
+    // Scores of keys whose order is above a query's.
+    __device__ __forceinline__ void hide_later(float (&scores)[2][4], int stage, int key_block, int half) const {
+        const int lane = thread_index() % WARP;
+        const int* key_order = shared.key_order + key_block * BLOCK_ROWS + lane / 4;
+        const int* query_order = shared.query_order[stage] + half * BLOCK_ROWS + 2 * (lane % 4);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (key_order[i % 4 / 2 * 8] > query_order[i / 4 * 8 + i % 2]) scores[i / 4][i % 4] = -INFINITY;
+        }
+    }
+
     // Begin to copy the keys and values of key blocks from `first` of the sample on; by all threads, behind a barrier.
     __device__ void load_keys(int first, int key_blocks) const {
         const int thread = thread_index();
         if (thread < key_blocks) {
-            shared.key_rows[thread] = find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, first + thread);
+            const RowBlock row_block =
+                find_row_block(shared.key_sample, arguments.modalities, BLOCK_ROWS, first + thread);
+            shared.key_rows[thread] = row_block;
             shared.key_runs[thread] = NO_RUN;
+            if (has_order()) {
+                const BlockRows rows(shared.key_sample, arguments.modalities, row_block);
+                Range orders{INT_MAX, INT_MIN};
+                for (int i = 0; i < row_block.count; ++i) orders.include(arguments.keys.order[rows[i]]);
+                shared.key_orders[thread] = orders;
+            }
         }
         __syncthreads();  // every key block is known
 #pragma unroll 1
         for (int i = thread; i < key_blocks * BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
-            const int from = find_key(row).index;
-            cp_async_16(shared.keys + target, source(from, 1) + chunk * CHUNK);
-            cp_async_16(shared.values + target, source(from, 2) + chunk * CHUNK);
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, from = find_key(row).index;
+            T* target = shared.keys + swizzled<HEAD_DIM>(row, chunk);
+            cp_async_16(target, find_head_row<T>(arguments.k, from) + chunk * CHUNK);
+            if (!has_value(chunk)) continue;
+            target = shared.values + swizzled<VALUE_DIM>(row, chunk);
+            cp_async_16(target, find_head_row<T>(arguments.v, from) + chunk * CHUNK);
         }
 #pragma unroll 1
-        for (int i = thread; i < key_blocks * BLOCK_ROWS; i += THREADS) load_code(shared.key_code + i, find_key(i));
+        for (int i = thread; i < key_blocks * BLOCK_ROWS; i += THREADS) {
+            const Row row = find_key(i);
+            load_code(shared.key_code + i, arguments.keys, shared.key_sample, row);
+            if (has_order()) cp_async_4(shared.key_order + i, arguments.keys.order + row.index);
+        }
     }
 
     // Begin to copy a tile of queries, the gradients of their outputs, log-sum-exp and codes. Rows past the last one
@@ -228,20 +210,24 @@ struct Backward {
         };
 #pragma unroll 1
         for (int i = thread; i < TILE * ROW_CHUNKS; i += THREADS) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS, target = swizzled<HEAD_DIM>(row, chunk);
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
             const RowBlock row_block = choose(row >= BLOCK_ROWS);
             const int64_t from = find_row(shared.sample, arguments.modalities, row_block, row % BLOCK_ROWS).index;
-            cp_async_16(shared.queries[stage] + target, source(from, 0) + chunk * CHUNK);
+            T* target = shared.queries[stage] + swizzled<HEAD_DIM>(row, chunk);
+            cp_async_16(target, find_head_row<T>(arguments.q, from) + chunk * CHUNK);
+            if (!has_value(chunk)) continue;
+            target = shared.grad[stage] + swizzled<VALUE_DIM>(row, chunk);
             cp_async_16(
-                shared.grad[stage] + target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
-                                                 blockIdx.y * gradients.head_stride + chunk * CHUNK);
+                target, static_cast<const T*>(gradients.grad) + from * gradients.row_stride +
+                            blockIdx.y * gradients.head_stride + chunk * CHUNK);
         }
         if (thread < TILE) {
             const int half = thread / BLOCK_ROWS;
             const RowBlock row_block = choose(half);
             const int count = HALVES * tile + half < row_blocks ? row_block.count : 0;
             const Row row = find_row(shared.sample, arguments.modalities, row_block, thread % BLOCK_ROWS);
-            load_code(shared.query_code[stage] + thread, row);
+            load_code(shared.query_code[stage] + thread, arguments.queries, shared.sample, row);
+            if (has_order()) cp_async_4(shared.query_order[stage] + thread, arguments.queries.order + row.index);
             const int64_t index = static_cast<int64_t>(row.index) * arguments.heads + blockIdx.y;
             if (thread % BLOCK_ROWS < count) {
                 cp_async_4(shared.log_sum_exp[stage] + thread, gradients.log_sum_exp + index);
@@ -256,21 +242,35 @@ struct Backward {
         }
     }
 
-    // Find the runs of a tile's queries, and turn log-sum-exp to base 2; by the first warp, which copied codes and
-    // these, after the copies.
-    __device__ __forceinline__ void find_query_runs(int warp, int stage) const {
+    // Find the runs of a tile's queries and the keys that they see, and turn log-sum-exp to base 2; by the first warp,
+    // which copied codes, orders and these, after the copies.
+    __device__ __forceinline__ void find_query_runs(int warp, int stage, int key_blocks) const {
         if (warp != 0) return;
         shared.log_sum_exp[stage][thread_index()] *= LOG2_E;
+        if (has_order()) {
+            const int lane = thread_index();
+            Range orders{INT_MAX, INT_MIN};
+            orders.include(shared.query_order[stage][lane]);
+            orders.include_lanes();
+            const bool sees = lane < key_blocks && shared.key_orders[lane].first <= orders.last;
+            key_blocks = 32 - __clz(__ballot_sync(0xffffffff, sees));
+        }
+        if (thread_index() == 0) shared.seen_key_blocks[stage] = key_blocks;
         __syncwarp();  // all codes are there
 #pragma unroll
         for (int half = 0; half < HALVES; ++half) {
             const RowBlock row_block = shared.query_rows[stage][half];
-            Run run = shared.differences.find_run(
-                arguments.bias_vectors, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
+            Run run =
+                shared.differences.find_run(arguments, row_block, shared.query_code[stage] + half * BLOCK_ROWS);
+            if (has_order()) {
+                Range orders{INT_MAX, INT_MIN};
+                for (int i = 0; i < BLOCK_ROWS; ++i) orders.include(shared.query_order[stage][half * BLOCK_ROWS + i]);
+                run.order = orders.first;
+            }
             if (thread_index() == 0) {
-                const int m = row_block.modality;
-                if (run.modality >= 0) run.first += shared.bias_start[m] + arguments.bias[m].code_offset;
-                if (run.place >= 0) run.place += shared.differences.equal[m];
+                const int v = run.vector;
+                if (v >= 0) run.first += shared.bias_start[v] + arguments.bias[v].code_offset;
+                if (run.place >= 0) run.place += shared.differences.equal[row_block.modality];
                 shared.query_runs[stage][half] = run;
             }
         }
@@ -278,33 +278,37 @@ struct Backward {
 
     // Find the run of a key block, for the warp that calls.
     __device__ __forceinline__ void find_key_run(int key_block) const {
-        const Run run = shared.differences.find_run(
-            arguments.bias_vectors, shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
+        Run run = shared.differences.find_run(
+            arguments, shared.key_rows[key_block], shared.key_code + key_block * BLOCK_ROWS);
+        if (has_order()) run.order = shared.key_orders[key_block].last;
         if (thread_index() % WARP == 0) shared.key_runs[key_block] = run;
         __syncwarp();  // all lanes see it
     }
 
     // Store the gradients of a key block or of its values, which a warp holds, through the memory `staged` that held
-    // these: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
+    // these: [KEY_BLOCKS, BLOCK_ROWS, SIZE].
+    template <int CHUNKS>
     __device__ __forceinline__ void store_keys(
-        const float (&values)[HEAD_DIM / 8][4], float factor, int key_block, T* staged, int which) const {
+        const float (&values)[CHUNKS][4], float factor, int key_block, T* staged, const GradientRows& gradient) const {
+        constexpr int SIZE = CHUNKS * CHUNK;
         const int lane = thread_index() % WARP;
-        staged += key_block * BLOCK_ROWS * HEAD_DIM;
+        staged += key_block * BLOCK_ROWS * SIZE;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
 #pragma unroll
-            for (int n = 0; n < HEAD_DIM / 8; ++n) {
-                T* target = staged + swizzled<HEAD_DIM>(lane / 4 + 8 * i, n) + 2 * (lane % 4);
+            for (int n = 0; n < CHUNKS; ++n) {
+                T* target = staged + swizzled<SIZE>(lane / 4 + 8 * i, n) + 2 * (lane % 4);
                 *reinterpret_cast<uint32_t*>(target) =
                     pack<T>(values[n][2 * i] * factor, values[n][2 * i + 1] * factor);
             }
         }
         __syncwarp();  // the rows are complete
 #pragma unroll 1
-        for (int i = lane; i < shared.key_rows[key_block].count * ROW_CHUNKS; i += WARP) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            *reinterpret_cast<uint4*>(result(find_key(key_block * BLOCK_ROWS + row).index, which) + chunk * CHUNK) =
-                *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, chunk));
+        for (int i = lane; i < shared.key_rows[key_block].count * CHUNKS; i += WARP) {
+            const int row = i / CHUNKS, chunk = i % CHUNKS;
+            *reinterpret_cast<uint4*>(
+                gradient_row<T, SIZE>(gradient, find_key(key_block * BLOCK_ROWS + row).index) + chunk * CHUNK) =
+                *reinterpret_cast<const uint4*>(staged + swizzled<SIZE>(row, chunk));
         }
     }
 
@@ -329,7 +333,7 @@ struct Backward {
             __syncwarp();  // the rows are complete
             const int row = lane / 2, chunk = lane % 2;
             if (row < row_block.count) {
-                *reinterpret_cast<uint4*>(result(find(row), 0) + columns + chunk * CHUNK) =
+                *reinterpret_cast<uint4*>(gradient_row<T, HEAD_DIM>(gradients.q, find(row)) + columns + chunk * CHUNK) =
                     *reinterpret_cast<const uint4*>(staged + row * BLOCK_ROWS + chunk * CHUNK);
             }
             __syncwarp();  // the next rows take their place
@@ -338,7 +342,7 @@ struct Backward {
         for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i % 2 * 8;
             if (row >= row_block.count) continue;
-            const int64_t index = (blockIdx.x * static_cast<int64_t>(arguments.rows) + find(row)) * arguments.heads;
+            const int64_t rows = arguments.queries.rows, index = (blockIdx.x * rows + find(row)) * arguments.heads;
             auto* target = reinterpret_cast<float2*>(
                 workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + i / 2 * 8 + 2 * (lane % 4));
             const float2 before = is_first ? float2{0.f, 0.f} : *target;
@@ -346,33 +350,26 @@ struct Backward {
         }
     }
 
-    __device__ int rows() const { return shared.sample.row_blocks * BLOCK_ROWS; }
+    // Of queries or of keys, whichever are more.
+    __device__ int rows() const { return max(shared.sample.row_blocks, shared.key_sample.row_blocks) * BLOCK_ROWS; }
 
 private:
+    // Whether values are as wide as the chunk.
+    __device__ static bool has_value(int chunk) { return VALUE_DIM == HEAD_DIM || chunk < VALUE_DIM / CHUNK; }
+
     __device__ Side side(const RowBlock& row_block, const int* code) const {
-        return {code, row_block.modality, row_block.count, row_block.modality == arguments.modalities};
+        const int m = row_block.modality;
+        return {code, vector_of(arguments, m), row_block.count, m == arguments.modalities};
     }
 
-    // A row's code, or the modality of a CLS row, which stands last in its segment.
-    __device__ void load_code(int* target, const Row& row) const {
-        if (row.index < shared.sample.first[row.modality] + shared.sample.body[row.modality]) {
-            cp_async_4(target, arguments.code + row.index);
+    // A row's code, or the vector of a CLS row, which stands last in its segment.
+    __device__ void load_code(int* target, const PackedRows& rows, const Sample& sample, const Row& row) const {
+        if (row.index < sample.first[row.modality] + sample.body[row.modality]) {
+            cp_async_4(target, rows.code + row.index);
         } else {
-            *target = row.modality;
+            *target = vector_of(arguments, row.modality);
         }
     }
 };
-
-// Rows of qkv [rows, 3, heads, HEAD_DIM] past the last sample are zero; the thread blocks past the last group share
-// them.
-template <typename Launch, typename T>
-__device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* qkv) {
-    constexpr int HEAD_DIM = Launch::HEAD_DIM, LANES = HEAD_DIM / CHUNK, THREADS = Launch::THREADS;
-    const int64_t first = find_end(arguments), last = arguments.rows;
-    share_rows<LANES, THREADS>(3 * first, 3 * last, [&](int64_t row, int chunk) {
-        const int64_t index = row * arguments.heads + blockIdx.y;
-        *reinterpret_cast<uint4*>(qkv + index * HEAD_DIM + chunk * CHUNK) = uint4{0, 0, 0, 0};
-    });
-}
 
 }  // namespace onepeace_fast

@@ -14,6 +14,11 @@ namespace onepeace_fast {
 
 constexpr int SUM_THREADS = 256;
 
+struct SampleOfBoth {
+    Sample queries;
+    Sample keys;
+};
+
 // data is dense, of a type.
 __device__ __forceinline__ void store_element(void* data, ElementType type, int64_t index, float value) {
     if (type == FLOAT32) static_cast<float*>(data)[index] = value;
@@ -50,8 +55,8 @@ static __global__ void __launch_bounds__(SUM_THREADS) attention_sum_entries_kern
 }
 
 // The gradients of queries whose samples were not walked whole. Thread blocks: some that share the rows of a sample,
-// heads, samples; a thread for each chunk of a row, 204 bytes of shared memory, 39 registers on sm_80 and sm_90a by
-// ptxas of nvcc 13.0, so 6 thread blocks for each multiprocessor. Bound by device memory, from which it reads the
+// heads, samples; a thread for each chunk of a row, 408 bytes of shared memory, 39 registers on sm_80 and 40 on sm_90a
+// by ptxas of nvcc 13.0, so 6 thread blocks for each multiprocessor. Bound by device memory, from which it reads the
 // parts.
 template <typename T, int HEAD_DIM>
 __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
@@ -59,10 +64,11 @@ __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
     constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK, ROWS = SUM_THREADS / ROW_CHUNKS;
-    auto& sample = *static_cast<Sample*>(shared_memory());
-    read_sample<BLOCK_ROWS>(sample, arguments, blockIdx.z);
+    auto& [sample, key_sample] = *static_cast<SampleOfBoth*>(shared_memory());
+    read_sample<BLOCK_ROWS>(sample, key_sample, arguments, blockIdx.z);
     __syncthreads();
-    if (workspace.walks_whole(sample)) return;
+    if (workspace.walks_whole(key_sample)) return;
+    if (SUM_THREADS % ROW_CHUNKS && thread_index() >= ROWS * ROW_CHUNKS) return;
     const int chunk = thread_index() % ROW_CHUNKS;
 #pragma unroll 1
     for (int i = blockIdx.x * ROWS + thread_index() / ROW_CHUNKS; i < sample.row_blocks * BLOCK_ROWS;
@@ -72,11 +78,11 @@ __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
         const int64_t row = find_row(sample, arguments.modalities, row_block, i % BLOCK_ROWS).index;
         float sums[CHUNK] = {};
         for (int part = 0; part < workspace.parts; ++part) {
-            const int key_blocks = sample.row_blocks;
+            const int key_blocks = key_sample.row_blocks;
             if (workspace.first_key_block(part, key_blocks) == workspace.first_key_block(part + 1, key_blocks)) {
                 continue;  // it had no keys
             }
-            const int64_t index = (part * static_cast<int64_t>(arguments.rows) + row) * arguments.heads + blockIdx.y;
+            const int64_t rows = arguments.queries.rows, index = (part * rows + row) * arguments.heads + blockIdx.y;
             const auto* from =
                 reinterpret_cast<const float4*>(workspace.query_parts + index * HEAD_DIM + chunk * CHUNK);
             for (int half = 0; half < 2; ++half) {
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(SUM_THREADS) attention_sum_queries_kernel(
             }
         }
         for (float& sum : sums) sum *= arguments.scale;
-        T* target = static_cast<T*>(gradients.qkv) + (row * 3 * arguments.heads + blockIdx.y) * HEAD_DIM;
+        T* target = static_cast<T*>(gradients.q.data) + row * gradients.q.row_stride + blockIdx.y * HEAD_DIM;
         *reinterpret_cast<uint4*>(target + chunk * CHUNK) = {
             pack<T>(sums[0], sums[1]), pack<T>(sums[2], sums[3]), pack<T>(sums[4], sums[5]),
             pack<T>(sums[6], sums[7])};

@@ -15,12 +15,12 @@ using LaunchWalks = const char*(
     const RelativeBiasAttention&, const RelativeBiasAttentionGradients&, const BackwardWorkspace&, const LaunchPlan&,
     void*);
 
-template <typename T, int HEAD_DIM, bool COMPACT>
+template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT>
 const char* launch_walks(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, const LaunchPlan& planned, void* stream) {
-    const auto kernel = workspace.is_large ? attention_backward_kernel<T, HEAD_DIM, COMPACT, true>
-                                           : attention_backward_kernel<T, HEAD_DIM, COMPACT, false>;
+    const auto kernel = workspace.is_large ? attention_backward_kernel<T, HEAD_DIM, VALUE_DIM, COMPACT, true>
+                                           : attention_backward_kernel<T, HEAD_DIM, VALUE_DIM, COMPACT, false>;
     return launch_kernel(
         kernel, arguments.device, dim3(workspace.parts, arguments.heads, workspace.groups + 1), planned.threads,
         planned.shared_bytes, stream, arguments, gradients, workspace);

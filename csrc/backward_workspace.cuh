@@ -23,12 +23,12 @@ constexpr int LEAST_KEY_BLOCKS = 4;
 
 // Warps of a thread block, and the slots of each: key blocks, which are row blocks of keys, whose gradients it holds in
 // registers. The compact shape is for GPUs that give a thread block less shared memory than the other takes.
-template <int HEAD_DIM_, bool COMPACT_>
+template <int HEAD_DIM_, int VALUE_DIM_, bool COMPACT_>
 struct BackwardLaunch {
-    static constexpr int HEAD_DIM = HEAD_DIM_;
+    static constexpr int HEAD_DIM = HEAD_DIM_, VALUE_DIM = VALUE_DIM_, BOTH = HEAD_DIM + VALUE_DIM;
     static constexpr bool COMPACT = COMPACT_;
-    static constexpr int WARPS = COMPACT && HEAD_DIM == 128 ? 4 : 8;
-    static constexpr int SLOTS = COMPACT || HEAD_DIM == 128 ? 1 : 2;
+    static constexpr int WARPS = !COMPACT || BOTH < 192 ? 8 : BOTH == 192 ? 6 : 4;
+    static constexpr int SLOTS = COMPACT || BOTH >= 192 ? 1 : 2;
     static constexpr int THREADS = WARPS * WARP;
     static constexpr int SLOT_KEY_BLOCKS = WARPS * SLOTS;
     static constexpr int KEY_BLOCKS = SLOT_KEY_BLOCKS + 1;  // of one walk: one more is spread over all warps
@@ -47,20 +47,20 @@ constexpr bool HAS_COMPACT_SHAPE = HEAD_DIM > 32;
 struct BackwardWorkspace {
     int groups;
     int parts;
-    int sample_row_blocks;  // that a sample is expected to have at most
+    int query_row_blocks;   // that a sample is expected to have at most
     int walk_key_blocks;    // that one walk takes
     int entries;            // of all vectors, those of CLS included
     bool is_large;          // whether vectors are read, and their sums kept, in device memory
     int differences;        // block differences whose sums shared memory holds
-    float* row_sums;     // [rows, heads]; null, as the next, where max_length says that samples are walked whole
+    float* row_sums;     // [rows, heads]; null, as the next, where max_length says that keys are walked whole
     float* query_parts;  // [parts, rows, heads, head_dim]
     float* entry_parts;  // [groups, parts, heads, entries]; null where all vectors are frozen
     int* sums;           // [groups, parts, heads, 2, entries], of large vectors
     float* scale_parts;  // [groups, heads]; null where the head scale is frozen
     int64_t bytes;
 
-    __device__ bool walks_whole(const Sample& sample) const {
-        return parts == 1 && sample.row_blocks <= walk_key_blocks;
+    __device__ bool walks_whole(const Sample& keys) const {
+        return parts == 1 && keys.row_blocks <= walk_key_blocks;
     }
 
     __host__ __device__ int first_sample(int group, int samples) const {
@@ -94,24 +94,24 @@ inline int64_t count_entries(const RelativeBiasAttention& arguments) {
     return entries;
 }
 
-// Row blocks that a sample is expected to have at most.
-inline int expected_row_blocks(const RelativeBiasAttention& arguments) {
-    const int mean = ceil_div(arguments.rows, std::max(arguments.samples, 1));
-    return most_row_blocks(arguments, arguments.max_length ? arguments.max_length : mean);
+// Row blocks of queries or of keys that a sample is expected to have at most.
+inline int expected_row_blocks(const RelativeBiasAttention& arguments, const PackedRows& rows) {
+    const int mean = ceil_div(rows.rows, std::max(arguments.samples, 1));
+    return most_row_blocks(arguments, rows.max_length ? rows.max_length : mean);
 }
 
 // How many thread blocks share the work of a head.
 inline BackwardShares share_work(
     const RelativeBiasAttention& arguments, int multiprocessors, const BackwardPlan& plan) {
     const int samples = std::max(arguments.samples, 1), heads = arguments.heads;
-    const int row_blocks = expected_row_blocks(arguments);
-    const int64_t tiles = ceil_div(row_blocks, HALVES);
+    const int row_blocks = expected_row_blocks(arguments, arguments.keys);
+    const int64_t tiles = ceil_div(expected_row_blocks(arguments, arguments.queries), HALVES);
     multiprocessors = std::max(multiprocessors, 1);
     // The time of a thread block in that of a key block and a tile of queries: 309 cycles of an H100, modelled. Loading
     // four entries a thread takes about as long as all key blocks of a walk and a tile.
     const int64_t begin = plan.walk_key_blocks * (1 + count_entries(arguments) / (4 * plan.launch.threads));
     const auto find_time = [&](int parts) {
-        const bool is_whole = parts == 1 && arguments.max_length && row_blocks <= plan.walk_key_blocks;
+        const bool is_whole = parts == 1 && arguments.keys.max_length && row_blocks <= plan.walk_key_blocks;
         const int key_blocks = ceil_div(row_blocks, parts);
         const int walks = std::max(1, ceil_div(key_blocks - 1, plan.walk_key_blocks - 1));
         return tiles * (key_blocks + walks * LEAST_KEY_BLOCKS * (is_whole ? 1 : 2));
@@ -144,7 +144,8 @@ inline BackwardWorkspace plan_workspace(
     workspace.is_large = plan.is_large;
     workspace.differences = plan.differences;
     workspace.entries = static_cast<int>(count_entries(arguments));
-    workspace.sample_row_blocks = expected_row_blocks(arguments);
+    workspace.query_row_blocks = expected_row_blocks(arguments, arguments.queries);
+    const int key_row_blocks = expected_row_blocks(arguments, arguments.keys);
     const BackwardShares shares = share_work(arguments, gradients.multiprocessors, plan);
     workspace.groups = shares.groups;
     workspace.parts = shares.parts;
@@ -155,9 +156,9 @@ inline BackwardWorkspace plan_workspace(
         workspace.bytes += (elements * 4 + 15) / 16 * 16;
         return taken;
     };
-    const int64_t pairs = static_cast<int64_t>(arguments.rows) * arguments.heads;
+    const int64_t pairs = static_cast<int64_t>(arguments.queries.rows) * arguments.heads;
     const int64_t all = static_cast<int64_t>(workspace.groups) * workspace.parts * arguments.heads * workspace.entries;
-    if (workspace.parts > 1 || !arguments.max_length || workspace.sample_row_blocks > plan.walk_key_blocks) {
+    if (workspace.parts > 1 || !arguments.keys.max_length || key_row_blocks > plan.walk_key_blocks) {
         workspace.row_sums = static_cast<float*>(take(pairs));
         workspace.query_parts = static_cast<float*>(take(workspace.parts * pairs * arguments.head_dim));
     }
@@ -175,19 +176,20 @@ int64_t count_bytes(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardPlan& plan) {
     const BackwardWorkspace workspace = plan_workspace(arguments, gradients, plan);
-    const int64_t pairs = static_cast<int64_t>(arguments.rows) * arguments.heads;
-    const int64_t matrix = 2 * pairs * Launch::HEAD_DIM, vector = 4 * pairs;
-    const int row_blocks = ceil_div(arguments.max_length, BLOCK_ROWS);
+    const int64_t pairs = static_cast<int64_t>(arguments.queries.rows) * arguments.heads;
+    const int64_t vector = 4 * pairs;
+    const int64_t both = 2 * pairs * Launch::BOTH;  // queries and gradients of their outputs, or keys and values
+    const int row_blocks = ceil_div(arguments.keys.max_length, BLOCK_ROWS);
     int walks = 0;
     for (int left = ceil_div(row_blocks, workspace.parts); left > 0; left -= Launch::next_walk(left)) {
         walks += workspace.parts;
     }
     // Queries, their gradients, log-sum-exp and codes in each walk; keys, values, codes and all gradients once.
-    int64_t bytes = walks * 2 * (matrix + vector) + 2 * matrix + vector + 3 * matrix;
+    int64_t bytes = walks * (both + 2 * vector) + both + vector + both + 2 * pairs * Launch::HEAD_DIM;
     if (workspace.query_parts) {
-        const int64_t passes = ceil_div(row_blocks, ForwardLaunch<Launch::HEAD_DIM>::WARPS);
-        bytes += 2 * (matrix + vector) + passes * (2 * matrix + vector);  // for row sums
-        bytes += vector + walks * vector;                                 // of row sums
+        const int64_t passes = ceil_div(row_blocks, ForwardLaunch<Launch::HEAD_DIM, Launch::VALUE_DIM>::WARPS);
+        bytes += both + 2 * vector + passes * (both + vector);  // for row sums
+        bytes += vector + walks * vector;                       // of row sums
         bytes += 4 * pairs * Launch::HEAD_DIM * 2 * walks;                // of queries' gradients, in parts
     }
     // Begun once, added to for each sample, summed.

@@ -23,6 +23,8 @@ struct Range {
         last = max(last, other.last);
     }
 
+    __device__ __forceinline__ void include(int one) { include(Range{one, one}); }
+
     // Includes those of all lanes of the warp.
     __device__ __forceinline__ void include_lanes() {
         for (int step = WARP / 2; step > 0; step /= 2) {
@@ -30,6 +32,11 @@ struct Range {
         }
     }
 };
+
+// The vector that pairs of tokens of a modality have, where they have one: a single one is that of all pairs.
+__device__ __forceinline__ int vector_of(const RelativeBiasAttention& arguments, int modality) {
+    return arguments.bias_vectors == 1 ? 0 : modality;
+}
 
 enum ClsEntry { CLS_AS_QUERY, CLS_AS_KEY, CLS_AS_BOTH };  // of a vector's last CLS_ENTRIES
 
@@ -90,15 +97,15 @@ __device__ __forceinline__ void start_rows(float (&scores)[KEYS / 8][4], float f
     }
 }
 
-// For CLS keys of modalities key_modality [KEYS]; each of a thread's two rows has a bias with CLS of its own modality.
+// For CLS keys of vectors key_vector [KEYS]; each of a thread's two rows has a bias with CLS of its own vector.
 template <int KEYS>
 __device__ __forceinline__ void start_cls(
-    float (&scores)[KEYS / 8][4], const int* key_modality, int first, int second, float first_bias,
+    float (&scores)[KEYS / 8][4], const int* key_vector, int first, int second, float first_bias,
     float second_bias) {
     const int column = 2 * (thread_index() % 4);
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
-        const int left = key_modality[8 * n + column], right = key_modality[8 * n + column + 1];
+        const int left = key_vector[8 * n + column], right = key_vector[8 * n + column + 1];
         scores[n][0] = left == first ? first_bias : 0.f;
         scores[n][1] = right == first ? first_bias : 0.f;
         scores[n][2] = left == second ? second_bias : 0.f;
@@ -108,8 +115,8 @@ __device__ __forceinline__ void start_cls(
 
 // The keys or the queries of a row block.
 struct Side {
-    const int* code;  // [BLOCK_ROWS]; of CLS rows: their modality
-    int modality;     // of body rows
+    const int* code;  // [BLOCK_ROWS]; of CLS rows: their vector
+    int vector;       // of body rows
     int count;
     bool is_cls;
 };
@@ -119,31 +126,31 @@ struct Side {
 __device__ __forceinline__ int find_entry(
     const RelativeBiasAttention& arguments, const int* starts, const Side& keys, int key, const Side& queries,
     int query) {
-    const int key_modality = keys.is_cls ? keys.code[key] : keys.modality;
-    const int modality = queries.is_cls ? queries.code[query] : queries.modality;
-    if (modality != key_modality) return -1;
-    const int entries = arguments.bias[modality].entries, offset = arguments.bias[modality].code_offset;
-    if (!keys.is_cls && !queries.is_cls) return starts[modality] + queries.code[query] - keys.code[key] + offset;
+    const int key_vector = keys.is_cls ? keys.code[key] : keys.vector;
+    const int vector = queries.is_cls ? queries.code[query] : queries.vector;
+    if (vector != key_vector) return -1;
+    const int entries = arguments.bias[vector].entries, offset = arguments.bias[vector].code_offset;
+    if (!keys.is_cls && !queries.is_cls) return starts[vector] + queries.code[query] - keys.code[key] + offset;
     const ClsEntry entry = !queries.is_cls ? CLS_AS_KEY : keys.is_cls ? CLS_AS_BOTH : CLS_AS_QUERY;
-    return starts[modality] + entries - CLS_ENTRIES + entry;
+    return starts[vector] + entries - CLS_ENTRIES + entry;
 }
 
-// visit(n, i, modality, entry) for those of a thread's values [n][i] whose pair has a bias: accumulators of 16 keys, in
+// visit(n, i, vector, entry) for those of a thread's values [n][i] whose pair has a bias: accumulators of 16 keys, in
 // rows, by 16 queries. The bias and its gradient see the same pairs.
 template <typename Visit>
 __device__ __forceinline__ void visit_entries(
     const RelativeBiasAttention& arguments, const int* starts, const Side& keys, const Side& queries, Visit visit) {
     const int lane = thread_index() % WARP, row = lane / 4, column = 2 * (lane % 4);
     if (!keys.is_cls && !queries.is_cls) {
-        if (keys.modality != queries.modality) return;
-        const int shift = starts[keys.modality] + arguments.bias[keys.modality].code_offset;
+        if (keys.vector != queries.vector) return;
+        const int shift = starts[keys.vector] + arguments.bias[keys.vector].code_offset;
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
             const int key = keys.code[row + 8 * below] - shift;
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const int n = i / 2, right = i % 2;
-                visit(n, 2 * below + right, keys.modality, queries.code[8 * n + column + right] - key);
+                visit(n, 2 * below + right, keys.vector, queries.code[8 * n + column + right] - key);
             }
         }
         return;
@@ -152,7 +159,7 @@ __device__ __forceinline__ void visit_entries(
     for (int i = 0; i < 8; ++i) {
         const int n = i / 4, key = row + i % 4 / 2 * 8, query = 8 * n + column + i % 2;
         const int entry = find_entry(arguments, starts, keys, key, queries, query);
-        if (entry >= 0) visit(n, i % 4, keys.is_cls ? keys.code[key] : keys.modality, entry);
+        if (entry >= 0) visit(n, i % 4, keys.is_cls ? keys.code[key] : keys.vector, entry);
     }
 }
 

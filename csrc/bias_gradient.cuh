@@ -128,9 +128,9 @@ __device__ __forceinline__ void add_bias_gradient(
     const Side& keys, uint32_t key_runs, const Side& queries, uint32_t query_runs, const float (&values)[2][4],
     const Sums& sums) {
     if (!keys.is_cls && !queries.is_cls) {
-        if (keys.modality != queries.modality || !gradients.bias[keys.modality]) return;
+        if (keys.vector != queries.vector || !gradients.bias[keys.vector]) return;
         if (__popc(key_runs) * __popc(query_runs) <= MOST_RUN_PAIRS) {
-            const int shift = starts[keys.modality] + arguments.bias[keys.modality].code_offset;
+            const int shift = starts[keys.vector] + arguments.bias[keys.vector].code_offset;
             const int row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
             if (__popc(key_runs) * __popc(query_runs) == 1) {
                 const int entry = queries.code[0] - keys.code[0] + shift;

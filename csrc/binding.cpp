@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <optional>
@@ -49,13 +50,33 @@ ElementType element_type(const std::string& name) {
 
 // Address, dtype, head stride, entry stride, entries, code offset.
 using Vector = std::tuple<std::uintptr_t, std::string, std::int64_t, std::int64_t, int, int>;
-using Strides = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+// Address, row stride, head stride.
+using Matrix = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+// Rows, modalities, the longest sample; addresses of cu_seqlens, code, is_cls and order, which may be 0.
+using Segments = std::tuple<int, int, int, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::uintptr_t>;
+// Address, row stride.
+using Gradient = std::tuple<std::uintptr_t, std::int64_t>;
+
+HeadRows head_rows(const Matrix& matrix) {
+    const auto& [data, row_stride, head_stride] = matrix;
+    return {pointer<const void>(data), row_stride, head_stride};
+}
+
+PackedRows packed_rows(const Segments& segments) {
+    const auto& [rows, modalities, max_length, cu_seqlens, code, is_cls, order] = segments;
+    return {
+        rows, modalities, max_length, pointer<const std::int32_t>(cu_seqlens), pointer<const std::int32_t>(code),
+        pointer<const std::uint8_t>(is_cls), pointer<const std::int32_t>(order)};
+}
+
+GradientRows gradient_rows(const Gradient& gradient) {
+    return {pointer<void>(std::get<0>(gradient)), std::get<1>(gradient)};
+}
 
 RelativeBiasAttention attention(
-    int device, int samples, int modalities, int rows, int heads, int head_dim, int max_length, float scale,
-    const std::string& type, std::uintptr_t qkv, const Strides& strides, std::uintptr_t cu_seqlens,
-    std::uintptr_t code, std::uintptr_t is_cls, const std::vector<Vector>& bias, std::uintptr_t head_scale,
-    const std::string& head_scale_type) {
+    int device, int samples, int heads, int head_dim, int value_dim, float scale, const std::string& type,
+    const Matrix& q, const Matrix& k, const Matrix& v, const Segments& queries, const Segments& keys,
+    const std::vector<Vector>& bias, std::uintptr_t head_scale, const std::string& head_scale_type) {
     if (bias.size() > MAX_MODALITIES) {
         const std::string most = std::to_string(MAX_MODALITIES), got = std::to_string(bias.size());
         throw std::invalid_argument("bias: expected at most " + most + " vectors, got " + got);
@@ -63,18 +84,17 @@ RelativeBiasAttention attention(
     RelativeBiasAttention arguments{};
     arguments.device = device;
     arguments.samples = samples;
-    arguments.modalities = modalities;
     arguments.heads = heads;
     arguments.head_dim = head_dim;
-    arguments.rows = rows;
-    arguments.max_length = max_length;
+    arguments.value_dim = value_dim;
     arguments.scale = scale;
     arguments.type = element_type(type);
-    arguments.qkv = pointer<const void>(qkv);
-    std::tie(arguments.row_stride, arguments.which_stride, arguments.head_stride) = strides;
-    arguments.cu_seqlens = pointer<const std::int32_t>(cu_seqlens);
-    arguments.code = pointer<const std::int32_t>(code);
-    arguments.is_cls = pointer<const std::uint8_t>(is_cls);
+    arguments.q = head_rows(q);
+    arguments.k = head_rows(k);
+    arguments.v = head_rows(v);
+    arguments.queries = packed_rows(queries);
+    arguments.keys = packed_rows(keys);
+    arguments.modalities = std::max(arguments.queries.modalities, arguments.keys.modalities);
     for (const auto& [data, vector_type, head_stride, entry_stride, entries, code_offset] : bias) {
         arguments.bias[arguments.bias_vectors++] = {
             pointer<const void>(data), head_stride, entry_stride, entries, code_offset, element_type(vector_type)};
@@ -86,10 +106,11 @@ RelativeBiasAttention attention(
 
 // Bytes of shared memory that thread blocks of both passes take on a device, and that they may have there.
 std::tuple<std::int64_t, std::int64_t> shared_memory(
-    int device, int head_dim, const std::vector<std::int64_t>& entries) {
+    int device, int head_dim, int value_dim, const std::vector<std::int64_t>& entries) {
     const std::int64_t limit = relative_bias_attention_shared_limit(device);
     const std::int64_t all = std::accumulate(entries.begin(), entries.end(), std::int64_t{0});
-    return {relative_bias_attention_shared_bytes(head_dim, static_cast<int>(entries.size()), all, limit), limit};
+    const int vectors = static_cast<int>(entries.size());
+    return {relative_bias_attention_shared_bytes(head_dim, value_dim, vectors, all, limit), limit};
 }
 
 void require_driver() {
@@ -137,13 +158,16 @@ std::int64_t backward_workspace(
 void backward(
     const RelativeBiasAttention& arguments, int multiprocessors, const std::vector<std::uintptr_t>& bias,
     std::uintptr_t head_scale, std::uintptr_t grad, const std::tuple<std::int64_t, std::int64_t>& grad_strides,
-    std::uintptr_t log_sum_exp, std::uintptr_t qkv, std::uintptr_t workspace, std::uintptr_t stream) {
+    std::uintptr_t log_sum_exp, const Gradient& q, const Gradient& k, const Gradient& v, std::uintptr_t workspace,
+    std::uintptr_t stream) {
     require_driver();
     RelativeBiasAttentionGradients gradients = gradients_of(arguments, multiprocessors, bias, head_scale);
     gradients.grad = pointer<const void>(grad);
     std::tie(gradients.row_stride, gradients.head_stride) = grad_strides;
     gradients.log_sum_exp = pointer<const float>(log_sum_exp);
-    gradients.qkv = pointer<void>(qkv);
+    gradients.q = gradient_rows(q);
+    gradients.k = gradient_rows(k);
+    gradients.v = gradient_rows(v);
     gradients.workspace = pointer<void>(workspace);
     require_launch(relative_bias_attention_backward(arguments, gradients, pointer<void>(stream)));
 }
@@ -155,17 +179,18 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("MAX_MODALITIES") = MAX_MODALITIES;
     module.def("unavailable_reason", &unavailable_reason, "Why no kernel can run here in one line, or None.");
     module.def(
-        "shared_memory", &shared_memory, py::kw_only(), py::arg("device"), py::arg("head_dim"), py::arg("entries"),
+        "shared_memory", &shared_memory, py::kw_only(), py::arg("device"), py::arg("head_dim"), py::arg("value_dim"),
+        py::arg("entries"),
         "Bytes of shared memory that a thread block of either pass takes with vectors of these entries, and may have.");
     py::class_<RelativeBiasAttention>(
         module, "RelativeBiasAttention",
         py::module_local(),  // a second build of this module may be loaded into the process
         "The arguments of csrc/relative_bias_attention.h; what is at the addresses must outlive the launches.")
         .def(
-            py::init(&attention), py::kw_only(), py::arg("device"), py::arg("samples"), py::arg("modalities"),
-            py::arg("rows"), py::arg("heads"), py::arg("head_dim"), py::arg("max_length"), py::arg("scale"),
-            py::arg("type"), py::arg("qkv"), py::arg("strides"), py::arg("cu_seqlens"), py::arg("code"),
-            py::arg("is_cls"), py::arg("bias"), py::arg("head_scale"), py::arg("head_scale_type"))
+            py::init(&attention), py::kw_only(), py::arg("device"), py::arg("samples"), py::arg("heads"),
+            py::arg("head_dim"), py::arg("value_dim"), py::arg("scale"), py::arg("type"), py::arg("q"), py::arg("k"),
+            py::arg("v"), py::arg("queries"), py::arg("keys"), py::arg("bias"), py::arg("head_scale"),
+            py::arg("head_scale_type"))
         .def(
             "forward", &forward, py::kw_only(), py::arg("out"), py::arg("log_sum_exp"), py::arg("stream"),
             "Launches the forward kernel, or raises one line.")
@@ -174,8 +199,9 @@ PYBIND11_MODULE(_cuda, module) {
             py::arg("head_scale"), "Bytes of the workspace of a backward pass with the same three arguments.")
         .def(
             "backward", &backward, py::kw_only(), py::arg("multiprocessors"), py::arg("bias"), py::arg("head_scale"),
-            py::arg("grad"), py::arg("grad_strides"), py::arg("log_sum_exp"), py::arg("qkv"), py::arg("workspace"),
-            py::arg("stream"), "Launches the backward kernels, or raises one line; qkv, bias, head_scale are results.");
+            py::arg("grad"), py::arg("grad_strides"), py::arg("log_sum_exp"), py::arg("q"), py::arg("k"),
+            py::arg("v"), py::arg("workspace"), py::arg("stream"),
+            "Launches the backward kernels, or raises one line; q, k, v, bias, head_scale are results.");
 }
 
 }  // namespace

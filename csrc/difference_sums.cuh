@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "bias.cuh"
 #include "block_difference.cuh"
 #include "relative_bias_attention.h"
 #include "sample.cuh"
@@ -52,16 +53,19 @@ struct alignas(16) DifferenceSums {
 
 // What codes of a row block say, in one access to shared memory.
 struct alignas(16) Run {
-    int modality;  // of a whole row block whose codes are a run; negative: it is none
+    int vector;    // of a whole row block whose codes are a run; negative: it is none
     int first;     // the first code; of queries, the entry of that and a key's code of zero
     int place;     // of keys and queries whose pairs have sums by difference: theirs less the keys' is their number
+    int order;     // of keys the highest, of queries the lowest; 0 without an order
 };
 
-constexpr Run NO_RUN{-1, 0, -1};
+constexpr Run NO_RUN{-1, 0, -1, 0};
 constexpr int PLACES = 1 << 20;  // of a modality: more than it has differences or row blocks
 
 // Which block differences have sums, in shared memory. The first codes of a modality's row blocks are `stride` apart,
-// as in the first sample that has two; where another sample's are not, or there is no room, its pairs have none.
+// as in the first sample that has two; where another sample's are not, or there is no room, its pairs have none. Of
+// modalities that share a vector only the first one's have: two row blocks of several may have the same codes. Pairs of
+// queries with other tokens' keys have none.
 struct Differences {
     int taken;
     int stride[MAX_MODALITIES];  // 0: not known yet; negative: there is no room
@@ -82,10 +86,12 @@ struct Differences {
         const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients, const Sample& sample,
         int capacity) {
         const int m = thread_index() % WARP;
+        const PackedRows &queries = arguments.queries, &keys = arguments.keys;
+        const bool is_self = queries.code == keys.code && queries.cu_seqlens == keys.cu_seqlens;
         if (m < arguments.bias_vectors) {
-            const int* code = arguments.code + sample.first[m];
+            const int* code = queries.code + sample.first[m];
             origin[m] = sample.body[m] ? code[0] : 0;
-            step[m] = sample.body[m] > BLOCK_ROWS ? code[BLOCK_ROWS] - origin[m] : stride[m];
+            step[m] = !is_self ? 0 : sample.body[m] > BLOCK_ROWS ? code[BLOCK_ROWS] - origin[m] : stride[m];
         }
         __syncwarp();  // every modality's step is there
         if (m == 0) {
@@ -99,12 +105,15 @@ struct Differences {
 
     // What a row block's codes [BLOCK_ROWS] say, as keys. Only row blocks that are as many strides behind the first as
     // row blocks have a place, so no two have the same. By all lanes of a warp.
-    __device__ __forceinline__ Run find_run(int bias_vectors, const RowBlock& row_block, const int* code) const {
+    __device__ __forceinline__ Run find_run(
+        const RelativeBiasAttention& arguments, const RowBlock& row_block, const int* code) const {
         const int m = row_block.modality, first = code[0];
-        if (m >= bias_vectors || !are_runs<BLOCK_ROWS>(code, row_block.count)) return NO_RUN;
+        if (!arguments.bias_vectors || m == arguments.modalities) return NO_RUN;
+        if (!are_runs<BLOCK_ROWS>(code, row_block.count)) return NO_RUN;
         const int place = row_block.first / BLOCK_ROWS;
-        const bool has_place = step[m] > 0 && first == origin[m] + place * step[m];
-        return {row_block.count == BLOCK_ROWS ? m : -1, first, has_place ? m * PLACES + place : -1};
+        const bool has_place = m < arguments.bias_vectors && step[m] > 0 && first == origin[m] + place * step[m];
+        const int vector = row_block.count == BLOCK_ROWS ? vector_of(arguments, m) : -1;
+        return {vector, first, has_place ? m * PLACES + place : -1, 0};
     }
 
 private:

@@ -5,8 +5,10 @@
 #include <cuda_runtime.h>
 #include <ptx.cuh>
 
+#include <algorithm>
 #include <climits>
 #include <cmath>
+#include <cstdint>
 
 #include "bias.cuh"
 #include "block_difference.cuh"
@@ -17,14 +19,15 @@
 namespace onepeace_fast {
 
 constexpr int STAGES = 2;  // tiles in shared memory: one is computed while the next one is copied
-constexpr int BIAS_CAPACITY = 7168;  // entries in shared memory: a grid of 42 x 42, or three 1-D vectors
 constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 give a thread block
 
-// Warps of a thread block, keys of a tile, and thread blocks that a multiprocessor shall hold at once.
-template <int HEAD_DIM>
+// For the head sizes of keys and of values: warps of a thread block, keys of a tile, and thread blocks that a
+// multiprocessor shall hold at once.
+template <int HEAD_DIM_, int VALUE_DIM_>
 struct ForwardLaunch {
-    static constexpr int WARPS = HEAD_DIM == 128 ? 8 : 9;
-    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : 64;
+    static constexpr int HEAD_DIM = HEAD_DIM_, VALUE_DIM = VALUE_DIM_, BOTH = HEAD_DIM + VALUE_DIM;
+    static constexpr int WARPS = BOTH == 256 ? 8 : 9;
+    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : HEAD_DIM == 96 ? 48 : 64;
     static constexpr int THREADS = WARPS * WARP;
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
     // The shared memory of such a multiprocessor holds no second one.
@@ -46,25 +49,33 @@ struct alignas(16) RowSumState {
     float sum[2];          // of probability times its gradient, in this thread's columns
 };
 
-template <typename T, int HEAD_DIM>
+template <typename T, typename Launch>
 struct alignas(128) ForwardShared {
-    static constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEYS = Launch::KEYS;
 
     T keys[STAGES][KEYS * HEAD_DIM];
-    T values[STAGES][KEYS * HEAD_DIM];
+    T values[STAGES][KEYS * Launch::VALUE_DIM];
     T queries[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp; at the end its results
-    int key_code[STAGES][KEYS];               // of CLS keys: their modality
+    int key_code[STAGES][KEYS];               // of CLS keys: their vector
+    int key_order[STAGES][KEYS];
     RowBlock key_rows[STAGES];
-    bool keys_are_runs[STAGES];  // of codes, a run in each row block
+    RowBlock next_key_rows[STAGES];  // of the next tile that some query sees; none where the count is not positive
+    bool keys_are_runs[STAGES];      // of codes, a run in each row block
+    bool keys_are_whole[STAGES];     // no key is missing, and none may be hidden
+    Range key_orders[STAGES];
+    bool attends[STAGES][WARPS];     // whether a warp has queries that see a key
     union {
-        RowState row_states[ForwardLaunch<HEAD_DIM>::THREADS];
-        RowSumState row_sum_states[ForwardLaunch<HEAD_DIM>::THREADS];
+        RowState row_states[Launch::THREADS];
+        RowSumState row_sum_states[Launch::THREADS];
     };
-    int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their modality
+    int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their vector
+    int query_order[WARPS][BLOCK_ROWS];
+    Range query_orders[WARPS];
     RowBlock query_rows[WARPS];         // of each warp; none where the count is 0
     bool query_is_run[WARPS];           // of their codes
     Range query_codes[WARPS];           // of body queries, where the bias is windowed
     Sample sample;
+    Sample key_sample;
     float cls[MAX_MODALITIES][CLS_ENTRIES];
     int bias_start[MAX_MODALITIES];
     int query_tile;
@@ -74,14 +85,30 @@ struct alignas(128) ForwardShared {
     __device__ float* bias() { return reinterpret_cast<float*>(this + 1); }
 };
 
-template <int HEAD_DIM>
+template <typename Launch>
 constexpr int forward_shared_bytes(int bias_entries) {
-    return static_cast<int>(sizeof(ForwardShared<bfloat16, HEAD_DIM>) + sizeof(float) * (bias_entries + BLOCK_ROWS));
+    return static_cast<int>(sizeof(ForwardShared<bfloat16, Launch>) + sizeof(float) * (bias_entries + BLOCK_ROWS));
 }
 
-// Every GPU that the kernels take holds them.
-static_assert(forward_shared_bytes<64>(BIAS_CAPACITY) <= SMALLEST_SHARED_BYTES);
-static_assert(forward_shared_bytes<128>(BIAS_CAPACITY) <= SMALLEST_SHARED_BYTES);
+// Entries of the bias in shared memory, and whether they are windows because not all of them fit.
+struct BiasPlan {
+    int capacity;
+    bool is_windowed;
+};
+
+// For the entries of all vectors without those of CLS, and the bytes that a thread block may have. Entries are held
+// whole as long as one thread block holds them, though from about half of that on a multiprocessor has one thread block
+// at a time in place of two: windows would leave it one all the same, for the registers they take, and cost each tile
+// two barriers and a test of each score's entry. Where even one does not hold them, windows are as large as fits.
+template <typename Launch>
+BiasPlan plan_bias(int64_t entries, int64_t shared_limit) {
+    const int64_t room = (shared_limit - forward_shared_bytes<Launch>(0)) / static_cast<int64_t>(sizeof(float));
+    return {static_cast<int>(std::min(entries, std::max<int64_t>(room, 1))), entries > room};
+}
+
+// Every GPU that the kernels take holds vectors of 7168 entries: a grid of 42 x 42, or three 1-D vectors.
+static_assert(forward_shared_bytes<ForwardLaunch<64, 64>>(7168) <= SMALLEST_SHARED_BYTES);
+static_assert(forward_shared_bytes<ForwardLaunch<128, 128>>(7168) <= SMALLEST_SHARED_BYTES);
 
 // What scores are counted in, base 2: the scale without its sign, which queries have then, and 1 where it is 0, as
 // queries are then. Larger scores are then larger probabilities.
@@ -90,21 +117,15 @@ __device__ __forceinline__ float score_scale(const RelativeBiasAttention& argume
 }
 
 // One thread block's view of its sample and head.
-template <typename T, int HEAD_DIM, bool WINDOWED>
+template <typename T, typename Launch, bool WINDOWED>
 struct Forward {
-    using Memory = ForwardShared<T, HEAD_DIM>;
-    static constexpr int THREADS = ForwardLaunch<HEAD_DIM>::THREADS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
-    static constexpr int ROW_CHUNKS = HEAD_DIM / CHUNK;
-    static constexpr int COPYING_THREADS = 256;  // a tile's chunks divide evenly among them
+    using Memory = ForwardShared<T, Launch>;
+    static constexpr int HEAD_DIM = Launch::HEAD_DIM, VALUE_DIM = Launch::VALUE_DIM;
+    static constexpr int THREADS = Launch::THREADS, KEYS = Launch::KEYS, ROW_CHUNKS = HEAD_DIM / CHUNK;
+    static constexpr int COPYING_THREADS = HEAD_DIM == 96 ? 192 : 256;  // a tile's chunks divide evenly among them
 
     const RelativeBiasAttention& arguments;
     Memory& shared;
-
-    // A row's queries (0), keys (1) or values (2): [HEAD_DIM].
-    __device__ const T* source(int row, int which) const {
-        return static_cast<const T*>(arguments.qkv) + row * arguments.row_stride + which * arguments.which_stride +
-               blockIdx.y * arguments.head_stride;
-    }
 
     // Begin to copy a tile's keys and values. Rows past its end repeat the last one: what stands there in memory may be
     // NaN, which a product with zero would keep.
@@ -113,10 +134,10 @@ struct Forward {
         const int thread = thread_index(), row = thread / ROW_CHUNKS, chunk = thread % ROW_CHUNKS;
         if (tile.modality == arguments.modalities) return copy_cls_keys(stage, tile);
         if (thread >= COPYING_THREADS) return;
-        const int begin = shared.sample.first[tile.modality] + tile.first, target = swizzled<HEAD_DIM>(row, chunk);
+        const int begin = shared.key_sample.first[tile.modality] + tile.first;
 #pragma unroll
         for (int first = 0; first < KEYS; first += ROWS) {
-            copy_key(stage, target + first * HEAD_DIM, begin + min(first + row, tile.count - 1), chunk);
+            copy_key(stage, row, first, begin + min(first + row, tile.count - 1), chunk);
         }
     }
 
@@ -124,38 +145,75 @@ struct Forward {
 #pragma unroll 1
         for (int i = thread_index(); i < BLOCK_ROWS * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            const int from = find_row(shared.sample, arguments.modalities, tile, row).index;
-            copy_key(stage, swizzled<HEAD_DIM>(row, chunk), from, chunk);
+            const int from = find_row(shared.key_sample, arguments.modalities, tile, row).index;
+            copy_key(stage, row, 0, from, chunk);
         }
     }
 
-    __device__ __forceinline__ void copy_key(int stage, int target, int row, int chunk) const {
-        const T* from = source(row, 1) + chunk * CHUNK;
-        cp_async_16(shared.keys[stage] + target, from);
-        cp_async_16(shared.values[stage] + target, from + arguments.which_stride);
+    // A chunk of row `from`, and of its values, to row `row` of `first` and those that follow.
+    __device__ __forceinline__ void copy_key(int stage, int row, int first, int from, int chunk) const {
+        T* key = shared.keys[stage] + first * HEAD_DIM;
+        T* value = shared.values[stage] + first * VALUE_DIM;
+        cp_async_16(key + swizzled<HEAD_DIM>(row, chunk), find_head_row<T>(arguments.k, from) + chunk * CHUNK);
+        if (VALUE_DIM < HEAD_DIM && chunk * CHUNK >= VALUE_DIM) return;
+        cp_async_16(value + swizzled<VALUE_DIM>(row, chunk), find_head_row<T>(arguments.v, from) + chunk * CHUNK);
     }
 
-    // By the last warp, which copies fewer keys than others or none: a tile, and its codes, of CLS keys their modality.
+    // By the last warp, which copies fewer keys than others or none: a tile, its codes, of CLS keys their vector, and
+    // its orders.
     __device__ __forceinline__ void copy_codes(int stage, const RowBlock& tile) const {
         const int lane = thread_index() - (THREADS - WARP);
         const bool is_cls = tile.modality == arguments.modalities;
         if (lane == 0) shared.key_rows[stage] = tile;
-        const BlockRows rows(shared.sample, arguments.modalities, tile);
+        const BlockRows rows(shared.key_sample, arguments.modalities, tile);
         for (int i = lane; i >= 0 && i < (is_cls ? BLOCK_ROWS : KEYS); i += WARP) {
             if (is_cls) {
-                shared.key_code[stage][i] = find_row(shared.sample, arguments.modalities, tile, i).modality;
+                const int modality = find_row(shared.key_sample, arguments.modalities, tile, i).modality;
+                shared.key_code[stage][i] = vector_of(arguments, modality);
             } else {
-                cp_async_4(shared.key_code[stage] + i, arguments.code + rows[i]);
+                cp_async_4(shared.key_code[stage] + i, arguments.keys.code + rows[i]);
             }
+            if (has_order()) cp_async_4(shared.key_order[stage] + i, arguments.keys.order + rows[i]);
         }
     }
 
-    // By the last warp, whose copies have ended: what the codes are.
-    __device__ __forceinline__ void describe_codes(int stage) const {
-        if (WINDOWED || thread_index() < THREADS - WARP) return;
+    __device__ bool has_order() const { return arguments.queries.order; }
+
+    // By the last warp, whose copies have ended: what the codes and orders are, and which tile comes next.
+    __device__ __forceinline__ void describe_keys(int stage) const {
+        if (thread_index() < THREADS - WARP) return;
         __syncwarp();  // the codes of keys are there
-        const bool runs = are_runs<KEYS>(shared.key_code[stage], shared.key_rows[stage].count);
-        if (thread_index() % WARP == 0) shared.keys_are_runs[stage] = runs;
+        const RowBlock tile = shared.key_rows[stage];
+        const bool runs = !WINDOWED && are_runs<KEYS>(shared.key_code[stage], tile.count);
+        RowBlock next = next_row_block(shared.key_sample, arguments.modalities, KEYS, tile);
+        if (has_order()) next = describe_orders(stage, tile, next);
+        if (thread_index() % WARP == 0) {
+            shared.keys_are_runs[stage] = runs;
+            shared.keys_are_whole[stage] =
+                !has_order() && tile.count == (tile.modality == arguments.modalities ? BLOCK_ROWS : KEYS);
+            shared.next_key_rows[stage] = next;
+        }
+    }
+
+    // Which warps have queries that see a key of the tile, and the first tile from `next` on that some query sees.
+    __device__ RowBlock describe_orders(int stage, const RowBlock& tile, RowBlock next) const {
+        const int lane = thread_index() % WARP;
+        Range orders{INT_MAX, INT_MIN}, of_queries{INT_MAX, INT_MIN};
+        for (int i = lane; i < tile.count; i += WARP) orders.include(shared.key_order[stage][i]);
+        orders.include_lanes();
+        if (lane < Launch::WARPS && shared.query_rows[lane].count) {
+            of_queries = shared.query_orders[lane];
+            shared.attends[stage][lane] = orders.first <= of_queries.last;
+        }
+        of_queries.include_lanes();
+        if (lane == 0) shared.key_orders[stage] = orders;
+        for (; next.count > 0; next = next_row_block(shared.key_sample, arguments.modalities, KEYS, next)) {
+            const BlockRows rows(shared.key_sample, arguments.modalities, next);
+            bool is_seen = false;
+            for (int i = lane; i < next.count; i += WARP) is_seen |= arguments.keys.order[rows[i]] <= of_queries.last;
+            if (__ballot_sync(0xffffffff, is_seen)) break;
+        }
+        return next;
     }
 
     // Begin to load a tile of keys into its stage.
@@ -164,19 +222,14 @@ struct Forward {
         copy_keys(stage, tile);
     }
 
-    // The tile after the one in a stage, into the other one.
-    __device__ __forceinline__ void load_next_keys(int stage) const {
-        load_keys(1 - stage, next_row_block(shared.sample, arguments.modalities, KEYS, shared.key_rows[stage]));
-    }
-
     // Begin to copy this warp's queries, and load their codes.
     __device__ __forceinline__ void load_queries(const RowBlock& row_block) const {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
         const BlockRows block_rows(shared.sample, arguments.modalities, row_block);
 #pragma unroll 1
-        for (int row = lane / ROW_CHUNKS; row < BLOCK_ROWS; row += WARP / ROW_CHUNKS) {
-            const int chunk = lane % ROW_CHUNKS;
-            const T* from = source(block_rows[row], 0) + chunk * CHUNK;
+        for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
+            const T* from = find_head_row<T>(arguments.q, block_rows[row]) + chunk * CHUNK;
             T* target = shared.queries[warp] + swizzled<HEAD_DIM>(row, chunk);
             if (arguments.scale > 0.f) {
                 cp_async_16(target, from);
@@ -184,14 +237,22 @@ struct Forward {
                 copy_turned(target, from);
             }
         }
-        if (lane == 0) shared.query_rows[warp] = row_block;
+        if (lane == 0) set_query_rows(row_block);
         const Row row = find_row(shared.sample, arguments.modalities, row_block, lane % BLOCK_ROWS);
         const bool is_cls = row_block.modality == arguments.modalities;
-        int code = is_cls ? row.modality : arguments.code[row.index];
+        const int vector = vector_of(arguments, row.modality);
+        int code = is_cls ? vector : arguments.queries.code[row.index];
         if (arguments.bias_vectors && !is_cls) {
-            code += arguments.bias[row.modality].code_offset + (WINDOWED ? 0 : shared.bias_start[row.modality]);
+            code += arguments.bias[vector].code_offset + (WINDOWED ? 0 : shared.bias_start[vector]);
         }
         if (lane < BLOCK_ROWS) shared.query_code[warp][lane] = code;
+        if (has_order()) {
+            const int order = arguments.queries.order[row.index];
+            if (lane < BLOCK_ROWS) shared.query_order[warp][lane] = order;
+            Range orders{order, order};
+            orders.include_lanes();
+            if (lane == 0) shared.query_orders[warp] = orders;
+        }
         if (WINDOWED) {
             Range codes{code, code};
             codes.include_lanes();
@@ -201,6 +262,13 @@ struct Forward {
             const bool is_run = are_runs<BLOCK_ROWS>(shared.query_code[warp], row_block.count);
             if (lane == 0) shared.query_is_run[warp] = is_run;
         }
+    }
+
+    // The row block of this warp, by one lane.
+    __device__ __forceinline__ void set_query_rows(const RowBlock& row_block) const {
+        const int warp = thread_index() / WARP;
+        shared.query_rows[warp] = row_block;
+        for (int stage = 0; stage < STAGES; ++stage) shared.attends[stage][warp] = row_block.count;
     }
 
     // Queries with the sign of a scale that is negative or 0.
@@ -230,8 +298,14 @@ struct Forward {
         }
     }
 
-    // Whole vectors of the modalities that have body rows among these row blocks of queries.
+    // Whether body rows have a vector.
+    __device__ __forceinline__ bool has_vector(const RowBlock& rows, int vector) const {
+        return rows.modality < arguments.modalities && vector_of(arguments, rows.modality) == vector;
+    }
+
+    // Whole vectors of the modalities that have body rows among these row blocks of queries; one for all is always one.
     __device__ void load_whole_bias(int first_row_block, int end_row_block) const {
+        if (arguments.bias_vectors == 1) first_row_block = -1;
 #pragma unroll 1
         for (int m = 0, start = 0; m < arguments.bias_vectors; ++m) {
             const int end = start + ceil_div(shared.sample.body[m], BLOCK_ROWS);
@@ -245,12 +319,12 @@ struct Forward {
         }
     }
 
-    // First and last entry that a tile of keys can meet; none, first > last, without queries of its modality.
-    __device__ Range find_entries(int stage, int modality) const {
+    // First and last entry that a tile of keys can meet; none, first > last, without queries of its vector.
+    __device__ Range find_entries(int stage, int vector) const {
         Range queries{INT_MAX, INT_MIN}, keys{INT_MAX, INT_MIN};
-        for (int w = 0; w < ForwardLaunch<HEAD_DIM>::WARPS; ++w) {
+        for (int w = 0; w < Launch::WARPS; ++w) {
             const RowBlock& rows = shared.query_rows[w];
-            if (rows.count && rows.modality == modality) queries.include(shared.query_codes[w]);
+            if (rows.count && has_vector(rows, vector)) queries.include(shared.query_codes[w]);
         }
         if (queries.first > queries.last) return queries;
         for (int i = thread_index() % WARP; i < KEYS; i += WARP) {
@@ -261,9 +335,9 @@ struct Forward {
     }
 
     // Some entries of a vector, from entry `first` on.
-    __device__ void load_window(int modality, int first, int count) const {
+    __device__ void load_window(int vector, int first, int count) const {
         for (int i = thread_index(); i < count; i += THREADS) {
-            shared.bias()[i] = load_bias(arguments.bias[modality], first + i);
+            shared.bias()[i] = load_bias(arguments.bias[vector], first + i);
         }
     }
 };

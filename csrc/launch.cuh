@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <initializer_list>
+#include <type_traits>
 
 #include "relative_bias_attention.h"
 
@@ -48,31 +49,53 @@ inline const char* name_of(ElementType type) {
     return type == FLOAT16 ? "float16" : type == BFLOAT16 ? "bfloat16" : "an unknown type";
 }
 
+// call(constants that are the head sizes of keys and of values), for those that check_arguments takes.
+template <typename Call>
+auto with_head_sizes(int32_t head_dim, int32_t value_dim, Call call) {
+    constexpr std::integral_constant<int, 32> of_32;
+    constexpr std::integral_constant<int, 64> of_64;
+    constexpr std::integral_constant<int, 96> of_96;
+    constexpr std::integral_constant<int, 128> of_128;
+    if (head_dim == 32) return call(of_32, of_32);
+    if (head_dim == 64) return call(of_64, of_64);
+    if (head_dim == 96) return call(of_96, of_96);
+    return value_dim == 64 ? call(of_128, of_64) : call(of_128, of_128);
+}
+
 // What is wrong with the arguments, in one line, or null.
 inline const char* check_arguments(const RelativeBiasAttention& a) {
-    if (a.head_dim != 32 && a.head_dim != 64 && a.head_dim != 128) {
-        return say("qkv: expected a head size of 32, 64 or 128, got %d", a.head_dim);
+    if (a.head_dim % 32 || a.head_dim < 32 || a.head_dim > 128) {
+        return say("qkv: expected a head size of 32, 64, 96 or 128, got %d", a.head_dim);
+    }
+    if (a.value_dim != a.head_dim && (a.head_dim != 128 || a.value_dim != 64)) {
+        return say("v: expected values of the keys' %d, or of 64 beside 128, got %d", a.head_dim, a.value_dim);
     }
     if (a.type != FLOAT16 && a.type != BFLOAT16) {
         return say("qkv: expected float16 or bfloat16, got %s", name_of(a.type));
     }
-    if (a.modalities < 1 || a.modalities > MAX_MODALITIES) {
-        return say("cu_seqlens: expected 1 to %d modalities, got %d", MAX_MODALITIES, a.modalities);
+    for (const PackedRows* rows : {&a.queries, &a.keys}) {
+        if (rows->modalities < 1 || rows->modalities > a.modalities || a.modalities > MAX_MODALITIES) {
+            return say("cu_seqlens: expected 1 to %d modalities, got %d", MAX_MODALITIES, rows->modalities);
+        }
+        if (a.samples < 0 || rows->rows < 0 || a.heads < 1 || rows->max_length < 0) {
+            return say(
+                "qkv: expected no negative size and at least one head, got %d samples, %d rows, %d heads and a longest "
+                "sample of %d",
+                a.samples, rows->rows, a.heads, rows->max_length);
+        }
     }
-    if (a.samples < 0 || a.rows < 0 || a.heads < 1 || a.max_length < 0) {
-        return say(
-            "qkv: expected no negative size and at least one head, got %d samples, %d rows, %d heads and a longest "
-            "sample of %d",
-            a.samples, a.rows, a.heads, a.max_length);
+    if (!a.queries.order != !a.keys.order) {
+        return "order: expected that of queries and of keys, or none, got one of them";
     }
     if (a.heads > MAX_GRID || a.samples >= MAX_GRID) {
         return say(
             "cu_seqlens: expected at most %d samples and %d heads in one launch, got %d and %d; pass fewer at once",
             MAX_GRID - 1, MAX_GRID, a.samples, a.heads);
     }
-    if (a.bias_vectors != 0 && a.bias_vectors != a.modalities) {
+    if (a.bias_vectors > 1 && a.bias_vectors != a.modalities) {
         return say(
-            "bias: expected one vector for each of %d modalities, or none, got %d", a.modalities, a.bias_vectors);
+            "bias: expected one vector for each of %d modalities, one for all, or none, got %d", a.modalities,
+            a.bias_vectors);
     }
     for (int m = 0; m < a.bias_vectors; ++m) {
         const BiasVector& vector = a.bias[m];
@@ -85,7 +108,9 @@ inline const char* check_arguments(const RelativeBiasAttention& a) {
     if (a.head_scale && (a.head_scale_type < FLOAT16 || a.head_scale_type > FLOAT32)) {
         return say("head_scale: expected float16, bfloat16 or float32, got %s", name_of(a.head_scale_type));
     }
-    return check_rows("qkv", a.qkv, {a.row_stride, a.which_stride, a.head_stride});
+    const char* problem = check_rows("q", a.q.data, {a.q.row_stride, a.q.head_stride});
+    if (!problem) problem = check_rows("k", a.k.data, {a.k.row_stride, a.k.head_stride});
+    return problem ? problem : check_rows("v", a.v.data, {a.v.row_stride, a.v.head_stride});
 }
 
 // Bytes of shared memory that a thread block may have on a device.

@@ -43,6 +43,7 @@ __device__ __forceinline__ void multiply_keys(float (&scores)[COLUMNS / 8][4], c
     }
 }
 
+// Of keys past the last.
 template <int COLUMNS>
 __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int count) {
     const int column = 2 * (thread_index() % 4);
@@ -55,26 +56,46 @@ __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int c
     }
 }
 
+// Of keys whose order is above a query's.
+template <int COLUMNS, typename T, typename Launch, bool WINDOWED>
+__device__ __forceinline__ void mask_later(
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
+    auto& shared = forward.shared;
+    const int warp = thread_index() / WARP, row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
+    if (shared.key_orders[stage].last <= shared.query_orders[warp].first) return;
+    const int first = shared.query_order[warp][row], second = shared.query_order[warp][row + 8];
+#pragma unroll
+    for (int n = 0; n < COLUMNS / 8; ++n) {
+        for (int right = 0; right < 2; ++right) {
+            const int order = shared.key_order[stage][8 * n + column + right];
+            if (order > first) scores[n][right] = -INFINITY;
+            if (order > second) scores[n][2 + right] = -INFINITY;
+        }
+    }
+}
+
 // Start a warp's scores from their bias, but for the entries of a windowed vector.
-template <int COLUMNS, typename T, int HEAD_DIM, bool WINDOWED>
+template <int COLUMNS, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void start_scores(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
     const int mine = shared.query_rows[warp].modality, modality = shared.key_rows[stage].modality;
     const int* query_code = shared.query_code[warp];
     const int* key_code = shared.key_code[stage];
-    const bool is_cls = mine == arguments.modalities;
+    const bool is_cls = mine == arguments.modalities, share = arguments.bias_vectors == 1;
     if (COLUMNS == BLOCK_ROWS && arguments.bias_vectors) {
-        const int first = is_cls ? query_code[row] : mine, second = is_cls ? query_code[row + 8] : mine;
+        const int first = is_cls ? query_code[row] : vector_of(arguments, mine);
+        const int second = is_cls ? query_code[row + 8] : first;
         const ClsEntry entry = is_cls ? CLS_AS_BOTH : CLS_AS_KEY;
         start_cls<COLUMNS>(scores, key_code, first, second, shared.cls[first][entry], shared.cls[second][entry]);
-    } else if (mine != modality || WINDOWED || !arguments.bias_vectors) {
-        const float bias = is_cls && arguments.bias_vectors ? shared.cls[modality][CLS_AS_QUERY] : 0.f;
+    } else if ((share ? is_cls : mine != modality) || WINDOWED || !arguments.bias_vectors) {
+        const int vector = vector_of(arguments, modality);
+        const float bias = is_cls && arguments.bias_vectors ? shared.cls[vector][CLS_AS_QUERY] : 0.f;
         start_rows<COLUMNS>(
-            scores, !is_cls || query_code[row] == modality ? bias : 0.f,
-            !is_cls || query_code[row + 8] == modality ? bias : 0.f);
+            scores, !is_cls || query_code[row] == vector ? bias : 0.f,
+            !is_cls || query_code[row + 8] == vector ? bias : 0.f);
     } else if (shared.query_is_run[warp] && shared.keys_are_runs[stage]) {
         start_runs<COLUMNS>(scores, shared.bias() + query_code[0], key_code);
     } else {
@@ -85,21 +106,21 @@ __device__ __forceinline__ void start_scores(
 }
 
 // Add the entries of a windowed vector; all warps of the thread block load, those with queries of the modality add.
-template <int COLUMNS, typename T, int HEAD_DIM>
+template <int COLUMNS, typename T, typename Launch>
 __device__ __forceinline__ void add_windows(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, HEAD_DIM, true>& forward, int stage, int capacity) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, true>& forward, int stage, int capacity) {
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP;
     const RowBlock& mine = shared.query_rows[warp];
     const float* entries = forward.shared.bias();
-    const int modality = shared.key_rows[stage].modality;
-    const Range range = forward.find_entries(stage, modality);
+    const int vector = vector_of(forward.arguments, shared.key_rows[stage].modality);
+    const Range range = forward.find_entries(stage, vector);
     for (int first = range.first; first <= range.last; first += capacity) {
         const int count = min(capacity, range.last - first + 1);
         if (first > range.first) __syncthreads();  // nobody reads the window before
-        forward.load_window(modality, first, count);
+        forward.load_window(vector, first, count);
         __syncthreads();
-        if (mine.count && mine.modality == modality) {
+        if (shared.attends[stage][warp] && forward.has_vector(mine, vector)) {
             visit_pairs<COLUMNS>(
                 scores, shared.query_code[warp], shared.key_code[stage], [&](float& score, int entry) {
                     score += entry >= first && entry < first + count ? entries[entry - first] : 0.f;
@@ -108,23 +129,25 @@ __device__ __forceinline__ void add_windows(
     }
 }
 
-// QueryRows::attend of a tile of keys and its scores, in units of score_scale. By all warps: those without queries only
-// load windows.
-template <int COLUMNS, typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED>
+// QueryRows::attend of a tile of keys and its scores, in units of score_scale. By all warps: those without queries that
+// see a key only load windows.
+template <int COLUMNS, typename QueryRows, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
-    QueryRows& rows, const Forward<T, HEAD_DIM, WINDOWED>& forward, int stage, int bias_capacity) {
+    QueryRows& rows, const Forward<T, Launch, WINDOWED>& forward, int stage, int bias_capacity) {
     auto& shared = forward.shared;
     float scores[COLUMNS / 8][4];
-    if (shared.query_rows[thread_index() / WARP].count) {
+    if (shared.attends[stage][thread_index() / WARP]) {
         start_scores<COLUMNS>(scores, forward, stage);
-        multiply_keys<COLUMNS, HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
+        multiply_keys<COLUMNS, Launch::HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
     }
-    if constexpr (WINDOWED && COLUMNS == ForwardLaunch<HEAD_DIM>::KEYS) {
+    if constexpr (WINDOWED && COLUMNS == Launch::KEYS) {
         add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
     }
-    if (shared.query_rows[thread_index() / WARP].count) {
-        const int count = shared.key_rows[stage].count;
-        if (count < COLUMNS) mask_keys<COLUMNS>(scores, count);
+    if (shared.attends[stage][thread_index() / WARP]) {
+        if (!shared.keys_are_whole[stage]) {
+            mask_keys<COLUMNS>(scores, shared.key_rows[stage].count);
+            if (forward.has_order()) mask_later<COLUMNS>(scores, forward, stage);
+        }
         rows.template attend<COLUMNS>(scores, forward, stage);
     }
 }
@@ -132,10 +155,10 @@ __device__ __forceinline__ void attend_tile(
 // By a thread block whose sample is read: its queries, one row block for each warp at a time, attend to all keys of the
 // sample. QueryRows is OutputRows of the forward pass or RowSums of the backward pass: QueryRows(forward, more...)
 // begins when queries and their keys are being copied, attend takes in a tile, and finish(rows) ends them.
-template <typename QueryRows, typename T, int HEAD_DIM, bool WINDOWED, typename Finish, typename... More>
+template <typename QueryRows, typename T, typename Launch, bool WINDOWED, typename Finish, typename... More>
 __device__ __forceinline__ void walk_queries(
-    const Forward<T, HEAD_DIM, WINDOWED>& forward, int bias_capacity, Finish finish, const More&... more) {
-    constexpr int WARPS = ForwardLaunch<HEAD_DIM>::WARPS, KEYS = ForwardLaunch<HEAD_DIM>::KEYS;
+    const Forward<T, Launch, WINDOWED>& forward, int bias_capacity, Finish finish, const More&... more) {
+    constexpr int WARPS = Launch::WARPS, KEYS = Launch::KEYS;
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
     forward.describe_bias();
@@ -149,27 +172,32 @@ __device__ __forceinline__ void walk_queries(
         const int first_row_block = query_tile * row_blocks / query_tiles;
         const int end_row_block = (query_tile + 1) * row_blocks / query_tiles;
         const bool active = thread_index() / WARP < end_row_block - first_row_block;
-        forward.load_keys(0, find_row_block(shared.sample, arguments.modalities, KEYS, 0));
+        const bool has_keys = shared.key_sample.key_tiles > 0;
+        if (has_keys) forward.load_keys(0, find_row_block(shared.key_sample, arguments.modalities, KEYS, 0));
         if (active) {
             const int index = first_row_block + thread_index() / WARP;
             forward.load_queries(find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, index));
         } else if (thread_index() % WARP == 0) {
-            shared.query_rows[thread_index() / WARP].count = 0;
+            forward.set_query_rows({0, 0, 0});
         }
         if (!WINDOWED) forward.load_whole_bias(first_row_block, end_row_block);
         QueryRows rows(forward, more...);
-        for (int i = 0; i < shared.sample.key_tiles; ++i) {
-            const int stage = i % STAGES;
+        // The last warp knows the orders of all queries; without keys, everybody has read which queries are next.
+        if (forward.has_order() || !has_keys) __syncthreads();
+        int stage = 0;
+        for (bool has_next = has_keys; has_next; stage = 1 - stage) {
             cp_async_wait_all();
-            forward.describe_codes(stage);
+            forward.describe_keys(stage);
             __syncthreads();  // this tile is there, and nobody reads the one before, whose place the next one takes
-            if (i + 1 < shared.sample.key_tiles) forward.load_next_keys(stage);
+            has_next = shared.next_key_rows[stage].count > 0;
+            if (has_next) forward.load_keys(1 - stage, RowBlock(shared.next_key_rows[stage]));
             if (shared.key_rows[stage].modality == arguments.modalities) {
                 attend_tile<BLOCK_ROWS>(rows, forward, stage, bias_capacity);
             } else {
                 attend_tile<KEYS>(rows, forward, stage, bias_capacity);
             }
         }
+        if (!has_keys) cp_async_wait_all();  // results take the place of queries
         if (shared.query_rows[thread_index() / WARP].count) finish(rows);
         if (thread_index() == 0) shared.query_tile += gridDim.x;
         __syncthreads();  // the next queries take the place of these keys and results

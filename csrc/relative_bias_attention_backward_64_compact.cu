@@ -4,7 +4,7 @@
 
 namespace onepeace_fast {
 
-template LaunchWalks launch_walks<float16, 64, true>;
-template LaunchWalks launch_walks<bfloat16, 64, true>;
+template LaunchWalks launch_walks<float16, 64, 64, true>;
+template LaunchWalks launch_walks<bfloat16, 64, 64, true>;
 
 }  // namespace onepeace_fast

@@ -23,7 +23,7 @@ struct RowBlock {
     int count;
 };
 
-// In shared memory, for every thread of a thread block.
+// Of its queries or of its keys, in shared memory, for every thread of a thread block.
 struct Sample {
     int first[MAX_MODALITIES];  // the first row of each segment
     int body[MAX_MODALITIES];   // its rows before CLS
@@ -38,22 +38,30 @@ struct Row {
     int modality;
 };
 
-// By the first warp; the others see it after a barrier.
+// A sample's queries by the first warp, its keys by the second; all threads see them after a barrier.
 template <int KEY_ROWS>
-__device__ __forceinline__ void read_sample(Sample& sample, const RelativeBiasAttention& arguments, int index) {
-    const int m = thread_index();
-    if (m >= WARP) return;
+__device__ __forceinline__ void read_sample(
+    Sample& queries, Sample& keys, const RelativeBiasAttention& arguments, int index) {
+    if (thread_index() >= 2 * WARP) return;
+    const bool is_key = thread_index() >= WARP;
+    const PackedRows& rows = is_key ? arguments.keys : arguments.queries;
+    Sample& sample = is_key ? keys : queries;
+    const int m = thread_index() % WARP;
     int cls = 0, row_blocks = 0, key_tiles = 0;
     if (m < arguments.modalities) {
-        const int32_t* offsets = arguments.cu_seqlens + static_cast<int64_t>(m) * (arguments.samples + 1) + index;
-        const int first = offsets[0], end = offsets[1];
+        int first = 0, end = 0;
+        if (m < rows.modalities) {
+            const int32_t* offsets = rows.cu_seqlens + static_cast<int64_t>(m) * (arguments.samples + 1) + index;
+            first = offsets[0];
+            end = offsets[1];
+        }
         // Both flags are loaded at once: more than one CLS is rare.
-        const bool last = end > first && arguments.is_cls[end - 1];
-        const bool before = end > first + 1 && arguments.is_cls[end - 2];
+        const bool last = end > first && rows.is_cls[end - 1];
+        const bool before = end > first + 1 && rows.is_cls[end - 2];
         cls = last ? 1 : 0;
         if (last && before) {
 #pragma unroll 1
-            for (cls = 2; end - cls > first && arguments.is_cls[end - cls - 1];) ++cls;
+            for (cls = 2; end - cls > first && rows.is_cls[end - cls - 1];) ++cls;
         }
         const int body = end - first - cls;
         row_blocks = ceil_div(body, BLOCK_ROWS);
@@ -86,7 +94,7 @@ __device__ __forceinline__ RowBlock find_row_block(const Sample& sample, int mod
     return {m, index * BLOCK_ROWS, min(BLOCK_ROWS, sample.cls_total - index * BLOCK_ROWS)};
 }
 
-// The one after a row block, of as many rows; there is one.
+// The one after a row block, of as many rows; behind the last one, one whose count is not positive.
 __device__ __forceinline__ RowBlock next_row_block(
     const Sample& sample, int modalities, int rows, const RowBlock& row_block) {
     int m = row_block.modality, first = row_block.first + (m < modalities ? rows : BLOCK_ROWS);
@@ -126,14 +134,15 @@ class BlockRows {
 };
 
 // The row that every modality's segments end before: what follows is inert.
-__device__ __forceinline__ int find_end(const RelativeBiasAttention& arguments) {
-    return arguments.cu_seqlens[static_cast<int64_t>(arguments.modalities) * (arguments.samples + 1) - 1];
+__device__ __forceinline__ int find_end(const PackedRows& rows, int samples) {
+    return rows.cu_seqlens[static_cast<int64_t>(rows.modalities) * (samples + 1) - 1];
 }
 
 // visit(row, lane) for rows from first to last, LANES threads to each, shared by the thread blocks along x.
 template <int LANES, int THREADS, typename Visit>
 __device__ __forceinline__ void share_rows(int64_t first, int64_t last, Visit visit) {
     constexpr int ROWS = THREADS / LANES;
+    if (THREADS % LANES && thread_index() >= ROWS * LANES) return;
     int64_t row = first + blockIdx.x * ROWS + thread_index() / LANES;
     for (; row < last; row += gridDim.x * ROWS) visit(row, thread_index() % LANES);
 }

@@ -10,6 +10,7 @@
 #include "backward_memory.cuh"
 #include "bias.cuh"
 #include "bias_gradient.cuh"
+#include "gradient_rows.cuh"
 #include "sample.cuh"
 #include "tile.cuh"
 
@@ -19,11 +20,15 @@ template <typename T, typename Launch, bool LARGE>
 struct SpreadKeyBlock {
     static constexpr int HEAD_DIM = Launch::HEAD_DIM;
     static constexpr int KEY_BLOCK = Launch::SLOT_KEY_BLOCKS;  // its place among the walk's
-    static constexpr int COLUMN_TILES = HEAD_DIM / 8, TILES = (COLUMN_TILES + Launch::WARPS - 1) / Launch::WARPS;
+    static constexpr int VALUE_DIM = Launch::VALUE_DIM;
+
+    // Of a matrix of SIZE columns: how many times eight of them a warp has, at most.
+    template <int SIZE>
+    static constexpr int TILES = (SIZE / 8 + Launch::WARPS - 1) / Launch::WARPS;
 
     const Backward<T, Launch, LARGE>& backward;
-    float key_gradient[TILES][4] = {};
-    float value_gradient[TILES][4] = {};
+    float key_gradient[TILES<HEAD_DIM>][4] = {};
+    float value_gradient[TILES<VALUE_DIM>][4] = {};
 
     // No row past the last one ever has a probability. Behind a barrier.
     __device__ void begin() const {
@@ -47,8 +52,9 @@ struct SpreadKeyBlock {
             transposed_right_operand<HEAD_DIM>(b, shared.queries[stage], lane, half, k);
             mma<T>(scores[0], a, b[0], b[1]);
             mma<T>(scores[1], a, b[2], b[3]);
-            left_operand<HEAD_DIM>(a, shared.values, lane, KEY_BLOCK, k);
-            transposed_right_operand<HEAD_DIM>(b, shared.grad[stage], lane, half, k);
+            if (k >= VALUE_DIM / 16) continue;
+            left_operand<VALUE_DIM>(a, shared.values, lane, KEY_BLOCK, k);
+            transposed_right_operand<VALUE_DIM>(b, shared.grad[stage], lane, half, k);
             mma<T>(gradients[0], a, b[0], b[1]);
             mma<T>(gradients[1], a, b[2], b[3]);
         }
@@ -57,8 +63,8 @@ struct SpreadKeyBlock {
         for (int i = 0; i < 8; ++i) {
             const int row = lane / 4 + i % 4 / 2 * 8, query = half * BLOCK_ROWS + i / 4 * 8 + 2 * (lane % 4) + i % 2;
             const float probability = scores[i / 4][i % 4], gradient = gradients[i / 4][i % 4];
-            shared.spread_probabilities[row][query] = probability;
-            shared.spread_gradients[row][query] = gradient;
+            shared.spread.probabilities[row][query] = probability;
+            shared.spread.gradients[row][query] = gradient;
             largest = max(largest, max(magnitude(gradient), magnitude(probability * gradient)));
         }
         return largest;
@@ -70,7 +76,7 @@ struct SpreadKeyBlock {
         float sum = 0.f;
 #pragma unroll 1
         for (int row = 0; row < backward.shared.key_rows[KEY_BLOCK].count; ++row) {
-            sum += backward.shared.spread_probabilities[row][lane] * backward.shared.spread_gradients[row][lane];
+            sum += backward.shared.spread.probabilities[row][lane] * backward.shared.spread.gradients[row][lane];
         }
         return sum;
     }
@@ -82,9 +88,9 @@ struct SpreadKeyBlock {
         const Side keys = backward.keys(KEY_BLOCK), queries = backward.queries(stage, half);
 #pragma unroll 1
         for (int row = thread_index() / WARP; row < keys.count; row += Launch::WARPS) {
-            const float probability = shared.spread_probabilities[row][lane];
+            const float probability = shared.spread.probabilities[row][lane];
             const float gradient =
-                backward.head_scale() * probability * (shared.spread_gradients[row][lane] - mean);
+                backward.head_scale() * probability * (shared.spread.gradients[row][lane] - mean);
             const int place = swizzled<TILE>(row, chunk) + lane % CHUNK;
             shared.spread_rows[place] = from_float<T>(probability);
             shared.score_gradient[KEY_BLOCK * BLOCK_ROWS * TILE + place] = from_float<T>(gradient);
@@ -104,56 +110,63 @@ struct SpreadKeyBlock {
     // Gradients of keys and values += ds^T queries and p^T grad, behind the barrier that follows differentiate.
     __device__ __forceinline__ void accumulate(int stage) {
         const auto& shared = backward.shared;
-        add(value_gradient, shared.spread_rows, shared.grad[stage]);
-        add(key_gradient, shared.score_gradient + KEY_BLOCK * BLOCK_ROWS * TILE, shared.queries[stage]);
+        add<VALUE_DIM>(value_gradient, shared.spread_rows, shared.grad[stage]);
+        add<HEAD_DIM>(key_gradient, shared.score_gradient + KEY_BLOCK * BLOCK_ROWS * TILE, shared.queries[stage]);
     }
 
     __device__ __forceinline__ void store() const {
-        store_columns(key_gradient, backward.arguments.scale, backward.shared.keys, 1);
-        store_columns(value_gradient, backward.head_scale(), backward.shared.values, 2);
+        auto& shared = backward.shared;
+        store_columns<HEAD_DIM>(key_gradient, backward.arguments.scale, shared.keys, backward.gradients.k);
+        store_columns<VALUE_DIM>(value_gradient, backward.head_scale(), shared.values, backward.gradients.v);
     }
 
 private:
     // Which eight columns are a warp's, past the last where it has fewer.
-    __device__ static int own_columns(int i) { return thread_index() / WARP * TILES + i; }
+    template <int SIZE>
+    __device__ static int own_columns(int i) {
+        return thread_index() / WARP * TILES<SIZE> + i;
+    }
 
-    // sums += left right: left [BLOCK_ROWS, TILE], right [TILE, HEAD_DIM], both in shared memory.
-    __device__ __forceinline__ void add(float (&sums)[TILES][4], const T* left, const T* right) {
+    // sums += left right: left [BLOCK_ROWS, TILE], right [TILE, SIZE], both in shared memory.
+    template <int SIZE>
+    __device__ __forceinline__ void add(float (&sums)[TILES<SIZE>][4], const T* left, const T* right) {
         const int lane = thread_index() % WARP;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const int tile = own_columns(i);
-            if (tile >= COLUMN_TILES) continue;
+        for (int i = 0; i < TILES<SIZE>; ++i) {
+            const int tile = own_columns<SIZE>(i);
+            if (tile >= SIZE / 8) continue;
 #pragma unroll
             for (int k = 0; k < HALVES; ++k) {
                 uint32_t a[4], b[4];
                 left_operand<TILE>(a, left, lane, 0, k);
-                right_operand<HEAD_DIM>(b, right, lane, k, tile / 2);
+                right_operand<SIZE>(b, right, lane, k, tile / 2);
                 mma<T>(sums[i], a, tile % 2 ? b[2] : b[0], tile % 2 ? b[3] : b[1]);
             }
         }
     }
 
-    // Through the memory `staged` that held the keys or values: [KEY_BLOCKS, BLOCK_ROWS, HEAD_DIM].
+    // Through the memory `staged` that held the keys or values: [KEY_BLOCKS, BLOCK_ROWS, SIZE].
+    template <int SIZE>
     __device__ __forceinline__ void store_columns(
-        const float (&sums)[TILES][4], float factor, T* staged, int which) const {
+        const float (&sums)[TILES<SIZE>][4], float factor, T* staged, const GradientRows& gradient) const {
         const int lane = thread_index() % WARP;
 #pragma unroll
-        for (int i = 0; i < TILES; ++i) {
-            const int tile = own_columns(i);
-            if (tile >= COLUMN_TILES) continue;
+        for (int i = 0; i < TILES<SIZE>; ++i) {
+            const int tile = own_columns<SIZE>(i);
+            if (tile >= SIZE / 8) continue;
 #pragma unroll
             for (int below = 0; below < 2; ++below) {
                 T* target =
-                    staged + swizzled<HEAD_DIM>(KEY_BLOCK * BLOCK_ROWS + lane / 4 + 8 * below, tile) + 2 * (lane % 4);
+                    staged + swizzled<SIZE>(KEY_BLOCK * BLOCK_ROWS + lane / 4 + 8 * below, tile) + 2 * (lane % 4);
                 *reinterpret_cast<uint32_t*>(target) =
                     pack<T>(sums[i][2 * below] * factor, sums[i][2 * below + 1] * factor);
             }
             __syncwarp();  // the columns are complete
             if (lane < backward.shared.key_rows[KEY_BLOCK].count) {
                 const int row = KEY_BLOCK * BLOCK_ROWS + lane;
-                *reinterpret_cast<uint4*>(backward.result(backward.find_key(row).index, which) + tile * CHUNK) =
-                    *reinterpret_cast<const uint4*>(staged + swizzled<HEAD_DIM>(row, tile));
+                T* target = gradient_row<T, SIZE>(gradient, backward.find_key(row).index) + tile * CHUNK;
+                *reinterpret_cast<uint4*>(target) =
+                    *reinterpret_cast<const uint4*>(staged + swizzled<SIZE>(row, tile));
             }
         }
     }

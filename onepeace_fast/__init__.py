@@ -12,6 +12,7 @@ from onepeace_fast.backend import use_backend
 from onepeace_fast.comparison import compare
 from onepeace_fast.config import ClassifyConfig, EncoderConfig, OnePeaceConfig, RetrievalConfig
 from onepeace_fast.fusion import FusedModel, fuse
+from onepeace_fast.key_value_cache import KeyValueCache
 from onepeace_fast.layers import (
     RelativeBias,
     RelativeBiasAttention,
@@ -38,6 +39,7 @@ __all__ = [
     "ClassifyConfig",
     "EncoderConfig",
     "FusedModel",
+    "KeyValueCache",
     "LoadReport",
     "Mico",
     "MicoConfig",

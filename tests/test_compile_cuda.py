@@ -22,18 +22,21 @@ def compiles(test):
 
 
 NAME = "_ZN13onepeace_fast{length}{kernel}{parameters}Ev"
-FORWARD = NAME.format(length=24, kernel="attention_forward_kernel", parameters="I6__halfLi64ELb0E")
-COMPACT = NAME.format(length=25, kernel="attention_backward_kernel", parameters="I13__nv_bfloat16Li128ELb1ELb0E")
-WIDE = NAME.format(length=25, kernel="attention_backward_kernel", parameters="I13__nv_bfloat16Li128ELb0ELb1E")
+FORWARD = NAME.format(length=24, kernel="attention_forward_kernel", parameters="I6__halfLi64ELi64ELb0E")
+COMPACT = NAME.format(length=25, kernel="attention_backward_kernel", parameters="I13__nv_bfloat16Li128ELi64ELb1ELb0E")
+WIDE = NAME.format(length=25, kernel="attention_backward_kernel", parameters="I13__nv_bfloat16Li128ELi128ELb0ELb1E")
+QUERIES = NAME.format(length=28, kernel="attention_sum_queries_kernel", parameters="I6__halfLi128EE")
 SUMS = "_ZN13onepeace_fast28attention_sum_entries_kernelENS_21RelativeBiasAttentionE"
 
 
 def test_kernels_are_known_by_their_mangled_names():
-    assert compile_cuda.describe(FORWARD) == Kernel("attention_forward_kernel", "half", 64)
-    assert compile_cuda.describe(COMPACT) == Kernel("attention_backward_kernel", "nv_bfloat16", 128, compact=True)
-    assert compile_cuda.describe(WIDE) == Kernel("attention_backward_kernel", "nv_bfloat16", 128, large=True)
+    assert compile_cuda.describe(FORWARD) == Kernel("attention_forward_kernel", "half", 64, 64)
+    assert compile_cuda.describe(COMPACT) == Kernel("attention_backward_kernel", "nv_bfloat16", 128, 64, compact=True)
+    assert compile_cuda.describe(WIDE) == Kernel("attention_backward_kernel", "nv_bfloat16", 128, 128, large=True)
+    assert compile_cuda.describe(QUERIES) == Kernel("attention_sum_queries_kernel", "half", 128)
     assert compile_cuda.describe(SUMS) == Kernel("attention_sum_entries_kernel")
     assert compile_cuda.describe(WIDE).label == "attention_backward_kernel nv_bfloat16 128 large"
+    assert compile_cuda.describe(COMPACT).label == "attention_backward_kernel nv_bfloat16 128/64 compact"
 
 
 def inspected(monkeypatch, architecture, symbol, plan, launched=True, registers=100, local=0, code="HMMA.16816.F32"):
@@ -83,8 +86,8 @@ def library(tmp_path_factory):
 def test_every_kernel_keeps_to_its_plan_on_every_chip(library):
     results = compile_cuda.inspect(library)
     of_types = len(compile_cuda.HEAD_SIZES) * 2
-    expected = {"forward": 2 * of_types, "row_sums": 2 * of_types, "backward": 2 * of_types + 8}
-    expected |= {"sum_queries": of_types, "sum_entries": 1}
+    expected = {"forward": 2 * of_types, "row_sums": 2 * of_types, "backward": 4 * of_types - 4}  # 32: no compact one
+    expected |= {"sum_queries": 2 * len({head_dim for head_dim, _ in compile_cuda.HEAD_SIZES}), "sum_entries": 1}
     for architecture in compile_cuda.ARCHITECTURES:
         names = [result.name.split("_kernel")[0] for result in results if result.architecture == architecture]
         assert Counter(names) == {f"attention_{name}": count for name, count in expected.items()}
@@ -96,9 +99,9 @@ def test_every_kernel_keeps_to_its_plan_on_every_chip(library):
 @compiles
 def test_a_sample_that_one_thread_block_holds_is_read_once(library):
     rows = compile_cuda.moved(library, compile_cuda.ARCHITECTURES["sm_90a"])
-    found = {(shape, int(size)): (float(moved), float(least)) for shape, size, moved, least in rows}
+    found = {(shape, size): (float(moved), float(least)) for shape, size, moved, least in rows}
     assert len(found) == len(rows) == len(compile_cuda.SHAPES) * len(compile_cuda.HEAD_SIZES)
-    for size in (32, 64):
+    for size in ("32", "64"):
         moved, least = found["64 x 257 tokens", size]
         assert least < moved <= 1.1 * least  # codes, and what thread blocks leave of the vectors' gradients
     assert all(moved > 2 * least for (shape, _), (moved, least) in found.items() if shape.startswith("2 x"))

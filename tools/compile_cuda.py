@@ -30,7 +30,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 # One of each kind, Hopper with the instructions of its own; what sm_86 gives a thread block, sm_89 gives too.
 ARCHITECTURES = {"sm_90a" if name == "sm_90" else name: chip for name, chip in CHIPS.items() if name != "sm_86"}
 SMALL = ARCHITECTURES["sm_89"]
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = ((32, 32), (64, 64), (96, 96), (128, 64), (128, 128))  # of keys and of values
 PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
 PLANNED_ENTRIES_OF_CLS = 9
 FEW_ENTRIES = 964  # of a grid of 16 x 16, where a compact thread block does not hold those
@@ -39,6 +39,7 @@ SUM_THREADS = 256
 SHAPES = ((64, 257, 964), (32, 257, 964), (2, 1025, 3972), (16, 750, 1502))  # samples, tokens of each, entries
 HEADS = 24
 HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/SM", "matrix instructions", "faults")
+PLAN_ARGUMENTS = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
 BACKWARD_PLAN = ("is_compact", "is_large", "walk_key_blocks", "differences")
 
 
@@ -54,19 +55,26 @@ class BackwardPlan(ctypes.Structure):
     _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in BACKWARD_PLAN))
 
 
+def head_sizes(head_dim: int, value_dim: int) -> str:
+    """As they are printed."""
+    return str(head_dim) if value_dim in (0, head_dim) else f"{head_dim}/{value_dim}"
+
+
 class Kernel(NamedTuple):
     """A kernel by its mangled name; 0 and False where it has no such parameter."""
 
     name: str
     dtype: str = ""
     head_dim: int = 0
+    value_dim: int = 0
     compact: bool = False
     large: bool = False
 
     @property
     def label(self) -> str:
         """As it is printed."""
-        parts = (self.name, self.dtype, str(self.head_dim or ""), self.compact and "compact", self.large and "large")
+        sizes = head_sizes(self.head_dim, self.value_dim) if self.head_dim else ""
+        parts = (self.name, self.dtype, sizes, self.compact and "compact", self.large and "large")
         return " ".join(filter(None, parts))
 
 
@@ -125,15 +133,16 @@ def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
         return Plan(SUM_THREADS, 1, 0), True
     if kernel.name != "attention_backward_kernel":
         function = library.relative_bias_attention_forward_plan
-        function.restype, function.argtypes = Plan, (ctypes.c_int32, ctypes.c_int64)
-        return function(kernel.head_dim, LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES), True
+        function.restype, function.argtypes = Plan, PLAN_ARGUMENTS
+        entries = LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES
+        return function(kernel.head_dim, kernel.value_dim, entries, chip.shared_of_program), True
     function = library.relative_bias_attention_backward_plan
-    function.restype, function.argtypes = BackwardPlan, (ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+    function.restype, function.argtypes = BackwardPlan, PLAN_ARGUMENTS
     some = (LARGE_ENTRIES,) if kernel.large else (PLANNED_ENTRIES + PLANNED_ENTRIES_OF_CLS, FEW_ENTRIES)
     limits = (chip.shared_of_program, *(other.shared_of_program for other in ARCHITECTURES.values()))
     for limit in limits:
         for entries in some:
-            found = function(kernel.head_dim, entries, limit)
+            found = function(kernel.head_dim, kernel.value_dim, entries, limit)
             if (found.is_compact, found.is_large) == (kernel.compact, kernel.large):
                 return found.launch, limit == chip.shared_of_program
     raise ValueError(f"no chip launches {kernel.label}")
@@ -142,11 +151,12 @@ def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
 def describe(symbol: str) -> Kernel:
     """What a mangled name says."""
     name, rest = re.search(r"\d([a-z][a-z_]*_kernel)(.*)", symbol).groups()
-    found = re.match(r"I\d+(\w+?)Li(\d+)E((?:Lb\dE)*)E", rest)
+    found = re.match(r"I\d+(\w+?)Li(\d+)E(?:Li(\d+)E)?((?:Lb\dE)*)E", rest)
     if not found:
         return Kernel(name)
-    flags = [flag == "1" for flag in re.findall(r"Lb(\d)E", found[3])]
-    return Kernel(name, found[1].strip("_"), int(found[2]), flags[0] if len(flags) > 1 else False, any(flags[-1:]))
+    flags = [flag == "1" for flag in re.findall(r"Lb(\d)E", found[4])]
+    sizes = (int(found[2]), int(found[3] or 0))
+    return Kernel(name, found[1].strip("_"), *sizes, flags[0] if len(flags) > 1 else False, any(flags[-1:]))
 
 
 def moved(path: Path, chip: Chip) -> list[tuple[str, str, str, str]]:
@@ -154,12 +164,14 @@ def moved(path: Path, chip: Chip) -> list[tuple[str, str, str, str]]:
     function, rows = ctypes.CDLL(str(path)).relative_bias_attention_backward_bytes, []
     function.restype = ctypes.c_int64
     for samples, length, entries in SHAPES:
-        for head_dim in HEAD_SIZES:
+        for sizes in HEAD_SIZES:
+            head_dim, value_dim = sizes
             elements = samples * length * HEADS * head_dim
-            least = 2 * (3 + 1 + 3) + 4 / head_dim  # q, k, v, the output's gradient and log-sum-exp in; dq, dk, dv out
+            # q, k, v, the output's gradient and log-sum-exp in; dq, dk, dv out
+            least = (2 * (4 * head_dim + 3 * value_dim) + 4) / head_dim
             limit = ctypes.c_int64(chip.shared_of_program)
-            found = function(samples, length, HEADS, head_dim, entries, chip.multiprocessors, limit) / elements
-            rows.append((f"{samples} x {length} tokens", str(head_dim), f"{found:.1f}", f"{least:.1f}"))
+            found = function(samples, length, HEADS, *sizes, entries, chip.multiprocessors, limit) / elements
+            rows.append((f"{samples} x {length} tokens", head_sizes(*sizes), f"{found:.1f}", f"{least:.1f}"))
     return rows
 
 

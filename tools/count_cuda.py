@@ -1,6 +1,6 @@
 """Count what the forward kernel of attention issues: its compiled instructions by the source line that each comes from.
 
-    python -m tools.count_cuda [--architecture sm_90a] [--head-size 64] [--lines]
+    python -m tools.count_cuda [--architecture sm_90a] [--head-size 64] [--value-size 64] [--lines]
 
 A row is a part of the kernel: its instructions by class, as one warp issues them, and the cycles in which shared memory
 is busy with them, 128 bytes each, without conflicts of banks. What a loop repeats counts once. Below them, for heads of
@@ -28,22 +28,23 @@ from tools.compile_cuda import ARCHITECTURES, CSRC, HEAD_SIZES, HEADS
 SOURCE = CSRC / "relative_bias_attention_forward.cu"
 # A part of the kernel: a pattern of the source lines that lead to an instruction, outermost first, the first that fits.
 PARTS = {
+    "orders": r"describe_orders|mask_later|\border|_order\b|of_queries",
     "tile: bias of runs": r"start_scores.*start_runs",
     "tile: bias of any codes": r"start_scores.*visit_pairs",
     "tile: other kinds of bias": r"start_scores.*(start_rows|const float bias = is_cls|!is_cls .. query_code)",
     "narrow tile: bias": r"start_scores.*(start_cls|is_cls . |const ClsEntry)",
     "tile: choice of bias": r"start_scores",
     "tile: q k^T": r"attend_tile<KEYS>.*multiply_keys",
-    "tile: mask": r"attend_tile<KEYS>.*mask_keys",
+    "tile: mask": r"attend_tile<KEYS>.*(mask_keys|keys_are_whole|has_order)",
     "tile: rescale": r"attend_tile<KEYS>.*rescale",
     "tile: softmax, p v": r"attend_tile<KEYS>.*attend<COLUMNS>",
     "tile: rest": r"attend_tile<KEYS>",
-    "codes of a tile": r"load_next_keys.*copy_codes|describe_codes",
-    "load of CLS": r"load_next_keys.*copy_cls_keys",
-    "load of a tile": r"load_next_keys",
+    "codes of a tile": r"load_keys\(1 .*copy_codes|describe_keys",
+    "load of CLS": r"load_keys\(1 .*copy_cls_keys",
+    "load of a tile": r"load_keys\(1 ",
     "first load": r"load_keys\(0,",
     "narrow tile": r"attend_tile<BLOCK_ROWS>",
-    "loop": r"cp_async_wait_all|this tile is there|int stage = i|key_rows.stage..modality == arg|key_tiles. forward",
+    "loop": r"(?<!has_keys. )cp_async_wait_all|this tile is there|has_next|key_rows.stage..modality == arg",
     "load of the bias": r"load_whole_bias",
     "store": r"rows\.store",
     "inert rows": r"zero_inert_rows",
@@ -62,6 +63,7 @@ CLASSES = {
 }  # fmt: skip
 OTHER = "integer"  # and addresses, branches, constants
 SHAPES = ((64, 72), (64, 257), (32, 329), (16, 750), (16, 1025))  # samples, tokens of each
+SHAPES_OF_TILES = {(96, 96): (48, 9), (128, 64): (32, 9), (128, 128): (32, 8)}  # keys and warps, others' 64 and 9
 CLOCK, ISSUED, HMMA_CYCLES = 1700.0, 4, 4096 / (4096 * 0.62)  # MHz; a cycle of a multiprocessor; by mma.sync
 
 
@@ -165,19 +167,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--architecture", default="sm_90a", choices=ARCHITECTURES)
-    parser.add_argument("--head-size", type=int, default=64, choices=HEAD_SIZES)
+    parser.add_argument("--head-size", type=int, default=64)
+    parser.add_argument("--value-size", type=int, help="by default the head size")
     parser.add_argument("--lines", action="store_true", help="print each line of each part, too")
     chosen = parser.parse_args(arguments)
+    sizes = chosen.head_size, chosen.value_size or chosen.head_size
+    if sizes not in HEAD_SIZES:
+        parser.error(f"--head-size, --value-size: expected one of {HEAD_SIZES}, got {sizes}")
     toolkit = find_toolkit()
     if toolkit is None:
         print("CUDA kernels: not counted, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
     listing = disassemble(toolkit.nvcc, chosen.architecture)
-    kernel = f"bfloat16Li{chosen.head_size}ELb0"
+    kernel = "bfloat16Li{}ELi{}ELb0".format(*sizes)
     parts = count(listing, kernel)
     kinds = (*CLASSES, OTHER, "issued", "shared")
     print(format_table([("a warp", *kinds), *((part, *(str(of[k]) for k in kinds)) for part, of in parts.items())], ""))
-    keys, warps = (32, 8) if chosen.head_size == 128 else (64, 9)
+    keys, warps = SHAPES_OF_TILES.get(sizes, (64, 9))
     load = total(parts, OF_LOAD)
     for codes in OF_CODES:
         tile = total(parts, (f"tile: {name}" for name in (*OF_TILE, OF_CODES[codes])))

@@ -3,11 +3,13 @@
 //     run CASE RESULTS
 //
 // A case: RelativeBiasAttention as bytes, then the arrays that it points to, each as its number of bytes (int64) and
-// these: qkv (before it, where in the array it begins, int64), cu_seqlens, code, is_cls, their number and every bias,
-// head_scale. Then 0 for the forward pass alone, or 1, RelativeBiasAttentionGradients as bytes and grad, like qkv: of
-// the pointers there, bias and head_scale are null where frozen, qkv and workspace say how far off 16 bytes they shall
-// be. Then a number of runs and each run's order of blocks and warps. Results of each run: out and log_sum_exp, and the
-// gradients of qkv, every learned bias and head_scale. Every array is an allocation of its own, as long as its contents
+// these: q, k and v (before each, where in its array it begins, int64), of the queries and, where 1 comes before and
+// not 0, of the keys cu_seqlens, code, is_cls and order, which may be empty, the number of vectors and every bias,
+// head_scale. Then 0 for the forward pass alone, or 1, RelativeBiasAttentionGradients as bytes and grad, like q: of the
+// pointers there, bias and head_scale are null where frozen, q, k, v and workspace say how far off 16 bytes they shall
+// be, and the gradients of q, k and v are one array, [rows, 3, heads, head_dim], where k's row stride is not 0. Then a
+// number of runs and each run's order of blocks and warps. Results of each run: out and log_sum_exp, and the gradients
+// of q, k and v, every learned bias and head_scale. Every array is an allocation of its own, as long as its contents
 // and full of NaN before, so that AddressSanitizer sees an access past it.
 
 #include <cstdio>
@@ -79,8 +81,8 @@ private:
 };
 
 const char* run_forward(const RelativeBiasAttention& attention, Results& results, const float** log_sum_exp) {
-    const size_t elements = static_cast<size_t>(attention.rows) * attention.heads;
-    char* out = results.add(elements * attention.head_dim, 2);
+    const size_t elements = static_cast<size_t>(attention.queries.rows) * attention.heads;
+    char* out = results.add(elements * attention.value_dim, 2);
     auto* sums = reinterpret_cast<float*>(results.add(elements, sizeof(float)));
     *log_sum_exp = sums;
     return onepeace_fast::relative_bias_attention_forward(attention, out, sums, nullptr);
@@ -89,8 +91,16 @@ const char* run_forward(const RelativeBiasAttention& attention, Results& results
 const char* run_backward(
     const RelativeBiasAttention& attention, RelativeBiasAttentionGradients gradients, Results& results) {
     const size_t heads = attention.heads;
-    char* dqkv = results.add(3 * attention.rows * heads * attention.head_dim, 2);
-    gradients.qkv = dqkv + reinterpret_cast<intptr_t>(gradients.qkv);
+    const size_t row = heads * attention.head_dim;  // of the others where they are one array
+    onepeace_fast::GradientRows* rows[] = {&gradients.q, &gradients.k, &gradients.v};
+    const bool together = gradients.k.row_stride;
+    char* data = together ? results.add(3 * attention.queries.rows * row, 2) : nullptr;
+    for (int i = 0; i < 3; ++i) {
+        const size_t mine = i == 2 ? heads * attention.value_dim : row;
+        if (!together) data = results.add((i ? attention.keys : attention.queries).rows * mine, 2);
+        const auto off = reinterpret_cast<intptr_t>(rows[i]->data);
+        *rows[i] = {(together ? data + 2 * i * row : data) + off, static_cast<int64_t>(together ? 3 * row : mine)};
+    }
     for (int m = 0; m < attention.bias_vectors; ++m) {
         const auto& vector = attention.bias[m];
         if (gradients.bias[m]) gradients.bias[m] = results.add(heads * vector.entries, element_bytes(vector.type));
@@ -111,13 +121,22 @@ int main(int count, char** arguments) {
     File in(arguments[1], "rb"), results(arguments[2], "wb");
     RelativeBiasAttention attention;
     in.read(&attention, sizeof(attention));
-    const int64_t begin = in.number();
-    Array qkv(in), cu_seqlens(in), code(in), is_cls(in);
-    attention.qkv = qkv.data() + begin;
-    attention.cu_seqlens = reinterpret_cast<const int32_t*>(cu_seqlens.data());
-    attention.code = reinterpret_cast<const int32_t*>(code.data());
-    attention.is_cls = reinterpret_cast<const uint8_t*>(is_cls.data());
-    std::vector<Array> bias;
+    std::vector<Array> matrices, plans, bias;
+    for (onepeace_fast::HeadRows* rows : {&attention.q, &attention.k, &attention.v}) {
+        const int64_t begin = in.number();
+        rows->data = matrices.emplace_back(in).data() + begin;
+    }
+    for (onepeace_fast::PackedRows* rows : {&attention.queries, &attention.keys}) {
+        const bool is_apart = rows == &attention.queries || in.number();
+        if (is_apart) {
+            for (int i = 0; i < 4; ++i) plans.emplace_back(in);
+        }
+        Array* const last = plans.data() + plans.size();
+        rows->cu_seqlens = reinterpret_cast<const int32_t*>(last[-4].data());
+        rows->code = reinterpret_cast<const int32_t*>(last[-3].data());
+        rows->is_cls = reinterpret_cast<const uint8_t*>(last[-2].data());
+        rows->order = reinterpret_cast<const int32_t*>(last[-1].data());
+    }
     for (int64_t m = 0, vectors = in.number(); m < vectors; ++m) {
         bias.emplace_back(in);
         attention.bias[m].data = bias.back().data();

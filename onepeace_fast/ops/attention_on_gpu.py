@@ -17,35 +17,39 @@ from onepeace_fast.attention_structures import (
     AttentionOutputs,
     AttentionSaved,
     BiasVectors,
+    KeySegments,
+    Segments,
     VectorGradients,
 )
 from onepeace_fast.checks import describe
 from onepeace_fast.ops.pair_bias import Batch, hidden_keys, joined, pair_entries, pair_values
-from onepeace_fast.ops.segments import Pairs, head_slices, is_shared, longest_sample, sample_pairs
+from onepeace_fast.ops.segments import Pairs, head_slices, longest_sample, sample_pairs
 from onepeace_fast.structures import Needs
 
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
+NARROW_VALUES = 64  # that the kernels take beside keys of the largest size
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 ALIGNMENT = 8  # elements of 16 bits that one access of 16 bytes takes
 
 
 def refusal(given: AttentionInputs | AttentionSaved) -> str | None:
     """Why the CUDA kernels do not run on these tensors, in one line, or None: for both passes of a call alike."""
-    dtype, head_dim = key_of(given).dtype, key_of(given).shape[-1]
+    dtype = key_of(given).dtype
     if dtype not in KERNEL_DTYPES:
         return f"expected float16 or bfloat16, got {_name(dtype)}"
     if (reason := _unknown_to_kernels(given)) is not None:
         return reason
     if (reason := cuda_extension.unavailable_reason()) is not None:
         return reason
-    modalities, device = given.segments.cu_seqlens.shape[0], key_of(given).device
+    device = key_of(given).device
+    modalities = max(side.cu_seqlens.shape[0] for side in (given.segments, _keys_of(given)))
     if modalities > (most := cuda_extension.extension().MAX_MODALITIES):
         return f"expected at most {most} modalities, got {modalities}"
     if (reason := cuda_extension.unsupported_reason(torch.cuda.get_device_capability(device))) is not None:
         return reason
+    sizes = dict(zip(("head_dim", "value_dim"), _padded_sizes(given), strict=True))
     needed, limit = cuda_extension.extension().shared_memory(
-        device=key_of(given).get_device(), head_dim=_padded_size(head_dim),
-        entries=[vector.shape[1] for vector in given.bias.vectors],
+        device=key_of(given).get_device(), **sizes, entries=[vector.shape[1] for vector in given.bias.vectors],
     )  # fmt: skip
     if needed > limit:
         return f"expected at most {limit} bytes of shared memory for a thread block, got {needed}"
@@ -55,12 +59,6 @@ def refusal(given: AttentionInputs | AttentionSaved) -> str | None:
 def _unknown_to_kernels(given: AttentionInputs | AttentionSaved) -> str | None:
     """What the op computes and the kernels do not."""
     head_dim = key_of(given).shape[-1]
-    if given.key_segments.cu_seqlens is not None:
-        return "expected keys of the queries' own tokens, got keys of others"
-    if given.segments.order is not None:
-        return "expected no order, got one"
-    if is_shared(given.bias, given.segments, given.segments):
-        return f"expected a bias for each of {given.segments.cu_seqlens.shape[0]} modalities, got one for all"
     if not 0 < head_dim <= HEAD_SIZES[-1]:
         return f"expected heads of at most {HEAD_SIZES[-1]}, got {head_dim}"
     if given.v is not None and given.v.shape[-1] > head_dim:
@@ -75,31 +73,46 @@ def key_of(given: AttentionInputs | AttentionSaved) -> Tensor:
     return found
 
 
-def _padded_size(head_dim: int) -> int:
-    return next(size for size in HEAD_SIZES if size >= head_dim)
+def _keys_of(given: AttentionInputs | AttentionSaved) -> Segments | KeySegments:
+    return given.segments if given.key_segments.cu_seqlens is None else given.key_segments
 
 
-def _padded(x: Tensor) -> Tensor:
+def _padded_sizes(given: AttentionInputs | AttentionSaved) -> tuple[int, int]:
+    """Head sizes of keys and of values that the kernels take, none smaller than these."""
+    head_dim = next(size for size in HEAD_SIZES if size >= key_of(given).shape[-1])
+    is_narrow = head_dim == HEAD_SIZES[-1] and given.v is not None and given.v.shape[-1] <= NARROW_VALUES
+    return head_dim, NARROW_VALUES if is_narrow else head_dim
+
+
+def _padded(x: Tensor, size: int) -> Tensor:
     """Heads of a size that the kernels take; zeros add nothing to a product, and what they give is cut off."""
-    size = _padded_size(x.shape[-1])
     return x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1]))
 
 
-def _joined(given: AttentionInputs | AttentionSaved) -> Tensor:
-    """Queries, keys and values as the kernels take them: [rows, 3, heads, one of HEAD_SIZES]."""
+def _apart(given: AttentionInputs | AttentionSaved) -> list[Tensor]:
+    """Queries, keys and values as the kernels take them: [rows or key rows, heads, one of HEAD_SIZES] each."""
+    head_dim, value_dim = _padded_sizes(given)
     if given.qkv is not None:
-        return _padded(given.qkv)
+        qkv = _padded(given.qkv, head_dim)
+        _require_readable(qkv)
+        return [*qkv.unbind(1)]
     q, k, v = given.q, given.k, given.v
     assert q is not None and k is not None and v is not None
-    return torch.stack([_padded(q), _padded(k), F.pad(v, (0, _padded_size(k.shape[-1]) - v.shape[-1]))], 1)
+    return [_readable_rows(_padded(x, size)) for x, size in ((q, head_dim), (k, head_dim), (v, value_dim))]
 
 
 def launch_forward(given: AttentionInputs) -> AttentionOutputs:
     """The CUDA kernel on the current stream."""
+    q, k, v = _apart(given)
+    rows, heads, _ = q.shape
+    out, log_sum_exp = q.new_empty(rows, heads, v.shape[-1]), q.new_empty(rows, heads, dtype=torch.float32)
+    if rows:
+        attention, _held = _arguments(given, q, k, v)
+        with torch.cuda.device_of(q):  # a launch makes the tensors' device the current one
+            attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(q.device))
+        cuda_extension.count_launch()
     value_dim = (given.v if given.qkv is None else given.qkv).shape[-1]
-    given = given._replace(qkv=_joined(given), q=None, k=None, v=None)
-    found = _launch_forward(given)
-    return found if found.out.shape[-1] == value_dim else found._replace(out=found.out[..., :value_dim].contiguous())
+    return AttentionOutputs(out if value_dim == v.shape[-1] else out[..., :value_dim].contiguous(), log_sum_exp)
 
 
 def launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
@@ -107,77 +120,58 @@ def launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
 
     The log-sum-exp is that of ``launch_forward``. Gradients of float64 parameters are computed in float32.
     """
-    joined_qkv, grad = _joined(saved), saved.grad_out
-    shape = torch.Size(
-        (*key_of(saved).shape[:1], *key_of(saved).shape[-2:-1], (saved.v if saved.qkv is None else saved.qkv).shape[-1])
-    )
-    _require_like_output(grad, joined_qkv, shape)
-    size = joined_qkv.shape[-1]
-    if shape[-1] != size:
-        grad = F.pad(grad, (0, size - shape[-1]))
-    found = _launch_backward(saved._replace(qkv=joined_qkv, q=None, k=None, v=None, grad_out=grad), needs)
-    dqkv = found.qkv
-    assert dqkv is not None
-    if saved.qkv is not None:
+    q, k, v = _apart(saved)
+    grad, value_dim = saved.grad_out, (saved.v if saved.qkv is None else saved.qkv).shape[-1]
+    _require_like_output(grad, q, torch.Size((*q.shape[:2], value_dim)))
+    grad = _padded(grad, v.shape[-1])
+    dqkv = None if saved.qkv is None else q.new_empty(q.shape[0], 3, *q.shape[1:])
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    found = _launch_backward(saved, q, k, v, grad, gradients if dqkv is None else [*dqkv.unbind(1)], needs)
+    if dqkv is not None:
         head_dim = saved.qkv.shape[-1]
-        return found if head_dim == size else found._replace(qkv=dqkv[..., :head_dim].contiguous())
-    apart = zip(dqkv.unbind(1), (saved.q, saved.k, saved.v), strict=True)
-    dq, dk, dv = (gradient[..., : x.shape[-1]].contiguous() for gradient, x in apart)
-    return found._replace(qkv=None, q=dq, k=dk, v=dv)
+        return found._replace(qkv=dqkv if head_dim == q.shape[-1] else dqkv[..., :head_dim].contiguous())
+    cut = zip(gradients, (saved.q, saved.k, saved.v), strict=True)
+    dq, dk, dv = (gradient[..., : x.shape[-1]].contiguous() for gradient, x in cut)
+    return found._replace(q=dq, k=dk, v=dv)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _launch_forward(given: AttentionInputs) -> AttentionOutputs:
-    qkv = given.qkv
-    rows, _, heads, head_dim = qkv.shape
-    _require_readable(qkv)
-    out, log_sum_exp = qkv.new_empty(rows, heads, head_dim), qkv.new_empty(rows, heads, dtype=torch.float32)
-    if not rows:
-        return AttentionOutputs(out, log_sum_exp)
-    attention, _held = _arguments(given)
-    with torch.cuda.device_of(qkv):  # a launch makes the tensors' device the current one
-        attention.forward(out=out.data_ptr(), log_sum_exp=log_sum_exp.data_ptr(), stream=_current_stream(qkv.device))
-    cuda_extension.count_launch()
-    return AttentionOutputs(out, log_sum_exp)
-
-
-def _launch_backward(saved: AttentionSaved, needs: Needs) -> AttentionGradients:
-    qkv, grad, bias_needs = saved.qkv, saved.grad_out, needs.bias.vectors
-    rows, _, heads, head_dim = qkv.shape
-    _require_readable(qkv)
-    attention, (_plan, vectors, scales) = _arguments(saved)
+def _launch_backward(
+    saved: AttentionSaved, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, gradients: Sequence[Tensor], needs: Needs
+) -> AttentionGradients:
+    bias_needs, heads = needs.bias.vectors, q.shape[1]
+    attention, (_plan, vectors, scales) = _arguments(saved, q, k, v)
     # Autograd hands over expanded, transposed and sliced gradients, and contiguous ones that are off 16 bytes.
-    grad = grad if _reads_16_bytes(grad) else grad.clone(memory_format=torch.contiguous_format)
+    grad = _readable_rows(grad)
     log_sum_exp = saved.log_sum_exp.contiguous()
-    dqkv = qkv.new_empty(rows, 3, heads, head_dim)
     dbias = [v.new_empty(v.shape) if need else None for v, need in zip(vectors, bias_needs, strict=True)]
     dscale = scales[0].new_empty(heads) if needs.head_scale else None
     wanted: dict[str, Any] = {
-        "multiprocessors": _multiprocessors(qkv.device),
+        "multiprocessors": _multiprocessors(q.device),
         "bias": [0 if gradient is None else gradient.data_ptr() for gradient in dbias],
         "head_scale": 0 if dscale is None else dscale.data_ptr(),
     }
-    workspace = qkv.new_empty(attention.backward_workspace(**wanted), dtype=torch.uint8)
-    with torch.cuda.device_of(qkv):
+    workspace = q.new_empty(attention.backward_workspace(**wanted), dtype=torch.uint8)
+    with torch.cuda.device_of(q):
         attention.backward(
             **wanted,
             grad=grad.data_ptr(),
             grad_strides=grad.stride()[:2],
             log_sum_exp=log_sum_exp.data_ptr(),
-            qkv=dqkv.data_ptr(),
+            **{name: (x.data_ptr(), x.stride(0)) for name, x in zip("qkv", gradients, strict=True)},
             workspace=workspace.data_ptr(),
-            stream=_current_stream(qkv.device),
+            stream=_current_stream(q.device),
         )
     cuda_extension.count_launch()
-    gradients = [
+    dvectors = [
         None if gradient is None else gradient.to(vector.dtype)
         for gradient, vector in zip(dbias, saved.bias.vectors, strict=True)
     ]
     dscale = None if dscale is None else dscale.to(saved.head_scale.dtype)
-    return AttentionGradients(dqkv, None, None, None, VectorGradients(gradients), dscale)
+    return AttentionGradients(None, None, None, None, VectorGradients(dvectors), dscale)
 
 
 def _require_like_output(grad: Tensor, qkv: Tensor, shape: torch.Size) -> None:
@@ -189,29 +183,24 @@ def _require_like_output(grad: Tensor, qkv: Tensor, shape: torch.Size) -> None:
 
 
 def _arguments(
-    given: AttentionInputs | AttentionSaved,
-) -> tuple[Any, tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    given: AttentionInputs | AttentionSaved, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Any, tuple[list[Segments], list[Tensor], list[Tensor]]]:
     """The extension's arguments, and what must live until the launch: the plan, the vectors, the head scale if any."""
-    qkv, segments = given.qkv, given.segments
-    rows, _, heads, head_dim = qkv.shape
-    plan = [segments.cu_seqlens.contiguous(), segments.code.contiguous(), segments.is_cls.contiguous()]
+    plan = [_contiguous(given.segments)]
+    plan.append(plan[0] if given.key_segments.cu_seqlens is None else _contiguous(given.key_segments))
     vectors = [_readable(vector) for vector in given.bias.vectors]
     scales = [] if given.head_scale is None else [_readable(given.head_scale).contiguous()]
     attention = cuda_extension.extension().RelativeBiasAttention(
-        device=qkv.get_device(),
-        samples=plan[0].shape[1] - 1,
-        modalities=plan[0].shape[0],
-        rows=rows,
-        heads=heads,
-        head_dim=head_dim,
-        max_length=segments.max_length,
+        device=q.get_device(),
+        samples=plan[0].cu_seqlens.shape[1] - 1,
+        heads=q.shape[1],
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
         scale=given.scale,
-        type=_name(qkv.dtype),
-        qkv=qkv.data_ptr(),
-        strides=qkv.stride()[:3],
-        cu_seqlens=plan[0].data_ptr(),
-        code=plan[1].data_ptr(),
-        is_cls=plan[2].data_ptr(),
+        type=_name(q.dtype),
+        **{name: (x.data_ptr(), *x.stride()[:2]) for name, x in zip("qkv", (q, k, v), strict=True)},
+        queries=_addresses(plan[0]),
+        keys=_addresses(plan[1]),
         bias=[
             (vector.data_ptr(), _name(vector.dtype), *vector.stride(), vector.shape[1], offset)
             for vector, offset in zip(vectors, given.bias.code_offsets, strict=True)
@@ -220,6 +209,21 @@ def _arguments(
         head_scale_type=_name(scales[0].dtype) if scales else "float32",
     )
     return attention, (plan, vectors, scales)
+
+
+def _contiguous(segments: Segments | KeySegments) -> Segments:
+    return Segments._make(x.contiguous() if isinstance(x, Tensor) else x for x in segments)
+
+
+def _addresses(segments: Segments) -> tuple[int, ...]:
+    cu_seqlens, _, code, is_cls, max_length, order = segments
+    addresses = [0 if x is None else x.data_ptr() for x in (cu_seqlens, code, is_cls, order)]
+    return code.shape[0], cu_seqlens.shape[0], max_length, *addresses
+
+
+def _readable_rows(x: Tensor) -> Tensor:
+    """A copy where rows cannot be read 16 bytes at a time."""
+    return x if _reads_16_bytes(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _require_readable(qkv: Tensor) -> None:

@@ -305,8 +305,9 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
         modality, code: int32 [rows], the plan's.
         is_cls: bool [rows], the plan's.
         order: int32 [rows]; a query sees the keys of its sample whose order is at most its own: a plan's
-            ``causal_order()`` or ``prefix_order(...)``. None: a query sees all.
+            ``causal_order()`` or ``prefix_order(...)``. None: a query sees all. 2**31 - 1 of a key: none sees it.
         keys: for cross attention, the segments of the key rows, of as many samples; with ``order`` they have theirs.
+            Those of a ``KeyValueCache``, for new tokens of samples that are generated.
         bias: one floating-point [heads, entries] per modality, the expanded vectors with their three CLS entries last;
             or a single one for the pairs of all tokens, whatever their modalities; empty for none.
         code_offsets: per vector, the entry that belongs to equal codes.
@@ -320,8 +321,9 @@ def relative_bias_attention(  # type: ignore[misc]  # the overloads leave the ar
         [rows, heads, value_dim] in qkv's dtype; scores and softmax are float32 for half precision. Inert rows are zero,
         and so is a query that sees no key. The log-sum-exp is [rows, heads], float32 for half precision, -inf where a
         query sees no key. On a GPU float16 and bfloat16 with heads of at most 128 run the CUDA kernels, forward and
-        backward (zeros fill heads up to 32, 64 or 128); whatever they cannot take, such as an order, ``keys`` or one
-        vector for several modalities, runs PyTorch's attention, which says so once, and has its gradients from the
+        backward, with or without an order, ``keys`` and vectors. Zeros fill heads up to 32, 64, 96 or 128, and values
+        beside keys of 128 up to 64 or 128; tiles that an order hides cost nothing. Whatever they cannot take, such as
+        values wider than the keys, runs PyTorch's attention, which says so once, and has its gradients from the
         reference.
 
     Raises:

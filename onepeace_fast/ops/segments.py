@@ -18,6 +18,7 @@ PAIRS_WITHOUT_PADDING = 2**15  # where all samples are of one length
 VECTOR = 16
 PAIRS_OF_A_DEVICE_GROUP = 2**22
 PAIRS_OF_DEVICE_HEADS = 2**24
+UNSEEN = 2**31 - 1  # the order of a row that no query is to see, such as a free place of a cache
 
 
 class Group(NamedTuple):
@@ -288,14 +289,14 @@ def is_shared(bias: BiasVectors, segments: Segments, keys: Segments) -> bool:
 
 
 def check_order(segments: Segments) -> None:
-    """Raise where the orders of a sample's tokens leave out a number; only a CPU is read by the host."""
+    """Raise where the orders of a sample's tokens, but for unseen ones, leave out a number; a CPU alone is read."""
     order, cu_seqlens = segments.order, segments.cu_seqlens
     if order is None or not is_on_host(order) or not cu_seqlens.numel() or cu_seqlens.shape[1] == 1:
         return
     samples = torch.arange(cu_seqlens.shape[1] - 1)
     sample = torch.cat([samples.repeat_interleave(lengths) for lengths in cu_seqlens.diff(dim=1).long()])
     of_tokens = torch.cat([order[start:stop] for start, *_, stop in cu_seqlens.tolist()]).long()
-    found = torch.stack([sample, of_tokens], 1).unique(dim=0)  # sorted
+    found = torch.stack([sample, of_tokens], 1)[of_tokens != UNSEEN].unique(dim=0)  # sorted
     gap = (found[1:, 0] == found[:-1, 0]) & (found[1:, 1] - found[:-1, 1] > 1)
     for place in gap.nonzero().flatten().tolist()[:1]:
         (sample_of_gap, before), (_, after) = found[place : place + 2].tolist()

@@ -7,17 +7,19 @@ import pytest
 import torch
 from support import host_shim
 from support.attention_cases import any_cls, lengths, mixed, windowed_grid
+from support.attention_forms import FORMS, SEVERAL_TILES, Form
+from support.contract import normal
 from support.kernel_attention import WALKS, gradient_of
 
 pytestmark = pytest.mark.slow
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
 # A batch, how its keys are walked, and the head sizes.
 CASES = {
     "three modalities": (mixed, WALKS["whole"], HEAD_SIZES),
     "CLS in blocks": (lambda: any_cls([[(18, 9), (2, 1)], [(40, 20), (1, 17)]]), WALKS["whole"], HEAD_SIZES),
     "split keys": (lambda: lengths([40, 3], 2), WALKS["split"], HEAD_SIZES),
-    "windows": (lambda: windowed_grid(64, "corners"), WALKS["whole"], (32,)),
-    "windows, split keys": (lambda: windowed_grid(64, "rows"), WALKS["split"], (64,)),
+    "windows": (lambda: windowed_grid(120, "corners"), WALKS["whole"], (32,)),
+    "windows, split keys": (lambda: windowed_grid(120, "rows"), WALKS["split"], (64,)),
     "rounds": (lambda: lengths([330]), {"max_length": 1}, HEAD_SIZES),
     "one block more": (lambda: lengths([129]), WALKS["whole"], (128,)),
     "two walks": (lambda: lengths([131]), WALKS["whole"], (128,)),
@@ -53,6 +55,36 @@ def test_no_two_threads_touch_the_same_memory_unordered(build, tmp_path, name, d
     assert process.returncode == 0, process.stderr[:4000]
 
 
+# Of attention_forms.py, in both walks.
+FORMS_OF_RACES = ("one vector for all, CLS", "prefix", "causal, runs", "keys of others", "keys of others in order, CLS")
+
+
+def form_case(name: str, multiprocessors: int, sizes: tuple[int, int] = (32, 32)) -> bytes:
+    """Forward and backward of a form."""
+    form = Form(**FORMS[name] | {"sizes": sizes, "lengths": SEVERAL_TILES})
+    leaves = {key: leaf.bfloat16() for key, leaf in form.leaves.items()}
+    qkv = form.qkv(leaves)
+    grad = normal(leaves["q"].shape[0], *leaves["v"].shape[1:], seed=1000, dtype=torch.bfloat16)
+    scale = "head_scale" in leaves
+    gradients = host_shim.gradients_case(grad, [True] * form.vectors, scale, multiprocessors, joint=form.joint)
+    return host_shim.attention_case(qkv, **form.arguments(leaves), orders=(0, 1), gradients=gradients)
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 132))
+@pytest.mark.parametrize("name", FORMS_OF_RACES)
+def test_no_two_threads_of_the_other_kinds_do(build, tmp_path, name, multiprocessors):
+    process = host_shim.run(build("thread"), tmp_path, form_case(name, multiprocessors))
+    assert process.returncode == 0, process.stderr[:4000]
+
+
+@pytest.mark.parametrize("limit", ("99 KiB", "227 KiB"))
+@pytest.mark.parametrize("multiprocessors", (1, 132))
+def test_no_two_threads_do_where_keys_are_wider_than_values(build, tmp_path, multiprocessors, limit):
+    given = form_case(FORMS_OF_RACES[0], multiprocessors, (128, 64))
+    process = host_shim.run(build("thread"), tmp_path, given, shared_limit=host_shim.SHARED_LIMITS[limit])
+    assert process.returncode == 0, process.stderr[:4000]
+
+
 FORWARD, WALK = "relative_bias_attention_forward.cu", "query_walk.cuh"
 FORWARD_MEMORY = "forward_memory.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
@@ -63,7 +95,8 @@ BARRIERS = {
     "tile": ("three modalities", WALK, "            __syncthreads();  // this tile"),
     "codes of keys": ("three modalities", FORWARD_MEMORY, "        __syncwarp();  // the codes of keys"),
     "codes of queries": ("three modalities", FORWARD_MEMORY, "            __syncwarp();  // the codes of queries"),
-    "window": ("windows", WALK, "        forward.load_window(modality, first, count);\n        __syncthreads();"),
+    "window": ("windows", WALK, "        forward.load_window(vector, first, count);\n        __syncthreads();"),
+    "orders of all queries": ("causal, runs", WALK, "        if (forward.has_order() || !has_keys) __syncthreads();"),
     "next window": ("windows", WALK, "        if (first > range.first) __syncthreads();"),
     "next queries": ("rounds", WALK, "        __syncthreads();  // the next queries"),
     "results": ("three modalities", FORWARD, "        __syncwarp();\n#pragma unroll 1"),
@@ -93,7 +126,7 @@ BARRIERS = {
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_deleted_barrier_is_named_by_its_line(build, tmp_path, name):
     batch, file, text = BARRIERS[name]
-    csrc, dim = tmp_path / "csrc", CASES[batch][2][0]
+    csrc, dim = tmp_path / "csrc", CASES[batch][2][0] if batch in CASES else 32
     shutil.copytree(host_shim.CSRC, csrc)
     source = (csrc / file).read_text()
     assert source.count(text) == 1
@@ -102,7 +135,7 @@ def test_a_deleted_barrier_is_named_by_its_line(build, tmp_path, name):
     if name.startswith("backward"):
         changed = LAUNCHES if file in (ROW_SUMS, SUMS) else f"relative_bias_attention_backward_{dim}.cu"
     program = host_shim.build(tmp_path, "thread", csrc, changed, build("thread"))
-    process = host_shim.run(program, tmp_path, case(batch, dim))
+    process = host_shim.run(program, tmp_path, case(batch, dim) if batch in CASES else form_case(batch, 1))
     barrier = source[: source.index(text)].count("\n") + 1 + text[: text.index("__sync")].count("\n")
     lines = {int(line) for line in re.findall(rf"{file}:(\d+)", process.stderr)}
     if name == "backward: blocks":  # rows that are not known yet are copied from an address that is none

@@ -1,10 +1,12 @@
 """The binding of attention's CUDA kernels, compiled by g++: what it launches on addresses, and what it refuses."""
 
+import ctypes
+
 import pytest
 import torch
 from support.contract import normal
 
-ROW = {"device": 0, "samples": 1, "modalities": 1, "rows": 1, "heads": 1, "head_dim": 32, "max_length": 1}
+ROW = {"device": 0, "samples": 1, "heads": 1, "head_dim": 32, "value_dim": 32}
 
 
 class Call:
@@ -13,10 +15,16 @@ class Call:
     def __init__(self, extension, **changes):
         plan = {"cu_seqlens": torch.tensor([[0, 1]], dtype=torch.int32), "code": torch.zeros(1, dtype=torch.int32)}
         self.tensors = plan | {"is_cls": torch.zeros(1, dtype=torch.bool)}
+        segments = {"rows": 1, "modalities": 1, "max_length": 1}
+        segments |= {name: tensor.data_ptr() for name, tensor in self.tensors.items()} | {"order": 0}
         self.tensors["qkv"] = normal(1, 3, 1, 32, seed=0, dtype=torch.float16)
         kinds = {"type": "float16", "head_scale": 0, "head_scale_type": "float32"}
-        values = {**ROW, **kinds, "scale": 1.0, "strides": (96, 32, 32), "bias": []}
-        values |= {name: tensor.data_ptr() for name, tensor in self.tensors.items()}
+        values = {**ROW, **kinds, "scale": 1.0, "bias": []}
+        for side in ("queries", "keys"):
+            values[side] = (*(changes.pop(f"{side}.{name}", value) for name, value in segments.items()),)
+        for name, x in zip("qkv", self.tensors["qkv"].unbind(1), strict=True):
+            matrix = {"data": x.data_ptr(), "row_stride": 96, "head_stride": 32}
+            values[name] = (*(changes.pop(f"{name}.{part}", value) for part, value in matrix.items()),)
         values |= changes
         self.attention, self.vectors = extension.RelativeBiasAttention(**values), len(values["bias"])
 
@@ -33,7 +41,8 @@ class Call:
         qkv = torch.full_like(self.tensors["qkv"], torch.nan)
         workspace = torch.empty(self.attention.backward_workspace(**wanted) + 16, dtype=torch.uint8)
         values = {"grad": gradient.data_ptr(), "grad_strides": (32, 32), "log_sum_exp": log_sum_exp.data_ptr()}
-        values |= {"qkv": qkv.data_ptr(), "workspace": workspace.data_ptr(), "stream": 0}
+        values |= {"workspace": workspace.data_ptr(), "stream": 0}
+        values |= {name: (x.data_ptr(), 96) for name, x in zip("qkv", qkv.unbind(1), strict=True)}
         self.launch("backward", qkv, **{**wanted, **values, **changes})
         return qkv
 
@@ -64,21 +73,28 @@ REFUSED = {
     "type: expected float16, bfloat16 or float32, got int8": {"type": "int8"},
     "type: expected float16, bfloat16 or float32, got float64": {"head_scale_type": "float64"},
     "qkv: expected float16 or bfloat16, got float32": {"type": "float32"},
-    "qkv: expected a head size of 32, 64 or 128, got 48": {"head_dim": 48},
-    f"qkv: {ADDRESS}": {"qkv": 8},
-    "qkv: expected strides that 8 divides, got 97": {"strides": (97, 32, 32)},
+    "qkv: expected a head size of 32, 64, 96 or 128, got 48": {"head_dim": 48},
+    "v: expected values of the keys' 32, or of 64 beside 128, got 64": {"value_dim": 64},
+    "v: expected values of the keys' 128, or of 64 beside 128, got 32": {"head_dim": 128},
+    **{f"{name}: {ADDRESS}": {f"{name}.data": 8} for name in "qkv"},
+    **{f"{name}: expected strides that 8 divides, got 97": {f"{name}.row_stride": 97} for name in "qkv"},
+    **{f"{name}: expected strides that 8 divides, got 33": {f"{name}.head_stride": 33} for name in "qkv"},
     "qkv: expected no negative size and at least one head, got": {"heads": 0},
-    "cu_seqlens: expected 1 to 16 modalities, got 17": {"modalities": 17},
+    "qkv: expected no negative size and at least one head, got 1 samples, -1 rows": {"keys.rows": -1},
+    "cu_seqlens: expected 1 to 16 modalities, got 17": {"queries.modalities": 17},
+    "cu_seqlens: expected 1 to 16 modalities, got 0": {"keys.modalities": 0},
+    "order: expected that of queries and of keys, or none, got one of them": {"keys.order": 16},
     "cu_seqlens: expected at most 65534 samples and 65535 heads in one launch, got 65535 and": {"samples": 65_535},
     "bias: expected float16, bfloat16 or float32 [heads, 4 or more], got": {"bias": [(*VECTOR[:4], 3, 0)]},
-    "bias: expected one vector for each of 1 modalities, or none, got 2": {"bias": [VECTOR] * 2},
+    "bias: expected one vector for each of 1 modalities, one for all, or none, got 2": {"bias": [VECTOR] * 2},
     "bias: expected at most 16 vectors, got 17": {"bias": [VECTOR] * 17},
 }
 GRADIENTS_REFUSED = {
     f"grad: {ADDRESS}": {"grad": 8},
     "grad: expected strides that 8 divides, got 33": {"grad_strides": (33, 32)},
     "grad: expected strides that 8 divides, got 36": {"grad_strides": (32, 36)},
-    f"gradient of qkv: {ADDRESS}": {"qkv": 8},
+    **{f"gradient of {name}: {ADDRESS}": {name: (8, 96)} for name in "qkv"},
+    **{f"gradient of {name}: expected strides that 8 divides, got 97": {name: (16, 97)} for name in "qkv"},
     f"workspace: {ADDRESS}": {"workspace": 8},
     "bias: expected a gradient for each of 0 vectors, 0 where it is frozen, got 1": {"bias": [16]},
     "head_scale: expected 0, since there is no head scale, got a gradient": {"head_scale": 16},
@@ -135,37 +151,65 @@ def test_a_longest_length_beyond_all_rows_changes_nothing(host_extension):
     grad = normal(1, 1, 32, seed=1, dtype=torch.float16)
     results = []
     for length in (1, 2**31 - 1):
-        call = Call(host_extension, max_length=length)
+        call = Call(host_extension, **{"queries.max_length": length, "keys.max_length": length})
         out, log_sum_exp = call.forward()
         results.append((out, log_sum_exp, call.backward(grad, log_sum_exp)))
     assert all(map(torch.equal, *results))
 
 
-# Bytes of a thread block, by head size and KiB that the device gives: without vectors, and with 2000 entries.
+# Bytes of a thread block, by head sizes and KiB that the device gives: without vectors, and with 2000 entries.
 NEEDED = {
-    (32, 99): (75008, 101312),
-    (64, 99): (76288, 101056),
-    (128, 99): (89728, 101248),
-    (64, 163): (118016, 166592),
-    (128, 163): (129536, 166592),
-    (64, 227): (118016, 231872),
-    (128, 227): (129536, 231872),
+    (32, 32, 99): (72576, 101184),
+    (64, 64, 99): (73344, 101184),
+    (96, 96, 99): (84992, 101120),
+    (128, 64, 99): (84992, 101120),
+    (128, 128, 99): (88576, 100864),
+    (64, 64, 163): (115584, 166464),
+    (96, 96, 163): (99968, 166208),
+    (128, 64, 163): (99968, 166208),
+    (128, 128, 163): (126592, 166720),
+    (64, 64, 227): (115584, 231744),
+    (96, 96, 227): (99968, 219968),
+    (128, 64, 227): (99968, 219968),
+    (128, 128, 227): (126592, 232000),
 }
+with_sizes = pytest.mark.parametrize(("head_dim", "value_dim", "limit"), NEEDED)
 
 
-@pytest.mark.parametrize(("head_dim", "limit"), NEEDED)
-def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(host_extension, monkeypatch, head_dim, limit):
+@with_sizes
+def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(
+    host_extension, monkeypatch, head_dim, value_dim, limit
+):
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(limit * 1024))
-    needed = lambda *entries: host_extension.shared_memory(device=0, head_dim=head_dim, entries=entries)  # noqa: E731
-    plain, biased = NEEDED[head_dim, limit]
+    asked = {"device": 0, "head_dim": head_dim, "value_dim": value_dim}
+    needed = lambda *entries: host_extension.shared_memory(**asked, entries=entries)  # noqa: E731
+    plain, biased = NEEDED[head_dim, value_dim, limit]
     assert needed() == (plain, limit * 1024) and needed(1500, 500) == (biased, limit * 1024)
     assert needed(1 << 20)[0] <= limit * 1024
+
+
+class LaunchPlan(ctypes.Structure):
+    """Of csrc/relative_bias_attention.h."""
+
+    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
+
+
+@with_sizes
+def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, value_dim, limit):
+    """Of windows, which take more registers, one thread block runs at a time."""
+    function = ctypes.CDLL(host_extension.__file__).relative_bias_attention_forward_plan
+    function.restype, function.argtypes = LaunchPlan, (ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+    plan = lambda entries: function(head_dim, value_dim, entries, limit * 1024)  # noqa: E731
+    without = plan(0).shared_bytes
+    most = (limit * 1024 - without) // 4
+    found = [(plan(entries).shared_bytes, plan(entries).thread_blocks_at_once) for entries in (most, most + 1)]
+    assert found == [(without + 4 * most, 2), (without + 4 * most, 1)]
 
 
 def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension, monkeypatch):
     monkeypatch.setenv("HOST_SHIM_SHARED_LIMIT", str(75 * 1024))
     fits = {}
-    for head_dim in (32, 64, 128):
-        needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, entries=[])
+    for head_dim in (32, 64, 96, 128):
+        needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, value_dim=head_dim, entries=[])
         fits[head_dim] = needed <= limit
-    assert fits == {32: True, 64: True, 128: False}
+    assert fits == {32: True, 64: True, 96: False, 128: False}

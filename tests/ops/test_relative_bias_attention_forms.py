@@ -1,137 +1,31 @@
 """``relative_bias_attention`` beyond one bias for each modality: orders, one bias for all, other keys, wide keys."""
 
-import math
 import sys
 import threading
 
 import pytest
 import torch
 from support import contract
+from support.attention_forms import (
+    FORMS,
+    HEADS,
+    INERT,
+    OFFSET,
+    ON_KERNELS,
+    QUERIES,
+    SEVERAL_TILES,
+    Form,
+    causal,
+    naive,
+    of_each,
+    segments,
+)
 from support.attention_ways import CHECKED, DTYPES_OF_WAYS, in_each
 from support.contract import normal, refused
 from support.kernels import poisoned_memory  # noqa: F401  a fixture of all tests here
 
-from onepeace_fast import Segments, relative_bias_attention
-
-# Lengths of each modality's tokens by sample; rows stand modality after modality, sample after sample.
-QUERIES, KEYS = [[5, 0, 3, 2], [2, 4, 0, 3]], [[4, 3, 0, 6], [0, 2, 0, 1]]
-INERT, HEADS, OFFSET = 2, 2, 9
-FIELDS = Segments._fields  # which torch 2.8 does not trace
-
-
-def segments(lengths, seed, *, order=None, cls=False):
-    """Codes of their own for each row, so that neither position nor order stands in for one."""
-    rows = sum(map(sum, lengths)) + INERT
-    generator = torch.Generator().manual_seed(seed)
-    bounds = torch.tensor([0, *[n for row in lengths for n in row]]).cumsum(0)
-    samples = len(lengths[0])
-    cu_seqlens = torch.stack([bounds[m * samples : (m + 1) * samples + 1] for m in range(len(lengths))]).int()
-    counts = [sum(row) for row in lengths] + [INERT]
-    modality = torch.arange(len(lengths) + 1).repeat_interleave(torch.tensor(counts)).int()
-    code = torch.randint(0, OFFSET, (rows,), generator=generator).int()
-    is_cls = torch.zeros(rows, dtype=torch.bool)
-    if cls:
-        is_cls[
-            [bound - 1 for bound, n in zip(bounds[1:].tolist(), [n for r in lengths for n in r], strict=True) if n]
-        ] = True
-    longest = max(sum(column) for column in zip(*lengths, strict=True))
-    return Segments(cu_seqlens, modality, code, is_cls, longest, None if order is None else of_each(lengths, order))
-
-
-def of_each(lengths, order):
-    """int32 [rows]: ``order(modality, place in the sample, in the modality)`` of each row, 0 of inert ones."""
-    values = []
-    for m, row in enumerate(lengths):
-        for sample, count in enumerate(row):
-            before = sum(lengths[k][sample] for k in range(m))
-            values += [order(m, before + i, i) for i in range(count)]
-    return torch.tensor(values + [0] * INERT, dtype=torch.int32)
-
-
-def causal(modality, place, within):
-    return place
-
-
-def prefix(modality, place, within):
-    """The first modality sees itself, the second that and its own earlier tokens."""
-    return 0 if modality == 0 else within + 1
-
-
-def naive(q, k, v, given, keys, vectors, offsets, head_scale=None):
-    """Query by query, by the formula."""
-    out, total = torch.zeros(q.shape[0], HEADS, v.shape[2], dtype=q.dtype), torch.zeros(q.shape[:2], dtype=q.dtype)
-    for sample in range(given.cu_seqlens.shape[1] - 1):
-        of_queries, of_keys = (
-            [r for row in side.cu_seqlens[:, sample : sample + 2].tolist() for r in range(*row)]
-            for side in (given, keys)
-        )
-        for i in of_queries:
-            seen = [j for j in of_keys if given.order is None or keys.order[j] <= given.order[i]]
-            if not seen:
-                total[i] = -math.inf
-                continue
-            score = torch.einsum("hd,jhd->hj", q[i], k[seen]) * q.shape[2] ** -0.5
-            score = score + torch.stack([entry(vectors, offsets, given, keys, i, j, q.dtype) for j in seen], 1)
-            weights = score.softmax(1) if head_scale is None else score.softmax(1) * head_scale[:, None]
-            out[i] = torch.einsum("hj,jhd->hd", weights, v[seen])
-            total[i] = score.detach().logsumexp(1)
-    return out, total
-
-
-def entry(vectors, offsets, given, keys, i, j, dtype):
-    """The bias of a pair, [heads]."""
-    if not vectors or (len(vectors) > 1 and given.modality[i] != keys.modality[j]):
-        return torch.zeros(HEADS, dtype=dtype)
-    which = 0 if len(vectors) == 1 else int(given.modality[i])
-    if given.is_cls[i] or keys.is_cls[j]:
-        place = -3 + int(keys.is_cls[j]) + int(given.is_cls[i] and keys.is_cls[j])
-    else:
-        place = int(given.code[i] - keys.code[j]) + offsets[which]
-    return vectors[which][:, place].to(dtype)
-
-
-class Form:
-    """A call of the op and the same by ``naive``: q, k, v and vectors are the leaves."""
-
-    def __init__(self, *, vectors=1, order=None, cross=False, cls=False, sizes=(8, 8), joint=False, head_scale=False):
-        self.segments = segments(QUERIES, 1, order=order, cls=cls)
-        self.keys = segments(KEYS, 2, order=order, cls=cls) if cross else self.segments
-        self.cross, self.joint, self.vectors = cross, joint, vectors
-        rows, key_rows = (side.code.shape[0] for side in (self.segments, self.keys))
-        head_dim, value_dim = sizes
-        self.leaves = {"q": normal(rows, HEADS, head_dim, seed=3), "k": normal(key_rows, HEADS, head_dim, seed=4)}
-        self.leaves |= {"v": normal(key_rows, HEADS, value_dim, seed=5)}
-        self.leaves |= {f"vector{m}": normal(HEADS, 2 * OFFSET + 4, seed=6 + m) for m in range(vectors)}
-        self.leaves |= {"head_scale": 1 + 0.5 * normal(HEADS, seed=9)} if head_scale else {}
-
-    def arguments(self, leaves):
-        bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
-        given = dict(zip(FIELDS, self.segments, strict=True)) | {"keys": self.keys if self.cross else None}
-        return given | {"bias": bias, "code_offsets": [OFFSET] * len(bias), "head_scale": leaves.get("head_scale")}
-
-    def call(self, **leaves):
-        q, k, v = (leaves[name] for name in "qkv")
-        qkv = torch.stack([q, k, v], 1) if self.joint else (q, k, v)
-        return relative_bias_attention(qkv, **self.arguments(leaves))
-
-    def plain(self, **leaves):
-        bias = [leaves[f"vector{m}"] for m in range(self.vectors)]
-        q, k, v = (leaves[name] for name in "qkv")
-        return naive(q, k, v, self.segments, self.keys, bias, [OFFSET] * len(bias), leaves.get("head_scale"))[0]
-
-
-FORMS = {
-    "one vector for all": {},
-    "one vector for all, CLS": {"cls": True, "head_scale": True},
-    "causal, joint": {"order": causal, "vectors": 2, "joint": True},
-    "prefix": {"order": prefix, "cls": True},
-    "causal without bias": {"order": causal, "vectors": 0},
-    "keys of others": {"cross": True, "vectors": 2, "head_scale": True},
-    "keys of others in order, CLS": {"cross": True, "order": causal, "cls": True},
-    "keys of others without bias": {"cross": True, "vectors": 0},
-    "wide keys": {"vectors": 2, "sizes": (16, 8)},
-    "wide values of others": {"cross": True, "sizes": (8, 16)},
-}
+from onepeace_fast import Segments, cuda_extension, relative_bias_attention
+from onepeace_fast.ops.relative_bias_attention import _say_once
 
 
 @in_each("dtype", {way: dtypes for way, dtypes in DTYPES_OF_WAYS.items() if way != "kernel"})
@@ -141,15 +35,22 @@ def test_values_and_gradients_follow_the_formula(name, way, dtype):
     contract.check_against_naive(form.call, form.plain, form.leaves, dtype)
 
 
+@in_each("dtype", {"kernel": DTYPES_OF_WAYS["kernel"]})
+@pytest.mark.parametrize("name", ON_KERNELS)
+def test_the_kernels_follow_the_formula(name, way, dtype):
+    form = Form(**FORMS[name] | {"lengths": SEVERAL_TILES, "sizes": (32, 32)})
+    contract.check_against_naive(form.call, form.plain, form.leaves, dtype)
+
+
 @pytest.mark.parametrize("way", ["kernel"], indirect=True)
-@pytest.mark.parametrize("head_dim, value_dim", [(88, 88), (8, 8), (128, 64), (40, 24)])
+@pytest.mark.parametrize("head_dim, value_dim", [(88, 88), (8, 8), (128, 64), (120, 40), (128, 72), (40, 24)])
 def test_zeros_fill_heads_up_to_what_the_kernels_take(way, head_dim, value_dim):
     joint = head_dim == value_dim
     form = Form(vectors=2, cls=True, sizes=(head_dim, value_dim), joint=joint, head_scale=True)
     contract.check_against_naive(form.call, form.plain, form.leaves, torch.bfloat16)
 
 
-@in_each("cross", {way: (False,) if way == "kernel" else (False, True) for way in DTYPES_OF_WAYS})
+@in_each("cross", {way: (False, True) for way in DTYPES_OF_WAYS})
 def test_the_log_sum_exp_comes_too_and_has_no_gradient(way, cross):
     form = Form(vectors=2, cross=cross, sizes=(32, 32))
     leaves = {name: leaf.to(CHECKED[way]).requires_grad_() for name, leaf in form.leaves.items()}
@@ -313,15 +214,29 @@ def test_what_is_written_into_orders_and_keys_is_seen(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FORMS)
 def test_on_a_gpu_values_and_gradients_follow_the_formula(name, dtype):
-    form = Form(**FORMS[name])
+    check_on_gpu(FORMS[name], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("error:.*takes the slower path:RuntimeWarning")
+@pytest.mark.parametrize("dtype", DTYPES_OF_WAYS["kernel"], ids=str)
+@pytest.mark.parametrize("sizes", [(32, 32), (64, 64), (96, 96), (128, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("name", ON_KERNELS)
+def test_on_a_gpu_the_kernels_follow_the_formula(name, sizes, dtype):
+    _say_once.cache_clear()
+    before = cuda_extension.launched()
+    joint = FORMS[name].get("joint", False) and sizes[0] == sizes[1]
+    check_on_gpu(FORMS[name] | {"lengths": SEVERAL_TILES, "sizes": sizes, "joint": joint}, dtype)
+    assert cuda_extension.launched() - before == 2
+
+
+def check_on_gpu(kind, dtype):
+    form, on_host = Form(**kind), Form(**kind)
     form.segments, form.keys = (
         Segments(*(x.cuda() if isinstance(x, torch.Tensor) else x for x in side)) for side in (form.segments, form.keys)
     )
 
-    def on_host(**leaves):
-        return Form.plain(Form(**FORMS[name]), **leaves)
-
     def on_gpu(**leaves):
         return form.call(**{key: leaf.cuda() for key, leaf in leaves.items()}).cpu()
 
-    contract.check_against_naive(on_gpu, on_host, form.leaves, dtype)
+    contract.check_against_naive(on_gpu, on_host.plain, form.leaves, dtype)

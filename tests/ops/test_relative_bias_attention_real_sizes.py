@@ -185,16 +185,16 @@ def test_a_launch_that_cuda_refuses_raises_its_error_and_the_next_one_works():
     arguments = inputs(72)
     arguments = (*arguments, gradient_of(arguments[1]))
     expected = differentiate(*arguments)
+    rows, matrix = (1, 1, 1, 16, 16, 16, 0), (16, 96, 32)
     nowhere = cuda_extension.extension().RelativeBiasAttention(
-        device=10**6, samples=1, modalities=1, rows=1, heads=1, head_dim=32, max_length=1, scale=1.0, type="bfloat16",
-        qkv=16, strides=(96, 32, 32), cu_seqlens=16, code=16, is_cls=16, bias=[], head_scale=0,
-        head_scale_type="float32",
+        device=10**6, samples=1, heads=1, head_dim=32, value_dim=32, scale=1.0, type="bfloat16", q=matrix, k=matrix,
+        v=matrix, queries=rows, keys=rows, bias=[], head_scale=0, head_scale_type="float32",
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="invalid"):
         nowhere.forward(out=16, log_sum_exp=16, stream=0)
     with pytest.raises(RuntimeError, match="invalid"):
         nowhere.backward(
-            multiprocessors=1, bias=[], head_scale=0, grad=16, grad_strides=(32, 32), log_sum_exp=16, qkv=16,
-            workspace=16, stream=0,
+            multiprocessors=1, bias=[], head_scale=0, grad=16, grad_strides=(32, 32), log_sum_exp=16, q=(16, 96),
+            k=(16, 96), v=(16, 96), workspace=16, stream=0,
         )  # fmt: skip
     assert all(map(torch.equal, differentiate(*arguments), expected))

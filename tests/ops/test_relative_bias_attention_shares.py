@@ -28,7 +28,7 @@ def share(extension, samples, length, multiprocessors):
     """What the extension plans for heads of 64 on an H100 or one of fewer multiprocessors."""
     function = ctypes.CDLL(extension.__file__).relative_bias_attention_backward_shares
     function.restype = Shares
-    return function(samples, length, HEADS, 64, CLS_AND_GRID, multiprocessors, ctypes.c_int64(SHARED_LIMIT))
+    return function(samples, length, HEADS, 64, 64, CLS_AND_GRID, multiprocessors, ctypes.c_int64(SHARED_LIMIT))
 
 
 def slowest(samples, groups, parts, multiprocessors):

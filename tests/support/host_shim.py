@@ -10,10 +10,12 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from onepeace_fast import Segments
 
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 SHIM = CSRC / "host_shim"
@@ -43,22 +45,41 @@ class BiasVector(ctypes.Structure):
     )
 
 
+class HeadRows(ctypes.Structure):
+    """Of ``csrc/relative_bias_attention.h``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64), ("head_stride", ctypes.c_int64))
+
+
+class PackedRows(ctypes.Structure):
+    """Of ``csrc/relative_bias_attention.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in ("rows", "modalities", "max_length")),
+        *((name, ctypes.c_void_p) for name in ("cu_seqlens", "code", "is_cls", "order")),
+    )
+
+
 class RelativeBiasAttention(ctypes.Structure):
     """Of ``csrc/relative_bias_attention.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("device", "samples", "modalities", "heads", "head_dim", "rows")),
-        ("max_length", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("device", "samples", "modalities", "heads", "head_dim", "value_dim")),
         ("scale", ctypes.c_float),
         ("type", ctypes.c_int32),
-        ("qkv", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("row_stride", "which_stride", "head_stride")),
-        *((name, ctypes.c_void_p) for name in ("cu_seqlens", "code", "is_cls")),
+        *((name, HeadRows) for name in "qkv"),
+        *((name, PackedRows) for name in ("queries", "keys")),
         ("bias_vectors", ctypes.c_int32),
         ("bias", BiasVector * MAX_MODALITIES),
         ("head_scale", ctypes.c_void_p),
         ("head_scale_type", ctypes.c_int32),
     )
+
+
+class GradientRows(ctypes.Structure):
+    """Of ``csrc/relative_bias_attention.h``."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("row_stride", ctypes.c_int64))
 
 
 class RelativeBiasAttentionGradients(ctypes.Structure):
@@ -68,18 +89,22 @@ class RelativeBiasAttentionGradients(ctypes.Structure):
         ("multiprocessors", ctypes.c_int32),
         ("grad", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("row_stride", "head_stride")),
-        *((name, ctypes.c_void_p) for name in ("log_sum_exp", "qkv")),
+        ("log_sum_exp", ctypes.c_void_p),
+        *((name, GradientRows) for name in "qkv"),
         ("bias", ctypes.c_void_p * MAX_MODALITIES),
         *((name, ctypes.c_void_p) for name in ("head_scale", "workspace")),
     )
 
 
 class Results(NamedTuple):
-    """What both passes give; None for the gradients of what is frozen or not there."""
+    """What both passes give; None for the gradients of what is frozen or not there.
+
+    The gradient of qkv is a tensor, or a tuple where the three were given apart.
+    """
 
     out: Tensor
     log_sum_exp: Tensor
-    qkv: Tensor
+    qkv: Any
     bias: list[Tensor | None]
     head_scale: Tensor | None
 
@@ -127,13 +152,20 @@ def _array(tensor: Tensor | None, begin: bool = False) -> bytes:
     return offset + struct.pack("q", len(storage)) + storage
 
 
+def _apart(qkv: Tensor | tuple[Tensor, Tensor, Tensor]) -> Sequence[Tensor]:
+    return qkv.unbind(1) if isinstance(qkv, Tensor) else qkv
+
+
 def attention_case(
-    qkv: Tensor,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     *,
     cu_seqlens: Tensor,
     code: Tensor,
     is_cls: Tensor,
+    modality: Tensor | None = None,
     max_length: int = 0,
+    order: Tensor | None = None,
+    keys: Segments | None = None,
     bias: Sequence[Tensor] = (),
     code_offsets: Sequence[int] = (),
     head_scale: Tensor | None = None,
@@ -148,31 +180,47 @@ def attention_case(
     ``changed`` overrides members of the struct with values that no tensor has. With ``gradients``, of
     ``gradients_case``, the backward pass runs too.
     """
-    rows, _, heads, head_dim = qkv.shape
+    apart = _apart(qkv)
+    like, (_, heads, head_dim) = apart[0], apart[0].shape
+    queries = Segments(cu_seqlens, like, code, is_cls, max_length, order)
     case = RelativeBiasAttention(
-        samples=cu_seqlens.shape[1] - 1, modalities=cu_seqlens.shape[0], heads=heads, head_dim=head_dim, rows=rows,
-        max_length=max_length, scale=head_dim**-0.5 if scale is None else scale, type=TYPES[qkv.dtype],
-        row_stride=qkv.stride(0), which_stride=qkv.stride(1), head_stride=qkv.stride(2), bias_vectors=len(bias),
-        head_scale_type=TYPES[qkv.dtype if head_scale is None else head_scale.dtype],
+        samples=cu_seqlens.shape[1] - 1, modalities=max(len(side.cu_seqlens) for side in (queries, keys or queries)),
+        heads=heads, head_dim=head_dim, value_dim=apart[2].shape[2],
+        scale=head_dim**-0.5 if scale is None else scale, type=TYPES[like.dtype],
+        bias_vectors=len(bias), head_scale_type=TYPES[like.dtype if head_scale is None else head_scale.dtype],
+        **{name: HeadRows(None, *x.stride()[:2]) for name, x in zip("qkv", apart, strict=True)},
+        queries=_packed_rows(queries, like), keys=_packed_rows(keys or queries, apart[1]),
     )  # fmt: skip
     for m, (vector, offset) in enumerate(zip(bias, code_offsets, strict=True)):
         case.bias[m] = BiasVector(None, *vector.stride(), vector.shape[1], offset, TYPES[vector.dtype])
     for name, value in (changed or {}).items():
         setattr(case, name, value)
-    parts = [bytes(case), _array(qkv, begin=True)]
-    parts += [_array(tensor.contiguous()) for tensor in (cu_seqlens, code, is_cls)]
+    parts = [bytes(case), *(_array(x, begin=True) for x in apart), *_plan(queries)]
+    parts += [struct.pack("q", keys is not None), *(() if keys is None else _plan(keys))]
     parts += [struct.pack("q", len(bias)), *(_array(vector) for vector in bias)]
     parts += [_array(head_scale), struct.pack("q", bool(gradients)), gradients]
     return b"".join([*parts, struct.pack(f"q{len(orders)}q", len(orders), *orders)])
 
 
-def gradients_case(grad: Tensor, bias_needs: Sequence[bool], head_scale_need: bool, multiprocessors: int = 1) -> bytes:
-    """What the case has for the backward pass."""
+def _packed_rows(segments: Segments, rows: Tensor) -> PackedRows:
+    return PackedRows(rows.shape[0], segments.cu_seqlens.shape[0], segments.max_length)
+
+
+def _plan(segments: Segments) -> list[bytes]:
+    tensors = (segments.cu_seqlens, segments.code, segments.is_cls, segments.order)
+    return [_array(None if x is None else x.contiguous()) for x in tensors]
+
+
+def gradients_case(
+    grad: Tensor, bias_needs: Sequence[bool], head_scale_need: bool, multiprocessors: int = 1, joint: bool = True
+) -> bytes:
+    """What the case has for the backward pass; the gradients of q, k and v are one array where it is ``joint``."""
     case = RelativeBiasAttentionGradients(
         multiprocessors=multiprocessors,
         row_stride=grad.stride(0),
         head_stride=grad.stride(1),
         head_scale=head_scale_need,
+        k=GradientRows(None, joint),
     )
     case.bias[: len(bias_needs)] = list(map(int, bias_needs))
     return bytes(case) + _array(grad, begin=True)
@@ -192,7 +240,7 @@ def run(
 def attend(
     program: Path,
     folder: Path,
-    qkv: Tensor,
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
     grad: Tensor,
     *,
     bias: Sequence[Tensor] = (),
@@ -206,18 +254,21 @@ def attend(
     """Both passes of each run, with all gradients that there are unless told otherwise; fails by the program's word."""
     needs = [True] * len(bias) if bias_needs is None else bias_needs
     scale_need = head_scale is not None and head_scale_need
-    gradients = gradients_case(grad, needs, scale_need, multiprocessors)
+    joint = isinstance(qkv, Tensor)
+    gradients = gradients_case(grad, needs, scale_need, multiprocessors, joint)
     case = attention_case(qkv, bias=bias, head_scale=head_scale, gradients=gradients, **arguments)
     process = run(program, folder, case, shared_limit=shared_limit)
     assert process.returncode == 0, process.stderr[-4000:]
     data = torch.frombuffer(bytearray((folder / "results").read_bytes()), dtype=torch.uint8)
-    written = [grad, grad[..., 0].float(), qkv, *itertools.compress(bias, needs), *([head_scale] if scale_need else ())]
+    written = [grad, grad[..., 0].float(), *([qkv] if joint else qkv), *itertools.compress(bias, needs)]
+    written += [head_scale] if scale_need else []
     sizes = [array.numel() * array.itemsize for array in written]
     results = []
     for one in data.split(sum(sizes)):
         arrays = zip(one.split(sizes), written, strict=True)
-        out, total, dqkv, *rest = (array.clone().view(like.dtype).view(like.shape) for array, like in arrays)
+        out, total, *rest = (array.clone().view(like.dtype).view(like.shape) for array, like in arrays)
         others = iter(rest)
+        dqkv = next(others) if joint else tuple(itertools.islice(others, 3))
         dbias = [next(others) if need else None for need in needs]
         results.append(Results(out, total, dqkv, dbias, next(others, None)))
     return results

@@ -16,7 +16,7 @@ from support.contract import normal, run
 from support.host_shim import Results
 from support.plans import naive_layout, whole_rows
 
-HEAD_SIZES = (32, 64, 128)
+HEAD_SIZES = (32, 64, 96, 128)
 # One thread block walks all keys of a short sample, or several share them because the chip has more of them to fill and
 # a sample may be long.
 WALKS = {"whole": {"multiprocessors": 1}, "split": {"multiprocessors": 132, "max_length": 200}}

@@ -1,0 +1,10 @@
+// The backward kernel for keys of 128 and values of 64 in the compact shape.
+
+#include "backward_walks.cuh"
+
+namespace onepeace_fast {
+
+template LaunchWalks launch_walks<float16, 128, 64, true>;
+template LaunchWalks launch_walks<bfloat16, 128, 64, true>;
+
+}  // namespace onepeace_fast
