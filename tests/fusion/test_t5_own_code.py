@@ -103,8 +103,12 @@ class Old(_t5.Block):
 
 
 REFUSED = {
-    "a decoder": (with_decoder, "is_decoder: expected False, got True; a decoder keeps its own code"),
-    "cross attention": (
+    "a decoder without an encoder's tokens": (
+        with_decoder,
+        "block.0.layer: expected SelfAttention, EncDecAttention and a feed-forward, got SelfAttentionLayer, "
+        "FeedForwardLayer",
+    ),
+    "cross attention in an encoder": (
         with_cross_attention,
         "block.0.layer: expected SelfAttention and a feed-forward, got SelfAttentionLayer, Identity, FeedForwardLayer",
     ),
