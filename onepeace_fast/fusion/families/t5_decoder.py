@@ -41,6 +41,7 @@ class PackedPair(NamedTuple):
 class T5Decoder(T5Encoder):
     """A stack of blocks that attend to their own earlier tokens, then to the encoder's."""
 
+    family = "T5 decoder"
     is_decoder = True
     layers = ("SelfAttention", CROSS)
     known: ClassVar[set[str]] = HARMLESS | {"encoder_hidden_states", "encoder_attention_mask", "use_cache"}
