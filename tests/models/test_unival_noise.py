@@ -49,7 +49,7 @@ def test_each_branch_of_each_layer_is_dropped_by_element_and_by_sample(backend):
             )
     torch.manual_seed(0)
     kept, whole = {}, {}
-    for _ in range(60):
+    for _ in range(30):
         loss_of(model)
         for stack, places in BRANCHES.items():
             for i in range(2):
