@@ -12,6 +12,7 @@ from onepeace_fast.config import ModelConfig
 from onepeace_fast.relative_position import MAX_POSITIONS
 
 VISUAL = ("image", "video", "audio")  # in the order of a sequence, all before the text
+_RATES = ("dropout", "attention_dropout", "activation_dropout", "encoder_drop_path_rate", "decoder_drop_path_rate")
 _FLAGS = ("video", "audio", "networks")
 _STAGES = 4
 _CHANNELS = 512  # 32 times a network's first width, which the 32 groups of the 3-D ResNeXt divide after doubling
@@ -33,8 +34,9 @@ _ALIKE = ("embed_dim", "ffn_embed_dim", "attention_heads")
 # What says nothing about the model that is not said elsewhere, or belongs to what _FIXED refuses.
 _WITHOUT_EFFECT = {
     "encoder_embed_path", "decoder_embed_path", "encoder_learned_pos", "decoder_learned_pos", "decoder_output_dim",
-    "decoder_input_dim", "encoder_eval", "pooler_dropout", "adaptive_softmax_dropout", "adapter_dim", "adapter_type",
-    "resnet_model_path", "resnet_type", "image_encoder_name", "video_encoder_name", "audio_encoder_name",
+    "decoder_input_dim", "encoder_eval", "pooler_dropout", "relu_dropout", "adaptive_softmax_dropout", "adapter_dim",
+    "adapter_type", "resnet_model_path", "resnet_type", "image_encoder_name", "video_encoder_name",
+    "audio_encoder_name",
     *(f"{stack}_prompt_{part}" for stack in ("encoder", "decoder") for part in ("type", "length", "projection", "dim")),
 }  # fmt: skip
 _BLOCKS: dict[str, tuple[int, ...]] = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3), "152": (3, 8, 36, 3)}
@@ -45,7 +47,9 @@ _NAMES = {
     "encoder_layers": "encoder_layers", "decoder_layers": "decoder_layers", "token_bucket_size": "token_bucket_size",
     "image_bucket_size": "image_bucket_size", "max_source_positions": "max_source_positions",
     "max_target_positions": "max_target_positions", "code_image_size": "code_image_size",
-    "audio_hop": "hop_size",
+    "audio_hop": "hop_size", "dropout": "dropout", "attention_dropout": "attention_dropout",
+    "activation_dropout": "activation_dropout", "encoder_drop_path_rate": "encoder_drop_path_rate",
+    "decoder_drop_path_rate": "decoder_drop_path_rate",
 }  # fmt: skip
 
 KNOWN_ARGUMENTS = frozenset({*_FIXED, *_NAMES.values(), *_WITHOUT_EFFECT, *(f"decoder_{name}" for name in _ALIKE)})
@@ -71,6 +75,9 @@ class UnivalConfig(ModelConfig):
         networks: whether it has the networks that make feature maps of pixels, frames and waveforms.
         image_blocks, video_blocks: bottlenecks in each stage of ResNet and of the 3-D ResNeXt.
         audio_hop: samples from one frame of a spectrogram to the next.
+        dropout: in training, of tokens behind their first norm and of each branch; upstream's scripts take 0.1.
+        attention_dropout, activation_dropout: of attention's probabilities, and behind GELU.
+        encoder_drop_path_rate, decoder_drop_path_rate: DropPath's of the last layer; upstream's scripts take 0.1.
     """
 
     kind: ClassVar[str] = "unival"
@@ -92,12 +99,20 @@ class UnivalConfig(ModelConfig):
     image_blocks: tuple[int, ...] = _BLOCKS["101"]
     video_blocks: tuple[int, ...] = _BLOCKS["101"]
     audio_hop: int = 480
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    activation_dropout: float = 0.0
+    encoder_drop_path_rate: float = 0.0
+    decoder_drop_path_rate: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name in _FLAGS:
                 require(isinstance(value, bool), f"{field.name}: expected True or False, got {value!r}")
+            elif field.name in _RATES:
+                fits = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1
+                require(fits, f"{field.name}: expected a probability in [0, 1), got {value!r}")
             elif field.name.endswith("_blocks"):
                 fits = isinstance(value, tuple) and len(value) == _STAGES and all(_is_positive(x) for x in value)
                 require(fits, f"{field.name}: expected {_STAGES} positive integers, one for a stage, got {value!r}")
@@ -130,6 +145,11 @@ class UnivalConfig(ModelConfig):
         return ("image", *(name for name in ("video", "audio") if getattr(self, name)))
 
     @property
+    def is_noisy(self) -> bool:
+        """Whether a pass in training mode is another than in evaluation mode."""
+        return self.networks or any(getattr(self, name) for name in _RATES)
+
+    @property
     def head_dim(self) -> int:
         """Of a head's values, and of the part of its queries and keys that comes of tokens."""
         return self.embed_dim // self.attention_heads
@@ -160,6 +180,8 @@ class UnivalConfig(ModelConfig):
                 args.get(name, width) == width, f"{name}: expected decoder_embed_dim, {width}, got {args.get(name)}"
             )
         given = {own: args[name] for own, name in _NAMES.items() if name in args}
+        if not given.get("activation_dropout"):  # as upstream reads it
+            given["activation_dropout"] = args.get("relu_dropout") or 0.0
         video, audio = (bool(args.get(f"{name}_encoder_name")) for name in ("video", "audio"))
         if networks:
             given |= _networks(args)

@@ -34,15 +34,19 @@ class Decoder(Stack):
         """
         layout = type(encoded.layout)(tokens, name, causal=True)
         norms = {"text": self.layernorm_embedding, "code": self.code_layernorm_embedding}
-        x = layout.join([layout.norm(F.embedding(layout.values(name), table), norms[name]) for name in tokens])
+        x = layout.join([
+            self.dropped(layout.norm(F.embedding(layout.values(name), table), norms[name])) for name in tokens
+        ])  # fmt: skip
         places, heads, none = self.places(layout), self.config.attention_heads, [()]
         own = layout.routes(self.self_pos_q_linear(places), self.self_pos_k_linear(places), heads, self.vectors(layout))
         (cross,) = layout.routes(
             self.cross_pos_q_linear(places), self.cross_pos_k_linear(encoded.places), heads, none,
             encoded.layout,  # type: ignore[arg-type]  # both are packed, or both padded
         )  # fmt: skip
-        for layer, route in zip(self.layers, own, strict=True):
-            x = layer(x, encoded.x, route, cross)
+        (cross,) = self.attending([cross])
+        noises = self.noises(layout, 3, self.config.decoder_drop_path_rate, x.device)
+        for layer, route, noise in zip(self.layers, self.attending(own), noises, strict=True):
+            x = layer(x, encoded.x, route, cross, noise)
         return layout.norm(x, self.layer_norm), layout
 
     def unread(self, tokens: Mapping[str, Tokens]) -> list[nn.Parameter]:

@@ -53,12 +53,13 @@ class Encoder(Stack):
         }
         tokens = {**tokens, **made}
         layout = (Packed if packed else Padded)(tokens, "source")
-        x = layout.join([self._embedded(name, layout) for name in tokens])
+        x = layout.join([self.dropped(self._embedded(name, layout)) for name in tokens])
         places = self.places(layout)
         heads = self.config.attention_heads
         routes = layout.routes(self.pos_q_linear(places), self.pos_k_linear(places), heads, self.vectors(layout))
-        for layer, route in zip(self.layers, routes, strict=True):
-            x = layer(x, route)
+        noises = self.noises(layout, 2, self.config.encoder_drop_path_rate, x.device)
+        for layer, route, noise in zip(self.layers, self.attending(routes), noises, strict=True):
+            x = layer(x, route, noise)
         return Encoded(layout.norm(x, self.layer_norm), layout, places, raw)
 
     def _embedded(self, name: str, layout: Layout) -> Tensor:

@@ -19,7 +19,10 @@ from onepeace_fast.attention_structures import Segments
 from onepeace_fast.layers.norms import normalized
 from onepeace_fast.layers.plain import are_plain, calls_modules
 from onepeace_fast.models.unival.config import UnivalConfig
+from onepeace_fast.models.unival.noise import Noise
 from onepeace_fast.ops import gated_sub_ln, relative_bias_attention, residual, residual_layer_norm
+
+QUIET = Noise()
 
 
 class Route(Protocol):
@@ -61,6 +64,7 @@ class PaddedRoute(NamedTuple):
     """Attention over padded batches by the bias of all pairs, minus infinity where a key is hidden."""
 
     bias: Tensor  # [batch, heads, queries, keys]
+    dropout: float = 0.0  # of probabilities
 
     def attend(self, q: Tensor, k: Tensor | None, v: Tensor | None, head_scale: Tensor) -> Tensor:
         """[batch, queries, dim], and [batch, keys, dim] twice."""
@@ -68,6 +72,7 @@ class PaddedRoute(NamedTuple):
         q, k, v = (x.unflatten(2, (head_scale.shape[0], -1)).transpose(1, 2) for x in (q, k, v))
         score = (q * (2 * q.shape[-1]) ** -0.5) @ k.transpose(-1, -2) + self.bias
         weights = score.softmax(-1, dtype=torch.promote_types(torch.float32, score.dtype)).to(v.dtype)
+        weights = F.dropout(weights, self.dropout) if self.dropout else weights
         return (weights @ v * head_scale[:, None, None]).transpose(1, 2).flatten(2)
 
 
@@ -98,29 +103,34 @@ class Layer(nn.Module):
         self.ffn_layernorm = nn.LayerNorm(config.ffn_dim)
         self.final_layer_norm = nn.LayerNorm(dim)
 
-    def _ffn(self, x: Tensor, packed: bool) -> Tensor:
+    def _ffn(self, x: Tensor, packed: bool, dropout: float) -> Tensor:
         """W2 LN(gelu(W1 x)), without the norm before it; W1 has a bias, so that one op is between the two products."""
         u, norm = self.fc1(x), self.ffn_layernorm
-        if packed and not calls_modules(u) and are_plain("LayerNorm", (norm,), nn.LayerNorm):
+        if packed and not (dropout or calls_modules(u)) and are_plain("LayerNorm", (norm,), nn.LayerNorm):
             rows = u.shape[0]
             offsets = torch.arange(2, dtype=torch.int32, device=u.device) * rows
             h = gated_sub_ln(u, None, [norm.weight], [norm.bias], offsets=offsets, row_counts=(rows,), eps=norm.eps)
         else:
-            h = norm(F.gelu(u))
+            h = F.gelu(u)
+            h = norm(F.dropout(h, dropout) if dropout else h)
         return self.fc2(h)
 
-    def _add_ffn(self, x: Tensor, z: Tensor, packed: bool) -> Tensor:
-        y = self._ffn(z, packed)
-        return residual(x, y, None) if packed and not calls_modules(x) else x + y
+    def _add_ffn(self, x: Tensor, z: Tensor, packed: bool, noise: Noise, branch: int) -> Tensor:
+        y = self._ffn(z, packed, noise.activation_dropout)
+        if packed and not calls_modules(x):
+            return residual(x, y, None, **noise.of_op(branch))
+        return x + noise.on(y, branch)
 
 
-def add_and_norm(x: Tensor, attended: Tensor, behind: nn.LayerNorm, following: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    """x + LN_behind(attended) over packed rows, and its norm for the next branch."""
+def add_and_norm(
+    x: Tensor, attended: Tensor, behind: nn.LayerNorm, following: nn.LayerNorm, noise: Noise, branch: int
+) -> tuple[Tensor, Tensor]:
+    """x + keep * dropout(LN_behind(attended)) over packed rows, and its norm for the next branch."""
     if calls_modules(x) or not are_plain("LayerNorm", (behind, following), nn.LayerNorm):
-        x = x + behind(attended)
+        x = x + noise.on(behind(attended), branch)
         return x, following(x)
     y = normalized(attended, behind)
-    return residual_layer_norm(x, y, None, following.weight, following.bias, eps=following.eps)
+    return residual_layer_norm(x, y, None, following.weight, following.bias, eps=following.eps, **noise.of_op(branch))
 
 
 class EncoderLayer(Layer):
@@ -130,15 +140,15 @@ class EncoderLayer(Layer):
         super().__init__(config)
         self.attn_ln = nn.LayerNorm(config.embed_dim)
 
-    def forward(self, x: Tensor, route: Route) -> Tensor:
+    def forward(self, x: Tensor, route: Route, noise: Noise = QUIET) -> Tensor:
         """Packed rows [rows, dim], or a padded batch [batch, length, dim]; the same shape."""
         if isinstance(route, PaddedRoute):
             z = self.self_attn_layer_norm(x)
-            x = x + self.attn_ln(self.self_attn(z, z, route))
-            return self._add_ffn(x, self.final_layer_norm(x), packed=False)
+            x = x + noise.on(self.attn_ln(self.self_attn(z, z, route)), 0)
+            return self._add_ffn(x, self.final_layer_norm(x), False, noise, 1)
         z = normalized(x, self.self_attn_layer_norm)
-        x, z = add_and_norm(x, self.self_attn(z, z, route), self.attn_ln, self.final_layer_norm)
-        return self._add_ffn(x, z, packed=True)
+        x, z = add_and_norm(x, self.self_attn(z, z, route), self.attn_ln, self.final_layer_norm, noise, 0)
+        return self._add_ffn(x, z, True, noise, 1)
 
 
 class DecoderLayer(Layer):
@@ -150,15 +160,16 @@ class DecoderLayer(Layer):
         self.self_attn_ln, self.cross_attn_ln = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.encoder_attn, self.encoder_attn_layer_norm = Attention(config), nn.LayerNorm(dim)
 
-    def forward(self, x: Tensor, encoded: Tensor | None, own: Route, cross: Route) -> Tensor:
+    def forward(self, x: Tensor, encoded: Tensor | None, own: Route, cross: Route, noise: Noise = QUIET) -> Tensor:
         """As ``EncoderLayer``; ``encoded`` is the encoder's output, packed or padded as x is; None where it is kept."""
         if isinstance(own, PaddedRoute):
             z = self.self_attn_layer_norm(x)
-            x = x + self.self_attn_ln(self.self_attn(z, z, own))
+            x = x + noise.on(self.self_attn_ln(self.self_attn(z, z, own)), 0)
             z = self.encoder_attn_layer_norm(x)
-            x = x + self.cross_attn_ln(self.encoder_attn(z, encoded, cross))
-            return self._add_ffn(x, self.final_layer_norm(x), packed=False)
+            x = x + noise.on(self.cross_attn_ln(self.encoder_attn(z, encoded, cross)), 1)
+            return self._add_ffn(x, self.final_layer_norm(x), False, noise, 2)
         z = normalized(x, self.self_attn_layer_norm)
-        x, z = add_and_norm(x, self.self_attn(z, z, own), self.self_attn_ln, self.encoder_attn_layer_norm)
-        x, z = add_and_norm(x, self.encoder_attn(z, encoded, cross), self.cross_attn_ln, self.final_layer_norm)
-        return self._add_ffn(x, z, packed=True)
+        x, z = add_and_norm(x, self.self_attn(z, z, own), self.self_attn_ln, self.encoder_attn_layer_norm, noise, 0)
+        attended = self.encoder_attn(z, encoded, cross)
+        x, z = add_and_norm(x, attended, self.cross_attn_ln, self.final_layer_norm, noise, 1)
+        return self._add_ffn(x, z, True, noise, 2)

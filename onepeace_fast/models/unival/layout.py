@@ -25,6 +25,7 @@ class Packed:
     Attributes:
         plan: the route plan; in the decoder the beginning of codes is CLS.
         place: int64 [rows], the place of each row among those of all modalities.
+        samples, sample: how many there are, and int32 [rows], that of each row.
     """
 
     def __init__(self, tokens: Mapping[str, Tokens], name: str, causal: bool = False) -> None:
@@ -46,6 +47,7 @@ class Packed:
         ])  # fmt: skip
         order = plan.causal_order() if causal else None
         self.segments = plan.segments._replace(order=order)
+        self.samples, self.sample = plan.sample_count, plan.sample
         empty = [s for s, lengths in enumerate(zip(*plan.segment_lengths, strict=True)) if not sum(lengths)]
         require(not empty, lambda: f"{name}: expected at least one token in each sample, got none in {empty}")
 
@@ -106,11 +108,12 @@ class Padded:
 
     Attributes:
         valid: bool [samples, length].
+        samples, sample: how many there are; None, since rows are samples.
         place: int64 [samples, length], the place of each token among those of all modalities.
     """
 
     def __init__(self, tokens: Mapping[str, Tokens], name: str, causal: bool = False) -> None:
-        self.tokens, self.causal = tokens, causal
+        self.tokens, self.causal, self.sample = tokens, causal, None
         self.samples = 1 + max(sample for x in tokens.values() for sample in x.samples)
         starts = accumulate((len(x.table_rows) for x in tokens.values()), initial=0)
         # Where a sample has no row, the places of another stand for its padding.

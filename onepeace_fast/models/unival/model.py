@@ -174,6 +174,8 @@ class Unival(nn.Module):
         Raises:
             ValueError: an input that does not fit, before any work.
         """
+        noisy = self.training and self.config.is_noisy
+        require(not noisy, "model: expected evaluation mode, got training mode with noise; call its eval()")
         settings = Settings(beams, max_length, min_length, length_penalty, answers)
         check_settings(settings, self.config)
         encoded = self._encode(source, samples, patches, maps)
@@ -188,6 +190,13 @@ class Unival(nn.Module):
         maps, raw = split_raw(self.config, maps)
         tokens = read_source(self.config, source, maps, samples, patches)
         packed = resolve_backend(self.backend, source.device) == "fused"
+        if self.training and self.config.attention_dropout:
+            # The op has no dropout of probabilities.
+            require(
+                self.backend != "fused",
+                "backend: expected None or 'reference' to train with attention_dropout, got 'fused'",
+            )
+            packed = False
         return self.encoder(tokens, packed, raw, patches or {})
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -11,7 +12,9 @@ from torch import Tensor, nn
 
 from onepeace_fast.layers.derived import DerivedBuffers
 from onepeace_fast.models.unival.config import UnivalConfig
+from onepeace_fast.models.unival.layers import PaddedRoute, Route
 from onepeace_fast.models.unival.layout import Packed, Padded
+from onepeace_fast.models.unival.noise import Noise, draw
 from onepeace_fast.relative_position import CLS_ENTRIES, grid_table_rows, series_index
 
 Layout: TypeAlias = Packed | Padded
@@ -35,6 +38,25 @@ class Stack(DerivedBuffers):
         self.token_rel_pos_table_list = nn.ModuleList(nn.Embedding(tokens, heads) for _ in range(layers))
         self.image_rel_pos_table_list = nn.ModuleList(nn.Embedding(grid_table_rows(side), heads) for _ in range(layers))
         self.add_derived("token_index", partial(series_index, config.token_bucket_size))
+
+    def noises(self, layout: Layout, branches: int, drop_path_rate: float, device: torch.device) -> list[Noise]:
+        """What training adds to each layer; nothing in evaluation mode."""
+        config, layers = self.config, len(self.token_rel_pos_table_list)
+        if not self.training:
+            return [Noise()] * layers
+        return draw(
+            config.dropout, config.activation_dropout, drop_path_rate, layers, branches, layout.samples, layout.sample,
+            device,
+        )  # fmt: skip
+
+    def attending(self, routes: Sequence[Route]) -> list[Route]:
+        """Routes with what training adds to attention; packed ones take none of it."""
+        dropout = self.config.attention_dropout if self.training else 0.0
+        return [route._replace(dropout=dropout) if isinstance(route, PaddedRoute) else route for route in routes]
+
+    def dropped(self, x: Tensor) -> Tensor:
+        """Embedded tokens, in training with dropout."""
+        return F.dropout(x, self.config.dropout, self.training)
 
     def position_table(self, name: str) -> nn.Embedding:
         """The positions of a modality."""
