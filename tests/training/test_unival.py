@@ -22,6 +22,7 @@ from onepeace_fast.training.trainer import Trainer
 from onepeace_fast.training.unival import Tasks
 from onepeace_fast.training.unival_config import UnivalTrainingConfig
 
+NOISY = MODEL | {"dropout": 0.2, "encoder_drop_path_rate": 0.2, "decoder_drop_path_rate": 0.2}
 ONE = Processes(0, 1, torch.device("cpu"))
 
 
@@ -30,7 +31,7 @@ def folder(tmp_path_factory):
     """A corpus, and "whole", a finished run of both stages."""
     folder = tmp_path_factory.mktemp("unival")
     write_tasks(folder)
-    assert command.pretrain(str(write_unival(folder, "whole", checkpoint_every=1, keep=9))) == 0
+    assert command.pretrain(str(write_unival(folder, "whole", model=NOISY, checkpoint_every=1, keep=9))) == 0
     return folder
 
 
@@ -179,7 +180,7 @@ def test_a_run_stopped_in_its_second_stage_ends_in_the_same_bits(folder, monkeyp
             raise KeyboardInterrupt
         return take(self, batches)
 
-    path = str(write_unival(folder, name, checkpoint_every=3 if stop == 3 else 4))
+    path = str(write_unival(folder, name, model=NOISY, checkpoint_every=3 if stop == 3 else 4))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", interrupted)
         assert command.pretrain(path) == 130
