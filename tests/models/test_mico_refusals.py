@@ -71,7 +71,11 @@ LOSSES = {
 def test_losses_refuse_in_one_line_before_any_work(name):
     changed, says = LOSSES[name]
     model = mico()
-    model.vision_encoder.visual.register_forward_hook(lambda *given: pytest.fail("it worked"))
+
+    def works(*given):
+        raise ValueError("it works")
+
+    model.vision_encoder.visual.register_forward_hook(works)
     line = refusal(lambda: model.losses(**{"text": CAPTIONS, **GIVEN, **changed}))
     assert line.startswith(says) and "\n" not in line
 
