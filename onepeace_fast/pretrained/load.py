@@ -73,7 +73,7 @@ def from_pretrained(
 
     Returns:
         a model of ONE-PEACE; ``Unival`` for UnIVAL's file, which takes no image_size, head or adapters; ``Mico`` for
-        MiCo's, which takes no ema, head, adapters or shard, and leaves CLIP's text encoder out.
+        MiCo's, which takes no head, adapters or shard, and leaves CLIP's text encoder out.
 
     Raises:
         ValueError: what is not there, broken, of another model or holds code; one line that names the file. Settings
@@ -125,16 +125,17 @@ def _load(
     report = LoadReport(str(path))
     settings, weights = (None, {}) if path.is_dir() else _read_file(path, ema)
     if is_mico(weights):
-        _require_plain(kind, MICO, "MiCo", ema=ema or None, head=head or None, adapters=adapters, shard=shard)
+        _require_plain(kind, MICO, "MiCo", head=head or None, adapters=adapters, shard=shard)
         return _reported(load_mico(path, weights, dtype, device, backend, image_size, config, report), report)
     if config is not None:
         raise ValueError("config: expected none but for a file of MiCo's, got one")
     if is_unival(weights):
         _require_plain(kind, UNIVAL, "UnIVAL", image_size=image_size, head=head or None, adapters=adapters)
         return _reported(load_unival(path, settings, weights, dtype, device, backend, shard, report), report)
-    found = _read_folder(path, ema, head) if path.is_dir() else _one_peace(settings, weights, report.unknown, head)
     if kind in (UNIVAL, MICO):
-        raise ValueError(f"model_type: expected one of {', '.join(MODELS)} for a file of ONE-PEACE's, got {kind!r}")
+        shown = ", ".join([*weights][:3]) or "none"
+        raise ValueError(f"model_type: expected weights of {kind}, or one of {', '.join(MODELS)}, got {shown}")
+    found = _read_folder(path, ema, head) if path.is_dir() else _one_peace(settings, weights, report.unknown, head)
     wanted = target(found, kind, image_size, head)
     with torch.device("meta"), Undrawn():  # no memory, and no numbers drawn, for what the file replaces
         model = MODELS[wanted.kind](wanted, backend, adapters)

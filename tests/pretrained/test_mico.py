@@ -76,11 +76,14 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert line.startswith(f"{path}: config: expected one for an encoder of width 16, whose heads are not those of ")
     assert from_pretrained(path, model_type="mico", config=CONFIG).config is CONFIG
     line = refusal(lambda: from_pretrained(path))
-    assert line == f"{path}: expected weights of ONE-PEACE, got those of MiCo; load them with model_type='mico'"
-    line = refusal(lambda: from_pretrained(path, model_type="mico", ema=True))
-    assert line == "ema: expected none for MiCo, got one"
-    line = refusal(lambda: from_pretrained(path, config=CONFIG))
-    assert line == "config: expected one for model_type='mico' alone, got one for ONE-PEACE"
+    assert line.startswith(f"{path}: config: expected one for an encoder of width 16")
+    assert from_pretrained(path, config=CONFIG).config is CONFIG
+    line = refusal(lambda: from_pretrained(path, ema=True, config=CONFIG))
+    assert line == f"{path}: ema: expected a moving average in extra_state, got none; load without ema"
+    line = refusal(lambda: from_pretrained(path, head={"classes": 2}, config=CONFIG))
+    assert line == f"{path}: head: expected none for a file of MiCo's, got {{'classes': 2}}"
+    line = refusal(lambda: from_pretrained(path, model_type="unival", config=CONFIG))
+    assert line == f"{path}: model_type: expected 'mico' or None for a file of MiCo's, got 'unival'"
     line = refusal(lambda: from_pretrained(path, model_type="mico", config=CONFIG, image_size=9))
     assert line == f"{path}: image_size: expected a multiple of the patches' 4 pixels, got 9"
     other = dataclasses.replace(CONFIG, contra_dim=7)
@@ -88,4 +91,6 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert "contra_head_s.linear.weight [6, 12] instead of [7, 12]" in line and "\n" not in line
     torch.save({"a": torch.zeros(2)}, path)
     line = refusal(lambda: from_pretrained(path, model_type="mico"))
-    assert line == f"{path}: expected weights of MiCo, such as itm_head.*, got a"
+    assert line == f"{path}: model_type: expected weights of mico, or one of pretrain, retrieval, classify, encoder, got a"
+    line = refusal(lambda: from_pretrained(path, config=CONFIG))
+    assert line == f"{path}: config: expected none but for a file of MiCo's, got one"

@@ -146,7 +146,7 @@ def test_one_peace_s_file_is_not_unival(tmp_path):
     from models._encoder_only import retrieval
 
     path = write(tmp_path / "a.pt", checkpoint_of(retrieval("text")))
-    says = "model_type: expected one of pretrain, retrieval, classify, encoder for a file of ONE-PEACE's, got 'unival'"
+    says = "model_type: expected weights of unival, or one of pretrain, retrieval, classify, encoder, got logit_scale"
     refused(lambda: from_pretrained(path, model_type="unival"), f"{path}: ", says)
 
 

@@ -58,7 +58,7 @@ class Bottleneck(nn.Module):
 
 
 class ResidualNetwork(nn.Module):
-    """A stem and stages of bottlenecks, layer1 and on; each but the first halves the sides and doubles the width.
+    """A stem and numbered stages of bottlenecks; each but the first halves the sides and doubles the width.
 
     Args:
         dims: 2 for images, 3 for videos, whose first convolution keeps all frames.
