@@ -150,11 +150,12 @@ def test_what_a_batch_does_not_read_gets_a_gradient_of_zeros():
 def test_hidden_tokens_are_three_fifths_never_the_first_and_at_least_one():
     ids = torch.randint(6, 23, (400, 12), generator=generator())
     ids[:, 9:] = 0
-    ids[0, 2:] = 0
+    ids[:50, 2:] = 0
     masked = mask_captions(ids, TEXT, generator(1))
     hidden = masked.hidden
-    assert not hidden[:, 0].any() and not hidden[:, 9:].any() and hidden.any(1).all() and hidden[0, 1]
-    share = hidden[1:, 1:9].float().mean().item()
+    assert not hidden[:, 0].any() and not hidden[:, 9:].any() and hidden[:50, 1].all()
+    assert hidden.any(1).all()
+    share = hidden[50:, 1:9].float().mean().item()
     assert share == pytest.approx(0.6, abs=0.03)
     assert torch.equal(masked.ids[~hidden], ids[~hidden])
     put = masked.ids[hidden] == 4
