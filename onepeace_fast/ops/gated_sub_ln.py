@@ -55,15 +55,17 @@ def gated_sub_ln_reference(given: GatedSubLNInputs) -> GatedSubLNOutputs:
     """The rows of each modality after one another; h is never rounded."""
     u, v, norm_weight = given.u, given.v, given.norm_weight
     check_offsets(given.routing, u.shape[0])
-    n = torch.zeros_like(u, memory_format=torch.contiguous_format)
+    n = torch.empty_like(u, memory_format=torch.contiguous_format)
     mean, rstd = (statistics(u, norm_weight) for _ in range(2))
-    for m, rows in enumerate(row_slices(given.routing)):
+    ranges = list(row_slices(given.routing))
+    for m, rows in enumerate(ranges):
         u_m, v_m = _accumulable(u, v, rows)
         h = ACTIVATIONS[given.activation](u_m)
-        h = h if v is None else h * v_m
+        h = h if v is None else h.mul_(v_m)
         if norm_weight:
             h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], given.norm_bias[m], given.eps)
         n[rows] = h
+    n[ranges[-1].stop :] = 0
     return GatedSubLNOutputs(n, mean, rstd)
 
 
@@ -80,11 +82,12 @@ def gated_sub_ln_backward_and_n_reference(
 ) -> tuple[GatedSubLNGradients, Tensor | None]:
     """The gradients, and n once more: the products on either side need it and it costs no further reading here."""
     u, v, norm_weight, norm_bias = saved.u, saved.v, saved.norm_weight, saved.norm_bias
-    du = torch.zeros_like(u, memory_format=torch.contiguous_format)
-    dv = None if v is None else torch.zeros_like(du)
-    n = torch.zeros_like(du) if n_needed else None
+    du = torch.empty_like(u, memory_format=torch.contiguous_format)
+    dv = None if v is None else torch.empty_like(du)
+    n = torch.empty_like(du) if n_needed else None
     dweight, dbias = zeros_where_needed(norm_weight, needs.norm_weight), zeros_where_needed(norm_bias, needs.norm_bias)
-    for m, rows in enumerate(row_slices(saved.routing)):
+    ranges = list(row_slices(saved.routing))
+    for m, rows in enumerate(ranges):
         u_m, v_m = _accumulable(u, v, rows)
         activated, dh = ACTIVATIONS[saved.activation](u_m), saved.grad_n[rows].to(u_m.dtype)
         h = activated if v is None else activated * v_m
@@ -98,8 +101,11 @@ def gated_sub_ln_backward_and_n_reference(
                 if gradient is not None:
                     gradient.copy_(part)
         if dv is not None:
-            dv[rows] = dh * activated
+            torch.mul(dh, activated, out=dv[rows])
         du[rows] = ACTIVATION_BACKWARD[saved.activation](dh if v is None else dh * v_m, u_m)
+    for inert in (du, dv, n):
+        if inert is not None:
+            inert[ranges[-1].stop :] = 0
     return GatedSubLNGradients(du, dv, dweight, dbias), n
 
 

@@ -93,18 +93,24 @@ def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerN
     """
     x, grad, mean, head_scale = saved.x, saved.grad_y, saved.mean, saved.head_scale
     dweight, dbias = zeros_where_needed(saved.weight, needs.weight), zeros_where_needed(saved.bias, needs.bias)
-    passed = saved.passed
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dx = dx.zero_() if passed is None else dx.copy_(passed)
+    passed, parts = saved.passed, _parts(saved, grad.shape[0])
+    dx, all_rows = None, saved.routing.row_index is None and [*parts] == [slice(0, x.shape[0])]
+    if not all_rows:
+        dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+        dx = dx.zero_() if passed is None else dx.copy_(passed)
     dscale = saved.rstd.new_zeros(head_scale.shape) if needs.head_scale else None
-    for m, part in enumerate(_parts(saved, grad.shape[0])):
+    for m, part in enumerate(parts):
         source, mu = source_rows(saved.routing, part, x), None if mean is None else mean[part]
         wanted = (True, _at(dweight, m) is not None, _at(dbias, m) is not None)
         dscaled, weight_part, bias_part = normalize_backward(
             grad[part], _scaled(x[source], head_scale), mu, saved.rstd[part], _at(saved.weight, m), wanted
         )
         of_norm = _scaled(dscaled, head_scale)
-        dx[source] = (of_norm if passed is None else of_norm.add_(passed[source])).to(x.dtype)
+        of_norm = (of_norm if passed is None else of_norm.add_(passed[source])).to(x.dtype)
+        if all_rows:
+            dx = of_norm
+        else:
+            dx[source] = of_norm
         if dscale is not None:
             dscale += (dscaled * x[source]).unflatten(1, (head_scale.shape[0], -1)).sum((0, 2))
         if wanted[1]:

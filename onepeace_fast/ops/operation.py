@@ -299,7 +299,7 @@ class Operation(_Op):
                 kept.append(value)
         ctx.save_for_backward(*tensors)
         ctx.kept = kept
-        if self._optional_grads:
+        if self._optional_grads or self.visible == 1:  # else zeros are made for every output that has no gradient
             ctx.set_materialize_grads(False)
 
     def differentiate(

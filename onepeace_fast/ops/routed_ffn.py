@@ -87,10 +87,13 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
     gradients = FeedForwardWeights._make([None] * len(parameters) for parameters in saved.weights)
     ranges = list(row_slices(saved.routing))
     u, v = (saved.u, saved.v) if saved.u is not None else per_modality.project(z, saved.weights, ranges)
-    branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
+    dy_all, dgamma = saved.grad_out.to(z.dtype), None
+    if per_modality.is_scaled(saved):
+        branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
+        dy_all, dgamma = branch.y, branch.gamma
     dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
     for m, rows in enumerate(ranges):
-        dy, z_m, u_m = branch.y[rows], z[rows], u[rows]
+        dy, z_m, u_m = dy_all[rows], z[rows], u[rows]
         activated = ACTIVATIONS[settings.activation](u_m)
         h = activated * v[rows] if w1 else activated
         if _wants(wanted.b2, m):
@@ -119,7 +122,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
         else:
             torch.mm(du, w0[m], out=dz[rows])
         del du, dv
-    return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, branch.gamma)
+    return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, dgamma)
 
 
 def _wants(flags: Sequence[bool], m: int) -> bool:

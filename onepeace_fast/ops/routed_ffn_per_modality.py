@@ -57,6 +57,11 @@ def as_branch_saved(saved: RoutedFFNSaved, needs: Needs) -> tuple[ResidualSaved,
     return branch, ResidualGradients._make((False, True, needs.gamma, False, False))
 
 
+def is_scaled(saved: RoutedFFNSaved) -> bool:
+    """Whether dy differs from the gradient of the result."""
+    return saved.gamma is not None or saved.drop_path.scale is not None or saved.routing.row_index is not None
+
+
 def routed_ffn(given: RoutedFFNInputs) -> RoutedFFNOutputs:
     """The forward pass."""
     z, weights, routing, settings = given.z, given.weights, given.routing, given.settings
@@ -84,7 +89,7 @@ def routed_ffn_backward(saved: RoutedFFNSaved, needs: Needs) -> RoutedFFNGradien
     u, v = (saved.u, saved.v) if saved.u is not None else project(z, weights, ranges)
     dy, dgamma = saved.grad_out.to(z.dtype), None
     db2 = [torch.empty_like(b2) if need else None for b2, need in zip(weights.b2, wanted.b2, strict=True)]
-    scaled = saved.gamma is not None or saved.drop_path.scale is not None or routing.row_index is not None
+    scaled = is_scaled(saved)
     if scaled or any(wanted.b2):
         branch, needed = as_branch_saved(saved._replace(grad_out=saved.grad_out if scaled else dy), needs)
         found = residual_backward_and_sums(branch, needed._replace(y=scaled), db2, ranges)

@@ -97,21 +97,41 @@ def test_gradient_checkpointing(kind, reentrant):
 
 
 @pytest.mark.parametrize("kind", TEXT)
-def test_generation_by_a_fused_encoder(kind):
-    model, given = new_text(kind, "ForConditionalGeneration"), _t5.batch()
-    want = model.generate(**given, max_new_tokens=8, num_beams=2)
-    labels = torch.randint(_t5.WORDS, (4, 5))
-    loss = model(**given, labels=labels, num_items_in_batch=torch.tensor(20)).loss
-    handle = fuse(model)
-    with use_backend("fused"):
-        found = model.generate(**given, max_new_tokens=8, num_beams=2)
-        again = model(**given, labels=labels, num_items_in_batch=torch.tensor(20)).loss
-    assert torch.equal(found, want)
-    torch.testing.assert_close(again, loss, rtol=1e-4, atol=1e-4)
-    (part,), (refused,) = handle.report().parts, handle.report().refused
-    assert part.path == "encoder" and part.fused_calls == 2 and not part.own_calls
-    assert refused.path == "decoder"
-    assert refused.reason == "is_decoder: expected False, got True; a decoder keeps its own code"
+def test_an_encoder_and_decoder_train_and_write_the_same(kind):
+    plain, model = (new_text(kind, "ForConditionalGeneration").double() for _ in range(2))
+    handle, given = fuse(model), _t5.batch()
+    written = _t5.mask_of([3, 7, 1, 5])
+    labels = torch.randint(_t5.WORDS, (4, 7)).masked_fill(~written, -100)
+    given |= {"labels": labels, "num_items_in_batch": torch.tensor(16)}
+    for more in ({}, {"decoder_attention_mask": written.long()}):
+        found = []
+        for one in (plain, model):
+            one.zero_grad()
+            with use_backend("fused"):
+                out = one(**given, **more)
+            out.loss.backward()
+            found.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
+            found[-1] |= {"loss": out.loss, "logits": out.logits * written[..., None]}
+            layers = [*out.cache.self_attention_cache.layers, *out.cache.cross_attention_cache.layers]
+            masks = [written] * 2 + [given["attention_mask"]] * 2
+            found[-1] |= {
+                f"{name} of layer {i}": getattr(layer, name) * mask[:, None, :, None]
+                for i, (layer, mask) in enumerate(zip(layers, masks, strict=True)) for name in ("keys", "values")
+            }  # fmt: skip
+        assert found[0].keys() == found[1].keys() and len(found[0]) > 30
+        for name, value in found[0].items():
+            torch.testing.assert_close(found[1][name], value, rtol=1e-8, atol=1e-11, msg=name)
+    assert [(part.path, part.fused_calls) for part in handle.report().parts] == [("encoder", 2), ("decoder", 2)]
+    given = _t5.batch()
+    for settings in ({"num_beams": 2}, {"use_cache": False}, {"do_sample": True}):
+        tokens = []
+        for one in (plain, model):
+            torch.manual_seed(1)
+            with use_backend("fused"):
+                tokens.append(one.generate(**given, max_new_tokens=8, **settings))
+        assert torch.equal(*tokens), settings
+    (decoder,) = (part for part in handle.report().parts if part.path == "decoder")
+    assert set(decoder.own_calls) == {"cache: it is filled token by token"} and not handle.report().refused
 
 
 def test_hidden_states_of_some_layers_as_tuples():

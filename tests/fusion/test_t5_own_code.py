@@ -103,8 +103,7 @@ class Old(_t5.Block):
 
 
 REFUSED = {
-    "a decoder": (with_decoder, "is_decoder: expected False, got True; a decoder keeps its own code"),
-    "cross attention": (
+    "cross attention in an encoder": (
         with_cross_attention,
         "block.0.layer: expected SelfAttention and a feed-forward, got SelfAttentionLayer, Identity, FeedForwardLayer",
     ),
@@ -155,6 +154,15 @@ def test_look_alikes_are_refused_in_one_line(name):
     model = _t5.model()
     change(model)
     assert said(model) == f"encoder: resembles T5, but {message}"
+
+
+def test_a_decoder_without_cross_attention_is_refused():
+    model = _t5.model()
+    with_decoder(model)
+    assert said(model) == (
+        "encoder: resembles T5 decoder, but block.0.layer: expected SelfAttention, EncDecAttention and a feed-forward, "
+        "got SelfAttentionLayer, FeedForwardLayer"
+    )
 
 
 class Forgetful(_t5.Block):

@@ -1,5 +1,6 @@
 """The networks of pixels, frames and waveforms: against their formulas, in the model, and in training."""
 
+import functools
 import itertools
 import math
 
@@ -47,8 +48,14 @@ def small_network(name):
     return fill(network(name, unival_config(**SIZES)).double()).eval()
 
 
-def with_networks(backend="fused", **changed):
-    return fill(unival(backend, **{**SIZES, **changed}))
+def with_networks(backend="fused"):
+    return fill(unival(backend, **SIZES))
+
+
+@functools.cache
+def shared():
+    """A model that no test changes."""
+    return with_networks()
 
 
 @pytest.mark.parametrize("name", RAW)
@@ -203,7 +210,7 @@ def test_full_networks_have_upstream_s_names_and_sizes():
 
 
 def test_upstream_s_state_dict_carries_statistics_and_the_spectrogram_s_constants():
-    model, other = with_networks(), unival("reference", **SIZES)
+    model, other = shared(), unival("reference", **SIZES)
     state = model.to_upstream_state_dict()
     assert set(state) == {*model.state_dict(), *CONSTANTS, *TIED}
     assert state[CONSTANTS[0]].shape == state[CONSTANTS[1]].shape == (513, 1, 1024)
@@ -225,7 +232,7 @@ def test_upstream_s_state_dict_carries_statistics_and_the_spectrogram_s_constant
     ],
 )
 def test_a_network_s_state_dict_that_does_not_fit_is_refused_and_changes_nothing(change, says):
-    model = with_networks()
+    model = shared()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = {name: torch.zeros_like(value) for name, value in model.to_upstream_state_dict().items()}
     state |= CONSTANT
@@ -236,7 +243,7 @@ def test_a_network_s_state_dict_that_does_not_fit_is_refused_and_changes_nothing
 
 
 def test_a_model_without_networks_takes_no_state_dict_with_them():
-    state = with_networks().to_upstream_state_dict()
+    state = shared().to_upstream_state_dict()
     line = refusal(lambda: unival(feature_channels=512).load_upstream_state_dict(state))
     assert "unexpected: encoder.embed_audios.bn0.bias" in line and TABLE not in line
 
@@ -260,7 +267,7 @@ def test_what_does_not_fit_is_refused_before_a_network_runs(name, monkeypatch):
     monkeypatch.setattr(networks_module.ResidualNetwork, "forward", work)
     monkeypatch.setattr(networks_module.AudioNetwork, "forward", work)
     inputs, says = REFUSALS[name]
-    refused(lambda: with_networks().loss(SOURCE, TARGET, **inputs), "", says)
+    refused(lambda: shared().loss(SOURCE, TARGET, **inputs), "", says)
 
 
 def test_without_networks_pixels_are_refused():

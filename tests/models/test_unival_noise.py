@@ -49,7 +49,7 @@ def test_each_branch_of_each_layer_is_dropped_by_element_and_by_sample(backend):
             )
     torch.manual_seed(0)
     kept, whole = {}, {}
-    for _ in range(60):
+    for _ in range(30):
         loss_of(model)
         for stack, places in BRANCHES.items():
             for i in range(2):
@@ -276,6 +276,10 @@ def test_rates_are_upstream_s_arguments_and_probabilities():
         UnivalConfig.from_upstream({**_FIXED, "relu_dropout": 0.1, "activation_dropout": 0.2}, 9).activation_dropout
         == 0.2
     )
+    unset = dict.fromkeys(
+        ("attention_dropout", "with_cls", "hop_size", "video_encoder_name", "layernorm_image_embedding")
+    )
+    assert UnivalConfig.from_upstream({**_FIXED, **unset}, 9) == UnivalConfig.from_upstream(_FIXED, 9)
     for value in (1, -0.1, True, "0.1"):
         says = f"dropout: expected a probability in [0, 1), got {value!r}"
         assert refusal(lambda: unival_config(dropout=value)) == says  # noqa: B023

@@ -91,6 +91,27 @@ def counted(monkeypatch):
     return calls
 
 
+class MadeZeros(TorchDispatchMode):
+    """Shapes of the zeros that are made outside of ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if "zeros" in function.name():
+            self.shapes.append([*result.shape])
+        return result
+
+
+def test_outputs_without_a_gradient_get_no_zeros():
+    operation, given = OPS["routed_ffn 9"]
+    with MadeZeros() as made:
+        results(operation, given)
+    assert made.shapes == []
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_plain_eager_execution_calls_no_registered_op_and_has_its_bits(name, counted):
     operation, given = OPS[name]

@@ -1,4 +1,4 @@
-"""The encoders of T5, mT5 and UMT5, as Hugging Face's transformers writes them from 5.23 on.
+"""The encoders of T5, mT5 and UMT5, as Hugging Face's transformers writes them from 5.23 on; ``t5_decoder`` the others.
 
 The tokens of a batch are packed once into one row of tokens, [1, tokens, width], and the model's own stack runs on it:
 all but attention works token by token. So its layers, norms, feed-forward, adapters such as LoRA, clamping of float16,
@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,20 @@ from onepeace_fast.relative_position import CLS_ENTRIES, t5_index
 from onepeace_fast.route_plan import RoutePlan
 
 # Of the stack's arguments those that mean nothing to attention, or that are known here.
-HARMLESS = {"input_ids", "attention_mask", "inputs_embeds", "output_hidden_states", "return_dict", "num_items_in_batch"}
+HARMLESS: set[str] = {
+    "input_ids",
+    "attention_mask",
+    "inputs_embeds",
+    "output_hidden_states",
+    "return_dict",
+    "num_items_in_batch",
+}
 PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets what it knows of the tokens
+CROSS = "EncDecAttention"
 SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
+
+
+QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class Packed(NamedTuple):
@@ -44,49 +56,52 @@ class T5Encoder(FusedCall):
 
     family = "T5"
     calls_own_forward = True
+    is_decoder: ClassVar[bool] = False
+    layers: ClassVar[tuple[str, ...]] = ("SelfAttention",)  # a block's, before its feed-forward
+    known: ClassVar[set[str]] = HARMLESS
 
     def __init__(self, root: nn.Module) -> None:
         stack: Any = root
-        if stack.is_decoder is not False:
-            raise Refusal(f"is_decoder: expected False, got {stack.is_decoder}; a decoder keeps its own code")
-        blocks = [(f"block.{i}", block) for i, block in enumerate(stack.block)]
-        attentions = [_attention(name, block) for name, block in blocks]
+        if stack.is_decoder is not self.is_decoder:
+            raise Refusal(f"is_decoder: expected {self.is_decoder}, got {stack.is_decoder}")
+        found: dict[str, Any] = {}
         frame: list[Any] = [stack, stack.block]
-        for (name, block), attention in zip(blocks, attentions, strict=True):
-            _check_attention(f"{name}.layer.0.SelfAttention", attention, attentions[0])
-            _require_keywords(f"{name}.layer.0", block.layer[0])
-            _require_keywords(name, block)
-            frame += [block, block.layer, block.layer[0], attention]
+        for i, block in enumerate(stack.block):
+            own = _attentions(f"block.{i}", block, self.layers)
+            for path, attention in own.items():
+                first = next(iter(found.values()), attention)
+                _check_attention(path, attention, first, self.is_decoder)
+                found[path] = attention
+            for j in range(len(self.layers)):
+                _require_keywords(f"block.{i}.layer.{j}", block.layer[j])
+            _require_keywords(f"block.{i}", block)
+            frame += [block, block.layer, *block.layer[: len(self.layers)], *own.values()]
         _require_keywords("model", root)
         kept = {id(module) for module in frame}
         inner = [module for module in root.modules() if module is not root]
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
-        for (name, _), attention in zip(blocks, attentions, strict=True):
-            self.structure.watch(f"{name}.layer.0.SelfAttention", attention, *SETTINGS)
+        for path, attention in found.items():
+            self.structure.watch(path, attention, *SETTINGS)
         if reason := self.structure.change():
             raise Refusal(reason)
         self.arguments: list[str] = [*_parameters(root)][1:]
-        self.attentions: list[Any] = attentions
-        self.shares_bias: bool = _shares_bias(attentions[0])
+        self.attentions: list[Any] = [*found.values()]
+        self.shares_bias: bool = _shares_bias(self.attentions[0])
         self.dropouts: list[nn.Dropout] = [module for module in inner if isinstance(module, nn.Dropout)]
         self.of_a_row: int = 2 * sum(weight.numel() for weight in stack.block[0].parameters() if weight.dim() == 2)
-        for attention in attentions:
+        for attention in self.attentions:
             self.replace(attention, "forward", "attention")
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
-        blocks = module._modules.get("block")
-        if not isinstance(blocks, nn.ModuleList) or not len(blocks) or "is_decoder" not in module.__dict__:
-            return False
-        layers = blocks[0]._modules.get("layer")
-        return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
+        return is_stack(module) and module.__dict__["is_decoder"] is not True
 
     def declines(self, *args: Any, **kwargs: Any) -> str:
         given = self._given(*args, **kwargs)
         if given.get("output_attentions") or getattr(self.root.config, "output_attentions", False):
             return "output_attentions: attention's probabilities are not kept"
         for name, value in given.items():
-            if name not in HARMLESS and value is not None and value is not False:
+            if name not in self.known and value is not None and value is not False:
                 return f"{name}: it is not known to the packed stack"
         x, mask = _tokens(given), given.get("attention_mask")
         if x is None:
@@ -106,28 +121,28 @@ class T5Encoder(FusedCall):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = self._given(*args, **kwargs)
+        plan, packed = self._pack_tokens(given)
+        outputs = self.replacements[0].original(**given, **{PACKED: packed})
+        return Unpacking(plan).of(outputs)
+
+    def _pack_tokens(self, given: dict[str, Any]) -> tuple[RoutePlan, Packed]:
+        """Put packed tokens in the place of the arguments' padded ones."""
         x, mask = _tokens(given), given.get("attention_mask")
         assert x is not None  # or the call was declined
         batch, length = x.shape[:2]
-        if mask is None:
-            plan = RoutePlan.from_lengths({"tokens": [length] * batch}, device=x.device)
-        else:
-            plan = RoutePlan.from_masks({"tokens": mask.to(x.device, torch.bool)})
+        plan = plan_of(mask, batch, length, x.device)
         self.count_tokens(batch * length, plan.capacity)
         if given.get("input_ids") is None:
             given["inputs_embeds"] = plan.pack({"tokens": x})[None]
         else:
             given["input_ids"] = x.flatten()[plan.source][None]
-        # The stack hands a mask of four axes on as it is. This one fits no scores: only attention that knows the
-        # packed tokens, and ignores it, gets along with it.
-        given["attention_mask"] = torch.empty(1, 1, 1, plan.capacity + 1, device=x.device)
+        given["attention_mask"] = mask_of(plan)
         first = self.attentions[0]
-        buckets = _index(first.relative_attention_num_buckets, first.relative_attention_max_distance, x.device)
+        sizes = first.relative_attention_num_buckets, first.relative_attention_max_distance
+        buckets = _index(*sizes, not self.is_decoder, x.device)
         reach = buckets.shape[0] // 2
         distance = torch.arange(1 - length, length, device=x.device).clamp(-reach, reach)
-        packed = Packed(plan.segments, buckets[distance + reach], length)
-        outputs = self.replacements[0].original(**given, **{PACKED: packed})
-        return _Unpacking(plan).of(outputs)
+        return plan, Packed(plan.segments, buckets[distance + reach], length)
 
     def _given(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return dict(zip(self.arguments, args, strict=False)) | kwargs
@@ -139,23 +154,25 @@ class T5Encoder(FusedCall):
             return replacement.original(*args, **kwargs)
         module: Any = replacement.module
         x = args[0] if args else kwargs["hidden_states"]
-        vector = kwargs.get("position_bias")
+        q, k, v = projected(module, x, x)
+        out, vector = self.attend(packed, module, (q, k, v), kwargs.get("position_bias"))
+        return (out, vector, None) if self.shares_bias else (out, None)
+
+    def attend(self, packed: Packed, module: Any, qkv: QKV, vector: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Self-attention's output [1, rows, width], and the bias's vector that further blocks share."""
         if vector is None:
             bias = module.relative_attention_bias(packed.buckets)  # [entries, heads]
             vector = F.pad(bias.t(), (0, CLS_ENTRIES))
-        size = (module.n_heads, module.key_value_proj_dim)
         segments = packed.segments
-        q, k, v = (part(x)[0].unflatten(-1, size) for part in (module.q, module.k, module.v))
         out: Any = relative_bias_attention(
-            (q, k, v), cu_seqlens=segments.cu_seqlens, modality=segments.modality, code=segments.code,
-            is_cls=segments.is_cls, max_length=segments.max_length, bias=[vector], code_offsets=[packed.length - 1],
-            scale=module.scaling,
+            qkv, cu_seqlens=segments.cu_seqlens, modality=segments.modality, code=segments.code,
+            is_cls=segments.is_cls, order=segments.order, max_length=segments.max_length, bias=[vector],
+            code_offsets=[packed.length - 1], scale=module.scaling,
         )  # fmt: skip
-        out = module.o(out.flatten(1)[None])
-        return (out, vector, None) if self.shares_bias else (out, None)
+        return module.o(out.flatten(1)[None]), vector
 
 
-class _Unpacking:
+class Unpacking:
     """A stack's outputs with padded tokens in the place of packed ones; what was one tensor stays one."""
 
     def __init__(self, plan: RoutePlan) -> None:
@@ -169,9 +186,43 @@ class _Unpacking:
             if id(value) not in self.done:
                 self.done[id(value)] = self.plan.unpack(value[0])["tokens"]
             return self.done[id(value)]
-        for name in value or ():  # a transformers' output, whose attributes are its items
-            value[name] = self.of(value[name])
+        if isinstance(value, Mapping):  # a transformers' output, whose attributes are its items; no cache is
+            items: Any = value
+            for name in items:
+                items[name] = self.of(items[name])
         return value
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether a module has blocks with self-attention first, and says whether it is a decoder."""
+    blocks = module._modules.get("block")
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks) or "is_decoder" not in module.__dict__:
+        return False
+    layers = blocks[0]._modules.get("layer")
+    return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
+
+
+def plan_of(mask: Tensor | None, batch: int, length: int, device: torch.device) -> RoutePlan:
+    """The route plan of padded texts by their mask, [batch, length]; without one all tokens are real."""
+    if mask is None:
+        return RoutePlan.from_lengths({"tokens": [length] * batch}, device=device)
+    return RoutePlan.from_masks({"tokens": mask.to(device, torch.bool)})
+
+
+def mask_of(plan: RoutePlan) -> Tensor:
+    """A mask for packed tokens.
+
+    A stack hands a mask of four axes on as it is. This one fits no scores: only attention that knows the packed tokens,
+    and ignores it, gets along with it.
+    """
+    return torch.empty(1, 1, 1, plan.capacity + 1, device=plan.source.device)
+
+
+def projected(module: Any, x: Tensor, keys: Tensor) -> QKV:
+    """q, k, v of packed tokens [1, rows, width], each [rows, heads, size]."""
+    size = (module.n_heads, module.key_value_proj_dim)
+    q, k, v = (part(y)[0].unflatten(-1, size) for part, y in ((module.q, x), (module.k, keys), (module.v, keys)))
+    return q, k, v
 
 
 def _tokens(given: dict[str, Any]) -> Tensor | None:
@@ -183,9 +234,9 @@ def _tokens(given: dict[str, Any]) -> Tensor | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _index(buckets: int, max_distance: int, device: torch.device) -> Tensor:
+def _index(buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it is kept for what has gradients, too
-        return t5_index(buckets, max_distance, bidirectional=True).to(device)
+        return t5_index(buckets, max_distance, bidirectional).to(device)
 
 
 def _parameters(module: nn.Module) -> Any:
@@ -202,23 +253,25 @@ def _require_keywords(name: str, module: nn.Module) -> None:
         raise Refusal(f"{name}: expected a forward that takes further keywords, as of transformers 5.23, got none")
 
 
-def _attention(name: str, block: Any) -> Any:
+def _attentions(name: str, block: Any, wanted: tuple[str, ...]) -> dict[str, Any]:
+    """A block's attentions by their paths."""
     layers = block._modules.get("layer")
-    if not isinstance(layers, nn.ModuleList) or len(layers) != 2 or "SelfAttention" not in layers[0]._modules:
-        raise Refusal(f"{name}.layer: expected SelfAttention and a feed-forward, got {_kinds(layers)}")
-    return layers[0].SelfAttention
+    fits = isinstance(layers, nn.ModuleList) and len(layers) == len(wanted) + 1
+    if not fits or any(part not in layer._modules for part, layer in zip(wanted, layers, strict=False)):
+        raise Refusal(f"{name}.layer: expected {', '.join(wanted)} and a feed-forward, got {_kinds(layers)}")
+    return {f"{name}.layer.{i}.{part}": layers[i].get_submodule(part) for i, part in enumerate(wanted)}
 
 
 def _kinds(layers: Any) -> str:
     return ", ".join(type(layer).__name__ for layer in layers or ()) or "nothing"
 
 
-def _check_attention(name: str, attention: Any, first: Any) -> None:
+def _check_attention(name: str, attention: Any, first: Any, is_decoder: bool) -> None:
     if type(attention) is not type(first):
         raise Refusal(f"{name}: expected a {type(first).__name__}, as in block.0, got {type(attention).__name__}")
     if missing := [part for part in ("q", "k", "v", "o") if part not in attention._modules]:
         raise Refusal(f"{name}: expected q, k, v and o, got no {', '.join(missing)}")
-    _require_equal(f"{name}.is_decoder", False, getattr(attention, "is_decoder", None))
+    _require_equal(f"{name}.is_decoder", is_decoder, getattr(attention, "is_decoder", None))
     for setting in SETTINGS:
         if not isinstance(value := getattr(attention, setting, None), int):
             raise Refusal(f"{name}.{setting}: expected a whole number, got {value!r}")
@@ -226,7 +279,10 @@ def _check_attention(name: str, attention: Any, first: Any) -> None:
     for setting in ("scaling", "dropout"):
         if not isinstance(value := getattr(attention, setting, None), int | float):
             raise Refusal(f"{name}.{setting}: expected a number, got {value!r}")
-    if "relative_attention_bias" not in attention._modules and (attention is first or not _shares_bias(attention)):
+    has_bias, crosses = "relative_attention_bias" in attention._modules, name.endswith(CROSS)
+    if crosses and has_bias:
+        raise Refusal(f"{name}: expected no relative_attention_bias, got one")
+    if not (has_bias or crosses) and (attention is first or not _shares_bias(attention)):
         raise Refusal(f"{name}: expected a relative_attention_bias, got none")
     _require_keywords(name, attention)
 

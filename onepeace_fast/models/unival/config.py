@@ -168,6 +168,7 @@ class UnivalConfig(ModelConfig):
         Raises:
             ValueError: an argument by which upstream builds another model than this one.
         """
+        args = {name: value for name, value in args.items() if value is not None}  # argparse's word for not given
         for name, value in _FIXED.items():
             got = args.get(name, False if value in (True, False) else value)
             require(got == value, f"{name}: expected {value}, got {got}; UnIVAL's own scripts train no such model")
