@@ -339,13 +339,13 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 // The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
 // groups of samples and one more.
 //
-//     heads of                     32        64       c64        96       c96       128      c128   c is compact
-//     warps                         8         8         8         8         6         8         4
-//     key blocks of a walk         17        17         9         9         7         9         5   by 32 queries
-//     registers, sm_80       196, 184  255, 248  145, 150  189, 190  189, 191  224, 226  239, 240   second: LARGE
-//     registers, sm_90a      199, 199  255, 255  162, 160  212, 210  212, 210  247, 249  251, 249
-//     shared memory            75,008   118,016    76,288   102,912    87,168   129,536    89,728   bytes
-//     thread blocks for each multiprocessor: 1
+//     heads of                  32       64      c64       96      c96   128/64  c128/64      128     c128   c: compact
+//     warps                      8        8        8        8        6        8        6        8        4
+//     key blocks                17       17        9        9        7        9        7        9        5   of a walk
+//     registers, sm_80     194,190  255,255  152,154  194,194  194,195  189,189  197,199  227,228  239,241   .., LARGE
+//     registers, sm_90a    199,197  255,254  160,159  198,197  198,197  194,197  202,205  232,230  246,244
+//     shared memory         72,576  115,584   73,344   99,968   84,992   99,968   84,992  126,592   88,576   bytes
+//     thread blocks for each multiprocessor: 1; tiles of 32 queries
 //
 // Vectors that are not LARGE take 12 bytes more for each entry, and sums by block difference 768 bytes each.
 //

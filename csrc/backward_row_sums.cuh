@@ -100,10 +100,10 @@ struct RowSums {
 // The row sums. Thread blocks: parts that share the queries of a sample, heads, samples. Tiles, warps and shared memory
 // are those of the forward kernel.
 //
-//     heads of                     32       64       96     128
-//     registers, sm_80        94, 122  96, 119   91, 95  71, 71   the second with windows
-//     registers, sm_90a       96, 124  96, 133  95, 108  99, 95
-//     thread blocks for each     2, 1     2, 1     2, 1    2, 2   multiprocessor of compute capability 9.0
+//     heads of                     32        64       96    128/64     128   of keys/of values
+//     registers, sm_80        94, 122   96, 118   94, 94    70, 71  70, 70   the second with windows
+//     registers, sm_90a       95, 126   96, 132  96, 114    83, 84  93, 93
+//     thread blocks for each     2, 1      2, 1     2, 1      2, 1    2, 1   multiprocessor of compute capability 9.0
 //
 // Registers by ptxas of nvcc 13.0, no spills. Bound as the forward kernel is: it has as many matrix products.
 template <typename T, int HEAD_DIM, int VALUE_DIM, bool WINDOWED>

@@ -161,16 +161,16 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 
 // The forward pass. Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 //
-//     heads of                          32        64        96       128
-//     queries x keys of a tile    144 x 64  144 x 64  144 x 48  128 x 32
-//     warps                              9         9         9         8
-//     registers, sm_80             92, 110   96, 128   96, 138  124, 145   the second with windows
-//     registers, sm_90a            89, 114   96, 133   96, 137  127, 146
-//     shared memory                 33,600    59,200    72,256    72,384   bytes, and 4 for each entry that plan_bias
-//     thread blocks for each          2, 1      2, 1      2, 1      2, 1   gives; multiprocessor of 9.0
-//     issue slots                      426       531       524       444   of a warp's tile and of its load of the next
-//     cycles of shared memory          128       208       233       210   for the same
-//     codes in any order            63, 21    63, 21    48, 16    33, 11   of either more
+//     heads of                       32         64         96     128/64        128   of keys/of values
+//     queries x keys           144 x 64   144 x 64   144 x 48   144 x 32   128 x 32   of a tile
+//     warps                           9          9          9          9          8
+//     registers, sm_80          88, 110    96, 128    96, 138    90, 101   125, 145   the second with windows
+//     registers, sm_90a         90, 113    96, 135    96, 139    96, 107   128, 156
+//     shared memory              33,600     59,200     72,256     68,928     72,384   bytes, and 4 for each entry
+//     thread blocks                2, 1       2, 1       2, 1       2, 1       2, 1   of a multiprocessor of 9.0
+//     issue slots                   426        531        524        418        444   of a warp's tile and next load
+//     shared memory is busy        128        208        233        181        210   cycles, for the same
+//     codes in any order         63, 21     63, 21     48, 16     33, 11     33, 11   of either more
 //
 // With heads of 96, tiles of 64 keys spill, and tiles of 32 keys issue 6% to 19% more at 72 to 1025 tokens.
 //
