@@ -23,7 +23,7 @@ WALK = "query_walk.cuh"
 OUTER = ((WALK, "attend_tile<KEYS>(rows"), ("relative_bias_attention_forward.cu", "walk_queries<OutputRows"))
 START = (("bias.cuh", "of_diagonal[d] = entry"), (WALK, "start_runs<COLUMNS>("), (WALK, "start_scores<COLUMNS>("))
 RUNS = listing(*START, *OUTER)
-PRODUCT = listing(("tile.cuh", "ldmatrix(a"), (WALK, "multiply_keys<COLUMNS, HEAD_DIM>("), *OUTER)
+PRODUCT = listing(("tile.cuh", "ldmatrix(a"), (WALK, "multiply_keys<COLUMNS, Launch::HEAD_DIM>("), *OUTER)
 TEXT = f"""
 //---- .text.kernelI13__nv_bfloat16Li64ELb0E
 .text.kernelI13__nv_bfloat16Li64ELb0E:
