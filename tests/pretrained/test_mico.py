@@ -91,6 +91,8 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert "contra_head_s.linear.weight [6, 12] instead of [7, 12]" in line and "\n" not in line
     torch.save({"a": torch.zeros(2)}, path)
     line = refusal(lambda: from_pretrained(path, model_type="mico"))
-    assert line == f"{path}: model_type: expected weights of mico, or one of pretrain, retrieval, classify, encoder, got a"
+    assert (
+        line == f"{path}: model_type: expected weights of mico, or one of pretrain, retrieval, classify, encoder, got a"
+    )
     line = refusal(lambda: from_pretrained(path, config=CONFIG))
     assert line == f"{path}: config: expected none but for a file of MiCo's, got one"
