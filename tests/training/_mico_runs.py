@@ -66,5 +66,5 @@ def write_mico(folder: Path, name: str = "run", **keys: Any) -> Path:
     }  # fmt: skip
     values = {key: value for key, value in (values | keys).items() if value is not None}
     path = folder / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
