@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ MODEL = {
 }  # fmt: skip
 
 
-def write_tokenizer(path: Path) -> None:
+def write_tokenizer(path: Path, words: Sequence[str] = VOCABULARY) -> None:
     """A tokenizer.json of a few word pieces, as Hugging Face's files of BERT are."""
     tokenizers = pytest.importorskip("tokenizers")
-    vocabulary = {word: place for place, word in enumerate(VOCABULARY)}
+    vocabulary = {word: place for place, word in enumerate(words)}
     model = tokenizers.Tokenizer(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     model.normalizer = tokenizers.normalizers.BertNormalizer()
     model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    model.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    model.post_processor = tokenizers.processors.BertProcessing(
+        ("[SEP]", vocabulary["[SEP]"]), ("[CLS]", vocabulary["[CLS]"])
+    )
     model.decoder = tokenizers.decoders.WordPiece()
     model.save(str(path))
 
 
-def write_samples(folder: Path, name: str = "samples.jsonl") -> Path:
+def write_samples(folder: Path, side: int = SIDE) -> Path:
     """Images, frames, maps and spectrograms of four colours, and eight samples with unlike modalities."""
     generator = numpy.random.default_rng(5)
     rows: list[dict[str, Any]] = []
@@ -43,7 +46,7 @@ def write_samples(folder: Path, name: str = "samples.jsonl") -> Path:
             Image.new("RGB", (12, 10), word).point(lambda value, frame=frame: value // (frame + 1)).save(
                 folder / f"{word}{frame}.png"
             )
-        numpy.save(folder / f"{word}.npy", generator.normal(size=(1 + place % 2, SIDE, SIDE)).astype("float32"))
+        numpy.save(folder / f"{word}.npy", generator.normal(size=(1 + place % 2, side, side)).astype("float32"))
         both = [f"{word}0.png", f"{word}1.png"]
         rows += [
             {"caption": f"a {word} wall", "image": both[0], "depth": both[1]},
@@ -51,7 +54,7 @@ def write_samples(folder: Path, name: str = "samples.jsonl") -> Path:
         ]
     rows[2] = {"caption": "a green wall", "normal": "green1.png", "image": None}
     rows[4] = {"caption": "a blue wall", "subtitle": "blue walls"}
-    path = folder / name
+    path = folder / "samples.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     write_tokenizer(folder / "bert.json")
     return path

@@ -1,5 +1,6 @@
 """MiCo over two processes, gloo on the CPU: what one process does with a batch as large as both of theirs."""
 
+import json
 import shutil
 
 import pytest
@@ -8,14 +9,19 @@ from training._mico_runs import write_mico, write_samples
 from training._runs import curves, same_training
 from training.test_unival_processes import launch
 
+from onepeace_fast.data.batches import BatchSampler
 from onepeace_fast.training import command
 
 pytestmark = pytest.mark.slow
 
 
 def test_two_processes_train_as_one_and_resume(tmp_path, monkeypatch):
-    """With two samples in a process the wrong partner of one is the other; some batches lack what others have."""
-    write_samples(tmp_path)
+    """With two samples in a process the wrong partner of one is the other; one batch has no frames at all."""
+    path = write_samples(tmp_path)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for place in next(iter(BatchSampler(8, 4, 0)))[:2]:  # all of the first process's, which so sees no frame
+        rows[place[1]] = {"caption": rows[place[1]]["caption"], "subtitle": "it sounds on"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     monkeypatch.setattr("onepeace_fast.models.mico.losses.draw_wrong", lambda *given: [1, 0, 3, 2])
     keys = {"backend": "fused", "checkpoint_every": 3}
     assert command.pretrain(str(write_mico(tmp_path, "one", **keys))) == 0
