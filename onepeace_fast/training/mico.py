@@ -18,6 +18,7 @@ from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.data.word_pieces import BertTokenizer
 from onepeace_fast.models.mico import Masked, Mico, MicoConfig, mask_captions
 from onepeace_fast.models.parameter_names import upstream_names
+from onepeace_fast.training import checkpoint
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.family import Family, Reading
 from onepeace_fast.training.mico_config import MicoTrainingConfig
@@ -45,7 +46,10 @@ class MixedSamples(Family):
     @classmethod
     def read(cls, config: MicoTrainingConfig) -> list[MixedSample]:
         """As ``read_samples``, of the modalities that the model has."""
-        model = cls.sizes(config, config.path("init"))
+        place = config.path("init")
+        if place is not None and not place.is_dir():  # it may have gone since the run began with it
+            place = next(reversed(checkpoint.all_in(config.path("output"))), place)
+        model = cls.sizes(config, place)
         return read_samples(config.path("manifest"), [*model.frames], missing=config.missing)
 
     @property

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -193,6 +194,31 @@ def test_a_checkpoint_takes_up_a_modality(folder):
     assert {"thermal_type_embeddings", "contra_head_thermal.linear.weight"} <= added
     run.trainer.step(run.batches)
     assert run.trained(1) == ["text", "vision", "audio", "depth", "normal", "thermal", "subtitle"]
+
+
+def test_a_run_goes_on_without_the_model_that_it_began_with(folder):
+    shutil.copytree(folder / "whole" / "step-00000005", folder / "initial")
+    keys = {"init": "initial", "tokenizer": None, "model": None, "steps": 2, "checkpoint_every": 1}
+    path = str(write_mico(folder, "onward", **keys))
+    assert command.pretrain(path) == 0
+    shutil.rmtree(folder / "initial")
+    last = folder / "onward" / "step-00000002"
+    last.rename(folder / "before")
+    assert command.pretrain(path) == 0
+    assert same_training(last, folder / "before")
+
+
+@pytest.mark.slow
+def test_a_small_model_learns_which_caption_belongs_to_what(folder):
+    learned = MODEL | {"vision": MODEL["vision"] | {"width": 32}, "text": MODEL["text"] | {"width": 24, "ffn_dim": 48}}
+    run = started(folder, "learned", model=learned, batch_size=8, steps=150, warm_up=10, learning_rate=5e-3)
+    numbers = [run.trainer.step(run.batches) for _ in range(150)]
+    first, last = (
+        {name: sum(one[name] for one in part) / 10 for name in ("contrast", "matching", "caption")}
+        for part in (numbers[:10], numbers[-10:])
+    )
+    assert last["contrast"] < 0.7 * first["contrast"]
+    assert last["matching"] < 0.5 * first["matching"] and last["caption"] < 0.5 * first["caption"]
 
 
 def test_broken_files_are_named_or_skipped(folder):
