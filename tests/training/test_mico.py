@@ -1,6 +1,7 @@
 """Runs of MiCo: samples of any modalities, its three losses, and a restart."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -194,6 +195,17 @@ def test_a_checkpoint_takes_up_a_modality(folder):
     assert {"thermal_type_embeddings", "contra_head_thermal.linear.weight"} <= added
     run.trainer.step(run.batches)
     assert run.trained(1) == ["text", "vision", "audio", "depth", "normal", "thermal", "subtitle"]
+
+
+def test_heads_of_what_a_new_modality_is_joined_with_start_fresh(folder):
+    config = Mico.load(folder / "whole" / "step-00000005").config
+    old, model = (
+        Mico(dataclasses.replace(config, frames=frames)) for frames in ({"vision": 3}, {"vision": 3, "audio": 2})
+    )
+    weights = old.to_upstream_state_dict()
+    fresh = MixedSamples(None, None).fresh(model, weights)
+    assert {*fresh} == {name for name, _ in model.named_parameters()} - {*weights}
+    assert {"contra_head_va.weight", "contra_head_vas.bias", "audio_frame_embedding"} <= {*fresh}
 
 
 def test_a_run_goes_on_without_the_model_that_it_began_with(folder):
