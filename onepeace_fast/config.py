@@ -331,10 +331,11 @@ def build(cls: type, values: Any, where: str) -> Any:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where}: expected a section of fields, got {values!r}")
-    defaults = {item.name: item.default for item in dataclasses.fields(cls)}
+    items = dataclasses.fields(cls)
+    defaults = {item.name: item.default for item in items}
     if unknown := sorted(set(values) - set(defaults)):
         raise ValueError(f"{where}: expected some of {sorted(defaults)}, got unknown fields {unknown}")
-    needed = [name for name, default in defaults.items() if default is dataclasses.MISSING]
+    needed = [one.name for one in items if one.default is one.default_factory is dataclasses.MISSING]
     if missing := [name for name in needed if name not in values]:
         raise ValueError(f"{where}: expected {', '.join(needed)}, got no {', '.join(missing)}")
     arguments = {}

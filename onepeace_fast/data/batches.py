@@ -125,14 +125,14 @@ def reports(count: int, broken: str) -> Tensor | None:
 
 
 def first_whole(
-    read: Callable[[int], Result], index: int, count: int, reported: Tensor | None, first: Path
+    read: Callable[[int], Result], index: int, count: int, reported: Tensor | None, first: Path | str
 ) -> tuple[int, Result]:
     """The first place from ``index`` on, round ``count``, that can be read, and what was read there.
 
     Args:
         read: what a place has; ``ValueError`` where its file does not decode.
         reported: of ``reports``; each file is logged once.
-        first: the file of ``index``.
+        first: what a message calls ``index``.
 
     Raises:
         BrokenFile: a file that does not decode, without ``reported``; else a hundred of them in a row.

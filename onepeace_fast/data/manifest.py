@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.data._optional import optional
 
 COLUMNS, CAPTION = ("image", "audio"), "caption"
@@ -109,6 +110,26 @@ def _whole_rows(manifest: Path, parquet: bool, columns: Sequence[str]) -> Iterat
         whole = [cell if column == CAPTION else str(manifest.parent / os.path.expanduser(cell))
                  for column, cell in zip(columns, cells, strict=True)]  # fmt: skip
         yield line, cells, whole
+
+
+def read_objects(manifest: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]:
+    """Number, place for messages and JSON object of each line that has something.
+
+    Raises:
+        ValueError: no such manifest, or a line that is no JSON object.
+    """
+    require(manifest.is_file(), lambda: f"{manifest}: expected a manifest of JSON lines, got no file there")
+    with manifest.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            if not raw.strip():
+                continue
+            where = f"{manifest}, line {line}"
+            try:
+                row = json.loads(raw)
+            except ValueError as error:  # also of other bytes than UTF-8
+                raise ValueError(f"{where}: expected a JSON object, got another text ({error})") from None
+            require(isinstance(row, dict), lambda: f"{where}: expected a JSON object, got {describe(row)}")  # noqa: B023
+            yield line, where, row
 
 
 def _existing(path: str | os.PathLike[str]) -> tuple[Path, bool]:

@@ -15,12 +15,22 @@ from onepeace_fast.data.image import prepare_image, read_image
 
 SAMPLE_RATE = 48000
 HALVES = (0.5, 0.5, 0.5)  # mean and deviation of pixels, so that they go from -1 to 1
-_ARRAY = ".npy"
+ARRAY = ".npy"
 _MAPS = {
     "image": "[channels, height, width]", "video": "[channels, frames, height, width]",
     "audio": "[channels, height, width]",
 }  # fmt: skip
 _RAW = {"image": "[3, height, width]", "video": "[3, frames, height, width]", "audio": "[samples]"}
+
+
+def read_array(path: Path) -> Tensor:
+    """The array of a .npy file; ``ValueError`` where it is none."""
+    try:
+        return torch.from_numpy(numpy.load(path, allow_pickle=False))
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        raise ValueError(
+            f"{path}: expected an array, a {ARRAY} file, got another ({' '.join(str(error).split())})"
+        ) from error
 
 
 class Files(NamedTuple):
@@ -44,25 +54,20 @@ class Files(NamedTuple):
         Raises:
             ValueError: another file, or an array of another layout, with other channels or with what is no number.
         """
-        if path.suffix == _ARRAY:
+        if path.suffix == ARRAY:
             return self._array(path, modality)
         require(
             self.networks,
-            lambda: f"{path}: expected a feature map, a {_ARRAY} file, for a model without networks, got another file",
+            lambda: f"{path}: expected a feature map, a {ARRAY} file, for a model without networks, got another file",
         )
-        require(modality != "video", lambda: f"{path}: expected frames {_RAW['video']} as a {_ARRAY} file, got another")
+        require(modality != "video", lambda: f"{path}: expected frames {_RAW['video']} as a {ARRAY} file, got another")
         if modality == "image":
             return prepare_image(read_image(path), self.image_size, fit="squash", statistics=(HALVES, HALVES))
         clip, length = read_audio(path, sample_rate=SAMPLE_RATE), round(self.audio_seconds * SAMPLE_RATE)
         return clip.repeat(-(-length // len(clip)))[:length]
 
     def _array(self, path: Path, modality: str) -> Tensor:
-        try:
-            found = torch.from_numpy(numpy.load(path, allow_pickle=False))
-        except (OSError, ValueError, TypeError, EOFError) as error:
-            raise ValueError(
-                f"{path}: expected an array, a {_ARRAY} file, got another ({' '.join(str(error).split())})"
-            ) from error
+        found = read_array(path)
         layout = (_RAW if self.networks else _MAPS)[modality]
         channels = 3 if self.networks else self.channels
         rank = layout.count(",") + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.config import is_number
-from onepeace_fast.data.manifest import MISSING, report_problems
+from onepeace_fast.data.manifest import MISSING, read_objects, report_problems
 from onepeace_fast.data.text import Tokenizer
 
 BINS = 1000
@@ -70,28 +69,23 @@ def read_tasks(
     """
     require(missing in MISSING, lambda: f"missing: expected one of {', '.join(MISSING)}, got {missing!r}")
     manifest = Path(os.path.expanduser(path))
-    require(manifest.is_file(), lambda: f"{manifest}: expected a manifest of JSON lines, got no file there")
     found: dict[str, list[Sample]] = {}
     problems, total = [], 0
-    with manifest.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip():
-                continue
-            where = f"{manifest}, line {line}"
-            task, row = _read_line(where, raw)
-            if wanted is not None and task not in wanted:
-                continue
-            total += 1
-            texts = {column: _text_of(where, task, column, row, bins) for column in TASKS[task].columns}
-            modality = TASKS[task].modality
-            require(isinstance(row.get(modality), str), lambda: _expected(where, task, modality, "a path", row))  # noqa: B023
-            whole = manifest.parent / os.path.expanduser(row[modality])
-            empty = [column for column, text in texts.items() if not text.strip()]
-            if empty or not whole.is_file():
-                problems.append(f"line {line}: " + (f"empty {empty[0]}" if empty else f"no file {whole}"))
-                continue
-            question, answer = (text.format(**texts) for text in TASKS[task][1:])
-            found.setdefault(task, []).append(Sample(whole, question, answer, line))
+    for line, where, row in read_objects(manifest):
+        task = _task_of(where, row)
+        if wanted is not None and task not in wanted:
+            continue
+        total += 1
+        texts = {column: _text_of(where, task, column, row, bins) for column in TASKS[task].columns}
+        modality = TASKS[task].modality
+        require(isinstance(row.get(modality), str), lambda: _expected(where, task, modality, "a path", row))  # noqa: B023
+        whole = manifest.parent / os.path.expanduser(row[modality])
+        empty = [column for column, text in texts.items() if not text.strip()]
+        if empty or not whole.is_file():
+            problems.append(f"line {line}: " + (f"empty {empty[0]}" if empty else f"no file {whole}"))
+            continue
+        question, answer = (text.format(**texts) for text in TASKS[task][1:])
+        found.setdefault(task, []).append(Sample(whole, question, answer, line))
     require(total > 0, lambda: f"{manifest}: expected samples of {', '.join(wanted or TASKS)}, got none")
     if problems:
         report_problems(manifest, problems, total, missing)
@@ -101,18 +95,13 @@ def read_tasks(
     return found
 
 
-def _read_line(where: str, raw: bytes) -> tuple[str, Mapping[str, Any]]:
-    try:
-        row = json.loads(raw)
-    except ValueError as error:  # also of other bytes than UTF-8
-        raise ValueError(f"{where}: expected a JSON object, got another text ({error})") from None
-    require(isinstance(row, dict), lambda: f"{where}: expected a JSON object, got {describe(row)}")
+def _task_of(where: str, row: Mapping[str, Any]) -> str:
     task = row.get("task")
     close = difflib.get_close_matches(str(task), TASKS, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     if not (isinstance(task, str) and task in TASKS):
         raise ValueError(f"{where}: task: expected one of {', '.join(TASKS)}, got {task!r}{hint}")
-    return task, row
+    return task
 
 
 def _expected(where: str, task: str, column: str, what: str, row: Mapping[str, Any]) -> str:

@@ -36,6 +36,8 @@ class Tokenizer:
     space, with all its own whitespace.
     """
 
+    begin, end, padding = BEGIN, END, PADDING_TOKEN
+
     def __init__(self, model: Any) -> None:
         self._model = model
         own = model.normalizer
@@ -52,15 +54,7 @@ class Tokenizer:
             ValueError: no such file, not a tokenizer, or special tokens with other ids; one line naming the file.
             ImportError: tokenizers is missing.
         """
-        tokenizers = optional("tokenizers")
-        path = os.path.expanduser(os.fspath(path))
-        require(os.path.isfile(path), lambda: f"{path}: expected a tokenizer.json, got no file there")
-        try:
-            # from_file takes no name that is not UTF-8.
-            model = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
-        except Exception as error:  # its own kind is Exception itself
-            reason = " ".join(str(error).split())
-            raise ValueError(f"{path}: expected a tokenizer.json of tokenizers, got another file ({reason})") from error
+        path, model = read_tokenizer(path)
         ids = {token: model.token_to_id(token) for token in SPECIAL_TOKENS}
         expected = {token: place for place, token in enumerate(SPECIAL_TOKENS)}
         require(ids == expected, lambda: f"{path}: expected special tokens {expected}, got {ids}")
@@ -142,7 +136,7 @@ class Tokenizer:
         if not ids:
             raise ValueError(f"caption: expected what the tokenizer knows, got {describe(text)}, which has no token")
         require(
-            not {BEGIN, PADDING_TOKEN, END} & set(ids),
+            not {self.begin, self.padding, self.end} & set(ids),
             lambda: f"caption: expected text without {', '.join(SPECIAL_TOKENS[:UNKNOWN])}, got {describe(text)}",
         )
         # A space counts as part of the word behind it: some tokenizers give it to the token, some leave it out.
@@ -163,7 +157,26 @@ class Tokenizer:
             ValueError: as ``tokens``.
         """
         ids, starts = self.tokens(caption)
-        return [*ids[:max_tokens], END], [*starts[:max_tokens], False]
+        return [*ids[:max_tokens], self.end], [*starts[:max_tokens], False]
+
+
+def read_tokenizer(path: str | os.PathLike[str]) -> tuple[str, Any]:
+    """A ``tokenizer.json``'s path and its model.
+
+    Raises:
+        ValueError: no such file, or not a tokenizer; one line naming the file.
+        ImportError: tokenizers is missing.
+    """
+    tokenizers = optional("tokenizers")
+    path = os.path.expanduser(os.fspath(path))
+    require(os.path.isfile(path), lambda: f"{path}: expected a tokenizer.json, got no file there")
+    try:
+        # from_file takes no name that is not UTF-8.
+        model = tokenizers.Tokenizer.from_str(Path(path).read_text(encoding="utf-8"))
+    except Exception as error:  # its own kind is Exception itself
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: expected a tokenizer.json of tokenizers, got another file ({reason})") from error
+    return path, model
 
 
 class Splits(Protocol):
@@ -180,6 +193,7 @@ class TokenizedCaptions:
     Args:
         captions, tokenizer: every caption is encoded at once.
         max_tokens: a longer caption loses its end.
+        end: the token behind each.
         name: what a message calls the caption at a place, which counts from 0.
 
     Attributes:
@@ -195,6 +209,7 @@ class TokenizedCaptions:
         tokenizer: Splits,
         *,
         max_tokens: int = MAX_TOKENS,
+        end: int = END,
         name: Callable[[int], str] = "captions[{}]".format,
     ) -> None:
         self.truncated = 0
@@ -205,7 +220,7 @@ class TokenizedCaptions:
             except ValueError as error:
                 raise ValueError(f"{name(place)}: {error}") from None
             self.truncated += len(tokens) > max_tokens
-            ids.extend([*tokens[:max_tokens], END])
+            ids.extend([*tokens[:max_tokens], end])
             starts.extend([*words[:max_tokens], False])
             self._ends.append(len(ids))
         self._ids = torch.from_numpy(numpy.array(ids, dtype=numpy.int32))
@@ -222,7 +237,7 @@ class TokenizedCaptions:
         return len(self._ends)
 
     def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        """Ids, int64 [length] with END last, and the starts of words, bool [length]."""
+        """Ids, int64 [length], the end last, and the starts of words, bool [length]."""
         begin, end = self._ends[place - 1] if place else 0, self._ends[place]
         return self._ids[begin:end].long(), self._starts[begin:end]
 

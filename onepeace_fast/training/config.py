@@ -163,7 +163,8 @@ class RunConfig(ABC):
             ValueError: a field that is unknown or does not fit.
         """
         try:
-            return base.from_dict(_merged(dataclasses.asdict(cast(Any, base)), self.model_fields(), ""))
+            fields = dataclasses.asdict(cast(Any, base), dict_factory=_Section)
+            return base.from_dict(_merged(fields, self.model_fields(), ""))
         except (TypeError, ValueError) as error:
             raise ValueError(f"model: {error}") from None
 
@@ -178,17 +179,35 @@ class RunConfig(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig(RunConfig):
-    """A pretraining run of ONE-PEACE; ``steps`` counts optimizer steps."""
+class SteppedConfig(RunConfig):
+    """A run of so many optimizer steps, over which the learning rate rises and falls once."""
 
-    family: str = key(one_of([FAMILY]), FAMILY, changes_result=False)
-    stage: str = key(one_of(STAGES))
-    initial_scale: float = key(POSITIVE, 1.0, changes_result=False)  # nor does it where there is a checkpoint
     steps: int = key(COUNT)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.warm_up < self.steps, f"warm_up: expected fewer than steps ({self.steps}), got {self.warm_up}")
+
+    @property
+    def total(self) -> int:
+        """The key ``steps``."""
+        return self.steps
+
+    def schedule(self, step: int) -> tuple[int, int]:
+        """One rise and fall over the whole run."""
+        return step, self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(SteppedConfig):
+    """A pretraining run of ONE-PEACE."""
+
+    family: str = key(one_of([FAMILY]), FAMILY, changes_result=False)
+    stage: str = key(one_of(STAGES))
+    initial_scale: float = key(POSITIVE, 1.0, changes_result=False)  # nor does it where there is a checkpoint
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             self.stage == "vision_language" or self.init is not None,
             "init: expected the model folder of a finished vision_language run where stage is audio_language, got none",
@@ -202,15 +221,6 @@ class TrainingConfig(RunConfig):
     def modality(self) -> str:
         """What the stage pairs with text: image or audio."""
         return STAGES[self.stage]
-
-    @property
-    def total(self) -> int:
-        """The key ``steps``."""
-        return self.steps
-
-    def schedule(self, step: int) -> tuple[int, int]:
-        """One rise and fall over the whole run."""
-        return step, self.steps
 
 
 class _Loader(yaml.SafeLoader):
@@ -264,6 +274,10 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}") from None
 
 
+class _Section(dict[str, Any]):
+    """The fields of a configuration; a mapping that is none is a value, such as MiCo's frames."""
+
+
 def _merged(base: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]:
     """``base`` with the entries of ``changes``, section by section; a section that was None starts empty."""
     require(isinstance(changes, Mapping), f"{where or 'model'}: expected a section of fields, got {describe(changes)}")
@@ -272,5 +286,5 @@ def _merged(base: Mapping[str, Any], changes: Any, where: str) -> dict[str, Any]
         old, place = base.get(name), f"{where}.{name}" if where else str(name)
         if isinstance(old, bool):
             require(isinstance(value, bool), f"{place}: expected true or false, got {describe(value)}")
-        result[name] = _merged(old, value, place) if isinstance(old, Mapping) and value is not None else value
+        result[name] = _merged(old, value, place) if isinstance(old, _Section) and value is not None else value
     return result

@@ -106,8 +106,9 @@ class Processes:
     def place(self, model: nn.Module) -> None:
         """Move a model to its device, sharded over all processes where there are several.
 
-        Each layer gathers its weights when it runs, all others belong to the root. A scalar, ONE-PEACE's
-        ``logit_scale``, cannot be sharded: every process has it whole.
+        Each layer gathers its weights when it runs, all others belong to the root: so do MiCo's layers, since processes
+        with unlike modalities run them unlike often, while gathering takes all processes. A scalar, such as
+        ONE-PEACE's ``logit_scale``, cannot be sharded: every process has it whole.
         """
         if self.count == 1:
             model.to(self.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ class Family(ABC):
     """A run of one kind of model, over entries that were read of its manifest."""
 
     default_model: ClassVar[ModelConfig]
+    tokenizer_class: ClassVar[type[Tokenizer]] = Tokenizer
 
     def __init__(self, config: Any, entries: Any) -> None:
         self.config, self.entries = config, entries
@@ -47,10 +49,33 @@ class Family(ABC):
     def texts(self) -> Iterable[str]:
         """What a tokenizer is trained on."""
 
+    @classmethod
+    def sizes(cls, config: Any, folder: Path | None) -> Any:
+        """Those of a model: a folder's with what the configuration gives instead, or the default ones'.
+
+        Raises:
+            ValueError: a folder without a configuration, or one that does not fit.
+        """
+        if folder is None:
+            return config.model_config(cls.default_model)
+        path = folder / CONFIG_FILE
+        require(path.is_file(), f"init: expected the folder of a model, got {folder} without {CONFIG_FILE}")
+        try:
+            base = type(cls.default_model).load(path)
+        except ValueError as error:
+            raise ValueError(f"init: {path}: {error}") from None
+        return config.model_config(base)
+
     @property
     def reserved_rows(self) -> int:
         """Rows of the table of tokens that are not the tokenizer's."""
         return 0
+
+    def sized(self, model: Any, fields: Mapping[str, Any], tokenizer: Tokenizer) -> Any:
+        """The sizes with as many rows of tokens as there are, unless ``fields`` give another number."""
+        if self.config.tokenizer and "vocab_size" in fields:
+            return model
+        return dataclasses.replace(model, vocab_size=tokenizer.vocab_size + self.reserved_rows)
 
     def require_fit(self, model: Any, tokenizer: Tokenizer) -> None:
         """Raise ``ValueError`` where the model cannot be trained so, or has fewer rows than there are tokens."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -20,13 +19,17 @@ from onepeace_fast.training.checkpoint import TOKENIZER_FILE
 from onepeace_fast.training.config import FAMILY, RunConfig, TrainingConfig, read_yaml
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.family import Family
+from onepeace_fast.training.mico import MixedSamples
+from onepeace_fast.training.mico_config import MicoTrainingConfig
 from onepeace_fast.training.pairs import Pairs
 from onepeace_fast.training.trainer import Trainer
 from onepeace_fast.training.unival import Tasks
 from onepeace_fast.training.unival_config import UnivalTrainingConfig
 
-CONFIGS: dict[str, type[RunConfig]] = {FAMILY: TrainingConfig, "unival": UnivalTrainingConfig}
-FAMILIES: dict[str, type[Family]] = {FAMILY: Pairs, "unival": Tasks}
+CONFIGS: dict[str, type[RunConfig]] = {
+    FAMILY: TrainingConfig, "unival": UnivalTrainingConfig, "mico": MicoTrainingConfig,
+}  # fmt: skip
+FAMILIES: dict[str, type[Family]] = {FAMILY: Pairs, "unival": Tasks, "mico": MixedSamples}
 
 
 def read_run(path: str | Path) -> RunConfig:
@@ -77,14 +80,13 @@ def start(config: RunConfig, processes: Processes, entries: Any) -> Started:
     found = processes.on_main(lambda: checkpoint.newest(config.path("output")))
     model_config, fields = _model_config(family, found.folder), config.model_fields()
     tokenizer_file = _tokenizer_file(config, found.folder)
-    reserved = family.reserved_rows
     if tokenizer_file is None:
         tokenizer_file = config.path("output") / TOKENIZER_FILE
-        size = model_config.vocab_size - reserved
+        size = model_config.vocab_size - family.reserved_rows
         processes.on_main(lambda: _train_tokenizer(family.texts(), size, tokenizer_file))
-    tokenizer = Tokenizer.load(tokenizer_file)
-    if found.folder is None and config.init is None and (not config.tokenizer or "vocab_size" not in fields):
-        model_config = dataclasses.replace(model_config, vocab_size=tokenizer.vocab_size + reserved)
+    tokenizer = family.tokenizer_class.load(tokenizer_file)
+    if found.folder is None and config.init is None:
+        model_config = family.sized(model_config, fields, tokenizer)
     family.require_fit(model_config, tokenizer)
     settings = config.settings() | {
         "model": dict(fields),
@@ -117,19 +119,9 @@ def start(config: RunConfig, processes: Processes, entries: Any) -> Started:
 
 def _model_config(family: Family, folder: Path | None) -> Any:
     """The model's sizes: the checkpoint's, or those of the configuration on top of the initial model's."""
-    kind, config = type(family.default_model), family.config
     if folder is not None:
-        return kind.load(folder / CONFIG_FILE)
-    initial = config.path("init")
-    if initial is None:
-        return config.model_config(family.default_model)
-    path = initial / CONFIG_FILE
-    require(path.is_file(), f"init: expected the folder of a model, got {initial} without {CONFIG_FILE}")
-    try:
-        base = kind.load(path)
-    except ValueError as error:
-        raise ValueError(f"init: {path}: {error}") from None
-    return config.model_config(base)
+        return type(family.default_model).load(folder / CONFIG_FILE)
+    return family.sizes(family.config, family.config.path("init"))
 
 
 def _tokenizer_file(config: RunConfig, folder: Path | None) -> Path | None:

@@ -133,7 +133,11 @@ class Trainer(ABC):
 
 
 def _on(value: Any, device: torch.device) -> Any:
-    """A tensor, or those in a mapping, on a device."""
+    """A tensor, or those in a mapping, a list or a NamedTuple, on a device."""
     if isinstance(value, Mapping):
         return {name: _on(one, device) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_on(one, device) for one in value]
+    if isinstance(value, tuple):
+        return type(value)(*(_on(one, device) for one in value))
     return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -8,8 +8,12 @@ import pytest
 
 pytest.importorskip("yaml")
 
+from training._mico_runs import VOCABULARY, write_samples, write_tokenizer
+
 from onepeace_fast import OnePeaceConfig
+from onepeace_fast.training import command
 from onepeace_fast.training.config import TrainingConfig
+from onepeace_fast.training.mico_config import MicoTrainingConfig
 from onepeace_fast.training.start import read_run
 from onepeace_fast.training.unival import Tasks
 from onepeace_fast.training.unival_config import UnivalTrainingConfig
@@ -44,6 +48,24 @@ def test_unival_s_example_is_a_configuration_and_its_model_fits():
     rates = {name: 0.1 for name in ("dropout", "encoder_drop_path_rate", "decoder_drop_path_rate")}
     assert model == dataclasses.replace(Tasks.default_model, **rates) and "audio" in model.modalities
     assert [len(part.tasks) for part in config.parts] == [4, 5]
+
+
+def test_mico_s_page_has_a_configuration_that_runs(tmp_path, capsys):
+    (written,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "docs" / "mico.md").read_text(), re.MULTILINE | re.DOTALL)
+    (tmp_path / "run.yaml").write_text(written)
+    config = read_run(tmp_path / "run.yaml")
+    write_samples(tmp_path, side=config.model["vision"]["image_size"])
+    special = {0: "[PAD]"} | dict(enumerate(("[UNK]", "[CLS]", "[SEP]", "[MASK]"), start=100))
+    words = [special.get(place, f"[unused{place}]") for place in range(106)]
+    write_tokenizer(config.path("tokenizer"), [*words, *VOCABULARY[5:]])
+    assert command.pretrain(str(tmp_path / "run.yaml")) == 0
+    assert f"Done: {config.path('output') / f'step-{config.steps:08d}'}" in capsys.readouterr().out
+
+
+def test_mico_s_keys_are_those_of_all_runs():
+    shared, keys = keys_of(TrainingConfig), keys_of(MicoTrainingConfig)
+    assert {name for name, value in keys.items() if shared.get(name) != value} == {"family"}
+    assert {*shared} - {*keys} == {"stage", "initial_scale"}
 
 
 @pytest.mark.parametrize("name", ["vision_language", "audio_language"])

@@ -58,7 +58,7 @@ STAGE = {"tasks": ["caption"], "steps": 3}
 @pytest.mark.parametrize(
     ("keys", "parts"),
     [
-        ({"family": "beit"}, ["family: expected one of one_peace, unival, got 'beit'"]),
+        ({"family": "beit"}, ["family: expected one of one_peace, unival, mico, got 'beit'"]),
         ({"stages": None}, ["expected stages, got no value"]),
         ({"stages": []}, ["stages: expected a list of stages", "got list []"]),
         ({"stages": [{"tasks": ["caption"]}]}, ["stages[0]: expected {tasks: [...], steps: N}, got dict"]),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from onepeace_fast.checks import require
+from onepeace_fast.config import ModelConfig, is_number
 
 EPS = 1e-6  # of the encoder's norms
 PADDING = 0  # BERT's [PAD]
 # Upstream's heads of the contrast, whose names are letters; a modality of one's own has its name.
 LETTERS = {"vision": "v", "audio": "a", "depth": "d", "subtitle": "s"}
+LOSSES = ("contrast", "matching", "caption")
 # Upstream's heads of several modalities, by what is joined, in this order.
 UNIONS = {
     "va": ("vision", "audio"), "id": ("vision", "depth"), "vs": ("vision", "subtitle"),
@@ -174,9 +176,11 @@ class ContextConfig:
 
     def __post_init__(self) -> None:
         _check_sizes(self)
+        fits = isinstance(self.frames, Mapping)
+        require(fits, f"frames: expected modalities with their numbers of frames, got {self.frames!r}")
         require(len(self.frames) > 0, "frames: expected at least one modality, got none")
         for name, rows in self.frames.items():
-            fits = name.isidentifier() and name not in ("subtitle", "text")
+            fits = isinstance(name, str) and name.isidentifier() and name not in ("subtitle", "text")
             require(fits, f"frames: expected names of modalities beside subtitle and text, got {name!r}")
             whole = isinstance(rows, int) and not isinstance(rows, bool) and rows > 0
             require(whole, f"frames[{name!r}]: expected a positive integer, got {rows!r}")
@@ -193,28 +197,36 @@ class ContextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MicoConfig:
+class MicoConfig(ModelConfig):
     """Sizes of MiCo (arXiv 2406.09412).
 
     Attributes:
         vision: of the encoder, which all frames share.
         text: of the text encoder.
         contra_dim, frames: as in ``ContextConfig``.
-        matching_weight: of that loss beside the others.
+        contrast_weight, matching_weight, caption_weight: of the losses in their sum.
         pool: whether texts see two tokens of each frame, its CLS and the mean of its patches, in place of all.
     """
 
-    vision: EvaConfig = field(default_factory=EvaConfig)
-    text: TextConfig = field(default_factory=TextConfig)
+    kind: ClassVar[str] = "mico"
+    vision: EvaConfig = EvaConfig()
+    text: TextConfig = TextConfig()
     contra_dim: int = 512
     frames: Mapping[str, int] = field(default_factory=lambda: {"vision": 8, "audio": 8, "depth": 8})
+    contrast_weight: float = 1.0
     matching_weight: float = 0.1
+    caption_weight: float = 1.0
     pool: bool = False
 
     def __post_init__(self) -> None:
+        for name, kind in (("vision", EvaConfig), ("text", TextConfig)):
+            section = getattr(self, name)
+            require(isinstance(section, kind), f"{name}: expected the encoder's sizes, got {section!r}")
         _check_sizes(self)
-        weight = self.matching_weight
-        require(weight >= 0, f"matching_weight: expected a weight of at least 0, got {weight}")
+        weights = {f"{name}_weight": getattr(self, f"{name}_weight") for name in LOSSES}
+        for name, weight in weights.items():
+            require(is_number(weight) and weight >= 0, f"{name}: expected a weight of at least 0, got {weight!r}")
+        require(any(weights.values()), f"{', '.join(weights)}: expected one above 0, got none")
         self.context  # noqa: B018  # it is checked where it is made
 
     @property

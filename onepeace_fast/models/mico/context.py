@@ -178,6 +178,13 @@ class Context(nn.Module):
         heads = (self.get_submodule(f"contra_head_{LETTERS.get(name, name)}")(x) for name, x in pooled.items())
         return F.normalize(torch.stack([*heads]).sum(0), dim=-1)
 
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """Those that one modality alone reads."""
+        modules = (f"hidden_trans_{name}_multimodal", f"contra_head_{LETTERS.get(name, name)}")
+        found = [parameter for module in modules for parameter in self.get_submodule(module).parameters()]
+        found.append(self.get_parameter(f"{name}_type_embeddings"))
+        return [*found, self.get_parameter(f"{name}_frame_embedding")] if name in self.context_config.frames else found
+
     def load_upstream_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Load upstream's state dict; strict, and nothing is changed unless everything fits.
 

@@ -6,7 +6,8 @@ Each sample has any of the modalities, in any number of frames; a batch is one p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device
 from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.models import upstream
 from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.mico import losses
-from onepeace_fast.models.mico.config import LETTERS, MicoConfig
+from onepeace_fast.models.mico.config import LOSSES, MicoConfig
 from onepeace_fast.models.mico.context import Context, PackedContext, Tokens, pooled
 from onepeace_fast.models.mico.encoder import EvaEncoder
 from onepeace_fast.models.mico.inputs import (
@@ -192,7 +194,7 @@ class Mico(Context):
             generator: on the CPU, of what is hidden and of the wrong pairs; None: the default one.
 
         Returns:
-            "contrast", "matching", "caption" and their sum, "loss", in which matching has its weight.
+            "contrast", "matching", "caption" and "loss", the sum of them with their weights.
 
         Raises:
             ValueError: an input that does not fit, before any work: a sample without any modality, a single sample.
@@ -226,9 +228,23 @@ class Mico(Context):
         read = self.multimodal_encoder(masked.ids, context, causal=True)
         found = read.texts.tokens(read.x, masked.hidden)
         caption = losses.captioning(self.multimodal_encoder.scores(found, read.texts.packed), text, masked, hidden)
-        loss = with_unread(contrast + config.matching_weight * matching + caption, *self._unread(seen))
-        return {"loss": loss, **{name: x.detach() for name, x in (
-            ("contrast", contrast), ("matching", matching), ("caption", caption))}}  # fmt: skip
+        parts = dict(zip(LOSSES, (contrast, matching, caption), strict=True))
+        loss = torch.stack([getattr(config, f"{name}_weight") * x for name, x in parts.items()]).sum()
+        return {
+            "loss": with_unread(loss, *self.unread(seen.parts())), **{name: x.detach() for name, x in parts.items()}
+        }  # fmt: skip
+
+    @classmethod
+    def load(cls, directory: str | Path, backend: str | None = None) -> Mico:
+        """Build the model of a checkpoint of ``onepeace-fast train``, on the CPU, in training mode.
+
+        Raises:
+            ValueError: a file that is missing or does not fit.
+        """
+        config, weights = upstream.read_folder(Path(directory).expanduser(), MicoConfig)
+        model = cls(config, backend)
+        model.load_upstream_state_dict(weights)
+        return model
 
     def _see(
         self, frames: Mapping[str, Given | None], subtitle: Tensor | None, samples: Samples | None, count: int | None,
@@ -308,20 +324,17 @@ class Mico(Context):
         index = torch.tensor(order, dtype=torch.int64, device=found.device)
         return torch.zeros_like(found).index_copy(0, index, found)
 
-    def _unread(self, seen: Seen) -> list[nn.Parameter]:
-        """The parameters that a batch does not read."""
+    def unread(self, sets: Iterable[Iterable[str]]) -> list[nn.Parameter]:
+        """The parameters that ``losses`` does not read of samples with these sets of modalities."""
+        seen = [{*names} for names in sets]
+        read = {name for names in seen for name in names}
         found: list[nn.Parameter] = [self.vision_encoder.logit_scale]
-        modules: list[nn.Module] = []
         for name in self.context_config.modalities:
-            if name not in seen.rows:
-                modules += [self.get_submodule(f"hidden_trans_{name}_multimodal")]
-                modules += [self.get_submodule(f"contra_head_{LETTERS.get(name, name)}")]
-                found.append(self.get_parameter(f"{name}_type_embeddings"))
-                if name in self.config.frames:
-                    found.append(self.get_parameter(f"{name}_frame_embedding"))
-        sets = [{*names} for names in seen.parts()]
+            found += [] if name in read else self.parameters_of(name)
         unions = self.context_config.unions.items()
-        modules += [self.get_submodule(f"contra_head_{name}") for name, parts in unions if {*parts} not in sets]
-        if {*seen.rows} == {"subtitle"}:
+        modules: list[nn.Module] = [
+            self.get_submodule(f"contra_head_{name}") for name, parts in unions if {*parts} not in seen
+        ]
+        if read == {"subtitle"}:
             modules.append(self.vision_encoder.visual)
         return found + [parameter for module in modules for parameter in module.parameters()]
