@@ -2,12 +2,12 @@
 PYTHON ?= python3
 ARGS ?=
 
-.PHONY: help demo demo-unival test test-all bench docs kernels mutants rehearse gpu
+.PHONY: help demo demo-unival demo-mico test test-all bench docs kernels mutants rehearse gpu
 
 help:
 	@$(PYTHON) bootstrap.py --help
 
-demo demo-unival test test-all bench docs kernels mutants gpu:
+demo demo-unival demo-mico test test-all bench docs kernels mutants gpu:
 	@$(PYTHON) bootstrap.py $@ $(ARGS)
 
 # make rehearse VERSIONS=2.11, or VERSIONS=oldest

@@ -2,6 +2,7 @@
 
   demo     the demonstration; arguments go to `onepeace-fast demo`
   demo-unival  three claims of UnIVAL's paper; arguments go to `onepeace-fast demo-unival`
+  demo-mico  what more modalities are worth to MiCo; arguments go to `onepeace-fast demo-mico`
   test     ruff's rules and format, mypy, then the quick tests on all cores; arguments go to pytest; --coverage: with
            their coverage
   test-all the slow tests, which test leaves out; arguments go to pytest
@@ -47,7 +48,8 @@ ARCHITECTURES = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 
 OLDEST_TORCH = (2, 8)
 PINNED_TORCH = "2.13.0"
-INCLUDED = {"demo": ["demo"], "demo-unival": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
+INCLUDED = {"demo": ["demo"], "dev": ["demo", "train", "docs", "dev"]}
+INCLUDED["demo-unival"] = INCLUDED["demo-mico"] = INCLUDED["demo"]
 INCLUDED["test-all"] = [*INCLUDED["dev"], "transformers"]
 DOWNLOADS = {
     "base": "triton (about 300 MB, only on Linux), numpy, safetensors (about 20 MB)",
@@ -260,6 +262,7 @@ COVERAGE = ("--cov", "--cov-report=term-missing:skip-covered", "--cov-fail-under
 COMMANDS = {
     "demo": ("Running the demonstration", "onepeace_fast.cli", "demo"),
     "demo-unival": ("Running the demonstration of UnIVAL", "onepeace_fast.cli", "demo-unival"),
+    "demo-mico": ("Running the demonstration of MiCo", "onepeace_fast.cli", "demo-mico"),
     "test": ("Running the quick tests; `make test-all` runs the others", *PARALLEL),
     "test-all": ("Running the slow tests", *PARALLEL, "--no-loadscope-reorder", "-m", "slow and not gpu"),
     "bench": ("Running the benchmarks", "pytest", "benchmarks"),

@@ -1,6 +1,7 @@
 """MiCo (arXiv 2406.09412)."""
 
 from onepeace_fast.models.mico.config import ContextConfig, EvaConfig, MicoConfig, TextConfig
+from onepeace_fast.models.mico.connector import LanguageConnector
 from onepeace_fast.models.mico.context import Context
 from onepeace_fast.models.mico.encoder import EvaEncoder
 from onepeace_fast.models.mico.losses import Masked, mask_captions
@@ -12,6 +13,7 @@ __all__ = [
     "ContextConfig",
     "EvaConfig",
     "EvaEncoder",
+    "LanguageConnector",
     "Masked",
     "Mico",
     "MicoConfig",

@@ -73,7 +73,7 @@ class Mico(Context):
         backend: "reference" (padded, as upstream computes it), "fused" (packed), or None: automatic, by device.
     """
 
-    tasks: ClassVar[tuple[str, ...]] = ("encode", "embed", "match", "losses")
+    tasks: ClassVar[tuple[str, ...]] = ("encode", "contexts", "embed", "match", "losses")
     load_report: LoadReport | None = None
 
     def __init__(self, config: MicoConfig, backend: str | None = None) -> None:
@@ -114,6 +114,23 @@ class Mico(Context):
         """
         seen = self._see(frames, None, None, None)
         return {name: [*own.x.split([*own.counts])] for name, own in seen.tokens.items()}
+
+    def contexts(
+        self, *, subtitle: Tensor | None = None, samples: Samples | None = None, **frames: Given | None
+    ) -> PackedContext:
+        """What texts see of each sample, for a decoder of one's own.
+
+        Args:
+            subtitle, samples, frames: as in ``embed``.
+
+        Raises:
+            ValueError: an input that does not fit, before any work.
+        """
+        seen = self._see(frames, subtitle, samples, None)
+        context = self._context(seen)
+        beside = ("contra_", "itm_head.", "multimodal_encoder.")
+        unread = [parameter for name, parameter in self.named_parameters() if name.startswith(beside)]
+        return context._replace(x=with_unread(context.x, *self._unread(seen), *unread))
 
     def embed(
         self, *, text: Tensor | None = None, subtitle: Tensor | None = None, samples: Samples | None = None,
