@@ -30,10 +30,10 @@ def result():
 
 def test_the_pen_goes_from_the_topmost_dark_pixel_to_the_nearest_and_is_lifted_over_gaps():
     image = torch.zeros(8, 8)
-    for row, column, ink in ((1, 2, 16), (2, 2, 8), (2, 3, 5), (5, 2, 12), (3, 3, 16)):
+    for row, column, ink in ((1, 2, 16), (2, 2, 8), (2, 3, 5), (5, 2, 12), (3, 3, 16), (1, 6, 16)):
         image[row, column] = ink
     path = views.pen_path(image)
-    expected = [[1, 2, 1.0, 0], [2, 2, 0.0, 0], [3, 3, 1.0, 0], [5, 2, 0.5, 1]]  # the one of 5 is too light
+    expected = [[1, 2, 1.0, 0], [2, 2, 0.0, 0], [3, 3, 1.0, 0], [5, 2, 0.5, 1], [1, 6, 1.0, 1]]  # 5 is too light
     assert torch.equal(path, torch.tensor([[r / 3.5 - 1, c / 3.5 - 1, ink, 2 * up - 1] for r, c, ink, up in expected]))
     found = views.pen_map(image)
     assert torch.equal(found[:, 0], path[0].repeat_interleave(4)) and torch.equal(

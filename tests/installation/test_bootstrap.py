@@ -279,8 +279,9 @@ def test_help_names_every_command_and_starts_nothing(bootstrap, machine, capsys,
 
 def test_unknown_command_ends_in_one_line(bootstrap, machine, capsys):
     assert machine.started("tset", code=2) == []
-    assert "choose one of demo, demo-unival, test, test-all, bench, docs, kernels, mutants, rehearse, gpu" in one_line(
-        capsys.readouterr().err
+    assert (
+        "choose one of demo, demo-unival, demo-mico, test, test-all, bench, docs, kernels, mutants, rehearse, gpu"
+        in one_line(capsys.readouterr().err)
     )
 
 

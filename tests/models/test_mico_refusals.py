@@ -92,7 +92,9 @@ def test_embed_match_and_encode_refuse_in_one_line():
     assert line == "samples: expected at least one modality in each of 2, got none in [0]"
     line = refusal(lambda: model.encode(vision=frames()["vision"], audio=[clip(1, SIDE, SIDE).to("meta")]))
     assert line == "audio[0]: expected a tensor on cpu, got one on meta; move it with .to('cpu')"
-    assert refusal(lambda: model("write")) == "task: expected one of encode, embed, match, losses, got 'write'"
+    assert (
+        refusal(lambda: model("write")) == "task: expected one of encode, contexts, embed, match, losses, got 'write'"
+    )
     assert refusal(lambda: Mico(CONFIG, "fast")).startswith("backend: expected ")
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,8 +61,8 @@ class Result:
         for measure in (RETRIEVAL, MATCHING):
             for count in range(1, 5):
                 found[f"{measure}, {count} in the context"] = statistics.mean(self.of_size(count, measure))
-            for count, of in self.pretraining.items():
-                found |= {f"{measure}, {what}, pretrained with {count}": one[measure] for what, one in of.items()}
+            for known, of in self.pretraining.items():
+                found |= {f"{measure}, {what}, pretrained with {known}": one[measure] for what, one in of.items()}
         return found
 
 
@@ -111,7 +112,7 @@ def pretrain(model: Mico, sets: Sets, steps: int, seed: int) -> Mico:
 
 
 @torch.no_grad()
-def measure(model: Mico, frames: Mapping[str, Tensor], digits: Tensor) -> dict[str, float]:
+def measure(model: Mico, frames: Mapping[str, Any], digits: Tensor) -> dict[str, float]:
     """The share of samples that find their caption among ten: by features, and by matching it with the context."""
     text = views.captions(range(10))
     found = model.embed(text=text, **frames)

@@ -8,7 +8,7 @@ columns. The views of a sample are of one digit and else drawn each for itself: 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ class Drawn(NamedTuple):
     """A batch: captions, int64 [samples, 4], frames of each modality, and whose each row is."""
 
     text: Tensor
-    frames: dict[str, Tensor]
+    frames: dict[str, Any]
     samples: dict[str, list[int]]
 
 
@@ -114,7 +114,8 @@ def draw(views: Mapping[str, Views], modalities: Sequence[str], groups: int, gen
     has = torch.rand(len(digits), len(modalities), generator=generator, device="cpu") < 0.5
     first = torch.randint(len(modalities), (len(digits),), generator=generator, device="cpu")
     has[torch.arange(len(digits), device="cpu"), first] = True
-    frames, samples = {}, {}
+    frames: dict[str, Any] = {}
+    samples: dict[str, list[int]] = {}
     for place, name in enumerate(modalities):
         own = has[:, place].nonzero()[:, 0]
         if len(own):
