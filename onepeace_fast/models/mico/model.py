@@ -130,7 +130,7 @@ class Mico(Context):
         context = self._context(seen)
         beside = ("contra_", "itm_head.", "multimodal_encoder.")
         unread = [parameter for name, parameter in self.named_parameters() if name.startswith(beside)]
-        return context._replace(x=with_unread(context.x, *self._unread(seen), *unread))
+        return context._replace(x=with_unread(context.x, *self.unread(seen.parts()), *unread))
 
     def embed(
         self, *, text: Tensor | None = None, subtitle: Tensor | None = None, samples: Samples | None = None,
