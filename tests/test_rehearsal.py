@@ -131,6 +131,7 @@ def test_no_test_at_all_is_a_fault():
     assert summary == "rehearsal: 0 tests, 0 compiles, 0 launches, 1 faults (3 more cannot run here)"
 
 
+@pytest.mark.slow
 def test_a_feed_forward_step_compiles_few_programs_and_another_batch_none():
     result = run("-m", "tools.rehearsal.step", "--count-only")
     found = json.loads(result.stdout.splitlines()[-1])

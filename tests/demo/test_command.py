@@ -138,6 +138,7 @@ def test_a_long_recording_is_heard_at_its_loudest_second(trained, tmp_path, caps
     assert "its loudest second of 5.0" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_voice_before_the_first_run_has_the_demo_run_first(tmp_path, capsys, spoken):
     path = recording(tmp_path / "mine.wav", spoken[1].sounds[0])
     assert demo("--output", tmp_path / "report", "--wav", path) == 0
@@ -211,6 +212,7 @@ def test_a_sound_below_the_threshold_is_said_to_be_unlike_any_digit(score, said)
     assert not found or ("5% of the held-out digits" in found and "99.6% of noises" in found)
 
 
+@pytest.mark.slow
 def test_seeds_print_their_spread_and_keep_every_figure(tmp_path, capsys):
     assert demo("--output", tmp_path, "--seeds", 2, "--seed", 7) == 0
     printed = capsys.readouterr().out
@@ -222,7 +224,7 @@ def test_seeds_print_their_spread_and_keep_every_figure(tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["seeds.json"]  # the folder holds no model to be noted
 
 
-@pytest.mark.parametrize("mode", [[], ["--seeds", "1"]], ids=["one", "seeds"])
+@pytest.mark.parametrize("mode", [[], pytest.param(["--seeds", "1"], marks=pytest.mark.slow)], ids=["one", "seeds"])
 def test_disagreeing_backends_end_with_code_1(tmp_path, capsys, monkeypatch, mode):
     compare = comparison.compare
     monkeypatch.setattr(comparison, "compare", lambda *arguments: compare(*arguments)._replace(agree=False))

@@ -95,6 +95,7 @@ def test_the_kernels_of_all_strategies_are_listed_once_each():
     assert len(needed(modalities=(2,))) < len(found)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_was_compiled_is_found_in_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     (kernel,) = [one for one in needed(modalities=(1,)) if one.name == "routed_ffn_fold_kernel"][:1]
