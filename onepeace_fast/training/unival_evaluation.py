@@ -21,7 +21,7 @@ from onepeace_fast.models.upstream import CONFIG_FILE
 from onepeace_fast.progress import progress
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE
-from onepeace_fast.training.evaluation import require_trained
+from onepeace_fast.training.evaluation import require_trained, require_whole
 from onepeace_fast.training.unival import modalities_of
 
 BEAMS = 5
@@ -68,6 +68,7 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
         (folder / TRAINING_FILE).is_file(),
         f"{folder}: expected a checkpoint of onepeace-fast train, got a folder without {TRAINING_FILE}",
     )
+    require_whole(folder)  # before anything of it is read
     settings = checkpoint.load_state(folder)["settings"]
     config, bins = UnivalConfig.load(folder / CONFIG_FILE), settings["bins"]
     files = Files(config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])

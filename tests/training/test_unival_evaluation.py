@@ -1,6 +1,7 @@
 """What a UnIVAL checkpoint's answers are measured by."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -32,10 +33,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluated(folder, *options, manifest="tasks.jsonl"):
+def evaluated(folder, *options, manifest="tasks.jsonl", checkpoint="run/step-00000001"):
     path = folder / "figures.json"
     path.unlink(missing_ok=True)
-    arguments = ["evaluate", str(folder / "run" / "step-00000001"), str(folder / manifest), "--json", str(path)]
+    arguments = ["evaluate", str(folder / checkpoint), str(folder / manifest), "--json", str(path)]
     return cli.main([*arguments, *options]), json.loads(path.read_text())["tasks"] if path.exists() else None
 
 
@@ -93,6 +94,20 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, capsys, options, manif
     (folder / "sounds.jsonl").write_text(json.dumps(row) + "\n")
     assert evaluated(folder, *options, manifest=manifest) == (2, None)
     assert part in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_damaged(folder, capsys):
+    shutil.copytree(folder / "run" / "step-00000001", folder / "truncated")
+    path = folder / "truncated" / "training.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    found = None
+    try:
+        found = evaluated(folder, checkpoint="truncated")
+    except RuntimeError as error:
+        assert not error, "read before it was checked"
+    assert found == (2, None)
+    line = f"{path.parent}: expected a whole checkpoint, got a damaged one (training.pt changed since it was written)"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.slow
