@@ -117,8 +117,9 @@ def _read(modality: str, seen: Seen, side: int) -> Tensor:
                 f"[frames, {side}, {side}], got {str(frames.dtype).removeprefix('torch.')} {list(shape)}"
             ),
         )
+        frames = frames.float()  # where large float64 are infinite
         require(bool(frames.isfinite().all()), lambda: f"{first}: expected finite numbers, got some that are not")
-        return frames.float()
+        return frames
     require(
         modality != SPECTROGRAMS,
         lambda: f"{first}: expected spectrograms [frames, {side}, {side}], a {ARRAY} file, got another",

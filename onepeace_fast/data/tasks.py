@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,8 @@ from onepeace_fast.data.text import Tokenizer
 BINS = 1000
 MATCHES = ("yes", "no")
 _LOCATION = re.compile(r"<bin_(\d+)>")
+
+_log = logging.getLogger(__name__)
 
 
 class Task(NamedTuple):
@@ -61,7 +65,7 @@ def read_tasks(
         path: a file of JSON lines in UTF-8, each with "task" and that task's columns.
         bins: of locations.
         missing: as for ``read_manifest``.
-        wanted: the tasks that must have samples; the others' samples are left out. None: all that there are.
+        wanted: the tasks that must have samples; how many of others are left out is logged. None: all that there are.
 
     Raises:
         ValueError: as ``read_manifest``; or a line that is no JSON object, an unknown task, a column that is not there
@@ -71,9 +75,11 @@ def read_tasks(
     manifest = Path(os.path.expanduser(path))
     found: dict[str, list[Sample]] = {}
     problems, total = [], 0
+    others: Counter[str] = Counter()
     for line, where, row in read_objects(manifest):
         task = _task_of(where, row)
         if wanted is not None and task not in wanted:
+            others[task] += 1
             continue
         total += 1
         texts = {column: _text_of(where, task, column, row, bins) for column in TASKS[task].columns}
@@ -92,6 +98,9 @@ def read_tasks(
     for task in wanted or ():
         require(task in found, lambda: f"{manifest}: expected a usable sample of {task}, got none")  # noqa: B023
     require(bool(found), lambda: f"{manifest}: expected a usable sample, got none among {total}")
+    if others:
+        counts = ", ".join(f"{task} ({count:,})" for task, count in others.items())
+        _log.warning("%s: samples of other tasks than %s are left out: %s", manifest, ", ".join(wanted or ()), counts)
     return found
 
 

@@ -35,14 +35,20 @@ def run(arguments: argparse.Namespace) -> int:
     """
     if absent := missing(TRAINING_PACKAGES):
         return stop(f"evaluate needs {', '.join(absent)}; type: {TRAINING_INSTALL}")
+    from onepeace_fast.models.mico import MicoConfig
+    from onepeace_fast.models.unival import UnivalConfig
     from onepeace_fast.training.evaluation import evaluate
-    from onepeace_fast.training.unival_evaluation import evaluate_tasks, is_unival
+    from onepeace_fast.training.unival_evaluation import evaluate_tasks, kind_of
 
     if arguments.json is not None and not arguments.json.parent.is_dir():
         return stop(f"--json: expected a file in a folder that exists, got {arguments.json}")
     record: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "manifest": str(arguments.manifest)}
+    kind = kind_of(arguments.checkpoint)
+    if kind == MicoConfig.kind:
+        expected = f"{arguments.checkpoint}: expected a checkpoint of ONE-PEACE or UnIVAL"
+        return stop(f"{expected}, got one of MiCo, which is not measured yet")
     try:
-        if is_unival(arguments.checkpoint):
+        if kind == UnivalConfig.kind:
             if arguments.columns is not None:
                 return stop(f"--columns: expected none for UnIVAL's tasks, got {' and '.join(arguments.columns)}")
             tasks = evaluate_tasks(arguments.checkpoint, arguments.manifest, arguments.batch_size)

@@ -48,6 +48,7 @@ def evaluate(folder: Path, manifest: Path, columns: Sequence[str] | None, batch_
     """
     folder, first, second = Path(folder).expanduser(), *_pair(manifest, columns)
     names = [MODALITIES[first], MODALITIES[second]]
+    require_whole(folder)
     require_trained(folder, names)
     model = OnePeacePretrain.load(folder).eval().float()  # the files' pixels and samples are float32
     known = model.config.encoder.modalities
@@ -92,10 +93,14 @@ def _pair(manifest: Path, columns: Sequence[str] | None) -> tuple[str, str]:
     return first, second
 
 
-def require_trained(folder: Path, modalities: Sequence[str]) -> None:
-    """Refuse a damaged checkpoint, and modalities whose weights are as they were drawn."""
+def require_whole(folder: Path) -> None:
+    """Refuse a damaged checkpoint."""
     if (folder / CHECKSUMS_FILE).exists() and (reason := checkpoint.damage(folder)):
         raise ValueError(f"{folder}: expected a whole checkpoint, got a damaged one ({reason})")
+
+
+def require_trained(folder: Path, modalities: Sequence[str]) -> None:
+    """Refuse modalities whose weights are as they were drawn, of a whole checkpoint."""
     if not (folder / TRAINING_FILE).exists():
         return  # a model that save() wrote: what trained it is not known
     trained = checkpoint.load_state(folder).get("trained", modalities)  # older checkpoints do not say

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onepeace_fast.checks import require
 from onepeace_fast.data.task_batches import TaskDataset, TaskSampler, collate_tasks
@@ -18,6 +18,7 @@ from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.models.unival.config import VISUAL
 from onepeace_fast.models.unival.inputs import PADDING
 from onepeace_fast.models.unival.state import TIED
+from onepeace_fast.training import checkpoint
 from onepeace_fast.training.distributed import Processes
 from onepeace_fast.training.family import Family, Reading
 from onepeace_fast.training.optimizer import adamw
@@ -112,6 +113,10 @@ class Tasks(Family):
         absent = [name for name in modalities_of(self.config.tasks) if name not in model.modalities]
         names = ", ".join(absent)
         require(not absent, f"model: expected {names} for the tasks, got a model without; give {names}: true")
+        place, bins = self.config.path("init"), self.config.bins
+        if place is not None and (place / checkpoint.TRAINING_FILE).is_file():  # with others every location is shifted
+            trained = checkpoint.load_state(place)["settings"].get("bins", bins)
+            require(trained == bins, f"bins: expected {trained}, with which {place} was trained, got {bins}")
         super().require_fit(model, tokenizer)
 
     def build(self, model: UnivalConfig) -> Unival:
@@ -125,6 +130,13 @@ class Tasks(Family):
     def added(self, weights: Mapping[str, Tensor], model: UnivalConfig) -> list[str]:
         """Those without a projection."""
         return [name for name in model.modalities if f"encoder.{name}_proj.weight" not in weights]
+
+    def fresh(self, model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Also the networks of added modalities, with their running statistics."""
+        model = cast(Unival, model)
+        starts = tuple(start for name in self.added(weights, model.config) for start in _own_names(name))
+        found = model.to_upstream_state_dict()
+        return {name: value for name, value in found.items() if value is not None and name.startswith(starts)}
 
     def trainer(self, model: Unival, processes: Processes) -> UnivalTrainer:
         """At the first stage."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from onepeace_fast.checks import require
 from onepeace_fast.data.task_batches import TaskDataset, collate_tasks
 from onepeace_fast.data.task_files import Files
-from onepeace_fast.data.tasks import MATCHES, Sample, Vocabulary, read_tasks
+from onepeace_fast.data.tasks import MATCHES, Vocabulary, read_tasks
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Trie, Unival, UnivalConfig
 from onepeace_fast.models.unival.inputs import END, PADDING
@@ -21,7 +21,7 @@ from onepeace_fast.models.upstream import CONFIG_FILE
 from onepeace_fast.progress import progress
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE
-from onepeace_fast.training.evaluation import require_trained
+from onepeace_fast.training.evaluation import require_trained, require_whole
 from onepeace_fast.training.unival import modalities_of
 
 BEAMS = 5
@@ -39,13 +39,13 @@ class TaskFigures(NamedTuple):
     choices: int | None
 
 
-def is_unival(folder: Path) -> bool:
-    """Whether a folder holds a UnIVAL; False where it holds no model at all."""
+def kind_of(folder: Path) -> str | None:
+    """Which kind of model a folder holds; None where none is named."""
     try:
         values = json.loads((folder.expanduser() / CONFIG_FILE).read_text())
     except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and values.get("model") == UnivalConfig.kind
+        return None
+    return values.get("model") if isinstance(values, dict) else None
 
 
 @torch.no_grad()
@@ -68,6 +68,7 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
         (folder / TRAINING_FILE).is_file(),
         f"{folder}: expected a checkpoint of onepeace-fast train, got a folder without {TRAINING_FILE}",
     )
+    require_whole(folder)  # before anything of it is read
     settings = checkpoint.load_state(folder)["settings"]
     config, bins = UnivalConfig.load(folder / CONFIG_FILE), settings["bins"]
     files = Files(config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
@@ -79,29 +80,29 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
     vocabulary = Vocabulary(Tokenizer.load(folder / TOKENIZER_FILE), config.vocab_size, bins)
     longest = (config.max_source_positions, config.max_target_positions)
     dataset = TaskDataset(samples, vocabulary, files=files, longest=longest)
-    return {task: _figures(model, vocabulary, dataset, task, own, batch_size) for task, own in samples.items()}
+    return {task: _figures(model, vocabulary, dataset, task, batch_size) for task in samples}
 
 
-def _figures(
-    model: Unival, vocabulary: Vocabulary, dataset: TaskDataset, task: str, samples: Sequence[Sample], batch_size: int
-) -> TaskFigures:
-    answers = {"matching": sorted(MATCHES), "vqa": sorted({sample.answer for sample in samples})}.get(task)
-    choices = None if answers is None else [vocabulary.tokens(answer)[0] for answer in answers]
-    longest = max(len(dataset.answer(task, place)) for place in range(len(samples)))
+def _figures(model: Unival, vocabulary: Vocabulary, dataset: TaskDataset, task: str, batch_size: int) -> TaskFigures:
+    count = dataset.count(task)
+    written = [tuple(dataset.answer(task, place).tolist()[:-1]) for place in range(count)]
+    answers = {"matching": [tuple(vocabulary.tokens(match)[0]) for match in MATCHES], "vqa": written}.get(task)
+    choices = None if answers is None else sorted({*answers})  # texts of the same tokens are one
+    longest = max(len(text) + 1 for text in (*written, *(choices or ())))  # with its end
     limit = min(2 * longest if choices is None else longest, model.config.max_target_positions)
     right, tokens, loss = 0, 0, 0.0
-    bar = progress(f"Answering {task}", "sample", len(samples))
+    bar = progress(f"Answering {task}", "sample", count)
     for batch in _batches(dataset, task, batch_size, next(model.parameters()).device):
         target = batch.pop("target")
-        count = int((target != PADDING).sum())
-        loss, tokens = loss + count * model.loss(target=target, **batch).item(), tokens + count
+        length = int((target != PADDING).sum())
+        loss, tokens = loss + length * model.loss(target=target, **batch).item(), tokens + length
         trie = None if choices is None else Trie(choices)
         found = model.generate(**batch, beams=BEAMS, max_length=limit, answers=trie)
         for own, wanted in zip(found, target.tolist(), strict=True):
             right += bool(own) and [*own[0].tokens, END] == [token for token in wanted if token != PADDING]
         bar.update(len(found))
     bar.close()
-    return TaskFigures(len(samples), right, loss / tokens, None if choices is None else len(choices))
+    return TaskFigures(count, right, loss / tokens, None if choices is None else len(choices))
 
 
 def _batches(dataset: TaskDataset, task: str, batch_size: int, device: torch.device) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,7 @@ def folder(tmp_path_factory):
     numpy.save(folder / "wide.npy", numpy.ones((2, SIDE, SIDE + 1), "float32"))
     numpy.save(folder / "whole.npy", numpy.ones((2, SIDE, SIDE), "int64"))
     numpy.save(folder / "infinite.npy", numpy.full((2, SIDE, SIDE), numpy.inf, "float32"))
+    numpy.save(folder / "huge.npy", numpy.full((2, SIDE, SIDE), 1e300))
     Image.new("RGB", (12, 11)).save(folder / "taller.png")
     return folder
 
@@ -113,6 +114,7 @@ def test_images_are_squashed_and_normalised_as_clip_s_and_arrays_are_taken_as_th
         ("depth", ["wide.npy"], f"got float32 [2, {SIDE}, {SIDE + 1}]"),
         ("depth", ["whole.npy"], f"expected floating point frames [frames, 3, {SIDE}, {SIDE}], or of one channel"),
         ("audio", ["infinite.npy"], "expected finite numbers, got some that are not"),
+        ("audio", ["huge.npy"], "expected finite numbers, got some that are not"),
         ("audio", ["red0.png"], f"expected spectrograms [frames, {SIDE}, {SIDE}], a .npy file, got another"),
         ("depth", ["ones.npy", "ones.npy"], "expected one array of all frames, or images, got 2 files"),
         ("depth", ["samples.jsonl"], "expected JPEG, PNG, WebP or another format"),

@@ -48,9 +48,14 @@ def test_every_task_asks_and_answers_in_its_words(folder):
     ]
 
 
-def test_other_tasks_than_those_wanted_are_left_out(folder):
-    path = manifest(folder, *ROWS)
-    assert list(read_tasks(path, wanted=["matching", "caption"])) == ["caption", "matching"]
+def test_other_tasks_than_those_wanted_are_left_out_and_counted(folder, caplog):
+    path = manifest(folder, *ROWS[1:], ROWS[0], ROWS[1])
+    assert list(read_tasks(path, wanted=["matching", "caption"])) == ["matching", "caption"]
+    counts = "vqa (2), grounding (1), video_caption (1), audio_caption (1)"
+    assert caplog.messages == [f"{path}: samples of other tasks than matching, caption are left out: {counts}"]
+    read_tasks(path)
+    read_tasks(path, wanted=list(TASKS))
+    assert len(caplog.messages) == 1
     refused(lambda: read_tasks(manifest(folder, *ROWS[:2]), wanted=["caption", "matching"]), path, "sample of matching")
     refused(lambda: read_tasks(manifest(folder, *ROWS[:2]), wanted=["matching"]), path, "got none")
 

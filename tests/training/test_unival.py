@@ -2,18 +2,20 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
-from data._refused import refused
+from data._refused import refused, taken
 from models._small import assert_same_bits
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training._runs import curves, same_training
 from training._unival_runs import MODEL, STAGES, write_tasks, write_unival
 
 from onepeace_fast.data.batches import BrokenFile
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Unival, UnivalConfig
+from onepeace_fast.models.unival.state import TIED
 from onepeace_fast.training import checkpoint, command
 from onepeace_fast.training.config import TrainingConfig
 from onepeace_fast.training.distributed import Processes
@@ -75,6 +77,7 @@ STAGE = {"tasks": ["caption"], "steps": 3}
         ({"model": MODEL | {"layers": 2}}, ["model: config: expected some of", "unknown fields ['layers']"]),
         ({"manifest": "none.jsonl"}, ["none.jsonl: expected a manifest of JSON lines"]),
         ({"init": "whole/none"}, ["init: expected the folder of a model"]),
+        ({"init": "whole/step-00000007", "model": None, "bins": 10}, ["bins: expected 11, with which", "got 10"]),
     ],
 )
 def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, parts):
@@ -211,6 +214,28 @@ def test_audio_is_fine_tuned_from_a_checkpoint(folder, capsys):
     assert {"encoder.audio_proj.weight", "encoder.embed_tokens.weight"} <= changed
     assert not {name for name in changed if "image_proj" in name or "embed_image" in name or "video_" in name}
     assert checkpoint.load_state(after)["trained"] == ["text", "image", "video", "audio"]
+
+
+@pytest.mark.parametrize("name", ["audio", "video"])
+def test_a_modality_is_added_with_its_network(folder, name):
+    """Network and statistics are fresh, all else is the initial model's."""
+    blocks = {"image_blocks": [1, 1, 1, 1], "video_blocks": [1, 1, 1, 1]}
+    sizes = MODEL | blocks | {"networks": True, "feature_channels": 512, "video": False, "audio": False}
+    config, place = UnivalConfig.from_dict(sizes), folder / f"without {name}"
+    place.mkdir()
+    config.save(place / "config.json")
+    shutil.copy(folder / "whole" / "step-00000007" / "tokenizer.json", place)
+    state = Unival(config, "reference").to_upstream_state_dict()
+    weights = {key: value for key, value in state.items() if key not in TIED}
+    save_file(weights, place / "model.safetensors")
+    with taken():
+        stages = [{"tasks": [f"{name}_caption"], "steps": 2}]
+        found = started(folder, f"with {name}", init=place.name, model={name: True}, stages=stages).trainer.weights()
+    assert_same_bits({key: found[key] for key in weights}, weights)
+    added = {key for key in found if key not in weights}
+    assert {f"encoder.{name}_proj.weight", f"encoder.embed_{name}_positions.weight"} <= added
+    assert all(found[key].eq(0).all() for key in added if key.endswith("running_mean"))
+    assert any(key.endswith("running_mean") for key in added)
 
 
 def test_broken_maps_are_named_or_skipped(folder):

@@ -1,6 +1,7 @@
 """What a UnIVAL checkpoint's answers are measured by."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from training._unival_runs import MODEL, write_tasks, write_unival
 
 from onepeace_fast import cli
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
+from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Hypothesis, Unival
-from onepeace_fast.training import command
+from onepeace_fast.training import command, unival_evaluation
 
 TASKS = ["caption", "vqa", "grounding", "matching", "video_caption"]
 
@@ -32,10 +34,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluated(folder, *options, manifest="tasks.jsonl"):
+def evaluated(folder, *options, manifest="tasks.jsonl", checkpoint="run/step-00000001"):
     path = folder / "figures.json"
     path.unlink(missing_ok=True)
-    arguments = ["evaluate", str(folder / "run" / "step-00000001"), str(folder / manifest), "--json", str(path)]
+    arguments = ["evaluate", str(folder / checkpoint), str(folder / manifest), "--json", str(path)]
     return cli.main([*arguments, *options]), json.loads(path.read_text())["tasks"] if path.exists() else None
 
 
@@ -80,6 +82,26 @@ def test_questions_are_answered_among_the_manifest_s_answers(folder):
     assert found["vqa"]["right"] > 0 and found["matching"]["right"] > 0 and found["caption"]["right"] == 0
 
 
+def test_every_choice_has_room_and_counts_once(folder, monkeypatch):
+    """Also one that no sample has as its answer; "Red" and "red" are the same tokens."""
+    image = {"image": "image0.npy"}
+    rows = [{"task": "matching", **image, "caption": "a red wall", "answer": "yes"}]
+    rows += [{"task": "vqa", **image, "question": "what is it?", "answer": text} for text in ("Red", "red", "a wall")]
+    (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = []
+
+    def generate(self, source, *, max_length, **inputs):
+        lengths.append(max_length)
+        return [[]] * len(source)
+
+    monkeypatch.setattr(Unival, "generate", generate)
+    monkeypatch.setattr(unival_evaluation, "MATCHES", ("yes", "no, not at all"))
+    _, found = evaluated(folder, manifest="choices.jsonl")
+    tokenizer = Tokenizer.load(folder / "run" / "step-00000001" / "tokenizer.json")
+    assert lengths == [len(tokenizer.tokens(text)[0]) + 1 for text in ("no, not at all", "a wall")]
+    assert [one["chance"] for one in found.values()] == [1 / 2, 1 / 2]
+
+
 @pytest.mark.parametrize(
     ("options", "manifest", "part"),
     [
@@ -93,6 +115,28 @@ def test_what_does_not_fit_is_refused_in_one_line(folder, capsys, options, manif
     (folder / "sounds.jsonl").write_text(json.dumps(row) + "\n")
     assert evaluated(folder, *options, manifest=manifest) == (2, None)
     assert part in capsys.readouterr().err
+
+
+def test_mico_is_not_measured_yet(folder, capsys):
+    (folder / "mico").mkdir()
+    (folder / "mico" / "config.json").write_text(json.dumps({"model": "mico"}))
+    assert evaluated(folder, checkpoint="mico") == (2, None)
+    line = f"{folder / 'mico'}: expected a checkpoint of ONE-PEACE or UnIVAL, got one of MiCo, which is not measured"
+    assert line in capsys.readouterr().err
+
+
+def test_a_truncated_checkpoint_is_damaged(folder, capsys):
+    shutil.copytree(folder / "run" / "step-00000001", folder / "truncated")
+    path = folder / "truncated" / "training.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    found = None
+    try:
+        found = evaluated(folder, checkpoint="truncated")
+    except RuntimeError as error:
+        assert not error, "read before it was checked"
+    assert found == (2, None)
+    line = f"{path.parent}: expected a whole checkpoint, got a damaged one (training.pt changed since it was written)"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.slow
