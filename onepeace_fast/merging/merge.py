@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from torch import Tensor
 
 from onepeace_fast.checks import require
 from onepeace_fast.merging.average import average
-from onepeace_fast.merging.sources import Model, Source, check, read
+from onepeace_fast.merging.sources import COUNTS, Model, Source, check, read
 
 Value = TypeVar("Value")
 Weighted = Mapping[str | Path, float] | Sequence[tuple[Model, float]]
@@ -33,7 +34,7 @@ def merge(models: Weighted) -> dict[str, Tensor]:
     Returns:
         the averages on the CPU under the models' names: ``load_upstream_state_dict`` of this library's models takes
         them. Each has the dtype that torch promotes the models' to. What is no floating point
-        number is the same in all models and stays.
+        number is the same in all models and stays; of BatchNorms' counts of batches the largest is kept.
 
     Raises:
         ValueError: weights that do not sum to 1 within 1e-6, and models that differ in their parts, shapes,
@@ -95,8 +96,12 @@ def combine(sources: list[Source], weights: Sequence[float]) -> dict[str, Tensor
         values = [source.weights[name] for source in sources]
         place = tuple((x.untyped_storage().data_ptr(), x.storage_offset(), x.shape, x.stride()) for x in values)
         if place not in shared:
-            whole = values[0].detach().cpu().clone()
-            shared[place] = average(values, weights, dtype) if dtype.is_floating_point else whole
+            if dtype.is_floating_point:
+                shared[place] = average(values, weights, dtype)
+            elif name.endswith(COUNTS):
+                shared[place] = torch.stack([value.cpu() for value in values]).amax(0)
+            else:
+                shared[place] = values[0].detach().cpu().clone()
         result[name] = shared[place]
     return result
 

@@ -138,6 +138,15 @@ def test_models_that_do_not_fit_are_refused_by_name(change, line):
     assert refusal(lambda: merge([(one, 0.5), (two, 0.5)])) == line
 
 
+def test_of_the_batches_that_norms_counted_the_largest_number_is_kept():
+    one, two, three = ({"bn.num_batches_tracked": torch.tensor(count)} for count in (3, 2**53 + 1, 0))
+    found = merge([(one, 0.5), (two, 0.25), (three, 0.25)])["bn.num_batches_tracked"]
+    assert (found.item(), found.dtype, found.shape) == (2**53 + 1, torch.int64, ())
+    line = "bn.num_batches_tracked: expected the same torch.int64 numbers in all models, since they cannot be averaged"
+    short = {"bn.num_batches_tracked": torch.tensor(3, dtype=torch.int32)}
+    assert refusal(lambda: merge([(one, 0.5), (short, 0.5)])).startswith(line)
+
+
 def test_many_missing_names_are_counted():
     one = {f"part{i}": torch.ones(1) for i in range(6)}
     assert refusal(lambda: merge([(one, 0.5), ({}, 0.5)])) == (

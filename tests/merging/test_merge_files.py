@@ -1,12 +1,14 @@
 """Averages of files, and the checkpoints that the command writes of them."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from data._refused import taken
+from models._mico import CONFIG as MICO
 from models._small import randomise, small_model
-from models._unival import refusal
+from models._unival import refusal, unival_config
 from pretrained._files import checkpoint_of, settings_of, state_of, write
 from safetensors.torch import load_file, save_file
 
@@ -101,6 +103,24 @@ def test_models_of_other_sizes_are_refused_where_shapes_do_not_show_it(tmp_path)
     paths.append(write(tmp_path / "b.pt", {"cfg": settings, "model": state_of(model)}))
     line = f"encoder.attention_heads: expected the same in all models, got 3 in {paths[0]} and 1 in {paths[1]}"
     assert refusal(lambda: merge({path: 0.5 for path in paths})) == line
+
+
+def test_what_a_training_chose_may_differ(tmp_path):
+    noises = ("dropout", "attention_dropout", "activation_dropout", "encoder_drop_path_rate", "decoder_drop_path_rate")
+    weights = {f"{name}_weight": 2.0 for name in ("contrast", "matching", "caption")}
+    for config, changed in ((unival_config(), dict.fromkeys(noises, 0.5)), (MICO, weights)):
+        state = {"a": torch.ones(1)}
+        for name, changes in (("a", {}), ("b", changed)):
+            folder = tmp_path / config.kind / name
+            folder.mkdir(parents=True)
+            (folder / "config.json").write_text(json.dumps({**dataclasses.asdict(config), **changes}))
+            save_file(state, folder / "model.safetensors")
+        paths = [tmp_path / config.kind / name for name in "ab"]
+        assert refusal(lambda: merge({path: 0.5 for path in paths})) == ""  # noqa: B023
+    for name, rate in (("a", 0.0), ("b", 0.1)):
+        args = dict.fromkeys(noises, rate) | {"encoder_layers": 2}
+        torch.save({"args": args, "model": {"a": torch.ones(1)}}, tmp_path / f"{name}.pt")
+    assert refusal(lambda: merge({tmp_path / "a.pt": 0.5, tmp_path / "b.pt": 0.5})) == ""
 
 
 def test_two_vocabularies_are_refused(tmp_path):
