@@ -36,6 +36,10 @@ REFUSALS = {
     "a source of another device": (
         {"target": TARGET.to("meta")}, "target: expected a tensor on cpu, got one on meta; move it with .to('cpu')",
     ),
+    "padding before a target": (
+        {"target": TARGET.flip(1)},
+        "target: expected texts with their padding, 1, behind them, got one with a token behind it",
+    ),
     "fewer targets": ({"target": TARGET[:3]}, "target: expected a row for each of 4 texts, got 3"),
     "a flag too few": ({"code": [True]}, "code: expected True or False for each of 4 texts, got 1"),
     "a map wider than the grid": (
