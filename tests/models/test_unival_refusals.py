@@ -108,6 +108,14 @@ def test_a_sample_without_a_token_is_refused(backend):
     assert refusal(lambda: model.loss(SOURCE, PADDED)) == says
 
 
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_maps_of_another_dtype_are_cast_to_the_weights(backend):
+    model, image = unival(backend), IMAGE.float()
+    found = [model.encode(SOURCE[:1], image=x)["image"] for x in (image, image.double())]
+    assert found[0].dtype == torch.float64
+    assert torch.equal(*found)
+
+
 def test_an_unknown_task_and_modalities_that_the_model_lacks_are_refused():
     refused(lambda: unival()("write"), "", "task: expected one of encode, logits, loss, generate, got 'write'")
     model = unival(audio=False)
