@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,14 @@ class Segments(NamedTuple):
     is_cls: Tensor  # bool [rows]
     max_length: int = 0  # of the longest sample; 0: the host does not know it
     order: Tensor | None = None  # int32 [rows], a query sees the keys of its own order and of lower ones; None: all
+
+
+def equal_segments(samples: int, code: Tensor) -> Segments:
+    """Those of samples of one length and one modality, each with tokens of these codes: int32 [length]."""
+    length, code = code.shape[0], code.repeat(samples)
+    starts = torch.arange(samples + 1, dtype=torch.int32, device=code.device) * length
+    no = torch.zeros_like(code)
+    return Segments(starts[None], no, code, no.bool(), length)
 
 
 class KeySegments(NamedTuple):

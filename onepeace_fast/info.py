@@ -149,7 +149,7 @@ def _implementation(operation: str) -> str:
     reference = "reference (eager PyTorch)"
     if operation == "relative_bias_attention":
         return (
-            "CUDA kernels, forward and backward, on float16 and bfloat16 CUDA tensors with heads of 32, 64, 96 or 128, "
+            "CUDA kernels, forward and backward, on float16 and bfloat16 CUDA tensors with heads of at most 128, "
             "else PyTorch's attention, and gradients by the reference in chunks of heads; "
             f"{reference} on a CPU and for float64"
         )

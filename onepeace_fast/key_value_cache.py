@@ -60,15 +60,20 @@ class KeyValueCache:
 
         Args:
             k, v: [rows, heads, head_dim] and [rows, heads, value_dim], cast to the cache's dtype.
-            new: the segments of these rows, with an order; codes are those that the vectors know.
+            new: the segments of these rows, with an order that goes on from that of their samples' cached rows, so that
+                they see all of these: a plan's ``causal_order()`` begins at 0, so add how many are cached. Codes are
+                those that the vectors know.
 
         Raises:
-            ValueError: a shape that does not fit, no order, and on a CPU a segment without so many free places.
+            ValueError: a shape that does not fit, no order, and on a CPU an order that begins again, or a segment
+                without so many free places.
         """
         for name, x, cached in (("k", k, self.k), ("v", v, self.v)):
             require_tensor(name, x, FLOATS, "[rows, heads, size]", 3)
             if x.shape[1:] != cached.shape[1:]:
                 raise ValueError(f"{name}: expected the cache's [rows, *{list(cached.shape[1:])}], got {describe(x)}")
+            if x.shape[0] != new.code.shape[0]:
+                raise ValueError(f"{name}: expected the {new.code.shape[0]} rows of new.code, got {describe(x)}")
         bounds, code, order = new.cu_seqlens, new.code, new.order
         if order is None:
             raise ValueError("new.order: expected int32 [rows], got None; a plan's causal_order() has it")
@@ -83,6 +88,9 @@ class KeyValueCache:
         if is_on_host(bounds) or checks_devices():
             most = f"capacity: expected at most {self._capacity} tokens of a segment, got more"
             require_values((after <= self._capacity).all(), most)
+            goes_on = (order >= self._last_orders()[segment % self.lengths.shape[1]]) | (rows >= bounds[-1, -1])
+            again = "new.order: expected one that goes on from the cached rows' order, got a lower one; "
+            require_values(goes_on.all(), again + "add what is cached to a plan's causal_order()")
         has_place = (rows < bounds[-1, -1]) & (place < self._capacity)
         target = torch.where(has_place, segment * self._capacity + place, self.k.shape[0] - 1)
         kept = self.segments.order
@@ -92,6 +100,13 @@ class KeyValueCache:
         self.k[-1:], self.v[-1:] = 0, 0
         self.lengths.copy_(after.clamp(max=self._capacity))
         self._fill_free_codes()
+
+    def _last_orders(self) -> Tensor:
+        """The largest order of each sample's rows so far, int32 [samples]."""
+        order = self.segments.order
+        assert order is not None
+        order = order[:-1].view(*self.lengths.shape, self._capacity)
+        return torch.where(order == UNSEEN, torch.iinfo(torch.int32).min, order).amax((0, 2))
 
     def _fill_free_codes(self) -> None:
         """Free places have the last token's code, so that the bias that they do not take exists."""

@@ -21,6 +21,16 @@ def init_linear(linear: nn.Linear) -> nn.Linear:
     return linear
 
 
+def init_as_bert(module: nn.Module) -> None:
+    """Normal of deviation 0.02, biases and the row of padding zero."""
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        nn.init.zeros_(module.weight[module.padding_idx])
+
+
 class _Unread(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -29,8 +29,17 @@ def average(values: Sequence[Tensor], weights: Sequence[float], dtype: torch.dty
     for start in range(0, flat.numel(), CHUNK):
         place = slice(start, start + CHUNK)
         chunks = [(value[place].cpu().double(), weight) for value, weight in parts]
-        flat[place] = _sum(chunks)
+        flat[place] = _for_halves(_sum(chunks)) if dtype.itemsize == 2 else _sum(chunks)
     return result
+
+
+def _for_halves(x: Tensor) -> Tensor:
+    """float64 in float32, rounded to odd: torch takes halves from float32, and so they are rounded once."""
+    near = x.float()
+    inexact = (near.double() != x) & ~x.isnan()
+    bits = near.view(torch.int32)
+    below = bits - (near.double().abs() > x.abs()).int()
+    return torch.where(inexact, below | 1, bits).view(torch.float32)
 
 
 def _sum(chunks: Sequence[tuple[Tensor, float]]) -> Tensor:

@@ -65,6 +65,18 @@ def test_dtypes_meet_in_the_one_that_torch_promotes_them_to():
     assert merged.tolist() == ((one["a"].double() + two["a"].double()) / 2).float().tolist()
 
 
+@pytest.mark.parametrize(("dtype", "step"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_halves_are_rounded_once(dtype, step):
+    one, beside = 1 + step, 2**-12
+    # Beside the middle of two numbers by less than float32 holds: (1 + one) / 2 -+ 2**-40.
+    values = [[1.0, 1.0, -1.0], [one, one, -one], [-beside, beside, -beside]]
+    models = [
+        ({"a": torch.tensor(value, dtype=dtype)}, weight)
+        for value, weight in zip(values, (0.5, 0.5, 2**-28), strict=True)
+    ]
+    assert merge(models)["a"].tolist() == [1.0, one, -one]
+
+
 def test_a_model_of_weight_0_gives_nothing_not_even_nan():
     one, two = states(2)
     two["a"][:] = float("nan")

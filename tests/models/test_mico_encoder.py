@@ -174,3 +174,11 @@ def test_parameters_start_as_upstream_s():
     for name, deviation in deviations.items():
         assert found[name].std().item() == pytest.approx(deviation, rel=0.2), name
     assert not found["blocks.0.attn.q_bias"].any() and not found["blocks.0.mlp.fc1.bias"].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_frames_of_another_dtype_are_cast_to_the_weights(backend):
+    model, frames = encoder(backend), pixels(2, dtype=torch.float32)
+    found = [model(x) for x in (frames, frames.double())]
+    assert found[0].dtype == torch.float64
+    assert torch.equal(*found)

@@ -31,6 +31,11 @@ LOSSES = {
     "a row without a frame": (
         {"audio": [clip(0, SIDE, SIDE), clip(1, SIDE, SIDE)]}, "audio[0]: expected floating point frames [frames, 3, ",
     ),
+    "a modality without rows": ({"audio": []}, "audio: expected at least one row, got none; leave the modality out"),
+    "a subtitle without rows": (
+        {"subtitle": torch.zeros(0, 4, dtype=torch.int64)},
+        "subtitle: expected at least one row, got none; leave the modality out",
+    ),
     "frames of two channels": (
         {"vision": [clip(2, 2, SIDE, SIDE)] * 2}, "vision[0]: expected floating point frames [frames, 3, ",
     ),
@@ -112,7 +117,13 @@ def test_a_context_refuses_what_it_has_no_weights_for():
         ({"contra_dim": 0}, "contra_dim: expected a positive integer, got 0"),
         ({"frames": {}}, "frames: expected at least one modality, got none"),
         ({"frames": {"vision": 0}}, "frames['vision']: expected a positive integer, got 0"),
-        ({"frames": {"text": 2}}, "frames: expected names of modalities beside subtitle and text, got 'text'"),
+        *(
+            (
+                {"frames": {name: 2}},
+                f"frames: expected names that are no names of inputs, results or heads, got '{name}'",
+            )
+            for name in ("text", "union", "t", "v", "va", "samples", "masked", "generator", "of", "task", "self")
+        ),
         ({"matching_weight": -1.0}, "matching_weight: expected a weight of at least 0, got -1.0"),
         ({"pool": 1}, "pool: expected True or False, got 1"),
     ],

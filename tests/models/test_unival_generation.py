@@ -8,7 +8,7 @@ from data._refused import refused
 from models._small import BACKENDS
 from models._unival import SAMPLES, SOURCE, maps, unival
 
-from onepeace_fast.models.unival import Trie
+from onepeace_fast.models.unival import Trie, beam_search
 
 ANSWERS = [[7, 4], [7, 4, 9], [12], [5, 5, 5, 5], [9, 3]]
 
@@ -44,7 +44,7 @@ def test_a_wide_beam_finds_the_best_of_all_texts(backend, penalty):
     model = unival(backend, vocab_size=6)
     source = torch.tensor([[3, 5, 2], [4, 2, 1]])
     texts = [text for length in range(3) for text in itertools.product((3, 4, 5), repeat=length)]
-    found = model.generate(source, beams=20, max_length=3, length_penalty=penalty)
+    found = model.generate(source, beams=20, min_length=1, max_length=3, length_penalty=penalty)
     for sample, own in enumerate(found):
         expected = ranked(model, source[sample : sample + 1], texts, penalty)
         assert [one.tokens for one in own] == [text for text, _ in expected]
@@ -78,6 +78,24 @@ def test_lengths_are_kept():
         assert {len(one.tokens) + 1 for own in found for one in own} == {*range(least, most + 1)}
 
 
+def test_no_text_is_empty_unless_that_is_asked_for():
+    model = unival(vocab_size=6)
+    source = SOURCE.clamp(max=5)
+    for given, empty in (({}, False), ({"min_length": 1}, True)):
+        found = model.generate(source, beams=9, max_length=2, **given)
+        assert [[] in [one.tokens for one in own] for own in found] == [empty] * len(source)
+
+
+def test_the_host_waits_once_for_the_continuations_of_a_token(monkeypatch):
+    total = torch.tensor([[0.1, 0.7, 0.2], [0.3, 0.9, 0.4], [0.6, 0.5, 0.8]])
+    read, waits = torch.Tensor.tolist, []
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: waits.append(x) or read(x))
+    found = beam_search._best(total, [1, 2], 2)
+    assert [[one[:2] for one in own] for own in found] == [[(0, 1), (0, 2)], [(1, 1), (2, 2)]]
+    assert [one[2] for one in found[1]] == pytest.approx([0.9, 0.8])
+    assert len(waits) == 1
+
+
 def test_a_trie_knows_what_follows():
     trie = Trie(ANSWERS)
     assert sorted(trie.following([])) == [5, 7, 9, 12]
@@ -91,6 +109,7 @@ def test_a_trie_knows_what_follows():
     [
         ({"beams": 0}, "beams: expected at least 1, got 0"),
         ({"max_length": 9}, "max_length: expected 1 to 8, got 9"),
+        ({"max_length": 1}, "min_length: expected 1 to max_length, 1, got 2"),
         ({"max_length": 3, "min_length": 4}, "min_length: expected 1 to max_length, 3, got 4"),
         ({"max_length": 8, "answers": Trie([[4, 23]])}, "answers: expected tokens below 23, got 23"),
     ],

@@ -36,6 +36,10 @@ REFUSALS = {
     "a source of another device": (
         {"target": TARGET.to("meta")}, "target: expected a tensor on cpu, got one on meta; move it with .to('cpu')",
     ),
+    "padding before a target": (
+        {"target": TARGET.flip(1)},
+        "target: expected texts with their padding, 1, behind them, got one with a token behind it",
+    ),
     "fewer targets": ({"target": TARGET[:3]}, "target: expected a row for each of 4 texts, got 3"),
     "a flag too few": ({"code": [True]}, "code: expected True or False for each of 4 texts, got 1"),
     "a map wider than the grid": (
@@ -102,6 +106,14 @@ def test_a_sample_without_a_token_is_refused(backend):
     assert model.encode(empty, image=IMAGE, samples={"image": [2]})["image"].isfinite().all()
     says = "target: expected at least one token in each sample, got none in [1]"
     assert refusal(lambda: model.loss(SOURCE, PADDED)) == says
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+def test_maps_of_another_dtype_are_cast_to_the_weights(backend):
+    model, image = unival(backend), IMAGE.float()
+    found = [model.encode(SOURCE[:1], image=x)["image"] for x in (image, image.double())]
+    assert found[0].dtype == torch.float64
+    assert torch.equal(*found)
 
 
 def test_an_unknown_task_and_modalities_that_the_model_lacks_are_refused():

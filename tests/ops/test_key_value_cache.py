@@ -94,6 +94,33 @@ def test_what_does_not_fit_is_one_line():
     assert cache.lengths.tolist() == [[2, 1]]
 
 
+def refused_line(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_an_order_that_begins_again_and_rows_without_a_partner_are_refused_before_anything_is_stored():
+    cache = KeyValueCache(2, 4, HEADS, 4)
+    k = torch.ones(3, HEADS, 4)
+    cache.append(k, k, segments([[[0, 1], [0]]], lambda place: place))
+    before = [x.clone() for x in (cache.k, cache.v, cache.lengths, cache.segments.order)]
+    again = segments([[[], [0]]], lambda place: place)._replace(order=torch.zeros(1, dtype=torch.int32))
+    line = refused_line(lambda: cache.append(2 * k[:1], k[:2], again))
+    assert line == "v: expected the 1 rows of new.code, got float32 [2, 2, 4] on cpu"
+    line = refused_line(lambda: cache.append(2 * k[:1], k[:1], segments([[[0], []]], lambda place: place)))
+    assert line == (
+        "new.order: expected one that goes on from the cached rows' order, got a lower one; add what is cached to a "
+        "plan's causal_order()"
+    )
+    after = (cache.k, cache.v, cache.lengths, cache.segments.order)
+    assert all(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+    cache.append(k[:1], k[:1], again)  # the second sample has one row so far, which a row of the same order sees
+    assert cache.lengths.tolist() == [[2, 2]]
+
+
 def test_inert_rows_are_not_stored():
     cache = KeyValueCache(1, 3, HEADS, 4)
     new = segments([[[0, 1]]], lambda place: place)

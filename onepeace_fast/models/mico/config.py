@@ -20,6 +20,11 @@ UNIONS = {
     "va": ("vision", "audio"), "id": ("vision", "depth"), "vs": ("vision", "subtitle"),
     "vas": ("vision", "audio", "subtitle"),
 }  # fmt: skip
+# No modality of one's own is called so: it would be taken for another input, result or head.
+RESERVED = {
+    "subtitle", "text", "samples", "masked", "generator", "of", "mask", "options", "task", "self", "union", "t",
+    *LETTERS.values(), *UNIONS,
+}  # fmt: skip
 # Of the vision section of EVA-CLIP's JSON: what is built in, and upstream's default where the key is absent.
 _FIXED: Mapping[str, tuple[Any, Any]] = {
     "qkv_bias": (True, True), "postnorm": (False, False), "ls_init_value": (None, None), "patch_dropout": (0, 0),
@@ -180,8 +185,8 @@ class ContextConfig:
         require(fits, f"frames: expected modalities with their numbers of frames, got {self.frames!r}")
         require(len(self.frames) > 0, "frames: expected at least one modality, got none")
         for name, rows in self.frames.items():
-            fits = isinstance(name, str) and name.isidentifier() and name not in ("subtitle", "text")
-            require(fits, f"frames: expected names of modalities beside subtitle and text, got {name!r}")
+            fits = isinstance(name, str) and name.isidentifier() and name not in RESERVED
+            require(fits, f"frames: expected names that are no names of inputs, results or heads, got {name!r}")
             whole = isinstance(rows, int) and not isinstance(rows, bool) and rows > 0
             require(whole, f"frames[{name!r}]: expected a positive integer, got {rows!r}")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onepeace_fast.attention_structures import Segments
+from onepeace_fast.attention_structures import Segments, equal_segments
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import describe, require
 from onepeace_fast.drop_path import draw_drop_path
@@ -32,7 +32,6 @@ from onepeace_fast.models.mico.layers import (
     add_and_norm,
     attend,
     attend_padded,
-    equal_segments,
 )
 
 ROPE_BASE = 10000
@@ -209,7 +208,7 @@ class EvaEncoder(DerivedBuffers):
         """The tokens of each frame behind the last norm, CLS first.
 
         Args:
-            frames: floating point [..., 3, side, side].
+            frames: floating point [..., 3, side, side], cast to the weights' dtype.
 
         Returns:
             [..., tokens, width].
@@ -219,12 +218,12 @@ class EvaEncoder(DerivedBuffers):
         """
         self.check("frames", frames)
         shape = frames.shape[:-3]
-        x = self.patch_embed(frames.flatten(0, -4))
+        x = self.patch_embed(frames.flatten(0, -4).to(self.pos_embed.dtype))
         count, tokens = x.shape[0], self.config.tokens
         x = torch.cat([self.cls_token.to(x.dtype).expand(count, -1, -1), x], 1) + self.pos_embed
         packed = resolve_backend(self.backend, frames.device) == "fused" and count > 0
         x = x.flatten(0, 1) if packed else x
-        segments = equal_segments(count, tokens, x.device) if packed else None
+        segments = equal_segments(count, x.new_zeros(tokens, dtype=torch.int32)) if packed else None
         rope = (self.rope_cos, self.rope_sin) if self.config.rope else None
         for block, drop_path in zip(self.blocks, self._drop_path(count, x.device), strict=True):
             x = block(x, rope, segments, drop_path)

@@ -26,6 +26,7 @@ class Rows(NamedTuple):
 
 def read_samples(name: str, rows: int, samples: Sequence[int] | Tensor | None, count: int | None) -> list[int]:
     """The sample of each row; ``count`` is how many there are, where that is known."""
+    require(rows > 0, f"{name}: expected at least one row, got none; leave the modality out")
     if samples is None:
         found = [*range(rows)]
     else:

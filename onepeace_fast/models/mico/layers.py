@@ -26,13 +26,6 @@ class DropPath(NamedTuple):
     sample: Tensor  # int64 [rows]
 
 
-def equal_segments(samples: int, length: int, device: torch.device) -> Segments:
-    """Those of samples of one length, all of one modality."""
-    starts = torch.arange(samples + 1, dtype=torch.int32, device=device) * length
-    no = torch.zeros(samples * length, dtype=torch.int32, device=device)
-    return Segments(starts[None], no, no, no.bool(), length)
-
-
 def attend(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, keys: Segments | None = None, scale: float | None = None
 ) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.backend import check_backend, resolve_backend
+from onepeace_fast.layers.parameters import init_as_bert
 from onepeace_fast.models.mico import state
 from onepeace_fast.models.mico.config import TextConfig
 from onepeace_fast.models.mico.context import PackedContext
@@ -188,7 +189,7 @@ class TextEncoder(nn.Module):
         predictions = self.cls["predictions"]
         predictions.register_parameter("bias", nn.Parameter(torch.zeros(config.vocab_size)))
         with torch.no_grad():
-            self.apply(_init_as_bert)
+            self.apply(init_as_bert)
 
     def forward(
         self, ids: Tensor, context: PackedContext | None = None, *, samples: Sequence[int] | None = None,
@@ -236,13 +237,3 @@ class TextEncoder(nn.Module):
         The tied weights are there too, as BertForMaskedLM has them.
         """
         return state.state_dict(self, grads)
-
-
-def _init_as_bert(module: nn.Module) -> None:
-    """Normal of deviation 0.02, biases and the row of padding zero."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        nn.init.zeros_(module.weight[module.padding_idx])

@@ -62,11 +62,11 @@ class Trie:
 
 
 class Settings(NamedTuple):
-    """Of a search; lengths count the end."""
+    """Of a search; lengths count the end, which fairseq's least length of 1 does not."""
 
     beams: int = 5
     max_length: int = 20
-    min_length: int = 1
+    min_length: int = 2
     length_penalty: float = 1.0
     answers: Trie | None = None
 
@@ -139,14 +139,15 @@ def _best(total: Tensor, texts_of: Sequence[int], count: int) -> list[list[tuple
         own = total[first : first + texts].flatten()
         tops.append(own.topk(min(count, own.numel())))
         first += texts
-    values = torch.cat([top.values for top in tops]).tolist()
-    indices = torch.cat([top.indices for top in tops]).tolist()
+    # The host waits once; float64 holds every index.
+    parts = [torch.stack([top.values.double(), top.indices.double()]) for top in tops]
+    values, indices = torch.cat(parts, 1).tolist()
     first = place = 0
     for texts, top in zip(texts_of, tops, strict=True):
         stop = place + len(top.values)
         found.append([
             (first + index // vocabulary, index % vocabulary, value)
-            for index, value in zip(indices[place:stop], values[place:stop], strict=True)
+            for index, value in zip(map(int, indices[place:stop]), values[place:stop], strict=True)
         ])  # fmt: skip
         first, place = first + texts, stop
     return found

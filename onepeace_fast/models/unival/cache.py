@@ -10,20 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast.attention_structures import Segments
+from onepeace_fast.attention_structures import Segments, equal_segments
 from onepeace_fast.models.unival.decoder import Decoder
 from onepeace_fast.models.unival.encoder import Encoded
 from onepeace_fast.models.unival.inputs import Tokens
 from onepeace_fast.models.unival.layout import Packed, Padded
 from onepeace_fast.ops import relative_bias_attention
-
-
-def equal_segments(samples: int, length: int, code: Tensor) -> Segments:
-    """Those of samples of one length, whose tokens have these codes: int32 [length]."""
-    code = code.repeat(samples)
-    starts = torch.arange(samples + 1, dtype=torch.int32, device=code.device) * length
-    no = torch.zeros_like(code)
-    return Segments(starts[None], no, code, no.bool(), length)
 
 
 class Written:
@@ -118,7 +110,7 @@ class Cached:
         """
         (count, length), device = texts.shape, texts.device
         codes = torch.arange(length, dtype=torch.int32, device=device)
-        queries, keys = equal_segments(count, 1, codes[-1:]), equal_segments(count, length, codes)
+        queries, keys = equal_segments(count, codes[-1:]), equal_segments(count, codes)
         starts = torch.tensor([*accumulate(texts_of, initial=0)], dtype=torch.int32, device=device)
         of_samples = queries._replace(cu_seqlens=starts[None], max_length=max(texts_of))
         x = Packed.norm(F.embedding(texts[:, -1], self.table), self.decoder.layernorm_embedding)

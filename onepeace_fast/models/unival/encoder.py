@@ -47,9 +47,12 @@ class Encoder(Stack):
         self, tokens: Mapping[str, Tokens], packed: bool, raw: Mapping[str, Tensor], patches: Mapping[str, Tensor]
     ) -> Encoded:
         """Tokens of every modality of a batch, packed or padded; those of ``raw`` are made by networks."""
+        dtype = self.type_embedding.weight.dtype
+        # A waveform's spectrogram is computed in float32 at least.
+        cast = {name: x if name == "audio" else x.to(dtype) for name, x in raw.items()}
         made = {
             name: tokens[name]._replace(values=taken(self.get_submodule(f"embed_{name}s")(x), patches.get(name)))
-            for name, x in raw.items()
+            for name, x in cast.items()
         }
         tokens = {**tokens, **made}
         layout = (Packed if packed else Padded)(tokens, "source")
@@ -66,6 +69,7 @@ class Encoder(Stack):
         values, kinds = layout.values(name), self.type_embedding.weight
         if name == "text":
             return layout.norm(F.embedding(values, self.embed_tokens.weight) + kinds[0], self.layernorm_embedding)
+        values = values.to(kinds.dtype)
         return layout.norm(self.get_submodule(f"{name}_proj")(values) + kinds[1], self.patch_layernorm_embedding)
 
     def unread(self, encoded: Encoded) -> list[nn.Parameter]:

@@ -229,10 +229,14 @@ def read_target(
     """The decoder's tokens: "text", and "code" of the samples that write an image.
 
     Raises:
-        ValueError: ids that do not fit.
+        ValueError: ids that do not fit, or padding before a token.
     """
     whole = text_tokens(what, ids, [], config.max_target_positions, config.vocab_size)
     require_device(what, ids, source.device)
+    require_values(
+        (whole.valid[:, 1:] <= whole.valid[:, :-1]).all(),
+        f"{what}: expected texts with their padding, {PADDING}, behind them, got one with a token behind it",
+    )
     count = source.shape[0]
     require(ids.shape[0] == count, lambda: f"{what}: expected a row for each of {count} texts, got {ids.shape[0]}")
     flags = [False] * count

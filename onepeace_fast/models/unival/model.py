@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device, require_tensor
-from onepeace_fast.layers.parameters import with_unread
+from onepeace_fast.layers.parameters import init_as_bert, with_unread
 from onepeace_fast.models import upstream
 from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.unival import state
@@ -31,16 +31,6 @@ from onepeace_fast.models.unival.losses import token_loss
 from onepeace_fast.routing import INTEGERS
 
 Samples = Mapping[str, Sequence[int] | Tensor]
-
-
-def init_as_upstream(module: nn.Module) -> None:
-    """Normal of deviation 0.02, biases and the row of padding zero, as fairseq starts BERT."""
-    if isinstance(module, nn.Linear | nn.Embedding):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
-    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-        nn.init.zeros_(module.weight[module.padding_idx])
 
 
 class Unival(nn.Module):
@@ -61,7 +51,7 @@ class Unival(nn.Module):
         self.config, self.backend = config, backend
         self.encoder, self.decoder = Encoder(config), Decoder(config)
         with torch.no_grad():
-            self.apply(init_as_upstream)
+            self.apply(init_as_bert)
 
     def forward(self, task: str, **inputs: Any) -> Any:
         """Call a method by its name, one of ``tasks`` (else ``ValueError``), so that wrappers and hooks see it."""
@@ -152,7 +142,7 @@ class Unival(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, source: Tensor, *, beams: int = 5, max_length: int = 20, min_length: int = 1, length_penalty: float = 1.0,
+        self, source: Tensor, *, beams: int = 5, max_length: int = 20, min_length: int = 2, length_penalty: float = 1.0,
         answers: Trie | None = None, samples: Samples | None = None, patches: Mapping[str, Tensor] | None = None,
         **maps: Tensor | None,
     ) -> list[list[Hypothesis]]:  # fmt: skip
@@ -164,7 +154,7 @@ class Unival(nn.Module):
         Args:
             source, samples, patches, maps: as in ``encode``.
             beams: how many texts of a sample are kept in work; 1 is the most likely token at each place.
-            max_length, min_length: tokens of a text, its end counted.
+            max_length, min_length: tokens of a text, its end counted; by default no text is empty.
             length_penalty: what a text's length is raised to before its log-probability is divided by it.
             answers: the texts that alone may be written, or None.
 
