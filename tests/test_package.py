@@ -52,11 +52,11 @@ if torch.cuda.is_available():
     assert (actual.float() - expected.float()).abs().max() < 0.03
     print("launched")
 else:
-    nothing = dict.fromkeys(("qkv", "cu_seqlens", "code", "is_cls", "head_scale"), 0)
-    sizes = dict.fromkeys(("device", "samples", "modalities", "rows", "heads", "max_length"), 0)
-    kinds = {"head_dim": 32, "scale": 1.0, "type": "bfloat16", "head_scale_type": "float32"}
+    tokens = {**dict.fromkeys("qkv", (0, 0, 0)), **dict.fromkeys(("queries", "keys"), (0,) * 7)}
+    sizes = {**dict.fromkeys(("device", "samples", "heads"), 0), "head_dim": 32, "value_dim": 32}
+    kinds = {"scale": 1.0, "type": "bfloat16", "head_scale": 0, "head_scale_type": "float32"}
     try:
-        attention = _cuda.RelativeBiasAttention(**nothing, **sizes, **kinds, strides=(0, 0, 0), bias=[])
+        attention = _cuda.RelativeBiasAttention(**tokens, **sizes, **kinds, bias=[])
         attention.forward(out=0, log_sum_exp=0, stream=0)
     except RuntimeError as error:
         print(error)

@@ -58,8 +58,8 @@ def test_values_and_gradients_follow_the_formula(attend, name, walk):
 @pytest.mark.parametrize("name", ["one vector for all, CLS", "causal, runs, CLS", "keys of others, later first"])
 def test_samples_that_no_walk_takes_whole(attend, name, limit, dim):
     form = Form(**KINDS[name] | {"sizes": (dim, dim), "lengths": LONG})
-    check_form(attend, form, shared_limit=SHARED_LIMITS[limit])
-    check_form(attend, form, shared_limit=SHARED_LIMITS[limit], multiprocessors=132)
+    multiprocessors = {} if dim % 64 else {"multiprocessors": 132}  # where few blocks share a sample, and where many do
+    check_form(attend, form, shared_limit=SHARED_LIMITS[limit], **multiprocessors)
 
 
 @pytest.mark.parametrize("limit", ["99 KiB", "227 KiB"])

@@ -16,6 +16,7 @@ from tools.parity.__main__ import KINDS, main
 BUCKETS = '{"token_bucket_size": 4, "image_bucket_size": 2}'
 GOLDENS = Path(__file__).resolve().parent.parent / "goldens"
 CHECKS = {
+    "mico_context": 172, "mico_vit": 120, "mico_vit_eva02": 168,
     "mot_ffn": 146, "onepeace_flags": 908, "onepeace_perlayer": 1122, "onepeace_tiny": 850, "torchscale_bias": 4,
     "torchscale_multiway": 244, "unival_bias": 10, "unival_tiny": 590, "unival_tiny_grads_text_code": 772,
     "unival_tiny_mid": 50,
