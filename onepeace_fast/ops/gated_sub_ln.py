@@ -27,7 +27,7 @@ from onepeace_fast.ops.arguments import (
 from onepeace_fast.ops.kernel_choice import runs_kernel
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward, zeros_where_needed
 from onepeace_fast.ops.operation import Gradient, Operation
-from onepeace_fast.ops.packed_rows import accumulation_dtype, row_slices
+from onepeace_fast.ops.packed_rows import accumulation_dtype, end_of, row_slices
 from onepeace_fast.structures import (
     GatedSubLNGradients,
     GatedSubLNInputs,
@@ -65,7 +65,7 @@ def gated_sub_ln_reference(given: GatedSubLNInputs) -> GatedSubLNOutputs:
         if norm_weight:
             h, mean[rows], rstd[rows] = normalize(h, norm_weight[m], given.norm_bias[m], given.eps)
         n[rows] = h
-    n[ranges[-1].stop :] = 0
+    n[end_of(ranges) :] = 0
     return GatedSubLNOutputs(n, mean, rstd)
 
 
@@ -105,7 +105,7 @@ def gated_sub_ln_backward_and_n_reference(
         du[rows] = ACTIVATION_BACKWARD[saved.activation](dh if v is None else dh * v_m, u_m)
     for inert in (du, dv, n):
         if inert is not None:
-            inert[ranges[-1].stop :] = 0
+            inert[end_of(ranges) :] = 0
     return GatedSubLNGradients(du, dv, dweight, dbias), n
 
 

@@ -37,7 +37,7 @@ def normalize(
     dtype = accumulation_dtype(x.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (weight, bias))
     if rms:
-        wide, mean = x.to(dtype), None
+        wide, mean = x.to(dtype).contiguous(), None  # as native_layer_norm reads it
         rstd = torch.rsqrt(wide.square().mean(1, keepdim=True) + eps)
         y = wide * rstd if weight is None else wide * rstd * weight
     else:
@@ -57,7 +57,8 @@ def normalize_backward(
     dtype = rstd.dtype
     weight = None if weight is None else weight.to(dtype)
     if mean is None:
-        grad, xhat = grad.to(dtype), x.to(dtype) * rstd
+        grad, x = (one.to(dtype).contiguous() for one in (grad, x))
+        xhat = x * rstd
         g = grad if weight is None else grad * weight
         dx = (g - xhat * (g * xhat).mean(1, keepdim=True)) * rstd
         return dx, (grad * xhat).sum(0) if needs[1] else None, None
@@ -94,7 +95,8 @@ def layer_norm_backward_reference(saved: LayerNormSaved, needs: Needs) -> LayerN
     x, grad, mean, head_scale = saved.x, saved.grad_y, saved.mean, saved.head_scale
     dweight, dbias = zeros_where_needed(saved.weight, needs.weight), zeros_where_needed(saved.bias, needs.bias)
     passed, parts = saved.passed, _parts(saved, grad.shape[0])
-    dx, all_rows = None, saved.routing.row_index is None and [*parts] == [slice(0, x.shape[0])]
+    all_rows = saved.routing.row_index is None and [*parts] == [slice(0, x.shape[0])]
+    dx = None  # of all rows it is what the norm gives
     if not all_rows:
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
         dx = dx.zero_() if passed is None else dx.copy_(passed)

@@ -18,12 +18,17 @@ def row_slices(routing: Routing) -> Iterator[slice]:
     return (slice(start, stop) for start, stop in pairwise(bounds))
 
 
+def end_of(ranges: Sequence[slice]) -> int:
+    """The first row behind those of all modalities, of which there may be none; it and the others are inert."""
+    return ranges[-1].stop if ranges else 0
+
+
 def rows_of_norms(routing: Routing, norms: int, count: int) -> Sequence[slice]:
     """The row range of each modality, or one of all real rows where the modalities share a norm or have none."""
     if routing.offsets is None:
         return [slice(0, count)]
     ranges = list(row_slices(routing))
-    return [slice(0, ranges[-1].stop if ranges else 0)] if norms <= 1 else ranges
+    return [slice(0, end_of(ranges))] if norms <= 1 else ranges
 
 
 def source_rows(routing: Routing, rows: slice, x: Tensor) -> slice | Tensor:

@@ -91,7 +91,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
     if per_modality.is_scaled(saved):
         branch = residual_backward_reference(*per_modality.as_branch_saved(saved, needs))
         dy_all, dgamma = branch.y, branch.gamma
-    dz = torch.zeros_like(z, memory_format=torch.contiguous_format)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format)
     for m, rows in enumerate(ranges):
         dy, z_m, u_m = dy_all[rows], z[rows], u[rows]
         activated = ACTIVATIONS[settings.activation](u_m)
@@ -122,6 +122,7 @@ def routed_ffn_backward_reference(saved: RoutedFFNSaved, needs: Needs) -> Routed
         else:
             torch.mm(du, w0[m], out=dz[rows])
         del du, dv
+    dz[ranges[-1].stop :] = 0
     return RoutedFFNGradients(dz, _in_dtypes_of(gradients, saved.weights), None, dgamma)
 
 

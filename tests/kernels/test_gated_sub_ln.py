@@ -186,6 +186,13 @@ def test_strides_of_inputs_and_gradients_do_not_matter():
     contract.check_gradient_layouts(op(counts), on_device(leaves, HALF))
 
 
+def test_without_modalities_every_row_is_inert():
+    u, v = (normal(3, 8, seed=seed).to(DEVICE).requires_grad_() for seed in range(2))
+    n = gated_sub_ln(u, v, None, None, offsets=torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    du, dv = torch.autograd.grad(n, (u, v), torch.ones_like(n))
+    assert not n.any() and not du.any() and not dv.any()
+
+
 def test_rows_are_independent():
     counts, leaves = [8], on_device(leaves_of([8], 64), CHECKED)
     expected = contract.run(op(counts), leaves)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from onepeace_fast import RoutePlan, relative_bias_attention, residual_layer_norm, routed_ffn
+from onepeace_fast import RoutePlan, layer_norm, relative_bias_attention, residual_layer_norm, rms_norm, routed_ffn
 
 PLAN = RoutePlan.from_lengths({"text": [5, 3], "image": [4, 4]}, first_is_cls=True)
 ROWS, HEADS, DIM = PLAN.capacity, 2, 8
@@ -76,3 +76,16 @@ def test_outputs_are_contiguous_whatever_the_strides_of_the_inputs():
     w2 = [normal(8, 16, dtype=torch.float32)] * 2
     out = routed_ffn(z, weights, weights, w2, offsets=PLAN.offsets, residual=x)
     assert out.is_contiguous()
+
+
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_and_their_gradients_are_contiguous_whatever_the_strides(norm, dtype):
+    (rows, gradient), weight = normal(2, 5, 8, dtype=dtype), normal(8, dtype=dtype)
+    found = []
+    for turn in (torch.clone, lambda x: x.t().contiguous().t()):
+        x = turn(rows).requires_grad_()
+        y = norm(x, weight)
+        found.append((y, *torch.autograd.grad(y, x, turn(gradient))))
+    assert all(one.is_contiguous() for pair in found for one in pair)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
