@@ -8,6 +8,7 @@ stands what ``onepeace-fast estimate`` says. No time is taken: the processes sha
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import os
 import socket
@@ -133,6 +134,7 @@ def run(rank: int, count: int, folder: str) -> None:
     torch.save(found, f"{folder}/{count}_{rank}")
     dist.barrier()
     dist.destroy_process_group()
+    gc.collect()  # as in training/distributed.py
 
 
 def described() -> dict[str, Any]:

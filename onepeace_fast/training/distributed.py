@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -63,6 +65,7 @@ class Processes:
         yield cls(rank, count, torch.device(kind, local) if kind == "cuda" else torch.device(kind))
         if count > 1:
             dist.destroy_process_group()
+            atexit.register(gc.collect)  # a thread of gloo that sharded modules keep would abort the ending interpreter
 
     @property
     def is_main(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from pathlib import Path
 
@@ -58,6 +60,7 @@ def main(folder: Path) -> None:
     if dist.get_rank() == 0:
         torch.save(results, folder / "losses.pt")
     dist.destroy_process_group()
+    atexit.register(gc.collect)  # as in training/distributed.py
 
 
 if __name__ == "__main__":

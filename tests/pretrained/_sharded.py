@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def main(folder: Path) -> None:
         torch.save({"state": state, "own": own, "embedding": embedding}, folder / f"{dtype}{dist.get_rank()}.pt")
     dist.barrier()
     dist.destroy_process_group()
+    atexit.register(gc.collect)  # as in training/distributed.py
 
 
 if __name__ == "__main__":
