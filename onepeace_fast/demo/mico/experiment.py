@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from onepeace_fast.demo.measuring import timed
 from onepeace_fast.demo.mico import views
 from onepeace_fast.demo.mico.views import FIRST, MODALITIES, SIDE, Sets
 from onepeace_fast.models.mico import EvaConfig, Mico, MicoConfig, TextConfig
@@ -129,20 +128,13 @@ def run(sets: Sets, seed: int, steps: int) -> Result:
     seconds: dict[str, float] = {}
     pretraining: dict[str, dict[str, dict[str, float]]] = {}
     for count in range(1, 5):
-        with _timed(seconds, f"pretraining with {count}"):
+        with timed(seconds, f"pretraining with {count}"):
             model = pretrain(fresh(MODALITIES[:count], seed), sets, steps, seed)
             known = {name: frames[name] for name in MODALITIES[:count]}
             pretraining[str(count)] = {
                 "images alone": measure(model, {"vision": frames["vision"]}, digits),
                 "all of them": measure(model, known, digits),
             }  # fmt: skip
-    with _timed(seconds, "contexts"):
+    with timed(seconds, "contexts"):
         context = {"+".join(names): measure(model, {n: frames[n] for n in names}, digits) for names in SETS}
     return Result(seed, steps, len(digits), seconds, context, pretraining)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - start

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import platform
-from importlib.metadata import version
 from pathlib import Path
 
-from onepeace_fast.demo import report
+from onepeace_fast.demo import report, seeds
 from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.unival import charts
 from onepeace_fast.demo.unival.examples import cards, looked
 from onepeace_fast.demo.unival.experiment import Bench, Result
 from onepeace_fast.demo.unival.model import DigitModel
-
-PACKAGES = ("onepeace_fast", "torch", "numpy", "scikit-learn", "espeakng-loader", "matplotlib")
 
 
 def write(bench: Bench, model: DigitModel, result: Result, folder: Path) -> Path:
@@ -36,7 +32,10 @@ def write(bench: Bench, model: DigitModel, result: Result, folder: Path) -> Path
         lines=rows(result),
         shown=shown,
         examples=len(bench.examined["image captions", "familiar"].rows),
-        machine=machine(result, sum(parameter.numel() for parameter in model.parameters())),
+        machine=[
+            ("Model", f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"),
+            *seeds.machine(result, ", ".join(f"{name} {steps:,}" for name, steps in result.steps.items())),
+        ],
     )
 
 
@@ -46,18 +45,4 @@ def rows(result: Result) -> list[tuple[str, ...]]:
     return [
         (name, *(percent(share) for share in (before[name], values[0], values[middle], values[-1])))
         for name, values in result.line["curves"].items()
-    ]
-
-
-def machine(result: Result, parameters: int) -> list[tuple[str, str]]:
-    """What the figures were made with and how long that took: a name and a value each."""
-    return [
-        ("Model", f"{parameters:,} parameters"),
-        ("Seed", str(result.seed)),
-        ("CPU", report.cpu()),
-        ("Backend", report.backend()),
-        ("Python", f"{platform.python_version()} on {platform.system()}"),
-        *((package, version(package)) for package in PACKAGES),
-        ("Steps", ", ".join(f"{name} {steps:,}" for name, steps in result.steps.items())),
-        ("Seconds", ", ".join(f"{name} {seconds:.0f}" for name, seconds in result.seconds.items())),
     ]
