@@ -14,9 +14,9 @@ from onepeace_fast.demo import comparison, costs, data, experiment, gains, repor
 from onepeace_fast.demo.embedding_map import embedding_map
 from onepeace_fast.demo.experiment import Steps
 from onepeace_fast.demo.familiarity import Familiarity, calibrate
-from onepeace_fast.demo.measuring import timed
 from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.result import Result
+from onepeace_fast.demo.training import timed
 from onepeace_fast.info import format_table
 from onepeace_fast.installation import program_command
 from onepeace_fast.models.pretrain import OnePeacePretrain

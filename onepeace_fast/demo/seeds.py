@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from onepeace_fast.demo import report, speech
-from onepeace_fast.demo.measuring import one_thread
 from onepeace_fast.demo.percent import percent
+from onepeace_fast.demo.training import one_thread
 from onepeace_fast.info import format_table
 
 SEEDS = "seeds.json"
@@ -40,14 +40,12 @@ class Demo:
     Attributes:
         opening: what it says first.
         shares: what its figures are shares of.
-        measure: the result of a seed; other processes import it.
-        report: the result of a seed and its page, in a folder.
+        measure: the result of a seed; its page is written too, where a path for it is given. Other processes import it.
     """
 
     opening: str
     shares: str
-    measure: Callable[[int], Result]
-    report: Callable[[int, Path], tuple[Result, Path]]
+    measure: Callable[[int, Path | None], Result]
 
     def run_one(self, seed: int, folder: Path) -> None:
         """Train, measure, print, and write the report.
@@ -56,8 +54,8 @@ class Demo:
             ValueError: eSpeak NG does not work here.
         """
         print(f"{self.opening}\n")
-        with one_thread():
-            result, page = self.report(seed, folder)
+        page = folder / "index.html"
+        result = self.alone(seed, page)
         print_figures([result], self.shares)
         print(f"\n  The work took {sum(result.seconds.values()):.0f} seconds. Open {page} in a browser.")
 
@@ -71,17 +69,17 @@ class Demo:
         results: list[Result] = []
         workers = min(len(seeds), os.cpu_count() or 1)
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            for future in as_completed([pool.submit(_measure, self.measure, seed) for seed in seeds]):
+            for future in as_completed([pool.submit(self.alone, seed) for seed in seeds]):
                 results.append(future.result())
                 results.sort(key=lambda result: result.seed)
                 path = keep_results(results, folder)
         print_figures(results, self.shares)
         print(f"\nKept in {path}.")
 
-
-def _measure(measure: Callable[[int], Result], seed: int) -> Result:
-    with one_thread():
-        return measure(seed)
+    def alone(self, seed: int, page: Path | None = None) -> Result:
+        """The result of a seed, by one thread."""
+        with one_thread():
+            return self.measure(seed, page)
 
 
 def keep_results(results: Sequence[Result], folder: Path) -> Path:

@@ -1,8 +1,10 @@
-"""The loop that trains the demos' models."""
+"""How the demos train: one loop, by one thread, by the clock."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,3 +36,22 @@ def fit(
         bar.update()
     bar.close()
     model.eval()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One CPU thread: such small matrices gain little from a second, and lose much if other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Note how long a part takes."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = time.perf_counter() - start

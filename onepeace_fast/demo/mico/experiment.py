@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onepeace_fast.demo.measuring import timed
 from onepeace_fast.demo.mico import views
 from onepeace_fast.demo.mico.views import FIRST, MODALITIES, SIDE, Sets
-from onepeace_fast.demo.training import fit
+from onepeace_fast.demo.training import fit, timed
 from onepeace_fast.models.mico import EvaConfig, Mico, MicoConfig, TextConfig
 
 WIDTH = 64

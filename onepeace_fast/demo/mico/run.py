@@ -17,23 +17,21 @@ STEPS = 400  # of each pretraining
 
 def demo(steps: int = STEPS) -> Demo:
     """The demo, with so many steps of each pretraining."""
-    return Demo(OPENING, "right digits", partial(_measure, steps), partial(_report, steps))
+    return Demo(OPENING, "right digits", partial(_measure, steps))
 
 
-def _measure(steps: int, seed: int) -> Result:
-    return experiment.run(views.load(), seed, steps)
-
-
-def _report(steps: int, seed: int, folder: Path) -> tuple[Result, Path]:
+def _measure(steps: int, seed: int, page: Path | None) -> Result:
     sets = views.load()
     result = experiment.run(sets, seed, steps)
-    return result, write(sets, result, folder)
+    if page is not None:
+        write(sets, result, page)
+    return result
 
 
-def write(sets: Sets, result: Result, folder: Path) -> Path:
-    """Write ``folder/index.html`` in one step and return its path: one file that opens from disk without a network."""
-    return report.render(
-        folder / "index.html",
+def write(sets: Sets, result: Result, page: Path) -> None:
+    """Write the page in one step: one file that opens from disk without a network."""
+    report.render(
+        page,
         "mico.html",
         title="A small MiCo learns digits from up to four modalities",
         result=result,

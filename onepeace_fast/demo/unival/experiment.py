@@ -15,8 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from onepeace_fast.demo.measuring import timed
-from onepeace_fast.demo.training import PEAK
+from onepeace_fast.demo.training import PEAK, timed
 from onepeace_fast.demo.unival.model import DigitModel
 from onepeace_fast.demo.unival.tasks import IMAGES, SOUNDS, TASKS, Sets, Task, Vocabulary
 from onepeace_fast.demo.unival.training import Examined, train
