@@ -12,8 +12,7 @@ from typing import Any
 import onepeace_fast
 from onepeace_fast import _interrupt, bench_command, info
 from onepeace_fast.demo import command as demo
-from onepeace_fast.demo.mico import command as demo_mico
-from onepeace_fast.demo.unival import command as demo_unival
+from onepeace_fast.demo import paper_command
 from onepeace_fast.embedding import embed_command, search_command
 from onepeace_fast.estimate import command as estimate
 from onepeace_fast.hardware import selftest, tune, warmup
@@ -90,13 +89,13 @@ _COMMANDS: dict[str, tuple[Any, str, str]] = {
         "of it to look at and listen to. Downloads nothing.",
     ),
     "demo-unival": (
-        demo_unival,
+        paper_command.UNIVAL,
         "three claims of UnIVAL's paper tried with a small model: train, merge, measure, report",
         "Trains small UnIVALs on scikit-learn's handwritten digits and on synthetic spoken digits, merges two of them, "
         "and writes a report of transfer, merging and several tasks at once: docs/demo_unival.md. Downloads nothing.",
     ),
     "demo-mico": (
-        demo_mico,
+        paper_command.MICO,
         "what more modalities are worth to MiCo, in a context and in pretraining: train, measure, report",
         "Trains small MiCos on handwritten digits, spoken digits, strokes of a pen and tables, and writes a "
         "report of what one to four of them are worth: docs/demo_mico.md. Downloads nothing.",

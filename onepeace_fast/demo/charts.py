@@ -249,6 +249,13 @@ def _bias_title(modality: str, values: np.ndarray, places: Sequence[str]) -> str
     return f"{name}: head {head + 1} depends most on distance, {extremes}."
 
 
+def share_axis(axes: Axes, label: str) -> None:
+    """Shares upwards, and the line of chance."""
+    axes.axhline(CHANCE, color=GREY, linestyle=":", label="chance")
+    axes.set(ylim=(0, 1.02), ylabel=label)
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
 def new_figure(height: float) -> tuple[Figure, Axes]:
     """A figure of the report's width and this height in inches, with one pair of axes."""
     figure = Figure(figsize=(WIDTH, height), layout="constrained")

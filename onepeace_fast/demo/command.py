@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     from onepeace_fast.demo.experiment import Steps
     from onepeace_fast.demo.rank import rank
-    from onepeace_fast.demo.run import Options, one_thread, run, run_seeds
+    from onepeace_fast.demo.run import Options, run, run_seeds
+    from onepeace_fast.demo.training import one_thread
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:

@@ -24,17 +24,15 @@ from onepeace_fast.config import (
 from onepeace_fast.demo import data
 from onepeace_fast.demo.data import SIDE, Digits, Vocabulary, caption, draw_captions, draw_rows, enlarge
 from onepeace_fast.demo.speech import Speech
+from onepeace_fast.demo.training import fit
 from onepeace_fast.demo.waveform import WINDOW, waveforms
 from onepeace_fast.layers.adapters import PATCH
 from onepeace_fast.models.losses import contrastive_loss
 from onepeace_fast.models.pretrain import OnePeacePretrain
-from onepeace_fast.progress import progress
 from onepeace_fast.training.masks import audio_language_masks, vision_language_masks
-from onepeace_fast.training.optimizer import adamw, learning_rate
 
 WIDTH = 128
 GROUPS = 4  # of ten digits each in a training batch
-PEAK = 2e-3  # of the learning rate
 ROWS = 100  # in a batch that is only embedded
 # A few wide strides in place of ONE-PEACE's seven layers: as many frames, a quarter of the time.
 FEATURE_LAYERS = ((32, 32, 16), (64, 4, 4), (128, 5, 5))
@@ -166,23 +164,14 @@ def _denoised(
 
 def _train(model: OnePeacePretrain, losses: Callable[[], tuple[Tensor, Tensor]], steps: int, stage: str) -> list[float]:
     """Step by the first of ``losses()`` and note the second, the contrast."""
-    optimizer = adamw(model, PEAK)
-    contrasts = []
-    model.train()
-    bar = progress(stage, "step", steps)
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=PEAK, warm_up=steps // 10, total=steps)
-        loss, noted = losses()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        optimizer.step()
+    contrasts: list[float] = []
+
+    def loss(_: int) -> Tensor:
+        trained, noted = losses()
         contrasts.append(noted.item())
-        bar.set_postfix(loss=f"{statistics.mean(contrasts[-20:]):.3f}", refresh=False)
-        bar.update()
-    bar.close()
-    model.eval()
+        return trained
+
+    fit(model, loss, steps, stage, said=lambda _: statistics.mean(contrasts[-20:]))
     return contrasts
 
 

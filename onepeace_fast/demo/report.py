@@ -229,13 +229,20 @@ def machine(result: Result) -> list[tuple[str, str]]:
         ("Model", f"{result.parameters:,} parameters"),
         ("Seed", str(result.seed)),
         ("Device", result.device),
-        ("CPU", cpu()),
-        ("Backend", backend()),
-        ("Threads", str(torch.get_num_threads())),
-        ("Python", f"{platform.python_version()} on {platform.system()}"),
-        *((package, version(package)) for package in PACKAGES),
+        *environment(("Threads", str(torch.get_num_threads()))),
         ("Steps", ", ".join(f"{stage} {steps:,}" for stage, steps in result.steps.items())),
         ("Seconds", ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in result.seconds.items())),
+    ]
+
+
+def environment(*own: tuple[str, str]) -> list[tuple[str, str]]:
+    """The processor, the backend, what else a demo names, and the packages: a name and a value each."""
+    return [
+        ("CPU", cpu()),
+        ("Backend", backend()),
+        *own,
+        ("Python", f"{platform.python_version()} on {platform.system()}"),
+        *((package, version(package)) for package in PACKAGES),
     ]
 
 
@@ -262,6 +269,11 @@ def render(path: Path, template: str, **values: Any) -> Path:
     icon = image_uri(np.kron(np.array([[0, 1], [1, 0]]), np.full((4, 4), DARKEST)))
     text = environment.get_template(template).render(icon=icon, chance=CHANCE, **values)
     path.parent.mkdir(parents=True, exist_ok=True)
+    return put(path, text)
+
+
+def put(path: Path, text: str) -> Path:
+    """Put a text in its place in one step."""
     draft = path.with_name(path.name + ".new")
     draft.write_text(text, encoding="utf-8", errors="replace")  # a sound's name may be no text
     os.replace(draft, path)

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from onepeace_fast.demo import comparison, costs, data, experiment, gains, report, speech
+from onepeace_fast.demo import comparison, costs, data, experiment, gains, report, seeds, speech
 from onepeace_fast.demo.embedding_map import embedding_map
 from onepeace_fast.demo.experiment import Steps
 from onepeace_fast.demo.familiarity import Familiarity, calibrate
 from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.result import Result
+from onepeace_fast.demo.training import timed
 from onepeace_fast.info import format_table
 from onepeace_fast.installation import program_command
 from onepeace_fast.models.pretrain import OnePeacePretrain
 
 MODEL = "model"
-SEEDS = "seeds.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +46,10 @@ def run(options: Options) -> int:
     return 0 if all(row.agree for row in result.comparisons) else 1
 
 
-def run_seeds(options: Options, seeds: int) -> int:
+def run_seeds(options: Options, count: int) -> int:
     """The same run for each of several seeds: prints every figure and their spread, and keeps them as JSON."""
     results = []
-    for seed in range(options.seed, options.seed + seeds):
+    for seed in range(options.seed, options.seed + count):
         results.append(measure(dataclasses.replace(options, seed=seed))[0])
         path = _write_spread(results, options)
     _print_spread(results, path)
@@ -77,7 +74,7 @@ def note_place(output: Path) -> None:
 def measure(options: Options) -> tuple[Result, OnePeacePretrain, Familiarity]:
     """Both stages and everything that the report shows; returns the trained model and its measure of sounds too."""
     seconds: dict[str, float] = {}
-    with _timed(seconds, "sounds"):
+    with timed(seconds, "sounds"):
         spoken, spoken_held_out = speech.load(speech.plan())
     written, written_held_out = data.load()
     vocabulary = data.Vocabulary()
@@ -85,14 +82,14 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain, Familiarity]:
     _print_setup(model, written, written_held_out, spoken, spoken_held_out, options)
     training = (vocabulary, options.seed, options.denoise)
     losses, steps = {}, options.steps
-    with _timed(seconds, "stage 1"):
+    with timed(seconds, "stage 1"):
         losses["image-text"] = experiment.train_image_text(model, written, steps.image_text, *training)
     images = experiment.image_embeddings(model, written_held_out.images)
     sounds_before = experiment.sound_embeddings(model, spoken_held_out.sounds)
     before = experiment.similarity(sounds_before, images)
-    with _timed(seconds, "stage 2"):
+    with timed(seconds, "stage 2"):
         losses["audio-text"] = experiment.train_audio_text(model, spoken, steps.audio_text, *training)
-    with _timed(seconds, "evaluation"):
+    with timed(seconds, "evaluation"):
         sounds = experiment.sound_embeddings(model, spoken_held_out.sounds)
         after = experiment.similarity(sounds, images)
         captions = experiment.image_text_accuracy(model, images, written_held_out.labels, vocabulary)
@@ -100,7 +97,7 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain, Familiarity]:
         familiarity = calibrate(model, spoken, sounds)
         labels = written_held_out.labels.tolist()
         places = embedding_map(images.numpy(), labels, sounds_before.numpy(), sounds.numpy(), spoken_held_out.labels)
-    with _timed(seconds, "backends"):
+    with timed(seconds, "backends"):
         parts = costs.stages(model, written, spoken, vocabulary, options.seed)
         tokens, measured = costs.count_tokens(model, parts), costs.measure(model, parts)
         comparisons = [
@@ -129,24 +126,6 @@ def measure(options: Options) -> tuple[Result, OnePeacePretrain, Familiarity]:
         parameters=_parameters(model),
     )
     return result, model, familiarity
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread: such small matrices gain little from a second, and lose much if other programs run."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[phase] = time.perf_counter() - start
 
 
 def _device_name(device: str) -> str:
@@ -211,7 +190,6 @@ def _print_result(result: Result, page: Path, output: Path) -> None:
 
 
 def _write_spread(results: Sequence[Result], options: Options) -> Path:
-    """What is known after each seed, so that an interruption loses one run at most."""
     figures = ("seed", "sound_to_image", "image_to_sound", "sound_to_image_before", "image_to_sound_before")
     runs = [
         {name: getattr(result, name) for name in figures}
@@ -219,11 +197,7 @@ def _write_spread(results: Sequence[Result], options: Options) -> Path:
         for result in results
     ]
     machine = {name: value for name, value in report.machine(results[0]) if name not in ("Seed", "Seconds")}
-    path = options.output / SEEDS
-    draft = path.with_name(path.name + ".new")
-    draft.write_text(json.dumps({"denoise": options.denoise, "machine": machine, "runs": runs}, indent=1) + "\n")
-    os.replace(draft, path)
-    return path
+    return seeds.keep({"denoise": options.denoise, "machine": machine, "runs": runs}, options.output)
 
 
 def _print_spread(results: Sequence[Result], path: Path) -> None:

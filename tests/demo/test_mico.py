@@ -1,6 +1,5 @@
 """The demo of MiCo: its views of digits, its batches, what it measures, and the page of a short run."""
 
-import json
 import re
 
 import pytest
@@ -107,15 +106,12 @@ def test_figures_and_titles_are_those_of_the_shares():
 def test_a_short_run_measures_all_and_writes_one_page(sets, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(views, "load", lambda: sets)
     monkeypatch.setattr(experiment, "MEASURED", 3)
-    run.run_one(0, tmp_path, 3)
+    run.demo(3).run_one(0, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("data:image/svg+xml") == 3 and page.count('<th scope="row">vision, audio') == 4
     assert not re.search(r"(src|href)=\"https?://(?!arxiv)", page)
     printed = capsys.readouterr().out
     assert "retrieval, 4 in the context" in printed and "index.html in a browser" in printed
-    one = result()
-    run._keep([one], tmp_path / run.SEEDS)
-    assert json.loads((tmp_path / run.SEEDS).read_text())["runs"][0]["figures"] == one.figures()
 
 
 def test_a_folder_that_cannot_be_made_ends_it_at_once(tmp_path, capsys):

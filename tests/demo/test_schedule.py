@@ -1,4 +1,4 @@
-"""What the demo's loop does in every step, and which seed decides what."""
+"""What the demos' loop does in every step, and which seed decides what."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 pytest.importorskip("scipy")
 
-from onepeace_fast.demo import comparison, data, experiment
+from onepeace_fast.demo import comparison, data, experiment, training
 from onepeace_fast.training.optimizer import learning_rate
 
 
@@ -38,10 +38,10 @@ def test_a_step_sets_the_rate_clips_at_three_and_trains(monkeypatch, slope, norm
         optimizer.register_step_pre_hook(note)
         return optimizer
 
-    make = experiment.adamw
-    monkeypatch.setattr(experiment, "adamw", adamw)
+    make = training.adamw
+    monkeypatch.setattr(training, "adamw", adamw)
     assert experiment._train(model, model.losses, 20, "probe") == [2.0] * 20
-    assert rates == [learning_rate(step, peak=experiment.PEAK, warm_up=2, total=20) for step in range(20)]
+    assert rates == [learning_rate(step, peak=training.PEAK, warm_up=2, total=20) for step in range(20)]
     assert norms == pytest.approx([norm] * 20, rel=1e-5)  # anew in every step
     assert model.modes == [True] * 20 and not model.training
 

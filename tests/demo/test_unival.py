@@ -115,7 +115,7 @@ def test_the_weights_shown_are_those_by_which_the_decoder_takes_its_values(bench
 def test_a_short_run_measures_every_claim_and_writes_one_page(bench, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "POINTS", (0.0, 0.5, 1.0))
     monkeypatch.setattr(tasks, "load", lambda: bench.sets)
-    run.run_one(0, tmp_path, SHORT)
+    run.demo(SHORT).run_one(0, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<article") >= 20 and page.count("<audio") >= 10
     assert page.count("data:image/svg+xml") == 5
@@ -167,7 +167,7 @@ def _sum(one):
 
 @pytest.mark.slow
 def test_seeds_are_kept_with_their_figures(tmp_path, capsys):
-    run.run_seeds(3, 2, tmp_path, SHORT)
+    run.demo(SHORT).run_seeds(range(3, 5), tmp_path)
     kept = json.loads((tmp_path / "seeds.json").read_text())
     assert [one["seed"] for one in kept["runs"]] == [3, 4]
     assert kept["runs"][0]["steps"] == dataclasses.asdict(SHORT)

@@ -6,11 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-from onepeace_fast.demo.charts import BLUE, CHANCE, GREY, ORANGE, STYLE, WIDTH, Picture, new_figure
+from onepeace_fast.demo.charts import BLUE, ORANGE, STYLE, WIDTH, Picture, new_figure, share_axis
 from onepeace_fast.demo.mico.experiment import MATCHING, RETRIEVAL, Result
 from onepeace_fast.demo.mico.views import Views
 from onepeace_fast.demo.percent import percent
@@ -44,8 +42,9 @@ def context(result: Result) -> Picture:
         points = [(count + shift, share) for count, of in zip(COUNTS, shares, strict=True) for share in of]
         axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.45, markersize=4)
         axes.plot([count + shift for count in COUNTS], means[measure], "-", color=colour, label=f"{measure}, mean")
-    _shares(axes, "modalities in the context (a dot: one combination)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    share_axis(axes, "right digits")
+    axes.set(xlabel="modalities in the context (a dot: one combination)", xticks=COUNTS)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     said = "; ".join(f"{measure} {_course(of)}" for measure, of in means.items())
     return Picture(f"From one modality to four: {said}.", "Dots and lines: right digits by modalities seen.", figure)
 
@@ -63,8 +62,9 @@ def pretraining(result: Result) -> Picture:
             axes.errorbar(places, shares, errors, fmt=style, color=colour, markersize=4, capsize=2,
                           label=f"{measure}, {what}")  # fmt: skip
             alone |= {measure: shares} if what == "images alone" else {}
-    _shares(axes, "modalities in the pretraining (bar: 2 standard errors)")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1, frameon=False)
+    share_axis(axes, "right digits")
+    axes.set(xlabel="modalities in the pretraining (bar: 2 standard errors)", xticks=COUNTS)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False)
     said = "; ".join(f"{measure} {_course(of)}" for measure, of in alone.items())
     title = f"Images alone, after pretraining with one modality to four: {said}."
     return Picture(title, "Lines with error bars: right digits by modalities of the pretraining.", figure)
@@ -82,9 +82,3 @@ def combinations(found: Mapping[str, Mapping[str, float]]) -> list[tuple[str, ..
 
 def _course(shares: Sequence[float]) -> str:
     return f"{percent(shares[0])} to {percent(shares[-1])}"
-
-
-def _shares(axes: Axes, label: str) -> None:
-    axes.axhline(CHANCE, color=GREY, linestyle=":", label="chance")
-    axes.set(ylim=(0, 1.02), ylabel="right digits", xlabel=label, xticks=COUNTS)
-    axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -19,11 +17,9 @@ from torch import Tensor, nn
 
 from onepeace_fast.demo.mico import views
 from onepeace_fast.demo.mico.views import FIRST, MODALITIES, SIDE, Sets
+from onepeace_fast.demo.training import fit, timed
 from onepeace_fast.models.mico import EvaConfig, Mico, MicoConfig, TextConfig
-from onepeace_fast.progress import progress
-from onepeace_fast.training.optimizer import adamw, learning_rate
 
-PEAK = 2e-3  # of the learning rate
 WIDTH = 64
 GROUPS = 3  # of ten digits in a batch
 MEASURED = 20  # groups of ten held-out samples
@@ -94,21 +90,13 @@ def pretrain(model: Mico, sets: Sets, steps: int, seed: int) -> Mico:
     """Train in place by VAST's losses, and return the model; each sample has some of its modalities."""
     modalities = [*model.config.frames]
     generator = torch.Generator().manual_seed(seed)
-    optimizer = adamw(model, PEAK)
-    bar = progress(f"pretraining with {', '.join(modalities)}", "step", steps)
-    model.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=PEAK, warm_up=steps // 10, total=steps)
+
+    def loss(_: int) -> Tensor:
         batch = views.draw(sets.training, modalities, GROUPS, generator)
-        loss = model.losses(batch.text, samples=batch.samples, generator=generator, **batch.frames)["loss"]
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        optimizer.step()
-        bar.update()
-    bar.close()
-    return model.eval()
+        return model.losses(batch.text, samples=batch.samples, generator=generator, **batch.frames)["loss"]
+
+    fit(model, loss, steps, f"pretraining with {', '.join(modalities)}")
+    return model
 
 
 @torch.no_grad()
@@ -129,20 +117,13 @@ def run(sets: Sets, seed: int, steps: int) -> Result:
     seconds: dict[str, float] = {}
     pretraining: dict[str, dict[str, dict[str, float]]] = {}
     for count in range(1, 5):
-        with _timed(seconds, f"pretraining with {count}"):
+        with timed(seconds, f"pretraining with {count}"):
             model = pretrain(fresh(MODALITIES[:count], seed), sets, steps, seed)
             known = {name: frames[name] for name in MODALITIES[:count]}
             pretraining[str(count)] = {
                 "images alone": measure(model, {"vision": frames["vision"]}, digits),
                 "all of them": measure(model, known, digits),
             }  # fmt: skip
-    with _timed(seconds, "contexts"):
+    with timed(seconds, "contexts"):
         context = {"+".join(names): measure(model, {n: frames[n] for n in names}, digits) for names in SETS}
     return Result(seed, steps, len(digits), seconds, context, pretraining)
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[part] = time.perf_counter() - start

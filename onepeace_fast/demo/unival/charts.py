@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from onepeace_fast.demo.charts import BLUE, CHANCE, GREY, ORANGE, STYLE, WIDTH, Picture, new_figure
+from onepeace_fast.demo.charts import BLUE, CHANCE, GREY, ORANGE, STYLE, WIDTH, Picture, new_figure, share_axis
 from onepeace_fast.demo.percent import percent
 from onepeace_fast.demo.unival.examples import Look
 from onepeace_fast.merging.curve import draw
@@ -27,9 +26,9 @@ def transfer(found: Mapping[str, Any]) -> Picture:
     for start, label, colour in (("pretrained", "after images", BLUE), ("scratch", "from scratch", ORANGE)):
         for data, style in (("familiar voices", "o-"), ("unseen voices", "s--")):
             axes.plot(found["steps"], found[start][data], style, color=colour, markersize=4, label=f"{label}, {data}")
-    _shares(axes)
+    share_axis(axes, "right texts")
     axes.set_xlabel("steps of training on sounds")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=1, frameon=False)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False)
     early = len(found["steps"]) // 2
     after, scratch = (found[start]["familiar voices"][early] for start in ("pretrained", "scratch"))
     faster, slower = "The model of images learns sounds faster", "The model of images learns sounds more slowly"
@@ -47,9 +46,9 @@ def line(found: Mapping[str, Any]) -> Picture:
         drawn.set_color(colour)
     if legend := axes.get_legend():
         legend.remove()
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axes.set_xlabel("weight of the model of sounds")
-    _shares(axes)
+    share_axis(axes, "right texts")
     middle, means = len(found["points"]) // 2, np.mean([*found["curves"].values()], 0)
     best = max(means[0], means[-1])
     lead = _lead(means[middle], best, "Half of each is better than either", "Half of each is worse than the better one",
@@ -73,7 +72,7 @@ def tasks(found: Mapping[str, Mapping[str, float]]) -> Picture:
     axes.axvline(CHANCE, color=GREY, linestyle=":", label="chance")
     axes.set(xlim=(0, 1.2), xticks=[0, 0.5, 1])
     axes.xaxis.set_major_formatter(PercentFormatter(1))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False)
     better = [task for task, shares in found.items() if shares["together"] > shares["alone"] + ALIKE]
     worse = [task for task, shares in found.items() if shares["together"] < shares["alone"] - ALIKE]
     title = f"Of {len(found)} tasks {len(better)} are learned better with the others, {len(worse)} better alone."
@@ -114,12 +113,6 @@ def looks(name: str, found: Sequence[Look]) -> Picture:
     title = f"{name.capitalize()}: {percent(mean)} of the attention is on the map, the rest on the words; {right} of "
     title += f"{len(found)} digits are right."
     return Picture(title, f"Pictures of ten {name} with the decoder's attention over them.", figure)
-
-
-def _shares(axes: Axes) -> None:
-    axes.axhline(CHANCE, color=GREY, linestyle=":", label="chance")
-    axes.set(ylim=(0, 1.02), ylabel="right texts")
-    axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _lead(one: float, other: float, better: str, worse: str, alike: str) -> str:

@@ -10,16 +10,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import statistics
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
+from onepeace_fast.demo.training import PEAK, timed
 from onepeace_fast.demo.unival.model import DigitModel
 from onepeace_fast.demo.unival.tasks import IMAGES, SOUNDS, TASKS, Sets, Task, Vocabulary
-from onepeace_fast.demo.unival.training import PEAK, Examined, train
+from onepeace_fast.demo.unival.training import Examined, train
 from onepeace_fast.merging import interpolate
 
 POINTS = tuple(weight / 8 for weight in range(9))
@@ -104,21 +103,14 @@ class Bench:
         """The mean share of right texts of tasks."""
         return statistics.mean(self.examined[task.name, kind].accuracy(model) for task in tasks)
 
-    @contextmanager
-    def timed(self, part: str) -> Iterator[None]:
-        """Note how long a part takes."""
-        start = time.perf_counter()
-        yield
-        self.seconds[part] = time.perf_counter() - start
-
 
 def run(bench: Bench) -> tuple[Result, DigitModel]:
     """All claims; the model of all tasks too."""
-    with bench.timed("transfer"):
+    with timed(bench.seconds, "transfer"):
         transfer = measure_transfer(bench)
-    with bench.timed("tasks"):
+    with timed(bench.seconds, "tasks"):
         tasks, model = measure_tasks(bench)
-    with bench.timed("merging"):
+    with timed(bench.seconds, "merging"):
         line = measure_line(bench, model)
     steps = dataclasses.asdict(bench.steps)
     return Result(bench.seed, steps, bench.seconds, transfer, line, tasks), model

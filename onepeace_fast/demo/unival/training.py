@@ -8,14 +8,11 @@ from typing import Any
 import torch
 
 from onepeace_fast.demo.data import NAMES, draw_rows
+from onepeace_fast.demo.training import PEAK, fit
 from onepeace_fast.demo.unival.model import Batch, DigitModel, log_mel
 from onepeace_fast.demo.unival.tasks import Data, Task, Vocabulary, digit_named, pictures, texts
 from onepeace_fast.demo.waveform import waveforms
 from onepeace_fast.models.unival import Trie
-from onepeace_fast.progress import progress
-from onepeace_fast.training.optimizer import adamw, learning_rate
-
-PEAK = 2e-3  # of the learning rate
 
 
 def prepare(modality: str, items: Any, generator: torch.Generator | None, turned: bool = False) -> torch.Tensor:
@@ -53,23 +50,14 @@ def train(
 ) -> None:  # fmt: skip
     """Train in place; ``each`` is called before the first step and after each one with the number of steps done."""
     generator = torch.Generator().manual_seed(seed)
-    optimizer = adamw(model, peak)
-    bar = progress(what, "step", steps)
-    for step in range(steps):
+
+    def loss(step: int) -> torch.Tensor:
         if each is not None:
             each(step)
-        model.train()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, peak=peak, warm_up=steps // 10, total=steps)
-        loss = model.loss(draw(tasks, training, vocabulary, generator))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        bar.update()
-    bar.close()
-    model.eval()
+            model.train()
+        return model.loss(draw(tasks, training, vocabulary, generator))
+
+    fit(model, loss, steps, what, peak=peak, said=torch.Tensor.item)
     if each is not None:
         each(steps)
 
