@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("espeakng_loader")
 
+from demo._pictures import assert_legible
+
 from onepeace_fast import cli
 from onepeace_fast.demo import data
 from onepeace_fast.demo.mico import charts, experiment, run, views
@@ -100,6 +102,8 @@ def test_figures_and_titles_are_those_of_the_shares():
     assert charts.context(one).title == title
     assert charts.pretraining(one).title.endswith("retrieval 50% to 50%; classification 20% to 20%.")
     assert charts.standard_error(0.5, 100) == 0.05
+    for picture in (charts.context(one), charts.pretraining(one)):
+        assert_legible(picture)
 
 
 @pytest.mark.slow

@@ -20,9 +20,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("jinja2")
 pytest.importorskip("sklearn")
 
+from demo._pictures import assert_legible
 from demo._results import SOUNDS_PER_VOICE, VOICES, made_up
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.text import Text
 from PIL import Image
 
 from onepeace_fast.demo import charts, cost_charts, report, run
@@ -348,25 +347,7 @@ LONG = ["grandmother, Lancastrian", "grandfather, Lancastrian"]
     ],
 )
 def test_text_in_pictures_is_large_enough_for_a_phone_and_inside(draw):
-    figure = draw().figure
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    assert figure.get_figwidth() * 96 <= 390 - 32
-    shown = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    ticks = [axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)]
-    hidden = {label for axis in ticks for label in axis.get_ticklabels() if _outside(axis, label)}
-    for text in shown:
-        assert text.get_fontsize() >= 9, text.get_text()
-        box = text.get_window_extent()
-        inside = box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
-        assert inside or text in hidden, (text.get_text(), box)
-
-
-def _outside(axis, label) -> bool:
-    """A tick beyond the limits of its axis, which is not drawn."""
-    low, high = sorted(axis.get_view_interval())
-    place = label.get_position()[0 if axis.axis_name == "x" else 1]
-    return not low <= place <= high
+    assert_legible(draw())
 
 
 def test_ranking_is_a_page_of_its_own_beside_the_report(result, tmp_path):

@@ -10,6 +10,8 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("espeakng_loader")
 
+from demo._pictures import assert_legible
+
 from onepeace_fast import cli
 from onepeace_fast.demo import data, speech
 from onepeace_fast.demo.unival import attention, charts, examples, experiment, model, run, tasks, training
@@ -118,6 +120,9 @@ def test_a_short_run_measures_every_claim_and_writes_one_page(bench, tmp_path, m
     run.demo(SHORT).run_one(0, tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<article") >= 20 and page.count("<audio") >= 10
+    assert page.count("&cross; wrong") > 10 and "&amp;" not in page
+    examined = [str(len(bench.examined[name, "familiar"].rows)) for name in ("image captions", "sound captions")]
+    assert re.findall(r"Of (\d+) held-out (?:images|sounds) \d+ get", page) == examined
     assert page.count("data:image/svg+xml") == 5
     assert not re.search(r"(src|href)=\"https?://(?!arxiv)", page)
     printed = capsys.readouterr().out
@@ -139,6 +144,8 @@ def test_figures_are_those_of_the_curves():
     assert charts.tasks(result.tasks).title == "Of 2 tasks 1 are learned better with the others, 1 better alone."
     assert charts.transfer(transfer).title.startswith("Images helped little: 30% right after 150 steps")
     four = {name: [0.5, 0.7, 0.6] for name in ("images", "turned images", "familiar voices", "unseen voices")}
+    for picture in (charts.tasks(result.tasks), charts.transfer(transfer), charts.line({**line, "curves": four})):
+        assert_legible(picture)
     assert charts.line({**line, "curves": four}).title == (
         "Half of each is better than either: 70% right on the mean of the four, 50% and 60% at the ends."
     )

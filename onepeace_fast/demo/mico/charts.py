@@ -43,7 +43,7 @@ def context(result: Result) -> Picture:
         axes.plot(*zip(*points, strict=True), "o", color=colour, alpha=0.45, markersize=4)
         axes.plot([count + shift for count in COUNTS], means[measure], "-", color=colour, label=f"{measure}, mean")
     share_axis(axes, "right digits")
-    axes.set(xlabel="modalities in the context (a dot: one combination)", xticks=COUNTS)
+    axes.set(xlabel="modalities in the context\n(a dot: one combination)", xticks=COUNTS)
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     said = "; ".join(f"{measure} {_course(of)}" for measure, of in means.items())
     return Picture(f"From one modality to four: {said}.", "Dots and lines: right digits by modalities seen.", figure)
@@ -63,7 +63,7 @@ def pretraining(result: Result) -> Picture:
                           label=f"{measure}, {what}")  # fmt: skip
             alone |= {measure: shares} if what == "images alone" else {}
     share_axis(axes, "right digits")
-    axes.set(xlabel="modalities in the pretraining (bar: 2 standard errors)", xticks=COUNTS)
+    axes.set(xlabel="modalities in the pretraining\n(bar: 2 standard errors)", xticks=COUNTS)
     figure.legend(loc="outside lower center", ncols=1, frameon=False)
     said = "; ".join(f"{measure} {_course(of)}" for measure, of in alone.items())
     title = f"Images alone, after pretraining with one modality to four: {said}."

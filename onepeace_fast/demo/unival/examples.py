@@ -44,8 +44,8 @@ class Card(NamedTuple):
         return not all(right for _, _, right in self.texts)
 
 
-def cards(bench: Bench, model: DigitModel, modality: str) -> tuple[list[Card], list[Card], int]:
-    """A held-out example of each digit, the first mistakes among the others, and how many examples have a mistake."""
+def cards(bench: Bench, model: DigitModel, modality: str) -> tuple[list[Card], list[Card], int, int]:
+    """A held-out example of each digit, the first other mistakes, and how many examples have one, of how many."""
     examined = [bench.examined[task.name, FAMILIAR] for task in TASKS if task.modality == modality]
     said = [(one, one.written(model)) for one in examined]
     data, rows = bench.sets.familiar[modality], examined[0].rows
@@ -53,7 +53,7 @@ def cards(bench: Bench, model: DigitModel, modality: str) -> tuple[list[Card], l
     chosen = first_of_each([int(data.labels[row]) for row in rows])
     wrong = [place for place, card in enumerate(whole) if card.wrong]
     others = [place for place in wrong if place not in chosen]
-    return [whole[place] for place in chosen], [whole[place] for place in others[:MISTAKES]], len(wrong)
+    return [whole[place] for place in chosen], [whole[place] for place in others[:MISTAKES]], len(wrong), len(whole)
 
 
 def first_of_each(labels: Sequence[int]) -> list[int]:

@@ -48,7 +48,6 @@ def write(bench: Bench, model: DigitModel, result: Result, page: Path) -> None:
         },
         lines=rows(result),
         shown=shown,
-        examples=len(bench.examined["image captions", "familiar"].rows),
         machine=[
             ("Model", f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters"),
             *seeds.machine(result, ", ".join(f"{name} {steps:,}" for name, steps in result.steps.items())),
