@@ -85,6 +85,28 @@ def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, 
     assert [part for part in parts if part not in line] == [] and "\n" not in line, line
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("training.pt", "{path}: expected a whole checkpoint, got one that cannot be read"),
+        ("model.safetensors", "init: {path}: cannot be read"),
+        ("config.json", "init: {path}: expected a configuration that save() wrote, got no JSON"),
+        ("tokenizer.json", "{path}: expected a tokenizer.json of tokenizers, got another file"),
+    ],
+)
+def test_a_truncated_initial_model_is_refused_in_one_line(folder, name, says):
+    place = folder / f"truncated {name}"
+    shutil.copytree(folder / "whole" / "step-00000007", place)
+    path = place / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    line = ""
+    try:
+        line = refusal(folder, init=place.name, model=None)
+    except Exception as error:
+        line = f"{type(error).__name__}: {error}"
+    assert line.startswith(says.format(path=path)) and "\n" not in line, line
+
+
 def test_each_step_has_its_stage_and_place_and_the_end_is_the_last_ones(tmp_path):
     config = read_run(write_unival(tmp_path))
     places = [config.stage_of(step) for step in range(8)]
