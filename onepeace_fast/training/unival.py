@@ -114,6 +114,11 @@ class Tasks(Family):
         names = ", ".join(absent)
         require(not absent, f"model: expected {names} for the tasks, got a model without; give {names}: true")
         place, bins = self.config.path("init"), self.config.bins
+        words, rows = tokenizer.vocab_size, model.vocab_size
+        require(
+            words + bins <= rows,
+            f"vocab_size: expected at least {words + bins}, {words} tokens and {bins} locations, got {rows}",
+        )
         if place is not None and (place / checkpoint.TRAINING_FILE).is_file():  # with others every location is shifted
             trained = checkpoint.load_state(place)["settings"].get("bins", bins)
             require(trained == bins, f"bins: expected {trained}, with which {place} was trained, got {bins}")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.data.task_batches import TaskDataset, collate_tasks
 from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import MATCHES, Vocabulary, read_tasks
@@ -40,12 +40,19 @@ class TaskFigures(NamedTuple):
 
 
 def kind_of(folder: Path) -> str | None:
-    """Which kind of model a folder holds; None where none is named."""
+    """Which kind of model a folder holds; None where none is named.
+
+    Raises:
+        ValueError: no folder of a model, or one whose configuration cannot be read; one line.
+    """
+    path = folder.expanduser() / CONFIG_FILE
+    require(path.is_file(), f"{folder}: expected a folder that save() wrote, got one without {CONFIG_FILE}")
     try:
-        values = json.loads((folder.expanduser() / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return values.get("model") if isinstance(values, dict) else None
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: expected a configuration that save() wrote, got no JSON ({error})") from None
+    require(isinstance(values, dict), f"{path}: expected a configuration that save() wrote, got {describe(values)}")
+    return values.get("model")
 
 
 @torch.no_grad()

@@ -71,6 +71,12 @@ STAGE = {"tasks": ["caption"], "steps": 3}
         ({"batch_size": 6}, ["stages[0]: batch_size: expected a multiple of 4", "matching has as many", "got 6"]),
         ({"smoothing": 1.0}, ["smoothing: expected a number from 0 to below 1, got float 1.0"]),
         ({"encouraging": "yes"}, ["encouraging: expected true or false, got str 'yes'"]),
+        ({"seed": 2**64}, ["seed: expected an integer from 0 to below 2**64, got int 18446744073709551616"]),
+        ({"bins": 100}, ["vocab_size: expected at least 260, got 220", "of the model's 320 rows 100 are kept for loc"]),
+        (
+            {"bins": 60, "tokenizer": "whole/step-00000007/tokenizer.json"},
+            [" tokens and 60 locations, got 320", "vocab_size: expected at least "],
+        ),
         ({"bins": 1}, ["bins: expected an integer from 2 on, got int 1"]),
         ({"steps": 3}, ["expected some of", "got 'steps'"]),
         ({"model": MODEL | {"video": False}}, ["model: expected video for the tasks", "give video: true"]),

@@ -108,13 +108,36 @@ def test_every_choice_has_room_and_counts_once(folder, monkeypatch):
         (("--columns", "image", "audio"), "tasks.jsonl", "--columns: expected none for UnIVAL's tasks"),
         ((), "sounds.jsonl", "expected a checkpoint trained on text and audio, got one of text and image and video"),
         ((), "none.jsonl", "expected a manifest of JSON lines"),
+        ((), "deep.jsonl", "deep.jsonl, line 1: expected a JSON object, got another text (maximum recursion"),
+        (("--json", "."), "tasks.jsonl", "--json: expected a file in a folder that exists, got ."),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(folder, capsys, options, manifest, part):
+    (folder / "deep.jsonl").write_text("[" * 100_000)
     row = {"task": "audio_caption", "audio": "audio0.npy", "caption": "a sound"}
     (folder / "sounds.jsonl").write_text(json.dumps(row) + "\n")
-    assert evaluated(folder, *options, manifest=manifest) == (2, None)
+    found = None
+    try:
+        found = evaluated(folder, *options, manifest=manifest)
+    except RecursionError as error:
+        assert not error, "not refused"
+    assert found == (2, None)
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "{folder}: expected a folder that save() wrote, got one without config.json"),
+        ("{", "{folder}/config.json: expected a configuration that save() wrote, got no JSON"),
+        ("[1]", "{folder}/config.json: expected a configuration that save() wrote, got list [1]"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused_by_its_name(folder, tmp_path, capsys, text, says):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert evaluated(folder, place=tmp_path) == (2, None)
+    assert capsys.readouterr().err.startswith(says.format(folder=tmp_path))
 
 
 def test_mico_is_not_measured_yet(folder, capsys):
