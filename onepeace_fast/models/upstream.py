@@ -75,6 +75,11 @@ def fitting(model: nn.Module, state_dict: Mapping[str, Tensor], shown: int | Non
         for name, parameter in parameters.items()
         if name in given and given[name].shape != parameter.shape
     ]
+    misshaped += [
+        f"{name} {str(given[name].dtype).removeprefix('torch.')} instead of floating point"
+        for name in parameters
+        if name in given and not given[name].is_floating_point()
+    ]
     misshaped += [reason for name, value in buffers.items() if (reason := _check_buffer(model, name, value))]
     problems = {
         "missing": missing,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader
 
-from onepeace_fast.checks import describe, require
+from onepeace_fast.checks import require
+from onepeace_fast.config import named_kind
 from onepeace_fast.data.task_batches import TaskDataset, collate_tasks
 from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import MATCHES, Vocabulary, read_tasks
@@ -47,12 +47,7 @@ def kind_of(folder: Path) -> str | None:
     """
     path = folder.expanduser() / CONFIG_FILE
     require(path.is_file(), f"{folder}: expected a folder that save() wrote, got one without {CONFIG_FILE}")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path}: expected a configuration that save() wrote, got no JSON ({error})") from None
-    require(isinstance(values, dict), f"{path}: expected a configuration that save() wrote, got {describe(values)}")
-    return values.get("model")
+    return named_kind(path)
 
 
 @torch.no_grad()
