@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.parameter_names import upstream_names
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.models.unival.config import VISUAL
-from onepeace_fast.models.unival.inputs import PADDING
+from onepeace_fast.models.unival.inputs import PADDING, require_seen
 from onepeace_fast.models.unival.state import TIED
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.distributed import Processes
@@ -155,7 +156,8 @@ class Tasks(Family):
     def reading(self, model: UnivalConfig, tokenizer: Tokenizer, processes: Processes, step: int) -> Reading:
         """Equal shares of the tasks."""
         config = self.config
-        files = Files(model.feature_channels, model.networks, config.image_size, config.audio_seconds)
+        check = functools.partial(require_seen, model)
+        files = Files(model.feature_channels, model.networks, config.image_size, config.audio_seconds, check)
         dataset = TaskDataset(
             self.entries, Vocabulary(tokenizer, model.vocab_size, config.bins), files=files,
             longest=(model.max_source_positions, model.max_target_positions), broken=config.broken,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import MATCHES, Vocabulary, read_tasks
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Trie, Unival, UnivalConfig
-from onepeace_fast.models.unival.inputs import END, PADDING
+from onepeace_fast.models.unival.inputs import END, PADDING, require_seen
 from onepeace_fast.models.upstream import CONFIG_FILE
 from onepeace_fast.progress import progress
 from onepeace_fast.training import checkpoint
@@ -73,7 +74,8 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
     require_whole(folder)  # before anything of it is read
     settings = checkpoint.load_state(folder)["settings"]
     config, bins = UnivalConfig.load(folder / CONFIG_FILE), settings["bins"]
-    files = Files(config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
+    sizes = (config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
+    files = Files(*sizes, functools.partial(require_seen, config))
     samples = read_tasks(manifest, bins=bins)
     require_trained(folder, ["text", *modalities_of(samples)])
     model = Unival.load(folder)

@@ -4,13 +4,14 @@ import copy
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from data._refused import refused, taken
 from models._small import assert_same_bits
 from safetensors.torch import load_file, save_file
 from training._runs import curves, same_training
-from training._unival_runs import MODEL, STAGES, write_tasks, write_unival
+from training._unival_runs import MODEL, SHAPES, STAGES, write_tasks, write_unival
 
 from onepeace_fast.data.batches import BrokenFile
 from onepeace_fast.data.text import Tokenizer
@@ -276,6 +277,24 @@ def test_broken_maps_are_named_or_skipped(folder):
         list(started(folder, "bad1", **keys).batches)
     assert f"{folder / 'bad.npy'}: expected an array" in str(caught.value)
     assert len(list(started(folder, "bad2", broken="skip", **keys).batches)) == 2
+
+
+@pytest.mark.parametrize(("file", "size"), [("image", (6, 1, 5)), ("video", (6, 2, 5, 1)), ("audio", (6, 17, 1))])
+def test_a_map_larger_than_the_positions_is_named_or_skipped(folder, file, size):
+    task = {"image": "caption"}.get(file, f"{file}_caption")
+    numpy.save(folder / "large.npy", numpy.zeros(size, "float32"))
+    rows = [{"task": task, file: name, "caption": "a wall"} for name in ("large.npy", f"{file}0.npy")]
+    (folder / "large.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"manifest": "large.jsonl", "stages": [{"tasks": [task], "steps": 1}], "batch_size": 4, "warm_up": 0}
+    line = ""
+    try:
+        list(started(folder, f"large {file}", **keys).batches)
+    except BrokenFile as error:
+        line = str(error)
+    expected = f"{folder / 'large.npy'}: {file}: expected a map of at most 4 x 4 positions, got one that takes 5 x "
+    assert line.startswith(expected.replace("5 x ", "1 x 5") if file == "image" else expected)
+    (batch,) = started(folder, f"large {file} skipped", broken="skip", **keys).batches
+    assert batch[file].shape[2:] == SHAPES[file][1:]
 
 
 def test_a_processs_loss_counts_by_its_tokens(folder):

@@ -134,6 +134,12 @@ def visual_tokens(
     return Tokens(values, valid, samples, rows, codes, window_code_offset((side, side)), place)
 
 
+def require_seen(config: UnivalConfig, name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` where a model does not take a map, or pixels, frames or a waveform, of one sample."""
+    maps, _ = split_raw(config, {name: x[None]})
+    visual_tokens(name, maps[name], [0], config, None)  # type: ignore[arg-type]
+
+
 def taken(features: Tensor, patches: Tensor | None) -> Tensor:
     """A feature map's tokens [rows, length, channels], all of them or these patches."""
     values = features.flatten(2).transpose(1, 2)
