@@ -86,7 +86,7 @@ def _read_folder(path: Path) -> Source:
     sizes = {name: value for name, value in flat(config).items() if name.split(".")[-1] not in _OF_TRAINING}
     tokenizer = path / TOKENIZER_FILE
     words = tokenizer.read_bytes() if tokenizer.is_file() else None
-    training = None
+    training: dict[str, Any] | None = None
     if (path / TRAINING_FILE).is_file():
         state = checkpoint.load_state(path)
         training = {name: state[name] for name in ("settings", "trained") if name in state}

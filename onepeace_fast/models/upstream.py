@@ -39,7 +39,8 @@ from onepeace_fast.relative_position import (
 )
 
 Config = TypeVar("Config", bound=ModelConfig)
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
 
