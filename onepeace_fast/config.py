@@ -308,6 +308,18 @@ def read_config(path: str | Path) -> EncoderConfig:
     return kinds[kind].from_dict(values)
 
 
+def named_kind(path: str | Path) -> Any:
+    """The kind of model that a configuration names; None where it names none.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    values = _read_json(path)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path}: expected a configuration that save() wrote, got {type(values).__name__} {values!r}")
+    return values.get("model")
+
+
 def _read_json(path: str | Path) -> Any:
     try:
         return json.loads(Path(path).read_text())

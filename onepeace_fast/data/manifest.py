@@ -126,7 +126,7 @@ def read_objects(manifest: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]
             where = f"{manifest}, line {line}"
             try:
                 row = json.loads(raw)
-            except ValueError as error:  # also of other bytes than UTF-8
+            except (ValueError, RecursionError) as error:  # also of other bytes than UTF-8
                 raise ValueError(f"{where}: expected a JSON object, got another text ({error})") from None
             require(isinstance(row, dict), lambda: f"{where}: expected a JSON object, got {describe(row)}")  # noqa: B023
             yield line, where, row

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,19 +42,31 @@ class Files(NamedTuple):
         networks: whether the model makes these itself, of pixels, frames and waveforms.
         image_size: the side in pixels that an image is squashed to.
         audio_seconds: what a clip is cut to from its start, or repeated to.
+        check: called with the modality and what was read; ``ValueError`` where a model does not take it.
     """
 
     channels: int
     networks: bool = False
     image_size: int = 384
     audio_seconds: float = 10.0
+    check: Callable[[str, Tensor], None] | None = None
 
     def read(self, path: Path, modality: str) -> Tensor:
         """A feature map of a .npy file, float32; with networks an image, a clip or a .npy of what these take.
 
         Raises:
-            ValueError: another file, or an array of another layout, with other channels or with what is no number.
+            ValueError: another file, or an array of another layout, with other channels or with what is no number; or
+                what the model does not take, such as a map larger than its positions.
         """
+        found = self._read(path, modality)
+        try:
+            if self.check is not None:
+                self.check(modality, found)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        return found
+
+    def _read(self, path: Path, modality: str) -> Tensor:
         if path.suffix == ARRAY:
             return self._array(path, modality)
         require(

@@ -12,8 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from onepeace_fast.checks import require
-from onepeace_fast.merging.sources import FOLDER, PICKLE, SAFETENSORS, TOKENIZER_FILE, Source
+from onepeace_fast.merging.sources import FOLDER, PICKLE, SAFETENSORS, Source
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
+from onepeace_fast.training import checkpoint
+from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE
 
 
 def check_out(sources: list[Source], out: Path) -> None:
@@ -24,12 +26,15 @@ def check_out(sources: list[Source], out: Path) -> None:
     fits = {FOLDER: not out.is_file(), SAFETENSORS: out.suffix == ".safetensors" and not out.is_dir()}
     fits[PICKLE] = out.suffix in (".pt", ".pkl") and not out.is_dir()
     require(fits[forms[0]], f"{out}: expected {forms[0]}, as the models are, got another name")
+    full = out.is_dir() and any(out.iterdir())  # such as the checkpoint that a run goes on from
+    require(not full, f"{out}: expected a new folder or an empty one, got one with files in it")
 
 
 def write(sources: list[Source], merged: Mapping[str, Tensor], out: Path) -> None:
     """Write the average with the first model's settings; each file under another name first, then in one step.
 
-    Optimizers, steps and checksums of the models are not of the average, and left out.
+    Optimizers, steps and checksums of the models are not of the average, and left out. Of a training stay its settings,
+    by which files are read, and the modalities that one of the models was trained on.
     """
     first = sources[0]
     if first.form == FOLDER:
@@ -39,6 +44,11 @@ def write(sources: list[Source], merged: Mapping[str, Tensor], out: Path) -> Non
         words = next((source.tokenizer for source in sources if source.tokenizer is not None), None)
         if words is not None:
             _replace(out / TOKENIZER_FILE, lambda path: path.write_bytes(words))
+        if trainings := [source.training for source in sources if source.training is not None]:
+            state = dict(trainings[0])
+            if all("trained" in one for one in trainings):
+                state["trained"] = list(dict.fromkeys(name for one in trainings for name in one["trained"]))
+            _replace(out / TRAINING_FILE, lambda path: checkpoint.save_state(state, path))
     elif first.form == SAFETENSORS:
         _replace(out, lambda path: save_file(dict(merged), path))
     else:

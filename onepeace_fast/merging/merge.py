@@ -107,4 +107,9 @@ def combine(sources: list[Source], weights: Sequence[float]) -> dict[str, Tensor
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # of an integer that no float holds
+        return False

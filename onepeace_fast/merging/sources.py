@@ -12,16 +12,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
 from onepeace_fast.models import upstream
 from onepeace_fast.models.unival import config as unival
 from onepeace_fast.models.upstream import CONFIG_FILE
 from onepeace_fast.nested import flat
 from onepeace_fast.pretrained import pickles
+from onepeace_fast.training import checkpoint
+from onepeace_fast.training.checkpoint import TOKENIZER_FILE, TRAINING_FILE
 from onepeace_fast.upstream_config import ARCHITECTURE
 
 FOLDER, SAFETENSORS, PICKLE, MEMORY = "a folder", "a .safetensors file", "a file by torch.save", "an object"
-TOKENIZER_FILE = "tokenizer.json"
 # Fields that two trainings of one model may differ in.
 _OF_TRAINING = {
     "drop_path_rate", "encoder_drop_path_rate", "decoder_drop_path_rate", "dropout", "attention_dropout",
@@ -42,6 +43,7 @@ class Source(NamedTuple):
         sizes: of the model, by the names of its settings.
         settings: a folder's configuration, or what stands beside "model" in a file by torch.save; None: nothing may.
         tokenizer: the folder's.
+        training: the settings of the training that wrote the folder, and the modalities that it trained.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Source(NamedTuple):
     sizes: Mapping[str, Any] = {}
     settings: Mapping[str, Any] | None = None
     tokenizer: bytes | None = None
+    training: Mapping[str, Any] | None = None
 
 
 def read(model: Model, place: int) -> Source:
@@ -78,10 +81,19 @@ def _read_folder(path: Path) -> Source:
         config = json.loads((path / CONFIG_FILE).read_text())
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: expected JSON, got none ({error})") from None
+    fits = isinstance(config, dict)
+    require(fits, f"{path / CONFIG_FILE}: expected a configuration that save() wrote, got {describe(config)}")
     sizes = {name: value for name, value in flat(config).items() if name.split(".")[-1] not in _OF_TRAINING}
     tokenizer = path / TOKENIZER_FILE
     words = tokenizer.read_bytes() if tokenizer.is_file() else None
-    return Source(str(path), FOLDER, upstream.read_weights(path), sizes, config, words)
+    training: dict[str, Any] | None = None
+    if (path / TRAINING_FILE).is_file():
+        state = checkpoint.load_state(path)
+        training = {name: state[name] for name in ("settings", "trained") if name in state}
+        sizes |= {
+            name: value for name, value in training["settings"].items() if name == "bins"
+        }  # rows of UnIVAL's table
+    return Source(str(path), FOLDER, upstream.read_weights(path), sizes, config, words, training)
 
 
 def _read_safetensors(path: Path) -> Source:
@@ -124,8 +136,14 @@ def check(sources: list[Source]) -> dict[str, torch.dtype]:
             require(fits, lambda: f"{name}: expected a dense tensor with data, got another in {source.name}")  # noqa: B023
             _check_pair(name, first, source, value, own)
         dtypes[name] = found[0].dtype
-        for own in found[1:]:
-            dtypes[name] = torch.promote_types(dtypes[name], own.dtype)
+        for source, own in zip(sources[1:], found[1:], strict=True):
+            try:
+                dtypes[name] = torch.promote_types(dtypes[name], own.dtype)
+            except RuntimeError:  # torch promotes no float8
+                raise ValueError(
+                    f"{name}: expected dtypes that torch promotes to one, got {dtypes[name]} and {own.dtype} in "
+                    f"{source.name}; convert one of them"
+                ) from None
     return dtypes
 
 

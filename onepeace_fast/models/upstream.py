@@ -39,7 +39,8 @@ from onepeace_fast.relative_position import (
 )
 
 Config = TypeVar("Config", bound=ModelConfig)
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
 _OLD_TABLE, _NEW_TABLE = "rel_pos_table.weight", "rel_pos_table_list.0.weight"
 
 
@@ -74,6 +75,11 @@ def fitting(model: nn.Module, state_dict: Mapping[str, Tensor], shown: int | Non
         f"{name} {list(given[name].shape)} instead of {list(parameter.shape)}"
         for name, parameter in parameters.items()
         if name in given and given[name].shape != parameter.shape
+    ]
+    misshaped += [
+        f"{name} {str(given[name].dtype).removeprefix('torch.')} instead of floating point"
+        for name in parameters
+        if name in given and not given[name].is_floating_point()
     ]
     misshaped += [reason for name, value in buffers.items() if (reason := _check_buffer(model, name, value))]
     problems = {

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from onepeace_fast import hub
-from onepeace_fast.config import ClassifyConfig, read_config
+from onepeace_fast.config import ClassifyConfig, named_kind, read_config
 from onepeace_fast.layers.adapters import Adapter
 from onepeace_fast.models import OnePeaceEncoder, upstream
 from onepeace_fast.models.fill import Shard
@@ -23,7 +23,7 @@ from onepeace_fast.pretrained.mico import KIND as MICO
 from onepeace_fast.pretrained.mico import is_mico, load_mico
 from onepeace_fast.pretrained.settings import ENCODER, MODELS, Found, from_settings, from_vision, kind_of, target
 from onepeace_fast.pretrained.unival import KIND as UNIVAL
-from onepeace_fast.pretrained.unival import is_unival, load_unival
+from onepeace_fast.pretrained.unival import is_unival, load_unival, load_unival_folder
 from onepeace_fast.pretrained.weights import Undrawn, fit, is_vision, put, today
 
 _log = logging.getLogger(__name__)
@@ -123,6 +123,10 @@ def _load(
     shard: Shard | None, config: MicoConfig | None,
 ) -> OnePeaceEncoder | Unival | Mico:  # fmt: skip
     report = LoadReport(str(path))
+    if path.is_dir() and named_kind(path / upstream.CONFIG_FILE) == UNIVAL:
+        plain = {"image_size": image_size, "head": head or None, "adapters": adapters, "ema": ema or None}
+        _require_plain(kind, UNIVAL, "UnIVAL", **plain, config=config)
+        return _reported(load_unival_folder(path, dtype, device, backend, shard, report), report)
     settings, weights = (None, {}) if path.is_dir() else _read_file(path, ema)
     if is_mico(weights):
         _require_plain(kind, MICO, "MiCo", head=head or None, adapters=adapters, shard=shard)

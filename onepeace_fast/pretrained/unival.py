@@ -14,7 +14,7 @@ from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.parameter_names import upstream_modules
 from onepeace_fast.models.unival import Unival, UnivalConfig, state
 from onepeace_fast.models.unival.config import KNOWN_ARGUMENTS
-from onepeace_fast.models.upstream import fitting
+from onepeace_fast.models.upstream import fitting, read_folder
 from onepeace_fast.pretrained.weights import SHOWN, Undrawn, put
 
 KIND = "unival"
@@ -41,6 +41,22 @@ def load_unival(
     table, projection = (_matrix(weights, name) for name in (state.TABLE, "encoder.image_proj.weight"))
     has_networks = any(name.startswith("encoder.embed_images.") for name in weights)
     config = UnivalConfig.from_upstream(section, len(table), projection.shape[1], has_networks)
+    return _built(path, config, weights, dtype, device, backend, shard, report)
+
+
+def load_unival_folder(
+    path: Path, dtype: torch.dtype | None, device: torch.device, backend: str | None, shard: Shard | None,
+    report: LoadReport,
+) -> Unival:  # fmt: skip
+    """A model of a folder that a training wrote, or a merge of such."""
+    config, weights = read_folder(path, UnivalConfig)
+    return _built(path, config, weights, dtype, device, backend, shard, report)
+
+
+def _built(
+    path: Path, config: UnivalConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: torch.device,
+    backend: str | None, shard: Shard | None, report: LoadReport,
+) -> Unival:  # fmt: skip
     with torch.device("meta"), Undrawn():
         model = Unival(config, backend)
     report.model = type(model).__name__

@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 
+from onepeace_fast.checks import require
 from onepeace_fast.models.upstream import CONFIG_FILE, WEIGHTS_FILE
 from onepeace_fast.nested import flat
+from onepeace_fast.pretrained import pickles
 
 TOKENIZER_FILE, TRAINING_FILE, CHECKSUMS_FILE = "tokenizer.json", "training.pt", "SHA256SUMS"
 FILES = (CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, TRAINING_FILE)
@@ -161,8 +163,17 @@ def save_state(state: Mapping[str, Any], path: Path) -> None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What ``save_state`` wrote, on the CPU; large tensors stay on the disk until they are read."""
-    return torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True, mmap=True)
+    """What a training wrote by ``save_state``, on the CPU; large tensors stay on the disk until they are read.
+
+    Raises:
+        ValueError: a file that is broken, or holds something else; one line that names it.
+    """
+    path = folder / TRAINING_FILE
+    state = pickles.read(path)
+    fits = isinstance(state, dict) and isinstance(state.get("settings"), dict)
+    fits = fits and isinstance(state.get("trained", []), list)
+    require(fits, f"{path}: expected what a training wrote, with its settings, got another file")
+    return state
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

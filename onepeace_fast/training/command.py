@@ -57,8 +57,9 @@ def pretrain(path: str) -> int:
     """Pretrain as a YAML file says; also under torchrun, as one of its processes.
 
     Returns:
-        0: done. 1: stopped by a loss that is no number, or the last checkpoint could not be written. 2: something is
-        missing or does not fit. 130: interrupted. Each but 0 comes with a line on the standard error.
+        0: done. 1: stopped by a loss that is no number or by too little memory, or the last checkpoint could not be
+        written. 2: something is missing or does not fit. 130: interrupted. Each but 0 comes with a line on the standard
+        error.
     """
     if absent := missing(TRAINING_PACKAGES):
         return _stop(f"train needs {', '.join(absent)}; type: {TRAINING_INSTALL}", 2)
@@ -85,8 +86,21 @@ def pretrain(path: str) -> int:
         raise
     except OSError as error:
         return _stop(f"{error.filename or output}: {error.strerror or error}", 2, everywhere=True)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        line = f"Stopped: expected memory for the model and a batch, got too little ({reason})"
+        return _stop(f"{line}; {last_checkpoint(output)}", 1, everywhere=True)
     except KeyboardInterrupt:
         return _stop(f"\nInterrupted: {last_checkpoint(output)}", 130)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether a GPU, or the host, has too little: torch's allocator of the host has no error of its own."""
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _stop(line: str, code: int, everywhere: bool = False) -> int:

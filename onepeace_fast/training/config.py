@@ -46,6 +46,7 @@ COUNT = Kind(lambda value: type(value) is int and value > 0, "a positive integer
 SIZE = Kind(lambda value: type(value) is int and value >= 0, "an integer from 0 on")
 POSITIVE = Kind(lambda value: is_number(value) and value > 0, "a positive number")
 NUMBER = Kind(lambda value: is_number(value) and value >= 0, "a number from 0 on")
+_SEED = Kind(lambda value: SIZE.fits(value) and value < 2**64, "an integer from 0 to below 2**64")
 _PATH = Kind(lambda value: isinstance(value, str) and value.strip() != "", "a path")
 _MODEL = Kind(
     lambda value: isinstance(value, Mapping) or _PATH.fits(value), "fields of a model configuration, or a config.json"
@@ -79,7 +80,7 @@ class RunConfig(ABC):
     weight_decay: float = key(NUMBER, 0.05)
     clip: float = key(POSITIVE, 3.0)
     precision: str = key(one_of(PRECISIONS), "float32")
-    seed: int = key(SIZE, 0)
+    seed: int = key(_SEED, 0)
     missing: str = key(one_of(MISSING), "fatal", changes_result=False)
     broken: str = key(one_of(BROKEN), "fatal")
     device: str | None = key(one_of(DEVICES), None, changes_result=False)
@@ -262,6 +263,8 @@ def read_yaml(path: Path) -> Mapping[str, Any]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = " ".join(str(getattr(error, "problem", None) or error).split())
         raise ValueError(f"{path}{where}: not valid YAML: {reason}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid YAML: sections within sections without end") from None
     require(isinstance(values, Mapping), f"{path}: expected a mapping of keys to values, got {describe(values)}")
     return values
 

@@ -40,14 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
     from onepeace_fast.training.evaluation import evaluate
     from onepeace_fast.training.unival_evaluation import evaluate_tasks, kind_of
 
-    if arguments.json is not None and not arguments.json.parent.is_dir():
+    if arguments.json is not None and (arguments.json.is_dir() or not arguments.json.parent.is_dir()):
         return stop(f"--json: expected a file in a folder that exists, got {arguments.json}")
     record: dict[str, Any] = {"checkpoint": str(arguments.checkpoint), "manifest": str(arguments.manifest)}
-    kind = kind_of(arguments.checkpoint)
-    if kind == MicoConfig.kind:
-        expected = f"{arguments.checkpoint}: expected a checkpoint of ONE-PEACE or UnIVAL"
-        return stop(f"{expected}, got one of MiCo, which is not measured yet")
     try:
+        kind = kind_of(arguments.checkpoint)
+        if kind == MicoConfig.kind:
+            expected = f"{arguments.checkpoint}: expected a checkpoint of ONE-PEACE or UnIVAL"
+            return stop(f"{expected}, got one of MiCo, which is not measured yet")
         if kind == UnivalConfig.kind:
             if arguments.columns is not None:
                 return stop(f"--columns: expected none for UnIVAL's tasks, got {' and '.join(arguments.columns)}")

@@ -63,7 +63,8 @@ class Family(ABC):
         try:
             base = type(cls.default_model).load(path)
         except ValueError as error:
-            raise ValueError(f"init: {path}: {error}") from None
+            name = "" if str(error).startswith(str(path)) else f"{path}: "
+            raise ValueError(f"init: {name}{error}") from None
         return config.model_config(base)
 
     @property

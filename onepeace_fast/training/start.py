@@ -82,8 +82,8 @@ def start(config: RunConfig, processes: Processes, entries: Any) -> Started:
     tokenizer_file = _tokenizer_file(config, found.folder)
     if tokenizer_file is None:
         tokenizer_file = config.path("output") / TOKENIZER_FILE
-        size = model_config.vocab_size - family.reserved_rows
-        processes.on_main(lambda: _train_tokenizer(family.texts(), size, tokenizer_file))
+        rows, reserved = model_config.vocab_size, family.reserved_rows
+        processes.on_main(lambda: _train_tokenizer(family.texts(), rows, reserved, tokenizer_file))
     tokenizer = family.tokenizer_class.load(tokenizer_file)
     if found.folder is None and config.init is None:
         model_config = family.sized(model_config, fields, tokenizer)
@@ -136,9 +136,14 @@ def _tokenizer_file(config: RunConfig, folder: Path | None) -> Path | None:
     return path
 
 
-def _train_tokenizer(texts: Iterable[str], size: int, path: Path) -> None:
+def _train_tokenizer(texts: Iterable[str], rows: int, reserved: int, path: Path) -> None:
     draft = path.with_name(f"{path.name}.new")
-    Tokenizer.train(texts, size).save(draft)
+    try:
+        tokenizer = Tokenizer.train(texts, rows - reserved)
+    except ValueError as error:
+        kept = f"; of the model's {rows} rows {reserved} are kept for locations" if reserved else ""
+        raise ValueError(f"{error}{kept}") from None
+    tokenizer.save(draft)
     os.replace(draft, path)
 
 

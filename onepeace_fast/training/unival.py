@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -16,7 +17,7 @@ from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.parameter_names import upstream_names
 from onepeace_fast.models.unival import Unival, UnivalConfig
 from onepeace_fast.models.unival.config import VISUAL
-from onepeace_fast.models.unival.inputs import PADDING
+from onepeace_fast.models.unival.inputs import PADDING, require_seen
 from onepeace_fast.models.unival.state import TIED
 from onepeace_fast.training import checkpoint
 from onepeace_fast.training.distributed import Processes
@@ -114,6 +115,11 @@ class Tasks(Family):
         names = ", ".join(absent)
         require(not absent, f"model: expected {names} for the tasks, got a model without; give {names}: true")
         place, bins = self.config.path("init"), self.config.bins
+        words, rows = tokenizer.vocab_size, model.vocab_size
+        require(
+            words + bins <= rows,
+            f"vocab_size: expected at least {words + bins}, {words} tokens and {bins} locations, got {rows}",
+        )
         if place is not None and (place / checkpoint.TRAINING_FILE).is_file():  # with others every location is shifted
             trained = checkpoint.load_state(place)["settings"].get("bins", bins)
             require(trained == bins, f"bins: expected {trained}, with which {place} was trained, got {bins}")
@@ -150,7 +156,8 @@ class Tasks(Family):
     def reading(self, model: UnivalConfig, tokenizer: Tokenizer, processes: Processes, step: int) -> Reading:
         """Equal shares of the tasks."""
         config = self.config
-        files = Files(model.feature_channels, model.networks, config.image_size, config.audio_seconds)
+        check = functools.partial(require_seen, model)
+        files = Files(model.feature_channels, model.networks, config.image_size, config.audio_seconds, check)
         dataset = TaskDataset(
             self.entries, Vocabulary(tokenizer, model.vocab_size, config.bins), files=files,
             longest=(model.max_source_positions, model.max_target_positions), broken=config.broken,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from onepeace_fast.checks import require
+from onepeace_fast.config import named_kind
 from onepeace_fast.data.task_batches import TaskDataset, collate_tasks
 from onepeace_fast.data.task_files import Files
 from onepeace_fast.data.tasks import MATCHES, Vocabulary, read_tasks
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Trie, Unival, UnivalConfig
-from onepeace_fast.models.unival.inputs import END, PADDING
+from onepeace_fast.models.unival.inputs import END, PADDING, require_seen
 from onepeace_fast.models.upstream import CONFIG_FILE
 from onepeace_fast.progress import progress
 from onepeace_fast.training import checkpoint
@@ -40,12 +41,14 @@ class TaskFigures(NamedTuple):
 
 
 def kind_of(folder: Path) -> str | None:
-    """Which kind of model a folder holds; None where none is named."""
-    try:
-        values = json.loads((folder.expanduser() / CONFIG_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    return values.get("model") if isinstance(values, dict) else None
+    """Which kind of model a folder holds; None where none is named.
+
+    Raises:
+        ValueError: no folder of a model, or one whose configuration cannot be read; one line.
+    """
+    path = folder.expanduser() / CONFIG_FILE
+    require(path.is_file(), f"{folder}: expected a folder that save() wrote, got one without {CONFIG_FILE}")
+    return named_kind(path)
 
 
 @torch.no_grad()
@@ -71,7 +74,8 @@ def evaluate_tasks(folder: Path, manifest: Path, batch_size: int) -> dict[str, T
     require_whole(folder)  # before anything of it is read
     settings = checkpoint.load_state(folder)["settings"]
     config, bins = UnivalConfig.load(folder / CONFIG_FILE), settings["bins"]
-    files = Files(config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
+    sizes = (config.feature_channels, config.networks, settings["image_size"], settings["audio_seconds"])
+    files = Files(*sizes, functools.partial(require_seen, config))
     samples = read_tasks(manifest, bins=bins)
     require_trained(folder, ["text", *modalities_of(samples)])
     model = Unival.load(folder)

@@ -105,6 +105,7 @@ def test_a_module_gives_its_own_names_and_a_shared_table_stays_one():
         ([({}, 0.5), ({}, 0.6)], "weights: expected a sum of 1, got 1.1; divide each of them by it"),
         ([({}, 0.5), ({}, 0.500002)], "weights: expected a sum of 1, got 1.000002; divide each of them by it"),
         ([({}, True)], "dict: expected a finite number as its weight, got True"),
+        ([({}, 10**400)], f"dict: expected a finite number as its weight, got {10**400}"),
         ({"a.pt": float("nan")}, "a.pt: expected a finite number as its weight, got nan"),
         ({"no.pt": 1}, "no.pt: expected a checkpoint, got nothing there"),
         ([(3, 1)], "model 1: expected a path, module or state dict, got 3"),
@@ -140,6 +141,11 @@ def test_weights_and_models_that_are_none_are_refused(models, line):
             {"steps": torch.tensor([2.0**53 + 1, 3])},
             "steps: expected the same torch.int64 numbers in all models, since they cannot be averaged, got others in "
             "model 1 and model 2",
+        ),
+        (
+            {"a": torch.ones(7, 5).to(torch.float8_e5m2)},
+            "a: expected dtypes that torch promotes to one, got torch.float32 and torch.float8_e5m2 in model 2; "
+            "convert one of them",
         ),
         ({"a": torch.empty(7, 5, device="meta")}, "a: expected a dense tensor with data, got another in model 2"),
     ],

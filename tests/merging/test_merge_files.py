@@ -105,6 +105,19 @@ def test_models_of_other_sizes_are_refused_where_shapes_do_not_show_it(tmp_path)
     assert refusal(lambda: merge({path: 0.5 for path in paths})) == line
 
 
+def test_a_configuration_that_is_none_is_refused_by_its_name(tmp_path):
+    model = small_model("reference", dtype=torch.float32)
+    model.save(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    path.write_text("[1]")
+    line = ""
+    try:
+        merge({path.parent: 1})
+    except Exception as error:
+        line = str(error)
+    assert line == f"{path}: expected a configuration that save() wrote, got list [1]"
+
+
 def test_what_a_training_chose_may_differ(tmp_path):
     noises = ("dropout", "attention_dropout", "activation_dropout", "encoder_drop_path_rate", "decoder_drop_path_rate")
     weights = {f"{name}_weight": 2.0 for name in ("contrast", "matching", "caption")}

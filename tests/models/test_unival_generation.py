@@ -108,6 +108,10 @@ def test_a_trie_knows_what_follows():
     ("settings", "says"),
     [
         ({"beams": 0}, "beams: expected at least 1, got 0"),
+        ({"beams": 2.5}, "beams: expected an integer, got 2.5"),
+        ({"max_length": 3.5}, "max_length: expected an integer, got 3.5"),
+        ({"max_length": 8, "length_penalty": float("nan")}, "length_penalty: expected a finite number, got nan"),
+        ({"max_length": 8, "answers": [[4]]}, "answers: expected a Trie or None, got list [[4]]"),
         ({"max_length": 9}, "max_length: expected 1 to 8, got 9"),
         ({"max_length": 1}, "min_length: expected 1 to max_length, 1, got 2"),
         ({"max_length": 3, "min_length": 4}, "min_length: expected 1 to max_length, 3, got 4"),
@@ -123,6 +127,9 @@ def test_a_search_that_does_not_fit_is_refused(settings, says):
     [
         ([], "answers: expected at least one, got none"),
         ([[4, 1]], "answers: expected tokens of words, got [1] in [4, 1]"),
+        ([[4, -1]], "answers: expected tokens of words, got [-1] in [4, -1]"),
+        ([[4, 5.5]], "answers: expected lists of tokens, got list [4, 5.5]"),
+        ([4], "answers: expected lists of tokens, got int 4"),
     ],
 )
 def test_a_trie_of_nothing_or_of_padding_is_refused(answers, says):

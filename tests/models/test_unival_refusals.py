@@ -41,7 +41,33 @@ REFUSALS = {
         "target: expected texts with their padding, 1, behind them, got one with a token behind it",
     ),
     "fewer targets": ({"target": TARGET[:3]}, "target: expected a row for each of 4 texts, got 3"),
-    "a flag too few": ({"code": [True]}, "code: expected True or False for each of 4 texts, got 1"),
+    "a flag too few": ({"code": [True]}, "code: expected True or False for each of 4 texts, got list [True]"),
+    "a flag for all": ({"code": True}, "code: expected True or False for each of 4 texts, got bool True"),
+    "words as flags": ({"code": ["no"] * 4}, "code: expected True or False for each of 4 texts, got list ['no', 'no'"),
+    "a source that is no tensor": ({"source": [[5, 2]]}, "source: expected int32 or int64 [rows, length], got list"),
+    "no samples": (
+        {"source": SOURCE[:0], "target": TARGET[:0]}, "target: expected at least one text, got none",
+    ),
+    "a token behind a target's padding": (
+        {"target": torch.tensor([[5, 1, 2]] * 4)},
+        "target: expected texts with their padding, 1, behind them, got one with a token behind it",
+    ),
+    "a map that is no tensor": ({"image": [[1.0]]}, "image: expected a tensor, got list [[1.0]]"),
+    "smoothing above all": ({"smoothing": 1.5}, "smoothing: expected a number from 0 to below 1, got 1.5"),
+    "smoothing that is no number": ({"smoothing": "x"}, "smoothing: expected a number from 0 to below 1, got 'x'"),
+    "a word for the encouraging loss": ({"encouraging": "no"}, "encouraging: expected True or False, got 'no'"),
+    "a video with no frame": ({"video": feature_map(0, 2, 2)}, "video: expected at least one frame, got none"),
+    "samples between two": (
+        {"image": IMAGE, "samples": {"image": [0.5]}},
+        "samples['image']: expected 1 different samples below 4, got [0.5]",
+    ),
+    "floats as samples": (
+        {"image": IMAGE, "samples": {"image": torch.tensor([0.5])}},
+        "samples['image']: expected 1 different samples below 4, got [0.5]",
+    ),
+    "one sample for a list": (
+        {"image": IMAGE, "samples": {"image": 0}}, "samples['image']: expected 1 different samples below 4, got 0",
+    ),
     "a map wider than the grid": (
         {"image": feature_map(2, 5)},
         "image: expected a map of at most 4 x 4 positions, got one that takes 2 x 5; give a smaller one",

@@ -5,13 +5,14 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from data._refused import refused
+from data._refused import refused, taken
 from models._unival import SOURCE, TARGET, refusal, unival
 from models.test_unival_networks import RAW, SAMPLES, fill
 from pretrained._files import checkpoint_of, write
+from safetensors.torch import save_file
 
 from onepeace_fast import Unival, from_pretrained
-from onepeace_fast.models.unival.state import CONSTANTS, TABLE, buffer
+from onepeace_fast.models.unival.state import CONSTANTS, TABLE, TIED, buffer
 
 SIZES = {"image_blocks": (3, 4, 6, 3), "video_blocks": (3, 4, 6, 3), "feature_channels": 512, "audio_hop": 320}
 BUFFERS = [f"{stack}.{kind}" for stack in ("encoder", "decoder") for kind in ("version", "token_rp_bucket")]
@@ -122,6 +123,8 @@ REFUSED = {
     "no arguments": (lambda model: {"model": file_of(model)["model"], "cfg": {"model": {}}}, {},
                      "cfg: expected upstream's arguments with encoder_embed_dim, under cfg.model or args, got none"),
     "a missing weight": (without("decoder.layers.1.fc1.bias"), {}, "missing: decoder.layers.1.fc1.bias"),
+    "a weight of integers": (lambda model: file_of(model, **{"encoder.layer_norm.weight": torch.ones(16).long()}), {},
+                             "misshaped or different: encoder.layer_norm.weight int64 instead of floating point"),
     "an unknown weight": (lambda model: file_of(model, **{"encoder.prompt": torch.zeros(2)}), {},
                           "unexpected: encoder.prompt"),
     "another bucket": (lambda model: file_of(model, **{"encoder.token_rp_bucket": torch.zeros(2, 2)}), {},
@@ -140,6 +143,22 @@ def test_what_does_not_fit_is_refused_in_a_line_that_names_the_file(tmp_path, na
     path = write(tmp_path / "a.pt", make(small()))
     line = refusal(lambda: from_pretrained(path, **options))
     assert line.startswith(f"{path}: ") and says in line and "\n" not in line
+
+
+def test_a_folder_of_a_training_is_read_too(tmp_path):
+    model = small()
+    state = model.to_upstream_state_dict()
+    model.config.save(tmp_path / "config.json")
+    save_file({name: value for name, value in state.items() if name not in TIED}, tmp_path / "model.safetensors")
+    with taken():
+        loaded = from_pretrained(tmp_path, backend="fused")
+        half = from_pretrained(str(tmp_path), model_type="unival", dtype="bf16")
+    assert type(loaded) is Unival and not loaded.training and loaded.config == model.config
+    assert (
+        holds(loaded, state) and loaded.backend == "fused" and {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    )
+    says = f"{tmp_path}: image_size: expected none for a file of UnIVAL's, got 64"
+    assert refusal(lambda: from_pretrained(tmp_path, image_size=64)) == says
 
 
 def test_one_peace_s_file_is_not_unival(tmp_path):

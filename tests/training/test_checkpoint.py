@@ -23,7 +23,7 @@ def content(step, size=100):
         "config.json": lambda path: path.write_text(f'{{"step": {step}}}'),
         "model.safetensors": lambda path: save_file({"weight": tensor}, path),
         "tokenizer.json": lambda path: path.write_text("{}"),
-        "training.pt": lambda path: checkpoint.save_state({"step": step, "moment": tensor}, path),
+        "training.pt": lambda path: checkpoint.save_state({"step": step, "moment": tensor, "settings": {}}, path),
     }
 
 
@@ -227,3 +227,30 @@ def test_checksums_are_of_whole_files_also_of_large_ones(tmp_path):
     assert checkpoint.digest(path) == hashlib.sha256(data).hexdigest()
     path.write_bytes(data[:-1] + b"\1")
     assert checkpoint.damage(folder) == "model.safetensors changed since it was written"
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:500]),
+            "expected a whole checkpoint, got one that cannot be read",
+        ),
+        (lambda path: path.write_bytes(b""), "expected a checkpoint by torch.save or pickle, got a file of another"),
+        (lambda path: torch.save([1], path), "expected what a training wrote, with its settings, got another file"),
+        (
+            lambda path: torch.save({"step": 1}, path),
+            "expected what a training wrote, with its settings, got another file",
+        ),
+    ],
+    ids=["truncated", "empty", "a list", "without settings"],
+)
+def test_a_training_file_that_is_none_is_refused_by_its_name(tmp_path, change, got):
+    path = checkpoint.write(tmp_path, 1, content(1)) / "training.pt"
+    change(path)
+    line = ""
+    try:
+        checkpoint.load_state(path.parent)
+    except Exception as error:
+        line = f"{type(error).__name__} {error}"
+    assert line.startswith(f"ValueError {path}: {got}") and "\n" not in line, line

@@ -271,6 +271,30 @@ def test_a_loss_that_is_no_number_stops_with_the_last_checkpoint(corpus, name, m
     assert checkpoints(corpus / name) == ["step-00000002"]
 
 
+@pytest.mark.parametrize(
+    ("error", "stops"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
+        (RuntimeError("a kernel failed"), False),
+    ],
+)
+def test_too_little_memory_is_one_line_and_other_failures_stay(corpus, name, monkeypatch, capsys, error, stops):
+    def full(self, batches):
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", full)
+    code = None
+    try:
+        code = run(corpus, name)
+    except RuntimeError as raised:
+        assert raised is error and not stops
+    assert (code == 1) == stops
+    text = " ".join(str(error).split())
+    line = f"Stopped: expected memory for the model and a batch, got too little ({text}); there is no checkpoint yet"
+    assert (line in capsys.readouterr().err) == stops
+
+
 def test_an_interruption_before_the_first_checkpoint_says_so(corpus, name, monkeypatch, capsys):
     interrupt_before(monkeypatch, 1)
     assert run(corpus, name) == 130

@@ -62,7 +62,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         ("broken: list", ["broken: expected one of fatal, skip, got str 'list'"]),
         ("backend: fast", ["backend: expected one of reference, fused, got str 'fast'"]),
         ("device: tpu", ["device: expected one of cpu, cuda, got str 'tpu'"]),
-        ("seed: -1", ["seed: expected an integer from 0 on, got int -1"]),
+        ("seed: -1", ["seed: expected an integer from 0 to below 2**64, got int -1"]),
         ("tokenizer: 3", ["tokenizer: expected a path, got int 3"]),
         ("model: 3", ["model: expected fields of a model configuration, or a config.json, got int 3"]),
         ("warm_up: 20", ["warm_up: expected fewer than steps (20), got 20"]),
@@ -70,6 +70,7 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         ("keep: 0", ["keep: expected a positive integer, got int 0"]),
         ("steps: 30", ["line 7", "steps stands twice"]),
         ("clip: [", ["not valid YAML"]),
+        ("clip: " + "[" * 5000, ["not valid YAML: sections within sections"]),
         ("clip:\n\t- 3", ["line 8", "not valid YAML"]),
     ],
 )

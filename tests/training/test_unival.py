@@ -4,13 +4,14 @@ import copy
 import json
 import shutil
 
+import numpy
 import pytest
 import torch
 from data._refused import refused, taken
 from models._small import assert_same_bits
 from safetensors.torch import load_file, save_file
 from training._runs import curves, same_training
-from training._unival_runs import MODEL, STAGES, write_tasks, write_unival
+from training._unival_runs import MODEL, SHAPES, STAGES, write_tasks, write_unival
 
 from onepeace_fast.data.batches import BrokenFile
 from onepeace_fast.data.text import Tokenizer
@@ -71,6 +72,12 @@ STAGE = {"tasks": ["caption"], "steps": 3}
         ({"batch_size": 6}, ["stages[0]: batch_size: expected a multiple of 4", "matching has as many", "got 6"]),
         ({"smoothing": 1.0}, ["smoothing: expected a number from 0 to below 1, got float 1.0"]),
         ({"encouraging": "yes"}, ["encouraging: expected true or false, got str 'yes'"]),
+        ({"seed": 2**64}, ["seed: expected an integer from 0 to below 2**64, got int 18446744073709551616"]),
+        ({"bins": 100}, ["vocab_size: expected at least 260, got 220", "of the model's 320 rows 100 are kept for loc"]),
+        (
+            {"bins": 60, "tokenizer": "whole/step-00000007/tokenizer.json"},
+            [" tokens and 60 locations, got 320", "vocab_size: expected at least "],
+        ),
         ({"bins": 1}, ["bins: expected an integer from 2 on, got int 1"]),
         ({"steps": 3}, ["expected some of", "got 'steps'"]),
         ({"model": MODEL | {"video": False}}, ["model: expected video for the tasks", "give video: true"]),
@@ -83,6 +90,28 @@ STAGE = {"tasks": ["caption"], "steps": 3}
 def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, parts):
     line = refusal(folder, **keys)
     assert [part for part in parts if part not in line] == [] and "\n" not in line, line
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("training.pt", "{path}: expected a whole checkpoint, got one that cannot be read"),
+        ("model.safetensors", "init: {path}: cannot be read"),
+        ("config.json", "init: {path}: expected a configuration that save() wrote, got no JSON"),
+        ("tokenizer.json", "{path}: expected a tokenizer.json of tokenizers, got another file"),
+    ],
+)
+def test_a_truncated_initial_model_is_refused_in_one_line(folder, name, says):
+    place = folder / f"truncated {name}"
+    shutil.copytree(folder / "whole" / "step-00000007", place)
+    path = place / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    line = ""
+    try:
+        line = refusal(folder, init=place.name, model=None)
+    except Exception as error:
+        line = f"{type(error).__name__}: {error}"
+    assert line.startswith(says.format(path=path)) and "\n" not in line, line
 
 
 def test_each_step_has_its_stage_and_place_and_the_end_is_the_last_ones(tmp_path):
@@ -248,6 +277,24 @@ def test_broken_maps_are_named_or_skipped(folder):
         list(started(folder, "bad1", **keys).batches)
     assert f"{folder / 'bad.npy'}: expected an array" in str(caught.value)
     assert len(list(started(folder, "bad2", broken="skip", **keys).batches)) == 2
+
+
+@pytest.mark.parametrize(("file", "size"), [("image", (6, 1, 5)), ("video", (6, 2, 5, 1)), ("audio", (6, 17, 1))])
+def test_a_map_larger_than_the_positions_is_named_or_skipped(folder, file, size):
+    task = {"image": "caption"}.get(file, f"{file}_caption")
+    numpy.save(folder / "large.npy", numpy.zeros(size, "float32"))
+    rows = [{"task": task, file: name, "caption": "a wall"} for name in ("large.npy", f"{file}0.npy")]
+    (folder / "large.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    keys = {"manifest": "large.jsonl", "stages": [{"tasks": [task], "steps": 1}], "batch_size": 4, "warm_up": 0}
+    line = ""
+    try:
+        list(started(folder, f"large {file}", **keys).batches)
+    except BrokenFile as error:
+        line = str(error)
+    expected = f"{folder / 'large.npy'}: {file}: expected a map of at most 4 x 4 positions, got one that takes 5 x "
+    assert line.startswith(expected.replace("5 x ", "1 x 5") if file == "image" else expected)
+    (batch,) = started(folder, f"large {file} skipped", broken="skip", **keys).batches
+    assert batch[file].shape[2:] == SHAPES[file][1:]
 
 
 def test_a_processs_loss_counts_by_its_tokens(folder):

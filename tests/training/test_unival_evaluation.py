@@ -11,7 +11,7 @@ from onepeace_fast import cli
 from onepeace_fast.backend import ENVIRONMENT_VARIABLE
 from onepeace_fast.data.text import Tokenizer
 from onepeace_fast.models.unival import Hypothesis, Unival
-from onepeace_fast.training import command, unival_evaluation
+from onepeace_fast.training import checkpoint, command, unival_evaluation
 
 TASKS = ["caption", "vqa", "grounding", "matching", "video_caption"]
 
@@ -34,10 +34,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def evaluated(folder, *options, manifest="tasks.jsonl", checkpoint="run/step-00000001"):
+def evaluated(folder, *options, manifest="tasks.jsonl", place="run/step-00000001"):
     path = folder / "figures.json"
     path.unlink(missing_ok=True)
-    arguments = ["evaluate", str(folder / checkpoint), str(folder / manifest), "--json", str(path)]
+    arguments = ["evaluate", str(folder / place), str(folder / manifest), "--json", str(path)]
     return cli.main([*arguments, *options]), json.loads(path.read_text())["tasks"] if path.exists() else None
 
 
@@ -108,19 +108,42 @@ def test_every_choice_has_room_and_counts_once(folder, monkeypatch):
         (("--columns", "image", "audio"), "tasks.jsonl", "--columns: expected none for UnIVAL's tasks"),
         ((), "sounds.jsonl", "expected a checkpoint trained on text and audio, got one of text and image and video"),
         ((), "none.jsonl", "expected a manifest of JSON lines"),
+        ((), "deep.jsonl", "deep.jsonl, line 1: expected a JSON object, got another text (maximum recursion"),
+        (("--json", "."), "tasks.jsonl", "--json: expected a file in a folder that exists, got ."),
     ],
 )
 def test_what_does_not_fit_is_refused_in_one_line(folder, capsys, options, manifest, part):
+    (folder / "deep.jsonl").write_text("[" * 100_000)
     row = {"task": "audio_caption", "audio": "audio0.npy", "caption": "a sound"}
     (folder / "sounds.jsonl").write_text(json.dumps(row) + "\n")
-    assert evaluated(folder, *options, manifest=manifest) == (2, None)
+    found = None
+    try:
+        found = evaluated(folder, *options, manifest=manifest)
+    except RecursionError as error:
+        assert not error, "not refused"
+    assert found == (2, None)
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "{folder}: expected a folder that save() wrote, got one without config.json"),
+        ("{", "{folder}/config.json: expected a configuration that save() wrote, got no JSON"),
+        ("[1]", "{folder}/config.json: expected a configuration that save() wrote, got list [1]"),
+    ],
+)
+def test_a_folder_that_is_no_checkpoint_is_refused_by_its_name(folder, tmp_path, capsys, text, says):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert evaluated(folder, place=tmp_path) == (2, None)
+    assert capsys.readouterr().err.startswith(says.format(folder=tmp_path))
 
 
 def test_mico_is_not_measured_yet(folder, capsys):
     (folder / "mico").mkdir()
     (folder / "mico" / "config.json").write_text(json.dumps({"model": "mico"}))
-    assert evaluated(folder, checkpoint="mico") == (2, None)
+    assert evaluated(folder, place="mico") == (2, None)
     line = f"{folder / 'mico'}: expected a checkpoint of ONE-PEACE or UnIVAL, got one of MiCo, which is not measured"
     assert line in capsys.readouterr().err
 
@@ -131,12 +154,47 @@ def test_a_truncated_checkpoint_is_damaged(folder, capsys):
     path.write_bytes(path.read_bytes()[:1000])
     found = None
     try:
-        found = evaluated(folder, checkpoint="truncated")
+        found = evaluated(folder, place="truncated")
     except RuntimeError as error:
         assert not error, "read before it was checked"
     assert found == (2, None)
     line = f"{path.parent}: expected a whole checkpoint, got a damaged one (training.pt changed since it was written)"
     assert line in capsys.readouterr().err
+
+
+def test_a_merged_checkpoint_is_evaluated_as_one_and_begins_a_run(folder, capsys):
+    """With the bins and the modalities of those that it was merged of."""
+    one, two = folder / "run" / "step-00000001", folder / "two"
+    shutil.copytree(one, two)
+    (two / "SHA256SUMS").unlink()
+    state = checkpoint.load_state(two)
+    torch.save({"settings": state["settings"], "trained": [*state["trained"], "audio"]}, two / "training.pt")
+    assert cli.main(["merge", "--out", str(folder / "merged"), f"{one}=0.5", f"{two}=0.5"]) == 0
+    assert sorted(path.name for path in (folder / "merged").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json", "training.pt",
+    ]  # fmt: skip
+    assert evaluated(folder, place="merged") == evaluated(folder)
+    assert checkpoint.load_state(folder / "merged") == {
+        "settings": state["settings"], "trained": ["text", "image", "video", "audio"],
+    }  # fmt: skip
+    keys = {"init": "merged", "bins": 9, "model": None, "stages": [{"tasks": TASKS, "steps": 1}]}
+    path = write_unival(folder, "on", batch_size=5, warm_up=0, **keys)
+    capsys.readouterr()
+    assert command.pretrain(str(path)) == 2
+    assert f"bins: expected 11, with which {folder / 'merged'} was trained, got 9" in capsys.readouterr().err
+
+
+def test_checkpoints_of_other_bins_are_not_merged_and_none_is_written_over(folder, capsys):
+    one, other = folder / "run" / "step-00000001", folder / "other bins"
+    before = {path.name: path.read_bytes() for path in one.iterdir()}
+    assert cli.main(["merge", "--out", str(one), f"{one}=1"]) == 2
+    assert capsys.readouterr().err == f"{one}: expected a new folder or an empty one, got one with files in it\n"
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == before
+    shutil.copytree(one, other)
+    torch.save({"settings": checkpoint.load_state(one)["settings"] | {"bins": 12}}, other / "training.pt")
+    assert cli.main(["merge", "--out", str(folder / "none"), f"{one}=0.5", f"{other}=0.5"]) == 2
+    line = f"bins: expected the same in all models, got 11 in {one} and 12 in {other}\n"
+    assert capsys.readouterr().err == line and not (folder / "none").exists()
 
 
 @pytest.mark.slow

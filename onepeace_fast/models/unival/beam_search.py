@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from onepeace_fast.checks import require
+from onepeace_fast.checks import describe, require
+from onepeace_fast.config import is_number
 from onepeace_fast.models.losses import log_softmax
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.inputs import BEGIN, END, PADDING
@@ -29,17 +31,18 @@ class Trie:
     """Answers that alone may be written, by their tokens without beginning and end.
 
     Raises:
-        ValueError: no answer, or one that holds a beginning, an end or padding.
+        ValueError: no answer, or one that holds a beginning, an end, padding or what is no token.
     """
 
     def __init__(self, answers: Iterable[Sequence[int]]) -> None:
         self._root: dict[int, Any] = {}
         for answer in answers:
-            reserved = [token for token in answer if token in (BEGIN, END, PADDING)]
-            require(not reserved, f"answers: expected tokens of words, got {reserved} in {list(answer)}")
+            tokens = _tokens(answer)
+            reserved = [token for token in tokens if token < 0 or token in (BEGIN, END, PADDING)]
+            require(not reserved, f"answers: expected tokens of words, got {reserved} in {tokens}")
             node = self._root
-            for token in answer:
-                node = node.setdefault(int(token), {})
+            for token in tokens:
+                node = node.setdefault(token, {})
             node[END] = {}
         require(bool(self._root), "answers: expected at least one, got none")
 
@@ -61,6 +64,13 @@ class Trie:
         return found
 
 
+def _tokens(answer: Sequence[int]) -> list[int]:
+    try:
+        return [operator.index(token) for token in answer]
+    except TypeError:
+        raise ValueError(f"answers: expected lists of tokens, got {describe(answer)}") from None
+
+
 class Settings(NamedTuple):
     """Of a search; lengths count the end, which fairseq's least length of 1 does not."""
 
@@ -74,13 +84,19 @@ class Settings(NamedTuple):
 def check_settings(settings: Settings, config: UnivalConfig) -> None:
     """Raise ValueError unless a model of this configuration can be searched so."""
     limit = config.max_target_positions
+    for name in ("beams", "max_length", "min_length"):
+        value = getattr(settings, name)
+        require(type(value) is int, f"{name}: expected an integer, got {value!r}")
+    penalty, answers = settings.length_penalty, settings.answers
+    require(is_number(penalty), f"length_penalty: expected a finite number, got {penalty!r}")
+    require(answers is None or isinstance(answers, Trie), f"answers: expected a Trie or None, got {describe(answers)}")
     require(settings.beams > 0, f"beams: expected at least 1, got {settings.beams}")
     require(0 < settings.max_length <= limit, f"max_length: expected 1 to {limit}, got {settings.max_length}")
     require(
         0 < settings.min_length <= settings.max_length,
         f"min_length: expected 1 to max_length, {settings.max_length}, got {settings.min_length}",
     )
-    largest = 0 if settings.answers is None else settings.answers.largest
+    largest = 0 if answers is None else answers.largest
     require(largest < config.vocab_size, f"answers: expected tokens below {config.vocab_size}, got {largest}")
 
 

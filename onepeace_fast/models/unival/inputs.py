@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ def text_tokens(name: str, ids: Tensor, samples: list[int], limit: int, vocab_si
         ValueError: ids that do not fit, or more of them than there are positions.
     """
     require_tensor(name, ids, INTEGERS, "[rows, length]", 2)
-    length = ids.shape[1]
+    rows, length = ids.shape
+    require(rows > 0, f"{name}: expected at least one text, got none")
     require(0 < length <= limit, lambda: f"{name}: expected 1 to {limit} tokens, one for a position, got {length}")
     require_values(
         ((ids >= 0) & (ids < vocab_size)).all(), f"{name}: expected ids from 0 to {vocab_size - 1}, got others"
@@ -120,6 +121,7 @@ def visual_tokens(
             "give a smaller one"
         ),
     )
+    require(0 not in features.shape[2:], f"{name}: expected at least one frame, got none")
     rows, codes = grid_places(height, width, config, features.device)
     place = None
     if patches is not None:
@@ -130,6 +132,12 @@ def visual_tokens(
     values = taken(features, patches)
     valid = torch.ones(values.shape[:2], dtype=torch.bool, device=features.device)
     return Tokens(values, valid, samples, rows, codes, window_code_offset((side, side)), place)
+
+
+def require_seen(config: UnivalConfig, name: str, x: Tensor) -> None:
+    """Raise ``ValueError`` where a model does not take a map, or pixels, frames or a waveform, of one sample."""
+    maps, _ = split_raw(config, {name: x[None]})
+    visual_tokens(name, maps[name], [0], config, None)  # type: ignore[arg-type]
 
 
 def taken(features: Tensor, patches: Tensor | None) -> Tensor:
@@ -203,6 +211,7 @@ def read_source(
     found = {}
     for name in VISUAL:
         if name in given:
+            require(isinstance(given[name], Tensor), lambda: f"{name}: expected a tensor, got {describe(given[name])}")  # noqa: B023
             require_device(name, given[name], source.device)
             own = _samples_of(name, given[name], count, (samples or {}).get(name))
             found[name] = visual_tokens(name, given[name], own, config, (patches or {}).get(name))
@@ -217,10 +226,19 @@ def _samples_of(name: str, x: Tensor, count: int, samples: Sequence[int] | Tenso
             lambda: f"samples: expected the sample of each of the {rows} rows of {name}, of {count} texts, got none",
         )
         return [*range(count)]
-    own = read_values(samples) if isinstance(samples, Tensor) else [int(value) for value in samples]
-    fits = len(own) == rows and len(set(own)) == rows and all(0 <= value < count for value in own)
+    own = read_values(samples) if isinstance(samples, Tensor) else samples
+    whole = isinstance(own, Sequence) and all(type(value) is int for value in own)
+    fits = whole and len(own) == rows and len(set(own)) == rows and all(0 <= value < count for value in own)
     require(fits, lambda: f"samples[{name!r}]: expected {rows} different samples below {count}, got {own}")
-    return own
+    return [*own]
+
+
+def require_texts(what: str, valid: Tensor) -> None:
+    """Raise ``ValueError`` where a token, bool [rows, length], stands behind padding."""
+    require_values(
+        (valid[:, 1:] <= valid[:, :-1]).all(),
+        f"{what}: expected texts with their padding, {PADDING}, behind them, got one with a token behind it",
+    )
 
 
 def read_target(
@@ -233,18 +251,15 @@ def read_target(
     """
     whole = text_tokens(what, ids, [], config.max_target_positions, config.vocab_size)
     require_device(what, ids, source.device)
-    require_values(
-        (whole.valid[:, 1:] <= whole.valid[:, :-1]).all(),
-        f"{what}: expected texts with their padding, {PADDING}, behind them, got one with a token behind it",
-    )
+    require_texts(what, whole.valid)
     count = source.shape[0]
     require(ids.shape[0] == count, lambda: f"{what}: expected a row for each of {count} texts, got {ids.shape[0]}")
     flags = [False] * count
     if code is not None:
-        flags = [bool(x) for x in (read_values(code) if isinstance(code, Tensor) else code)]
-        require(
-            len(flags) == count, lambda: f"code: expected True or False for each of {count} texts, got {len(flags)}"
-        )
+        given: Any = read_values(code) if isinstance(code, Tensor) else code
+        fits = isinstance(given, Sequence) and len(given) == count and all(x in (0, 1) for x in given)
+        require(fits, lambda: f"code: expected True or False for each of {count} texts, got {describe(given)}")
+        flags = [bool(x) for x in given]
     found = {}
     for name, wanted in (("text", False), ("code", True)):
         own = [sample for sample, flag in enumerate(flags) if flag == wanted]

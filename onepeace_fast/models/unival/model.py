@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.checks import require, require_device, require_tensor
+from onepeace_fast.config import is_number
 from onepeace_fast.layers.parameters import init_as_bert, with_unread
 from onepeace_fast.models import upstream
 from onepeace_fast.models.load_report import LoadReport
@@ -25,7 +26,7 @@ from onepeace_fast.models.unival.cache import Cached, Uncached
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.decoder import Decoder
 from onepeace_fast.models.unival.encoder import Encoded, Encoder
-from onepeace_fast.models.unival.inputs import BEGIN, PADDING, read_source, read_target, split_raw
+from onepeace_fast.models.unival.inputs import BEGIN, PADDING, read_source, read_target, require_texts, split_raw
 from onepeace_fast.models.unival.layout import Packed
 from onepeace_fast.models.unival.losses import token_loss
 from onepeace_fast.routing import INTEGERS
@@ -99,6 +100,7 @@ class Unival(nn.Module):
         Raises:
             ValueError: an input that does not fit, before any work.
         """
+        require_tensor("source", source, INTEGERS, "[rows, length]", 2)
         tokens = read_target(self.config, "previous", previous, source, code)
         encoded = self._encode(source, samples, patches, maps)
         x, layout = self.decoder(tokens, self.encoder.embed_tokens.weight, encoded, "previous")
@@ -126,8 +128,13 @@ class Unival(nn.Module):
         Raises:
             ValueError: an input that does not fit, before any work, or a target without a token.
         """
+        require_tensor("source", source, INTEGERS, "[rows, length]", 2)
         require_tensor("target", target, INTEGERS, "[samples, length]", 2)
         require_device("target", target, source.device)
+        require_texts("target", target != PADDING)  # that of ``previous`` would hide a token behind padding
+        fits = is_number(smoothing) and 0 <= smoothing < 1
+        require(fits, f"smoothing: expected a number from 0 to below 1, got {smoothing!r}")
+        require(isinstance(encouraging, bool), f"encouraging: expected True or False, got {encouraging!r}")
         previous = F.pad(target, (1, 0), value=BEGIN)[:, :-1].masked_fill(target == PADDING, PADDING)
         tokens = read_target(self.config, "target", previous, source, code)
         encoded = self._encode(source, samples, patches, maps)
