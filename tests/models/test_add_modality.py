@@ -181,6 +181,11 @@ def test_freezing_for_another_modality_starts_from_the_whole_model():
     [
         ("audio", SensorAdapter, None, "name: expected one that the model does not have yet, got 'audio'"),
         ("Sensor 1", SensorAdapter, None, "added: expected names of lower-case letters"),
+        *(
+            (name, SensorAdapter, None, f"none that ends with _padding and none of {taken}, got ['{name}']")
+            for taken in (["text", "image", "audio", "samples", "self", "task"],)
+            for name in ("text_padding", "samples", "self", "task")
+        ),
         ("sensor", SensorAdapter, "video", "init_from: expected None or one of"),
         ("sensor", lambda: SensorAdapter(embed_dim=24), None, "adapter sensor: expected embed_dim 48, got 24"),
         ("sensor", lambda: SensorAdapter(heads=2), None, ": expected 1 bias tables of 3 heads, got 1 of [2]"),
