@@ -4,6 +4,7 @@ import pytest
 import torch
 from data._refused import refused
 from models._added import everything
+from models._mico import refusal
 from models._small import (
     BACKENDS,
     assert_close,
@@ -196,7 +197,8 @@ def test_freezing_for_another_modality_starts_from_the_whole_model():
 def test_a_modality_that_does_not_fit_is_refused_and_nothing_changes(name, adapter, init_from, message):
     model = small_model("fused")
     before, config = set(dict(model.named_parameters())), model.config
-    refused(lambda: model.add_modality(name, adapter(), init_from=init_from), "", message)
+    line = refusal(lambda: model.add_modality(name, adapter(), init_from=init_from))
+    assert message in line and "\n" not in line
     assert set(dict(model.named_parameters())) == before and model.config == config
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from data._refused import refused
 from models._added import CONFIG, check_others_keep_their_bits, check_packed_is_padded, check_rows_stand_alone, extended
+from models._mico import refusal
 
 from onepeace_fast.layers.adapters import TableAdapter
 from onepeace_fast.relative_position import distinct_difference_codes
@@ -121,7 +122,7 @@ def test_codes_of_pairs_have_distinct_differences(count):
     ids=str,
 )
 def test_cells_that_do_not_fit_are_refused_by_row_and_column(row, line):
-    assert refused(lambda: batch([ROWS[0], row]), "other") == line
+    assert refusal(lambda: batch([ROWS[0], row])) == line
 
 
 def test_a_line_shows_some_of_many_categories():
