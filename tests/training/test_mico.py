@@ -74,8 +74,8 @@ def text(**changed):
         (text(mask_id=103), "model: text.mask_id: expected a token below vocab_size, 16, got 103"),
         (text(mask_id=1), "model: expected text.mask_id 4, the tokenizer's [MASK], got 1"),
         (text(first_word=3), "model: expected text.first_word of at least 5, behind the tokenizer's special tokens"),
-        (text(max_positions=2), "model: expected text.max_positions of at least 3, [CLS], a token and [SEP], got 2"),
         (text(vocab_size=12), "tokenizer: expected at most the model's text.vocab_size, 12, got 16 tokens"),
+        (text(max_positions=2), "model: expected text.max_positions of at least 3, [CLS], a token and [SEP], got 2"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, part):
