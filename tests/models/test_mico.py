@@ -183,6 +183,11 @@ def test_wrong_partners_are_drawn_by_their_similarity_and_never_the_own(block, m
     assert not drawn.diagonal().any()
 
 
+def test_the_loss_is_no_view_of_which_fsdp2_would_warn():
+    found = mico().losses(CAPTIONS, generator=generator(), **batch())
+    assert found["loss"].requires_grad and found["loss"]._base is None
+
+
 def test_features_that_are_no_numbers_draw_any_other_row():
     x = torch.ones(3, 2)
     x[1] = torch.nan

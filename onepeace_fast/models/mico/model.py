@@ -245,10 +245,10 @@ class Mico(Context):
         found = read.texts.tokens(read.x, masked.hidden)
         caption = losses.captioning(self.multimodal_encoder.scores(found, read.texts.packed), text, masked, hidden)
         parts = dict(zip(LOSSES, (contrast, matching, caption), strict=True))
-        loss = torch.stack([getattr(config, f"{name}_weight") * x for name, x in parts.items()]).sum()
-        return {
-            "loss": with_unread(loss, *self.unread(seen.parts())), **{name: x.detach() for name, x in parts.items()}
-        }  # fmt: skip
+        weighted = torch.stack([getattr(config, f"{name}_weight") * x for name, x in parts.items()])
+        # Before the sum, since FSDP2 warns of results that are views.
+        loss = with_unread(weighted, *self.unread(seen.parts())).sum()
+        return {"loss": loss, **{name: x.detach() for name, x in parts.items()}}
 
     @classmethod
     def load(cls, directory: str | Path, backend: str | None = None) -> Mico:
