@@ -16,6 +16,7 @@ from typing_extensions import Self
 from onepeace_fast.upstream_config import read_transformer
 
 MODALITIES = ("text", "image", "audio")
+_INPUTS = ("samples", "self", "task")  # what a call has beside its modalities
 _NAME = re.compile("[a-z][a-z0-9_]*")
 
 
@@ -25,7 +26,12 @@ def _is_positive_integer(value: object) -> bool:
 
 def is_number(value: object) -> bool:
     """Whether a value is an integer or a float, and finite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _require_positive_integers(config: object, *names: str) -> None:
@@ -134,11 +140,12 @@ class TransformerConfig:
         built_in = self.modalities[: len(self.modalities) - len(self.added)]
         if not built_in:
             raise ValueError("text, image, audio: expected at least one adapter, got none")
-        names = [*MODALITIES, *self.added]
-        if not all(isinstance(name, str) and _NAME.fullmatch(name) for name in names) or len(set(names)) < len(names):
+        names = [*MODALITIES, *_INPUTS, *self.added]
+        fits = all(isinstance(name, str) and _NAME.fullmatch(name) and not name.endswith("_padding") for name in names)
+        if not fits or len(set(names)) < len(names):
             raise ValueError(
-                f"added: expected names of lower-case letters, digits and underscores, each once and none of "
-                f"{list(MODALITIES)}, got {list(self.added)}"
+                f"added: expected names of lower-case letters, digits and underscores, each once, none that ends with "
+                f"_padding and none of {[*MODALITIES, *_INPUTS]}, got {list(self.added)}"
             )
         if len({getattr(self, name).use_bias for name in built_in}) > 1:
             raise ValueError("use_bias: expected the same value in every adapter of a stack, got both True and False")

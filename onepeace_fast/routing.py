@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, islice
 from typing import Any
 
@@ -213,7 +213,8 @@ def whole_numbers(name: str, values: Sequence[int]) -> list[int]:
     try:
         return [operator.index(value) for value in values]
     except TypeError:
-        raise ValueError(f"{name}: expected integers, got {describe(list(values))}") from None
+        got = [*values] if isinstance(values, Iterable) else values
+        raise ValueError(f"{name}: expected integers, got {describe(got)}") from None
 
 
 def segment_lengths(

@@ -125,11 +125,20 @@ def read_objects(manifest: Path) -> Iterator[tuple[int, str, Mapping[str, Any]]]
                 continue
             where = f"{manifest}, line {line}"
             try:
-                row = json.loads(raw)
-            except (ValueError, RecursionError) as error:  # also of other bytes than UTF-8
+                row = json.loads(raw, object_pairs_hook=_each_once)
+            except (ValueError, RecursionError) as error:  # also of other bytes than UTF-8, and of very deep lists
                 raise ValueError(f"{where}: expected a JSON object, got another text ({error})") from None
             require(isinstance(row, dict), lambda: f"{where}: expected a JSON object, got {describe(row)}")  # noqa: B023
             yield line, where, row
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ``ValueError`` where a name stands in it twice, of which json itself takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
 
 
 def _existing(path: str | os.PathLike[str]) -> tuple[Path, bool]:

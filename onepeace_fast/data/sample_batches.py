@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from onepeace_fast.checks import require
 from onepeace_fast.data.batches import first_whole, generator_of, reports
 from onepeace_fast.data.image import prepare_image, read_image
+from onepeace_fast.data.manifest import CAPTION
 from onepeace_fast.data.samples import SUBTITLE, MixedSample, Seen
 from onepeace_fast.data.task_files import ARRAY, read_array
 from onepeace_fast.data.text import TokenizedCaptions
@@ -45,11 +46,12 @@ class SampleDataset(Dataset[dict[str, Any]]):
         self._samples, self._side, self._hide, self._seed = samples, side, hide, seed
         self._begin = torch.tensor([tokenizer.begin])
         self._subtitle_of = [place for place, sample in enumerate(samples) if sample.subtitle is not None]
-        self._captions = _tokenized(
-            [(sample.where, sample.caption) for sample in samples], tokenizer, longest
-        )  # fmt: skip
+        self._captions = _tokenized(CAPTION, [(sample.where, sample.caption) for sample in samples], tokenizer, longest)
         self._subtitles = _tokenized(
-            [(samples[place].where, samples[place].subtitle or "") for place in self._subtitle_of], tokenizer, longest
+            SUBTITLE,
+            [(samples[place].where, samples[place].subtitle or "") for place in self._subtitle_of],
+            tokenizer,
+            longest,
         )
         self._place_of = {place: row for row, place in enumerate(self._subtitle_of)}
         self._reported = reports(len(samples), broken)
@@ -82,10 +84,12 @@ class SampleDataset(Dataset[dict[str, Any]]):
         return torch.cat([self._begin, texts[place][0]])
 
 
-def _tokenized(texts: Sequence[tuple[str, str]], tokenizer: BertTokenizer, longest: int) -> TokenizedCaptions:
+def _tokenized(
+    what: str, texts: Sequence[tuple[str, str]], tokenizer: BertTokenizer, longest: int
+) -> TokenizedCaptions:
     return TokenizedCaptions(
         [text for _, text in texts], tokenizer, max_tokens=longest - 2, end=tokenizer.end,
-        name=lambda place: texts[place][0],
+        name=lambda place: texts[place][0], what=what,
     )  # fmt: skip
 
 

@@ -105,6 +105,6 @@ def _problem(sample: MixedSample) -> str | None:
             return f"empty {name}"
     for seen in sample.seen.values():
         for path in seen.paths:
-            if not path.is_file():
+            if not os.path.isfile(path):  # False too where the name itself is none, as a text in a column of files
                 return f"no file {path}"
     return None

@@ -87,7 +87,7 @@ def read_tasks(
         require(isinstance(row.get(modality), str), lambda: _expected(where, task, modality, "a path", row))  # noqa: B023
         whole = manifest.parent / os.path.expanduser(row[modality])
         empty = [column for column, text in texts.items() if not text.strip()]
-        if empty or not whole.is_file():
+        if empty or not os.path.isfile(whole):
             problems.append(f"line {line}: " + (f"empty {empty[0]}" if empty else f"no file {whole}"))
             continue
         question, answer = (text.format(**texts) for text in TASKS[task][1:])

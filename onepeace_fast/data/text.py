@@ -195,6 +195,7 @@ class TokenizedCaptions:
         max_tokens: a longer caption loses its end.
         end: the token behind each.
         name: what a message calls the caption at a place, which counts from 0.
+        what: such as "subtitle", where they are no captions.
 
     Attributes:
         truncated: the number of captions that were cut.
@@ -211,6 +212,7 @@ class TokenizedCaptions:
         max_tokens: int = MAX_TOKENS,
         end: int = END,
         name: Callable[[int], str] = "captions[{}]".format,
+        what: str = "caption",
     ) -> None:
         self.truncated = 0
         ids, starts, self._ends = array("i"), bytearray(), array("q")
@@ -218,7 +220,7 @@ class TokenizedCaptions:
             try:
                 tokens, words = tokenizer.tokens(caption)
             except ValueError as error:
-                raise ValueError(f"{name(place)}: {error}") from None
+                raise ValueError(f"{name(place)}: {what}: {str(error).removeprefix('caption: ')}") from None
             self.truncated += len(tokens) > max_tokens
             ids.extend([*tokens[:max_tokens], end])
             starts.extend([*words[:max_tokens], False])
@@ -227,7 +229,8 @@ class TokenizedCaptions:
         self._starts = torch.from_numpy(numpy.array(starts, dtype=bool))
         if self.truncated:
             _log.warning(
-                "captions: %d of %d have more than %d tokens; each of these loses its end",
+                "%ss: %d of %d have more than %d tokens; each of these loses its end",
+                what,
                 self.truncated,
                 len(self),
                 max_tokens,

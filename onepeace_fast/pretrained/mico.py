@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onepeace_fast.checks import describe
 from onepeace_fast.models.load_report import LoadReport
 from onepeace_fast.models.mico import EvaConfig, Mico, MicoConfig, TextConfig
 from onepeace_fast.models.mico.state import checked
@@ -36,6 +37,8 @@ def load_mico(
     image_size: int | None, config: MicoConfig | None, report: LoadReport,
 ) -> Mico:  # fmt: skip
     """A model of a file's weights; all of it is checked before a parameter is made."""
+    if config is not None and not isinstance(config, MicoConfig):
+        raise ValueError(f"config: expected a MicoConfig, got {describe(config)}")
     weights = {_today(name): value for name, value in given.items()}
     report.model = "Mico"
     report.left_out += [name for name in weights if name.startswith(LEFT_OUT)]
@@ -62,8 +65,7 @@ def config_of(weights: Mapping[str, Tensor]) -> MicoConfig:
         ValueError: an encoder of a width that no public one has, so that its heads are not known, or a missing weight.
     """
     shapes = _Shapes(weights)
-    width, _, patch, _ = shapes[f"{VISUAL}.patch_embed.proj.weight"]
-    grid = math.isqrt(shapes[f"{VISUAL}.pos_embed"][1] - 1)
+    width, patch, grid = shapes.encoder()
     if width not in _HEAD_WIDTHS:
         known = ", ".join(map(str, _HEAD_WIDTHS))
         raise ValueError(f"config: expected one for an encoder of width {width}, whose heads are not those of {known}")
@@ -98,6 +100,17 @@ class _Shapes:
             raise ValueError(f"expected weights of MiCo, got none of {name}")
         return self.weights[name].shape
 
+    def encoder(self) -> tuple[int, int, int]:
+        """The encoder's width, its patches' side in pixels, and how many of them are along a frame's."""
+        matrix, table = self[f"{VISUAL}.patch_embed.proj.weight"], self[f"{VISUAL}.pos_embed"]
+        grid = math.isqrt(table[1] - 1) if len(table) == 3 and table[1] > 1 else 0
+        if len(matrix) != 4 or table != (1, grid**2 + 1, matrix[0]):
+            raise ValueError(
+                f"expected weights of patches [width, 3, side, side] and positions [1, grid ** 2 + 1, width], got "
+                f"{[*matrix]} and {[*table]}"
+            )
+        return matrix[0], matrix[-1], grid
+
 
 def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
     """How many numbered parts there are under a prefix."""
@@ -107,11 +120,11 @@ def _count(weights: Mapping[str, Tensor], prefix: str) -> int:
 def _resample(weights: dict[str, Tensor], image_size: int, report: LoadReport) -> None:
     """Positions for frames of another size, by bilinear interpolation, as upstream does it."""
     name = f"{VISUAL}.pos_embed"
-    shapes = _Shapes(weights)
-    patch, positions = shapes[f"{VISUAL}.patch_embed.proj.weight"][-1], weights[name]
-    old, new = math.isqrt(positions.shape[1] - 1), image_size // patch
-    if image_size % patch:
+    _, patch, old = _Shapes(weights).encoder()
+    positions = weights[name]
+    if not isinstance(image_size, int) or image_size <= 0 or image_size % patch:
         raise ValueError(f"image_size: expected a multiple of the patches' {patch} pixels, got {image_size}")
+    new = image_size // patch
     if old == new:
         return
     table = positions[0, 1:].float().unflatten(0, (old, old)).permute(2, 0, 1)[None]

@@ -68,11 +68,15 @@ class MixedSamples(Family):
         return (text for sample in self.entries for text in (sample.caption, sample.subtitle) if text is not None)
 
     def sized(self, model: MicoConfig, fields: Mapping[str, Any], tokenizer: Tokenizer) -> MicoConfig:
-        """As many words as the tokenizer has, unless the configuration says another number."""
-        if "vocab_size" in fields.get("text", {}):
-            return model
+        """The words, the mask and the first word of the tokenizer, unless the configuration says others."""
+        own, given = cast(BertTokenizer, tokenizer), fields.get("text", {})
+        follows = {"vocab_size": own.vocab_size}
+        if own.mask != model.text.mask_id:  # else it is BERT's own vocabulary, and the words begin as upstream says
+            follows |= {"mask_id": own.mask, "first_word": own.first_word}
         try:
-            text = dataclasses.replace(model.text, vocab_size=tokenizer.vocab_size)
+            text = dataclasses.replace(
+                model.text, **{name: value for name, value in follows.items() if name not in given}
+            )
         except ValueError as error:
             raise ValueError(f"model: text.{error}") from None
         return dataclasses.replace(model, text=text)
@@ -92,6 +96,10 @@ class MixedSamples(Family):
             text.first_word >= own.first_word,
             f"model: expected text.first_word of at least {own.first_word}, behind the tokenizer's special tokens, got "
             f"{text.first_word}",
+        )
+        require(
+            text.max_positions > 2,
+            f"model: expected text.max_positions of at least 3, [CLS], a token and [SEP], got {text.max_positions}",
         )
 
     def build(self, model: MicoConfig) -> Mico:

@@ -76,12 +76,30 @@ def test_a_row_has_any_of_the_columns_and_null_is_none(folder):
                                       "got 'imgae'; did you mean image?"),
         (ROW | {"video": ["red0.png"]}, "expected one of image and video, got both"),
         ("[1]", "expected a JSON object, got list [1]"),
+        ('{"caption": "a", "audio": "a.npy", "audio": "b.npy"}', "expected a JSON object, got another text ('audio' "
+                                                                 "stands there twice)"),
+        ("[" * 100_000, "expected a JSON object, got another text (maximum recursion depth exceeded"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_by_file_and_line(folder, row, line):
     path = manifest(folder, ROW, row)
     found = refused(lambda: read_samples(path, MODALITIES), path)
     assert line in found and found.startswith(f"{path}, line 2: ")
+
+
+def test_a_text_in_a_column_of_files_is_no_file_however_long_it_is(folder):
+    path = manifest(folder, ROW, ROW | {"image": "a red wall " * 40})
+    found = refused(lambda: read_samples(path, MODALITIES), path)
+    assert "got 1 of 2 pairs without a file or a caption (line 2: no file " in found
+
+
+def test_a_subtitle_that_has_no_tokens_or_too_many_is_called_so(folder, caplog):
+    samples = read_samples(manifest(folder, ROW, ROW | {"subtitle": "\ud800 wall"}), MODALITIES)
+    line = refused(lambda: dataset(folder, samples), samples[1].where)
+    assert line.startswith(f"{samples[1].where}: subtitle: expected whole characters, got str ")
+    samples = read_samples(manifest(folder, ROW, ROW | {"subtitle": "it sounds red on a wall"}), MODALITIES)
+    dataset(folder, samples, longest=6)
+    assert caplog.messages == ["subtitles: 1 of 1 have more than 4 tokens; each of these loses its end"]
 
 
 def test_rows_without_a_file_or_a_caption_stop_or_are_left_out(folder):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from data._refused import refused
 from models._added import everything
+from models._mico import refusal
 from models._small import (
     BACKENDS,
     assert_close,
@@ -181,6 +182,11 @@ def test_freezing_for_another_modality_starts_from_the_whole_model():
     [
         ("audio", SensorAdapter, None, "name: expected one that the model does not have yet, got 'audio'"),
         ("Sensor 1", SensorAdapter, None, "added: expected names of lower-case letters"),
+        *(
+            (name, SensorAdapter, None, f"none that ends with _padding and none of {taken}, got ['{name}']")
+            for taken in (["text", "image", "audio", "samples", "self", "task"],)
+            for name in ("text_padding", "samples", "self", "task")
+        ),
         ("sensor", SensorAdapter, "video", "init_from: expected None or one of"),
         ("sensor", lambda: SensorAdapter(embed_dim=24), None, "adapter sensor: expected embed_dim 48, got 24"),
         ("sensor", lambda: SensorAdapter(heads=2), None, ": expected 1 bias tables of 3 heads, got 1 of [2]"),
@@ -191,7 +197,8 @@ def test_freezing_for_another_modality_starts_from_the_whole_model():
 def test_a_modality_that_does_not_fit_is_refused_and_nothing_changes(name, adapter, init_from, message):
     model = small_model("fused")
     before, config = set(dict(model.named_parameters())), model.config
-    refused(lambda: model.add_modality(name, adapter(), init_from=init_from), "", message)
+    line = refusal(lambda: model.add_modality(name, adapter(), init_from=init_from))
+    assert message in line and "\n" not in line
     assert set(dict(model.named_parameters())) == before and model.config == config
 
 

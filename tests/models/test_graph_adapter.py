@@ -118,6 +118,7 @@ def test_the_bias_of_two_nodes_is_that_of_the_difference_of_their_depths_and_apa
         ((nodes(3), torch.zeros(1, 3)), "other, graphs[1]: expected int64 edges [edges, 3]", "float32 [1, 3]"),
         ((nodes(3)[:, :1], NONE), "other, graphs[1]: expected nodes [nodes, 2]", "float64 [3, 1]"),
         ((nodes(3) * math.nan, NONE), "other, graphs[1]: expected finite features", "got others"),
+        ((nodes(9), NONE), "other, graphs[1]: expected up to 8 nodes", "got 9"),
         (nodes(3), "other, graphs[1]: expected a pair of nodes and edges", "float64 [3, 2]"),
     ],
 )
@@ -157,7 +158,14 @@ def test_the_largest_graph_is_taken():
 
 
 @pytest.mark.parametrize(
-    ("changed", "start"), [({"edge_types": 0}, "edge_types: "), ({"deepest": 101}, "deepest: expected a positive in")]
+    ("changed", "start"),
+    [
+        ({"edge_types": 0}, "edge_types: "),
+        ({"deepest": 101}, "deepest: expected an integer from 1 to 100, got int 101"),
+        ({"features": -1}, "features: expected an integer of at least 0, got int -1"),
+        ({"longest": 0}, "longest: expected an integer of at least 1, got int 0"),
+        ({"longest": "a"}, "longest: expected an integer of at least 1, got str 'a'"),
+    ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(changed, start):
-    refused(lambda: GraphAdapter(CONFIG, features=2, **changed), start)
+    refused(lambda: GraphAdapter(CONFIG, **{"features": 2, **changed}), start)

@@ -183,6 +183,21 @@ def test_wrong_partners_are_drawn_by_their_similarity_and_never_the_own(block, m
     assert not drawn.diagonal().any()
 
 
+def test_the_loss_is_no_view_of_which_fsdp2_would_warn():
+    found = mico().losses(CAPTIONS, generator=generator(), **batch())
+    assert found["loss"].requires_grad and found["loss"]._base is None
+
+
+def test_features_that_are_no_numbers_draw_any_other_row():
+    x = torch.ones(3, 2)
+    x[1] = torch.nan
+    try:
+        drawn = [draw_wrong(x, x, scale, generator()) for scale in (torch.tensor(1.0), torch.tensor(torch.inf))]
+    except RuntimeError:
+        drawn = []
+    assert len(drawn) == 2 and all(other != own for others in drawn for own, other in enumerate(others))
+
+
 def test_the_union_is_upstream_s_head_of_just_these_modalities_or_the_sum_of_their_heads():
     model = mico()
     pools = {name: torch.randn(2, 16, dtype=torch.float64) for name in ("audio", "normal", "vision")}

@@ -159,13 +159,20 @@ def test_what_does_not_fit_is_refused_in_one_line():
         "mask: expected the captions' [4, 3], got [4, 2]": lambda: model.loss(TEXT, mask=MASK[:, :2], **given),
         "mask: expected a token in each caption, got one without any": lambda: model.loss(TEXT, mask=0 * MASK, **given),
         f"text: expected ids from 0 to {WORDS - 1}, got others": lambda: model.loss(TEXT + WORDS, **given),
+        "language_model: expected a causal language model of transformers, got type; take one of "
+        "AutoModelForCausalLM": lambda: LanguageConnector(model.mico, transformers.GPT2LMHeadModel),
+        "mico: expected a Mico, got NoneType": lambda: LanguageConnector(None, model.language_model),
+        "options: expected a dict of them, got int 5": lambda: model.generate(options=5, **given),
+        "options: expected those of a search, got inputs; the context makes it": lambda: model.generate(
+            options={"inputs": TEXT}, **given
+        ),
         "options: expected those of a search, got inputs_embeds; the context makes it": lambda: model.generate(
             options={"inputs_embeds": TEXT}, **given
         ),
-        "text: expected context and caption in the language model's 9 positions, got 28; give fewer frames, or a "
-        "MicoConfig with pool=True": lambda: short.loss(TEXT, mask=MASK, **given),
-        "text: expected context and caption in the language model's 9 positions, got 30; give fewer frames, or a "
-        "MicoConfig with pool=True": lambda: short.generate(options={"max_new_tokens": 5}, **given),
+        "text: expected context and caption in the language model's 9 positions, got 28; give fewer frames, fewer "
+        "tokens, or a MicoConfig with pool=True": lambda: short.loss(TEXT, mask=MASK, **given),
+        "text: expected context and caption in the language model's 9 positions, got 30; give fewer frames, fewer "
+        "tokens, or a MicoConfig with pool=True": lambda: short.generate(options={"max_new_tokens": 5}, **given),
     }
     assert [refusal(call) for call in lines.values()] == [*lines]
     encoder_decoder = transformers.T5ForConditionalGeneration(
@@ -173,3 +180,50 @@ def test_what_does_not_fit_is_refused_in_one_line():
     )
     assert "got T5ForConditionalGeneration" in refusal(lambda: LanguageConnector(model.mico, encoder_decoder))
     assert model.projector[0].in_features == CONTEXT_WIDTH
+
+
+@pytest.mark.parametrize(
+    ("options", "own", "new"),
+    [
+        ({}, {}, 20),
+        ({"max_new_tokens": 3}, {"max_new_tokens": 9}, 3),
+        ({}, {"max_new_tokens": 9}, 9),
+        ({"max_length": 28}, {}, 3),
+        ({}, {"max_length": 29}, 4),
+        ({"max_length": 80, "max_new_tokens": 5}, {}, 5),
+        ({"generation_config": {"max_new_tokens": 7}}, {"max_length": 29}, 7),
+        ({"generation_config": {"do_sample": False}}, {"max_length": 29}, 4),
+    ],
+    ids=str,
+)
+def test_what_it_writes_at_most_has_to_fit_wherever_transformers_takes_that_from(options, own, new):
+    """Contexts of 25 tokens: as many tokens are written as transformers says, and refused where one has no position."""
+    config = transformers.GenerationConfig
+    options = {name: config(**value) if name == "generation_config" else value for name, value in options.items()}
+    options |= {"eos_token_id": None}
+    found = []
+    for positions in (25 + new, 24 + new):
+        model = connector(positions=positions)
+        model.language_model.generation_config = config(pad_token_id=END, **own)
+        try:
+            found.append([*model.generate(options=options, **batch()).shape])
+        except ValueError as error:
+            found.append(str(error))
+    assert found == [
+        [4, new],
+        f"text: expected context and caption in the language model's {24 + new} positions, got {25 + new}; give fewer "
+        "frames, fewer tokens, or a MicoConfig with pool=True",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"max_length": 25}, "max_length of more than the context's 25 tokens, got 25; max_new_tokens counts those "
+                             "behind it"),
+        ({"max_new_tokens": 0}, "max_new_tokens of at least 1, got int 0"),
+        ({"max_new_tokens": "4"}, "max_new_tokens of at least 1, got str '4'"),
+    ],
+)  # fmt: skip
+def test_numbers_of_tokens_that_write_nothing_are_refused(options, says):
+    assert refusal(lambda: connector().generate(options=options, **batch())) == f"options: expected {says}"

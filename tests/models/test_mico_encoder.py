@@ -137,12 +137,12 @@ def test_a_state_dict_takes_upstream_s_buffers_and_refuses_others():
     state, angles = model.to_upstream_state_dict(), model.carried()
     assert len(angles) == 2 + 2 * 2
     model.load_upstream_state_dict({**state, **angles})
-    wrong = {"blocks.1.attn.rope.freqs_sin": angles["rope.freqs_cos"]}
-    line = refusal(lambda: model.load_upstream_state_dict({**state, **wrong}))
-    assert line == (
-        "state_dict: expected MiCo's own, got one whose blocks.1.attn.rope.freqs_sin differs from the one that follows "
-        "from the others"
-    )
+    for wrong in (angles["rope.freqs_cos"], 3):
+        given = {**state, "blocks.1.attn.rope.freqs_sin": wrong}
+        assert refusal(lambda given=given: model.load_upstream_state_dict(given)) == (
+            "state_dict: expected MiCo's own, got one whose blocks.1.attn.rope.freqs_sin differs from the one that "
+            "follows from the others"
+        )
     line = refusal(lambda: encoder().load_upstream_state_dict({**encoder().to_upstream_state_dict(), **angles}))
     assert "unexpected: blocks.0.attn.rope.freqs_cos" in line
 

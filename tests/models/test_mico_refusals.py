@@ -69,6 +69,34 @@ LOSSES = {
         {"masked": Masked(CAPTIONS[:2], CAPTIONS[:2] > 5)},
         "masked: expected ids and hidden tokens of the captions' [4, 5], got others",
     ),
+    "a pair in place of what is hidden": (
+        {"masked": (CAPTIONS, CAPTIONS > 5)},
+        "masked: expected ids and hidden tokens of the captions' [4, 5], got others",
+    ),
+    "nothing hidden": (
+        {"masked": Masked(CAPTIONS, CAPTIONS < 0)}, "masked: expected at least one hidden token, got none",
+    ),
+    "hidden padding": (
+        {"masked": Masked(CAPTIONS, CAPTIONS >= 0)},
+        "masked: expected the captions' own padding, and nothing hidden there, got other padding",
+    ),
+    "words in place of padding": (
+        {"masked": Masked(CAPTIONS.clamp(min=5), CAPTIONS > 5)},
+        "masked: expected the captions' own padding, and nothing hidden there, got other padding",
+    ),
+    "frames that are no rows": (
+        {"vision": 3}, "vision: expected a tensor or a list of rows of frames, got int 3",
+    ),
+    "a tensor of no rows": (
+        {"vision": torch.tensor(3.0)}, "vision: expected a tensor or a list of rows of frames, got float32 [] on cpu",
+    ),
+    "one sample for all rows": (
+        {"samples": {**GIVEN["samples"], "vision": 1}}, "samples['vision']: expected integers, got int 1",
+    ),
+    "samples without their modalities": (
+        {"samples": [0, 1, 2, 3]},
+        "samples: expected modalities with the sample of each row, got list [0, 1, 2, 3]",
+    ),
 }  # fmt: skip
 
 
@@ -93,6 +121,10 @@ def test_embed_match_and_encode_refuse_in_one_line():
     assert line == "of: expected samples from 0 to 0, got [0, 1]"
     line = refusal(lambda: model.match(CAPTIONS[:2], of=[0], **DEPTH))
     assert line == "of: expected a sample for each of 2 texts, got 1"
+    for of, got in (([0.5, 0.2], "list [0.5, 0.2]"), ("00", "list ['0', '0']"), (0, "int 0")):
+        assert refusal(lambda of=of: model.match(CAPTIONS[:2], of=of, **DEPTH)) == f"of: expected integers, got {got}"
+    line = refusal(lambda: model.embed(samples={"depth": [10**12]}, **DEPTH))
+    assert line.endswith(f"in each of {10**12 + 1}, got none in [0, 1, 2, 3, 4, 5, 6, 7] and more")
     line = refusal(lambda: model.embed(samples={"depth": [1]}, **DEPTH))
     assert line == "samples: expected at least one modality in each of 2, got none in [0]"
     line = refusal(lambda: model.encode(vision=frames()["vision"], audio=[clip(1, SIDE, SIDE).to("meta")]))
@@ -122,14 +154,34 @@ def test_a_context_refuses_what_it_has_no_weights_for():
                 {"frames": {name: 2}},
                 f"frames: expected names that are no names of inputs, results or heads, got '{name}'",
             )
-            for name in ("text", "union", "t", "v", "va", "samples", "masked", "generator", "of", "task", "self")
+            for name in (
+                "text",
+                "union",
+                "t",
+                "v",
+                "va",
+                "samples",
+                "masked",
+                "generator",
+                "of",
+                "task",
+                "self",
+                "caption",
+                "hidden",
+            )
         ),
         ({"matching_weight": -1.0}, "matching_weight: expected a weight of at least 0, got -1.0"),
         ({"pool": 1}, "pool: expected True or False, got 1"),
+        ({"vision": {"drop_path_rate": "x"}}, "drop_path_rate: expected a probability in [0, 1), got 'x'"),
     ],
 )
 def test_configurations_that_make_no_model_are_refused(changed, says):
-    assert refusal(lambda: dataclasses.replace(CONFIG, **changed)) == says
+    assert refusal(lambda: made(changed)) == says
+
+
+def made(changed):
+    own = {"vision": dataclasses.replace(CONFIG.vision, **changed["vision"])} if "vision" in changed else {}
+    return dataclasses.replace(CONFIG, **changed | own)
 
 
 def test_text_configurations_are_checked():

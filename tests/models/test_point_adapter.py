@@ -207,6 +207,8 @@ def test_padding_at_cls_is_refused_in_one_line():
         ({"groups": 0}, "groups: "),
         ({"members": 0}, "members: "),
         ({"bias_grid": 0}, "bias"),
+        ({"features": -1}, "features: expected an integer of at least 0, got int -1"),
+        ({"features": 0.5}, "features: expected an integer of at least 0, got float 0.5"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_in_one_line(changed, start):

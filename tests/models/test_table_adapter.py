@@ -6,6 +6,7 @@ import pytest
 import torch
 from data._refused import refused
 from models._added import CONFIG, check_others_keep_their_bits, check_packed_is_padded, check_rows_stand_alone, extended
+from models._mico import refusal
 
 from onepeace_fast.layers.adapters import TableAdapter
 from onepeace_fast.relative_position import distinct_difference_codes
@@ -105,9 +106,14 @@ def test_codes_of_pairs_have_distinct_differences(count):
 @pytest.mark.parametrize(
     ("row", "line"),
     [
-        ({"age": "old"}, "other, row 1, column 'age': expected a finite number, got str 'old'"),
-        ({"age": True}, "other, row 1, column 'age': expected a finite number, got bool True"),
-        ({"age": math.inf}, "other, row 1, column 'age': expected a finite number, got float inf"),
+        ({"age": "old"}, "other, row 1, column 'age': expected a number, finite in float32, got str 'old'"),
+        ({"age": True}, "other, row 1, column 'age': expected a number, finite in float32, got bool True"),
+        ({"age": math.inf}, "other, row 1, column 'age': expected a number, finite in float32, got float inf"),
+        ({"age": 1e300}, "other, row 1, column 'age': expected a number, finite in float32, got float 1e+300"),
+        (
+            {"age": 10**400},
+            "other, row 1, column 'age': expected a number, finite in float32, got int 1" + 56 * "0" + "...",
+        ),
         ({"size": "tiny"}, "other, row 1, column 'size': expected one of 'small', 'large', got str 'tiny'"),
         ({"colour": 2}, "other, row 1, column 'colour': expected one of 'red', 'green', 'blue', got int 2"),
         ({"weight": 2}, "other, row 1: expected columns 'age', 'pressure', 'colour', 'size', got 'weight'"),
@@ -116,7 +122,7 @@ def test_codes_of_pairs_have_distinct_differences(count):
     ids=str,
 )
 def test_cells_that_do_not_fit_are_refused_by_row_and_column(row, line):
-    assert refused(lambda: batch([ROWS[0], row]), "other") == line
+    assert refusal(lambda: batch([ROWS[0], row])) == line
 
 
 def test_a_line_shows_some_of_many_categories():
@@ -151,10 +157,16 @@ def test_values_that_are_no_category_or_no_number_are_counted_and_missing_ones_a
         ({}, {}, "numeric, categorical: expected 1 to 128 columns"),
         ({"a": (0.0, 1.0)}, {"a": ["x"]}, "numeric, categorical: "),
         ({f"c{i}": (0.0, 1.0) for i in range(129)}, {}, "numeric, categorical: "),
-        ({"a": (0.0, 0.0)}, {}, "numeric['a']: expected (mean, deviation above 0), got (0.0, 0.0)"),
+        ({"a": (0.0, 0.0)}, {}, "numeric['a']: expected (mean, deviation above 0), got tuple (0.0, 0.0)"),
         ({}, {"a": []}, "categorical['a']: "),
         ({}, {"a": "xyz"}, "categorical['a']: "),
         ({}, {"a": ["x", "x"]}, "categorical['a']: "),
+        ({}, {"a": [1, 2]}, "categorical['a']: expected a list of its categories' names, each once, got list [1, 2]"),
+        ({}, {"a": {"x"}}, "categorical['a']: expected a list of its categories' names, each once, got set {'x'}"),
+        ({}, {"a": 5}, "categorical['a']: "),
+        ({"a": 5}, {}, "numeric['a']: expected (mean, deviation above 0), got int 5"),
+        ({"a": (1.0, 2.0, 3.0)}, {}, "numeric['a']: expected (mean, deviation above 0), got tuple (1.0, 2.0, 3.0)"),
+        (["a"], {}, "numeric: expected a mapping from columns, got list ['a']"),
     ],
 )
 def test_columns_that_do_not_fit_are_refused_in_one_line(numeric, categorical, start):

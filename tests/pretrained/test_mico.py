@@ -86,6 +86,20 @@ def test_what_does_not_fit_is_refused_in_one_line(tmp_path):
     assert line == f"{path}: model_type: expected 'mico' or None for a file of MiCo's, got 'unival'"
     line = refusal(lambda: from_pretrained(path, model_type="mico", config=CONFIG, image_size=9))
     assert line == f"{path}: image_size: expected a multiple of the patches' 4 pixels, got 9"
+    for side in (0, -4, "a"):
+        line = refusal(lambda side=side: from_pretrained(path, model_type="mico", config=CONFIG, image_size=side))
+        assert line == f"{path}: image_size: expected a multiple of the patches' 4 pixels, got {side}"
+    line = refusal(lambda: from_pretrained(path, model_type="mico", config=3))
+    assert line == f"{path}: config: expected a MicoConfig, got int 3"
+    for shape in ([5, 16], [1, 4, 16], [1, 0, 16], [1, 5, 8]):
+        written(path, CONFIG, **{"vision_encoder.visual.pos_embed": torch.zeros(shape)})
+        for given in ({"config": CONFIG, "image_size": 12}, {}):
+            line = refusal(lambda given=given: from_pretrained(path, model_type="mico", **given))
+            assert line == (
+                f"{path}: expected weights of patches [width, 3, side, side] and positions [1, grid ** 2 + 1, width], "
+                f"got [16, 3, 4, 4] and {shape}"
+            )
+    written(path, CONFIG)
     other = dataclasses.replace(CONFIG, contra_dim=7)
     line = refusal(lambda: from_pretrained(path, model_type="mico", config=other))
     assert "contra_head_s.linear.weight [6, 12] instead of [7, 12]" in line and "\n" not in line

@@ -1,6 +1,7 @@
 """The page on training and the examples say what the code does."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 pytest.importorskip("yaml")
 
-from training._mico_runs import VOCABULARY, write_samples, write_tokenizer
+from training._mico_runs import write_samples
 
 from onepeace_fast import OnePeaceConfig
 from onepeace_fast.training import command
@@ -55,11 +56,20 @@ def test_mico_s_page_has_a_configuration_that_runs(tmp_path, capsys):
     (tmp_path / "run.yaml").write_text(written)
     config = read_run(tmp_path / "run.yaml")
     write_samples(tmp_path, side=config.model["vision"]["image_size"])
-    special = {0: "[PAD]"} | dict(enumerate(("[UNK]", "[CLS]", "[SEP]", "[MASK]"), start=100))
-    words = [special.get(place, f"[unused{place}]") for place in range(106)]
-    write_tokenizer(config.path("tokenizer"), [*words, *VOCABULARY[5:]])
     assert command.pretrain(str(tmp_path / "run.yaml")) == 0
-    assert f"Done: {config.path('output') / f'step-{config.steps:08d}'}" in capsys.readouterr().out
+    folder = config.path("output") / f"step-{config.steps:08d}"
+    assert f"Done: {folder}" in capsys.readouterr().out
+    manifest = config.path("manifest")
+    found = code_of("mico.md")["nearest"](folder, manifest, "a red wall")
+    assert sorted(found) == sorted(json.loads(line)["caption"] for line in manifest.read_text().splitlines())
+
+
+def code_of(page):
+    """What the code of a page defines."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.MULTILINE | re.DOTALL)
+    names = {}
+    exec("\n".join(blocks), names)  # a page of this repository
+    return names
 
 
 def test_mico_s_keys_are_those_of_all_runs():

@@ -75,11 +75,21 @@ def text(**changed):
         (text(mask_id=1), "model: expected text.mask_id 4, the tokenizer's [MASK], got 1"),
         (text(first_word=3), "model: expected text.first_word of at least 5, behind the tokenizer's special tokens"),
         (text(vocab_size=12), "tokenizer: expected at most the model's text.vocab_size, 12, got 16 tokens"),
+        (text(max_positions=2), "model: expected text.max_positions of at least 3, [CLS], a token and [SEP], got 2"),
     ],
 )  # fmt: skip
 def test_a_configuration_that_does_not_fit_is_refused_in_one_line(folder, keys, part):
     line = refusal(folder, **keys)
     assert part in line and "\n" not in line, line
+
+
+def test_the_mask_and_the_first_word_are_the_tokenizer_s_unless_a_configuration_says_others(folder):
+    own = {name: value for name, value in MODEL["text"].items() if name not in ("mask_id", "first_word")}
+    sizes = []
+    for name, given in (("own_words", {}), ("later_words", {"first_word": 7})):
+        model = started(folder, name, model=MODEL | {"text": own | given}).trainer.model
+        sizes.append((model.config.text.vocab_size, model.config.text.mask_id, model.config.text.first_word))
+    assert sizes == [(16, 4, 5), (16, 4, 7)]
 
 
 def test_a_sample_without_any_modality_stops_the_command_by_file_and_line(folder, capsys):

@@ -14,7 +14,7 @@ A token's position is its place in the row, or what ``position_ids`` reads in th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,7 +63,16 @@ def valid_from_padding(
 
 def require_items(name: str, what: str, items: Sequence[object]) -> None:
     """Raise unless there is something to make a batch of."""
+    fits = isinstance(items, Collection) and not (isinstance(items, Tensor) and not items.dim())
+    require(fits, lambda: f"{name}: expected a list of {what}, got {describe(items)}")
     require(len(items) > 0, f"{name}: expected at least one of {what}, got none")
+
+
+def require_size(name: str, size: object, least: int = 1, most: int | None = None) -> None:
+    """Raise unless an adapter's size is an integer within its bounds."""
+    fits = isinstance(size, int) and not isinstance(size, bool) and size >= least and (most is None or size <= most)
+    wanted = f"of at least {least}" if most is None else f"from {least} to {most}"
+    require(fits, lambda: f"{name}: expected an integer {wanted}, got {describe(size)}")
 
 
 def padded_batch(name: str, items: Sequence[Tensor], tokens: Sequence[int], of_a_token: int = 1) -> dict[str, Tensor]:
@@ -219,6 +228,7 @@ class SeriesAdapter(Adapter):
     series_index: Tensor
 
     def __init__(self, embed_dim: int, heads: int, tables: int, bucket_size: int) -> None:
+        require_size("bucket_size", bucket_size, least=2)
         super().__init__(embed_dim, heads, tables, series_table_rows(bucket_size))
         self.bucket_size = bucket_size
         self.add_derived("series_index", partial(series_index, bucket_size))

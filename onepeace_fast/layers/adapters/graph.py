@@ -17,6 +17,7 @@ from onepeace_fast.layers.adapters.adapter import (
     accepted_floats,
     padded_batch,
     require_items,
+    require_size,
     valid_from_padding,
 )
 from onepeace_fast.layers.parameters import init_truncated_normal
@@ -46,10 +47,10 @@ class GraphAdapter(Adapter):
     def __init__(
         self, config: TransformerConfig, features: int, edge_types: int = 1, deepest: int = 31, longest: int = 1023
     ) -> None:
-        for name, size, most in (("edge_types", edge_types, None), ("deepest", deepest, MOST_DEPTHS)):
-            fits = isinstance(size, int) and size > 0 and (most is None or size <= most)
-            limit = "" if most is None else f" up to {most}"
-            require(fits, f"{name}: expected a positive integer{limit}, got {describe(size)}")
+        require_size("features", features, least=0)
+        require_size("edge_types", edge_types)
+        require_size("deepest", deepest, most=MOST_DEPTHS)
+        require_size("longest", longest)
         rows = 2 * (deepest + 1) + 1 + CLS_ENTRIES
         super().__init__(config.embed_dim, config.attention_heads, config.bias_tables, rows)
         self.features, self.edge_types, self.deepest, self.longest = features, edge_types, deepest, longest
@@ -88,6 +89,7 @@ class GraphAdapter(Adapter):
         layout, columns = f"nodes [nodes, {self.features}]", 2 if self.edge_types == 1 else 3
         require_tensor(where, nodes, (torch.float32, torch.float64), layout, 2)
         require(nodes.shape[1] == self.features, f"{where}: expected {layout}, got {describe(nodes)}")
+        require(len(nodes) <= self.longest, f"{where}: expected up to {self.longest} nodes, got {len(nodes)}")
         require(bool(nodes.isfinite().all()), f"{where}: expected finite features, got others")
         require_tensor(where, edges, (torch.int64,), f"edges [edges, {columns}]", 2)
         require(edges.shape[1] == columns, f"{where}: expected edges [edges, {columns}], got {describe(edges)}")

@@ -15,6 +15,7 @@ from onepeace_fast.layers.adapters.adapter import (
     accepted_floats,
     padded_batch,
     require_items,
+    require_size,
     valid_from_padding,
 )
 from onepeace_fast.relative_position import CLS_ENTRIES, window_code_offset, window_codes, window_table_rows
@@ -45,8 +46,9 @@ class PointAdapter(Adapter):
         bias_grid: int = 8,
     ) -> None:  # fmt: skip
         require(is_number(extent) and extent > 0, f"extent: expected a positive number, got {describe(extent)}")
+        require_size("features", features, least=0)
         for name, size in (("groups", groups), ("members", members), ("bias_grid", bias_grid)):
-            require(isinstance(size, int) and size > 0, f"{name}: expected a positive integer, got {describe(size)}")
+            require_size(name, size)
         grid = (bias_grid,) * AXES
         rows = window_table_rows(grid) + CLS_ENTRIES
         super().__init__(config.embed_dim, config.attention_heads, config.bias_tables, rows)

@@ -15,6 +15,7 @@ from onepeace_fast.layers.adapters.adapter import (
     accepted_floats,
     padded_batch,
     require_items,
+    require_size,
     valid_from_padding,
 )
 from onepeace_fast.layers.parameters import init_linear, init_truncated_normal
@@ -43,10 +44,9 @@ class SignalAdapter(SeriesAdapter):
     ) -> None:  # fmt: skip
         super().__init__(config.embed_dim, config.attention_heads, config.bias_tables, bucket_size)
         require(is_number(rate) and rate > 0, f"rate: expected a positive number of hertz, got {describe(rate)}")
-        for name, size in (("channels", channels), ("patch", patch)):
-            require(isinstance(size, int) and size > 0, f"{name}: expected a positive integer, got {describe(size)}")
-        limit = MAX_POSITIONS - 1
-        require(0 < longest <= limit, f"longest: expected 1 to {limit} patches, got {describe(longest)}")
+        require_size("channels", channels)
+        require_size("patch", patch)
+        require_size("longest", longest, most=MAX_POSITIONS - 1)
         self.channels, self.rate, self.patch, self.longest = channels, rate, patch, longest
         self.embed_patches = init_linear(nn.Linear(patch * channels, config.embed_dim))
         self.embed_positions = nn.Parameter(init_truncated_normal(torch.empty(1 + longest, config.embed_dim)))
@@ -66,7 +66,8 @@ class SignalAdapter(SeriesAdapter):
             ValueError: a signal or a rate that does not fit, by its place.
         """
         require_items(name, "signals", signals)
-        require(len(rates) == len(signals), f"rates: expected one for each of {len(signals)} signals, got {len(rates)}")
+        count = len(rates) if isinstance(rates, Sequence) else describe(rates)
+        require(count == len(signals), f"rates: expected one for each of {len(signals)} signals, got {count}")
         readings = []
         for place, (signal, rate) in enumerate(zip(signals, rates, strict=True)):
             where = f"{name}, signals[{place}]"

@@ -23,6 +23,7 @@ from onepeace_fast.relative_position import (
 
 MOST_COLUMNS = 128  # the bias vector grows with the square of the columns
 SHOWN = 8
+LARGEST = torch.finfo(torch.float32).max
 
 
 class TableAdapter(Adapter):
@@ -46,17 +47,24 @@ class TableAdapter(Adapter):
         self, config: TransformerConfig, numeric: Mapping[str, tuple[float, float]],
         categorical: Mapping[str, Sequence[str]],
     ) -> None:  # fmt: skip
+        for name, given in (("numeric", numeric), ("categorical", categorical)):
+            require(isinstance(given, Mapping), f"{name}: expected a mapping from columns, got {describe(given)}")
         columns = (*numeric, *categorical)
         require(
             0 < len(columns) <= MOST_COLUMNS and len(set(columns)) == len(columns),
             f"numeric, categorical: expected 1 to {MOST_COLUMNS} columns of unlike names, got {describe(columns)}",
         )
-        for column, (mean, deviation) in numeric.items():
-            fits = is_number(mean) and is_number(deviation) and deviation > 0
-            require(fits, f"numeric[{column!r}]: expected (mean, deviation above 0), got {(mean, deviation)}")
+        for column, pair in numeric.items():
+            fits = isinstance(pair, Sequence) and len(pair) == 2 and all(map(is_number, pair)) and pair[1] > 0
+            require(fits, f"numeric[{column!r}]: expected (mean, deviation above 0), got {describe(pair)}")
         for column, names in categorical.items():
-            fits = not isinstance(names, str) and len(names) > 0 and len(set(names)) == len(names)
-            require(fits, f"categorical[{column!r}]: expected names of categories, each once, got {describe(names)}")
+            # No set, whose order, and so what a category's number is, another process would not have.
+            fits = isinstance(names, Sequence) and not isinstance(names, str) and len(names) > 0
+            fits = fits and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+            require(
+                fits,
+                f"categorical[{column!r}]: expected a list of its categories' names, each once, got {describe(names)}",
+            )
         super().__init__(config.embed_dim, config.attention_heads, config.bias_tables, pair_table_rows(len(columns)))
         self.numeric, self.columns = dict(numeric), columns
         self.categories = {column: {name: i for i, name in enumerate(names)} for column, names in categorical.items()}
@@ -98,13 +106,17 @@ class TableAdapter(Adapter):
     def _number(self, where: str, column: str, cell: object) -> float:
         """What stands for a cell in the tensor."""
         is_real = isinstance(cell, Real) and not isinstance(cell, bool)
-        if cell is None or (is_real and math.isnan(cell)):  # type: ignore[arg-type]  # a real number
+        if cell is None or (is_real and cell != cell):
             return math.nan
         if column in self.numeric:
             mean, deviation = self.numeric[column]
-            if not is_real or math.isinf(cell):  # type: ignore[arg-type]
-                raise ValueError(f"{where}: expected a finite number, got {describe(cell)}")
-            return (float(cell) - mean) / deviation  # type: ignore[arg-type]
+            try:
+                number = (float(cell) - mean) / deviation if is_real else math.inf  # type: ignore[arg-type]
+            except OverflowError:  # of an integer
+                number = math.inf
+            if abs(number) > LARGEST:
+                raise ValueError(f"{where}: expected a number, finite in float32, got {describe(cell)}")
+            return number
         known = self.categories[column]
         if not isinstance(cell, str) or cell not in known:
             raise ValueError(f"{where}: expected one of {_some(known)}, got {describe(cell)}")

@@ -22,8 +22,8 @@ UNIONS = {
 }  # fmt: skip
 # No modality of one's own is called so: it would be taken for another input, result or head.
 RESERVED = {
-    "subtitle", "text", "samples", "masked", "generator", "of", "mask", "options", "task", "self", "union", "t",
-    *LETTERS.values(), *UNIONS,
+    "subtitle", "text", "caption", "samples", "masked", "hidden", "generator", "of", "mask", "options", "task", "self",
+    "union", "t", *LETTERS.values(), *UNIONS,
 }  # fmt: skip
 # Of the vision section of EVA-CLIP's JSON: what is built in, and upstream's default where the key is absent.
 _FIXED: Mapping[str, tuple[Any, Any]] = {
@@ -88,7 +88,7 @@ class EvaConfig:
             f"head_width: expected a multiple of 4, pairs of rows and of columns, got {self.head_width}",
         )
         rate = self.drop_path_rate
-        require(0 <= rate < 1, f"drop_path_rate: expected a probability in [0, 1), got {rate}")
+        require(is_number(rate) and 0 <= rate < 1, f"drop_path_rate: expected a probability in [0, 1), got {rate!r}")
 
     @property
     def grid(self) -> int:

@@ -7,21 +7,24 @@ of the language model's embeddings. Nothing of transformers is imported here: th
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onepeace_fast.checks import read_values, require, require_device, require_tensor, require_values
+from onepeace_fast.checks import describe, read_values, require, require_device, require_tensor, require_values
 from onepeace_fast.models.losses import log_softmax, smoothed_nll
+from onepeace_fast.models.mico.config import MicoConfig
 from onepeace_fast.models.mico.inputs import Given
 from onepeace_fast.models.mico.losses import counts_of_processes
 from onepeace_fast.models.mico.model import Mico, Samples
 from onepeace_fast.models.mico.texts import padded
 from onepeace_fast.routing import INTEGERS
 
-FIXED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")  # of ``generate``, made here
+FIXED = ("inputs", "input_ids", "inputs_embeds", "attention_mask", "position_ids")  # of ``generate``, made here
+WRITTEN = 20  # tokens that ``generate`` of transformers writes where nothing says how many
 
 
 class Prefix(NamedTuple):
@@ -48,7 +51,9 @@ class LanguageConnector(nn.Module):
 
     def __init__(self, mico: Mico, language_model: Any) -> None:
         super().__init__()
-        writes = getattr(language_model, "can_generate", bool)()
+        fits = isinstance(getattr(mico, "config", None), MicoConfig)
+        require(fits, lambda: f"mico: expected a Mico, got {type(mico).__name__}")
+        writes = isinstance(language_model, nn.Module) and getattr(language_model, "can_generate", bool)()
         require(
             writes and not language_model.config.is_encoder_decoder,
             lambda: (
@@ -126,8 +131,8 @@ class LanguageConnector(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, *, subtitle: Tensor | None = None, samples: Samples | None = None, options: dict[str, Any] | None = None,
-        **frames: Given | None,
+        self, *, subtitle: Tensor | None = None, samples: Samples | None = None,
+        options: Mapping[str, Any] | None = None, **frames: Given | None,
     ) -> Tensor:  # fmt: skip
         """What the language model's own ``generate`` writes of each sample: its result for these options.
 
@@ -138,14 +143,40 @@ class LanguageConnector(nn.Module):
         Raises:
             ValueError: an input that does not fit, or options that are made here.
         """
-        options = options or {}
+        options = {} if options is None else options
+        require(isinstance(options, Mapping), lambda: f"options: expected a dict of them, got {describe(options)}")
         made = [name for name in FIXED if name in options]
         require(not made, lambda: f"options: expected those of a search, got {', '.join(made)}; the context makes it")
         prefix = self.prefix(subtitle=subtitle, samples=samples, **frames)
-        self._require_room(prefix.longest + (options.get("max_new_tokens") or 1))
+        self._require_room(prefix.longest + self._most_written(options, prefix.longest))
         order = prefix.there.byte().argsort(dim=1, stable=True)  # padding in front, so that the text goes on behind
         x, there = _ordered(prefix.x, order), _ordered(prefix.there, order)
         return self.language_model.generate(inputs_embeds=x, attention_mask=there.long(), **options)
+
+    def _most_written(self, options: Mapping[str, Any], read: int) -> int:
+        """How many tokens ``generate`` writes at most behind ``read`` ones, as transformers reads its options."""
+        settings = (options.get("generation_config"), self.language_model.generation_config)
+
+        def set_to(name: str) -> int | None:
+            places = (options.get(name), *(getattr(place, name, None) for place in settings))
+            value = next((value for value in places if value is not None), None)
+            require(
+                value is None or (isinstance(value, int) and value > 0),
+                lambda: f"options: expected {name} of at least 1, got {describe(value)}",
+            )
+            return value
+
+        new, all_of_them = set_to("max_new_tokens"), set_to("max_length")
+        if new is not None or all_of_them is None:
+            return WRITTEN if new is None else new
+        require(
+            all_of_them > read,
+            lambda: (
+                f"options: expected max_length of more than the context's {read} tokens, got {all_of_them}; "
+                "max_new_tokens counts those behind it"
+            ),
+        )
+        return all_of_them - read
 
     def _real(self, text: Tensor, mask: Tensor | None) -> Tensor:
         """bool [samples, length], the captions' tokens."""
@@ -169,7 +200,7 @@ class LanguageConnector(nn.Module):
         require(
             limit is None or length <= limit,
             f"text: expected context and caption in the language model's {limit} positions, got {length}; give fewer "
-            "frames, or a MicoConfig with pool=True",
+            "frames, fewer tokens, or a MicoConfig with pool=True",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from onepeace_fast.models.mico.config import PADDING, EvaConfig, TextConfig
 from onepeace_fast.routing import INTEGERS, whole_numbers
 
 Given: TypeAlias = Tensor | Sequence[Tensor]
+SHOWN = 8  # samples in a line
 
 
 class Rows(NamedTuple):
@@ -24,14 +26,20 @@ class Rows(NamedTuple):
     given: list[int]  # which row of the input each one is
 
 
+def count_rows(name: str, given: Given) -> int:
+    """How many rows a modality has; raises where it is no tensor or sequence of them."""
+    fits = given.dim() > 0 if isinstance(given, Tensor) else isinstance(given, Sequence)
+    require(fits, lambda: f"{name}: expected a tensor or a list of rows of frames, got {describe(given)}")
+    return len(given)
+
+
 def read_samples(name: str, rows: int, samples: Sequence[int] | Tensor | None, count: int | None) -> list[int]:
     """The sample of each row; ``count`` is how many there are, where that is known."""
     require(rows > 0, f"{name}: expected at least one row, got none; leave the modality out")
     if samples is None:
         found = [*range(rows)]
     else:
-        given = read_values(samples) if isinstance(samples, Tensor) else samples
-        found = [*whole_numbers(f"samples[{name!r}]", given)]
+        found = integers(f"samples[{name!r}]", samples)
         require(
             len(found) == rows and len({*found}) == rows,
             lambda: f"samples[{name!r}]: expected another sample for each of {rows} rows, got {found}",
@@ -42,6 +50,11 @@ def read_samples(name: str, rows: int, samples: Sequence[int] | Tensor | None, c
         lambda: f"samples[{name!r}]: expected samples{limit}, got {found}",
     )
     return found
+
+
+def integers(name: str, values: Sequence[int] | Tensor) -> list[int]:
+    """The values of a list or a tensor; raises where one is no integer."""
+    return whole_numbers(name, read_values(values) if isinstance(values, Tensor) else values)
 
 
 def read_frames(
@@ -94,5 +107,9 @@ def read_texts(name: str, ids: Tensor, config: TextConfig) -> Tensor:
 def require_every_sample(count: int, rows: Mapping[str, Rows]) -> None:
     """Raise where a sample has nothing to be seen or heard."""
     found = {sample for one in rows.values() for sample in one.samples}
-    empty = [sample for sample in range(count) if sample not in found]
-    require(not empty, lambda: f"samples: expected at least one modality in each of {count}, got none in {empty}")
+    empty = [*islice((sample for sample in range(count) if sample not in found), SHOWN + 1)]
+    more = " and more" if len(empty) > SHOWN else ""
+    require(
+        not empty,
+        lambda: f"samples: expected at least one modality in each of {count}, got none in {empty[:SHOWN]}{more}",
+    )

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from onepeace_fast.checks import read_values, require
+from onepeace_fast.checks import read_values, require, require_device, require_values
 from onepeace_fast.models import losses
 from onepeace_fast.models.losses import contrastive_loss, log_softmax, smoothed_nll
 from onepeace_fast.models.mico.config import PADDING, TextConfig
@@ -126,7 +126,9 @@ def draw_wrong(
     step = max(1, losses.BLOCK_LOGITS // rows)
     for place in range(0, rows, step):
         with torch.autocast(queries.device.type, enabled=False):
-            weights = (queries[place : place + step] @ keys.t()).softmax(1).add_(LEAST_WEIGHT).cpu()
+            weights = (queries[place : place + step] @ keys.t()).softmax(1).add_(LEAST_WEIGHT)
+        # Features that are no numbers draw any row: the loss then says that they are none.
+        weights = weights.nan_to_num_(1.0).cpu()
         own = torch.arange(len(weights), device="cpu")
         weights[own, own + place] = 0
         found += torch.multinomial(weights, 1, generator=generator)[:, 0].tolist()
@@ -162,6 +164,19 @@ def captioning(scores: Tensor, ids: Tensor, masked: Masked, counts: Sequence[int
     return loss * (len(own) * len(counts) / sum(counts))
 
 
-def hidden_count(masked: Masked) -> int:
-    """How many tokens are hidden."""
-    return sum(read_values(masked.hidden.sum(1)))
+def check_masked(text: Tensor, masked: Masked) -> int:
+    """How many tokens of the captions are hidden; raises ``ValueError`` where they are not theirs, or none is."""
+    fits = isinstance(masked, Masked) and masked.ids.shape == masked.hidden.shape == text.shape
+    require(
+        fits and masked.hidden.dtype == torch.bool,
+        lambda: f"masked: expected ids and hidden tokens of the captions' {list(text.shape)}, got others",
+    )
+    require_device("masked", masked.hidden, text.device)
+    real = text != PADDING
+    require_values(
+        (((masked.ids != PADDING) == real) & (real | ~masked.hidden)).all(),
+        "masked: expected the captions' own padding, and nothing hidden there, got other padding",
+    )
+    count = sum(read_values(masked.hidden.sum(1)))
+    require(count > 0, "masked: expected at least one hidden token, got none")
+    return count

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.backend import check_backend, resolve_backend
-from onepeace_fast.checks import require, require_device
+from onepeace_fast.checks import describe, require, require_device
 from onepeace_fast.layers.parameters import with_unread
 from onepeace_fast.models import upstream
 from onepeace_fast.models.load_report import LoadReport
@@ -26,6 +26,8 @@ from onepeace_fast.models.mico.encoder import EvaEncoder
 from onepeace_fast.models.mico.inputs import (
     Given,
     Rows,
+    count_rows,
+    integers,
     read_frames,
     read_samples,
     read_texts,
@@ -167,7 +169,7 @@ class Mico(Context):
         return found
 
     def match(
-        self, text: Tensor, *, of: Sequence[int] | None = None, subtitle: Tensor | None = None,
+        self, text: Tensor, *, of: Sequence[int] | Tensor | None = None, subtitle: Tensor | None = None,
         samples: Samples | None = None, **frames: Given | None,
     ) -> Tensor:  # fmt: skip
         """The probability that each text belongs to a sample.
@@ -183,7 +185,7 @@ class Mico(Context):
             ValueError: an input that does not fit, before any work.
         """
         read_texts("text", text, self.config.text)
-        own = [*range(len(text))] if of is None else [int(sample) for sample in of]
+        own = [*range(len(text))] if of is None else integers("of", of)
         require(len(own) == len(text), lambda: f"of: expected a sample for each of {len(text)} texts, got {len(own)}")
         order = sorted(range(len(own)), key=lambda place: own[place])
         seen = self._see(frames, subtitle, samples, None, text.device)
@@ -220,10 +222,7 @@ class Mico(Context):
         read_texts("text", text, config.text)
         require(len(text) > 1, f"text: expected at least 2 samples, to pair one with another's, got {len(text)}")
         masked = losses.mask_captions(text, config.text, generator) if masked is None else masked
-        require(
-            masked.ids.shape == masked.hidden.shape == text.shape and masked.hidden.dtype == torch.bool,
-            lambda: f"masked: expected ids and hidden tokens of the captions' {list(text.shape)}, got others",
-        )
+        own_hidden = losses.check_masked(text, masked)
         seen = self._see(frames, subtitle, samples, len(text), text.device)
         context = self._context(seen)
         scale = 1 / self.contra_temp
@@ -234,7 +233,7 @@ class Mico(Context):
             features.setdefault(name, (feature[:0], []))
         features[UNION] = (union, [*range(seen.samples)])
         names = sorted(features)
-        counts = [len(features[name][1]) for name in names] + [losses.hidden_count(masked)]
+        counts = [len(features[name][1]) for name in names] + [own_hidden]
         *of_names, hidden = losses.counts_of_processes(counts, text.device)
         contrast = losses.contrast(
             feature, {name: features[name] for name in names}, scale, dict(zip(names, of_names, strict=True))
@@ -246,10 +245,10 @@ class Mico(Context):
         found = read.texts.tokens(read.x, masked.hidden)
         caption = losses.captioning(self.multimodal_encoder.scores(found, read.texts.packed), text, masked, hidden)
         parts = dict(zip(LOSSES, (contrast, matching, caption), strict=True))
-        loss = torch.stack([getattr(config, f"{name}_weight") * x for name, x in parts.items()]).sum()
-        return {
-            "loss": with_unread(loss, *self.unread(seen.parts())), **{name: x.detach() for name, x in parts.items()}
-        }  # fmt: skip
+        weighted = torch.stack([getattr(config, f"{name}_weight") * x for name, x in parts.items()])
+        # Before the sum, since FSDP2 warns of results that are views.
+        loss = with_unread(weighted, *self.unread(seen.parts())).sum()
+        return {"loss": loss, **{name: x.detach() for name, x in parts.items()}}
 
     @classmethod
     def load(cls, directory: str | Path, backend: str | None = None) -> Mico:
@@ -268,7 +267,7 @@ class Mico(Context):
         device: torch.device | None = None,
     ) -> Seen:  # fmt: skip
         """Read a batch and encode it; ``count`` is the number of samples where texts say it."""
-        rows = self._read(frames, subtitle, samples or {}, count, device)
+        rows = self._read(frames, subtitle, {} if samples is None else samples, count, device)
         known = 1 + max(sample for one in rows.values() for sample in one.samples) if count is None else count
         require_every_sample(known, rows)
         tokens: dict[str, Tokens] = {}
@@ -298,13 +297,15 @@ class Mico(Context):
         unknown = [name for name in given if name not in self.config.frames]
         require(not unknown, lambda: f"frames: expected some of {', '.join(self.config.frames)}, got {unknown}")
         present = [*given, "subtitle"] if subtitle is not None else [*given]
+        fits = isinstance(samples, Mapping)
+        require(fits, lambda: f"samples: expected modalities with the sample of each row, got {describe(samples)}")
         strangers = [name for name in samples if name not in present]
         require(not strangers, lambda: f"samples: expected those of {present}, got {strangers}")
         require(bool(present), "frames: expected at least one modality, got none")
         found: dict[str, Rows] = {}
         for name in self.config.frames:
             if name in given:
-                own = read_samples(name, len(given[name]), samples.get(name), count)
+                own = read_samples(name, count_rows(name, given[name]), samples.get(name), count)
                 found[name] = read_frames(name, given[name], self.config.vision, own, device)
                 device = found[name].values.device
         if subtitle is not None:
