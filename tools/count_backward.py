@@ -80,8 +80,9 @@ PARTS = {
     "sums: choice": Part(r"add_to_sums", "halves that learn"),
     "sums: fixed point": Part(r"prepare_sums.*(const int64_t sum|high|low = |int i = )|flush.*(int i =|sum|high)",
                               "entries"),
-    "sums: ready": Part(r"prepare_sums|share_sums.*(largest\[warp\]|max\(largest, __)", "tiles that learn"),
-    "shares of r, ds": Part(r"share_sums|find_row_sum.*partial_sums|differentiate<Launch>", "tiles"),
+    "sums: ready": Part(r"prepare_sums|share_largest", "tiles that learn"),
+    "r": Part(r"share_sums|find_row_sum.*partial_sums", "tiles whole"),
+    "ds": Part(r"differentiate<Launch>", "tiles"),
     "dq: products": Part(r"find_query_gradient.*(mma<T>|ldmatrix|right_operand)", "steps of dq"),
     "dq: in parts": Part(
         STORED + r"(count\) continue|int64_t rows|query_parts|before|row = lane / 4 )", "pieces of dq in parts"),
@@ -104,8 +105,8 @@ PARTS = {
     "store of keys": Part(r"store_keys|find_key_run", "key blocks"),
     "walk": Part(r"load_keys\(first|for \(int tile|int tiles", "walks"),
     "tile": Part(r"walk_keys\(", "tiles"),
-    "differences to entries: scan": Part(r"add_differences(?!.*along\(along)", "differences of entries"),
-    "differences to entries": Part(r"add_differences", "sums along"),
+    "differences to entries: sums": Part(r"add_all_differences.*\.along\(", "sums along"),
+    "differences to entries": Part(r"add_all_differences", "entries of differences"),
     "sample": Part(r"read_sample|key_block|is_whole|sample = |flush|walks_whole|nobody reads the sample", "samples"),
     "thread block": Part(r"", "thread blocks"),
 }  # fmt: skip
@@ -161,6 +162,7 @@ def repeats(length: int, sizes: tuple[int, int], entries: int, bias: str) -> Cou
         "copies of keys": (bodies + 1) * columns, "tiles": warps * tiles * len(walks),
         "tiles, one warp": tiles * len(walks), "walks": warps * len(walks), "samples": warps,
         "tiles that learn": warps * tiles * len(walks) * learns,
+        "tiles whole": warps * tiles * (len(walks) == 1),
         "entries": warps * math.ceil(entries / (32 * warps)) * learns,
         "steps of dq": 2 * columns * tiles * (bodies + 1) / 3,  # two in the loop, and one behind it
         "pieces of dq in parts": pieces * (len(walks) > 1), "pieces of dq whole": pieces * (len(walks) == 1),
@@ -170,14 +172,13 @@ def repeats(length: int, sizes: tuple[int, int], entries: int, bias: str) -> Cou
     return found
 
 
-def repeats_of_block(length: int, sizes: tuple[int, int], entries: int, bias: str) -> Counter[str]:
+def repeats_of_block(entries: int, bias: str) -> Counter[str]:
     """As repeats, for what a thread block does beside its samples."""
     warps, found = 8, Counter({"thread blocks": 8.0})
     if bias == "differences":
         trips = warps * math.ceil(entries / (32 * warps))
-        differences = 2 * math.ceil((length - 1) / 16) - 1
-        # Of 32 entries some are within 16 of four differences; each has six diagonals, whose lanes are four and four.
-        found.update({"differences of entries": trips * differences, "sums along": trips * 4 * 4})
+        # Of 32 entries one is within 16 of each of up to four differences; the diagonals of each have four lanes.
+        found.update({"entries of differences": trips, "sums along": trips * 4 * 4})
     return found
 
 
@@ -206,7 +207,7 @@ def model(parts: Mapping[str, Counter[str]], sizes: tuple[int, int], bias: str) 
         for kind in ("issued", "shared", "HMMA"):
             of_sample, of_block = (
                 sum(part[kind] * repeated[PARTS[name].repeated] for name, part in parts.items())
-                for repeated in (repeats(*arguments), repeats_of_block(*arguments))
+                for repeated in (repeats(*arguments), repeats_of_block(*arguments[2:]))
             )
             work.append(most_work(samples, of_sample, of_block))
         cycles = (work[0] / ISSUED, work[1], work[2] * HMMA_CYCLES)
