@@ -343,6 +343,19 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
     }
 }
 
+// Whether a GPU that the code is compiled for may launch a shape, which goes by its shared memory: compute capability
+// 9.0 and 10 give a thread block 227 KiB, 12 gives 99 KiB. Code for 8.0 runs on both kinds, and so does PTX.
+template <int HEAD_DIM, bool COMPACT>
+__host__ __device__ constexpr bool may_launch() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10)
+    return !COMPACT;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
+    return COMPACT || !HAS_COMPACT_SHAPE<HEAD_DIM>;
+#else
+    return true;
+#endif
+}
+
 // The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
 // groups of samples and one more.
 //
@@ -365,6 +378,9 @@ __global__ void __launch_bounds__((BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>:
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
     using Launch = BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>;
+#if defined(__CUDA_ARCH__)
+    if (!may_launch<HEAD_DIM, COMPACT>()) return __trap();  // a third of what there is to compile
+#endif
     const int group = blockIdx.z, part = blockIdx.x;
     if (group == workspace.groups) return zero_inert_rows<T, Launch>(arguments, gradients);
     auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());

@@ -1,6 +1,6 @@
 """Count what the backward pass of attention issues, as tools/count_cuda.py does for the forward pass.
 
-    python -m tools.count_backward [--architecture sm_90a] [--head-size 64] [--value-size 64]
+    python -m tools.count_backward [--head-size 64] [--value-size 64]
 
 A row is a part of the largest kernel: its instructions by class, in all copies that the compiler made of it, and what
 one of them is repeated for. Below them, for heads of which there are 24, samples of one modality and one CLS:
@@ -115,12 +115,12 @@ PARTS = {
 BIASES = ("none", "frozen", "differences", "runs", "any")
 
 
-def compile_text(nvcc: Path, architecture: str, sizes: tuple[int, int]) -> str:
+def compile_text(nvcc: Path, sizes: tuple[int, int]) -> str:
     """The backward pass's instructions for one pair of head sizes."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "backward.cu"
         source.write_text(SOURCE.format(*sizes))
-        return disassemble(nvcc, architecture, source)
+        return disassemble(nvcc, "sm_90a", source)
 
 
 def walks_of(key_blocks: int, slots: int) -> list[int]:
@@ -245,7 +245,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from onepeace_fast.info import format_table
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--architecture", default="sm_90a", choices=ARCHITECTURES)
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--value-size", type=int, help="by default the head size")
     chosen = parser.parse_args(arguments)
@@ -256,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if toolkit is None:
         print("CUDA kernels: not counted, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
-    listing = compile_text(toolkit.nvcc, chosen.architecture, sizes)
+    listing = compile_text(toolkit.nvcc, sizes)
     parts = count_parts(listing, "attention_backward_kernelI13__nv_bfloat16Li{}ELi{}ELb0ELb0E".format(*sizes))
     sums = count(listing, "attention_row_sums_kernelI13__nv_bfloat16Li{}ELi{}ELb0E".format(*sizes))
     kinds = (*CLASSES, OTHER, "issued", "shared")
