@@ -362,16 +362,17 @@ __host__ __device__ constexpr bool may_launch() {
 //     heads of                  32       64      c64       96      c96   128/64  c128/64      128     c128   c: compact
 //     warps                      8        8        8        8        6        8        6        8        4
 //     key blocks                17       17        9        9        7        9        7        9        5   of a walk
-//     registers, sm_80     194,190  255,255  152,154  194,194  194,195  189,189  197,199  227,228  239,241   .., LARGE
-//     registers, sm_90a    199,197  255,254  160,159  198,197  198,197  194,197  202,205  232,230  246,244
+//     registers, sm_80     189,188  254,254  153,154  192,193  192,193  189,192  199,200  228,229  241,244   .., LARGE
+//     registers, sm_90a    196,192  255,255        -  198,199        -  197,201        -  229,233        -
 //     shared memory         72,576  115,584   73,344   99,968   84,992   99,968   84,992  126,592   88,576   bytes
 //     thread blocks for each multiprocessor: 1; tiles of 32 queries
 //
 // Vectors that are not LARGE take 12 bytes more for each entry, and sums by block difference 768 bytes each.
 //
-// Registers by ptxas of nvcc 13.0, no spills. Bound by the bandwidth of shared memory and nearly as much by issue slots,
-// in a model of an H100 (tools/count_backward.py), never by device memory. Where codes are runs, bias and gradient cost
-// about 400 of 1,620 issue slots of a warp's 32 x 32 pairs, of other codes about 1,400.
+// Registers by ptxas of nvcc 13.0 in bfloat16, no spills; code for 9.0 has no compact shape. Bound by the bandwidth of
+// shared memory and nearly as much by issue slots, in a model of an H100 (tools/count_backward.py), never by device
+// memory. Where codes are runs, bias and gradient cost about 400 of 1,620 issue slots of a warp's 32 x 32 pairs, of
+// other codes about 1,400.
 template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT, bool LARGE>
 __global__ void __launch_bounds__((BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>::THREADS), 1) attention_backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
