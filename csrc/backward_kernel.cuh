@@ -94,23 +94,19 @@ __device__ __forceinline__ void accumulate(
     }
 }
 
-// Leave with the other warps what this one's keys add to each query's sum of probability times gradient, and the
-// largest gradient. Eight lanes have the same queries: in three steps each gives half of its sums and gets half, until
-// it has one.
+// Leave with the other warps what this one's keys add to each query's sum of probability times gradient. Eight lanes
+// have the same queries: in three steps each gives half of its sums and gets half, until it has one.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ void share_sums(
-    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& probabilities,
-    const Pairs<Launch>& gradients, uint32_t largest) {
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& probabilities, const Pairs<Launch>& gradients) {
     const int warp = thread_index() / WARP, lane = thread_index() % WARP;
     float sums[HALVES * 4] = {};  // of queries 8 (i / 2) + 2 (lane % 4) + i % 2
 #pragma unroll
     for (int slot = 0; slot < Launch::SLOTS; ++slot) {
 #pragma unroll
         for (int i = 0; i < HALVES * 8; ++i) {
-            const float gradient = gradients[slot][i / 8][i / 4 % 2][i % 4];
-            const float product = probabilities[slot][i / 8][i / 4 % 2][i % 4] * gradient;
-            sums[i / 4 * 2 + i % 2] += product;
-            largest = max(largest, max(magnitude(gradient), magnitude(product)));
+            sums[i / 4 * 2 + i % 2] +=
+                probabilities[slot][i / 8][i / 4 % 2][i % 4] * gradients[slot][i / 8][i / 4 % 2][i % 4];
         }
     }
 #pragma unroll
@@ -123,16 +119,26 @@ __device__ __forceinline__ void share_sums(
         }
     }
     backward.shared.partial_sums[warp][lane / 8 * 8 + 2 * (lane % 4) + lane / 4 % 2] = sums[0];
-    if (backward.is_learned()) {
-        for (int step = WARP / 2; step > 0; step /= 2) {
-            largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
-        }
-        if (lane == 0) backward.shared.largest[warp] = largest;
+}
+
+// Leave with the other warps the largest gradient of this one's probabilities. One of a probability that is not finite
+// makes its row's sum not finite.
+template <typename T, typename Launch, bool LARGE>
+__device__ __forceinline__ void share_largest(
+    const Backward<T, Launch, LARGE>& backward, const Pairs<Launch>& gradients, uint32_t largest) {
+    const int warp = thread_index() / WARP, lane = thread_index() % WARP;
+#pragma unroll
+    for (int i = 0; i < Launch::SLOTS * HALVES * 8; ++i) {
+        largest = max(largest, magnitude(gradients[i / 8 / HALVES][i / 8 % HALVES][i / 4 % 2][i % 4]));
     }
+    for (int step = WARP / 2; step > 0; step /= 2) {
+        largest = max(largest, __shfl_xor_sync(0xffffffff, largest, step));
+    }
+    if (lane == 0) backward.shared.largest[warp] = largest;
 }
 
 // The sum of probability times gradient of a lane's query, over all keys of its sample; behind the barrier that follows
-// share_sums.
+// share_sums. Of a sample that is walked whole; of others the kernel before found it.
 template <typename T, typename Launch, bool LARGE>
 __device__ __forceinline__ float find_row_sum(
     const SpreadKeyBlock<T, Launch, LARGE>& spread, int stage, int key_blocks, bool is_whole) {
@@ -151,12 +157,12 @@ __device__ __forceinline__ void differentiate(
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int i = 0; i < HALVES * 4; ++i) {
-        const float mean = __shfl_sync(0xffffffff, row_sum, i / 2 * 8 + 2 * (lane % 4) + i % 2);
+        const float mean = __shfl_sync(0xffffffff, head_scale * row_sum, i / 2 * 8 + 2 * (lane % 4) + i % 2);
 #pragma unroll
         for (int j = 0; j < 2 * Launch::SLOTS; ++j) {
             const int slot = j / 2, element = j % 2 * 2 + i % 2;
             float& gradient = gradients[slot][i / 4][i / 2 % 2][element];
-            gradient = head_scale * probabilities[slot][i / 4][i / 2 % 2][element] * (gradient - mean);
+            gradient = probabilities[slot][i / 4][i / 2 % 2][element] * (head_scale * gradient - mean);
         }
     }
 }
@@ -289,7 +295,8 @@ __device__ __forceinline__ void walk_keys(
         }
         accumulate<Launch, Launch::VALUE_DIM>(warp, value_gradient, probabilities, shared.grad[stage], seen);
         multiply<Launch, Launch::VALUE_DIM>(warp, gradients, shared.values, shared.grad[stage], seen);
-        share_sums(backward, probabilities, gradients, largest);
+        if (is_whole) share_sums(backward, probabilities, gradients);
+        if (backward.is_learned()) share_largest(backward, gradients, largest);
         __syncthreads();  // all shares of this tile's sums are there
         const float row_sum = find_row_sum(spread, stage, seen, is_whole);
         if (blockIdx.x == 0 && is_first && thread_index() < WARP) shared.scale_sums[thread_index()] += row_sum;
@@ -336,28 +343,45 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
     }
 }
 
+// Whether a GPU that the code is compiled for may launch a shape, which goes by its shared memory: compute capability
+// 9.0 and 10 give a thread block 227 KiB, 12 gives 99 KiB. Code for 8.0 runs on both kinds, and so does PTX.
+template <int HEAD_DIM, bool COMPACT>
+__host__ __device__ constexpr bool may_launch() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10)
+    return !COMPACT;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
+    return COMPACT || !HAS_COMPACT_SHAPE<HEAD_DIM>;
+#else
+    return true;
+#endif
+}
+
 // The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
 // groups of samples and one more.
 //
 //     heads of                  32       64      c64       96      c96   128/64  c128/64      128     c128   c: compact
 //     warps                      8        8        8        8        6        8        6        8        4
 //     key blocks                17       17        9        9        7        9        7        9        5   of a walk
-//     registers, sm_80     194,190  255,255  152,154  194,194  194,195  189,189  197,199  227,228  239,241   .., LARGE
-//     registers, sm_90a    199,197  255,254  160,159  198,197  198,197  194,197  202,205  232,230  246,244
+//     registers, sm_80     189,188  254,254  153,154  192,193  192,193  189,192  199,200  228,229  241,244   .., LARGE
+//     registers, sm_90a    196,192  255,255        -  198,199        -  197,201        -  229,233        -
 //     shared memory         72,576  115,584   73,344   99,968   84,992   99,968   84,992  126,592   88,576   bytes
 //     thread blocks for each multiprocessor: 1; tiles of 32 queries
 //
 // Vectors that are not LARGE take 12 bytes more for each entry, and sums by block difference 768 bytes each.
 //
-// Registers by ptxas of nvcc 13.0, no spills. Bound by issue slots and by the bandwidth of shared memory alike, in a
-// model of an H100, never by device memory. Where codes are runs, bias and gradient cost about 330 of 1,640 issue slots
-// of a warp's 32 x 32 pairs, of other codes about 1,100.
+// Registers by ptxas of nvcc 13.0 in bfloat16, no spills; code for 9.0 has no compact shape. Bound by the bandwidth of
+// shared memory and nearly as much by issue slots, in a model of an H100 (tools/count_backward.py), never by device
+// memory. Where codes are runs, bias and gradient cost about 400 of 1,620 issue slots of a warp's 32 x 32 pairs, of
+// other codes about 1,400.
 template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT, bool LARGE>
 __global__ void __launch_bounds__((BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>::THREADS), 1) attention_backward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     const __grid_constant__ RelativeBiasAttentionGradients gradients,
     const __grid_constant__ BackwardWorkspace workspace) {
     using Launch = BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>;
+#if defined(__CUDA_ARCH__)
+    if (!may_launch<HEAD_DIM, COMPACT>()) return __trap();  // a third of what there is to compile
+#endif
     const int group = blockIdx.z, part = blockIdx.x;
     if (group == workspace.groups) return zero_inert_rows<T, Launch>(arguments, gradients);
     auto& shared = *static_cast<BackwardShared<T, Launch>*>(shared_memory());

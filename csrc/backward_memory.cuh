@@ -202,16 +202,10 @@ struct Backward {
             return find_row_block(
                 shared.sample, arguments.modalities, BLOCK_ROWS, min(HALVES * tile + half, row_blocks - 1));
         };
-        const RowBlock first = find(0), second = find(1);
-        const auto choose = [&](bool later) {  // not by reference, which would put both into local memory
-            return RowBlock{
-                later ? second.modality : first.modality, later ? second.first : first.first,
-                later ? second.count : first.count};
-        };
 #pragma unroll 1
         for (int i = thread; i < TILE * ROW_CHUNKS; i += THREADS) {
             const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            const RowBlock row_block = choose(row >= BLOCK_ROWS);
+            const RowBlock row_block = find(row / BLOCK_ROWS);
             const int64_t from = find_row(shared.sample, arguments.modalities, row_block, row % BLOCK_ROWS).index;
             T* target = shared.queries[stage] + swizzled<HEAD_DIM>(row, chunk);
             cp_async_16(target, find_head_row<T>(arguments.q, from) + chunk * CHUNK);
@@ -223,7 +217,7 @@ struct Backward {
         }
         if (thread < TILE) {
             const int half = thread / BLOCK_ROWS;
-            const RowBlock row_block = choose(half);
+            const RowBlock row_block = find(half);
             const int count = HALVES * tile + half < row_blocks ? row_block.count : 0;
             const Row row = find_row(shared.sample, arguments.modalities, row_block, thread % BLOCK_ROWS);
             load_code(shared.query_code[stage] + thread, arguments.queries, shared.sample, row);
@@ -303,11 +297,11 @@ struct Backward {
             }
         }
         __syncwarp();  // the rows are complete
+        const BlockRows rows(shared.key_sample, arguments.modalities, shared.key_rows[key_block]);
 #pragma unroll 1
         for (int i = lane; i < shared.key_rows[key_block].count * CHUNKS; i += WARP) {
             const int row = i / CHUNKS, chunk = i % CHUNKS;
-            *reinterpret_cast<uint4*>(
-                gradient_row<T, SIZE>(gradient, find_key(key_block * BLOCK_ROWS + row).index) + chunk * CHUNK) =
+            *reinterpret_cast<uint4*>(gradient_row<T, SIZE>(gradient, rows[row]) + chunk * CHUNK) =
                 *reinterpret_cast<const uint4*>(staged + swizzled<SIZE>(row, chunk));
         }
     }
@@ -339,14 +333,17 @@ struct Backward {
             __syncwarp();  // the next rows take their place
             return;
         }
-        for (int i = 0; i < 4; ++i) {
-            const int row = lane / 4 + i % 2 * 8;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int row = lane / 4 + 8 * i;
             if (row >= row_block.count) continue;
             const int64_t rows = arguments.queries.rows, index = (blockIdx.x * rows + find(row)) * arguments.heads;
             auto* target = reinterpret_cast<float2*>(
-                workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + i / 2 * 8 + 2 * (lane % 4));
-            const float2 before = is_first ? float2{0.f, 0.f} : *target;
-            *target = {before.x + values[i / 2][i % 2 * 2], before.y + values[i / 2][i % 2 * 2 + 1]};
+                workspace.query_parts + (index + blockIdx.y) * HEAD_DIM + columns + 2 * (lane % 4));
+            float2 sums[2] = {};  // a row's 8 columns, and the next 8
+            if (!is_first) sums[0] = target[0], sums[1] = target[4];
+            target[0] = {sums[0].x + values[0][2 * i], sums[0].y + values[0][2 * i + 1]};
+            target[4] = {sums[1].x + values[1][2 * i], sums[1].y + values[1][2 * i + 1]};
         }
     }
 

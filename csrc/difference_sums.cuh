@@ -135,12 +135,13 @@ private:
 // What the differences of a modality add to the entry of a code difference.
 __device__ __forceinline__ float add_differences(
     const Differences& differences, const DifferenceSums* sums, int m, int distance) {
+    const int stride = differences.stride[m], first = differences.first[m];
+    const int beyond = distance + stride * (differences.equal[m] - first);  // that of the first difference
     float sum = 0.f;
 #pragma unroll 1
-    for (int i = 0; i < differences.count[m]; ++i) {
-        const int index = differences.first[m] + i;
-        const int along = distance - differences.stride[m] * (index - differences.equal[m]);
-        if (along > -BLOCK_ROWS && along < BLOCK_ROWS) sum += sums[index].along(along);
+    for (int i = max(0, ceil_div(beyond - BLOCK_ROWS + 1, stride)); i < differences.count[m]; ++i) {
+        if (beyond - stride * i <= -BLOCK_ROWS) break;
+        sum += sums[first + i].along(beyond - stride * i);
     }
     return sum;
 }

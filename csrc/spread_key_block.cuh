@@ -65,7 +65,7 @@ struct SpreadKeyBlock {
             const float probability = scores[i / 4][i % 4], gradient = gradients[i / 4][i % 4];
             shared.spread.probabilities[row][query] = probability;
             shared.spread.gradients[row][query] = gradient;
-            largest = max(largest, max(magnitude(gradient), magnitude(probability * gradient)));
+            largest = max(largest, magnitude(gradient));
         }
         return largest;
     }

@@ -1,23 +1,10 @@
 """The count of the forward kernel's instructions: each goes to its part by the source lines that lead to it."""
 
-import itertools
 from collections import Counter
 
+from support.sass_listing import listing
+
 from tools import count_cuda
-from tools.compile_cuda import CSRC
-
-
-def line_of(name, text):
-    """The number of the line of a source that has a text."""
-    return next(number for number, line in enumerate((CSRC / name).read_text().splitlines(), 1) if text in line)
-
-
-def listing(*chain):
-    """What nvdisasm prints of one instruction's source lines, innermost first."""
-    places = [f'File "{CSRC / name}", line {line_of(name, text)}' for name, text in chain]
-    inlined = [f"{mine} inlined at {outer}" for mine, outer in itertools.pairwise(places)]
-    return "".join(f"\t//## {line}\n" for line in [*inlined, places[-1]])
-
 
 WALK = "query_walk.cuh"
 OUTER = ((WALK, "attend_tile<KEYS>(rows"), ("relative_bias_attention_forward.cu", "walk_queries<OutputRows"))

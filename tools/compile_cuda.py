@@ -204,7 +204,8 @@ def inspect(path: Path) -> list[Result]:
         # Two thread blocks that are planned to run at once take more than a small chip has.
         wanted = 1 if chip.shared == SMALL.shared else planned.thread_blocks_at_once
         faults += [f"planned for {wanted} at once"] if launched and at_once < wanted else []
-        faults += [] if matrix or found.name.startswith("attention_sum_") else ["no matrix instruction"]
+        lacks = launched and not matrix and not found.name.startswith("attention_sum_")
+        faults += ["no matrix instruction"] if lacks else []
         results.append(
             Result(
                 found.label, architecture, registers, stack + local, planned.threads, shared,

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -50,15 +50,15 @@ PARTS = {
     "inert rows": r"zero_inert_rows",
     "begin": r"",
 }
-# Of a full tile of one modality's body, where all codes are runs, and where they are not.
+# Of a full tile of one modality's body, where all codes are runs, where they are not, and without a bias.
 OF_TILE = ("choice of bias", "q k^T", "softmax, p v", "rest")
-OF_CODES = {"runs": "bias of runs", "any": "bias of any codes"}
+OF_CODES = {"runs": "bias of runs", "any": "bias of any codes", "none": "other kinds of bias"}
 OF_LOAD = ("load of a tile", "loop")  # by idle warps too; the codes are one warp's
 NARROW = ("narrow tile", "narrow tile: bias")
 ONCE = ("tile: rescale", "first load", "load of the bias", "store", "begin")
 CLASSES = {
-    "HMMA": r"HMMA", "LDSM": r"LDSM", "LDS": r"LDS", "STS": r"STS", "MUFU": r"MUFU", "SHFL": r"SHFL|VOTE",
-    "FP32": r"F[A-Z0-9]+", "LDGSTS": r"LDGSTS", "global": r"LDG|STG|LD|ST",
+    "HMMA": r"HMMA", "LDSM": r"LDSM", "LDS": r"LDS", "STS": r"STS", "ATOMS": r"ATOMS", "MUFU": r"MUFU",
+    "SHFL": r"SHFL|VOTE", "FP32": r"F[A-Z0-9]+", "LDGSTS": r"LDGSTS", "global": r"LDG|STG|LD|ST",
     "barrier": r"BAR|WARPSYNC|BSSY|BSYNC|\w*DEPBAR",
 }  # fmt: skip
 OTHER = "integer"  # and addresses, branches, constants
@@ -74,12 +74,12 @@ def disassembler() -> str:
     return knobs.nvidia.nvdisasm.path
 
 
-def disassemble(nvcc: Path, architecture: str) -> str:
-    """The forward kernels' instructions, with the source lines of each and of all that it is inlined in."""
+def disassemble(nvcc: Path, architecture: str, source: Path = SOURCE) -> str:
+    """Kernels' instructions, with the source lines of each and of all that it is inlined in."""
     target = f"-gencode=arch=compute_{architecture[3:]},code={architecture}"
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "forward.cubin"
-        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", target, "-cubin", "-o", binary, SOURCE]
+        binary = Path(folder) / "kernels.cubin"
+        command = [nvcc, "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", target, "-cubin", "-o", binary, source]
         subprocess.run(list(map(str, command)), check=True)
         listing = [disassembler(), "-gi", "-c", str(binary)]
         return subprocess.run(listing, capture_output=True, text=True, check=True).stdout
@@ -91,7 +91,7 @@ def source_line(file: str, number: int) -> str:
     return linecache.getline(file, number).strip()
 
 
-def instructions(listing: str, kernel: str) -> Iterator[tuple[str, str, str]]:
+def instructions(listing: str, kernel: str, patterns: Mapping[str, str] = PARTS) -> Iterator[tuple[str, str, str]]:
     """Each instruction of a kernel, by part of its mangled name: its part, its name and the line of csrc it is from."""
     functions = re.split(r"^\.text\.", listing, flags=re.MULTILINE)[1:]
     function = next(text for text in functions if kernel in text.split(":")[0])
@@ -109,7 +109,7 @@ def instructions(listing: str, kernel: str) -> Iterator[tuple[str, str, str]]:
             text = " ".join(source_line(file, number) for file, number in mine)
             where = f"{Path(mine[-1][0]).name}:{mine[-1][1]}" if mine else "?"
             if found[1] not in ("NOP", "EXIT"):
-                yield next(part for part, pattern in PARTS.items() if re.search(pattern, text)), found[1], where
+                yield next(part for part, pattern in patterns.items() if re.search(pattern, text)), found[1], where
 
 
 def class_of(name: str) -> str:
@@ -123,13 +123,15 @@ def shared_cycles(name: str) -> int:
     kind = class_of(name)
     if kind in ("LDSM", "LDGSTS"):
         return 4
+    if kind == "ATOMS":  # reads and writes
+        return 2
     return (4 if ".128" in name else 2 if ".64" in name else 1) if kind in ("LDS", "STS") else 0
 
 
-def count(listing: str, kernel: str) -> dict[str, Counter[str]]:
+def count(listing: str, kernel: str, patterns: Mapping[str, str] = PARTS) -> dict[str, Counter[str]]:
     """Instructions of each part by class, "issued" and "shared" among them."""
-    parts = {part: Counter[str]() for part in PARTS}
-    for part, name, _ in instructions(listing, kernel):
+    parts = {part: Counter[str]() for part in patterns}
+    for part, name, _ in instructions(listing, kernel, patterns):
         parts[part].update({class_of(name): 1, "issued": 1, "shared": shared_cycles(name)})
     return parts
 
@@ -188,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for codes in OF_CODES:
         tile = total(parts, (f"tile: {name}" for name in (*OF_TILE, OF_CODES[codes])))
         issued, shared = tile["issued"] + load["issued"], tile["shared"] + load["shared"]
-        print(f"\ncodes are {codes}: a tile and the load of the next {issued} issued, {shared} shared\n")
+        print(f"\ncodes: {codes}; a tile and the load of the next {issued} issued, {shared} shared\n")
         print(format_table([("H100, us", "issue", "shared", "tensor"), *model(parts, codes, keys, warps)], indent=""))
     if chosen.lines:
         found = Counter((part, where) for part, _, where in instructions(listing, kernel))

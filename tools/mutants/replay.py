@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from tools.mutants.fault import ROOT, Fault
 
-COPIED = ("benchmarks", "csrc", "kernels", "onepeace_fast", "tests", "tools", "pyproject.toml")
+COPIED = ("benchmarks", "build_backend", "csrc", "kernels", "onepeace_fast", "tests", "tools", "pyproject.toml")
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "onepeace_*.xz", "*.egg-info")  # 8 MB that no fault needs
 LONGEST = 300  # seconds of one mutant's tests
 LONGEST_CONTROL = 1800  # seconds of the tests of all mutants
