@@ -344,7 +344,8 @@ __device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& 
 }
 
 // Whether a GPU that the code is compiled for may launch a shape, which goes by its shared memory: compute capability
-// 9.0 and 10 give a thread block 227 KiB, 12 gives 99 KiB. Code for 8.0 runs on both kinds, and so does PTX.
+// 9.0 and 10 give a thread block 227 KiB, 12 gives 99 KiB. Code for 8.0 runs on both kinds, and so does PTX of 9.0;
+// the build refuses PTX of 10 and 12.
 template <int HEAD_DIM, bool COMPACT>
 __host__ __device__ constexpr bool may_launch() {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10)

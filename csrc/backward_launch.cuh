@@ -75,18 +75,18 @@ template <typename T, int HEAD_DIM, int VALUE_DIM>
 const char* launch_row_sums(
     const RelativeBiasAttention& arguments, const RelativeBiasAttentionGradients& gradients,
     const BackwardWorkspace& workspace, void* stream) {
-    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM>;
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
     const int64_t entries = workspace.entries - CLS_ENTRIES * arguments.bias_vectors;
-    const BiasPlan bias = plan_bias<Launch>(entries, shared_limit(arguments.device));
-    const auto kernel = bias.is_windowed ? attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, true>
-                                         : attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, false>;
-    const int parts = ceil_div(launched_row_blocks(arguments, workspace), Launch::WARPS);
+    const ForwardPlan plan = choose_forward_plan<HEAD_DIM, VALUE_DIM>(entries, shared_limit(arguments.device));
+    const auto kernel = plan.is_large     ? attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, true, true>
+                        : plan.is_compact ? attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, true, false>
+                                          : attention_row_sums_kernel<T, HEAD_DIM, VALUE_DIM, false, false>;
+    const int parts = ceil_div(launched_row_blocks(arguments, workspace), plan.query_blocks);
     const dim3 grid(parts, arguments.heads, arguments.samples);
     return launch_kernel(
-        kernel, arguments.device, grid, Launch::THREADS, forward_shared_bytes<Launch>(bias.capacity), stream, base_2,
-        gradients, workspace, bias.capacity);
+        kernel, arguments.device, grid, plan.launch.threads, plan.launch.shared_bytes, stream, base_2, gradients,
+        workspace, plan.bias_capacity);
 }
 
 template <typename T, int HEAD_DIM, int VALUE_DIM>

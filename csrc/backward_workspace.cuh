@@ -187,7 +187,8 @@ int64_t count_bytes(
     // Queries, their gradients, log-sum-exp and codes in each walk; keys, values, codes and all gradients once.
     int64_t bytes = walks * (both + 2 * vector) + both + vector + both + 2 * pairs * Launch::HEAD_DIM;
     if (workspace.query_parts) {
-        const int64_t passes = ceil_div(row_blocks, ForwardLaunch<Launch::HEAD_DIM, Launch::VALUE_DIM>::WARPS);
+        using RowSums = ForwardLaunch<Launch::HEAD_DIM, Launch::VALUE_DIM, false>;
+        const int64_t passes = ceil_div(row_blocks, RowSums::QUERY_BLOCKS);
         bytes += both + 2 * vector + passes * (both + vector);  // for row sums
         bytes += vector + walks * vector;                       // of row sums
         bytes += 4 * pairs * Launch::HEAD_DIM * 2 * walks;                // of queries' gradients, in parts

@@ -19,25 +19,24 @@
 namespace onepeace_fast {
 
 constexpr int STAGES = 2;  // tiles in shared memory: one is computed while the next one is copied
+constexpr int SYSTEM_BYTES = 1024;  // of shared memory, beside each thread block of a multiprocessor
 constexpr int SMALLEST_SHARED_BYTES = 99 * 1024;  // what compute capability 8.6, 8.9 and 12.0 give a thread block
 
-// For the head sizes of keys and of values: warps of a thread block, keys of a tile, and thread blocks that a
-// multiprocessor shall hold at once.
-template <int HEAD_DIM_, int VALUE_DIM_>
+// For the head sizes of keys and of values: row blocks of queries of a warp, warps of a thread block, keys of a tile,
+// and thread blocks that a multiprocessor shall hold at once. What a warp reads of a tile serves all its row blocks.
+// Where only one thread block fits, the compact shape has more warps, of fewer registers.
+template <int HEAD_DIM_, int VALUE_DIM_, bool COMPACT>
 struct ForwardLaunch {
     static constexpr int HEAD_DIM = HEAD_DIM_, VALUE_DIM = VALUE_DIM_, BOTH = HEAD_DIM + VALUE_DIM;
-    static constexpr int WARPS = BOTH == 256 ? 8 : 9;
-    static constexpr int KEYS = HEAD_DIM == 128 ? 32 : HEAD_DIM == 96 ? 48 : 64;
+    static constexpr int ROW_BLOCKS = COMPACT ? 1 : 2;
+    static constexpr int WARPS = !COMPACT ? (HEAD_DIM > 64 ? 4 : 5) : BOTH == 256 ? 8 : 9;
+    static constexpr int QUERY_BLOCKS = WARPS * ROW_BLOCKS;
+    static constexpr int KEYS = HEAD_DIM == 96 || (BOTH == 192 && !COMPACT) ? 48 : HEAD_DIM == 128 ? 32 : 64;
     static constexpr int THREADS = WARPS * WARP;
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-    // The shared memory of such a multiprocessor holds no second one.
-    static constexpr int thread_blocks_at_once(bool) { return 1; }
-#else
-    static constexpr int thread_blocks_at_once(bool windowed) { return windowed ? 1 : 2; }
-#endif
+    static constexpr int AT_ONCE = COMPACT ? 1 : 2;
 };
 
-// Of a thread's two rows, between tiles: the matrix products need these registers.
+// Of a thread's two rows of a row block, between tiles: the matrix products need these registers.
 struct alignas(16) RowState {
     float reference[2];  // close to its largest score so far, base 2
     float sum[2];        // of probabilities relative to it, in this thread's columns
@@ -52,11 +51,12 @@ struct alignas(16) RowSumState {
 template <typename T, typename Launch>
 struct alignas(128) ForwardShared {
     static constexpr int HEAD_DIM = Launch::HEAD_DIM, WARPS = Launch::WARPS, KEYS = Launch::KEYS;
+    static constexpr int ROW_BLOCKS = Launch::ROW_BLOCKS, QUERY_BLOCKS = Launch::QUERY_BLOCKS;
 
     T keys[STAGES][KEYS * HEAD_DIM];
     T values[STAGES][KEYS * Launch::VALUE_DIM];
-    T queries[WARPS][BLOCK_ROWS * HEAD_DIM];  // of each warp; at the end its results
-    int key_code[STAGES][KEYS];               // of CLS keys: their vector
+    T queries[QUERY_BLOCKS][BLOCK_ROWS * HEAD_DIM];  // of each warp, one after another; at the end its results
+    int key_code[STAGES][KEYS];  // of CLS keys: their vector
     int key_order[STAGES][KEYS];
     RowBlock key_rows[STAGES];
     RowBlock next_key_rows[STAGES];  // of the next tile that some query sees; none where the count is not positive
@@ -65,14 +65,14 @@ struct alignas(128) ForwardShared {
     Range key_orders[STAGES];
     bool attends[STAGES][WARPS];     // whether a warp has queries that see a key
     union {
-        RowState row_states[Launch::THREADS];
-        RowSumState row_sum_states[Launch::THREADS];
+        RowState row_states[ROW_BLOCKS][Launch::THREADS];
+        RowSumState row_sum_states[ROW_BLOCKS][Launch::THREADS];
     };
-    int query_code[WARPS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their vector
-    int query_order[WARPS][BLOCK_ROWS];
+    int query_code[QUERY_BLOCKS][BLOCK_ROWS];  // the entry for a key of code 0; of CLS queries: their vector
+    int query_order[QUERY_BLOCKS][BLOCK_ROWS];
     Range query_orders[WARPS];
-    RowBlock query_rows[WARPS];         // of each warp; none where the count is 0
-    bool query_is_run[WARPS];           // of their codes
+    RowBlock query_rows[QUERY_BLOCKS];  // none where the count is 0
+    bool query_is_run[QUERY_BLOCKS];    // of their codes
     Range query_codes[WARPS];           // of body queries, where the bias is windowed
     Sample sample;
     Sample key_sample;
@@ -98,8 +98,8 @@ struct BiasPlan {
 
 // For the entries of all vectors without those of CLS, and the bytes that a thread block may have. Entries are held
 // whole as long as one thread block holds them, though from about half of that on a multiprocessor has one thread block
-// at a time in place of two: windows would leave it one all the same, for the registers they take, and cost each tile
-// two barriers and a test of each score's entry. Where even one does not hold them, windows are as large as fits.
+// at a time in place of two: windows would cost each tile two barriers and a test of each score's entry. Where even one
+// does not hold them, windows are as large as fits.
 template <typename Launch>
 BiasPlan plan_bias(int64_t entries, int64_t shared_limit) {
     const int64_t room = (shared_limit - forward_shared_bytes<Launch>(0)) / static_cast<int64_t>(sizeof(float));
@@ -107,8 +107,26 @@ BiasPlan plan_bias(int64_t entries, int64_t shared_limit) {
 }
 
 // Every GPU that the kernels take holds vectors of 7168 entries: a grid of 42 x 42, or three 1-D vectors.
-static_assert(forward_shared_bytes<ForwardLaunch<64, 64>>(7168) <= SMALLEST_SHARED_BYTES);
-static_assert(forward_shared_bytes<ForwardLaunch<128, 128>>(7168) <= SMALLEST_SHARED_BYTES);
+static_assert(forward_shared_bytes<ForwardLaunch<64, 64, true>>(7168) <= SMALLEST_SHARED_BYTES);
+static_assert(forward_shared_bytes<ForwardLaunch<128, 128, true>>(7168) <= SMALLEST_SHARED_BYTES);
+
+// The larger shape where a multiprocessor holds as many thread blocks of it as it shall: its warps have as many rows
+// as those of two compact ones, and one alone would leave it half as many warps as a compact one.
+template <int HEAD_DIM, int VALUE_DIM>
+ForwardPlan choose_forward_plan(int64_t entries, int64_t shared_limit) {
+    using Larger = ForwardLaunch<HEAD_DIM, VALUE_DIM, false>;
+    using Compact = ForwardLaunch<HEAD_DIM, VALUE_DIM, true>;
+    const int64_t each = (shared_limit + SYSTEM_BYTES) / Larger::AT_ONCE - SYSTEM_BYTES;
+    const BiasPlan of_larger = plan_bias<Larger>(entries, each);
+    const auto plan = [](const BiasPlan& bias, auto shape) -> ForwardPlan {
+        using Launch = decltype(shape);
+        const int bytes = forward_shared_bytes<Launch>(bias.capacity);
+        return {{Launch::THREADS, Launch::AT_ONCE, bytes}, Launch::ROW_BLOCKS == 1, bias.is_windowed, bias.capacity,
+                Launch::QUERY_BLOCKS};
+    };
+    if (!of_larger.is_windowed) return plan(of_larger, Larger());
+    return plan(plan_bias<Compact>(entries, shared_limit), Compact());
+}
 
 // What scores are counted in, base 2: the scale without its sign, which queries have then, and 1 where it is 0, as
 // queries are then. Larger scores are then larger probabilities.
@@ -122,7 +140,10 @@ struct Forward {
     using Memory = ForwardShared<T, Launch>;
     static constexpr int HEAD_DIM = Launch::HEAD_DIM, VALUE_DIM = Launch::VALUE_DIM;
     static constexpr int THREADS = Launch::THREADS, KEYS = Launch::KEYS, ROW_CHUNKS = HEAD_DIM / CHUNK;
-    static constexpr int COPYING_THREADS = HEAD_DIM == 96 ? 192 : 256;  // a tile's chunks divide evenly among them
+    static constexpr int ROW_BLOCKS = Launch::ROW_BLOCKS;
+    static constexpr int COPYING_THREADS =
+        (HEAD_DIM == 96 ? 96 : 128) * (ROW_BLOCKS == 1 ? 2 : 1);  // a tile's chunks divide evenly among them
+    static_assert(!WINDOWED || ROW_BLOCKS == 1);
 
     const RelativeBiasAttention& arguments;
     Memory& shared;
@@ -201,7 +222,7 @@ struct Forward {
         Range orders{INT_MAX, INT_MIN}, of_queries{INT_MAX, INT_MIN};
         for (int i = lane; i < tile.count; i += WARP) orders.include(shared.key_order[stage][i]);
         orders.include_lanes();
-        if (lane < Launch::WARPS && shared.query_rows[lane].count) {
+        if (lane < Launch::WARPS && shared.query_rows[lane * ROW_BLOCKS].count) {
             of_queries = shared.query_orders[lane];
             shared.attends[stage][lane] = orders.first <= of_queries.last;
         }
@@ -222,22 +243,22 @@ struct Forward {
         copy_keys(stage, tile);
     }
 
-    // Begin to copy this warp's queries, and load their codes.
-    __device__ __forceinline__ void load_queries(const RowBlock& row_block) const {
+    // The number of this warp's first row block of queries.
+    __device__ static __forceinline__ int first_query_block() { return thread_index() / WARP * ROW_BLOCKS; }
+
+    // Begin to copy this warp's queries, and load their codes: of a sample's row blocks, those from `first` on, before
+    // `end`. Where that is one less than it takes, the last one stands in for it, and its results are not stored.
+    __device__ __forceinline__ void load_queries(int first, int end) const {
         const int warp = thread_index() / WARP, lane = thread_index() % WARP;
-        const BlockRows block_rows(shared.sample, arguments.modalities, row_block);
 #pragma unroll 1
-        for (int i = lane; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
-            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
-            const T* from = find_head_row<T>(arguments.q, block_rows[row]) + chunk * CHUNK;
-            T* target = shared.queries[warp] + swizzled<HEAD_DIM>(row, chunk);
-            if (arguments.scale > 0.f) {
-                cp_async_16(target, from);
-            } else {
-                copy_turned(target, from);
-            }
+        for (int block = 0; block < ROW_BLOCKS; ++block) {
+            RowBlock row_block = find_query_rows(min(first + block, end - 1));
+            copy_queries(shared.queries[first_query_block() + block], row_block);
+            if (first + block >= end) row_block.count = 0;
+            if (lane == 0) set_query_rows(block, row_block);
         }
-        if (lane == 0) set_query_rows(row_block);
+        const int block = lane / BLOCK_ROWS % ROW_BLOCKS;  // of this lane; a lone one is of all lanes, twice
+        const RowBlock row_block = find_query_rows(min(first + block, end - 1));
         const Row row = find_row(shared.sample, arguments.modalities, row_block, lane % BLOCK_ROWS);
         const bool is_cls = row_block.modality == arguments.modalities;
         const int vector = vector_of(arguments, row.modality);
@@ -245,10 +266,12 @@ struct Forward {
         if (arguments.bias_vectors && !is_cls) {
             code += arguments.bias[vector].code_offset + (WINDOWED ? 0 : shared.bias_start[vector]);
         }
-        if (lane < BLOCK_ROWS) shared.query_code[warp][lane] = code;
+        const bool is_mine = lane < BLOCK_ROWS * ROW_BLOCKS;
+        int* const query_code = shared.query_code[first_query_block() + block];
+        if (is_mine) query_code[lane % BLOCK_ROWS] = code;
         if (has_order()) {
             const int order = arguments.queries.order[row.index];
-            if (lane < BLOCK_ROWS) shared.query_order[warp][lane] = order;
+            if (is_mine) shared.query_order[first_query_block() + block][lane % BLOCK_ROWS] = order;
             Range orders{order, order};
             orders.include_lanes();
             if (lane == 0) shared.query_orders[warp] = orders;
@@ -259,16 +282,39 @@ struct Forward {
             if (lane == 0) shared.query_codes[warp] = codes;
         } else {
             __syncwarp();  // the codes of queries are there
-            const bool is_run = are_runs<BLOCK_ROWS>(shared.query_code[warp], row_block.count);
-            if (lane == 0) shared.query_is_run[warp] = is_run;
+#pragma unroll
+            for (int i = first_query_block(); i < first_query_block() + ROW_BLOCKS; ++i) {
+                const bool is_run = are_runs<BLOCK_ROWS>(shared.query_code[i], shared.query_rows[i].count);
+                if (lane == 0) shared.query_is_run[i] = is_run;
+            }
         }
     }
 
-    // The row block of this warp, by one lane.
-    __device__ __forceinline__ void set_query_rows(const RowBlock& row_block) const {
-        const int warp = thread_index() / WARP;
-        shared.query_rows[warp] = row_block;
-        for (int stage = 0; stage < STAGES; ++stage) shared.attends[stage][warp] = row_block.count;
+    __device__ __forceinline__ RowBlock find_query_rows(int index) const {
+        return find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, index);
+    }
+
+    __device__ __forceinline__ void copy_queries(T* queries, const RowBlock& row_block) const {
+        const BlockRows block_rows(shared.sample, arguments.modalities, row_block);
+#pragma unroll 1
+        for (int i = thread_index() % WARP; i < BLOCK_ROWS * ROW_CHUNKS; i += WARP) {
+            const int row = i / ROW_CHUNKS, chunk = i % ROW_CHUNKS;
+            const T* from = find_head_row<T>(arguments.q, block_rows[row]) + chunk * CHUNK;
+            T* target = queries + swizzled<HEAD_DIM>(row, chunk);
+            if (arguments.scale > 0.f) {
+                cp_async_16(target, from);
+            } else {
+                copy_turned(target, from);
+            }
+        }
+    }
+
+    // A row block of this warp, by one lane; the first one says whether it has any.
+    __device__ __forceinline__ void set_query_rows(int block, const RowBlock& row_block) const {
+        shared.query_rows[first_query_block() + block] = row_block;
+        for (int stage = 0; block == 0 && stage < STAGES; ++stage) {
+            shared.attends[stage][thread_index() / WARP] = row_block.count;
+        }
     }
 
     // Queries with the sign of a scale that is negative or 0.

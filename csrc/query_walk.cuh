@@ -1,4 +1,4 @@
-// The walk of a thread block through the keys of its sample, a warp for each 16 queries: what the forward pass and the
+// The walk of a thread block through the keys of its sample, a warp for 16 or 32 queries: what the forward pass and the
 // row sums of the backward pass share. Keys and values have two stages in shared memory. Over time:
 //
 //                      | tile i                                                  | tile i + 1
@@ -25,20 +25,26 @@
 
 namespace onepeace_fast {
 
-// scores += queries keys^T of a warp: queries [BLOCK_ROWS, HEAD_DIM], keys [COLUMNS, HEAD_DIM], both in shared memory.
-template <int COLUMNS, int HEAD_DIM, typename T>
-__device__ __forceinline__ void multiply_keys(float (&scores)[COLUMNS / 8][4], const T* queries, const T* keys) {
+// scores += queries keys^T of a warp: queries [ROW_BLOCKS * BLOCK_ROWS, HEAD_DIM], keys [COLUMNS, HEAD_DIM], both in
+// shared memory.
+template <int COLUMNS, int HEAD_DIM, int ROW_BLOCKS, typename T>
+__device__ __forceinline__ void multiply_keys(
+    float (&scores)[ROW_BLOCKS][COLUMNS / 8][4], const T* queries, const T* keys) {
     const int lane = thread_index() % WARP;
 #pragma unroll
     for (int k = 0; k < HEAD_DIM / 16; ++k) {
-        uint32_t a[4];
-        left_operand<HEAD_DIM>(a, queries, lane, 0, k);
+        uint32_t a[ROW_BLOCKS][4];
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS; ++i) left_operand<HEAD_DIM>(a[i], queries, lane, i, k);
 #pragma unroll
         for (int j = 0; j < COLUMNS / 16; ++j) {
             uint32_t b[4];
             transposed_right_operand<HEAD_DIM>(b, keys, lane, j, k);
-            mma<T>(scores[2 * j], a, b[0], b[1]);
-            mma<T>(scores[2 * j + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int i = 0; i < ROW_BLOCKS; ++i) {
+                mma<T>(scores[i][2 * j], a[i], b[0], b[1]);
+                mma<T>(scores[i][2 * j + 1], a[i], b[2], b[3]);
+            }
         }
     }
 }
@@ -59,11 +65,11 @@ __device__ __forceinline__ void mask_keys(float (&scores)[COLUMNS / 8][4], int c
 // Of keys whose order is above a query's.
 template <int COLUMNS, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void mask_later(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage, int query_block) {
     auto& shared = forward.shared;
     const int warp = thread_index() / WARP, row = thread_index() % WARP / 4, column = 2 * (thread_index() % 4);
     if (shared.key_orders[stage].last <= shared.query_orders[warp].first) return;
-    const int first = shared.query_order[warp][row], second = shared.query_order[warp][row + 8];
+    const int first = shared.query_order[query_block][row], second = shared.query_order[query_block][row + 8];
 #pragma unroll
     for (int n = 0; n < COLUMNS / 8; ++n) {
         for (int right = 0; right < 2; ++right) {
@@ -74,15 +80,15 @@ __device__ __forceinline__ void mask_later(
     }
 }
 
-// Start a warp's scores from their bias, but for the entries of a windowed vector.
+// Start a row block's scores from their bias, but for the entries of a windowed vector.
 template <int COLUMNS, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void start_scores(
-    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
+    float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage, int query_block) {
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
-    const int warp = thread_index() / WARP, row = thread_index() % WARP / 4;
-    const int mine = shared.query_rows[warp].modality, modality = shared.key_rows[stage].modality;
-    const int* query_code = shared.query_code[warp];
+    const int row = thread_index() % WARP / 4;
+    const int mine = shared.query_rows[query_block].modality, modality = shared.key_rows[stage].modality;
+    const int* query_code = shared.query_code[query_block];
     const int* key_code = shared.key_code[stage];
     const bool is_cls = mine == arguments.modalities, share = arguments.bias_vectors == 1;
     if (COLUMNS == BLOCK_ROWS && arguments.bias_vectors) {
@@ -96,7 +102,7 @@ __device__ __forceinline__ void start_scores(
         start_rows<COLUMNS>(
             scores, !is_cls || query_code[row] == vector ? bias : 0.f,
             !is_cls || query_code[row + 8] == vector ? bias : 0.f);
-    } else if (shared.query_is_run[warp] && shared.keys_are_runs[stage]) {
+    } else if (shared.query_is_run[query_block] && shared.keys_are_runs[stage]) {
         start_runs<COLUMNS>(scores, shared.bias() + query_code[0], key_code);
     } else {
         const float* entries = shared.bias();
@@ -134,31 +140,38 @@ __device__ __forceinline__ void add_windows(
 template <int COLUMNS, typename QueryRows, typename T, typename Launch, bool WINDOWED>
 __device__ __forceinline__ void attend_tile(
     QueryRows& rows, const Forward<T, Launch, WINDOWED>& forward, int stage, int bias_capacity) {
+    constexpr int ROW_BLOCKS = Launch::ROW_BLOCKS;
     auto& shared = forward.shared;
-    float scores[COLUMNS / 8][4];
+    float scores[ROW_BLOCKS][COLUMNS / 8][4];
     if (shared.attends[stage][thread_index() / WARP]) {
-        start_scores<COLUMNS>(scores, forward, stage);
-        multiply_keys<COLUMNS, Launch::HEAD_DIM>(scores, shared.queries[thread_index() / WARP], shared.keys[stage]);
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS; ++i) {
+            start_scores<COLUMNS>(scores[i], forward, stage, forward.first_query_block() + i);
+        }
+        multiply_keys<COLUMNS, Launch::HEAD_DIM>(
+            scores, shared.queries[forward.first_query_block()], shared.keys[stage]);
     }
     if constexpr (WINDOWED && COLUMNS == Launch::KEYS) {
-        add_windows<COLUMNS>(scores, forward, stage, bias_capacity);
+        add_windows<COLUMNS>(scores[0], forward, stage, bias_capacity);
     }
     if (shared.attends[stage][thread_index() / WARP]) {
-        if (!shared.keys_are_whole[stage]) {
-            mask_keys<COLUMNS>(scores, shared.key_rows[stage].count);
-            if (forward.has_order()) mask_later<COLUMNS>(scores, forward, stage);
+#pragma unroll
+        for (int i = 0; i < ROW_BLOCKS; ++i) {
+            if (shared.keys_are_whole[stage]) break;
+            mask_keys<COLUMNS>(scores[i], shared.key_rows[stage].count);
+            if (forward.has_order()) mask_later<COLUMNS>(scores[i], forward, stage, forward.first_query_block() + i);
         }
         rows.template attend<COLUMNS>(scores, forward, stage);
     }
 }
 
-// By a thread block whose sample is read: its queries, one row block for each warp at a time, attend to all keys of the
+// By a thread block whose sample is read: its queries, ROW_BLOCKS row blocks a warp at a time, attend to all keys of the
 // sample. QueryRows is OutputRows of the forward pass or RowSums of the backward pass: QueryRows(forward, more...)
 // begins when queries and their keys are being copied, attend takes in a tile, and finish(rows) ends them.
 template <typename QueryRows, typename T, typename Launch, bool WINDOWED, typename Finish, typename... More>
 __device__ __forceinline__ void walk_queries(
     const Forward<T, Launch, WINDOWED>& forward, int bias_capacity, Finish finish, const More&... more) {
-    constexpr int WARPS = Launch::WARPS, KEYS = Launch::KEYS;
+    constexpr int ROW_BLOCKS = Launch::ROW_BLOCKS, KEYS = Launch::KEYS;
     const RelativeBiasAttention& arguments = forward.arguments;
     auto& shared = forward.shared;
     forward.describe_bias();
@@ -166,19 +179,18 @@ __device__ __forceinline__ void walk_queries(
     __syncthreads();
     while (true) {
         // What the loop over keys does not need stays in shared memory.
-        const int row_blocks = shared.sample.row_blocks, query_tiles = ceil_div(row_blocks, WARPS);
-        const int query_tile = shared.query_tile;
+        const int row_blocks = shared.sample.row_blocks, query_tiles = ceil_div(row_blocks, Launch::QUERY_BLOCKS);
+        const int query_tile = shared.query_tile, warps = ceil_div(row_blocks, ROW_BLOCKS);
         if (query_tile >= query_tiles) break;
-        const int first_row_block = query_tile * row_blocks / query_tiles;
-        const int end_row_block = (query_tile + 1) * row_blocks / query_tiles;
-        const bool active = thread_index() / WARP < end_row_block - first_row_block;
+        const int first_row_block = query_tile * warps / query_tiles * ROW_BLOCKS;
+        const int end_row_block = min((query_tile + 1) * warps / query_tiles * ROW_BLOCKS, row_blocks);
+        const int mine = first_row_block + forward.first_query_block();
         const bool has_keys = shared.key_sample.key_tiles > 0;
         if (has_keys) forward.load_keys(0, find_row_block(shared.key_sample, arguments.modalities, KEYS, 0));
-        if (active) {
-            const int index = first_row_block + thread_index() / WARP;
-            forward.load_queries(find_row_block(shared.sample, arguments.modalities, BLOCK_ROWS, index));
+        if (mine < end_row_block) {
+            forward.load_queries(mine, end_row_block);
         } else if (thread_index() % WARP == 0) {
-            forward.set_query_rows({0, 0, 0});
+            for (int i = 0; i < ROW_BLOCKS; ++i) forward.set_query_rows(i, {0, 0, 0});
         }
         if (!WINDOWED) forward.load_whole_bias(first_row_block, end_row_block);
         QueryRows rows(forward, more...);
@@ -198,7 +210,7 @@ __device__ __forceinline__ void walk_queries(
             }
         }
         if (!has_keys) cp_async_wait_all();  // results take the place of queries
-        if (shared.query_rows[thread_index() / WARP].count) finish(rows);
+        if (shared.query_rows[forward.first_query_block()].count) finish(rows);
         if (thread_index() == 0) shared.query_tile += gridDim.x;
         __syncthreads();  // the next queries take the place of these keys and results
     }

@@ -72,9 +72,19 @@ struct LaunchPlan {
     int32_t shared_bytes;
 };
 
+// How the forward kernel, and that of the backward pass's row sums, is launched: in which of its shapes, and whether
+// its vectors are read in windows.
+struct ForwardPlan {
+    LaunchPlan launch;
+    int32_t is_compact;
+    int32_t is_large;
+    int32_t bias_capacity;  // entries that shared memory holds
+    int32_t query_blocks;   // row blocks of queries that a thread block takes at once
+};
+
 // For the head sizes, the entries of all vectors together without those of CLS, and the bytes of shared memory that a
 // thread block may have. Where nothing fits, the plan has more of them.
-extern "C" LaunchPlan relative_bias_attention_forward_plan(
+extern "C" ForwardPlan relative_bias_attention_forward_plan(
     int32_t head_dim, int32_t value_dim, int64_t bias_entries, int64_t shared_limit);
 
 // Writes out and log_sum_exp, inert rows too. Returns null, or one line, which stays until this thread's next one: an

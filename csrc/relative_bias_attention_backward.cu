@@ -54,10 +54,10 @@ int64_t relative_bias_attention_shared_limit(int32_t device) { return shared_lim
 
 int64_t relative_bias_attention_shared_bytes(
     int32_t head_dim, int32_t value_dim, int32_t bias_vectors, int64_t bias_entries, int64_t shared_limit) {
-    const LaunchPlan forward = relative_bias_attention_forward_plan(
+    const ForwardPlan forward = relative_bias_attention_forward_plan(
         head_dim, value_dim, bias_entries - static_cast<int64_t>(CLS_ENTRIES) * bias_vectors, shared_limit);
     const BackwardPlan backward = choose_backward_plan(head_dim, value_dim, bias_entries, shared_limit);
-    return std::max(forward.shared_bytes, backward.launch.shared_bytes);
+    return std::max(forward.launch.shared_bytes, backward.launch.shared_bytes);
 }
 
 int64_t relative_bias_attention_backward_workspace(

@@ -1,11 +1,11 @@
 // Flash attention forward over packed segments, with the relative position bias of bias.cuh.
 //
-// A thread block takes up to WARPS row blocks of queries of one sample and head, a warp each, and walks all keys of the
-// sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score has grown by HEADROOM.
-// Scores start from their bias, and the matrix product adds the rest. With an order, tiles that no query of the thread
-// block sees are not loaded, and a warp leaves out those that none of its queries sees. Keys and values of the next
-// tile are copied while one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and CLS take
-// 17 row blocks of queries, and 4 tiles of 64 and one of 16 keys.
+// A thread block takes row blocks of queries of one sample and head, each warp up to ROW_BLOCKS of them, and walks all
+// keys of the sample in tiles of KEYS rows: softmax in base 2, renormalised whenever a row's largest score has grown by
+// HEADROOM. Scores start from their bias, and the matrix product adds the rest. With an order, tiles that no query of
+// the thread block sees are not loaded, and a warp leaves out those that none of its queries sees. Keys and values of
+// the next tile are copied while one is computed. CLS rows of all modalities form narrow tiles apart: 256 patches and
+// CLS take 17 row blocks of queries, and 4 tiles of 64 and one of 16 keys.
 
 #include <cuda_runtime.h>
 #include <ptx.cuh>
@@ -27,68 +27,88 @@ namespace {
 constexpr float LN_2 = 0.6931471805599453f;
 constexpr float HEADROOM = 8.f;  // probabilities are at most 2^8 times too large, which every type holds
 
-// A warp's 16 rows of the output so far, not yet divided by their sums of probabilities. A thread holds parts of rows
-// lane / 4 and lane / 4 + 8.
+// A warp's row blocks of the output so far, not yet divided by their sums of probabilities. A thread holds parts of
+// rows lane / 4 and lane / 4 + 8 of each.
 template <typename T, typename Launch>
 struct OutputRows {
-    static constexpr int VALUE_DIM = Launch::VALUE_DIM;
+    static constexpr int VALUE_DIM = Launch::VALUE_DIM, ROW_BLOCKS = Launch::ROW_BLOCKS;
 
-    float result[VALUE_DIM / 8][4] = {};
+    float result[ROW_BLOCKS][VALUE_DIM / 8][4] = {};
 
     template <bool WINDOWED>
     __device__ explicit OutputRows(const Forward<T, Launch, WINDOWED>& forward) {
-        forward.shared.row_states[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
+        for (auto& states : forward.shared.row_states) states[thread_index()] = {{-INFINITY, -INFINITY}, {0.f, 0.f}};
     }
 
     // Take in a tile of keys: its scores become probabilities relative to the row's reference.
     template <int COLUMNS, bool WINDOWED>
     __device__ __forceinline__ void attend(
-        float (&scores)[COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
+        float (&scores)[ROW_BLOCKS][COLUMNS / 8][4], const Forward<T, Launch, WINDOWED>& forward, int stage) {
         const T* values = forward.shared.values[stage];
-        RowState& state = forward.shared.row_states[thread_index()];
+        auto& row_states = forward.shared.row_states;
         const int lane = thread_index() % WARP;
         const float scale = score_scale(forward.arguments);
-        float reference[2], sum[2], most[2];
+        float reference[ROW_BLOCKS][2], sum[ROW_BLOCKS][2], most[ROW_BLOCKS][2];
+        bool grows = false;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            reference[i] = state.reference[i];
-            sum[i] = state.sum[i];
-            most[i] = -INFINITY;
+        for (int block = 0; block < ROW_BLOCKS; ++block) {
+            const RowState state = row_states[block][thread_index()];
 #pragma unroll
-            for (int n = 0; n < COLUMNS / 8; ++n) {
-                most[i] = fmaxf(most[i], fmaxf(scores[n][2 * i], scores[n][2 * i + 1]));
+            for (int i = 0; i < 2; ++i) {
+                reference[block][i] = state.reference[i];
+                sum[block][i] = state.sum[i];
+                float largest = -INFINITY;
+#pragma unroll
+                for (int n = 0; n < COLUMNS / 8; ++n) {
+                    largest = fmaxf(largest, fmaxf(scores[block][n][2 * i], scores[block][n][2 * i + 1]));
+                }
+                most[block][i] = scale * row_max(largest);
+                grows |= most[block][i] > reference[block][i] + HEADROOM;
             }
-            most[i] = scale * row_max(most[i]);
         }
-        const bool grows = most[0] > reference[0] + HEADROOM || most[1] > reference[1] + HEADROOM;
-        if (__ballot_sync(0xffffffff, grows)) rescale(reference, sum, state, most);
-        for (int i = 0; i < 2; ++i) {
-            if (reference[i] == -INFINITY) reference[i] = 0.f;  // a row that a bias of -inf masks so far
+        if (__ballot_sync(0xffffffff, grows)) {
+#pragma unroll
+            for (int i = 0; i < ROW_BLOCKS; ++i) {
+                rescale(result[i], reference[i], sum[i], row_states[i][thread_index()], most[i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_BLOCKS; ++i) {
+            float& of_row = reference[i / 2][i % 2];
+            if (of_row == -INFINITY) of_row = 0.f;  // a row that a bias of -inf masks so far
         }
 #pragma unroll
         for (int k = 0; k < COLUMNS / 16; ++k) {
+            uint32_t a[ROW_BLOCKS][4];
 #pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                float& score = scores[2 * k + i / 4][i % 4];
-                score = fast_exp2(scale * score - reference[i % 4 / 2]);
-                sum[i % 4 / 2] += score;
+            for (int block = 0; block < ROW_BLOCKS; ++block) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    float& score = scores[block][2 * k + i / 4][i % 4];
+                    score = fast_exp2(scale * score - reference[block][i % 4 / 2]);
+                    sum[block][i % 4 / 2] += score;
+                }
+                left_operand<T>(a[block], scores[block][2 * k], scores[block][2 * k + 1]);
             }
-            uint32_t a[4];
-            left_operand<T>(a, scores[2 * k], scores[2 * k + 1]);
 #pragma unroll
             for (int j = 0; j < VALUE_DIM / 16; ++j) {
                 uint32_t b[4];
                 right_operand<VALUE_DIM>(b, values, lane, k, j);
-                mma<T>(result[2 * j], a, b[0], b[1]);
-                mma<T>(result[2 * j + 1], a, b[2], b[3]);
+#pragma unroll
+                for (int i = 0; i < ROW_BLOCKS; ++i) {
+                    mma<T>(result[i][2 * j], a[i], b[0], b[1]);
+                    mma<T>(result[i][2 * j + 1], a[i], b[2], b[3]);
+                }
             }
         }
-        for (int i = 0; i < 2; ++i) state.sum[i] = sum[i];
+#pragma unroll
+        for (int i = 0; i < 2 * ROW_BLOCKS; ++i) row_states[i / 2][thread_index()].sum[i % 2] = sum[i / 2][i % 2];
     }
 
-    // Of rows whose largest score has outgrown their reference.
-    __device__ __forceinline__ void rescale(
-        float (&reference)[2], float (&sum)[2], RowState& state, const float (&most)[2]) {
+    // Of a row block, rows whose largest score has outgrown their reference.
+    __device__ static __forceinline__ void rescale(
+        float (&result)[VALUE_DIM / 8][4], float (&reference)[2], float (&sum)[2], RowState& state,
+        const float (&most)[2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const bool grows = most[i] > reference[i] + HEADROOM;
@@ -103,16 +123,16 @@ struct OutputRows {
         }
     }
 
-    // Store the rows through the memory that held their queries: out [rows, heads, VALUE_DIM], log_sum_exp [rows,
+    // Store a row block through the memory that held its queries: out [rows, heads, VALUE_DIM], log_sum_exp [rows,
     // heads].
     template <bool WINDOWED>
     __device__ __forceinline__ void store(
-        const Forward<T, Launch, WINDOWED>& forward, T* out, float* log_sum_exp) {
+        const Forward<T, Launch, WINDOWED>& forward, int block, T* out, float* log_sum_exp) {
         const RelativeBiasAttention& arguments = forward.arguments;
-        const int warp = thread_index() / WARP, lane = thread_index() % WARP;
-        T* staged = forward.shared.queries[warp];
-        const RowBlock& row_block = forward.shared.query_rows[warp];
-        const RowState& state = forward.shared.row_states[thread_index()];
+        const int query_block = forward.first_query_block() + block, lane = thread_index() % WARP;
+        T* staged = forward.shared.queries[query_block];
+        const RowBlock& row_block = forward.shared.query_rows[query_block];
+        const RowState& state = forward.shared.row_states[block][thread_index()];
         const float head_scale =
             arguments.head_scale ? load_element(arguments.head_scale, arguments.head_scale_type, blockIdx.y) : 1.f;
         const BlockRows block_rows(forward.shared.sample, arguments.modalities, row_block);
@@ -126,7 +146,7 @@ struct OutputRows {
 #pragma unroll
             for (int n = 0; n < VALUE_DIM / 8; ++n) {
                 *reinterpret_cast<uint32_t*>(staged + chunk_offset<VALUE_DIM>(target - staged, n)) =
-                    pack<T>(result[n][2 * i] * factor, result[n][2 * i + 1] * factor);
+                    pack<T>(result[block][n][2 * i] * factor, result[block][n][2 * i + 1] * factor);
             }
         }
         const int below = lane % 4, mine = lane / 4 + 8 * below;  // two of four lanes have a row each
@@ -162,31 +182,34 @@ __device__ void zero_inert_rows(const RelativeBiasAttention& arguments, T* out, 
 // The forward pass. Thread blocks: parts that share the queries of a sample, heads, samples and one more.
 //
 //     heads of                       32         64         96     128/64        128   of keys/of values
-//     queries x keys           144 x 64   144 x 64   144 x 48   144 x 32   128 x 32   of a tile
-//     warps                           9          9          9          9          8
-//     registers, sm_80          88, 110    96, 128    96, 138    90, 101   125, 145   the second with windows
-//     registers, sm_90a         90, 113    96, 135    96, 139    96, 107   128, 156
-//     shared memory              33,600     59,200     72,256     68,928     72,384   bytes, and 4 for each entry
-//     thread blocks                2, 1       2, 1       2, 1       2, 1       2, 1   of a multiprocessor of 9.0
-//     issue slots                   426        531        524        418        444   of a warp's tile and next load
-//     shared memory is busy        128        208        233        181        210   cycles, for the same
-//     codes in any order         63, 21     63, 21     48, 16     33, 11     33, 11   of either more
+//     queries x keys           160 x 64   160 x 64   128 x 48   128 x 48   128 x 32   of a tile
+//     warps                           5          5          4          4          4   each of 32 queries
+//     registers, sm_80              155        168        210        186        221
+//     registers, sm_90a             157        168        210        190        222
+//     shared memory              35,136     61,760     68,416     76,608     72,256   bytes, and 4 for each entry
+//     issue slots                   741        901        884        912        755   of a warp's tile and next load
+//     shared memory is busy         183        279        313        332        283   cycles, for the same
+//     codes in any order        123, 42    123, 42     93, 32     93, 32     63, 22   of either more
 //
-// With heads of 96, tiles of 64 keys spill, and tiles of 32 keys issue 6% to 19% more at 72 to 1025 tokens.
+//   compact, of which a multiprocessor has one thread block in place of two:
+//     queries x keys           144 x 64   144 x 64   144 x 48   144 x 32   128 x 32
+//     warps                           9          9          9          9          8   each of 16 queries
+//     registers, sm_80          94, 110   121, 128   115, 134    88, 102   128, 144   the second with windows
+//     registers, sm_90a         90, 112   123, 134   120, 139    96, 107   131, 155
+//     shared memory              33,600     59,200     72,256     68,928     72,384
 //
 // Registers by ptxas of nvcc 13.0, no spills. Slots and cycles are those of tools/count_cuda.py for sm_90a and codes in
-// runs; a multiprocessor has 4 slots in a cycle. For heads of 64, shared memory bounds it, at 257 tokens issue slots
-// nearly as much, and device memory never.
-template <typename T, int HEAD_DIM, int VALUE_DIM, bool WINDOWED>
+// runs; a multiprocessor has 4 slots in a cycle. For heads of 64, issue slots bound it at 257 tokens, shared memory at
+// 1025, and device memory never. Two row blocks, each in a warp of its own, would take 1074 slots and 416 cycles.
+template <typename T, int HEAD_DIM, int VALUE_DIM, bool COMPACT, bool WINDOWED>
 __global__ void __launch_bounds__(
-    (ForwardLaunch<HEAD_DIM, VALUE_DIM>::THREADS),
-    (ForwardLaunch<HEAD_DIM, VALUE_DIM>::thread_blocks_at_once(WINDOWED)))
+    (ForwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>::THREADS), (ForwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>::AT_ONCE))
 attention_forward_kernel(
     const __grid_constant__ RelativeBiasAttention arguments,
     T* out,              // [rows, heads, VALUE_DIM]
     float* log_sum_exp,  // [rows, heads]
     int bias_capacity) {
-    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM>;
+    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>;
     if (static_cast<int>(blockIdx.z) == arguments.samples) {
         return zero_inert_rows<T, Launch>(arguments, out, log_sum_exp);
     }
@@ -194,37 +217,31 @@ attention_forward_kernel(
     const Forward<T, Launch, WINDOWED> forward{arguments, shared};
     read_sample<Launch::KEYS>(shared.sample, shared.key_sample, arguments, blockIdx.z);
     walk_queries<OutputRows<T, Launch>>(forward, bias_capacity, [&](OutputRows<T, Launch>& rows) {
-        rows.store(forward, out, log_sum_exp);
+#pragma unroll
+        for (int i = 0; i < Launch::ROW_BLOCKS; ++i) rows.store(forward, i, out, log_sum_exp);
     });
-}
-
-template <typename Launch>
-LaunchPlan plan(const BiasPlan& bias) {
-    return {
-        Launch::THREADS, Launch::thread_blocks_at_once(bias.is_windowed), forward_shared_bytes<Launch>(bias.capacity)};
 }
 
 template <typename T, int HEAD_DIM, int VALUE_DIM>
 const char* launch(const RelativeBiasAttention& arguments, void* out, float* log_sum_exp, void* stream) {
-    using Launch = ForwardLaunch<HEAD_DIM, VALUE_DIM>;
     // Each modality may have one row block that is not full, and CLS needs one more; a longer sample than is said is
     // walked by the same thread blocks in several rounds.
     const PackedRows& queries = arguments.queries;
     const int64_t mean = arguments.samples ? queries.rows / arguments.samples : 0;
     const int64_t length = std::min<int64_t>(queries.max_length ? queries.max_length : 2 * mean, queries.rows);
     const int64_t row_blocks = (length + (BLOCK_ROWS - 1) * arguments.modalities) / BLOCK_ROWS + 1;
-    const int parts = ceil_div(static_cast<int>(row_blocks), Launch::WARPS);
     int64_t entries = 0;
     for (int m = 0; m < arguments.bias_vectors; ++m) entries += arguments.bias[m].entries - CLS_ENTRIES;
-    const BiasPlan bias = plan_bias<Launch>(entries, shared_limit(arguments.device));
-    const LaunchPlan planned = plan<Launch>(bias);
+    const ForwardPlan plan = choose_forward_plan<HEAD_DIM, VALUE_DIM>(entries, shared_limit(arguments.device));
     RelativeBiasAttention base_2 = arguments;
     base_2.scale *= LOG2_E;
-    const auto kernel = bias.is_windowed ? attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, true>
-                                         : attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, false>;
+    const auto kernel = plan.is_large     ? attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, true, true>
+                        : plan.is_compact ? attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, true, false>
+                                          : attention_forward_kernel<T, HEAD_DIM, VALUE_DIM, false, false>;
+    const int parts = ceil_div(static_cast<int>(row_blocks), plan.query_blocks);
     return launch_kernel(
-        kernel, arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), planned.threads,
-        planned.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp, bias.capacity);
+        kernel, arguments.device, dim3(parts, arguments.heads, arguments.samples + 1), plan.launch.threads,
+        plan.launch.shared_bytes, stream, base_2, static_cast<T*>(out), log_sum_exp, plan.bias_capacity);
 }
 
 template <typename T>
@@ -236,11 +253,10 @@ const char* launch_type(const RelativeBiasAttention& arguments, void* out, float
 
 }  // namespace
 
-LaunchPlan relative_bias_attention_forward_plan(
+ForwardPlan relative_bias_attention_forward_plan(
     int32_t head_dim, int32_t value_dim, int64_t bias_entries, int64_t shared_limit) {
     return with_head_sizes(head_dim, value_dim, [&](auto head_size, auto value_size) {
-        using Launch = ForwardLaunch<head_size.value, value_size.value>;
-        return plan<Launch>(plan_bias<Launch>(bias_entries, shared_limit));
+        return choose_forward_plan<head_size.value, value_size.value>(bias_entries, shared_limit);
     });
 }
 

@@ -4,8 +4,8 @@
 
 A fault is a spill or local memory, more shared memory than the chip gives a thread block, fewer thread blocks on a
 multiprocessor than the kernel is launched for, or a kernel of matrix products without matrix instructions. Compact ones
-are for chips that give a thread block little shared memory, large ones for vectors that it does not hold; of both
-shapes a chip launches one. Below them: what the backward pass reads and writes, for each element of a matrix of
+are for little shared memory beside the vectors, large ones for vectors that it does not hold; a launch has one of both
+shapes. Below them: what the backward pass reads and writes, for each element of a matrix of
 queries, beside the least possible.
 """
 
@@ -29,17 +29,18 @@ from tools.cubin import CHIPS, Chip, cuobjdump
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 # One of each kind, Hopper with the instructions of its own; what sm_86 gives a thread block, sm_89 gives too.
 ARCHITECTURES = {"sm_90a" if name == "sm_90" else name: chip for name, chip in CHIPS.items() if name != "sm_86"}
-SMALL = ARCHITECTURES["sm_89"]
 HEAD_SIZES = ((32, 32), (64, 64), (96, 96), (128, 64), (128, 128))  # of keys and of values
 PLANNED_ENTRIES = 143 + 961 + 1499  # vectors of 72 text tokens, a grid of 16 x 16 and 750 audio frames
 PLANNED_ENTRIES_OF_CLS = 9
 FEW_ENTRIES = 964  # of a grid of 16 x 16, where a compact thread block does not hold those
+MANY_ENTRIES = 83**2  # of a grid of 42 x 42, which every thread block of the forward pass holds
 LARGE_ENTRIES = 1 << 20
 SUM_THREADS = 256
 SHAPES = ((64, 257, 964), (32, 257, 964), (2, 1025, 3972), (16, 750, 1502))  # samples, tokens of each, entries
 HEADS = 24
 HEADINGS = ("kernel", "GPU", "registers", "local", "threads", "shared", "blocks/SM", "matrix instructions", "faults")
 PLAN_ARGUMENTS = (ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
+FORWARD_PLAN = ("is_compact", "is_large", "bias_capacity", "query_blocks")
 BACKWARD_PLAN = ("is_compact", "is_large", "walk_key_blocks", "differences")
 
 
@@ -47,6 +48,12 @@ class Plan(ctypes.Structure):
     """``LaunchPlan`` of csrc/relative_bias_attention.h."""
 
     _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
+
+
+class ForwardPlan(ctypes.Structure):
+    """``ForwardPlan`` of csrc/relative_bias_attention.h."""
+
+    _fields_ = (("launch", Plan), *((name, ctypes.c_int32) for name in FORWARD_PLAN))
 
 
 class BackwardPlan(ctypes.Structure):
@@ -128,17 +135,17 @@ def installed_object(source: Path, architectures: Sequence[str]) -> Path | None:
 
 
 def plan(library: ctypes.CDLL, kernel: Kernel, chip: Chip) -> tuple[Plan, bool]:
-    """How a kernel is launched, and whether a chip launches it: of the backward kernel's shapes it takes one."""
+    """How a kernel is launched, and whether a chip launches it: of the larger backward kernel's shapes it takes one."""
     if kernel.name.startswith("attention_sum_"):
         return Plan(SUM_THREADS, 1, 0), True
-    if kernel.name != "attention_backward_kernel":
-        function = library.relative_bias_attention_forward_plan
-        function.restype, function.argtypes = Plan, PLAN_ARGUMENTS
-        entries = LARGE_ENTRIES if kernel.large else PLANNED_ENTRIES
-        return function(kernel.head_dim, kernel.value_dim, entries, chip.shared_of_program), True
-    function = library.relative_bias_attention_backward_plan
-    function.restype, function.argtypes = BackwardPlan, PLAN_ARGUMENTS
-    some = (LARGE_ENTRIES,) if kernel.large else (PLANNED_ENTRIES + PLANNED_ENTRIES_OF_CLS, FEW_ENTRIES)
+    if kernel.name == "attention_backward_kernel":
+        function, function.restype = library.relative_bias_attention_backward_plan, BackwardPlan
+        entries = (PLANNED_ENTRIES + PLANNED_ENTRIES_OF_CLS, FEW_ENTRIES)
+    else:
+        function, function.restype = library.relative_bias_attention_forward_plan, ForwardPlan
+        entries = (PLANNED_ENTRIES, MANY_ENTRIES)
+    function.argtypes = PLAN_ARGUMENTS
+    some = (LARGE_ENTRIES,) if kernel.large else entries
     limits = (chip.shared_of_program, *(other.shared_of_program for other in ARCHITECTURES.values()))
     for limit in limits:
         for entries in some:
@@ -201,8 +208,7 @@ def inspect(path: Path) -> list[Result]:
         faults = [f"{stack + local} bytes of local memory"] if stack + local else []
         if launched and shared > chip.shared_of_program:
             faults.append(f"{shared} bytes of shared memory, of {chip.shared_of_program}")
-        # Two thread blocks that are planned to run at once take more than a small chip has.
-        wanted = 1 if chip.shared == SMALL.shared else planned.thread_blocks_at_once
+        wanted = planned.thread_blocks_at_once
         faults += [f"planned for {wanted} at once"] if launched and at_once < wanted else []
         lacks = launched and not matrix and not found.name.startswith("attention_sum_")
         faults += ["no matrix instruction"] if lacks else []

@@ -63,7 +63,8 @@ CLASSES = {
 }  # fmt: skip
 OTHER = "integer"  # and addresses, branches, constants
 SHAPES = ((64, 72), (64, 257), (32, 329), (16, 750), (16, 1025))  # samples, tokens of each
-SHAPES_OF_TILES = {(96, 96): (48, 9), (128, 64): (32, 9), (128, 128): (32, 8)}  # keys and warps, others' 64 and 9
+TILES = {(96, 96): (48, 4), (128, 64): (48, 4), (128, 128): (32, 4)}  # keys and warps, others' 64 and 5
+ROW_BLOCKS = 2  # of a warp
 CLOCK, ISSUED, HMMA_CYCLES = 1700.0, 4, 4096 / (4096 * 0.62)  # MHz; a cycle of a multiprocessor; by mma.sync
 
 
@@ -151,12 +152,13 @@ def model(parts: dict[str, Counter[str]], codes: str, keys: int, warps: int) -> 
     load, narrow, once = total(parts, OF_LOAD), total(parts, NARROW), total(parts, ONCE)
     for samples, length in SHAPES:
         row_blocks, tiles = math.ceil((length - 1) / 16) + 1, math.ceil((length - 1) / keys)
-        blocks = math.ceil(row_blocks / warps)
+        active = math.ceil(row_blocks / ROW_BLOCKS)
+        blocks = math.ceil(active / warps)
         busy = Counter[str]()
         for kind in ("issued", "shared", "HMMA"):
             of_all = tiles * (load[kind] + parts["codes of a tile"][kind] / warps)
             of_rows = tiles * tile[kind] + narrow[kind] + once[kind]
-            busy[kind] = samples * HEADS * (blocks * warps * of_all + row_blocks * of_rows)
+            busy[kind] = samples * HEADS * (blocks * warps * of_all + active * of_rows)
         cycles = (busy["issued"] / ISSUED, busy["shared"], busy["HMMA"] * HMMA_CYCLES)
         times = (f"{value / chip.multiprocessors / CLOCK:.0f}" for value in cycles)
         rows.append((f"{samples} x {length} tokens", *times))
@@ -181,11 +183,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("CUDA kernels: not counted, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
     listing = disassemble(toolkit.nvcc, chosen.architecture)
-    kernel = "bfloat16Li{}ELi{}ELb0".format(*sizes)
+    kernel = "bfloat16Li{}ELi{}ELb0ELb0".format(*sizes)
     parts = count(listing, kernel)
     kinds = (*CLASSES, OTHER, "issued", "shared")
     print(format_table([("a warp", *kinds), *((part, *(str(of[k]) for k in kinds)) for part, of in parts.items())], ""))
-    keys, warps = SHAPES_OF_TILES.get(sizes, (64, 9))
+    keys, warps = TILES.get(sizes, (64, 5))
     load = total(parts, OF_LOAD)
     for codes in OF_CODES:
         tile = total(parts, (f"tile: {name}" for name in (*OF_TILE, OF_CODES[codes])))

@@ -1,10 +1,13 @@
 """The binding of attention's CUDA kernels, compiled by g++: what it launches on addresses, and what it refuses."""
 
 import ctypes
+import functools
 
 import pytest
 import torch
 from support.contract import normal
+
+from tools.compile_cuda import PLAN_ARGUMENTS, ForwardPlan
 
 ROW = {"device": 0, "samples": 1, "heads": 1, "head_dim": 32, "value_dim": 32}
 
@@ -173,6 +176,15 @@ NEEDED = {
     (128, 64, 227): (99968, 219968),
     (128, 128, 227): (126592, 232000),
 }
+
+
+def forward_plan(extension, head_dim, value_dim, entries, limit):
+    """For entries without those of CLS, and the bytes that a device gives a thread block."""
+    function = ctypes.CDLL(extension.__file__).relative_bias_attention_forward_plan
+    function.restype, function.argtypes = ForwardPlan, PLAN_ARGUMENTS
+    return function(head_dim, value_dim, entries, limit)
+
+
 with_sizes = pytest.mark.parametrize(("head_dim", "value_dim", "limit"), NEEDED)
 
 
@@ -188,22 +200,33 @@ def test_shared_memory_is_what_both_passes_take_and_what_the_device_gives(
     assert needed(1 << 20)[0] <= limit * 1024
 
 
-class LaunchPlan(ctypes.Structure):
-    """Of csrc/relative_bias_attention.h."""
-
-    _fields_ = tuple((name, ctypes.c_int32) for name in ("threads", "thread_blocks_at_once", "shared_bytes"))
+@with_sizes
+def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, value_dim, limit):
+    """Its larger shape takes those of which a multiprocessor holds two thread blocks, its compact one all others."""
+    plan = functools.partial(forward_plan, host_extension, head_dim, value_dim, limit=limit * 1024)
+    windows = plan(1 << 20)
+    without = windows.launch.shared_bytes - 4 * windows.bias_capacity
+    most = (limit * 1024 - without) // 4
+    assert (windows.is_compact, windows.is_large, windows.bias_capacity) == (1, 1, most)
+    whole = plan(most)
+    assert (whole.is_compact, whole.is_large, whole.bias_capacity) == (1, 0, most)
+    assert plan(most + 1).is_large and whole.launch.shared_bytes == windows.launch.shared_bytes
+    assert whole.launch.thread_blocks_at_once == windows.launch.thread_blocks_at_once == 1
 
 
 @with_sizes
-def test_the_forward_pass_holds_vectors_whole_where_one_thread_block_does(host_extension, head_dim, value_dim, limit):
-    """Of windows, which take more registers, one thread block runs at a time."""
-    function = ctypes.CDLL(host_extension.__file__).relative_bias_attention_forward_plan
-    function.restype, function.argtypes = LaunchPlan, (ctypes.c_int32, ctypes.c_int32, ctypes.c_int64, ctypes.c_int64)
-    plan = lambda entries: function(head_dim, value_dim, entries, limit * 1024)  # noqa: E731
-    without = plan(0).shared_bytes
-    most = (limit * 1024 - without) // 4
-    found = [(plan(entries).shared_bytes, plan(entries).thread_blocks_at_once) for entries in (most, most + 1)]
-    assert found == [(without + 4 * most, 2), (without + 4 * most, 1)]
+def test_the_larger_shape_is_that_of_which_a_multiprocessor_holds_two(host_extension, head_dim, value_dim, limit):
+    """It has a KiB more than a thread block may have, and the system takes one for each."""
+    plan = functools.partial(forward_plan, host_extension, head_dim, value_dim, limit=limit * 1024)
+    fitting = forward_plan(host_extension, head_dim, value_dim, 0, limit=1 << 20).launch
+    each = (limit + 1) * 1024 // 2 - 1024
+    most = (each - fitting.shared_bytes) // 4
+    assert fitting.thread_blocks_at_once == 2
+    if most < 0:
+        assert plan(0).is_compact
+    else:
+        assert not plan(most).is_compact and plan(most).launch.shared_bytes == fitting.shared_bytes + 4 * most
+        assert plan(most + 1).is_compact and not plan(most + 1).is_large
 
 
 def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension, monkeypatch):
