@@ -203,10 +203,10 @@ def test_other_names_of_architectures_end_in_one_line(machine, bad):
 
 def test_architectures_that_nvcc_does_not_know_are_named_in_one_line(machine):
     program = machine.nvcc("path", "12.0")
-    machine.wish("sm_80,sm_100,sm_120")
+    machine.wish("sm_80,sm_120,sm_121")
     decision = cuda_toolkit.decide()
     got = f"{program} of CUDA 12.0; update it, then install again"
-    expected = f"expected an nvcc that knows sm_100, sm_120, got {got}"
+    expected = f"expected an nvcc that knows sm_120, sm_121, got {got}"
     assert one_line(decision.left_out) == expected and decision.wanted and decision.architectures == ()
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 from build_backend.cuda_toolkit import find_toolkit
 from tools import count_cuda
 from tools.compile_cuda import ARCHITECTURES, HEAD_SIZES, HEADS
-from tools.count_cuda import CLASSES, CLOCK, HMMA_CYCLES, ISSUED, OTHER, SHAPES, SHAPES_OF_TILES, count, disassemble
+from tools.count_cuda import CLASSES, CLOCK, HMMA_CYCLES, ISSUED, OTHER, SHAPES, TILES, count, disassemble
 
 SOURCE = """
 #include "backward_launch.cuh"
@@ -231,7 +231,7 @@ def rows_of(
     rows, slots = [], 16 if sum(sizes) < 192 else 8
     for bias in BIASES:
         codes = {"none": "none", "any": "any"}.get(bias, "runs")
-        before = {name: times for name, *times in count_cuda.model(sums, codes, *SHAPES_OF_TILES.get(sizes, (64, 9)))}
+        before = {name: times for name, *times in count_cuda.model(sums, codes, *TILES.get(sizes, (64, 5)))}
         for (samples, length), (name, times) in zip(SHAPES, model(parts, sizes, bias).items(), strict=True):
             elements = samples * length * HEADS * sizes[0]
             others = [*before[name], f"{elements * (4 + 2) / BANDWIDTH:.0f}"]
@@ -257,7 +257,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     listing = compile_text(toolkit.nvcc, sizes)
     parts = count_parts(listing, "attention_backward_kernelI13__nv_bfloat16Li{}ELi{}ELb0ELb0E".format(*sizes))
-    sums = count(listing, "attention_row_sums_kernelI13__nv_bfloat16Li{}ELi{}ELb0E".format(*sizes))
+    sums = count(listing, "attention_row_sums_kernelI13__nv_bfloat16Li{}ELi{}ELb0ELb0E".format(*sizes))
     kinds = (*CLASSES, OTHER, "issued", "shared")
     table = [(part, *(str(of[kind]) for kind in kinds), PARTS[part].repeated) for part, of in parts.items()]
     print(format_table([("a warp", *kinds, "repeated for"), *table], indent=""))
