@@ -37,7 +37,6 @@ COMPILED = {
         ["--gpu", "sm_89", "--gpu", "sm_120", "--only", "products", "--width", "1536"], ["sm_89", "sm_120"], [],
     ),
     "rows of sm_89": (["--gpu", "sm_89", *ROWS], ["sm_89"], []),
-    "rows of sm_120": (["--gpu", "sm_120", *ROWS], ["sm_120"], []),
 }  # fmt: skip
 
 

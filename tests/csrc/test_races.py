@@ -90,6 +90,7 @@ FORWARD_MEMORY = "forward_memory.cuh"
 BACKWARD, MEMORY, SPREAD = "backward_kernel.cuh", "backward_memory.cuh", "spread_key_block.cuh"
 ENTRY_SUMS = "entry_sums.cuh"
 ROW_SUMS, SUMS, LAUNCHES = "backward_row_sums.cuh", "backward_sums.cuh", "relative_bias_attention_backward.cu"
+COMPLETE = "    __syncwarp();  // the rows are complete"
 # Where each barrier stands: a case that needs it, the file and the text in it that has the barrier.
 BARRIERS = {
     "tile": ("three modalities", WALK, "            __syncthreads();  // this tile"),
@@ -110,8 +111,8 @@ BARRIERS = {
     "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every key block is known"),
     "backward: codes of a tile": ("three modalities", MEMORY, "        __syncwarp();  // all codes are there"),
     "backward: run of a key block": ("three modalities", MEMORY, "        __syncwarp();  // all lanes see it"),
-    "backward: rows of keys": ("three modalities", MEMORY, "        __syncwarp();  // the rows are complete\n#"),
-    "backward: rows of queries": ("three modalities", MEMORY, "    __syncwarp();  // the rows are complete\n      "),
+    "backward: rows of keys": ("three modalities", MEMORY, f"    {COMPLETE}\n        const BlockRows"),
+    "backward: rows of queries": ("three modalities", MEMORY, f"        {COMPLETE}"),
     "backward: next rows": ("one block more", MEMORY, "            __syncwarp();  // the next rows"),
     "backward: additions": ("rounds", ENTRY_SUMS, "    __syncthreads();  // every warp has added"),
     "backward: exponent": ("three modalities", ENTRY_SUMS, "    __syncthreads();  // nobody reads the exponent"),

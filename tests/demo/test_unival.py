@@ -1,7 +1,5 @@
 """The demo of UnIVAL: its texts and data, its measure of attention, and the page of a short run."""
 
-import dataclasses
-import json
 import re
 
 import pytest
@@ -170,15 +168,6 @@ def _shaken(one):
 
 def _sum(one):
     return sum(parameter.double().sum().item() for parameter in one.parameters())
-
-
-@pytest.mark.slow
-def test_seeds_are_kept_with_their_figures(tmp_path, capsys):
-    run.demo(SHORT).run_seeds(range(3, 5), tmp_path)
-    kept = json.loads((tmp_path / "seeds.json").read_text())
-    assert [one["seed"] for one in kept["runs"]] == [3, 4]
-    assert kept["runs"][0]["steps"] == dataclasses.asdict(SHORT)
-    assert "highest" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_made_ends_it_at_once(tmp_path, capsys):

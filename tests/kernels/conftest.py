@@ -23,6 +23,7 @@ SELDOM = {
     "test_as_many_backward_launches_for_any_number_of_modalities_and_fewer_for_what_is_frozen",
     "test_compiled_equals_eager",
     "test_each_gradient_alone_has_the_bits_that_it_has_among_the_others",
+    "test_each_gradient_is_there_whatever_else_is_frozen",
     "test_frozen_parameters_get_no_gradient_and_idle_ones_get_zeros",
     "test_many_rows_follow_the_naive_code",
     "test_many_rows_follow_the_naive_norm",
@@ -34,9 +35,12 @@ SELDOM = {
     "test_repeats_are_bitwise_equal",
     "test_rows_that_the_kernels_do_not_hold_are_the_reference_s_and_it_is_said_once",
     "test_rows_wider_than_a_block_of_columns_follow_the_naive_ones",
+    "test_skipped_rows_keep_their_bits_and_the_rest_is_as_if_all_were_computed",
     "test_strides_do_not_matter",
     "test_strides_do_not_matter_to_the_kernels_between_products",
     "test_strides_of_inputs_and_gradients_do_not_matter",
+    "test_sums_over_many_tiles_of_rows_follow_the_naive_ones",
+    "test_the_folded_norm_keeps_the_digits_of_one_of_its_own_however_far_the_mean_is",
     "test_what_is_recomputed_has_the_bits_of_what_is_kept",
 }
 IN_HALF = ("test_values_and_gradients_follow_the_naive_ones", "test_every_combination_of_options_follows_the_naive_one")
