@@ -70,7 +70,9 @@ def missing_gpu() -> bool:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what this machine cannot run, and say why."""
+    """Skip what this machine cannot run, or has no time for, and say why."""
+    if item.get_closest_marker("longest") and os.environ.get("ONEPEACE_FAST_SKIP_LONGEST"):
+        pytest.skip("takes minutes, and ONEPEACE_FAST_SKIP_LONGEST is set; `make test-all` runs it")
     if item.get_closest_marker("gpu"):
         if missing_gpu():
             pytest.skip("torch sees no CUDA device")

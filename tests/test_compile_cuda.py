@@ -18,7 +18,7 @@ def compiles(test):
     test = pytest.mark.skipif(TOOLKIT is None, reason="no nvcc is found (set CUDA_HOME, or put it on PATH)")(test)
     has_disassembler = find_spec("triton") is not None
     reason = "Triton, whose wheel has cuobjdump, is not installed"
-    return pytest.mark.slow(pytest.mark.skipif(not has_disassembler, reason=reason)(test))
+    return pytest.mark.longest(pytest.mark.slow(pytest.mark.skipif(not has_disassembler, reason=reason)(test)))
 
 
 NAME = "_ZN13onepeace_fast{length}{kernel}{parameters}Ev"

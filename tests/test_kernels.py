@@ -32,5 +32,6 @@ def test_the_kernels_pass_their_quick_tests_in_the_interpreter(capsys):
 
 @needs_triton
 @pytest.mark.slow
+@pytest.mark.longest
 def test_the_kernels_pass_their_slow_tests_in_the_interpreter(capsys):
     run_in_the_interpreter("slow", capsys.disabled)

@@ -102,6 +102,7 @@ def test_a_gpu_that_is_not_there_is_one_line_and_code_2(monkeypatch, capsys):
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.slow
+@pytest.mark.longest
 def test_in_the_interpreter_the_kernels_are_tested():
     command = [sys.executable, "-m", "onepeace_fast.cli", "selftest", "--device", "cpu"]
     result = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
