@@ -23,9 +23,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from build_backend.cuda_toolkit import find_toolkit
 from tools import count_cuda
-from tools.compile_cuda import ARCHITECTURES, HEAD_SIZES, HEADS
+from tools.compile_cuda import ARCHITECTURES, HEADS
 from tools.count_cuda import CLASSES, CLOCK, HMMA_CYCLES, ISSUED, OTHER, SHAPES, TILES, count, disassemble
 
 SOURCE = """
@@ -244,16 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compile, count, print; where there is no nvcc, say so and return 0."""
     from onepeace_fast.info import format_table
 
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--head-size", type=int, default=64)
-    parser.add_argument("--value-size", type=int, help="by default the head size")
-    chosen = parser.parse_args(arguments)
-    sizes = chosen.head_size, chosen.value_size or chosen.head_size
-    if sizes not in HEAD_SIZES:
-        parser.error(f"--head-size, --value-size: expected one of {HEAD_SIZES}, got {sizes}")
-    toolkit = find_toolkit()
+    _, sizes, toolkit = count_cuda.parse(argparse.ArgumentParser(description=__doc__.split("\n")[0]), arguments)
     if toolkit is None:
-        print("CUDA kernels: not counted, there is no nvcc; set CUDA_HOME, or put it on PATH")
         return 0
     listing = compile_text(toolkit.nvcc, sizes)
     parts = count_parts(listing, "attention_backward_kernelI13__nv_bfloat16Li{}ELi{}ELb0ELb0E".format(*sizes))

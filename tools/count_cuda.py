@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
-from build_backend.cuda_toolkit import find_toolkit
+from build_backend.cuda_toolkit import Toolkit, find_toolkit
 from tools.compile_cuda import ARCHITECTURES, CSRC, HEAD_SIZES, HEADS
 
 SOURCE = CSRC / "relative_bias_attention_forward.cu"
@@ -165,15 +165,12 @@ def model(parts: dict[str, Counter[str]], codes: str, keys: int, warps: int) -> 
     return rows
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, count, print; where there is no nvcc, say so and return 0."""
-    from onepeace_fast.info import format_table
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--architecture", default="sm_90a", choices=ARCHITECTURES)
+def parse(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None
+) -> tuple[argparse.Namespace, tuple[int, int], Toolkit | None]:
+    """The options, the head sizes of keys and of values among them, and nvcc; where there is none, say so."""
     parser.add_argument("--head-size", type=int, default=64)
     parser.add_argument("--value-size", type=int, help="by default the head size")
-    parser.add_argument("--lines", action="store_true", help="print each line of each part, too")
     chosen = parser.parse_args(arguments)
     sizes = chosen.head_size, chosen.value_size or chosen.head_size
     if sizes not in HEAD_SIZES:
@@ -181,6 +178,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     toolkit = find_toolkit()
     if toolkit is None:
         print("CUDA kernels: not counted, there is no nvcc; set CUDA_HOME, or put it on PATH")
+    return chosen, sizes, toolkit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Compile, count, print; where there is no nvcc, say so and return 0."""
+    from onepeace_fast.info import format_table
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--architecture", default="sm_90a", choices=ARCHITECTURES)
+    parser.add_argument("--lines", action="store_true", help="print each line of each part, too")
+    chosen, sizes, toolkit = parse(parser, arguments)
+    if toolkit is None:
         return 0
     listing = disassemble(toolkit.nvcc, chosen.architecture)
     kernel = "bfloat16Li{}ELi{}ELb0ELb0".format(*sizes)
