@@ -21,7 +21,7 @@ from typing import NamedTuple
 ENVIRONMENT_VARIABLE = "ONEPEACE_FAST_CUDA_ARCHITECTURES"
 # Each serves its major version, and "compute_90", compiled by the driver at the first launch, whatever is later.
 ANY_GPU = ("sm_80", "sm_90a", "sm_100", "sm_120", "compute_90")
-NARROW_PTX = r"compute_\d{3}"  # lacks a kernel that GPUs with other shared memory need: csrc/backward_kernel.cuh
+NARROW_PTX = r"compute_\d{3}"  # lacks a kernel that GPUs with other shared memory need: csrc/backward_workspace.cuh
 OLDEST_GPU = (8, 0)
 OLDEST_NVCC = (12, 0)  # the first that knows sm_90a
 OLDEST_WHEELS = (13, 0)  # those for CUDA 12 hold ptxas and no nvcc

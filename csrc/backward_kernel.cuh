@@ -328,35 +328,6 @@ __device__ __forceinline__ void walk_keys(
     __syncthreads();  // the next keys take their place
 }
 
-// A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
-template <typename T, typename Launch, bool LARGE>
-__device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& backward) {
-    auto& shared = backward.shared;
-    const int modalities = backward.arguments.modalities;
-    const auto& gradients = backward.gradients;
-    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.q, shared.sample, modalities, NAN);
-    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.k, shared.key_sample, modalities, NAN);
-    fill_rows<T, Launch::VALUE_DIM, Launch::THREADS>(gradients.v, shared.key_sample, modalities, NAN);
-    if (thread_index() == 0) {
-        shared.scale_sums[0] = NAN;
-        shared.is_finite = false;
-    }
-}
-
-// Whether a GPU that the code is compiled for may launch a shape, which goes by its shared memory: compute capability
-// 9.0 and 10 give a thread block 227 KiB, 12 gives 99 KiB. Code for 8.0 runs on both kinds, and so does PTX of 9.0;
-// the build refuses PTX of 10 and 12.
-template <int HEAD_DIM, bool COMPACT>
-__host__ __device__ constexpr bool may_launch() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10)
-    return !COMPACT;
-#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
-    return COMPACT || !HAS_COMPACT_SHAPE<HEAD_DIM>;
-#else
-    return true;
-#endif
-}
-
 // The backward pass but for what backward_row_sums.cuh and backward_sums.cuh do. Thread blocks: parts of keys, heads,
 // groups of samples and one more.
 //

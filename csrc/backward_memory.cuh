@@ -369,4 +369,19 @@ private:
     }
 };
 
+// A sample that max_length did not promise has no workspace: its gradients are NaN, which nobody can overlook.
+template <typename T, typename Launch, bool LARGE>
+__device__ __forceinline__ void refuse_sample(const Backward<T, Launch, LARGE>& backward) {
+    auto& shared = backward.shared;
+    const int modalities = backward.arguments.modalities;
+    const auto& gradients = backward.gradients;
+    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.q, shared.sample, modalities, NAN);
+    fill_rows<T, Launch::HEAD_DIM, Launch::THREADS>(gradients.k, shared.key_sample, modalities, NAN);
+    fill_rows<T, Launch::VALUE_DIM, Launch::THREADS>(gradients.v, shared.key_sample, modalities, NAN);
+    if (thread_index() == 0) {
+        shared.scale_sums[0] = NAN;
+        shared.is_finite = false;
+    }
+}
+
 }  // namespace onepeace_fast

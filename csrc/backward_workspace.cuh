@@ -42,6 +42,20 @@ struct BackwardLaunch {
 template <int HEAD_DIM>
 constexpr bool HAS_COMPACT_SHAPE = HEAD_DIM > 32;
 
+// Whether a GPU that the code is compiled for may launch a shape, which goes by its shared memory: compute capability
+// 9.0 and 10 give a thread block 227 KiB, 12 gives 99 KiB. Code for 8.0 runs on both kinds, and so does PTX of 9.0;
+// the build refuses PTX of 10 and 12.
+template <int HEAD_DIM, bool COMPACT>
+__host__ __device__ constexpr bool may_launch() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10)
+    return !COMPACT;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 12
+    return COMPACT || !HAS_COMPACT_SHAPE<HEAD_DIM>;
+#else
+    return true;
+#endif
+}
+
 // A thread block walks a group of samples of one head, and of each sample a part of its keys. A sample whose keys fit
 // is walked whole; of others each part writes its share of the queries' gradients.
 struct BackwardWorkspace {
