@@ -7,6 +7,8 @@ import pytest
 import torch
 from support.contract import normal
 
+from onepeace_fast.attention_structures import AttentionInputs, BiasVectors, KeySegments
+from onepeace_fast.ops import attention_on_gpu
 from tools.compile_cuda import PLAN_ARGUMENTS, ForwardPlan
 
 ROW = {"device": 0, "samples": 1, "heads": 1, "head_dim": 32, "value_dim": 32}
@@ -236,3 +238,10 @@ def test_a_device_that_gives_too_little_is_known_before_a_launch(host_extension,
         needed, limit = host_extension.shared_memory(device=0, head_dim=head_dim, value_dim=head_dim, entries=[])
         fits[head_dim] = needed <= limit
     assert fits == {32: True, 64: True, 96: False, 128: False}
+
+
+@pytest.mark.parametrize("sizes, filled", {(128, 64): 64, (120, 40): 64, (128, 72): 128, (96, 64): 96}.items(), ids=str)
+def test_values_of_64_beside_keys_of_128_are_not_filled_up(sizes, filled):
+    q, k, v = (torch.zeros(2, 1, size, dtype=torch.bfloat16) for size in (sizes[0], *sizes))
+    given = AttentionInputs(None, q, k, v, None, KeySegments(), BiasVectors([], ()), None, 1.0)
+    assert [x.shape[2] for x in attention_on_gpu._apart(given)][2] == filled

@@ -294,13 +294,6 @@ def test_what_the_kernel_does_not_take_is_named_in_one_line(monkeypatch, reason)
     assert line and re.search(reason, line) and "\n" not in line
 
 
-@pytest.mark.parametrize("sizes, filled", {(128, 64): 64, (120, 40): 64, (128, 72): 128, (96, 64): 96}.items(), ids=str)
-def test_values_of_64_beside_keys_of_128_are_not_filled_up(sizes, filled):
-    q, k, v = (torch.zeros(2, 1, size, dtype=torch.bfloat16) for size in (sizes[0], *sizes))
-    given = AttentionInputs(None, q, k, v, None, KeySegments(), BiasVectors([], ()), None, 1.0)
-    assert [x.shape[2] for x in attention_on_gpu._apart(given)][2] == filled
-
-
 @pytest.mark.parametrize("layout", ["off by one element", "last dimension apart"])
 def test_what_16_bytes_cannot_be_read_from_is_refused_in_one_line(kernel, layout):
     batch = text_only()
