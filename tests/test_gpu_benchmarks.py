@@ -13,7 +13,9 @@ from support.clocks import MadeUpClock
 from torch.nn.attention import SDPBackend
 
 from benchmarks.support import attention_goals as goals
+from benchmarks.support import decoder_attention
 from benchmarks.support import relative_bias_attention as attention
+from benchmarks.support.decoder_attention import DecoderAttentionCase
 from benchmarks.support.feed_forward import FeedForwardCase
 from benchmarks.support.pointwise import PointwiseCase, operations
 from benchmarks.support.relative_bias_attention import AttentionCase
@@ -60,6 +62,23 @@ def test_a_dense_bias_and_the_code_form_are_alike_in_parts(shape):
     factories |= {"dense": lambda: case.sdpa(SDPBackend.EFFICIENT_ATTENTION, build=True)}
     records = tiny_runner().measure(factories, base="reference")
     for name in ("fused", "dense"):
+        assert list(records[name]["checked"]) == ["output", "gradient"]
+
+
+@pytest.mark.parametrize("batch", decoder_attention.small_batches(), ids=lambda batch: batch[0].name)
+def test_a_decoder_s_attention_is_the_same_in_every_way(batch, monkeypatch):
+    def naive(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        bounds = (cu_seqlens_q, cu_seqlens_k, cu_seqlens_k)
+        assert [one.diff().max() for one in bounds[:2]] == [max_seqlen_q, max_seqlen_k]
+        each = zip((q, k, v), bounds, strict=True)
+        samples = zip(*(x.transpose(0, 1).split(at.diff().tolist(), 1) for x, at in each), strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*one, is_causal=causal).transpose(0, 1) for one in samples])
+
+    monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=naive))
+    factories = DecoderAttentionCase(batch, SIZES, CPU, torch.float32, sets=2).factories()
+    names = ("reference", "sdpa", "flash_attention_no_bias", "fused")
+    records = tiny_runner().measure({name: factories[name] for name in names}, base="reference")
+    for name in names[1:]:
         assert list(records[name]["checked"]) == ["output", "gradient"]
 
 

@@ -50,7 +50,7 @@ def test_every_variant_of_a_peer_is_one_that_its_sections_have():
     where = Setting(CPU, torch.float32, SIZES, sets=1, layers=1)
     for kind in SUITES:
         (section, *_) = [one for one in suites.suite(kind, CPU) if one.kind == kind]
-        sections = suites.suite(kind, CPU) if kind == "pointwise" else [section]
+        sections = suites.suite(kind, CPU) if kind in ("attention", "pointwise") else [section]
         known = {name for one in sections for name in one.prepare(where).factories}
         named = {name for peer in PEERS for name in peer.variants.get(kind, ())}
         assert named - known == set(), kind

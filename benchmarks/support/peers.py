@@ -105,6 +105,7 @@ PEERS = (
         "sdpa_given_bias", "PyTorch's memory-efficient attention, its dense bias given",
         _of("attention", "sdpa_memory_efficient"),
     ),
+    Peer("sdpa_no_bias", "PyTorch's attention in a decoder, which has no bias", _of("attention", "sdpa")),
     Peer("sdpa_cudnn", "cuDNN's attention, its dense bias given and frozen", _of("attention", "sdpa_cudnn"), "", True),
     Peer("xformers", "xformers' attention, its dense bias given", _of("attention", "xformers"), "xformers", True),
     Peer("liger", "Liger's Triton kernels", _of("pointwise", "liger", "liger, tanh"), "liger_kernel", True),

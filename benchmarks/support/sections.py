@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.support import attention_goals as goals
+from benchmarks.support import decoder_attention, shapes
 from benchmarks.support import relative_bias_attention as attention
-from benchmarks.support import shapes
 from benchmarks.support.feed_forward import FeedForwardCase
 from benchmarks.support.layer import DROP_PATH, MODEL_LAYERS, LayerCase, strategies
 from benchmarks.support.pointwise import PointwiseCase, operations
@@ -174,6 +174,7 @@ def rest(quick: bool) -> list[Section]:
         _bias(batch),
         *(section(shape) for shape in batches for section in (layer_section, feed_forward_section, _bias)),
         *map(attention_section, images),
+        *map(decoder_attention_section, _decoder_batches(quick)),
         *map(compiled_section, compiled_there),
     ]  # fmt: skip
 
@@ -184,6 +185,10 @@ def _batches(quick: bool) -> list[Shape]:
 
 def _attention_shapes(quick: bool) -> list[Shape]:
     return attention.tiny_shapes() if quick else attention.full_shapes()
+
+
+def _decoder_batches(quick: bool) -> list[decoder_attention.Batch]:
+    return decoder_attention.small_batches() if quick else decoder_attention.full_batches()
 
 
 def compiled_section(section: Section) -> Section:
@@ -253,6 +258,15 @@ def attention_section(shape: Shape, **how: Any) -> Section:
         return Prepared(operation.factories, "reference", finish)
 
     return Section(f"attention, {shape.name}", "attention", prepare, **how)
+
+
+def decoder_attention_section(batch: decoder_attention.Batch, **how: Any) -> Section:
+    def prepare(setting: Setting) -> Prepared:
+        case = decoder_attention.DecoderAttentionCase(batch, *setting.where)
+        found = {**_described(batch[0]), **decoder_attention.described(batch)}
+        return Prepared(case.factories(), "reference", lambda records: found)
+
+    return Section(f"attention, {batch[0].name}", "attention", prepare, **how)
 
 
 def pointwise_section(name: str, shape: Shape, **how: Any) -> Section:

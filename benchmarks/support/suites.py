@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.support import peers, sections, shapes
+from benchmarks.support import decoder_attention, peers, sections, shapes
 from benchmarks.support import relative_bias_attention as attention
 from benchmarks.support.layer import MODEL_LAYERS
 from benchmarks.support.pointwise import OPERATIONS
@@ -46,8 +46,11 @@ def suite(name: str, device: torch.device, full: bool = False) -> list[Section]:
     batches = sections.full_shapes() if on_gpu else ragged_shapes()
     names = peers.measured(name, device, full)
     if name == "attention":
+        whole = attention.full_shapes() if on_gpu else batches
+        decoders = decoder_attention.full_batches() if on_gpu else decoder_attention.small_batches()
         return [
-            sections.attention_section(shape, names=names) for shape in (attention.full_shapes() if on_gpu else batches)
+            *(sections.attention_section(shape, names=names) for shape in whole),
+            *(sections.decoder_attention_section(batch, names=names) for batch in decoders),
         ]
     if name == "ffn":
         rows = ROWS_ON_GPU if on_gpu and full else (9500,) if on_gpu else (800,)
