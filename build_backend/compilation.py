@@ -30,8 +30,9 @@ def say(line: str) -> None:
 
 
 def sources() -> list[Path]:
-    """What is compiled."""
-    return [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
+    """What is compiled: long files, which take longest, first, so that all processors end at about the same time."""
+    found = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cpp")]
+    return sorted(found, key=lambda path: (-path.stat().st_size, path.name))
 
 
 def jobs(files: int, memory: int, processors: int) -> int:
@@ -77,7 +78,7 @@ def ninja_file(decision: Decision, folder: Path, output: Path) -> str:
         "  description = link $out",
     ]
     objects = []
-    for source in sorted(sources()):
+    for source in sources():
         objects.append(_escaped(folder.resolve() / f"{source.name}.o"))
         lines.append(f"build {objects[-1]}: compile {_escaped(source.resolve())}")
         if source.suffix == ".cpp":

@@ -192,6 +192,10 @@ def test_the_environment_names_the_architectures(machine):
     assert cuda_toolkit.decide().left_out and cuda_toolkit.build_requirements() == []
 
 
+def test_what_takes_longest_to_compile_begins_first():
+    assert [path.name for path in compilation.sources()][:2] == ["relative_bias_attention_forward.cu", "binding.cpp"]
+
+
 @pytest.mark.parametrize("bad", ["90", "sm_90a,8.0", "all", "none,sm_80", "sm_75", "sm_90a,compute_70", "compute_100"])
 def test_other_names_of_architectures_end_in_one_line(machine, bad):
     machine.wish(bad)
