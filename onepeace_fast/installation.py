@@ -8,7 +8,6 @@ import shlex
 import shutil
 import sys
 from importlib import metadata
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -55,9 +54,18 @@ def program_command(arguments: str) -> str:
 
 def _pip() -> str:
     """The pip of this interpreter, whatever the PATH says; uv where it has none, as in environments that uv made."""
-    if find_spec("pip") is None and shutil.which("uv"):
+    if not _has_pip() and shutil.which("uv"):
         return f"uv pip install --python {_python()}"
     return f"{_python()} -m pip install"
+
+
+def _has_pip() -> bool:
+    """Ask the metadata: before Python 3.12, to look for the module makes setuptools and torch.compile fail later."""
+    try:
+        metadata.distribution("pip")
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def _python() -> str:

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +25,12 @@ def python(monkeypatch, tmp_path):
         (folder / name).touch(mode=0o755)
     monkeypatch.setattr(sys, "executable", str(folder / "python"))
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(installation, "find_spec", lambda name: name)
+    monkeypatch.setattr(metadata, "distribution", lambda name: name)
     return folder / "python"
+
+
+def _not_installed(name):
+    raise metadata.PackageNotFoundError(name)
 
 
 @pytest.mark.parametrize("extra", ["demo", "train"])
@@ -47,9 +52,16 @@ def test_it_is_installed_into_the_python_that_lacks_it(python, monkeypatch, tmp_
     assert installation.install_command("demo").startswith("bin/python -m pip install -e ")
     monkeypatch.chdir(ROOT / "docs")
     assert shlex.split(installation.install_command("demo"))[:4] == [str(python), "-m", "pip", "install"]
-    monkeypatch.setattr(installation, "find_spec", lambda name: None)
+    monkeypatch.setattr(metadata, "distribution", _not_installed)
     (tmp_path / "uv").touch(mode=0o755)
     assert shlex.split(installation.install_command("demo"))[:5] == ["uv", "pip", "install", "--python", str(python)]
+
+
+def test_setuptools_is_imported_after_the_hint_as_torch_compile_does():
+    pytest.importorskip("setuptools")
+    code = "from onepeace_fast import installation; installation.install_command('demo'); import setuptools"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 def test_elsewhere_the_extra_s_packages_are_named(python, monkeypatch, tmp_path):
