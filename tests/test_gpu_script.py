@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from support.benchmark_cases import LostClock
 
 from benchmarks import gpu
-from benchmarks.support import peers, report, sections
+from benchmarks.support import decoder_attention, peers, report, sections
 from benchmarks.support import relative_bias_attention as attention
 from benchmarks.support.variants import PASSES, Variant
 
@@ -86,7 +86,7 @@ def test_the_most_telling_comes_first_and_compiled_peers_come_after_all_of_the_h
     full = [section.name for section in sections.rest(quick=False)]
     assert full[0] == "layer, vision-language 32, compiled peers" and full[6] == "bias, vision-language 32"
     others = full[6 : full.index("layer, image 64, compiled peers")]
-    assert len(others) == 1 + 3 * 3 + 10 and not any("compiled" in name for name in others)
+    assert len(others) == 1 + 3 * 3 + 10 + 3 and not any("compiled" in name for name in others)
     assert full[-1] == "attention, 2 x 1025, compiled peers"
 
 
@@ -144,14 +144,18 @@ def test_an_own_variant_that_does_not_compile_is_a_fault_and_a_peer_or_too_littl
 def test_attention_alone_is_measured_against_its_floor_and_what_is_left_out_says_why(quick_run):
     _, result = quick_run
     measured = of_kind(result, "attention")
+    decoders = {shape.name: measured.pop(shape.name) for shape, _ in decoder_attention.small_batches()}
     assert list(measured) == [shape.name for shape in attention.tiny_shapes()]
+    for decoder in decoders.values():
+        assert {"reference", "sdpa", "fused"} < set(decoder["variants"])
+        assert list(decoder["variants"]["fused"]["checked"]) == ["output", "gradient"]
     copied = result["sections"]["ceilings"]["variants"]["copy"]["GB_per_second"]
     for shape in measured.values():
         variants, is_part = shape["variants"], "time_per_pair" in shape
         compared = {"fused", "fused_no_bias", "fused_frozen_tables"}
         if not is_part:
             listed = peers.measured("attention", torch.device("cuda"), full=True)
-            assert set(listed) - COMPILED <= set(variants)
+            assert set(listed) - COMPILED - {"sdpa"} <= set(variants)  # that is of a decoder
             compared |= {"sdpa_memory_efficient", "bias_built_sdpa_memory_efficient"}
             compared |= {"all_layers_sdpa_memory_efficient", "all_layers_fused"}
         for name in compared:
