@@ -97,7 +97,10 @@ def _restrict(plan: RoutePlan, computed: Tensor) -> tuple[Tensor, dict[str, Tens
     row = torch.arange(plan.capacity, device=computed.device)
     before, total = of_branch.cumsum(1), of_branch.sum(1, keepdim=True)
     place = torch.where(of_branch, before - 1, total + row - before)
-    rows = torch.empty_like(place).scatter_(1, place, row.expand_as(place))
+    # As one vector: the host waits for a scatter of several dimensions in deterministic mode, which no graph may hold.
+    branch = plan.capacity * torch.arange(computed.shape[0], device=computed.device)[:, None]
+    rows = place.new_empty(place.numel()).scatter_(0, (branch + place).flatten(), row.expand_as(place).flatten())
+    rows = rows.view_as(place)
 
     lengths = plan.cu_seqlens.diff(dim=1) * computed[:, None, :]
     ends = lengths.flatten(1).cumsum(1).view_as(lengths)

@@ -30,6 +30,9 @@ HOST_READS = (
     aten.unique_dim, aten.allclose, aten.is_nonzero,
 )  # fmt: skip
 
+# Those that copy strides to the device in deterministic mode, but of vectors.
+SCATTERS = (aten.scatter, aten.scatter_, aten.scatter_add, aten.scatter_add_)
+
 # The Python functions that implement the library's ops, by name: see ``noting_implementations``.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
@@ -215,8 +218,11 @@ def _check_reads(function: Any, args: tuple, kwargs: Mapping[str, Any], asked: s
     packet = function.overloadpacket
     by_mask = packet in INDEXED and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
     unsized = packet is aten.repeat_interleave and kwargs.get("output_size") is None
+    strided = packet in SCATTERS and args[0].dim() > 1 and isinstance(args[3], Tensor)
     if packet in HOST_READS or by_mask or unsized:
         host_waits(str(function))
+    elif strided and torch.are_deterministic_algorithms_enabled():
+        host_waits(f"{function} of {args[0].dim()} dimensions in deterministic mode, a copy to the device")
     elif packet is aten._to_copy and asked == "cpu":
         host_waits(f"{function}, a copy to the host")
     elif packet is aten.copy_ and not (isinstance(args[0], EmulatedTensor) and isinstance(args[1], EmulatedTensor)):
