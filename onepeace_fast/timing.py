@@ -131,7 +131,7 @@ class EventClock(HostClock):
         """Note the rate of the multiprocessors' clock, where pynvml is installed: torch asks NVML by it."""
         try:
             self.frequencies.append(float(torch.cuda.clock_rate()))
-        except (ModuleNotFoundError, RuntimeError):
+        except Exception:  # also NVML's own, of machines that refuse to say
             return
 
     def shortened(self, call: Call, inputs: int) -> Call:
@@ -139,7 +139,7 @@ class EventClock(HostClock):
 
         A longer one is returned as it is, and so is one that cannot be captured since it waits for the device.
         """
-        if self.time(call, 0, self.time(call, 0).host).seconds > SHORT:
+        if self.time(call, 0, self.time(call, 0).host).seconds > SHORT or self.waits(call):
             return call
         try:
             graphs = [captured_graph(call, index) for index in range(inputs)]
@@ -147,6 +147,19 @@ class EventClock(HostClock):
             self.recover()
             return call
         return lambda index: graphs[index % len(graphs)].replay()
+
+    @staticmethod
+    def waits(call: Call) -> bool:
+        """Whether a call waits for the device; asked first, since a capture that it ends leaves torch in disorder."""
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(0)
+        except RuntimeError:
+            return True
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        return False
 
     @classmethod
     def _calibrate(cls) -> float:
@@ -196,9 +209,13 @@ def captured_graph(call: Call, index: int) -> torch.cuda.CUDAGraph:
     with torch.cuda.stream(stream):
         call(index)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(index)
+    graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph):
+            call(index)
+    except RuntimeError:
+        torch.cuda.set_stream(before)  # which the end of a capture that failed does not do
+        raise
     return graph
 
 

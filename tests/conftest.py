@@ -79,6 +79,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         import torch
 
         torch.backends.cudnn.allow_tf32 = False  # coarser than parity's tolerance, and on by default
+        torch.backends.cudnn.deterministic = True  # or convolutions of the front ends may differ from run to run
     if item.get_closest_marker("requires_compiler") and missing_compiler():
         pytest.skip("no C++ compiler is found (set CXX, or install g++)")
 

@@ -95,6 +95,9 @@ class GraphClock(EventClock):
         call(index)
         return timing.Taken(self.seconds, 0.0)
 
+    def waits(self, call):
+        return False
+
     def recover(self):
         self.recovered += 1
 
@@ -122,6 +125,22 @@ def test_a_call_that_cannot_be_captured_is_timed_as_it_is(monkeypatch):
     monkeypatch.setattr(timing, "captured_graph", refuses)
     clock, call = GraphClock(timing.SHORT / 2), [].append
     assert clock.shortened(call, 2) == call and clock.recovered == 1
+
+
+def test_a_call_that_waits_for_the_device_is_not_captured(monkeypatch):
+    modes = [0]
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: modes[-1])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def waits(index):
+        if modes[-1] == "error":
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    clock = GraphClock(timing.SHORT / 2)
+    monkeypatch.setattr(clock, "waits", timing.EventClock.waits)
+    monkeypatch.setattr(timing, "captured_graph", None)  # not called
+    assert clock.shortened(waits, 2) is waits and modes == [0, "error", 0]
+    assert not timing.EventClock.waits([].append) and modes[-1] == 0
 
 
 def test_events_enclose_the_call_alone_once_the_device_has_left_its_idle_clocks(monkeypatch):

@@ -124,18 +124,18 @@ def _untaken_by_tiles(strategy: str, z: Tensor, hidden: int, modalities: int, un
     """Why a strategy's own products cannot take these tensors, in one line; None where they can or it has none."""
     if strategy not in IN_TILES:
         return None
-    multiple = TILE_ALIGNMENT // z.element_size()
+    multiple, dtype = TILE_ALIGNMENT // z.element_size(), str(z.dtype).removeprefix("torch.")
     for name, columns in (("z", z.shape[1]), ("w0", hidden)):
         if columns % multiple:
             return (
                 f"{name}: expected a multiple of {multiple} {'columns' if name == 'z' else 'hidden columns'} with "
-                f"strategy '{strategy}' in {str(z.dtype).removeprefix('torch.')}, got {columns}; use 'per_modality'"
+                f"strategy '{strategy}' in {dtype}, got {columns}; use 'per_modality'"
             )
     if z.is_cuda and (reason := _refused_by(z.device)) is not None:
         return f"z: {reason} with strategy '{strategy}'; use 'per_modality'"
     half = z.dtype in (torch.float16, torch.bfloat16)
     if not half and not (z.dtype == torch.float32 and not z.is_cuda):
-        return f"z: expected float16 or bfloat16 with strategy '{strategy}', got {describe(z)}; use 'per_modality'"
+        return f"z: expected float16 or bfloat16 with strategy '{strategy}', got {dtype}; use 'per_modality'"
     if strategy == "grouped" and unfolded and hidden > (most := WIDEST["gated_sub_ln"]):
         return (
             f"w0: expected at most {most} hidden columns with strategy 'grouped' and a norm in float16, got {hidden}; "

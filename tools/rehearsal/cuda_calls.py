@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from tools.rehearsal.two_devices import EmulatedTensor, forbid_host_reads, host_waits, no_host_reads
+from tools.rehearsal.two_devices import EmulatedTensor, State, forbid_host_reads, host_waits, no_host_reads
 
 MULTIPROCESSORS = 132
 # What autocast runs in half precision on CUDA, as far as this library and its tests use it.
@@ -132,6 +132,7 @@ def answered(architecture: str = "sm_90") -> Iterator[None]:
         "default_stream": lambda *_: Stream(), "stream": lambda stream: stream, "Stream": Stream, "Event": Event,
         "CUDAGraph": Graph, "graph": capture, "is_current_stream_capturing": lambda: False,
         "set_sync_debug_mode": lambda mode: forbid_host_reads(mode in ("error", 2)), "_sleep": nothing,
+        "get_sync_debug_mode": lambda: 2 if State.reads_forbidden else 0,
         "empty_cache": nothing, "reset_peak_memory_stats": nothing, "memory_allocated": zero,
         "max_memory_allocated": zero, "memory_reserved": zero, "manual_seed": nothing, "manual_seed_all": nothing,
         "get_rng_state": lambda *_: torch.get_rng_state(), "set_rng_state": nothing,
