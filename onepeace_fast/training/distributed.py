@@ -60,6 +60,7 @@ class Processes:
                 f"device: expected a GPU for process {local + 1} of this machine, got {found} that torch sees",
             )
             torch.cuda.set_device(local)
+            torch.backends.cudnn.deterministic = True  # a run that goes on ends in the bits of one that never stopped
         if count > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
         yield cls(rank, count, torch.device(kind, local) if kind == "cuda" else torch.device(kind))

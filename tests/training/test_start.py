@@ -113,3 +113,11 @@ def test_the_speed_counts_every_batch_of_every_process(folder, alone, monkeypatc
     with pytest.raises(Begun) as begun:
         train.train(config, Processes(0, 2, torch.device("cpu")))
     assert begun.value.args == (0, 4, 5, 4 * 3 * 2)
+
+
+def test_convolutions_on_a_gpu_are_asked_for_the_same_bits_in_every_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    with Processes.start("cuda"):
+        assert torch.backends.cudnn.deterministic
