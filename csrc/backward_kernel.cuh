@@ -385,6 +385,7 @@ __global__ void __launch_bounds__((BackwardLaunch<HEAD_DIM, VALUE_DIM, COMPACT>:
         flush(backward);
         __syncthreads();  // nobody reads the sample any more
     }
+    __syncthreads();  // without samples too, everybody sees what the thread block began with
     add_all_differences(backward);
     if (part == 0 && workspace.scale_parts && thread_index() < WARP) {
         float sum = shared.scale_sums[thread_index()];

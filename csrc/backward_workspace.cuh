@@ -167,7 +167,7 @@ inline BackwardWorkspace plan_workspace(
     for (int m = 0; m < arguments.bias_vectors; ++m) learned = learned || gradients.bias[m];
     const auto take = [&](int64_t elements) {
         void* taken = static_cast<char*>(gradients.workspace) + workspace.bytes;
-        workspace.bytes += (elements * 4 + 15) / 16 * 16;
+        workspace.bytes += (std::max<int64_t>(elements, 1) * 4 + 15) / 16 * 16;  // null says that it is not needed
         return taken;
     };
     const int64_t pairs = static_cast<int64_t>(arguments.queries.rows) * arguments.heads;

@@ -70,3 +70,13 @@ def test_keys_of_128_beside_values_of_64(attend, order, limit):
     form = Form(order=order, runs=True, cls=True, head_scale=True, sizes=(128, 64), lengths=(counts, counts))
     check_form(attend, form, shared_limit=SHARED_LIMITS[limit])
     check_form(attend, form, torch.float16, shared_limit=SHARED_LIMITS[limit], multiprocessors=132)
+
+
+def test_keys_that_no_query_sees_get_zeros(attend):
+    """Without any row of queries, and keys that no walk takes whole."""
+    form = Form(cross=True, sizes=(32, 32), lengths=([[0]], [[290]]))
+    leaves = {name: leaf.bfloat16() for name, leaf in form.leaves.items()}
+    q, k, v = form.qkv(leaves)
+    given = form.arguments(leaves) | {name: getattr(form.segments, name)[:0] for name in ("modality", "code", "is_cls")}
+    (results,) = attend((q[:0], k, v), q[:0], **given, bias_needs=[False])
+    assert not any(gradient.any() for gradient in results.qkv)

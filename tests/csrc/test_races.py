@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch
 from support import host_shim
-from support.attention_cases import any_cls, lengths, mixed, windowed_grid
+from support.attention_cases import Batch, any_cls, lengths, mixed, series, windowed_grid
 from support.attention_forms import FORMS, SEVERAL_TILES, Form
 from support.contract import normal
 from support.kernel_attention import WALKS, gradient_of
+from support.plans import naive_layout, whole_rows
 
 pytestmark = pytest.mark.slow
 HEAD_SIZES = (32, 64, 96, 128)
@@ -25,6 +26,11 @@ CASES = {
     "two walks": (lambda: lengths([131]), WALKS["whole"], (128,)),
     "growing": (lambda: lengths([100]), WALKS["whole"], (32,)),
     "frozen": (lambda: lengths([3, 150, 3]), {"max_length": 1}, (128,)),
+    "no samples": (
+        lambda: Batch(naive_layout(whole_rows({"text": []}), capacity=3), (series(4, 2),)),
+        WALKS["whole"],
+        HEAD_SIZES,
+    ),
 }
 
 
@@ -108,6 +114,7 @@ BARRIERS = {
     "backward: next keys": ("two walks", BACKWARD, "    __syncthreads();  // the next keys"),
     "backward: sample": ("three modalities", BACKWARD, "        __syncthreads();  // everybody sees the sample"),
     "backward: next sample": ("frozen", BACKWARD, "        __syncthreads();  // nobody reads the sample"),
+    "backward: no samples": ("no samples", BACKWARD, "    __syncthreads();  // without samples too"),
     "backward: blocks": ("three modalities", MEMORY, "        __syncthreads();  // every key block is known"),
     "backward: codes of a tile": ("three modalities", MEMORY, "        __syncwarp();  // all codes are there"),
     "backward: run of a key block": ("three modalities", MEMORY, "        __syncwarp();  // all lanes see it"),
