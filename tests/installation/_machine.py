@@ -1,5 +1,6 @@
 """A machine on which bootstrap.py runs: processes that are recorded instead of started."""
 
+import importlib.machinery
 import importlib.util
 import os
 import sys
@@ -47,7 +48,9 @@ class Machine:
 
 def offer(bootstrap, monkeypatch, *modules: str, programs: tuple[str, ...] = ()) -> None:
     """Let bootstrap.py find these modules and programs alone."""
-    monkeypatch.setattr(bootstrap, "find_spec", lambda name: importlib.util.find_spec(name) if name in modules else 0)
+    # Along sys.path alone: setuptools, where it is asked for pip, leaves distutils alone and cannot be imported later.
+    find = importlib.machinery.PathFinder.find_spec
+    monkeypatch.setattr(bootstrap, "find_spec", lambda name: find(name) if name in modules else 0)
     monkeypatch.setattr(bootstrap.shutil, "which", lambda name: name if name in programs else None)
 
 
