@@ -125,7 +125,8 @@ inline int shared_limit(int device) {
 
 // Launch on a device, which stays the current one: the caller has a guard, and to set back what was the current device
 // would create a context there. The kernel is allowed its shared memory anew each time, since that holds for one device
-// alone. Returns null, or one line.
+// alone. Between that and the launch no other thread may come: Python's lock, which the binding keeps, sees to it.
+// Returns null, or one line.
 template <typename... Parameters, typename... Values>
 const char* launch_kernel(
     void (*kernel)(Parameters...), int device, dim3 grid, int threads, size_t shared_bytes, void* stream,
