@@ -85,7 +85,7 @@ def test_build_installs_offline_and_compiles_the_extension_beside_the_kernels(tm
     assert "gpu.py --out" in command_of(kernels) and command_of(kernels).endswith(
         "--device cuda --part headline --date 2030-01-02T0304 --budget-seconds 97.0 --warm"
     )
-    assert not kernels.needed
+    assert not kernels.needed and kernels.most_seconds == 60.0
     monkeypatch.setattr(plan.os, "access", lambda *_: False)
     assert "--no-index --user --editable" in command_of(jobs_of(machine_of(tmp_path), "build")[0][0])
 
@@ -100,7 +100,7 @@ def test_a_machine_that_cannot_build_the_extension_says_why_and_a_compiler_s_err
 def test_smoke_runs_each_check_in_its_own_process_and_says_how_to_look_closer(tmp_path):
     (jobs,) = jobs_of(machine_of(tmp_path), "smoke")
     assert [command_of(job) for job in jobs] == [f"HOST -m tools.gpu_run.smoke {n} --device cuda" for n in plan.SMOKE]
-    assert {"attention_72", "attention_257"} <= set(plan.SMOKE)
+    assert {"attention_72", "attention_257"} <= set(plan.SMOKE) and {job.most_seconds for job in jobs} == {45.0}
     blocking, sanitizer = plan.closer_look("attention_72")
     run = f"{sys.executable} -m tools.gpu_run.smoke attention_72"
     assert blocking == f"CUDA_LAUNCH_BLOCKING=1 {run}" and sanitizer.endswith(f"compute-sanitizer {run}")
@@ -120,6 +120,7 @@ def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not
         assert {"tests/models/test_parity.py", "tests/kernels/test_layer_norm.py"} <= set(files)
         assert "tests/test_config.py" not in files and all((ROOT / file).is_file() for file in files)
         assert len({job.environment["GPU_RUN_TESTS"] for job in jobs}) == len(jobs)
+        assert {job.most_seconds for job in jobs} == {60.0}
         died = [jobs[0].again(code) for code in (0, 1, 2, 3, 5, DEVICE_LOST, -9, -11)]
         assert died == [False] * 5 + [True] * 3
     chosen = f"({plan.PARITY}) and (norm)" if keyword else f"({plan.PARITY})"
@@ -164,7 +165,7 @@ def test_benchmarks_go_on_after_a_crash_and_end_before_they_are_ended(tmp_path):
         " --budget-seconds 35.0"
     )
     assert [job.again(code) for code in (0, 1, 2, 3, -9, -11)] == [False, False, False, True, True, True]
-    assert proposal == []
+    assert proposal == [] and job.most_seconds == 60.0
     (kernels,), (job,) = jobs_of(machine_of(tmp_path), "peers")
     assert "--part rest" in command_of(job) and command_of(job, 50.0).endswith("--budget-seconds 47.0")
     assert command_of(kernels, 50.0).endswith("--budget-seconds 22.0 --warm")
@@ -211,6 +212,7 @@ def test_sanitizers_look_at_two_short_shapes(tmp_path, monkeypatch, place):
     for tool, line in zip(("memcheck", "racecheck") * 2, checked, strict=True):
         assert line.startswith(f"{program} --tool {tool} --kernel-name kns=onepeace_fast --error-exitcode 99 HOST ")
     assert all(job.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for job in jobs)
+    assert {job.most_seconds for job in jobs} == {None}  # a race's check takes hundreds of times longer
 
 
 def test_without_compute_sanitizer_one_line_says_so(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import time
 import pytest
 from installation._machine import SCRIPT
 
+from benchmarks.support.watchdog import LIMIT
 from tools.gpu_run import processes
-from tools.gpu_run.plugin import DEVICE_LOST, UNFINISHED, read_records
+from tools.gpu_run.plugin import DEVICE_LOST, LOST, UNFINISHED, read_records
 from tools.gpu_run.processes import CUT, FAILED, PASSED, Job, Log, run_jobs
 
 ROOT = SCRIPT.parent
@@ -84,6 +85,57 @@ def test_a_job_is_told_its_time_and_starts_again_where_it_can_go_on(tmp_path, lo
     assert outcome.state == PASSED and len(told) == 3 and 60 >= told[0] > told[1] > told[2]
     (outcome,) = run_jobs([job("b", "exit(3)", again=lambda code: code == 3)], 60.0, 1, log)
     assert outcome.state == FAILED and outcome.note.startswith("exit code 3")
+
+
+HANGS = """
+import collections, itertools, signal, sys, time
+from benchmarks.support.watchdog import Watchdog
+
+watchdog, left = Watchdog(), lambda: signal.getitimer(signal.ITIMER_REAL)[0]
+compiled = watchdog._compiled
+if "triton" in sys.modules:
+    from triton import knobs
+    compiled = knobs.compilation.listener
+compiled()
+print("before", left())
+for again in (watchdog.restart, watchdog.restart, compiled):
+    again()
+    print("restarted", left() > 0.9)
+    time.sleep(0.2)
+watchdog.stop()
+print("stopped", left())
+watchdog.restart()
+def hang(): collections.deque(itertools.repeat(0), maxlen=0)  # and no handler of Python's runs meanwhile
+hang()
+"""
+
+
+def test_a_job_in_which_nothing_answers_is_a_failure_that_says_where_it_was(log):
+    asked = HANGS.partition("compiled =")[0] + "import os\ndef wait(): os.kill(os.getpid(), signal.SIGTERM)\nwait()"
+    jobs = [
+        job("a", HANGS, most_seconds=1.0),
+        job("b", asked, most_seconds=60.0),
+        job("c", "import time; time.sleep(2)"),
+    ]
+    hung, ended, beside = run_jobs(jobs, 60.0, 3, log)
+    assert (hung.state, hung.note) == (FAILED, "no answer within 1 s: a kernel may hang")
+    assert hung.lines[:5] == ["before 0.0", *["restarted True"] * 3, "stopped 0.0"]
+    assert any(line.endswith(" in hang") for line in hung.lines) and hung.seconds < 30
+    assert beside.state == PASSED
+    assert ended.note.startswith("exit code -15") and any(line.endswith(" in wait") for line in ended.lines)
+
+
+def test_a_job_that_cannot_be_ended_keeps_nothing_waiting(log, monkeypatch):
+    started = []
+    monkeypatch.setattr(processes, "GRACE", 0.1)
+    monkeypatch.setattr(processes, "LAST", 0.1)
+    monkeypatch.setattr(processes._Running, "signal", lambda self, number: started.append(self.process))
+    try:
+        (outcome,) = run_jobs([job("a", "import time; time.sleep(60)")], 0.3, 1, log)
+        assert (outcome.state, outcome.note) == (FAILED, "it was killed and has not ended: the device may hang")
+    finally:
+        started[0].kill()
+        started[0].wait()
 
 
 def test_an_interruption_leaves_no_job_behind(tmp_path, log):
@@ -163,15 +215,18 @@ def tested(tmp_path):
     """Run pytest with the plugin over a file of its own; returns outcomes by name, and the exit code."""
     (tmp_path / "pytest.ini").write_text("[pytest]\naddopts = -p no:cacheprovider\n")
 
-    def run(*options: str, tests: str = TESTS, earlier: str = "", shard: str = "1/1", again: bool = False):
+    def run(
+        *options: str, tests: str = TESTS, earlier: str = "", shard: str = "1/1", again: bool = False, most: str = ""
+    ):
         record = tmp_path / "tests.jsonl"
         if not again:
             (tmp_path / "test_a.py").write_text(tests)
             record.unlink(missing_ok=True)
-        given = {"GPU_RUN_TESTS": str(record), "GPU_RUN_TESTED": earlier, "GPU_RUN_SHARD": shard}
+        given = {"GPU_RUN_TESTS": str(record), "GPU_RUN_TESTED": earlier, "GPU_RUN_SHARD": shard, LIMIT: most}
         environment = {**os.environ, **given, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.gpu_run.plugin", *options]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        (tmp_path / "stderr").write_text(done.stderr)
         found = {one["test"].split("::")[1]: one for one in read_records(record) if "outcome" in one}
         return found, done.returncode
 
@@ -201,6 +256,41 @@ def test_a_process_that_takes_the_place_of_one_that_died_goes_on_behind_the_test
     assert (found, code) == ({}, -9)
     found, code = tested("test_a.py", again=True)
     assert found["test_crash"]["outcome"] == "failed" and found["test_crash"]["message"] == UNFINISHED and code == 5
+
+
+HUNG = """
+import collections, itertools, sys, types
+
+def hang(): collections.deque(itertools.repeat(0), maxlen=0)
+def test_before(): pass
+def test_hangs(): hang()
+def test_leaves_a_kernel_that_hangs():
+    sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(is_initialized=bool, synchronize=hang))
+    sys.modules["torch"].cuda.is_initialized = lambda: True
+def test_after(): pass
+"""
+
+
+def test_a_test_in_which_nothing_answers_ends_its_process_and_is_named_by_the_next(tested, tmp_path):
+    found, code = tested("test_a.py", tests=HUNG, most="1")
+    assert code == -signal.SIGALRM and list(found) == ["test_before"]
+    assert " in test_hangs\n" in (tmp_path / "stderr").read_text()
+    found, code = tested("test_a.py", again=True, most="1")
+    assert code == -signal.SIGALRM and list(found) == ["test_before", "test_hangs"]
+    assert " in device_lost\n" in (tmp_path / "stderr").read_text()
+    found, code = tested("test_a.py", again=True, most="1")
+    assert code == 0 and {name: one["outcome"] for name, one in found.items()} == {
+        "test_before": "passed", "test_hangs": "failed", "test_leaves_a_kernel_that_hangs": "failed",
+        "test_after": "passed",
+    }  # fmt: skip
+    assert found["test_hangs"]["message"] == UNFINISHED
+
+
+def test_a_test_that_passes_and_leaves_a_lost_device_has_failed(tested):
+    found, code = tested("test_a.py", "-k", "loses", tests=TESTS.replace("raise RuntimeError(\"the kernel's", 'str("'))
+    assert code == DEVICE_LOST
+    ends = {name: (one["outcome"], one["message"]) for name, one in found.items()}
+    assert ends == {"test_loses_the_device": ("failed", LOST)}
 
 
 def test_the_parts_of_a_file_make_the_whole(tested):

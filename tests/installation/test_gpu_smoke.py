@@ -1,6 +1,7 @@
 """The smoke checks on a CPU, and how `make gpu` builds the extension into the checkout."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -42,6 +43,14 @@ def test_a_fault_in_an_output_or_a_gradient_is_found(monkeypatch, capsys, tensor
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 7 and ("FAULT in" in said[0] and f": {tensor}, " in said[0]) == (tensor is not None)
     assert all(": ok; 0 launches; nearest to its bound: " in line for line in said[1:])
+
+
+def test_each_case_must_answer_in_time(monkeypatch):
+    restarts = []
+    monkeypatch.setattr(smoke, "Watchdog", lambda: types.SimpleNamespace(restart=lambda: restarts.append(len(said))))
+    said = []
+    assert smoke.faults(smoke.checks(full=False)["layer_norm"], CPU, said.append) == 0
+    assert restarts == list(range(len(said) + 1)) and len(said) == 7
 
 
 @pytest.fixture

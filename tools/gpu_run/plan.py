@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tools.gpu_run.plugin import DEVICE_LOST
 from tools.gpu_run.processes import FAILED, PASSED, ROOT, UNAVAILABLE, Job, by_exit_code, python
@@ -27,6 +28,8 @@ PARITY = "repeat or test_parity or test_on_gpu or test_goldens or test_encoder"
 KERNEL_TESTS, SHARDS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels
 NOTHING_COLLECTED, LEFT_OUT, BENCHMARK_LOST_DEVICE = 5, 4, 3  # exit codes: pytest's, our tools', the benchmark's
 FINISH = 3.0  # seconds of its share that the benchmark is not told of, to end by itself
+# Seconds without an answer, after which a kernel is taken to hang: of a smoke check's case, of a test or of a variant.
+CASE_ANSWERS, TEST_ANSWERS = 45.0, 60.0
 PROPOSAL = 12.0  # seconds that the headline leaves for the proposal, which imports torch
 REFUSED = re.compile(
     r"Device not supported|device is not supported|LibraryNotLoaded|Failed to initialize", re.IGNORECASE
@@ -120,7 +123,7 @@ def _compile(machine: Machine, part: str) -> list[Job]:
     if part == "rest" and not machine.on_gpu:
         return []  # a rehearsal compiles nothing
     share = 0.5 if part == "rest" else 1.0  # the other half is for times
-    return [Job(f"compile {part}", _gpu_script(machine, part, "--warm", share=share))]
+    return [Job(f"compile {part}", _gpu_script(machine, part, "--warm", share=share), most_seconds=TEST_ANSWERS)]
 
 
 def _gpu_script(
@@ -152,6 +155,7 @@ def _benchmark(machine: Machine, part: str) -> Job:
         _gpu_script(machine, part, left=left),
         shown=True,
         again=lambda code: code == BENCHMARK_LOST_DEVICE or code < 0,
+        most_seconds=TEST_ANSWERS,
     )
 
 
@@ -164,9 +168,8 @@ def _proposal(machine: Machine, state: State) -> list[Job]:
 
 
 def _smoke(machine: Machine, check: str) -> Job:
-    return Job(
-        check, python("-m", "tools.gpu_run.smoke", check, "--device", machine.device), shown=True, judge=_or_unavailable
-    )
+    command = python("-m", "tools.gpu_run.smoke", check, "--device", machine.device)
+    return Job(check, command, shown=True, judge=_or_unavailable, most_seconds=CASE_ANSWERS)
 
 
 def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
@@ -186,7 +189,8 @@ def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
             "GPU_RUN_TESTS": str(machine.work / f"{stage}-{name}.jsonl"), "GPU_RUN_TESTED": tested,
             "GPU_RUN_SHARD": f"{shard}/{shards}",
         }  # fmt: skip
-        return Job(f"{stage} {name}", python(*common, file), environment, judge=_tests_judge, again=_died)
+        how: dict[str, Any] = {"judge": _tests_judge, "again": _died, "most_seconds": TEST_ANSWERS}
+        return Job(f"{stage} {name}", python(*common, file), environment, **how)
 
     shards_of = {file: SHARDS if file.startswith(KERNEL_TESTS) and not keyword else 1 for file in files_of_gpu_tests()}
     return [job(file, shard, shards) for file, shards in shards_of.items() for shard in range(1, shards + 1)]

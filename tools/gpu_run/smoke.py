@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.support.watchdog import Watchdog
 from onepeace_fast import cuda_extension
 from onepeace_fast.hardware.cases import Case, Make, kernel_cases, pairs, product_cases, specified_cases
 from onepeace_fast.hardware.selftest import compare_case, launches
@@ -62,6 +63,8 @@ def checks(full: bool) -> dict[str, Check]:
 def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> int:
     """Hold every case of a check against its reference; tells each case's worst tensor, and how many broke it."""
     found = cases = 0
+    watchdog = Watchdog()
+    watchdog.restart()
     for on_cpu, on_device in pairs(check.cases, device):
         if not check.holds(on_cpu):
             continue
@@ -78,6 +81,7 @@ def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> in
         state = "ok" if not broken else f"FAULT in {broken} of {len(compared)} comparisons"
         say(f"{on_cpu.operation}, {on_cpu.variant}: {state}; {launched} launches; nearest to its bound: "
             f"{worst.tensor}, {worst.kind} error {worst.error:.2e} of {worst.allowed:.2e}")  # fmt: skip
+        watchdog.restart()
     if not cases:
         raise SystemExit(f"{check.operation}: no case was found")
     return found
