@@ -68,11 +68,14 @@ def command_of(job, seconds: float = 100.0) -> str:
     )
 
 
-def test_the_stages_stand_in_order_and_only_smoke_ends_the_run(tmp_path):
+def test_the_stages_stand_in_order_and_only_a_device_that_smoke_lost_ends_the_run(tmp_path):
     stages = plan.stages(machine_of(tmp_path))
     names = ["build", "smoke", "parity", "benchmarks", "tests", "peers", "sanitizers"]
     assert [stage.name for stage in stages] == names
-    assert [stage.name for stage in stages if stage.ends_run] == ["smoke"]
+    for name in names:
+        for job in (job for phase in jobs_of(machine_of(tmp_path), name) for job in phase):
+            ends = [code for code in (0, 1, 2, plan.LEFT_OUT, DEVICE_LOST, -9, None) if job.ends_run(code)]
+            assert ends == ([DEVICE_LOST, -9, None] if name == "smoke" else []), job.name
 
 
 def test_build_installs_offline_and_compiles_the_extension_beside_the_kernels(tmp_path, monkeypatch):
@@ -178,6 +181,7 @@ def test_benchmarks_go_on_after_a_crash_and_end_before_they_are_ended(tmp_path):
         (PASSED, FAILED, 0),
         (PASSED, CUT, 0),
         (CUT, PASSED, 0),
+        (FAILED, PASSED, 0),
         (PASSED, None, 0),
         (None, PASSED, 0),
     ],

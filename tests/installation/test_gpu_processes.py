@@ -138,6 +138,15 @@ def test_a_job_that_cannot_be_ended_keeps_nothing_waiting(log, monkeypatch):
         started[0].wait()
 
 
+def test_a_job_ends_the_run_by_its_exit_code_and_not_by_the_end_of_its_time(log):
+    how = {"ends_run": lambda code: code in (33, -9, -15)}
+    codes = {"a": "exit(33)", "b": "exit(1)", "c": "import os; os.kill(os.getpid(), 9)", "d": "exit(0)"}
+    outcomes = run_jobs([job(name, code, **how) for name, code in codes.items()], 60.0, 4, log)
+    assert [one.ends_run for one in outcomes] == [True, False, True, False]
+    (cut,) = run_jobs([job("e", "import time; time.sleep(60)", **how)], 0.1, 1, log)
+    assert cut.state == CUT and not cut.ends_run
+
+
 def test_an_interruption_leaves_no_job_behind(tmp_path, log):
     pids = tmp_path / "pid"
 

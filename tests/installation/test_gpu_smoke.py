@@ -9,6 +9,7 @@ import torch
 from onepeace_fast.hardware import selftest
 from onepeace_fast.hardware.cases import empty_tensors
 from tools.gpu_run import extension, plan, smoke
+from tools.gpu_run.plugin import DEVICE_LOST
 
 CPU = torch.device("cpu")
 
@@ -43,6 +44,21 @@ def test_a_fault_in_an_output_or_a_gradient_is_found(monkeypatch, capsys, tensor
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 7 and ("FAULT in" in said[0] and f": {tensor}, " in said[0]) == (tensor is not None)
     assert all(": ok; 0 launches; nearest to its bound: " in line for line in said[1:])
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_lost_device_is_told_apart_from_a_fault(monkeypatch, capsys, raises):
+    def faults(*_):
+        if raises:
+            raise RuntimeError("CUDA error: an illegal\nmemory access")
+        return 1
+
+    monkeypatch.setattr(smoke, "faults", faults)
+    assert smoke.main(["layer_norm", "--device", "cpu"]) == 1
+    monkeypatch.setattr(smoke, "device_lost", lambda: True)
+    assert smoke.main(["layer_norm", "--device", "cpu"]) == DEVICE_LOST
+    reason = "RuntimeError: CUDA error: an illegal memory access" if raises else "seen after the last case"
+    assert capsys.readouterr().out == f"the device answers no more: {reason}\n"
 
 
 def test_each_case_must_answer_in_time(monkeypatch):

@@ -96,8 +96,10 @@ class Run:
         states = {result.name: result.state for result in state.results}
         if missing := [name for name, state in states.items() if state in (CUT, LEFT_OUT)]:
             print(f"Not everything has run: {', '.join(missing)}. Again: --stages {','.join(missing)}")
+        if failed := [name for name, state in states.items() if state == FAILED]:
+            print(f"FAILED: {', '.join(failed)}")
         print(f"Results in {self.machine.out}", flush=True)
-        return int(FAILED in states.values())
+        return int(bool(failed))
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -62,8 +62,8 @@ def stages(machine: Machine) -> list[Stage]:
             [lambda _: _install(machine), lambda _: [*_extension(machine), *_compile(machine, "headline")]],
         ),
         Stage(
-            "smoke", 90, "each op in bfloat16 against its reference, each in its own process; a fault ends the run",
-            [lambda _: [_smoke(machine, n) for n in SMOKE if machine.on_gpu or n not in NEEDS_KERNELS]], ends_run=True,
+            "smoke", 90, "each op in bfloat16 against its reference, in its own process; a lost device ends the run",
+            [lambda _: [_smoke(machine, n) for n in SMOKE if machine.on_gpu or n not in NEEDS_KERNELS]],
         ),
         Stage(
             "parity", 80, "the tests that both backends agree, and that 50 repeats are bitwise equal",
@@ -169,7 +169,8 @@ def _proposal(machine: Machine, state: State) -> list[Job]:
 
 def _smoke(machine: Machine, check: str) -> Job:
     command = python("-m", "tools.gpu_run.smoke", check, "--device", machine.device)
-    return Job(check, command, shown=True, judge=_or_unavailable, most_seconds=CASE_ANSWERS)
+    how: dict[str, Any] = {"judge": _or_unavailable, "ends_run": _lost, "most_seconds": CASE_ANSWERS}
+    return Job(check, command, shown=True, **how)
 
 
 def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
@@ -198,6 +199,11 @@ def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
 
 def _died(code: int) -> bool:
     return code == DEVICE_LOST or code < 0
+
+
+def _lost(code: int | None) -> bool:
+    """A signal ended the process, or it saw the device lost, or nothing ends it; a wrong value is none of these."""
+    return code is None or _died(code)
 
 
 def files_of_gpu_tests(root: Path = ROOT) -> list[str]:

@@ -40,7 +40,8 @@ class Job:
 
     ``shown``: its lines are printed at once. ``judge`` makes a state and a note of its exit code and last lines. After
     an exit code that ``again`` accepts it is started anew, to go on with what is left. Where a ``needed`` job has not
-    passed, nothing after it makes sense. ``most_seconds`` are how long its ``Watchdog`` waits for an answer of the GPU.
+    passed, nothing after it makes sense, nor where it failed with an exit code that ``ends_run`` accepts, which is told
+    None where nothing ended the process. ``most_seconds`` are how long its ``Watchdog`` waits for the GPU's answer.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Job:
     judge: Judge = by_exit_code
     again: Callable[[int], bool] = lambda code: False
     needed: bool = False
+    ends_run: Callable[[int | None], bool] = lambda code: False
     most_seconds: float | None = None
 
 
@@ -62,6 +64,7 @@ class Outcome(NamedTuple):
     note: str = ""
     lines: Sequence[str] = ()
     needed: bool = False
+    ends_run: bool = False
 
 
 class Log:
@@ -138,7 +141,8 @@ class _Running:
             state, note = FAILED, f"no answer within {self.job.most_seconds:g} s: a kernel may hang"
         else:
             state, note = self.job.judge(code, self.lines)
-        return Outcome(self.job.name, state, seconds, note, list(self.lines), self.job.needed)
+        ends_run = state == FAILED and self.job.ends_run(code)
+        return Outcome(self.job.name, state, seconds, note, list(self.lines), self.job.needed, ends_run)
 
 
 def run_jobs(

@@ -17,15 +17,14 @@ Execute = Callable[[Sequence[Job], float], list[Outcome]]
 class Stage:
     """A stage: its jobs side by side, phase after phase; each phase is asked for its jobs when its time has come.
 
-    ``weight`` over those of the stages still to come is its share. ``ends_run``: its failure ends the run. ``check``
-    says in one line what is wrong whatever the jobs say, or None; it is told whether one was cut short.
+    ``weight`` over those of the stages still to come is its share. ``check`` says in one line what is wrong whatever
+    the jobs say, or None; it is told whether one was cut short.
     """
 
     name: str
     weight: float
     shows: str
     phases: Sequence[Callable[[State], Sequence[Job]]]
-    ends_run: bool = False
     check: Callable[[bool], str | None] = lambda cut: None
 
 
@@ -63,7 +62,7 @@ def run_stages(
     stages: Sequence[Stage], seconds: float, execute: Execute, now: Callable[[], float],
     began: Callable[[Stage, float], None], ended: Callable[[Stage, State], None],
 ) -> State:  # fmt: skip
-    """Run stages within ``seconds`` in all; a stage that fails does not keep later ones from running, unless it must.
+    """Run stages within ``seconds`` in all; a stage that fails does not keep later ones from running; a job may.
 
     ``began`` is told a stage and its share in seconds, ``ended`` a stage and all results so far.
     """
@@ -87,8 +86,8 @@ def run_stages(
                 break
         result.seconds = now() - start
         result.state, result.note = _verdict(stage, result.outcomes)
-        if stage.ends_run and result.state == FAILED:
-            obstacle = f"{stage.name} found a fault"
+        if lost := [outcome.name for outcome in result.outcomes if outcome.ends_run]:
+            obstacle = f"{lost[0]} lost the device"
         ended(stage, state)
     return state
 
