@@ -41,6 +41,27 @@ def test_gpu_runs_the_stages_in_this_python_and_passes_on_arguments_and_exit_cod
     assert not bootstrap.VENV.exists()
 
 
+STAGES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+print("on", flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for it")
+def test_who_ends_bootstrap_ends_the_run(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.11'\nclass cuda: is_available = lambda: True")
+    (tmp_path / "tools" / "gpu_run").mkdir(parents=True)
+    (tmp_path / "tools" / "gpu_run" / "__main__.py").write_text(STAGES)
+    command = [sys.executable, shutil.copy(SCRIPT, tmp_path), "gpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "on\n"
+        process.terminate()
+        assert process.wait(60) == 143
+
+
 @pytest.mark.parametrize("version", ["0", "76.1.0"])
 def test_gpu_with_an_old_setuptools_exits_2_with_one_line(bootstrap, gpu, monkeypatch, capsys, version):
     monkeypatch.setattr(bootstrap, "setuptools_version", lambda: version)

@@ -177,7 +177,7 @@ from tools.gpu_run.schedule import Stage
 def stage(name, code):
     return Stage(name, 1, "", [lambda _: [Job(name, lambda seconds: [sys.executable, "-c", code], shown=True)]])
 
-second = stage("second", "import time; print('on', flush=True); time.sleep(20)")
+second = stage("second", "import os, time; print('on', flush=True); print(os.getpid(), flush=True); time.sleep(20)")
 plan.stages = lambda machine: [stage("first", "print('done')"), second]
 command.main([])
 """
@@ -196,6 +196,25 @@ def test_what_was_found_survives_a_kill_of_the_run_itself(tmp_path):
     assert "| first | passed |" in document.read_text()
     assert "[first] done\n[second] on\n" in next(tmp_path.glob("log_*")).read_text()
     assert not list(tmp_path.glob("*.new"))
+
+
+SELDOM = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, *SELDOM])
+def test_a_signal_ends_the_run_and_its_jobs_and_writes_what_was_found(tmp_path, number):
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    streams = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", KILLED], cwd=ROOT, env=environment, **streams) as process:
+        while process.stdout.readline().strip() != "on":
+            pass
+        job = int(process.stdout.readline())
+        process.send_signal(number)
+        assert process.wait(60) == 128 + number
+    assert not is_alive(job)
+    (record,) = tmp_path.glob("run_*.json")
+    stages = [(one["name"], one["state"]) for one in json.loads(record.read_text())["stages"]]
+    assert stages == [("first", PASSED), ("second", CUT)]
 
 
 TESTS = """

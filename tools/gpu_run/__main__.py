@@ -87,8 +87,10 @@ class Run:
 
     def run(self) -> int:
         """Run all stages and return 1 where something failed, else 0."""
-        state = run_stages(self.stages, self.seconds, self.execute, time.monotonic, self.began, self.ended)
-        self.write()
+        try:
+            state = run_stages(self.stages, self.seconds, self.execute, time.monotonic, self.began, self.ended)
+        finally:
+            self.write()
         print()
         rows = [STAGE_HEADS]
         rows += [stage_row(result, outcomes_of(self.machine.work, result.name)) for result in state.results]
@@ -114,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     use_scratch()  # all stages, so that each finds the kernels that those before it compiled
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
     date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
-    with tempfile.TemporaryDirectory(prefix="onepeace_fast_gpu_") as work:
+    with tempfile.TemporaryDirectory(prefix="onepeace_fast_gpu_", ignore_cleanup_errors=True) as work:
         machine = plan.Machine(chosen.device, out, date, Path(work), os.cpu_count() or 1, chosen.keyword)
         return run(parser, machine, chosen)
 
@@ -131,7 +133,9 @@ def run(parser: argparse.ArgumentParser, machine: plan.Machine, chosen: argparse
         parser.error(f"--stages: expected some of {','.join(names)}, got {','.join(unknown)}")
     if not chosen.minutes > 0:
         parser.error(f"--minutes: expected a positive number, got {chosen.minutes:g}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that no process is left behind
     return Run(machine, [stage for stage in stages if stage.name in wanted], 60 * chosen.minutes).run()
 
 
