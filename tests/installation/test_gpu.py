@@ -101,11 +101,12 @@ def test_the_stages_stand_in_order_and_only_a_device_that_smoke_lost_ends_the_ru
 
 def test_build_installs_offline_and_compiles_the_extension_beside_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.os, "access", lambda *_: True)
-    (install,), (extension, kernels) = jobs_of(machine_of(tmp_path), "build")
+    (install,), (extension, smoke, kernels) = jobs_of(machine_of(tmp_path), "build")
     offline = "--no-input --quiet --no-build-isolation --no-deps --no-index"
     assert command_of(install) == f"HOST -m pip install {offline} --editable ." and install.needed
     assert install.environment["ONEPEACE_FAST_CUDA_ARCHITECTURES"] == "none"
     assert command_of(extension) == "HOST -m tools.gpu_run.extension" and not extension.needed
+    assert command_of(smoke) == "HOST -m tools.gpu_run.smoke_kernels" and not smoke.needed
     assert "gpu.py --out" in command_of(kernels) and command_of(kernels).endswith(
         "--device cuda --part headline --date 2030-01-02T0304 --budget-seconds 97.0 --warm"
     )
@@ -154,7 +155,10 @@ def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not
     assert {job.environment["GPU_RUN_TESTED"] for job in tests} == {str(record)}
     shards = [job.environment["GPU_RUN_SHARD"] for job in tests if "kernels/test_layer_norm" in command_of(job)]
     assert shards == ["1/3", "2/3", "3/3"]
-    assert {job.environment["GPU_RUN_SHARD"] for job in parity} == {"1/1"}
+    whole = [command_of(job).split()[-1] for job in parity if job.environment["GPU_RUN_SHARD"] == "1/1"]
+    first = [(command_of(job).split()[-1], job.environment["GPU_RUN_SHARD"]) for job in parity[:3]]
+    assert first == [(plan.ENCODER, shard) for shard in shards] and len(whole) == len(parity) - 3
+    assert "tests/kernels/test_rms_norm.py" not in whole  # which has no test of parity
     assert tests[0].judge(plan.NOTHING_COLLECTED, []) == (PASSED, "no test is left for it")
     assert tests[0].judge(1, ["1 failed"]) == (FAILED, "exit code 1: 1 failed")
 
@@ -167,6 +171,18 @@ def test_parity_finds_tests_of_agreement_and_of_repeats():
     files += ["tests/ops/test_relative_bias_attention_real_sizes.py"]
     found = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
     assert all(f"{file}::" in found for file in files) and "bit_for_bit" in found and "test_repeats" in found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_every_file_that_has_a_test_of_parity_has_a_process(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "", "-k", plan.PARITY]
+    command += plan.files_of_gpu_tests()
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    (parity,) = jobs_of(machine_of(tmp_path), "parity")
+    files = {line.partition("::")[0] for line in found.splitlines() if "::" in line}
+    assert files - {command_of(job).split()[-1] for job in parity} == set()
+    assert plan.ENCODER in files and len(files) > 8
 
 
 def test_parity_that_nothing_has_passed_is_none_and_a_failure_of_an_earlier_process_counts(tmp_path):

@@ -321,7 +321,17 @@ def test_a_test_that_passes_and_leaves_a_lost_device_has_failed(tested):
     assert ends == {"test_loses_the_device": ("failed", LOST)}
 
 
-def test_the_parts_of_a_file_make_the_whole(tested):
+SHUFFLED = """
+import os, random, pytest
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items): random.Random(os.environ["GPU_RUN_SHARD"]).shuffle(items)
+"""
+
+
+def test_the_parts_of_a_file_make_the_whole_in_any_order(tested, tmp_path):
     tests = "".join(f"def test_{i}(): pass\n" for i in range(7))
+    (tmp_path / "conftest.py").write_text(SHUFFLED)
     parts = [list(tested("test_a.py", tests=tests, shard=f"{i}/3")[0]) for i in (1, 2, 3)]
-    assert parts == [["test_0", "test_3", "test_6"], ["test_1", "test_4"], ["test_2", "test_5"]]
+    expected = [["test_0", "test_3", "test_6"], ["test_1", "test_4"], ["test_2", "test_5"]]
+    assert [sorted(part) for part in parts] == expected != parts

@@ -25,6 +25,7 @@ SMOKE = (
 NEEDS_KERNELS = ("grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain", "hybrid_ffn")
 SANITIZED = ("attention_72", "attention_33")  # at most 72 tokens: racecheck is hundreds of times slower
 PARITY = "repeat or test_parity or test_on_gpu or test_goldens or test_encoder"
+ENCODER = "tests/kernels/test_encoder.py"  # whose tests compile whole layers each
 KERNEL_TESTS, SHARDS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels
 NOTHING_COLLECTED, LEFT_OUT, BENCHMARK_LOST_DEVICE = 5, 4, 3  # exit codes: pytest's, our tools', the benchmark's
 FINISH = 3.0  # seconds of its share that the benchmark is not told of, to end by itself
@@ -59,7 +60,7 @@ def stages(machine: Machine) -> list[Stage]:
     return [
         Stage(
             "build", 100, "installs this checkout; then the CUDA extension and Triton's kernels, side by side",
-            [lambda _: _install(machine), lambda _: [*_extension(machine), *_compile(machine, "headline")]],
+            [lambda _: _install(machine), lambda _: [*_kernels(machine), *_compile(machine, "headline")]],
         ),
         Stage(
             "smoke", 90, "each op in bfloat16 against its reference, in its own process; a lost device ends the run",
@@ -108,10 +109,10 @@ def _install(machine: Machine) -> list[Job]:
     return [Job("install", command, environment, needed=True)]
 
 
-def _extension(machine: Machine) -> list[Job]:
-    if not machine.on_gpu:
-        return []
-    return [Job("extension", python("-m", "tools.gpu_run.extension"), judge=_or_unavailable)]
+def _kernels(machine: Machine) -> list[Job]:
+    """The extension, and what the smoke checks launch, which none of the benchmark's variants does."""
+    modules = {"extension": "extension", "compile smoke": "smoke_kernels"} if machine.on_gpu else {}
+    return [Job(name, python("-m", f"tools.gpu_run.{one}"), judge=_or_unavailable) for name, one in modules.items()]
 
 
 def _or_unavailable(code: int, lines: Sequence[str]) -> tuple[str, str]:
@@ -193,8 +194,18 @@ def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
         how: dict[str, Any] = {"judge": _tests_judge, "again": _died, "most_seconds": TEST_ANSWERS}
         return Job(f"{stage} {name}", python(*common, file), environment, **how)
 
-    shards_of = {file: SHARDS if file.startswith(KERNEL_TESTS) and not keyword else 1 for file in files_of_gpu_tests()}
+    files = files_of_gpu_tests()
+    if keyword:
+        files = [file for file in files if _names(file, keyword)]
+    shards_of = {file: SHARDS if file == ENCODER or (file.startswith(KERNEL_TESTS) and not keyword) else 1
+                 for file in sorted(files, key=lambda file: file != ENCODER)}  # fmt: skip
     return [job(file, shard, shards) for file, shards in shards_of.items() for shard in range(1, shards + 1)]
+
+
+def _names(file: str, keyword: str, root: Path = ROOT) -> bool:
+    """Whether a file can have tests that a keyword of words with "or" between them chooses: a process costs seconds."""
+    text = f"{file} {(root / file).read_text(encoding='utf-8')}".lower()  # pytest does not look at the case either
+    return any(word in text for word in keyword.split(" or "))
 
 
 def _died(code: int) -> bool:

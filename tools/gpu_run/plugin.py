@@ -49,7 +49,8 @@ def device_lost() -> bool:
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     """Leave out the other shards, and what has an outcome already."""
     shard, shards = map(int, os.environ.get("GPU_RUN_SHARD", "1/1").split("/"))
-    mine = {item.nodeid for item in items[shard - 1 :: shards]}
+    # Sorted, since another plugin may have put them into another order in each process.
+    mine = set(sorted(item.nodeid for item in items)[shard - 1 :: shards])
     for name in filter(None, os.environ.get("GPU_RUN_TESTED", "").split(":")):
         mine -= {record["test"] for record in read_records(Path(name)) if "outcome" in record}
     mine -= config.pluginmanager.get_plugin("gpu_run_recorder").tested
