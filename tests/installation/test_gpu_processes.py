@@ -174,10 +174,15 @@ from tools.gpu_run import __main__ as command, plan, schedule
 from tools.gpu_run.processes import Job
 from tools.gpu_run.schedule import Stage
 
-def stage(name, code):
-    return Stage(name, 1, "", [lambda _: [Job(name, lambda seconds: [sys.executable, "-c", code], shown=True)]])
+def job(name, code):
+    return Job(name, lambda seconds: [sys.executable, "-c", code], shown=True)
 
-second = stage("second", "import os, time; print('on', flush=True); print(os.getpid(), flush=True); time.sleep(20)")
+def stage(name, code, *others):
+    return Stage(name, 1, "", [lambda _: [*others, job(name, code)]])
+
+command.MOST_AT_ONCE = 1
+waits = "import os, time; print('on', flush=True); print(os.getpid(), flush=True); time.sleep(20)"
+second = stage("second", waits, job("before", "print('known')"))
 plan.stages = lambda machine: [stage("first", "print('done')"), second]
 command.main([])
 """
@@ -194,7 +199,7 @@ def test_what_was_found_survives_a_kill_of_the_run_itself(tmp_path):
     (record,), (document,) = tmp_path.glob("run_*.json"), tmp_path.glob("run_*.md")
     assert [(one["name"], one["state"]) for one in json.loads(record.read_text())["stages"]] == [("first", PASSED)]
     assert "| first | passed |" in document.read_text()
-    assert "[first] done\n[second] on\n" in next(tmp_path.glob("log_*")).read_text()
+    assert "[first] done\n[before] known\n[second] on\n" in next(tmp_path.glob("log_*")).read_text()
     assert not list(tmp_path.glob("*.new"))
 
 
@@ -213,8 +218,9 @@ def test_a_signal_ends_the_run_and_its_jobs_and_writes_what_was_found(tmp_path, 
         assert process.wait(60) == 128 + number
     assert not is_alive(job)
     (record,) = tmp_path.glob("run_*.json")
-    stages = [(one["name"], one["state"]) for one in json.loads(record.read_text())["stages"]]
-    assert stages == [("first", PASSED), ("second", CUT)]
+    stages = json.loads(record.read_text())["stages"]
+    assert [(one["name"], one["state"]) for one in stages] == [("first", PASSED), ("second", CUT)]
+    assert [(one["name"], one["state"]) for one in stages[1]["jobs"]] == [("before", PASSED)]
 
 
 TESTS = """

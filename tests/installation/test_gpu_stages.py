@@ -29,7 +29,7 @@ class MadeUp:
     def now(self) -> float:
         return self.time
 
-    def execute(self, jobs, seconds) -> list[Outcome]:
+    def execute(self, jobs, seconds, keep) -> list[Outcome]:
         outcomes, longest = [], 0.0
         for job in jobs:
             needs = self.takes.get(job.name, 1.0)
@@ -43,7 +43,7 @@ class MadeUp:
 
     def run(self, stages, seconds: float) -> State:
         began = lambda stage, share: self.began.append((stage.name, share))  # noqa: E731
-        return run_stages(stages, seconds, self.execute, self.now, began, lambda stage, state: None)
+        return run_stages(stages, seconds, self.execute, self.now, began, lambda stage, state: None, State())
 
 
 def stage(name: str, weight: float = 1.0, *jobs: Job, **how) -> Stage:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.support.report import table
 from tools.gpu_run import plan
-from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Log, Outcome, run_jobs
+from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Job, Log, Outcome, run_jobs
 from tools.gpu_run.records import STAGE_HEADS, Files, outcomes_of, stage_row
-from tools.gpu_run.schedule import LEFT_OUT, Stage, State, run_stages
+from tools.gpu_run.schedule import LEFT_OUT, Keep, Stage, State, run_stages
 from tools.scratch import use_scratch
 
 MINUTES = 8.0
@@ -42,9 +42,9 @@ class Run:
         self.log = Log(machine.out / f"log_{machine.date}.txt")
         self.state, self.refreshed = State(), 0.0
 
-    def execute(self, jobs: Sequence[object], seconds: float) -> list[Outcome]:
+    def execute(self, jobs: Sequence[Job], seconds: float, keep: Keep) -> list[Outcome]:
         """Run a phase's jobs side by side."""
-        return run_jobs(jobs, seconds, min(self.machine.cores, MOST_AT_ONCE), self.log, self.tick)
+        return run_jobs(jobs, seconds, min(self.machine.cores, MOST_AT_ONCE), self.log, self.tick, keep)
 
     def tick(self) -> None:
         """Rewrite the files now and then, for the tests that have come to an end since."""
@@ -63,7 +63,6 @@ class Run:
 
     def ended(self, stage: Stage, state: State) -> None:
         """Tell what became of a stage, and write it down."""
-        self.state = state
         self.write()
         result = state.results[-1]
         tests = outcomes_of(self.machine.work, stage.name)
@@ -88,7 +87,8 @@ class Run:
     def run(self) -> int:
         """Run all stages and return 1 where something failed, else 0."""
         try:
-            state = run_stages(self.stages, self.seconds, self.execute, time.monotonic, self.began, self.ended)
+            how = (self.execute, time.monotonic, self.began, self.ended)
+            state = run_stages(self.stages, self.seconds, *how, self.state)
         finally:
             self.write()
         print()

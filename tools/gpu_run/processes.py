@@ -146,11 +146,13 @@ class _Running:
 
 
 def run_jobs(
-    jobs: Sequence[Job], seconds: float, at_once: int, log: Log, tick: Callable[[], None] = lambda: None
-) -> list[Outcome]:
+    jobs: Sequence[Job], seconds: float, at_once: int, log: Log, tick: Callable[[], None] = lambda: None,
+    keep: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:  # fmt: skip
     """Run jobs side by side, at most ``at_once``, and end the groups of those that run after ``seconds``.
 
-    ``tick`` is called again and again meanwhile. Whatever ends this function, no job goes on.
+    ``tick`` is called again and again meanwhile, ``keep`` with each outcome as soon as it is known. Whatever ends this
+    function, no job goes on.
     """
     stop = time.monotonic() + seconds
     waiting, running, outcomes = list(jobs), [], {}
@@ -181,6 +183,7 @@ def run_jobs(
                     continue
                 running.remove(one)
                 outcomes[one.job.name] = one.outcome()
+                keep(outcomes[one.job.name])
             tick()
     finally:
         for one in running:

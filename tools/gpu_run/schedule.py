@@ -10,7 +10,8 @@ from tools.gpu_run.processes import CUT, FAILED, PASSED, UNAVAILABLE, Job, Outco
 
 LEFT_OUT = "left out"
 LEAST_SECONDS = 5.0  # less than this is no time for a stage
-Execute = Callable[[Sequence[Job], float], list[Outcome]]
+Keep = Callable[[Outcome], None]
+Execute = Callable[[Sequence[Job], float, Keep], list[Outcome]]
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,14 @@ class State:
 
 def run_stages(
     stages: Sequence[Stage], seconds: float, execute: Execute, now: Callable[[], float],
-    began: Callable[[Stage, float], None], ended: Callable[[Stage, State], None],
+    began: Callable[[Stage, float], None], ended: Callable[[Stage, State], None], state: State,
 ) -> State:  # fmt: skip
     """Run stages within ``seconds`` in all; a stage that fails does not keep later ones from running; a job may.
 
-    ``began`` is told a stage and its share in seconds, ``ended`` a stage and all results so far.
+    ``began`` is told a stage and its share in seconds, ``ended`` a stage and all results so far. ``state`` is what they
+    and each job's outcome are added to as soon as they are known, and what is returned.
     """
-    stop, state, obstacle = now() + seconds, State(), ""
+    stop, obstacle = now() + seconds, ""
     for i, stage in enumerate(stages):
         start = now()
         left = stop - start
@@ -80,7 +82,8 @@ def run_stages(
         result = Result(stage.name, CUT, share_seconds=share)
         state.results.append(result)
         for phase in stage.phases:
-            result.outcomes += execute(phase(state), max(start + share - now(), 0.0))
+            known, before = result.outcomes, len(result.outcomes)
+            known[before:] = execute(phase(state), max(start + share - now(), 0.0), known.append)
             if needed := [outcome for outcome in result.outcomes if outcome.needed and outcome.state != PASSED]:
                 obstacle = f"{needed[0].name} has not passed"
                 break
