@@ -88,6 +88,19 @@ def test_the_kernels_of_all_activations_and_modalities_are_compiled_before_the_c
     assert {"routed_ffn_norm_gradient_kernel", "residual_backward_kernel"} <= {kernel.name for kernel in found}
 
 
+def test_half_of_the_cores_compile_for_this_gpu_and_where_triton_is_missing_one_line_says_so(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(smoke_kernels.kernels, "unavailable_reason", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(smoke_kernels.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(smoke_kernels, "needed", lambda device, architecture: [device.type, architecture])
+    monkeypatch.setattr(smoke_kernels, "compile_all", lambda *given: asked.append(given[:3]))
+    assert smoke_kernels.main() == 0 and asked == [(["cuda", "sm_90"], "sm_90", 8)]
+    monkeypatch.setattr(smoke_kernels.kernels, "unavailable_reason", lambda: "Triton is not installed")
+    assert smoke_kernels.main() == plan.LEFT_OUT and len(asked) == 1
+    assert capsys.readouterr().out == "no kernel is compiled: Triton is not installed\n"
+
+
 ON_EMULATED_GPU = """
 from tools.rehearsal.driver import Driver
 from tools.rehearsal.emulation import emulated_gpu

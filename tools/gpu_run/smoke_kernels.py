@@ -1,4 +1,4 @@
-"""Compile the Triton kernels of all smoke checks, by all cores, into Triton's cache: a check compiles one by one.
+"""Compile the Triton kernels of all smoke checks, into Triton's cache, where a check would compile one by one.
 
     python3 -m tools.gpu_run.smoke_kernels
 
@@ -7,6 +7,7 @@ Each check's launches are recorded on this machine's GPU, with nothing launched,
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -41,7 +42,8 @@ def main() -> int:
         print(f"{done} of {of}, {one.name}: {one.seconds:.1f} s{' (cached)' if one.cached else ''}", flush=True)
 
     architecture = "sm_{}{}".format(*torch.cuda.get_device_capability())
-    compile_all(needed(torch.device("cuda"), architecture), architecture, progress=progress)
+    jobs = max((os.cpu_count() or 1) // 2, 1)  # the extension and the benchmark's kernels compile meanwhile
+    compile_all(needed(torch.device("cuda"), architecture), architecture, jobs, progress)
     return 0
 
 
