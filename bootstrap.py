@@ -90,6 +90,15 @@ def run(command: list[str], **environment: str) -> int:
     return subprocess.call(command, cwd=ROOT, env={**os.environ, **environment})
 
 
+def become(command: list[str]) -> int:
+    """Run a command in the checkout in this process's place, so that a signal to this process ends the command."""
+    if os.name == "nt":  # whose exec returns to the caller at once
+        return run(command)
+    os.chdir(ROOT)
+    sys.stdout.flush()
+    os.execv(command[0], command)
+
+
 def probe_torch(python: Path | str) -> Torch | None:
     """Return the torch that an interpreter imports, or None."""
     result = subprocess.run([str(python), "-c", PROBE], cwd=ROOT, capture_output=True, text=True)
@@ -253,7 +262,7 @@ def gpu(arguments: list[str]) -> int:
             raise Stop(f"gpu needs a CUDA device, and torch {torch.version} of {sys.executable} sees none.", 2)
         if release(setuptools_version()) < (77, 0):
             raise Stop(f"gpu installs this checkout without a download and needs setuptools 77 in {sys.executable}.", 2)
-    return run([sys.executable, "-m", "tools.gpu_run", *arguments])
+    return become([sys.executable, "-m", "tools.gpu_run", *arguments])
 
 
 PARALLEL = ("pytest", "-n", "auto", "--dist", "loadfile")  # on all cores, a file of tests on one of them

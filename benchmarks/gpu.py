@@ -35,11 +35,13 @@ from benchmarks.support.layer import MODEL_LAYERS  # noqa: E402
 from benchmarks.support.report import write_json, write_text  # noqa: E402
 from benchmarks.support.sections import FULL, TINY, Section, Setting, headline, rest  # noqa: E402
 from benchmarks.support.variants import HOW_FUSED_RUNS, Budget, Runner  # noqa: E402
+from benchmarks.support.watchdog import Watchdog, ended_by_watchdog  # noqa: E402
 from onepeace_fast.timing import DeviceLost, clock_for  # noqa: E402
 
 PARTS = ("headline", "rest")
 DEVICE_LOST = 3  # exit code: start the same command again, and it goes on with what is left
-OWN = ("products", "reference", "fused", "strategy_", "all_layers_fused")  # an error of one of these is a failure
+FUSED = ("fused", "strategy_", "all_layers_fused")  # have kernels that may hang
+OWN = ("products", "reference", *FUSED)  # an error of one of these is a failure
 README = ROOT / "benchmarks" / "README.md"
 
 
@@ -66,6 +68,8 @@ class Run:
         no_compile = "left out: --quick compiles nothing" if self.quick else None
         budget = Budget(arguments.budget_seconds, no_compile)
         self.runner = Runner(clock_for(self.device), budget, 3 if self.quick else 25, memory=not self.quick)
+        self.watchdog = Watchdog()
+        self.runner.watching = lambda _: self.watchdog.restart()
         self.result: dict[str, Any] = {
             "date": arguments.date or machine.now(),
             "machine": machine.describe(self.device),
@@ -118,7 +122,7 @@ class Run:
                 break
             self.runner.budget.sections_left = len(waiting) - i
             self.runner.faulted = self.result["faulted"].get(section.name, {})
-            self.runner.starting = lambda variant, name=section.name: self._running(name, variant)
+            self.runner.starting = lambda variant, name=section.name: self._starting(name, variant)
             start = time.perf_counter()
             try:
                 record = section.measure(self.setting, self.runner)
@@ -127,6 +131,7 @@ class Run:
                 self._blame(section.name, variant, f"the device was lost: {line}")
                 self._running(None, None)
                 raise
+            self.watchdog.stop()
             record["seconds"] = round(time.perf_counter() - start, 1)
             self.unmeasured = [left.name for left in waiting[i + 1 :]]
             self._record(section.name, record)
@@ -148,6 +153,14 @@ class Run:
         side, copy_bytes = (128, 2**20) if self.quick else (8192, 2**30)
         where = (self.device, self.setting.dtype, self.runner.clock)
         return ceilings(*where, side=side, copy_bytes=copy_bytes, rounds=self.runner.rounds)
+
+    def _starting(self, section: str, variant: str) -> None:
+        """Name what runs, and limit how long it may take: a peer compiles, and rounds of times have each their own."""
+        self._running(section, variant)
+        if not variant or variant.startswith(FUSED):
+            self.watchdog.restart()
+        else:
+            self.watchdog.stop()
 
     def _running(self, section: str | None, variant: str | None) -> None:
         self.result["running"] = None if section is None else [section, variant]
@@ -208,7 +221,8 @@ def warm(parts: Sequence[str], arguments: argparse.Namespace) -> int:
                 outcome = "stopped: the time is over"
             else:
                 code, lines = done.returncode, (done.stdout + done.stderr).strip().splitlines()
-                outcome = f"FAILED with {code}: {lines[-1] if lines else 'no output'}" if code else "compiled"
+                why = "no answer: a kernel may hang" if ended_by_watchdog(code) else lines[-1] if lines else "no output"
+                outcome = f"FAILED with {code}: {why}" if code else "compiled"
         print(f"{target[0]}, {target[1]}: {outcome}, {time.perf_counter() - start:.1f} s", flush=True)
         return bool(code) and target[1].startswith(OWN)
 
@@ -218,9 +232,11 @@ def warm(parts: Sequence[str], arguments: argparse.Namespace) -> int:
 
 def warm_one(name: str, variant: str, arguments: argparse.Namespace) -> None:
     """Run both modes of one variant once."""
-    setting = dataclasses.replace(setting_of(arguments), sets=1)
+    setting, watchdog = dataclasses.replace(setting_of(arguments), sets=1), Watchdog()
     sections = {section.name: section for section in sections_of(PARTS, arguments.quick, setting.device)}
     made = sections[name].prepare(setting).factories[variant]()
+    if variant.startswith(FUSED):
+        watchdog.restart()
     made.forward(0)
     if made.forward_backward is not None:
         made.forward_backward(0)

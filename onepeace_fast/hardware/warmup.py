@@ -84,7 +84,16 @@ def warmup(
     architecture = target or "sm_{}{}".format(*torch.cuda.get_device_capability(device))
     if not architecture.removeprefix("sm_").isdigit():
         raise ValueError(f"target: expected an architecture such as sm_90, got {architecture!r}")
-    found = needed_kernels(config, architecture, dtype, autocast, modalities)
+    return compile_all(needed_kernels(config, architecture, dtype, autocast, modalities), architecture, jobs, progress)
+
+
+def compile_all(
+    found: Sequence[Kernel],
+    architecture: str,
+    jobs: int | None = None,
+    progress: Callable[[int, int, Compiled], None] | None = None,
+) -> list[Compiled]:
+    """Compile kernels in processes side by side; the arguments are those of ``warmup``."""
     done: list[Compiled] = []
     compile_one = functools.partial(_compile, int(architecture.removeprefix("sm_")))
     with multiprocessing.get_context("spawn").Pool(min(jobs or os.cpu_count() or 1, len(found))) as pool:
@@ -99,16 +108,18 @@ def needed_kernels(
     config: OnePeaceConfig, architecture: str, dtype: torch.dtype, autocast: bool, modalities: Sequence[int] | None
 ) -> list[Kernel]:
     """Each kernel once that the encoder and the decoder launch."""
-    found: dict[Kernel, None] = {}
     with force_kernels(True), recording(architecture, MULTIPROCESSORS) as configurations:
         for stack in (config.encoder, config.decoder):
             for count in modalities or range(1, len(stack.modalities) + 1):
                 for strategy in _strategies(stack, dtype):
                     for kept in (True, False) if stack.drop_path_rate else (True,):
                         _step(stack, count, strategy, kept, dtype, autocast)
-    for configuration in configurations:
-        found[_described(configuration)] = None
-    return list(found)
+    return listed(configurations)
+
+
+def listed(configurations: Sequence[Configuration]) -> list[Kernel]:
+    """The kernel of each recorded launch, once."""
+    return list(dict.fromkeys(map(_described, configurations)))
 
 
 def _strategies(config: TransformerConfig, dtype: torch.dtype) -> Iterator[str]:

@@ -27,6 +27,7 @@ def machine(bootstrap, monkeypatch):
     """A machine with ensurepip, no torch, and no active virtual environment."""
     machine = Machine(bootstrap)
     monkeypatch.setattr(bootstrap, "run", machine.run)
+    monkeypatch.setattr(bootstrap, "become", machine.run)
     monkeypatch.setattr(bootstrap, "probe_torch", machine.probe)
     monkeypatch.setattr(sys, "prefix", sys.base_prefix)
     offer(bootstrap, monkeypatch, "venv", "ensurepip")

@@ -41,6 +41,27 @@ def test_gpu_runs_the_stages_in_this_python_and_passes_on_arguments_and_exit_cod
     assert not bootstrap.VENV.exists()
 
 
+STAGES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+print("on", flush=True)
+time.sleep(20)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal for it")
+def test_who_ends_bootstrap_ends_the_run(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.11'\nclass cuda: is_available = lambda: True")
+    (tmp_path / "tools" / "gpu_run").mkdir(parents=True)
+    (tmp_path / "tools" / "gpu_run" / "__main__.py").write_text(STAGES)
+    command = [sys.executable, shutil.copy(SCRIPT, tmp_path), "gpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "on\n"
+        process.terminate()
+        assert process.wait(60) == 143
+
+
 @pytest.mark.parametrize("version", ["0", "76.1.0"])
 def test_gpu_with_an_old_setuptools_exits_2_with_one_line(bootstrap, gpu, monkeypatch, capsys, version):
     monkeypatch.setattr(bootstrap, "setuptools_version", lambda: version)
@@ -68,24 +89,28 @@ def command_of(job, seconds: float = 100.0) -> str:
     )
 
 
-def test_the_stages_stand_in_order_and_only_smoke_ends_the_run(tmp_path):
+def test_the_stages_stand_in_order_and_only_a_device_that_smoke_lost_ends_the_run(tmp_path):
     stages = plan.stages(machine_of(tmp_path))
     names = ["build", "smoke", "parity", "benchmarks", "tests", "peers", "sanitizers"]
     assert [stage.name for stage in stages] == names
-    assert [stage.name for stage in stages if stage.ends_run] == ["smoke"]
+    for name in names:
+        for job in (job for phase in jobs_of(machine_of(tmp_path), name) for job in phase):
+            ends = [code for code in (0, 1, 2, plan.LEFT_OUT, DEVICE_LOST, -9, None) if job.ends_run(code)]
+            assert ends == ([DEVICE_LOST, -9, None] if name == "smoke" else []), job.name
 
 
 def test_build_installs_offline_and_compiles_the_extension_beside_the_kernels(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.os, "access", lambda *_: True)
-    (install,), (extension, kernels) = jobs_of(machine_of(tmp_path), "build")
+    (install,), (extension, smoke, kernels) = jobs_of(machine_of(tmp_path), "build")
     offline = "--no-input --quiet --no-build-isolation --no-deps --no-index"
     assert command_of(install) == f"HOST -m pip install {offline} --editable ." and install.needed
     assert install.environment["ONEPEACE_FAST_CUDA_ARCHITECTURES"] == "none"
     assert command_of(extension) == "HOST -m tools.gpu_run.extension" and not extension.needed
+    assert command_of(smoke) == "HOST -m tools.gpu_run.smoke_kernels" and not smoke.needed
     assert "gpu.py --out" in command_of(kernels) and command_of(kernels).endswith(
         "--device cuda --part headline --date 2030-01-02T0304 --budget-seconds 97.0 --warm"
     )
-    assert not kernels.needed
+    assert not kernels.needed and kernels.most_seconds == 60.0
     monkeypatch.setattr(plan.os, "access", lambda *_: False)
     assert "--no-index --user --editable" in command_of(jobs_of(machine_of(tmp_path), "build")[0][0])
 
@@ -100,7 +125,7 @@ def test_a_machine_that_cannot_build_the_extension_says_why_and_a_compiler_s_err
 def test_smoke_runs_each_check_in_its_own_process_and_says_how_to_look_closer(tmp_path):
     (jobs,) = jobs_of(machine_of(tmp_path), "smoke")
     assert [command_of(job) for job in jobs] == [f"HOST -m tools.gpu_run.smoke {n} --device cuda" for n in plan.SMOKE]
-    assert {"attention_72", "attention_257"} <= set(plan.SMOKE)
+    assert {"attention_72", "attention_257"} <= set(plan.SMOKE) and {job.most_seconds for job in jobs} == {45.0}
     blocking, sanitizer = plan.closer_look("attention_72")
     run = f"{sys.executable} -m tools.gpu_run.smoke attention_72"
     assert blocking == f"CUDA_LAUNCH_BLOCKING=1 {run}" and sanitizer.endswith(f"compute-sanitizer {run}")
@@ -120,6 +145,7 @@ def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not
         assert {"tests/models/test_parity.py", "tests/kernels/test_layer_norm.py"} <= set(files)
         assert "tests/test_config.py" not in files and all((ROOT / file).is_file() for file in files)
         assert len({job.environment["GPU_RUN_TESTS"] for job in jobs}) == len(jobs)
+        assert {job.most_seconds for job in jobs} == {60.0}
         died = [jobs[0].again(code) for code in (0, 1, 2, 3, 5, DEVICE_LOST, -9, -11)]
         assert died == [False] * 5 + [True] * 3
     chosen = f"({plan.PARITY}) and (norm)" if keyword else f"({plan.PARITY})"
@@ -129,7 +155,10 @@ def test_every_file_of_tests_has_a_process_of_its_own_and_what_parity_ran_is_not
     assert {job.environment["GPU_RUN_TESTED"] for job in tests} == {str(record)}
     shards = [job.environment["GPU_RUN_SHARD"] for job in tests if "kernels/test_layer_norm" in command_of(job)]
     assert shards == ["1/3", "2/3", "3/3"]
-    assert {job.environment["GPU_RUN_SHARD"] for job in parity} == {"1/1"}
+    whole = [command_of(job).split()[-1] for job in parity if job.environment["GPU_RUN_SHARD"] == "1/1"]
+    first = [(command_of(job).split()[-1], job.environment["GPU_RUN_SHARD"]) for job in parity[:3]]
+    assert first == [(plan.ENCODER, shard) for shard in shards] and len(whole) == len(parity) - 3
+    assert "tests/kernels/test_rms_norm.py" not in whole  # which has no test of parity
     assert tests[0].judge(plan.NOTHING_COLLECTED, []) == (PASSED, "no test is left for it")
     assert tests[0].judge(1, ["1 failed"]) == (FAILED, "exit code 1: 1 failed")
 
@@ -142,6 +171,18 @@ def test_parity_finds_tests_of_agreement_and_of_repeats():
     files += ["tests/ops/test_relative_bias_attention_real_sizes.py"]
     found = subprocess.run([*command, *files], cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
     assert all(f"{file}::" in found for file in files) and "bit_for_bit" in found and "test_repeats" in found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_every_file_that_has_a_test_of_parity_has_a_process(tmp_path):
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "", "-k", plan.PARITY]
+    command += plan.files_of_gpu_tests()
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120).stdout
+    (parity,) = jobs_of(machine_of(tmp_path), "parity")
+    files = {line.partition("::")[0] for line in found.splitlines() if "::" in line}
+    assert files - {command_of(job).split()[-1] for job in parity} == set()
+    assert plan.ENCODER in files and len(files) > 8
 
 
 def test_parity_that_nothing_has_passed_is_none_and_a_failure_of_an_earlier_process_counts(tmp_path):
@@ -164,7 +205,7 @@ def test_benchmarks_go_on_after_a_crash_and_end_before_they_are_ended(tmp_path):
         " --budget-seconds 35.0"
     )
     assert [job.again(code) for code in (0, 1, 2, 3, -9, -11)] == [False, False, False, True, True, True]
-    assert proposal == []
+    assert proposal == [] and job.most_seconds == 60.0
     (kernels,), (job,) = jobs_of(machine_of(tmp_path), "peers")
     assert "--part rest" in command_of(job) and command_of(job, 50.0).endswith("--budget-seconds 47.0")
     assert command_of(kernels, 50.0).endswith("--budget-seconds 22.0 --warm")
@@ -177,6 +218,7 @@ def test_benchmarks_go_on_after_a_crash_and_end_before_they_are_ended(tmp_path):
         (PASSED, FAILED, 0),
         (PASSED, CUT, 0),
         (CUT, PASSED, 0),
+        (FAILED, PASSED, 0),
         (PASSED, None, 0),
         (None, PASSED, 0),
     ],
@@ -211,6 +253,7 @@ def test_sanitizers_look_at_two_short_shapes(tmp_path, monkeypatch, place):
     for tool, line in zip(("memcheck", "racecheck") * 2, checked, strict=True):
         assert line.startswith(f"{program} --tool {tool} --kernel-name kns=onepeace_fast --error-exitcode 99 HOST ")
     assert all(job.environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} for job in jobs)
+    assert {job.most_seconds for job in jobs} == {None}  # a race's check takes hundreds of times longer
 
 
 def test_without_compute_sanitizer_one_line_says_so(tmp_path, monkeypatch):

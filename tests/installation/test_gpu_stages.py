@@ -1,6 +1,7 @@
 """How `make gpu`'s stages share a deadline, on a clock that is made up."""
 
 import json
+import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, field
 
@@ -20,6 +21,7 @@ class MadeUp:
 
     takes: dict[str, float] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
+    lost: str = ""  # a job
     time: float = 1000.0
     ran: list[tuple[str, float]] = field(default_factory=list)
     began: list[tuple[str, float]] = field(default_factory=list)
@@ -27,20 +29,21 @@ class MadeUp:
     def now(self) -> float:
         return self.time
 
-    def execute(self, jobs, seconds) -> list[Outcome]:
+    def execute(self, jobs, seconds, keep) -> list[Outcome]:
         outcomes, longest = [], 0.0
         for job in jobs:
             needs = self.takes.get(job.name, 1.0)
             longest = max(longest, min(needs, seconds))
             state = self.states.get(job.name, PASSED) if needs <= seconds else CUT
-            outcomes.append(Outcome(job.name, state, min(needs, seconds), needed=job.needed))
+            lost = job.name == self.lost
+            outcomes.append(Outcome(job.name, state, min(needs, seconds), needed=job.needed, ends_run=lost))
             self.ran.append((job.name, seconds))
         self.time += longest
         return outcomes
 
     def run(self, stages, seconds: float) -> State:
         began = lambda stage, share: self.began.append((stage.name, share))  # noqa: E731
-        return run_stages(stages, seconds, self.execute, self.now, began, lambda stage, state: None)
+        return run_stages(stages, seconds, self.execute, self.now, began, lambda stage, state: None, State())
 
 
 def stage(name: str, weight: float = 1.0, *jobs: Job, **how) -> Stage:
@@ -79,14 +82,17 @@ def test_phases_of_a_stage_share_its_time():
     assert made_up.ran == [("first", 50.0), ("beside", 50.0), ("second", 30.0), ("b", 79.0)]
 
 
-def test_a_failure_keeps_nothing_from_running_but_that_of_smoke():
+def test_a_failure_keeps_nothing_from_running_but_a_lost_device():
     failing = {"a": FAILED, "smoke": FAILED}
-    stages = [stage("a"), stage("b"), stage("smoke", 1, job("smoke"), job("other"), ends_run=True), stage("c")]
+    stages = [stage("a"), stage("b"), stage("smoke", 1, job("smoke"), job("other")), stage("c"), stage("d")]
     state = MadeUp(states=failing).run(stages, 100.0)
-    assert states(state) == {"a": FAILED, "b": PASSED, "smoke": FAILED, "c": LEFT_OUT}
-    assert state.results[2].note == "1 of 2 jobs" and state.results[3].note == "smoke found a fault"
+    assert states(state) == {"a": FAILED, "b": PASSED, "smoke": FAILED, "c": PASSED, "d": PASSED}
+    assert state.results[2].note == "1 of 2 jobs"
+    state = MadeUp(states=failing, lost="smoke").run(stages, 100.0)
+    assert states(state) == {"a": FAILED, "b": PASSED, "smoke": FAILED, "c": LEFT_OUT, "d": LEFT_OUT}
+    assert [result.note for result in state.results[3:]] == ["smoke lost the device"] * 2
     cut = MadeUp({"smoke": 500.0}).run(stages, 100.0)
-    assert states(cut) == {"a": PASSED, "b": PASSED, "smoke": CUT, "c": PASSED}
+    assert states(cut) == {"a": PASSED, "b": PASSED, "smoke": CUT, "c": PASSED, "d": PASSED}
 
 
 def test_without_what_is_needed_nothing_follows():
@@ -215,8 +221,6 @@ class TestCommand:
         return start
 
     def stage(self, name: str, code: str = "print('fine')", **how) -> Stage:
-        import sys
-
         return stage(name, 1, Job(name, lambda _: [sys.executable, "-c", code]), **how)
 
     def test_the_exit_code_and_the_last_lines_say_what_failed_and_what_is_left(self, run, capsys, tmp_path):
@@ -233,12 +237,13 @@ class TestCommand:
         assert files == {"run", "tests", "log"}
         assert any("[b] a reason" in path.read_text() for path in (tmp_path / "out").glob("log_*"))
 
-    def test_a_fault_in_smoke_prints_how_to_look_closer(self, run, capsys):
-        smoke = Stage("smoke", 1, "", self.stage("attention_72", "raise SystemExit(1)").phases, ends_run=True)
-        assert run([smoke, self.stage("c")]) == 1
+    @pytest.mark.parametrize("code, after", [(1, "passed"), (33, "left out")])
+    def test_a_fault_in_smoke_prints_how_to_look_closer(self, run, capsys, code, after):
+        check = Job("attention_72", lambda _: [sys.executable, "-c", f"exit({code})"], ends_run=lambda code: code == 33)
+        assert run([stage("smoke", 1, check), self.stage("c")]) == 1
         said = capsys.readouterr().out
         assert "CUDA_LAUNCH_BLOCKING=1" in said and "compute-sanitizer" in said and "smoke attention_72" in said
-        assert "c left out" in said
+        assert f"==> c {after}" in said and "\nFAILED: smoke\n" in said
 
     def test_stages_are_chosen_in_their_order_and_unknown_ones_are_refused(self, run, capsys):
         stages = [self.stage(name) for name in "abc"]

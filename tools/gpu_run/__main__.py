@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.support.report import table
 from tools.gpu_run import plan
-from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Log, Outcome, run_jobs
+from tools.gpu_run.processes import CUT, FAILED, PASSED, ROOT, Job, Log, Outcome, run_jobs
 from tools.gpu_run.records import STAGE_HEADS, Files, outcomes_of, stage_row
-from tools.gpu_run.schedule import LEFT_OUT, Stage, State, run_stages
+from tools.gpu_run.schedule import LEFT_OUT, Keep, Stage, State, run_stages
 from tools.scratch import use_scratch
 
 MINUTES = 8.0
@@ -42,9 +42,9 @@ class Run:
         self.log = Log(machine.out / f"log_{machine.date}.txt")
         self.state, self.refreshed = State(), 0.0
 
-    def execute(self, jobs: Sequence[object], seconds: float) -> list[Outcome]:
+    def execute(self, jobs: Sequence[Job], seconds: float, keep: Keep) -> list[Outcome]:
         """Run a phase's jobs side by side."""
-        return run_jobs(jobs, seconds, min(self.machine.cores, MOST_AT_ONCE), self.log, self.tick)
+        return run_jobs(jobs, seconds, min(self.machine.cores, MOST_AT_ONCE), self.log, self.tick, keep)
 
     def tick(self) -> None:
         """Rewrite the files now and then, for the tests that have come to an end since."""
@@ -63,7 +63,6 @@ class Run:
 
     def ended(self, stage: Stage, state: State) -> None:
         """Tell what became of a stage, and write it down."""
-        self.state = state
         self.write()
         result = state.results[-1]
         tests = outcomes_of(self.machine.work, stage.name)
@@ -87,8 +86,11 @@ class Run:
 
     def run(self) -> int:
         """Run all stages and return 1 where something failed, else 0."""
-        state = run_stages(self.stages, self.seconds, self.execute, time.monotonic, self.began, self.ended)
-        self.write()
+        try:
+            how = (self.execute, time.monotonic, self.began, self.ended)
+            state = run_stages(self.stages, self.seconds, *how, self.state)
+        finally:
+            self.write()
         print()
         rows = [STAGE_HEADS]
         rows += [stage_row(result, outcomes_of(self.machine.work, result.name)) for result in state.results]
@@ -96,8 +98,10 @@ class Run:
         states = {result.name: result.state for result in state.results}
         if missing := [name for name, state in states.items() if state in (CUT, LEFT_OUT)]:
             print(f"Not everything has run: {', '.join(missing)}. Again: --stages {','.join(missing)}")
+        if failed := [name for name, state in states.items() if state == FAILED]:
+            print(f"FAILED: {', '.join(failed)}")
         print(f"Results in {self.machine.out}", flush=True)
-        return int(FAILED in states.values())
+        return int(bool(failed))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     use_scratch()  # all stages, so that each finds the kernels that those before it compiled
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results").resolve()
     date = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H%M%SZ")
-    with tempfile.TemporaryDirectory(prefix="onepeace_fast_gpu_") as work:
+    with tempfile.TemporaryDirectory(prefix="onepeace_fast_gpu_", ignore_cleanup_errors=True) as work:
         machine = plan.Machine(chosen.device, out, date, Path(work), os.cpu_count() or 1, chosen.keyword)
         return run(parser, machine, chosen)
 
@@ -129,7 +133,9 @@ def run(parser: argparse.ArgumentParser, machine: plan.Machine, chosen: argparse
         parser.error(f"--stages: expected some of {','.join(names)}, got {','.join(unknown)}")
     if not chosen.minutes > 0:
         parser.error(f"--minutes: expected a positive number, got {chosen.minutes:g}")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no process is left behind
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that no process is left behind
     return Run(machine, [stage for stage in stages if stage.name in wanted], 60 * chosen.minutes).run()
 
 

@@ -10,6 +10,7 @@ import sysconfig
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tools.gpu_run.plugin import DEVICE_LOST
 from tools.gpu_run.processes import FAILED, PASSED, ROOT, UNAVAILABLE, Job, by_exit_code, python
@@ -24,9 +25,12 @@ SMOKE = (
 NEEDS_KERNELS = ("grouped_ffn", "grouped_ffn_row_index", "grouped_ffn_plain", "hybrid_ffn")
 SANITIZED = ("attention_72", "attention_33")  # at most 72 tokens: racecheck is hundreds of times slower
 PARITY = "repeat or test_parity or test_on_gpu or test_goldens or test_encoder"
+ENCODER = "tests/kernels/test_encoder.py"  # whose tests compile whole layers each
 KERNEL_TESTS, SHARDS = "tests/kernels/", 3  # processes of each of these files, of which each compiles its own kernels
 NOTHING_COLLECTED, LEFT_OUT, BENCHMARK_LOST_DEVICE = 5, 4, 3  # exit codes: pytest's, our tools', the benchmark's
 FINISH = 3.0  # seconds of its share that the benchmark is not told of, to end by itself
+# Seconds without an answer, after which a kernel is taken to hang: of a smoke check's case, of a test or of a variant.
+CASE_ANSWERS, TEST_ANSWERS = 45.0, 60.0
 PROPOSAL = 12.0  # seconds that the headline leaves for the proposal, which imports torch
 REFUSED = re.compile(
     r"Device not supported|device is not supported|LibraryNotLoaded|Failed to initialize", re.IGNORECASE
@@ -56,11 +60,11 @@ def stages(machine: Machine) -> list[Stage]:
     return [
         Stage(
             "build", 100, "installs this checkout; then the CUDA extension and Triton's kernels, side by side",
-            [lambda _: _install(machine), lambda _: [*_extension(machine), *_compile(machine, "headline")]],
+            [lambda _: _install(machine), lambda _: [*_kernels(machine), *_compile(machine, "headline")]],
         ),
         Stage(
-            "smoke", 90, "each op in bfloat16 against its reference, each in its own process; a fault ends the run",
-            [lambda _: [_smoke(machine, n) for n in SMOKE if machine.on_gpu or n not in NEEDS_KERNELS]], ends_run=True,
+            "smoke", 90, "each op in bfloat16 against its reference, in its own process; a lost device ends the run",
+            [lambda _: [_smoke(machine, n) for n in SMOKE if machine.on_gpu or n not in NEEDS_KERNELS]],
         ),
         Stage(
             "parity", 80, "the tests that both backends agree, and that 50 repeats are bitwise equal",
@@ -105,10 +109,10 @@ def _install(machine: Machine) -> list[Job]:
     return [Job("install", command, environment, needed=True)]
 
 
-def _extension(machine: Machine) -> list[Job]:
-    if not machine.on_gpu:
-        return []
-    return [Job("extension", python("-m", "tools.gpu_run.extension"), judge=_or_unavailable)]
+def _kernels(machine: Machine) -> list[Job]:
+    """The extension, and what the smoke checks launch, which none of the benchmark's variants does."""
+    modules = {"extension": "extension", "compile smoke": "smoke_kernels"} if machine.on_gpu else {}
+    return [Job(name, python("-m", f"tools.gpu_run.{one}"), judge=_or_unavailable) for name, one in modules.items()]
 
 
 def _or_unavailable(code: int, lines: Sequence[str]) -> tuple[str, str]:
@@ -120,7 +124,7 @@ def _compile(machine: Machine, part: str) -> list[Job]:
     if part == "rest" and not machine.on_gpu:
         return []  # a rehearsal compiles nothing
     share = 0.5 if part == "rest" else 1.0  # the other half is for times
-    return [Job(f"compile {part}", _gpu_script(machine, part, "--warm", share=share))]
+    return [Job(f"compile {part}", _gpu_script(machine, part, "--warm", share=share), most_seconds=TEST_ANSWERS)]
 
 
 def _gpu_script(
@@ -152,6 +156,7 @@ def _benchmark(machine: Machine, part: str) -> Job:
         _gpu_script(machine, part, left=left),
         shown=True,
         again=lambda code: code == BENCHMARK_LOST_DEVICE or code < 0,
+        most_seconds=TEST_ANSWERS,
     )
 
 
@@ -164,9 +169,9 @@ def _proposal(machine: Machine, state: State) -> list[Job]:
 
 
 def _smoke(machine: Machine, check: str) -> Job:
-    return Job(
-        check, python("-m", "tools.gpu_run.smoke", check, "--device", machine.device), shown=True, judge=_or_unavailable
-    )
+    command = python("-m", "tools.gpu_run.smoke", check, "--device", machine.device)
+    how: dict[str, Any] = {"judge": _or_unavailable, "ends_run": _lost, "most_seconds": CASE_ANSWERS}
+    return Job(check, command, shown=True, **how)
 
 
 def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
@@ -186,14 +191,30 @@ def _tests(machine: Machine, stage: str, keyword: str = "") -> list[Job]:
             "GPU_RUN_TESTS": str(machine.work / f"{stage}-{name}.jsonl"), "GPU_RUN_TESTED": tested,
             "GPU_RUN_SHARD": f"{shard}/{shards}",
         }  # fmt: skip
-        return Job(f"{stage} {name}", python(*common, file), environment, judge=_tests_judge, again=_died)
+        how: dict[str, Any] = {"judge": _tests_judge, "again": _died, "most_seconds": TEST_ANSWERS}
+        return Job(f"{stage} {name}", python(*common, file), environment, **how)
 
-    shards_of = {file: SHARDS if file.startswith(KERNEL_TESTS) and not keyword else 1 for file in files_of_gpu_tests()}
+    files = files_of_gpu_tests()
+    if keyword:
+        files = [file for file in files if _names(file, keyword)]
+    shards_of = {file: SHARDS if file == ENCODER or (file.startswith(KERNEL_TESTS) and not keyword) else 1
+                 for file in sorted(files, key=lambda file: file != ENCODER)}  # fmt: skip
     return [job(file, shard, shards) for file, shards in shards_of.items() for shard in range(1, shards + 1)]
+
+
+def _names(file: str, keyword: str, root: Path = ROOT) -> bool:
+    """Whether a file can have tests that a keyword of words with "or" between them chooses: a process costs seconds."""
+    text = f"{file} {(root / file).read_text(encoding='utf-8')}".lower()  # pytest does not look at the case either
+    return any(word in text for word in keyword.split(" or "))
 
 
 def _died(code: int) -> bool:
     return code == DEVICE_LOST or code < 0
+
+
+def _lost(code: int | None) -> bool:
+    """A signal ended the process, or it saw the device lost, or nothing ends it; a wrong value is none of these."""
+    return code is None or _died(code)
 
 
 def files_of_gpu_tests(root: Path = ROOT) -> list[str]:

@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.support.watchdog import LIMIT, ended_by_watchdog
+
 ROOT = Path(__file__).resolve().parents[2]
 GRACE = 5.0  # seconds between the request to end and the end: a compiler is not interrupted
+LAST = 1.0  # seconds for a process that was killed to be gone
 TICK = 0.2  # seconds between two looks at the processes
 TAIL = 400  # lines of a job's output that are kept to judge it by
 MOST_LOGGED = 12 * 2**20  # bytes of the log
@@ -37,7 +40,8 @@ class Job:
 
     ``shown``: its lines are printed at once. ``judge`` makes a state and a note of its exit code and last lines. After
     an exit code that ``again`` accepts it is started anew, to go on with what is left. Where a ``needed`` job has not
-    passed, nothing after it makes sense.
+    passed, nothing after it makes sense, nor where it failed with an exit code that ``ends_run`` accepts, which is told
+    None where nothing ended the process. ``most_seconds`` are how long its ``Watchdog`` waits for the GPU's answer.
     """
 
     name: str
@@ -47,6 +51,8 @@ class Job:
     judge: Judge = by_exit_code
     again: Callable[[int], bool] = lambda code: False
     needed: bool = False
+    ends_run: Callable[[int | None], bool] = lambda code: False
+    most_seconds: float | None = None
 
 
 class Outcome(NamedTuple):
@@ -58,6 +64,7 @@ class Outcome(NamedTuple):
     note: str = ""
     lines: Sequence[str] = ()
     needed: bool = False
+    ends_run: bool = False
 
 
 class Log:
@@ -87,7 +94,8 @@ class _Running:
 
     def launch(self, seconds: float) -> None:
         self._rest = b""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.job.environment}
+        limit = {LIMIT: f"{self.job.most_seconds:g}"} if self.job.most_seconds else {}
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **limit, **self.job.environment}
         self.process = subprocess.Popen(
             list(self.job.command(seconds)), cwd=ROOT, env=environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=os.setpgrp,
@@ -104,7 +112,8 @@ class _Running:
     def finish(self, log: Log) -> None:
         """End what is left of the group, and take the last lines."""
         self.signal(signal.SIGKILL)
-        self.process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold what was killed
+            self.process.wait(LAST)
         self.read(log)
         if self._rest:
             self._keep(self._rest, log)
@@ -123,19 +132,27 @@ class _Running:
 
     def outcome(self) -> Outcome:
         seconds = time.monotonic() - self.start
-        if self.ending:
+        code = self.process.returncode
+        if code is None:
+            state, note = FAILED, "it was killed and has not ended: the device may hang"
+        elif self.ending:
             state, note = CUT, f"ended after {seconds:.0f} s, at the end of its time"
+        elif ended_by_watchdog(code):
+            state, note = FAILED, f"no answer within {self.job.most_seconds:g} s: a kernel may hang"
         else:
-            state, note = self.job.judge(self.process.returncode, self.lines)
-        return Outcome(self.job.name, state, seconds, note, list(self.lines), self.job.needed)
+            state, note = self.job.judge(code, self.lines)
+        ends_run = state == FAILED and self.job.ends_run(code)
+        return Outcome(self.job.name, state, seconds, note, list(self.lines), self.job.needed, ends_run)
 
 
 def run_jobs(
-    jobs: Sequence[Job], seconds: float, at_once: int, log: Log, tick: Callable[[], None] = lambda: None
-) -> list[Outcome]:
+    jobs: Sequence[Job], seconds: float, at_once: int, log: Log, tick: Callable[[], None] = lambda: None,
+    keep: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:  # fmt: skip
     """Run jobs side by side, at most ``at_once``, and end the groups of those that run after ``seconds``.
 
-    ``tick`` is called again and again meanwhile. Whatever ends this function, no job goes on.
+    ``tick`` is called again and again meanwhile, ``keep`` with each outcome as soon as it is known. Whatever ends this
+    function, no job goes on.
     """
     stop = time.monotonic() + seconds
     waiting, running, outcomes = list(jobs), [], {}
@@ -160,11 +177,13 @@ def run_jobs(
                 one.finish(log)
                 if not one.ending and one.restarts < RESTARTS and one.job.again(one.process.returncode):
                     one.restarts += 1
+                    log.line(one.job.name, f"started again after exit code {one.process.returncode}")
                     one.launch(stop - now)
                     selector.register(one.process.stdout, selectors.EVENT_READ)
                     continue
                 running.remove(one)
                 outcomes[one.job.name] = one.outcome()
+                keep(outcomes[one.job.name])
             tick()
     finally:
         for one in running:

@@ -10,22 +10,22 @@ from tools.gpu_run.processes import CUT, FAILED, PASSED, UNAVAILABLE, Job, Outco
 
 LEFT_OUT = "left out"
 LEAST_SECONDS = 5.0  # less than this is no time for a stage
-Execute = Callable[[Sequence[Job], float], list[Outcome]]
+Keep = Callable[[Outcome], None]
+Execute = Callable[[Sequence[Job], float, Keep], list[Outcome]]
 
 
 @dataclass(frozen=True)
 class Stage:
     """A stage: its jobs side by side, phase after phase; each phase is asked for its jobs when its time has come.
 
-    ``weight`` over those of the stages still to come is its share. ``ends_run``: its failure ends the run. ``check``
-    says in one line what is wrong whatever the jobs say, or None; it is told whether one was cut short.
+    ``weight`` over those of the stages still to come is its share. ``check`` says in one line what is wrong whatever
+    the jobs say, or None; it is told whether one was cut short.
     """
 
     name: str
     weight: float
     shows: str
     phases: Sequence[Callable[[State], Sequence[Job]]]
-    ends_run: bool = False
     check: Callable[[bool], str | None] = lambda cut: None
 
 
@@ -61,13 +61,14 @@ class State:
 
 def run_stages(
     stages: Sequence[Stage], seconds: float, execute: Execute, now: Callable[[], float],
-    began: Callable[[Stage, float], None], ended: Callable[[Stage, State], None],
+    began: Callable[[Stage, float], None], ended: Callable[[Stage, State], None], state: State,
 ) -> State:  # fmt: skip
-    """Run stages within ``seconds`` in all; a stage that fails does not keep later ones from running, unless it must.
+    """Run stages within ``seconds`` in all; a stage that fails does not keep later ones from running; a job may.
 
-    ``began`` is told a stage and its share in seconds, ``ended`` a stage and all results so far.
+    ``began`` is told a stage and its share in seconds, ``ended`` a stage and all results so far. ``state`` is what they
+    and each job's outcome are added to as soon as they are known, and what is returned.
     """
-    stop, state, obstacle = now() + seconds, State(), ""
+    stop, obstacle = now() + seconds, ""
     for i, stage in enumerate(stages):
         start = now()
         left = stop - start
@@ -81,14 +82,15 @@ def run_stages(
         result = Result(stage.name, CUT, share_seconds=share)
         state.results.append(result)
         for phase in stage.phases:
-            result.outcomes += execute(phase(state), max(start + share - now(), 0.0))
+            known, before = result.outcomes, len(result.outcomes)
+            known[before:] = execute(phase(state), max(start + share - now(), 0.0), known.append)
             if needed := [outcome for outcome in result.outcomes if outcome.needed and outcome.state != PASSED]:
                 obstacle = f"{needed[0].name} has not passed"
                 break
         result.seconds = now() - start
         result.state, result.note = _verdict(stage, result.outcomes)
-        if stage.ends_run and result.state == FAILED:
-            obstacle = f"{stage.name} found a fault"
+        if lost := [outcome.name for outcome in result.outcomes if outcome.ends_run]:
+            obstacle = f"{lost[0]} lost the device"
         ended(stage, state)
     return state
 

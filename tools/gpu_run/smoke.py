@@ -1,23 +1,28 @@
 """One operation in bfloat16, forward and backward, against its reference: python3 -m tools.gpu_run.smoke CHECK
 
 What ``onepeace-fast selftest`` holds an operation to, in seconds: every output and gradient by the tolerance rule.
-Exact is the reference in float64, plain PyTorch that in bfloat16, both on the CPU. Returns 1 for a fault.
+Exact is the reference in float64, plain PyTorch that in bfloat16, both on the CPU. Returns 1 for a fault, and 33 for
+one after which the device answers this process no more.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from benchmarks.support.watchdog import Watchdog
 from onepeace_fast import cuda_extension
 from onepeace_fast.hardware.cases import Case, Make, kernel_cases, pairs, product_cases, specified_cases
 from onepeace_fast.hardware.selftest import compare_case, launches
+from onepeace_fast.timing import describe_error
 from tools.gpu_run.plan import LEFT_OUT, SMOKE
+from tools.gpu_run.plugin import DEVICE_LOST, device_lost
 
 DTYPE = torch.bfloat16
 Cases = Callable[[Make, torch.device], Iterator[Case]]
@@ -62,6 +67,8 @@ def checks(full: bool) -> dict[str, Check]:
 def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> int:
     """Hold every case of a check against its reference; tells each case's worst tensor, and how many broke it."""
     found = cases = 0
+    watchdog = Watchdog()
+    watchdog.restart()
     for on_cpu, on_device in pairs(check.cases, device):
         if not check.holds(on_cpu):
             continue
@@ -78,6 +85,7 @@ def faults(check: Check, device: torch.device, say: Callable[[str], None]) -> in
         state = "ok" if not broken else f"FAULT in {broken} of {len(compared)} comparisons"
         say(f"{on_cpu.operation}, {on_cpu.variant}: {state}; {launched} launches; nearest to its bound: "
             f"{worst.tensor}, {worst.kind} error {worst.error:.2e} of {worst.allowed:.2e}")  # fmt: skip
+        watchdog.restart()
     if not cases:
         raise SystemExit(f"{check.operation}: no case was found")
     return found
@@ -95,7 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
     if attends and (reason := cuda_extension.unavailable_reason()) is not None:
         print(f"attention's kernels are not here: {reason}", flush=True)
         return LEFT_OUT
-    return int(faults(check, device, lambda line: print(line, flush=True)) > 0)
+    reason = "seen after the last case"
+    try:
+        found = faults(check, device, lambda line: print(line, flush=True))
+    except Exception as error:
+        traceback.print_exc()
+        found, reason = 1, describe_error(error)
+    if device_lost():
+        print(f"the device answers no more: {reason}", flush=True)
+        return DEVICE_LOST
+    return int(found > 0)
 
 
 if __name__ == "__main__":
