@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import torch
@@ -176,7 +176,8 @@ def _transparent_colour(path: str, image: Image, upright: Image) -> Image | None
     if depth < 8:
         colour = colour * (1 if upright.mode == "1" else 255 // top)
     elif depth == 16 and upright.mode == "RGB":
-        with open_image(path) as lower:
+        lower: Any = open_image(path)  # of an open file, which has tiles
+        with lower:
             # The same samples read with their bytes exchanged: Pillow keeps the first byte alone.
             lower.tile = [(*tile[:3], "RGB;16L") for tile in lower.tile]
             pixels = pixels * 256 + numpy.asarray(_upright(lower))
