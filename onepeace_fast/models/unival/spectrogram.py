@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from onepeace_fast.remembered import remembered
 RATE, WINDOW, MEL_BINS = 48_000, 1024, 64  # samples a second, samples of a frame, rows of a spectrogram
 LOWEST, HIGHEST = 50.0, 14_000.0  # Hz
 LEAST_POWER = 1e-10
+ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the process's defaults are
 # Slaney's scale (Auditory Toolbox, 1998): mels of 200/3 Hz up to 1 kHz, from there 27 to a factor of 6.4.
 _HERTZ, _BREAK, _LOG_STEP = 200 / 3, 1000.0, math.log(6.4) / 27
 
@@ -29,8 +31,8 @@ def to_hertz(mel: Tensor) -> Tensor:
 
 def mel_filters() -> Tensor:
     """Triangles over frequencies, evenly placed on the scale, each of area 1: float64 [frequencies, bins]."""
-    frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)[:, None]
-    corners = to_hertz(torch.linspace(to_mel(LOWEST), to_mel(HIGHEST), MEL_BINS + 2, dtype=torch.float64))
+    frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, **ON_CPU)[:, None]
+    corners = to_hertz(torch.linspace(to_mel(LOWEST), to_mel(HIGHEST), MEL_BINS + 2, **ON_CPU))
     low, middle, high = corners[:-2], corners[1:-1], corners[2:]
     rising, falling = (frequencies - low) / (middle - low), (high - frequencies) / (high - middle)
     return torch.minimum(rising, falling).clamp(min=0) * (2 / (high - low))
@@ -38,13 +40,12 @@ def mel_filters() -> Tensor:
 
 def hann() -> Tensor:
     """The window, float64 [WINDOW]."""
-    return torch.hann_window(WINDOW, dtype=torch.float64)
+    return torch.hann_window(WINDOW, **ON_CPU)
 
 
 @remembered
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.device("cpu"):
-        return hann().to(device, dtype), mel_filters().to(device, dtype)
+    return hann().to(device, dtype), mel_filters().to(device, dtype)
 
 
 def log_mel(waveform: Tensor, hop: int, dtype: torch.dtype) -> Tensor:
@@ -64,6 +65,6 @@ def log_mel(waveform: Tensor, hop: int, dtype: torch.dtype) -> Tensor:
 
 def fourier() -> tuple[Tensor, Tensor]:
     """Real and imaginary part of the windowed discrete Fourier transform, float64 [frequencies, 1, WINDOW]."""
-    place = torch.arange(WINDOW, dtype=torch.float64)
+    place = torch.arange(WINDOW, **ON_CPU)
     turn = -2 * torch.pi / WINDOW * (place[: WINDOW // 2 + 1, None] * place % WINDOW)
     return (turn.cos() * hann())[:, None], (turn.sin() * hann())[:, None]
