@@ -45,11 +45,12 @@ def available_memory() -> int:
     free = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        free = [int(line.split()[1]) * 1024 for line in meminfo.read_text().splitlines() if "MemAvailable" in line]
+        lines = meminfo.read_text(encoding="utf-8").splitlines()
+        free = [int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line]
     group = Path("/sys/fs/cgroup")
     limit, used = group / "memory.max", group / "memory.current"
-    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
-        free.append(int(limit.read_text()) - int(used.read_text()))
+    if limit.exists() and used.exists() and limit.read_text(encoding="utf-8").strip() != "max":
+        free.append(int(limit.read_text(encoding="utf-8")) - int(used.read_text(encoding="utf-8")))
     return min(free)
 
 

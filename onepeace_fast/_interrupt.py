@@ -28,8 +28,15 @@ def end() -> None:
 
 
 def _for_the_command() -> bool:
-    started = [os.path.basename(word).removesuffix(".exe") for word in sys.orig_argv[1:3]]
-    return "onepeace-fast" in started or "onepeace_fast.cli" in started
+    # By the program, not by its arguments: in sys.argv it stands first, in sys.orig_argv behind Python's own options.
+    place = len(sys.orig_argv) - len(sys.argv)
+    if not sys.argv or place < 1 or sys.orig_argv[place + 1 :] != sys.argv[1:]:
+        return False  # a program that changed them, or a child of multiprocessing, which gets its parent's
+    program = sys.orig_argv[place]
+    if sys.argv[0] == "-m":  # stands there for a module while its package is imported
+        return program.removeprefix("-m") == "onepeace_fast.cli"
+    name = os.path.basename(program).removesuffix(".exe")
+    return program == sys.argv[0] and name == "onepeace-fast" and os.path.isfile(program)
 
 
 if (

@@ -78,7 +78,8 @@ class ComparedModel:
         generator = torch.Generator().manual_seed(SEED)
         # By name: models may give the same outputs in another order.
         for key, tensor in sorted(named_tensors(output).items()) if self.loss is None else ():
-            drawn = torch.randn(tensor.shape, generator=generator).bfloat16()  # of which wider dtypes have each value
+            drawn = torch.randn(tensor.shape, generator=generator, dtype=torch.float32, device="cpu")
+            drawn = drawn.bfloat16()  # of which wider dtypes have each value
             if tensor.requires_grad:
                 self.cotangents[key] = drawn.to(tensor.device, tensor.dtype)
         roots, weights = self._roots(output)

@@ -176,7 +176,7 @@ class ModelConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the configuration as JSON."""
-        Path(path).write_text(json.dumps(self._to_dict(), indent=2) + "\n")
+        Path(path).write_text(json.dumps(self._to_dict(), indent=2) + "\n", encoding="utf-8")
 
     def _to_dict(self) -> dict[str, Any]:
         return {"model": self.kind, **dataclasses.asdict(cast(Any, self))}
@@ -329,7 +329,7 @@ def named_kind(path: str | Path) -> Any:
 
 def _read_json(path: str | Path) -> Any:
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: expected a configuration that save() wrote, got no JSON ({error})") from None
 

@@ -7,7 +7,7 @@ vector. Autograd writes the vector's gradient to these pairs alone.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from onepeace_fast.attention_structures import Segments
 from onepeace_fast.relative_position import CLS_ENTRIES, window_codes
-
-SAMPLES_KEPT = 64
+from onepeace_fast.remembered import remembered
 
 
 def dense_vector(dense: Tensor, window: Sequence[int], with_cls: bool = False) -> Tensor:
@@ -52,36 +51,34 @@ def is_relative(dense: Tensor, window: Sequence[int], with_cls: bool = False) ->
     return torch.stack([fit.all() for fit in fits]).all()
 
 
-@functools.lru_cache(maxsize=SAMPLES_KEPT)
+@remembered
 def _standing_pairs(window: tuple[int, ...], with_cls: bool, device: torch.device) -> Tensor:
     """The pair that stands for each entry of the vector, its place in the flattened bias: int64 [entries]."""
-    with torch.inference_mode(False):  # it is kept for what has gradients, too
-        query = key = torch.zeros(1, dtype=torch.int64, device=device)
-        for side in window:
-            distance = torch.arange(1 - side, side, device=device)
-            query = (query[:, None] * side + distance.clamp(min=0)).flatten()
-            key = (key[:, None] * side + (-distance).clamp(min=0)).flatten()
-        tokens = functools.reduce(int.__mul__, window, 1)
-        if not with_cls:
-            return query * tokens + key
-        tokens += 1
-        pairs = (query + 1) * tokens + key + 1
-        cls = torch.arange(CLS_ENTRIES, device=device)  # as query (0, 1), as key (1, 0), both (0, 0)
-        return torch.cat([pairs, (cls == 0).long() + (cls == 1).long() * tokens])
+    query = key = torch.zeros(1, dtype=torch.int64, device=device)
+    for side in window:
+        distance = torch.arange(1 - side, side, device=device)
+        query = (query[:, None] * side + distance.clamp(min=0)).flatten()
+        key = (key[:, None] * side + (-distance).clamp(min=0)).flatten()
+    tokens = math.prod(window)
+    if not with_cls:
+        return query * tokens + key
+    tokens += 1
+    pairs = (query + 1) * tokens + key + 1
+    cls = torch.arange(CLS_ENTRIES, device=device)  # as query (0, 1), as key (1, 0), both (0, 0)
+    return torch.cat([pairs, (cls == 0).long() + (cls == 1).long() * tokens])
 
 
-@functools.lru_cache(maxsize=SAMPLES_KEPT)
+@remembered
 def full_segments(samples: int, window: tuple[int, ...], with_cls: bool, device: torch.device) -> Segments:
     """Segments of samples that all are a whole window, behind a CLS where there is one."""
-    with torch.inference_mode(False):
-        code = window_codes(window, window, device)
-        if with_cls:
-            code = F.pad(code, (1, 0))  # whose code is never used
-        tokens = code.shape[0]
-        is_cls = torch.arange(tokens, device=device) < int(with_cls)
-        code, is_cls = code.repeat(samples), is_cls.repeat(samples)
-        starts = torch.arange(samples + 1, dtype=torch.int32, device=device) * tokens
-        return Segments(starts[None], torch.zeros_like(code), code, is_cls, tokens)
+    code = window_codes(window, window, device)
+    if with_cls:
+        code = F.pad(code, (1, 0))  # whose code is never used
+    tokens = code.shape[0]
+    is_cls = torch.arange(tokens, device=device) < int(with_cls)
+    code, is_cls = code.repeat(samples), is_cls.repeat(samples)
+    starts = torch.arange(samples + 1, dtype=torch.int32, device=device) * tokens
+    return Segments(starts[None], torch.zeros_like(code), code, is_cls, tokens)
 
 
 def window_parts(hidden: Tensor, most: int) -> tuple[Tensor, Tensor]:

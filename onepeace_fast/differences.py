@@ -86,7 +86,7 @@ def _walk(value: Any, name: str, strict: bool) -> Iterator[tuple[str, Tensor]]:
         yield name or "output", value
         return
     if isinstance(value, bool | int | float) and strict:
-        yield name or "output", torch.tensor(value)
+        yield name or "output", torch.tensor(value, device="cpu")
         return
     if isinstance(value, Mapping):
         parts = value.items()

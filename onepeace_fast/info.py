@@ -113,7 +113,7 @@ def _driver() -> str:
         if answer.returncode == 0 and answer.stdout.strip():
             return answer.stdout.split()[0]
     version = Path("/proc/driver/nvidia/version")
-    return version.read_text().splitlines()[0] if version.exists() else "none found"
+    return version.read_text(encoding="utf-8").splitlines()[0] if version.exists() else "none found"
 
 
 def _gpu() -> str:

@@ -97,7 +97,7 @@ class HostClock:
         """Note how fast the processor's clock runs, where Linux says so; called between rounds."""
         information = Path("/proc/cpuinfo")
         if information.exists():
-            found = re.findall(r"^cpu MHz\s*: ([0-9.]+)", information.read_text(), re.MULTILINE)
+            found = re.findall(r"^cpu MHz\s*: ([0-9.]+)", information.read_text(encoding="utf-8"), re.MULTILINE)
             self.frequencies += [max(map(float, found))] if found else []
 
     def shortened(self, call: Call, inputs: int) -> Call:

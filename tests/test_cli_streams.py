@@ -81,12 +81,47 @@ def test_ctrl_c_while_it_imports_is_one_line_also_where_the_import_catches_it_or
     assert (process.returncode, error) == expected
 
 
-def test_importing_the_library_leaves_ctrl_c_as_it_is():
-    code = "import signal; import onepeace_fast._interrupt as i; print(signal.getsignal(signal.SIGINT) is i._stop)"
-    code = f"import sys; sys.modules['torch'] = None\ntry:\n    import onepeace_fast\nexcept ImportError: pass\n{code}"
-    code = code.replace("import onepeace_fast._interrupt as i", "i = sys.modules['onepeace_fast._interrupt']")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
+HANDLER = """import signal, sys
+sys.modules["torch"] = None  # so that the import is short
+try:
+    import onepeace_fast
+except ImportError:
+    pass
+interrupt = sys.modules["onepeace_fast._interrupt"]
+print(signal.getsignal(signal.SIGINT) is interrupt._stop)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "theirs"),
+    [
+        (["onepeace-fast", "info"], True),
+        (["-u", "-X", "utf8", "onepeace-fast"], True),
+        (["onepeace-fast.exe"], True),
+        (["-c", HANDLER, "onepeace-fast"], False),
+        (["-c", HANDLER, "-m", "onepeace_fast.cli"], False),
+        (["own.py", "onepeace-fast"], False),
+        (["own.py", "runs/onepeace-fast"], False),
+        (["own.py", "-m", "onepeace_fast.cli"], False),
+        (["-m", "own", "onepeace_fast.cli"], False),
+        (["-m", "onepeace-fast"], False),
+        (["runs/onepeace-fast"], False),
+    ],
+    ids=lambda words: " ".join(words).replace(HANDLER, "CODE") if isinstance(words, list) else None,
+)
+def test_importing_the_library_leaves_ctrl_c_as_it_is_in_all_programs_but_the_command(tmp_path, words, theirs):
+    folder = tmp_path / "runs" / "onepeace-fast"  # a program, too, with a file of this name
+    folder.mkdir(parents=True)
+    for path in (
+        tmp_path / "own.py",
+        tmp_path / "onepeace-fast.py",
+        tmp_path / "onepeace-fast.exe",
+        tmp_path / "onepeace-fast",
+        folder / "__main__.py",
+    ):
+        path.write_text(HANDLER)
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{theirs}\n"
 
 
 @pytest.mark.parametrize("module", [training, demo])

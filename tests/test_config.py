@@ -1,6 +1,7 @@
 """Configurations: upstream's model sections, their defaults, and what is refused."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -183,6 +184,13 @@ def test_a_configuration_without_a_modality_is_loaded_unchanged(tmp_path):
     config = from_upstream({"use_audio_moe": False}, {"use_audio_moe": False})
     config.save(tmp_path / "config.json")
     assert OnePeaceConfig.load(tmp_path / "config.json") == config
+
+
+def test_a_file_is_read_as_utf_8_whatever_the_locale_s_encoding_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"größe": 1}, ensure_ascii=False), encoding="utf-8")
+    refused(lambda: OnePeaceConfig.load(path), "", "größe")
 
 
 def test_an_unknown_field_of_a_file_is_refused(tmp_path):

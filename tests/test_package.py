@@ -264,3 +264,22 @@ def test_missing_or_damaged_triton_is_reported_in_one_line_and_not_raised(monkey
     monkeypatch.delitem(sys.modules, "triton", raising=False)
     reason = onepeace_fast.kernels.unavailable_reason.__wrapped__()
     assert reason == "Triton cannot be imported: OSError: libtriton.so: cannot open"
+
+
+IMPORT_ALL = """
+import importlib, pkgutil, torch
+torch.set_default_device("meta")
+import onepeace_fast
+for module in pkgutil.walk_packages(onepeace_fast.__path__, "onepeace_fast."):
+    if ".demo" not in module.name and ".report" not in module.name:  # whose plots take seconds to import
+        try:
+            importlib.import_module(module.name)
+        except ImportError:  # an extra is missing
+            pass
+"""
+
+
+@pytest.mark.slow
+def test_importing_any_module_computes_nothing_on_the_process_s_default_device():
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")

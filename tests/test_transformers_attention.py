@@ -198,7 +198,7 @@ def test_a_bias_that_is_a_leaf_is_not_kept_alive():
 def test_nothing_waits_for_the_device_but_the_lengths_of_a_padded_batch_once(monkeypatch):
     caches = (dense_bias._standing_pairs, full_segments := transformers_attention.full_segments)
     assert full_segments is dense_bias.full_segments
-    [cache.cache_clear() for cache in caches]
+    [cache.__wrapped__.cache_clear() for cache in caches]
     reads = []
     monkeypatch.setattr("onepeace_fast.routing.read_values", lambda tensor: reads.append(tensor) or [5, 9, 7])
     options = {"device": DEVICE, "dtype": torch.float32}
@@ -217,7 +217,7 @@ def test_nothing_waits_for_the_device_but_the_lengths_of_a_padded_batch_once(mon
         image = torch.randn(1, HEADS, 10, 10, **options, requires_grad=True)
         beit = Attention("beit", image_size=12, patch_size=4)
         attention_of_module(beit, *heads(4, 10, **options), image)[0].sum().backward()
-    [cache.cache_clear() for cache in caches]
+    [cache.__wrapped__.cache_clear() for cache in caches]
 
 
 def call(module=None, length=9, mask=None, **keywords):

@@ -118,7 +118,7 @@ def compile_text(nvcc: Path, sizes: tuple[int, int]) -> str:
     """The backward pass's instructions for one pair of head sizes."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "backward.cu"
-        source.write_text(SOURCE.format(*sizes))
+        source.write_text(SOURCE.format(*sizes), encoding="utf-8")
         return disassemble(nvcc, "sm_90a", source)
 
 

@@ -115,7 +115,7 @@ class _Counted:
 
 def anonymous_bytes(process: int) -> int:
     """Anonymous memory of a process."""
-    status = Path(f"/proc/{process}/status").read_text()
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) * 1024  # type: ignore[index]  # Linux has it
 
 
@@ -172,7 +172,7 @@ def main() -> None:
             "limit": LIMIT,
             "files": [{**asdict(one), "share": one.share} for one in rows],
         }
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     if any(one.share > LIMIT for one in rows):
         sys.exit(f"expected a peak of at most {LIMIT} of the model's bytes")
 

@@ -24,7 +24,7 @@ QUERY = (
 def processor() -> str:
     """The processor's model."""
     information = Path("/proc/cpuinfo")
-    if information.exists() and (found := re.search(r"model name\s*: (.*)", information.read_text())):
+    if information.exists() and (found := re.search(r"model name\s*: (.*)", information.read_text(encoding="utf-8"))):
         return found[1]
     return platform.processor() or platform.machine()
 

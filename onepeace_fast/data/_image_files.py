@@ -6,7 +6,12 @@ Pillow decodes the zeros of a GIF that was never written to its end as pixels.
 
 from __future__ import annotations
 
+import os
 import re
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -25,6 +30,25 @@ _SEQUENTIAL, _PROGRESSIVE = (0xC0, 0xC1), 0xC2
 # libjpeg reads this far ahead of a scan's last bit. No Huffman code consists of ones.
 _AHEAD = b"\xff\x00" * 8
 _PROBE = bytes(181 * place % 251 for place in range(1, 65))  # any bytes, but no marker
+# The filters of warnings are the process's: of two threads that change them, one restores what the other has set.
+_FILTERS = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    # Else a process that is forked meanwhile, such as a loader's, would wait for a thread that it does not have.
+    os.register_at_fork(before=_FILTERS.acquire, after_in_parent=_FILTERS.release, after_in_child=_FILTERS.release)
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Pillow's are of damaged EXIF, and of sizes, which are checked here. For one thread at a time: not to decode."""
+    with _FILTERS, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def open_image(source: str | BytesIO) -> Image:
+    """Pillow's ``open``, which reads no pixels, without its warnings."""
+    with without_warnings():
+        return optional("PIL.Image").open(source)
 
 
 def open_whole_jpeg(data: bytes) -> Image:
@@ -37,16 +61,15 @@ def open_whole_jpeg(data: bytes) -> Image:
     Raises:
         OSError: bytes, scans or the end are missing.
     """
-    pillow = optional("PIL.Image")
     frame, ends, lacking = _read_jpeg(data)
     if lacking:
         raise OSError("its last scans are missing")
     if frame in _SEQUENTIAL and len(ends) == 1:
-        return pillow.open(BytesIO(data[: ends[0]] + _AHEAD))
-    image = pillow.open(BytesIO(data))
+        return open_image(BytesIO(data[: ends[0]] + _AHEAD))
+    image = open_image(BytesIO(data))
     if frame in (*_SEQUENTIAL, _PROGRESSIVE):
         pieces = [data[start:end] for start, end in pairwise([0, *ends, len(data)])]
-        with pillow.open(BytesIO(_PROBE.join(pieces))) as probed:
+        with open_image(BytesIO(_PROBE.join(pieces))) as probed:
             if not numpy.array_equal(numpy.asarray(image), numpy.asarray(probed)):
                 raise OSError("a scan ends early")
     return image

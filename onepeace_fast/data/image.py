@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy
 import torch
 from torch import Tensor
 
 from onepeace_fast.checks import describe, require
-from onepeace_fast.data._image_files import check_gif, open_whole_jpeg
+from onepeace_fast.data._image_files import check_gif, open_image, open_whole_jpeg, without_warnings
 from onepeace_fast.data._optional import optional
 
 if TYPE_CHECKING:
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 FITS = ("crop", "squash")
 MAX_PIXELS = 89_000_000  # Pillow itself speaks of a decompression bomb from 89.5 million on
+QUIETLY_DECODED = ("JPEG", "MPO", "PNG", "WEBP", "GIF")  # TIFF and ICO warn while they decode
 CROP_SCALE = (0.5, 1.0)
 CROP_RATIO = (3 / 4, 4 / 3)
 # CLIP's statistics, as in ONE-PEACE's public code.
@@ -39,41 +39,39 @@ def read_image(path: str | os.PathLike[str]) -> Image:
         ValueError: no such file, not an image, broken, truncated or huge; one line naming the file.
         ImportError: Pillow is missing.
     """
-    pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
+    settings = optional("PIL.ImageFile")
     path = os.path.expanduser(os.fspath(path))
     require(os.path.isfile(path), lambda: f"{path}: expected an image file, got no file there")
-    if optional("PIL.ImageFile").LOAD_TRUNCATED_IMAGES:
+    if settings.LOAD_TRUNCATED_IMAGES:
         raise ValueError(
             f"{path}: expected PIL.ImageFile.LOAD_TRUNCATED_IMAGES to be False, got True; it makes up what a file lacks"
         )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damaged EXIF, and of sizes, which are checked here
+    with _decoding(path):
+        image = open_image(path)
+    with image:
+        width, height = image.size
+        require(
+            width * height <= MAX_PIXELS,
+            lambda: f"{path}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}; make it smaller",
+        )
         with _decoding(path):
-            image = pillow.open(path)
-        with image:
-            width, height = image.size
-            require(
-                width * height <= MAX_PIXELS,
-                lambda: f"{path}: expected at most {MAX_PIXELS:,} pixels, got {width} x {height}; make it smaller",
-            )
-            with _decoding(path):
-                if image.format == "PNG":  # whose checksums decoding does not look at
-                    with pillow.open(path) as checked:
-                        checked.verify()
-                elif image.format == "GIF":
-                    check_gif(Path(path).read_bytes())
-                elif image.format in ("JPEG", "MPO"):
-                    image = open_whole_jpeg(Path(path).read_bytes())
-                upright = operations.exif_transpose(image)
-            check_depth(path, upright)
-            with _decoding(path):
-                hidden = _transparent_colour(path, image, upright)
-                if hidden is None:
-                    return to_rgb(upright)
-                del upright.info["transparency"]
-                rgb = to_rgb(upright)
-                rgb.paste("white", mask=hidden)
-                return rgb
+            if image.format == "PNG":  # whose checksums decoding does not look at
+                with open_image(path) as checked:
+                    checked.verify()
+            elif image.format == "GIF":
+                check_gif(Path(path).read_bytes())
+            elif image.format in ("JPEG", "MPO"):
+                image = open_whole_jpeg(Path(path).read_bytes())
+            upright = _upright(image)
+        check_depth(path, upright)
+        with _decoding(path):
+            hidden = _transparent_colour(path, image, upright)
+            if hidden is None:
+                return to_rgb(upright)
+            del upright.info["transparency"]
+            rgb = to_rgb(upright)
+            rgb.paste("white", mask=hidden)
+            return rgb
 
 
 def prepare_image(
@@ -144,6 +142,13 @@ def _decoding(path: str) -> Iterator[None]:
         ) from error
 
 
+def _upright(image: Image) -> Image:
+    if image.format in QUIETLY_DECODED:
+        image.load()
+    with without_warnings():
+        return optional("PIL.ImageOps").exif_transpose(image)
+
+
 def check_depth(path: str, image: Image) -> None:
     """Raise ``ValueError`` where an image has other than unsigned pixels of 8 or 16 bits."""
     if image.mode == "F" or image.mode.startswith("I"):
@@ -159,7 +164,7 @@ def _transparent_colour(path: str, image: Image, upright: Image) -> Image | None
 
     Pillow compares that colour, which stands in the file's own depth, with the 8 bits that it made of it.
     """
-    pillow, operations = optional("PIL.Image"), optional("PIL.ImageOps")
+    pillow = optional("PIL.Image")
     colour = upright.info.get("transparency")
     if image.format != "PNG" or upright.mode == "P" or not isinstance(colour, (int, tuple)):
         return None
@@ -171,10 +176,11 @@ def _transparent_colour(path: str, image: Image, upright: Image) -> Image | None
     if depth < 8:
         colour = colour * (1 if upright.mode == "1" else 255 // top)
     elif depth == 16 and upright.mode == "RGB":
-        with pillow.open(path) as lower:
+        lower: Any = open_image(path)  # of an open file, which has tiles
+        with lower:
             # The same samples read with their bytes exchanged: Pillow keeps the first byte alone.
             lower.tile = [(*tile[:3], "RGB;16L") for tile in lower.tile]
-            pixels = pixels * 256 + numpy.asarray(operations.exif_transpose(lower))
+            pixels = pixels * 256 + numpy.asarray(_upright(lower))
     return pillow.fromarray((pixels == colour).all(axis=2))
 
 

@@ -44,7 +44,7 @@ class SampleDataset(Dataset[dict[str, Any]]):
         hide: Callable[..., tuple[Tensor, Tensor]], seed: int, broken: str = "fatal",
     ) -> None:  # fmt: skip
         self._samples, self._side, self._hide, self._seed = samples, side, hide, seed
-        self._begin = torch.tensor([tokenizer.begin])
+        self._begin = torch.tensor([tokenizer.begin], device="cpu")
         self._subtitle_of = [place for place, sample in enumerate(samples) if sample.subtitle is not None]
         self._captions = _tokenized(CAPTION, [(sample.where, sample.caption) for sample in samples], tokenizer, longest)
         self._subtitles = _tokenized(

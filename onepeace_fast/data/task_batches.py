@@ -80,7 +80,7 @@ class _Order:
 
     def __init__(self, task: str, count: int, seed: int) -> None:
         self.task, self.count, self.seed = task, count, seed
-        self._epoch, self._indices = -1, torch.empty(0)
+        self._epoch, self._indices = -1, torch.empty(0, device="cpu")
 
     def __getitem__(self, place: int) -> int:
         epoch, within = divmod(place, self.count)

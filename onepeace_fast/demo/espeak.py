@@ -61,7 +61,7 @@ class Engine:
 
 
 def main(library: str, data: str, plan: str, output: str) -> None:
-    requests = json.loads(Path(plan).read_text())
+    requests = json.loads(Path(plan).read_text(encoding="utf-8"))
     target = Path(output).absolute()
     engine = Engine(library, data)
     clips = [engine.say(*request) for request in requests]

@@ -96,7 +96,7 @@ def cache_file(clips: Sequence[Clip]) -> Path:
     """The file of these clips; its name is a digest of everything that decides them."""
     sources = [Path(synthesis.__file__), Path(espeak.__file__)]
     packages = {name: version(name) for name in ("espeakng-loader", "scipy", "numpy")}
-    decisive = [requests(clips), packages, platform.platform(), *(path.read_text() for path in sources)]
+    decisive = [requests(clips), packages, platform.platform(), *(path.read_text(encoding="utf-8") for path in sources)]
     return cache_folder() / f"speech-{hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:16]}.npz"
 
 

@@ -29,7 +29,7 @@ def synthesise(requests: Sequence[tuple[str, int, int, str]]) -> list[np.ndarray
 
     with tempfile.TemporaryDirectory() as folder:
         plan, output = Path(folder, "plan.json"), Path(folder, "clips")
-        plan.write_text(json.dumps(requests))
+        plan.write_text(json.dumps(requests), encoding="utf-8")
         arguments = [espeakng_loader.get_library_path(), espeakng_loader.get_data_path(), plan, output]
         program = [sys.executable, "-I", espeak.__file__, *map(str, arguments)]
         done = subprocess.run(program, capture_output=True, text=True, errors="replace")

@@ -181,7 +181,7 @@ class Embedder:
             bar: is told of every item that was embedded.
             name: what a message calls the item at a place that is no file; None: such as "text[3]".
         """
-        rows = torch.zeros(len(items), self.model.config.encoder.embed_dim)
+        rows = torch.zeros(len(items), self.model.config.encoder.embed_dim, dtype=torch.float32, device="cpu")
         found: dict[int, str] = {}
         name = name or f"{modality}[{{}}]".format
 

@@ -57,7 +57,7 @@ def nearest(path: Path, query: Tensor, count: int, modalities: Sequence[str] = E
     Raises:
         ValueError: no such file, or embeddings of another size.
     """
-    scores, items = torch.empty(0), list[Item]()
+    scores, items = torch.empty(0, dtype=torch.float32, device="cpu"), list[Item]()
     with reading(path) as (file, _):
         _check_dim(path, file, query)
         for block, rows in rows_of(file, BLOCK):

@@ -105,7 +105,7 @@ class Rows:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         def integers(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int32).to(device)
+            return torch.tensor(values, dtype=torch.int32, device=device)
 
         self.rows, self.device = rows, device
         first, real = max(rows - INERT_ROWS, 0) // 3, max(rows - INERT_ROWS, 0)
@@ -350,11 +350,11 @@ def _routed_linear(
 def _relative_bias_attention(batch: Rows, dtype: torch.dtype, make: Make) -> Iterator[Case]:
     lengths, heads = batch.counts, 2
     cu_seqlens = torch.stack([batch.offsets[:-1], batch.offsets[1:]], 1)  # one sample
-    modality = torch.full((batch.rows,), MODALITIES, dtype=torch.int32)
-    code, is_cls = torch.zeros(batch.rows, dtype=torch.int32), torch.zeros(batch.rows, dtype=torch.bool)
+    modality = torch.full((batch.rows,), MODALITIES, dtype=torch.int32, device="cpu")
+    code, is_cls = (torch.zeros(batch.rows, dtype=kind, device="cpu") for kind in (torch.int32, torch.bool))
     for m, rows in enumerate(batch.modalities):
         modality[rows] = m
-        code[rows] = torch.arange(lengths[m], dtype=torch.int32)
+        code[rows] = torch.arange(lengths[m], dtype=torch.int32, device="cpu")
         is_cls[rows.stop - 1] |= lengths[m] > 0
     leaves = {"qkv": make(batch.rows, 3, heads, HEAD_DIM, dtype=dtype)}
     for m, length in enumerate(lengths):

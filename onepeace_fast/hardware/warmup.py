@@ -142,13 +142,14 @@ def _step(
     layer.packed_ffn = functools.partial(layer.packed_ffn, strategy=strategy)
     plan = RoutePlan.from_lengths(dict.fromkeys(config.modalities[:count], LENGTHS))
     if config.drop_path_rate:
-        keep = torch.ones(1, 2, plan.sample_count)
+        keep = torch.ones(1, 2, plan.sample_count, dtype=torch.float32, device="cpu")
         keep[:, :, 1:] = float(all_kept)
         plan = plan.with_drop_path(keep)
     stream = torch.float32 if autocast else dtype
-    x = torch.empty(plan.capacity, config.embed_dim, dtype=stream, requires_grad=True)
+    on_cpu: dict[str, Any] = {"dtype": stream, "device": "cpu"}
+    x = torch.empty(plan.capacity, config.embed_dim, **on_cpu, requires_grad=True)
     sizes = [2 * offset + 4 for offset in plan.code_offsets] if config.use_bias else []
-    bias = [torch.empty(config.attention_heads, n, dtype=stream, requires_grad=True) for n in sizes]
+    bias = [torch.empty(config.attention_heads, n, **on_cpu, requires_grad=True) for n in sizes]
     with torch.autocast("cpu", dtype, enabled=autocast and dtype != torch.float32):
         out = model(x, plan, [bias] if bias else ())
     out.backward(torch.empty_like(out))
@@ -205,7 +206,7 @@ def _compile(capability: int, kernel: Kernel) -> Compiled:
     def made(value: Any) -> Any:
         if isinstance(value, tuple):
             return tuple(made(item) for item in value)
-        return torch.empty(1, dtype=value) if isinstance(value, torch.dtype) else value
+        return torch.empty(1, dtype=value, device="cpu") if isinstance(value, torch.dtype) else value
 
     cached = []
     knobs.compilation.listener = lambda *_, cache_hit, **__: cached.append(cache_hit)

@@ -40,7 +40,8 @@ def write(sources: list[Source], merged: Mapping[str, Tensor], out: Path) -> Non
     if first.form == FOLDER:
         out.mkdir(exist_ok=True)
         _replace(out / WEIGHTS_FILE, lambda path: save_file(dict(merged), path))
-        _replace(out / CONFIG_FILE, lambda path: path.write_text(json.dumps(first.settings, indent=2) + "\n"))
+        settings = json.dumps(first.settings, indent=2) + "\n"
+        _replace(out / CONFIG_FILE, lambda path: path.write_text(settings, encoding="utf-8"))
         words = next((source.tokenizer for source in sources if source.tokenizer is not None), None)
         if words is not None:
             _replace(out / TOKENIZER_FILE, lambda path: path.write_bytes(words))

@@ -78,7 +78,7 @@ def _read_folder(path: Path) -> Source:
     for name in (CONFIG_FILE, upstream.WEIGHTS_FILE):
         require((path / name).is_file(), f"{path}: expected a folder that save() wrote, got one without {name}")
     try:
-        config = json.loads((path / CONFIG_FILE).read_text())
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path / CONFIG_FILE}: expected JSON, got none ({error})") from None
     fits = isinstance(config, dict)

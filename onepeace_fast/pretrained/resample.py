@@ -37,7 +37,7 @@ def resample_table(table: Tensor, grid: int) -> Tensor:
     for step in range(old // 2):
         places.append(places[-1] + ratio**step)
     knots = [-place for place in places[:0:-1]] + places
-    targets = torch.arange(-(new // 2), new // 2 + 1, dtype=torch.float64).numpy()
+    targets = torch.arange(-(new // 2), new // 2 + 1, dtype=torch.float64, device="cpu").numpy()
     columns = []
     for head in table[:-CLS_ENTRIES].float().t():
         surface = spline(knots, knots, head.view(old, old).t().double().numpy())

@@ -98,7 +98,7 @@ def write(output: Path, step: int, writers: Mapping[str, Callable[[Path], None]]
         for name, writer in writers.items():
             writer(draft / name)
         sums = "".join(f"{digest(draft / name)}  {name}\n" for name in writers)
-        (draft / CHECKSUMS_FILE).write_text(sums)
+        (draft / CHECKSUMS_FILE).write_text(sums, encoding="utf-8")
         for path in (*draft.iterdir(), draft):
             _flush(path)
         draft.rename(final)
@@ -146,7 +146,7 @@ def set_aside(path: Path) -> Path:
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
-        lines = (folder / CHECKSUMS_FILE).read_text().splitlines()
+        lines = (folder / CHECKSUMS_FILE).read_text(encoding="utf-8").splitlines()
         sums = {name: value for value, _, name in (line.partition("  ") for line in lines)}
         if missing := [name for name in FILES if name not in sums]:
             return f"{CHECKSUMS_FILE} lacks {', '.join(missing)}"

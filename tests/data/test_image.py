@@ -1,6 +1,8 @@
 """Image files: every kind of pixel comes out as RGB, upright and on white."""
 
 import struct
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
@@ -9,6 +11,8 @@ pytest.importorskip("PIL")
 
 from data._images import RED, WHITE, colours, png, read_pixels, saved
 from PIL import Image
+
+from onepeace_fast.data.image import read_image
 
 
 @pytest.mark.parametrize("extension", ["png", "bmp", "tif", "ppm", "webp"])
@@ -141,3 +145,23 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path):
     frames = [Image.new("RGB", (4, 4), colour) for colour in (RED, WHITE)]
     path = saved(frames[0], tmp_path / "image.gif", save_all=True, append_images=frames[1:])
     assert (read_pixels(path) == numpy.array(RED)).all()
+
+
+def test_threads_that_read_images_leave_the_filters_of_warnings_as_they_are(tmp_path):
+    path = saved(Image.new("RGB", (400, 400)), tmp_path / "image.png")
+    with warnings.catch_warnings():  # so that what they leave is no other test's
+        before = list(warnings.filters)
+        with ThreadPoolExecutor(2) as threads:
+            list(threads.map(read_image, [path] * 50))
+        assert warnings.filters == before
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+def test_damaged_exif_is_no_reason_to_warn(tmp_path, extension):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x8298] = 6, "its second half is missing"
+    damaged = exif.tobytes()[:-13]
+    path = saved(Image.new("RGB", (24, 16)), tmp_path / f"image.{extension}", exif=damaged)
+    with pytest.warns(UserWarning), Image.open(path) as image:
+        image.getexif()
+    assert read_pixels(path).shape == (24, 16, 3)

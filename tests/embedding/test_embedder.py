@@ -8,6 +8,7 @@ import torch
 from data._refused import refused
 from embedding._small import CAPTIONS, SIDE, pixels, unit, write_files, write_model
 from models._small import small_config, small_model
+from models.test_process_defaults import DEFAULTS, same_under
 
 for package in ("tokenizers", "PIL", "soundfile", "scipy"):
     pytest.importorskip(package)
@@ -61,6 +62,11 @@ def test_every_row_is_its_items_alone_in_the_order_given_whatever_the_batches_ar
         close(unit(got), torch.ones(len(rows)))
         assert (got.dtype, got.requires_grad) == (torch.float32, False)
         assert (found.places[name], found.broken[name]) == ([*range(len(rows))], {})
+
+
+@DEFAULTS
+def test_embeddings_are_the_same_whatever_the_defaults_are(embedder, files, value):
+    same_under(value, lambda: vars(embedder.embed(text=CAPTIONS, image=files[0], audio=files[1])))
 
 
 def test_what_goes_through_the_model_at_once_keeps_to_the_batches(folder, files):

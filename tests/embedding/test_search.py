@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data._refused import refused
+from models.test_process_defaults import DEFAULTS, same_under
 
 pytest.importorskip("pyarrow")
 
@@ -44,6 +45,12 @@ def test_the_nearest_are_those_with_the_largest_cosines(path, block, kinds, monk
     assert [hit.item for hit in found] == items
     torch.testing.assert_close(torch.tensor([hit.score for hit in found]), scores)
     assert len(nearest(path, query, 500, kinds)) == (60 if kinds == KINDS else 20)
+
+
+@DEFAULTS
+def test_the_nearest_are_the_same_whatever_the_defaults_are(path, value):
+    query = rows(1, 5)[0]
+    same_under(value, lambda: {"": nearest(path, query, 9)})
 
 
 def test_of_equal_items_the_first_in_the_file_stands_first(tmp_path):

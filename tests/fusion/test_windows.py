@@ -44,6 +44,12 @@ def test_values_gradients_and_the_way_back(case):
     checks.check_values_and_undo(case)
 
 
+def test_fusing_draws_no_random_numbers_of_the_program_s(case):
+    model, before = case.make(), torch.get_rng_state()
+    fuse(model)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_copies_have_parameters_of_their_own(case):
     checks.check_copies(case)
 

@@ -70,7 +70,7 @@ def test_full_segments_have_the_window_s_codes_behind_each_cls():
 
 
 def test_what_is_kept_from_inference_serves_gradients():
-    dense_bias._standing_pairs.cache_clear(), full_segments.cache_clear()
+    dense_bias._standing_pairs.__wrapped__.cache_clear(), full_segments.__wrapped__.cache_clear()
     with torch.inference_mode():
         dense_vector(torch.randn(1, 5, 5), (5,))
         full_segments(1, (5,), False, torch.device("cpu"))

@@ -1,6 +1,7 @@
 """Averages of files, and the checkpoints that the command writes of them."""
 
 import dataclasses
+import io
 import json
 
 import pytest
@@ -103,6 +104,15 @@ def test_models_of_other_sizes_are_refused_where_shapes_do_not_show_it(tmp_path)
     paths.append(write(tmp_path / "b.pt", {"cfg": settings, "model": state_of(model)}))
     line = f"encoder.attention_heads: expected the same in all models, got 3 in {paths[0]} and 1 in {paths[1]}"
     assert refusal(lambda: merge({path: 0.5 for path in paths})) == line
+
+
+def test_a_configuration_is_read_as_utf_8_whatever_the_locale_s_encoding_is(tmp_path, monkeypatch):
+    small_model("reference", dtype=torch.float32).save(tmp_path / "a")
+    path = tmp_path / "a" / "config.json"
+    settings = json.loads(path.read_text()) | {"größe": "ä"}
+    path.write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
+    monkeypatch.setattr(io, "text_encoding", lambda encoding, *_: encoding or "ascii")
+    assert merge({path.parent: 1}).keys() == load_file(path.with_name("model.safetensors")).keys()
 
 
 def test_a_configuration_that_is_none_is_refused_by_its_name(tmp_path):

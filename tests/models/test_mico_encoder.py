@@ -1,11 +1,13 @@
 """EVA's encoder over packed frames and padded ones, its configurations, DropPath, and how it starts."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 from models._mico import VISION, refusal
 from models._small import BACKENDS, randomise
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from onepeace_fast.models.mico import EvaConfig, EvaEncoder
 from onepeace_fast.models.mico.context import frame_rows, pooled
@@ -157,6 +159,15 @@ def test_frame_tables_are_stretched_as_torch_s_nearest_interpolation_does():
     assert frame_rows(4, 6) == (0, 0, 1, 2, 2, 3) and frame_rows(4, 4) == (0, 1, 2, 3) and frame_rows(3, 1) == (0,)
     exact = [i * 14 // 46 for i in range(46)]
     assert [i for i, row in enumerate(frame_rows(14, 46)) if row != exact[i]] != []
+    for rows, count in itertools.product(range(1, 33), range(1, 65)):
+        places = torch.arange(rows, dtype=torch.float32)[None, None]
+        expected = torch.nn.functional.interpolate(places, count, mode="nearest").flatten().tolist()
+        assert list(frame_rows(rows, count)) == expected, (rows, count)
+
+
+def test_frame_rows_are_numbers_in_a_mode_of_fake_tensors():
+    with FakeTensorMode():
+        assert frame_rows(5, 71) == tuple(i * 5 // 71 for i in range(71))
 
 
 def test_frames_are_pooled_row_by_row():

@@ -6,12 +6,18 @@ import pytest
 import torch
 from models import _mico
 from models._small import BACKENDS, assert_same_bits, batch_of, losses_with_gradients, small_config, small_model
+from models._unival import unival
 from models.test_add_modality import SensorAdapter, extended
 from training._batches import STAGES, batch_number, masks_of
 
 from onepeace_fast import OnePeacePretrain
+from onepeace_fast.compared_model import ComparedModel
 from onepeace_fast.demo import data as demo_data
 from onepeace_fast.demo.waveform import waveforms
+from onepeace_fast.differences import named_tensors
+from onepeace_fast.layers.adapters.adapter import padded_batch
+from onepeace_fast.models.mico.encoder import rope_angles
+from onepeace_fast.models.unival import beam_search, spectrogram, state
 from onepeace_fast.relative_position import series_index
 from onepeace_fast.training.pairs import INPUTS
 
@@ -124,3 +130,48 @@ def test_what_the_demo_trains_on_is_the_same_whatever_the_defaults_are(value):
         }
 
     same_under(value, made)
+
+
+CPU = torch.device("cpu")
+
+
+def searched():
+    """The hypotheses of a search over fixed logits."""
+
+    def step(written, texts_of, parents):
+        scores = torch.arange(6, dtype=torch.float32, device="cpu").sin() * written.shape[1]
+        return scores.expand(len(written), 6)
+
+    settings = beam_search.Settings(beams=2, max_length=4)
+    return {str(place): own for place, own in enumerate(beam_search.search(step, 2, settings, CPU))}
+
+
+def cotangents():
+    linear = torch.nn.Linear(3, 2, device="cpu", dtype=torch.float32)
+    x = torch.ones(4, 3, device="cpu", dtype=torch.float32)
+    model = ComparedModel("a", linear, (x,), {}, {"x": x}, None)
+    model.gradients(model.run())
+    return model.cotangents
+
+
+def upstream_buffers():
+    config = unival("reference").config
+    names = ("version", "token_rp_bucket", "image_rp_bucket", "image_position_idx")
+    return {name: state.buffer(config, f"decoder.{name}") for name in names}
+
+
+MADE = {
+    "padding": lambda: padded_batch("x", [torch.ones(2, 3, dtype=torch.float32, device="cpu")], [2]),
+    "beam search": searched,
+    "upstream's buffers": upstream_buffers,
+    "spectrogram": lambda: dict(enumerate((*spectrogram.fourier(), spectrogram.mel_filters()))),
+    "rotary angles": lambda: {"": rope_angles(_mico.VISION)},
+    "cotangents": cotangents,
+    "numbers": lambda: {name: one.tolist() for name, one in named_tensors({"a": 1, "b": True}).items()},
+}
+
+
+@pytest.mark.parametrize("value", [torch.float64, "meta"])
+@pytest.mark.parametrize("name", MADE)
+def test_what_is_made_on_the_cpu_is_the_same_whatever_the_defaults_are(name, value):
+    same_under(value, MADE[name])

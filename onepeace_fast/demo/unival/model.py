@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.data.audio import SAMPLE_RATE
 from onepeace_fast.models.unival import Trie, Unival, UnivalConfig
+from onepeace_fast.remembered import remembered
 
 WIDTH, CHANNELS, LAYERS = 64, 32, 2
 BANDS, FOURIER, HOP = 32, 512, 320  # of the log-mel map; a column is 20 ms
@@ -92,7 +92,7 @@ def log_mel(waveforms: Tensor) -> Tensor:
     return nn.functional.layer_norm(level, level.shape[1:])[:, None]
 
 
-@cache
+@remembered
 def _bands() -> Tensor:
     """Triangles that are evenly spaced in mel, [BANDS, FOURIER // 2 + 1]."""
     top = 2595 * math.log10(1 + SAMPLE_RATE / 2 / 700)

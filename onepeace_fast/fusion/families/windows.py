@@ -40,7 +40,7 @@ class SwinAttention(FusedCall):
         self.window = tuple(bias.window_size)
         _check_attention("", root)
         # Every entry of the table at its place, and nothing else, for any numbers in it.
-        table = torch.rand_like(bias.get_parameter(TABLE))
+        table = _random_like(bias.get_parameter(TABLE))
         with torch.no_grad():
             dense = functional_call(bias, {TABLE: table}, ())[0]
         tokens = self.window[0] * self.window[1]
@@ -93,7 +93,7 @@ class BeitLayer(FusedCall):
         _check_attention("attention.", attention)
         window = tuple(bias.window_size)
         with torch.no_grad():
-            dense = functional_call(bias, {TABLE: torch.rand_like(bias.get_parameter(TABLE))}, (window,))[0]
+            dense = functional_call(bias, {TABLE: _random_like(bias.get_parameter(TABLE))}, (window,))[0]
         tokens = window[0] * window[1] + 1
         if dense.shape[1:] != (tokens, tokens) or not is_relative(dense, window, with_cls=True):
             raise Refusal("relative_position_bias: expected numbers by the distance in the window, got others")
@@ -142,6 +142,11 @@ class BeitLayer(FusedCall):
             return None
         patch: Any = self.root.patch_size
         return resolution[0] // patch, resolution[1] // patch
+
+
+def _random_like(table: Tensor) -> Tensor:
+    # With a state of its own, so that fusing changes nothing that the program draws.
+    return torch.rand(table.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(table)
 
 
 def _given(*args: Any, **kwargs: Any) -> tuple[Any, Tensor | None]:

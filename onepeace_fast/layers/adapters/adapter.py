@@ -89,7 +89,7 @@ def padded_batch(name: str, items: Sequence[Tensor], tokens: Sequence[int], of_a
     value = items[0].new_zeros(len(items), longest * of_a_token, *items[0].shape[1:])
     for row, item in zip(value, items, strict=True):
         row[: len(item)] = item
-    padding = torch.arange(longest + 1) > torch.tensor(tokens)[:, None]
+    padding = torch.arange(longest + 1, device="cpu") > torch.tensor(tokens, device="cpu")[:, None]
     return {name: value, f"{name}_padding": padding.to(value.device)}
 
 

@@ -13,6 +13,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -50,9 +51,8 @@ def frame_rows(rows: int, count: int) -> tuple[int, ...]:
 
     Torch multiplies in float32, which a formula in exact numbers does not always equal.
     """
-    with torch.device("cpu"):
-        places = torch.arange(rows, dtype=torch.float32)[None, None]
-        return tuple(F.interpolate(places, count, mode="nearest")[0, 0].long().tolist())
+    step = numpy.float32(rows) / numpy.float32(count)
+    return tuple(min(int(numpy.float32(frame) * step), rows - 1) for frame in range(count))
 
 
 class ContrastHead(nn.Module):

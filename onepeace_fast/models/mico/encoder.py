@@ -43,8 +43,9 @@ def rope_angles(config: EvaConfig) -> Tensor:
     Each half has head_width / 4 frequencies, and a pair of entries shares one (RoFormer, arXiv 2104.09864).
     """
     half, grid = config.head_width // 2, config.grid
-    frequency = 1.0 / ROPE_BASE ** (torch.arange(0, half, 2).float() / half)
-    along = (torch.arange(grid) / grid * config.rope_grid)[:, None] * frequency
+    on_cpu: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever the process's defaults are
+    frequency = 1.0 / ROPE_BASE ** (torch.arange(0, half, 2, **on_cpu) / half)
+    along = (torch.arange(grid, **on_cpu) / grid * config.rope_grid)[:, None] * frequency
     along = along.repeat_interleave(2, 1)
     by_row = along[:, None].expand(grid, grid, half)
     return torch.cat([by_row, along.expand(grid, grid, half)], 2).flatten(0, 1)
@@ -236,7 +237,7 @@ class EvaEncoder(DerivedBuffers):
         layers, rate = self.config.layers, self.config.drop_path_rate
         if not (self.training and rate):
             return [(None, None)] * layers
-        rates = torch.linspace(0, rate, layers, dtype=torch.float64).tolist()
+        rates = torch.linspace(0, rate, layers, dtype=torch.float64, device="cpu").tolist()
         factors = draw_drop_path(rates, count).to(device)
         sample = torch.arange(count, device=device).repeat_interleave(self.config.tokens)
         return [(DropPath(one[0], sample), DropPath(one[1], sample)) for one in factors]

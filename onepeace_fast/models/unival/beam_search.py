@@ -108,7 +108,7 @@ def search(step: Step, samples: int, settings: Settings, device: torch.device) -
     finished: list[list[Hypothesis]] = [[] for _ in range(samples)]
     texts: list[list[int]] = [[] for _ in range(samples)]
     texts_of, parents = [1] * samples, None
-    scores = torch.zeros(samples, device=device)
+    scores = torch.zeros(samples, dtype=torch.float32, device=device)
     for length in range(1, settings.max_length + 1):
         written = torch.tensor([[BEGIN, *text] for text in texts], dtype=torch.int64, device=device)
         found = log_softmax(step(written, texts_of, parents))

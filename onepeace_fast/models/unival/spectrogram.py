@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import functools
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from onepeace_fast.remembered import remembered
+
 RATE, WINDOW, MEL_BINS = 48_000, 1024, 64  # samples a second, samples of a frame, rows of a spectrogram
 LOWEST, HIGHEST = 50.0, 14_000.0  # Hz
 LEAST_POWER = 1e-10
+ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}  # whatever the process's defaults are
 # Slaney's scale (Auditory Toolbox, 1998): mels of 200/3 Hz up to 1 kHz, from there 27 to a factor of 6.4.
-_HERTZ, _BREAK, _LOG_STEP = 200 / 3, 1000.0, torch.tensor(6.4, dtype=torch.float64).log().item() / 27
+_HERTZ, _BREAK, _LOG_STEP = 200 / 3, 1000.0, math.log(6.4) / 27
 
 
-def to_mel(hertz: Tensor) -> Tensor:
+def to_mel(hertz: float) -> float:
     """Hz to mels."""
-    above = _BREAK / _HERTZ + (hertz.clamp(min=_BREAK) / _BREAK).log() / _LOG_STEP
-    return torch.where(hertz < _BREAK, hertz / _HERTZ, above)
+    return hertz / _HERTZ if hertz < _BREAK else _BREAK / _HERTZ + math.log(hertz / _BREAK) / _LOG_STEP
 
 
 def to_hertz(mel: Tensor) -> Tensor:
@@ -28,9 +31,8 @@ def to_hertz(mel: Tensor) -> Tensor:
 
 def mel_filters() -> Tensor:
     """Triangles over frequencies, evenly placed on the scale, each of area 1: float64 [frequencies, bins]."""
-    frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)[:, None]
-    lowest, highest = to_mel(torch.tensor([LOWEST, HIGHEST], dtype=torch.float64)).tolist()
-    corners = to_hertz(torch.linspace(lowest, highest, MEL_BINS + 2, dtype=torch.float64))
+    frequencies = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, **ON_CPU)[:, None]
+    corners = to_hertz(torch.linspace(to_mel(LOWEST), to_mel(HIGHEST), MEL_BINS + 2, **ON_CPU))
     low, middle, high = corners[:-2], corners[1:-1], corners[2:]
     rising, falling = (frequencies - low) / (middle - low), (high - frequencies) / (high - middle)
     return torch.minimum(rising, falling).clamp(min=0) * (2 / (high - low))
@@ -38,13 +40,12 @@ def mel_filters() -> Tensor:
 
 def hann() -> Tensor:
     """The window, float64 [WINDOW]."""
-    return torch.hann_window(WINDOW, dtype=torch.float64)
+    return torch.hann_window(WINDOW, **ON_CPU)
 
 
-@functools.lru_cache(maxsize=16)
+@remembered
 def _constants(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    with torch.inference_mode(False), torch.device("cpu"):  # they are kept for what has gradients, too
-        return hann().to(device, dtype), mel_filters().to(device, dtype)
+    return hann().to(device, dtype), mel_filters().to(device, dtype)
 
 
 def log_mel(waveform: Tensor, hop: int, dtype: torch.dtype) -> Tensor:
@@ -64,6 +65,6 @@ def log_mel(waveform: Tensor, hop: int, dtype: torch.dtype) -> Tensor:
 
 def fourier() -> tuple[Tensor, Tensor]:
     """Real and imaginary part of the windowed discrete Fourier transform, float64 [frequencies, 1, WINDOW]."""
-    place = torch.arange(WINDOW, dtype=torch.float64)
+    place = torch.arange(WINDOW, **ON_CPU)
     turn = -2 * torch.pi / WINDOW * (place[: WINDOW // 2 + 1, None] * place % WINDOW)
     return (turn.cos() * hann())[:, None], (turn.sin() * hann())[:, None]

@@ -65,7 +65,7 @@ def separated(model: nn.Module, state_dict: Mapping[str, Tensor]) -> tuple[dict[
             parameters[name] = value
     # Upstream's frozen BatchNorms count no batches.
     absent = [name for name in own if name not in counted]
-    counted |= {name: torch.tensor(0) for name in absent if name.endswith(".num_batches_tracked")}
+    counted |= {name: torch.tensor(0, device="cpu") for name in absent if name.endswith(".num_batches_tracked")}
     if missing := [name for name in absent if name not in counted]:
         problems.append(f"running statistics are incomplete: missing {', '.join(missing)}")
     if problems:
@@ -101,14 +101,14 @@ def buffer(config: UnivalConfig, name: str) -> Tensor | None:
     if stack not in ("encoder", "decoder"):
         return None
     if kind == "version":
-        return torch.tensor([3])
+        return torch.tensor([3], device="cpu")
     if kind == "token_rp_bucket":
-        place = torch.arange(MAX_POSITIONS)
+        place = torch.arange(MAX_POSITIONS, device="cpu")
         return series_index(config.token_bucket_size)[place[:, None] - place + MAX_POSITIONS - 1]
     if kind == "image_rp_bucket":
         return grid_bucket(side)
     if kind == "image_position_idx" and stack == "decoder":
-        place = torch.arange(window)
+        place = torch.arange(window, device="cpu")
         rows = (1 + place[:, None] * side + place).flatten()
         return torch.cat([rows.new_zeros(1), rows, rows.new_full((PAST_WINDOW_COUNT,), PAST_WINDOW)])
     return None
