@@ -1,6 +1,9 @@
 """Image files: every kind of pixel comes out as RGB, upright and on white."""
 
+import multiprocessing
 import struct
+import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,6 +15,7 @@ pytest.importorskip("PIL")
 from data._images import RED, WHITE, colours, png, read_pixels, saved
 from PIL import Image
 
+from onepeace_fast.data._image_files import without_warnings
 from onepeace_fast.data.image import read_image
 
 
@@ -154,6 +158,26 @@ def test_threads_that_read_images_leave_the_filters_of_warnings_as_they_are(tmp_
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(read_image, [path] * 50))
         assert warnings.filters == before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # of a process with threads, as loaders' are
+def test_a_process_that_is_forked_while_another_thread_reads_can_read(tmp_path):
+    path = saved(Image.new("RGB", (4, 4)), tmp_path / "image.png")
+    begun, process = threading.Event(), multiprocessing.get_context("fork").Process(target=read_image, args=(path,))
+
+    def read_slowly():
+        with without_warnings():
+            begun.set()
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=read_slowly)
+    thread.start()
+    begun.wait()
+    process.start()
+    process.join(20)
+    process.kill()
+    thread.join()
+    assert process.exitcode == 0
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
