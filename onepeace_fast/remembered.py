@@ -19,12 +19,12 @@ def remembered(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """Keep what ``make`` gives for the last arguments, as tensors that autograd takes, though made in inference mode.
 
     A call that is traced, or that a mode of PyTorch looks at, makes its own: kept, its fake tensors would be given to
-    every later call.
+    every later call. So does one in a graph capture, whose tensors have no values but in the graph.
     """
     kept = functools.lru_cache(maxsize=KEPT)(make)
 
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
-        if torch.compiler.is_compiling() or not is_untransformed(()):
+        if torch.compiler.is_compiling() or not is_untransformed(()) or torch.cuda.is_current_stream_capturing():
             return make(*args, **kwargs)
         with torch.inference_mode(False):
             return kept(*args, **kwargs)  # type: ignore[arg-type]  # they are hashable

@@ -58,3 +58,14 @@ def test_a_call_in_inference_mode_leaves_no_tensor_of_it_to_later_calls(name):
     if y.is_floating_point():
         y.sum().backward()
         assert x.grad.isfinite().all()
+
+
+def test_what_a_graph_captures_is_not_kept(monkeypatch):
+    @remembered
+    def zeros(count):
+        return torch.zeros(count)
+
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        captured = zeros(2)
+    assert zeros(2) is not captured and zeros(2) is zeros(2)

@@ -36,3 +36,14 @@ def test_what_attention_keeps_of_a_plan_in_inference_mode_serves_training(sizes)
     torch.testing.assert_close(got, want.clone())
     got.sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_what_a_graph_captures_is_not_remembered(monkeypatch):
+    model, batch = small_model("reference"), batch_of(**BATCHES[0])
+    kept = [module._remembered for module in model.modules() if hasattr(module, "_remembered")]
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        model.encode(**batch)
+    assert kept and not any(kept)
+    model.encode(**batch)
+    assert any(kept)

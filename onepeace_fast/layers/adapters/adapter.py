@@ -202,9 +202,10 @@ class Adapter(DerivedBuffers, ABC):
     def remembered(self, what: str, width: int, make: Callable[[int], Tensor | None]) -> Any:
         """What follows from the configuration and a width alone: the last of its kind, as upstream keeps its largest.
 
-        Made as a tensor that autograd takes, though it be made under ``inference_mode``; what is traced makes its own.
+        Made as a tensor that autograd takes, though it be made under ``inference_mode``; what is traced makes its own,
+        and so does what a graph captures, in which alone its tensors have values.
         """
-        if torch.compiler.is_compiling() or not is_eager(()):
+        if torch.compiler.is_compiling() or not is_eager(()) or torch.cuda.is_current_stream_capturing():
             return make(width)
         device = self.cls_embedding.device
         last = self._remembered.get(what)
