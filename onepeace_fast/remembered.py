@@ -15,6 +15,11 @@ Arguments = ParamSpec("Arguments")
 Made = TypeVar("Made")
 
 
+def is_captured() -> bool:
+    """Whether a CUDA graph takes what is launched now; a build of torch for CPUs cannot be asked."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def remembered(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     """Keep what ``make`` gives for the last arguments, as tensors that autograd takes, though made in inference mode.
 
@@ -24,7 +29,7 @@ def remembered(make: Callable[Arguments, Made]) -> Callable[Arguments, Made]:
     kept = functools.lru_cache(maxsize=KEPT)(make)
 
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Made:
-        if torch.compiler.is_compiling() or not is_untransformed(()) or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or not is_untransformed(()) or is_captured():
             return make(*args, **kwargs)
         with torch.inference_mode(False):
             return kept(*args, **kwargs)  # type: ignore[arg-type]  # they are hashable

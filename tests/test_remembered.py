@@ -66,6 +66,7 @@ def test_what_a_graph_captures_is_not_kept(monkeypatch):
         return torch.zeros(count)
 
     with monkeypatch.context() as capture:
-        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        for question in ("is_initialized", "is_current_stream_capturing"):
+            capture.setattr(torch.cuda, question, lambda: True)
         captured = zeros(2)
     assert zeros(2) is not captured and zeros(2) is zeros(2)

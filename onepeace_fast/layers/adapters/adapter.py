@@ -27,6 +27,7 @@ from onepeace_fast.layers.derived import DerivedBuffers
 from onepeace_fast.layers.parameters import init_truncated_normal, with_unread
 from onepeace_fast.ops.operation import is_eager
 from onepeace_fast.relative_position import dense_index, series_index, series_table_rows, series_vector_index
+from onepeace_fast.remembered import is_captured
 
 Fault = tuple[Tensor, Callable[[int], str]]
 
@@ -205,7 +206,7 @@ class Adapter(DerivedBuffers, ABC):
         Made as a tensor that autograd takes, though it be made under ``inference_mode``; what is traced makes its own,
         and so does what a graph captures, in which alone its tensors have values.
         """
-        if torch.compiler.is_compiling() or not is_eager(()) or torch.cuda.is_current_stream_capturing():
+        if torch.compiler.is_compiling() or not is_eager(()) or is_captured():
             return make(width)
         device = self.cls_embedding.device
         last = self._remembered.get(what)
