@@ -137,7 +137,7 @@ def listed(parameters: nn.ParameterList) -> list[Tensor]:
     Raises:
         ValueError: a list with hooks, as of ``torch.nn.utils.prune`` or the old weight_norm: a list is never called.
     """
-    if is_watched(parameters):
+    if parameters._forward_pre_hooks:
         raise ValueError(
             "weight, bias: expected experts' parameters without hooks, which a list never calls, got one with; make it "
             "permanent, as prune.remove does, or take torch.nn.utils.parametrizations"
