@@ -70,6 +70,7 @@ class RelativeBias(DerivedBuffers, ABC):
     is_series = False
     with_cls = False
     rows = 0
+    _name = ""  # of its table
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -181,7 +182,7 @@ class RelativeBias(DerivedBuffers, ABC):
     @property
     def table(self) -> Tensor | None:
         """The trained table [rows, heads], as its embedding gives it where that is wrapped or has hooks; or None."""
-        return None
+        return _table_of(self, self._name) if self._name else None
 
     @abstractmethod
     def codes(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
@@ -271,10 +272,6 @@ class _BucketedSeries(_SeriesBias):
         self.max_length = self._reach + 1 if is_bounded else None
 
     @property
-    def table(self) -> Tensor:
-        return _table_of(self, self._name)
-
-    @property
     def _values(self) -> Tensor:
         return self.index
 
@@ -289,7 +286,7 @@ class _BucketedSeries(_SeriesBias):
     def vector(self, length: int | None = None) -> Tensor:
         rows = self.index[self._distances(length).clamp(-self._reach, self._reach) + self._reach]
         # An embedding, since its gradient is summed in a fixed order on every device.
-        table = self.table
+        table = _table_of(self, self._name)
         return _with_cls_entries(F.embedding(rows, table), table if self.with_cls else None)
 
 
@@ -319,10 +316,6 @@ class _WindowBias(RelativeBias):
         self.window, self._name, self.with_cls = window, name, with_cls
         _add_table(self, name, window_table_rows(window) + (CLS_ENTRIES if with_cls else 0))
 
-    @property
-    def table(self) -> Tensor:
-        return _table_of(self, self._name)
-
     def codes(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
         require(
             length is None or window is None, lambda: f"window: expected length or window, got {length} and {window}"
@@ -349,7 +342,7 @@ class _WindowBias(RelativeBias):
 
     def vector(self, length: int | None = None) -> Tensor:
         self._require_covered(length)
-        table = self.table
+        table = _table_of(self, self._name)
         return table.t().contiguous() if self.with_cls else _with_cls_entries(table, None)
 
     def _require_covered(self, length: int | None) -> int | None:
@@ -380,8 +373,7 @@ def _table_of(module: RelativeBias, name: str) -> Tensor:
     """The table; raise where another one of other sizes was put in its place, or where hooks were to change it."""
     if module._forward_pre_hooks:
         raise ValueError(
-            "bias: expected a RelativeBias without hooks, which nothing calls, got one with; make them permanent, as "
-            "prune.remove does, or take torch.nn.utils.parametrizations"
+            "bias: expected none with hooks, which nothing calls, got one with; make them permanent, as by prune.remove"
         )
     owner, _, last = name.rpartition(".")
     table = embedding_table(module.get_submodule(owner), module.rows) if owner else getattr(module, last)

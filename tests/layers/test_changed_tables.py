@@ -115,8 +115,7 @@ def test_a_parametrized_table_is_obeyed_and_a_pruned_one_refused():
     bias = drawn(lambda: RelativeBias.swin(3, HEADS))
     prune.l1_unstructured(bias, "relative_position_bias_table", 0.5)
     assert message_of(bias.vector) == (
-        "bias: expected a RelativeBias without hooks, which nothing calls, got one with; make them permanent, as "
-        "prune.remove does, or take torch.nn.utils.parametrizations"
+        "bias: expected none with hooks, which nothing calls, got one with; make them permanent, as by prune.remove"
     )
     prune.remove(bias, "relative_position_bias_table")
     vector = bias.vector()
