@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -11,7 +11,8 @@ import torch
 def describe(value: object) -> str:
     """Dtype, shape and device of a tensor, or the type and value of anything else, on one line."""
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
+        layout = "" if value.layout == torch.strided else f"{str(value.layout).removeprefix('torch.')} "
+        return f"{layout}{str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
@@ -56,6 +57,12 @@ def require_tensor(name: str, value: object, dtypes: Sequence[torch.dtype], layo
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes or value.dim() != rank:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: expected {names} {layout}, got {describe(value)}")
+
+
+def require_mapping(name: str, value: object) -> None:
+    """Raise unless ``value`` is a dictionary, or another mapping, of something for each modality."""
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name}: expected a dictionary by modality's name, got {describe(value)}")
 
 
 def require_device(name: str, value: torch.Tensor, device: torch.device, of_plan: bool = False) -> None:

@@ -65,7 +65,7 @@ class KeyValueCache:
                 those that the vectors know.
 
         Raises:
-            ValueError: a shape that does not fit, no order, and on a CPU an order that begins again, or a segment
+            ValueError: a shape that does not fit, no order, and on a CPU an order that begins again, CLS, or a segment
                 without so many free places.
         """
         for name, x, cached in (("k", k, self.k), ("v", v, self.v)):
@@ -77,6 +77,9 @@ class KeyValueCache:
         bounds, code, order = new.cu_seqlens, new.code, new.order
         if order is None:
             raise ValueError("new.order: expected int32 [rows], got None; a plan's causal_order() has it")
+        for name, of_rows in (("new.order", order), ("new.is_cls", new.is_cls)):
+            if of_rows.shape != code.shape:
+                raise ValueError(f"{name}: expected one of each of {code.shape[0]} rows, got {describe(of_rows)}")
         if bounds.shape != self.segments.cu_seqlens.shape:
             raise ValueError(f"new.cu_seqlens: expected {list(self.segments.cu_seqlens.shape)}, got {describe(bounds)}")
         rows = torch.arange(k.shape[0], device=bounds.device, dtype=torch.int32)
@@ -91,6 +94,8 @@ class KeyValueCache:
             goes_on = (order >= self._last_orders()[segment % self.lengths.shape[1]]) | (rows >= bounds[-1, -1])
             again = "new.order: expected one that goes on from the cached rows' order, got a lower one; "
             require_values(goes_on.all(), again + "add what is cached to a plan's causal_order()")
+            is_cls = new.is_cls & (rows < bounds[-1, -1])
+            require_values(~is_cls.any(), "new.is_cls: expected none, got CLS; attend to CLS without a cache")
         has_place = (rows < bounds[-1, -1]) & (place < self._capacity)
         target = torch.where(has_place, segment * self._capacity + place, self.k.shape[0] - 1)
         kept = self.segments.order

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from onepeace_fast import routing, token_routes
 from onepeace_fast.attention_structures import Segments
-from onepeace_fast.checks import describe, require
+from onepeace_fast.checks import describe, require, require_mapping
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +171,8 @@ class RoutePlan:
         Raises:
             ValueError: a length that is no integer, below 0 or above its width, or what ``from_masks`` refuses.
         """
+        require_mapping("lengths", lengths)
+        require_mapping("widths", widths or {})
         masks = {}
         for name, given in lengths.items():
             row_lengths = routing.whole_numbers(f"lengths[{name!r}]", given)
@@ -268,16 +270,23 @@ class RoutePlan:
         return dataclasses.replace(plan, row_counts=tuple(map(len, indices.values())))
 
     def pack(self, padded: Mapping[str, Tensor] | Tensor) -> Tensor:
-        """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows are zero."""
+        """Gather rows: {modality: [B_m, L_m, d]} (or the interleaved [T, d]) to [C, d]; inert rows are zero.
+
+        Raises:
+            ValueError: tensors of other rows than the plan's, or of several widths, devices or, but under autocast,
+                dtypes.
+        """
         if isinstance(padded, Tensor):
             tensors = [padded]
         else:
             self._require_padded()
+            require_mapping("padded", padded)
             shapes = {name: tuple(tensor.shape[:2]) for name, tensor in padded.items()}
             expected = dict(zip(self.modalities, self.padded_shapes, strict=True))
             if shapes != expected:
                 raise ValueError(f"padded: expected tensors of the plan's rows and lengths, {expected}, got {shapes}")
             tensors = [padded[name] for name in self.modalities]
+            routing.check_alike("padded", dict(zip(self.modalities, tensors, strict=True)))
         flat = [tensor.reshape(-1, tensor.shape[-1]) for tensor in tensors]
         count = sum(rows.shape[0] for rows in flat)
         require(

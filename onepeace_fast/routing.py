@@ -17,6 +17,7 @@ from onepeace_fast.checks import (
     read_values,
     require,
     require_device,
+    require_mapping,
     require_tensor,
     require_values,
 )
@@ -142,6 +143,7 @@ def check_masks(
     positions: Mapping[str, Tensor],
 ) -> None:  # fmt: skip
     """Raise unless masks are bool matrices on one device, at least one of them, and codes reach all their columns."""
+    require_mapping("masks", masks)
     require(len(masks) > 0, "masks: expected at least one modality, got none")
     device = next(iter(masks.values())).device
     for name, mask in masks.items():
@@ -206,6 +208,23 @@ def _require_inside(name: str, ids: Tensor, limit: int) -> None:
     elif not inside.all():
         wrong = sorted(set(ids[~inside].tolist()))[:5]
         raise ValueError(f"{expected}{wrong}")
+
+
+def check_alike(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless tokens of all modalities have one width, dtype and device; autocast joins half and float32."""
+    of_first, first = next(iter(tensors.items()))
+    for of, x in tensors.items():
+        alike = x.dtype == first.dtype or (_is_autocast(x) and torch.float64 not in (x.dtype, first.dtype))
+        if not (alike and x.shape[2:] == first.shape[2:] and x.device == first.device):
+            raise ValueError(
+                f"{name}: expected tensors of one width, dtype and device, got {describe(first)} of {of_first!r} and "
+                f"{describe(x)} of {of!r}"
+            )
+
+
+def _is_autocast(x: Tensor) -> bool:
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def whole_numbers(name: str, values: Sequence[int]) -> list[int]:

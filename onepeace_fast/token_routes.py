@@ -17,6 +17,7 @@ from onepeace_fast.checks import (
     read_values,
     require,
     require_device,
+    require_mapping,
     require_tensor,
     require_values,
 )
@@ -29,6 +30,7 @@ def ids_of_masks(masks: Mapping[str, Tensor], last_wins: bool, takes_rest: bool)
     Raises:
         ValueError: masks of another dtype, shape or device, or on a CPU a token in several masks or in none.
     """
+    require_mapping("masks", masks)
     require(len(masks) > 0, "masks: expected at least one modality, got none")
     first = next(iter(masks.values()))
     for name, mask in masks.items():
@@ -125,6 +127,7 @@ def ids_of_indices(indices: Mapping[str, Sequence[int] | Tensor], tokens: int, d
     Raises:
         ValueError: lists that do not hold every token exactly once.
     """
+    require_mapping("indices", indices)
     require(len(indices) > 0, "indices: expected at least one modality, got none")
     for name, mine in indices.items():
         if isinstance(mine, Tensor):

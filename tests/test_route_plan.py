@@ -288,6 +288,43 @@ def test_tensors_of_other_rows_or_lengths_are_refused_and_not_packed():
         refused("padded: expected tensors of the plan's rows and lengths, ", plan.pack, bad)
 
 
+OTHERS = {
+    "width": torch.zeros(2, 4, 9), "wider dtype": torch.zeros(2, 4, 8).double(),
+    "half precision": torch.zeros(2, 4, 8).half(), "device": torch.zeros(2, 4, 8, device="meta"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHERS.values(), ids=OTHERS)
+def test_tensors_of_other_widths_or_dtypes_are_refused_by_pack(other):
+    plan, a = RoutePlan.from_lengths({"a": [2, 3], "b": [4, 1]}), torch.zeros(2, 3, 8)
+    kind, (*_, width) = str(other.dtype).removeprefix("torch."), other.shape
+    assert message_of(plan.pack, {"b": other, "a": a}) == (
+        "padded: expected tensors of one width, dtype and device, got float32 [2, 3, 8] on cpu of 'a' and "
+        f"{kind} [2, 4, {width}] on {other.device} of 'b'"
+    )
+
+
+def test_autocast_joins_half_precision_and_float32():
+    plan = RoutePlan.from_lengths({"a": [2, 3], "b": [4, 1]})
+    tensors = {"a": torch.randn(2, 3, 8).bfloat16(), "b": torch.randn(2, 4, 8)}
+    with torch.autocast("cpu", torch.bfloat16):
+        packed = plan.pack(tensors)
+    assert torch.equal(packed, plan.pack({name: x.float() for name, x in tensors.items()}))
+
+
+def test_a_list_in_the_place_of_a_dictionary_is_refused():
+    plan = RoutePlan.from_lengths({"a": [2]})
+    said = "{}: expected a dictionary by modality's name, got list [1]"
+    calls = {
+        "lengths": RoutePlan.from_lengths, "masks": RoutePlan.from_masks, "padded": plan.pack,
+        "indices": lambda given: RoutePlan.from_indices(given, 1),
+        "widths": lambda given: RoutePlan.from_lengths({"a": [2]}, widths=given),
+    }  # fmt: skip
+    for name, call in calls.items():
+        assert message_of(call, [1]) == said.format(name)
+    assert message_of(RoutePlan.from_token_masks, [1]) == said.format("masks")
+
+
 def test_a_length_below_zero_is_refused_in_one_line():
     refused("lengths['a']: expected none below 0, got [2, -1]", RoutePlan.from_lengths, {"a": [2, -1]})
 

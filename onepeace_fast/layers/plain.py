@@ -53,6 +53,20 @@ def inside(module: nn.Module, kind: type[Kind]) -> Kind:
     return found
 
 
+def embedding_table(embedding: nn.Module, rows: int) -> Tensor:
+    """The vectors of all ``rows`` ids: an embedding's very weight, or what its call gives where that may differ."""
+    if is_plain(embedding, nn.Embedding) and not watched_everywhere():
+        settings = (embedding.padding_idx, embedding.max_norm, embedding.scale_grad_by_freq or None)
+        if settings == (None, None, None):
+            return embedding.weight
+    return embedding(torch.arange(rows, device=device_of(embedding)))
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """The device of a module's parameters and buffers; None without any."""
+    return next(iter([tensor.device for tensor in (*module.parameters(), *module.buffers())]), None)
+
+
 def is_watched(module: nn.Module) -> bool:
     """Whether a module has hooks, or a ``forward`` of its own."""
     own = module.__dict__

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.checks import describe, require
 from onepeace_fast.layers.derived import DerivedBuffers
+from onepeace_fast.layers.plain import device_of, embedding_table
 from onepeace_fast.relative_position import (
     CLS_ENTRIES,
     alibi_slopes,
@@ -69,6 +70,7 @@ class RelativeBias(DerivedBuffers, ABC):
     is_series = False
     with_cls = False
     rows = 0
+    _name = ""  # of its table
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -178,9 +180,9 @@ class RelativeBias(DerivedBuffers, ABC):
         return _WindowBias(heads, _sides(window, 3), PARAMETER)
 
     @property
-    def table(self) -> nn.Parameter | None:
-        """The trained table [rows, heads], or None."""
-        return None
+    def table(self) -> Tensor | None:
+        """The trained table [rows, heads], as its embedding gives it where that is wrapped or has hooks; or None."""
+        return _table_of(self, self._name) if self._name else None
 
     @abstractmethod
     def codes(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
@@ -270,10 +272,6 @@ class _BucketedSeries(_SeriesBias):
         self.max_length = self._reach + 1 if is_bounded else None
 
     @property
-    def table(self) -> nn.Parameter:
-        return self.get_parameter(self._name)
-
-    @property
     def _values(self) -> Tensor:
         return self.index
 
@@ -288,7 +286,7 @@ class _BucketedSeries(_SeriesBias):
     def vector(self, length: int | None = None) -> Tensor:
         rows = self.index[self._distances(length).clamp(-self._reach, self._reach) + self._reach]
         # An embedding, since its gradient is summed in a fixed order on every device.
-        table = _fitting(self, self.table)
+        table = _table_of(self, self._name)
         return _with_cls_entries(F.embedding(rows, table), table if self.with_cls else None)
 
 
@@ -318,10 +316,6 @@ class _WindowBias(RelativeBias):
         self.window, self._name, self.with_cls = window, name, with_cls
         _add_table(self, name, window_table_rows(window) + (CLS_ENTRIES if with_cls else 0))
 
-    @property
-    def table(self) -> nn.Parameter:
-        return self.get_parameter(self._name)
-
     def codes(self, length: int | None = None, *, window: Sequence[int] | None = None) -> Tensor:
         require(
             length is None or window is None, lambda: f"window: expected length or window, got {length} and {window}"
@@ -332,7 +326,7 @@ class _WindowBias(RelativeBias):
                 all(side <= own for side, own in zip(window, self.window, strict=True)),
                 f"window: expected at most {list(self.window)}, which the bias covers, got {list(window)}",
             )
-        codes = window_codes(window or self.window, self.window, self.table.device)
+        codes = window_codes(window or self.window, self.window, device_of(self))
         if self.with_cls:
             codes = F.pad(codes, (1, 0))  # whose code is never used
         return codes[: self._require_covered(length)]
@@ -348,7 +342,7 @@ class _WindowBias(RelativeBias):
 
     def vector(self, length: int | None = None) -> Tensor:
         self._require_covered(length)
-        table = _fitting(self, self.table)
+        table = _table_of(self, self._name)
         return table.t().contiguous() if self.with_cls else _with_cls_entries(table, None)
 
     def _require_covered(self, length: int | None) -> int | None:
@@ -375,8 +369,14 @@ def _add_table(module: RelativeBias, name: str, rows: int) -> None:
         nn.init.trunc_normal_(module.get_parameter(name), std=STANDARD_DEVIATION)
 
 
-def _fitting(module: RelativeBias, table: nn.Parameter) -> nn.Parameter:
-    """The table; raise where another one of other sizes was put in its place."""
+def _table_of(module: RelativeBias, name: str) -> Tensor:
+    """The table; raise where another one of other sizes was put in its place, or where hooks were to change it."""
+    if module._forward_pre_hooks:
+        raise ValueError(
+            "bias: expected none with hooks, which nothing calls, got one with; make them permanent, as by prune.remove"
+        )
+    owner, _, last = name.rpartition(".")
+    table = embedding_table(module.get_submodule(owner), module.rows) if owner else getattr(module, last)
     if table.shape != (module.rows, module.heads):
         raise ValueError(f"table: expected [rows, heads], {[module.rows, module.heads]}, got {describe(table)}")
     return table

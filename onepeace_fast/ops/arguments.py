@@ -112,6 +112,23 @@ def require_drop_path(drop_path: DropPath, x: Tensor) -> None:
             require_device(name, value, x.device)
 
 
+def check_sample(drop_path: DropPath) -> None:
+    """Raise where a row's sample has no factor; the host reads a CPU's alone, a device is asked as for ``offsets``."""
+    scale, sample = drop_path
+    if scale is not None and (is_on_host(sample) or checks_devices()):
+        message = f"sample: expected numbers from 0 to {scale.shape[0] - 1}, which drop_path has factors of, got others"
+        require_values(((sample >= 0) & (sample < scale.shape[0])).all(), message)
+
+
+def factor_of_rows(drop_path: DropPath, dtype: torch.dtype) -> Tensor:
+    """DropPath's factor of each row, [rows]; raise on a CPU where a row's sample has none."""
+    try:  # no subscript, which takes negative numbers
+        return drop_path.scale.to(dtype).index_select(0, drop_path.sample)
+    except IndexError:
+        check_sample(drop_path)
+        raise
+
+
 def require_lists(**given: Sequence[Tensor] | None) -> None:
     """Raise where a tensor stands in the place of one tensor per modality."""
     for name, tensors in given.items():

@@ -20,6 +20,8 @@ from onepeace_fast.ops.arguments import (
     check_offsets,
     check_routing,
     check_row_index,
+    check_sample,
+    factor_of_rows,
     require_drop_path,
     require_eps,
     require_row_index,
@@ -49,7 +51,7 @@ def row_factor(
     dtype = torch.promote_types(torch.float32, y_dtype)
     factor = None if gamma is None else gamma.to(dtype)
     if drop_path.scale is not None:
-        per_row = drop_path.scale.to(dtype)[drop_path.sample.long(), None]
+        per_row = factor_of_rows(drop_path, dtype)[:, None]
         factor = per_row if factor is None else factor * per_row
     if dropout.probability:
         drop = dropout_factor(dropout.seed, x.shape, dropout.probability).to(dtype)
@@ -148,6 +150,7 @@ def _by_kernel(given: ResidualInputs) -> ResidualOutputs:
     from onepeace_fast.kernels.residual import residual_forward
 
     check_offsets(given.routing, given.y.shape[0])
+    check_sample(given.drop_path)
     return residual_forward(given)
 
 

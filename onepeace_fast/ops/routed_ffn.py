@@ -17,7 +17,7 @@ from torch import Tensor
 from onepeace_fast.kernels.tile_table import norm_is_folded
 from onepeace_fast.ops import routed_ffn_hybrid as hybrid
 from onepeace_fast.ops import routed_ffn_per_modality as per_modality
-from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index, require_lists
+from onepeace_fast.ops.arguments import autocast_dtype, check_offsets, check_row_index, check_sample, require_lists
 from onepeace_fast.ops.gated_sub_ln import ACTIVATION_BACKWARD, ACTIVATIONS, statistics
 from onepeace_fast.ops.layer_norm import normalize, normalize_backward
 from onepeace_fast.ops.operation import Gradient, Operation
@@ -152,6 +152,7 @@ def _by_kernel(given: RoutedFFNInputs) -> RoutedFFNOutputs:
         return _what_is_kept(given, per_modality.routed_ffn(given))
     from onepeace_fast.kernels.routed_ffn import routed_ffn_forward
 
+    check_sample(given.drop_path)
     return _what_is_kept(given, routed_ffn_forward(given))
 
 

@@ -196,7 +196,8 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], routi
     dtype, device = x.dtype, x.device
     for name, tensors, shape in (("weight", weights, (columns, x.shape[1])), ("bias", biases, (columns,))):
         for m, tensor in enumerate(tensors):
-            if not (tensor.dtype == dtype and tensor.shape == shape and tensor.device == device):
+            fits = tensor.dtype == dtype and tensor.shape == shape and tensor.device == device
+            if not fits or tensor.layout != torch.strided:
                 require_device(f"{name}[{m}]", tensor, device)
-                wanted = f"{str(dtype).removeprefix('torch.')}, as x has, {list(shape)}"
+                wanted = f"dense {str(dtype).removeprefix('torch.')}, as x has, {list(shape)}"
                 raise ValueError(f"{name}[{m}]: expected {wanted}, got {describe(tensor)}")

@@ -233,7 +233,7 @@ def _padded_rows(starts: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor,
 
 
 def check_segments(segments: Segments, rows: int) -> None:
-    """Raise where segments end past the rows or before they begin, or a sample is longer than ``max_length``.
+    """Raise where segments end past the rows or before they begin, are of others than their modality, or too long.
 
     Only a CPU is read by the host.
     """
@@ -250,6 +250,21 @@ def check_segments(segments: Segments, rows: int) -> None:
     if most:
         too_long = f"max_length: expected the longest sample's length, or 0, got {most} and a longer sample"
         require_values((cu_seqlens.diff(dim=1).sum(0) <= most).all(), too_long)
+    _check_modality(segments)
+
+
+def _check_modality(segments: Segments) -> None:
+    """Raise where a row of a segment has not the segment's modality; only a CPU is read by the host."""
+    modality, cu_seqlens = segments.modality, segments.cu_seqlens
+    message = "modality: expected that of each row's segment, as a plan's modality and cu_seqlens are, got another"
+    if is_on_host(modality):
+        of = modality.tolist()
+        for m, bounds in enumerate(cu_seqlens.tolist()):
+            require(of[bounds[0] : bounds[-1]].count(m) == bounds[-1] - bounds[0], message)
+        return
+    row = torch.arange(modality.shape[0], device=modality.device)
+    for m, row_bounds in enumerate(cu_seqlens):
+        require_values(((modality == m) | (row < row_bounds[0]) | (row >= row_bounds[-1])).all(), message)
 
 
 def check_codes(bias: BiasVectors, segments: Segments, keys: Segments) -> None:

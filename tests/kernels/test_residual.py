@@ -270,6 +270,12 @@ def test_bad_input_is_refused():
         contract.refused("sample", function, x, x, drop_path=drop_path, sample=sample[:3])
         contract.refused("sample", function, x, x, drop_path=drop_path, sample=sample.float())
         contract.refused("sample", function, x, x, drop_path=drop_path, sample=sample.to("meta"))
+        for number in (-1, len(drop_path)):
+            wrong = dict(drop_path=drop_path, sample=sample.index_fill(0, torch.tensor(3), number))
+            said = (
+                f"sample: expected numbers from 0 to {len(drop_path) - 1}, which drop_path has factors of, got others"
+            )
+            assert contract.message_of(function, x, x, **wrong) == said
         contract.refused("dropout", function, x, x, dropout=1.0, seed=seed)
         contract.refused("dropout", function, x, x, dropout=-0.1, seed=seed)
         contract.refused("seed", function, x, x, dropout=0.1)

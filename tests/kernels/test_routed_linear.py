@@ -191,6 +191,8 @@ def test_bad_input_is_refused():
         contract.refused("weight", routed_linear, x, bad, offsets=offsets)
     for bad in (torch.zeros(6, 7), w.double(), w[None], torch.zeros(5, 8), w.to("meta"), torch.zeros(())):
         contract.refused("weight[1]", routed_linear, x, [w, bad], offsets=offsets)
+    said = "weight[1]: expected dense float32, as x has, [6, 8], got sparse_coo float32 [6, 8] on cpu"
+    assert contract.message_of(routed_linear, x, [w, w.to_sparse()], offsets=offsets) == said
     contract.refused("bias", routed_linear, x, [w, w], [b], offsets=offsets)
     for bad in (torch.zeros(7), b.double(), b[None], b.to("meta")):
         contract.refused("bias[1]", routed_linear, x, [w, w], [b, bad], offsets=offsets)

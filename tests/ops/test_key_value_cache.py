@@ -121,10 +121,23 @@ def test_an_order_that_begins_again_and_rows_without_a_partner_are_refused_befor
     assert cache.lengths.tolist() == [[2, 2]]
 
 
+def test_cls_tokens_are_refused_before_anything_is_stored():
+    cache, k = KeyValueCache(2, 4, HEADS, 4), torch.ones(3, HEADS, 4)
+    new = segments([[[0, 1], [0]]], lambda place: place)
+    with_cls = new._replace(is_cls=torch.tensor([False, False, True]))
+    line = refused_line(lambda: cache.append(k, k, with_cls))
+    assert line == "new.is_cls: expected none, got CLS; attend to CLS without a cache"
+    line = refused_line(lambda: cache.append(k, k, new._replace(is_cls=new.is_cls[1:])))
+    assert line == "new.is_cls: expected one of each of 3 rows, got bool [2] on cpu"
+    assert not cache.k.any() and not cache.lengths.any()
+
+
 def test_inert_rows_are_not_stored():
     cache = KeyValueCache(1, 3, HEADS, 4)
     new = segments([[[0, 1]]], lambda place: place)
+    inert_cls = torch.tensor([False, False, True, True])  # of rows that nothing reads
     longer = new._replace(code=torch.full((4,), 7, dtype=torch.int32), order=torch.zeros(4, dtype=torch.int32))
+    longer = longer._replace(is_cls=inert_cls)
     cache.append(torch.ones(4, HEADS, 4), torch.ones(4, HEADS, 4), longer)
     assert cache.k[:, 0, 0].tolist() == cache.v[:, 0, 0].tolist() == [1, 1, 0, 0]
     assert cache.segments.order.tolist()[:2] == [0, 0] and cache.segments.code.tolist()[:3] == [7, 7, 7]

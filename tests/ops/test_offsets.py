@@ -14,7 +14,7 @@ from onepeace_fast import (
     routed_linear,
 )
 from onepeace_fast.ops import arguments
-from onepeace_fast.structures import Routing
+from onepeace_fast.structures import DropPath, Routing
 
 ROWS, WIDTH = 12, 8
 X, VECTORS = torch.ones(ROWS, WIDTH), [torch.ones(WIDTH)] * 2
@@ -108,6 +108,18 @@ def test_a_device_is_asked_where_the_environment_says_so(op, asserted, monkeypat
     monkeypatch.setenv("ONEPEACE_FAST_CHECK", "1")
     op(offsets=int32(0, 5, 9), row_counts=(5, 4))
     assert asserted and all(holds for holds, _ in asserted)
+
+
+@pytest.mark.parametrize(("samples", "holds"), [((0, 1, 1), True), ((0, -1, 1), False), ((0, 1, 2), False)], ids=str)
+def test_a_device_is_asked_for_factors_of_all_samples_where_the_environment_says_so(
+    samples, holds, asserted, monkeypatch
+):
+    drop_path = DropPath(torch.ones(2), int32(*samples))
+    arguments.check_sample(drop_path)
+    assert not asserted
+    monkeypatch.setenv("ONEPEACE_FAST_CHECK", "1")
+    arguments.check_sample(drop_path)
+    assert [held for held, _ in asserted] == [holds]
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,15 @@ def test_segments_that_are_not_those_of_the_rows_are_refused(bounds):
     refused("cu_seqlens", relative_bias_attention, **arguments(cu_seqlens=cu_seqlens))
 
 
+@pytest.mark.parametrize("wrong", [0, 1, 5, -1])
+@pytest.mark.parametrize("row", [0, ROWS - 1])
+def test_a_modality_that_is_not_its_segment_s_is_refused(wrong, row):
+    modality = arguments()["modality"].clone()
+    right, modality[row] = modality[row].item(), wrong
+    said = "modality: expected that of each row's segment, as a plan's modality and cu_seqlens are, got another"
+    assert message_of(relative_bias_attention, **arguments(modality=modality)) == ("" if wrong == right else said)
+
+
 @pytest.mark.parametrize("name", ("cu_seqlens", "modality", "code", "is_cls"))
 def test_segments_of_a_plan_elsewhere_say_how_it_is_moved(name):
     elsewhere = arguments()[name].to("meta")
@@ -97,12 +106,13 @@ def test_max_length_is_that_of_the_longest_sample_or_more():
 
 
 @pytest.mark.filterwarnings("ignore:.*takes the slower path:RuntimeWarning")
-@pytest.mark.parametrize("wrong", ("code_offsets", "cu_seqlens"))
+@pytest.mark.parametrize("wrong", ("code_offsets", "cu_seqlens", "modality"))
 def test_values_on_a_device_are_checked_where_the_environment_asks_for_it(monkeypatch, wrong):
     monkeypatch.setattr(operation, "runs_kernel", lambda name, tensor, triton=True: True)  # as on a device
     monkeypatch.setattr(segments, "is_on_host", lambda x: False)
     monkeypatch.setattr(cuda_extension, "unavailable_reason", lambda: "none is there")
     bad = {"code_offsets": [2, 1], "cu_seqlens": torch.tensor([[0, 3, 5], [5, 9, 8]], dtype=torch.int32)}
+    bad["modality"] = arguments()["modality"].clone().index_fill_(0, torch.tensor(9), 2)
     asked = []
     monkeypatch.setattr(segments, "require_values", lambda condition, message: asked.append((bool(condition), message)))
     relative_bias_attention(**arguments())

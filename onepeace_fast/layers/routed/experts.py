@@ -132,11 +132,21 @@ def parameter_list(experts: Sequence[nn.Module], name: str, what: str) -> nn.Par
 
 
 def listed(parameters: nn.ParameterList) -> list[Tensor]:
-    """The tensors of a parameter list; past its item access, which takes the host longer than some of the ops."""
-    own = parameters._parameters
-    if len(own) == len(parameters):
-        return [*own.values()]  # type: ignore[list-item]  # a list has no empty place
-    return [*parameters]  # what shards a model may put plain tensors in their place
+    """The tensors of a parameter list; past its item access, which takes the host longer than some of the ops.
+
+    Raises:
+        ValueError: a list with hooks, as of ``torch.nn.utils.prune`` or the old weight_norm: a list is never called.
+    """
+    if parameters._forward_pre_hooks:
+        raise ValueError(
+            "weight, bias: expected experts' parameters without hooks, which a list never calls, got one with; make it "
+            "permanent, as prune.remove does, or take torch.nn.utils.parametrizations"
+        )
+    if type(parameters) is nn.ParameterList:
+        own, names = parameters._parameters, [str(m) for m in range(len(parameters))]
+        if all([name in own for name in names]):  # whose order is that of the last assignments
+            return [own[name] for name in names]  # type: ignore[misc]  # a list has no empty place
+    return [*parameters]  # parametrisations, and what shards a model, put plain tensors in their place
 
 
 def require_plain(experts: Sequence[nn.Module], kind: type[Kind], what: str) -> list[Kind]:

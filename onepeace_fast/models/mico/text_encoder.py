@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from onepeace_fast.backend import check_backend, resolve_backend
 from onepeace_fast.layers.parameters import init_as_bert
+from onepeace_fast.layers.plain import embedding_table
 from onepeace_fast.models.mico import state
 from onepeace_fast.models.mico.config import TextConfig
 from onepeace_fast.models.mico.context import PackedContext
@@ -51,8 +52,9 @@ class BertEmbeddings(nn.Module):
 
     def forward(self, texts: Texts) -> Tensor:
         """[rows, width], or [texts, length, width]."""
-        x = F.embedding(texts.ids, self.word_embeddings.weight) + self.token_type_embeddings.weight[0]
-        return texts.norm(x + F.embedding(texts.places, self.position_embeddings.weight), self.LayerNorm)
+        types = embedding_table(self.token_type_embeddings, self.token_type_embeddings.num_embeddings)
+        x = self.word_embeddings(texts.ids) + types[0]
+        return texts.norm(x + self.position_embeddings(texts.places), self.LayerNorm)
 
 
 class Projections(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from onepeace_fast.attention_structures import Segments, equal_segments
 from onepeace_fast.models.unival.decoder import Decoder
@@ -79,17 +79,17 @@ class Seen:
 class Cached:
     """The decoder's pass over one more token of each text in work."""
 
-    def __init__(self, decoder: Decoder, table: Tensor, encoded: Encoded, length: int) -> None:
+    def __init__(self, decoder: Decoder, table: nn.Embedding, encoded: Encoded, length: int) -> None:
         layout, heads = encoded.layout, decoder.config.attention_heads
         assert isinstance(layout, Packed)
         self.decoder, self.table, self.length = decoder, table, length
-        places = layout.norm(decoder.embed_positions.weight[:length], decoder.pos_ln)
+        places = layout.norm(decoder.embed_positions(torch.arange(length, device=encoded.x.device)), decoder.pos_ln)
         self.query_places, self.key_places, self.cross_places = (
             linear(places).unflatten(1, (heads, -1))
             for linear in (decoder.self_pos_q_linear, decoder.self_pos_k_linear, decoder.cross_pos_q_linear)
         )
         tables: Any = decoder.token_rel_pos_table_list
-        self.written = [Written(decoder.text_vector(layer.weight, length), length - 1) for layer in tables]
+        self.written = [Written(decoder.text_vector(layer, length), length - 1) for layer in tables]
         seen = layout.at_places(decoder.cross_pos_k_linear(encoded.places)).unflatten(1, (heads, -1))
         self.seen = []
         layers: Any = decoder.layers
@@ -113,20 +113,20 @@ class Cached:
         queries, keys = equal_segments(count, codes[-1:]), equal_segments(count, codes)
         starts = torch.tensor([*accumulate(texts_of, initial=0)], dtype=torch.int32, device=device)
         of_samples = queries._replace(cu_seqlens=starts[None], max_length=max(texts_of))
-        x = Packed.norm(F.embedding(texts[:, -1], self.table), self.decoder.layernorm_embedding)
+        x = Packed.norm(self.table(texts[:, -1]), self.decoder.layernorm_embedding)
         for layer, written, seen in zip(self.decoder.layers, self.written, self.seen, strict=True):
             if parents is not None:
                 written.take(parents)
             written.start(self.query_places[length - 1], self.key_places[length - 1], queries, keys)
             seen.start(self.cross_places[length - 1], of_samples)
             x = layer(x, None, written, seen)
-        return F.linear(Packed.norm(x, self.decoder.layer_norm), self.table)
+        return F.linear(Packed.norm(x, self.decoder.layer_norm), self.table.weight)
 
 
 class Uncached:
     """The same by the decoder's pass over all tokens of each text in work."""
 
-    def __init__(self, decoder: Decoder, table: Tensor, encoded: Encoded, length: int) -> None:
+    def __init__(self, decoder: Decoder, table: nn.Embedding, encoded: Encoded, length: int) -> None:
         self.decoder, self.table, self.encoded, self.length = decoder, table, encoded, length
 
     def __call__(self, texts: Tensor, texts_of: Sequence[int], parents: Tensor | None) -> Tensor:
@@ -139,4 +139,4 @@ class Uncached:
         valid = torch.ones_like(texts, dtype=torch.bool)
         tokens = {"text": Tokens(texts, valid, [*range(len(texts))], places, places, texts.shape[1] - 1)}
         x, _ = self.decoder(tokens, self.table, encoded, "texts")
-        return F.linear(x[:, -1], self.table)
+        return F.linear(x[:, -1], self.table.weight)

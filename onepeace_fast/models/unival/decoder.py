@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.models.unival.config import UnivalConfig
@@ -26,7 +25,7 @@ class Decoder(Stack):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
 
     def forward(
-        self, tokens: Mapping[str, Tokens], table: Tensor, encoded: Encoded, name: str
+        self, tokens: Mapping[str, Tokens], table: nn.Module, encoded: Encoded, name: str
     ) -> tuple[Tensor, Layout]:
         """The normalised tokens behind the last layer, packed or padded as the encoder's are, and their layout.
 
@@ -35,7 +34,7 @@ class Decoder(Stack):
         layout = type(encoded.layout)(tokens, name, causal=True)
         norms = {"text": self.layernorm_embedding, "code": self.code_layernorm_embedding}
         x = layout.join([
-            self.dropped(layout.norm(F.embedding(layout.values(name), table), norms[name])) for name in tokens
+            self.dropped(layout.norm(table(layout.values(name)), norms[name])) for name in tokens
         ])  # fmt: skip
         places, heads, none = self.places(layout), self.config.attention_heads, [()]
         own = layout.routes(self.self_pos_q_linear(places), self.self_pos_k_linear(places), heads, self.vectors(layout))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onepeace_fast.layers.plain import embedding_table
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.inputs import PADDING, Tokens, taken
 from onepeace_fast.models.unival.layers import EncoderLayer
@@ -66,9 +66,9 @@ class Encoder(Stack):
         return Encoded(layout.norm(x, self.layer_norm), layout, places, raw)
 
     def _embedded(self, name: str, layout: Layout) -> Tensor:
-        values, kinds = layout.values(name), self.type_embedding.weight
+        values, kinds = layout.values(name), embedding_table(self.type_embedding, 2)
         if name == "text":
-            return layout.norm(F.embedding(values, self.embed_tokens.weight) + kinds[0], self.layernorm_embedding)
+            return layout.norm(self.embed_tokens(values) + kinds[0], self.layernorm_embedding)
         values = values.to(kinds.dtype)
         return layout.norm(self.get_submodule(f"{name}_proj")(values) + kinds[1], self.patch_layernorm_embedding)
 

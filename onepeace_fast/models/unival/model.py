@@ -103,7 +103,7 @@ class Unival(nn.Module):
         require_tensor("source", source, INTEGERS, "[rows, length]", 2)
         tokens = read_target(self.config, "previous", previous, source, code)
         encoded = self._encode(source, samples, patches, maps)
-        x, layout = self.decoder(tokens, self.encoder.embed_tokens.weight, encoded, "previous")
+        x, layout = self.decoder(tokens, self.encoder.embed_tokens, encoded, "previous")
         parts = layout.unpacked(x)
         if "code" in parts:
             parts["code"] = parts["code"].roll(1, 1)
@@ -138,7 +138,7 @@ class Unival(nn.Module):
         previous = F.pad(target, (1, 0), value=BEGIN)[:, :-1].masked_fill(target == PADDING, PADDING)
         tokens = read_target(self.config, "target", previous, source, code)
         encoded = self._encode(source, samples, patches, maps)
-        x, layout = self.decoder(tokens, self.encoder.embed_tokens.weight, encoded, "target")
+        x, layout = self.decoder(tokens, self.encoder.embed_tokens, encoded, "target")
         wanted = {"text": target, "code": target.roll(-1, 1)}
         flat = torch.cat([
             layout.real(name, wanted[name][torch.tensor(own.samples, device=x.device)]) for name, own in tokens.items()
@@ -177,7 +177,7 @@ class Unival(nn.Module):
         check_settings(settings, self.config)
         encoded = self._encode(source, samples, patches, maps)
         kind = Cached if isinstance(encoded.layout, Packed) else Uncached
-        step = kind(self.decoder, self.encoder.embed_tokens.weight, encoded, max_length)
+        step = kind(self.decoder, self.encoder.embed_tokens, encoded, max_length)
         return search(step, source.shape[0], settings, source.device)
 
     def _encode(

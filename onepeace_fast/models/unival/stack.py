@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onepeace_fast.layers.derived import DerivedBuffers
+from onepeace_fast.layers.plain import embedding_table
 from onepeace_fast.models.unival.config import UnivalConfig
 from onepeace_fast.models.unival.layers import PaddedRoute, Route
 from onepeace_fast.models.unival.layout import Packed, Padded
@@ -67,7 +68,7 @@ class Stack(DerivedBuffers):
         """The normalised position of each place, [places, dim]; biases are made of them, tokens get nothing."""
         return torch.cat([
             layout.norm(
-                F.embedding(tokens.table_rows, self.position_table(name).weight),
+                self.position_table(name)(tokens.table_rows),
                 self.pos_ln if name == "text" else self.image_pos_ln,
             )
             for name, tokens in layout.tokens.items()
@@ -78,15 +79,19 @@ class Stack(DerivedBuffers):
         pairs: Any = zip(self.token_rel_pos_table_list, self.image_rel_pos_table_list, strict=True)
         return [
             [
-                self.text_vector(text.weight, x.code_offset + 1) if name == "text" else image.weight.t().contiguous()
+                self.text_vector(text, x.code_offset + 1) if name == "text" else self.image_vector(image)
                 for name, x in layout.tokens.items()
             ]
             for text, image in pairs
         ]
 
-    def text_vector(self, table: Tensor, length: int) -> Tensor:
+    def image_vector(self, table: nn.Module) -> Tensor:
+        """The bias of images by a layer's table, [heads, entries]."""
+        return embedding_table(table, grid_table_rows(self.config.image_bucket_size)).t().contiguous()
+
+    def text_vector(self, table: nn.Module, length: int) -> Tensor:
         """The bias of texts of a length by a layer's table, [heads, entries], of equal places in entry length - 1."""
         centre, reach = self.token_index.shape[0] // 2, length - 1
         rows = self.token_index[centre - reach : centre + reach + 1]
         # An embedding, since its gradient is summed in a fixed order on every device.
-        return F.pad(F.embedding(rows, table), (0, 0, 0, CLS_ENTRIES)).t().contiguous()
+        return F.pad(table(rows), (0, 0, 0, CLS_ENTRIES)).t().contiguous()
