@@ -132,7 +132,8 @@ class Output(dict):
 class Stack(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.config, self.is_decoder = SimpleNamespace(output_attentions=False), False
+        model_type = "mt5" if kind == "gated" else kind
+        self.config, self.is_decoder = SimpleNamespace(model_type=model_type, output_attentions=False), False
         own = kind == "umt5"
         attention = OwnBiasAttention if own else SharedBiasAttention
         self.embed_tokens = nn.Embedding(WORDS, WIDTH)

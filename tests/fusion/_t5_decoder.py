@@ -108,7 +108,7 @@ class Block(nn.Module):
 class Stack(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.config, self.is_decoder = SimpleNamespace(output_attentions=False), True
+        self.config, self.is_decoder = SimpleNamespace(model_type=kind, output_attentions=False), True
         attention = OwnBiasAttention if kind == "umt5" else SharedBiasAttention
         self.embed_tokens = nn.Embedding(_t5.WORDS, _t5.WIDTH)
         self.block = nn.ModuleList([Block(attention, kind == "umt5", i) for i in range(_t5.LAYERS)])

@@ -103,6 +103,10 @@ class Old(_t5.Block):
 
 
 REFUSED = {
+    "experts whose capacity is the batch's": (
+        lambda model: setattr(model.encoder.config, "model_type", "switch_transformers"),
+        "config.model_type: expected one of t5, mt5, umt5, pop2piano, got 'switch_transformers'",
+    ),
     "cross attention in an encoder": (
         with_cross_attention,
         "block.0.layer: expected SelfAttention and a feed-forward, got SelfAttentionLayer, Identity, FeedForwardLayer",

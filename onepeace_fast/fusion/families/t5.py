@@ -37,6 +37,7 @@ HARMLESS: set[str] = {
 }
 PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets what it knows of the tokens
 CROSS = "EncDecAttention"
+KINDS = ("t5", "mt5", "umt5", "pop2piano")  # others of these parts route, add or mask by what packing changes
 SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
 
 
@@ -62,6 +63,8 @@ class T5Encoder(FusedCall):
 
     def __init__(self, root: nn.Module) -> None:
         stack: Any = root
+        if (kind := getattr(getattr(root, "config", None), "model_type", None)) not in KINDS:
+            raise Refusal(f"config.model_type: expected one of {', '.join(KINDS)}, got {kind!r}")
         if stack.is_decoder is not self.is_decoder:
             raise Refusal(f"is_decoder: expected {self.is_decoder}, got {stack.is_decoder}")
         found: dict[str, Any] = {}
