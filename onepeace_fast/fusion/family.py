@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from onepeace_fast.backend import requested_backend
+from onepeace_fast.fusion.replacement import Refusal as Refusal
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.fusion.structure import Structure
 from onepeace_fast.models.choice import packing_pays
@@ -32,10 +33,6 @@ BACKEND = "use_backend('reference') asks for it"
 TRACED = "torch.export or torch.jit.trace: the program holds the model's own code"
 REPLICATE = "_replicate_for_data_parallel"  # the method by which DataParallel copies a module
 MARK = "_onepeace_fast_fusion"  # of a root's __dict__: its fusion
-
-
-class Refusal(ValueError):
-    """Why a module that resembles a family's is not taken: one line of what was expected and what came."""
 
 
 class Fusion(ABC):

@@ -10,15 +10,27 @@ from typing import Any
 from torch import nn
 
 
+class Refusal(ValueError):
+    """Why a module that resembles a family's is not taken: one line of what was expected and what came."""
+
+
 class Replacement:
     """One method of one module instance, computed by a fusion; the class and all other instances stay as they are.
 
     An object and not a function, so that a deep copy and a pickle of the model have their own, over their own modules.
+
+    Raises:
+        Refusal: the instance has one of its own in the method's place.
     """
 
     def __init__(self, fusion: Any, module: nn.Module, method: str, call: str) -> None:
         self.fusion, self.module, self.method, self.call = fusion, module, method, call
         self.kind = type(module)
+        if method in module.__dict__:
+            raise Refusal(
+                f"{method}: expected that of the class {self.kind.__name__}, got one set on the instance; take it off, "
+                "fuse, then put it on again"
+            )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.fusion, self.call)(self, *args, **kwargs)

@@ -132,6 +132,28 @@ def test_what_was_changed_is_obeyed(name):
     assert [one for part in handle.parts.values() for one in part.calls if one] == [reason]
 
 
+REPLACED = {
+    "ONE-PEACE": "fusion_model", "T5": "encoder", "UMT5": "encoder", "torchscale": "model.encoder",
+    "Swin": "layers.1.attention", "BEiT": "layers.1", "feed-forward": "", "BAGEL": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("of", REPLACED)
+def test_a_forward_that_was_set_on_the_instance_is_refused_and_kept(of):
+    model = MODELS[of][0]()
+    root = model.get_submodule(REPLACED[of])
+    root.forward = set_on_it = lambda *arguments, **keywords: None
+    kind = type(root).__name__
+    advice = "take it off, fuse, then put it on again"
+    message = f"forward: expected that of the class {kind}, got one set on the instance; {advice}"
+    try:
+        said = [reason for _, _, reason in fuse(model).refused]
+    except ValueError as error:
+        said = [str(error).partition("but ")[2].removesuffix("; 1 more parts were refused")]
+    assert said == [message]
+    assert root.forward is set_on_it
+
+
 @pytest.mark.parametrize("of", ["Swin", "BEiT"])
 def test_a_projection_without_a_weight_is_called(of):
     make, batch = MODELS[of]
