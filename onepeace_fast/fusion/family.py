@@ -86,7 +86,7 @@ class FusedCall(Fusion):
         entry: the module below it whose ``forward`` is replaced instead of the root's own.
 
     Raises:
-        Refusal: parameters that are tied within the root.
+        Refusal: hooks and methods of an instance below the root, parameters that are tied within it.
     """
 
     calls_own_forward: ClassVar[bool] = False  # whether the fused computation calls the root's class's
@@ -106,6 +106,8 @@ class FusedCall(Fusion):
         super().__init__(root)
         self.replacements = [Replacement(self, root if entry is None else entry, "forward", "call")]
         self.structure = Structure(root, called, exchangeable, whole, entry)
+        if reason := self.structure.change():
+            raise Refusal(reason)
         _refuse_tied(root)
 
     @property

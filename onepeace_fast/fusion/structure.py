@@ -6,6 +6,7 @@ then (LoRA, a hook, a quantised weight) would be ignored, so every call looks fo
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from onepeace_fast.layers.plain import has_plain_tensors, is_plain_tensor, watch
 
 DISTRIBUTED = "torch.distributed"  # its hooks and wrappers make parameters whole before a module's call
 TRANSFORMERS = "transformers."  # its hooks record what modules return, or let it have a gradient
+RUN = frozenset({"forward", "_call_impl", "_slow_forward", "_wrapped_call_impl"})  # what of nn.Module's a call runs
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -35,6 +37,7 @@ class Part(NamedTuple):
     kind: type[nn.Module]
     is_called: bool
     may_change: bool
+    methods: frozenset[str]
     children: frozenset[str]
     parameters: list[type]
     names: frozenset[str]
@@ -74,6 +77,7 @@ class Structure:
         sets = ({id(module) for module in some} for some in (called, exchangeable, whole))
         self.parts = [*_parts(root, "", *sets)]
         self.entry = root if entry is None else None
+        self.methods = _methods(type(root)) - RUN  # what stands in the place of its forward is run
         self.children = _children(root)
         self.settings: list[Setting] = []
 
@@ -85,8 +89,11 @@ class Structure:
         """What changed since, in one line; an empty text for nothing."""
         if watched_everywhere():
             return "hooks are registered for all modules"
-        if self.entry is not None and (reason := _added(self.entry, self.children)):
-            return reason
+        if self.entry is not None:
+            if reason := _added(self.entry, self.children):
+                return reason
+            if reason := _own_method(self.entry, self.methods):
+                return f"model: {reason}"
         for part in self.parts:
             if reason := _change(part):
                 return f"{part.path}: {reason}"
@@ -104,6 +111,7 @@ def _parts(
             path = f"{prefix}{name}"
             yield Part(
                 path, module, name, child, type(child), id(child) in called, id(child) in exchangeable,
+                RUN if id(child) in exchangeable else _methods(type(child)),
                 _children(child), [*map(type, child._parameters.values())], _parameters(child),
             )  # fmt: skip
             yield from _parts(child, f"{path}.", called, exchangeable, whole)
@@ -114,8 +122,8 @@ def _change(part: Part) -> str:
         return reason
     module = part.module
     own = module.__dict__
-    if "forward" in own and not isinstance(own["forward"], Replacement):
-        return "expected the class's forward, got one of its own"
+    if reason := _own_method(module, part.methods):
+        return reason
     for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]):
         if hooks and not (part.is_called and all(map(_is_obeyed, hooks.values()))):
             return "expected no hooks, got some"
@@ -135,6 +143,23 @@ def _change(part: Part) -> str:
         if other := next((kind for kind in kinds if not is_plain_tensor(kind) and not _is_of_distributed(kind)), None):
             return f"expected plain parameters, got {other.__name__}"
     return ""
+
+
+def _own_method(module: nn.Module, methods: frozenset[str]) -> str:
+    own = module.__dict__
+    if methods.isdisjoint(own):
+        return ""  # most often
+    for name in own:
+        if name in methods and callable(own[name]) and not isinstance(own[name], Replacement):
+            return f"expected the class's {name}, got one of its own"
+    return ""
+
+
+@functools.lru_cache(maxsize=256)
+def _methods(kind: type[nn.Module]) -> frozenset[str]:
+    """Methods of a class that may decide what it computes: its own, and those that run a call."""
+    own = {name for name in dir(kind) if not hasattr(nn.Module, name) and callable(getattr(kind, name, None))}
+    return RUN | own
 
 
 def _replaced(part: Part) -> str:

@@ -78,8 +78,40 @@ def another_forward(path):
     return change
 
 
+def double(value):
+    """Twice the tensors of what a method returns, which may have them in a sequence."""
+    return 2 * value if isinstance(value, torch.Tensor) else [2 * one if torch.is_tensor(one) else one for one in value]
+
+
+def of_the_instance(path, method, change=double):
+    """A method of one instance, as a user patches it."""
+
+    def patch(model):
+        module = model.get_submodule(path)
+        own = getattr(module, method)
+        setattr(module, method, lambda *arguments, **keywords: change(own(*arguments, **keywords)))
+
+    return patch
+
+
 LAYER, BLOCK = "fusion_model.layers.1", "encoder.block.1.layer.0.SelfAttention"
+PATCHES = {
+    "a layer's method": ("ONE-PEACE", of_the_instance(LAYER, "arrive"),
+        f"{LAYER}: expected the class's arrive, got one of its own"),
+    "T5's bias": ("T5", of_the_instance(BLOCK.replace("1", "0", 1), "bias"),
+        "block.0.layer.0.SelfAttention: expected the class's bias, got one of its own"),
+    "BAGEL's training": ("BAGEL", of_the_instance("", "forward_train"),
+        "model: expected the class's forward_train, got one of its own"),
+    "BAGEL's layer": ("BAGEL", of_the_instance("layers.1", "forward_train"),
+        "layers.1: expected the class's forward_train, got one of its own"),
+}  # fmt: skip
+PATCHED_BEFORE = {
+    **PATCHES,
+    "an adapter's bias": ("ONE-PEACE", of_the_instance("text_adapter", "get_rel_pos_bias"),
+        "text_adapter: expected the class's get_rel_pos_bias, got one of its own"),
+}  # fmt: skip
 CHANGES = {
+    **PATCHES,
     "scaling": ("ONE-PEACE", set_on(f"{LAYER}.self_attn", "scaling", 1.0),
         f"{LAYER}.self_attn.scaling: expected {SCALE}, as when it was fused, got 1.0"),
     "activation": ("ONE-PEACE", set_on(f"{LAYER}.text_ffn.0.act", "approximate", "tanh"),
@@ -132,6 +164,22 @@ def test_what_was_changed_is_obeyed(name):
     assert [one for part in handle.parts.values() for one in part.calls if one] == [reason]
 
 
+@pytest.mark.parametrize("name", PATCHED_BEFORE)
+def test_a_method_that_was_set_on_an_instance_before_is_refused(name):
+    of, change, reason = PATCHED_BEFORE[name]
+    model = MODELS[of][0]()
+    change(model)
+    assert said(model) == [reason]
+
+
+def said(model):
+    """The reasons for which no part, or not every part, of a model is fused."""
+    try:
+        return [reason for _, _, reason in fuse(model).refused]
+    except ValueError as error:
+        return [str(error).partition("but ")[2].removesuffix("; 1 more parts were refused")]
+
+
 REPLACED = {
     "ONE-PEACE": "fusion_model", "T5": "encoder", "UMT5": "encoder", "torchscale": "model.encoder",
     "Swin": "layers.1.attention", "BEiT": "layers.1", "feed-forward": "", "BAGEL": "",
@@ -146,11 +194,7 @@ def test_a_forward_that_was_set_on_the_instance_is_refused_and_kept(of):
     kind = type(root).__name__
     advice = "take it off, fuse, then put it on again"
     message = f"forward: expected that of the class {kind}, got one set on the instance; {advice}"
-    try:
-        said = [reason for _, _, reason in fuse(model).refused]
-    except ValueError as error:
-        said = [str(error).partition("but ")[2].removesuffix("; 1 more parts were refused")]
-    assert said == [message]
+    assert said(model) == [message]
     assert root.forward is set_on_it
 
 

@@ -85,8 +85,6 @@ class T5Encoder(FusedCall):
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         for path, attention in found.items():
             self.structure.watch(path, attention, *SETTINGS)
-        if reason := self.structure.change():
-            raise Refusal(reason)
         self.arguments: list[str] = [*_parameters(root)][1:]
         self.attentions: list[Any] = [*found.values()]
         self.shares_bias: bool = _shares_bias(self.attentions[0])
