@@ -132,6 +132,8 @@ class FusedCall(Fusion):
 
     def call(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
         """The root's forward: fused, or where this call or a change of the model forbids it, the model's own."""
+        if not self.is_installed:
+            return replacement.original(*args, **kwargs)  # a wrapper that was put around it calls it still
         reason = self._declines(*args, **kwargs)
         if not reason:
             reason = self.structure.change() or next(filter(None, [one.change() for one in self.unread]), "")

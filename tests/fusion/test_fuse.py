@@ -63,6 +63,23 @@ def test_a_report_with_a_batch_compares_the_model_with_what_it_was():
     assert ways(model) == "fused"
 
 
+def test_a_wrapper_that_was_put_around_the_forward_stays_and_calls_what_there_is():
+    model = Model()
+    handle = fuse(model)
+    fused, seen = model.encoder.forward, []
+
+    def wrapper(*arguments, **keywords):
+        output = fused(*arguments, **keywords)
+        seen.append(output[1])
+        return output
+
+    model.encoder.forward = wrapper
+    assert ways(model) == "fused" and handle.report(X, rounds=2).gain is not None
+    assert {*seen} == {"fused", "own"} and model.encoder.forward is wrapper and ways(model) == "fused"
+    handle.undo()
+    assert ways(model) == "own" and model.encoder.forward is wrapper
+
+
 def test_copies_compute_with_their_own_parameters_and_come_back():
     model = Model()
     fuse(model)
