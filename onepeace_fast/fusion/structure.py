@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.layers.plain import has_plain_tensors, is_plain_tensor, watched_everywhere
@@ -47,9 +49,32 @@ class Setting(NamedTuple):
     """An attribute of a module that decides the computation, as it was."""
 
     path: str
-    module: nn.Module
+    owner: object
     name: str
     value: object
+
+
+class Values:
+    """The numbers of a module's buffer, as they were; they are compared where it was written to or is another."""
+
+    def __init__(self, path: str, module: nn.Module, name: str) -> None:
+        self.path, self.module, self.name = path, module, name
+        self.now: Tensor | None = None
+        self.version, self.reason = 0, ""
+        self.values = module.get_buffer(name).detach().clone()
+
+    def change(self) -> str:
+        """Why they are others; an empty text where they are not."""
+        buffer = self.module._buffers.get(self.name)
+        if buffer is None:
+            return f"{self.path}: expected a buffer, got none"
+        version = 0 if buffer.is_inference() else buffer._version
+        if buffer is not self.now or version != self.version:
+            self.now, self.version = buffer, version
+            self.values = self.values.to(buffer.device)
+            same = torch.equal(buffer, self.values)
+            self.reason = "" if same else f"{self.path}: expected the values with which it was fused, got others"
+        return self.reason
 
 
 class Structure:
@@ -80,10 +105,15 @@ class Structure:
         self.methods = _methods(type(root)) - RUN  # what stands in the place of its forward is run
         self.children = _children(root)
         self.settings: list[Setting] = []
+        self.values: list[Values] = []
 
-    def watch(self, path: str, module: nn.Module, *names: str) -> None:
-        """Let another value of these attributes of a module below the root be a change."""
-        self.settings += [Setting(f"{path}.{name}", module, name, getattr(module, name)) for name in names]
+    def watch(self, path: str, owner: object, *names: str) -> None:
+        """Let another value of these attributes of a module, or of its configuration, be a change."""
+        self.settings += [Setting(f"{path}.{name}", owner, name, attrgetter(name)(owner)) for name in names]
+
+    def watch_values(self, path: str, module: nn.Module) -> None:
+        """Let other numbers in the buffers of a module below the root be a change."""
+        self.values += [Values(f"{path}.{name}", module, name) for name, _ in module.named_buffers(recurse=False)]
 
     def change(self) -> str:
         """What changed since, in one line; an empty text for nothing."""
@@ -97,10 +127,10 @@ class Structure:
         for part in self.parts:
             if reason := _change(part):
                 return f"{part.path}: {reason}"
-        for path, module, name, value in self.settings:
-            if (now := getattr(module, name)) != value:
+        for path, owner, name, value in self.settings:
+            if (now := attrgetter(name)(owner)) != value:
                 return f"{path}: expected {value!r}, as when it was fused, got {now!r}"
-        return ""
+        return next(filter(None, [values.change() for values in self.values]), "")
 
 
 def _parts(

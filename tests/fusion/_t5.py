@@ -31,6 +31,7 @@ class Attention(nn.Module):
     def __init__(self, has_relative_attention_bias):
         super().__init__()
         self.is_decoder, self.is_causal, self.scaling, self.dropout = False, False, 1.0, 0.0
+        self.has_relative_attention_bias = has_relative_attention_bias
         self.n_heads, self.key_value_proj_dim = HEADS, SIZE
         self.relative_attention_num_buckets, self.relative_attention_max_distance = 8, 10
         self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * SIZE, bias=False) for _ in range(3))
@@ -133,7 +134,8 @@ class Stack(nn.Module):
     def __init__(self, kind):
         super().__init__()
         model_type = "mt5" if kind == "gated" else kind
-        self.config, self.is_decoder = SimpleNamespace(model_type=model_type, output_attentions=False), False
+        self.config = SimpleNamespace(model_type=model_type, is_decoder=False, output_attentions=False)
+        self.is_decoder = False
         own = kind == "umt5"
         attention = OwnBiasAttention if own else SharedBiasAttention
         self.embed_tokens = nn.Embedding(WORDS, WIDTH)

@@ -95,6 +95,7 @@ class Block(nn.Module):
     def __init__(self, kind, own_bias, layer):
         super().__init__()
         own, crosses = kind(own_bias or layer == 0, layer), kind(False, layer)
+        own.is_causal = True
         layers = [Layer("SelfAttention", own), Layer("EncDecAttention", crosses)]
         self.layer = nn.ModuleList([*layers, _t5.FeedForwardLayer(True)])
 
@@ -108,7 +109,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.config, self.is_decoder = SimpleNamespace(model_type=kind, output_attentions=False), True
+        self.config = SimpleNamespace(model_type=kind, is_decoder=True, output_attentions=False)
+        self.is_decoder = True
         attention = OwnBiasAttention if kind == "umt5" else SharedBiasAttention
         self.embed_tokens = nn.Embedding(_t5.WORDS, _t5.WIDTH)
         self.block = nn.ModuleList([Block(attention, kind == "umt5", i) for i in range(_t5.LAYERS)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from onepeace_fast import fuse, use_backend
@@ -28,6 +29,42 @@ MODELS = {
     "BEiT": (lambda: _windows.model("beit"), _windows.tokens(0, 3, 13)),
     "feed-forward": (_mixture_of_transformers.feed_forward, _mixture_of_transformers.feed_forward_batch(0)),
     "BAGEL": (_bagel.make, _bagel.batch(0)),
+}
+
+
+def with_function(make):
+    """BAGEL whose activation is a function."""
+    model = make()
+    for layer in model.layers:
+        for network in (layer.mlp, layer.mlp_moe_gen):
+            del network.act_fn
+            network.act_fn = F.silu
+    return model
+
+
+class Indexed(_windows.WindowBias):
+    """With the table's rows in a buffer, as transformers' has them."""
+
+    def __init__(self, window):
+        super().__init__(window)
+        self.register_buffer("relative_position_index", _windows.distances(window))
+
+    def forward(self):
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+
+
+def with_index(make):
+    model = make()
+    for layer in model.layers:
+        table = layer.attention.relative_position_bias.relative_position_bias_table
+        layer.attention.relative_position_bias = Indexed((3, 3))
+        layer.attention.relative_position_bias.relative_position_bias_table = table
+    return model
+
+
+MODELS |= {
+    "BAGEL of functions": (lambda: with_function(_bagel.make), _bagel.batch(0)),
+    "Swin with an index": (lambda: with_index(MODELS["Swin"][0]), MODELS["Swin"][1]),
 }
 
 
@@ -140,6 +177,11 @@ CHANGES = {
         "local_experts.1.w1: expected no parameter bias, got one"),
     "an expert's layer": ("feed-forward", twice("local_experts.0.w1"),
         "local_experts.0.w1: expected the Linear that was fused, got Twice"),
+    "BAGEL's function": ("BAGEL of functions", set_on("layers.1.mlp", "act_fn", F.gelu),
+        f"layers.1.mlp.act_fn: expected {F.silu!r}, as when it was fused, got {F.gelu!r}"),
+    "numbers of an index": ("Swin with an index",
+        lambda model: model.layers[1].attention.relative_position_bias.relative_position_index.copy_(torch.zeros(9, 9)),
+        "relative_position_bias.relative_position_index: expected the values with which it was fused, got others"),
     "BAGEL's bias": ("BAGEL", lambda model: set_on("layers.0.mlp.gate_proj", "bias", bias(48))(model),
         "layers.0.mlp.gate_proj: expected no parameter bias, got one"),
     "BAGEL's norm": ("BAGEL", twice("norm"), "norm: expected the Norm that was fused, got Twice"),
@@ -196,6 +238,17 @@ def test_a_forward_that_was_set_on_the_instance_is_refused_and_kept(of):
     message = f"forward: expected that of the class {kind}, got one set on the instance; {advice}"
     assert said(model) == [message]
     assert root.forward is set_on_it
+
+
+def test_the_same_numbers_in_another_index_are_fused():
+    model = MODELS["Swin with an index"][0]()
+    handle = fuse(model)
+    bias = model.layers[0].attention.relative_position_bias
+    bias.relative_position_index.copy_(bias.relative_position_index.clone())
+    model.layers[1].attention.relative_position_bias.relative_position_index = bias.relative_position_index.clone()
+    with use_backend("fused"):
+        model(**MODELS["Swin"][1])
+    assert [dict(part.calls) for part in handle.parts.values()] == [{"": 1}, {"": 1}]
 
 
 @pytest.mark.parametrize("of", ["Swin", "BEiT"])

@@ -81,7 +81,7 @@ def test_a_cpu_packs_where_padding_pays():
 
 
 def with_decoder(model):
-    model.encoder.is_decoder = True
+    model.encoder.is_decoder = model.encoder.config.is_decoder = True
 
 
 def with_cross_attention(model):
@@ -102,7 +102,20 @@ class Old(_t5.Block):
         return super().forward(hidden_states, attention_mask, position_bias)
 
 
+def configured_as_decoder(model):
+    model.encoder.config.is_decoder = True
+
+
 REFUSED = {
+    "a decoder's configuration": (configured_as_decoder, "config.is_decoder: expected False, got True"),
+    "a causal mask": (
+        setting("is_causal", True),
+        "block.1.layer.0.SelfAttention.is_causal: expected False, got True",
+    ),
+    "a bias that is switched off": (
+        setting("has_relative_attention_bias", False, 0),
+        "block.0.layer.0.SelfAttention.has_relative_attention_bias: expected True, got False",
+    ),
     "experts whose capacity is the batch's": (
         lambda model: setattr(model.encoder.config, "model_type", "switch_transformers"),
         "config.model_type: expected one of t5, mt5, umt5, pop2piano, got 'switch_transformers'",
@@ -141,6 +154,27 @@ REFUSED = {
         "final_layer_norm: expected no hooks, got some",
     ),
 }
+
+
+SWITCHED = {
+    "model.config.is_decoder": (configured_as_decoder, False, True),
+    "model.is_decoder": (lambda model: setattr(model.encoder, "is_decoder", True), False, True),
+    **{
+        f"block.0.layer.0.SelfAttention.{name}": (setting(name, now, 0), not now, now)
+        for name, now in (("is_decoder", True), ("is_causal", True), ("has_relative_attention_bias", False))
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_that_was_turned_since_keeps_the_model_s_own_code(name):
+    change, before, now = SWITCHED[name]
+    model = _t5.model()
+    handle = fuse(model)
+    change(model)
+    with use_backend("fused"):
+        model(**_t5.batch())
+    assert report_of(handle).own_calls == {f"{name}: expected {before}, as when it was fused, got {now}": 1}
 
 
 def said(model):

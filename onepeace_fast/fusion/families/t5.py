@@ -39,6 +39,7 @@ PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets
 CROSS = "EncDecAttention"
 KINDS = ("t5", "mt5", "umt5", "pop2piano")  # others of these parts route, add or mask by what packing changes
 SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
+SWITCHES = ("is_decoder", "is_causal", "has_relative_attention_bias")
 
 
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -67,6 +68,7 @@ class T5Encoder(FusedCall):
             raise Refusal(f"config.model_type: expected one of {', '.join(KINDS)}, got {kind!r}")
         if stack.is_decoder is not self.is_decoder:
             raise Refusal(f"is_decoder: expected {self.is_decoder}, got {stack.is_decoder}")
+        _require_equal("config.is_decoder", self.is_decoder, getattr(stack.config, "is_decoder", None))
         found: dict[str, Any] = {}
         frame: list[Any] = [stack, stack.block]
         for i, block in enumerate(stack.block):
@@ -84,7 +86,8 @@ class T5Encoder(FusedCall):
         inner = [module for module in root.modules() if module is not root]
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         for path, attention in found.items():
-            self.structure.watch(path, attention, *SETTINGS)
+            self.structure.watch(path, attention, *SETTINGS, *SWITCHES)
+        self.structure.watch("model", root, "is_decoder", "config.is_decoder")
         self.arguments: list[str] = [*_parameters(root)][1:]
         self.attentions: list[Any] = [*found.values()]
         self.shares_bias: bool = _shares_bias(self.attentions[0])
@@ -272,7 +275,7 @@ def _check_attention(name: str, attention: Any, first: Any, is_decoder: bool) ->
         raise Refusal(f"{name}: expected a {type(first).__name__}, as in block.0, got {type(attention).__name__}")
     if missing := [part for part in ("q", "k", "v", "o") if part not in attention._modules]:
         raise Refusal(f"{name}: expected q, k, v and o, got no {', '.join(missing)}")
-    _require_equal(f"{name}.is_decoder", is_decoder, getattr(attention, "is_decoder", None))
+    has_bias, crosses = "relative_attention_bias" in attention._modules, name.endswith(CROSS)
     for setting in SETTINGS:
         if not isinstance(value := getattr(attention, setting, None), int):
             raise Refusal(f"{name}.{setting}: expected a whole number, got {value!r}")
@@ -280,11 +283,12 @@ def _check_attention(name: str, attention: Any, first: Any, is_decoder: bool) ->
     for setting in ("scaling", "dropout"):
         if not isinstance(value := getattr(attention, setting, None), int | float):
             raise Refusal(f"{name}.{setting}: expected a number, got {value!r}")
-    has_bias, crosses = "relative_attention_bias" in attention._modules, name.endswith(CROSS)
     if crosses and has_bias:
         raise Refusal(f"{name}: expected no relative_attention_bias, got one")
     if not (has_bias or crosses) and (attention is first or not _shares_bias(attention)):
         raise Refusal(f"{name}: expected a relative_attention_bias, got none")
+    for switch, wanted in zip(SWITCHES, (is_decoder, is_decoder and not crosses, has_bias), strict=True):
+        _require_equal(f"{name}.{switch}", wanted, getattr(attention, switch, None))
     _require_keywords(name, attention)
 
 

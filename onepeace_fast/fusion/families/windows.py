@@ -52,6 +52,7 @@ class SwinAttention(FusedCall):
         called = [module for part in projections for module in part.modules()]
         super().__init__(root, called, called)
         self.structure.watch("relative_position_bias", bias, "window_size")
+        self.structure.watch_values("relative_position_bias", bias)
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
