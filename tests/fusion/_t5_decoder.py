@@ -33,7 +33,7 @@ class Attention(_t5.Attention):
         super().__init__(has_relative_attention_bias)
         self.is_decoder, self.layer_idx = True, layer
 
-    def bias(self, length):
+    def compute_bias(self, length, key_length):
         """T5's buckets of keys behind: 4 of them exact, the others logarithmic."""
         exact, buckets = 4, 8
         behind = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
@@ -50,7 +50,7 @@ class Attention(_t5.Attention):
             (cache.self_attention_cache if others is None else cache.cross_attention_cache).update(k, v, self.layer_idx)
             cache.is_updated[self.layer_idx] = others is not None
         if bias is None and others is None:
-            bias = self.bias(x.shape[1])
+            bias = self.compute_bias(*2 * (x.shape[1],))
         scores = q @ k.transpose(-1, -2) * self.scaling + mask + (0 if bias is None else bias)
         p = scores.softmax(-1)
         return self.o((p @ v).transpose(1, 2).flatten(2)), bias, p

@@ -135,8 +135,8 @@ LAYER, BLOCK = "fusion_model.layers.1", "encoder.block.1.layer.0.SelfAttention"
 PATCHES = {
     "a layer's method": ("ONE-PEACE", of_the_instance(LAYER, "arrive"),
         f"{LAYER}: expected the class's arrive, got one of its own"),
-    "T5's bias": ("T5", of_the_instance(BLOCK.replace("1", "0", 1), "bias"),
-        "block.0.layer.0.SelfAttention: expected the class's bias, got one of its own"),
+    "T5's bias": ("T5", of_the_instance(BLOCK.replace("1", "0", 1), "compute_bias"),
+        "block.0.layer.0.SelfAttention: expected the class's compute_bias, got one of its own"),
     "BAGEL's training": ("BAGEL", of_the_instance("", "forward_train"),
         "model: expected the class's forward_train, got one of its own"),
     "BAGEL's layer": ("BAGEL", of_the_instance("layers.1", "forward_train"),

@@ -106,7 +106,21 @@ def configured_as_decoder(model):
     model.encoder.config.is_decoder = True
 
 
+class Nearer(_t5.SharedBiasAttention):
+    def compute_bias(self, length, key_length):
+        return super().compute_bias(length, key_length).roll(1, -1)
+
+
+def with_other_buckets(model):
+    for block in model.encoder.block:
+        block.layer[0].SelfAttention.__class__ = Nearer
+
+
 REFUSED = {
+    "other buckets": (
+        with_other_buckets,
+        "block.0.layer.0.SelfAttention.compute_bias: expected T5's row of the table for each distance, got others",
+    ),
     "a decoder's configuration": (configured_as_decoder, "config.is_decoder: expected False, got True"),
     "a causal mask": (
         setting("is_causal", True),

@@ -10,6 +10,7 @@ Trusted: that stack, blocks and layers hand their further keywords and the first
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -87,6 +88,8 @@ class T5Encoder(FusedCall):
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         for path, attention in found.items():
             self.structure.watch(path, attention, *SETTINGS, *SWITCHES)
+            if attention.has_relative_attention_bias:
+                _check_bias(path, attention)
         self.structure.watch("model", root, "is_decoder", "config.is_decoder")
         self.arguments: list[str] = [*_parameters(root)][1:]
         self.attentions: list[Any] = [*found.values()]
@@ -290,6 +293,24 @@ def _check_attention(name: str, attention: Any, first: Any, is_decoder: bool) ->
     for switch, wanted in zip(SWITCHES, (is_decoder, is_decoder and not crosses, has_bias), strict=True):
         _require_equal(f"{name}.{switch}", wanted, getattr(attention, switch, None))
     _require_keywords(name, attention)
+
+
+def _check_bias(name: str, attention: Any) -> None:
+    """Refuse a bias of another row of the table for some distance, as a subclass may have it."""
+    if not callable(getattr(attention, "compute_bias", None)):
+        raise Refusal(f"{name}.compute_bias: expected a method, as of transformers 5.23, got none")
+    buckets, most = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
+    numbers = nn.Embedding.from_pretrained(torch.arange(float(buckets))[:, None])
+    probe = copy.copy(attention)
+    probe.__dict__["_modules"] = attention._modules | {"relative_attention_bias": numbers}
+    place = torch.arange(most + 2)
+    index = _index(buckets, most, not attention.is_decoder, place.device)
+    reach = index.shape[0] // 2
+    wanted = index[(place[:, None] - place).clamp(-reach, reach) + reach]
+    with torch.no_grad():
+        got = probe.compute_bias(len(place), len(place))
+    if not torch.equal(got[0, 0], wanted.to(got.dtype)):
+        raise Refusal(f"{name}.compute_bias: expected T5's row of the table for each distance, got others")
 
 
 def _require_equal(name: str, expected: object, got: object) -> None:
