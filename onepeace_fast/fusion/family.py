@@ -106,6 +106,8 @@ class FusedCall(Fusion):
         super().__init__(root)
         self.replacements = [Replacement(self, root if entry is None else entry, "forward", "call")]
         self.structure = Structure(root, called, exchangeable, whole, entry)
+        if not self.calls_own_forward:
+            self.structure.keep(type(self.replacements[0].module), "forward")
         if reason := self.structure.change():
             raise Refusal(reason)
         _refuse_tied(root)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Collection, Iterator
 from operator import attrgetter
-from typing import NamedTuple
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,14 @@ class Setting(NamedTuple):
     owner: object
     name: str
     value: object
+
+
+class Method(NamedTuple):
+    """A method of a class, as it was; None where it was changed since, before a copy was made."""
+
+    kind: type
+    name: str
+    function: object
 
 
 class Values:
@@ -106,6 +115,25 @@ class Structure:
         self.children = _children(root)
         self.settings: list[Setting] = []
         self.values: list[Values] = []
+        self.of_classes: list[Method] = []
+        for kind in dict.fromkeys(part.kind for part in self.parts if not part.may_change):
+            self.keep(kind, *(_methods(kind) - RUN), "forward")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A function that a user put into a class cannot be pickled.
+        methods = [(kind, name, getattr(kind, name, None) is own) for kind, name, own in self.of_classes]
+        return self.__dict__ | {"of_classes": methods}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.of_classes = []
+        for kind, name, is_kept in state["of_classes"]:
+            self.keep(kind, name) if is_kept else self.of_classes.append(Method(kind, name, None))
+
+    def keep(self, kind: type, *names: str) -> None:
+        """Let another function in the place of these methods of a class be a change."""
+        methods = [Method(kind, name, getattr(kind, name)) for name in names]
+        self.of_classes += [one for one in methods if not isinstance(one.function, MethodType)]  # a classmethod is new
 
     def watch(self, path: str, owner: object, *names: str) -> None:
         """Let another value of these attributes of a module, or of its configuration, be a change."""
@@ -124,6 +152,9 @@ class Structure:
                 return reason
             if reason := _own_method(self.entry, self.methods):
                 return f"model: {reason}"
+        for kind, name, function in self.of_classes:
+            if getattr(kind, name, None) is not function:
+                return f"expected the {name} that {kind.__name__} had when it was fused, got another"
         for part in self.parts:
             if reason := _change(part):
                 return f"{part.path}: {reason}"

@@ -192,6 +192,23 @@ def test_a_class_that_adds_no_forward_is_fused():
     assert ways(model) == "fused"
 
 
+@pytest.mark.parametrize("kind", [Encoder, Layer, nn.Linear])
+def test_a_class_that_was_patched_since_runs_the_models_own_code(kind, monkeypatch):
+    model = Model()
+    handle = fuse(model)
+    own = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda *arguments, **keywords: own(*arguments, **keywords))
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies = copy.deepcopy(model), torch.load(file, weights_only=False)
+        assert [ways(one) for one in (model, *copies)] == ["own"] * 3
+    (part,) = handle.report().parts
+    assert part.own_calls == {f"expected the forward that {kind.__name__} had when it was fused, got another": 1}
+    assert ways(model) == "fused"
+
+
 def test_a_changed_setting_runs_the_models_own_code():
     model = Model()
     (part,) = fuse(model).parts.values()
