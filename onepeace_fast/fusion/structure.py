@@ -6,7 +6,6 @@ then (LoRA, a hook, a quantised weight) would be ignored, so every call looks fo
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Collection, Iterator
 from operator import attrgetter
 from types import MethodType
@@ -40,7 +39,6 @@ class Part(NamedTuple):
     kind: type[nn.Module]
     is_called: bool
     may_change: bool
-    methods: frozenset[str]
     children: frozenset[str]
     parameters: list[type]
     names: frozenset[str]
@@ -111,13 +109,14 @@ class Structure:
         sets = ({id(module) for module in some} for some in (called, exchangeable, whole))
         self.parts = [*_parts(root, "", *sets)]
         self.entry = root if entry is None else None
-        self.methods = _methods(type(root)) - RUN  # what stands in the place of its forward is run
+        self.methods = {kind: _methods(kind) for kind in dict.fromkeys(map(type, root.modules()))}
+        self.of_root = self.methods[type(root)] - RUN  # what stands in the place of its forward is run
         self.children = _children(root)
         self.settings: list[Setting] = []
         self.values: list[Values] = []
         self.of_classes: list[Method] = []
         for kind in dict.fromkeys(part.kind for part in self.parts if not part.may_change):
-            self.keep(kind, *(_methods(kind) - RUN), "forward")
+            self.keep(kind, *(self.methods[kind] - RUN), "forward")
 
     def __getstate__(self) -> dict[str, Any]:
         # A function that a user put into a class cannot be pickled.
@@ -150,13 +149,13 @@ class Structure:
         if self.entry is not None:
             if reason := _added(self.entry, self.children):
                 return reason
-            if reason := _own_method(self.entry, self.methods):
+            if reason := _own_method(self.entry, self.of_root):
                 return f"model: {reason}"
         for kind, name, function in self.of_classes:
             if getattr(kind, name, None) is not function:
                 return f"expected the {name} that {kind.__name__} had when it was fused, got another"
         for part in self.parts:
-            if reason := _change(part):
+            if reason := _change(part, RUN if part.may_change else self.methods[part.kind]):
                 return f"{part.path}: {reason}"
         for path, owner, name, value in self.settings:
             if (now := attrgetter(name)(owner)) != value:
@@ -172,18 +171,17 @@ def _parts(
             path = f"{prefix}{name}"
             yield Part(
                 path, module, name, child, type(child), id(child) in called, id(child) in exchangeable,
-                RUN if id(child) in exchangeable else _methods(type(child)),
                 _children(child), [*map(type, child._parameters.values())], _parameters(child),
             )  # fmt: skip
             yield from _parts(child, f"{path}.", called, exchangeable, whole)
 
 
-def _change(part: Part) -> str:
+def _change(part: Part, methods: frozenset[str]) -> str:
     if not part.may_change and (reason := _replaced(part)):
         return reason
     module = part.module
     own = module.__dict__
-    if reason := _own_method(module, part.methods):
+    if reason := _own_method(module, methods):
         return reason
     for hooks in (own["_forward_pre_hooks"], own["_forward_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]):
         if hooks and not (part.is_called and all(map(_is_obeyed, hooks.values()))):
@@ -216,7 +214,6 @@ def _own_method(module: nn.Module, methods: frozenset[str]) -> str:
     return ""
 
 
-@functools.lru_cache(maxsize=256)
 def _methods(kind: type[nn.Module]) -> frozenset[str]:
     """Methods of a class that may decide what it computes: its own, and those that run a call."""
     own = {name for name in dir(kind) if not hasattr(nn.Module, name) and callable(getattr(kind, name, None))}

@@ -155,6 +155,8 @@ CHANGES = {
         f"{LAYER}.text_ffn.0.act.approximate: expected 'none', as when it was fused, got 'tanh'"),
     "table": ("ONE-PEACE", set_on("text_adapter.rel_pos_table_list.0", "max_norm", 0.1),
         "text_adapter.rel_pos_table_list.0.max_norm: expected None, as when it was fused, got 0.1"),
+    "a module around a table": ("ONE-PEACE", twice("text_adapter.rel_pos_table_list.0"),
+        "the bias is not that of the model's own adapters"),
     "norm of attention": ("ONE-PEACE without norms", lambda model: set_on(LAYER, "attn_ln", norm(32))(model),
         f"{LAYER}: expected no module attn_ln, got LayerNorm"),
     "gate's bias": ("ONE-PEACE", lambda model: set_on(f"{LAYER}.text_ffn.0.wi_0", "bias", bias(48))(model),
