@@ -29,6 +29,10 @@ DECLINED = {
         {"attention_mask": torch.zeros(4, 1, 12, 12)},
         "attention_mask: it is not one of the tokens, [batch, length]",
     ),
+    "a text of padding": (
+        {"attention_mask": PADDED * torch.tensor([[1], [0], [1], [1]])},
+        "attention_mask: a sample has no token; the model's own attention averages its padding",
+    ),
     "nothing but padding": ({"attention_mask": torch.zeros_like(PADDED)}, "there is no token"),
 }
 

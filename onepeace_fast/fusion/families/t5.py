@@ -39,6 +39,7 @@ HARMLESS: set[str] = {
 PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets what it knows of the tokens
 CROSS = "EncDecAttention"
 KINDS = ("t5", "mt5", "umt5", "pop2piano")  # others of these parts route, add or mask by what packing changes
+NO_TOKEN = "attention_mask: a sample has no token; the model's own attention averages its padding"
 SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
 SWITCHES = ("is_decoder", "is_causal", "has_relative_attention_bias")
 
@@ -124,6 +125,8 @@ class T5Encoder(FusedCall):
         packed = padded if mask is None or x.device.type != "cpu" else int(mask.count_nonzero())
         if not padded or not packed:
             return "there is no token"
+        if not self.is_decoder and has_empty_sample(mask):
+            return NO_TOKEN  # a decoder's attention would see it
         return "" if packing_is_chosen(x, padded, packed, self.of_a_row) else TOO_LITTLE_PADDING
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -207,6 +210,11 @@ def is_stack(module: nn.Module) -> bool:
         return False
     layers = blocks[0]._modules.get("layer")
     return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
+
+
+def has_empty_sample(mask: Tensor | None) -> bool:
+    """Whether a sample is nothing but padding; of another device than a CPU's nothing is read."""
+    return mask is not None and mask.device.type == "cpu" and not bool(mask.bool().any(1).all())
 
 
 def plan_of(mask: Tensor | None, batch: int, length: int, device: torch.device) -> RoutePlan:
