@@ -108,7 +108,7 @@ class FusedCall(Fusion):
         self.structure = Structure(root, called, exchangeable, whole, entry)
         if not self.calls_own_forward:
             self.structure.keep(type(self.replacements[0].module), "forward")
-        if reason := self.structure.change():
+        if reason := self.structure.change() or self.structure.mixing():
             raise Refusal(reason)
         _refuse_tied(root)
 

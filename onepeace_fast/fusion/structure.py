@@ -22,6 +22,10 @@ DISTRIBUTED = "torch.distributed"  # its hooks and wrappers make parameters whol
 TRANSFORMERS = "transformers."  # its hooks record what modules return, or let it have a gradient
 RUN = frozenset({"forward", "_call_impl", "_slow_forward", "_wrapped_call_impl"})  # what of nn.Module's a call runs
 
+MIXING = (  # of torch's modules
+    nn.modules.conv._ConvNd, nn.RNNBase, nn.MultiheadAttention, nn.modules.batchnorm._NormBase, nn.GroupNorm,
+)  # fmt: skip
+
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 shards a module among ranks, which must agree on which of its parameters have a gradient."""
@@ -141,6 +145,15 @@ class Structure:
     def watch_values(self, path: str, module: nn.Module) -> None:
         """Let other numbers in the buffers of a module below the root be a change."""
         self.values += [Values(f"{path}.{name}", module, name) for name, _ in module.named_buffers(recurse=False)]
+
+    def mixing(self) -> str:
+        """Which module in an exchangeable place is one of torch's that mix tokens; an empty text for none."""
+        for part in self.parts:
+            module = part.module
+            is_pointwise = isinstance(module, nn.modules.conv._ConvNd) and max(module.kernel_size) == 1
+            if part.may_change and isinstance(module, MIXING) and not is_pointwise:
+                return f"{part.path}: expected what works token by token, got a {part.kind.__name__}"
+        return ""
 
     def change(self) -> str:
         """What changed since, in one line; an empty text for nothing."""

@@ -110,6 +110,22 @@ def configured_as_decoder(model):
     model.encoder.config.is_decoder = True
 
 
+class Neighbours(nn.Module):
+    """An adapter around a feed-forward that looks at the tokens beside each."""
+
+    def __init__(self, inner, reach):
+        super().__init__()
+        self.inner, self.conv = inner, nn.Conv1d(_t5.WIDTH, _t5.WIDTH, 2 * reach + 1, padding=reach)
+
+    def forward(self, x):
+        return self.inner(x) + self.conv(x.mT).mT
+
+
+def with_neighbours(model, reach=1):
+    layer = model.encoder.block[0].layer
+    layer[1] = Neighbours(layer[1], reach)
+
+
 class Nearer(_t5.SharedBiasAttention):
     def compute_bias(self, length, key_length):
         return super().compute_bias(length, key_length).roll(1, -1)
@@ -121,6 +137,10 @@ def with_other_buckets(model):
 
 
 REFUSED = {
+    "an adapter that mixes tokens": (
+        with_neighbours,
+        "block.0.layer.1.conv: expected what works token by token, got a Conv1d",
+    ),
     "other buckets": (
         with_other_buckets,
         "block.0.layer.0.SelfAttention.compute_bias: expected T5's row of the table for each distance, got others",
@@ -172,6 +192,16 @@ REFUSED = {
         "final_layer_norm: expected no hooks, got some",
     ),
 }
+
+
+def test_a_convolution_of_single_tokens_is_fused():
+    model = _t5.model()
+    with_neighbours(model, 0)
+    want = model(**_t5.batch())[-1]
+    handle = fuse(model)
+    with use_backend("fused"):
+        torch.testing.assert_close(model(**_t5.batch())[-1], want, rtol=1e-4, atol=1e-4)
+    assert report_of(handle).fused_calls == 1
 
 
 SWITCHED = {
