@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from onepeace_fast.backend import requested_backend
 from onepeace_fast.fusion.replacement import Refusal as Refusal
@@ -31,6 +32,7 @@ ON_A_CPU = "on a CPU, routing saves memory but no time; use_backend('fused') fus
 UNKNOWN = "arguments: others than the fused computation knows"
 BACKEND = "use_backend('reference') asks for it"
 TRACED = "torch.export or torch.jit.trace: the program holds the model's own code"
+TRANSFORMED = "torch.func or a forward-mode derivative: the ops have plain reverse mode"
 REPLICATE = "_replicate_for_data_parallel"  # the method by which DataParallel copies a module
 MARK = "_onepeace_fast_fusion"  # of a root's __dict__: its fusion
 
@@ -145,6 +147,8 @@ class FusedCall(Fusion):
     def _declines(self, *args: Any, **kwargs: Any) -> str:
         if is_exported():
             return TRACED
+        if is_transformed():
+            return TRANSFORMED
         if requested_backend(None) == "reference":
             return BACKEND
         try:
@@ -182,6 +186,11 @@ def refuse_replicas() -> None:
 def is_exported() -> bool:
     """Whether a call is recorded as a program, which holds for other batches than this one."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+
+
+def is_transformed() -> bool:
+    """Whether a call is one that the ops refuse: inside a transform of torch.func, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def packing_is_chosen(x: Tensor, padded: int, packed: int, of_a_row: int) -> bool:

@@ -110,6 +110,24 @@ def configured_as_decoder(model):
     model.encoder.config.is_decoder = True
 
 
+def test_transforms_of_torch_func_keep_the_model_s_own_code():
+    model, given = _t5.model().encoder, _t5.batch()
+    x = model.embed_tokens(given["input_ids"]).detach()
+
+    def loss(x):
+        return model(inputs_embeds=x, attention_mask=given["attention_mask"])["last_hidden_state"].square().mean()
+
+    def derivatives():
+        return torch.func.grad(loss)(x), torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+
+    wanted = derivatives()
+    handle = fuse(model)
+    with use_backend("fused"):
+        assert all(map(torch.equal, derivatives(), wanted))
+    reason = "torch.func or a forward-mode derivative: the ops have plain reverse mode"
+    assert report_of(handle).own_calls == {reason: 2}
+
+
 class Neighbours(nn.Module):
     """An adapter around a feed-forward that looks at the tokens beside each."""
 
