@@ -219,7 +219,7 @@ def _change(part: Part, methods: frozenset[str]) -> str:
 
 def _own_method(module: nn.Module, methods: frozenset[str]) -> str:
     own = module.__dict__
-    if methods.isdisjoint(own):
+    if own.keys().isdisjoint(methods):
         return ""  # most often
     for name in own:
         if name in methods and callable(own[name]) and not isinstance(own[name], Replacement):
