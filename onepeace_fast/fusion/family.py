@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from onepeace_fast.backend import requested_backend
+from onepeace_fast.fusion.replacement import Refusal as Refusal
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.fusion.structure import Structure
 from onepeace_fast.models.choice import packing_pays
@@ -30,12 +32,9 @@ ON_A_CPU = "on a CPU, routing saves memory but no time; use_backend('fused') fus
 UNKNOWN = "arguments: others than the fused computation knows"
 BACKEND = "use_backend('reference') asks for it"
 TRACED = "torch.export or torch.jit.trace: the program holds the model's own code"
+TRANSFORMED = "torch.func or a forward-mode derivative: the ops have plain reverse mode"
 REPLICATE = "_replicate_for_data_parallel"  # the method by which DataParallel copies a module
 MARK = "_onepeace_fast_fusion"  # of a root's __dict__: its fusion
-
-
-class Refusal(ValueError):
-    """Why a module that resembles a family's is not taken: one line of what was expected and what came."""
 
 
 class Fusion(ABC):
@@ -89,7 +88,7 @@ class FusedCall(Fusion):
         entry: the module below it whose ``forward`` is replaced instead of the root's own.
 
     Raises:
-        Refusal: parameters that are tied within the root.
+        Refusal: hooks and methods of an instance below the root, parameters that are tied within it.
     """
 
     calls_own_forward: ClassVar[bool] = False  # whether the fused computation calls the root's class's
@@ -109,6 +108,10 @@ class FusedCall(Fusion):
         super().__init__(root)
         self.replacements = [Replacement(self, root if entry is None else entry, "forward", "call")]
         self.structure = Structure(root, called, exchangeable, whole, entry)
+        if not self.calls_own_forward:
+            self.structure.keep(type(self.replacements[0].module), "forward")
+        if reason := self.structure.change() or self.structure.mixing():
+            raise Refusal(reason)
         _refuse_tied(root)
 
     @property
@@ -133,6 +136,8 @@ class FusedCall(Fusion):
 
     def call(self, replacement: Replacement, *args: Any, **kwargs: Any) -> Any:
         """The root's forward: fused, or where this call or a change of the model forbids it, the model's own."""
+        if not self.is_installed:
+            return replacement.original(*args, **kwargs)  # a wrapper that was put around it calls it still
         reason = self._declines(*args, **kwargs)
         if not reason:
             reason = self.structure.change() or next(filter(None, [one.change() for one in self.unread]), "")
@@ -142,6 +147,8 @@ class FusedCall(Fusion):
     def _declines(self, *args: Any, **kwargs: Any) -> str:
         if is_exported():
             return TRACED
+        if is_transformed():
+            return TRANSFORMED
         if requested_backend(None) == "reference":
             return BACKEND
         try:
@@ -179,6 +186,11 @@ def refuse_replicas() -> None:
 def is_exported() -> bool:
     """Whether a call is recorded as a program, which holds for other batches than this one."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting()  # type: ignore[attr-defined]
+
+
+def is_transformed() -> bool:
+    """Whether a call is one that the ops refuse: inside a transform of torch.func, or in forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def packing_is_chosen(x: Tensor, padded: int, packed: int, of_a_row: int) -> bool:

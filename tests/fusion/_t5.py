@@ -31,6 +31,7 @@ class Attention(nn.Module):
     def __init__(self, has_relative_attention_bias):
         super().__init__()
         self.is_decoder, self.is_causal, self.scaling, self.dropout = False, False, 1.0, 0.0
+        self.has_relative_attention_bias = has_relative_attention_bias
         self.n_heads, self.key_value_proj_dim = HEADS, SIZE
         self.relative_attention_num_buckets, self.relative_attention_max_distance = 8, 10
         self.q, self.k, self.v = (nn.Linear(WIDTH, HEADS * SIZE, bias=False) for _ in range(3))
@@ -38,7 +39,7 @@ class Attention(nn.Module):
         if has_relative_attention_bias:
             self.relative_attention_bias = nn.Embedding(self.relative_attention_num_buckets, HEADS)
 
-    def bias(self, length):
+    def compute_bias(self, length, key_length):
         """T5's buckets: half of them for keys ahead, half of those exact, the others logarithmic."""
         half, exact = 4, 2
         place = torch.arange(length)
@@ -60,7 +61,7 @@ class SharedBiasAttention(Attention):
 
     def forward(self, hidden_states, mask=None, key_value_states=None, position_bias=None, cache=None, **kwargs):
         if position_bias is None:
-            position_bias = self.bias(hidden_states.shape[1])
+            position_bias = self.compute_bias(*2 * (hidden_states.shape[1],))
         out, p = self.attend(hidden_states, position_bias, mask)
         return out, position_bias, p
 
@@ -69,7 +70,7 @@ class OwnBiasAttention(Attention):
     """UMT5's: each layer has a bias of its own."""
 
     def forward(self, hidden_states, encoder_hidden_states=None, cache=None, attention_mask=None, **kwargs):
-        return self.attend(hidden_states, self.bias(hidden_states.shape[1]), attention_mask)
+        return self.attend(hidden_states, self.compute_bias(*2 * (hidden_states.shape[1],)), attention_mask)
 
 
 class SelfAttentionLayer(nn.Module):
@@ -132,7 +133,9 @@ class Output(dict):
 class Stack(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.config, self.is_decoder = SimpleNamespace(output_attentions=False), False
+        model_type = "mt5" if kind == "gated" else kind
+        self.config = SimpleNamespace(model_type=model_type, is_decoder=False, output_attentions=False)
+        self.is_decoder = False
         own = kind == "umt5"
         attention = OwnBiasAttention if own else SharedBiasAttention
         self.embed_tokens = nn.Embedding(WORDS, WIDTH)

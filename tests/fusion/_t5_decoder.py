@@ -33,7 +33,7 @@ class Attention(_t5.Attention):
         super().__init__(has_relative_attention_bias)
         self.is_decoder, self.layer_idx = True, layer
 
-    def bias(self, length):
+    def compute_bias(self, length, key_length):
         """T5's buckets of keys behind: 4 of them exact, the others logarithmic."""
         exact, buckets = 4, 8
         behind = (torch.arange(length)[:, None] - torch.arange(length)).clamp(min=0)
@@ -50,7 +50,7 @@ class Attention(_t5.Attention):
             (cache.self_attention_cache if others is None else cache.cross_attention_cache).update(k, v, self.layer_idx)
             cache.is_updated[self.layer_idx] = others is not None
         if bias is None and others is None:
-            bias = self.bias(x.shape[1])
+            bias = self.compute_bias(*2 * (x.shape[1],))
         scores = q @ k.transpose(-1, -2) * self.scaling + mask + (0 if bias is None else bias)
         p = scores.softmax(-1)
         return self.o((p @ v).transpose(1, 2).flatten(2)), bias, p
@@ -95,6 +95,7 @@ class Block(nn.Module):
     def __init__(self, kind, own_bias, layer):
         super().__init__()
         own, crosses = kind(own_bias or layer == 0, layer), kind(False, layer)
+        own.is_causal = True
         layers = [Layer("SelfAttention", own), Layer("EncDecAttention", crosses)]
         self.layer = nn.ModuleList([*layers, _t5.FeedForwardLayer(True)])
 
@@ -108,7 +109,8 @@ class Block(nn.Module):
 class Stack(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.config, self.is_decoder = SimpleNamespace(output_attentions=False), True
+        self.config = SimpleNamespace(model_type=kind, is_decoder=True, output_attentions=False)
+        self.is_decoder = True
         attention = OwnBiasAttention if kind == "umt5" else SharedBiasAttention
         self.embed_tokens = nn.Embedding(_t5.WORDS, _t5.WIDTH)
         self.block = nn.ModuleList([Block(attention, kind == "umt5", i) for i in range(_t5.LAYERS)])

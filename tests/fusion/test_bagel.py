@@ -105,7 +105,8 @@ def test_calls_that_are_not_fused_say_why():
     assert own_calls(model, given) == {bagel.FROZEN: 1}
     model = make()
     model.layers[1].training = False
-    model.layers[1].forward_inference = model.layers[1].forward_train
+    kind = type(model.layers[1])
+    model.layers[1].__class__ = type("Layer", (kind,), {"forward_inference": kind.forward_train})
     assert own_calls(model, given) == {bagel.PART_IN_EVALUATION: 1}
     handle = fuse(model := make())
     model.norm_moe_gen.variance_epsilon = 0.5

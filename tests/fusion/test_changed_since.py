@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from onepeace_fast import fuse, use_backend
@@ -28,6 +29,42 @@ MODELS = {
     "BEiT": (lambda: _windows.model("beit"), _windows.tokens(0, 3, 13)),
     "feed-forward": (_mixture_of_transformers.feed_forward, _mixture_of_transformers.feed_forward_batch(0)),
     "BAGEL": (_bagel.make, _bagel.batch(0)),
+}
+
+
+def with_function(make):
+    """BAGEL whose activation is a function."""
+    model = make()
+    for layer in model.layers:
+        for network in (layer.mlp, layer.mlp_moe_gen):
+            del network.act_fn
+            network.act_fn = F.silu
+    return model
+
+
+class Indexed(_windows.WindowBias):
+    """With the table's rows in a buffer, as transformers' has them."""
+
+    def __init__(self, window):
+        super().__init__(window)
+        self.register_buffer("relative_position_index", _windows.distances(window))
+
+    def forward(self):
+        return self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+
+
+def with_index(make):
+    model = make()
+    for layer in model.layers:
+        table = layer.attention.relative_position_bias.relative_position_bias_table
+        layer.attention.relative_position_bias = Indexed((3, 3))
+        layer.attention.relative_position_bias.relative_position_bias_table = table
+    return model
+
+
+MODELS |= {
+    "BAGEL of functions": (lambda: with_function(_bagel.make), _bagel.batch(0)),
+    "Swin with an index": (lambda: with_index(MODELS["Swin"][0]), MODELS["Swin"][1]),
 }
 
 
@@ -78,14 +115,48 @@ def another_forward(path):
     return change
 
 
+def double(value):
+    """Twice the tensors of what a method returns, which may have them in a sequence."""
+    return 2 * value if isinstance(value, torch.Tensor) else [2 * one if torch.is_tensor(one) else one for one in value]
+
+
+def of_the_instance(path, method, change=double):
+    """A method of one instance, as a user patches it."""
+
+    def patch(model):
+        module = model.get_submodule(path)
+        own = getattr(module, method)
+        setattr(module, method, lambda *arguments, **keywords: change(own(*arguments, **keywords)))
+
+    return patch
+
+
 LAYER, BLOCK = "fusion_model.layers.1", "encoder.block.1.layer.0.SelfAttention"
+PATCHES = {
+    "a layer's method": ("ONE-PEACE", of_the_instance(LAYER, "arrive"),
+        f"{LAYER}: expected the class's arrive, got one of its own"),
+    "T5's bias": ("T5", of_the_instance(BLOCK.replace("1", "0", 1), "compute_bias"),
+        "block.0.layer.0.SelfAttention: expected the class's compute_bias, got one of its own"),
+    "BAGEL's training": ("BAGEL", of_the_instance("", "forward_train"),
+        "model: expected the class's forward_train, got one of its own"),
+    "BAGEL's layer": ("BAGEL", of_the_instance("layers.1", "forward_train"),
+        "layers.1: expected the class's forward_train, got one of its own"),
+}  # fmt: skip
+PATCHED_BEFORE = {
+    **PATCHES,
+    "an adapter's bias": ("ONE-PEACE", of_the_instance("text_adapter", "get_rel_pos_bias"),
+        "text_adapter: expected the class's get_rel_pos_bias, got one of its own"),
+}  # fmt: skip
 CHANGES = {
+    **PATCHES,
     "scaling": ("ONE-PEACE", set_on(f"{LAYER}.self_attn", "scaling", 1.0),
         f"{LAYER}.self_attn.scaling: expected {SCALE}, as when it was fused, got 1.0"),
     "activation": ("ONE-PEACE", set_on(f"{LAYER}.text_ffn.0.act", "approximate", "tanh"),
         f"{LAYER}.text_ffn.0.act.approximate: expected 'none', as when it was fused, got 'tanh'"),
     "table": ("ONE-PEACE", set_on("text_adapter.rel_pos_table_list.0", "max_norm", 0.1),
         "text_adapter.rel_pos_table_list.0.max_norm: expected None, as when it was fused, got 0.1"),
+    "a module around a table": ("ONE-PEACE", twice("text_adapter.rel_pos_table_list.0"),
+        "the bias is not that of the model's own adapters"),
     "norm of attention": ("ONE-PEACE without norms", lambda model: set_on(LAYER, "attn_ln", norm(32))(model),
         f"{LAYER}: expected no module attn_ln, got LayerNorm"),
     "gate's bias": ("ONE-PEACE", lambda model: set_on(f"{LAYER}.text_ffn.0.wi_0", "bias", bias(48))(model),
@@ -108,6 +179,11 @@ CHANGES = {
         "local_experts.1.w1: expected no parameter bias, got one"),
     "an expert's layer": ("feed-forward", twice("local_experts.0.w1"),
         "local_experts.0.w1: expected the Linear that was fused, got Twice"),
+    "BAGEL's function": ("BAGEL of functions", set_on("layers.1.mlp", "act_fn", F.gelu),
+        f"layers.1.mlp.act_fn: expected {F.silu!r}, as when it was fused, got {F.gelu!r}"),
+    "numbers of an index": ("Swin with an index",
+        lambda model: model.layers[1].attention.relative_position_bias.relative_position_index.copy_(torch.zeros(9, 9)),
+        "relative_position_bias.relative_position_index: expected the values with which it was fused, got others"),
     "BAGEL's bias": ("BAGEL", lambda model: set_on("layers.0.mlp.gate_proj", "bias", bias(48))(model),
         "layers.0.mlp.gate_proj: expected no parameter bias, got one"),
     "BAGEL's norm": ("BAGEL", twice("norm"), "norm: expected the Norm that was fused, got Twice"),
@@ -130,6 +206,51 @@ def test_what_was_changed_is_obeyed(name):
     for path, value in found.items():
         torch.testing.assert_close(value, expected[path], rtol=1e-4, atol=1e-5)
     assert [one for part in handle.parts.values() for one in part.calls if one] == [reason]
+
+
+@pytest.mark.parametrize("name", PATCHED_BEFORE)
+def test_a_method_that_was_set_on_an_instance_before_is_refused(name):
+    of, change, reason = PATCHED_BEFORE[name]
+    model = MODELS[of][0]()
+    change(model)
+    assert said(model) == [reason]
+
+
+def said(model):
+    """The reasons for which no part, or not every part, of a model is fused."""
+    try:
+        return [reason for _, _, reason in fuse(model).refused]
+    except ValueError as error:
+        return [str(error).partition("but ")[2].removesuffix("; 1 more parts were refused")]
+
+
+REPLACED = {
+    "ONE-PEACE": "fusion_model", "T5": "encoder", "UMT5": "encoder", "torchscale": "model.encoder",
+    "Swin": "layers.1.attention", "BEiT": "layers.1", "feed-forward": "", "BAGEL": "",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("of", REPLACED)
+def test_a_forward_that_was_set_on_the_instance_is_refused_and_kept(of):
+    model = MODELS[of][0]()
+    root = model.get_submodule(REPLACED[of])
+    root.forward = set_on_it = lambda *arguments, **keywords: None
+    kind = type(root).__name__
+    advice = "take it off, fuse, then put it on again"
+    message = f"forward: expected that of the class {kind}, got one set on the instance; {advice}"
+    assert said(model) == [message]
+    assert root.forward is set_on_it
+
+
+def test_the_same_numbers_in_another_index_are_fused():
+    model = MODELS["Swin with an index"][0]()
+    handle = fuse(model)
+    bias = model.layers[0].attention.relative_position_bias
+    bias.relative_position_index.copy_(bias.relative_position_index.clone())
+    model.layers[1].attention.relative_position_bias.relative_position_index = bias.relative_position_index.clone()
+    with use_backend("fused"):
+        model(**MODELS["Swin"][1])
+    assert [dict(part.calls) for part in handle.parts.values()] == [{"": 1}, {"": 1}]
 
 
 @pytest.mark.parametrize("of", ["Swin", "BEiT"])

@@ -63,6 +63,23 @@ def test_a_report_with_a_batch_compares_the_model_with_what_it_was():
     assert ways(model) == "fused"
 
 
+def test_a_wrapper_that_was_put_around_the_forward_stays_and_calls_what_there_is():
+    model = Model()
+    handle = fuse(model)
+    fused, seen = model.encoder.forward, []
+
+    def wrapper(*arguments, **keywords):
+        output = fused(*arguments, **keywords)
+        seen.append(output[1])
+        return output
+
+    model.encoder.forward = wrapper
+    assert ways(model) == "fused" and handle.report(X, rounds=2).gain is not None
+    assert {*seen} == {"fused", "own"} and model.encoder.forward is wrapper and ways(model) == "fused"
+    handle.undo()
+    assert ways(model) == "own" and model.encoder.forward is wrapper
+
+
 def test_copies_compute_with_their_own_parameters_and_come_back():
     model = Model()
     fuse(model)
@@ -172,6 +189,23 @@ def test_a_class_that_adds_no_forward_is_fused():
     fuse(model)
     layer = model.encoder.layers[0]
     layer.__class__ = type("Sharded", (Layer,), {})
+    assert ways(model) == "fused"
+
+
+@pytest.mark.parametrize("kind", [Encoder, Layer, nn.Linear])
+def test_a_class_that_was_patched_since_runs_the_models_own_code(kind, monkeypatch):
+    model = Model()
+    handle = fuse(model)
+    own = kind.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "forward", lambda *arguments, **keywords: own(*arguments, **keywords))
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        copies = copy.deepcopy(model), torch.load(file, weights_only=False)
+        assert [ways(one) for one in (model, *copies)] == ["own"] * 3
+    (part,) = handle.report().parts
+    assert part.own_calls == {f"expected the forward that {kind.__name__} had when it was fused, got another": 1}
     assert ways(model) == "fused"
 
 

@@ -70,7 +70,6 @@ MASKS = {
     "floating point": _t5.mask_of([5, 12, 9]).float(),
     "no padding": torch.ones(3, 12, dtype=torch.bool),
     "none": None,
-    "an empty text": _t5.mask_of([5, 0, 9]),
     "a token": _t5.mask_of([1]),
     "longer than every text": _t5.mask_of([5, 3, 4], 30),
 }

@@ -103,6 +103,9 @@ OWN = {
     "encoder_attention_mask: it is not one of the encoder's tokens, [batch, length]": {
         "encoder_attention_mask": torch.zeros(4, 1, 1, 12)
     },
+    "encoder_attention_mask: a sample has no token; the model's own attention averages its padding": {
+        "encoder_attention_mask": _t5_decoder.batch()["attention_mask"] * torch.tensor([[1], [0], [1], [1]])
+    },
     "output_attentions: attention's probabilities are not kept": {"output_attentions": True},
     "more: it is not known to the packed stack": {"more": 1},
 }

@@ -29,6 +29,10 @@ DECLINED = {
         {"attention_mask": torch.zeros(4, 1, 12, 12)},
         "attention_mask: it is not one of the tokens, [batch, length]",
     ),
+    "a text of padding": (
+        {"attention_mask": PADDED * torch.tensor([[1], [0], [1], [1]])},
+        "attention_mask: a sample has no token; the model's own attention averages its padding",
+    ),
     "nothing but padding": ({"attention_mask": torch.zeros_like(PADDED)}, "there is no token"),
 }
 
@@ -81,7 +85,7 @@ def test_a_cpu_packs_where_padding_pays():
 
 
 def with_decoder(model):
-    model.encoder.is_decoder = True
+    model.encoder.is_decoder = model.encoder.config.is_decoder = True
 
 
 def with_cross_attention(model):
@@ -102,7 +106,76 @@ class Old(_t5.Block):
         return super().forward(hidden_states, attention_mask, position_bias)
 
 
+def configured_as_decoder(model):
+    model.encoder.config.is_decoder = True
+
+
+def test_transforms_of_torch_func_keep_the_model_s_own_code():
+    model, given = _t5.model().encoder, _t5.batch()
+    x = model.embed_tokens(given["input_ids"]).detach()
+
+    def loss(x):
+        return model(inputs_embeds=x, attention_mask=given["attention_mask"])["last_hidden_state"].square().mean()
+
+    def derivatives():
+        return torch.func.grad(loss)(x), torch.func.jvp(loss, (x,), (torch.ones_like(x),))[1]
+
+    wanted = derivatives()
+    handle = fuse(model)
+    with use_backend("fused"):
+        assert all(map(torch.equal, derivatives(), wanted))
+    reason = "torch.func or a forward-mode derivative: the ops have plain reverse mode"
+    assert report_of(handle).own_calls == {reason: 2}
+
+
+class Neighbours(nn.Module):
+    """An adapter around a feed-forward that looks at the tokens beside each."""
+
+    def __init__(self, inner, reach):
+        super().__init__()
+        self.inner, self.conv = inner, nn.Conv1d(_t5.WIDTH, _t5.WIDTH, 2 * reach + 1, padding=reach)
+
+    def forward(self, x):
+        return self.inner(x) + self.conv(x.mT).mT
+
+
+def with_neighbours(model, reach=1):
+    layer = model.encoder.block[0].layer
+    layer[1] = Neighbours(layer[1], reach)
+
+
+class Nearer(_t5.SharedBiasAttention):
+    def compute_bias(self, length, key_length):
+        return super().compute_bias(length, key_length).roll(1, -1)
+
+
+def with_other_buckets(model):
+    for block in model.encoder.block:
+        block.layer[0].SelfAttention.__class__ = Nearer
+
+
 REFUSED = {
+    "an adapter that mixes tokens": (
+        with_neighbours,
+        "block.0.layer.1.conv: expected what works token by token, got a Conv1d",
+    ),
+    "other buckets": (
+        with_other_buckets,
+        "block.0.layer.0.SelfAttention.compute_bias: expected T5's row of the table for each distance, got others",
+    ),
+    "a decoder's configuration": (configured_as_decoder, "config.is_decoder: expected False, got True"),
+    "a causal mask": (
+        setting("is_causal", True),
+        "block.1.layer.0.SelfAttention.is_causal: expected False, got True",
+    ),
+    "a bias that is switched off": (
+        setting("has_relative_attention_bias", False, 0),
+        "block.0.layer.0.SelfAttention.has_relative_attention_bias: expected True, got False",
+    ),
+    "experts whose capacity is the batch's": (
+        lambda model: setattr(model.encoder.config, "model_type", "switch_transformers"),
+        "config.model_type: expected one of t5, mt5, umt5, pop2piano, got 'switch_transformers'",
+    ),
     "cross attention in an encoder": (
         with_cross_attention,
         "block.0.layer: expected SelfAttention and a feed-forward, got SelfAttentionLayer, Identity, FeedForwardLayer",
@@ -137,6 +210,37 @@ REFUSED = {
         "final_layer_norm: expected no hooks, got some",
     ),
 }
+
+
+def test_a_convolution_of_single_tokens_is_fused():
+    model = _t5.model()
+    with_neighbours(model, 0)
+    want = model(**_t5.batch())[-1]
+    handle = fuse(model)
+    with use_backend("fused"):
+        torch.testing.assert_close(model(**_t5.batch())[-1], want, rtol=1e-4, atol=1e-4)
+    assert report_of(handle).fused_calls == 1
+
+
+SWITCHED = {
+    "model.config.is_decoder": (configured_as_decoder, False, True),
+    "model.is_decoder": (lambda model: setattr(model.encoder, "is_decoder", True), False, True),
+    **{
+        f"block.0.layer.0.SelfAttention.{name}": (setting(name, now, 0), not now, now)
+        for name, now in (("is_decoder", True), ("is_causal", True), ("has_relative_attention_bias", False))
+    },
+}
+
+
+@pytest.mark.parametrize("name", SWITCHED)
+def test_a_switch_that_was_turned_since_keeps_the_model_s_own_code(name):
+    change, before, now = SWITCHED[name]
+    model = _t5.model()
+    handle = fuse(model)
+    change(model)
+    with use_backend("fused"):
+        model(**_t5.batch())
+    assert report_of(handle).own_calls == {f"{name}: expected {before}, as when it was fused, got {now}": 1}
 
 
 def said(model):

@@ -96,7 +96,11 @@ def _stochastic_depth(model: Model) -> None:
         (_a_further_part, "layers.1.adapter: expected no such module, got a Layer with it"),
         (_time_first, "layers.0.ffn.dim: expected 1, that of tokens, got 0"),
         (_few_columns, "relative_position: expected a column for each of 4 heads, got 1"),
-        (_of_the_instance, "forward: expected the class's, got one of the instance's own"),
+        (
+            _of_the_instance,
+            "forward: expected that of the class Encoder, got one set on the instance; take it off, fuse, then put it "
+            "on again",
+        ),
         (_stochastic_depth, "layers.0.drop_path: expected one with drop_prob, got Identity"),
     ],
 )

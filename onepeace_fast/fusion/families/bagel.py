@@ -91,7 +91,10 @@ class Bagel(FusedCall):
             if got != wanted:
                 raise Refusal(f"{paths[0]}.{name}: expected a weight {[*wanted]}, got {[*got]}")
         for path in paths:
-            require_silu(f"{path}.act_fn", getattr(root.get_submodule(path), "act_fn", None))
+            activation = getattr(network := root.get_submodule(path), "act_fn", None)
+            require_silu(f"{path}.act_fn", activation)
+            if not isinstance(activation, nn.Module):
+                self.structure.watch(path, network, "act_fn")
 
     def declines(self, *args: Any, **kwargs: Any) -> str:
         root: Any = self.root

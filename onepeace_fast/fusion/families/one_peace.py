@@ -88,8 +88,6 @@ class OnePeaceEncoder(FusedCall):
             tables: Any = bias.adapter.rel_pos_table_list if bias.has_bias else ()
             for number, table in enumerate(tables):
                 self.structure.watch(f"{bias.path}.rel_pos_table_list.{number}", table, *TABLE_SETTINGS)
-        if reason := self.structure.change():
-            raise Refusal(reason)
         for shared, layer in zip(self.layers, layers, strict=True):
             self.replacements.append(Replacement(shared, layer, "forward", "in_place_of"))
         for bias in adapters.values():

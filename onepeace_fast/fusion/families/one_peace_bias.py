@@ -131,7 +131,9 @@ class AdapterBias:
         rows, positions = self.rows(), self._buckets
         assert positions is not None  # rows has read them
         width = positions.shape[0] if length is None else length
-        if rows is None or width > positions.shape[0]:
+        tables: Any = self.adapter.rel_pos_table_list
+        are_read = all([isinstance(table, nn.Embedding) for table in tables])
+        if rows is None or width > positions.shape[0] or not are_read:
             return replacement.original(*arguments)
         codes, offset = None, 0
         if self.is_grid:
@@ -141,7 +143,6 @@ class AdapterBias:
             # Of the distances of a series those that its tokens have; CLS alone has none.
             equal, offset = (rows.shape[0] - CLS_ENTRIES) // 2, max(width - 2, 0)
             rows = torch.cat([rows[equal - offset : equal + offset + 1], rows[-CLS_ENTRIES:]])
-        tables: Any = self.adapter.rel_pos_table_list
         vectors = [F.embedding(rows, table.weight).t().contiguous() for table in tables]
 
         def make() -> Sequence[Tensor]:

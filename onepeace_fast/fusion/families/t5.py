@@ -10,6 +10,7 @@ Trusted: that stack, blocks and layers hand their further keywords and the first
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 from collections.abc import Mapping
@@ -37,7 +38,10 @@ HARMLESS: set[str] = {
 }
 PACKED = "onepeace_fast_packed"  # the keyword by which a block's attention gets what it knows of the tokens
 CROSS = "EncDecAttention"
+KINDS = ("t5", "mt5", "umt5", "pop2piano")  # others of these parts route, add or mask by what packing changes
+NO_TOKEN = "attention_mask: a sample has no token; the model's own attention averages its padding"
 SETTINGS = ("n_heads", "key_value_proj_dim", "relative_attention_num_buckets", "relative_attention_max_distance")
+SWITCHES = ("is_decoder", "is_causal", "has_relative_attention_bias")
 
 
 QKV: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -62,8 +66,11 @@ class T5Encoder(FusedCall):
 
     def __init__(self, root: nn.Module) -> None:
         stack: Any = root
+        if (kind := getattr(getattr(root, "config", None), "model_type", None)) not in KINDS:
+            raise Refusal(f"config.model_type: expected one of {', '.join(KINDS)}, got {kind!r}")
         if stack.is_decoder is not self.is_decoder:
             raise Refusal(f"is_decoder: expected {self.is_decoder}, got {stack.is_decoder}")
+        _require_equal("config.is_decoder", self.is_decoder, getattr(stack.config, "is_decoder", None))
         found: dict[str, Any] = {}
         frame: list[Any] = [stack, stack.block]
         for i, block in enumerate(stack.block):
@@ -81,9 +88,10 @@ class T5Encoder(FusedCall):
         inner = [module for module in root.modules() if module is not root]
         super().__init__(root, inner, [module for module in inner if id(module) not in kept])
         for path, attention in found.items():
-            self.structure.watch(path, attention, *SETTINGS)
-        if reason := self.structure.change():
-            raise Refusal(reason)
+            self.structure.watch(path, attention, *SETTINGS, *SWITCHES)
+            if attention.has_relative_attention_bias:
+                _check_bias(path, attention)
+        self.structure.watch("model", root, "is_decoder", "config.is_decoder")
         self.arguments: list[str] = [*_parameters(root)][1:]
         self.attentions: list[Any] = [*found.values()]
         self.shares_bias: bool = _shares_bias(self.attentions[0])
@@ -117,6 +125,8 @@ class T5Encoder(FusedCall):
         packed = padded if mask is None or x.device.type != "cpu" else int(mask.count_nonzero())
         if not padded or not packed:
             return "there is no token"
+        if not self.is_decoder and has_empty_sample(mask):
+            return NO_TOKEN  # a decoder's attention would see it
         return "" if packing_is_chosen(x, padded, packed, self.of_a_row) else TOO_LITTLE_PADDING
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -202,6 +212,11 @@ def is_stack(module: nn.Module) -> bool:
     return isinstance(layers, nn.ModuleList) and len(layers) > 0 and "SelfAttention" in layers[0]._modules
 
 
+def has_empty_sample(mask: Tensor | None) -> bool:
+    """Whether a sample is nothing but padding; of another device than a CPU's nothing is read."""
+    return mask is not None and mask.device.type == "cpu" and not bool(mask.bool().any(1).all())
+
+
 def plan_of(mask: Tensor | None, batch: int, length: int, device: torch.device) -> RoutePlan:
     """The route plan of padded texts by their mask, [batch, length]; without one all tokens are real."""
     if mask is None:
@@ -271,7 +286,7 @@ def _check_attention(name: str, attention: Any, first: Any, is_decoder: bool) ->
         raise Refusal(f"{name}: expected a {type(first).__name__}, as in block.0, got {type(attention).__name__}")
     if missing := [part for part in ("q", "k", "v", "o") if part not in attention._modules]:
         raise Refusal(f"{name}: expected q, k, v and o, got no {', '.join(missing)}")
-    _require_equal(f"{name}.is_decoder", is_decoder, getattr(attention, "is_decoder", None))
+    has_bias, crosses = "relative_attention_bias" in attention._modules, name.endswith(CROSS)
     for setting in SETTINGS:
         if not isinstance(value := getattr(attention, setting, None), int):
             raise Refusal(f"{name}.{setting}: expected a whole number, got {value!r}")
@@ -279,12 +294,31 @@ def _check_attention(name: str, attention: Any, first: Any, is_decoder: bool) ->
     for setting in ("scaling", "dropout"):
         if not isinstance(value := getattr(attention, setting, None), int | float):
             raise Refusal(f"{name}.{setting}: expected a number, got {value!r}")
-    has_bias, crosses = "relative_attention_bias" in attention._modules, name.endswith(CROSS)
     if crosses and has_bias:
         raise Refusal(f"{name}: expected no relative_attention_bias, got one")
     if not (has_bias or crosses) and (attention is first or not _shares_bias(attention)):
         raise Refusal(f"{name}: expected a relative_attention_bias, got none")
+    for switch, wanted in zip(SWITCHES, (is_decoder, is_decoder and not crosses, has_bias), strict=True):
+        _require_equal(f"{name}.{switch}", wanted, getattr(attention, switch, None))
     _require_keywords(name, attention)
+
+
+def _check_bias(name: str, attention: Any) -> None:
+    """Refuse a bias of another row of the table for some distance, as a subclass may have it."""
+    if not callable(getattr(attention, "compute_bias", None)):
+        raise Refusal(f"{name}.compute_bias: expected a method, as of transformers 5.23, got none")
+    buckets, most = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
+    numbers = nn.Embedding.from_pretrained(torch.arange(float(buckets))[:, None])
+    probe = copy.copy(attention)
+    probe.__dict__["_modules"] = attention._modules | {"relative_attention_bias": numbers}
+    place = torch.arange(most + 2)
+    index = _index(buckets, most, not attention.is_decoder, place.device)
+    reach = index.shape[0] // 2
+    wanted = index[(place[:, None] - place).clamp(-reach, reach) + reach]
+    with torch.no_grad():
+        got = probe.compute_bias(len(place), len(place))
+    if not torch.equal(got[0, 0], wanted.to(got.dtype)):
+        raise Refusal(f"{name}.compute_bias: expected T5's row of the table for each distance, got others")
 
 
 def _require_equal(name: str, expected: object, got: object) -> None:

@@ -15,10 +15,12 @@ from onepeace_fast.attention_structures import Segments
 from onepeace_fast.fusion.families.t5 import (
     CROSS,
     HARMLESS,
+    NO_TOKEN,
     PACKED,
     Packed,
     T5Encoder,
     Unpacking,
+    has_empty_sample,
     is_stack,
     mask_of,
     plan_of,
@@ -61,6 +63,8 @@ class T5Decoder(T5Encoder):
             return "encoder_hidden_states: they are not [batch, length, width]"
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != states.shape[:2]):
             return "encoder_attention_mask: it is not one of the encoder's tokens, [batch, length]"
+        if has_empty_sample(mask):
+            return f"encoder_{NO_TOKEN}"
         return super().declines(*args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -48,8 +48,6 @@ def settings(root: Any, read: Iterable[nn.Module]) -> list[tuple[Any, str, Any]]
 
 def check_encoder(root: Any) -> None:
     """Refuse an encoder whose own parts are not those of the public one."""
-    if "forward" in root.__dict__:
-        raise Refusal("forward: expected the class's, got one of the instance's own")
     if (bias := root.relative_position) is not None:
         _require_parts("relative_position", bias, ["relative_attention_bias"])
         _require_plain("relative_position.relative_attention_bias", bias.relative_attention_bias, nn.Embedding)

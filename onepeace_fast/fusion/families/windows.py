@@ -52,7 +52,7 @@ class SwinAttention(FusedCall):
         called = [module for part in projections for module in part.modules()]
         super().__init__(root, called, called)
         self.structure.watch("relative_position_bias", bias, "window_size")
-        _refuse_change(self)
+        self.structure.watch_values("relative_position_bias", bias)
 
     @staticmethod
     def resembles(module: nn.Module) -> bool:
@@ -100,7 +100,6 @@ class BeitLayer(FusedCall):
         inner = [module for module in root.modules() if module is not root]
         kept = (attention, *bias.modules())
         super().__init__(root, inner, [module for module in inner if all(module is not one for one in kept)])
-        _refuse_change(self)
         self.replace(attention, "forward", "attention")
 
     @staticmethod
@@ -191,8 +190,3 @@ def _check_attention(prefix: str, module: Any) -> None:
             raise Refusal(f"{prefix}{setting}: expected a number, got {value!r}")
     if (causal := getattr(module, "is_causal", None)) is not False:
         raise Refusal(f"{prefix}is_causal: expected False, got {causal}")
-
-
-def _refuse_change(fusion: FusedCall) -> None:
-    if reason := fusion.structure.change():
-        raise Refusal(reason)
