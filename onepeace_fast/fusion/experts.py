@@ -96,7 +96,7 @@ def require_result(path: str, module: nn.Module, formula: Callable[[Tensor], Ten
         Refusal: other values. Parameters of zeros or ones may hide the difference.
     """
     with torch.no_grad():
-        x = torch.linspace(-3, 4, 2 * width).view(2, width).to(next(module.parameters()))
+        x = torch.linspace(-3, 4, 2 * width, device="cpu").view(2, width).to(next(module.parameters()))
         got, want = module(x), formula(x)
         eps = max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)  # norms compute in float32
         bound = 8 * eps * want.abs().amax()
@@ -116,7 +116,7 @@ def require_silu(path: str, activation: Any) -> None:
     Raises:
         Refusal: another activation, or one with parameters or hooks.
     """
-    x = torch.linspace(-8, 8, 65, dtype=torch.float64)
+    x = torch.linspace(-8, 8, 65, dtype=torch.float64, device="cpu")
     is_module = isinstance(activation, nn.Module)
     plain = not is_module or (not is_watched(activation) and not [*activation.parameters(), *activation.buffers()])
     if not (callable(activation) and plain and torch.allclose(activation(x), F.silu(x), rtol=1e-9, atol=1e-12)):

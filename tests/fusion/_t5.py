@@ -42,7 +42,7 @@ class Attention(nn.Module):
     def compute_bias(self, length, key_length):
         """T5's buckets: half of them for keys ahead, half of those exact, the others logarithmic."""
         half, exact = 4, 2
-        place = torch.arange(length)
+        place = torch.arange(length, device=self.relative_attention_bias.weight.device)
         ahead = place[None, :] - place[:, None]
         far = ahead.abs().clamp(min=1).float()
         steps = torch.log(far / exact) / math.log(self.relative_attention_max_distance / exact) * (half - exact)

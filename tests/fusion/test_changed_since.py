@@ -286,3 +286,19 @@ def test_own_code_runs_in_compiled_code():
     with use_backend("fused"):
         expected = model(**batch)
         assert torch.equal(torch.compile(model, backend="eager")(**batch), expected)
+
+
+# Windows' stand-ins make their own bias on the default device.
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(("Swin", "BEiT"))])
+def test_another_default_device_changes_nothing(name):
+    """That of the process is meta while the model is fused and while it is called."""
+    make, batch = MODELS[name]
+    model = make()
+    with torch.no_grad(), torch.device("meta"):
+        expected = floats(model(**batch))
+        handle = fuse(model)
+        with use_backend("fused"):
+            found = floats(model(**batch))
+    assert all(part.fused_calls for part in handle.report().parts), str(handle.report())
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, msg=key)

@@ -194,4 +194,4 @@ def _is_partition(und: Tensor, gen: Tensor | None, x: Tensor) -> bool:
     indexes = und if gen is None else torch.cat([und, gen])
     if len(indexes) != len(x) or x.device.type != "cpu":
         return len(indexes) == len(x)
-    return torch.equal(indexes.sort().values, torch.arange(len(x)))
+    return torch.equal(indexes.sort().values, torch.arange(len(x), device="cpu"))

@@ -223,5 +223,5 @@ def _has_cls_first(padding: Tensor, bias: PositionBias | None) -> bool:
     """Whether of visible positions 0 is in the first column, and nowhere else."""
     if bias is None or bias.positions is None:
         return True
-    first = torch.arange(padding.shape[1]) == 0
+    first = torch.arange(padding.shape[1], device=padding.device) == 0
     return bool((((bias.positions == 0) == first) | padding).all())

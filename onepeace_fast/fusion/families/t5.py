@@ -11,7 +11,6 @@ Trusted: that stack, blocks and layers hand their further keywords and the first
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, TypeAlias
@@ -25,6 +24,7 @@ from onepeace_fast.fusion.family import TOO_LITTLE_PADDING, FusedCall, Refusal, 
 from onepeace_fast.fusion.replacement import Replacement
 from onepeace_fast.ops.relative_bias_attention import relative_bias_attention
 from onepeace_fast.relative_position import CLS_ENTRIES, t5_index
+from onepeace_fast.remembered import remembered
 from onepeace_fast.route_plan import RoutePlan
 
 # Of the stack's arguments those that mean nothing to attention, or that are known here.
@@ -248,10 +248,9 @@ def _tokens(given: dict[str, Any]) -> Tensor | None:
     return embedded if embedded is not None and embedded.dim() == 3 else None
 
 
-@functools.lru_cache(maxsize=64)
+@remembered
 def _index(buckets: int, max_distance: int, bidirectional: bool, device: torch.device) -> Tensor:
-    with torch.inference_mode(False):  # it is kept for what has gradients, too
-        return t5_index(buckets, max_distance, bidirectional).to(device)
+    return t5_index(buckets, max_distance, bidirectional).to(device)
 
 
 def _parameters(module: nn.Module) -> Any:
@@ -308,10 +307,10 @@ def _check_bias(name: str, attention: Any) -> None:
     if not callable(getattr(attention, "compute_bias", None)):
         raise Refusal(f"{name}.compute_bias: expected a method, as of transformers 5.23, got none")
     buckets, most = attention.relative_attention_num_buckets, attention.relative_attention_max_distance
-    numbers = nn.Embedding.from_pretrained(torch.arange(float(buckets))[:, None])
+    numbers = nn.Embedding.from_pretrained(torch.arange(float(buckets), device="cpu")[:, None])
     probe = copy.copy(attention)
     probe.__dict__["_modules"] = attention._modules | {"relative_attention_bias": numbers}
-    place = torch.arange(most + 2)
+    place = torch.arange(most + 2, device="cpu")
     index = _index(buckets, most, not attention.is_decoder, place.device)
     reach = index.shape[0] // 2
     wanted = index[(place[:, None] - place).clamp(-reach, reach) + reach]
