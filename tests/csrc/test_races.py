@@ -131,6 +131,7 @@ BARRIERS = {
 }
 
 
+@pytest.mark.longest  # each compiles a kernel anew
 @pytest.mark.parametrize("name", BARRIERS)
 def test_a_deleted_barrier_is_named_by_its_line(build, tmp_path, name):
     batch, file, text = BARRIERS[name]
