@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from support.attention_cases import text_only
 from support.contract import normal
 
 from onepeace_fast.attention_structures import AttentionInputs, BiasVectors, KeySegments
@@ -245,3 +246,26 @@ def test_values_of_64_beside_keys_of_128_are_not_filled_up(sizes, filled):
     q, k, v = (torch.zeros(2, 1, size, dtype=torch.bfloat16) for size in (sizes[0], *sizes))
     given = AttentionInputs(None, q, k, v, None, KeySegments(), BiasVectors([], ()), None, 1.0)
     assert [x.shape[2] for x in attention_on_gpu._apart(given)][2] == filled
+
+
+def test_launches_make_the_tensors_device_the_current_one_and_leave_the_rest_to_torch_s_guard(kernel, monkeypatch):
+    """What was the current device is never set again by the kernels: that would create a context on it."""
+    current = ctypes.c_int.in_dll(ctypes.CDLL(kernel.__file__), "host_shim_device")
+    guarded = []
+
+    class Guard:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            current.value = 5
+
+        def __exit__(self, *error):
+            guarded.append((self.tensor, current.value))
+
+    monkeypatch.setattr(torch.cuda, "device_of", Guard)
+    leaves = text_only().leaves(2, 32, dtype=torch.bfloat16)
+    qkv = leaves["qkv"].requires_grad_()
+    text_only().call(**leaves).sum().backward()
+    assert [value for _, value in guarded] == [qkv.get_device()] * 2
+    assert all(tensor.data_ptr() == qkv.data_ptr() for tensor, _ in guarded)

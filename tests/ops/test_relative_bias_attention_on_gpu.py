@@ -4,7 +4,6 @@ Here both run on the CPU: the kernels' own source and their binding compiled by 
 holds in every way stands in test_relative_bias_attention.py.
 """
 
-import ctypes
 import dataclasses
 import itertools
 import re
@@ -314,29 +313,6 @@ def test_a_gpu_with_too_little_shared_memory_takes_the_slower_path_in_both_passe
     with pytest.warns(RuntimeWarning, match=r"at most 65536 bytes of shared memory for a thread block, got \d+$"):
         contract.check_against_naive(batch.call, batch.plain, batch.leaves(2, 64), torch.bfloat16, batch.slices())
     assert cuda_extension.launched() == launched
-
-
-def test_launches_make_the_tensors_device_the_current_one_and_leave_the_rest_to_torch_s_guard(kernel, monkeypatch):
-    """What was the current device is never set again by the kernels: that would create a context on it."""
-    current = ctypes.c_int.in_dll(ctypes.CDLL(kernel.__file__), "host_shim_device")
-    guarded = []
-
-    class Guard:
-        def __init__(self, tensor):
-            self.tensor = tensor
-
-        def __enter__(self):
-            current.value = 5
-
-        def __exit__(self, *error):
-            guarded.append((self.tensor, current.value))
-
-    monkeypatch.setattr(torch.cuda, "device_of", Guard)
-    leaves = rounded(text_only())
-    qkv = leaves["qkv"].requires_grad_()
-    text_only().call(**leaves).sum().backward()
-    assert [value for _, value in guarded] == [qkv.get_device()] * 2
-    assert all(tensor.data_ptr() == qkv.data_ptr() for tensor, _ in guarded)
 
 
 def test_the_kernels_read_nothing_on_the_host_though_it_does_not_know_the_longest_sample(kernel, monkeypatch):
